@@ -1,0 +1,95 @@
+"""What becomes known from what is known: forward chaining over arcs, in time linear in the arcs it is shown."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from revfx.passes.program import Arc, Program
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A derivation: run operation `op` again; it gives all its outputs."""
+
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class Invert:
+    """A derivation: solve `arc`, an inverse of operation `op`; it gives the arc's head."""
+
+    op: int
+    arc: Arc
+
+
+Derivation = Forward | Invert
+
+
+class Closure:
+    """The values derivable from `known` with the operations added so far.
+
+    A value is known when every tail of one of its arcs is. Arcs barred for the head's sake are used only when nothing
+    else gives anything new: what they give must be saved rather than regenerated.
+    """
+
+    def __init__(self, program: Program, known: Iterable[int]) -> None:
+        self._program = program
+        self._known = set(known)
+        self._waiting: dict[int, list[int]] = {}
+        self._missing: list[int] = []
+        self._pending: list[Derivation] = []
+        self._ready: deque[int] = deque()
+        self._barred: deque[int] = deque()
+        self.order: list[Derivation] = []
+
+    def __contains__(self, value: int) -> bool:
+        return value in self._known or self._program.values[value].source
+
+    def add(self, index: int) -> list[int]:
+        """The values that become known, in order, when operation `index` is added."""
+        op = self._program.ops[index]
+        self._offer(Forward(index), op.ins)
+        for arc in op.arcs:
+            self._offer(Invert(index, arc), arc.tail)
+        return self._drain()
+
+    def _offer(self, derivation: Derivation, tail: tuple[int, ...]) -> None:
+        number = len(self._pending)
+        self._pending.append(derivation)
+        missing = [v for v in dict.fromkeys(tail) if v not in self]
+        self._missing.append(len(missing))
+        for v in missing:
+            self._waiting.setdefault(v, []).append(number)
+        if not missing:
+            self._enqueue(number)
+
+    def _enqueue(self, number: int) -> None:
+        derivation = self._pending[number]
+        barred = isinstance(derivation, Invert) and derivation.arc.barred is not None
+        (self._barred if barred else self._ready).append(number)
+
+    def _drain(self) -> list[int]:
+        new: list[int] = []
+        while self._ready or self._barred:
+            number = self._ready.popleft() if self._ready else self._barred.popleft()
+            derivation = self._pending[number]
+            heads = self._heads(derivation)
+            fresh = [v for v in heads if v not in self]
+            if not fresh:
+                continue
+            self.order.append(derivation)
+            for v in fresh:
+                self._known.add(v)
+                new.append(v)
+                for waiting in self._waiting.pop(v, ()):
+                    self._missing[waiting] -= 1
+                    if self._missing[waiting] == 0:
+                        self._enqueue(waiting)
+        return new
+
+    def _heads(self, derivation: Derivation) -> tuple[int, ...]:
+        if isinstance(derivation, Forward):
+            return self._program.ops[derivation.op].outs
+        return (derivation.arc.head,)

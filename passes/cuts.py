@@ -1,0 +1,129 @@
+"""Where to cut: from one cut, the nearest earlier one from which everything between can be derived backwards.
+
+The live set at a point holds the data values made before it and read after it (outputs are read at the end). From the
+cut at `stop` the operations above it are added to an incremental closure one by one; the first point whose live set
+the closure contains is the next cut. Any arc that crosses a point goes through its live set, so the nearest derivable
+cut is the best one, and when nothing of a live set is known no earlier point can be reached either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from revfx.passes.closure import Closure, Derivation, Forward, Invert
+from revfx.passes.program import Arc, Program
+
+
+PATIENCE = 200  # operations without a newly known value after which a search gives up
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Operations start..stop-1, the live values before (`entry`) and after (`exit`), and how to go from exit to entry.
+
+    `derive` lists derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs.
+    `saved` values can't be trusted to a rounding inverse and are kept. `arcs` are the inverses that reach the entry.
+    """
+
+    start: int
+    stop: int
+    entry: tuple[int, ...]
+    exit: tuple[int, ...]
+    saved: tuple[int, ...]
+    derive: tuple[Derivation, ...]
+    arcs: tuple[Arc, ...]
+
+    @property
+    def inverts(self) -> bool:
+        """Whether the step needs an inverse that rounds; one that needs none frees nothing that recomputing would not."""
+        return any(not arc.exact for arc in self.arcs)
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """A cut from which no earlier one is derivable: operations start..stop-1 were tried, `unknown` stayed unknown."""
+
+    start: int
+    stop: int
+    unknown: tuple[int, ...]
+    barrier: str | None = None
+
+
+def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, None]:
+    """The live set before operation `index`, from the one after it; ordered."""
+    op = program.ops[index]
+    before = {v: None for v in live if v not in op.outs}
+    before.update(dict.fromkeys(program.data(op.ins)))
+    return before
+
+
+def find_step(program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int = PATIENCE) -> Step | Stuck:
+    """The step that ends at the cut before operation `stop`, or why there is none."""
+    closure = Closure(program, (*exit, *side))
+    live: dict[int, None] = dict.fromkeys(exit)
+    unknown: set[int] = set()
+    idle = 0
+    for start in range(stop - 1, -1, -1):
+        op = program.ops[start]
+        if op.barrier is not None:
+            return Stuck(start, stop, tuple(v for v in live if v in unknown), op.barrier)
+        for v in op.outs:
+            live.pop(v, None)
+            unknown.discard(v)
+        for v in program.data(op.ins):
+            if v not in live:
+                live[v] = None
+                if v not in closure:
+                    unknown.add(v)
+        new = closure.add(start)
+        unknown.difference_update(new)
+        if not unknown:
+            return _step(program, closure, start, stop, tuple(live), exit, side)
+        idle = 0 if new else idle + 1
+        hopeless = len(unknown) == len(live) and not any(program.constant[v] for v in unknown)
+        if hopeless or idle > patience:
+            return Stuck(start, stop, tuple(v for v in live if v in unknown))
+    return Stuck(0, stop, tuple(v for v in live if v in unknown))
+
+
+def _step(
+    program: Program,
+    closure: Closure,
+    start: int,
+    stop: int,
+    entry: tuple[int, ...],
+    exit: tuple[int, ...],
+    side: frozenset[int],
+) -> Step:
+    saved = tuple(d.arc.head for d in needed(program, closure.order, entry) if isinstance(d, Invert) and d.arc.barred)
+    if saved:  # derive again from what is kept: everything else must be reached by arcs that can be trusted
+        closure = Closure(program, (*exit, *side, *saved))
+        for index in range(stop - 1, start - 1, -1):
+            closure.add(index)
+    derive = tuple(d for d in closure.order if not (isinstance(d, Invert) and d.arc.barred))
+    arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
+    return Step(start, stop, entry, exit, saved, derive, arcs)
+
+
+def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:
+    """Those of `order` that deriving `wanted` takes, in the same order; a barred inverse counts as a saved value."""
+    made: dict[int, int] = {}
+    order = list(order)
+    for i, d in enumerate(order):
+        for v in program.ops[d.op].outs if isinstance(d, Forward) else (d.arc.head,):
+            made.setdefault(v, i)
+    keep: set[int] = set()
+    stack = [v for v in wanted if v in made]
+    while stack:
+        i = made[stack.pop()]
+        if i in keep:
+            continue
+        keep.add(i)
+        d = order[i]
+        if isinstance(d, Forward):
+            tail = program.ops[d.op].ins
+        else:
+            tail = () if d.arc.barred else d.arc.tail
+        stack.extend(v for v in tail if v in made and made[v] not in keep)
+    return [order[i] for i in sorted(keep)]

@@ -1,0 +1,139 @@
+"""The data that every pass works on: values, operations and arcs, numbered in program order.
+
+A program is one straight line of operations. A *value* is the result of an operation, an input of the program or
+a source (parameter, buffer, constant). An *arc* is one way to obtain a value (its head) from others (its tail):
+every operation is a forward arc from its inputs to its outputs, and some operations give inverse arcs as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value: its name, shape, dtype, size in bytes, and what is known of its memory.
+
+    `source` values are alive whatever we do and are free to read in the backward. `storage` numbers the memory that
+    the value lives in, so views of one tensor share it. `written` says that an operation outside any region writes to
+    that memory later. `given` marks the program's own inputs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    storage: int
+    source: bool = False
+    given: bool = False
+    written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Arc:
+    """One inverse: `head = solve(*tail)`.
+
+    The first value of the tail is the result that the inverse starts from. `exact` inverses return the very bits;
+    the others round. `barred` says why the head can't be trusted to a rounding inverse (None: it can). The solved
+    operand was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
+    `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
+    """
+
+    head: int
+    tail: tuple[int, ...]
+    solve: Callable[..., torch.Tensor]
+    exact: bool
+    barred: str | None = None
+    factor: float | int | None = None
+    measured: bool = False
+    reciprocal: bool = False
+    text: str = ""
+
+    @property
+    def amplification(self) -> float:
+        """How much this inverse multiplies rounding errors by, as far as that is known without running: >= 0."""
+        return 1.0 if self.factor is None or self.measured else 1.0 / abs(self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation: the values it reads and makes, its inverse arcs, and why each operand lacks one.
+
+    `barrier` says why no region may contain it (None: it may). `opaque` operations are re-run under the full
+    protocol (random state, buffers, saved tensors); the others are plain arithmetic or layout.
+    """
+
+    name: str
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    arcs: tuple[Arc, ...] = ()
+    refused: tuple[tuple[int, str], ...] = ()
+    where: str = ""
+    barrier: str | None = None
+    opaque: bool = True
+
+
+@dataclass(frozen=True)
+class Program:
+    """A straight-line program: `values`, `ops` in order, and the indices of its `outputs`."""
+
+    values: Sequence[Value]
+    ops: Sequence[Op]
+    outputs: tuple[int, ...]
+
+    @cached_property
+    def made_at(self) -> list[int]:
+        """The index of the operation that makes each value; -1 for inputs and sources."""
+        made = [-1] * len(self.values)
+        for i, op in enumerate(self.ops):
+            for v in op.outs:
+                made[v] = i
+        return made
+
+    @cached_property
+    def last_use(self) -> list[int]:
+        """The index of the last operation that reads each value; len(ops) for outputs, -1 if nothing does."""
+        last = [-1] * len(self.values)
+        for i, op in enumerate(self.ops):
+            for v in op.ins:
+                last[v] = i
+        for v in self.outputs:
+            last[v] = len(self.ops)
+        return last
+
+    @cached_property
+    def users(self) -> list[list[int]]:
+        """For each value, the operations that read it, in order."""
+        users: list[list[int]] = [[] for _ in self.values]
+        for i, op in enumerate(self.ops):
+            for v in dict.fromkeys(op.ins):
+                users[v].append(i)
+        return users
+
+    @cached_property
+    def constant(self) -> list[bool]:
+        """Whether each value follows from sources alone, so that running its operation again gives it back."""
+        constant = [value.source for value in self.values]
+        for op in self.ops:
+            if op.barrier is None and all(constant[v] for v in op.ins):
+                for v in op.outs:
+                    constant[v] = True
+        return constant
+
+    def data(self, values: Sequence[int]) -> list[int]:
+        """Those of `values` that are not sources, in order, each once."""
+        return [v for v in dict.fromkeys(values) if not self.values[v].source]
+
+    def nbytes(self, values: Sequence[int]) -> int:
+        """Bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at all."""
+        held = {self.values[v].storage: 0 for v in values}
+        for v in values:
+            value = self.values[v]
+            if not (value.source or value.given):
+                held[value.storage] = max(held[value.storage], value.nbytes)
+        given = {self.values[v].storage for v in values if self.values[v].given}
+        return sum(size for storage, size in held.items() if storage not in given)

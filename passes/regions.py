@@ -1,0 +1,149 @@
+"""Maximal runs of steps: the regions whose activations are freed, and the places where the search got stuck."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from revfx.passes.cuts import Step, Stuck, find_step, live_before
+from revfx.passes.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of steps in program order. Kept: the last cut, the first one, `saved` values and `side` inputs.
+
+    `kept_bytes` is what these take; `freed_bytes` is at least what the backward regenerates instead of reading.
+    """
+
+    steps: tuple[Step, ...]
+    saved: tuple[int, ...]
+    side: tuple[int, ...]
+    kept_bytes: int
+    freed_bytes: int
+
+    @property
+    def start(self) -> int:
+        """The index of the first operation."""
+        return self.steps[0].start
+
+    @property
+    def stop(self) -> int:
+        """One past the index of the last operation."""
+        return self.steps[-1].stop
+
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """The first cut."""
+        return self.steps[0].entry
+
+    @property
+    def exit(self) -> tuple[int, ...]:
+        """The last cut."""
+        return self.steps[-1].exit
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """The steps found upwards from one cut (last one first), the side inputs they took, and where it ended."""
+
+    steps: tuple[Step, ...]
+    side: frozenset[int]
+    stuck: Stuck
+
+
+def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
+    """The regions of a program in order, and the stuck points between them (nearest the end first)."""
+    regions: list[Region] = []
+    stuck: list[Stuck] = []
+    stop = len(program.ops)
+    live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
+    while stop > 0:
+        walk = _walk(program, stop, tuple(live))
+        region = _region(program, walk)
+        if walk.stuck.stop > 0:
+            stuck.append(walk.stuck)
+        if region is not None:
+            regions.append(region)
+            stop, live = region.start, dict.fromkeys(region.entry)
+        elif walk.steps:
+            stop, live = walk.steps[-1].start, dict.fromkeys(walk.steps[-1].entry)
+        else:
+            stop -= 1
+            live = live_before(program, live, stop)
+    return tuple(reversed(regions)), tuple(stuck)
+
+
+def climb(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:
+    """All steps upwards from one cut with given side inputs, and what stopped the next one."""
+    steps: list[Step] = []
+    while stop > 0:
+        patience = max(200, 5 * (steps[-1].stop - steps[-1].start)) if steps else 200
+        found = find_step(program, stop, live, side, patience)
+        if isinstance(found, Stuck):
+            return steps, found
+        steps.append(found)
+        stop, live = found.start, found.entry
+    return steps, Stuck(0, 0, ())
+
+
+def _walk(program: Program, stop: int, live: tuple[int, ...]) -> Walk:
+    steps, stuck = climb(program, stop, live, frozenset())
+    side: frozenset[int] = frozenset()
+    while stuck.stop > 0 and stuck.barrier is None:
+        top = steps[-1].entry if steps else live
+        for candidates in _side_candidates(program, stuck, side):
+            more, then = climb(program, stuck.stop, top, side | candidates)
+            if _pays(program, more, candidates):
+                steps, stuck, side = steps + more, then, side | candidates
+                break
+        else:
+            break
+    return Walk(tuple(steps), side, stuck)
+
+
+def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:
+    """Sets of values worth trying as side inputs: read repeatedly above the stuck cut, each alone, then the long-lived ones."""
+    readers = {v: [u for u in program.users[v] if u < stuck.stop] for v in stuck.unknown if v not in side}
+    several = sorted((v for v, u in readers.items() if len(u) >= 2), key=lambda v: -len(readers[v]))
+    window = stuck.stop - stuck.start
+    lasting = frozenset(v for v in several if readers[v][-1] - readers[v][0] > 2 * window)
+    singles = [frozenset((v,)) for v in several[:3]]
+    return singles + ([lasting] if len(lasting) > 1 else [])
+
+
+def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool:
+    """Whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it."""
+    using = [s for s in steps if s.inverts and any(v in side for i in range(s.start, s.stop) for v in program.ops[i].ins)]
+    if len(using) < 2:
+        return False
+    freed = {program.values[v].storage: program.values[v].nbytes for s in steps for v in s.entry if v not in side}
+    return sum(freed.values()) > program.nbytes(tuple(side))
+
+
+def _region(program: Program, walk: Walk) -> Region | None:
+    """The region that a walk found, trimmed of steps that invert nothing at both ends; None where it would not pay."""
+    steps = list(reversed(walk.steps))
+    trusted = [i for i, s in enumerate(steps) if s.inverts]
+    if not trusted:
+        return None
+    low = min(range(trusted[0] + 1), key=lambda i: (program.nbytes(steps[i].entry), i))
+    high = min(range(trusted[-1], len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))
+    steps = steps[low : high + 1]
+    saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
+    side = tuple(v for v in sorted(walk.side) if any(v in program.ops[i].ins for s in steps for i in range(s.start, s.stop)))
+    kept = (*steps[0].entry, *steps[-1].exit, *saved, *side)
+    kept_storage = {program.values[v].storage for v in kept}
+    made = {
+        program.values[v].storage: program.values[v].nbytes
+        for s in steps
+        for i in range(s.start, s.stop)
+        for v in program.ops[i].outs
+        if program.values[v].storage not in kept_storage
+    }
+    kept_bytes, freed_bytes = program.nbytes(kept), sum(made.values())
+    if freed_bytes <= kept_bytes:
+        return None
+    return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
+
+

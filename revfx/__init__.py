@@ -1,0 +1,12 @@
+"""Depth-free activation memory for ordinary PyTorch models, by inferred reversibility."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+from revfx.block import RevBlock as RevBlock, rev_block as rev_block
+from revfx.errors import NotReversibleError as NotReversibleError, RevfxError as RevfxError
+from revfx.rules import register_inverse as register_inverse
+
+
+__version__ = _version("revfx")

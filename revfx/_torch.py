@@ -1,0 +1,84 @@
+"""Every use of private torch API, in one place. Read in torch 2.9 and 2.13.
+
+Each function says what it stands for, so that a public spelling can take its place when there is one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(value: object) -> bool:
+    """Whether `value` is a fake tensor."""
+    return isinstance(value, FakeTensor)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """A number that two live tensors share exactly when they share memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def graph_task_id() -> int:
+    """The number of the backward pass that runs on this thread; -1 outside any."""
+    return torch._C._current_graph_task_id()
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """None; `callback` runs when the backward pass that runs on this thread has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def in_functorch_transform() -> bool:
+    """Whether a torch.func transform is active; saved-tensor hooks are not supported there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_global_module_hooks() -> bool:
+    """Whether hooks are registered that run for every nn.Module."""
+    m = torch.nn.modules.module
+    return bool(m._global_forward_hooks or m._global_forward_pre_hooks or m._global_backward_hooks or m._global_backward_pre_hooks)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward, or its forward was replaced on the instance."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often `tensor` was written in place; 0 for inference tensors, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def autocast_state(device: str) -> tuple[bool, Any, bool]:
+    """Whether autocast is on for a device type, to which dtype, and whether it caches casts."""
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+
+
+def is_fsdp(module: torch.nn.Module) -> bool:
+    """Whether `fully_shard` was applied to `module` (FSDP2 swaps its parameters' storage around every call)."""
+    return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
+
+
+def fsdp_in_use() -> bool:
+    """Whether `fully_shard` was applied to anything in this process: then storages of parameters come and go by design."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    return len(_module_state_mapping) > 0

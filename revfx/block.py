@@ -1,0 +1,290 @@
+"""`rev_block` and `RevBlock`: additive couplings that the user writes out, after `tf.contrib.layers.rev_block`.
+
+Layer i: `y1 = x1 + f_i(x2)`, `y2 = x2 + g_i(y1)`; its inverse: `x2 = y2 - g_i(y1)`, `x1 = y1 - f_i(x2)`. Only the last
+(y1, y2) is kept for the backward, besides the inputs. Gomez et al., "The Reversible Residual Network: Backpropagation
+Without Storing Activations", NeurIPS 2017, https://arxiv.org/abs/1707.04585.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx.calls import Call, Slot
+from revfx.executor import RegionPlan, run_region
+from revfx.mode import runs_plain
+from revfx.passes.program import Arc, Op, Program, Value
+from revfx.passes.regions import Region, climb
+from revfx.surroundings import reads_of
+
+
+Function = Callable[..., Tensor]
+Functions = Function | Sequence[Function] | nn.ModuleList
+
+
+def rev_block(
+    x1: Tensor,
+    x2: Tensor,
+    f: Functions,
+    g: Functions,
+    num_layers: int = 1,
+    f_side_input: Any = None,
+    g_side_input: Any = None,
+    is_training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
+
+    Forward, per layer: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; the backward computes `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`,
+    up to rounding. x1 and x2 may have different shapes as long as f maps x2 to x1's and g maps y1 to x2's.
+
+    Args:
+        x1, x2: floating-point tensors.
+        f, g: a callable used in every layer (one module shares its weights over all layers; see `RevBlock` for new
+            weights per layer), or a sequence of `num_layers` callables. They may close over tensors, which get their
+            gradients, and draw random numbers, which are drawn again alike.
+        num_layers: the number of couplings; 0 returns (x1, x2).
+        f_side_input, g_side_input: None, or anything (usually a list) that f (g) gets as its second argument in every
+            layer; tensors in it may need gradients. Empty containers count as None.
+        is_training: False computes the same with ordinary autograd storage.
+
+    Raises:
+        ValueError: a sequence of the wrong length, or f or g changes the shape, dtype or device of its stream.
+        TypeError: x1 or x2 is not floating point while a gradient is needed.
+        NotReversibleError: f or g writes to its input in place.
+    """
+    layers = _layers(f, g, num_layers)
+    sides = (_side(f_side_input), _side(g_side_input))
+    _check_streams(x1, x2, layers, sides)
+    if num_layers == 0:
+        return x1, x2
+    leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
+    if torch.compiler.is_compiling() or not is_training or runs_plain((x1, x2, *leaves)):
+        return _plain(x1, x2, layers, sides)
+    side_tensors, side_slots = _number_sides(sides, first=2)
+    plan = _plan(num_layers, _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors))
+    env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
+    run_region(plan, _calls(layers, side_slots, len(env)), env)
+    y1, y2 = plan.program.outputs
+    return env[y1], env[y2]
+
+
+class RevBlock(nn.Module):
+    """A chain of additive couplings as a module; calling it gives (y1, y2), `inverse` gives (x1, x2) back.
+
+    Forward, per layer: `y1 = x1 + f_i(x2)`, `y2 = x2 + g_i(y1)`; inverse: `x2 = y2 - g_i(y1)`, `x1 = y1 - f_i(x2)`.
+
+    Args:
+        f, g: what each layer applies, with weights of its own per layer: a zero-argument factory (a class or function
+            that returns a module), called once per layer; or a module, used in the first layer, deep-copied and
+            re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of `num_layers`
+            modules or functions, used as it is; or a function of x without weights, used in every layer.
+        num_layers: the number of couplings.
+    """
+
+    def __init__(self, f: Any, g: Any, num_layers: int = 1) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.f = _per_layer("f", f, num_layers)
+        self.g = _per_layer("g", g, num_layers)
+
+    def forward(self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None) -> tuple[Tensor, Tensor]:
+        """(y1, y2); see `rev_block`."""
+        return rev_block(x1, x2, self.f, self.g, self.num_layers, f_side_input, g_side_input)
+
+    def inverse(self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None) -> tuple[Tensor, Tensor]:
+        """(x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, with ordinary storage."""
+        f_side, g_side = _side(f_side_input), _side(g_side_input)
+        for layer in reversed(range(self.num_layers)):
+            y2 = _couple(y2, _apply(self.g[layer], y1, g_side), "g", layer, sign=-1)
+            y1 = _couple(y1, _apply(self.f[layer], y2, f_side), "f", layer, sign=-1)
+        return y1, y2
+
+    def extra_repr(self) -> str:
+        """The number of couplings, for `print`."""
+        return f"num_layers={self.num_layers}"
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+def _layers(f: Functions, g: Functions, num_layers: int) -> list[tuple[Function, Function]]:
+    if num_layers < 0:
+        raise ValueError(f"`num_layers` must be at least 0, not {num_layers}.")
+    return list(zip(_sequence("f", f, num_layers), _sequence("g", g, num_layers), strict=True))
+
+
+def _is_sequence(f: Any) -> bool:
+    return isinstance(f, (list, tuple, nn.ModuleList))
+
+
+def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
+    if _is_sequence(f):
+        functions = list(f)  # type: ignore[arg-type]
+        if len(functions) != num_layers:
+            raise ValueError(
+                f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one function"
+                " for all layers, or one per layer."
+            )
+    else:
+        functions = [f] * num_layers
+    for layer, function in enumerate(functions):
+        if not callable(function):
+            raise TypeError(f"`{name}` of layer {layer} is a {type(function).__name__}, which can't be called.")
+    return functions
+
+
+def _per_layer(name: str, f: Any, num_layers: int) -> Any:
+    """The functions of all layers, in a ModuleList where they are modules."""
+    if _is_sequence(f):
+        functions = list(_sequence(name, f, num_layers))
+    elif isinstance(f, nn.Module):
+        functions = [f, *(_fresh(f) for _ in range(num_layers - 1))][:num_layers]
+    elif not callable(f):
+        raise TypeError(f"`{name}` is a {type(f).__name__}, which can't be called.")
+    elif isinstance(f, type) or _takes_nothing(f):
+        functions = [f() for _ in range(num_layers)]
+        wrong = next((m for m in functions if not isinstance(m, nn.Module)), None)
+        if wrong is not None:
+            raise TypeError(f"`{name}` is called without arguments to make each layer's module; it returned a {type(wrong).__name__}.")
+    else:
+        functions = [f] * num_layers
+    return nn.ModuleList(functions) if all(isinstance(m, nn.Module) for m in functions) else functions
+
+
+def _takes_nothing(f: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(f).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _fresh(module: nn.Module) -> nn.Module:
+    fresh = copy.deepcopy(module)
+    for part in fresh.modules():
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return fresh
+
+
+def _side(side: Any) -> Any:
+    return None if side is None or (isinstance(side, (list, tuple, dict)) and not side) else side
+
+
+def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Function]], sides: tuple[Any, Any]) -> None:
+    wrong = [(n, x) for n, x in (("x1", x1), ("x2", x2)) if not x.is_floating_point()]
+    if not wrong or not torch.is_grad_enabled():
+        return
+    tensors = [x1, x2, *(t for s in sides for t in pytree.tree_leaves(s) if isinstance(t, Tensor))]
+    if any(t.requires_grad for t in tensors) or any(h.tensor.requires_grad for pair in layers for fn in pair for h in reads_of(fn)):
+        name, x = wrong[0]
+        raise TypeError(
+            f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed. Convert it"
+            f" (`{name}.float()`), or call it under `torch.no_grad()`."
+        )
+
+
+# --- the computation --------------------------------------------------------------------------------------------------
+def _apply(function: Function, x: Tensor, side: Any) -> Tensor:
+    return function(x) if side is None else function(x, side)
+
+
+def _couple(x: Tensor, h: Any, name: str, layer: int, sign: int = 1) -> Tensor:
+    """`x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype."""
+    if not isinstance(h, Tensor):
+        raise TypeError(f"`{name}` of layer {layer} returned a {type(h).__name__}; it must return one tensor.")
+    if h.shape != x.shape:
+        raise ValueError(
+            f"`{name}` of layer {layer} returned shape {tuple(h.shape)}, but the stream that it is added to has shape"
+            f" {tuple(x.shape)}: a coupling must keep the shape."
+        )
+    if h.device != x.device:
+        raise ValueError(f"`{name}` of layer {layer} returned a tensor on {h.device}, but its stream is on {x.device}.")
+    if torch.promote_types(h.dtype, x.dtype) != x.dtype:
+        raise ValueError(
+            f"`{name}` of layer {layer} returned {h.dtype}, which would turn its stream from {x.dtype} into"
+            f" {torch.promote_types(h.dtype, x.dtype)}: a coupling must keep the dtype."
+        )
+    return x + h if sign > 0 else x - h
+
+
+def _plain(x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    for layer, (f, g) in enumerate(layers):
+        x1 = _couple(x1, _apply(f, x2, sides[0]), "f", layer)
+        x2 = _couple(x2, _apply(g, x1, sides[1]), "g", layer)
+    return x1, x2
+
+
+# --- the program of a block, for the executor -------------------------------------------------------------------------
+Meta = tuple[tuple[int, ...], torch.dtype, int]
+
+
+def _meta(x: Tensor) -> Meta:
+    return tuple(x.shape), x.dtype, x.numel() * x.element_size()
+
+
+def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]], list[Any]]:
+    """Per side input its tensors, and the structure with each tensor's value index in its place."""
+    tensors: list[list[Tensor]] = []
+    slots: list[Any] = []
+    at = first
+    for side in sides:
+        leaves, spec = pytree.tree_flatten(side)
+        mine = [t for t in leaves if isinstance(t, Tensor)]
+        numbers = iter(range(at, at + len(mine)))
+        slots.append(pytree.tree_unflatten([Slot(next(numbers)) if isinstance(t, Tensor) else t for t in leaves], spec))
+        tensors.append(mine)
+        at += len(mine)
+    return tensors, slots
+
+
+def _add_arcs(x: int, h: int, y: int, text: str, given: bool) -> tuple[Arc, ...]:
+    barred = "the block's input may hold exact zeros" if given else None
+    return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, text=text),)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int]) -> RegionPlan:
+    """The plan of a whole chain; depends on shapes and dtypes alone, so it is made once."""
+    values = [Value(n, *m, storage=i, given=True) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
+    for k in range(sum(sides)):
+        values.append(Value(f"side_{k}", (), torch.float32, 0, storage=len(values), source=True))
+    side = (tuple(range(2, 2 + sides[0])), tuple(range(2 + sides[0], 2 + sum(sides))))
+    ops: list[Op] = []
+    streams, metas = [0, 1], (x1, x2)
+    for layer in range(num_layers):
+        for k, name in enumerate("fg"):
+            x, other = streams[k], streams[1 - k]
+            h, y = len(values), len(values) + 1
+            values.append(Value(f"{name}{layer}", *metas[k], storage=h))
+            values.append(Value(f"y{k + 1}_{layer}", *metas[k], storage=y))
+            where = f"layer {layer}"
+            ops.append(Op(f"{name}[{layer}]", (other, *side[k]), (h,), where=where))
+            arcs = _add_arcs(x, h, y, f"x{k + 1} <- y{k + 1} - {name}{layer}", given=layer == 0)
+            ops.append(Op("add", (x, h), (y,), arcs, where=where, opaque=False))
+            streams[k] = y
+    program = Program(tuple(values), tuple(ops), (streams[0], streams[1]))
+    steps, _ = climb(program, len(ops), (streams[0], streams[1]), frozenset())
+    steps.reverse()
+    saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
+    return RegionPlan(program, Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0))
+
+
+def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int) -> list[Call]:
+    calls: list[Call] = []
+    streams, at = [0, 1], first
+    for layer, pair in enumerate(layers):
+        for k, function in enumerate(pair):
+            name = "fg"[k]
+            args = (Slot(streams[1 - k]),) if slots[k] is None else (Slot(streams[1 - k]), slots[k])
+            calls.append(Call(f"{name} of layer {layer}", function, args))
+            calls.append(Call(f"add of layer {layer}", _couple, (Slot(streams[k]), Slot(at), name, layer)))
+            streams[k] = at + 1
+            at += 2
+    return calls

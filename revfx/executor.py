@@ -1,0 +1,384 @@
+"""Runs a region: its real operations under saved-tensor hooks that free what autograd would keep and regenerate it.
+
+Forward: every tensor that autograd packs becomes a handle (operation, k). Of the values only the region's last cut, its
+first cut, side inputs and the cuts that numerics demand stay alive. Backward: the first unpack out of a step drops
+everything of the step after it, regenerates this one from the cut above it (each operation once, its saved tensors
+captured as it runs) and hands the tensors out. After `torch.utils.checkpoint(use_reentrant=False)`, which keeps each
+step's input where this derives it from its output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revfx import _torch, numerics
+from revfx.calls import Call
+from revfx.errors import NotReversibleError, RegenerationError
+from revfx.passes.closure import Forward
+from revfx.passes.plan import Instruction, schedule
+from revfx.passes.program import Program
+from revfx.passes.regions import Region
+from revfx.surroundings import Random, Surroundings, reads_of
+
+
+Env = dict[int, Tensor]
+
+
+@dataclass(eq=False, slots=True)
+class Handle:
+    """Stands for the k-th tensor that autograd saved during operation `op`; `value` where that is a value of the program."""
+
+    op: int
+    k: int
+    state: RegionRun
+    value: int | None = None
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """A region of a program, with the schedules made for it so far (one per step, direction and need)."""
+
+    program: Program
+    region: Region
+    tolerance: float | None = None
+    schedules: dict[object, tuple[Instruction, ...]] = field(default_factory=dict[object, tuple[Instruction, ...]])
+    step_of: dict[int, int] = field(default_factory=dict[int, int])
+
+    def __post_init__(self) -> None:
+        for number, step in enumerate(self.region.steps):
+            self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
+
+
+def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
+    """The run's state, after the region's operations were run on the values in `env`, which then holds its last cut.
+
+    Raises:
+        NotReversibleError: an operation wrote to its input in place, or returned another shape or dtype than planned.
+    """
+    run = RegionRun(plan, calls, env)
+    run.forward(env)
+    return run
+
+
+class RegionRun:
+    """One call of a region: what it kept, and the values regenerated for the step that the backward is in.
+
+    Cut c lies before step c; step s goes from cut s to cut s+1. State belongs to the call, so the same module may be
+    called several times, from several threads.
+    """
+
+    def __init__(self, plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
+        program, region = plan.program, plan.region
+        self.plan, self.program, self.region, self.calls = plan, program, region, calls
+        self.surroundings: dict[int, Surroundings] = {}
+        self.saved_meta: dict[int, list[tuple[Any, ...]]] = {}
+        self.wanted: dict[int, set[int]] = {}
+        self.captured_ops: dict[int, set[int]] = {}
+        self.layout: dict[int, tuple[tuple[int, ...], tuple[int, ...], bool]] = {}
+        self.kept_cuts: dict[int, Env] = {}
+        self.kept: Env = {}
+        self.versions: list[tuple[int, Tensor, int]] = []
+        device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
+        self.device = device
+        devices = ["cpu"] if device is None else ["cpu", device.type]
+        self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
+        self.random = Random.now(device)
+        self.lock = threading.RLock()
+        self.current: int | None = None
+        self.fresh: list[tuple[Handle, Tensor]] = []
+        self.task: int | None = None
+        self.active: int | None = None
+        self.values: Env = {}
+        self.captures: dict[int, list[Tensor | None]] = {}
+
+    # --- forward -------------------------------------------------------------------------------------------------------
+    def forward(self, env: Env) -> None:
+        """None; runs the region's operations on `env` and keeps what the plan and the numerics say."""
+        program, region = self.program, self.region
+        last = program.last_use
+        for v in env:
+            self._note(v, env[v])
+        for v, value in enumerate(program.values):
+            if value.source and v in env and last[v] >= region.start:
+                self._keep(self.kept, v, env[v])
+        self._keep_all(self.kept, (*region.side, *region.saved), env)
+        self._keep_all(self.kept_cuts.setdefault(0, {}), region.entry, env)
+        growth = numerics.Growth(self.plan.tolerance)
+        alive = set(program.outputs)
+        with saved_tensors_hooks(self._pack, _unpack):
+            for number, step in enumerate(region.steps):
+                lower = {v: env[v] for v in step.entry} if number and numerics.measures(step) else {}
+                for index in range(step.start, step.stop):
+                    outs = self._call(index, env)
+                    for v, t in zip(program.ops[index].outs, outs, strict=True):
+                        env[v] = t
+                        self._note(v, t)
+                    self._keep_all(self.kept, [v for v in program.ops[index].outs if v in region.saved], env)
+                    used = {a.factor for a in step.arcs if a.measured}
+                    for v in (*program.ops[index].ins, *program.ops[index].outs):
+                        if last[v] <= index and v in env and v not in alive and v not in used and not program.values[v].source:
+                            del env[v]
+                unsafe, growing = growth.close(step, env, replayed=number == 0)
+                if unsafe:
+                    self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
+                if growing or number == len(region.steps) - 1:
+                    self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
+                for a in step.arcs:
+                    if a.measured and last[int(a.factor or 0)] < step.stop:
+                        env.pop(int(a.factor or 0), None)
+
+    def _note(self, v: int, t: Tensor) -> None:
+        self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
+
+    def _keep_all(self, into: Env, values: Iterable[int], env: Env) -> None:
+        for v in values:
+            if v in env:
+                self._keep(into, v, env[v])
+
+    def _keep(self, into: Env, v: int, t: Tensor) -> None:
+        """Holds an alias without autograd history: holding the tensor itself would make a cycle through the graph."""
+        kept = into[v] = t.detach().clone() if self.program.values[v].written else t.detach()
+        self.versions.append((v, kept, _torch.version(kept)))
+
+    def _call(self, index: int, env: Env) -> tuple[Tensor, ...]:
+        op, call = self.program.ops[index], self.calls[index]
+        data = [v for v in op.ins if v in env]
+        before = [_torch.version(env[v]) for v in data]
+        surroundings = Surroundings(call.name, reads_of(call.fn)) if op.opaque else None
+        self.current = index
+        try:
+            outs = call.invoke(env)
+        finally:
+            self.current = None
+            fresh, self.fresh = self.fresh, []
+        if surroundings is not None:
+            now = Random.now(self.device)
+            if not now.same(self.random):
+                surroundings.random = self.random
+            self.random = now
+            surroundings.settle()
+            self.surroundings[index] = surroundings
+        for v, version in zip(data, before, strict=True):
+            if _torch.version(env[v]) != version:
+                raise NotReversibleError(
+                    f"`{call.name}` ({op.where or 'unknown place'}) writes to its input in place, so the value that the next"
+                    " operations read can't be regenerated. Let it work on a copy (`x.clone()`)."
+                )
+        exit = self.region.steps[self.plan.step_of[index]].exit
+        for v, t in zip(op.outs, outs, strict=True):
+            planned = self.program.values[v]
+            if v in exit and (tuple(t.shape) != planned.shape or t.dtype != planned.dtype):
+                raise NotReversibleError(
+                    f"`{call.name}` ({op.where or 'unknown place'}) returned {t.dtype}{list(t.shape)} where"
+                    f" {planned.dtype}{list(planned.shape)} was planned; does a hook change its output?"
+                )
+        self._settle(index, fresh, {**{v: env[v] for v in data}, **dict(zip(op.outs, outs, strict=True))})
+        return outs
+
+    def _pack(self, t: Tensor) -> Handle:
+        assert self.current is not None, "autograd saved a tensor outside an operation"
+        handle = Handle(self.current, len(self.fresh), self)
+        self.fresh.append((handle, t))
+        return handle
+
+    def _settle(self, index: int, fresh: list[tuple[Handle, Tensor]], candidates: Env) -> None:
+        """Makes each new handle a value where it is one; the tensors were alive until now, so addresses are unique."""
+        if not fresh:
+            return
+        step = self.plan.step_of[index]
+        known = {key: v for v, t in candidates.items() if (key := _identity(t)) is not None}
+        metas: list[tuple[Any, ...]] = []
+        for handle, t in fresh:
+            metas.append((tuple(t.shape), t.dtype))
+            key = _identity(t)
+            handle.value = known.get(key) if key is not None else None
+            if handle.value is not None:
+                self.wanted.setdefault(step, set()).add(handle.value)
+            else:
+                self.captured_ops.setdefault(step, set()).add(index)
+        self.saved_meta[index] = metas
+
+    # --- backward ------------------------------------------------------------------------------------------------------
+    def fetch(self, handle: Handle) -> Tensor:
+        """The tensor that a handle stands for, regenerated where it is not there."""
+        with self.lock:
+            task = _torch.graph_task_id()
+            if task != self.task:
+                self._forget()
+                self._check_versions()
+                self.task = task
+                if task != -1:
+                    _torch.at_end_of_backward(self._forget)
+            step = self.plan.step_of[handle.op]
+            tensor = self._look_up(handle) if self.active == step else None
+            if tensor is None:
+                self._regenerate(step)
+                tensor = self._look_up(handle)
+            assert tensor is not None
+            return tensor
+
+    def _look_up(self, handle: Handle) -> Tensor | None:
+        """The tensor if it is there; what was captured is handed out once, so that it can be freed as soon as it was used."""
+        if handle.value is not None:
+            v = handle.value
+            return self.values[v] if v in self.values else self.kept.get(v)
+        captured = self.captures.get(handle.op)
+        if captured is None:
+            return None
+        tensor, captured[handle.k] = captured[handle.k], None
+        return tensor
+
+    def _forget(self) -> None:
+        with self.lock:
+            self.task = self.active = None
+            self.values, self.captures = {}, {}
+
+    def _check_versions(self) -> None:
+        for v, t, version in self.versions:
+            if _torch.version(t) != version:
+                raise RegenerationError(
+                    f"`{self.program.values[v].name}`, which the region {self._where()} keeps to regenerate its activations, was"
+                    " modified in place between the forward and the backward. Work on a copy (`y.clone()`), or keep the"
+                    " activations with `revfx.testing.store_activations()`."
+                )
+
+    def _where(self) -> str:
+        return f"at {self.program.ops[self.region.start].where or 'an unknown place'}"
+
+    def _regenerate(self, step: int) -> None:
+        """Makes the values and captures of `step`, from the regenerated cut above it or the nearest kept one."""
+        active, self.captures = self.active, {}
+        try:
+            if step in self.kept_cuts:
+                self._run_step(step, dict(self.kept_cuts[step]), replay=True, target=True)
+            else:
+                above = min(c for c in self.kept_cuts if c > step)
+                if active is not None and step < active < above:
+                    above, known = active, self.values
+                else:
+                    known = dict(self.kept_cuts[above])
+                self.values = {}
+                for s in range(above - 1, step - 1, -1):
+                    known = self._run_step(s, known, replay=False, target=s == step)
+        except BaseException:
+            self.active, self.values, self.captures = None, {}, {}
+            raise
+        self.active = step
+
+    def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
+        """The regenerated values of one step; with `target` also those that autograd asks for, and its captures."""
+        step = self.region.steps[number]
+        wanted: set[int] = set() if replay else {v for v in step.entry if v not in self.kept}
+        captured: set[int] = set()
+        if target:
+            wanted |= {v for v in self.wanted.get(number, ()) if v not in self.kept}
+            captured = self.captured_ops.get(number, captured)
+        base = step.entry if replay else step.exit
+        key = (number, replay, frozenset(wanted), frozenset(captured))
+        instructions = self.plan.schedules.get(key)
+        if instructions is None:
+            have = {*base, *self.kept}
+            instructions = schedule(self.program, step, have, replay, frozenset(wanted), frozenset(captured))
+            self.plan.schedules[key] = instructions
+        env = {**self.kept, **{v: known[v] for v in base if v in known}}
+        known.clear()  # the caller's reference too: what is used up here is freed here
+        self.values = {}
+        with torch.no_grad(), _without_hooks():
+            for instruction in instructions:
+                self._execute(instruction, env)
+        self.values = {v: env[v] for v in wanted}
+        return self.values
+
+    def _execute(self, instruction: Instruction, env: Env) -> None:
+        d = instruction.run
+        if isinstance(d, Forward):
+            made = zip(self.program.ops[d.op].outs, self._rerun(d.op, env, instruction.capture), strict=True)
+        else:
+            made = [(d.arc.head, d.arc.solve(*(env[v] for v in d.arc.tail)))]
+        for v, t in made:
+            if v not in self.kept:
+                env[v] = self._as_it_was(v, t)
+        for v in instruction.drop:
+            if v not in self.kept:
+                env.pop(v, None)
+
+    def _as_it_was(self, v: int, t: Tensor) -> Tensor:
+        """`t` with the strides that the value had in the forward: kernels and what they save depend on them."""
+        shape, stride, _ = self.layout[v]
+        if t.layout != torch.strided or t.stride() == stride or type(t) is not Tensor:
+            return t
+        if 0 in stride or tuple(t.shape) != shape:
+            return t.reshape(shape)
+        return torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+
+    def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
+        """The outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
+        op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
+        inputs = {v: _leaf(env[v], self.layout[v][2]) for v in op.ins}
+        saved: list[Tensor | None] = []
+
+        def pack(t: Tensor) -> None:
+            saved.append(t.detach() if capture else None)
+
+        with contextlib.ExitStack() as stack:
+            if surroundings is not None:
+                stack.enter_context(surroundings.restored())
+            for device, enabled, dtype, cache in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(saved_tensors_hooks(pack, _never))
+            outs = [t.detach() for t in call.invoke(inputs)]
+        if capture:
+            metas = [(tuple(t.shape), t.dtype) for t in saved if t is not None]
+            if metas != self.saved_meta[index]:
+                raise RegenerationError(
+                    f"`{call.name}` ({op.where or 'unknown place'}) did not save the same tensors when it was run again for the"
+                    f" backward: {len(self.saved_meta[index])} in the forward, {len(metas)} now, or other shapes. It branches on"
+                    " values that rounding can flip, or depends on state that changed since. Keep its activations with"
+                    " `revfx.testing.store_activations()`, or make it deterministic."
+                )
+            self.captures[index] = saved
+        return outs
+
+
+def _identity(t: Tensor) -> tuple[Any, ...] | None:
+    """What tells two live tensors apart: address, shape, strides and dtype; None where that says nothing."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.numel() == 0:
+        return None
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype
+
+
+def _leaf(t: Tensor, requires_grad: bool) -> Tensor:
+    leaf = t.detach()
+    return leaf.requires_grad_() if requires_grad and (leaf.is_floating_point() or leaf.is_complex()) else leaf
+
+
+def _unpack(handle: Handle) -> Tensor:
+    return handle.state.fetch(handle)
+
+
+def _never(_: object) -> Tensor:
+    raise RegenerationError("the graph of a re-run is never differentiated")
+
+
+@contextlib.contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Saved-tensor hooks that the user has around the backward do not see the inverses."""
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield
+
+
+def store_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
+    """None; the same operations with ordinary autograd storage."""
+    region = plan.region
+    for index in range(region.start, region.stop):
+        for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
+            env[v] = t

@@ -1,0 +1,40 @@
+"""When a reversible region runs as plain code: nothing to differentiate, a tracer at work, or the user asked for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from revfx import _torch
+
+
+_storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
+
+
+@contextlib.contextmanager
+def store_activations() -> Iterator[None]:
+    """A context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary autograd storage.
+
+    The oracle of every test of revfx, and the way out where a region can't be regenerated.
+    """
+    token = _storing.set(True)
+    try:
+        yield
+    finally:
+        _storing.reset(token)
+
+
+def runs_plain(inputs: Iterable[Tensor]) -> bool:
+    """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, fake inputs."""
+    return (
+        not torch.is_grad_enabled()
+        or _storing.get()
+        or torch.jit.is_tracing()
+        or torch.jit.is_scripting()
+        or _torch.in_functorch_transform()
+        or any(_torch.is_fake(t) for t in inputs)
+    )

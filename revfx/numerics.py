@@ -1,0 +1,65 @@
+"""Where rounding would grow too much, or a factor comes too near to zero, a cut is kept instead of regenerated.
+
+Inverting `v = c*v + ...` multiplies rounding errors by 1/|c|. For factors that are data the root mean square of 1/|c|
+over the elements is measured while the forward runs. The product along each stream since the last kept cut, times the
+dtype's eps, may reach a tolerance (default sqrt(eps)); a factor whose smallest magnitude lies under the same tolerance,
+or that is not finite, is not divided by at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from revfx.passes.cuts import Step
+from revfx.passes.plan import amplification
+
+
+def measures(step: Step) -> bool:
+    """Whether a step divides by a factor that only the run knows."""
+    return any(a.measured for a in step.arcs)
+
+
+class Growth:
+    """How much regenerating has amplified rounding errors since the last kept cut, per value of the current cut."""
+
+    def __init__(self, tolerance: float | None) -> None:
+        self.tolerance = tolerance
+        self.growth: dict[int, float] = {}
+
+    def close(self, step: Step, env: Mapping[int, Tensor], replayed: bool) -> tuple[bool, bool]:
+        """(the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted anyway."""
+        if replayed or not step.arcs:
+            self.growth = {v: self.growth.get(v, 1.0) for v in step.exit} if not replayed else {}
+            return False, False
+        eps = max((torch.finfo(env[v].dtype).eps for v in step.exit if env[v].is_floating_point()), default=0.0)
+        tolerance = self.tolerance if self.tolerance is not None else eps**0.5
+        measured: dict[int, float] = {}
+        for arc in step.arcs:
+            if arc.measured:
+                index = int(arc.factor or 0)
+                growth, least = _measure(env[index], arc.reciprocal)
+                if not least >= tolerance:  # also when it is NaN
+                    self.growth = {}
+                    return True, False
+                measured[index] = growth
+        self.growth = amplification(step, self.growth, measured)
+        if max(self.growth.values(), default=1.0) * eps > tolerance:
+            self.growth = {}
+            return False, True
+        return False, False
+
+
+def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:
+    """(root mean square of 1/|c|, smallest |c|) of c = factor, or of c = 1/factor."""
+    if factor.numel() == 0:
+        return 1.0, 1.0
+    f = factor.detach().abs().to(torch.float64 if factor.dtype == torch.float64 else torch.float32)
+    if reciprocal:
+        growth, least = f.square().mean().sqrt(), f.amax().reciprocal()
+    else:
+        growth, least = f.reciprocal().square().mean().sqrt(), f.amin()
+    growth, least = torch.stack((growth, least)).tolist()
+    return growth, least if growth == growth and growth != float("inf") else float("nan")

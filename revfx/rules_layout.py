@@ -1,0 +1,225 @@
+"""Inverse rules of operations that only move elements: every one of them gives back the very bits."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, meta, register_inverse
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(meta(node).shape)
+
+
+def _ints(args: Sequence[Any]) -> list[int]:
+    """Dimensions given as `f(x, 1, 2)` or `f(x, (1, 2))`."""
+    return list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
+
+
+@register_inverse(
+    torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.ravel, torch.clone,
+    "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "contiguous", "clone",
+    torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
+)  # fmt: skip
+def reshape(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
+    a = node.args[0] if node.args else node.kwargs["input"]
+    if meta(a).dtype != meta(node).dtype:
+        yield NoInverse(a, "a view with another dtype is not followed")
+        return
+    shape = _shape(a)
+    yield Inverse(a, lambda y: y.reshape(shape), exact=True)
+
+
+@register_inverse(torch.permute, "permute")
+def permute(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
+    a = node.args[0]
+    dims = _ints(node.args[1:]) or list(node.kwargs["dims"])  # type: ignore[arg-type]
+    n = len(_shape(a))
+    back = sorted(range(n), key=lambda i: dims[i] % n)
+    yield Inverse(a, lambda y: y.permute(back), exact=True)
+
+
+@register_inverse(torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims")
+def transpose(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.transpose(i, j)`; `a = y.transpose(i, j)`."""
+    a = node.args[0]
+    i, j = (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))[:2]
+    yield Inverse(a, lambda y: y.transpose(i, j), exact=True)
+
+
+@register_inverse(torch.movedim, torch.moveaxis, "movedim", "moveaxis")
+def movedim(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.movedim(i, j)`; `a = y.movedim(j, i)`."""
+    a, i, j = arguments(node, "input", "source", "destination")
+    yield Inverse(a, lambda y: y.movedim(j, i), exact=True)
+
+
+@register_inverse(torch.t, "t", getattr)
+def attribute(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.T` (also `a.mT`, `a.t()`); `a = y.T`."""
+    a = node.args[0]
+    name = node.args[1] if node.target is getattr else "T"
+    if name in ("T", "mT"):
+        yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute(*reversed(range(y.ndim))), exact=True)
+    else:
+        yield NoInverse(a, f"the attribute `{name}` is not followed")
+
+
+@register_inverse(torch.flip, "flip")
+def flip(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.flip(d)`; `a = y.flip(d)`."""
+    a = node.args[0]
+    dims = _ints(node.args[1:]) or _ints([node.kwargs["dims"]])
+    yield Inverse(a, lambda y: y.flip(dims), exact=True)
+
+
+@register_inverse(torch.roll, "roll")
+def roll(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.roll(s, d)`; `a = y.roll(-s, d)`."""
+    a, shifts, dims = arguments(node, "input", "shifts", dims=None)
+    back = [-s for s in shifts] if isinstance(shifts, (tuple, list)) else -shifts
+    yield Inverse(a, (lambda y: y.roll(back)) if dims is None else (lambda y: y.roll(back, dims)), exact=True)
+
+
+@register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle)
+def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
+    """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
+    a, r = node.args[0], (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))[0]
+    back = F.pixel_unshuffle if node.target is torch.pixel_shuffle else F.pixel_shuffle
+    yield Inverse(a, lambda y: back(y, r), exact=True)
+
+
+@register_inverse(torch.channel_shuffle)
+def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
+    """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
+    a, groups = node.args[0], (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))[0]
+    back = _shape(a)[1] // groups
+    yield Inverse(a, lambda y: torch.channel_shuffle(y, back), exact=True)
+
+
+# --- a whole from its parts, and parts from their whole ----------------------------------------------------------------
+@register_inverse(torch.cat, torch.concat, torch.concatenate)
+def cat(node: fx.Node) -> Iterator[Direction]:
+    """`y = cat([a, b, ...], d)`; each part is the slice of y where it lies."""
+    parts, dim = arguments(node, "tensors", dim=0)
+    if dim is None or "axis" in node.kwargs:
+        dim = node.kwargs.get("axis", 0)
+    at = 0
+    for part in parts:
+        size = _shape(part)[dim]
+        yield Inverse(part, _narrow(dim, at, size), exact=True)
+        at += size
+
+
+def _narrow(dim: int, start: int, size: int) -> Any:
+    return lambda y: y.narrow(dim, start, size)
+
+
+@register_inverse(torch.stack)
+def stack(node: fx.Node) -> Iterator[Direction]:
+    """`y = stack([a, b, ...], d)`; each part is `y.select(d, i)`."""
+    parts, dim = arguments(node, "tensors", dim=0)
+    for i, part in enumerate(parts):
+        yield Inverse(part, _select(dim, i), exact=True)
+
+
+def _select(dim: int, i: int) -> Any:
+    return lambda y: y.select(dim, i)
+
+
+@register_inverse(torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "split_with_sizes", "tensor_split")
+def split(node: fx.Node) -> Iterator[Direction]:
+    """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
+    a, _, dim = arguments(node, "input", "sizes", dim=0)
+    dim = dim % len(_shape(a))
+    at = 0
+    for i, part in enumerate(node.meta["val"]):
+        size = part.shape[dim]
+        yield Tile(a, dim, range(at, at + size), part=i)
+        at += size
+
+
+@register_inverse(torch.unbind, "unbind")
+def unbind(node: fx.Node) -> Iterator[Direction]:
+    """`a_i = a.select(d, i)`."""
+    a, dim = arguments(node, "input", dim=0)
+    dim = dim % len(_shape(a))
+    for i in range(len(node.meta["val"])):
+        yield Tile(a, dim, range(i, i + 1), part=i, squeezed=True)
+
+
+@register_inverse(torch.narrow, "narrow")
+def narrow(node: fx.Node) -> Iterator[Direction]:
+    """`y = a[..., start:start+length, ...]`."""
+    a, dim, start, length = arguments(node, "input", "dim", "start", "length")
+    dim = dim % len(_shape(a))
+    if isinstance(start, int):
+        start = start % max(1, _shape(a)[dim])
+        yield Tile(a, dim, range(start, start + length))
+
+
+@register_inverse(torch.select, "select")
+def select(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.select(dim, i)`."""
+    a, dim, i = arguments(node, "input", "dim", "index")
+    dim = dim % len(_shape(a))
+    i = i % _shape(a)[dim]
+    yield Tile(a, dim, range(i, i + 1), squeezed=True)
+
+
+@register_inverse("__getitem__", operator.getitem)
+def getitem(node: fx.Node) -> Iterator[Direction]:
+    """`y = a[..., i:j:k, ...]`, a part of a along one dimension; `y = a[:, p]` for a permutation p, all of it."""
+    a, index = node.args
+    if not isinstance(a, fx.Node) or not isinstance(a.meta.get("val"), Tensor):
+        return
+    shape = _shape(a)
+    index = list(index) if isinstance(index, tuple) else [index]
+    if any(i is None or isinstance(i, (bool, list)) for i in index):
+        yield NoInverse(a, "an index with None, booleans or a list is not followed")
+        return
+    if Ellipsis in [i for i in index if not isinstance(i, fx.Node)]:
+        at = next(k for k, i in enumerate(index) if i is Ellipsis)
+        index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
+    real = [(d, i) for d, i in enumerate(index) if not (isinstance(i, slice) and range(shape[d])[i] == range(shape[d]))]
+    if not real:
+        yield Inverse(a, lambda y: y.reshape(shape), exact=True)
+        return
+    if len(real) > 1:
+        yield NoInverse(a, "slices along more than one dimension are not put together again")
+        return
+    dim, i = real[0]
+    if isinstance(i, slice):
+        yield Tile(a, dim, range(shape[dim])[i])
+    elif isinstance(i, int):
+        i = i % shape[dim]
+        yield Tile(a, dim, range(i, i + 1), squeezed=True)
+    else:
+        yield from permuted(a, dim, i)
+
+
+@register_inverse(torch.index_select, "index_select")
+def index_select(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.index_select(d, p)` for a permutation p; `a = y.index_select(d, argsort(p))`."""
+    a, dim, index = arguments(node, "input", "dim", "index")
+    yield from permuted(a, dim % len(_shape(a)), index)
+
+
+def permuted(a: fx.Node, dim: int, index: fx.Node) -> Iterator[Direction]:
+    """Whether indexing `a` along `dim` is a permutation; its values are read, so whoever plans must guard them."""
+    values = index.meta.get("constant")
+    size = _shape(a)[dim]
+    if values is None:
+        yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation")
+    elif values.dim() != 1 or values.dtype == torch.bool or sorted(i % size for i in values.tolist()) != list(range(size)):
+        yield NoInverse(a, f"the index is not a permutation of the {size} positions")
+    else:
+        yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p % size)), (index,), exact=True)

@@ -1,0 +1,187 @@
+"""What a call depends on besides its arguments, taken before it runs and put back around the re-run.
+
+Parameters, buffers and tensors that a function closes over are noted with their version and address, and compared
+before the re-run: autograd's own check does not see them under saved-tensor hooks. Buffers that the call may write are
+cloned, and the re-run works on the clones, so that it reads what the forward read and leaves what the forward left.
+The random state is kept only for calls that draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revfx import _torch
+from revfx.errors import RegenerationError
+
+
+ALWAYS_KEPT = 4096  # elements; a clone of a buffer this small is kept without comparing
+
+
+@dataclass(slots=True)
+class Held:
+    """One tensor that a call reads: where it hangs (None for closures), its version and address, and a clone if it was written."""
+
+    holder: dict[str, Any] | None
+    key: str
+    tensor: Tensor
+    version: int
+    address: int
+    clone: Tensor | None
+
+    def changed(self) -> bool:
+        """Whether the tensor was written, or its storage swapped, since it was noted."""
+        moved = _address(self.tensor) != self.address and not _torch.fsdp_in_use()
+        return _torch.version(self.tensor) != self.version or moved
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided else 0
+
+
+def _hold(holder: dict[str, Any] | None, key: str, tensor: Tensor, clone: bool) -> Held:
+    copy = tensor.detach().clone() if clone else None
+    return Held(holder, key, tensor, _torch.version(tensor), _address(tensor), copy)
+
+
+def reads_of(function: Callable[..., Any]) -> list[Held]:
+    """The tensors that calling `function` may read: of modules, closures, defaults, partials and bound objects."""
+    found: list[Held] = []
+    seen: set[int] = set()
+    stack: list[Any] = [function]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, (int, float, str, bytes, type(None), type, types.ModuleType)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            _module_reads(item, found, sharded=False)
+            stack.extend((vars(item).get("forward"), *_closure(type(item).forward)))
+        elif isinstance(item, Tensor):
+            found.append(_hold(None, "", item, clone=False))
+        elif isinstance(item, functools.partial):
+            stack.extend((item.func, item.args, item.keywords))
+        elif isinstance(item, types.FunctionType):
+            stack.extend(_cells(item))
+        elif isinstance(item, types.MethodType):
+            stack.extend((item.__func__, item.__self__))
+        elif isinstance(item, (list, tuple, set)):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+    return found
+
+
+def _module_reads(module: nn.Module, found: list[Held], sharded: bool) -> None:
+    """Notes the tensors of a module and of those below it; parameters that FSDP2 swaps by design are its own business."""
+    sharded = sharded or _torch.is_fsdp(module)
+    for key, p in module._parameters.items():
+        if p is not None and not sharded:
+            found.append(_hold(module._parameters, key, p, clone=False))
+    for key, b in module._buffers.items():
+        if b is not None:
+            found.append(_hold(module._buffers, key, b, clone=True))
+    for key, value in vars(module).items():
+        if isinstance(value, Tensor):
+            found.append(_hold(vars(module), key, value, clone=True))
+    for child in module._modules.values():
+        if child is not None:
+            _module_reads(child, found, sharded)
+
+
+def _closure(function: Any) -> list[Any]:
+    out: list[Any] = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            out.append(cell.cell_contents)
+    return out
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    named = [function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__]
+    tensors = [v for v in named if isinstance(v, (Tensor, nn.Module))]
+    return [*_closure(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *tensors]
+
+
+@dataclass(slots=True)
+class Random:
+    """The state of the CPU's generator and, where given, of one accelerator's."""
+
+    cpu: Tensor
+    device: torch.device | None
+    accelerator: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device | None) -> Random:
+        """The current state."""
+        accelerator = torch.get_device_module(device).get_rng_state(device) if device is not None else None
+        return Random(torch.get_rng_state(), device, accelerator)
+
+    def restore(self) -> None:
+        """None; the generators go on from this state."""
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    def same(self, other: Random) -> bool:
+        """Whether nothing was drawn between the two."""
+        return torch.equal(self.cpu, other.cpu) and (
+            self.accelerator is None or other.accelerator is None or torch.equal(self.accelerator, other.accelerator)
+        )
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What one call depended on: the tensors it could read, and the random state where it drew."""
+
+    name: str
+    held: list[Held]
+    random: Random | None = None
+
+    def settle(self) -> None:
+        """None; called after the forward call: clones of large buffers that it did not write are let go."""
+        for h in self.held:
+            if h.clone is None or h.clone.numel() <= ALWAYS_KEPT:
+                continue
+            silent = h.tensor.dim() <= 1 and not torch.equal(h.tensor.detach(), h.clone)  # batch norm bumps no version
+            if _torch.version(h.tensor) == h.version and not silent:
+                h.clone = None
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """A context in which the call can be run again as it ran; afterwards everything is as it was before.
+
+        Raises:
+            RegenerationError: a tensor that the call read was written, or its storage swapped, since.
+        """
+        swapped: list[tuple[dict[str, Any], str, Any]] = []
+        random = Random.now(self.random.device) if self.random is not None else None
+        for h in self.held:
+            if h.clone is None and h.changed():
+                what = f"`{h.key}` of `{self.name}`" if h.key else f"a tensor that `{self.name}` closes over"
+                raise RegenerationError(
+                    f"{what} was modified in place (or its `.data` was replaced) between the forward and the backward, so the"
+                    f" activations of `{self.name}` can't be regenerated as they were. Run the backward before the update, or"
+                    " keep the activations with `revfx.testing.store_activations()`."
+                )
+        try:
+            for h in self.held:
+                use = h.tensor if h.clone is None else h.clone.clone()
+                if h.holder is not None and (h.clone is not None or h.holder.get(h.key) is not h.tensor):
+                    swapped.append((h.holder, h.key, h.holder.get(h.key)))
+                    h.holder[h.key] = use
+            if self.random is not None:
+                self.random.restore()
+            yield
+        finally:
+            for holder, key, value in reversed(swapped):
+                holder[key] = value
+            if random is not None:
+                random.restore()
