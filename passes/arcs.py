@@ -67,7 +67,8 @@ class _Lowering:
         for i, arcs in self._tilings(op_nodes, outs):
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
-        values = tuple(replace(v, written=v.storage in written) for v in self.values)
+        theirs = {v.storage for v in self.values if v.given or v.source}
+        values = tuple(replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
         return Lowered(Program(values, tuple(ops), outputs), tuple(op_nodes), tuple(self.value_nodes))
 
     @staticmethod

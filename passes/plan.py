@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from revfx.passes.closure import Derivation, Forward, Invert
+from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step, needed
 from revfx.passes.program import Program
-from revfx.passes.regions import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,28 +74,6 @@ def amplification(step: Step, before: dict[int, float], measured: dict[int, floa
         for v in arc.tail if arc.exact else arc.tail[:1]:
             growth[v] = max(growth.get(v, 1.0), grown)
     return {v: growth.get(v, 1.0) for v in step.exit}
-
-
-def describe(program: Program, region: Region) -> str:
-    """One line per value of a region: its type, whether it is saved, recomputed or inverted, and where it was written."""
-    saved = {*region.entry, *region.exit, *region.saved, *region.side}
-    lines: list[str] = []
-    for step in region.steps:
-        how: dict[int, str] = {}
-        for d in step.derive:
-            if isinstance(d, Invert):
-                how.setdefault(d.arc.head, f"invert     {d.arc.text}")
-        for i in range(step.start, step.stop):
-            op = program.ops[i]
-            for v in (*op.ins, *op.outs):
-                if program.values[v].source or (v in op.ins and program.made_at[v] >= step.start):
-                    continue
-                if v in op.ins and (v not in how or v in saved or how[v] == ""):
-                    continue
-                action = "save" if v in saved else how.get(v, f"recompute  {program.values[v].name} = {op.name}")
-                lines.append(f"{type_text(program, v):<24} {action}  {op.where}".rstrip())
-                how[v] = ""
-    return "\n".join(line for line in lines if line)
 
 
 def type_text(program: Program, value: int) -> str:

@@ -20,7 +20,8 @@ class Value:
 
     `source` values are alive whatever we do and are free to read in the backward. `storage` numbers the memory that
     the value lives in, so views of one tensor share it. `written` says that an operation outside any region writes to
-    that memory later. `given` marks the program's own inputs.
+    that memory later. `given` marks what lives in the memory
+    of the program's own inputs or of a source. `nbytes` is the size of the whole memory that a value keeps alive.
     """
 
     name: str
@@ -130,10 +131,5 @@ class Program:
 
     def nbytes(self, values: Sequence[int]) -> int:
         """Bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at all."""
-        held = {self.values[v].storage: 0 for v in values}
-        for v in values:
-            value = self.values[v]
-            if not (value.source or value.given):
-                held[value.storage] = max(held[value.storage], value.nbytes)
-        given = {self.values[v].storage for v in values if self.values[v].given}
-        return sum(size for storage, size in held.items() if storage not in given)
+        held = {x.storage: x.nbytes for x in (self.values[v] for v in values) if not (x.source or x.given)}
+        return sum(held.values())

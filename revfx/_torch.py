@@ -82,3 +82,8 @@ def fsdp_in_use() -> bool:
     from torch.distributed._composable_state import _module_state_mapping
 
     return len(_module_state_mapping) > 0
+
+
+def no_torch_function() -> Any:
+    """A context in which torch functions run without modes or subclass hooks."""
+    return torch._C.DisableTorchFunction()

@@ -112,7 +112,7 @@ class RegionRun:
         self._keep_all(self.kept, (*region.side, *region.saved), env)
         self._keep_all(self.kept_cuts.setdefault(0, {}), region.entry, env)
         growth = numerics.Growth(self.plan.tolerance)
-        alive = set(program.outputs)
+        alive, held = set(program.outputs), {*region.saved, *region.side}
         with saved_tensors_hooks(self._pack, _unpack):
             for number, step in enumerate(region.steps):
                 lower = {v: env[v] for v in step.entry} if number and numerics.measures(step) else {}
@@ -121,7 +121,7 @@ class RegionRun:
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
                         env[v] = t
                         self._note(v, t)
-                    self._keep_all(self.kept, [v for v in program.ops[index].outs if v in region.saved], env)
+                    self._keep_all(self.kept, [v for v in program.ops[index].outs if v in held], env)
                     used = {a.factor for a in step.arcs if a.measured}
                     for v in (*program.ops[index].ins, *program.ops[index].outs):
                         if last[v] <= index and v in env and v not in alive and v not in used and not program.values[v].source:

@@ -28,6 +28,11 @@ def store_activations() -> Iterator[None]:
         _storing.reset(token)
 
 
+def storing() -> bool:
+    """Whether `store_activations` is active."""
+    return _storing.get()
+
+
 def runs_plain(inputs: Iterable[Tensor]) -> bool:
     """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, fake inputs."""
     return (

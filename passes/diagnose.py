@@ -1,0 +1,75 @@
+"""Why a search got stuck: the values that nothing derives, traced to the operations that lose them."""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from revfx.errors import Refusal
+from revfx.passes.cuts import Stuck
+from revfx.passes.program import Program
+
+
+def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
+    """The root causes of a stuck cut, each with the operation and the user's file and line.
+
+    Values that are unknown and the unknown values that each of their arcs would need form a graph. Its condensation
+    has sinks: a value that no arc gives (its readers have no inverse for it), or a cycle (a value that is needed to
+    compute what it should be solved from).
+    """
+    if stuck.barrier is not None:
+        op = program.ops[stuck.start]
+        return [Refusal(stuck.barrier, op.name, op.where)]
+    graph = _dependencies(program, stuck)
+    condensed = nx.condensation(graph)
+    found: list[Refusal] = []
+    for component in condensed.nodes:
+        if condensed.out_degree(component) == 0:
+            members: set[int] = condensed.nodes[component]["members"]
+            found.extend(_loop(program, stuck, members) if len(members) > 1 else _lost(program, stuck, next(iter(members))))
+    return found
+
+
+def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph:
+    """Edges from each unknown value to the unknown values that its inverse arcs inside the tried operations need."""
+    window = range(stuck.start, stuck.stop)
+    graph = nx.DiGraph()
+    todo = list(stuck.unknown)
+    graph.add_nodes_from(todo)
+    while todo:
+        value = todo.pop()
+        made = program.made_at[value]
+        needs = [program.ops[made].ins] if made in window else []
+        needs += [a.tail for i in window for a in program.ops[i].arcs if a.head == value] if value in stuck.unknown else []
+        for tail in needs:
+            for other in program.data(tail):
+                if other in stuck.unknown or program.made_at[other] in window:
+                    if other not in graph:
+                        todo.append(other)
+                    graph.add_edge(value, other)
+    return graph
+
+
+def _lost(program: Program, stuck: Stuck, value: int) -> list[Refusal]:
+    name = program.values[value].name
+    for i in program.users[value]:
+        if stuck.start <= i < stuck.stop:
+            op = program.ops[i]
+            reason = dict(op.refused).get(value, f"`{op.name}` has no inverse")
+            return [Refusal(f"`{name}` can't be computed back: {reason}", op.name, op.where)]
+    made = program.made_at[value]
+    op = program.ops[made] if made >= 0 else None
+    return [Refusal(f"`{name}` is read nowhere that could give it back", op.name if op else name, op.where if op else "")]
+
+
+def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
+    """A value that would have to be solved from something computed from itself: `y = x + f(x)`."""
+    solved = [
+        (i, a.head) for i in range(stuck.stop - 1, stuck.start - 1, -1) for a in program.ops[i].arcs if a.head in members and a.head in stuck.unknown
+    ]
+    for i, head in solved:
+        op = program.ops[i]
+        readers = [program.ops[u] for u in program.users[head] if u != i and stuck.start <= u < stuck.stop]
+        via = f", and `{readers[0].name}` of it" if readers else ""
+        reason = f"`{program.values[head].name}` is added to something computed from itself{via}: solving for it would need it"
+        return [Refusal(reason, op.name, op.where)]
+    return []

@@ -1,0 +1,89 @@
+"""A program cut into segments, plain ones and regions, and the readable text of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from revfx.passes.arcs import Lowered
+from revfx.passes.plan import type_text
+from revfx.passes.program import Program
+from revfx.passes.regions import Region
+from revfx.rules import op_name
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Operations start..stop-1, which run as they are, or as a region."""
+
+    start: int
+    stop: int
+    region: Region | None
+
+
+def segments(program: Program, regions: Sequence[Region]) -> tuple[Segment, ...]:
+    """The whole program as segments in order."""
+    cut: list[Segment] = []
+    at = 0
+    for region in regions:
+        if at < region.start:
+            cut.append(Segment(at, region.start, None))
+        cut.append(Segment(region.start, region.stop, region))
+        at = region.stop
+    if at < len(program.ops):
+        cut.append(Segment(at, len(program.ops), None))
+    return tuple(cut)
+
+
+def text(lowered: Lowered, cut: Sequence[Segment]) -> str:
+    """The program as Python-like lines; in a region each says what the backward does with the value."""
+    program = lowered.program
+    lines: list[str] = []
+    for number, segment in enumerate(cut):
+        region = segment.region
+        if region is not None:
+            kept = ", ".join(program.values[v].name for v in dict.fromkeys((*region.entry, *region.side, *region.exit)))
+            lines.append(
+                f"# region {number}: {len(region.steps)} steps, {sum(s.inverts for s in region.steps)} inverted;"
+                f" keeps {kept} ({region.kept_bytes:,} bytes), frees {region.freed_bytes:,} bytes"
+            )
+        for i in range(segment.start, segment.stop):
+            line = _line(lowered, i)
+            if region is not None:
+                line = f"    {line:<64}  # {_action(program, region, i)}"
+            lines.append(line.rstrip())
+        if region is not None:
+            lines.append("# end of region")
+    returned = ", ".join(program.values[v].name for v in program.outputs)
+    return "\n".join([*lines, f"return {returned}"])
+
+
+def _line(lowered: Lowered, index: int) -> str:
+    op, node = lowered.program.ops[index], lowered.op_nodes[index]
+    outs = ", ".join(lowered.program.values[v].name for v in op.outs) or "_"
+    args = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+    if node.op == "call_module":
+        return f"{outs} = self.{node.target}({', '.join(args)})"
+    if node.op == "call_method":
+        return f"{outs} = {args[0]}.{node.target}({', '.join(args[1:])})"
+    return f"{outs} = {op_name(node.target)}({', '.join(args)})"
+
+
+def _argument(value: object) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_argument(v) for v in value) + "]"
+    return repr(value)
+
+
+def _action(program: Program, region: Region, index: int) -> str:
+    saved = {*region.entry, *region.exit, *region.saved, *region.side}
+    inverted = {a.head for s in region.steps[1:] for a in s.arcs}
+    parts: list[str] = []
+    for v in program.ops[index].outs:
+        action = "save" if v in saved else "invert" if v in inverted else "recompute"
+        parts.append(f"{action} {type_text(program, v)}")
+    return ", ".join(parts)

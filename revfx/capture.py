@@ -1,0 +1,482 @@
+"""Records a forward as an fx graph: it runs once on fake tensors, which have shapes and strides but no data.
+
+Sub-modules stay whole unless they are named in `opened`. Unlike symbolic tracing with proxies the user's code sees
+tensors: shapes are numbers, in-place operators stay in place, chunks can be iterated, and code that asks for a value
+that is not there says so. Python code of what is opened runs at capture and not afterwards, so whatever it would leave
+behind (attributes, hooks, draws from Python's generator) makes it untraceable, and what it read is part of the key.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.fingerprint import Snapshot, structure
+from revfx.inplace import functionalise
+from revfx.passes.atoms import has_atoms
+from revfx.rules import op_name
+
+
+class Untraceable(Exception):
+    """The forward can't be recorded: `reason`, `where` (the user's file and line), and the `path` of the module at fault."""
+
+    def __init__(self, reason: str, where: str = "", path: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.where, self.path = reason, where, path
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A recorded forward: the graph, where its inputs come from, and how its result is put together.
+
+    `inputs` are positions among the flattened arguments; `outputs` holds nodes and constants, `spec` their structure.
+    `attributes` says where each get_attr node's tensor hangs: (module path, name). `constants` are those of them whose
+    values the graph depends on, with address and version.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[int, ...]
+    outputs: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    attributes: dict[fx.Node, tuple[str, str]]
+    opened: frozenset[str]
+
+
+EFFECTS = frozenset(
+    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
+    "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
+)
+_lock = threading.Lock()
+_local = threading.local()
+_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]) -> Capture:
+    """The recorded `forward(*args, **kwargs)` of `root`.
+
+    Raises:
+        Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
+    """
+    with _lock:
+        recorder = _Recorder(root, opened)
+        watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
+        before, drawn = Snapshot.of([m for _, m in watched]), random.getstate()
+        try:
+            with _patched(), recorder.active():
+                fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
+                result = forward(*fake_args, **fake_kwargs)
+            changed = before.changed()
+            if changed is not None:
+                raise Untraceable(f"its forward sets `{changed[1]}`, which a recorded graph would not repeat", path=watched[changed[0]][0])
+            if random.getstate() != drawn:
+                raise Untraceable("its forward draws from Python's `random`, which a recorded graph would not repeat")
+            with _torch.no_torch_function():
+                return recorder.finish(result)
+        except Exception as e:
+            raise _untraceable(e, recorder.stack[-1]) from e
+        finally:
+            before.restore()
+            random.setstate(drawn)
+
+
+def _untraceable(error: Exception, path: str) -> Untraceable:
+    where = _where_raised(error)
+    if isinstance(error, Untraceable):
+        return Untraceable(error.reason, error.where or where, path if error.path is None else error.path)
+    if isinstance(error, _torch.DATA_DEPENDENT):
+        return Untraceable("its Python code depends on the values of a tensor", where, path)
+    text = str(error).splitlines()[0] if str(error) else ""
+    return Untraceable(f"running it on fake tensors raised {type(error).__name__}: {text}", where, path)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, root: nn.Module, opened: frozenset[str]) -> None:
+        super().__init__()
+        self.opened = opened
+        self.graph = fx.Graph()
+        self.fake = _torch.fake_mode()
+        self.paths: dict[int, str] = {}
+        self.real: dict[int, tuple[Tensor, str, str]] = {}
+        for path, module in root.named_modules(remove_duplicate=True):
+            self.paths[id(module)] = path
+            named = {**module._parameters, **module._buffers, **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}}
+            for name, t in named.items():
+                if t is not None:
+                    self.real.setdefault(id(t), (t, path, name))
+        self.fakes: dict[int, Tensor] = {}
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []
+        self.attributes: dict[fx.Node, tuple[str, str]] = {}
+        self.atoms: dict[int, bool] = {}
+        self.suspended = 0
+        self.generation: dict[int, int] = {}
+        self.inputs: list[int] = []
+        self.memo: dict[Any, _Seen | None] = {}
+        self.ambient = ambient_state()
+        self.stack: list[str] = [""]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        _local.recorder = self
+        try:
+            with self.fake, self:
+                yield
+        finally:
+            _local.recorder = None
+
+    # --- inputs, attributes and results --------------------------------------------------------------------------------
+    def fake_inputs(self, tree: Any) -> Any:
+        with _torch.no_torch_function():
+            leaves, spec = pytree.tree_flatten(tree)
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    known = id(leaf) in self.fakes
+                    leaves[i] = self._to_fake(leaf)
+                    if not known and id(leaf) not in self.real:
+                        self._name(self.graph.placeholder(f"input_{len(self.inputs)}"), leaves[i])
+                        self.inputs.append(i)
+            return pytree.tree_unflatten(leaves, spec)
+
+    def _to_fake(self, t: Tensor) -> Tensor:
+        if _torch.is_fake(t):
+            return t
+        fake = self.fakes.get(id(t))
+        if fake is None:
+            self.alive.append(t)
+            fake = self.fakes[id(t)] = self.fake.from_tensor(t)
+        return fake
+
+    def _convert(self, tree: Any) -> Any:
+        """`tree` with every real tensor replaced by its fake."""
+        if isinstance(tree, Tensor):
+            fake = self._to_fake(tree)
+            if fake is not tree and id(fake) not in self.nodes and not self.suspended:
+                self._attribute(tree, fake)
+            return fake
+        if isinstance(tree, (list, tuple)) and any(isinstance(x, (Tensor, list, tuple, dict, slice)) for x in tree):
+            items = [self._convert(x) for x in tree]
+            return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        if isinstance(tree, dict) and tree:
+            return {k: self._convert(v) for k, v in tree.items()}
+        return tree
+
+    def _attribute(self, t: Tensor, fake: Tensor) -> None:
+        known = self.real.get(id(t))
+        if known is None:
+            raise Untraceable(
+                "it reads a tensor that is neither an argument nor a parameter, buffer or attribute of the model (a global, or one"
+                " kept in a container); use `register_buffer`"
+            )
+        _, path, name = known
+        qualified = f"{path}.{name}" if path else name
+        with self._ahead():
+            node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
+        if not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536:
+            node.meta["constant"] = t
+        self._name(node, fake)
+        self.attributes[node] = (path, name)
+
+    @contextmanager
+    def _ahead(self) -> Iterator[None]:
+        """Attributes are read before everything else: in the graph they are sources."""
+        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        if first is None:
+            yield
+        else:
+            with self.graph.inserting_before(first):
+                yield
+
+    def _name(self, node: fx.Node, fake: Tensor) -> None:
+        key = _torch.storage_key(fake) if fake.layout == torch.strided else id(fake)
+        node.meta.update(val=fake, storage=(key, self.generation.get(key, 0)), where=node.meta.get("where", ""))
+        if fake.layout == torch.strided:
+            node.meta["storage_nbytes"] = fake.untyped_storage().nbytes()
+        self.nodes[id(fake)] = node
+        self.alive.append(fake)
+
+    def finish(self, result: Any) -> Capture:
+        """The capture, once the forward has returned `result`."""
+        leaves, spec = pytree.tree_flatten(result)
+        outputs: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                outputs.append(self._node(self._convert(leaf)))
+            elif isinstance(leaf, (int, float, str, bool, complex, torch.dtype, torch.device, type(None))):
+                outputs.append(leaf)
+            else:
+                raise Untraceable(f"it returns a {type(leaf).__name__}, which is not a tensor or a container of tensors")
+        self.graph.output(tuple(outputs))
+        functionalise(self.graph)
+        self.graph.lint()
+        return Capture(self.graph, tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened)
+
+    def _node(self, fake: Tensor) -> fx.Node:
+        node = self.nodes.get(id(fake))
+        if node is None:
+            raise Untraceable("it uses a tensor made by something that can't be recorded")
+        return node
+
+    # --- recording -----------------------------------------------------------------------------------------------------
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = self._convert(args), self._convert(kwargs or {})
+        if self.suspended:
+            out = func(*args, **kwargs)
+            self._follow_atoms(op_name(func), (args, kwargs), out)
+            return out
+        name = op_name(func)
+        if name in EFFECTS:
+            raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat")
+        if name == "__get__":
+            name = func.__self__.__name__
+            out = func(*args, **kwargs)
+            return self.record("call_function", getattr, (args[0], name), {}, out, [])
+        method = getattr(torch.Tensor, name, None) == func
+        versions = [(t, _torch.version(t)) for t in _tensors((args, kwargs))]
+        out = func(*args, **kwargs)
+        mutated = [t for t, v in versions if _torch.version(t) != v]
+        if name in ("batch_norm", "instance_norm") and _updates_statistics(name, args, kwargs):
+            mutated.append(args[1] if len(args) > 1 else kwargs["running_mean"])
+        return self.record("call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated)
+
+    def record(self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any) -> Any:
+        """`out`, after adding the node that makes it (unless it makes no tensor and changes none)."""
+        made = _tensors(out)
+        if not mutated and not meta.get("opaque") and all(id(t) in self.nodes for t in made):
+            return out
+        node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
+        node = self.graph.create_node(kind, target, node_args, node_kwargs)
+        node.meta.update(meta, where=_where(), opaque=meta.get("opaque", False), scope=self.stack[-1])
+        if (ambient := ambient_state()) != self.ambient:
+            node.meta["ambient"] = ambient
+        if any(isinstance(x, torch.Generator) for x in pytree.tree_leaves((args, kwargs))):
+            node.meta["barrier"] = "it draws from a generator of its own, whose state is not tracked"
+        if mutated:
+            node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
+            for t in mutated:
+                key = _torch.storage_key(t)
+                self.generation[key] = self.generation.get(key, 0) + 1
+        if isinstance(out, Tensor):
+            self._name(node, out)
+        else:
+            node.meta["val"] = out
+            self.alive.append(out)
+            self._take_apart(node, out)
+        return out
+
+    def _take_apart(self, node: fx.Node, out: Any) -> None:
+        items = enumerate(out) if isinstance(out, (tuple, list)) else out.items() if isinstance(out, dict) else ()
+        for key, item in items:
+            if not isinstance(item, (Tensor, tuple, list, dict)):
+                continue
+            part = self.graph.call_function(operator.getitem, (node, key))
+            part.meta["where"] = node.meta["where"]
+            if isinstance(item, Tensor):
+                if id(item) not in self.nodes:
+                    self._name(part, item)
+                else:
+                    part.meta["val"] = item
+                    part.meta["storage"] = self.nodes[id(item)].meta["storage"]
+            else:
+                part.meta["val"] = item
+                self._take_apart(part, item)
+
+    def _to_nodes(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return self._node(tree)
+        if isinstance(tree, (list, tuple)):
+            items = [self._to_nodes(x) for x in tree]
+            return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        if isinstance(tree, dict):
+            return {k: self._to_nodes(v) for k, v in tree.items()}
+        if isinstance(tree, slice):
+            return slice(*(self._to_nodes(x) for x in (tree.start, tree.stop, tree.step)))
+        return tree
+
+    def _follow_atoms(self, name: str, operands: Any, out: Any) -> None:
+        flag = has_atoms(name, [self.atoms.get(id(t), True) for t in _tensors(operands)])
+        for t in _tensors(out):
+            self.atoms[id(t)] = flag
+            self.alive.append(t)
+
+    # --- calls of sub-modules and autograd functions -------------------------------------------------------------------
+    def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.suspended:
+            return module.forward(*args, **kwargs)
+        path = self.paths.get(id(module))
+        if path is None:
+            raise Untraceable(f"it calls a {type(module).__name__} that is not registered as a sub-module")
+        if path in self.opened:
+            self.stack.append(path)
+            out = module.forward(*args, **kwargs)
+            self.stack.pop()  # not in a finally: after an error it tells where it happened
+            return out
+        with _torch.no_torch_function():
+            args, kwargs = self._convert(args), self._convert(kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            key = (structure(module), str(spec), tuple(_meta(x) for x in leaves), ambient_state())
+            versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
+            seen = self.memo.get(key)
+            if seen is not None:
+                return self.record("call_module", path, args, kwargs, seen.fresh(), [], atoms=seen.atoms, opaque=True)
+        out = self._run_whole(module, args, kwargs)
+        with _torch.no_torch_function():
+            out = self._fakes_of(out)
+            mutated = [t for t, v in versions if _torch.version(t) != v]
+            atoms = any(self.atoms.get(id(t), True) for t in _tensors(out))
+            if any(not isinstance(x, (Tensor, type(None))) for x in pytree.tree_leaves(out)):
+                raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts")
+            if not mutated:
+                self.memo[key] = _Seen.of(out, [t for t, _ in versions], atoms)
+            return self.record("call_module", path, args, kwargs, out, mutated, atoms=atoms, opaque=True)
+
+    def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What `module` returns on fakes; what its Python code leaves behind is undone."""
+        before, drawn = Snapshot.of(list(module.modules())), random.getstate()
+        self.suspended += 1
+        try:
+            return module.forward(*args, **kwargs)
+        finally:
+            self.suspended -= 1
+            before.restore()
+            random.setstate(drawn)
+
+    def _fakes_of(self, out: Any) -> Any:
+        self.suspended += 1
+        try:
+            return self._convert(out)
+        finally:
+            self.suspended -= 1
+
+    def call_function(self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.suspended:
+            return apply(function, *args, **kwargs)
+        with _torch.no_torch_function():
+            args, kwargs = self._convert(args), self._convert(kwargs)
+            versions = [(t, _torch.version(t)) for t in _tensors((args, kwargs))]
+        self.suspended += 1
+        try:
+            out = apply(function, *args, **kwargs)
+        finally:
+            self.suspended -= 1
+        with _torch.no_torch_function():
+            mutated = [t for t, v in versions if _torch.version(t) != v]
+            return self.record("call_function", function.apply, args, kwargs, out, mutated, opaque=True)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a module gave on fake arguments: enough to make the like for another module of the same structure."""
+
+    metas: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    atoms: bool
+
+    @staticmethod
+    def of(out: Any, inputs: list[Tensor], atoms: bool) -> _Seen | None:
+        """None where results share memory with arguments or each other, which fresh ones would not."""
+        leaves, spec = pytree.tree_flatten(out)
+        made = [t for t in leaves if isinstance(t, Tensor)]
+        if any(t.layout != torch.strided for t in (*made, *inputs)):
+            return None
+        keys = [_torch.storage_key(t) for t in made]
+        if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
+            return None
+        metas = [None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device) for t in leaves]
+        return _Seen(tuple(metas), spec, atoms)
+
+    def fresh(self) -> Any:
+        """New fake results."""
+        made = [None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=m[3]) for m in self.metas]
+        return pytree.tree_unflatten(made, self.spec)
+
+
+# --- patches, active for the capturing thread only -----------------------------------------------------------------------
+@contextmanager
+def _patched() -> Iterator[None]:
+    call_module, function = nn.Module.__call__, torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recorder = getattr(_local, "recorder", None)
+        return call_module(self, *args, **kwargs) if recorder is None else recorder.call_module(self, args, kwargs)
+
+    def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = getattr(_local, "recorder", None)
+        if recorder is None:
+            return apply.__func__(cls, *args, **kwargs)
+        return recorder.call_function(cls, apply.__func__, args, kwargs)
+
+    with ExitStack() as stack:
+        nn.Module.__call__ = __call__  # type: ignore[method-assign]
+        stack.callback(setattr, nn.Module, "__call__", call_module)
+        function.apply = classmethod(patched_apply)  # type: ignore[assignment,method-assign]
+        stack.callback(setattr, function, "apply", apply)
+        yield
+
+
+# --- small helpers ------------------------------------------------------------------------------------------------------
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [t for x in tree for t in _tensors(x)]
+    if isinstance(tree, dict):
+        return [t for x in tree.values() for t in _tensors(x)]
+    if isinstance(tree, slice):
+        return _tensors((tree.start, tree.stop, tree.step))
+    return []
+
+
+def _meta(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return tuple(x.shape), x.stride() if x.layout == torch.strided else None, x.dtype, x.device, x.requires_grad
+    return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)
+
+
+def _updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training" if name == "batch_norm" else "use_input_stats")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given.get("running_mean") is not None and bool(given.get(names[-1], name == "instance_norm"))
+
+
+def ambient_state() -> tuple[Any, ...]:
+    """Grad mode and autocast: what a `with` in the forward changes for the operations inside it."""
+    cpu, cuda = _torch.autocast_state("cpu"), _torch.autocast_state("cuda")
+    return torch.is_grad_enabled(), cpu[:2], cuda[:2]
+
+
+@contextmanager
+def ambience(ambient: tuple[Any, ...]) -> Iterator[None]:
+    """A context with the grad mode and autocast state that `ambient_state` noted."""
+    grad, cpu, cuda = ambient
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast("cpu", dtype=cpu[1], enabled=cpu[0]):
+        with torch.autocast("cuda", dtype=cuda[1], enabled=cuda[0]) if torch.cuda.is_available() else ExitStack():
+            yield
+
+
+def _where() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_ROOTS) and not frame.f_code.co_filename.startswith("<"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _where_raised(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOTS)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -1,0 +1,231 @@
+"""`convert`: the same model through another class, which runs its reversible regions without keeping their activations."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch, fingerprint
+from revfx.capture import ambient_state
+from revfx.errors import NotReversibleError, Refusal, RevfxWarning
+from revfx.mode import runs_plain, storing
+from revfx.planning import Outcome, Plan, make_plan
+
+
+MOST_PLANS = 64  # per model; a model called with ever new shapes runs plainly after that
+
+
+def convert(
+    model: nn.Module, example_inputs: Any = None, *, capture: str = "auto", strict: bool = False, exact: bool = False
+) -> nn.Module:
+    """A module that computes what `model` computes, with activation memory that does not grow with depth in its regions.
+
+    It is the same model seen through another class: parameters, buffers, sub-modules and hooks are shared by identity,
+    `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the model's own. At its first call
+    for given shapes, dtypes, `requires_grad` and training state the forward is recorded on fake tensors, regions whose
+    values can be derived from their outputs are looked for, and from then on their activations are freed in the forward
+    and regenerated, layer by layer, during the backward: `x1 = y1 - f(x2)` where the model computes `y1 = x1 + f(x2)`.
+
+    Args:
+        model: any module; it is not changed, and not run on real data for analysis.
+        example_inputs: a tuple of arguments (or a dict of keyword arguments) to make the plan for now.
+        capture: "fx" or "auto": how the forward is recorded.
+        strict: raise for every part that is left as it was, rather than leave it.
+        exact: not available yet.
+
+    Raises:
+        NotReversibleError: `strict` was given and something is left as it was.
+        ValueError: an unknown `capture`.
+
+    Warns:
+        RevfxWarning: nothing reversible was found; the text says why, and the model runs as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`convert` takes an nn.Module, not a {type(model).__name__}.")
+    if capture not in ("auto", "fx"):
+        raise ValueError(f"`capture={capture!r}` is not known; use 'auto' or 'fx'.")
+    if exact:
+        raise NotImplementedError("`exact=True` is not available in this version; leave it out.")
+    if isinstance(model, Reversible):
+        return model
+    converted = _reversible(model, Options(capture, strict))
+    if example_inputs is not None:
+        args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
+        converted.revfx.prepare(converted, args, kwargs)
+    return converted
+
+
+class Options:
+    """What `convert` was asked for."""
+
+    def __init__(self, capture: str, strict: bool) -> None:
+        self.capture, self.strict = capture, strict
+
+
+class Conversion:
+    """What a converted model knows: its options, and one outcome per kind of call."""
+
+    def __init__(self, forward: Callable[..., Any] | None, options: Options) -> None:
+        self.own_forward, self.options = forward, options
+        self.outcomes: dict[Any, list[tuple[Any, Outcome]]] = {}
+        self.lock = threading.RLock()
+        self.warned: set[str] = set()
+        self.parts_converted = False
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans made so far."""
+        return [o.plan for found in self.outcomes.values() for _, o in found if o.plan is not None]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """What was left as it was, and why."""
+        return list(dict.fromkeys(r for found in self.outcomes.values() for _, o in found for r in o.refusals))
+
+    @property
+    def code(self) -> str:
+        """The rewritten programs as readable text."""
+        return "\n\n".join(p.code for p in self.plans) or "(no plan yet: it is made at the first call)"
+
+    def forward(self, model: nn.Module) -> Callable[..., Any]:
+        """The model's own forward."""
+        if self.own_forward is not None:
+            return self.own_forward
+        return functools.partial(type(model)._revfx_base.forward, model)  # type: ignore[union-attr]
+
+    def prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
+        """The outcome for calls like this one, made now if there is none."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (_call_key(leaves), spec, ambient_state())
+        with self.lock:
+            outcome = self._known(key, model)
+            if outcome is None:
+                if sum(len(o) for o in self.outcomes.values()) >= MOST_PLANS:
+                    return Outcome(None, (Refusal(f"called in more than {MOST_PLANS} ways", type(model).__name__, ""),))
+                outcome = make_plan(model, self.forward(model), args, kwargs)
+                self.outcomes.setdefault(key, []).append((fingerprint.attributes(model), outcome))
+                self._report(model, outcome)
+            return outcome
+
+    def _known(self, key: Any, model: nn.Module) -> Outcome | None:
+        for state, outcome in self.outcomes.get(key, ()):
+            if outcome.plan.valid() if outcome.plan is not None else state == fingerprint.attributes(model):
+                return outcome
+        return None
+
+    def _report(self, model: nn.Module, outcome: Outcome) -> None:
+        reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
+        if self.options.strict and (outcome.plan is None or outcome.refusals):
+            node = outcome.refusals[0].op if outcome.refusals else None
+            raise NotReversibleError(f"`convert({type(model).__name__}, strict=True)`: left as it was:\n  {reasons}", node)
+        if outcome.untraceable and not self.parts_converted:
+            self._convert_parts(model)
+        if outcome.plan is None:
+            text = f"`convert({type(model).__name__})`: nothing reversible was found, so it runs as it was:\n  {reasons}"
+            if outcome.untraceable:
+                text = f"`convert({type(model).__name__})`: only its sub-modules are looked at:\n  {reasons}"
+            if text not in self.warned:
+                self.warned.add(text)
+                warnings.warn(text, RevfxWarning, stacklevel=6)
+
+    def _convert_parts(self, model: nn.Module) -> None:
+        """None; where the root can't be recorded, its largest sub-modules are converted in its place."""
+        self.parts_converted = True
+        vars(model)["_modules"] = {name: _part(m, self.options) for name, m in model._modules.items()}
+
+    def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What the model's forward returns for these arguments."""
+        forward = self.forward(model)
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        leaves, _ = pytree.tree_flatten((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        store = storing()
+        if (runs_plain(tensors) and not store) or _torch.has_global_module_hooks() or not tensors:
+            return forward(*args, **kwargs)
+        outcome = self.prepare(model, args, kwargs)
+        if outcome.plan is None:
+            return forward(*args, **kwargs)
+        return outcome.plan.run(leaves, store=store or runs_plain(tensors))
+
+
+class Reversible(nn.Module):
+    """Base of the classes of converted models; `model.revfx` tells what was found: `.code`, `.plans`, `.refusals`."""
+
+    _revfx_base: type[nn.Module]
+
+    @property
+    def revfx(self) -> Conversion:
+        """What the conversion knows about this model."""
+        return vars(self)["_revfx"]
+
+    def __repr__(self) -> str:
+        """The model's own text, and the rewritten programs."""
+        return f"{super().__repr__()}\n{self.revfx.code}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the model's own class and its state; plans are made again at the first call."""
+        state = {k: v for k, v in self.__getstate__().items() if k != "_revfx"}
+        conversion = self.revfx
+        options = (conversion.options.capture, conversion.options.strict)
+        return _restore, (self._revfx_base, options, conversion.own_forward), state
+
+
+@functools.cache
+def _class_for(base: type[nn.Module]) -> type[Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.revfx.call(self, args, kwargs)
+
+    body = {"forward": forward, "_revfx_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(f"Reversible{base.__name__}", (Reversible, base), body)
+
+
+def _reversible(model: nn.Module, options: Options) -> Any:
+    converted = object.__new__(_class_for(type(model)))
+    converted.__dict__.update(vars(model))
+    own = converted.__dict__.pop("forward", None)
+    converted.__dict__["_revfx"] = Conversion(own, options)
+    return converted
+
+
+def _restore(base: type[nn.Module], options: tuple[str, bool], own_forward: Any) -> Any:
+    restored = object.__new__(_class_for(base))
+    restored.__dict__["_revfx"] = Conversion(own_forward, Options(*options))
+    return restored
+
+
+def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
+    """A sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a container."""
+    if module is None or isinstance(module, (Reversible, torch.jit.ScriptModule)) or _torch.has_hooks(module):
+        return module
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        copy = object.__new__(type(module))
+        copy.__dict__.update(vars(module))
+        copy.__dict__["_modules"] = {name: _part(m, options) for name, m in module._modules.items()}
+        return copy
+    if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
+        return module
+    return _reversible(module, Options(options.capture, strict=False)) if any(True for _ in module.children()) else module
+
+
+def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
+    """Shapes, dtypes, layout and `requires_grad` of tensors and which of them share memory; other arguments by value."""
+    key: list[Any] = []
+    memory: dict[int, int] = {}
+    same: dict[int, int] = {}
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor):
+            strided = x.layout == torch.strided
+            shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
+            key.append((tuple(x.shape), x.stride() if strided else None, x.dtype, x.device, x.requires_grad, type(x), shared, same.setdefault(id(x), i)))
+        else:
+            key.append(x if isinstance(x, fingerprint.PRIMITIVE) else id(x))
+    return tuple(key)

@@ -1,0 +1,72 @@
+"""In-place operations of a recorded graph: made functional where nothing else can see the write, else a barrier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+
+FUNCTIONAL = frozenset(
+    "add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt __iadd__".split()
+)
+
+
+def functionalise(graph: fx.Graph) -> None:
+    """None; in-place nodes whose operand has no other reader become out of place, the others get `meta["barrier"]`.
+
+    A write can be seen by an input, a parameter or attribute that shares the memory, and by any other value in that
+    memory that is read afterwards.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    memory: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), Tensor):
+            memory.setdefault(node.meta["storage"][0], []).append(node)
+    for node in list(graph.nodes):
+        written = node.meta.get("mutates")
+        if written is None:
+            continue
+        reason = _why_not(node, written, memory, position)
+        if reason is None:
+            _make_functional(node)
+        else:
+            node.meta["barrier"] = reason
+
+
+def _why_not(node: fx.Node, written: list[fx.Node], memory: dict[int, list[fx.Node]], position: dict[fx.Node, int]) -> str | None:
+    if node.op == "call_module":
+        return "it writes to its input in place"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if len(written) != 1 or not node.args or node.args[0] is not written[0]:
+        return "it writes in place to something other than its first operand"
+    functional = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
+    if not functional and node.kwargs.get("inplace") is not True:
+        return "it writes in place, and has no functional form"
+    if _dtype_differs(node, written[0]):
+        return "it writes in place a result of another dtype"
+    here = position[node]
+    for other in memory[written[0].meta["storage"][0]]:
+        if other is node or position[other] > here:
+            continue
+        if other.op in ("placeholder", "get_attr"):
+            return f"it writes in place to memory of `{other.name}`, which is an input or an attribute of the model"
+        late = [user for user in other.users if position[user] > here]
+        if late:
+            return f"it writes in place to a value whose alias or view `{other.name}` is read later"
+    return None
+
+
+def _dtype_differs(node: fx.Node, operand: fx.Node) -> bool:
+    others = [n.meta["val"] for n in node.all_input_nodes if n is not operand and isinstance(n.meta.get("val"), Tensor)]
+    mine = operand.meta["val"]
+    return any(torch.promote_types(mine.dtype, o.dtype) != mine.dtype for o in others if o.is_floating_point() or o.dim() > 0)
+
+
+def _make_functional(node: fx.Node) -> None:
+    if node.op == "call_method":
+        node.target = str(node.target).rstrip("_")
+    elif node.kwargs.get("inplace") is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    else:
+        node.target = getattr(torch, node.target.__name__.rstrip("_"))
+    node.meta["made_functional"] = True

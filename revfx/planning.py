@@ -1,0 +1,247 @@
+"""From a model and its arguments to a plan: capture coarsely, look for regions, open what lies outside them, repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch, fingerprint
+from revfx.calls import Call, Slot
+from revfx.capture import Capture, Untraceable, ambience, capture
+from revfx.errors import Refusal
+from revfx.executor import RegionPlan, run_region, store_region
+from revfx.passes.arcs import Lowered, lower
+from revfx.passes.closure import Invert
+from revfx.passes.diagnose import diagnose
+from revfx.passes.regions import Region, find_regions
+from revfx.passes.rewrite import Segment, segments, text
+from revfx.rules import has_rule, op_name
+
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one model on arguments of given shapes.
+
+    `state` holds the modules whose Python code was recorded, with what that code may have read; the plan is valid while
+    they are as they were.
+    """
+
+    lowered: Lowered
+    captured: Capture
+    segments: tuple[Segment, ...]
+    regions: dict[int, RegionPlan]
+    calls: tuple[Call, ...]
+    sources: tuple[tuple[int, nn.Module, str], ...]
+    constants: tuple[tuple[Tensor, int, int], ...]
+    state: tuple[tuple[nn.Module, Any], ...]
+
+    def valid(self) -> bool:
+        """Whether the recorded code would do the same now."""
+        return all(fingerprint.attributes(m) == key for m, key in self.state) and all(
+            _torch.version(t) == version and t.data_ptr() == address for t, version, address in self.constants
+        )
+
+    def run(self, leaves: Sequence[Any], store: bool) -> Any:
+        """The model's result for flattened arguments; with `store`, with ordinary autograd storage."""
+        program, last = self.lowered.program, self.lowered.program.last_use
+        env: dict[int, Tensor] = {i: leaves[at] for i, at in zip(self._inputs, self.captured.inputs, strict=True)}
+        for index, module, name in self.sources:
+            env[index] = getattr(module, name)
+        for segment in self.segments:
+            if segment.region is not None and not store:
+                live = {v: t for v, t in env.items() if last[v] >= segment.start or program.values[v].source}
+                del env
+                run_region(self.regions[segment.start], self.calls, live)
+                env = live
+            elif segment.region is not None:
+                store_region(self.regions[segment.start], self.calls, env)
+            else:
+                for i in range(segment.start, segment.stop):
+                    op = program.ops[i]
+                    for v, t in zip(op.outs, self.calls[i].invoke(env), strict=True):
+                        env[v] = t
+                    for v in (*op.ins, *op.outs):
+                        if last[v] <= i and not program.values[v].source:
+                            env.pop(v, None)
+        index = {n: i for i, n in enumerate(self.lowered.value_nodes)}
+        out = [env[index[o]] if isinstance(o, fx.Node) else o for o in self.captured.outputs]
+        return pytree.tree_unflatten(out, self.captured.spec)
+
+    @property
+    def _inputs(self) -> list[int]:
+        return [i for i, n in enumerate(self.lowered.value_nodes) if n.op == "placeholder"]
+
+    @property
+    def code(self) -> str:
+        """The rewritten program, with what the backward does with each value of a region."""
+        return text(self.lowered, self.segments)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded."""
+
+    plan: Plan | None
+    refusals: tuple[Refusal, ...]
+    untraceable: bool = False
+
+
+def make_plan(root: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Outcome:
+    """The plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data."""
+    search = _Search(root, forward, args, kwargs)
+    try:
+        return search.run()
+    except Untraceable as e:
+        refusal = Refusal(f"{type(root).__name__} can't be recorded: {e.reason}", type(root).__name__, e.where)
+        return Outcome(None, (*search.refusals.values(), refusal), untraceable=True)
+
+
+class _Search:
+    """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
+
+    def __init__(self, root: nn.Module, forward: Forward, args: Any, kwargs: Any) -> None:
+        self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
+        self.modules = dict(root.named_modules(remove_duplicate=True))
+        self.closed: set[str] = set()
+        self.refusals: dict[str, Refusal] = {}
+
+    def run(self) -> Outcome:
+        opened: frozenset[str] = frozenset()
+        found = self._find(opened)
+        while more := self._outside(found, opened):
+            try:
+                found, opened = self._find(opened | more), opened | more
+            except Untraceable as e:
+                self._close(e, more)
+        found = self._close_again(found, opened)
+        captured, lowered, regions, stuck = found
+        reasons = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
+        refusals = tuple(dict.fromkeys((*self.refusals.values(), *reasons)))
+        if not regions:
+            return Outcome(None, refusals)
+        return Outcome(self._plan(captured, lowered, regions), refusals)
+
+    def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
+        captured = capture(self.root, self.forward, self.args, self.kwargs, opened)
+        lowered = lower(captured.graph, self.modules.__getitem__)
+        return (captured, lowered, *find_regions(lowered.program))
+
+    def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
+        """The whole sub-modules outside any region that may be opened."""
+        _, lowered, regions, _ = found
+        inside = [False] * len(lowered.op_nodes)
+        for r in regions:
+            inside[r.start : r.stop] = [True] * (r.stop - r.start)
+        paths = {str(n.target) for n, covered in zip(lowered.op_nodes, inside, strict=True) if n.op == "call_module" and not covered}
+        return frozenset(p for p in paths - self.closed - opened if self._openable(p))
+
+    def _openable(self, path: str) -> bool:
+        module = self.modules[path]
+        reason = None
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = "it is a ScriptModule"
+        elif _torch.has_hooks(module) and any(True for _ in module.children()):
+            reason = "it has hooks, which run only when it is called whole"
+        if reason is not None:
+            self.closed.add(path)
+            self.refusals[path] = Refusal(f"`{path}` stays whole: {reason}", path, "")
+        builtin = type(module).__module__.startswith("torch.") and not isinstance(module, (nn.Sequential, *LAYOUT))
+        return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
+
+    def _close(self, error: Untraceable, more: frozenset[str]) -> None:
+        """Leaves whole the module at fault and its like; all that was just opened where it can't be told which it was."""
+        at_fault = [error.path] if error.path in more else list(more)
+        kinds = {type(self.modules[p]) for p in at_fault if p is not None}
+        for path in more:
+            if type(self.modules[path]) in kinds:
+                self.closed.add(path)
+        name = next(iter(at_fault)) or ""
+        self.refusals[name] = Refusal(f"`{name}` stays whole: {error.reason}", name, error.where)
+
+    def _close_again(self, found: Any, opened: frozenset[str]) -> Any:
+        """The same regions with only those modules open whose insides the backward needs to see."""
+        _, lowered, regions, _ = found
+        needed: set[str] = set()
+        for r in regions:
+            indices = {d.op for s in r.steps for d in s.derive if isinstance(d, Invert)}
+            for i in indices:
+                scope = str(lowered.op_nodes[i].meta["scope"])
+                parts = scope.split(".")
+                needed.update(".".join(parts[: k + 1]) for k in range(len(parts)))
+        if opened <= needed:
+            return found
+        again = self._find(opened & needed)
+        return again if _inverted(again[2]) >= _inverted(regions) else found
+
+    def _plan(self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...]) -> Plan:
+        index = {n: i for i, n in enumerate(lowered.value_nodes)}
+        sources = [(index[n], self.modules[path], name) for n, (path, name) in captured.attributes.items()]
+        guarded = [n.meta["constant"] for n in captured.attributes if "constant" in n.meta and n.users]
+        state = [(self.root, fingerprint.attributes(self.root))]
+        state += [(self.modules[p], fingerprint.attributes(self.modules[p])) for p in sorted(captured.opened)]
+        return Plan(
+            lowered, captured, segments(lowered.program, regions), {r.start: RegionPlan(lowered.program, r) for r in regions},
+            tuple(self._call(lowered, i, index) for i in range(len(lowered.op_nodes))), tuple(sources),
+            tuple((t, _torch.version(t), t.data_ptr()) for t in guarded), tuple(state),
+        )  # fmt: skip
+
+    def _call(self, lowered: Lowered, i: int, index: dict[fx.Node, int]) -> Call:
+        node, op = lowered.op_nodes[i], lowered.program.ops[i]
+        if node.op == "call_module":
+            fn: Any = self.modules[str(node.target)]
+        elif node.op == "call_method":
+            fn = getattr(torch.Tensor, str(node.target))
+        else:
+            fn = node.target
+        if "ambient" in node.meta:
+            fn = _within(fn, node.meta["ambient"])
+        name = str(node.target) if node.op == "call_module" else op_name(node.target)
+        args, kwargs = _slots(node.args, index), _slots(node.kwargs, index)
+        return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
+
+
+LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+
+
+def _inverted(regions: Sequence[Region]) -> int:
+    return sum(s.inverts for r in regions for s in r.steps)
+
+
+def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
+    """The keys that lead from what `root` returns to the value `node`."""
+    keys: list[Any] = []
+    while node is not root:
+        keys.append(node.args[1])
+        node = node.args[0]  # type: ignore[assignment]
+    return tuple(reversed(keys))
+
+
+def _slots(tree: Any, index: dict[fx.Node, int]) -> Any:
+    if isinstance(tree, fx.Node):
+        return Slot(index[tree])
+    if isinstance(tree, tuple):
+        items = [_slots(x, index) for x in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [_slots(x, index) for x in tree]
+    if isinstance(tree, dict):
+        return {k: _slots(v, index) for k, v in tree.items()}
+    if isinstance(tree, slice):
+        return slice(_slots(tree.start, index), _slots(tree.stop, index), _slots(tree.step, index))
+    return tree
+
+
+def _within(fn: Callable[..., Any], ambient: tuple[Any, ...]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ambience(ambient):
+            return fn(*args, **kwargs)
+
+    return call

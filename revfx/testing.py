@@ -1,0 +1,213 @@
+"""What revfx is tested with, shipped so that users test their own models: gradients, inverses, memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import rules
+from revfx.block import RevBlock
+from revfx.convert import Reversible
+from revfx.errors import RevfxError
+from revfx.inspection import round_trip
+from revfx.mode import store_activations as store_activations
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step takes beyond what was there: `kept` after the forward, `peak` in forward and backward."""
+
+    kept: int
+    peak: int
+
+
+def gradients(
+    model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None, seed: int = 0
+) -> dict[str, Tensor | None]:
+    """By name, the gradients of `loss(model(*inputs))` with respect to the inputs that need one and all parameters.
+
+    Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
+    """
+    leaves, spec = pytree.tree_flatten(list(inputs))
+    fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+    wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
+    if isinstance(model, nn.Module):
+        wanted |= {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with _seeded(seed):
+        value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
+        if not wanted:
+            return {}
+        return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))
+
+
+def assert_same_grads(
+    model: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> None:
+    """None, if both give the same gradients for every input and parameter: same names, dtypes, shapes and values.
+
+    Args:
+        model, reference: modules (or functions) of the same inputs; pass the model itself and
+            `stored(model)` to compare with ordinary storage.
+        inputs: arguments; tensors among them, also nested, get gradients if they require one.
+        loss: from the output to a scalar.
+        rtol: largest norm of the difference relative to the norm; default 1e-9 in fp64, 1e-4 in fp32, 5e-2 below.
+
+    Raises:
+        AssertionError: names the worst gradient and by how much it is off.
+    """
+    got, want = gradients(model, inputs, loss, seed), gradients(reference, inputs, loss, seed)
+    if list(got) != list(want):
+        raise AssertionError(f"gradients of different names: {sorted(set(got) ^ set(want))}")
+    worst: tuple[float, str, float] = (0.0, "", 0.0)
+    for name, w in want.items():
+        g = got[name]
+        if (g is None) != (w is None):
+            raise AssertionError(f"the gradient of `{name}` is {'missing' if g is None else 'there'}, unlike the reference's")
+        if g is None or w is None:
+            continue
+        if g.dtype != w.dtype or g.shape != w.shape:
+            raise AssertionError(f"the gradient of `{name}` is {g.dtype}{list(g.shape)}, the reference's {w.dtype}{list(w.shape)}")
+        limit = rtol if rtol is not None else {torch.float64: 1e-9, torch.float32: 1e-4}.get(w.dtype, 5e-2)
+        error = relative_error(g, w)
+        if not error <= limit and (not worst[1] or error / limit > worst[0] / worst[2]):
+            worst = (error, name, limit)
+    if worst[1]:
+        raise AssertionError(f"the gradient of `{worst[1]}` is off by {worst[0]:.2e} (relative), more than {worst[2]:.0e}")
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in fp64 (the plain norm of `got` where `want` is zero); NaN where either has a NaN."""
+    g, w = got.detach().double(), want.detach().double()
+    scale = w.norm().item()
+    return ((g - w).norm().item() / scale) if scale else g.norm().item()
+
+
+def stored(model: Callable[..., Any]) -> Callable[..., Any]:
+    """`model` with ordinary autograd storage: the reference for `assert_same_grads`."""
+    if not isinstance(model, nn.Module):
+        return _stored_call(model)
+    return _Stored(model)
+
+
+class _Stored(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's own."""
+        return self.__dict__["model"].named_parameters(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result, with ordinary storage."""
+        with store_activations():
+            return self.__dict__["model"](*args, **kwargs)
+
+
+def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with store_activations():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
+    """By layer, the relative error of each value regenerated from a region's output, in fp64 and in the given dtype.
+
+    `target` is a converted model, a `RevBlock`, or the operation of a rule in the table (then `inputs` are its operands,
+    and every direction that the rule yields is solved and compared).
+
+    Raises:
+        AssertionError: an error above `rtol` (default: 1e3 eps of the dtype); it names the worst layer.
+        RevfxError: `target` has no region and no rule.
+    """
+    if isinstance(target, (Reversible, RevBlock)):
+        errors = round_trip(target, inputs)
+    elif not isinstance(target, nn.Module) and rules.has_rule(target):
+        errors = round_trip(_Operation(target), inputs)
+    else:
+        raise RevfxError(f"`check_inverse`: {target!r} is neither a converted model, a `RevBlock`, nor an operation with a rule.")
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    eps = max((torch.finfo(t.dtype).eps for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.is_floating_point()), default=0)
+    limit = rtol if rtol is not None else 1e3 * eps
+    if worst is not None and not errors[worst] <= limit:
+        raise AssertionError(f"the inverse is off by {errors[worst]:.2e} (relative), more than {limit:.0e}, at {worst}")
+    return errors
+
+
+class _Operation(nn.Module):
+    """A module that applies one operation."""
+
+    def __init__(self, op: Any) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, *args: Any) -> Any:
+        """`op(*args)`."""
+        return getattr(args[0], self.op)(*args[1:]) if isinstance(self.op, str) else self.op(*args)
+
+
+def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: bool = True) -> Memory:
+    """Bytes that `step()` (which returns a scalar loss) keeps after the forward, and the peak through its backward.
+
+    Counted from what was allocated before the call; gradients of parameters count unless they exist already (they do
+    after the warm-up run). On CPU the bytes are those of `torch.profiler`'s memory events, exact and repeatable; on
+    CUDA the caching allocator's.
+    """
+    if warm_up:
+        step().backward()
+    if device != "cpu":
+        return _measure_cuda(step, device)
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        loss = step()
+        with record_function("revfx::backward"):
+            loss.backward()
+    kept = peak = now = 0
+    starts = [e.start_ns() for e in _events(prof) if e.name() == "revfx::backward"]
+    for e in sorted((e for e in _events(prof) if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        peak = max(peak, now)
+        if e.start_ns() <= starts[0]:
+            kept = now
+    return Memory(kept, peak)
+
+
+def _events(prof: Any) -> list[Any]:
+    return list(prof.profiler.kineto_results.events())
+
+
+def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    loss = step()
+    kept = torch.cuda.memory_allocated(device) - before
+    loss.backward()
+    return Memory(kept, torch.cuda.max_memory_allocated(device) - before)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _sine(output: Any) -> Tensor:
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return sum((t.sin().sum() for t in leaves), torch.zeros(()))
