@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from revfx.passes.atoms import atoms
+from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.rules import Inverse, NoInverse, Tile, op_name, rule_for, why_none
@@ -136,12 +136,12 @@ class _Lowering:
         if isinstance(factor, str):
             return factor
         constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
-        barred = None
-        if not inverse.exact and self.atoms[inverse.solves]:
+        barred, atoms = None, NONE if inverse.exact else self.atoms[inverse.solves]
+        if atoms == CERTAIN:
             barred = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
         return Arc(
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
-            solve=_filled(inverse.by, constants) if constants else inverse.by, exact=inverse.exact, barred=barred,
+            solve=_filled(inverse.by, constants) if constants else inverse.by, exact=inverse.exact, barred=barred, suspect=atoms == PERHAPS,
             factor=factor[0], measured=factor[1], reciprocal=inverse.reciprocal,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
 A rounding inverse gives an exact zero back as +-1e-17, which flips relu's mask in the backward, so the head of a
 rounding arc may not have atoms. They are made by relu, clamp, dropout and the like, pass through layout and elementwise
-operations, and survive a sum only where both addends have them. Matrix products, convolutions and normalisations over
-a sample mix so many numbers that none is likelier than another.
+operations, and survive a sum at most where both addends have them: that is counted while the forward runs. Matrix
+products, convolutions and normalisations over a sample mix so many numbers that none is likelier than another.
 """
 
 from __future__ import annotations
@@ -27,33 +27,36 @@ MIXERS = frozenset(
     layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward rand randn randn_like
     rand_like normal lstm gru rnn_tanh tensordot outer mv dot""".split()
 )
+PICKS = frozenset("getitem __getitem__ index_select gather take take_along_dim".split())
 SUMS = frozenset(
     "add sub subtract rsub lerp addcmul addcdiv addcmul __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__".split()
 )
 
 
-def has_atoms(name: str, operands: Iterable[bool]) -> bool:
-    """Whether the result of the operation `name` has atoms, given whether each of its tensor operands has."""
+NONE, PERHAPS, CERTAIN = 0, 1, 2
+
+
+def has_atoms(name: str, operands: Iterable[int]) -> int:
+    """NONE, PERHAPS (to be counted at run time) or CERTAIN atoms in the result of `name`, given those of its operands."""
     bare = name if name.endswith("__") else name.rstrip("_")
     operands = list(operands)
     if bare in MAKERS:
-        return True
-    if bare in MIXERS:
-        return False
-    return bool(operands) and (all(operands) if bare in SUMS else any(operands))
+        return CERTAIN
+    if bare in MIXERS or not operands:
+        return NONE
+    if bare in PICKS:
+        return operands[0]
+    return min(*operands, PERHAPS) if bare in SUMS else max(operands)
 
 
-def atoms(graph: fx.Graph) -> dict[fx.Node, bool]:
-    """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides do."""
-    found: dict[fx.Node, bool] = {}
+def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have."""
+    found: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
-            found[node] = True
-        elif node.op == "call_module":
-            found[node] = bool(node.meta.get("atoms", True))
+            found[node] = CERTAIN
+        elif node.op == "call_module" or node.meta.get("opaque", False):
+            found[node] = int(node.meta.get("atoms", CERTAIN))
         elif node.op in ("call_function", "call_method"):
-            if node.meta.get("opaque", False):
-                found[node] = bool(node.meta.get("atoms", True))
-            else:
-                found[node] = has_atoms(op_name(node.target), [found[n] for n in node.all_input_nodes])
+            found[node] = has_atoms(op_name(node.target), [found[n] for n in node.all_input_nodes])
     return found

@@ -39,8 +39,9 @@ class Arc:
     """One inverse: `head = solve(*tail)`.
 
     The first value of the tail is the result that the inverse starts from. `exact` inverses return the very bits;
-    the others round. `barred` says why the head can't be trusted to a rounding inverse (None: it can). The solved
-    operand was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
+    the others round. `barred` says why the head can't be trusted to a rounding inverse (None: it can;
+    `suspect`: only if it is seen to hold few exact zeros while the forward runs). The solved operand
+    was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
     """
 
@@ -49,6 +50,7 @@ class Arc:
     solve: Callable[..., torch.Tensor]
     exact: bool
     barred: str | None = None
+    suspect: bool = False
     factor: float | int | None = None
     measured: bool = False
     reciprocal: bool = False

@@ -245,8 +245,8 @@ def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]
 
 
 def _add_arcs(x: int, h: int, y: int, text: str, given: bool) -> tuple[Arc, ...]:
-    barred = "the block's input may hold exact zeros" if given else None
-    return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, text=text),)
+    barred = "the block's input is kept anyway" if given else None
+    return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, suspect=not given, text=text),)
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.fingerprint import Snapshot, structure
 from revfx.inplace import functionalise
-from revfx.passes.atoms import has_atoms
+from revfx.passes.atoms import CERTAIN, has_atoms
 from revfx.rules import op_name
 
 
@@ -121,7 +121,7 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
-        self.atoms: dict[int, bool] = {}
+        self.atoms: dict[int, int] = {}
         self.suspended = 0
         self.generation: dict[int, int] = {}
         self.inputs: list[int] = []
@@ -307,7 +307,7 @@ class _Recorder(TorchFunctionMode):
         return tree
 
     def _follow_atoms(self, name: str, operands: Any, out: Any) -> None:
-        flag = has_atoms(name, [self.atoms.get(id(t), True) for t in _tensors(operands)])
+        flag = has_atoms(name, [self.atoms.get(id(t), CERTAIN) for t in _tensors(operands)])
         for t in _tensors(out):
             self.atoms[id(t)] = flag
             self.alive.append(t)
@@ -336,7 +336,7 @@ class _Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            atoms = any(self.atoms.get(id(t), True) for t in _tensors(out))
+            atoms = max((self.atoms.get(id(t), CERTAIN) for t in _tensors(out)), default=CERTAIN)
             if any(not isinstance(x, (Tensor, type(None))) for x in pytree.tree_leaves(out)):
                 raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts")
             if not mutated:
@@ -383,10 +383,10 @@ class _Seen:
 
     metas: tuple[Any, ...]
     spec: pytree.TreeSpec
-    atoms: bool
+    atoms: int
 
     @staticmethod
-    def of(out: Any, inputs: list[Tensor], atoms: bool) -> _Seen | None:
+    def of(out: Any, inputs: list[Tensor], atoms: int) -> _Seen | None:
         """None where results share memory with arguments or each other, which fresh ones would not."""
         leaves, spec = pytree.tree_flatten(out)
         made = [t for t in leaves if isinstance(t, Tensor)]

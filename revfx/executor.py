@@ -34,12 +34,17 @@ Env = dict[int, Tensor]
 
 @dataclass(eq=False, slots=True)
 class Handle:
-    """Stands for the k-th tensor that autograd saved during operation `op`; `value` where that is a value of the program."""
+    """Stands for the k-th tensor that autograd saved during operation `op`; `value` where that is a value of the program.
+
+    `spoilt`: the operation wrote to the tensor after autograd had saved it, which only matters if it is asked for.
+    """
 
     op: int
     k: int
     state: RegionRun
+    version: int
     value: int | None = None
+    spoilt: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class RegionRun:
         alive, held = set(program.outputs), {*region.saved, *region.side}
         with saved_tensors_hooks(self._pack, _unpack):
             for number, step in enumerate(region.steps):
-                lower = {v: env[v] for v in step.entry} if number and numerics.measures(step) else {}
+                lower = {v: env[v] for v in step.entry} if numerics.measures(step) else {}
                 for index in range(step.start, step.stop):
                     outs = self._call(index, env)
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
@@ -126,7 +131,7 @@ class RegionRun:
                     for v in (*program.ops[index].ins, *program.ops[index].outs):
                         if last[v] <= index and v in env and v not in alive and v not in used and not program.values[v].source:
                             del env[v]
-                unsafe, growing = growth.close(step, env, replayed=number == 0)
+                unsafe, growing = growth.close(step, env, lower, replayed=number == 0)
                 if unsafe:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
                 if growing or number == len(region.steps) - 1:
@@ -152,13 +157,16 @@ class RegionRun:
         op, call = self.program.ops[index], self.calls[index]
         data = [v for v in op.ins if v in env]
         before = [_torch.version(env[v]) for v in data]
-        surroundings = Surroundings(call.name, reads_of(call.fn)) if op.opaque else None
+        surroundings = Surroundings(call.name, reads_of((call.fn, call.args, call.kwargs))) if op.opaque else None
         self.current = index
         try:
             outs = call.invoke(env)
         finally:
             self.current = None
             fresh, self.fresh = self.fresh, []
+        for t in outs:
+            if not isinstance(t, Tensor):
+                raise TypeError(f"`{call.name}` returned a {type(t).__name__}; it must return one tensor.")
         if surroundings is not None:
             now = Random.now(self.device)
             if not now.same(self.random):
@@ -185,7 +193,7 @@ class RegionRun:
 
     def _pack(self, t: Tensor) -> Handle:
         assert self.current is not None, "autograd saved a tensor outside an operation"
-        handle = Handle(self.current, len(self.fresh), self)
+        handle = Handle(self.current, len(self.fresh), self, _torch.version(t))
         self.fresh.append((handle, t))
         return handle
 
@@ -198,6 +206,7 @@ class RegionRun:
         metas: list[tuple[Any, ...]] = []
         for handle, t in fresh:
             metas.append((tuple(t.shape), t.dtype))
+            handle.spoilt = _torch.version(t) != handle.version
             key = _identity(t)
             handle.value = known.get(key) if key is not None else None
             if handle.value is not None:
@@ -209,6 +218,11 @@ class RegionRun:
     # --- backward ------------------------------------------------------------------------------------------------------
     def fetch(self, handle: Handle) -> Tensor:
         """The tensor that a handle stands for, regenerated where it is not there."""
+        if handle.spoilt:
+            raise RegenerationError(
+                f"a tensor that `{self.calls[handle.op].name}` needs for its gradient was modified by an inplace operation in"
+                " it, after autograd had saved it. Plain autograd refuses this too."
+            )
         with self.lock:
             task = _torch.graph_task_id()
             if task != self.task:
@@ -324,9 +338,11 @@ class RegionRun:
         op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
         inputs = {v: _leaf(env[v], self.layout[v][2]) for v in op.ins}
         saved: list[Tensor | None] = []
+        metas: list[tuple[Any, ...]] = []
 
         def pack(t: Tensor) -> None:
             saved.append(t.detach() if capture else None)
+            metas.append((tuple(t.shape), t.dtype))
 
         with contextlib.ExitStack() as stack:
             if surroundings is not None:
@@ -336,15 +352,15 @@ class RegionRun:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(pack, _never))
             outs = [t.detach() for t in call.invoke(inputs)]
+        before = self.saved_meta.get(index, [])
+        if metas != before or any(tuple(t.shape) != self.layout[v][0] for v, t in zip(op.outs, outs, strict=True)):
+            raise RegenerationError(
+                f"`{call.name}` ({op.where or 'unknown place'}) did not return the same shapes and save the same tensors when it"
+                f" was run again for the backward: {len(before)} saved in the forward, {len(metas)} now, or other shapes. It"
+                " branches on values that rounding can flip, or depends on state that changed since. Keep its activations with"
+                " `revfx.testing.store_activations()`, or make it deterministic."
+            )
         if capture:
-            metas = [(tuple(t.shape), t.dtype) for t in saved if t is not None]
-            if metas != self.saved_meta[index]:
-                raise RegenerationError(
-                    f"`{call.name}` ({op.where or 'unknown place'}) did not save the same tensors when it was run again for the"
-                    f" backward: {len(self.saved_meta[index])} in the forward, {len(metas)} now, or other shapes. It branches on"
-                    " values that rounding can flip, or depends on state that changed since. Keep its activations with"
-                    " `revfx.testing.store_activations()`, or make it deterministic."
-                )
             self.captures[index] = saved
         return outs
 

@@ -17,22 +17,33 @@ from revfx.passes.cuts import Step
 from revfx.passes.plan import amplification
 
 
+ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
+
+
 def measures(step: Step) -> bool:
-    """Whether a step divides by a factor that only the run knows."""
-    return any(a.measured for a in step.arcs)
+    """Whether inverting a step depends on values that only the run knows."""
+    return any(a.measured or a.suspect for a in step.arcs)
 
 
 class Growth:
-    """How much regenerating has amplified rounding errors since the last kept cut, per value of the current cut."""
+    """How much regenerating has amplified rounding errors since the last kept cut, per value of the current cut.
+
+    Also which values were seen to hold (almost) no exact zeros: what is added to such a value leaves it so.
+    """
 
     def __init__(self, tolerance: float | None) -> None:
         self.tolerance = tolerance
         self.growth: dict[int, float] = {}
+        self.clean: set[int] = set()
 
-    def close(self, step: Step, env: Mapping[int, Tensor], replayed: bool) -> tuple[bool, bool]:
-        """(the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted anyway."""
+    def close(self, step: Step, env: Mapping[int, Tensor], lower: Mapping[int, Tensor], replayed: bool) -> tuple[bool, bool]:
+        """(the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted anyway.
+
+        `env` holds the values after the step, `lower` those of its entry.
+        """
+        clean = self._stays_clean(step, lower)
         if replayed or not step.arcs:
-            self.growth = {v: self.growth.get(v, 1.0) for v in step.exit} if not replayed else {}
+            self.growth = {} if replayed else {v: self.growth.get(v, 1.0) for v in step.exit}
             return False, False
         eps = max((torch.finfo(env[v].dtype).eps for v in step.exit if env[v].is_floating_point()), default=0.0)
         tolerance = self.tolerance if self.tolerance is not None else eps**0.5
@@ -42,14 +53,33 @@ class Growth:
                 index = int(arc.factor or 0)
                 growth, least = _measure(env[index], arc.reciprocal)
                 if not least >= tolerance:  # also when it is NaN
-                    self.growth = {}
-                    return True, False
+                    clean = False
+                    break
                 measured[index] = growth
+        if not clean:
+            self.growth = {}
+            return True, False
         self.growth = amplification(step, self.growth, measured)
         if max(self.growth.values(), default=1.0) * eps > tolerance:
             self.growth = {}
             return False, True
         return False, False
+
+    def _stays_clean(self, step: Step, lower: Mapping[int, Tensor]) -> bool:
+        """Whether every suspect head of the step holds few exact zeros."""
+        good = True
+        for arc in reversed(step.arcs):
+            if arc.suspect and arc.head not in self.clean:
+                head = lower.get(arc.head)
+                if head is None or _share_of_zeros(head) > ZEROS * torch.finfo(head.dtype).eps:
+                    good = False
+                    continue
+            self.clean.update(arc.tail if arc.exact and arc.head in self.clean else () if arc.exact else arc.tail[:1])
+        return good
+
+
+def _share_of_zeros(t: Tensor) -> float:
+    return 1.0 - int(torch.count_nonzero(t.detach())) / max(1, t.numel())
 
 
 def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:

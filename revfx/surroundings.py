@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from revfx import _torch
 from revfx.errors import RegenerationError
 
 
+_swapping = threading.RLock()  # two threads that put the same module's buffers back must not overlap
 ALWAYS_KEPT = 4096  # elements; a clone of a buffer this small is kept without comparing
 
 
@@ -47,12 +49,17 @@ def _address(tensor: Tensor) -> int:
 
 
 def _hold(holder: dict[str, Any] | None, key: str, tensor: Tensor, clone: bool) -> Held:
-    copy = tensor.detach().clone() if clone else None
+    if not tensor.is_leaf:  # its graph may lead to the state that holds this
+        tensor = tensor.detach().requires_grad_()
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad) if clone else None
     return Held(holder, key, tensor, _torch.version(tensor), _address(tensor), copy)
 
 
-def reads_of(function: Callable[..., Any]) -> list[Held]:
-    """The tensors that calling `function` may read: of modules, closures, defaults, partials and bound objects."""
+def reads_of(function: Any) -> list[Held]:
+    """The tensors that calling `function` may read: of modules, closures, defaults, partials and objects' own attributes.
+
+    A tuple of a function and its arguments is looked through like a closure.
+    """
     found: list[Held] = []
     seen: set[int] = set()
     stack: list[Any] = [function]
@@ -76,6 +83,9 @@ def reads_of(function: Callable[..., Any]) -> list[Held]:
             stack.extend(item)
         elif isinstance(item, dict):
             stack.extend(item.values())
+        else:
+            own = getattr(item, "__dict__", {}).values()
+            stack.extend(v for v in own if isinstance(v, (Tensor, nn.Module, list, tuple, dict)))
     return found
 
 
@@ -161,6 +171,10 @@ class Surroundings:
         Raises:
             RegenerationError: a tensor that the call read was written, or its storage swapped, since.
         """
+        with _swapping if self.random is not None or any(h.clone is not None for h in self.held) else contextlib.nullcontext():
+            yield from self._restored()
+
+    def _restored(self) -> Iterator[None]:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         random = Random.now(self.random.device) if self.random is not None else None
         for h in self.held:
@@ -173,7 +187,7 @@ class Surroundings:
                 )
         try:
             for h in self.held:
-                use = h.tensor if h.clone is None else h.clone.clone()
+                use = h.tensor if h.clone is None else h.clone.detach().clone().requires_grad_(h.clone.requires_grad)
                 if h.holder is not None and (h.clone is not None or h.holder.get(h.key) is not h.tensor):
                     swapped.append((h.holder, h.key, h.holder.get(h.key)))
                     h.holder[h.key] = use

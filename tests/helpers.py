@@ -21,7 +21,12 @@ Function = Callable[..., Tensor]
 
 
 def by_hand(
-    x1: Tensor, x2: Tensor, fs: Iterable[Function], gs: Iterable[Function], f_side: Any = None, g_side: Any = None
+    x1: Tensor,
+    x2: Tensor,
+    fs: Iterable[Function],
+    gs: Iterable[Function],
+    f_side: Any = None,
+    g_side: Any = None,
 ) -> Pair:
     """The couplings written out: the oracle, under plain autograd."""
     for f, g in zip(fs, gs, strict=True):
@@ -53,7 +58,7 @@ def mlps(count: int, width: int = 4, out: int | None = None) -> nn.ModuleList:
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """A random tensor that needs its gradient."""
-    return torch.randn(*shape, dtype=dtype).requires_grad_()
+    return torch.randn(shape, dtype=dtype).requires_grad_()
 
 
 def loss_of(outputs: Tensor | Iterable[Tensor]) -> Tensor:
@@ -70,7 +75,9 @@ def relative_error(got: Sequence[Tensor | None], expected: Sequence[Tensor | Non
 
     A tensor whose norm is under 1e-6 of the largest one's is measured against that: it may be rounding noise about zero.
     """
-    assert [t is None for t in got] == [t is None for t in expected], "a gradient is missing, or there is one too many"
+    assert [t is None for t in got] == [t is None for t in expected], (
+        "a gradient is missing, or there is one too many"
+    )
     pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None and b is not None]
     for a, b in pairs:
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -93,7 +100,10 @@ class Outcome:
 
 
 def outcome(
-    function: Callable[..., Any], inputs: Sequence[Tensor] = (), module: nn.Module | None = None, seed: int = 0
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor] = (),
+    module: nn.Module | None = None,
+    seed: int = 0,
 ) -> Outcome:
     """What `function` of fresh copies of `inputs` gives, from a fixed random state; `module` is left as it was."""
     parameters = [] if module is None else list(module.parameters())

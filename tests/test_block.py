@@ -50,7 +50,11 @@ def both(fs: Sequence[nn.Module] | nn.ModuleList, gs: Sequence[nn.Module] | nn.M
 
 
 def assert_like_by_hand(
-    way: str, fs: Any, gs: Any, inputs: Sequence[Tensor], wrap: Callable[[Any], Callable[..., Any]] | None = None
+    way: str,
+    fs: Any,
+    gs: Any,
+    inputs: Sequence[Tensor],
+    wrap: Callable[[Any], Callable[..., Any]] | None = None,
 ) -> None:
     """The block gives what the lines give; `wrap` makes the program of `inputs` out of either."""
     wrap = wrap or (lambda call: call)
@@ -126,7 +130,9 @@ def test_streams_may_be_views_of_one_tensor(way: str, function_first: bool) -> N
 def test_overlapping_transposed_and_expanded_streams_work(way: str) -> None:
     assert_like_by_hand(way, mlps(2), mlps(2), [leaf(3, 6)], lambda call: lambda x: call(x[:, :4], x[:, 2:]))
     assert_like_by_hand(way, mlps(2), mlps(2), [leaf(4, 3)], lambda call: lambda x: call(x.T, x.T.flip(0)))
-    assert_like_by_hand(way, mlps(2), mlps(2), [leaf(1, 4)], lambda call: lambda x: call(*[x.expand(3, 4)] * 2))
+    assert_like_by_hand(
+        way, mlps(2), mlps(2), [leaf(1, 4)], lambda call: lambda x: call(*[x.expand(3, 4)] * 2)
+    )
 
 
 @ways
@@ -219,7 +225,9 @@ def test_a_side_input_may_be_a_leaf_or_not_and_serve_f_and_g_both(way: str) -> N
     inputs = [leaf(3, 4), leaf(3, 4), leaf(3, 4)]
     fs, gs = side_mlps(3), side_mlps(3)
     assert_like_by_hand(way, fs, gs, inputs, lambda call: lambda x1, x2, s: call(x1, x2, [s], [s]))
-    assert_like_by_hand(way, fs, gs, inputs, lambda call: lambda x1, x2, s: call(x1, x2, [s.exp()], [s, s.cos()]))
+    assert_like_by_hand(
+        way, fs, gs, inputs, lambda call: lambda x1, x2, s: call(x1, x2, [s.exp()], [s, s.cos()])
+    )
 
 
 @ways
@@ -239,7 +247,9 @@ def test_side_inputs_may_nest_and_hold_what_is_no_tensor(way: str) -> None:
 
     def wrap(call: Any) -> Any:
         mask = torch.arange(4) % 2 == 0
-        return lambda x1, x2, a, b: call(x1, x2, {"a": a, "more": (b, mask), "scale": 0.5, "name": "f", "none": None})
+        return lambda x1, x2, a, b: call(
+            x1, x2, {"a": a, "more": (b, mask), "scale": 0.5, "name": "f", "none": None}
+        )
 
     assert_like_by_hand(way, [f] * 3, mlps(3), [leaf(3, 4) for _ in range(4)], wrap)
 
@@ -278,8 +288,22 @@ def test_tensors_that_f_closes_over_get_their_gradients(way: str) -> None:
 @ways
 @pytest.mark.parametrize(
     "f",
-    [torch.sin, torch.zeros_like, lambda x: x, lambda x: torch.ones(3, 4), lambda x: x.detach() * x, nn.Identity()],
-    ids=["no weights", "ignores its values", "its input", "ignores its input", "detaches", "module without weights"],
+    [
+        torch.sin,
+        torch.zeros_like,
+        lambda x: x,
+        lambda x: torch.ones(3, 4),
+        lambda x: x.detach().cos() * x.sin(),
+        nn.Identity(),
+    ],
+    ids=[
+        "no weights",
+        "ignores its values",
+        "its input",
+        "ignores its input",
+        "detaches",
+        "module without weights",
+    ],
 )
 def test_unusual_functions_work(way: str, f: Any) -> None:
     assert_like_by_hand(way, [f] * 3, mlps(3), [leaf(3, 4), leaf(3, 4)])
@@ -308,7 +332,9 @@ def test_f_may_write_to_its_own_temporaries(way: str) -> None:
         h[:, 0] = 0
         return h.relu_()
 
-    assert_like_by_hand(way, [f] * 3, [nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))] * 3, [leaf(3, 4), leaf(3, 4)])
+    assert_like_by_hand(
+        way, [f] * 3, [nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))] * 3, [leaf(3, 4), leaf(3, 4)]
+    )
 
 
 @ways
@@ -343,7 +369,9 @@ def test_nothing_that_needs_a_gradient_is_fine(way: str) -> None:
 @ways
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone_may_be_used(way: str, used: int) -> None:
-    assert_like_by_hand(way, mlps(3), mlps(3), [leaf(3, 4), leaf(3, 4)], lambda call: lambda *x: call(*x)[used])
+    assert_like_by_hand(
+        way, mlps(3), mlps(3), [leaf(3, 4), leaf(3, 4)], lambda call: lambda *x: call(*x)[used]
+    )
 
 
 @ways
@@ -433,7 +461,14 @@ def test_checkpointing_inside_and_around_and_saving_on_cpu_around_work(way: str)
     expected = outcome(lambda *x: by_hand(*x, inner, inner), inputs, inner)
     call = block(way, fs, fs)
     assert_same(outcome(call, inputs, inner), expected)
-    assert_same(outcome(lambda *x: checkpoint(block(way, list(inner), list(inner)), *x, use_reentrant=False), inputs, inner), expected)
+    assert_same(
+        outcome(
+            lambda *x: checkpoint(block(way, list(inner), list(inner)), *x, use_reentrant=False),
+            inputs,
+            inner,
+        ),
+        expected,
+    )
 
     def on_cpu(*x: Tensor) -> Pair:
         with torch.autograd.graph.save_on_cpu():
@@ -444,7 +479,9 @@ def test_checkpointing_inside_and_around_and_saving_on_cpu_around_work(way: str)
 
 @ways
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_no_grad_and_inference_mode_give_the_same_values_without_a_graph(way: str, mode: Callable[[], Any]) -> None:
+def test_no_grad_and_inference_mode_give_the_same_values_without_a_graph(
+    way: str, mode: Callable[[], Any]
+) -> None:
     fs, gs = mlps(3), mlps(3)
     x = leaf(3, 4), leaf(3, 4)
     with mode():
@@ -592,6 +629,7 @@ def test_functional_call_then_backward_after_the_parameters_were_swapped_back() 
     assert relative_error([x1.grad, x2.grad, *(p.grad for p in other.values())], expected) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_forward_mode_derivatives_equal_plain_ones() -> None:
     fs, gs = mlps(3), mlps(3)
     x, tangent = torch.randn(3, 4), torch.randn(3, 4)
@@ -693,7 +731,9 @@ class Kernel(nn.Linear):
         super().__init__(4, 4)
 
 
-@pytest.mark.parametrize("f", [Kernel, make_mlp, mlp, lambda: mlp()], ids=["class", "function", "defaults", "lambda"])
+@pytest.mark.parametrize(
+    "f", [Kernel, make_mlp, mlp, lambda: mlp()], ids=["class", "function", "defaults", "lambda"]
+)
 def test_a_factory_makes_new_weights_for_each_layer(f: Any) -> None:
     module = RevBlock(f, f, 3)
     parameters = list(module.parameters())

@@ -49,7 +49,11 @@ def uniform(*shape: int) -> Tensor:
 
 
 def assert_trains_like_plain(
-    fs: list[nn.Module], gs: list[nn.Module], x: Tensor, f_side: list[Tensor] | None = None, rtol: float = 1e-5
+    fs: list[nn.Module],
+    gs: list[nn.Module],
+    x: Tensor,
+    f_side: list[Tensor] | None = None,
+    rtol: float = 1e-5,
 ) -> None:
     modules = nn.ModuleList([*fs, *gs])
     module = RevBlock(fs, gs, len(fs))
@@ -110,7 +114,9 @@ def test_same_as_plain_with_other_functions_in_each_layer() -> None:
     f1, f2 = linear(), relu_linear()
     assert_trains_like_plain([f1, f2, f1, f2], [f2, f1, f2, f1], uniform(BATCH, CHANNELS))
     assert_trains_like_plain(
-        [linear(), relu_linear(), linear(), relu_linear()], [linear() for _ in range(4)], uniform(BATCH, CHANNELS)
+        [linear(), relu_linear(), linear(), relu_linear()],
+        [linear() for _ in range(4)],
+        uniform(BATCH, CHANNELS),
     )
 
 
