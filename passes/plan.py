@@ -59,10 +59,11 @@ def _without(program: Program, order: Sequence[Derivation], have: set[int]) -> l
 
 
 def amplification(step: Step, before: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
-    """How much inverting has multiplied rounding errors by, per value of the step, given the same for its entry.
+    """How large a rounding error of 1 at the last kept cut has grown, per value of the step, given the same for its entry.
 
-    Each stream's factor is the product along its own inverses: of the arc's 1/|factor|, or of what was measured for
-    the factor's value while the forward ran.
+    Along each stream an inverse multiplies the error by 1/|factor| (as declared, or as measured while the forward ran).
+    One that amplifies also adds a rounding of its own: over n steps of amplification a that sums to (a^n - 1)/(a - 1), ten
+    times a^n for a momentum of 0.9.
     """
     growth = dict(before)
     for arc in reversed(step.arcs):
@@ -70,7 +71,7 @@ def amplification(step: Step, before: dict[int, float], measured: dict[int, floa
             by = 1.0
         else:
             by = measured[int(arc.factor)] if arc.measured else arc.amplification
-        grown = max(1.0, by * growth.get(arc.head, 1.0))
+        grown = max(1.0, by * growth.get(arc.head, 1.0) + (by > 1.0))
         for v in arc.tail if arc.exact else arc.tail[:1]:
             growth[v] = max(growth.get(v, 1.0), grown)
     return {v: growth.get(v, 1.0) for v in step.exit}

@@ -134,16 +134,16 @@ def _region(program: Program, walk: Walk) -> Region | None:
     side = tuple(v for v in sorted(walk.side) if any(v in program.ops[i].ins for s in steps for i in range(s.start, s.stop)))
     kept = (*steps[0].entry, *steps[-1].exit, *saved, *side)
     kept_storage = {program.values[v].storage for v in kept}
-    made = {
-        program.values[v].storage: program.values[v].nbytes
-        for s in steps
-        for i in range(s.start, s.stop)
-        for v in program.ops[i].outs
-        if program.values[v].storage not in kept_storage
-    }
-    kept_bytes, freed_bytes = program.nbytes(kept), sum(made.values())
-    if freed_bytes <= kept_bytes:
+    freed = [_made(program, s, kept_storage) for s in steps]
+    kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
+    if freed_bytes - max(freed) <= kept_bytes:  # one step is alive at a time: that much plain checkpointing saves too
         return None
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
 
 
+
+
+def _made(program: Program, step: Step, kept_storage: set[int]) -> int:
+    """Bytes that the operations of a step make, besides what is kept."""
+    outs = [program.values[v] for i in range(step.start, step.stop) for v in program.ops[i].outs]
+    return sum({v.storage: v.nbytes for v in outs if v.storage not in kept_storage}.values())

@@ -65,7 +65,8 @@ def rev_block(
     if num_layers == 0:
         return x1, x2
     leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
-    if torch.compiler.is_compiling() or not is_training or runs_plain((x1, x2, *leaves)):
+    floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
+    if torch.compiler.is_compiling() or not is_training or not floating or runs_plain((x1, x2, *leaves)):
         return _plain(x1, x2, layers, sides)
     side_tensors, side_slots = _number_sides(sides, first=2)
     plan = _plan(num_layers, _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors))

@@ -1,8 +1,8 @@
 """Where rounding would grow too much, or a factor comes too near to zero, a cut is kept instead of regenerated.
 
 Inverting `v = c*v + ...` multiplies rounding errors by 1/|c|. For factors that are data the root mean square of 1/|c|
-over the elements is measured while the forward runs. The product along each stream since the last kept cut, times the
-dtype's eps, may reach a tolerance (default sqrt(eps)); a factor whose smallest magnitude lies under the same tolerance,
+over the elements is measured while the forward runs. What a rounding error has grown to along each stream since the last
+kept cut, times the dtype's eps, may reach a tolerance (default sqrt(eps)), less a margin; a factor whose smallest magnitude lies under the same tolerance,
 or that is not finite, is not divided by at all.
 """
 
@@ -17,6 +17,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.plan import amplification
 
 
+MARGIN = 8.0  # by how much a gradient may be off more than the stream that it was computed from
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
 
 
@@ -60,7 +61,7 @@ class Growth:
             self.growth = {}
             return True, False
         self.growth = amplification(step, self.growth, measured)
-        if max(self.growth.values(), default=1.0) * eps > tolerance:
+        if MARGIN * max(self.growth.values(), default=1.0) * eps > tolerance and max(self.growth.values()) > 1.0:
             self.growth = {}
             return False, True
         return False, False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,33 +18,53 @@ TOLERANCE = 1e-9  # relative, in fp64
 WAYS = ("rev_block", "RevBlock")
 Pair = tuple[Tensor, Tensor]
 Block = Callable[..., Pair]
-Function = Callable[..., Tensor]
+Wrap = Callable[[Any], Callable[..., Any]]
 
 
-def by_hand(
-    x1: Tensor,
-    x2: Tensor,
-    fs: Iterable[Function],
-    gs: Iterable[Function],
-    f_side: Any = None,
-    g_side: Any = None,
-) -> Pair:
-    """The couplings written out: the oracle, under plain autograd."""
-    for f, g in zip(fs, gs, strict=True):
-        x1 = x1 + (f(x2) if f_side is None else f(x2, f_side))
-        x2 = x2 + (g(x1) if g_side is None else g(x1, g_side))
-    return x1, x2
+@pytest.fixture(autouse=True)
+def fp64() -> Iterator[None]:
+    """Every test of a file that imports this runs in fp64, from the same random state."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
-def block(way: str, fs: Sequence[Function], gs: Sequence[Function]) -> Block:
+def lines(fs: Any, gs: Any) -> Block:
+    """(x1, x2, f_side, g_side) -> (y1, y2), the couplings written out: the oracle, under plain autograd."""
+
+    def call(x1: Tensor, x2: Tensor, f_side: Any = None, g_side: Any = None) -> Pair:
+        for f, g in zip(fs, gs, strict=True):
+            x1 = x1 + (f(x2) if f_side is None else f(x2, f_side))
+            x2 = x2 + (g(x1) if g_side is None else g(x1, g_side))
+        return x1, x2
+
+    return call
+
+
+def block(way: str, fs: Any, gs: Any) -> Block:
     """(x1, x2, f_side, g_side) -> (y1, y2) by `rev_block` or by a `RevBlock` that uses the same functions."""
     if way == "RevBlock":
         return RevBlock(fs, gs, len(fs))
 
     def call(x1: Tensor, x2: Tensor, f_side: Any = None, g_side: Any = None) -> Pair:
-        return rev_block(x1, x2, list(fs), list(gs), len(fs), f_side, g_side)
+        return rev_block(x1, x2, fs, gs, len(fs), f_side, g_side)
 
     return call
+
+
+def assert_like_lines(way: str, fs: Any, gs: Any, inputs: Sequence[Tensor], wrap: Wrap | None = None) -> None:
+    """The block gives and leaves what the lines do; `wrap` makes the program of `inputs` out of either."""
+    module = nn.ModuleList(m for m in (*fs, *gs) if isinstance(m, nn.Module))
+    wrap = wrap or (lambda call: call)
+    expected = outcome(wrap(lines(fs, gs)), inputs, module)
+    assert_same(outcome(wrap(block(way, fs, gs)), inputs, module), expected)
+
+
+def both(fs: Iterable[nn.Module], gs: Iterable[nn.Module]) -> nn.ModuleList:
+    """The modules of f and g together."""
+    return nn.ModuleList([*fs, *gs])
 
 
 def mlp(width: int = 4, out: int | None = None) -> nn.Sequential:
@@ -73,7 +94,7 @@ def loss_of(outputs: Tensor | Iterable[Tensor]) -> Tensor:
 def relative_error(got: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
     """The largest relative error between two lists of tensors, in fp64; None must stand in the same places.
 
-    A tensor whose norm is under 1e-6 of the largest one's is measured against that: it may be rounding noise about zero.
+    A tensor whose norm is under 1e-6 of the largest one's is measured against that: it may be noise.
     """
     assert [t is None for t in got] == [t is None for t in expected], (
         "a gradient is missing, or there is one too many"
@@ -105,7 +126,7 @@ def outcome(
     module: nn.Module | None = None,
     seed: int = 0,
 ) -> Outcome:
-    """What `function` of fresh copies of `inputs` gives, from a fixed random state; `module` is left as it was."""
+    """What `function` of copies of `inputs` gives, from a fixed random state; `module` is left as it was."""
     parameters = [] if module is None else list(module.parameters())
     buffers = [] if module is None else list(module.buffers())
     before = [b.clone() for b in buffers]

@@ -1,12 +1,13 @@
-"""The tests of `tf.contrib.layers.rev_block`, and tensor2tensor's encoder-decoder case, carried over as they are meant."""
+"""The tests of `tf.contrib.layers.rev_block` and tensor2tensor's encoder-decoder case, as they are meant."""
 
+# pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
 import torch
-from helpers import WAYS, Pair, assert_same, block, by_hand, leaf, outcome, relative_error
+from helpers import WAYS, Pair, assert_same, block, leaf, lines, outcome, relative_error
 from torch import Tensor, nn
 
 from revfx import RevBlock, rev_block
@@ -62,11 +63,11 @@ def assert_trains_like_plain(
         halves: Any = torch.chunk(x, 2, dim=-1)
         given = list(side) or None
         if way == "by hand":
-            y = by_hand(*halves, fs, gs, given)
+            y = lines(fs, gs)(*halves, given)
         elif way == "RevBlock":
             y = module(*halves, given)
         else:
-            y = rev_block(*halves, fs, gs, len(fs), given, is_training=way == "training")
+            y = rev_block(halves[0], halves[1], fs, gs, len(fs), given, is_training=way == "training")
         return torch.cat(y, dim=-1).add(10).mean()
 
     inputs = [x, *(f_side or ())]
@@ -130,7 +131,7 @@ def test_same_as_plain_with_convolutions_and_batch_norm(training: bool) -> None:
     def halves(x: Tensor) -> Any:
         return torch.chunk(x, 2, dim=-1)
 
-    expected = outcome(lambda x: by_hand(*halves(x), fs, gs), [x], modules)
+    expected = outcome(lambda x: lines(fs, gs)(*halves(x)), [x], modules)
     for way in WAYS:
         run = block(way, fs, gs)
         assert_same(outcome(lambda x, run=run: run(*halves(x)), [x], modules), expected)
@@ -146,7 +147,7 @@ def test_calling_it_again_makes_no_new_parameters() -> None:
     assert all(torch.equal(a, b) for y in outputs[1:] for a, b in zip(y, outputs[0], strict=True))
 
 
-# --- tensor2tensor: a decoder whose layers attend to themselves and to an encoder's output ----------------------------
+# --- tensor2tensor: a decoder whose layers attend to themselves and to an encoder's output ----------
 HIDDEN, HEADS, VOCABULARY = 128, 4, 9
 SOURCE, TARGET, SENTENCES = 5, 7, 3
 
@@ -203,7 +204,7 @@ class EncoderDecoder(nn.Module):
         self.decoder = RevBlock(DecoderAttention, feed_forward, layers)
 
     def run(self, part: RevBlock, reversible: bool, x: Tensor, side: list[Tensor]) -> Tensor:
-        pair: Pair = part(x, x, side) if reversible else by_hand(x, x, part.f, part.g, side)
+        pair: Pair = part(x, x, side) if reversible else lines(part.f, part.g)(x, x, side)
         return (pair[0] + pair[1]) / 2
 
     def forward(self, source: Tensor, target: Tensor, reversible: bool = True) -> Tensor:
@@ -236,7 +237,7 @@ def test_side_inputs_gradient_sums_over_the_layers() -> None:
     for m in (*fs, *gs):
         m.requires_grad_(False).double()
     side = leaf(BATCH, CHANNELS // 2)
-    x = [torch.rand(BATCH, CHANNELS // 2, dtype=torch.float64) for _ in range(2)]
-    got = torch.autograd.grad(rev_block(*x, fs, gs, 3, [side])[0].sum(), side)
-    expected = torch.autograd.grad(by_hand(*x, fs, gs, [side])[0].sum(), side)
+    x1, x2 = (torch.rand(BATCH, CHANNELS // 2, dtype=torch.float64) for _ in range(2))
+    got = torch.autograd.grad(rev_block(x1, x2, fs, gs, 3, [side])[0].sum(), side)
+    expected = torch.autograd.grad(lines(fs, gs)(x1, x2, [side])[0].sum(), side)
     assert relative_error(got, expected) < 1e-9
