@@ -183,7 +183,7 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
     if not wrong or not torch.is_grad_enabled():
         return
     tensors = [x1, x2, *(t for s in sides for t in pytree.tree_leaves(s) if isinstance(t, Tensor))]
-    if any(t.requires_grad for t in tensors) or any(h.tensor.requires_grad for pair in layers for fn in pair for h in reads_of(fn)):
+    if any(t.requires_grad for t in tensors) or any(h.tensor.requires_grad for pair in layers for fn in pair for h in reads_of(fn).tensors):
         name, x = wrong[0]
         raise TypeError(
             f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed. Convert it"

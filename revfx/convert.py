@@ -85,6 +85,11 @@ class Conversion:
         return [o.plan for found in self.outcomes.values() for _, o in found if o.plan is not None]
 
     @property
+    def kept_cuts(self) -> int:
+        """How many cuts the latest forward kept in its regions: two per region, and those that the numerics demanded."""
+        return sum(r.kept for p in self.plans for r in p.regions.values())
+
+    @property
     def refusals(self) -> list[Refusal]:
         """What was left as it was, and why."""
         return list(dict.fromkeys(r for found in self.outcomes.values() for _, o in found for r in o.refusals))

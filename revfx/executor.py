@@ -47,15 +47,19 @@ class Handle:
     spoilt: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class RegionPlan:
-    """A region of a program, with the schedules made for it so far (one per step, direction and need)."""
+    """A region of a program, with the schedules made for it so far (one per step, direction and need).
+
+    `kept` is the number of cuts that the latest forward kept.
+    """
 
     program: Program
     region: Region
     tolerance: float | None = None
     schedules: dict[object, tuple[Instruction, ...]] = field(default_factory=dict[object, tuple[Instruction, ...]])
     step_of: dict[int, int] = field(default_factory=dict[int, int])
+    kept: int = 0
 
     def __post_init__(self) -> None:
         for number, step in enumerate(self.region.steps):
@@ -70,6 +74,7 @@ def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
     """
     run = RegionRun(plan, calls, env)
     run.forward(env)
+    plan.kept = len(run.kept_cuts)
     return run
 
 
@@ -218,6 +223,8 @@ class RegionRun:
     # --- backward ------------------------------------------------------------------------------------------------------
     def fetch(self, handle: Handle) -> Tensor:
         """The tensor that a handle stands for, regenerated where it is not there."""
+        if handle.op == self.current:  # the operation differentiates within itself
+            return self.fresh[handle.k][1].detach()
         if handle.spoilt:
             raise RegenerationError(
                 f"a tensor that `{self.calls[handle.op].name}` needs for its gradient was modified by an inplace operation in"
@@ -337,12 +344,16 @@ class RegionRun:
         """The outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
         op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
         inputs = {v: _leaf(env[v], self.layout[v][2]) for v in op.ins}
-        saved: list[Tensor | None] = []
+        saved: list[Tensor] = []
         metas: list[tuple[Any, ...]] = []
 
-        def pack(t: Tensor) -> None:
-            saved.append(t.detach() if capture else None)
+        def pack(t: Tensor) -> int:
+            saved.append(t.detach())
             metas.append((tuple(t.shape), t.dtype))
+            return len(saved) - 1
+
+        def unpack(k: int) -> Tensor:  # only an operation that differentiates within itself asks for it
+            return saved[k] if saved else _never()
 
         with contextlib.ExitStack() as stack:
             if surroundings is not None:
@@ -350,7 +361,7 @@ class RegionRun:
             for device, enabled, dtype, cache in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(saved_tensors_hooks(pack, _never))
+            stack.enter_context(saved_tensors_hooks(pack, unpack))
             outs = [t.detach() for t in call.invoke(inputs)]
         before = self.saved_meta.get(index, [])
         if metas != before or any(tuple(t.shape) != self.layout[v][0] for v, t in zip(op.outs, outs, strict=True)):
@@ -361,7 +372,8 @@ class RegionRun:
                 " `revfx.testing.store_activations()`, or make it deterministic."
             )
         if capture:
-            self.captures[index] = saved
+            self.captures[index] = [*saved]
+        saved.clear()
         return outs
 
 
@@ -381,7 +393,7 @@ def _unpack(handle: Handle) -> Tensor:
     return handle.state.fetch(handle)
 
 
-def _never(_: object) -> Tensor:
+def _never() -> Tensor:
     raise RegenerationError("the graph of a re-run is never differentiated")
 
 

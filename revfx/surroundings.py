@@ -13,7 +13,7 @@ import functools
 import threading
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,13 +29,17 @@ ALWAYS_KEPT = 4096  # elements; a clone of a buffer this small is kept without c
 
 @dataclass(slots=True)
 class Held:
-    """One tensor that a call reads: where it hangs (None for closures), its version and address, and a clone if it was written."""
+    """One tensor that a call reads: where it hangs (None for closures), its version and address, and a clone if it was written.
+
+    `storage` is held so that no other gets its address when `.data` is replaced.
+    """
 
     holder: dict[str, Any] | None
     key: str
     tensor: Tensor
     version: int
     address: int
+    storage: object
     clone: Tensor | None
 
     def changed(self) -> bool:
@@ -52,15 +56,28 @@ def _hold(holder: dict[str, Any] | None, key: str, tensor: Tensor, clone: bool) 
     if not tensor.is_leaf:  # its graph may lead to the state that holds this
         tensor = tensor.detach().requires_grad_()
     copy = tensor.detach().clone().requires_grad_(tensor.requires_grad) if clone else None
-    return Held(holder, key, tensor, _torch.version(tensor), _address(tensor), copy)
+    address = _address(tensor)
+    storage = tensor.untyped_storage() if address else None
+    return Held(holder, key, tensor, _torch.version(tensor), address, storage, copy)
 
 
-def reads_of(function: Any) -> list[Held]:
-    """The tensors that calling `function` may read: of modules, closures, defaults, partials and objects' own attributes.
+PLAIN = (bool, int, float, str)
+
+
+@dataclass(slots=True)
+class Reads:
+    """What a call may read: tensors, and per module its attributes that are flags, numbers or strings (`training` is one)."""
+
+    tensors: list[Held] = field(default_factory=list[Held])
+    plain: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list[tuple[dict[str, Any], dict[str, Any]]])
+
+
+def reads_of(function: Any) -> Reads:
+    """What calling `function` may read, of modules, closures, defaults, partials and objects' own attributes.
 
     A tuple of a function and its arguments is looked through like a closure.
     """
-    found: list[Held] = []
+    found = Reads()
     seen: set[int] = set()
     stack: list[Any] = [function]
     while stack:
@@ -72,7 +89,7 @@ def reads_of(function: Any) -> list[Held]:
             _module_reads(item, found, sharded=False)
             stack.extend((vars(item).get("forward"), *_closure(type(item).forward)))
         elif isinstance(item, Tensor):
-            found.append(_hold(None, "", item, clone=False))
+            found.tensors.append(_hold(None, "", item, clone=False))
         elif isinstance(item, functools.partial):
             stack.extend((item.func, item.args, item.keywords))
         elif isinstance(item, types.FunctionType):
@@ -89,18 +106,22 @@ def reads_of(function: Any) -> list[Held]:
     return found
 
 
-def _module_reads(module: nn.Module, found: list[Held], sharded: bool) -> None:
-    """Notes the tensors of a module and of those below it; parameters that FSDP2 swaps by design are its own business."""
+def _module_reads(module: nn.Module, found: Reads, sharded: bool) -> None:
+    """Notes what a module and those below it hold; parameters that FSDP2 swaps by design are its own business."""
     sharded = sharded or _torch.is_fsdp(module)
     for key, p in module._parameters.items():
         if p is not None and not sharded:
-            found.append(_hold(module._parameters, key, p, clone=False))
+            found.tensors.append(_hold(module._parameters, key, p, clone=False))
     for key, b in module._buffers.items():
         if b is not None:
-            found.append(_hold(module._buffers, key, b, clone=True))
+            found.tensors.append(_hold(module._buffers, key, b, clone=True))
+    plain: dict[str, Any] = {}
     for key, value in vars(module).items():
-        if isinstance(value, Tensor):
-            found.append(_hold(vars(module), key, value, clone=True))
+        if type(value) in PLAIN:
+            plain[key] = value
+        elif isinstance(value, Tensor):
+            found.tensors.append(_hold(vars(module), key, value, clone=True))
+    found.plain.append((vars(module), plain))
     for child in module._modules.values():
         if child is not None:
             _module_reads(child, found, sharded)
@@ -149,15 +170,15 @@ class Random:
 
 @dataclass(slots=True)
 class Surroundings:
-    """What one call depended on: the tensors it could read, and the random state where it drew."""
+    """What one call depended on: what it could read, and the random state where it drew."""
 
     name: str
-    held: list[Held]
+    reads: Reads
     random: Random | None = None
 
     def settle(self) -> None:
         """None; called after the forward call: clones of large buffers that it did not write are let go."""
-        for h in self.held:
+        for h in self.reads.tensors:
             if h.clone is None or h.clone.numel() <= ALWAYS_KEPT:
                 continue
             silent = h.tensor.dim() <= 1 and not torch.equal(h.tensor.detach(), h.clone)  # batch norm bumps no version
@@ -171,13 +192,17 @@ class Surroundings:
         Raises:
             RegenerationError: a tensor that the call read was written, or its storage swapped, since.
         """
-        with _swapping if self.random is not None or any(h.clone is not None for h in self.held) else contextlib.nullcontext():
+        with _swapping if self._writes() else contextlib.nullcontext():
             yield from self._restored()
+
+    def _writes(self) -> bool:
+        cloned = any(h.clone is not None for h in self.reads.tensors)
+        return self.random is not None or cloned or any({**now, **then} != now for now, then in self.reads.plain)
 
     def _restored(self) -> Iterator[None]:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         random = Random.now(self.random.device) if self.random is not None else None
-        for h in self.held:
+        for h in self.reads.tensors:
             if h.clone is None and h.changed():
                 what = f"`{h.key}` of `{self.name}`" if h.key else f"a tensor that `{self.name}` closes over"
                 raise RegenerationError(
@@ -186,11 +211,14 @@ class Surroundings:
                     " keep the activations with `revfx.testing.store_activations()`."
                 )
         try:
-            for h in self.held:
+            for h in self.reads.tensors:
                 use = h.tensor if h.clone is None else h.clone.detach().clone().requires_grad_(h.clone.requires_grad)
                 if h.holder is not None and (h.clone is not None or h.holder.get(h.key) is not h.tensor):
                     swapped.append((h.holder, h.key, h.holder.get(h.key)))
                     h.holder[h.key] = use
+            for holder, then in self.reads.plain:
+                swapped += [(holder, key, holder[key]) for key in then if key in holder]
+                holder.update(then)
             if self.random is not None:
                 self.random.restore()
             yield

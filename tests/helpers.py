@@ -23,12 +23,14 @@ Wrap = Callable[[Any], Callable[..., Any]]
 
 @pytest.fixture(autouse=True)
 def fp64() -> Iterator[None]:
-    """Every test of a file that imports this runs in fp64, from the same random state."""
+    """Every test of a file that imports this runs in fp64 on one core, from the same random state."""
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # the tensors are tiny
     yield
-    torch.set_default_dtype(before)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
 
 
 def lines(fs: Any, gs: Any) -> Block:

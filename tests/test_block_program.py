@@ -128,6 +128,24 @@ def test_blocks_may_follow_each_other_and_nest(way: str) -> None:
 
 
 @ways
+def test_f_may_differentiate_within_itself(way: str) -> None:
+    potentials = mlps(3, 4, 1)
+
+    def force(potential: nn.Module) -> Any:
+        def call(x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x if x.requires_grad else x.requires_grad_()
+                return torch.autograd.grad(potential(x).square().sum(), x, create_graph=True)[0]
+
+        return call
+
+    fs = [force(m) for m in potentials]
+    inputs = [leaf(3, 4), leaf(3, 4)]
+    expected = outcome(lines(fs, [torch.sin] * 3), inputs, potentials)
+    assert_same(outcome(block(way, fs, [torch.sin] * 3), inputs, potentials), expected)
+
+
+@ways
 def test_checkpointing_inside_and_around_and_saving_on_cpu_around_work(way: str) -> None:
     inner = mlps(3)
     fs: Any = [lambda x, m=m: checkpoint(m, x, use_reentrant=False) for m in inner]
@@ -250,7 +268,7 @@ def test_hooks_on_f_run_and_what_they_change_counts(way: str) -> None:
     backward_calls: list[int] = []
     for i, f in enumerate(fs):
         f.register_forward_pre_hook(lambda m, args: args[0] * 1.5)
-        f.register_forward_hook(lambda m, args, y: y * 0.5)
+        f.register_forward_hook(lambda m, args, output: output * 0.5)
         f.register_full_backward_hook(lambda m, gi, go, i=i: backward_calls.append(i))
     assert_like_lines(way, fs, gs, [leaf(3, 4), leaf(3, 4)])
     assert backward_calls == [2, 1, 0, 2, 1, 0]  # the lines once, the block once

@@ -1,0 +1,129 @@
+"""Every reversible program is found, its gradients are plain autograd's, and its memory does not grow with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO, Additive, Momentum, Pairs
+
+import revfx
+from revfx.testing import Memory, assert_same_grads, gradients, measure_memory, relative_error, stored
+
+
+def _inputs(name: str, n: int) -> list[Tensor]:
+    return [t.requires_grad_() if t.is_floating_point() else t for t in ZOO[name][1](n)]
+
+
+def _mean_square(model: nn.Module, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        out = model(*inputs)
+        return torch.stack([t.square().mean() for t in (out if isinstance(out, tuple) else (out,))]).sum()
+
+    return step
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_gradients_are_those_of_plain_autograd(name: str, fp64: None) -> None:
+    model, inputs = ZOO[name][0](4), _inputs(name, 8)
+    converted: Any = revfx.convert(model)
+    assert_same_grads(converted, model, inputs)
+    assert_same_grads(converted, stored(converted), inputs)
+    (plan,) = converted.revfx.plans
+    assert plan.regions
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_peak_memory_does_not_grow_with_depth(name: str) -> None:
+    peak: dict[tuple[str, int], int] = {}
+    inputs = _inputs(name, 1024)
+    for depth in (4, 12):
+        model = ZOO[name][0](depth)
+        for way, m in (("plain", model), ("revfx", revfx.convert(model))):
+            peak[way, depth] = measure_memory(_mean_square(m, inputs)).peak
+    assert peak["revfx", 12] - peak["revfx", 4] < 0.03 * (peak["plain", 12] - peak["plain", 4])
+
+
+class Wide(Pairs):
+    """Couplings whose f and g are Linear-Tanh-Linear without a wider middle."""
+
+    def __init__(self, depth: int, d: int = 64) -> None:
+        super().__init__(0)
+        for fs in (self.f, self.g):
+            fs.extend(nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, d)) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+def test_bytes_kept_and_peak_in_units_of_one_activation() -> None:
+    x = torch.randn(2048, 128)
+    unit = x.numel() * x.element_size()
+    seen: dict[str, list[Memory]] = {"convert": [], "rev_block": []}
+    for depth in (4, 16):
+        model = Wide(depth)
+        converted = revfx.convert(model)
+
+        def block(model: Wide = model, depth: int = depth) -> Tensor:
+            a, b = revfx.rev_block(*x.chunk(2, -1), model.f, model.g, depth)
+            return a.square().mean() + b.square().mean()
+
+        seen["convert"].append(measure_memory(_mean_square(converted, [x])))
+        seen["rev_block"].append(measure_memory(block))
+    for shallow, deep in seen.values():
+        assert deep.kept / unit <= 1.05 and deep.peak / unit <= 6.5
+        assert deep.peak - shallow.peak < 0.02 * unit and deep.kept - shallow.kept < 0.02 * unit
+
+
+class Contracting(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a * torch.sigmoid(f(b) + 1) + g(b)
+            a, b = b, a
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("depth", [12, 50, 200, 400])
+@pytest.mark.parametrize("kind", [Momentum, Contracting])
+def test_contracting_steps_keep_cuts_and_gradients_stay_within_tolerance(
+    kind: type[nn.Module], depth: int, dtype: torch.dtype
+) -> None:
+    model = kind(depth).to(dtype)
+    x = torch.randn(4, 32, dtype=dtype, requires_grad=True)
+    converted: Any = revfx.convert(model)
+    got, want = gradients(converted, [x]), gradients(model, [x])
+    worst = max(relative_error(g, w) for g, w in zip(got.values(), want.values(), strict=True) if g is not None and w is not None)
+    assert worst < torch.finfo(dtype).eps ** 0.5
+    kept = converted.revfx.kept_cuts
+    if depth <= 12:
+        assert kept == 2, "the first cut and the last"
+    if depth == 400:
+        assert 2 < kept < depth / 20
+
+
+def test_memory_of_a_contracting_chain_is_as_its_kept_cuts_say() -> None:
+    x = torch.randn(512, 32, requires_grad=True)
+    unit = 2 * x.numel() * x.element_size()
+    converted: Any = revfx.convert(Momentum(200))
+    memory = measure_memory(_mean_square(converted, [x]))
+    kept = converted.revfx.kept_cuts
+    assert kept > 2
+    assert memory.kept < (kept + 1) * unit * 1.1
+
+
+def test_region_is_found_in_a_model_that_is_never_run_for_analysis(fp64: None) -> None:
+    model = Additive(4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    revfx.convert(model, (torch.randn(3, 32),))
+    torch.set_rng_state(state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
