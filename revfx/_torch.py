@@ -64,9 +64,9 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def autocast_state(device: str) -> tuple[bool, Any, bool]:
-    """Whether autocast is on for a device type, to which dtype, and whether it caches casts."""
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+def autocast_state(device: str) -> tuple[bool, Any]:
+    """Whether autocast is on for a device type, and to which dtype."""
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def is_fsdp(module: torch.nn.Module) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revfx.block_compiled import compiled_chain
 from revfx.calls import Call, Slot
 from revfx.executor import RegionPlan, run_region
 from revfx.mode import runs_plain
@@ -66,6 +67,8 @@ def rev_block(
         return x1, x2
     leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
     floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
+    if torch.compiler.is_compiling() and is_training and floating:
+        return compiled_chain(x1, x2, layers, sides, _plain)
     if torch.compiler.is_compiling() or not is_training or not floating or runs_plain((x1, x2, *leaves)):
         return _plain(x1, x2, layers, sides)
     side_tensors, side_slots = _number_sides(sides, first=2)

@@ -1,12 +1,12 @@
 """`rev_block` while `torch.compile` traces it.
 
-Saved-tensor hooks can't be traced. A chain whose functions are proven to draw nothing, write nothing and read no tensor
-that is not passed becomes one autograd.Function with explicit parameters, whose backward inverts: one for the whole
-chain, because the common-subexpression pass merges a recomputed g(y1) with the forward's and then keeps what it needs,
-which costs one layer per Function. Layers that may draw random numbers are checkpointed; anything else stays plain.
+Saved-tensor hooks can't be traced. Layers whose functions are proven to draw nothing, write nothing and read no tensor
+but their own parameters, buffers and arguments become one autograd.Function with explicit tensors, whose backward
+inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so keeps what the last
+layer of every Function needs. Layers that are pure but may draw are checkpointed one by one; anything else stays plain.
 
-The proof runs as part of the traced program, so that Dynamo guards everything it depends on; only what depends on a
-class alone (`_class_reads`) is a constant to it.
+The proof is part of the traced program, so that the compiled code is guarded by all it depends on; only what depends on
+a class alone (`_class_facts`) is a constant there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
-import inspect
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -33,6 +32,8 @@ from revfx import _torch
 Function = Callable[..., Tensor]
 Pair = tuple[Function, Function]
 Plain = Callable[[Tensor, Tensor, Sequence[Pair], tuple[Any, Any]], tuple[Tensor, Tensor]]
+Call = tuple[Callable[[Tensor, Sequence[Tensor]], Tensor], list[int]]  # what to call, and which held tensors it reads
+Facts = tuple[int, tuple[str, ...]]
 
 PLAIN, CHECKPOINTED, SAVED = 0, 1, 2
 
@@ -40,13 +41,12 @@ PLAIN, CHECKPOINTED, SAVED = 0, 1, 2
 def compiled_chain(
     x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any], plain: Plain
 ) -> tuple[Tensor, Tensor]:
-    """(y1, y2) of the chain, saved, checkpointed or as `plain` computes it, whatever each run of layers allows."""
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _torch.in_functorch_transform():
+    """(y1, y2) of the chain, each run of layers saved, checkpointed, or computed by `plain`, whichever it allows."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _transformed():
         return plain(x1, x2, layers, sides)
-    levels: dict[int, int] = {}
     runs: list[tuple[int, list[Pair]]] = []
     for pair in layers:
-        level = min(_level(pair[0], sides[0]), _level(pair[1], sides[1]))
+        level = min(_level(pair[0]), _level(pair[1]))
         if not runs or runs[-1][0] != level:
             runs.append((level, []))
         runs[-1][1].append(pair)
@@ -55,11 +55,337 @@ def compiled_chain(
             x1, x2 = _saved(x1, x2, run, sides, plain)
         elif level == CHECKPOINTED:
             for pair in run:
-                x1, x2 = checkpoint(_one(pair, sides, plain), x1, x2, use_reentrant=False)
+                x1, x2 = checkpoint(_one_layer(pair, sides, plain), x1, x2, use_reentrant=False)
         else:
             x1, x2 = plain(x1, x2, run, sides)
     return x1, x2
 
 
-def _one(pair: Pair, sides: tuple[Any, Any], plain: Plain) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether a torch.func transform is active: a constant, since Dynamo guards on the transforms around a program."""
+    return _torch.in_functorch_transform()
+
+
+def _one_layer(pair: Pair, sides: tuple[Any, Any], plain: Plain) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return lambda x1, x2: plain(x1, x2, [pair], sides)
+
+
+# --- the chain as one autograd.Function -------------------------------------------------------------------------------
+def _saved(
+    x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any], plain: Plain
+) -> tuple[Tensor, Tensor]:
+    held: list[Tensor] = []  # without duplicates: Dynamo refuses the same tensor twice
+    numbers: dict[int, int] = {}
+    given = [_hold_side(side, held, numbers) for side in sides]
+    calls = [(_bind(f, given[0], held, numbers), _bind(g, given[1], held, numbers)) for f, g in layers]
+    if not (x1.requires_grad or x2.requires_grad or any(t.requires_grad for t in held)):
+        return plain(x1, x2, layers, sides)
+    device = x1.device.type
+    cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    return _Chain.apply(calls, plain, cast, x1.view_as(x1), x2.view_as(x2), *held)  # views: x1 may be x2, or be held
+
+
+def _hold(tensor: Tensor, held: list[Tensor], numbers: dict[int, int]) -> int:
+    if id(tensor) not in numbers:
+        numbers[id(tensor)] = len(held)
+        held.append(tensor)
+    return numbers[id(tensor)]
+
+
+def _hold_side(side: Any, held: list[Tensor], numbers: dict[int, int]) -> tuple[list[int | None], list[Any], Any]:
+    """Per leaf of a side input its number (None: not a tensor), the leaves that are no tensors, and the structure."""
+    leaves, spec = pytree.tree_flatten(side)
+    at = [_hold(t, held, numbers) if isinstance(t, Tensor) else None for t in leaves]
+    return at, [None if isinstance(t, Tensor) else t for t in leaves], spec
+
+
+def _bind(function: Function, side: Any, held: list[Tensor], numbers: dict[int, int]) -> Call:
+    """The function as one of x and of the held tensors, which stand for its parameters, buffers and side input."""
+    at, others, spec = side
+    names: list[tuple[str, int]] = []
+    if isinstance(function, nn.Module):
+        for name, tensor in function.named_parameters(remove_duplicate=False):
+            names.append((name, _hold(tensor, held, numbers)))
+        for name, tensor in function.named_buffers(remove_duplicate=False):
+            names.append((name, _hold(tensor, held, numbers)))
+
+    def call(x: Tensor, have: Sequence[Tensor]) -> Tensor:
+        args: tuple[Any, ...] = (x,)
+        leaves = [other if i is None else have[i] for i, other in zip(at, others, strict=True)]
+        if leaves and not (len(leaves) == 1 and at[0] is None and others[0] is None):
+            args = (x, pytree.tree_unflatten(leaves, spec))
+        if not isinstance(function, nn.Module):
+            return function(*args)
+        return functional_call(function, {name: have[i] for name, i in names}, args, tie_weights=False)
+
+    return call, [*(i for _, i in names), *(i for i in at if i is not None)]
+
+
+class _Chain(torch.autograd.Function):
+    """Additive couplings that keep their last pair and the held tensors; the backward inverts layer by layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, calls: list[tuple[Call, Call]], plain: Plain, cast: Any, x1: Tensor, x2: Tensor, *held: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(y1, y2)."""
+
+        def at(call: Call) -> Function:
+            return lambda x: call[0](x, held)
+
+        y1, y2 = plain(x1, x2, [(at(f), at(g)) for f, g in calls], (None, None))
+        ctx.save_for_backward(y1, y2, *held)
+        ctx.calls = calls
+        ctx.cast = cast
+        return y1, y2
+
+    @staticmethod
+    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> Any:
+        """The gradients of x1, x2 and of every held tensor that needs one."""
+        y1, y2, *held = ctx.saved_tensors
+        needs = ctx.needs_input_grad[5:]
+        grads: list[Tensor | None] = [None] * len(held)
+        for f, g in reversed(ctx.calls):
+            y2, d1 = _undo(g, y1, y2, d1, d2, held, needs, grads, ctx.cast)
+            y1, d2 = _undo(f, y2, y1, d2, d1, held, needs, grads, ctx.cast)
+        return None, None, None, d1, d2, *grads
+
+
+def _undo(
+    call: Call,
+    x: Tensor,
+    y: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    held: list[Tensor],
+    needs: Sequence[bool],
+    grads: list[Tensor | None],
+    cast: Any,
+) -> tuple[Tensor, Tensor]:
+    """(the stream before `y = stream + call(x)`, the gradient of x), from one evaluation; adds to `grads`."""
+    wanted = [i for i in dict.fromkeys(call[1]) if needs[i]]
+
+    def function(x: Tensor, *tensors: Tensor) -> Tensor:
+        have = list(held)
+        for i, t in zip(wanted, tensors, strict=True):
+            have[i] = t
+        return call[0](x, have)
+
+    with torch.autocast(cast[0], dtype=cast[1], enabled=cast[2]):
+        h, pull = vjp(function, x, *[held[i] for i in wanted])
+    gx, *rest = pull(dy.to(h.dtype))
+    for i, grad in zip(wanted, rest, strict=True):
+        so_far = grads[i]
+        grads[i] = grad if so_far is None else so_far + grad
+    return y - h, dx + gx
+
+
+# --- what is known about functions and modules ------------------------------------------------------------------------
+def _named(namespace: Any, names: str) -> frozenset[Any]:
+    return frozenset(getattr(namespace, n) for n in names.split() if hasattr(namespace, n))
+
+
+FUNCTIONS = _named(torch, "tanh sigmoid relu sin cos exp neg abs square sqrt rsqrt erf erfc atan") | _named(
+    F, "relu gelu silu elu selu softplus leaky_relu mish tanh sigmoid hardtanh hardswish relu6 celu logsigmoid softsign"
+)
+FRESH = _named(  # never return their input
+    nn, "Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d LayerNorm GroupNorm RMSNorm"
+)
+PURE = FRESH | _named(
+    nn,
+    "Identity Sequential ModuleList ModuleDict Flatten Unflatten ReLU ReLU6 LeakyReLU GELU SiLU ELU SELU CELU Mish Tanh"
+    " Sigmoid LogSigmoid Softplus Softsign Softshrink Hardshrink Tanhshrink Hardtanh Hardswish Hardsigmoid Softmax"
+    " LogSoftmax PReLU GLU AvgPool1d AvgPool2d AvgPool3d ZeroPad1d ZeroPad2d ConstantPad1d ConstantPad2d ReflectionPad1d"
+    " ReflectionPad2d ReplicationPad1d ReplicationPad2d PixelShuffle PixelUnshuffle ChannelShuffle LocalResponseNorm",
+)
+DROPS = _named(nn, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout")
+NORMS = _named(nn, "BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d")
+PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
+SAFE = frozenset(  # what a forward may name: functions and methods that draw nothing and write nothing, and attributes
+    "nn functional Tensor shape size dim ndim numel dtype device weight bias in_features out_features training"
+    " add sub mul div true_divide matmul mm bmm addmm baddbmm einsum tensordot outer linear bilinear conv1d conv2d conv3d"
+    " pow square sqrt rsqrt exp expm1 log log1p log2 abs neg sign sin cos tan tanh atan sinh cosh erf erfc sigmoid reciprocal"
+    " relu gelu silu elu selu celu mish softplus leaky_relu relu6 hardtanh hardswish hardsigmoid logsigmoid softsign glu"
+    " softmax log_softmax logsumexp cumsum cumprod sum mean var std prod amax amin max min maximum minimum clamp clip norm"
+    " layer_norm group_norm rms_norm normalize where masked_fill tril triu gather index_select scatter_add take_along_dim"
+    " view view_as reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes mT T t"
+    " contiguous clone expand expand_as repeat repeat_interleave chunk split unbind cat concat stack roll flip pad narrow"
+    " select type_as to float double half bfloat16 detach zeros ones full arange zeros_like ones_like full_like eye"
+    " float16 float32 float64 bool int long pi inf lerp addcmul eq ne lt le gt ge logical_not logical_and logical_or"
+    " avg_pool1d avg_pool2d interpolate pixel_shuffle scaled_dot_product_attention".split()
+)
+DRAWING = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu rand randn rand_like randn_like"
+    " bernoulli multinomial gumbel_softmax normal poisson randint randperm".split()
+)
+MODULES = (torch, F, nn, math)
+BUILTINS = _named(builtins, "len range int float bool zip enumerate tuple list min max reversed isinstance abs sum")
+OWN = frozenset("__init__ __repr__ extra_repr reset_parameters".split())  # methods that a forward does not call
+
+
+def _level(function: Any) -> int:
+    """How the layer of one function may be computed: SAVED, CHECKPOINTED or PLAIN."""
+    if not isinstance(function, nn.Module):
+        return SAVED if any(function is known for known in FUNCTIONS) else PLAIN
+    if _torch.has_global_module_hooks():
+        return PLAIN
+    return min(_part_level(part) for part in function.modules())
+
+
+def _part_level(part: nn.Module) -> int:
+    own = part.__dict__
+    if _torch.has_hooks(part) or any(isinstance(v, Tensor) for v in own.values()):
+        return PLAIN
+    for tensors in (part._parameters, part._buffers):
+        if any(t is not None and type(t) not in PLAIN_TENSORS for t in tensors.values()):
+            return PLAIN
+    kind = type(part)
+    if kind is nn.Sequential:
+        return _sequential_level(part)
+    if kind in PURE:
+        return SAVED
+    if kind in DROPS:
+        return CHECKPOINTED if part.training and part.p > 0 else SAVED
+    if kind in NORMS:
+        return CHECKPOINTED if part.training and part.running_mean is not None else SAVED
+    if kind is nn.MultiheadAttention:
+        return CHECKPOINTED if part.training and part.dropout > 0 else SAVED
+    level, names = _class_facts(kind)
+    if level == PLAIN or not all(name in own or _is_slot(part, name) for name in names):
+        return PLAIN
+    known = all(_known(value) for name, value in own.items() if name in names or name in SAFE)
+    return level if known and not any(_inplace(child) for child in part.children()) else PLAIN
+
+
+def _sequential_level(part: Any) -> int:
+    """In-place activations only write what the module before them made; first ones would write the stream."""
+    fresh = False
+    for child in part.children():
+        if _inplace(child) and not fresh:
+            return PLAIN
+        fresh = type(child) in FRESH
+    return SAVED
+
+
+def _inplace(part: Any) -> bool:
+    return bool(getattr(part, "inplace", False))
+
+
+def _is_slot(part: nn.Module, name: str) -> bool:
+    return name in part._modules or name in part._parameters or name in part._buffers
+
+
+def _known(value: Any) -> bool:
+    return type(value) in CONSTANTS or (callable(value) and any(value is known for known in FUNCTIONS))
+
+
+# --- what is known about a user's module class ------------------------------------------------------------------------
+@torch.compiler.assume_constant_result
+def _class_facts(kind: type) -> Facts:
+    """(how layers of such modules may be computed, the instance attributes that its forward reads)."""
+    return _read_class(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_class(kind: type) -> Facts:
+    mine = [c for c in kind.__mro__ if c not in nn.Module.__mro__]
+    for name, value in ((n, v) for c in mine for n, v in vars(c).items()):
+        special = name.startswith("__") and callable(value) and name not in OWN
+        if special or name in SAFE or name == "_call_impl" or isinstance(value, property):
+            return PLAIN, ()
+    reader = _Reader(kind)
+    reader.read(kind.forward, owned=True)
+    return reader.level, tuple(sorted(reader.names)) if reader.level != PLAIN else ()
+
+
+class _Reader:
+    """Reads bytecode for names: what is not known to be pure makes the level PLAIN, what draws CHECKPOINTED."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.level = SAVED
+        self.names: set[str] = set()
+        self.seen: set[types.CodeType] = set()
+
+    def lower(self, level: int) -> None:
+        """None; the level is at most this."""
+        self.level = min(self.level, level)
+
+    def read(self, function: Any, owned: bool) -> None:
+        """None; takes in a function, and those that it calls; `owned`: its first argument is the module."""
+        if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
+            defaults = getattr(function, "__defaults__", None) or (self,)
+            if getattr(function, "__closure__", None) or any(type(d) not in CONSTANTS for d in defaults):
+                return self.lower(PLAIN)
+        code = function.__code__
+        if code in self.seen:
+            return None
+        self.seen.add(code)
+        words = {w for c in code.co_consts if isinstance(c, tuple) for w in c}
+        if code.co_flags & 0x2A0 or words & {"out", "inplace"}:  # generators and coroutines; writing by keyword
+            return self.lower(PLAIN)
+        instructions = list(dis.get_instructions(code))
+        attends = "scaled_dot_product_attention" in code.co_names
+        if attends and any(i.opname.startswith("CALL") and (i.arg or 0) > 4 for i in instructions):
+            self.lower(CHECKPOINTED)  # a fifth argument may be the share to drop
+        if "dropout_p" in words:
+            self.lower(CHECKPOINTED)
+        owner = code.co_varnames[0] if owned and code.co_argcount else None
+        top: str | None = None
+        for i in instructions:
+            name = str(i.argval)
+            if _writes(i, owner):
+                self.lower(PLAIN)
+            elif i.opname == "LOAD_GLOBAL":
+                self.global_name(function, name)
+            elif i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                self.own_name(name) if top is not None and top == owner and not i.is_jump_target else self.any_name(name)
+            if i.opname not in ("CACHE", "EXTENDED_ARG"):
+                last = i.argval[-1] if isinstance(i.argval, tuple) and i.argval else i.argval
+                top = last if "LOAD_FAST" in i.opname else None
+        return None
+
+    def any_name(self, name: str) -> None:
+        """None; takes in an attribute of something other than the module itself."""
+        self.lower(SAVED if name in SAFE else CHECKPOINTED if name in DRAWING else PLAIN)
+
+    def own_name(self, name: str) -> None:
+        """None; takes in an attribute of the module itself: a method is read, the rest is looked up per instance."""
+        value = getattr(self.kind, name, None)
+        if isinstance(value, types.FunctionType) and name not in vars(nn.Module):
+            self.read(value, owned=True)
+        elif value is None:
+            if name != "training":
+                self.names.add(name)
+        elif type(value) not in CONSTANTS:
+            self.lower(PLAIN)
+
+    def global_name(self, function: types.FunctionType, name: str) -> None:
+        """None; takes in a global or built-in that `function` names."""
+        value = function.__globals__.get(name, getattr(builtins, name, None))
+        if any(value is m for m in MODULES) or type(value) in CONSTANTS:
+            return None
+        if isinstance(value, type) and issubclass(value, Exception):
+            return None
+        if callable(value) and any(value is b for b in BUILTINS):
+            return None
+        own_name = getattr(value, "__name__", "")
+        if any(getattr(m, own_name, None) is value for m in (torch, F)):
+            return self.any_name(own_name)
+        return self.read(value, owned=False)
+
+
+def _writes(i: dis.Instruction, owner: str | None) -> bool:
+    """Whether an instruction changes something other than a local name, or is one that the reader does not follow."""
+    op = i.opname
+    if "FAST" in op:
+        stored = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+        return op.startswith(("STORE_FAST", "DELETE_FAST")) and owner in stored
+    refused = (
+        "STORE_", "DELETE_", "IMPORT_", "YIELD", "SEND", "GET_A", "MAKE_FUNCTION", "LOAD_BUILD", "LOAD_SUPER", "LOAD_CLASS",
+        "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_NAME", "LOAD_FROM", "LOAD_LOCALS", "LOAD_SPECIAL", "SETUP_", "BEFORE_", "INPLACE_",
+        "CALL_FUNCTION_EX",
+    )  # fmt: skip
+    return op.startswith(refused) or (op == "BINARY_OP" and i.argrepr.endswith("="))

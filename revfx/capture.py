@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -157,7 +158,9 @@ class _Recorder(TorchFunctionMode):
         fake = self.fakes.get(id(t))
         if fake is None:
             self.alive.append(t)
-            fake = self.fakes[id(t)] = self.fake.from_tensor(t)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
+                fake = self.fakes[id(t)] = self.fake.from_tensor(t)
         return fake
 
     def _convert(self, tree: Any) -> Any:
@@ -455,8 +458,7 @@ def _updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
 
 def ambient_state() -> tuple[Any, ...]:
     """Grad mode and autocast: what a `with` in the forward changes for the operations inside it."""
-    cpu, cuda = _torch.autocast_state("cpu"), _torch.autocast_state("cuda")
-    return torch.is_grad_enabled(), cpu[:2], cuda[:2]
+    return torch.is_grad_enabled(), _torch.autocast_state("cpu"), _torch.autocast_state("cuda")
 
 
 @contextmanager

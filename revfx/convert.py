@@ -6,6 +6,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,11 +63,13 @@ def convert(
     return converted
 
 
+@dataclass(frozen=True)
 class Options:
-    """What `convert` was asked for."""
+    """What `convert` was asked for; `part` is set for the sub-modules of a model that can't be recorded."""
 
-    def __init__(self, capture: str, strict: bool) -> None:
-        self.capture, self.strict = capture, strict
+    capture: str
+    strict: bool
+    part: bool = False
 
 
 class Conversion:
@@ -115,8 +118,8 @@ class Conversion:
                 if sum(len(o) for o in self.outcomes.values()) >= MOST_PLANS:
                     return Outcome(None, (Refusal(f"called in more than {MOST_PLANS} ways", type(model).__name__, ""),))
                 outcome = make_plan(model, self.forward(model), args, kwargs)
-                self.outcomes.setdefault(key, []).append((fingerprint.attributes(model), outcome))
                 self._report(model, outcome)
+                self.outcomes.setdefault(key, []).append((fingerprint.attributes(model), outcome))
             return outcome
 
     def _known(self, key: Any, model: nn.Module) -> Outcome | None:
@@ -126,16 +129,16 @@ class Conversion:
         return None
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
+        name = fingerprint.name_of(model)
         reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
         if self.options.strict and (outcome.plan is None or outcome.refusals):
             node = outcome.refusals[0].op if outcome.refusals else None
-            raise NotReversibleError(f"`convert({type(model).__name__}, strict=True)`: left as it was:\n  {reasons}", node)
+            raise NotReversibleError(f"`convert({name}, strict=True)`: left as it was:\n  {reasons}", node)
         if outcome.untraceable and not self.parts_converted:
             self._convert_parts(model)
-        if outcome.plan is None:
-            text = f"`convert({type(model).__name__})`: nothing reversible was found, so it runs as it was:\n  {reasons}"
-            if outcome.untraceable:
-                text = f"`convert({type(model).__name__})`: only its sub-modules are looked at:\n  {reasons}"
+        if outcome.plan is None and not self.options.part:
+            what = "only its sub-modules are looked at" if outcome.untraceable else "nothing reversible was found, so it runs as it was"
+            text = f"`convert({name})`: {what}:\n  {reasons}"
             if text not in self.warned:
                 self.warned.add(text)
                 warnings.warn(text, RevfxWarning, stacklevel=6)
@@ -179,8 +182,7 @@ class Reversible(nn.Module):
         """Pickled as the model's own class and its state; plans are made again at the first call."""
         state = {k: v for k, v in self.__getstate__().items() if k != "_revfx"}
         conversion = self.revfx
-        options = (conversion.options.capture, conversion.options.strict)
-        return _restore, (self._revfx_base, options, conversion.own_forward), state
+        return _restore, (self._revfx_base, conversion.options, conversion.own_forward), state
 
 
 @functools.cache
@@ -201,9 +203,9 @@ def _reversible(model: nn.Module, options: Options) -> Any:
     return converted
 
 
-def _restore(base: type[nn.Module], options: tuple[str, bool], own_forward: Any) -> Any:
+def _restore(base: type[nn.Module], options: Options, own_forward: Any) -> Any:
     restored = object.__new__(_class_for(base))
-    restored.__dict__["_revfx"] = Conversion(own_forward, Options(*options))
+    restored.__dict__["_revfx"] = Conversion(own_forward, options)
     return restored
 
 
@@ -218,7 +220,7 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
         return copy
     if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
         return module
-    return _reversible(module, Options(options.capture, strict=False)) if any(True for _ in module.children()) else module
+    return _reversible(module, replace(options, strict=False, part=True)) if any(True for _ in module.children()) else module
 
 
 def _call_key(leaves: list[Any]) -> tuple[Any, ...]:

@@ -116,9 +116,7 @@ class RegionRun:
         last = program.last_use
         for v in env:
             self._note(v, env[v])
-        for v, value in enumerate(program.values):
-            if value.source and v in env and last[v] >= region.start:
-                self._keep(self.kept, v, env[v])
+        self._keep_all(self.kept, [v for v in env if program.values[v].source and last[v] >= region.start], env)
         self._keep_all(self.kept, (*region.side, *region.saved), env)
         self._keep_all(self.kept_cuts.setdefault(0, {}), region.entry, env)
         growth = numerics.Growth(self.plan.tolerance)
@@ -358,8 +356,8 @@ class RegionRun:
         with contextlib.ExitStack() as stack:
             if surroundings is not None:
                 stack.enter_context(surroundings.restored())
-            for device, enabled, dtype, cache in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            for device, enabled, dtype in self.autocast:  # a cache would hold every re-run's casts until the outermost exit
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(pack, unpack))
             outs = [t.detach() for t in call.invoke(inputs)]

@@ -44,6 +44,11 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _SKIPPED = _INNER | {*_TABLES, "_revfx"}
 
 
+def name_of(module: nn.Module) -> str:
+    """The name of the class that the user wrote."""
+    return getattr(type(module), "_revfx_base", type(module)).__name__
+
+
 def structure(module: nn.Module) -> tuple[Any, ...]:
     """A key that two modules share when running them on fake tensors gives the same: class, attributes, shapes, children."""
     d = vars(module)
@@ -78,10 +83,10 @@ class Snapshot:
             for old, new in zip(before, now, strict=True):
                 for name in {**old, **new}:
                     if old.get(name, self) is not new.get(name, self):
-                        return i, f"{type(m).__name__}.{name}"
+                        return i, f"{name_of(m)}.{name}"
             for name, value in _contents(m).items():
                 if key.get(name) != value:
-                    return i, f"{type(m).__name__}.{name}"
+                    return i, f"{name_of(m)}.{name}"
         return None
 
     def restore(self) -> None:

@@ -100,7 +100,8 @@ def make_plan(root: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Outc
     try:
         return search.run()
     except Untraceable as e:
-        refusal = Refusal(f"{type(root).__name__} can't be recorded: {e.reason}", type(root).__name__, e.where)
+        name = fingerprint.name_of(root)
+        refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)
         return Outcome(None, (*search.refusals.values(), refusal), untraceable=True)
 
 

@@ -2,8 +2,8 @@
 
 Parameters, buffers and tensors that a function closes over are noted with their version and address, and compared
 before the re-run: autograd's own check does not see them under saved-tensor hooks. Buffers that the call may write are
-cloned, and the re-run works on the clones, so that it reads what the forward read and leaves what the forward left.
-The random state is kept only for calls that draw.
+cloned, and the re-run works on the clones, so that it reads what the forward read and leaves what the forward left;
+likewise flags and numbers that modules have as attributes, `training` among them. The random state is kept only for calls that draw.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ def _hold(holder: dict[str, Any] | None, key: str, tensor: Tensor, clone: bool) 
     return Held(holder, key, tensor, _torch.version(tensor), address, storage, copy)
 
 
-PLAIN = (bool, int, float, str)
+PLAIN = (bool, int, float, str, type(None))
+FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 @dataclass(slots=True)
 class Reads:
-    """What a call may read: tensors, and per module its attributes that are flags, numbers or strings (`training` is one)."""
+    """What a call may read: tensors, and per module its attributes and those of them that are flags, numbers or strings."""
 
     tensors: list[Held] = field(default_factory=list[Held])
     plain: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list[tuple[dict[str, Any], dict[str, Any]]])
@@ -79,6 +80,7 @@ def reads_of(function: Any) -> Reads:
     """
     found = Reads()
     seen: set[int] = set()
+    sharded: set[int] = set()
     stack: list[Any] = [function]
     while stack:
         item = stack.pop()
@@ -86,8 +88,7 @@ def reads_of(function: Any) -> Reads:
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module):
-            _module_reads(item, found, sharded=False)
-            stack.extend((vars(item).get("forward"), *_closure(type(item).forward)))
+            stack.extend(_module_reads(item, found, sharded))
         elif isinstance(item, Tensor):
             found.tensors.append(_hold(None, "", item, clone=False))
         elif isinstance(item, functools.partial):
@@ -106,11 +107,16 @@ def reads_of(function: Any) -> Reads:
     return found
 
 
-def _module_reads(module: nn.Module, found: Reads, sharded: bool) -> None:
-    """Notes what a module and those below it hold; parameters that FSDP2 swaps by design are its own business."""
-    sharded = sharded or _torch.is_fsdp(module)
+def _module_reads(module: nn.Module, found: Reads, sharded: set[int]) -> list[Any]:
+    """What may be read through `module` besides what it holds itself, which is noted: children, and functions it has.
+
+    Parameters that FSDP2 swaps by design, of `sharded` modules and those below them, are its own business.
+    """
+    further: list[Any] = [m for m in module._modules.values() if m is not None]
+    if id(module) in sharded or _torch.is_fsdp(module):
+        sharded.update(map(id, (module, *further)))
     for key, p in module._parameters.items():
-        if p is not None and not sharded:
+        if p is not None and id(module) not in sharded:
             found.tensors.append(_hold(module._parameters, key, p, clone=False))
     for key, b in module._buffers.items():
         if b is not None:
@@ -121,10 +127,10 @@ def _module_reads(module: nn.Module, found: Reads, sharded: bool) -> None:
             plain[key] = value
         elif isinstance(value, Tensor):
             found.tensors.append(_hold(vars(module), key, value, clone=True))
+        elif isinstance(value, FUNCTIONS):
+            further.append(value)
     found.plain.append((vars(module), plain))
-    for child in module._modules.values():
-        if child is not None:
-            _module_reads(child, found, sharded)
+    return [*further, *_closure(type(module).forward)]
 
 
 def _closure(function: Any) -> list[Any]:
@@ -197,10 +203,11 @@ class Surroundings:
 
     def _writes(self) -> bool:
         cloned = any(h.clone is not None for h in self.reads.tensors)
-        return self.random is not None or cloned or any({**now, **then} != now for now, then in self.reads.plain)
+        return self.random is not None or cloned or any(now.get(k) != v for now, then in self.reads.plain for k, v in then.items())
 
     def _restored(self) -> Iterator[None]:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
+        attributes = [(holder, dict(holder)) for holder, _ in self.reads.plain]
         random = Random.now(self.random.device) if self.random is not None else None
         for h in self.reads.tensors:
             if h.clone is None and h.changed():
@@ -217,7 +224,6 @@ class Surroundings:
                     swapped.append((h.holder, h.key, h.holder.get(h.key)))
                     h.holder[h.key] = use
             for holder, then in self.reads.plain:
-                swapped += [(holder, key, holder[key]) for key in then if key in holder]
                 holder.update(then)
             if self.random is not None:
                 self.random.restore()
@@ -225,5 +231,9 @@ class Surroundings:
         finally:
             for holder, key, value in reversed(swapped):
                 holder[key] = value
+            for holder, before in attributes:
+                for key in holder.keys() - before.keys():
+                    del holder[key]
+                holder.update(before)
             if random is not None:
                 random.restore()

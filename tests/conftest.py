@@ -8,6 +8,9 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # small tensors: threads only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

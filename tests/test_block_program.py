@@ -264,11 +264,17 @@ def test_streams_between_layers_are_freed_too(way: str) -> None:
 
 @ways
 def test_hooks_on_f_run_and_what_they_change_counts(way: str) -> None:
+    def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * 1.5,)
+
+    def scale_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * 0.5
+
     fs, gs = mlps(3), mlps(3)
     backward_calls: list[int] = []
     for i, f in enumerate(fs):
-        f.register_forward_pre_hook(lambda m, args: args[0] * 1.5)
-        f.register_forward_hook(lambda m, args, output: output * 0.5)
+        f.register_forward_pre_hook(scale_input)
+        f.register_forward_hook(scale_output)
         f.register_full_backward_hook(lambda m, gi, go, i=i: backward_calls.append(i))
     assert_like_lines(way, fs, gs, [leaf(3, 4), leaf(3, 4)])
     assert backward_calls == [2, 1, 0, 2, 1, 0]  # the lines once, the block once

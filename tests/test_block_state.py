@@ -241,13 +241,51 @@ def test_state_that_f_carries_from_layer_to_layer_with_its_gradient_works_or_rai
         assert torch.is_grad_enabled()
 
 
+@ways
+def test_eval_called_between_forward_and_backward_does_not_matter(way: str) -> None:
+    fs, gs = (
+        nn.ModuleList(nn.Sequential(mlp(), nn.BatchNorm1d(4), nn.Dropout(0.4)) for _ in range(3))
+        for _ in range(2)
+    )
+    x = [leaf(5, 4), leaf(5, 4)]
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(loss_of(lines(fs, gs)(*x)), x)
+    torch.manual_seed(1)
+    loss = loss_of(block(way, fs, gs)(*x))
+    both(fs, gs).eval()
+    assert relative_error(torch.autograd.grad(loss, x), expected) < 1e-9
+    assert not any(m.training for m in both(fs, gs)[0].modules())
+
+
+@ways
+def test_a_counter_of_f_is_counted_once_and_read_as_it_was(way: str) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            h = self.inner(x)
+            return h if self.calls % 2 else h.sin() * self.calls
+
+    f = Counting()
+    x = [leaf(3, 4), leaf(3, 4)]
+    expected = torch.autograd.grad(loss_of(lines([f] * 4, [torch.sin] * 4)(*x)), x)
+    f.calls = 0
+    got = torch.autograd.grad(loss_of(block(way, [f] * 4, [torch.sin] * 4)(*x)), x)
+    assert relative_error(got, expected) < 1e-9
+    assert f.calls == 4
+
+
 # --- exceptions -----------------------------------------------------------------------------------
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
         self.inner = mlp()
-        self.fails = False
+        self.fails: list[bool] = []  # no plain attribute, which would be put back
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.dropout(self.norm(x), 0.3)
@@ -259,7 +297,7 @@ class Failing(nn.Module):
 @ways
 def test_an_exception_in_the_forward_comes_through_and_leaves_what_plain_code_leaves(way: str) -> None:
     fs, gs = [Failing() for _ in range(3)], [Failing() for _ in range(3)]
-    fs[2].fails = True
+    fs[2].fails.append(True)
     x = leaf(3, 4), leaf(3, 4)
     left: list[list[Tensor]] = []
     start = [b.clone() for b in both(fs, gs).buffers()]
@@ -271,7 +309,7 @@ def test_an_exception_in_the_forward_comes_through_and_leaves_what_plain_code_le
             call(*x)
         left.append([torch.get_rng_state(), *(b.clone() for b in both(fs, gs).buffers())])
     assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
-    fs[2].fails = False
+    fs[2].fails.clear()
     assert_like_lines(way, fs, gs, [leaf(3, 4), leaf(3, 4)])
 
 
@@ -279,7 +317,7 @@ def test_an_exception_in_the_forward_comes_through_and_leaves_what_plain_code_le
 def test_an_exception_when_f_runs_again_leaves_random_state_and_buffers_as_they_were(way: str) -> None:
     fs, gs = [Failing() for _ in range(3)], [Failing() for _ in range(3)]
     loss = loss_of(block(way, fs, gs)(leaf(3, 4), leaf(3, 4)))
-    fs[1].fails = True
+    fs[1].fails.append(True)
     torch.manual_seed(2)
     random, buffers = torch.get_rng_state(), [(id(b), b.clone()) for b in both(fs, gs).buffers()]
     with pytest.raises(KeyError, match="mine"):
