@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ class Lowered:
     program: Program
     op_nodes: tuple[fx.Node, ...]
     value_nodes: tuple[fx.Node, ...]
+
+    @cached_property
+    def index(self) -> dict[fx.Node, int]:
+        """The value that each node stands for."""
+        return {n: i for i, n in enumerate(self.value_nodes)}
+
+    @cached_property
+    def inputs(self) -> tuple[int, ...]:
+        """The values that the placeholders stand for."""
+        return tuple(i for i, n in enumerate(self.value_nodes) if n.op == "placeholder")
 
 
 def lower(graph: fx.Graph, module_of: Callable[[str], torch.nn.Module] | None = None) -> Lowered:

@@ -135,7 +135,7 @@ class _Chain(torch.autograd.Function):
             return lambda x: call[0](x, held)
 
         y1, y2 = plain(x1, x2, [(at(f), at(g)) for f, g in calls], (None, None))
-        ctx.save_for_backward(y1, y2, *held)
+        ctx.save_for_backward(y1, y2, x2, *held)
         ctx.calls = calls
         ctx.cast = cast
         return y1, y2
@@ -143,11 +143,12 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d1: Tensor, d2: Tensor) -> Any:
         """The gradients of x1, x2 and of every held tensor that needs one."""
-        y1, y2, *held = ctx.saved_tensors
+        y1, y2, x2, *held = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:]
         grads: list[Tensor | None] = [None] * len(held)
-        for f, g in reversed(ctx.calls):
+        for layer, (f, g) in reversed(list(enumerate(ctx.calls))):
             y2, d1 = _undo(g, y1, y2, d1, d2, held, needs, grads, ctx.cast)
+            y2 = y2 if layer else x2  # a given stream may hold exact zeros, where rounding would flip a relu
             y1, d2 = _undo(f, y2, y1, d2, d1, held, needs, grads, ctx.cast)
         return None, None, None, d1, d2, *grads
 
@@ -222,14 +223,14 @@ DRAWING = frozenset(
 )
 MODULES = (torch, F, nn, math)
 BUILTINS = _named(builtins, "len range int float bool zip enumerate tuple list min max reversed isinstance abs sum")
-OWN = frozenset("__init__ __repr__ extra_repr reset_parameters".split())  # methods that a forward does not call
+OWN = frozenset("__init__ __repr__ __annotate__ __annotate_func__".split())  # special methods that a forward does not call
 
 
 def _level(function: Any) -> int:
     """How the layer of one function may be computed: SAVED, CHECKPOINTED or PLAIN."""
     if not isinstance(function, nn.Module):
         return SAVED if any(function is known for known in FUNCTIONS) else PLAIN
-    if _torch.has_global_module_hooks():
+    if _torch.has_global_module_hooks() or getattr(function, "inplace", False):
         return PLAIN
     return min(_part_level(part) for part in function.modules())
 
@@ -242,8 +243,8 @@ def _part_level(part: nn.Module) -> int:
         if any(t is not None and type(t) not in PLAIN_TENSORS for t in tensors.values()):
             return PLAIN
     kind = type(part)
-    if kind is nn.Sequential:
-        return _sequential_level(part)
+    if not _writes_fresh_only(part, kind is nn.Sequential):
+        return PLAIN
     if kind in PURE:
         return SAVED
     if kind in DROPS:
@@ -256,21 +257,17 @@ def _part_level(part: nn.Module) -> int:
     if level == PLAIN or not all(name in own or _is_slot(part, name) for name in names):
         return PLAIN
     known = all(_known(value) for name, value in own.items() if name in names or name in SAFE)
-    return level if known and not any(_inplace(child) for child in part.children()) else PLAIN
+    return level if known else PLAIN
 
 
-def _sequential_level(part: Any) -> int:
-    """In-place activations only write what the module before them made; first ones would write the stream."""
+def _writes_fresh_only(part: nn.Module, in_order: bool) -> bool:
+    """Whether children that work in place certainly follow one that makes a new tensor; others may write the stream."""
     fresh = False
     for child in part.children():
-        if _inplace(child) and not fresh:
-            return PLAIN
+        if getattr(child, "inplace", False) and not (in_order and fresh):
+            return False
         fresh = type(child) in FRESH
-    return SAVED
-
-
-def _inplace(part: Any) -> bool:
-    return bool(getattr(part, "inplace", False))
+    return True
 
 
 def _is_slot(part: nn.Module, name: str) -> bool:
@@ -293,7 +290,7 @@ def _read_class(kind: type) -> Facts:
     mine = [c for c in kind.__mro__ if c not in nn.Module.__mro__]
     for name, value in ((n, v) for c in mine for n, v in vars(c).items()):
         special = name.startswith("__") and callable(value) and name not in OWN
-        if special or name in SAFE or name == "_call_impl" or isinstance(value, property):
+        if special or name in SAFE or name == "_call_impl":
             return PLAIN, ()
     reader = _Reader(kind)
     reader.read(kind.forward, owned=True)
@@ -315,10 +312,11 @@ class _Reader:
 
     def read(self, function: Any, owned: bool) -> None:
         """None; takes in a function, and those that it calls; `owned`: its first argument is the module."""
-        if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
-            defaults = getattr(function, "__defaults__", None) or (self,)
-            if getattr(function, "__closure__", None) or any(type(d) not in CONSTANTS for d in defaults):
-                return self.lower(PLAIN)
+        if not isinstance(function, types.FunctionType) or function.__closure__:
+            return self.lower(PLAIN)
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        if any(type(d) not in CONSTANTS for d in defaults):
+            return self.lower(PLAIN)
         code = function.__code__
         if code in self.seen:
             return None
@@ -327,15 +325,14 @@ class _Reader:
         if code.co_flags & 0x2A0 or words & {"out", "inplace"}:  # generators and coroutines; writing by keyword
             return self.lower(PLAIN)
         instructions = list(dis.get_instructions(code))
-        attends = "scaled_dot_product_attention" in code.co_names
-        if attends and any(i.opname.startswith("CALL") and (i.arg or 0) > 4 for i in instructions):
-            self.lower(CHECKPOINTED)  # a fifth argument may be the share to drop
         if "dropout_p" in words:
             self.lower(CHECKPOINTED)
         owner = code.co_varnames[0] if owned and code.co_argcount else None
         top: str | None = None
-        for i in instructions:
+        for at, i in enumerate(instructions):
             name = str(i.argval)
+            if name == "scaled_dot_product_attention" and _arguments(instructions, at) > 4:
+                self.lower(CHECKPOINTED)  # the fifth is the share to drop
             if _writes(i, owner):
                 self.lower(PLAIN)
             elif i.opname == "LOAD_GLOBAL":
@@ -375,6 +372,16 @@ class _Reader:
         if any(getattr(m, own_name, None) is value for m in (torch, F)):
             return self.any_name(own_name)
         return self.read(value, owned=False)
+
+
+def _arguments(instructions: Sequence[dis.Instruction], at: int) -> int:
+    """How many arguments the function loaded by instruction `at` is called with; many where that isn't seen."""
+    depth = 0
+    for i in instructions[at + 1 :]:
+        depth += dis.stack_effect(i.opcode, i.arg, jump=False)
+        if i.opname.startswith("CALL") and depth <= 0:
+            return i.arg or 0
+    return 99
 
 
 def _writes(i: dis.Instruction, owner: str | None) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ from revfx.surroundings import Random, Surroundings, reads_of
 
 
 Env = dict[int, Tensor]
+Watch = Callable[["RegionRun", int, Tensor], None]
+watching: ContextVar[Watch | None] = ContextVar("revfx_watching", default=None)  # sees every value that a region makes
 
 
 @dataclass(eq=False, slots=True)
@@ -145,6 +148,8 @@ class RegionRun:
 
     def _note(self, v: int, t: Tensor) -> None:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
+        if (watch := watching.get()) is not None:
+            watch(self, v, t)
 
     def _keep_all(self, into: Env, values: Iterable[int], env: Env) -> None:
         for v in values:
@@ -217,6 +222,10 @@ class RegionRun:
             else:
                 self.captured_ops.setdefault(step, set()).add(index)
         self.saved_meta[index] = metas
+
+    def invert(self, number: int, exit: Env) -> Env:
+        """The entry of step `number`, derived from given values of its exit; empty where its entry is kept instead."""
+        return {} if number in self.kept_cuts else dict(self._run_step(number, dict(exit), replay=False, target=False))
 
     # --- backward ------------------------------------------------------------------------------------------------------
     def fetch(self, handle: Handle) -> Tensor:

@@ -52,7 +52,7 @@ class Plan:
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
         """The model's result for flattened arguments; with `store`, with ordinary autograd storage."""
         program, last = self.lowered.program, self.lowered.program.last_use
-        env: dict[int, Tensor] = {i: leaves[at] for i, at in zip(self._inputs, self.captured.inputs, strict=True)}
+        env: dict[int, Tensor] = {i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)}
         for index, module, name in self.sources:
             env[index] = getattr(module, name)
         for segment in self.segments:
@@ -71,13 +71,8 @@ class Plan:
                     for v in (*op.ins, *op.outs):
                         if last[v] <= i and not program.values[v].source:
                             env.pop(v, None)
-        index = {n: i for i, n in enumerate(self.lowered.value_nodes)}
-        out = [env[index[o]] if isinstance(o, fx.Node) else o for o in self.captured.outputs]
+        out = [env[self.lowered.index[o]] if isinstance(o, fx.Node) else o for o in self.captured.outputs]
         return pytree.tree_unflatten(out, self.captured.spec)
-
-    @property
-    def _inputs(self) -> list[int]:
-        return [i for i, n in enumerate(self.lowered.value_nodes) if n.op == "placeholder"]
 
     @property
     def code(self) -> str:
@@ -183,30 +178,31 @@ class _Search:
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
     def _plan(self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...]) -> Plan:
-        index = {n: i for i, n in enumerate(lowered.value_nodes)}
-        sources = [(index[n], self.modules[path], name) for n, (path, name) in captured.attributes.items()]
+        sources = [(lowered.index[n], self.modules[path], name) for n, (path, name) in captured.attributes.items()]
         guarded = [n.meta["constant"] for n in captured.attributes if "constant" in n.meta and n.users]
         state = [(self.root, fingerprint.attributes(self.root))]
         state += [(self.modules[p], fingerprint.attributes(self.modules[p])) for p in sorted(captured.opened)]
         return Plan(
             lowered, captured, segments(lowered.program, regions), {r.start: RegionPlan(lowered.program, r) for r in regions},
-            tuple(self._call(lowered, i, index) for i in range(len(lowered.op_nodes))), tuple(sources),
+            tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple((t, _torch.version(t), t.data_ptr()) for t in guarded), tuple(state),
         )  # fmt: skip
 
-    def _call(self, lowered: Lowered, i: int, index: dict[fx.Node, int]) -> Call:
-        node, op = lowered.op_nodes[i], lowered.program.ops[i]
-        if node.op == "call_module":
-            fn: Any = self.modules[str(node.target)]
-        elif node.op == "call_method":
-            fn = getattr(torch.Tensor, str(node.target))
-        else:
-            fn = node.target
-        if "ambient" in node.meta:
-            fn = _within(fn, node.meta["ambient"])
-        name = str(node.target) if node.op == "call_module" else op_name(node.target)
-        args, kwargs = _slots(node.args, index), _slots(node.kwargs, index)
-        return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
+
+def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> Call:
+    """How operation `i` of a lowered graph is run."""
+    node, op, index = lowered.op_nodes[i], lowered.program.ops[i], lowered.index
+    if node.op == "call_module":
+        fn: Any = module_of(str(node.target))
+    elif node.op == "call_method":
+        fn = getattr(torch.Tensor, str(node.target))
+    else:
+        fn = node.target
+    if "ambient" in node.meta:
+        fn = _within(fn, node.meta["ambient"])
+    name = str(node.target) if node.op == "call_module" else op_name(node.target)
+    args, kwargs = _slots(node.args, index), _slots(node.kwargs, index)
+    return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
 
 
 LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)

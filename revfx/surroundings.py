@@ -1,9 +1,10 @@
 """What a call depends on besides its arguments, taken before it runs and put back around the re-run.
 
 Parameters, buffers and tensors that a function closes over are noted with their version and address, and compared
-before the re-run: autograd's own check does not see them under saved-tensor hooks. Buffers that the call may write are
-cloned, and the re-run works on the clones, so that it reads what the forward read and leaves what the forward left;
-likewise flags and numbers that modules have as attributes, `training` among them. The random state is kept only for calls that draw.
+before the re-run: autograd's own check does not see them under saved-tensor hooks. Buffers that the call may write
+are cloned, and the re-run works on the clones, so that it reads what the forward read and leaves what the forward
+left; likewise flags and numbers that modules have as attributes, `training` among them. The random state is kept
+only for calls that draw.
 """
 
 from __future__ import annotations
@@ -61,16 +62,17 @@ def _hold(holder: dict[str, Any] | None, key: str, tensor: Tensor, clone: bool) 
     return Held(holder, key, tensor, _torch.version(tensor), address, storage, copy)
 
 
+Attributes = dict[str, Any]
 PLAIN = (bool, int, float, str, type(None))
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 @dataclass(slots=True)
 class Reads:
-    """What a call may read: tensors, and per module its attributes and those of them that are flags, numbers or strings."""
+    """What a call may read: tensors, and per module its attributes with a copy of those that are `PLAIN`."""
 
     tensors: list[Held] = field(default_factory=list[Held])
-    plain: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list[tuple[dict[str, Any], dict[str, Any]]])
+    plain: list[tuple[Attributes, Attributes]] = field(default_factory=list[tuple[Attributes, Attributes]])
 
 
 def reads_of(function: Any) -> Reads:
@@ -108,7 +110,7 @@ def reads_of(function: Any) -> Reads:
 
 
 def _module_reads(module: nn.Module, found: Reads, sharded: set[int]) -> list[Any]:
-    """What may be read through `module` besides what it holds itself, which is noted: children, and functions it has.
+    """What may be read through `module` besides what it holds itself, which is noted: children, and its functions.
 
     Parameters that FSDP2 swaps by design, of `sharded` modules and those below them, are its own business.
     """
@@ -203,7 +205,8 @@ class Surroundings:
 
     def _writes(self) -> bool:
         cloned = any(h.clone is not None for h in self.reads.tensors)
-        return self.random is not None or cloned or any(now.get(k) != v for now, then in self.reads.plain for k, v in then.items())
+        differs = any(now.get(k) != v for now, then in self.reads.plain for k, v in then.items())
+        return self.random is not None or cloned or differs
 
     def _restored(self) -> Iterator[None]:
         swapped: list[tuple[dict[str, Any], str, Any]] = []

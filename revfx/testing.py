@@ -15,7 +15,7 @@ from revfx import rules
 from revfx.block import RevBlock
 from revfx.convert import Reversible
 from revfx.errors import RevfxError
-from revfx.inspection import round_trip
+from revfx.inspection import directions, relative_error as relative_error, round_trip
 from revfx.mode import store_activations as store_activations
 
 
@@ -87,13 +87,6 @@ def assert_same_grads(
         raise AssertionError(f"the gradient of `{worst[1]}` is off by {worst[0]:.2e} (relative), more than {worst[2]:.0e}")
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in fp64 (the plain norm of `got` where `want` is zero); NaN where either has a NaN."""
-    g, w = got.detach().double(), want.detach().double()
-    scale = w.norm().item()
-    return ((g - w).norm().item() / scale) if scale else g.norm().item()
-
-
 def stored(model: Callable[..., Any]) -> Callable[..., Any]:
     """`model` with ordinary autograd storage: the reference for `assert_same_grads`."""
     if not isinstance(model, nn.Module):
@@ -125,7 +118,7 @@ def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
-    """By layer, the relative error of each value regenerated from a region's output, in fp64 and in the given dtype.
+    """By layer, the relative error of each value that one step back gives, in the given dtype and in fp64.
 
     `target` is a converted model, a `RevBlock`, or the operation of a rule in the table (then `inputs` are its operands,
     and every direction that the rule yields is solved and compared).
@@ -137,7 +130,7 @@ def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[
     if isinstance(target, (Reversible, RevBlock)):
         errors = round_trip(target, inputs)
     elif not isinstance(target, nn.Module) and rules.has_rule(target):
-        errors = round_trip(_Operation(target), inputs)
+        errors = directions(_Operation(target), inputs)
     else:
         raise RevfxError(f"`check_inverse`: {target!r} is neither a converted model, a `RevBlock`, nor an operation with a rule.")
     worst = max(errors, key=lambda name: errors[name], default=None)
@@ -149,15 +142,16 @@ def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[
 
 
 class _Operation(nn.Module):
-    """A module that applies one operation."""
+    """A module that applies one operation, to a copy of its first operand so that it may work in place."""
 
     def __init__(self, op: Any) -> None:
         super().__init__()
-        self.op = op
+        self.op = op() if isinstance(op, type) else op
 
-    def forward(self, *args: Any) -> Any:
-        """`op(*args)`."""
-        return getattr(args[0], self.op)(*args[1:]) if isinstance(self.op, str) else self.op(*args)
+    def forward(self, first: Any, *rest: Any) -> Any:
+        """`op(first, *rest)`."""
+        first = first.clone() if isinstance(first, Tensor) else first
+        return getattr(first, self.op)(*rest) if isinstance(self.op, str) else self.op(first, *rest)
 
 
 def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: bool = True) -> Memory:

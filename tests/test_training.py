@@ -1,7 +1,7 @@
-"""The table of training situations: what each way of running a chain of couplings does in each, against plain autograd.
+"""The table of training situations: what each way of running a chain of couplings does in each.
 
-`torch.utils.checkpoint`, per layer, runs along as the yardstick. Where a way does something other than plain code does,
-`OTHERWISE` says what, and the test fails when that is no longer so.
+Plain autograd is the oracle; `torch.utils.checkpoint`, per layer, runs along as the yardstick. Where a way does
+something other than plain code does, `OTHERWISE` says so, and the test fails when that no longer holds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointError
-from ways import BUILD, Build
+from ways import BUILD, WAYS, Build
 
 from revfx import NotReversibleError, block, planning
+from revfx.calls import Call
 from revfx.convert import Reversible
 from revfx.errors import RevfxWarning
-from revfx.executor import RegionRun
+from revfx.executor import RegionPlan, RegionRun, run_region
 
 
 DEPTH = 3
-WAYS = ("convert", "rev_block", "RevBlock", "checkpoint")
 
 
 @dataclass
@@ -43,8 +43,10 @@ class Report:
     random: list[Tensor] = field(default_factory=list[Tensor])
     seen: Any = None
 
-    def add(self, outputs: Tensor | Iterable[Tensor] = (), module: nn.Module | None = None, *leaves: Tensor) -> Report:
-        """Itself, with the state of now: outputs, gradients of leaves and parameters, buffers and the random state."""
+    def add(
+        self, outputs: Tensor | Iterable[Tensor] = (), module: nn.Module | None = None, *leaves: Tensor
+    ) -> Report:
+        """Itself, with the state of now: outputs, gradients of leaves and parameters, buffers, randomness."""
         self.outputs += [y.detach().clone() for y in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
         self.gradients += [_copy(x.grad) for x in leaves]
         self.random.append(torch.get_rng_state())
@@ -68,7 +70,9 @@ def _copy(t: Tensor | None) -> Tensor | None:
 
 
 def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(s.dtype == t.dtype and torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        s.dtype == t.dtype and torch.equal(s, t) for s, t in zip(a, b, strict=True)
+    )
 
 
 Situation = Callable[[Build], Report]
@@ -95,10 +99,12 @@ def noisy(count: int = DEPTH) -> list[nn.Module]:
 
 
 def normed(count: int = DEPTH) -> list[nn.Module]:
-    return [nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(count)]
+    return [
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(count)
+    ]
 
 
-# --- what f draws, writes and computes in -----------------------------------------------------------------------------
+# --- what f draws, writes and computes in ---------------------------------------------------------
 @situation
 def a_step(build: Build) -> Report:
     return step(build(mlps(DEPTH), mlps(DEPTH)))
@@ -178,7 +184,7 @@ def autocast_around_both(build: Build) -> Report:
     return _autocast(build, forward=True, backward=True)
 
 
-# --- ways to ask for gradients ----------------------------------------------------------------------------------------
+# --- ways to ask for gradients --------------------------------------------------------------------
 @situation
 def double_backward(build: Build) -> Report:
     model, x = build(noisy(), normed()), leaf(6, 8)
@@ -247,7 +253,9 @@ def vmap_of_grad_of_functional_call(build: Build) -> Report:
         return functional_call(model, parameters, (x,)).sin().sum()
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    return Report(gradients=list(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values())).add()
+    return Report(
+        gradients=list(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values())
+    ).add()
 
 
 @situation
@@ -272,14 +280,14 @@ def no_grad(build: Build) -> Report:
     return step(model, report)
 
 
-# --- modes and requires_grad ------------------------------------------------------------------------------------------
+# --- modes and requires_grad ----------------------------------------------------------------------
 @situation
 def a_backward_in_eval(build: Build) -> Report:
     model, x = build(noisy(), normed()), leaf(6, 8)
     y = model(x)
     model.eval()
     loss_of(y).backward()
-    return Report(seen=[m.training for m in model.modules()]).add(y, model, x)
+    return Report(seen={m.training for m in model.modules()}).add(y, model, x)
 
 
 @situation
@@ -288,7 +296,7 @@ def a_forward_in_eval_and_a_backward_in_train(build: Build) -> Report:
     y = model(x)
     model.train()
     loss_of(y).backward()
-    return Report(seen=[m.training for m in model.modules()]).add(y, model, x)
+    return Report(seen={m.training for m in model.modules()}).add(y, model, x)
 
 
 @situation
@@ -297,6 +305,58 @@ def train_and_eval_in_turn(build: Build) -> Report:
     for mode in (True, False, True, False):
         step(model.train(mode), report)
     return report
+
+
+class Scales(nn.Module):
+    """Reads and counts in attributes that are mere numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.scale, self.calls = 2.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.linear(x) * self.scale + self.calls)
+
+
+@situation
+def numbers_that_f_reads_change_before_the_backward(build: Build) -> Report:
+    fs, gs = [Scales() for _ in range(DEPTH)], [Scales() for _ in range(DEPTH)]
+    model, x = build(fs, gs), leaf(6, 8)
+    y = model(x)
+    for m in (*fs, *gs):
+        m.scale = 3.0
+    loss_of(y).backward()
+    return Report(seen=[(m.scale, m.calls) for m in (*fs, *gs)]).add(y, model, x)
+
+
+class Remembers(nn.Module):
+    """Leaves its last result as an attribute, and computes something once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn(4))
+        self.last: Tensor | None = None
+        self.once: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.once is None:
+            self.once = self.weight.exp().sin()
+        self.last = torch.tanh(self.linear(x) * self.once)
+        return self.last
+
+
+@situation
+def f_leaves_its_result_as_an_attribute(build: Build) -> Report:
+    modules = [Remembers() for _ in range(2 * DEPTH)]
+    model, x = build(modules[:DEPTH], modules[DEPTH:]), leaf(6, 8)
+    y = model(x)
+    before = [(m.last, m.once) for m in modules]
+    (loss_of(y) + sum(m.last.square().sum() for m in modules if m.last is not None)).backward()
+    same = [m.last is last and m.once is once for m, (last, once) in zip(modules, before, strict=True)]
+    return Report(seen=same).add([y, *(m.last for m in modules if m.last is not None)], model, x)
 
 
 @situation
@@ -353,7 +413,7 @@ def parameters_frozen_between_steps(build: Build) -> Report:
     return step(model, report)
 
 
-# --- what f is --------------------------------------------------------------------------------------------------------
+# --- what f is ------------------------------------------------------------------------------------
 class Applies(nn.Module):
     """A module around a function, which may close over tensors."""
 
@@ -382,8 +442,22 @@ SITUATIONS["closures"] = _closures(lambda function: function)
 SITUATIONS["closures in modules"] = _closures(Applies)
 
 
+@situation
+def a_closure_written_before_the_backward(build: Build) -> Report:
+    w, x = leaf(4, 4), leaf(6, 8)
+    inner = [nn.Sequential(Applies(lambda x: torch.tanh(x @ w))) for _ in range(DEPTH)]
+    y = build(inner, inner)(x)
+    with torch.no_grad():
+        w.mul_(2)
+    try:
+        loss_of(y).backward()
+    except RuntimeError as e:
+        return Report(seen="modified" in str(e)).add(y)
+    return Report(seen="nothing").add(y)
+
+
 class Reads(nn.Module):
-    """Reads tensors that are mere attributes: a leaf and one that is computed anew for each call of the model."""
+    """Reads tensors that are mere attributes: a leaf, and one that is computed anew for each call."""
 
     def __init__(self, own: Tensor) -> None:
         super().__init__()
@@ -425,7 +499,10 @@ class OnTemporaries(nn.Module):
 
 @situation
 def in_place_on_temporaries(build: Build) -> Report:
-    gs = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)) for _ in range(DEPTH)]
+    gs = [
+        nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5, inplace=True), nn.ReLU(inplace=True))
+        for _ in range(DEPTH)
+    ]
     return step(build([OnTemporaries() for _ in range(DEPTH)], gs))
 
 
@@ -445,7 +522,12 @@ def in_place_on_the_input_of_f(build: Build) -> Report:
 
 @situation
 def in_place_on_the_input_of_every_f(build: Build) -> Report:
-    return step(build([*mlps(1), *(OnItsInput() for _ in range(DEPTH))], [*mlps(1), *(OnItsInput() for _ in range(DEPTH))]))
+    return step(
+        build(
+            [*mlps(1), *(OnItsInput() for _ in range(DEPTH))],
+            [*mlps(1), *(OnItsInput() for _ in range(DEPTH))],
+        )
+    )
 
 
 @situation
@@ -497,14 +579,25 @@ def hooks_on_the_model(build: Build) -> Report:
 @situation
 def hooks_on_tensors(build: Build) -> Report:
     model, x, seen = build(mlps(DEPTH), mlps(DEPTH)), leaf(6, 8), list[str]()
+
+    def noted(name: str) -> Callable[[Tensor], Tensor]:
+        def hook(grad: Tensor) -> Tensor:
+            seen.append(name)
+            return grad * 2
+
+        return hook
+
+    def accumulated(_: Tensor) -> None:
+        seen.append("accumulated")
+
     h = x.tanh()
-    h.register_hook(lambda grad: seen.append("input") or grad * 2)
+    h.register_hook(noted("input"))
     for p in model.parameters():
-        p.register_hook(lambda grad: seen.append("parameter") or grad * 2)
-        p.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
+        p.register_hook(noted("parameter"))
+        p.register_post_accumulate_grad_hook(accumulated)
     h.retain_grad()
     y = model(h)
-    y.register_hook(lambda grad: seen.append("output") or grad.cos())
+    y.register_hook(noted("output"))
     loss_of(y).backward()
     return Report(seen=sorted(seen), gradients=[h.grad]).add(y, model, x)
 
@@ -537,7 +630,7 @@ def f_raises_in_the_forward(build: Build) -> Report:
     return step(model, report)
 
 
-# --- where the model stands in a program ------------------------------------------------------------------------------
+# --- where the model stands in a program ----------------------------------------------------------
 @situation
 def one_module_in_all_layers(build: Build) -> Report:
     return step(build(normed(1) * DEPTH, noisy(1) * DEPTH))
@@ -634,7 +727,7 @@ def steps_of_an_optimizer(build: Build) -> Report:
     return report.add()
 
 
-# --- copies -----------------------------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 def _saved(model: nn.Module) -> nn.Module:
     torch.save(model, file := io.BytesIO())
     file.seek(0)
@@ -647,7 +740,9 @@ def _copied(how: Callable[[nn.Module], nn.Module]) -> Situation:
         early = how(model)
         report = step(model)
         for copied in (early, how(model)):
-            assert type(copied) is type(model) and not {*map(id, copied.parameters())} & {*map(id, model.parameters())}
+            assert type(copied) is type(model) and not {*map(id, copied.parameters())} & {
+                *map(id, model.parameters())
+            }
             step(copied, report)
         return step(model, report)
 
@@ -667,7 +762,7 @@ def a_state_dict_loaded(build: Build) -> Report:
     return step(model)
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Raised:
     """An exception of this type, whose text has this in it."""
@@ -677,25 +772,61 @@ class Raised:
 
 
 WRITES = Raised(NotReversibleError, "writes to its input in place")
+RECOMPUTES_OTHERWISE = Raised(CheckpointError, "recomput")
+HAS_NO_HOOKS = Raised(RuntimeError, "don't yet support saved tensor hooks")
 OTHERWISE: dict[tuple[str, str], set[str] | Raised] = {
+    # What f does there can't be undone, and the forward says so. `convert` leaves such a layer as it is.
+    ("in place on the input of f", "rev_block"): WRITES,
+    ("in place on the input of f", "RevBlock"): WRITES,
+    ("in place on the input of every f", "rev_block"): WRITES,
+    ("in place on the input of every f", "RevBlock"): WRITES,
+    # Checkpointing updates what f writes a second time ...
+    ("batch norm", "checkpoint"): {"buffers"},
+    ("batch norm without momentum over two steps", "checkpoint"): {"buffers"},
+    ("double backward", "checkpoint"): {"buffers"},
+    ("retain graph and two backwards", "checkpoint"): {"buffers"},
+    ("anomaly mode", "checkpoint"): {"buffers"},
+    ("no grad", "checkpoint"): {"buffers"},
+    ("train and eval in turn", "checkpoint"): {"outputs", "gradients", "buffers"},
+    ("a part in eval", "checkpoint"): {"buffers"},
+    ("inputs without gradient", "checkpoint"): {"buffers"},
+    ("f raises in the forward", "checkpoint"): {"buffers"},
+    ("one module in all layers", "checkpoint"): {"buffers"},
+    ("called twice before one backward", "checkpoint"): {"buffers"},
+    ("called on its own result", "checkpoint"): {"buffers"},
+    ("backwards in either order", "checkpoint"): {"buffers"},
+    ("accumulation over micro batches", "checkpoint"): {"buffers"},
+    ("copies by deepcopy", "checkpoint"): {"buffers"},
+    ("copies by pickle", "checkpoint"): {"buffers"},
+    ("copies by torch.save", "checkpoint"): {"buffers"},
+    ("a state dict loaded", "checkpoint"): {"buffers"},
+    # ... runs f on what it holds in the backward, silently where the shapes agree ...
+    ("spectral norm", "checkpoint"): {"gradients", "buffers"},
+    ("functional call and a backward after it", "checkpoint"): {"gradients"},
+    ("numbers that f reads change before the backward", "checkpoint"): {"gradients", "seen"},
+    ("a closure written before the backward", "checkpoint"): {"seen"},
+    ("a backward in eval", "checkpoint"): RECOMPUTES_OTHERWISE,
+    ("a forward in eval and a backward in train", "checkpoint"): RECOMPUTES_OTHERWISE,
+    ("f leaves its result as an attribute", "checkpoint"): RECOMPUTES_OTHERWISE,
+    ("in place on the input of f", "checkpoint"): Raised(RuntimeError, "modified by an inplace operation"),
+    ("in place on the input of every f", "checkpoint"): Raised(
+        RuntimeError, "modified by an inplace operation"
+    ),
+    # ... and needs hooks that torch.func does not have.
+    ("grad of functional call", "checkpoint"): HAS_NO_HOOKS,
+    ("vmap of grad of functional call", "checkpoint"): HAS_NO_HOOKS,
 }
 
 # `convert` finds no region and says why.
 REFUSED = {
     "closures": "neither an argument nor a parameter",
+    "batch norm without momentum over two steps": "depends on the values of a tensor",
 }
 # Nothing is kept for a backward there, or hooks on saved tensors are not supported.
 RUN_PLAINLY = {"grad of functional call", "vmap of grad of functional call"}
 
 
-@pytest.fixture(autouse=True)
-def fp64() -> Iterator[None]:
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("fp64")
 
 
 def report_of(name: str, build: Build) -> Report:
@@ -703,15 +834,25 @@ def report_of(name: str, build: Build) -> Report:
     return SITUATIONS[name](build)
 
 
+def test_every_row_of_the_tables_is_a_situation() -> None:
+    assert {name for name, _ in OTHERWISE} | {*REFUSED} | RUN_PLAINLY <= {*SITUATIONS}
+    assert {way for _, way in OTHERWISE} <= {*WAYS}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_a_way_does_what_plain_code_does_or_what_the_table_says(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_does_what_plain_code_does_or_what_the_table_says(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = report_of(name, BUILD["plain"])
     runs: list[RegionRun] = []
     built: list[nn.Module] = []
+
+    def noted(plan: RegionPlan, calls: Sequence[Call], env: dict[int, Tensor]) -> None:
+        runs.append(run_region(plan, calls, env))
+
     for module in (block, planning):
-        run_region = module.run_region
-        monkeypatch.setattr(module, "run_region", lambda *args, run=run_region: runs.append(run(*args)))
+        monkeypatch.setattr(module, "run_region", noted)
 
     def build(f: Any, g: Any) -> nn.Module:
         built.append(BUILD[way](f, g))
@@ -730,6 +871,11 @@ def test_a_way_does_what_plain_code_does_or_what_the_table_says(name: str, way: 
     assert all(issubclass(w.category, RevfxWarning) for w in caught)
     assert not texts if refused is None else any(refused in text for text in texts), texts
     regions = [plan.regions for m in built if isinstance(m, Reversible) for plan in m.revfx.plans]
-    saves = way != "checkpoint" and refused is None and name not in RUN_PLAINLY and not isinstance(otherwise, Raised)
+    saves = (
+        way != "checkpoint"
+        and refused is None
+        and name not in RUN_PLAINLY
+        and not isinstance(otherwise, Raised)
+    )
     assert bool(runs) == saves
     assert all(regions) and bool(regions) == (saves and way == "convert")

@@ -53,7 +53,9 @@ class Blocked(nn.Module):
         return torch.cat(self.block(a, b), dim=-1)
 
 
-def couple(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def couple(
+    f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
     a = a + f(b)
     return a, b + g(a)
 
@@ -77,3 +79,10 @@ BUILD: dict[str, Build] = {
     "RevBlock": Blocked,
     "checkpoint": Checkpointed,
 }
+WAYS = ("convert", "rev_block", "RevBlock", "checkpoint")
+
+
+def functions_of(model: nn.Module) -> list[nn.Module]:
+    """The modules f and g of a chain, by layer."""
+    holder: Any = model.block if isinstance(model, Blocked) else model
+    return [m for pair in zip(holder.f, holder.g, strict=True) for m in pair]
