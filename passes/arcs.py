@@ -67,7 +67,7 @@ class _Lowering:
             elif node.op == "output":
                 outputs = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes))
             elif self._takes_apart(node):
-                self.owner[node] = self.owner[node.args[0]]  # type: ignore[index]
+                self.owner[node] = self.owner[node.args[0]]
                 if isinstance(node.meta["val"], Tensor):
                     outs[self.owner[node]].append(self._value(node))
             else:
@@ -89,7 +89,11 @@ class _Lowering:
     @staticmethod
     def _takes_apart(node: fx.Node) -> bool:
         source = node.args[0] if node.args else None
-        return node.target is operator.getitem and isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor)
+        return (
+            node.target is operator.getitem
+            and isinstance(source, fx.Node)
+            and not isinstance(source.meta.get("val"), Tensor)
+        )
 
     def _value(self, node: fx.Node, source: bool = False, given: bool = False) -> int:
         val = node.meta["val"]
@@ -213,7 +217,9 @@ def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
         if covered[want]:
             continue
         fits = [
-            k for k, r in enumerate(ranges) if len(r) and r[0] == want and r.step > 0 and not any(covered[i] for i in r) and k not in chosen
+            k
+            for k, r in enumerate(ranges)
+            if len(r) and r[0] == want and r.step > 0 and not any(covered[i] for i in r) and k not in chosen
         ]
         if not fits:
             return None

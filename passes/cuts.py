@@ -58,7 +58,9 @@ def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, 
     return before
 
 
-def find_step(program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int = PATIENCE) -> Step | Stuck:
+def find_step(
+    program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int = PATIENCE
+) -> Step | Stuck:
     """The step that ends at the cut before operation `stop`, or why there is none."""
     closure = Closure(program, (*exit, *side))
     live: dict[int, None] = dict.fromkeys(exit)

@@ -25,21 +25,25 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
     for component in condensed.nodes:
         if condensed.out_degree(component) == 0:
             members: set[int] = condensed.nodes[component]["members"]
-            found.extend(_loop(program, stuck, members) if len(members) > 1 else _lost(program, stuck, next(iter(members))))
+            found.extend(
+                _loop(program, stuck, members) if len(members) > 1 else _lost(program, stuck, next(iter(members)))
+            )
     return found
 
 
-def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph:
+def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
     """Edges from each unknown value to the unknown values that its inverse arcs inside the tried operations need."""
     window = range(stuck.start, stuck.stop)
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     todo = list(stuck.unknown)
     graph.add_nodes_from(todo)
     while todo:
         value = todo.pop()
         made = program.made_at[value]
         needs = [program.ops[made].ins] if made in window else []
-        needs += [a.tail for i in window for a in program.ops[i].arcs if a.head == value] if value in stuck.unknown else []
+        needs += (
+            [a.tail for i in window for a in program.ops[i].arcs if a.head == value] if value in stuck.unknown else []
+        )
         for tail in needs:
             for other in program.data(tail):
                 if other in stuck.unknown or program.made_at[other] in window:
@@ -58,13 +62,18 @@ def _lost(program: Program, stuck: Stuck, value: int) -> list[Refusal]:
             return [Refusal(f"`{name}` can't be computed back: {reason}", op.name, op.where)]
     made = program.made_at[value]
     op = program.ops[made] if made >= 0 else None
-    return [Refusal(f"`{name}` is read nowhere that could give it back", op.name if op else name, op.where if op else "")]
+    return [
+        Refusal(f"`{name}` is read nowhere that could give it back", op.name if op else name, op.where if op else "")
+    ]
 
 
 def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
     """A value that would have to be solved from something computed from itself: `y = x + f(x)`."""
     solved = [
-        (i, a.head) for i in range(stuck.stop - 1, stuck.start - 1, -1) for a in program.ops[i].arcs if a.head in members and a.head in stuck.unknown
+        (i, a.head)
+        for i in range(stuck.stop - 1, stuck.start - 1, -1)
+        for a in program.ops[i].arcs
+        if a.head in members and a.head in stuck.unknown
     ]
     for i, head in solved:
         op = program.ops[i]

@@ -41,7 +41,8 @@ def schedule(
         if v not in wanted and not program.values[v].source:
             drops[i].append(v)
     return tuple(
-        Instruction(d, isinstance(d, Forward) and d.op in captured, tuple(drop)) for d, drop in zip(runs, drops, strict=True)
+        Instruction(d, isinstance(d, Forward) and d.op in captured, tuple(drop))
+        for d, drop in zip(runs, drops, strict=True)
     )
 
 

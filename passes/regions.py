@@ -114,7 +114,9 @@ def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> li
 
 def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool:
     """Whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it."""
-    using = [s for s in steps if s.inverts and any(v in side for i in range(s.start, s.stop) for v in program.ops[i].ins)]
+    using = [
+        s for s in steps if s.inverts and any(v in side for i in range(s.start, s.stop) for v in program.ops[i].ins)
+    ]
     if len(using) < 2:
         return False
     freed = {program.values[v].storage: program.values[v].nbytes for s in steps for v in s.entry if v not in side}
@@ -131,7 +133,9 @@ def _region(program: Program, walk: Walk) -> Region | None:
     high = min(range(trusted[-1], len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))
     steps = steps[low : high + 1]
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
-    side = tuple(v for v in sorted(walk.side) if any(v in program.ops[i].ins for s in steps for i in range(s.start, s.stop)))
+    side = tuple(
+        v for v in sorted(walk.side) if any(v in program.ops[i].ins for s in steps for i in range(s.start, s.stop))
+    )
     kept = (*steps[0].entry, *steps[-1].exit, *saved, *side)
     kept_storage = {program.values[v].storage for v in kept}
     freed = [_made(program, s, kept_storage) for s in steps]
@@ -139,8 +143,6 @@ def _region(program: Program, walk: Walk) -> Region | None:
     if freed_bytes - max(freed) <= kept_bytes:  # one step is alive at a time: that much plain checkpointing saves too
         return None
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
-
-
 
 
 def _made(program: Program, step: Step, kept_storage: set[int]) -> int:

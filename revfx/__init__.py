@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import version as _version
 
+from revfx import testing as testing
 from revfx.block import RevBlock as RevBlock, rev_block as rev_block
 from revfx.convert import convert as convert
 from revfx.errors import NotReversibleError as NotReversibleError, RevfxError as RevfxError
-from revfx import testing as testing
 from revfx.rules import register_inverse as register_inverse
 
 

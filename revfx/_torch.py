@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
 """Every use of private torch API, in one place. Read in torch 2.9 and 2.13.
 
 Each function says what it stands for, so that a public spelling can take its place when there is one.
@@ -22,6 +23,16 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like `tensor`; of a DTensor, like the whole whose pieces the processes hold."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not isinstance(tensor, distributed.DTensor):
+        return mode.from_tensor(tensor)
+    with mode:
+        whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return whole.requires_grad_(tensor.requires_grad)
+
+
 def is_fake(value: object) -> bool:
     """Whether `value` is a fake tensor."""
     return isinstance(value, FakeTensor)
@@ -39,7 +50,7 @@ def graph_task_id() -> int:
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """None; `callback` runs when the backward pass that runs on this thread has ended."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def in_functorch_transform() -> bool:
@@ -50,7 +61,42 @@ def in_functorch_transform() -> bool:
 def has_global_module_hooks() -> bool:
     """Whether hooks are registered that run for every nn.Module."""
     m = torch.nn.modules.module
-    return bool(m._global_forward_hooks or m._global_forward_pre_hooks or m._global_backward_hooks or m._global_backward_pre_hooks)
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """The module's own table of parameters, to read and to write."""
+    return module._parameters
+
+
+def buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """The module's own table of buffers, to read and to write."""
+    return module._buffers
+
+
+def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """The module's own table of sub-modules, to read."""
+    return module._modules
+
+
+def caller() -> Any:
+    """The stack frame of the function that called this function's caller."""
+    return sys._getframe(2)
+
+
+def is_overload(op: object) -> bool:
+    """Whether `op` is an overload of an aten (or custom) operator."""
+    return isinstance(op, torch._ops.OpOverload)
+
+
+def packet_name(overload: Any) -> str:
+    """The bare name of an operator overload: `add` of `aten.add.Tensor`."""
+    return overload.overloadpacket.__name__
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -87,3 +133,8 @@ def fsdp_in_use() -> bool:
 def no_torch_function() -> Any:
     """A context in which torch functions run without modes or subclass hooks."""
     return torch._C.DisableTorchFunction()
+
+
+def in_jit() -> bool:
+    """Whether TorchScript is tracing."""
+    return torch._C._get_tracing_state() is not None

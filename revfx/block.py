@@ -98,11 +98,15 @@ class RevBlock(nn.Module):
         self.f = _per_layer("f", f, num_layers)
         self.g = _per_layer("g", g, num_layers)
 
-    def forward(self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """(y1, y2); see `rev_block`."""
         return rev_block(x1, x2, self.f, self.g, self.num_layers, f_side_input, g_side_input)
 
-    def inverse(self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """(x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, with ordinary storage."""
         f_side, g_side = _side(f_side_input), _side(g_side_input)
         for layer in reversed(range(self.num_layers)):
@@ -154,7 +158,9 @@ def _per_layer(name: str, f: Any, num_layers: int) -> Any:
         functions = [f() for _ in range(num_layers)]
         wrong = next((m for m in functions if not isinstance(m, nn.Module)), None)
         if wrong is not None:
-            raise TypeError(f"`{name}` is called without arguments to make each layer's module; it returned a {type(wrong).__name__}.")
+            raise TypeError(
+                f"`{name}` is called without arguments to make each layer's module; it returned a {type(wrong).__name__}."
+            )
     else:
         functions = [f] * num_layers
     return nn.ModuleList(functions) if all(isinstance(m, nn.Module) for m in functions) else functions
@@ -186,7 +192,9 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
     if not wrong or not torch.is_grad_enabled():
         return
     tensors = [x1, x2, *(t for s in sides for t in pytree.tree_leaves(s) if isinstance(t, Tensor))]
-    if any(t.requires_grad for t in tensors) or any(h.tensor.requires_grad for pair in layers for fn in pair for h in reads_of(fn).tensors):
+    if any(t.requires_grad for t in tensors) or any(
+        h.tensor.requires_grad for pair in layers for fn in pair for h in reads_of(fn).tensors
+    ):
         name, x = wrong[0]
         raise TypeError(
             f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed. Convert it"
@@ -218,7 +226,9 @@ def _couple(x: Tensor, h: Any, name: str, layer: int, sign: int = 1) -> Tensor:
     return x + h if sign > 0 else x - h
 
 
-def _plain(x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+def _plain(
+    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any]
+) -> tuple[Tensor, Tensor]:
     for layer, (f, g) in enumerate(layers):
         x1 = _couple(x1, _apply(f, x2, sides[0]), "f", layer)
         x2 = _couple(x2, _apply(g, x1, sides[1]), "g", layer)

@@ -76,7 +76,7 @@ def _saved(
     x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any], plain: Plain
 ) -> tuple[Tensor, Tensor]:
     held: list[Tensor] = []  # without duplicates: Dynamo refuses the same tensor twice
-    numbers: dict[int, int] = {}
+    numbers: dict[Tensor, int] = {}
     given = [_hold_side(side, held, numbers) for side in sides]
     calls = [(_bind(f, given[0], held, numbers), _bind(g, given[1], held, numbers)) for f, g in layers]
     if not (x1.requires_grad or x2.requires_grad or any(t.requires_grad for t in held)):
@@ -86,21 +86,21 @@ def _saved(
     return _Chain.apply(calls, plain, cast, x1.view_as(x1), x2.view_as(x2), *held)  # views: x1 may be x2, or be held
 
 
-def _hold(tensor: Tensor, held: list[Tensor], numbers: dict[int, int]) -> int:
-    if id(tensor) not in numbers:
-        numbers[id(tensor)] = len(held)
+def _hold(tensor: Tensor, held: list[Tensor], numbers: dict[Tensor, int]) -> int:
+    if tensor not in numbers:
+        numbers[tensor] = len(held)
         held.append(tensor)
-    return numbers[id(tensor)]
+    return numbers[tensor]
 
 
-def _hold_side(side: Any, held: list[Tensor], numbers: dict[int, int]) -> tuple[list[int | None], list[Any], Any]:
+def _hold_side(side: Any, held: list[Tensor], numbers: dict[Tensor, int]) -> tuple[list[int | None], list[Any], Any]:
     """Per leaf of a side input its number (None: not a tensor), the leaves that are no tensors, and the structure."""
     leaves, spec = pytree.tree_flatten(side)
     at = [_hold(t, held, numbers) if isinstance(t, Tensor) else None for t in leaves]
     return at, [None if isinstance(t, Tensor) else t for t in leaves], spec
 
 
-def _bind(function: Function, side: Any, held: list[Tensor], numbers: dict[int, int]) -> Call:
+def _bind(function: Function, side: Any, held: list[Tensor], numbers: dict[Tensor, int]) -> Call:
     """The function as one of x and of the held tensors, which stand for its parameters, buffers and side input."""
     at, others, spec = side
     names: list[tuple[str, int]] = []
@@ -191,7 +191,8 @@ FUNCTIONS = _named(torch, "tanh sigmoid relu sin cos exp neg abs square sqrt rsq
     F, "relu gelu silu elu selu softplus leaky_relu mish tanh sigmoid hardtanh hardswish relu6 celu logsigmoid softsign"
 )
 FRESH = _named(  # never return their input
-    nn, "Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d LayerNorm GroupNorm RMSNorm"
+    nn,
+    "Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d LayerNorm GroupNorm RMSNorm",
 )
 PURE = FRESH | _named(
     nn,
@@ -223,7 +224,9 @@ DRAWING = frozenset(
 )
 MODULES = (torch, F, nn, math)
 BUILTINS = _named(builtins, "len range int float bool zip enumerate tuple list min max reversed isinstance abs sum")
-OWN = frozenset("__init__ __repr__ __annotate__ __annotate_func__".split())  # special methods that a forward does not call
+OWN = frozenset(
+    "__init__ __repr__ __annotate__ __annotate_func__".split()
+)  # special methods that a forward does not call
 
 
 def _level(function: Any) -> int:
@@ -338,7 +341,9 @@ class _Reader:
             elif i.opname == "LOAD_GLOBAL":
                 self.global_name(function, name)
             elif i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                self.own_name(name) if top is not None and top == owner and not i.is_jump_target else self.any_name(name)
+                self.own_name(name) if top is not None and top == owner and not i.is_jump_target else self.any_name(
+                    name
+                )
             if i.opname not in ("CACHE", "EXTENDED_ARG"):
                 last = i.argval[-1] if isinstance(i.argval, tuple) and i.argval else i.argval
                 top = last if "LOAD_FAST" in i.opname else None

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import operator
 import random
-import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,10 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
                 result = forward(*fake_args, **fake_kwargs)
             changed = before.changed()
             if changed is not None:
-                raise Untraceable(f"its forward sets `{changed[1]}`, which a recorded graph would not repeat", path=watched[changed[0]][0])
+                raise Untraceable(
+                    f"its forward sets `{changed[1]}`, which a recorded graph would not repeat",
+                    path=watched[changed[0]][0],
+                )
             if random.getstate() != drawn:
                 raise Untraceable("its forward draws from Python's `random`, which a recorded graph would not repeat")
             with _torch.no_torch_function():
@@ -114,7 +116,11 @@ class _Recorder(TorchFunctionMode):
         self.real: dict[int, tuple[Tensor, str, str]] = {}
         for path, module in root.named_modules(remove_duplicate=True):
             self.paths[id(module)] = path
-            named = {**module._parameters, **module._buffers, **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}}
+            named = {
+                **_torch.parameters(module),
+                **_torch.buffers(module),
+                **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)},
+            }
             for name, t in named.items():
                 if t is not None:
                     self.real.setdefault(id(t), (t, path, name))
@@ -131,7 +137,7 @@ class _Recorder(TorchFunctionMode):
         self.stack: list[str] = [""]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Generator[None]:
         _local.recorder = self
         try:
             with self.fake, self:
@@ -160,7 +166,7 @@ class _Recorder(TorchFunctionMode):
             self.alive.append(t)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
-                fake = self.fakes[id(t)] = self.fake.from_tensor(t)
+                fake = self.fakes[id(t)] = _torch.to_fake(self.fake, t)
         return fake
 
     def _convert(self, tree: Any) -> Any:
@@ -194,7 +200,7 @@ class _Recorder(TorchFunctionMode):
         self.attributes[node] = (path, name)
 
     @contextmanager
-    def _ahead(self) -> Iterator[None]:
+    def _ahead(self) -> Generator[None]:
         """Attributes are read before everything else: in the graph they are sources."""
         first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         if first is None:
@@ -221,7 +227,9 @@ class _Recorder(TorchFunctionMode):
             elif isinstance(leaf, (int, float, str, bool, complex, torch.dtype, torch.device, type(None))):
                 outputs.append(leaf)
             else:
-                raise Untraceable(f"it returns a {type(leaf).__name__}, which is not a tensor or a container of tensors")
+                raise Untraceable(
+                    f"it returns a {type(leaf).__name__}, which is not a tensor or a container of tensors"
+                )
         self.graph.output(tuple(outputs))
         functionalise(self.graph)
         self.graph.lint()
@@ -253,9 +261,13 @@ class _Recorder(TorchFunctionMode):
         mutated = [t for t, v in versions if _torch.version(t) != v]
         if name in ("batch_norm", "instance_norm") and _updates_statistics(name, args, kwargs):
             mutated.append(args[1] if len(args) > 1 else kwargs["running_mean"])
-        return self.record("call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated)
+        return self.record(
+            "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
+        )
 
-    def record(self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any) -> Any:
+    def record(
+        self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any
+    ) -> Any:
         """`out`, after adding the node that makes it (unless it makes no tensor and changes none)."""
         made = _tensors(out)
         if not mutated and not meta.get("opaque") and all(id(t) in self.nodes for t in made):
@@ -364,7 +376,9 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.suspended -= 1
 
-    def call_function(self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_function(
+        self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         if self.suspended:
             return apply(function, *args, **kwargs)
         with _torch.no_torch_function():
@@ -409,7 +423,7 @@ class _Seen:
 
 # --- patches, active for the capturing thread only -----------------------------------------------------------------------
 @contextmanager
-def _patched() -> Iterator[None]:
+def _patched() -> Generator[None]:
     call_module, function = nn.Module.__call__, torch.autograd.Function
     apply = function.__dict__["apply"]
 
@@ -451,7 +465,14 @@ def _meta(x: Any) -> Any:
 
 
 def _updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training" if name == "batch_norm" else "use_input_stats")
+    names = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training" if name == "batch_norm" else "use_input_stats",
+    )
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return given.get("running_mean") is not None and bool(given.get(names[-1], name == "instance_norm"))
 
@@ -462,7 +483,7 @@ def ambient_state() -> tuple[Any, ...]:
 
 
 @contextmanager
-def ambience(ambient: tuple[Any, ...]) -> Iterator[None]:
+def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
     """A context with the grad mode and autocast state that `ambient_state` noted."""
     grad, cpu, cuda = ambient
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast("cpu", dtype=cpu[1], enabled=cpu[0]):
@@ -471,7 +492,7 @@ def ambience(ambient: tuple[Any, ...]) -> Iterator[None]:
 
 
 def _where() -> str:
-    frame = sys._getframe(1)
+    frame = _torch.caller()
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_ROOTS) and not frame.f_code.co_filename.startswith("<"):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -48,7 +48,7 @@ def convert(
     Warns:
         RevfxWarning: nothing reversible was found; the text says why, and the model runs as it was.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`convert` takes an nn.Module, not a {type(model).__name__}.")
     if capture not in ("auto", "fx"):
         raise ValueError(f"`capture={capture!r}` is not known; use 'auto' or 'fx'.")
@@ -137,7 +137,11 @@ class Conversion:
         if outcome.untraceable and not self.parts_converted:
             self._convert_parts(model)
         if outcome.plan is None and not self.options.part:
-            what = "only its sub-modules are looked at" if outcome.untraceable else "nothing reversible was found, so it runs as it was"
+            what = (
+                "only its sub-modules are looked at"
+                if outcome.untraceable
+                else "nothing reversible was found, so it runs as it was"
+            )
             text = f"`convert({name})`: {what}:\n  {reasons}"
             if text not in self.warned:
                 self.warned.add(text)
@@ -216,11 +220,15 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         copy = object.__new__(type(module))
         copy.__dict__.update(vars(module))
-        copy.__dict__["_modules"] = {name: _part(m, options) for name, m in module._modules.items()}
+        copy.__dict__["_modules"] = {name: _part(m, options) for name, m in _torch.children(module).items()}
         return copy
     if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
         return module
-    return _reversible(module, replace(options, strict=False, part=True)) if any(True for _ in module.children()) else module
+    return (
+        _reversible(module, replace(options, strict=False, part=True))
+        if any(True for _ in module.children())
+        else module
+    )
 
 
 def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
@@ -232,7 +240,18 @@ def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
         if isinstance(x, Tensor):
             strided = x.layout == torch.strided
             shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
-            key.append((tuple(x.shape), x.stride() if strided else None, x.dtype, x.device, x.requires_grad, type(x), shared, same.setdefault(id(x), i)))
+            key.append(
+                (
+                    tuple(x.shape),
+                    x.stride() if strided else None,
+                    x.dtype,
+                    x.device,
+                    x.requires_grad,
+                    type(x),
+                    shared,
+                    same.setdefault(id(x), i),
+                )
+            )
         else:
             key.append(x if isinstance(x, fingerprint.PRIMITIVE) else id(x))
     return tuple(key)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +135,13 @@ class RegionRun:
                     self._keep_all(self.kept, [v for v in program.ops[index].outs if v in held], env)
                     used = {a.factor for a in step.arcs if a.measured}
                     for v in (*program.ops[index].ins, *program.ops[index].outs):
-                        if last[v] <= index and v in env and v not in alive and v not in used and not program.values[v].source:
+                        if (
+                            last[v] <= index
+                            and v in env
+                            and v not in alive
+                            and v not in used
+                            and not program.values[v].source
+                        ):
                             del env[v]
                 unsafe, growing = growth.close(step, env, lower, replayed=number == 0)
                 if unsafe:
@@ -173,7 +179,7 @@ class RegionRun:
             self.current = None
             fresh, self.fresh = self.fresh, []
         for t in outs:
-            if not isinstance(t, Tensor):
+            if not isinstance(t, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"`{call.name}` returned a {type(t).__name__}; it must return one tensor.")
         if surroundings is not None:
             now = Random.now(self.device)
@@ -365,7 +371,11 @@ class RegionRun:
         with contextlib.ExitStack() as stack:
             if surroundings is not None:
                 stack.enter_context(surroundings.restored())
-            for device, enabled, dtype in self.autocast:  # a cache would hold every re-run's casts until the outermost exit
+            for (
+                device,
+                enabled,
+                dtype,
+            ) in self.autocast:  # a cache would hold every re-run's casts until the outermost exit
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(pack, unpack))
@@ -405,7 +415,7 @@ def _never() -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_hooks() -> Iterator[None]:
+def _without_hooks() -> Generator[None]:
     """Saved-tensor hooks that the user has around the backward do not see the inverses."""
     with saved_tensors_hooks(lambda t: t, lambda t: t):
         yield

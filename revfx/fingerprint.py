@@ -35,8 +35,10 @@ def attributes(module: nn.Module) -> tuple[Any, ...]:
     """What one module's own code may read: plain attributes, children, which tensors it has; and whether it has hooks."""
     d = vars(module)
     plain = tuple([(k, _key(v)) for k, v in d.items() if k not in _SKIPPED])
-    children = tuple([(k, id(v)) for k, v in module._modules.items()])
-    tensors = tuple([(k, t is not None and t.requires_grad) for k, t in (*module._parameters.items(), *module._buffers.items())])
+    children = tuple([(k, id(v)) for k, v in _torch.children(module).items()])
+    tensors = tuple(
+        [(k, t is not None and t.requires_grad) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())]
+    )
     return type(module), plain, children, tensors, _torch.has_hooks(module)
 
 
@@ -55,10 +57,10 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     plain = tuple((k, _key(v)) for k, v in d.items() if k not in _SKIPPED)
     tensors = tuple(
         (k, None if t is None else (tuple(t.shape), t.dtype, t.device, t.requires_grad))
-        for table in (module._parameters, module._buffers)
+        for table in (_torch.parameters(module), _torch.buffers(module))
         for k, t in table.items()
     )
-    children = tuple((k, None if m is None else structure(m)) for k, m in module._modules.items())
+    children = tuple((k, None if m is None else structure(m)) for k, m in _torch.children(module).items())
     return type(module), plain, tensors, children
 
 
@@ -73,13 +75,13 @@ class Snapshot:
     @staticmethod
     def of(modules: Sequence[nn.Module]) -> Snapshot:
         """A snapshot of `modules`."""
-        tables = [(dict(vars(m)), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
+        tables = [(dict(vars(m)), dict(_torch.parameters(m)), dict(_torch.buffers(m)), dict(_torch.children(m))) for m in modules]
         return Snapshot(modules, tables, [_contents(m) for m in modules])
 
     def changed(self) -> tuple[int, str] | None:
         """(which module, the name of its attribute that is not what it was), or None."""
         for i, (m, before, key) in enumerate(zip(self.modules, self.tables, self.keys, strict=True)):
-            now = (vars(m), m._parameters, m._buffers, m._modules)
+            now = (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m))
             for old, new in zip(before, now, strict=True):
                 for name in {**old, **new}:
                     if old.get(name, self) is not new.get(name, self):
@@ -92,13 +94,11 @@ class Snapshot:
     def restore(self) -> None:
         """None; every table holds again what it held (contents of lists and dicts excepted)."""
         for m, before in zip(self.modules, self.tables, strict=True):
-            for old, new in zip(before, (vars(m), m._parameters, m._buffers, m._modules), strict=True):
+            for old, new in zip(before, (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m)), strict=True):
                 if old.keys() != new.keys() or any(old[k] is not new[k] for k in old):
                     new.clear()
                     new.update(old)
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {
-        k: _key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED
-    }
+    return {k: _key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}

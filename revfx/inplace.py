@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from revfx.rules import op_name
+
 
 FUNCTIONAL = frozenset(
     "add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt __iadd__".split()
@@ -33,10 +35,12 @@ def functionalise(graph: fx.Graph) -> None:
             node.meta["barrier"] = reason
 
 
-def _why_not(node: fx.Node, written: list[fx.Node], memory: dict[int, list[fx.Node]], position: dict[fx.Node, int]) -> str | None:
+def _why_not(
+    node: fx.Node, written: list[fx.Node], memory: dict[int, list[fx.Node]], position: dict[fx.Node, int]
+) -> str | None:
     if node.op == "call_module":
         return "it writes to its input in place"
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = op_name(node.target)
     if len(written) != 1 or not node.args or node.args[0] is not written[0]:
         return "it writes in place to something other than its first operand"
     functional = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
@@ -59,7 +63,9 @@ def _why_not(node: fx.Node, written: list[fx.Node], memory: dict[int, list[fx.No
 def _dtype_differs(node: fx.Node, operand: fx.Node) -> bool:
     others = [n.meta["val"] for n in node.all_input_nodes if n is not operand and isinstance(n.meta.get("val"), Tensor)]
     mine = operand.meta["val"]
-    return any(torch.promote_types(mine.dtype, o.dtype) != mine.dtype for o in others if o.is_floating_point() or o.dim() > 0)
+    return any(
+        torch.promote_types(mine.dtype, o.dtype) != mine.dtype for o in others if o.is_floating_point() or o.dim() > 0
+    )
 
 
 def _make_functional(node: fx.Node) -> None:
@@ -68,5 +74,5 @@ def _make_functional(node: fx.Node) -> None:
     elif node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
     else:
-        node.target = getattr(torch, node.target.__name__.rstrip("_"))
+        node.target = getattr(torch, op_name(node.target).rstrip("_"))
     node.meta["made_functional"] = True

@@ -30,11 +30,21 @@ def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
     In the dtype of the model and once more in fp64, on a copy.
     """
     errors = _round_trip(model, inputs)
-    floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if isinstance(t, Tensor) and t.is_floating_point()]
+    floating = [
+        t
+        for t in (*model.parameters(), *pytree.tree_leaves(list(inputs)))
+        if isinstance(t, Tensor) and t.is_floating_point()
+    ]
     if any(t.dtype != torch.float64 for t in floating):
-        double = pytree.tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, list(inputs))
+        double = pytree.tree_map(
+            lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, list(inputs)
+        )
         errors |= _round_trip(copy.deepcopy(model).double(), double)
     return errors
+
+
+def _double(t: Any) -> Any:
+    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
 def _round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
@@ -82,4 +92,3 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
         reasons = "; ".join(reason for o in program.ops for _, reason in o.refused) or "the rule yields nothing"
         raise RevfxError(f"`check_inverse`: no operand can be solved for: {reasons}")
     return {a.text: relative_error(a.solve(*(env[v] for v in a.tail)), env[a.head]) for a in arcs}
-

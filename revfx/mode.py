@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextvars import ContextVar
 
 import torch
@@ -16,7 +16,7 @@ _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
 
 
 @contextlib.contextmanager
-def store_activations() -> Iterator[None]:
+def store_activations() -> Generator[None]:
     """A context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary autograd storage.
 
     The oracle of every test of revfx, and the way out where a region can't be regenerated.
@@ -38,8 +38,7 @@ def runs_plain(inputs: Iterable[Tensor]) -> bool:
     return (
         not torch.is_grad_enabled()
         or _storing.get()
-        or torch.jit.is_tracing()
-        or torch.jit.is_scripting()
+        or _torch.in_jit()
         or _torch.in_functorch_transform()
         or any(_torch.is_fake(t) for t in inputs)
     )

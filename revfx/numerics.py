@@ -37,7 +37,9 @@ class Growth:
         self.growth: dict[int, float] = {}
         self.clean: set[int] = set()
 
-    def close(self, step: Step, env: Mapping[int, Tensor], lower: Mapping[int, Tensor], replayed: bool) -> tuple[bool, bool]:
+    def close(
+        self, step: Step, env: Mapping[int, Tensor], lower: Mapping[int, Tensor], replayed: bool
+    ) -> tuple[bool, bool]:
         """(the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted anyway.
 
         `env` holds the values after the step, `lower` those of its entry.

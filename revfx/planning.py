@@ -52,7 +52,9 @@ class Plan:
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
         """The model's result for flattened arguments; with `store`, with ordinary autograd storage."""
         program, last = self.lowered.program, self.lowered.program.last_use
-        env: dict[int, Tensor] = {i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)}
+        env: dict[int, Tensor] = {
+            i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)
+        }
         for index, module, name in self.sources:
             env[index] = getattr(module, name)
         for segment in self.segments:
@@ -136,7 +138,11 @@ class _Search:
         inside = [False] * len(lowered.op_nodes)
         for r in regions:
             inside[r.start : r.stop] = [True] * (r.stop - r.start)
-        paths = {str(n.target) for n, covered in zip(lowered.op_nodes, inside, strict=True) if n.op == "call_module" and not covered}
+        paths = {
+            str(n.target)
+            for n, covered in zip(lowered.op_nodes, inside, strict=True)
+            if n.op == "call_module" and not covered
+        }
         return frozenset(p for p in paths - self.closed - opened if self._openable(p))
 
     def _openable(self, path: str) -> bool:
@@ -154,12 +160,12 @@ class _Search:
 
     def _close(self, error: Untraceable, more: frozenset[str]) -> None:
         """Leaves whole the module at fault and its like; all that was just opened where it can't be told which it was."""
-        at_fault = [error.path] if error.path in more else list(more)
-        kinds = {type(self.modules[p]) for p in at_fault if p is not None}
+        at_fault = [error.path] if error.path is not None and error.path in more else list(more)
+        kinds = {type(self.modules[p]) for p in at_fault}
         for path in more:
             if type(self.modules[path]) in kinds:
                 self.closed.add(path)
-        name = next(iter(at_fault)) or ""
+        name = at_fault[0]
         self.refusals[name] = Refusal(f"`{name}` stays whole: {error.reason}", name, error.where)
 
     def _close_again(self, found: Any, opened: frozenset[str]) -> Any:

@@ -18,6 +18,7 @@ added beside them. Layout rules live in `revfx.rules_layout`.
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx import _torch
 from revfx.errors import RevfxError
 
 
@@ -117,8 +119,8 @@ def op_name(op: object) -> str:
     """The bare name of an operation, the same for function, method, operator and aten overload: `add`, `relu`."""
     if isinstance(op, str):
         return op
-    if isinstance(op, torch._ops.OpOverload):
-        return op.overloadpacket.__name__
+    if _torch.is_overload(op):
+        return _torch.packet_name(op)
     return getattr(op, "__name__", type(op).__name__)
 
 
@@ -152,7 +154,9 @@ def add(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha)
 
 
-@register_inverse(torch.sub, torch.subtract, "sub", "sub_", "subtract", "__sub__", "__isub__", operator.sub, operator.isub)
+@register_inverse(
+    torch.sub, torch.subtract, "sub", "sub_", "subtract", "__sub__", "__isub__", operator.sub, operator.isub
+)
 def sub(node: fx.Node) -> Iterator[Direction]:
     """`y = a - alpha*b`; `a = y + alpha*b`, `b = (a - y)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
@@ -289,4 +293,4 @@ def why_none(name: str) -> str:
     return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")
 
 
-import revfx.rules_layout  # noqa: E402, F401  (fills the table)
+importlib.import_module("revfx.rules_layout")  # fills the rest of the table

@@ -219,7 +219,11 @@ def permuted(a: fx.Node, dim: int, index: fx.Node) -> Iterator[Direction]:
     size = _shape(a)[dim]
     if values is None:
         yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation")
-    elif values.dim() != 1 or values.dtype == torch.bool or sorted(i % size for i in values.tolist()) != list(range(size)):
+    elif (
+        values.dim() != 1
+        or values.dtype == torch.bool
+        or sorted(i % size for i in values.tolist()) != list(range(size))
+    ):
         yield NoInverse(a, f"the index is not a permutation of the {size} positions")
     else:
         yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p % size)), (index,), exact=True)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,15 +114,15 @@ def _module_reads(module: nn.Module, found: Reads, sharded: set[int]) -> list[An
 
     Parameters that FSDP2 swaps by design, of `sharded` modules and those below them, are its own business.
     """
-    further: list[Any] = [m for m in module._modules.values() if m is not None]
+    further: list[Any] = [m for m in _torch.children(module).values() if m is not None]
     if id(module) in sharded or _torch.is_fsdp(module):
         sharded.update(map(id, (module, *further)))
-    for key, p in module._parameters.items():
+    for key, p in _torch.parameters(module).items():
         if p is not None and id(module) not in sharded:
-            found.tensors.append(_hold(module._parameters, key, p, clone=False))
-    for key, b in module._buffers.items():
+            found.tensors.append(_hold(_torch.parameters(module), key, p, clone=False))
+    for key, b in _torch.buffers(module).items():
         if b is not None:
-            found.tensors.append(_hold(module._buffers, key, b, clone=True))
+            found.tensors.append(_hold(_torch.buffers(module), key, b, clone=True))
     plain: dict[str, Any] = {}
     for key, value in vars(module).items():
         if type(value) in PLAIN:
@@ -194,7 +194,7 @@ class Surroundings:
                 h.clone = None
 
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> Generator[None]:
         """A context in which the call can be run again as it ran; afterwards everything is as it was before.
 
         Raises:

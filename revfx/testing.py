@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +74,23 @@ def assert_same_grads(
     for name, w in want.items():
         g = got[name]
         if (g is None) != (w is None):
-            raise AssertionError(f"the gradient of `{name}` is {'missing' if g is None else 'there'}, unlike the reference's")
+            raise AssertionError(
+                f"the gradient of `{name}` is {'missing' if g is None else 'there'}, unlike the reference's"
+            )
         if g is None or w is None:
             continue
         if g.dtype != w.dtype or g.shape != w.shape:
-            raise AssertionError(f"the gradient of `{name}` is {g.dtype}{list(g.shape)}, the reference's {w.dtype}{list(w.shape)}")
+            raise AssertionError(
+                f"the gradient of `{name}` is {g.dtype}{list(g.shape)}, the reference's {w.dtype}{list(w.shape)}"
+            )
         limit = rtol if rtol is not None else {torch.float64: 1e-9, torch.float32: 1e-4}.get(w.dtype, 5e-2)
         error = relative_error(g, w)
         if not error <= limit and (not worst[1] or error / limit > worst[0] / worst[2]):
             worst = (error, name, limit)
     if worst[1]:
-        raise AssertionError(f"the gradient of `{worst[1]}` is off by {worst[0]:.2e} (relative), more than {worst[2]:.0e}")
+        raise AssertionError(
+            f"the gradient of `{worst[1]}` is off by {worst[0]:.2e} (relative), more than {worst[2]:.0e}"
+        )
 
 
 def stored(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,9 +138,18 @@ def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[
     elif not isinstance(target, nn.Module) and rules.has_rule(target):
         errors = directions(_Operation(target), inputs)
     else:
-        raise RevfxError(f"`check_inverse`: {target!r} is neither a converted model, a `RevBlock`, nor an operation with a rule.")
+        raise RevfxError(
+            f"`check_inverse`: {target!r} is neither a converted model, a `RevBlock`, nor an operation with a rule."
+        )
     worst = max(errors, key=lambda name: errors[name], default=None)
-    eps = max((torch.finfo(t.dtype).eps for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.is_floating_point()), default=0)
+    eps = max(
+        (
+            torch.finfo(t.dtype).eps
+            for t in pytree.tree_leaves(inputs)
+            if isinstance(t, Tensor) and t.is_floating_point()
+        ),
+        default=0,
+    )
     limit = rtol if rtol is not None else 1e3 * eps
     if worst is not None and not errors[worst] <= limit:
         raise AssertionError(f"the inverse is off by {errors[worst]:.2e} (relative), more than {limit:.0e}, at {worst}")
@@ -196,7 +211,7 @@ def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Generator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

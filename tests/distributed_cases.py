@@ -66,7 +66,7 @@ def inputs(rank: int, step: int) -> Tensor:
     return torch.randn(ROWS, 8, generator=generator)
 
 
-def train(model: nn.Module, rank: int, world: int, accumulate: bool = False) -> Result:
+def train(model: nn.Module, rank: int, accumulate: bool = False) -> Result:
     """Several steps, with an update between them."""
     result = Result()
     for step in range(STEPS):
@@ -115,27 +115,28 @@ Case = Callable[[Build, int, int], Result]
 def _ddp(unused: bool = False, accumulate: bool = False, **options: Any) -> Case:
     def run(build: Build, rank: int, world: int) -> Result:
         inner = WithUnused(chain(build)) if unused else chain(build)
-        return train(DistributedDataParallel(inner, **options), rank, world, accumulate)
+        return train(DistributedDataParallel(inner, **options), rank, accumulate)
 
     return run
 
 
-def shard_whole(build: Build, rank: int, world: int) -> Result:
-    return train(fully_shard(chain(build)), rank, world)
+def sharded(model: nn.Module, each: bool, **options: Any) -> nn.Module:
+    """The model itself, after FSDP2 was applied to it, and before that to each f and g."""
+    for m in functions_of(model) if each else ():
+        fully_shard(m, **options)
+    fully_shard(model)
+    return model
 
 
-def shard_each(build: Build, rank: int, world: int) -> Result:
-    model = chain(build)
-    for m in functions_of(model):
-        fully_shard(m)
-    return train(fully_shard(model), rank, world)
+def _fsdp(each: bool, **options: Any) -> Case:
+    def run(build: Build, rank: int, world: int) -> Result:
+        return train(sharded(chain(build), each, **options), rank)
+
+    return run
 
 
-def shard_each_kept(build: Build, rank: int, world: int) -> Result:
-    model = chain(build)
-    for m in functions_of(model):
-        fully_shard(m, reshard_after_forward=False)
-    return train(fully_shard(model), rank, world)
+def shard_then_convert(build: Build, rank: int, world: int) -> Result:
+    return train(convert(sharded(chain(build), each=True)), rank)
 
 
 DDP: dict[str, tuple[Case, bool, bool]] = {
@@ -146,9 +147,9 @@ DDP: dict[str, tuple[Case, bool, bool]] = {
     "accumulation": (_ddp(accumulate=True), False, True),
 }
 FSDP: dict[str, Case] = {
-    "whole": shard_whole,
-    "f and g each": shard_each,
-    "f and g each, kept unsharded": shard_each_kept,
+    "whole": _fsdp(each=False),
+    "f and g each": _fsdp(each=True),
+    "f and g each, kept unsharded": _fsdp(each=True, reshard_after_forward=False),
 }
 
 
@@ -172,13 +173,19 @@ def work(rank: int, world: int, folder: str) -> None:
         cases |= {("FSDP", name): case for name, case in FSDP.items()}
     results: dict[tuple[str, str, str], Result] = {}
     for (kind, name), case in cases.items():
-        for way in WAYS:
-            runs[0] = 0
-            try:
-                result = case(BUILD[way], rank, world)
-            except Exception:
-                result = Result(error=traceback.format_exc())
-            result.regions = runs[0]
-            results[kind, name, way] = result
+        for way in ("plain", *WAYS):
+            results[kind, name, way] = _result(case, BUILD[way], rank, world, runs)
+    if world > 1:
+        results["FSDP", "converted last", "convert"] = _result(shard_then_convert, Plain, rank, world, runs)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def _result(case: Case, build: Build, rank: int, world: int, runs: list[int]) -> Result:
+    runs[0] = 0
+    try:
+        result = case(build, rank, world)
+    except Exception:
+        result = Result(error=traceback.format_exc())
+    result.regions = runs[0]
+    return result

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import D, Additive, CatSplit, Pairs, TwoStages, mlp
+from zoo import Additive, CatSplit, D, Pairs, TwoStages, mlp
 
 import revfx
 from revfx.errors import RevfxWarning
@@ -62,7 +62,9 @@ def test_copies_are_converted_models_of_their_own(how: str, fp64: None) -> None:
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
     assert type(other) is type(converted) and other.revfx.plans == []
-    assert all(a is not b and torch.equal(a, b) for a, b in zip(other.parameters(), converted.parameters(), strict=True))
+    assert all(
+        a is not b and torch.equal(a, b) for a, b in zip(other.parameters(), converted.parameters(), strict=True)
+    )
     assert_same_grads(other, converted, [_x()])
     assert len(other.revfx.plans) == 1
 
@@ -122,7 +124,9 @@ class Options(Pairs):
         super().__init__(depth)
         self.use, self.scales = depth, [1.0] * depth
 
-    def forward(self, x: Tensor, scale: float = 1.0, *, extra: dict[str, Tensor] | None = None, **more: Tensor) -> dict[str, Any]:
+    def forward(
+        self, x: Tensor, scale: float = 1.0, *, extra: dict[str, Tensor] | None = None, **more: Tensor
+    ) -> dict[str, Any]:
         a, b = x.chunk(2, -1)
         for f, g, s in list(zip(self.f, self.g, self.scales, strict=True))[: self.use]:
             a = a + s * f(b)

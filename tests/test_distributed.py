@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.multiprocessing
 from distributed_cases import DDP, FSDP, Result, reference, work
 from helpers import TOLERANCE, relative_error
 from torch import distributed
+from torch.multiprocessing.spawn import spawn
 from ways import WAYS
 
 
@@ -27,18 +25,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Results]
     found: dict[int, list[Results]] = {}
     for world in (1, 2):
         folder = tmp_path_factory.mktemp(f"processes_{world}")
-        torch.multiprocessing.spawn(work, (world, str(folder)), nprocs=world)
+        spawn(work, (world, str(folder)), nprocs=world)
         found[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
     return found
 
 
 def check(found: list[Results], key: tuple[str, str, str], unused: bool, accumulate: bool) -> None:
+    """Gradients are those of one process, and buffers those of the plain model in the same processes."""
+    kind, case, way = key
     expected = reference(len(found), unused, accumulate)
     for by_rank in found:
-        result = by_rank[key]
+        result, plain = by_rank[key], by_rank[kind, case if case in (*DDP, *FSDP) else "whole", "plain"]
         assert not result.error, result.error
         assert max(relative_error(g, e) for g, e in zip(result.gradients, expected, strict=True)) < TOLERANCE
-        assert bool(result.regions) == (key[2] != "checkpoint")
+        same = relative_error(result.buffers, plain.buffers) < TOLERANCE
+        assert same == bool(result.regions) == (way != "checkpoint")  # it updates batch norm twice
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -53,7 +54,9 @@ def test_ddp_gives_the_average_of_the_plain_gradients(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", FSDP)
-def test_fsdp2_gives_the_average_of_the_plain_gradients(
-    results: dict[int, list[Results]], case: str, way: str
-) -> None:
+def test_fsdp2_gives_the_average_of_the_plain_gradients(results: dict[int, list[Results]], case: str, way: str) -> None:
     check(results[2], ("FSDP", case, way), unused=False, accumulate=False)
+
+
+def test_a_sharded_model_may_be_converted(results: dict[int, list[Results]]) -> None:
+    check(results[2], ("FSDP", "converted last", "convert"), unused=False, accumulate=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import D, Additive, Pairs, mlp
+from zoo import Additive, D, Pairs, mlp
 
 import revfx
 from revfx.convert import Conversion
@@ -122,7 +122,9 @@ NOTHING_FOUND = [
 
 
 @pytest.mark.parametrize(("step", "streams", "reason"), NOTHING_FOUND, ids=lambda v: getattr(v, "__name__", None))
-def test_what_has_no_inverse_is_left_alone_and_said(step: Callable[..., object], streams: int, reason: str, fp64: None) -> None:
+def test_what_has_no_inverse_is_left_alone_and_said(
+    step: Callable[..., object], streams: int, reason: str, fp64: None
+) -> None:
     model = Chain(step, streams)
     x = torch.randn(6, 2 * D, requires_grad=True)
     converted = revfx.convert(model)
@@ -168,7 +170,9 @@ def test_write_to_an_input_of_the_model_happens_as_the_user_wrote_it(fp64: None)
     out.sin().sum().backward()
     got = [p.grad for p in model.parameters()]
     want = gradients(model, [x])
-    assert all(g is not None and w is not None and relative_error(g, w) < 1e-9 for g, w in zip(got, want.values(), strict=True))
+    assert all(
+        g is not None and w is not None and relative_error(g, w) < 1e-9 for g, w in zip(got, want.values(), strict=True)
+    )
     assert len(conversion(converted).plans[0].regions) == 1, "the couplings after the write are reversible"
 
 
@@ -381,7 +385,10 @@ ATOMS: list[Callable[[], nn.Module]] = [
     lambda: Stem(torch.abs, lambda t: torch.relu(t - 0.5)),
     lambda: Stem(pool),
     lambda: Stem(lambda t: F.dropout(t, 0.5)),
-    lambda: Stem(torch.relu, lambda t: t.view(-1, 2, D).transpose(0, 1).reshape(2, -1).view(2, -1, D).transpose(0, 1).reshape(-1, 2 * D)),
+    lambda: Stem(
+        torch.relu,
+        lambda t: t.view(-1, 2, D).transpose(0, 1).reshape(2, -1).view(2, -1, D).transpose(0, 1).reshape(-1, 2 * D),
+    ),
     lambda: Stem(torch.relu, lambda t: torch.cat([t[:, D:], t[:, :D]], -1)),
     lambda: Stem(torch.relu, lambda t: t.flip(-1) * 0.5),
 ]

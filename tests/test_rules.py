@@ -101,7 +101,9 @@ def _sample(op: object) -> str:
     return name.strip("_") if name.endswith("__") else name.rstrip("_")
 
 
-@pytest.mark.parametrize("op", rules.registered(), ids=lambda op: f"{'method ' if isinstance(op, str) else ''}{op_name(op)}")
+@pytest.mark.parametrize(
+    "op", rules.registered(), ids=lambda op: f"{'method ' if isinstance(op, str) else ''}{op_name(op)}"
+)
 def test_every_rule_gives_its_operands_back(op: object) -> None:
     name = _sample(op)
     if name in NOTHING_TO_SOLVE:

@@ -43,9 +43,7 @@ class Report:
     random: list[Tensor] = field(default_factory=list[Tensor])
     seen: Any = None
 
-    def add(
-        self, outputs: Tensor | Iterable[Tensor] = (), module: nn.Module | None = None, *leaves: Tensor
-    ) -> Report:
+    def add(self, outputs: Tensor | Iterable[Tensor] = (), module: nn.Module | None = None, *leaves: Tensor) -> Report:
         """Itself, with the state of now: outputs, gradients of leaves and parameters, buffers, randomness."""
         self.outputs += [y.detach().clone() for y in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
         self.gradients += [_copy(x.grad) for x in leaves]
@@ -70,9 +68,7 @@ def _copy(t: Tensor | None) -> Tensor | None:
 
 
 def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        s.dtype == t.dtype and torch.equal(s, t) for s, t in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(s.dtype == t.dtype and torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
 Situation = Callable[[Build], Report]
@@ -99,9 +95,7 @@ def noisy(count: int = DEPTH) -> list[nn.Module]:
 
 
 def normed(count: int = DEPTH) -> list[nn.Module]:
-    return [
-        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(count)
-    ]
+    return [nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(count)]
 
 
 # --- what f draws, writes and computes in ---------------------------------------------------------
@@ -253,9 +247,7 @@ def vmap_of_grad_of_functional_call(build: Build) -> Report:
         return functional_call(model, parameters, (x,)).sin().sum()
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    return Report(
-        gradients=list(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values())
-    ).add()
+    return Report(gradients=list(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values())).add()
 
 
 @situation
@@ -499,10 +491,7 @@ class OnTemporaries(nn.Module):
 
 @situation
 def in_place_on_temporaries(build: Build) -> Report:
-    gs = [
-        nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5, inplace=True), nn.ReLU(inplace=True))
-        for _ in range(DEPTH)
-    ]
+    gs = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5, inplace=True), nn.ReLU(inplace=True)) for _ in range(DEPTH)]
     return step(build([OnTemporaries() for _ in range(DEPTH)], gs))
 
 
@@ -740,9 +729,7 @@ def _copied(how: Callable[[nn.Module], nn.Module]) -> Situation:
         early = how(model)
         report = step(model)
         for copied in (early, how(model)):
-            assert type(copied) is type(model) and not {*map(id, copied.parameters())} & {
-                *map(id, model.parameters())
-            }
+            assert type(copied) is type(model) and not {*map(id, copied.parameters())} & {*map(id, model.parameters())}
             step(copied, report)
         return step(model, report)
 
@@ -809,9 +796,7 @@ OTHERWISE: dict[tuple[str, str], set[str] | Raised] = {
     ("a forward in eval and a backward in train", "checkpoint"): RECOMPUTES_OTHERWISE,
     ("f leaves its result as an attribute", "checkpoint"): RECOMPUTES_OTHERWISE,
     ("in place on the input of f", "checkpoint"): Raised(RuntimeError, "modified by an inplace operation"),
-    ("in place on the input of every f", "checkpoint"): Raised(
-        RuntimeError, "modified by an inplace operation"
-    ),
+    ("in place on the input of every f", "checkpoint"): Raised(RuntimeError, "modified by an inplace operation"),
     # ... and needs hooks that torch.func does not have.
     ("grad of functional call", "checkpoint"): HAS_NO_HOOKS,
     ("vmap of grad of functional call", "checkpoint"): HAS_NO_HOOKS,
@@ -871,11 +856,6 @@ def test_a_way_does_what_plain_code_does_or_what_the_table_says(
     assert all(issubclass(w.category, RevfxWarning) for w in caught)
     assert not texts if refused is None else any(refused in text for text in texts), texts
     regions = [plan.regions for m in built if isinstance(m, Reversible) for plan in m.revfx.plans]
-    saves = (
-        way != "checkpoint"
-        and refused is None
-        and name not in RUN_PLAINLY
-        and not isinstance(otherwise, Raised)
-    )
+    saves = way != "checkpoint" and refused is None and name not in RUN_PLAINLY and not isinstance(otherwise, Raised)
     assert bool(runs) == saves
     assert all(regions) and bool(regions) == (saves and way == "convert")

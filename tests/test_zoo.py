@@ -101,7 +101,11 @@ def test_contracting_steps_keep_cuts_and_gradients_stay_within_tolerance(
     x = torch.randn(4, 32, dtype=dtype, requires_grad=True)
     converted: Any = revfx.convert(model)
     got, want = gradients(converted, [x]), gradients(model, [x])
-    worst = max(relative_error(g, w) for g, w in zip(got.values(), want.values(), strict=True) if g is not None and w is not None)
+    worst = max(
+        relative_error(g, w)
+        for g, w in zip(got.values(), want.values(), strict=True)
+        if g is not None and w is not None
+    )
     assert worst < torch.finfo(dtype).eps ** 0.5
     kept = converted.revfx.kept_cuts
     if depth <= 12:

@@ -198,7 +198,11 @@ class SharedWeights(nn.Module):
 
 def conv_bn(c: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
+        nn.Conv2d(c, c, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c),
+        nn.ReLU(),
+        nn.Conv2d(c, c, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c),
     )
 
 
@@ -263,7 +267,9 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocabulary, d)
         self.position = nn.Parameter(torch.randn(length, d) * 0.1)
         self.attention = nn.ModuleList(Attention(d) for _ in range(depth))
-        self.feed = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(depth))
+        self.feed = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(depth)
+        )
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
