@@ -2,10 +2,11 @@
 
 The model below is ordinary PyTorch with BatchNorm: nothing in it knows of revfx. Both runs end at the same accuracy, the
 converted one with a fraction of the activation memory. In fp32 the two loss curves part slowly, as those of any two
-programs that round differently do; the table shows by how much.
+programs that round differently do. A third run shows how much of that is rounding: it is plain, and its weights start
+at most one rounding away from the others' (relative 6e-8).
 
-    python examples/revnet_digits.py            # a minute on two cores
-    python examples/revnet_digits.py --short    # a few seconds
+    python examples/revnet_digits.py            # a minute
+    python examples/revnet_digits.py --short    # ten seconds
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Coupling(nn.Module):
 class RevNet(nn.Module):
     """A stem, a stage of couplings at 8x8, a strided convolution, a stage at 4x4, and a linear head."""
 
-    def __init__(self, width: int = 32, couplings: int = 5) -> None:
+    def __init__(self, width: int = 24, couplings: int = 6) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.stage1 = nn.Sequential(*(Coupling(width) for _ in range(couplings)))
@@ -82,8 +83,8 @@ class Run:
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.model = model
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, total_steps=steps)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 2e-3, total_steps=steps)
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -107,50 +108,59 @@ class Run:
         return right
 
 
+def make_runs(width: int, couplings: int, steps: int) -> tuple[Run, Run, Run]:
+    """Three runs from one seed: plain, converted, and plain from weights that are one rounding away."""
+    models: list[nn.Module] = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        models.append(RevNet(width, couplings))
+    with torch.no_grad():
+        for p in models[2].parameters():
+            p.mul_(1 + 6e-8 * torch.randn_like(p).sign())
+    return Run(models[0], steps), Run(revfx.convert(models[1]), steps), Run(models[2], steps)
+
+
 def main() -> None:
-    """None; trains both models and prints what they did."""
+    """None; trains the models and prints what they did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="two epochs of a narrower net")
-    parser.add_argument("--epochs", type=int, help="default 10")
+    parser.add_argument("--epochs", type=int, help="default: 8")
     args = parser.parse_args()
-    epochs = args.epochs or (2 if args.short else 10)
-    width, couplings = (16, 4) if args.short else (32, 5)
+    epochs = args.epochs or (2 if args.short else 8)
+    width, couplings = (16, 4) if args.short else (24, 6)
+    torch.set_num_threads(1)  # so that times and losses can be repeated
 
     x, y, x_test, y_test = digits()
     torch.manual_seed(0)
     model = RevNet(width, couplings)
     print(f"{len(x)} digits to train, {len(x_test)} to test; {sum(p.numel() for p in model.parameters())} weights")
-
-    batch = (x[:BATCH], y[:BATCH])
-    measured = compare(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]))
+    measured = compare(model, lambda m: F.cross_entropy(m(x[:BATCH]), y[:BATCH]))
     print_comparison(measured)
 
-    steps = epochs * (len(x) // BATCH)
-    runs: list[Run] = []
-    for converted in (False, True):
-        torch.manual_seed(0)
-        model = RevNet(width, couplings)
-        runs.append(Run(revfx.convert(model) if converted else model, steps))
-    plain, converted = runs
+    per_epoch = len(x) // BATCH
+    runs = make_runs(width, couplings, epochs * per_epoch)
+    plain, converted, nudged = runs
     print(f"\n{'epoch':>5}{'loss plain':>14}{'loss revfx':>14}{'test plain':>12}{'test revfx':>12}")
     order = torch.Generator().manual_seed(0)
     right = [0.0, 0.0]
-    for epoch in tqdm(range(epochs), disable=None, leave=False):
-        batches = torch.randperm(len(x), generator=order)[: len(x) // BATCH * BATCH].view(-1, BATCH)
-        for b in batches:
-            for run in runs:
-                run.step(x[b], y[b])
-        loss = [sum(run.losses[-len(batches) :]) / len(batches) for run in runs]
-        right = [run.accuracy(x_test, y_test) for run in runs]
-        row = f"{epoch + 1:5}{loss[0]:14.6f}{loss[1]:14.6f}{right[0]:12.2%}{right[1]:12.2%}"
-        tqdm.write(row)
+    with tqdm(total=epochs * per_epoch, disable=None, leave=False) as bar:
+        for epoch in range(epochs):
+            for b in torch.randperm(len(x), generator=order)[: per_epoch * BATCH].view(-1, BATCH):
+                for run in runs:
+                    run.step(x[b], y[b])
+                bar.update()
+            loss = [sum(run.losses[-per_epoch:]) / per_epoch for run in runs]
+            right = [run.accuracy(x_test, y_test) for run in (plain, converted)]
+            bar.write(f"{epoch + 1:5}{loss[0]:14.6f}{loss[1]:14.6f}{right[0]:12.2%}{right[1]:12.2%}")
 
-    apart = [abs(a - b) for a, b in zip(plain.losses, converted.losses, strict=True)]
-    print(f"losses of single steps differ by at most {max(apart[:10]):.1e} in the first 10 steps, {max(apart):.1e} in all {steps}")
+    print("\nlargest difference of a step's loss from plain's   first 10 steps   all steps")
+    for name, run in (("revfx", converted), ("plain, weights nudged by one rounding", nudged)):
+        apart = [abs(a - b) for a, b in zip(plain.losses, run.losses, strict=True)]
+        print(f"  {name:48}{max(apart[:10]):14.1e}{max(apart):12.1e}")
     print(f"training took {plain.seconds:.1f} s plain, {converted.seconds:.1f} s with revfx")
 
     require(measured.difference < 1e-4, "the gradients are plain autograd's up to rounding")
-    require(measured.saving > 1.5, "the peak memory is well below plain's")
+    require(measured.saving > 2, "the peak memory is less than half of plain's")
     wanted = 0.85 if args.short else 0.97
     require(min(right) >= wanted, f"both models name {wanted:.0%} of the test digits rightly")
 

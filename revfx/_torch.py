@@ -1,4 +1,4 @@
-# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 """Every use of private torch API, in one place. Read in torch 2.9 and 2.13.
 
 Each function says what it stands for, so that a public spelling can take its place when there is one.
@@ -137,4 +137,4 @@ def no_torch_function() -> Any:
 
 def in_jit() -> bool:
     """Whether TorchScript is tracing."""
-    return torch._C._get_tracing_state() is not None
+    return torch.jit.is_tracing()

@@ -126,20 +126,16 @@ def _layers(f: Functions, g: Functions, num_layers: int) -> list[tuple[Function,
     return list(zip(_sequence("f", f, num_layers), _sequence("g", g, num_layers), strict=True))
 
 
-def _is_sequence(f: Any) -> bool:
-    return isinstance(f, (list, tuple, nn.ModuleList))
-
-
 def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
-    if _is_sequence(f):
-        functions = list(f)  # type: ignore[arg-type]
+    if isinstance(f, (list, tuple, nn.ModuleList)):
+        functions = list[Any](f)
         if len(functions) != num_layers:
             raise ValueError(
                 f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one function"
                 " for all layers, or one per layer."
             )
     else:
-        functions = [f] * num_layers
+        functions = list[Any]([f]) * num_layers
     for layer, function in enumerate(functions):
         if not callable(function):
             raise TypeError(f"`{name}` of layer {layer} is a {type(function).__name__}, which can't be called.")
@@ -148,7 +144,8 @@ def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
 
 def _per_layer(name: str, f: Any, num_layers: int) -> Any:
     """The functions of all layers, in a ModuleList where they are modules."""
-    if _is_sequence(f):
+    functions: list[Any]
+    if isinstance(f, (list, tuple, nn.ModuleList)):
         functions = list(_sequence(name, f, num_layers))
     elif isinstance(f, nn.Module):
         functions = [f, *(_fresh(f) for _ in range(num_layers - 1))][:num_layers]

@@ -83,7 +83,12 @@ def _saved(
         return plain(x1, x2, layers, sides)
     device = x1.device.type
     cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-    return _Chain.apply(calls, plain, cast, x1.view_as(x1), x2.view_as(x2), *held)  # views: x1 may be x2, or be held
+
+
+    def chain(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        return plain(x1, x2, layers, sides)
+
+    return _Chain.apply(chain, calls, cast, x1.view_as(x1), x2.view_as(x2), *held)  # views: x1 may be x2, or be held
 
 
 def _hold(tensor: Tensor, held: list[Tensor], numbers: dict[Tensor, int]) -> int:
@@ -127,14 +132,16 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, calls: list[tuple[Call, Call]], plain: Plain, cast: Any, x1: Tensor, x2: Tensor, *held: Tensor
+        ctx: Any,
+        chain: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        calls: list[tuple[Call, Call]],
+        cast: tuple[str, torch.dtype, bool],
+        x1: Tensor,
+        x2: Tensor,
+        *held: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(y1, y2)."""
-
-        def at(call: Call) -> Function:
-            return lambda x: call[0](x, held)
-
-        y1, y2 = plain(x1, x2, [(at(f), at(g)) for f, g in calls], (None, None))
+        """(y1, y2), by the functions themselves: calls with swapped parameters make Dynamo output every intermediate."""
+        y1, y2 = chain(x1, x2)
         ctx.save_for_backward(y1, y2, x2, *held)
         ctx.calls = calls
         ctx.cast = cast

@@ -440,7 +440,7 @@ def _patched() -> Generator[None]:
     with ExitStack() as stack:
         nn.Module.__call__ = __call__  # type: ignore[method-assign]
         stack.callback(setattr, nn.Module, "__call__", call_module)
-        function.apply = classmethod(patched_apply)  # type: ignore[assignment,method-assign]
+        function.apply = classmethod(patched_apply)  # type: ignore[assignment]
         stack.callback(setattr, function, "apply", apply)
         yield
 

@@ -150,7 +150,7 @@ class Conversion:
     def _convert_parts(self, model: nn.Module) -> None:
         """None; where the root can't be recorded, its largest sub-modules are converted in its place."""
         self.parts_converted = True
-        vars(model)["_modules"] = {name: _part(m, self.options) for name, m in model._modules.items()}
+        vars(model)["_modules"] = {name: _part(m, self.options) for name, m in _torch.children(model).items()}
 
     def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """What the model's forward returns for these arguments."""

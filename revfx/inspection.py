@@ -36,9 +36,7 @@ def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
         if isinstance(t, Tensor) and t.is_floating_point()
     ]
     if any(t.dtype != torch.float64 for t in floating):
-        double = pytree.tree_map(
-            lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, list(inputs)
-        )
+        double = pytree.tree_map(_double, list(inputs))
         errors |= _round_trip(copy.deepcopy(model).double(), double)
     return errors
 

@@ -17,6 +17,11 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(meta(node).shape)
 
 
+def _second(node: fx.Node) -> Any:
+    """The argument after the tensor, by position or by name."""
+    return node.args[1] if len(node.args) > 1 else next(v for k, v in node.kwargs.items() if k != "input")
+
+
 def _ints(args: Sequence[Any]) -> list[int]:
     """Dimensions given as `f(x, 1, 2)` or `f(x, (1, 2))`."""
     return list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
@@ -92,7 +97,7 @@ def roll(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
-    a, r = node.args[0], (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))[0]
+    a, r = node.args[0], _second(node)
     back = F.pixel_unshuffle if node.target is torch.pixel_shuffle else F.pixel_shuffle
     yield Inverse(a, lambda y: back(y, r), exact=True)
 
@@ -100,7 +105,7 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.channel_shuffle)
 def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
-    a, groups = node.args[0], (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))[0]
+    a, groups = node.args[0], _second(node)
     back = _shape(a)[1] // groups
     yield Inverse(a, lambda y: torch.channel_shuffle(y, back), exact=True)
 
@@ -109,9 +114,8 @@ def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.cat, torch.concat, torch.concatenate)
 def cat(node: fx.Node) -> Iterator[Direction]:
     """`y = cat([a, b, ...], d)`; each part is the slice of y where it lies."""
-    parts, dim = arguments(node, "tensors", dim=0)
-    if dim is None or "axis" in node.kwargs:
-        dim = node.kwargs.get("axis", 0)
+    parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
+    dim = dim if axis is None else axis
     at = 0
     for part in parts:
         size = _shape(part)[dim]
@@ -178,7 +182,7 @@ def select(node: fx.Node) -> Iterator[Direction]:
 @register_inverse("__getitem__", operator.getitem)
 def getitem(node: fx.Node) -> Iterator[Direction]:
     """`y = a[..., i:j:k, ...]`, a part of a along one dimension; `y = a[:, p]` for a permutation p, all of it."""
-    a, index = node.args
+    a, index = arguments(node, "input", "index")
     if not isinstance(a, fx.Node) or not isinstance(a.meta.get("val"), Tensor):
         return
     shape = _shape(a)

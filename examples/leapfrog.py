@@ -1,0 +1,138 @@
+"""Gradients through 1,000 leapfrog steps of a simulation, in the memory of one step.
+
+A chain of 256 masses hangs together by springs of unknown stiffness. It is plucked in twelve ways, and its motion is
+observed after 1,000 steps; the stiffness along the chain is found by gradient descent through the whole simulation (what
+geophysicists call full-waveform inversion, here in one dimension). Plain autograd keeps something of every step. The
+leapfrog scheme can be run backwards, and `revfx.convert` finds that out by itself, so the memory does not grow with the
+number of steps.
+
+    python examples/leapfrog.py            # a minute
+    python examples/leapfrog.py --short    # ten seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from _report import Comparison, compare, mb, ms, require
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import revfx
+
+
+MASSES = 256
+SHAPES = 12
+
+
+class Springs(nn.Module):
+    """The force on each mass of a chain whose ends are fixed: f_i = k_i+1 (q_i+1 - q_i) - k_i (q_i - q_i-1)."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        """Forces (B, n) of displacements (B, n) and stiffnesses (n + 1,)."""
+        pull = k * F.pad(q, (1, 1)).diff(dim=-1)
+        return pull.diff(dim=-1)
+
+
+class Chain(nn.Module):
+    """The motion of the chain, as a function of its stiffness at `knots` points (linear in between)."""
+
+    def __init__(self, steps: int, knots: int = 16, h: float = 0.3) -> None:
+        super().__init__()
+        self.steps, self.h = steps, h
+        self.log_stiffness = nn.Parameter(torch.zeros(knots))
+        self.force = Springs()
+        self.register_buffer("m", torch.linspace(0.8, 1.2, MASSES))
+
+    def stiffness(self) -> Tensor:
+        """(n + 1,)."""
+        return F.interpolate(self.log_stiffness.exp()[None, None], MASSES + 1, mode="linear", align_corners=True)[0, 0]
+
+    def forward(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Displacements and momenta (B, n) after all steps."""
+        h, k = self.h, self.stiffness()
+        p = p + 0.5 * h * self.force(q, k)
+        for _ in range(self.steps):
+            q = q + h * p / self.m
+            p = p + h * self.force(q, k)
+        p = p - 0.5 * h * self.force(q, k)
+        return q, p
+
+
+def plucks(count: int = SHAPES) -> tuple[Tensor, Tensor]:
+    """Displacements and momenta at the start: a hump at another place each, at rest."""
+    at = torch.arange(MASSES) / MASSES
+    centre = torch.linspace(0.1, 0.9, count)[:, None]
+    q = torch.exp(-(((at - centre) / 0.06) ** 2))
+    return q, torch.zeros_like(q)
+
+
+def measure(steps: int) -> Comparison:
+    """Memory, time and gradients of one step of gradient descent."""
+    chain = Chain(steps)
+    q, p = plucks()
+    return compare(chain, lambda m: sum((t.square().mean() for t in m(q, p)), torch.zeros(())), repeats=3)
+
+
+def fit(steps: int, iterations: int) -> tuple[float, float, float, float]:
+    """First and last loss, and the error (relative) of the stiffness before and after."""
+    truth = Chain(steps)
+    with torch.no_grad():
+        truth.log_stiffness += 0.2 * torch.sin(torch.linspace(0.0, 7.0, len(truth.log_stiffness)))
+        seen = truth(*plucks())
+    model = revfx.convert(Chain(steps))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    losses: list[float] = []
+
+    def off() -> float:
+        with torch.no_grad():
+            return ((model.stiffness() - truth.stiffness()).norm() / truth.stiffness().norm()).item()
+
+    before = off()
+    for i in tqdm(range(iterations), disable=None, leave=False):
+        got = model(*plucks())
+        loss = sum((F.mse_loss(g, s) / s.square().mean() for g, s in zip(got, seen, strict=True)), torch.zeros(()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if i % max(1, iterations // 6) == 0:
+            tqdm.write(f"{i:10}{losses[-1]:14.2e}{off():20.1%}")
+    tqdm.write(f"{iterations:10}{losses[-1]:14.2e}{off():20.1%}")
+    return losses[0], losses[-1], before, off()
+
+
+def main() -> None:
+    """None; measures, then fits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="fewer iterations of the fit, over 250 steps")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # so that times can be repeated
+    torch.set_default_dtype(torch.float64)
+
+    print(f"{'steps':>6}{'peak plain':>14}{'peak revfx':>14}{'time plain':>14}{'time revfx':>14}{'first call':>14}{'gradient off by':>18}")
+    found: dict[int, Comparison] = {}
+    for steps in (250, 500, 1000):
+        c = found[steps] = measure(steps)
+        row = f"{steps:6}{mb(c.plain.peak):>14}{mb(c.revfx.peak):>14}{ms(c.plain_time):>14}{ms(c.revfx_time):>14}"
+        print(f"{row}{c.first_call:12.2f} s{c.difference:18.1e}")
+
+    iterations = 25 if args.short else 80
+    print(f"\n{'iteration':>10}{'loss':>14}{'stiffness off by':>20}")
+    start = time.perf_counter()
+    first, last, before, after = fit(250 if args.short else 1000, iterations)
+    print(f"{iterations} iterations took {time.perf_counter() - start:.1f} s with revfx")
+
+    require(max(c.difference for c in found.values()) < 1e-9, "the gradients are plain autograd's up to rounding")
+    require(found[1000].revfx.peak < 1.1 * found[250].revfx.peak, "the peak memory does not grow with the steps")
+    require(found[1000].plain.peak > 3 * found[250].plain.peak, "plain's peak memory does")
+    require(last < 0.1 * first and after < 0.5 * before, "the stiffness is found")
+
+
+if __name__ == "__main__":
+    main()
