@@ -123,10 +123,10 @@ def make_runs(width: int, couplings: int, steps: int) -> tuple[Run, Run, Run]:
 def main() -> None:
     """None; trains the models and prints what they did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="two epochs of a narrower net")
+    parser.add_argument("--short", action="store_true", help="three epochs of a narrower net")
     parser.add_argument("--epochs", type=int, help="default: 8")
     args = parser.parse_args()
-    epochs = args.epochs or (2 if args.short else 8)
+    epochs = args.epochs or (3 if args.short else 8)
     width, couplings = (16, 4) if args.short else (24, 6)
     torch.set_num_threads(1)  # so that times and losses can be repeated
 
@@ -161,7 +161,7 @@ def main() -> None:
 
     require(measured.difference < 1e-4, "the gradients are plain autograd's up to rounding")
     require(measured.saving > 2, "the peak memory is less than half of plain's")
-    wanted = 0.85 if args.short else 0.97
+    wanted = 0.9 if args.short else 0.97
     require(min(right) >= wanted, f"both models name {wanted:.0%} of the test digits rightly")
 
 

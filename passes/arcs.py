@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
+from revfx.passes.masks import masked_arcs
 from revfx.passes.program import Arc, Op, Program, Value
-from revfx.rules import Inverse, NoInverse, Tile, op_name, rule_for, why_none
+from revfx.rules import Inverse, Masked, NoInverse, Tile, op_name, rule_for, why_none
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        for i, arcs in self._tilings(op_nodes, outs):
+        for i, arcs in (*self._tilings(op_nodes, outs), *masked_arcs(op_nodes, self.index, self._arc)):
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
         theirs = {v.storage for v in self.values if v.given or v.source}
@@ -112,6 +113,8 @@ class _Lowering:
         refused: dict[int, str] = {}
         if rule is not None and node.meta.get("barrier") is None and len(outs) >= 1:
             for direction in rule(node):
+                if isinstance(direction, Masked):
+                    continue
                 solved = direction.whole if isinstance(direction, Tile) else direction.solves
                 if not isinstance(solved, fx.Node) or solved.op == "get_attr" or solved not in self.index:
                     continue

@@ -31,6 +31,7 @@ PICKS = frozenset("getitem __getitem__ index_select gather take take_along_dim".
 SUMS = frozenset(
     "add sub subtract rsub lerp addcmul addcdiv addcmul __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__".split()
 )
+JOINS = frozenset("cat concat concatenate stack hstack vstack dstack".split())
 
 
 NONE, PERHAPS, CERTAIN = 0, 1, 2
@@ -46,6 +47,8 @@ def has_atoms(name: str, operands: Iterable[int]) -> int:
         return NONE
     if bare in PICKS:
         return operands[0]
+    if bare in JOINS and min(operands) < max(operands):
+        return PERHAPS  # one part has atoms, another none: whichever is taken out again is counted
     return min(*operands, PERHAPS) if bare in SUMS else max(operands)
 
 
@@ -59,4 +62,8 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
             found[node] = int(node.meta.get("atoms", CERTAIN))
         elif node.op in ("call_function", "call_method"):
             found[node] = has_atoms(op_name(node.target), [found[n] for n in node.all_input_nodes])
+            if op_name(node.target) == "where" and len(node.args) == 3:
+                a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
+                numbers = not (isinstance(a, fx.Node) and isinstance(b, fx.Node))
+                found[node] = CERTAIN if numbers else min(PERHAPS, max(found[a], found[b]))
     return found

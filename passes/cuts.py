@@ -65,7 +65,8 @@ def find_step(
     closure = Closure(program, (*exit, *side))
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
-    idle = 0
+    idle, touch = 0, program.first_touch
+    reach = min((touch[v] for v in (*exit, *side)), default=stop)
     for start in range(stop - 1, -1, -1):
         op = program.ops[start]
         if op.barrier is not None:
@@ -83,7 +84,9 @@ def find_step(
         if not unknown:
             return _step(program, closure, start, stop, tuple(live), exit, side)
         idle = 0 if new else idle + 1
-        hopeless = len(unknown) == len(live) and not any(program.constant[v] for v in unknown)
+        reach = min((reach, *(touch[v] for v in new)))
+        blind = start <= reach and not any(program.constant[v] for v in unknown)
+        hopeless = blind and len(unknown) == len(live)
         if hopeless or idle > patience:
             return Stuck(start, stop, tuple(v for v in live if v in unknown))
     return Stuck(0, stop, tuple(v for v in live if v in unknown))

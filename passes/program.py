@@ -118,6 +118,16 @@ class Program:
         return users
 
     @cached_property
+    def first_touch(self) -> list[int]:
+        """For each value, the first operation that reads it or has an arc that starts from it; len(ops) if none does."""
+        first = [len(self.ops)] * len(self.values)
+        for i in range(len(self.ops) - 1, -1, -1):
+            for tail in (self.ops[i].ins, *(a.tail for a in self.ops[i].arcs)):
+                for v in tail:
+                    first[v] = i
+        return first
+
+    @cached_property
     def constant(self) -> list[bool]:
         """Whether each value follows from sources alone, so that running its operation again gives it back."""
         constant = [value.source for value in self.values]

@@ -2,8 +2,8 @@
 
 Saved-tensor hooks can't be traced. Layers whose functions are proven to draw nothing, write nothing and read no tensor
 but their own parameters, buffers and arguments become one autograd.Function with explicit tensors, whose backward
-inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so keeps what the last
-layer of every Function needs. Layers that are pure but may draw are checkpointed one by one; anything else stays plain.
+inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so keeps what the
+last layer of every Function needs. Layers that are pure but may draw are checkpointed one by one; others stay plain.
 
 The proof is part of the traced program, so that the compiled code is guarded by all it depends on; only what depends on
 a class alone (`_class_facts`) is a constant there.
@@ -84,7 +84,6 @@ def _saved(
     device = x1.device.type
     cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
-
     def chain(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         return plain(x1, x2, layers, sides)
 
@@ -140,7 +139,7 @@ class _Chain(torch.autograd.Function):
         x2: Tensor,
         *held: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(y1, y2), by the functions themselves: calls with swapped parameters make Dynamo output every intermediate."""
+        """(y1, y2), by the functions themselves: swapping their parameters would make every intermediate an output."""
         y1, y2 = chain(x1, x2)
         ctx.save_for_backward(y1, y2, x2, *held)
         ctx.calls = calls
@@ -148,7 +147,7 @@ class _Chain(torch.autograd.Function):
         return y1, y2
 
     @staticmethod
-    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> Any:
+    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradients of x1, x2 and of every held tensor that needs one."""
         y1, y2, x2, *held = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:]
@@ -181,7 +180,8 @@ def _undo(
         return call[0](x, have)
 
     with torch.autocast(cast[0], dtype=cast[1], enabled=cast[2]):
-        h, pull = vjp(function, x, *[held[i] for i in wanted])
+        pulled: tuple[Any, ...] = vjp(function, x, *[held[i] for i in wanted])
+        h, pull = pulled
     gx, *rest = pull(dy.to(h.dtype))
     for i, grad in zip(wanted, rest, strict=True):
         so_far = grads[i]
@@ -205,8 +205,8 @@ PURE = FRESH | _named(
     nn,
     "Identity Sequential ModuleList ModuleDict Flatten Unflatten ReLU ReLU6 LeakyReLU GELU SiLU ELU SELU CELU Mish Tanh"
     " Sigmoid LogSigmoid Softplus Softsign Softshrink Hardshrink Tanhshrink Hardtanh Hardswish Hardsigmoid Softmax"
-    " LogSoftmax PReLU GLU AvgPool1d AvgPool2d AvgPool3d ZeroPad1d ZeroPad2d ConstantPad1d ConstantPad2d ReflectionPad1d"
-    " ReflectionPad2d ReplicationPad1d ReplicationPad2d PixelShuffle PixelUnshuffle ChannelShuffle LocalResponseNorm",
+    " LogSoftmax PReLU GLU AvgPool1d AvgPool2d AvgPool3d ZeroPad1d ZeroPad2d ConstantPad1d ConstantPad2d"
+    " ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d PixelShuffle PixelUnshuffle ChannelShuffle LocalResponseNorm",
 )
 DROPS = _named(nn, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout")
 NORMS = _named(nn, "BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d")
@@ -214,9 +214,9 @@ PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
 SAFE = frozenset(  # what a forward may name: functions and methods that draw nothing and write nothing, and attributes
     "nn functional Tensor shape size dim ndim numel dtype device weight bias in_features out_features training"
-    " add sub mul div true_divide matmul mm bmm addmm baddbmm einsum tensordot outer linear bilinear conv1d conv2d conv3d"
-    " pow square sqrt rsqrt exp expm1 log log1p log2 abs neg sign sin cos tan tanh atan sinh cosh erf erfc sigmoid reciprocal"
-    " relu gelu silu elu selu celu mish softplus leaky_relu relu6 hardtanh hardswish hardsigmoid logsigmoid softsign glu"
+    " add sub mul div true_divide matmul mm bmm addmm baddbmm einsum tensordot outer linear bilinear conv1d conv2d"
+    " conv3d pow square sqrt rsqrt exp expm1 log log1p log2 abs neg sign sin cos tan tanh atan sinh cosh erf erfc sigmoid"
+    " reciprocal relu gelu silu elu selu celu mish softplus leaky_relu relu6 hardtanh hardswish hardsigmoid logsigmoid softsign glu"
     " softmax log_softmax logsumexp cumsum cumprod sum mean var std prod amax amin max min maximum minimum clamp clip norm"
     " layer_norm group_norm rms_norm normalize where masked_fill tril triu gather index_select scatter_add take_along_dim"
     " view view_as reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes mT T t"
@@ -229,6 +229,10 @@ DRAWING = frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu rand randn rand_like randn_like"
     " bernoulli multinomial gumbel_softmax normal poisson randint randperm".split()
 )
+INPLACE = frozenset("relu silu elu selu celu mish leaky_relu relu6 hardtanh hardswish hardsigmoid".split())
+POSITIONAL = frozenset(
+    ("PRECALL", "CALL", "CALL_FUNCTION", "CALL_METHOD")
+)  # a True before these may ask to work in place
 MODULES = (torch, F, nn, math)
 BUILTINS = _named(builtins, "len range int float bool zip enumerate tuple list min max reversed isinstance abs sum")
 OWN = frozenset(
@@ -245,11 +249,12 @@ def _level(function: Any) -> int:
     return min(_part_level(part) for part in function.modules())
 
 
-def _part_level(part: nn.Module) -> int:
+def _part_level(part: Any) -> int:
     own = part.__dict__
     if _torch.has_hooks(part) or any(isinstance(v, Tensor) for v in own.values()):
         return PLAIN
-    for tensors in (part._parameters, part._buffers):
+    slots = _torch.slots(part)
+    for tensors in slots[:2]:
         if any(t is not None and type(t) not in PLAIN_TENSORS for t in tensors.values()):
             return PLAIN
     kind = type(part)
@@ -264,7 +269,7 @@ def _part_level(part: nn.Module) -> int:
     if kind is nn.MultiheadAttention:
         return CHECKPOINTED if part.training and part.dropout > 0 else SAVED
     level, names = _class_facts(kind)
-    if level == PLAIN or not all(name in own or _is_slot(part, name) for name in names):
+    if level == PLAIN or not all(any(name in place for place in (own, *slots)) for name in names):
         return PLAIN
     known = all(_known(value) for name, value in own.items() if name in names or name in SAFE)
     return level if known else PLAIN
@@ -280,30 +285,26 @@ def _writes_fresh_only(part: nn.Module, in_order: bool) -> bool:
     return True
 
 
-def _is_slot(part: nn.Module, name: str) -> bool:
-    return name in part._modules or name in part._parameters or name in part._buffers
-
-
 def _known(value: Any) -> bool:
     return type(value) in CONSTANTS or (callable(value) and any(value is known for known in FUNCTIONS))
 
 
 # --- what is known about a user's module class ------------------------------------------------------------------------
 @torch.compiler.assume_constant_result
-def _class_facts(kind: type) -> Facts:
+def _class_facts(kind: Any) -> Facts:
     """(how layers of such modules may be computed, the instance attributes that its forward reads)."""
-    return _read_class(kind)
+    return _read_class(kind, kind.forward)
 
 
 @functools.lru_cache(maxsize=256)
-def _read_class(kind: type) -> Facts:
+def _read_class(kind: Any, forward: Any) -> Facts:
     mine = [c for c in kind.__mro__ if c not in nn.Module.__mro__]
     for name, value in ((n, v) for c in mine for n, v in vars(c).items()):
         special = name.startswith("__") and callable(value) and name not in OWN
         if special or name in SAFE or name == "_call_impl":
             return PLAIN, ()
     reader = _Reader(kind)
-    reader.read(kind.forward, owned=True)
+    reader.read(forward, owned=True)
     return reader.level, tuple(sorted(reader.names)) if reader.level != PLAIN else ()
 
 
@@ -337,13 +338,14 @@ class _Reader:
         instructions = list(dis.get_instructions(code))
         if "dropout_p" in words:
             self.lower(CHECKPOINTED)
+        mutable = bool(INPLACE & set(code.co_names))
         owner = code.co_varnames[0] if owned and code.co_argcount else None
-        top: str | None = None
+        top: Any = None  # the local name on top of the stack
         for at, i in enumerate(instructions):
             name = str(i.argval)
             if name == "scaled_dot_product_attention" and _arguments(instructions, at) > 4:
                 self.lower(CHECKPOINTED)  # the fifth is the share to drop
-            if _writes(i, owner):
+            if _writes(i, owner) or (i.argval is True and mutable and instructions[at + 1].opname in POSITIONAL):
                 self.lower(PLAIN)
             elif i.opname == "LOAD_GLOBAL":
                 self.global_name(function, name)

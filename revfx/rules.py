@@ -63,6 +63,20 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class Masked:
+    """The result is `whole` where `mask` is `value` (True or False), and `other` elsewhere.
+
+    Two results that hold the two halves of `whole` give it back; and of two that hold the same half, each gives the
+    other, given what fills the other's rest.
+    """
+
+    whole: Any
+    mask: Any
+    value: bool
+    other: Any
+
+
+@dataclass(frozen=True, slots=True)
 class NoInverse:
     """The result does not determine `solves`; `reason` is shown to the user."""
 
@@ -70,7 +84,7 @@ class NoInverse:
     reason: str
 
 
-Direction = Inverse | Tile | NoInverse
+Direction = Inverse | Tile | Masked | NoInverse
 Rule = Callable[[fx.Node], Iterator[Direction]]
 
 _table: dict[object, Rule] = {}
@@ -229,11 +243,14 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
 
 @register_inverse(torch.where, "where")
 def where(node: fx.Node) -> Iterator[Direction]:
-    """`y = where(m, a, b)`: where a value went into both branches of complementary uses it could be merged; alone, no."""
-    if len(node.args) == 3 and node.op == "call_function":
-        _, a, b = node.args
-        yield NoInverse(a, "`where` drops the elements that its mask does not select")
-        yield NoInverse(b, "`where` drops the elements that its mask selects")
+    """`y = where(m, a, b)`: a where m holds, b elsewhere; what m does not select of either is not in y."""
+    if len(node.args) != 3:
+        return
+    mask, a, b = node.args if node.op == "call_function" else (node.args[1], node.args[0], node.args[2])
+    yield NoInverse(a, "`where` drops the elements that its mask does not select")
+    yield NoInverse(b, "`where` drops the elements that its mask selects")
+    yield Masked(a, mask, True, b)
+    yield Masked(b, mask, False, a)
 
 
 # --- casts ------------------------------------------------------------------------------------------------------------

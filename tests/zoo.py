@@ -150,6 +150,26 @@ class Slices(Pairs):
         return x
 
 
+class Masked(nn.Module):
+    """Masked affine couplings, with `where` and a mask that is a buffer."""
+
+    mask: Tensor
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(mlp(2 * D) for _ in range(depth))
+        self.g = nn.ModuleList(mlp(2 * D) for _ in range(depth))
+        self.register_buffer("mask", torch.arange(2 * D) % 2 == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (f, g) in enumerate(zip(self.f, self.g, strict=True)):
+            mask = self.mask if i % 2 else ~self.mask
+            kept = torch.where(mask, x, 0.0)
+            scale = torch.exp(0.3 * torch.tanh(f(kept)))
+            x = torch.where(mask, x, x * scale + g(kept))
+        return x
+
+
 class ChannelShuffle(Pairs):
     order: Tensor
 
@@ -308,6 +328,7 @@ ZOO: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], tuple[Tensor, .
     "four streams": (FourStreams, vectors),
     "cat/split per block": (CatSplit, vectors),
     "slices": (Slices, vectors),
+    "masked by where": (Masked, vectors),
     "channel shuffle": (ChannelShuffle, vectors),
     "side inputs": (SideInputs, vectors_and_context),
     "shared weights": (SharedWeights, vectors),

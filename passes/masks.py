@@ -1,0 +1,168 @@
+"""Arcs through `where`: what is known of a value under one half of a mask, and how halves make wholes.
+
+`y = where(m, a, b)` holds a where m is set and b elsewhere. With y in the place of b, an elementwise inverse of b's
+making gives its operand right on b's half: for `y = where(m, x, x*e + t)` that is `x = (y - t)/e` off the mask, and
+y itself on it, so `x <- where(m, y, (y - t)/e)`. This is how masked couplings (Dinh et al., "Density estimation using
+Real NVP", ICLR 2017, https://arxiv.org/abs/1605.08803) invert.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from revfx.passes.program import Arc
+from revfx.rules import Inverse, Masked, rule_for
+
+
+DEPTH = 4  # elementwise operations followed upwards from one operand of a `where`
+
+
+@dataclass(frozen=True)
+class Half:
+    """`solve(*tail)` is right for some value wherever the mask is `value`; `at` is the first operation it involves."""
+
+    at: int
+    value: bool
+    tail: tuple[fx.Node, ...]
+    solve: Callable[..., Tensor]
+    rounding: Arc | None
+
+
+ArcOf = Callable[[fx.Node, Inverse], Arc | str]
+
+
+def masked_arcs(
+    op_nodes: Sequence[fx.Node], index: Mapping[fx.Node, int], arc_of: ArcOf
+) -> Iterator[tuple[int, tuple[Arc, ...]]]:
+    """Arcs whose tail holds parts of their head under a mask, each with the first operation that it involves."""
+    position = {node: i for i, node in enumerate(op_nodes)}
+    selects = {node: found for node in op_nodes if len(found := _masked(node)) == 2}
+    halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}
+    for y, sides in selects.items():
+        for m in sides:
+            known = Half(position[y], m.value, (y,), _itself, None)
+            _spread(m.whole, m.mask, known, DEPTH, selects, position, arc_of, halves)
+    for (whole, mask), found in halves.items():
+        if whole.op != "get_attr":
+            for inside in (h for h in found if h.value):
+                for outside in (h for h in found if not h.value):
+                    yield _join(index, whole, mask, inside, outside, arc_of)
+    for y, sides in selects.items():
+        for m in sides:
+            for half in halves.get((m.whole, m.mask), []):
+                if half.value == m.value and half.tail[0] is not y:
+                    yield _refill(index, y, m, half, position[y])
+
+
+def _masked(node: fx.Node) -> list[Masked]:
+    rule = rule_for(node)
+    if rule is None or node.op == "call_module" or node.meta.get("barrier") is not None:
+        return []
+    return [m for m in rule(node) if isinstance(m, Masked) and isinstance(m.mask, fx.Node)]
+
+
+def _spread(
+    whole: Any,
+    mask: fx.Node,
+    known: Half,
+    depth: int,
+    selects: Mapping[fx.Node, list[Masked]],
+    position: Mapping[fx.Node, int],
+    arc_of: ArcOf,
+    halves: dict[tuple[fx.Node, fx.Node], list[Half]],
+) -> None:
+    """Notes what is known of half of `whole`, and of what it was made from by elementwise operations or the same mask."""
+    y = known.tail[0]
+    if not isinstance(whole, fx.Node) or not _alike(whole, y):
+        return
+    halves.setdefault((whole, mask), []).append(known)
+    for m in selects.get(whole, []):
+        if m.mask is mask and m.value == known.value:
+            _spread(m.whole, mask, replace(known, at=min(known.at, position[whole])), depth, selects, position, arc_of, halves)
+    rule = rule_for(whole) if whole in position and depth and whole not in selects else None
+    for inverse in rule(whole) if rule is not None and whole.meta.get("barrier") is None else ():
+        if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
+            continue
+        arc = arc_of(whole, inverse)
+        if isinstance(arc, str) or (arc.factor is not None and known.rounding is not None and known.rounding.factor is not None):
+            continue
+        given = tuple(g for g in inverse.given if isinstance(g, fx.Node))
+        more = Half(
+            min(known.at, position[whole]),
+            known.value,
+            (*known.tail, *given),
+            functools.partial(_chain, known.solve, len(known.tail), arc.solve),
+            arc if arc.factor is not None or known.rounding is None else known.rounding,
+        )
+        _spread(inverse.solves, mask, more, depth - 1, selects, position, arc_of, halves)
+
+
+def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
+    """Whether the inverse works on each element alone: all that rounds does; of the exact ones only a sign."""
+    return not inverse.exact or node.target in ("neg", torch.neg)
+
+
+def _alike(whole: fx.Node, node: fx.Node) -> bool:
+    a, y = whole.meta.get("val"), node.meta["val"]
+    return isinstance(a, Tensor) and a.shape == y.shape and a.dtype == y.dtype
+
+
+def _join(
+    index: Mapping[fx.Node, int], whole: fx.Node, mask: fx.Node, inside: Half, outside: Half, arc_of: ArcOf
+) -> tuple[int, tuple[Arc, ...]]:
+    tail = (*inside.tail, *outside.tail, mask)
+    solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
+    rounding = inside.rounding or outside.rounding
+    if inside.rounding is not None and outside.rounding is not None and outside.rounding.factor is not None:
+        rounding = outside.rounding
+    made = Arc(index[whole], tuple(index[n] for n in tail), solve, exact=rounding is None, text=_text(whole, tail))
+    if rounding is not None:
+        made = replace(
+            made,
+            barred=rounding.barred,
+            suspect=rounding.suspect,
+            factor=rounding.factor,
+            measured=rounding.measured,
+            reciprocal=rounding.reciprocal,
+        )
+    return min(inside.at, outside.at), (made,)
+
+
+def _refill(
+    index: Mapping[fx.Node, int], y: fx.Node, m: Masked, half: Half, at: int
+) -> tuple[int, tuple[Arc, ...]]:
+    fill = (m.other,) if isinstance(m.other, fx.Node) else ()
+    tail = (*half.tail, m.mask, *fill)
+    solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)
+    exact = half.rounding is None
+    barred = None if exact else "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
+    return min(at, half.at), (Arc(index[y], tuple(index[n] for n in tail), solve, exact, barred, text=_text(y, tail)),)
+
+
+def _text(head: fx.Node, tail: Sequence[fx.Node]) -> str:
+    return f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
+
+
+def _itself(y: Tensor) -> Tensor:
+    return y
+
+
+def _chain(first: Callable[..., Tensor], n: int, then: Callable[..., Tensor], *tail: Tensor) -> Tensor:
+    return then(first(*tail[:n]), *tail[n:])
+
+
+def _where(inside: Callable[..., Tensor], n: int, outside: Callable[..., Tensor], *tail: Tensor) -> Tensor:
+    *values, mask = tail
+    return torch.where(mask, inside(*values[:n]), outside(*values[n:]))
+
+
+def _fill(solve: Callable[..., Tensor], n: int, value: bool, fill: Any, *tail: Tensor) -> Tensor:
+    held, mask = solve(*tail[:n]), tail[n]
+    other = fill if fill is not None else tail[n + 1]
+    return torch.where(mask, held, other) if value else torch.where(mask, other, held)
