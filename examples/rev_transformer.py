@@ -16,6 +16,7 @@ import codecs
 import contextlib
 import io
 import math
+import re
 import time
 
 import torch
@@ -70,7 +71,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The logits of the next character at every position."""
 
-    def __init__(self, characters: int, context: int, d: int = 64, layers: int = 8, dropout: float = 0.1) -> None:
+    def __init__(self, characters: int, context: int, d: int = 64, layers: int = 8, dropout: float = 0.05) -> None:
         super().__init__()
         self.context = context
         self.token = nn.Embedding(characters, d)
@@ -95,7 +96,8 @@ def corpus() -> str:
     with contextlib.redirect_stdout(io.StringIO()):
         import this
     text = "\n\n".join([codecs.decode(this.s, "rot13"), *topics.values()])
-    return "".join(c for c in text if c == "\n" or " " <= c <= "~")
+    text = "".join(c for c in text if c == "\n" or " " <= c <= "~")
+    return re.sub(" +", " ", text)
 
 
 @torch.no_grad()
@@ -114,11 +116,11 @@ def main() -> None:
     """None; trains a model plainly and one converted, and prints what they did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="40 steps of a smaller model")
-    parser.add_argument("--steps", type=int, help="default: 250")
+    parser.add_argument("--steps", type=int, help="default: 600")
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that times and losses can be repeated
-    steps = args.steps or (40 if args.short else 250)
-    context, batch, d, layers = (32, 8, 32, 6) if args.short else (64, 16, 64, 8)
+    steps = args.steps or (40 if args.short else 600)
+    context, batch, d, layers = (32, 8, 32, 6) if args.short else (64, 8, 64, 8)
 
     text = corpus()
     characters = "".join(sorted(set(text)))
@@ -142,8 +144,8 @@ def main() -> None:
     print(f"random number generator after the step: {'as' if measured.same_rng else 'NOT as'} plain autograd leaves it")
 
     models[1] = revfx.convert(models[1])
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=3e-3, weight_decay=0.01) for m in models]
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 3e-3, total_steps=steps) for o in optimizers]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=8e-3, weight_decay=0.01) for m in models]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 8e-3, total_steps=steps) for o in optimizers]
     bits: list[list[float]] = [[], []]
     seconds = [0.0, 0.0]
     batches = torch.Generator().manual_seed(1)

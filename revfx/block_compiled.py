@@ -203,31 +203,34 @@ FRESH = _named(  # never return their input
 )
 PURE = FRESH | _named(
     nn,
-    "Identity Sequential ModuleList ModuleDict Flatten Unflatten ReLU ReLU6 LeakyReLU GELU SiLU ELU SELU CELU Mish Tanh"
-    " Sigmoid LogSigmoid Softplus Softsign Softshrink Hardshrink Tanhshrink Hardtanh Hardswish Hardsigmoid Softmax"
-    " LogSoftmax PReLU GLU AvgPool1d AvgPool2d AvgPool3d ZeroPad1d ZeroPad2d ConstantPad1d ConstantPad2d"
-    " ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d PixelShuffle PixelUnshuffle ChannelShuffle LocalResponseNorm",
+    "Identity Sequential ModuleList ModuleDict Flatten Unflatten ReLU ReLU6 LeakyReLU GELU SiLU ELU SELU"
+    " CELU Mish Tanh Sigmoid LogSigmoid Softplus Softsign Softshrink Hardshrink Tanhshrink Hardtanh"
+    " Hardswish Hardsigmoid Softmax LogSoftmax PReLU GLU AvgPool1d AvgPool2d AvgPool3d ZeroPad1d ZeroPad2d"
+    " ConstantPad1d ConstantPad2d ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d"
+    " PixelShuffle PixelUnshuffle ChannelShuffle LocalResponseNorm",
 )
 DROPS = _named(nn, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout")
 NORMS = _named(nn, "BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d")
 PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
 SAFE = frozenset(  # what a forward may name: functions and methods that draw nothing and write nothing, and attributes
-    "nn functional Tensor shape size dim ndim numel dtype device weight bias in_features out_features training"
-    " add sub mul div true_divide matmul mm bmm addmm baddbmm einsum tensordot outer linear bilinear conv1d conv2d"
-    " conv3d pow square sqrt rsqrt exp expm1 log log1p log2 abs neg sign sin cos tan tanh atan sinh cosh erf erfc sigmoid"
-    " reciprocal relu gelu silu elu selu celu mish softplus leaky_relu relu6 hardtanh hardswish hardsigmoid logsigmoid softsign glu"
-    " softmax log_softmax logsumexp cumsum cumprod sum mean var std prod amax amin max min maximum minimum clamp clip norm"
-    " layer_norm group_norm rms_norm normalize where masked_fill tril triu gather index_select scatter_add take_along_dim"
-    " view view_as reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes mT T t"
-    " contiguous clone expand expand_as repeat repeat_interleave chunk split unbind cat concat stack roll flip pad narrow"
-    " select type_as to float double half bfloat16 detach zeros ones full arange zeros_like ones_like full_like eye"
-    " float16 float32 float64 bool int long pi inf lerp addcmul eq ne lt le gt ge logical_not logical_and logical_or"
-    " avg_pool1d avg_pool2d interpolate pixel_shuffle scaled_dot_product_attention".split()
+    "nn functional Tensor shape size dim ndim numel dtype device weight bias in_features out_features"
+    " training add sub mul div true_divide matmul mm bmm addmm baddbmm einsum tensordot outer linear"
+    " bilinear conv1d conv2d conv3d pow square sqrt rsqrt exp expm1 log log1p log2 abs neg sign sin cos"
+    " tan tanh atan sinh cosh erf erfc sigmoid reciprocal relu gelu silu elu selu celu mish softplus"
+    " leaky_relu relu6 hardtanh hardswish hardsigmoid logsigmoid softsign glu softmax log_softmax"
+    " logsumexp cumsum cumprod sum mean var std prod amax amin max min maximum minimum clamp clip norm"
+    " layer_norm group_norm rms_norm normalize where masked_fill tril triu gather index_select scatter_add"
+    " take_along_dim view view_as reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute"
+    " movedim swapaxes mT T t contiguous clone expand expand_as repeat repeat_interleave chunk split"
+    " unbind cat concat stack roll flip pad narrow select type_as to float double half bfloat16 detach"
+    " zeros ones full arange zeros_like ones_like full_like eye float16 float32 float64 bool int long pi"
+    " inf lerp addcmul eq ne lt le gt ge logical_not logical_and logical_or avg_pool1d avg_pool2d"
+    " interpolate pixel_shuffle scaled_dot_product_attention".split()
 )
 DRAWING = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu rand randn rand_like randn_like"
-    " bernoulli multinomial gumbel_softmax normal poisson randint randperm".split()
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu rand randn rand_like"
+    " randn_like bernoulli multinomial gumbel_softmax normal poisson randint randperm".split()
 )
 INPLACE = frozenset("relu silu elu selu celu mish leaky_relu relu6 hardtanh hardswish hardsigmoid".split())
 POSITIONAL = frozenset(
