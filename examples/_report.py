@@ -1,4 +1,4 @@
-"""What all the examples measure, and how they print it: memory, time and gradients of a model, plain and converted."""
+"""What all the examples measure, and how they print it: a model's memory, time and gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One training step of a model, plain and converted: bytes, seconds, and how far the gradients are apart."""
+    """One training step plain and converted: bytes, seconds, and how far apart the gradients are."""
 
     plain: Memory
     revfx: Memory

@@ -1,9 +1,10 @@
-"""RealNVP, a normalising flow of affine couplings, fitted to measurements of real tumours; memory flat in depth.
+"""RealNVP, a normalising flow of affine couplings, fitted to real measurements; memory flat in depth.
 
-The flow maps data x to noise z by couplings `y = x * exp(s) + t` and gives the exact log-density of every sample. It is
-plain PyTorch; `revfx.convert` finds the inverse `x = (y - t) / exp(s)` in the graph of the forward pass. The data are the
-569 samples of scikit-learn's breast-cancer set, 30 features each, standardised; the baseline is a Gaussian fitted to
-the same training samples. Dinh et al., "Density estimation using Real NVP", https://arxiv.org/abs/1605.08803.
+The flow maps data x to noise z by couplings `y = x * exp(s) + t` and gives the exact log-density of every
+sample. It is plain PyTorch; `revfx.convert` finds the inverse `x = (y - t) / exp(s)` in the graph of the
+forward pass. The data are the 569 samples of scikit-learn's breast-cancer set, 30 features each,
+standardised; the baseline is a Gaussian fitted to the same training samples. Dinh et al., "Density estimation
+using Real NVP", https://arxiv.org/abs/1605.08803.
 
     python examples/realnvp.py            # a minute
     python examples/realnvp.py --short    # ten seconds
@@ -26,7 +27,7 @@ import revfx
 
 
 class Coupling(nn.Module):
-    """`y1 = x1`, `y2 = x2 * exp(s) + t` with (s, t) a function of x1, then the halves change places; x: (B, d)."""
+    """`y1 = x1`, `y2 = x2 * exp(s) + t`, (s, t) a function of x1; then the halves swap places; x: (B, d)."""
 
     def __init__(self, features: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class RealNVP(nn.Module):
 
 
 def measurements() -> tuple[Tensor, Tensor]:
-    """Samples to train and held-out ones, a quarter; standardised by the mean and deviation of those to train."""
+    """Samples to train and a quarter held out; standardised by the mean and deviation of the former."""
     data = torch.as_tensor(load_breast_cancer(return_X_y=True)[0])
     train, test = (torch.as_tensor(p) for p in train_test_split(data.numpy(), test_size=0.25, random_state=0))
     mean, deviation = train.mean(dim=0), train.std(dim=0)
@@ -108,7 +109,7 @@ def fit(model: nn.Module, train: Tensor, test: Tensor, epochs: int) -> None:
 
 def main() -> None:
     """None; fits the converted flow, compares it with a Gaussian, and measures a step of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer epochs of a flow of 8 couplings")
     parser.add_argument("--epochs", type=int, help="default: 120")
     args = parser.parse_args()
@@ -133,11 +134,12 @@ def main() -> None:
     measured = compare(fitted, lambda m: -m(train).mean())
     print_comparison(measured)
     deeper = compare(RealNVP(train.shape[1], couplings=2 * couplings), lambda m: -m(train).mean(), repeats=1)
-    print(f"with {2 * couplings} couplings: peak {mb(deeper.plain.peak)} plain, {mb(deeper.revfx.peak)} with revfx")
+    peaks = f"{mb(deeper.plain.peak)} plain, {mb(deeper.revfx.peak)} with revfx"
+    print(f"with {2 * couplings} couplings: peak {peaks}")
 
     require(measured.difference < 1e-4, "the gradients are plain autograd's up to rounding")
     require(measured.saving > 4, "the peak memory is less than a quarter of plain's")
-    require(deeper.revfx.peak < 1.2 * measured.revfx.peak, "the peak memory does not grow with the couplings")
+    require(deeper.revfx.peak < 1.2 * measured.revfx.peak, "the peak memory is flat in depth")
     require(flow[1] > base[1] + 1, "the flow explains the held-out samples better than a Gaussian does")
 
 

@@ -1,9 +1,10 @@
-"""A character-level language model: a reversible transformer with dropout, trained on Python's own documentation.
+"""A character-level language model: a reversible transformer with dropout, fed with Python's own manual.
 
-Each layer is `x1 = x1 + attention(x2)`, `x2 = x2 + mlp(x1)`, as in the Reformer (Kitaev et al., https://arxiv.org/abs/2001.04451),
-in plain PyTorch. The text is what `help()` shows: the language reference in `pydoc_data.topics`, and the Zen of Python.
-The backward pass evaluates every layer again, and draws the same dropout masks as the forward did: the gradients equal
-plain autograd's, and the random number generator is left in the same state.
+Each layer is `x1 = x1 + attention(x2)`, `x2 = x2 + mlp(x1)`, as in the Reformer (Kitaev et al.,
+https://arxiv.org/abs/2001.04451), in plain PyTorch. The text is what `help()` shows: the language reference
+in `pydoc_data.topics`, and the Zen of Python. The backward pass evaluates every layer again, and draws the
+same dropout masks as the forward did: the gradients equal plain autograd's, and the random number generator
+is left in the same state.
 
     python examples/rev_transformer.py            # a minute and a half
     python examples/rev_transformer.py --short    # ten seconds
@@ -18,6 +19,7 @@ import io
 import math
 import re
 import time
+from collections.abc import Callable
 
 import torch
 from _report import compare, print_comparison, require
@@ -51,7 +53,9 @@ class Mlp(nn.Sequential):
     """The position-wise part, after a layer norm."""
 
     def __init__(self, d: int, dropout: float) -> None:
-        super().__init__(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d), nn.Dropout(dropout))
+        super().__init__(
+            nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d), nn.Dropout(dropout)
+        )
 
 
 class Layer(nn.Module):
@@ -71,7 +75,9 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The logits of the next character at every position."""
 
-    def __init__(self, characters: int, context: int, d: int = 64, layers: int = 8, dropout: float = 0.05) -> None:
+    def __init__(
+        self, characters: int, context: int, d: int = 64, layers: int = 8, dropout: float = 0.05
+    ) -> None:
         super().__init__()
         self.context = context
         self.token = nn.Embedding(characters, d)
@@ -112,70 +118,99 @@ def continued(model: Transformer, characters: str, start: str, length: int) -> s
     return "".join(characters[i] for i in text[0].tolist())
 
 
+Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+
+def batches_of(data: Tensor, context: int, batch: int) -> Draw:
+    """What draws (B, T) characters and those that follow each of them."""
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        start = torch.randint(len(data) - context - 1, (batch, 1), generator=generator)
+        at = start + torch.arange(context + 1)
+        return data[at[:, :-1]], data[at[:, 1:]]
+
+    return draw
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy, in nats per character."""
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+class Run:
+    """A model with its optimiser, and what it has cost so far."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, weight_decay=0.01)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 8e-3, total_steps=steps)
+        self.bits: list[float] = []
+        self.seconds = 0.0
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """None; one step of gradient descent."""
+        start = time.perf_counter()
+        loss = loss_of(self.model, x, y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.bits.append(loss.item() / math.log(2))
+        self.seconds += time.perf_counter() - start
+
+
+def train(plain: Run, converted: Run, draw: Draw, steps: int) -> None:
+    """None; both see the same batches and draw their dropout masks from the same seeds."""
+    generator = torch.Generator().manual_seed(1)
+    every = max(1, steps // 8)
+    print(f"\n{'step':>6}{'bits per character plain':>28}{'revfx':>12}")
+    for step in tqdm(range(1, steps + 1), disable=None, leave=False):
+        x, y = draw(generator)
+        for run in (plain, converted):
+            torch.manual_seed(step)
+            run.step(x, y)
+        if step % every == 0 or step == 1:
+            last = [run.bits[-every:] for run in (plain, converted)]
+            tqdm.write("{:6}{:28.6f}{:12.6f}".format(step, *(sum(b) / len(b) for b in last)))
+    apart = [abs(a - b) for a, b in zip(plain.bits, converted.bits, strict=True)]
+    print(f"steps differ by at most {max(apart[:10]):.1e} in the first 10, {max(apart):.1e} in all {steps}")
+    print(f"training took {plain.seconds:.1f} s plain, {converted.seconds:.1f} s with revfx")
+
+
 def main() -> None:
     """None; trains a model plainly and one converted, and prints what they did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="40 steps of a smaller model")
     parser.add_argument("--steps", type=int, help="default: 600")
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that times and losses can be repeated
     steps = args.steps or (40 if args.short else 600)
-    context, batch, d, layers = (32, 8, 32, 6) if args.short else (64, 8, 64, 8)
+    context, d, layers = (32, 32, 6) if args.short else (64, 64, 8)
 
     text = corpus()
     characters = "".join(sorted(set(text)))
-    data = torch.tensor([characters.index(c) for c in text])
     print(f"{len(text)} characters, {len(characters)} different ones")
-
-    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        at = torch.randint(len(data) - context - 1, (batch, 1), generator=generator) + torch.arange(context + 1)
-        return data[at[:, :-1]], data[at[:, 1:]]
-
-    def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-
-    models: list[nn.Module] = []
+    draw = batches_of(torch.tensor([characters.index(c) for c in text]), context, batch=8)
+    models: list[Transformer] = []
     for _ in range(2):
         torch.manual_seed(0)
         models.append(Transformer(len(characters), context, d, layers))
+
     x, y = draw(torch.Generator().manual_seed(0))
     measured = compare(models[0], lambda m: loss_of(m, x, y))
     print_comparison(measured)
-    print(f"random number generator after the step: {'as' if measured.same_rng else 'NOT as'} plain autograd leaves it")
+    same = "as" if measured.same_rng else "NOT as"
+    print(f"random number generator after the step: {same} plain autograd leaves it")
 
-    models[1] = revfx.convert(models[1])
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=8e-3, weight_decay=0.01) for m in models]
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 8e-3, total_steps=steps) for o in optimizers]
-    bits: list[list[float]] = [[], []]
-    seconds = [0.0, 0.0]
-    batches = torch.Generator().manual_seed(1)
-    every = max(1, steps // 8)
-    print(f"\n{'step':>6}{'bits per character plain':>28}{'revfx':>12}")
-    for step in tqdm(range(1, steps + 1), disable=None, leave=False):
-        x, y = draw(batches)
-        for i, (model, optimizer, schedule) in enumerate(zip(models, optimizers, schedules, strict=True)):
-            torch.manual_seed(step)  # the same dropout masks for both
-            start = time.perf_counter()
-            loss = loss_of(model, x, y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bits[i].append(loss.item() / math.log(2))
-            seconds[i] += time.perf_counter() - start
-        if step % every == 0 or step == 1:
-            means = [sum(b[-every:]) / len(b[-every:]) for b in bits]
-            tqdm.write(f"{step:6}{means[0]:28.6f}{means[1]:12.6f}")
-    apart = [abs(a - b) for a, b in zip(*bits, strict=True)]
-    print(f"single steps differ by at most {max(apart[:10]):.1e} in the first 10 steps, {max(apart):.1e} in all {steps}")
-    print(f"training took {seconds[0]:.1f} s plain, {seconds[1]:.1f} s with revfx")
+    plain, converted = Run(models[0], steps), Run(revfx.convert(models[1]), steps)
+    train(plain, converted, draw, steps)
     torch.manual_seed(0)
-    print(f"\n{continued(models[1], characters, 'The ', 120 if args.short else 300)}")  # type: ignore[arg-type]
+    print(f"\n{continued(models[1], characters, 'The ', 120 if args.short else 300)}")
 
     require(measured.difference < 1e-4, "the gradients are plain autograd's up to rounding")
     require(measured.same_rng, "the random number generator is left as plain autograd leaves it")
     require(measured.saving > 2, "the peak memory is less than half of plain's")
-    require(bits[1][-1] < 0.8 * bits[1][0], "the model learns")
+    require(converted.bits[-1] < 0.8 * converted.bits[0], "the model learns")
 
 
 if __name__ == "__main__":

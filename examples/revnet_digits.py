@@ -1,9 +1,9 @@
 """A convolutional RevNet on handwritten digits: trained plainly and converted, from one seed, side by side.
 
-The model below is ordinary PyTorch with BatchNorm: nothing in it knows of revfx. Both runs end at the same accuracy, the
-converted one with a fraction of the activation memory. In fp32 the two loss curves part slowly, as those of any two
-programs that round differently do. A third run shows how much of that is rounding: it is plain, and its weights start
-at most one rounding away from the others' (relative 6e-8).
+The model below is ordinary PyTorch with BatchNorm: nothing in it knows of revfx. Both runs end at the same
+accuracy, the converted one with a fraction of the activation memory. In fp32 the two loss curves part slowly,
+as those of any two programs that round differently do. A third run shows how much of that is rounding: it is
+plain, and its weights start at most one rounding away from the others' (relative 6e-8).
 
     python examples/revnet_digits.py            # a minute
     python examples/revnet_digits.py --short    # ten seconds
@@ -71,7 +71,7 @@ class RevNet(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels: 1797 scans of 8x8 pixels, a quarter of them for the test."""
+    """Images and labels to train with, then to test with: 1797 scans of 8x8 pixels, a quarter to test."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, labels, test_size=0.25, random_state=0, stratify=labels)
     x, x_test, y, y_test = (torch.as_tensor(p) for p in parts)
@@ -122,7 +122,7 @@ def make_runs(width: int, couplings: int, steps: int) -> tuple[Run, Run, Run]:
 
 def main() -> None:
     """None; trains the models and prints what they did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="three epochs of a narrower net")
     parser.add_argument("--epochs", type=int, help="default: 8")
     args = parser.parse_args()
@@ -133,7 +133,8 @@ def main() -> None:
     x, y, x_test, y_test = digits()
     torch.manual_seed(0)
     model = RevNet(width, couplings)
-    print(f"{len(x)} digits to train, {len(x_test)} to test; {sum(p.numel() for p in model.parameters())} weights")
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"{len(x)} digits to train, {len(x_test)} to test; {weights} weights")
     measured = compare(model, lambda m: F.cross_entropy(m(x[:BATCH]), y[:BATCH]))
     print_comparison(measured)
 

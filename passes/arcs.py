@@ -170,10 +170,10 @@ class _Lowering:
         if f is None:
             return None, False
         if not isinstance(f, fx.Node):
-            value = 1 / f if inverse.reciprocal and f else float(f)
-            if value == 0 or value != value or abs(value) == float("inf"):
+            value = float(abs(1 / f if inverse.reciprocal and f else f))
+            if value == 0 or value != value or value == float("inf"):
                 return f"the factor is {f}"
-            return (None if abs(value) == 1 else value), False
+            return (None if value == 1 else value), False
         interval: Interval = self.bounds.get(f, UNKNOWN)
         if inverse.reciprocal:
             return (None, False) if interval.most <= 1 else (self.index[f], True)

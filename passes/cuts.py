@@ -102,11 +102,12 @@ def _step(
     side: frozenset[int],
 ) -> Step:
     saved = tuple(d.arc.head for d in needed(program, closure.order, entry) if isinstance(d, Invert) and d.arc.barred)
-    if saved:  # derive again from what is kept: everything else must be reached by arcs that can be trusted
-        closure = Closure(program, (*exit, *side, *saved))
+    if any(isinstance(d, Invert) and d.arc.barred for d in closure.order):
+        # again from what is kept, by trusted arcs alone: what only a barred one gave first has another derivation
+        closure = Closure(program, (*exit, *side, *saved), trusted=True)
         for index in range(stop - 1, start - 1, -1):
             closure.add(index)
-    derive = tuple(d for d in closure.order if not (isinstance(d, Invert) and d.arc.barred))
+    derive = tuple(closure.order)
     arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
     return Step(start, stop, entry, exit, saved, derive, arcs)
 

@@ -87,7 +87,7 @@ def _spread(
             _spread(m.whole, mask, replace(known, at=min(known.at, position[whole])), depth, selects, position, arc_of, halves)
     rule = rule_for(whole) if whole in position and depth and whole not in selects else None
     for inverse in rule(whole) if rule is not None and whole.meta.get("barrier") is None else ():
-        if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
+        if not isinstance(inverse, Inverse) or not isinstance(inverse.solves, fx.Node) or not _elementwise(inverse, whole):
             continue
         arc = arc_of(whole, inverse)
         if isinstance(arc, str) or (arc.factor is not None and known.rounding is not None and known.rounding.factor is not None):

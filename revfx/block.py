@@ -128,14 +128,14 @@ def _layers(f: Functions, g: Functions, num_layers: int) -> list[tuple[Function,
 
 def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
     if isinstance(f, (list, tuple, nn.ModuleList)):
-        functions = list[Any](f)
+        functions: list[Any] = list(f)
         if len(functions) != num_layers:
             raise ValueError(
                 f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one function"
                 " for all layers, or one per layer."
             )
     else:
-        functions = list[Any]([f]) * num_layers
+        functions = [f] * num_layers
     for layer, function in enumerate(functions):
         if not callable(function):
             raise TypeError(f"`{name}` of layer {layer} is a {type(function).__name__}, which can't be called.")

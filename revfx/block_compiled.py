@@ -1,21 +1,16 @@
 """`rev_block` while `torch.compile` traces it.
 
-Saved-tensor hooks can't be traced. Layers whose functions are proven to draw nothing, write nothing and read no tensor
-but their own parameters, buffers and arguments become one autograd.Function with explicit tensors, whose backward
-inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so keeps what the
-last layer of every Function needs. Layers that are pure but may draw are checkpointed one by one; others stay plain.
+Saved-tensor hooks can't be traced. Layers whose functions are built of modules known to draw nothing, write nothing and
+read no tensor but their own parameters, buffers and arguments become one autograd.Function with explicit tensors, whose
+backward inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so keeps what
+the last layer of every Function needs. Layers of other modules, which may draw, are checkpointed one by one, keeping
+their two inputs; functions that are no modules, and modules with hooks, stay plain.
 
-The proof is part of the traced program, so that the compiled code is guarded by all it depends on; only what depends on
-a class alone (`_class_facts`) is a constant there.
+What decides is part of the traced program, so that the compiled code is guarded by all that it depends on.
 """
 
 from __future__ import annotations
 
-import builtins
-import dis
-import functools
-import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +28,6 @@ Function = Callable[..., Tensor]
 Pair = tuple[Function, Function]
 Plain = Callable[[Tensor, Tensor, Sequence[Pair], tuple[Any, Any]], tuple[Tensor, Tensor]]
 Call = tuple[Callable[[Tensor, Sequence[Tensor]], Tensor], list[int]]  # what to call, and which held tensors it reads
-Facts = tuple[int, tuple[str, ...]]
 
 PLAIN, CHECKPOINTED, SAVED = 0, 1, 2
 
@@ -212,35 +206,6 @@ PURE = FRESH | _named(
 DROPS = _named(nn, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout")
 NORMS = _named(nn, "BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d")
 PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
-CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
-SAFE = frozenset(  # what a forward may name: functions and methods that draw nothing and write nothing, and attributes
-    "nn functional Tensor shape size dim ndim numel dtype device weight bias in_features out_features"
-    " training add sub mul div true_divide matmul mm bmm addmm baddbmm einsum tensordot outer linear"
-    " bilinear conv1d conv2d conv3d pow square sqrt rsqrt exp expm1 log log1p log2 abs neg sign sin cos"
-    " tan tanh atan sinh cosh erf erfc sigmoid reciprocal relu gelu silu elu selu celu mish softplus"
-    " leaky_relu relu6 hardtanh hardswish hardsigmoid logsigmoid softsign glu softmax log_softmax"
-    " logsumexp cumsum cumprod sum mean var std prod amax amin max min maximum minimum clamp clip norm"
-    " layer_norm group_norm rms_norm normalize where masked_fill tril triu gather index_select scatter_add"
-    " take_along_dim view view_as reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute"
-    " movedim swapaxes mT T t contiguous clone expand expand_as repeat repeat_interleave chunk split"
-    " unbind cat concat stack roll flip pad narrow select type_as to float double half bfloat16 detach"
-    " zeros ones full arange zeros_like ones_like full_like eye float16 float32 float64 bool int long pi"
-    " inf lerp addcmul eq ne lt le gt ge logical_not logical_and logical_or avg_pool1d avg_pool2d"
-    " interpolate pixel_shuffle scaled_dot_product_attention".split()
-)
-DRAWING = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu rand randn rand_like"
-    " randn_like bernoulli multinomial gumbel_softmax normal poisson randint randperm".split()
-)
-INPLACE = frozenset("relu silu elu selu celu mish leaky_relu relu6 hardtanh hardswish hardsigmoid".split())
-POSITIONAL = frozenset(
-    ("PRECALL", "CALL", "CALL_FUNCTION", "CALL_METHOD")
-)  # a True before these may ask to work in place
-MODULES = (torch, F, nn, math)
-BUILTINS = _named(builtins, "len range int float bool zip enumerate tuple list min max reversed isinstance abs sum")
-OWN = frozenset(
-    "__init__ __repr__ __annotate__ __annotate_func__".split()
-)  # special methods that a forward does not call
 
 
 def _level(function: Any) -> int:
@@ -271,11 +236,8 @@ def _part_level(part: Any) -> int:
         return CHECKPOINTED if part.training and part.running_mean is not None else SAVED
     if kind is nn.MultiheadAttention:
         return CHECKPOINTED if part.training and part.dropout > 0 else SAVED
-    level, names = _class_facts(kind)
-    if level == PLAIN or not all(any(name in place for place in (own, *slots)) for name in names):
-        return PLAIN
-    known = all(_known(value) for name, value in own.items() if name in names or name in SAFE)
-    return level if known else PLAIN
+    theirs = not kind.__module__.startswith("torch.")  # the user's may draw: a checkpoint is right either way
+    return CHECKPOINTED if theirs else PLAIN
 
 
 def _writes_fresh_only(part: nn.Module, in_order: bool) -> bool:
@@ -286,130 +248,3 @@ def _writes_fresh_only(part: nn.Module, in_order: bool) -> bool:
             return False
         fresh = type(child) in FRESH
     return True
-
-
-def _known(value: Any) -> bool:
-    return type(value) in CONSTANTS or (callable(value) and any(value is known for known in FUNCTIONS))
-
-
-# --- what is known about a user's module class ------------------------------------------------------------------------
-@torch.compiler.assume_constant_result
-def _class_facts(kind: Any) -> Facts:
-    """(how layers of such modules may be computed, the instance attributes that its forward reads)."""
-    return _read_class(kind, kind.forward)
-
-
-@functools.lru_cache(maxsize=256)
-def _read_class(kind: Any, forward: Any) -> Facts:
-    mine = [c for c in kind.__mro__ if c not in nn.Module.__mro__]
-    for name, value in ((n, v) for c in mine for n, v in vars(c).items()):
-        special = name.startswith("__") and callable(value) and name not in OWN
-        if special or name in SAFE or name == "_call_impl":
-            return PLAIN, ()
-    reader = _Reader(kind)
-    reader.read(forward, owned=True)
-    return reader.level, tuple(sorted(reader.names)) if reader.level != PLAIN else ()
-
-
-class _Reader:
-    """Reads bytecode for names: what is not known to be pure makes the level PLAIN, what draws CHECKPOINTED."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-        self.level = SAVED
-        self.names: set[str] = set()
-        self.seen: set[types.CodeType] = set()
-
-    def lower(self, level: int) -> None:
-        """None; the level is at most this."""
-        self.level = min(self.level, level)
-
-    def read(self, function: Any, owned: bool) -> None:
-        """None; takes in a function, and those that it calls; `owned`: its first argument is the module."""
-        if not isinstance(function, types.FunctionType) or function.__closure__:
-            return self.lower(PLAIN)
-        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        if any(type(d) not in CONSTANTS for d in defaults):
-            return self.lower(PLAIN)
-        code = function.__code__
-        if code in self.seen:
-            return None
-        self.seen.add(code)
-        words = {w for c in code.co_consts if isinstance(c, tuple) for w in c}
-        if code.co_flags & 0x2A0 or words & {"out", "inplace"}:  # generators and coroutines; writing by keyword
-            return self.lower(PLAIN)
-        instructions = list(dis.get_instructions(code))
-        if "dropout_p" in words:
-            self.lower(CHECKPOINTED)
-        mutable = bool(INPLACE & set(code.co_names))
-        owner = code.co_varnames[0] if owned and code.co_argcount else None
-        top: Any = None  # the local name on top of the stack
-        for at, i in enumerate(instructions):
-            name = str(i.argval)
-            if name == "scaled_dot_product_attention" and _arguments(instructions, at) > 4:
-                self.lower(CHECKPOINTED)  # the fifth is the share to drop
-            if _writes(i, owner) or (i.argval is True and mutable and instructions[at + 1].opname in POSITIONAL):
-                self.lower(PLAIN)
-            elif i.opname == "LOAD_GLOBAL":
-                self.global_name(function, name)
-            elif i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                self.own_name(name) if top is not None and top == owner and not i.is_jump_target else self.any_name(
-                    name
-                )
-            if i.opname not in ("CACHE", "EXTENDED_ARG"):
-                last = i.argval[-1] if isinstance(i.argval, tuple) and i.argval else i.argval
-                top = last if "LOAD_FAST" in i.opname else None
-        return None
-
-    def any_name(self, name: str) -> None:
-        """None; takes in an attribute of something other than the module itself."""
-        self.lower(SAVED if name in SAFE else CHECKPOINTED if name in DRAWING else PLAIN)
-
-    def own_name(self, name: str) -> None:
-        """None; takes in an attribute of the module itself: a method is read, the rest is looked up per instance."""
-        value = getattr(self.kind, name, None)
-        if isinstance(value, types.FunctionType) and name not in vars(nn.Module):
-            self.read(value, owned=True)
-        elif value is None:
-            if name != "training":
-                self.names.add(name)
-        elif type(value) not in CONSTANTS:
-            self.lower(PLAIN)
-
-    def global_name(self, function: types.FunctionType, name: str) -> None:
-        """None; takes in a global or built-in that `function` names."""
-        value = function.__globals__.get(name, getattr(builtins, name, None))
-        if any(value is m for m in MODULES) or type(value) in CONSTANTS:
-            return None
-        if isinstance(value, type) and issubclass(value, Exception):
-            return None
-        if callable(value) and any(value is b for b in BUILTINS):
-            return None
-        own_name = getattr(value, "__name__", "")
-        if any(getattr(m, own_name, None) is value for m in (torch, F)):
-            return self.any_name(own_name)
-        return self.read(value, owned=False)
-
-
-def _arguments(instructions: Sequence[dis.Instruction], at: int) -> int:
-    """How many arguments the function loaded by instruction `at` is called with; many where that isn't seen."""
-    depth = 0
-    for i in instructions[at + 1 :]:
-        depth += dis.stack_effect(i.opcode, i.arg, jump=False)
-        if i.opname.startswith("CALL") and depth <= 0:
-            return i.arg or 0
-    return 99
-
-
-def _writes(i: dis.Instruction, owner: str | None) -> bool:
-    """Whether an instruction changes something other than a local name, or is one that the reader does not follow."""
-    op = i.opname
-    if "FAST" in op:
-        stored = i.argval if isinstance(i.argval, tuple) else (i.argval,)
-        return op.startswith(("STORE_FAST", "DELETE_FAST")) and owner in stored
-    refused = (
-        "STORE_", "DELETE_", "IMPORT_", "YIELD", "SEND", "GET_A", "MAKE_FUNCTION", "LOAD_BUILD", "LOAD_SUPER", "LOAD_CLASS",
-        "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_NAME", "LOAD_FROM", "LOAD_LOCALS", "LOAD_SPECIAL", "SETUP_", "BEFORE_", "INPLACE_",
-        "CALL_FUNCTION_EX",
-    )  # fmt: skip
-    return op.startswith(refused) or (op == "BINARY_OP" and i.argrepr.endswith("="))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 import threading
 import traceback
 import warnings
@@ -44,8 +45,8 @@ class Capture:
     """A recorded forward: the graph, where its inputs come from, and how its result is put together.
 
     `inputs` are positions among the flattened arguments; `outputs` holds nodes and constants, `spec` their structure.
-    `attributes` says where each get_attr node's tensor hangs: (module path, name). `constants` are those of them whose
-    values the graph depends on, with address and version.
+    `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
+    held one tensor, which the graph reads from the first of them only.
     """
 
     graph: fx.Graph
@@ -54,6 +55,7 @@ class Capture:
     spec: pytree.TreeSpec
     attributes: dict[fx.Node, tuple[str, str]]
     opened: frozenset[str]
+    tied: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = ()
 
 
 EFFECTS = frozenset(
@@ -74,7 +76,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     with _lock:
         recorder = _Recorder(root, opened)
         watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
-        before, drawn = Snapshot.of([m for _, m in watched]), random.getstate()
+        before, drawn = Snapshot.of([m for _, m in watched]), [*_generators(), _torchs_generator()]
         try:
             with _patched(), recorder.active():
                 fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
@@ -85,15 +87,16 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
                     f"its forward sets `{changed[1]}`, which a recorded graph would not repeat",
                     path=watched[changed[0]][0],
                 )
-            if random.getstate() != drawn:
-                raise Untraceable("its forward draws from Python's `random`, which a recorded graph would not repeat")
+            for (name, *_, then), (*_, now) in zip(drawn, [*_generators(), _torchs_generator()], strict=True):
+                if now != then:
+                    raise Untraceable(f"its forward draws from {name} or seeds it, which a recorded graph would not repeat")
             with _torch.no_torch_function():
                 return recorder.finish(result)
         except Exception as e:
             raise _untraceable(e, recorder.stack[-1]) from e
         finally:
             before.restore()
-            random.setstate(drawn)
+            _restore(drawn)
 
 
 def _untraceable(error: Exception, path: str) -> Untraceable:
@@ -114,6 +117,7 @@ class _Recorder(TorchFunctionMode):
         self.fake = _torch.fake_mode()
         self.paths: dict[int, str] = {}
         self.real: dict[int, tuple[Tensor, str, str]] = {}
+        self.tied: list[tuple[tuple[str, str], tuple[str, str]]] = []
         for path, module in root.named_modules(remove_duplicate=True):
             self.paths[id(module)] = path
             named = {
@@ -123,7 +127,8 @@ class _Recorder(TorchFunctionMode):
             }
             for name, t in named.items():
                 if t is not None:
-                    self.real.setdefault(id(t), (t, path, name))
+                    first = self.real.setdefault(id(t), (t, path, name))[1:]
+                    self.tied += [((path, name), first)] if first != (path, name) else []
         self.fakes: dict[int, Tensor] = {}
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
@@ -233,7 +238,9 @@ class _Recorder(TorchFunctionMode):
         self.graph.output(tuple(outputs))
         functionalise(self.graph)
         self.graph.lint()
-        return Capture(self.graph, tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened)
+        read = set(self.attributes.values())
+        tied = tuple(pair for pair in self.tied if pair[1] in read)
+        return Capture(self.graph, tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied)
 
     def _node(self, fake: Tensor) -> fx.Node:
         node = self.nodes.get(id(fake))
@@ -360,14 +367,14 @@ class _Recorder(TorchFunctionMode):
 
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `module` returns on fakes; what its Python code leaves behind is undone."""
-        before, drawn = Snapshot.of(list(module.modules())), random.getstate()
+        before, drawn = Snapshot.of(list(module.modules())), _generators()
         self.suspended += 1
         try:
             return module.forward(*args, **kwargs)
         finally:
             self.suspended -= 1
             before.restore()
-            random.setstate(drawn)
+            _restore(drawn)
 
     def _fakes_of(self, out: Any) -> Any:
         self.suspended += 1
@@ -409,15 +416,21 @@ class _Seen:
         made = [t for t in leaves if isinstance(t, Tensor)]
         if any(t.layout != torch.strided for t in (*made, *inputs)):
             return None
+        if any(t.requires_grad and t.clone().stride() != t.stride() for t in made):
+            return None
         keys = [_torch.storage_key(t) for t in made]
         if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
             return None
-        metas = [None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device) for t in leaves]
+        metas = [None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves]
         return _Seen(tuple(metas), spec, atoms)
 
     def fresh(self) -> Any:
         """New fake results."""
-        made = [None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=m[3]) for m in self.metas]
+        made = [
+            None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=m[3], requires_grad=m[4])
+            for m in self.metas
+        ]
+        made = [t.clone() if t is not None and t.requires_grad else t for t in made]  # a leaf could not be written to
         return pytree.tree_unflatten(made, self.spec)
 
 
@@ -442,7 +455,40 @@ def _patched() -> Generator[None]:
         stack.callback(setattr, nn.Module, "__call__", call_module)
         function.apply = classmethod(patched_apply)  # type: ignore[assignment]
         stack.callback(setattr, function, "apply", apply)
+        set_rng_state = torch.set_rng_state
+
+        def patched_set(state: Tensor) -> None:  # what `fork_rng` ends with
+            recorder = getattr(_local, "recorder", None)
+            if recorder is not None and not recorder.suspended:
+                raise Untraceable("its forward sets the state of torch's generator, which a recorded graph would not repeat")
+            set_rng_state(state)
+
+        torch.set_rng_state = patched_set
+        stack.callback(setattr, torch, "set_rng_state", set_rng_state)
         yield
+
+
+RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, what sets its state, the state, a form to compare
+
+
+def _generators() -> list[RandomState]:
+    """The random generators of Python and numpy, as they are."""
+    python = random.getstate()
+    found: list[RandomState] = [("Python's `random`", random.setstate, python, python)]
+    if (numpy := sys.modules.get("numpy")) is not None:
+        state = numpy.random.get_state()
+        found.append(("`numpy.random`", numpy.random.set_state, state, (state[1].tobytes(), *state[2:])))
+    return found
+
+
+def _torchs_generator() -> RandomState:
+    state = torch.get_rng_state()
+    return "torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()
+
+
+def _restore(generators: list[RandomState]) -> None:
+    for _, set_state, state, _ in generators:
+        set_state(state)
 
 
 # --- small helpers ------------------------------------------------------------------------------------------------------
@@ -478,14 +524,15 @@ def _updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def ambient_state() -> tuple[Any, ...]:
-    """Grad mode and autocast: what a `with` in the forward changes for the operations inside it."""
-    return torch.is_grad_enabled(), _torch.autocast_state("cpu"), _torch.autocast_state("cuda")
+    """Grad mode, autocast and default dtype: what a `with` in the forward changes for the operations inside it."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    return grad, _torch.autocast_state("cpu"), _torch.autocast_state("cuda"), dtype
 
 
 @contextmanager
 def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
     """A context with the grad mode and autocast state that `ambient_state` noted."""
-    grad, cpu, cuda = ambient
+    grad, cpu, cuda, _ = ambient
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast("cpu", dtype=cpu[1], enabled=cpu[0]):
         with torch.autocast("cuda", dtype=cuda[1], enabled=cuda[0]) if torch.cuda.is_available() else ExitStack():
             yield

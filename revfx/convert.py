@@ -248,10 +248,11 @@ def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
                     x.device,
                     x.requires_grad,
                     type(x),
+                    x.is_conj(),
                     shared,
                     same.setdefault(id(x), i),
                 )
             )
         else:
-            key.append(x if isinstance(x, fingerprint.PRIMITIVE) else id(x))
+            key.append(fingerprint.key(x))
     return tuple(key)

@@ -395,10 +395,10 @@ class RegionRun:
 
 
 def _identity(t: Tensor) -> tuple[Any, ...] | None:
-    """What tells two live tensors apart: address, shape, strides and dtype; None where that says nothing."""
+    """What tells two live tensors apart: address, shape, strides, dtype, and whether it stands for its conjugate or negative."""
     if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.numel() == 0:
         return None
-    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.is_conj(), t.is_neg()
 
 
 def _leaf(t: Tensor, requires_grad: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +17,49 @@ from revfx import _torch
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
-def _key(value: Any, depth: int = 0) -> Any:
-    """A hashable that changes when `value` does: numbers and strings by value, containers by content, others by identity."""
+class Same:
+    """Equal to another where both stand for one object, which it keeps alive: else its address could be given away."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both stand for one object."""
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        """The object's address."""
+        return id(self.value)
+
+
+DEPTH = 8  # how far containers and objects are followed
+
+
+def key(value: Any, depth: int = 0) -> Any:
+    """A hashable that changes when `value` does: numbers and strings by value and type (1, 1.0 and True differ, as do 0.0
+    and -0.0), tensors by shape and type (their data is read anew), containers, arrays and plain objects by content, and
+    others by identity."""
     if isinstance(value, PRIMITIVE):
-        return value
+        return type(value), repr(value) if isinstance(value, (float, complex)) else value
     if isinstance(value, Tensor):
-        return id(value)
-    if depth < 3 and isinstance(value, (list, tuple, set, frozenset)) and len(value) <= 256:
-        return type(value).__name__, tuple(_key(v, depth + 1) for v in value)
-    if depth < 3 and isinstance(value, dict) and len(value) <= 256:
-        return tuple((k if isinstance(k, PRIMITIVE) else id(k), _key(v, depth + 1)) for k, v in value.items())
-    return id(value)
+        return tuple(value.shape), value.dtype, value.device, value.requires_grad
+    if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), tuple([key(v, depth + 1) for v in value])
+    if depth < DEPTH and isinstance(value, dict):
+        return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in value.items()])
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        return value.shape, str(value.dtype), value.tobytes()
+    if depth < DEPTH and _plain(value):
+        return Same(value), tuple([(k, key(v, depth + 1)) for k, v in vars(value).items()])
+    return Same(value)
+
+
+def _plain(value: object) -> bool:
+    """Whether `value` is an object whose state is its attributes, such as a configuration; not one of torch's or Python's own."""
+    special = (type, nn.Module, types.ModuleType, types.FunctionType, types.MethodType)
+    library = type(value).__module__.partition(".")[0]
+    own = getattr(value, "__dict__", None)
+    return type(own) is dict and not isinstance(value, special) and library not in ("torch", *sys.stdlib_module_names)
 
 
 _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_parameters", "_buffers", "_modules"))
@@ -34,10 +68,10 @@ _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_param
 def attributes(module: nn.Module) -> tuple[Any, ...]:
     """What one module's own code may read: plain attributes, children, which tensors it has; and whether it has hooks."""
     d = vars(module)
-    plain = tuple([(k, _key(v)) for k, v in d.items() if k not in _SKIPPED])
-    children = tuple([(k, id(v)) for k, v in _torch.children(module).items()])
+    plain = tuple([(k, key(v)) for k, v in d.items() if k not in _SKIPPED])
+    children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
     tensors = tuple(
-        [(k, t is not None and t.requires_grad) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())]
+        [(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())]
     )
     return type(module), plain, children, tensors, _torch.has_hooks(module)
 
@@ -54,7 +88,7 @@ def name_of(module: nn.Module) -> str:
 def structure(module: nn.Module) -> tuple[Any, ...]:
     """A key that two modules share when running them on fake tensors gives the same: class, attributes, shapes, children."""
     d = vars(module)
-    plain = tuple((k, _key(v)) for k, v in d.items() if k not in _SKIPPED)
+    plain = tuple((k, key(v)) for k, v in d.items() if k not in _SKIPPED)
     tensors = tuple(
         (k, None if t is None else (tuple(t.shape), t.dtype, t.device, t.requires_grad))
         for table in (_torch.parameters(module), _torch.buffers(module))
@@ -80,14 +114,14 @@ class Snapshot:
 
     def changed(self) -> tuple[int, str] | None:
         """(which module, the name of its attribute that is not what it was), or None."""
-        for i, (m, before, key) in enumerate(zip(self.modules, self.tables, self.keys, strict=True)):
+        for i, (m, before, contents) in enumerate(zip(self.modules, self.tables, self.keys, strict=True)):
             now = (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m))
             for old, new in zip(before, now, strict=True):
                 for name in {**old, **new}:
                     if old.get(name, self) is not new.get(name, self):
                         return i, f"{name_of(m)}.{name}"
             for name, value in _contents(m).items():
-                if key.get(name) != value:
+                if contents.get(name) != value:
                     return i, f"{name_of(m)}.{name}"
         return None
 
@@ -101,4 +135,4 @@ class Snapshot:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {k: _key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}
+    return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from revfx.calls import Call, Slot
 from revfx.capture import Capture, Untraceable, ambience, capture
 from revfx.errors import Refusal
 from revfx.executor import RegionPlan, run_region, store_region
+from revfx.outside import Outside
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
 from revfx.passes.diagnose import diagnose
@@ -40,13 +42,21 @@ class Plan:
     regions: dict[int, RegionPlan]
     calls: tuple[Call, ...]
     sources: tuple[tuple[int, nn.Module, str], ...]
-    constants: tuple[tuple[Tensor, int, int], ...]
+    constants: tuple[tuple[Tensor, int, int, nn.Module, str], ...]
+    tied: tuple[tuple[nn.Module, str, nn.Module, str], ...]
     state: tuple[tuple[nn.Module, Any], ...]
+    outside: tuple[Outside, Any]
 
     def valid(self) -> bool:
         """Whether the recorded code would do the same now."""
-        return all(fingerprint.attributes(m) == key for m, key in self.state) and all(
-            _torch.version(t) == version and t.data_ptr() == address for t, version, address in self.constants
+        return (
+            all(fingerprint.attributes(m) == key for m, key in self.state)
+            and self.outside[0].state() == self.outside[1]
+            and all(getattr(m, name) is getattr(other, theirs) for m, name, other, theirs in self.tied)
+            and all(
+                getattr(m, name) is t and _torch.version(t) == version and t.data_ptr() == address
+                for t, version, address, m, name in self.constants
+            )
         )
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
@@ -183,15 +193,32 @@ class _Search:
         again = self._find(opened & needed)
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
+    def _readable(self, captured: Capture) -> list[nn.Module]:
+        """The modules that the recorded code may have read: all but those inside a module that is called whole."""
+        whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
+        found: dict[str, nn.Module] = {}
+        for path, module in self.modules.items():  # parents come first
+            parent = path.rpartition(".")[0]
+            if path == "" or (parent in found and parent not in whole):
+                found[path] = module
+        return list(found.values())
+
     def _plan(self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...]) -> Plan:
         sources = [(lowered.index[n], self.modules[path], name) for n, (path, name) in captured.attributes.items()]
-        guarded = [n.meta["constant"] for n in captured.attributes if "constant" in n.meta and n.users]
-        state = [(self.root, fingerprint.attributes(self.root))]
-        state += [(self.modules[p], fingerprint.attributes(self.modules[p])) for p in sorted(captured.opened)]
+        guarded = [
+            (n.meta["constant"], self.modules[path], name)
+            for n, (path, name) in captured.attributes.items()
+            if "constant" in n.meta and n.users
+        ]
+        tied = [(self.modules[a[0]], a[1], self.modules[b[0]], b[1]) for a, b in captured.tied]
+        readable = self._readable(captured)
+        state = [(m, fingerprint.attributes(m)) for m in readable]
+        outside = Outside.of(readable, getattr(self.forward, "func", self.forward))
         return Plan(
             lowered, captured, segments(lowered.program, regions), {r.start: RegionPlan(lowered.program, r) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
-            tuple((t, _torch.version(t), t.data_ptr()) for t in guarded), tuple(state),
+            tuple((t, _torch.version(t), t.data_ptr(), m, name) for t, m, name in guarded), tuple(tied), tuple(state),
+            (outside, outside.state()),
         )  # fmt: skip
 
 
@@ -199,7 +226,7 @@ def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> 
     """How operation `i` of a lowered graph is run."""
     node, op, index = lowered.op_nodes[i], lowered.program.ops[i], lowered.index
     if node.op == "call_module":
-        fn: Any = module_of(str(node.target))
+        fn: Any = functools.partial(nn.Module.__call__, module_of(str(node.target)))  # an override of it was recorded
     elif node.op == "call_method":
         fn = getattr(torch.Tensor, str(node.target))
     else:

@@ -265,7 +265,7 @@ WIDER = {
 @register_inverse("to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu")
 def cast(node: fx.Node) -> Iterator[Direction]:
     """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits."""
-    a = node.args[0]
+    (a,) = arguments(node, "input")
     before, after = meta(a), meta(node)
     if after.dtype in WIDER.get(before.dtype, ()):
         yield Inverse(a, lambda y: y.to(before.dtype).to(before.device), exact=True)

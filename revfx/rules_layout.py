@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,11 @@ from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, meta, re
 
 def _shape(node: Any) -> tuple[int, ...]:
     return tuple(meta(node).shape)
+
+
+def _first(node: fx.Node) -> Any:
+    """The tensor that the operation is applied to, by position or by name."""
+    return node.args[0] if node.args else node.kwargs["input"]
 
 
 def _second(node: fx.Node) -> Any:
@@ -34,7 +39,7 @@ def _ints(args: Sequence[Any]) -> list[int]:
 )  # fmt: skip
 def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
-    a = node.args[0] if node.args else node.kwargs["input"]
+    a = _first(node)
     if meta(a).dtype != meta(node).dtype:
         yield NoInverse(a, "a view with another dtype is not followed")
         return
@@ -45,7 +50,7 @@ def reshape(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.permute, "permute")
 def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
-    a = node.args[0]
+    a = _first(node)
     dims = _ints(node.args[1:]) or list(node.kwargs["dims"])  # type: ignore[arg-type]
     n = len(_shape(a))
     back = sorted(range(n), key=lambda i: dims[i] % n)
@@ -55,7 +60,7 @@ def permute(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims")
 def transpose(node: fx.Node) -> Iterator[Direction]:
     """`y = a.transpose(i, j)`; `a = y.transpose(i, j)`."""
-    a = node.args[0]
+    a = _first(node)
     i, j = (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))[:2]
     yield Inverse(a, lambda y: y.transpose(i, j), exact=True)
 
@@ -70,7 +75,7 @@ def movedim(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.t, "t", getattr)
 def attribute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.T` (also `a.mT`, `a.t()`); `a = y.T`."""
-    a = node.args[0]
+    a = _first(node)
     name = node.args[1] if node.target is getattr else "T"
     if name in ("T", "mT"):
         yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute(*reversed(range(y.ndim))), exact=True)
@@ -81,7 +86,7 @@ def attribute(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.flip, "flip")
 def flip(node: fx.Node) -> Iterator[Direction]:
     """`y = a.flip(d)`; `a = y.flip(d)`."""
-    a = node.args[0]
+    a = _first(node)
     dims = _ints(node.args[1:]) or _ints([node.kwargs["dims"]])
     yield Inverse(a, lambda y: y.flip(dims), exact=True)
 
@@ -97,7 +102,7 @@ def roll(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
-    a, r = node.args[0], _second(node)
+    a, r = _first(node), _second(node)
     back = F.pixel_unshuffle if node.target is torch.pixel_shuffle else F.pixel_shuffle
     yield Inverse(a, lambda y: back(y, r), exact=True)
 
@@ -105,7 +110,7 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.channel_shuffle)
 def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
-    a, groups = node.args[0], _second(node)
+    a, groups = _first(node), _second(node)
     back = _shape(a)[1] // groups
     yield Inverse(a, lambda y: torch.channel_shuffle(y, back), exact=True)
 
@@ -118,9 +123,17 @@ def cat(node: fx.Node) -> Iterator[Direction]:
     dim = dim if axis is None else axis
     at = 0
     for part in parts:
-        size = _shape(part)[dim]
-        yield Inverse(part, _narrow(dim, at, size), exact=True)
-        at += size
+        if len(_shape(part)) == meta(node).dim():  # else it is an empty vector, which goes with any shape
+            size = _shape(part)[dim]
+            yield _part(node, part, _narrow(dim, at, size))
+            at += size
+
+
+def _part(node: fx.Node, part: Any, by: Callable[..., Tensor]) -> Direction:
+    """The direction to one of the tensors put together: bitwise, unless that changed its dtype."""
+    if meta(part).dtype != meta(node).dtype:
+        return NoInverse(part, f"it is turned into {meta(node).dtype} when it is put together with others")
+    return Inverse(part, by, exact=True)
 
 
 def _narrow(dim: int, start: int, size: int) -> Any:
@@ -132,7 +145,7 @@ def stack(node: fx.Node) -> Iterator[Direction]:
     """`y = stack([a, b, ...], d)`; each part is `y.select(d, i)`."""
     parts, dim = arguments(node, "tensors", dim=0)
     for i, part in enumerate(parts):
-        yield Inverse(part, _select(dim, i), exact=True)
+        yield _part(node, part, _select(dim, i))
 
 
 def _select(dim: int, i: int) -> Any:
@@ -143,6 +156,7 @@ def _select(dim: int, i: int) -> Any:
 def split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
     a, _, dim = arguments(node, "input", "sizes", dim=0)
+    a = node.kwargs["tensor"] if a is None else a
     dim = dim % len(_shape(a))
     at = 0
     for i, part in enumerate(node.meta["val"]):
@@ -187,8 +201,8 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
         return
     shape = _shape(a)
     index = list(index) if isinstance(index, tuple) else [index]
-    if any(i is None or isinstance(i, (bool, list)) for i in index):
-        yield NoInverse(a, "an index with None, booleans or a list is not followed")
+    if any(isinstance(i, bool) or not isinstance(i, (int, slice, fx.Node, type(...))) for i in index):
+        yield NoInverse(a, "an index with None, booleans, lists or arrays is not followed")
         return
     if Ellipsis in [i for i in index if not isinstance(i, fx.Node)]:
         at = next(k for k, i in enumerate(index) if i is Ellipsis)

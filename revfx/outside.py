@@ -1,0 +1,95 @@
+"""What Python code reads besides its arguments and its modules: globals, closure cells and class attributes.
+
+Found statically, from the names in the byte code of the functions that were recorded and of those that they name; only
+values that those names had when a plan was made can be compared later. Code of torch and of the standard library is not
+looked into.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from revfx.fingerprint import key
+
+
+_LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
+_CODE = (types.FunctionType, types.MethodType, property, staticmethod, classmethod)
+
+
+@dataclass
+class Outside:
+    """The places that some functions read: (table, name) of globals and class attributes, and cells of closures."""
+
+    named: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = field(default_factory=dict[Any, Any])
+    cells: dict[int, types.CellType] = field(default_factory=dict[int, types.CellType])
+
+    @staticmethod
+    def of(modules: Iterable[nn.Module], forward: Any) -> Outside:
+        """What `forward` and the methods and function attributes of `modules` may read."""
+        found, seen = Outside(), set[int]()
+        kinds: set[type] = set()
+        stack: list[Any] = [forward]
+        for module in modules:
+            kinds.update(c for c in type(module).__mro__ if _followed(c))
+            stack.extend(v for v in vars(module).values() if isinstance(v, _CODE))
+        stack.extend(v for c in kinds for v in vars(c).values() if isinstance(v, _CODE))
+        while stack:
+            for function in _functions(stack.pop()):
+                if id(function) not in seen and _followed(function):
+                    seen.add(id(function))
+                    stack.extend(found._add(function, kinds))
+        return found
+
+    def _add(self, function: types.FunctionType, kinds: set[type]) -> list[Any]:
+        """Further functions, after noting what `function` names."""
+        names = set(_names(function.__code__))
+        values = [self._note(function.__globals__, n) for n in names if n in function.__globals__]
+        for cell in function.__closure__ or ():
+            self.cells[id(cell)] = cell
+        values += [_content(cell) for cell in function.__closure__ or ()]
+        tables = [vars(v) for v in values if isinstance(v, (type, types.ModuleType)) and _followed(v)]
+        values += [self._note(t, n) for t in (*tables, *map(vars, kinds)) for n in names if n in t]
+        return [v for v in values if isinstance(v, _CODE)]
+
+    def _note(self, table: Mapping[str, Any], name: str) -> Any:
+        self.named[id(table), name] = (table, name)
+        return table[name]
+
+    def state(self) -> tuple[Any, ...]:
+        """A key that changes when one of the values does."""
+        return tuple([key(t.get(n)) for t, n in self.named.values()] + [key(_content(c)) for c in self.cells.values()])
+
+
+def _followed(item: Any) -> bool:
+    module = item.__name__ if isinstance(item, types.ModuleType) else getattr(item, "__module__", None)
+    return (module or "builtins").partition(".")[0] not in _LIBRARIES
+
+
+def _functions(item: Any) -> Iterator[types.FunctionType]:
+    """The plain functions in a method, property or decorated function."""
+    if isinstance(item, types.FunctionType):
+        yield item
+    elif isinstance(item, property):
+        yield from (f for f in (item.fget, item.fset) if isinstance(f, types.FunctionType))
+    elif isinstance(item, (types.MethodType, staticmethod, classmethod)):
+        yield from _functions(item.__func__)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
