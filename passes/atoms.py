@@ -16,11 +16,12 @@ from revfx.rules import op_name
 
 
 MAKERS = frozenset(
-    """relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid clamp clamp_min clamp_max clip max min maximum
-    minimum amax amin fmax fmin where abs absolute sign sgn round floor ceil trunc fix frac heaviside softshrink hardshrink
-    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d max_unpool2d dropout dropout1d dropout2d dropout3d
-    alpha_dropout feature_alpha_dropout eq ne lt le gt ge masked_fill masked_select masked_scatter one_hot zeros zeros_like ones
-    ones_like full full_like tril triu embedding nan_to_num topk sort cummax cummin quantile median mode pad bernoulli""".split()
+    """relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid clamp clamp_min clamp_max clip max
+    min maximum minimum amax amin fmax fmin where abs absolute sign sgn round floor ceil trunc fix frac heaviside
+    softshrink hardshrink max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d max_unpool2d
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout eq ne lt le gt ge masked_fill
+    masked_select masked_scatter one_hot zeros zeros_like ones ones_like full full_like tril triu embedding nan_to_num
+    topk sort cummax cummin quantile median mode pad bernoulli""".split()
 )
 MIXERS = frozenset(
     """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d bilinear
@@ -38,7 +39,9 @@ NONE, PERHAPS, CERTAIN = 0, 1, 2
 
 
 def has_atoms(name: str, operands: Iterable[int]) -> int:
-    """NONE, PERHAPS (to be counted at run time) or CERTAIN atoms in the result of `name`, given those of its operands."""
+    """NONE, PERHAPS (to be counted at run time) or CERTAIN atoms in the result of `name`, given those of its
+    operands.
+    """
     bare = name if name.endswith("__") else name.rstrip("_")
     operands = list(operands)
     if bare in MAKERS:

@@ -36,7 +36,9 @@ class Step:
 
     @property
     def inverts(self) -> bool:
-        """Whether the step needs an inverse that rounds; one that needs none frees nothing that recomputing would not."""
+        """Whether the step needs an inverse that rounds; one that needs none frees nothing that recomputing would
+        not.
+        """
         return any(not arc.exact for arc in self.arcs)
 
 

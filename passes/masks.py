@@ -77,7 +77,9 @@ def _spread(
     arc_of: ArcOf,
     halves: dict[tuple[fx.Node, fx.Node], list[Half]],
 ) -> None:
-    """Notes what is known of half of `whole`, and of what it was made from by elementwise operations or the same mask."""
+    """Notes what is known of half of `whole`, and of what it was made from by elementwise operations or the same
+    mask.
+    """
     y = known.tail[0]
     if not isinstance(whole, fx.Node) or not _alike(whole, y):
         return

@@ -121,7 +121,9 @@ def is_fsdp(module: torch.nn.Module) -> bool:
 
 
 def fsdp_in_use() -> bool:
-    """Whether `fully_shard` was applied to anything in this process: then storages of parameters come and go by design."""
+    """Whether `fully_shard` was applied to anything in this process: then storages of parameters come and go by
+    design.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return False

@@ -1,10 +1,10 @@
 """`rev_block` while `torch.compile` traces it.
 
-Saved-tensor hooks can't be traced. Layers whose functions are built of modules known to draw nothing, write nothing and
-read no tensor but their own parameters, buffers and arguments become one autograd.Function with explicit tensors, whose
-backward inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so keeps what
-the last layer of every Function needs. Layers of other modules, which may draw, are checkpointed one by one, keeping
-their two inputs; functions that are no modules, and modules with hooks, stay plain.
+Saved-tensor hooks can't be traced. Layers whose functions are built of modules known to draw nothing, write nothing
+and read no tensor but their own parameters, buffers and arguments become one autograd.Function with explicit tensors,
+whose backward inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so
+keeps what the last layer of every Function needs. Layers of other modules, which may draw, are checkpointed one by
+one, keeping their two inputs; functions that are no modules, and modules with hooks, stay plain.
 
 What decides is part of the traced program, so that the compiled code is guarded by all that it depends on.
 """

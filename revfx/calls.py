@@ -18,7 +18,9 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`fn(*args, **kwargs)`; `outs` are the paths to its tensors in what it returns (one empty path: the result itself)."""
+    """`fn(*args, **kwargs)`; `outs` are the paths to its tensors in what it returns (one empty path: the result
+    itself).
+    """
 
     name: str
     fn: Callable[..., Any]

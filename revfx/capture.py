@@ -33,7 +33,9 @@ from revfx.rules import op_name
 
 
 class Untraceable(Exception):
-    """The forward can't be recorded: `reason`, `where` (the user's file and line), and the `path` of the module at fault."""
+    """The forward can't be recorded: `reason`, `where` (the user's file and line), and the `path` of the module at
+    fault.
+    """
 
     def __init__(self, reason: str, where: str = "", path: str | None = None) -> None:
         super().__init__(reason)
@@ -150,7 +152,8 @@ class _Recorder(TorchFunctionMode):
         finally:
             _local.recorder = None
 
-    # --- inputs, attributes and results --------------------------------------------------------------------------------
+    # --- inputs, attributes and results
+    # --------------------------------------------------------------------------------
     def fake_inputs(self, tree: Any) -> Any:
         with _torch.no_torch_function():
             leaves, spec = pytree.tree_flatten(tree)
@@ -248,7 +251,8 @@ class _Recorder(TorchFunctionMode):
             raise Untraceable("it uses a tensor made by something that can't be recorded")
         return node
 
-    # --- recording -----------------------------------------------------------------------------------------------------
+    # --- recording
+    # -----------------------------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self._convert(args), self._convert(kwargs or {})
         if self.suspended:
@@ -334,7 +338,8 @@ class _Recorder(TorchFunctionMode):
             self.atoms[id(t)] = flag
             self.alive.append(t)
 
-    # --- calls of sub-modules and autograd functions -------------------------------------------------------------------
+    # --- calls of sub-modules and autograd functions
+    # -------------------------------------------------------------------
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.suspended:
             return module.forward(*args, **kwargs)
@@ -434,7 +439,8 @@ class _Seen:
         return pytree.tree_unflatten(made, self.spec)
 
 
-# --- patches, active for the capturing thread only -----------------------------------------------------------------------
+# --- patches, active for the capturing thread only
+# -----------------------------------------------------------------------
 @contextmanager
 def _patched() -> Generator[None]:
     call_module, function = nn.Module.__call__, torch.autograd.Function
@@ -491,7 +497,8 @@ def _restore(generators: list[RandomState]) -> None:
         set_state(state)
 
 
-# --- small helpers ------------------------------------------------------------------------------------------------------
+# --- small helpers
+# ------------------------------------------------------------------------------------------------------
 def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]

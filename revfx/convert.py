@@ -1,4 +1,6 @@
-"""`convert`: the same model through another class, which runs its reversible regions without keeping their activations."""
+"""`convert`: the same model through another class, which runs its reversible regions without keeping their
+activations.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,12 @@ def convert(
 ) -> nn.Module:
     """A module that computes what `model` computes, with activation memory that does not grow with depth in its regions.
 
-    It is the same model seen through another class: parameters, buffers, sub-modules and hooks are shared by identity,
-    `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the model's own. At its first call
-    for given shapes, dtypes, `requires_grad` and training state the forward is recorded on fake tensors, regions whose
-    values can be derived from their outputs are looked for, and from then on their activations are freed in the forward
-    and regenerated, layer by layer, during the backward: `x1 = y1 - f(x2)` where the model computes `y1 = x1 + f(x2)`.
+    It is the same model seen through another class: parameters, buffers, sub-modules and hooks are shared by
+    identity, `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the model's own. At
+    its first call for given shapes, dtypes, `requires_grad` and training state the forward is recorded on fake
+    tensors, regions whose values can be derived from their outputs are looked for, and from then on their activations
+    are freed in the forward and regenerated, layer by layer, during the backward: `x1 = y1 - f(x2)` where the model
+    computes `y1 = x1 + f(x2)`.
 
     Args:
         model: any module; it is not changed, and not run on real data for analysis.
@@ -89,7 +92,8 @@ class Conversion:
 
     @property
     def kept_cuts(self) -> int:
-        """How many cuts the latest forward kept in its regions: two per region, and those that the numerics demanded."""
+        """How many cuts the latest forward kept in its regions: two per region, and those that the numerics demanded.
+        """
         return sum(r.kept for p in self.plans for r in p.regions.values())
 
     @property
@@ -214,7 +218,9 @@ def _restore(base: type[nn.Module], options: Options, own_forward: Any) -> Any:
 
 
 def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
-    """A sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a container."""
+    """A sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a
+    container.
+    """
     if module is None or isinstance(module, (Reversible, torch.jit.ScriptModule)) or _torch.has_hooks(module):
         return module
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -232,7 +238,8 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
 
 
 def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
-    """Shapes, dtypes, layout and `requires_grad` of tensors and which of them share memory; other arguments by value."""
+    """Shapes, dtypes, layout and `requires_grad` of tensors and which of them share memory; other arguments by value.
+    """
     key: list[Any] = []
     memory: dict[int, int] = {}
     same: dict[int, int] = {}

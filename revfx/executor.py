@@ -112,7 +112,8 @@ class RegionRun:
         self.values: Env = {}
         self.captures: dict[int, list[Tensor | None]] = {}
 
-    # --- forward -------------------------------------------------------------------------------------------------------
+    # --- forward
+    # -------------------------------------------------------------------------------------------------------
     def forward(self, env: Env) -> None:
         """None; runs the region's operations on `env` and keeps what the plan and the numerics say."""
         program, region = self.program, self.region
@@ -233,7 +234,8 @@ class RegionRun:
         """The entry of step `number`, derived from given values of its exit; empty where its entry is kept instead."""
         return {} if number in self.kept_cuts else dict(self._run_step(number, dict(exit), replay=False, target=False))
 
-    # --- backward ------------------------------------------------------------------------------------------------------
+    # --- backward
+    # ------------------------------------------------------------------------------------------------------
     def fetch(self, handle: Handle) -> Tensor:
         """The tensor that a handle stands for, regenerated where it is not there."""
         if handle.op == self.current:  # the operation differentiates within itself
@@ -260,7 +262,9 @@ class RegionRun:
             return tensor
 
     def _look_up(self, handle: Handle) -> Tensor | None:
-        """The tensor if it is there; what was captured is handed out once, so that it can be freed as soon as it was used."""
+        """The tensor if it is there; what was captured is handed out once, so that it can be freed as soon as it was
+        used.
+        """
         if handle.value is not None:
             v = handle.value
             return self.values[v] if v in self.values else self.kept.get(v)
@@ -395,7 +399,9 @@ class RegionRun:
 
 
 def _identity(t: Tensor) -> tuple[Any, ...] | None:
-    """What tells two live tensors apart: address, shape, strides, dtype, and whether it stands for its conjugate or negative."""
+    """What tells two live tensors apart: address, shape, strides, dtype, and whether it stands for its conjugate or
+    negative.
+    """
     if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.numel() == 0:
         return None
     return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.is_conj(), t.is_neg()

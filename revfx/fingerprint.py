@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,9 @@ def key(value: Any, depth: int = 0) -> Any:
 
 
 def _plain(value: object) -> bool:
-    """Whether `value` is an object whose state is its attributes, such as a configuration; not one of torch's or Python's own."""
+    """Whether `value` is an object whose state is its attributes, such as a configuration; not one of torch's or
+    Python's own.
+    """
     special = (type, nn.Module, types.ModuleType, types.FunctionType, types.MethodType)
     library = type(value).__module__.partition(".")[0]
     own = getattr(value, "__dict__", None)
@@ -66,7 +68,9 @@ _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_param
 
 
 def attributes(module: nn.Module) -> tuple[Any, ...]:
-    """What one module's own code may read: plain attributes, children, which tensors it has; and whether it has hooks."""
+    """What one module's own code may read: plain attributes, children, which tensors it has; and whether it has
+    hooks.
+    """
     d = vars(module)
     plain = tuple([(k, key(v)) for k, v in d.items() if k not in _SKIPPED])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
@@ -86,7 +90,9 @@ def name_of(module: nn.Module) -> str:
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
-    """A key that two modules share when running them on fake tensors gives the same: class, attributes, shapes, children."""
+    """A key that two modules share when running them on fake tensors gives the same: class, attributes, shapes,
+    children.
+    """
     d = vars(module)
     plain = tuple((k, key(v)) for k, v in d.items() if k not in _SKIPPED)
     tensors = tuple(
@@ -105,12 +111,13 @@ class Snapshot:
     modules: Sequence[nn.Module]
     tables: Sequence[tuple[dict[str, Any], ...]]
     keys: Sequence[Any]
+    held: Sequence[tuple[Any, Any]]
 
     @staticmethod
     def of(modules: Sequence[nn.Module]) -> Snapshot:
         """A snapshot of `modules`."""
         tables = [(dict(vars(m)), dict(_torch.parameters(m)), dict(_torch.buffers(m)), dict(_torch.children(m))) for m in modules]
-        return Snapshot(modules, tables, [_contents(m) for m in modules])
+        return Snapshot(modules, tables, [_contents(m) for m in modules], held(vars(m) for m in modules))
 
     def changed(self) -> tuple[int, str] | None:
         """(which module, the name of its attribute that is not what it was), or None."""
@@ -126,12 +133,33 @@ class Snapshot:
         return None
 
     def restore(self) -> None:
-        """None; every table holds again what it held (contents of lists and dicts excepted)."""
+        """None; every table holds again what it held, and so do lists, dicts and sets in them."""
+        put_back(self.held)
         for m, before in zip(self.modules, self.tables, strict=True):
             for old, new in zip(before, (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m)), strict=True):
                 if old.keys() != new.keys() or any(old[k] is not new[k] for k in old):
                     new.clear()
                     new.update(old)
+
+
+def held(tables: Iterable[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """The lists, dicts and sets among the attributes in `tables`, each with a copy of what is in it."""
+    values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
+    return [(v, v.copy()) for v in values if isinstance(v, (list, dict, set))]
+
+
+def put_back(containers: Iterable[tuple[Any, Any]]) -> None:
+    """None; each container holds again what its copy holds."""
+    for container, before in containers:
+        now, then = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, before))
+        if len(now) != len(then) or any(a is not b for a, b in zip(_flat(now), _flat(then), strict=True)):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _flat(items: list[Any]) -> list[Any]:
+    """The items, those of dicts as keys and values."""
+    return [x for item in items for x in (item if type(item) is tuple else (item,))]
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def storing() -> bool:
 
 
 def runs_plain(inputs: Iterable[Tensor]) -> bool:
-    """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, fake inputs."""
+    """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, fake
+    inputs.
+    """
     return (
         not torch.is_grad_enabled()
         or _storing.get()

@@ -1,9 +1,9 @@
 """Where rounding would grow too much, or a factor comes too near to zero, a cut is kept instead of regenerated.
 
 Inverting `v = c*v + ...` multiplies rounding errors by 1/|c|. For factors that are data the root mean square of 1/|c|
-over the elements is measured while the forward runs. What a rounding error has grown to along each stream since the last
-kept cut, times the dtype's eps, may reach a tolerance (default sqrt(eps)), less a margin; a factor whose smallest magnitude lies under the same tolerance,
-or that is not finite, is not divided by at all.
+over the elements is measured while the forward runs. What a rounding error has grown to along each stream since the
+last kept cut, times the dtype's eps, may reach a tolerance (default sqrt(eps)), less a margin; a factor whose
+smallest magnitude lies under the same tolerance, or that is not finite, is not divided by at all.
 """
 
 from __future__ import annotations

@@ -169,7 +169,9 @@ class _Search:
         return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
 
     def _close(self, error: Untraceable, more: frozenset[str]) -> None:
-        """Leaves whole the module at fault and its like; all that was just opened where it can't be told which it was."""
+        """Leaves whole the module at fault and its like; all that was just opened where it can't be told which it
+        was.
+        """
         at_fault = [error.path] if error.path is not None and error.path in more else list(more)
         kinds = {type(self.modules[p]) for p in at_fault}
         for path in more:

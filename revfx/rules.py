@@ -53,7 +53,8 @@ class Inverse:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Output `part` of the operation is `whole` restricted to `index` along `dim`; `squeezed` where that dim is gone."""
+    """Output `part` of the operation is `whole` restricted to `index` along `dim`; `squeezed` where that dim is gone.
+    """
 
     whole: Any
     dim: int
@@ -159,7 +160,8 @@ def scaled(value: Tensor, alpha: float) -> Tensor:
     return value if alpha == 1 else alpha * value
 
 
-# --- arithmetic: y = a + alpha*b and its relatives ---------------------------------------------------------------------
+# --- arithmetic: y = a + alpha*b and its relatives
+# ---------------------------------------------------------------------
 @register_inverse(torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd)
 def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
@@ -278,7 +280,8 @@ def meta(node: Any) -> Tensor:
     return node.meta["val"]
 
 
-# --- operations that have no inverse, with the words a refusal uses ----------------------------------------------------
+# --- operations that have no inverse, with the words a refusal uses
+# ----------------------------------------------------
 NOT_INJECTIVE = {
     "relu": "maps all negative numbers to 0",
     "gelu": "is not monotone",

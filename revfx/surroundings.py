@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.errors import RegenerationError
+from revfx.fingerprint import held, put_back
 
 
 _swapping = threading.RLock()  # two threads that put the same module's buffers back must not overlap
@@ -211,6 +212,7 @@ class Surroundings:
     def _restored(self) -> Iterator[None]:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         attributes = [(holder, dict(holder)) for holder, _ in self.reads.plain]
+        containers = held(holder for holder, _ in self.reads.plain)
         random = Random.now(self.random.device) if self.random is not None else None
         for h in self.reads.tensors:
             if h.clone is None and h.changed():
@@ -238,5 +240,6 @@ class Surroundings:
                 for key in holder.keys() - before.keys():
                     del holder[key]
                 holder.update(before)
+            put_back(containers)
             if random is not None:
                 random.restore()

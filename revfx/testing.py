@@ -21,7 +21,9 @@ from revfx.mode import store_activations as store_activations
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step takes beyond what was there: `kept` after the forward, `peak` in forward and backward."""
+    """Bytes that a training step takes beyond what was there: `kept` after the forward, `peak` in forward and
+    backward.
+    """
 
     kept: int
     peak: int
@@ -126,8 +128,8 @@ def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
 def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
     """By layer, the relative error of each value that one step back gives, in the given dtype and in fp64.
 
-    `target` is a converted model, a `RevBlock`, or the operation of a rule in the table (then `inputs` are its operands,
-    and every direction that the rule yields is solved and compared).
+    `target` is a converted model, a `RevBlock`, or the operation of a rule in the table (then `inputs` are its
+    operands, and every direction that the rule yields is solved and compared).
 
     Raises:
         AssertionError: an error above `rtol` (default: 1e3 eps of the dtype); it names the worst layer.

@@ -448,7 +448,8 @@ def test_unclamped_exp_is_finite_and_right_wherever_plain_is(scale: float, dtype
     assert conversion(converted).plans[0].regions
 
 
-# --- what is reversible although something else reads it ---------------------------------------------------------------
+# --- what is reversible although something else reads it
+# ---------------------------------------------------------------
 class UsedElsewhere(Pairs):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         a, b = x.chunk(2, -1)
