@@ -114,7 +114,8 @@ def fit(steps: int, gradients: int) -> tuple[float, float, float, float]:
 
     with tqdm(total=gradients, disable=None, leave=False) as bar:
         optimizer.step(evaluate)
-    print(f"{len(losses):10}{losses[-1]:12.1e}{errors[-1]:20.1e}")
+    if len(losses) % 5 != 1:
+        print(f"{len(losses):10}{losses[-1]:12.1e}{errors[-1]:20.1e}")
     return losses[0], losses[-1], errors[0], errors[-1]
 
 
@@ -133,7 +134,8 @@ def main() -> None:
     for steps in (longest // 4, longest // 2, longest):
         c = measure(steps)
         cells = (mb(c.plain.peak), mb(c.revfx.peak), ms(c.plain_time), ms(c.revfx_time))
-        print(f"{steps:6}" + "".join(f"{cell:>13}" for cell in cells) + f"{c.first_call:11.2f} s{c.difference:18.1e}")
+        row = "".join(f"{cell:>13}" for cell in cells)
+        print(f"{steps:6}{row}{c.first_call:11.2f} s{c.difference:18.1e}")
         found.append(c)
 
     print(f"\n{'gradients':>10}{'misfit':>12}{'stiffness off by':>20}")

@@ -15,7 +15,7 @@ import argparse
 import time
 
 import torch
-from _report import compare, print_comparison, require
+from _report import compare, mb, print_comparison, require
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -137,6 +137,9 @@ def main() -> None:
     print(f"{len(x)} digits to train, {len(x_test)} to test; {weights} weights")
     measured = compare(model, lambda m: F.cross_entropy(m(x[:BATCH]), y[:BATCH]))
     print_comparison(measured)
+    deeper = RevNet(width, 2 * couplings)
+    deep = compare(deeper, lambda m: F.cross_entropy(m(x[:BATCH]), y[:BATCH]), repeats=1)
+    print(f"twice as deep: peak {mb(deep.plain.peak)} plain, {mb(deep.revfx.peak)} with revfx")
 
     per_epoch = len(x) // BATCH
     runs = make_runs(width, couplings, epochs * per_epoch)
@@ -161,6 +164,7 @@ def main() -> None:
     print(f"training took {plain.seconds:.1f} s plain, {converted.seconds:.1f} s with revfx")
 
     require(measured.difference < 1e-4, "the gradients are plain autograd's up to rounding")
+    require(deep.revfx.peak < 1.1 * measured.revfx.peak, "the peak memory is flat in depth")
     require(measured.saving > 2, "the peak memory is less than half of plain's")
     wanted = 0.9 if args.short else 0.97
     require(min(right) >= wanted, f"both models name {wanted:.0%} of the test digits rightly")

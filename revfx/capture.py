@@ -26,8 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.fingerprint import Snapshot, structure
+from revfx.fingerprint import Snapshot, held, put_back, structure
 from revfx.inplace import functionalise
+from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, has_atoms
 from revfx.rules import op_name
 
@@ -79,6 +80,8 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
         recorder = _Recorder(root, opened)
         watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
         before, drawn = Snapshot.of([m for _, m in watched]), [*_generators(), _torchs_generator()]
+        outside = Outside.of([m for _, m in watched], forward)
+        read, containers = outside.state(), held(Outside.of(root.modules(), forward).tables())
         try:
             with _patched(), recorder.active():
                 fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
@@ -89,6 +92,8 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
                     f"its forward sets `{changed[1]}`, which a recorded graph would not repeat",
                     path=watched[changed[0]][0],
                 )
+            if outside.state() != read:
+                raise Untraceable("its forward changes a global or a variable that it closes over, which a recorded graph would not repeat")
             for (name, *_, then), (*_, now) in zip(drawn, [*_generators(), _torchs_generator()], strict=True):
                 if now != then:
                     raise Untraceable(f"its forward draws from {name} or seeds it, which a recorded graph would not repeat")
@@ -98,6 +103,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
             raise _untraceable(e, recorder.stack[-1]) from e
         finally:
             before.restore()
+            put_back(containers)
             _restore(drawn)
 
 

@@ -34,7 +34,7 @@ class Outside:
         """What `forward` and the methods and function attributes of `modules` may read."""
         found, seen = Outside(), set[int]()
         kinds: set[type] = set()
-        stack: list[Any] = [forward]
+        stack: list[Any] = [getattr(forward, "func", forward)]
         for module in modules:
             kinds.update(c for c in type(module).__mro__ if _followed(c))
             stack.extend(v for v in vars(module).values() if isinstance(v, _CODE))
@@ -60,6 +60,10 @@ class Outside:
     def _note(self, table: Mapping[str, Any], name: str) -> Any:
         self.named[id(table), name] = (table, name)
         return table[name]
+
+    def tables(self) -> list[dict[str, Any]]:
+        """The values, as tables of attributes."""
+        return [{n: t.get(n)} for t, n in self.named.values()] + [{"": _content(c)} for c in self.cells.values()]
 
     def state(self) -> tuple[Any, ...]:
         """A key that changes when one of the values does."""

@@ -215,7 +215,7 @@ class _Search:
         tied = [(self.modules[a[0]], a[1], self.modules[b[0]], b[1]) for a, b in captured.tied]
         readable = self._readable(captured)
         state = [(m, fingerprint.attributes(m)) for m in readable]
-        outside = Outside.of(readable, getattr(self.forward, "func", self.forward))
+        outside = Outside.of(readable, self.forward)
         return Plan(
             lowered, captured, segments(lowered.program, regions), {r.start: RegionPlan(lowered.program, r) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
