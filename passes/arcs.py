@@ -131,9 +131,15 @@ class _Lowering:
         if rule is None:
             refused = {v: f"`{name}` {why_none(name)}" for v in ins if not self.values[v].source}
         return Op(
-            name=name, ins=ins, outs=outs, arcs=tuple(arcs), refused=tuple((v, r) for v, r in refused.items() if v not in solved),
-            where=node.meta.get("where", ""), barrier=node.meta.get("barrier"), opaque=rule is None or node.op == "call_module",
-        )  # fmt: skip
+            name=name,
+            ins=ins,
+            outs=outs,
+            arcs=tuple(arcs),
+            refused=tuple((v, r) for v, r in refused.items() if v not in solved),
+            where=node.meta.get("where", ""),
+            barrier=node.meta.get("barrier"),
+            opaque=rule is None or node.op == "call_module",
+        )
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
         """The arc of one direction, or why its domain does not hold."""
@@ -159,7 +165,8 @@ class _Lowering:
             barred = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
         return Arc(
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
-            solve=_filled(inverse.by, constants) if constants else inverse.by, exact=inverse.exact, barred=barred, suspect=atoms == PERHAPS,
+            solve=_filled(inverse.by, constants) if constants else inverse.by,
+            exact=inverse.exact, barred=barred, suspect=atoms == PERHAPS,
             factor=factor[0], measured=factor[1], reciprocal=inverse.reciprocal,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
         )  # fmt: skip

@@ -24,9 +24,9 @@ MAKERS = frozenset(
     topk sort cummax cummin quantile median mode pad bernoulli""".split()
 )
 MIXERS = frozenset(
-    """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d bilinear
-    layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward rand randn randn_like
-    rand_like normal lstm gru rnn_tanh tensordot outer mv dot""".split()
+    """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    bilinear layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward rand
+    randn randn_like rand_like normal lstm gru rnn_tanh tensordot outer mv dot""".split()
 )
 PICKS = frozenset("getitem __getitem__ index_select gather take take_along_dim".split())
 SUMS = frozenset(

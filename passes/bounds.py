@@ -97,8 +97,10 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "reciprocal": _reciprocal,
     "__neg__": _neg,
 } | dict.fromkeys(
-    ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "permute", "transpose", "detach",
-     "expand", "expand_as", "flip", "roll", "getitem", "__getitem__", "chunk", "split", "narrow", "select", "unbind", "float", "double",
+    ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone",
+     "permute", "transpose", "detach",
+     "expand", "expand_as", "flip", "roll", "getitem", "__getitem__", "chunk", "split", "narrow", "select",
+     "unbind", "float", "double",
      "repeat"),
     lambda a: a,
 )  # fmt: skip

@@ -79,6 +79,7 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
         op = program.ops[i]
         readers = [program.ops[u] for u in program.users[head] if u != i and stuck.start <= u < stuck.stop]
         via = f", and `{readers[0].name}` of it" if readers else ""
-        reason = f"`{program.values[head].name}` is added to something computed from itself{via}: solving for it would need it"
+        name = program.values[head].name
+        reason = f"`{name}` is added to something computed from itself{via}: solving for it would need it"
         return [Refusal(reason, op.name, op.where)]
     return []

@@ -33,6 +33,11 @@ class Half:
     solve: Callable[..., Tensor]
     rounding: Arc | None
 
+    @property
+    def factor(self) -> float | int | None:
+        """The factor that `solve` divides by."""
+        return None if self.rounding is None else self.rounding.factor
+
 
 ArcOf = Callable[[fx.Node, Inverse], Arc | str]
 
@@ -51,7 +56,7 @@ def masked_arcs(
     for (whole, mask), found in halves.items():
         if whole.op != "get_attr":
             for inside in (h for h in found if h.value):
-                for outside in (h for h in found if not h.value):
+                for outside in (h for h in found if not h.value and (h.factor is None or inside.factor is None)):
                     yield _join(index, whole, mask, inside, outside, arc_of)
     for y, sides in selects.items():
         for m in sides:
@@ -86,13 +91,14 @@ def _spread(
     halves.setdefault((whole, mask), []).append(known)
     for m in selects.get(whole, []):
         if m.mask is mask and m.value == known.value:
-            _spread(m.whole, mask, replace(known, at=min(known.at, position[whole])), depth, selects, position, arc_of, halves)
+            earlier = replace(known, at=min(known.at, position[whole]))
+            _spread(m.whole, mask, earlier, depth, selects, position, arc_of, halves)
     rule = rule_for(whole) if whole in position and depth and whole not in selects else None
     for inverse in rule(whole) if rule is not None and whole.meta.get("barrier") is None else ():
-        if not isinstance(inverse, Inverse) or not isinstance(inverse.solves, fx.Node) or not _elementwise(inverse, whole):
+        if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
             continue
         arc = arc_of(whole, inverse)
-        if isinstance(arc, str) or (arc.factor is not None and known.rounding is not None and known.rounding.factor is not None):
+        if isinstance(arc, str) or (arc.factor is not None and known.factor is not None):
             continue
         given = tuple(g for g in inverse.given if isinstance(g, fx.Node))
         more = Half(
@@ -107,7 +113,7 @@ def _spread(
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
     """Whether the inverse works on each element alone: all that rounds does; of the exact ones only a sign."""
-    return not inverse.exact or node.target in ("neg", torch.neg)
+    return isinstance(inverse.solves, fx.Node) and (not inverse.exact or node.target in ("neg", torch.neg))
 
 
 def _alike(whole: fx.Node, node: fx.Node) -> bool:
@@ -121,7 +127,7 @@ def _join(
     tail = (*inside.tail, *outside.tail, mask)
     solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
     rounding = inside.rounding or outside.rounding
-    if inside.rounding is not None and outside.rounding is not None and outside.rounding.factor is not None:
+    if outside.factor is not None:  # at most one of them divides
         rounding = outside.rounding
     made = Arc(index[whole], tuple(index[n] for n in tail), solve, exact=rounding is None, text=_text(whole, tail))
     if rounding is not None:
@@ -136,9 +142,7 @@ def _join(
     return min(inside.at, outside.at), (made,)
 
 
-def _refill(
-    index: Mapping[fx.Node, int], y: fx.Node, m: Masked, half: Half, at: int
-) -> tuple[int, tuple[Arc, ...]]:
+def _refill(index: Mapping[fx.Node, int], y: fx.Node, m: Masked, half: Half, at: int) -> tuple[int, tuple[Arc, ...]]:
     fill = (m.other,) if isinstance(m.other, fx.Node) else ()
     tail = (*half.tail, m.mask, *fill)
     solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)

@@ -60,7 +60,7 @@ def _without(program: Program, order: Sequence[Derivation], have: set[int]) -> l
 
 
 def amplification(step: Step, before: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
-    """How large a rounding error of 1 at the last kept cut has grown, per value of the step, given the same for its entry.
+    """How large a rounding error of 1 at the last kept cut has grown, per value of the step, from that of its entry.
 
     Along each stream an inverse multiplies the error by 1/|factor| (as declared, or as measured while the forward
     ran). One that amplifies also adds a rounding of its own: over n steps of amplification a that sums to (a^n -

@@ -42,8 +42,9 @@ def rev_block(
 ) -> tuple[Tensor, Tensor]:
     """(y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
 
-    Forward, per layer: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; the backward computes `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`,
-    up to rounding. x1 and x2 may have different shapes as long as f maps x2 to x1's and g maps y1 to x2's.
+    Forward, per layer: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; the backward computes `x2 = y2 - g(y1)`,
+    `x1 = y1 - f(x2)`, up to rounding. x1 and x2 may have different shapes as long as f maps x2 to x1's and g maps y1 to
+    x2's.
 
     Args:
         x1, x2: floating-point tensors.
@@ -131,8 +132,8 @@ def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
         functions: list[Any] = list(f)
         if len(functions) != num_layers:
             raise ValueError(
-                f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one function"
-                " for all layers, or one per layer."
+                f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one"
+                " function for all layers, or one per layer."
             )
     else:
         functions = [f] * num_layers
@@ -156,7 +157,8 @@ def _per_layer(name: str, f: Any, num_layers: int) -> Any:
         wrong = next((m for m in functions if not isinstance(m, nn.Module)), None)
         if wrong is not None:
             raise TypeError(
-                f"`{name}` is called without arguments to make each layer's module; it returned a {type(wrong).__name__}."
+                f"`{name}` is called without arguments to make each layer's module; it returned a"
+                f" {type(wrong).__name__}."
             )
     else:
         functions = [f] * num_layers
@@ -194,8 +196,8 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
     ):
         name, x = wrong[0]
         raise TypeError(
-            f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed. Convert it"
-            f" (`{name}.float()`), or call it under `torch.no_grad()`."
+            f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."
+            f" Convert it (`{name}.float()`), or call it under `torch.no_grad()`."
         )
 
 

@@ -37,7 +37,7 @@ watching: ContextVar[Watch | None] = ContextVar("revfx_watching", default=None) 
 
 @dataclass(eq=False, slots=True)
 class Handle:
-    """Stands for the k-th tensor that autograd saved during operation `op`; `value` where that is a value of the program.
+    """Stands for the k-th tensor that autograd saved during operation `op`; `value` where that is a program value.
 
     `spoilt`: the operation wrote to the tensor after autograd had saved it, which only matters if it is asked for.
     """
@@ -192,8 +192,8 @@ class RegionRun:
         for v, version in zip(data, before, strict=True):
             if _torch.version(env[v]) != version:
                 raise NotReversibleError(
-                    f"`{call.name}` ({op.where or 'unknown place'}) writes to its input in place, so the value that the next"
-                    " operations read can't be regenerated. Let it work on a copy (`x.clone()`)."
+                    f"`{call.name}` ({op.where or 'unknown place'}) writes to its input in place, so the value that"
+                    " the next operations read can't be regenerated. Let it work on a copy (`x.clone()`)."
                 )
         exit = self.region.steps[self.plan.step_of[index]].exit
         for v, t in zip(op.outs, outs, strict=True):
@@ -242,8 +242,8 @@ class RegionRun:
             return self.fresh[handle.k][1].detach()
         if handle.spoilt:
             raise RegenerationError(
-                f"a tensor that `{self.calls[handle.op].name}` needs for its gradient was modified by an inplace operation in"
-                " it, after autograd had saved it. Plain autograd refuses this too."
+                f"a tensor that `{self.calls[handle.op].name}` needs for its gradient was modified by an inplace"
+                " operation in it, after autograd had saved it. Plain autograd refuses this too."
             )
         with self.lock:
             task = _torch.graph_task_id()
@@ -283,9 +283,9 @@ class RegionRun:
         for v, t, version in self.versions:
             if _torch.version(t) != version:
                 raise RegenerationError(
-                    f"`{self.program.values[v].name}`, which the region {self._where()} keeps to regenerate its activations, was"
-                    " modified in place between the forward and the backward. Work on a copy (`y.clone()`), or keep the"
-                    " activations with `revfx.testing.store_activations()`."
+                    f"`{self.program.values[v].name}`, which the region {self._where()} keeps to regenerate its"
+                    " activations, was modified in place between the forward and the backward. Work on a copy"
+                    " (`y.clone()`), or keep the activations with `revfx.testing.store_activations()`."
                 )
 
     def _where(self) -> str:
@@ -387,10 +387,10 @@ class RegionRun:
         before = self.saved_meta.get(index, [])
         if metas != before or any(tuple(t.shape) != self.layout[v][0] for v, t in zip(op.outs, outs, strict=True)):
             raise RegenerationError(
-                f"`{call.name}` ({op.where or 'unknown place'}) did not return the same shapes and save the same tensors when it"
-                f" was run again for the backward: {len(before)} saved in the forward, {len(metas)} now, or other shapes. It"
-                " branches on values that rounding can flip, or depends on state that changed since. Keep its activations with"
-                " `revfx.testing.store_activations()`, or make it deterministic."
+                f"`{call.name}` ({op.where or 'unknown place'}) did not return the same shapes and save the same"
+                f" tensors when it was run again for the backward: {len(before)} saved in the forward, {len(metas)} now, or"
+                " other shapes. It branches on values that rounding can flip, or depends on state that changed since. Keep"
+                " its activations with `revfx.testing.store_activations()`, or make it deterministic."
             )
         if capture:
             self.captures[index] = [*saved]

@@ -9,7 +9,7 @@ from revfx.rules import op_name
 
 
 FUNCTIONAL = frozenset(
-    "add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt __iadd__".split()
+    "add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt".split()
 )
 
 

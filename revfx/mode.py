@@ -17,7 +17,7 @@ _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
 
 @contextlib.contextmanager
 def store_activations() -> Generator[None]:
-    """A context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary autograd storage.
+    """A context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary storage.
 
     The oracle of every test of revfx, and the way out where a region can't be regenerated.
     """

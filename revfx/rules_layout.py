@@ -34,7 +34,8 @@ def _ints(args: Sequence[Any]) -> list[int]:
 
 @register_inverse(
     torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.ravel, torch.clone,
-    "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "contiguous", "clone",
+    "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "contiguous",
+    "clone",
     torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
 )  # fmt: skip
 def reshape(node: fx.Node) -> Iterator[Direction]:
