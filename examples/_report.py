@@ -32,7 +32,6 @@ class Comparison:
     first_call: float
     difference: float
     same_rng: bool
-    converted: nn.Module
 
     @property
     def saving(self) -> float:
@@ -52,17 +51,16 @@ def compare(model: nn.Module, loss: Loss, *, repeats: int = 7, seed: int = 0) ->
     first_call = time.perf_counter() - start
     want, want_rng = _gradients(plain, loss, seed)
     difference = max(relative_error(g, w) for g, w in zip(got, want, strict=True))
-    memory = [measure_memory(lambda m=m: loss(m)) for m in (plain, converted)]
+    memory = measure_memory(lambda: loss(plain)), measure_memory(lambda: loss(converted))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for m, spent in zip((plain, converted), times, strict=True):
             start = time.perf_counter()
             loss(m).backward()
             spent.append(time.perf_counter() - start)
-    return Comparison(
-        *memory, *(statistics.median(t) for t in times), first_call, difference,
-        torch.equal(got_rng, want_rng), converted,
-    )  # fmt: skip
+    spent_plain, spent_revfx = (statistics.median(t) for t in times)
+    same_rng = torch.equal(got_rng, want_rng)
+    return Comparison(*memory, spent_plain, spent_revfx, first_call, difference, same_rng)
 
 
 def _gradients(model: nn.Module, loss: Loss, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -40,6 +40,8 @@ class Springs(nn.Module):
 class Chain(nn.Module):
     """The motion of the chain, as a function of its stiffness at `knots` points (linear in between)."""
 
+    m: Tensor
+
     def __init__(self, steps: int, knots: int = 16, h: float = 0.3) -> None:
         super().__init__()
         self.steps, self.h = steps, h
@@ -83,7 +85,7 @@ def fit(steps: int, gradients: int) -> tuple[float, float, float, float]:
     """First and last loss, and the error (relative) of the stiffness before and after, by L-BFGS."""
     truth = Chain(steps)
     with torch.no_grad():
-        truth.log_stiffness += 0.2 * torch.sin(torch.linspace(0.0, 7.0, len(truth.log_stiffness)))
+        truth.log_stiffness.add_(0.2 * torch.sin(torch.linspace(0.0, 7.0, len(truth.log_stiffness))))
         seen = truth(*plucks())
         hidden = truth.stiffness()
     model = Chain(steps)

@@ -32,6 +32,7 @@ PICKS = frozenset("getitem __getitem__ index_select gather take take_along_dim".
 SUMS = frozenset(
     "add sub subtract rsub lerp addcmul addcdiv addcmul __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__".split()
 )
+PRODUCTS = frozenset("mul multiply div divide true_divide __mul__ __rmul__ __rdiv__ __truediv__".split())
 JOINS = frozenset("cat concat concatenate stack hstack vstack dstack".split())
 
 
@@ -39,9 +40,7 @@ NONE, PERHAPS, CERTAIN = 0, 1, 2
 
 
 def has_atoms(name: str, operands: Iterable[int]) -> int:
-    """NONE, PERHAPS (to be counted at run time) or CERTAIN atoms in the result of `name`, given those of its
-    operands.
-    """
+    """NONE, PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such operands."""
     bare = name if name.endswith("__") else name.rstrip("_")
     operands = list(operands)
     if bare in MAKERS:
@@ -52,7 +51,9 @@ def has_atoms(name: str, operands: Iterable[int]) -> int:
         return operands[0]
     if bare in JOINS and min(operands) < max(operands):
         return PERHAPS  # one part has atoms, another none: whichever is taken out again is counted
-    return min(*operands, PERHAPS) if bare in SUMS else max(operands)
+    if bare in SUMS:
+        return min(*operands, PERHAPS)
+    return min(PERHAPS, max(operands)) if bare in PRODUCTS else max(operands)
 
 
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -58,6 +58,21 @@ class AffineExp(Pairs):
         return torch.cat([a, b], -1), log_det
 
 
+class HalfPerBlock(nn.Module):
+    """One half changes per block and the halves are swapped by `cat`, as in RealNVP and Glow."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(mlp() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, net in enumerate(self.nets):
+            a, b = x.chunk(2, -1)
+            b = b * torch.exp(0.1 * torch.tanh(net(a)))
+            x = torch.cat([b + net(a) if i % 2 else b, a], -1)
+        return x
+
+
 class AffineSigmoid(Pairs):
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
@@ -321,6 +336,7 @@ ZOO: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], tuple[Tensor, .
     "additive": (Additive, vectors),
     "in place": (InPlace, vectors),
     "affine exp": (AffineExp, vectors),
+    "half per block": (HalfPerBlock, vectors),
     "affine sigmoid": (AffineSigmoid, vectors),
     "momentum": (Momentum, vectors),
     "leapfrog": (Leapfrog, vectors),
