@@ -169,6 +169,7 @@ class _Lowering:
             exact=inverse.exact, barred=barred, suspect=atoms == PERHAPS,
             factor=factor[0], measured=factor[1], reciprocal=inverse.reciprocal,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
+            partial=a.numel() < y.numel(),
         )  # fmt: skip
 
     def _factor(self, inverse: Inverse) -> tuple[float | int | None, bool] | str:

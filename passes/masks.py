@@ -129,7 +129,8 @@ def _join(
     rounding = inside.rounding or outside.rounding
     if outside.factor is not None:  # at most one of them divides
         rounding = outside.rounding
-    made = Arc(index[whole], tuple(index[n] for n in tail), solve, exact=rounding is None, text=_text(whole, tail))
+    values = tuple(index[n] for n in tail)
+    made = Arc(index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True)
     if rounding is not None:
         made = replace(
             made,
@@ -148,7 +149,8 @@ def _refill(index: Mapping[fx.Node, int], y: fx.Node, m: Masked, half: Half, at:
     solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)
     exact = half.rounding is None
     barred = None if exact else "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
-    return min(at, half.at), (Arc(index[y], tuple(index[n] for n in tail), solve, exact, barred, text=_text(y, tail)),)
+    values = tuple(index[n] for n in tail)
+    return min(at, half.at), (Arc(index[y], values, solve, exact, barred, text=_text(y, tail), partial=True),)
 
 
 def _text(head: fx.Node, tail: Sequence[fx.Node]) -> str:

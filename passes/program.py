@@ -43,6 +43,7 @@ class Arc:
     `suspect`: only if it is seen to hold few exact zeros while the forward runs). The solved operand
     was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
+    `partial`: the result holds other elements as well, so it may have atoms where the head has none.
     """
 
     head: int
@@ -55,6 +56,7 @@ class Arc:
     measured: bool = False
     reciprocal: bool = False
     text: str = ""
+    partial: bool = False
 
     @property
     def amplification(self) -> float:

@@ -9,15 +9,11 @@ behind (attributes, hooks, draws from Python's generator) makes it untraceable, 
 from __future__ import annotations
 
 import operator
-import random
-import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.fingerprint import Snapshot, held, put_back, structure
+from revfx.ambient import ambient_state, generators, restore, torchs_generator, where, where_raised
+from revfx.fingerprint import Seen, Snapshot, held, put_back, structure
 from revfx.inplace import functionalise
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, has_atoms
@@ -67,7 +64,6 @@ EFFECTS = frozenset(
 )
 _lock = threading.Lock()
 _local = threading.local()
-_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]) -> Capture:
@@ -79,7 +75,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     with _lock:
         recorder = _Recorder(root, opened)
         watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
-        before, drawn = Snapshot.of([m for _, m in watched]), [*_generators(), _torchs_generator()]
+        before, drawn = Snapshot.of([m for _, m in watched]), [*generators(), torchs_generator()]
         outside = Outside.of([m for _, m in watched], forward)
         read, containers = outside.state(), held(Outside.of(root.modules(), forward).tables())
         try:
@@ -93,10 +89,15 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
                     path=watched[changed[0]][0],
                 )
             if outside.state() != read:
-                raise Untraceable("its forward changes a global or a variable that it closes over, which a recorded graph would not repeat")
-            for (name, *_, then), (*_, now) in zip(drawn, [*_generators(), _torchs_generator()], strict=True):
+                raise Untraceable(
+                    "its forward changes a global or a variable that it closes over, which a recorded graph would not"
+                    " repeat"
+                )
+            for (name, *_, then), (*_, now) in zip(drawn, [*generators(), torchs_generator()], strict=True):
                 if now != then:
-                    raise Untraceable(f"its forward draws from {name} or seeds it, which a recorded graph would not repeat")
+                    raise Untraceable(
+                        f"its forward draws from {name} or seeds it, which a recorded graph would not repeat"
+                    )
             with _torch.no_torch_function():
                 return recorder.finish(result)
         except Exception as e:
@@ -104,11 +105,11 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
         finally:
             before.restore()
             put_back(containers)
-            _restore(drawn)
+            restore(drawn)
 
 
 def _untraceable(error: Exception, path: str) -> Untraceable:
-    where = _where_raised(error)
+    where = where_raised(error)
     if isinstance(error, Untraceable):
         return Untraceable(error.reason, error.where or where, path if error.path is None else error.path)
     if isinstance(error, _torch.DATA_DEPENDENT):
@@ -145,7 +146,7 @@ class _Recorder(TorchFunctionMode):
         self.suspended = 0
         self.generation: dict[int, int] = {}
         self.inputs: list[int] = []
-        self.memo: dict[Any, _Seen | None] = {}
+        self.memo: dict[Any, Seen | None] = {}
         self.ambient = ambient_state()
         self.stack: list[str] = [""]
 
@@ -291,7 +292,7 @@ class _Recorder(TorchFunctionMode):
             return out
         node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
         node = self.graph.create_node(kind, target, node_args, node_kwargs)
-        node.meta.update(meta, where=_where(), opaque=meta.get("opaque", False), scope=self.stack[-1])
+        node.meta.update(meta, where=where(), opaque=meta.get("opaque", False), scope=self.stack[-1])
         if (ambient := ambient_state()) != self.ambient:
             node.meta["ambient"] = ambient
         if any(isinstance(x, torch.Generator) for x in pytree.tree_leaves((args, kwargs))):
@@ -373,19 +374,19 @@ class _Recorder(TorchFunctionMode):
             if any(not isinstance(x, (Tensor, type(None))) for x in pytree.tree_leaves(out)):
                 raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts")
             if not mutated:
-                self.memo[key] = _Seen.of(out, [t for t, _ in versions], atoms)
+                self.memo[key] = Seen.of(out, [t for t, _ in versions], atoms)
             return self.record("call_module", path, args, kwargs, out, mutated, atoms=atoms, opaque=True)
 
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `module` returns on fakes; what its Python code leaves behind is undone."""
-        before, drawn = Snapshot.of(list(module.modules())), _generators()
+        before, drawn = Snapshot.of(list(module.modules())), generators()
         self.suspended += 1
         try:
             return module.forward(*args, **kwargs)
         finally:
             self.suspended -= 1
             before.restore()
-            _restore(drawn)
+            restore(drawn)
 
     def _fakes_of(self, out: Any) -> Any:
         self.suspended += 1
@@ -410,39 +411,6 @@ class _Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             mutated = [t for t, v in versions if _torch.version(t) != v]
             return self.record("call_function", function.apply, args, kwargs, out, mutated, opaque=True)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What a module gave on fake arguments: enough to make the like for another module of the same structure."""
-
-    metas: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    atoms: int
-
-    @staticmethod
-    def of(out: Any, inputs: list[Tensor], atoms: int) -> _Seen | None:
-        """None where results share memory with arguments or each other, which fresh ones would not."""
-        leaves, spec = pytree.tree_flatten(out)
-        made = [t for t in leaves if isinstance(t, Tensor)]
-        if any(t.layout != torch.strided for t in (*made, *inputs)):
-            return None
-        if any(t.requires_grad and t.clone().stride() != t.stride() for t in made):
-            return None
-        keys = [_torch.storage_key(t) for t in made]
-        if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
-            return None
-        metas = [None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves]
-        return _Seen(tuple(metas), spec, atoms)
-
-    def fresh(self) -> Any:
-        """New fake results."""
-        made = [
-            None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=m[3], requires_grad=m[4])
-            for m in self.metas
-        ]
-        made = [t.clone() if t is not None and t.requires_grad else t for t in made]  # a leaf could not be written to
-        return pytree.tree_unflatten(made, self.spec)
 
 
 # --- patches, active for the capturing thread only
@@ -472,35 +440,14 @@ def _patched() -> Generator[None]:
         def patched_set(state: Tensor) -> None:  # what `fork_rng` ends with
             recorder = getattr(_local, "recorder", None)
             if recorder is not None and not recorder.suspended:
-                raise Untraceable("its forward sets the state of torch's generator, which a recorded graph would not repeat")
+                raise Untraceable(
+                    "its forward sets the state of torch's generator, which a recorded graph would not repeat"
+                )
             set_rng_state(state)
 
         torch.set_rng_state = patched_set
         stack.callback(setattr, torch, "set_rng_state", set_rng_state)
         yield
-
-
-RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, what sets its state, the state, a form to compare
-
-
-def _generators() -> list[RandomState]:
-    """The random generators of Python and numpy, as they are."""
-    python = random.getstate()
-    found: list[RandomState] = [("Python's `random`", random.setstate, python, python)]
-    if (numpy := sys.modules.get("numpy")) is not None:
-        state = numpy.random.get_state()
-        found.append(("`numpy.random`", numpy.random.set_state, state, (state[1].tobytes(), *state[2:])))
-    return found
-
-
-def _torchs_generator() -> RandomState:
-    state = torch.get_rng_state()
-    return "torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()
-
-
-def _restore(generators: list[RandomState]) -> None:
-    for _, set_state, state, _ in generators:
-        set_state(state)
 
 
 # --- small helpers
@@ -534,32 +481,3 @@ def _updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
     )
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return given.get("running_mean") is not None and bool(given.get(names[-1], name == "instance_norm"))
-
-
-def ambient_state() -> tuple[Any, ...]:
-    """Grad mode, autocast and default dtype: what a `with` in the forward changes for the operations inside it."""
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    return grad, _torch.autocast_state("cpu"), _torch.autocast_state("cuda"), dtype
-
-
-@contextmanager
-def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
-    """A context with the grad mode and autocast state that `ambient_state` noted."""
-    grad, cpu, cuda, _ = ambient
-    with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast("cpu", dtype=cpu[1], enabled=cpu[0]):
-        with torch.autocast("cuda", dtype=cuda[1], enabled=cuda[0]) if torch.cuda.is_available() else ExitStack():
-            yield
-
-
-def _where() -> str:
-    frame = _torch.caller()
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(_ROOTS) and not frame.f_code.co_filename.startswith("<"):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
-def _where_raised(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOTS)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""

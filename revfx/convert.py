@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, fingerprint
-from revfx.capture import ambient_state
+from revfx.ambient import ambient_state
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
 from revfx.mode import runs_plain, storing
 from revfx.planning import Outcome, Plan, make_plan

@@ -103,6 +103,7 @@ class RegionRun:
         self.device = device
         devices = ["cpu"] if device is None else ["cpu", device.type]
         self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
+        self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
         self.random = Random.now(device)
         self.lock = threading.RLock()
         self.current: int | None = None
@@ -360,6 +361,8 @@ class RegionRun:
     def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
         """The outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
         op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
+        if not op.opaque and not capture and not self.casts and not torch.is_autocast_enabled("cpu"):
+            return [t.detach() for t in call.invoke(env)]  # arithmetic or layout: nothing around it matters
         inputs = {v: _leaf(env[v], self.layout[v][2]) for v in op.ins}
         saved: list[Tensor] = []
         metas: list[tuple[Any, ...]] = []
@@ -375,11 +378,8 @@ class RegionRun:
         with contextlib.ExitStack() as stack:
             if surroundings is not None:
                 stack.enter_context(surroundings.restored())
-            for (
-                device,
-                enabled,
-                dtype,
-            ) in self.autocast:  # a cache would hold every re-run's casts until the outermost exit
+            # a cache would hold every re-run's casts until the outermost exit
+            for device, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(pack, unpack))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from revfx import _torch
 
@@ -36,9 +37,11 @@ DEPTH = 8  # how far containers and objects are followed
 
 
 def key(value: Any, depth: int = 0) -> Any:
-    """A hashable that changes when `value` does: numbers and strings by value and type (1, 1.0 and True differ, as do 0.0
-    and -0.0), tensors by shape and type (their data is read anew), containers, arrays and plain objects by content, and
-    others by identity."""
+    """A hashable that changes when `value` does.
+
+    Numbers and strings by value and type (1, 1.0 and True differ, as do 0.0 and -0.0), tensors by shape and type (their
+    data is read anew), containers, arrays and plain objects by content, others by identity.
+    """
     if isinstance(value, PRIMITIVE):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value
     if isinstance(value, Tensor):
@@ -67,12 +70,12 @@ def _plain(value: object) -> bool:
 _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_parameters", "_buffers", "_modules"))
 
 
-def attributes(module: nn.Module) -> tuple[Any, ...]:
-    """What one module's own code may read: plain attributes, children, which tensors it has; and whether it has
+def attributes(module: nn.Module, names: frozenset[str] | None = None) -> tuple[Any, ...]:
+    """What may be read of one module: plain attributes (of these `names`), children, the tensors it has, whether it has
     hooks.
     """
     d = vars(module)
-    plain = tuple([(k, key(v)) for k, v in d.items() if k not in _SKIPPED])
+    plain = tuple([(k, key(v)) for k, v in d.items() if k not in _SKIPPED and (names is None or k in names)])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
     tensors = tuple(
         [(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())]
@@ -102,6 +105,41 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     )
     children = tuple((k, None if m is None else structure(m)) for k, m in _torch.children(module).items())
     return type(module), plain, tensors, children
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a module gave on fake arguments: enough to make the like for another module of the same structure."""
+
+    metas: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    atoms: int
+
+    @staticmethod
+    def of(out: Any, inputs: list[Tensor], atoms: int) -> Seen | None:
+        """None where results share memory with arguments or each other, which fresh ones would not."""
+        leaves, spec = pytree.tree_flatten(out)
+        made = [t for t in leaves if isinstance(t, Tensor)]
+        if any(t.layout != torch.strided for t in (*made, *inputs)):
+            return None
+        if any(t.requires_grad and t.clone().stride() != t.stride() for t in made):
+            return None
+        keys = [_torch.storage_key(t) for t in made]
+        if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
+            return None
+        metas = [
+            None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves
+        ]
+        return Seen(tuple(metas), spec, atoms)
+
+    def fresh(self) -> Any:
+        """New fake results."""
+        made = [
+            None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=m[3], requires_grad=m[4])
+            for m in self.metas
+        ]
+        made = [t.clone() if t is not None and t.requires_grad else t for t in made]  # a leaf could not be written to
+        return pytree.tree_unflatten(made, self.spec)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,10 @@ class Growth:
                 if head is None or _share_of_zeros(head) > ZEROS * torch.finfo(head.dtype).eps:
                     good = False
                     continue
-            self.clean.update(arc.tail if arc.exact and arc.head in self.clean else () if arc.exact else arc.tail[:1])
+            if not arc.exact and not arc.partial:
+                self.clean.update(arc.tail[:1])
+            elif arc.head in self.clean and not arc.partial:
+                self.clean.update(arc.tail)
         return good
 
 

@@ -24,10 +24,14 @@ _CODE = (types.FunctionType, types.MethodType, property, staticmethod, classmeth
 
 @dataclass
 class Outside:
-    """The places that some functions read: (table, name) of globals and class attributes, and cells of closures."""
+    """The places that some functions read: (table, name) of globals and class attributes, and cells of closures.
+
+    `names` are all names in their code.
+    """
 
     named: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = field(default_factory=dict[Any, Any])
     cells: dict[int, types.CellType] = field(default_factory=dict[int, types.CellType])
+    names: set[str] = field(default_factory=set[str])
 
     @staticmethod
     def of(modules: Iterable[nn.Module], forward: Any) -> Outside:
@@ -49,6 +53,7 @@ class Outside:
     def _add(self, function: types.FunctionType, kinds: set[type]) -> list[Any]:
         """Further functions, after noting what `function` names."""
         names = set(_names(function.__code__))
+        self.names |= names
         values = [self._note(function.__globals__, n) for n in names if n in function.__globals__]
         for cell in function.__closure__ or ():
             self.cells[id(cell)] = cell

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, fingerprint
+from revfx.ambient import ambience
 from revfx.calls import Call, Slot
-from revfx.capture import Capture, Untraceable, ambience, capture
+from revfx.capture import Capture, Untraceable, capture
 from revfx.errors import Refusal
 from revfx.executor import RegionPlan, run_region, store_region
 from revfx.outside import Outside
@@ -44,13 +45,13 @@ class Plan:
     sources: tuple[tuple[int, nn.Module, str], ...]
     constants: tuple[tuple[Tensor, int, int, nn.Module, str], ...]
     tied: tuple[tuple[nn.Module, str, nn.Module, str], ...]
-    state: tuple[tuple[nn.Module, Any], ...]
+    state: tuple[tuple[nn.Module, frozenset[str] | None, Any], ...]
     outside: tuple[Outside, Any]
 
     def valid(self) -> bool:
         """Whether the recorded code would do the same now."""
         return (
-            all(fingerprint.attributes(m) == key for m, key in self.state)
+            all(fingerprint.attributes(m, names) == key for m, names, key in self.state)
             and self.outside[0].state() == self.outside[1]
             and all(getattr(m, name) is getattr(other, theirs) for m, name, other, theirs in self.tied)
             and all(
@@ -129,7 +130,8 @@ class _Search:
                 found, opened = self._find(opened | more), opened | more
             except Untraceable as e:
                 self._close(e, more)
-        found = self._close_again(found, opened)
+        if found[2]:
+            found = self._close_again(found, opened)
         captured, lowered, regions, stuck = found
         reasons = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
         refusals = tuple(dict.fromkeys((*self.refusals.values(), *reasons)))
@@ -195,15 +197,15 @@ class _Search:
         again = self._find(opened & needed)
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
-    def _readable(self, captured: Capture) -> list[nn.Module]:
-        """The modules that the recorded code may have read: all but those inside a module that is called whole."""
+    def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The modules that the recorded code may have read: those that are not called whole, and those that are."""
         whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
         found: dict[str, nn.Module] = {}
-        for path, module in self.modules.items():  # parents come first
+        for path, module in self.modules.items():  # parents come first; what is inside a whole one is not read
             parent = path.rpartition(".")[0]
             if path == "" or (parent in found and parent not in whole):
                 found[path] = module
-        return list(found.values())
+        return [m for p, m in found.items() if p not in whole], [m for p, m in found.items() if p in whole]
 
     def _plan(self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...]) -> Plan:
         sources = [(lowered.index[n], self.modules[path], name) for n, (path, name) in captured.attributes.items()]
@@ -213,9 +215,10 @@ class _Search:
             if "constant" in n.meta and n.users
         ]
         tied = [(self.modules[a[0]], a[1], self.modules[b[0]], b[1]) for a, b in captured.tied]
-        readable = self._readable(captured)
-        state = [(m, fingerprint.attributes(m)) for m in readable]
-        outside = Outside.of(readable, self.forward)
+        own, whole = self._readable(captured)
+        outside = Outside.of(own, self.forward)
+        readers = [*((m, None) for m in own), *((m, frozenset(outside.names)) for m in whole)]
+        state = [(m, names, fingerprint.attributes(m, names)) for m, names in readers]
         return Plan(
             lowered, captured, segments(lowered.program, regions), {r.start: RegionPlan(lowered.program, r) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),

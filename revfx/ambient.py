@@ -1,0 +1,72 @@
+"""What recorded code finds around it: random generators, grad mode and autocast, and the user's line."""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from revfx import _torch
+
+
+_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, what sets its state, the state, a form to compare
+
+
+def generators() -> list[RandomState]:
+    """The random generators of Python and numpy, as they are."""
+    python = random.getstate()
+    found: list[RandomState] = [("Python's `random`", random.setstate, python, python)]
+    if (numpy := sys.modules.get("numpy")) is not None:
+        state = numpy.random.get_state()
+        found.append(("`numpy.random`", numpy.random.set_state, state, (state[1].tobytes(), *state[2:])))
+    return found
+
+
+def torchs_generator() -> RandomState:
+    """The default generator of torch for the CPU, as it is."""
+    state = torch.get_rng_state()
+    return "torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()
+
+
+def restore(states: list[RandomState]) -> None:
+    """None; the generators go on from these states."""
+    for _, set_state, state, _ in states:
+        set_state(state)
+
+
+def ambient_state() -> tuple[Any, ...]:
+    """Grad mode, autocast and default dtype: what a `with` in the forward changes for the operations inside it."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    return grad, _torch.autocast_state("cpu"), _torch.autocast_state("cuda"), dtype
+
+
+@contextmanager
+def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
+    """A context with the grad mode and autocast state that `ambient_state` noted."""
+    grad, cpu, cuda, _ = ambient
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast("cpu", dtype=cpu[1], enabled=cpu[0]):
+        with torch.autocast("cuda", dtype=cuda[1], enabled=cuda[0]) if torch.cuda.is_available() else ExitStack():
+            yield
+
+
+def where() -> str:
+    """The user's file and line from which this was reached."""
+    frame = _torch.caller()
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_ROOTS) and not frame.f_code.co_filename.startswith("<"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def where_raised(error: BaseException) -> str:
+    """The user's file and line nearest to where `error` was raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOTS)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
