@@ -99,6 +99,7 @@ class RegionRun:
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
         self.versions: list[tuple[int, Tensor, int]] = []
+        self.samples: dict[int, dict[int, Tensor]] = {}
         device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
         self.device = device
         devices = ["cpu"] if device is None else ["cpu", device.type]
@@ -129,6 +130,8 @@ class RegionRun:
         with saved_tensors_hooks(self._pack, _unpack):
             for number, step in enumerate(region.steps):
                 lower = {v: env[v] for v in step.entry} if numerics.measures(step) else {}
+                if number % numerics.CHECK_EVERY == 1:
+                    self.samples[number] = {v: numerics.sample(env[v]) for v in step.entry if v not in self.kept}
                 for index in range(step.start, step.stop):
                     outs = self._call(index, env)
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
@@ -334,7 +337,23 @@ class RegionRun:
             for instruction in instructions:
                 self._execute(instruction, env)
         self.values = {v: env[v] for v in wanted}
+        if not replay:
+            self._check_drift(number)
         return self.values
+
+    def _check_drift(self, cut: int) -> None:
+        """None, where the regenerated cut is what it was, as far as a sample of its elements tells."""
+        limit = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
+        for v, before in self.samples.get(cut, {}).items():
+            error = numerics.drift(self.values[v], before)
+            if error > numerics.DRIFT * max(limit, torch.finfo(before.dtype).eps) ** 0.5:
+                where = self.program.ops[self.region.steps[cut].start].where or "an unknown place"
+                raise RegenerationError(
+                    f"`{self.program.values[v].name}`, regenerated for {where}, is off by {error:.1e} (relative): the"
+                    " functions of this region amplify rounding errors too much to be inverted in"
+                    f" {before.dtype}. Use a wider dtype for the streams, or keep the activations with"
+                    " `revfx.testing.store_activations()`."
+                )
 
     def _execute(self, instruction: Instruction, env: Env) -> None:
         d = instruction.run

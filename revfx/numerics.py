@@ -8,6 +8,7 @@ smallest magnitude lies under the same tolerance, or that is not finite, is not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,27 @@ from revfx.passes.plan import amplification
 
 MARGIN = 8.0  # by how much a gradient may be off more than the stream that it was computed from
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
+
+
+CHECK_EVERY = 4  # steps between the cuts of which a sample is kept, to see in the backward how far rounding has gone
+SAMPLE = 256  # elements of each value
+DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more raises, whatever made the error grow
+
+
+def sample(t: Tensor) -> Tensor:
+    """A copy of a few hundred elements of `t`, evenly spread."""
+    return t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLE)].clone()
+
+
+def drift(now: Tensor, before: Tensor) -> float:
+    """|now - before| / |before| over the sample `before`; 0 where that was not finite, or is not floating point."""
+    if not before.is_floating_point() or before.numel() == 0:
+        return 0.0
+    scale = before.norm()
+    error, scale = torch.stack(((sample(now) - before).norm(), scale)).tolist()
+    if not math.isfinite(scale):
+        return 0.0
+    return math.inf if math.isnan(error) else error / scale if scale else error
 
 
 def measures(step: Step) -> bool:
