@@ -51,9 +51,7 @@ class Chain(nn.Module):
 
     def stiffness(self) -> Tensor:
         """(n + 1,)."""
-        return F.interpolate(
-            self.log_stiffness.exp()[None, None], MASSES + 1, mode="linear", align_corners=True
-        )[0, 0]
+        return F.interpolate(self.log_stiffness.exp()[None, None], MASSES + 1, mode="linear", align_corners=True)[0, 0]
 
     def forward(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Displacements and momenta (B, n) after all steps."""
@@ -103,9 +101,7 @@ def fit(steps: int, gradients: int) -> tuple[float, float, float, float]:
     def evaluate() -> Tensor:
         optimizer.zero_grad()
         got = simulate(*plucks())
-        loss = sum(
-            (F.mse_loss(g, s) / s.square().mean() for g, s in zip(got, seen, strict=True)), torch.zeros(())
-        )
+        loss = sum((F.mse_loss(g, s) / s.square().mean() for g, s in zip(got, seen, strict=True)), torch.zeros(()))
         loss.backward()
         losses.append(loss.item())
         errors.append(((model.stiffness().detach() - hidden).norm() / hidden.norm()).item())

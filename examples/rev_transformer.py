@@ -53,9 +53,7 @@ class Mlp(nn.Sequential):
     """The position-wise part, after a layer norm."""
 
     def __init__(self, d: int, dropout: float) -> None:
-        super().__init__(
-            nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d), nn.Dropout(dropout)
-        )
+        super().__init__(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d), nn.Dropout(dropout))
 
 
 class Layer(nn.Module):
@@ -75,9 +73,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The logits of the next character at every position."""
 
-    def __init__(
-        self, characters: int, context: int, d: int = 64, layers: int = 8, dropout: float = 0.05
-    ) -> None:
+    def __init__(self, characters: int, context: int, d: int = 64, layers: int = 8, dropout: float = 0.05) -> None:
         super().__init__()
         self.context = context
         self.token = nn.Embedding(characters, d)

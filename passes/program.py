@@ -121,7 +121,7 @@ class Program:
 
     @cached_property
     def first_touch(self) -> list[int]:
-        """For each value, the first operation that reads it or has an arc that starts from it; len(ops) if none does."""
+        """For each value, the first operation that reads it or has an arc starting from it; len(ops) if none does."""
         first = [len(self.ops)] * len(self.values)
         for i in range(len(self.ops) - 1, -1, -1):
             for tail in (self.ops[i].ins, *(a.tail for a in self.ops[i].arcs)):

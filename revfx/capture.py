@@ -202,8 +202,8 @@ class _Recorder(TorchFunctionMode):
         known = self.real.get(id(t))
         if known is None:
             raise Untraceable(
-                "it reads a tensor that is neither an argument nor a parameter, buffer or attribute of the model (a global, or one"
-                " kept in a container); use `register_buffer`"
+                "it reads a tensor that is neither an argument nor a parameter, buffer or attribute of the model (a"
+                " global, or one kept in a container); use `register_buffer`"
             )
         _, path, name = known
         qualified = f"{path}.{name}" if path else name
@@ -431,7 +431,7 @@ def _patched() -> Generator[None]:
         return recorder.call_function(cls, apply.__func__, args, kwargs)
 
     with ExitStack() as stack:
-        nn.Module.__call__ = __call__  # type: ignore[method-assign]
+        nn.Module.__call__ = __call__
         stack.callback(setattr, nn.Module, "__call__", call_module)
         function.apply = classmethod(patched_apply)  # type: ignore[assignment]
         stack.callback(setattr, function, "apply", apply)

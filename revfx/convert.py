@@ -28,7 +28,7 @@ MOST_PLANS = 64  # per model; a model called with ever new shapes runs plainly a
 def convert(
     model: nn.Module, example_inputs: Any = None, *, capture: str = "auto", strict: bool = False, exact: bool = False
 ) -> nn.Module:
-    """A module that computes what `model` computes, with activation memory that does not grow with depth in its regions.
+    """A module that computes what `model` does, with activation memory that does not grow with depth in its regions.
 
     It is the same model seen through another class: parameters, buffers, sub-modules and hooks are shared by
     identity, `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the model's own. At
@@ -92,8 +92,7 @@ class Conversion:
 
     @property
     def kept_cuts(self) -> int:
-        """How many cuts the latest forward kept in its regions: two per region, and those that the numerics demanded.
-        """
+        """How many cuts the latest forward kept in its regions: two per region, and those that numerics demanded."""
         return sum(r.kept for p in self.plans for r in p.regions.values())
 
     @property
@@ -238,8 +237,7 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
 
 
 def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
-    """Shapes, dtypes, layout and `requires_grad` of tensors and which of them share memory; other arguments by value.
-    """
+    """Shapes, dtypes, layout and `requires_grad` of tensors, which of them share memory; other arguments by value."""
     key: list[Any] = []
     memory: dict[int, int] = {}
     same: dict[int, int] = {}

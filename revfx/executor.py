@@ -407,9 +407,9 @@ class RegionRun:
         if metas != before or any(tuple(t.shape) != self.layout[v][0] for v, t in zip(op.outs, outs, strict=True)):
             raise RegenerationError(
                 f"`{call.name}` ({op.where or 'unknown place'}) did not return the same shapes and save the same"
-                f" tensors when it was run again for the backward: {len(before)} saved in the forward, {len(metas)} now, or"
-                " other shapes. It branches on values that rounding can flip, or depends on state that changed since. Keep"
-                " its activations with `revfx.testing.store_activations()`, or make it deterministic."
+                f" tensors when it was run again for the backward: {len(before)} saved in the forward, {len(metas)}"
+                " now, or other shapes. It branches on values that rounding can flip, or depends on state that changed"
+                " since. Keep its activations with `revfx.testing.store_activations()`, or make it deterministic."
             )
         if capture:
             self.captures[index] = [*saved]

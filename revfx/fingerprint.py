@@ -77,9 +77,7 @@ def attributes(module: nn.Module, names: frozenset[str] | None = None) -> tuple[
     d = vars(module)
     plain = tuple([(k, key(v)) for k, v in d.items() if k not in _SKIPPED and (names is None or k in names)])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
-    tensors = tuple(
-        [(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())]
-    )
+    tensors = tuple([(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())])
     return type(module), plain, children, tensors, _torch.has_hooks(module)
 
 
@@ -154,7 +152,10 @@ class Snapshot:
     @staticmethod
     def of(modules: Sequence[nn.Module]) -> Snapshot:
         """A snapshot of `modules`."""
-        tables = [(dict(vars(m)), dict(_torch.parameters(m)), dict(_torch.buffers(m)), dict(_torch.children(m))) for m in modules]
+        tables = [
+            (dict(vars(m)), dict(_torch.parameters(m)), dict(_torch.buffers(m)), dict(_torch.children(m)))
+            for m in modules
+        ]
         return Snapshot(modules, tables, [_contents(m) for m in modules], held(vars(m) for m in modules))
 
     def changed(self) -> tuple[int, str] | None:
@@ -174,7 +175,9 @@ class Snapshot:
         """None; every table holds again what it held, and so do lists, dicts and sets in them."""
         put_back(self.held)
         for m, before in zip(self.modules, self.tables, strict=True):
-            for old, new in zip(before, (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m)), strict=True):
+            for old, new in zip(
+                before, (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m)), strict=True
+            ):
                 if old.keys() != new.keys() or any(old[k] is not new[k] for k in old):
                     new.clear()
                     new.update(old)

@@ -220,7 +220,8 @@ class _Search:
         readers = [*((m, None) for m in own), *((m, frozenset(outside.names)) for m in whole)]
         state = [(m, names, fingerprint.attributes(m, names)) for m, names in readers]
         return Plan(
-            lowered, captured, segments(lowered.program, regions), {r.start: RegionPlan(lowered.program, r) for r in regions},
+            lowered, captured, segments(lowered.program, regions),
+            {r.start: RegionPlan(lowered.program, r) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple((t, _torch.version(t), t.data_ptr(), m, name) for t, m, name in guarded), tuple(tied), tuple(state),
             (outside, outside.state()),

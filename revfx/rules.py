@@ -53,8 +53,7 @@ class Inverse:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Output `part` of the operation is `whole` restricted to `index` along `dim`; `squeezed` where that dim is gone.
-    """
+    """Output `part` of the operation is `whole` restricted to `index` along `dim`; `squeezed`: that dim is gone."""
 
     whole: Any
     dim: int

@@ -98,9 +98,7 @@ def relative_error(got: Sequence[Tensor | None], expected: Sequence[Tensor | Non
 
     A tensor whose norm is under 1e-6 of the largest one's is measured against that: it may be noise.
     """
-    assert [t is None for t in got] == [t is None for t in expected], (
-        "a gradient is missing, or there is one too many"
-    )
+    assert [t is None for t in got] == [t is None for t in expected], "a gradient is missing, or there is one too many"
     pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None and b is not None]
     for a, b in pairs:
         assert (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -194,9 +194,7 @@ def test_a_side_input_may_be_a_leaf_or_not_and_serve_f_and_g_both(way: str) -> N
     inputs = [leaf(3, 4), leaf(3, 4), leaf(3, 4)]
     fs, gs = side_mlps(3), side_mlps(3)
     assert_like_lines(way, fs, gs, inputs, lambda call: lambda x1, x2, s: call(x1, x2, [s], [s]))
-    assert_like_lines(
-        way, fs, gs, inputs, lambda call: lambda x1, x2, s: call(x1, x2, [s.exp()], [s, s.cos()])
-    )
+    assert_like_lines(way, fs, gs, inputs, lambda call: lambda x1, x2, s: call(x1, x2, [s.exp()], [s, s.cos()]))
 
 
 @ways
@@ -216,9 +214,7 @@ def test_side_inputs_may_nest_and_hold_what_is_no_tensor(way: str) -> None:
 
     def wrap(call: Any) -> Any:
         mask = torch.arange(4) % 2 == 0
-        return lambda x1, x2, a, b: call(
-            x1, x2, {"a": a, "more": (b, mask), "scale": 0.5, "name": "f", "none": None}
-        )
+        return lambda x1, x2, a, b: call(x1, x2, {"a": a, "more": (b, mask), "scale": 0.5, "name": "f", "none": None})
 
     assert_like_lines(way, [f] * 3, mlps(3), [leaf(3, 4) for _ in range(4)], wrap)
 
@@ -344,9 +340,7 @@ class Kernel(nn.Linear):
         super().__init__(4, 4)
 
 
-@pytest.mark.parametrize(
-    "f", [Kernel, make_mlp, mlp, lambda: mlp()], ids=["class", "function", "defaults", "lambda"]
-)
+@pytest.mark.parametrize("f", [Kernel, make_mlp, mlp, lambda: mlp()], ids=["class", "function", "defaults", "lambda"])
 def test_a_factory_makes_new_weights_for_each_layer(f: Any) -> None:
     module = RevBlock(f, f, 3)
     parameters = list(module.parameters())

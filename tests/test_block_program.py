@@ -63,12 +63,8 @@ def test_second_and_third_derivatives_equal_plain_ones(way: str) -> None:
 
     def derivatives(y: Pair) -> list[Tensor | None]:
         first = torch.autograd.grad(loss_of(y).square(), wanted, create_graph=True)
-        second = torch.autograd.grad(
-            torch.stack([g.square().sum() for g in first]).sum(), wanted, create_graph=True
-        )
-        third = torch.autograd.grad(
-            torch.stack([g.sin().sum() for g in second]).sum(), wanted, allow_unused=True
-        )
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), wanted, create_graph=True)
+        third = torch.autograd.grad(torch.stack([g.sin().sum() for g in second]).sum(), wanted, allow_unused=True)
         return [*first, *second, *third]
 
     got, expected = derivatives(block(way, fs, gs)(x1, x2)), derivatives(lines(fs, gs)(x1, x2))
@@ -171,9 +167,7 @@ def test_checkpointing_inside_and_around_and_saving_on_cpu_around_work(way: str)
 
 @ways
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_no_grad_and_inference_mode_give_the_same_values_without_a_graph(
-    way: str, mode: Callable[[], Any]
-) -> None:
+def test_no_grad_and_inference_mode_give_the_same_values_without_a_graph(way: str, mode: Callable[[], Any]) -> None:
     fs, gs = mlps(3), mlps(3)
     x = leaf(3, 4), leaf(3, 4)
     with mode():

@@ -106,9 +106,7 @@ def test_a_weight_put_back_by_identity_does_not_raise(way: str) -> None:
 
 @ways
 @pytest.mark.parametrize("width", [4, 5000])
-def test_a_buffer_written_between_forward_and_backward_raises_or_does_not_matter(
-    way: str, width: int
-) -> None:
+def test_a_buffer_written_between_forward_and_backward_raises_or_does_not_matter(way: str, width: int) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,9 +200,7 @@ def test_an_output_written_in_place_before_the_backward_raises(way: str, which: 
 
 @ways
 @pytest.mark.parametrize("which", [0, 1])
-def test_an_input_written_in_place_before_the_backward_raises_or_does_not_matter(
-    way: str, which: int
-) -> None:
+def test_an_input_written_in_place_before_the_backward_raises_or_does_not_matter(way: str, which: int) -> None:
     x = [leaf(3, 4), leaf(3, 4)]
     f = [torch.sin] * 3
     expected = torch.autograd.grad(loss_of(lines(f, f)(*x)), x)
@@ -350,9 +346,7 @@ def test_a_sequence_of_the_wrong_length_is_refused_with_both_lengths(way: str, n
 def test_a_negative_number_of_layers_and_what_cannot_be_called_are_refused(way: str) -> None:
     def call(f: Any, layers: int) -> Any:
         x = leaf(3, 4), leaf(3, 4)
-        return (
-            RevBlock(f, torch.sin, layers)(*x) if way == "RevBlock" else rev_block(*x, f, torch.sin, layers)
-        )
+        return RevBlock(f, torch.sin, layers)(*x) if way == "RevBlock" else rev_block(*x, f, torch.sin, layers)
 
     with pytest.raises(ValueError, match=r"num_layers.*-1"):
         call(torch.sin, -1)

@@ -48,9 +48,7 @@ def test_noise_in_some_layers_only_is_drawn_again_alike(way: str) -> None:
     def noisy(x: Tensor) -> Tensor:
         return torch.tanh(x + torch.randn_like(x)) * torch.rand(())
 
-    assert_like_lines(
-        way, [torch.sin, noisy, torch.sin, noisy], [noisy, torch.sin, torch.sin, noisy], [leaf(3, 4)] * 2
-    )
+    assert_like_lines(way, [torch.sin, noisy, torch.sin, noisy], [noisy, torch.sin, torch.sin, noisy], [leaf(3, 4)] * 2)
 
 
 @ways
@@ -73,13 +71,9 @@ def test_random_numbers_drawn_between_forward_and_backward_do_not_matter(way: st
 @ways
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_batch_norm_updates_its_running_statistics_once(
-    way: str, training: bool, momentum: float | None
-) -> None:
+def test_batch_norm_updates_its_running_statistics_once(way: str, training: bool, momentum: float | None) -> None:
     fs, gs = (
-        nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh()) for _ in range(3)
-        )
+        nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh()) for _ in range(3))
         for _ in range(2)
     )
     both(fs, gs).train(training)
@@ -141,9 +135,7 @@ class RunningScale(nn.Module):
 
 @ways
 @pytest.mark.parametrize("width", [4, 5000])
-@pytest.mark.parametrize(
-    "kind", ["buffer written", "buffer replaced", "attribute written", "attribute replaced"]
-)
+@pytest.mark.parametrize("kind", ["buffer written", "buffer replaced", "attribute written", "attribute replaced"])
 def test_state_that_f_updates_itself_is_updated_once(way: str, kind: str, width: int) -> None:
     def run(call: Any, scales: list[RunningScale]) -> tuple[list[Any], list[Tensor]]:
         x = [torch.linspace(0, 1, 2 * width).view(2, width).requires_grad_() for _ in range(2)]
@@ -244,8 +236,7 @@ def test_state_that_f_carries_from_layer_to_layer_with_its_gradient_works_or_rai
 @ways
 def test_eval_called_between_forward_and_backward_does_not_matter(way: str) -> None:
     fs, gs = (
-        nn.ModuleList(nn.Sequential(mlp(), nn.BatchNorm1d(4), nn.Dropout(0.4)) for _ in range(3))
-        for _ in range(2)
+        nn.ModuleList(nn.Sequential(mlp(), nn.BatchNorm1d(4), nn.Dropout(0.4)) for _ in range(3)) for _ in range(2)
     )
     x = [leaf(5, 4), leaf(5, 4)]
     torch.manual_seed(1)

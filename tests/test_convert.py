@@ -252,7 +252,7 @@ class Contexts(Pairs):
             with torch.no_grad():
                 c = torch.tanh(b)
             a = a + f(b) * 0.5 + c
-            b = b + g(Straight.apply(a)) + 0.1 * F.dropout(a, 0.5) * torch.rand_like(a) + a.detach()  # type: ignore[operator]
+            b = b + g(Straight.apply(a)) + 0.1 * F.dropout(a, 0.5) * torch.rand_like(a) + a.detach()
         return torch.cat([a, b], -1)
 
 
@@ -300,7 +300,7 @@ def test_permutation_that_changes_is_read_again(fp64: None) -> None:
 
 
 def test_strict_and_wrong_arguments() -> None:
-    with pytest.raises(TypeError, match="takes an nn.Module, not a function"):
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, not a function"):
         revfx.convert(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`capture='dynamo!'` is not known"):
         revfx.convert(mlp(), capture="dynamo!")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,9 @@ class Chain(nn.Module):
         self.g = nn.ModuleList(mlp(width) for _ in range(DEPTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        state = x.chunk(2, -1) if self.streams == 2 else (x,)
+        state: Any = x.chunk(2, -1) if self.streams == 2 else (x,)
         for f, g in zip(self.f, self.g, strict=True):
-            state = self.step(*state, f, g)  # type: ignore[assignment]
+            state = self.step(*state, f, g)
         return torch.cat(list(state), -1)
 
 
@@ -469,11 +470,12 @@ def test_stream_that_is_read_elsewhere_or_returned_is_found(fp64: None) -> None:
     assert sum(s.inverts for s in region.region.steps) >= 2 * DEPTH - 2
 
 
-# --- rounding errors that f itself amplifies ---------------------------------------------------------------------------
+# --- rounding errors that f itself amplifies ---
 @pytest.mark.parametrize("way", ["convert", "rev_block"])
 def test_streams_that_grow_raise_before_their_gradients_are_garbage(way: str) -> None:
     def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D))
+        layers: list[nn.Module] = [nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D)]
+        return nn.Sequential(*layers)
 
     model = Additive(8)
     for fs in (model.f, model.g):
@@ -486,6 +488,7 @@ def test_streams_that_grow_raise_before_their_gradients_are_garbage(way: str) ->
     if way == "convert":
         out = revfx.convert(model)(x)
     else:
-        out = torch.cat(revfx.rev_block(*x.chunk(2, -1), model.f, model.g, 8), -1)
+        a, b = x.chunk(2, -1)
+        out = torch.cat(revfx.rev_block(a, b, model.f, model.g, 8), -1)
     with pytest.raises(revfx.RevfxError, match=r"is off by .* amplify rounding errors"):
         out.sin().sum().backward()

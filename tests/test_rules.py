@@ -205,9 +205,6 @@ def test_registering_twice_raises_and_a_users_rule_is_used(fp64: None) -> None:
 
 
 def test_wrong_rule_of_a_user_is_found_by_check_inverse(fp64: None) -> None:
-    def shift(x: Tensor) -> Tensor:
-        return x + 1
-
     @revfx.register_inverse("cosh")
     def _(node: fx.Node) -> Iterator[rules.Direction]:
         yield Inverse(node.args[0], lambda y: y - 1)

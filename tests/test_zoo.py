@@ -47,13 +47,18 @@ def test_peak_memory_does_not_grow_with_depth(name: str) -> None:
     assert peak["revfx", 12] - peak["revfx", 4] < 0.03 * (peak["plain", 12] - peak["plain", 4])
 
 
+def narrow(d: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Linear(d, d), nn.Tanh(), nn.Linear(d, d)]
+    return nn.Sequential(*layers)
+
+
 class Wide(Pairs):
     """Couplings whose f and g are Linear-Tanh-Linear without a wider middle."""
 
     def __init__(self, depth: int, d: int = 64) -> None:
         super().__init__(0)
         for fs in (self.f, self.g):
-            fs.extend(nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, d)) for _ in range(depth))
+            fs.extend(narrow(d) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
@@ -72,7 +77,8 @@ def test_bytes_kept_and_peak_in_units_of_one_activation() -> None:
         converted = revfx.convert(model)
 
         def block(model: Wide = model, depth: int = depth) -> Tensor:
-            a, b = revfx.rev_block(*x.chunk(2, -1), model.f, model.g, depth)
+            a, b = x.chunk(2, -1)
+            a, b = revfx.rev_block(a, b, model.f, model.g, depth)
             return a.square().mean() + b.square().mean()
 
         seen["convert"].append(measure_memory(_mean_square(converted, [x])))

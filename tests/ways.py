@@ -53,9 +53,7 @@ class Blocked(nn.Module):
         return torch.cat(self.block(a, b), dim=-1)
 
 
-def couple(
-    f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
+def couple(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a = a + f(b)
     return a, b + g(a)
 
