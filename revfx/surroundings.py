@@ -218,9 +218,9 @@ class Surroundings:
             if h.clone is None and h.changed():
                 what = f"`{h.key}` of `{self.name}`" if h.key else f"a tensor that `{self.name}` closes over"
                 raise RegenerationError(
-                    f"{what} was modified in place (or its `.data` was replaced) between the forward and the backward,"
-                    f" so the activations of `{self.name}` can't be regenerated as they were. Run the backward before the"
-                    " update, or keep the activations with `revfx.testing.store_activations()`."
+                    f"{what} was modified in place (or its `.data` was replaced) between the forward and the"
+                    f" backward, so the activations of `{self.name}` can't be regenerated as they were. Run the"
+                    " backward before the update, or keep the activations with `revfx.testing.store_activations()`."
                 )
         try:
             for h in self.reads.tensors:
