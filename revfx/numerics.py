@@ -23,12 +23,12 @@ ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may
 
 
 CHECK_EVERY = 4  # steps between the cuts of which a sample is kept, to see in the backward how far rounding has gone
-SAMPLE = 256  # elements of each value
+SAMPLE = 64  # elements of each value
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more raises, whatever made the error grow
 
 
 def sample(t: Tensor) -> Tensor:
-    """A copy of a few hundred elements of `t`, evenly spread."""
+    """A copy of some elements of `t`, evenly spread."""
     return t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLE)].clone()
 
 
