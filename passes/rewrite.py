@@ -66,9 +66,21 @@ def _line(lowered: Lowered, index: int) -> str:
     args = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
     if node.op == "call_module":
         return f"{outs} = self.{node.target}({', '.join(args)})"
+    if op_name(node.target) in ("__getitem__", "getitem"):
+        return f"{outs} = {args[0]}[{_index(node.args[1])}]"
     if node.op == "call_method":
         return f"{outs} = {args[0]}.{node.target}({', '.join(args[1:])})"
     return f"{outs} = {op_name(node.target)}({', '.join(args)})"
+
+
+def _index(value: object) -> str:
+    """An index as it is written between brackets: `..., :8`."""
+    if isinstance(value, tuple):
+        return ", ".join(_index(v) for v in value)
+    if isinstance(value, slice):
+        ends = [value.start, value.stop] if value.step is None else [value.start, value.stop, value.step]
+        return ":".join("" if e is None else _argument(e) for e in ends)
+    return "..." if value is Ellipsis else _argument(value)
 
 
 def _argument(value: object) -> str:

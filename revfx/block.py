@@ -120,7 +120,7 @@ class RevBlock(nn.Module):
         return f"num_layers={self.num_layers}"
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
+# --- arguments
 def _layers(f: Functions, g: Functions, num_layers: int) -> list[tuple[Function, Function]]:
     if num_layers < 0:
         raise ValueError(f"`num_layers` must be at least 0, not {num_layers}.")
@@ -201,7 +201,7 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
         )
 
 
-# --- the computation --------------------------------------------------------------------------------------------------
+# --- the computation
 def _apply(function: Function, x: Tensor, side: Any) -> Tensor:
     return function(x) if side is None else function(x, side)
 
@@ -234,7 +234,7 @@ def _plain(
     return x1, x2
 
 
-# --- the program of a block, for the executor -------------------------------------------------------------------------
+# --- the program of a block, for the executor
 Meta = tuple[tuple[int, ...], torch.dtype, int]
 
 

@@ -65,7 +65,7 @@ def _one_layer(pair: Pair, sides: tuple[Any, Any], plain: Plain) -> Callable[[Te
     return lambda x1, x2: plain(x1, x2, [pair], sides)
 
 
-# --- the chain as one autograd.Function -------------------------------------------------------------------------------
+# --- the chain as one autograd.Function
 def _saved(
     x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any], plain: Plain
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ def _undo(
     return y - h, dx + gx
 
 
-# --- what is known about functions and modules ------------------------------------------------------------------------
+# --- what is known about functions and modules
 def _named(namespace: Any, names: str) -> frozenset[Any]:
     return frozenset(getattr(namespace, n) for n in names.split() if hasattr(namespace, n))
 

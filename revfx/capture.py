@@ -160,7 +160,6 @@ class _Recorder(TorchFunctionMode):
             _local.recorder = None
 
     # --- inputs, attributes and results
-    # --------------------------------------------------------------------------------
     def fake_inputs(self, tree: Any) -> Any:
         with _torch.no_torch_function():
             leaves, spec = pytree.tree_flatten(tree)
@@ -259,7 +258,6 @@ class _Recorder(TorchFunctionMode):
         return node
 
     # --- recording
-    # -----------------------------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self._convert(args), self._convert(kwargs or {})
         if self.suspended:
@@ -346,7 +344,6 @@ class _Recorder(TorchFunctionMode):
             self.alive.append(t)
 
     # --- calls of sub-modules and autograd functions
-    # -------------------------------------------------------------------
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.suspended:
             return module.forward(*args, **kwargs)
@@ -414,7 +411,6 @@ class _Recorder(TorchFunctionMode):
 
 
 # --- patches, active for the capturing thread only
-# -----------------------------------------------------------------------
 @contextmanager
 def _patched() -> Generator[None]:
     call_module, function = nn.Module.__call__, torch.autograd.Function
@@ -451,7 +447,6 @@ def _patched() -> Generator[None]:
 
 
 # --- small helpers
-# ------------------------------------------------------------------------------------------------------
 def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]

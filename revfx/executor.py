@@ -115,7 +115,6 @@ class RegionRun:
         self.captures: dict[int, list[Tensor | None]] = {}
 
     # --- forward
-    # -------------------------------------------------------------------------------------------------------
     def forward(self, env: Env) -> None:
         """None; runs the region's operations on `env` and keeps what the plan and the numerics say."""
         program, region = self.program, self.region
@@ -239,7 +238,6 @@ class RegionRun:
         return {} if number in self.kept_cuts else dict(self._run_step(number, dict(exit), replay=False, target=False))
 
     # --- backward
-    # ------------------------------------------------------------------------------------------------------
     def fetch(self, handle: Handle) -> Tensor:
         """The tensor that a handle stands for, regenerated where it is not there."""
         if handle.op == self.current:  # the operation differentiates within itself

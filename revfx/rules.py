@@ -160,7 +160,6 @@ def scaled(value: Tensor, alpha: float) -> Tensor:
 
 
 # --- arithmetic: y = a + alpha*b and its relatives
-# ---------------------------------------------------------------------
 @register_inverse(torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd)
 def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
@@ -254,7 +253,7 @@ def where(node: fx.Node) -> Iterator[Direction]:
     yield Masked(b, mask, False, a)
 
 
-# --- casts ------------------------------------------------------------------------------------------------------------
+# --- casts
 WIDER = {
     torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
     torch.float16: (torch.float16, torch.float32, torch.float64),
@@ -280,7 +279,6 @@ def meta(node: Any) -> Tensor:
 
 
 # --- operations that have no inverse, with the words a refusal uses
-# ----------------------------------------------------
 NOT_INJECTIVE = {
     "relu": "maps all negative numbers to 0",
     "gelu": "is not monotone",

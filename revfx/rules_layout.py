@@ -117,7 +117,6 @@ def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
 
 
 # --- a whole from its parts, and parts from their whole
-# ----------------------------------------------------------------
 @register_inverse(torch.cat, torch.concat, torch.concatenate)
 def cat(node: fx.Node) -> Iterator[Direction]:
     """`y = cat([a, b, ...], d)`; each part is the slice of y where it lies."""

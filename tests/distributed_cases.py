@@ -108,7 +108,7 @@ def reference(world: int, unused: bool, accumulate: bool) -> list[list[Tensor | 
     return out
 
 
-# --- cases ------------------------------------------------------------------------------------------
+# --- cases
 Case = Callable[[Build, int, int], Result]
 
 

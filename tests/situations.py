@@ -83,7 +83,7 @@ def normed(count: int = DEPTH) -> list[nn.Module]:
     return [nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(count)]
 
 
-# --- what f draws, writes and computes in ---------------------------------------------------------
+# --- what f draws, writes and computes in
 @situation
 def a_step(build: Build) -> Report:
     return step(build(mlps(DEPTH), mlps(DEPTH)))
@@ -163,7 +163,7 @@ def autocast_around_both(build: Build) -> Report:
     return _autocast(build, forward=True, backward=True)
 
 
-# --- ways to ask for gradients --------------------------------------------------------------------
+# --- ways to ask for gradients
 @situation
 def double_backward(build: Build) -> Report:
     model, x = build(noisy(), normed()), leaf(6, 8)
@@ -257,7 +257,7 @@ def no_grad(build: Build) -> Report:
     return step(model, report)
 
 
-# --- modes and requires_grad ----------------------------------------------------------------------
+# --- modes and requires_grad
 @situation
 def a_backward_in_eval(build: Build) -> Report:
     model, x = build(noisy(), normed()), leaf(6, 8)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ways import BUILD, Build
 
 
-# --- what f is ------------------------------------------------------------------------------------
+# --- what f is
 class Applies(nn.Module):
     """A module around a function, which may close over tensors."""
 
@@ -230,7 +230,7 @@ def f_raises_in_the_forward(build: Build) -> Report:
     return step(model, report)
 
 
-# --- where the model stands in a program ----------------------------------------------------------
+# --- where the model stands in a program
 @situation
 def one_module_in_all_layers(build: Build) -> Report:
     return step(build(normed(1) * DEPTH, noisy(1) * DEPTH))
@@ -327,7 +327,7 @@ def steps_of_an_optimizer(build: Build) -> Report:
     return report.add()
 
 
-# --- copies ---------------------------------------------------------------------------------------
+# --- copies
 def _saved(model: nn.Module) -> nn.Module:
     torch.save(model, file := io.BytesIO())
     file.seek(0)

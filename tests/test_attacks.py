@@ -59,7 +59,7 @@ def additive(m: Any, a: Tensor, b: Tensor, f: Any, g: Any) -> tuple[Tensor, Tens
     return a, b + g(a)
 
 
-# --- what the recorded code read changes between calls ----------------------------------------------------------------
+# --- what the recorded code read changes between calls
 class Config:
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -221,7 +221,7 @@ def test_default_dtype_that_changes_makes_another_plan() -> None:
     assert torch.equal(converted(x), model(x))
 
 
-# --- what running the code leaves behind ------------------------------------------------------------------------------
+# --- what running the code leaves behind
 def _numpys(m: Any, a: Tensor, b: Tensor, f: Any, g: Any) -> tuple[Tensor, Tensor]:
     return (a + f(b), b + g(a)) if np.random.rand() < 0.5 else (a, b)
 
@@ -293,7 +293,7 @@ def test_variable_of_a_closure_that_the_forward_changes_is_refused() -> None:
     assert any("changes a global or a variable that it closes over" in str(r) for r in converted.revfx.refusals)
 
 
-# --- what is called, and what autograd saves --------------------------------------------------------------------------
+# --- what is called, and what autograd saves
 class OwnCall(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -345,7 +345,7 @@ def test_complex_streams_lazy_conjugates_and_complex_factors() -> None:
     assert converted.revfx.plans[0].regions
 
 
-# --- rules ------------------------------------------------------------------------------------------------------------
+# --- rules
 def _by_name(m: Any, a: Tensor, b: Tensor, f: Any, g: Any) -> tuple[Tensor, Tensor]:
     a = torch.add(input=a, other=f(b))
     b = torch.add(b, other=g(a), alpha=2)

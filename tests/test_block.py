@@ -35,7 +35,7 @@ from revfx import RevBlock, rev_block
 ways = pytest.mark.parametrize("way", WAYS)
 
 
-# --- values and gradients -------------------------------------------------------------------------
+# --- values and gradients
 @ways
 @pytest.mark.parametrize("layers", [1, 2, 7])
 def test_outputs_and_gradients_equal_those_of_the_lines_written_out(way: str, layers: int) -> None:
@@ -127,7 +127,7 @@ def test_streams_with_exact_zeros_into_relu_keep_their_mask(way: str) -> None:
     assert_like_lines(way, fs, gs, [x1, x2])
 
 
-# --- inverse --------------------------------------------------------------------------------------
+# --- inverse
 def test_inverse_undoes_forward_and_forward_undoes_inverse() -> None:
     module = RevBlock(mlp, mlp, 5)
     x1, x2 = leaf(3, 4), leaf(3, 4)
@@ -151,7 +151,7 @@ def test_inverse_takes_the_same_side_inputs_and_is_differentiable() -> None:
     assert relative_error(module(*module.inverse(y1, y2, [side]), [side]), (y1, y2)) < 1e-9
 
 
-# --- side inputs ----------------------------------------------------------------------------------
+# --- side inputs
 class SideMLP(nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_a_side_input_may_alone_need_a_gradient(way: str) -> None:
     assert_like_lines(way, fs, gs, inputs, lambda call: lambda x1, x2, s: call(x1, x2, [s]))
 
 
-# --- functions ------------------------------------------------------------------------------------
+# --- functions
 @ways
 def test_tensors_that_f_closes_over_get_their_gradients(way: str) -> None:
     def wrap(name: str) -> Any:
@@ -330,7 +330,7 @@ def test_nothing_that_needs_a_gradient_is_fine(way: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(y, lines(fs, gs)(*x), strict=True))
 
 
-# --- RevBlock as a module -------------------------------------------------------------------------
+# --- RevBlock as a module
 def make_mlp() -> nn.Sequential:
     return mlp()
 

@@ -87,7 +87,7 @@ def assert_block_compiles(fs: Any, gs: Any, inputs: Sequence[Tensor] = (), way: 
     )
 
 
-# --- modules that a user might write ----------------------------------------------------------------------------------
+# --- modules that a user might write
 class Residual(nn.Module):
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def test_what_is_proven_about_a_function(make: Callable[[], Any], level: int) ->
     assert _level(make()) == level
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
+# --- gradients
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_block_and_the_function_have_the_gradients_of_the_lines(backend: str) -> None:
     block = RevBlock(mlp, lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU()), 2)
@@ -266,7 +266,7 @@ def test_autocast_is_the_same_in_the_recomputation() -> None:
     assert relative_error(got, expected) < 1e-3
 
 
-# --- random numbers and buffers ---------------------------------------------------------------------------------------
+# --- random numbers and buffers
 def test_dropout_is_drawn_again_alike() -> None:
     fs = nn.ModuleList([Residual(0.5), nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))])
     x, y, direction = leaf(8, 4), leaf(8, 4), torch.randn(8, 4)
@@ -298,7 +298,7 @@ def test_batch_norm_is_updated_once() -> None:
         assert all(torch.allclose(a, b) for a, b in zip(m.buffers(), c.buffers(), strict=True))
 
 
-# --- guards and surroundings ------------------------------------------------------------------------------------------
+# --- guards and surroundings
 def test_another_mode_compiles_anew_and_another_block_does_not() -> None:
     ways: list[int] = []
 
@@ -329,7 +329,7 @@ def test_without_gradients_in_transforms_and_in_export_it_is_plain_code() -> Non
     assert relative_error([grad(inputs[0])], torch.autograd.grad(block(x, inputs[1])[0].sum(), x)) < 1e-9
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory
 def peak(step: Callable[[], None]) -> int:
     """The most bytes that a step has allocated at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:

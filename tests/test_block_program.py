@@ -37,7 +37,7 @@ from revfx.mode import store_activations
 ways = pytest.mark.parametrize("way", WAYS)
 
 
-# --- ways of asking for gradients -----------------------------------------------------------------
+# --- ways of asking for gradients
 @ways
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone_may_be_used(way: str, used: int) -> None:
@@ -183,7 +183,7 @@ def test_gradcheck_passes(way: str) -> None:
     assert torch.autograd.gradgradcheck(call, x)
 
 
-# --- the program around the block -----------------------------------------------------------------
+# --- the program around the block
 @ways
 def test_f_runs_once_in_the_forward_and_once_in_the_backward(way: str) -> None:
     runs: list[str] = []

@@ -49,7 +49,7 @@ def assert_right_or_raises(
     return False
 
 
-# --- written between forward and backward ---------------------------------------------------------
+# --- written between forward and backward
 SPOILS: dict[str, Callable[[nn.Linear], object]] = {
     "weight in place": lambda m: m.weight.detach().mul_(2),
     "bias in place": lambda m: m.bias.detach().add_(1),
@@ -224,7 +224,7 @@ def test_an_error_in_the_backward_leaves_the_rest_of_the_program_usable(way: str
     assert_like_lines(way, fs, gs, [leaf(3, 4), leaf(3, 4)])
 
 
-# --- written by f ---------------------------------------------------------------------------------
+# --- written by f
 def writes(x: Tensor) -> Tensor:
     return x.mul_(0.5).sin()
 
@@ -293,7 +293,7 @@ def test_a_function_that_writes_to_a_weight_gives_the_right_gradient_or_raises(w
     assert all(torch.equal(f.weight, w) for f, w in zip(fs, after, strict=True))
 
 
-# --- what a function may not do -------------------------------------------------------------------
+# --- what a function may not do
 @ways
 @pytest.mark.parametrize("name", ["f", "g"])
 @pytest.mark.parametrize("layer", [0, 1])

@@ -36,7 +36,7 @@ from revfx import RevBlock, RevfxError
 ways = pytest.mark.parametrize("way", WAYS)
 
 
-# --- random numbers -------------------------------------------------------------------------------
+# --- random numbers
 @ways
 def test_dropout_draws_the_same_mask_again_and_leaves_the_random_state_of_plain_code(way: str) -> None:
     fs, gs = (nn.ModuleList(nn.Sequential(mlp(), nn.Dropout(0.4)) for _ in range(4)) for _ in range(2))
@@ -67,7 +67,7 @@ def test_random_numbers_drawn_between_forward_and_backward_do_not_matter(way: st
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- buffers --------------------------------------------------------------------------------------
+# --- buffers
 @ways
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -270,7 +270,7 @@ def test_a_counter_of_f_is_counted_once_and_read_as_it_was(way: str) -> None:
     assert f.calls == 4
 
 
-# --- exceptions -----------------------------------------------------------------------------------
+# --- exceptions
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ def test_an_exception_when_f_runs_again_leaves_random_state_and_buffers_as_they_
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-# --- nothing stays behind -------------------------------------------------------------------------
+# --- nothing stays behind
 class Remembers(nn.Module):
     """Leaves its last output as an attribute, as many models do for inspection."""
 

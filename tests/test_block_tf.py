@@ -147,7 +147,7 @@ def test_calling_it_again_makes_no_new_parameters() -> None:
     assert all(torch.equal(a, b) for y in outputs[1:] for a, b in zip(y, outputs[0], strict=True))
 
 
-# --- tensor2tensor: a decoder whose layers attend to themselves and to an encoder's output ----------
+# --- tensor2tensor: a decoder whose layers attend to themselves and to an encoder's output
 HIDDEN, HEADS, VOCABULARY = 128, 4, 9
 SOURCE, TARGET, SENTENCES = 5, 7, 3
 

@@ -223,7 +223,7 @@ def test_write_that_only_the_run_shows_is_noticed_in_the_forward(fp64: None) -> 
         converted(x)
 
 
-# --- state changed between forward and backward -----------------------------------------------------------------------
+# --- state changed between forward and backward
 def _write(t: Tensor) -> None:
     with torch.no_grad():
         t.add_(1)
@@ -306,7 +306,7 @@ def test_function_that_saves_other_tensors_in_the_rerun_raises(fp64: None) -> No
         out.sin().sum().backward()
 
 
-# --- atoms ------------------------------------------------------------------------------------------------------------
+# --- atoms
 def relu_first(d: int = D) -> nn.Sequential:
     return nn.Sequential(nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
 
@@ -421,7 +421,7 @@ def test_exact_zeros_in_the_streams_of_a_block(fp64: None) -> None:
     assert_same_grads(block, plain, [a, b])
 
 
-# --- factors that reach zero ------------------------------------------------------------------------------------------
+# --- factors that reach zero
 class Unclamped(Pairs):
     scale: float = 1.0
 
@@ -447,7 +447,6 @@ def test_unclamped_exp_is_finite_and_right_wherever_plain_is(scale: float, dtype
 
 
 # --- what is reversible although something else reads it
-# ---------------------------------------------------------------
 class UsedElsewhere(Pairs):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         a, b = x.chunk(2, -1)

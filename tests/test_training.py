@@ -29,7 +29,7 @@ from revfx.executor import RegionPlan, RegionRun, run_region
 importlib.import_module("situations_programs")  # fills the rest of the table
 
 
-# --- the table ------------------------------------------------------------------------------------
+# --- the table
 @dataclass(frozen=True)
 class Raised:
     """An exception of this type, whose text has this in it."""
