@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch, numerics
 from revfx.calls import Call
-from revfx.errors import NotReversibleError, RegenerationError
+from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
 from revfx.passes.closure import Forward
 from revfx.passes.plan import Instruction, schedule
 from revfx.passes.program import Program
@@ -54,7 +55,7 @@ class Handle:
 class RegionPlan:
     """A region of a program, with the schedules made for it so far (one per step, direction and need).
 
-    `kept` is the number of cuts that the latest forward kept.
+    `kept` is the number of cuts that the latest forward kept; `warned` is set once drift was warned of.
     """
 
     program: Program
@@ -63,6 +64,7 @@ class RegionPlan:
     schedules: dict[object, tuple[Instruction, ...]] = field(default_factory=dict[object, tuple[Instruction, ...]])
     step_of: dict[int, int] = field(default_factory=dict[int, int])
     kept: int = 0
+    warned: bool = False
 
     def __post_init__(self) -> None:
         for number, step in enumerate(self.region.steps):
@@ -340,18 +342,24 @@ class RegionRun:
         return self.values
 
     def _check_drift(self, cut: int) -> None:
-        """None, where the regenerated cut is what it was, as far as a sample of its elements tells."""
-        limit = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
+        """None; warns, or raises, where the regenerated cut is not what it was, as far as a sample of it tells."""
+        eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
         for v, before in self.samples.get(cut, {}).items():
             error = numerics.drift(self.values[v], before)
-            if error > numerics.DRIFT * max(limit, torch.finfo(before.dtype).eps) ** 0.5:
-                where = self.program.ops[self.region.steps[cut].start].where or "an unknown place"
-                raise RegenerationError(
-                    f"`{self.program.values[v].name}`, regenerated for {where}, is off by {error:.1e} (relative): the"
-                    " functions of this region amplify rounding errors too much to be inverted in"
-                    f" {before.dtype}. Use a wider dtype for the streams, or keep the activations with"
-                    " `revfx.testing.store_activations()`."
-                )
+            limit = numerics.DRIFT * max(eps, torch.finfo(before.dtype).eps) ** 0.5 if error else 0.0
+            if error <= limit:
+                continue
+            where = self.program.ops[self.region.steps[cut].start].where or "an unknown place"
+            text = (
+                f"`{self.program.values[v].name}`, regenerated for {where}, is off by {error:.1e} (relative): the"
+                f" functions of this region amplify rounding errors too much to be inverted in {before.dtype}. Use a"
+                " wider dtype for the streams, or keep the activations with `revfx.testing.store_activations()`."
+            )
+            if error > max(limit, numerics.GARBAGE):
+                raise RegenerationError(text)
+            if not self.plan.warned:
+                self.plan.warned = True
+                warnings.warn(text, RevfxWarning, stacklevel=2)
 
     def _execute(self, instruction: Instruction, env: Env) -> None:
         d = instruction.run

@@ -24,7 +24,8 @@ ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may
 
 CHECK_EVERY = 4  # steps between the cuts of which a sample is kept, to see in the backward how far rounding has gone
 SAMPLE = 64  # elements of each value
-DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more raises, whatever made the error grow
+DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
+GARBAGE = 1e-2  # a regenerated cut that is off by more than this, and by more than that, raises
 
 
 def sample(t: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Prints figures that no test decides on: `python tests/measure.py planning` and `python tests/measure.py step`.
 
 `step`: one interleaved run of a 12-layer MLP coupling (128 wide streams, 2048 rows), medians of training steps as
-ratios to plain autograd and to `torch.utils.checkpoint` per layer; RevLib and MemCNN run along where they are installed. Large
-blocks go back to the system between steps by default, which slows whatever allocates most; for a comparison of the work
-itself set MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000.
+ratios to plain autograd and to `torch.utils.checkpoint` per layer; RevLib and MemCNN run along where they are
+installed. Large blocks go back to the system between steps by default, which slows whatever allocates most; to compare
+the work itself set MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000.
 """
 
 from __future__ import annotations
