@@ -131,7 +131,7 @@ class RegionRun:
         with saved_tensors_hooks(self._pack, _unpack):
             for number, step in enumerate(region.steps):
                 lower = {v: env[v] for v in step.entry} if numerics.measures(step) else {}
-                if number % numerics.CHECK_EVERY == 1:
+                if numerics.is_checked(number, len(region.steps)):
                     self.samples[number] = {v: numerics.sample(env[v]) for v in step.entry if v not in self.kept}
                 for index in range(step.start, step.stop):
                     outs = self._call(index, env)
