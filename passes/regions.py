@@ -115,14 +115,31 @@ def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> li
 
 
 def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool:
-    """Whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it."""
+    """Whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it.
+
+    What running forwards from `side` alone gives does not count: that is checkpointing, which needs no inverse.
+    """
+    given = _recomputable(program, steps, side)
     using = [
-        s for s in steps if s.inverts and any(v in side for i in range(s.start, s.stop) for v in program.ops[i].ins)
+        s
+        for s in steps
+        if any(not a.exact and a.head not in given for a in s.arcs)
+        and any(v in side for i in range(s.start, s.stop) for v in program.ops[i].ins)
     ]
     if len(using) < 2:
         return False
-    freed = {program.values[v].storage: program.values[v].nbytes for s in steps for v in s.entry if v not in side}
+    freed = {program.values[v].storage: program.values[v].nbytes for s in steps for v in s.entry if v not in given}
     return sum(freed.values()) > program.nbytes(tuple(side))
+
+
+def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int]) -> set[int]:
+    """`side`, and what the operations of `steps` (last one first) give from it and from sources."""
+    known = set(side)
+    for i in range(steps[-1].start, steps[0].stop) if steps else ():
+        op = program.ops[i]
+        if all(v in known or program.values[v].source for v in op.ins):
+            known.update(op.outs)
+    return known
 
 
 def _region(program: Program, walk: Walk) -> Region | None:

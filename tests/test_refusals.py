@@ -45,6 +45,10 @@ def resnet(x: Tensor, f: nn.Module, g: nn.Module) -> tuple[Tensor]:
     return (x + f(x),)
 
 
+def resnet_written_out(x: Tensor, f: nn.Module, g: nn.Module) -> tuple[Tensor]:
+    return (x + (f(x) * 0.5 + x),)
+
+
 def relu_between(a: Tensor, b: Tensor, f: nn.Module, g: nn.Module) -> tuple[Tensor, Tensor]:
     a = torch.relu(a + f(b))
     b = torch.relu(b + g(a))
@@ -107,6 +111,7 @@ def alias_read_later(a: Tensor, b: Tensor, f: nn.Module, g: nn.Module) -> tuple[
 
 NOTHING_FOUND = [
     (resnet, 1, "computed from itself"),
+    (resnet_written_out, 1, "computed from itself"),
     (relu_between, 2, "`relu` maps all negative numbers to 0"),
     (times_zero, 2, "the factor is 0"),
     (squared, 2, "loses the sign"),
