@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.masks import masked_arcs
 from revfx.passes.program import Arc, Op, Program, Value
-from revfx.rules import Inverse, Masked, NoInverse, Tile, op_name, rule_for, why_none
+from revfx.passes.sizes import NUMBERS, as_number, no_new_guards, same_shape
+from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, op_name, rule_for, why_none
 
 
 @dataclass(frozen=True)
@@ -38,35 +39,57 @@ class Lowered:
         return tuple(i for i, n in enumerate(self.value_nodes) if n.op == "placeholder")
 
 
-def lower(graph: fx.Graph, module_of: Callable[[str], torch.nn.Module] | None = None) -> Lowered:
+def lower(
+    graph: fx.Graph,
+    module_of: Callable[[str], torch.nn.Module] | None = None,
+    sources: Collection[fx.Node] = (),
+) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`.
+
+    Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
     contain the node), `where` (the user's file and line), `atoms` and `constant`. A node whose result is a tuple and
     the getitem nodes that take it apart become one operation with several outputs.
     """
-    return _Lowering(graph, module_of).run()
+    return _Lowering(graph, module_of, sources).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """What an operand was multiplied by: a number, or the index of a value that is measured while the forward runs."""
+
+    by: float | int | None
+    measured: bool = False
+    least: float = 1.0
+    typical: float = 1.0
 
 
 class _Lowering:
-    def __init__(self, graph: fx.Graph, module_of: Callable[[str], torch.nn.Module] | None) -> None:
-        self.graph, self.module_of = graph, module_of
+    def __init__(
+        self, graph: fx.Graph, module_of: Callable[[str], torch.nn.Module] | None, sources: Collection[fx.Node]
+    ) -> None:
+        self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
         self.storages: dict[object, int] = {}
         self.owner: dict[fx.Node, int] = {}
+        self.directions: dict[fx.Node, list[Direction]] = {}
 
     def run(self) -> Lowered:
         op_nodes: list[fx.Node] = []
         outs: list[list[int]] = []
         outputs: tuple[int, ...] = ()
         for node in self.graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
-                self._value(node, source=node.op == "get_attr", given=node.op == "placeholder")
-            elif node.op == "output":
-                outputs = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes))
+            if node.op == "output":
+                outputs = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
+            elif isinstance(node.meta.get("val"), NUMBERS):
+                continue
+            elif node.op in ("placeholder", "get_attr") or node in self.sources:
+                source = node.op == "get_attr" or node in self.sources
+                self._value(node, source=source, given=node.op == "placeholder")
             elif self._takes_apart(node):
                 self.owner[node] = self.owner[node.args[0]]
                 if isinstance(node.meta["val"], Tensor):
@@ -76,7 +99,7 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        for i, arcs in (*self._tilings(op_nodes, outs), *masked_arcs(op_nodes, self.index, self._arc)):
+        for i, arcs in (*self._tilings(op_nodes, outs), *masked_arcs(op_nodes, self.index, self._arc, self._directions)):
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
         theirs = {v.storage for v in self.values if v.given or v.source}
@@ -99,7 +122,8 @@ class _Lowering:
     def _value(self, node: fx.Node, source: bool = False, given: bool = False) -> int:
         val = node.meta["val"]
         storage = self.storages.setdefault(node.meta.get("storage", node), len(self.storages))
-        nbytes = node.meta.get("storage_nbytes", val.numel() * val.element_size())
+        nbytes = node.meta.get("storage_nbytes", None)
+        nbytes = as_number(val.numel()) * val.element_size() if nbytes is None else nbytes
         index = self.index[node] = len(self.values)
         self.values.append(Value(node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given))
         self.value_nodes.append(node)
@@ -107,25 +131,23 @@ class _Lowering:
 
     def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Op:
         ins = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
-        module = self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
-        rule = rule_for(node, module)
         arcs: list[Arc] = []
         refused: dict[int, str] = {}
-        if rule is not None and node.meta.get("barrier") is None and len(outs) >= 1:
-            for direction in rule(node):
-                if isinstance(direction, Masked):
-                    continue
-                solved = direction.whole if isinstance(direction, Tile) else direction.solves
-                if not isinstance(solved, fx.Node) or solved.op == "get_attr" or solved not in self.index:
-                    continue
-                if isinstance(direction, NoInverse):
-                    refused[self.index[solved]] = direction.reason
-                elif isinstance(direction, Inverse):
-                    arc = self._arc(node, direction)
-                    if isinstance(arc, str):
-                        refused[self.index[solved]] = arc
-                    else:
-                        arcs.append(arc)
+        for direction in self._directions(node) if outs else ():
+            if isinstance(direction, Masked):
+                continue
+            solved = direction.whole if isinstance(direction, (Tile, Patch)) else direction.solves
+            if not isinstance(solved, fx.Node) or solved.op == "get_attr" or solved not in self.index:
+                continue
+            if isinstance(direction, NoInverse):
+                refused[self.index[solved]] = direction.reason
+            elif isinstance(direction, Inverse):
+                arc = self._arc(node, direction)
+                if isinstance(arc, str):
+                    refused[self.index[solved]] = arc
+                else:
+                    arcs.append(arc)
+        rule = self._rule(node)
         name = str(node.target) if node.op == "call_module" else op_name(node.target)
         solved = {a.head for a in arcs}
         if rule is None:
@@ -154,7 +176,7 @@ class _Lowering:
                 return f"it is {a.dtype}, and only floating-point values are inverted"
             if a.dtype != y.dtype:
                 return f"`{op_name(node.target)}` turns {a.dtype} into {y.dtype}"
-            if a.shape != y.shape:
+            if not same_shape(a, y):
                 return f"`{op_name(node.target)}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}"
         factor = self._factor(inverse)
         if isinstance(factor, str):
@@ -167,40 +189,47 @@ class _Lowering:
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, constants) if constants else inverse.by,
             exact=inverse.exact, barred=barred, suspect=atoms == PERHAPS,
-            factor=factor[0], measured=factor[1], reciprocal=inverse.reciprocal,
+            factor=factor.by, measured=factor.measured, reciprocal=inverse.reciprocal,
+            least=factor.least, typical=factor.typical,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
-            partial=a.numel() < y.numel(),
+            partial=not statically_known_true(a.numel() == y.numel()),
         )  # fmt: skip
 
-    def _factor(self, inverse: Inverse) -> tuple[float | int | None, bool] | str:
-        """What the solved operand was multiplied by and whether it must be measured, or why it may be zero."""
+    def _factor(self, inverse: Inverse) -> _Factor | str:
+        """What the solved operand was multiplied by, or why it may be zero."""
         f = inverse.factor
         if f is None:
-            return None, False
+            return _Factor(None)
         if not isinstance(f, fx.Node):
             value = float(abs(1 / f if inverse.reciprocal and f else f))
             if value == 0 or value != value or value == float("inf"):
                 return f"the factor is {f}"
-            return (None if value == 1 else value), False
+            return _Factor(None if value == 1 else value)
         interval: Interval = self.bounds.get(f, UNKNOWN)
         if inverse.reciprocal:
-            return (None, False) if interval.most <= 1 else (self.index[f], True)
+            least, typical = 1 / max(interval.most, 1e-300), 1 / max(interval.typical, 1e-300)
+            return _Factor(None) if interval.most <= 1 else _Factor(self.index[f], True, least, typical)
         if interval.least == 0 and not interval.nonzero:
             return f"the factor `{f.name}` is not bounded away from zero"
-        return (None, False) if interval.least >= 1 else (self.index[f], True)
+        return (
+            _Factor(None) if interval.least >= 1 else _Factor(self.index[f], True, interval.least, interval.typical)
+        )
 
     def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, tuple[Arc, ...]]]:
-        """Arcs from parts that tile a value to the whole, each with the first operation that makes one of the parts."""
+        """Arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation that
+        makes one of the parts.
+        """
         tiles: dict[tuple[int, int], list[tuple[int, int, Tile]]] = {}
+        patches: list[tuple[int, int, Patch]] = []
         for i, node in enumerate(op_nodes):
-            rule = rule_for(node)
-            if rule is None or node.op == "call_module" or node.meta.get("barrier") is not None:
-                continue
-            for t in rule(node):
+            for t in self._directions(node):
                 if isinstance(t, Tile) and t.whole in self.index and t.part < len(outs[i]):
                     tiles.setdefault((self.index[t.whole], t.dim), []).append((i, outs[i][t.part], t))
+                elif isinstance(t, Patch) and t.whole in self.index:
+                    patches.append((i, outs[i][0], t))
         for (whole, dim), parts in tiles.items():
-            chosen = _exact_cover([t.index for _, _, t in parts], self.values[whole].shape[dim])
+            size = self.values[whole].shape[dim]
+            chosen = _exact_cover([t.index for _, _, t in parts], size) if isinstance(size, int) else None
             if chosen is None or self.values[whole].source:
                 continue
             use = [parts[k] for k in chosen]
@@ -208,6 +237,34 @@ class _Lowering:
             names = ", ".join(self.values[v].name for _, v, _ in use)
             text = f"{self.values[whole].name} <- {names}  (put together)"
             yield min(i for i, _, _ in use), (Arc(whole, tuple(v for _, v, _ in use), solve, exact=True, text=text),)
+        for i, patched, p in patches:
+            whole = self.index[p.whole]
+            for j, part, t in tiles.get((whole, p.dim), []):
+                if t.index == p.index and t.squeezed == p.squeezed and not self.values[whole].source:
+                    text = f"{self.values[whole].name} <- {self.values[patched].name}, {self.values[part].name}  (patch)"
+                    yield min(i, j), (Arc(whole, (patched, part), _patch(p), exact=True, text=text),)
+
+    def _rule(self, node: fx.Node) -> Rule | None:
+        module = self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
+        return rule_for(node, module)
+
+    def _directions(self, node: fx.Node) -> list[Direction]:
+        """What the node's rule yields; nothing where that depends on a size that is not fixed."""
+        if node not in self.directions:
+            self.directions[node] = []
+            rule = self._rule(node)
+            if rule is not None and node.meta.get("barrier") is None:
+                with no_new_guards(node.meta["val"]):
+                    self.directions[node] = list(rule(node))
+        return self.directions[node]
+
+
+def _patch(p: Patch) -> Callable[..., Tensor]:
+    def solve(patched: Tensor, part: Tensor) -> Tensor:
+        part = part.unsqueeze(p.dim) if p.squeezed else part
+        return torch.slice_scatter(patched, part, p.dim, p.index.start, p.index.stop, p.index.step)
+
+    return solve
 
 
 def _filled(by: Callable[..., Tensor], constants: dict[int, Any]) -> Callable[..., Tensor]:
@@ -242,16 +299,16 @@ def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
 
 
 def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[range, bool], ...]) -> Callable[..., Tensor]:
+    """The function that puts parts together; functional, since it is traced into compiled graphs as well."""
+    in_order = all(index.step == 1 or len(index) == 1 for index, _ in parts)  # an exact cover has them sorted
+
     def solve(*tensors: Tensor) -> Tensor:
-        whole = tensors[0].new_empty(shape)
-        for tensor, (index, squeezed) in zip(tensors, parts, strict=True):
-            at = (*[slice(None)] * dim, slice(index.start, index.stop, index.step))
-            whole[at] = tensor.unsqueeze(dim) if squeezed else tensor
-        return whole
+        whole = [t.unsqueeze(dim) if gone else t for t, (_, gone) in zip(tensors, parts, strict=True)]
+        if in_order:
+            return torch.cat(whole, dim)
+        put = whole[0].new_empty(shape)
+        for tensor, (index, _) in zip(whole, parts, strict=True):
+            put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
+        return put
 
     return solve
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in a nested structure, in order."""
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]

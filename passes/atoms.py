@@ -21,19 +21,22 @@ MAKERS = frozenset(
     softshrink hardshrink max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d max_unpool2d
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout eq ne lt le gt ge masked_fill
     masked_select masked_scatter one_hot zeros zeros_like ones ones_like full full_like tril triu embedding nan_to_num
-    topk sort cummax cummin quantile median mode pad bernoulli""".split()
+    topk sort cummax cummin quantile median mode pad bernoulli native_dropout max_pool2d_with_indices
+    max_pool3d_with_indices constant_pad_nd zero full_like new_zeros new_full""".split()
 )
 MIXERS = frozenset(
     """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-    bilinear layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward rand
+    bilinear addmv convolution native_layer_norm native_group_norm _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    inductor_random layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward rand
     randn randn_like rand_like normal lstm gru rnn_tanh tensordot outer mv dot""".split()
 )
-PICKS = frozenset("getitem __getitem__ index_select gather take take_along_dim".split())
+PICKS = frozenset("getitem __getitem__ index index_select gather take take_along_dim".split())
 SUMS = frozenset(
     "add sub subtract rsub lerp addcmul addcdiv addcmul __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__".split()
 )
 PRODUCTS = frozenset("mul multiply div divide true_divide __mul__ __rmul__ __rdiv__ __truediv__".split())
-JOINS = frozenset("cat concat concatenate stack hstack vstack dstack".split())
+JOINS = frozenset("cat concat concatenate stack hstack vstack dstack slice_scatter select_scatter".split())
 
 
 NONE, PERHAPS, CERTAIN = 0, 1, 2

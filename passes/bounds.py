@@ -30,6 +30,13 @@ class Interval:
         """The largest magnitude that the interval admits."""
         return max(abs(self.low), abs(self.high))
 
+    @property
+    def typical(self) -> float:
+        """A guess at the usual magnitude: the middle of the interval, on a log scale where it has one; else 1."""
+        if self.most == math.inf:
+            return max(1.0, self.least)
+        return math.sqrt(self.least * self.most) if self.least > 0 else self.most / 2 or 1.0
+
 
 UNKNOWN = Interval()
 
@@ -98,9 +105,9 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "__neg__": _neg,
 } | dict.fromkeys(
     ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone",
-     "permute", "transpose", "detach",
+     "permute", "transpose", "detach", "t", "alias", "_unsafe_view", "slice", "split_with_sizes", "index",
      "expand", "expand_as", "flip", "roll", "getitem", "__getitem__", "chunk", "split", "narrow", "select",
-     "unbind", "float", "double",
+     "unbind", "float", "double", "_to_copy", "convert_element_type",
      "repeat"),
     lambda a: a,
 )  # fmt: skip
@@ -109,6 +116,7 @@ BINARY: dict[str, Callable[[Interval, Interval], Interval]] = {
     "add": _add,
     "sub": lambda a, b: _add(a, _neg(b)),
     "__rsub__": lambda a, b: _add(b, _neg(a)),
+    "rsub": lambda a, b: _add(b, _neg(a)),
     "mul": _mul,
     "div": lambda a, b: _mul(a, _reciprocal(b)),
     "true_divide": lambda a, b: _mul(a, _reciprocal(b)),

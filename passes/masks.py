@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes.program import Arc
-from revfx.rules import Inverse, Masked, rule_for
+from revfx.passes.sizes import same_shape
+from revfx.rules import Direction, Inverse, Masked
 
 
 DEPTH = 4  # elementwise operations followed upwards from one operand of a `where`
@@ -40,19 +41,20 @@ class Half:
 
 
 ArcOf = Callable[[fx.Node, Inverse], Arc | str]
+DirectionsOf = Callable[[fx.Node], list[Direction]]
 
 
 def masked_arcs(
-    op_nodes: Sequence[fx.Node], index: Mapping[fx.Node, int], arc_of: ArcOf
+    op_nodes: Sequence[fx.Node], index: Mapping[fx.Node, int], arc_of: ArcOf, directions_of: DirectionsOf
 ) -> Iterator[tuple[int, tuple[Arc, ...]]]:
     """Arcs whose tail holds parts of their head under a mask, each with the first operation that it involves."""
     position = {node: i for i, node in enumerate(op_nodes)}
-    selects = {node: found for node in op_nodes if len(found := _masked(node)) == 2}
+    selects = {node: found for node in op_nodes if len(found := _masked(directions_of(node))) == 2}
     halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}
     for y, sides in selects.items():
         for m in sides:
             known = Half(position[y], m.value, (y,), _itself, None)
-            _spread(m.whole, m.mask, known, DEPTH, selects, position, arc_of, halves)
+            _spread(m.whole, m.mask, known, DEPTH, selects, position, arc_of, directions_of, halves)
     for (whole, mask), found in halves.items():
         if whole.op != "get_attr":
             for inside in (h for h in found if h.value):
@@ -65,11 +67,8 @@ def masked_arcs(
                     yield _refill(index, y, m, half, position[y])
 
 
-def _masked(node: fx.Node) -> list[Masked]:
-    rule = rule_for(node)
-    if rule is None or node.op == "call_module" or node.meta.get("barrier") is not None:
-        return []
-    return [m for m in rule(node) if isinstance(m, Masked) and isinstance(m.mask, fx.Node)]
+def _masked(directions: list[Direction]) -> list[Masked]:
+    return [m for m in directions if isinstance(m, Masked) and isinstance(m.mask, fx.Node)]
 
 
 def _spread(
@@ -80,6 +79,7 @@ def _spread(
     selects: Mapping[fx.Node, list[Masked]],
     position: Mapping[fx.Node, int],
     arc_of: ArcOf,
+    directions_of: DirectionsOf,
     halves: dict[tuple[fx.Node, fx.Node], list[Half]],
 ) -> None:
     """Notes what is known of half of `whole`, and of what it was made from by elementwise operations or the same
@@ -92,9 +92,8 @@ def _spread(
     for m in selects.get(whole, []):
         if m.mask is mask and m.value == known.value:
             earlier = replace(known, at=min(known.at, position[whole]))
-            _spread(m.whole, mask, earlier, depth, selects, position, arc_of, halves)
-    rule = rule_for(whole) if whole in position and depth and whole not in selects else None
-    for inverse in rule(whole) if rule is not None and whole.meta.get("barrier") is None else ():
+            _spread(m.whole, mask, earlier, depth, selects, position, arc_of, directions_of, halves)
+    for inverse in directions_of(whole) if whole in position and depth and whole not in selects else ():
         if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
             continue
         arc = arc_of(whole, inverse)
@@ -108,7 +107,7 @@ def _spread(
             functools.partial(_chain, known.solve, len(known.tail), arc.solve),
             arc if arc.factor is not None or known.rounding is None else known.rounding,
         )
-        _spread(inverse.solves, mask, more, depth - 1, selects, position, arc_of, halves)
+        _spread(inverse.solves, mask, more, depth - 1, selects, position, arc_of, directions_of, halves)
 
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
@@ -118,7 +117,7 @@ def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
 
 def _alike(whole: fx.Node, node: fx.Node) -> bool:
     a, y = whole.meta.get("val"), node.meta["val"]
-    return isinstance(a, Tensor) and a.shape == y.shape and a.dtype == y.dtype
+    return isinstance(a, Tensor) and a.dtype == y.dtype and same_shape(a, y)
 
 
 def _join(
@@ -139,6 +138,8 @@ def _join(
             factor=rounding.factor,
             measured=rounding.measured,
             reciprocal=rounding.reciprocal,
+            least=rounding.least,
+            typical=rounding.typical,
         )
     return min(inside.at, outside.at), (made,)
 

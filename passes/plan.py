@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step, needed
 from revfx.passes.program import Program
+from revfx.passes.sizes import as_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,58 @@ def amplification(step: Step, before: dict[int, float], measured: dict[int, floa
         for v in arc.tail if arc.exact else arc.tail[:1]:
             growth[v] = max(growth.get(v, 1.0), grown)
     return {v: growth.get(v, 1.0) for v in step.exit}
+
+
+MARGIN = 8.0  # by how much a gradient may be off more than the stream that it was computed from
+CHECK_EVERY, MOST_CHECKS = 4, 32  # of every fourth cut a sample is kept, to see in the backward how far rounding went
+SAMPLE = 64  # elements of each value
+GARBAGE = 1e-2  # a regenerated cut that is off by more raises
+
+
+def tolerance_of(dtype: torch.dtype, tolerance: float | None) -> float:
+    """What a relative error may grow to: as given, or the square root of the dtype's eps."""
+    return torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
+
+
+def anchors(program: Program, steps: Sequence[Step], tolerance: float | None, store: bool) -> frozenset[int]:
+    """The cuts inside a region to keep since rounding would grow too much, going by what is known without running.
+
+    Cut j lies before step j. Of factors that are data a typical magnitude is assumed. With `store` the entry of a step
+    whose factor may reach zero is kept as well.
+    """
+    kept: set[int] = set()
+    growth: dict[int, float] = {}
+    for j, step in enumerate(steps):
+        dtypes = [program.values[v].dtype for v in step.exit if program.values[v].dtype.is_floating_point]
+        eps = max((torch.finfo(d).eps for d in dtypes), default=0.0)
+        most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
+        if j and store and any(a.measured and a.least < most for a in step.arcs):
+            kept.add(j)
+            growth = {}
+            continue
+        measured = {int(a.factor or 0): 1 / a.typical for a in step.arcs if a.measured}
+        growth = amplification(step, growth, measured)
+        largest = max(growth.values(), default=1.0)
+        if MARGIN * largest * eps > most and largest > 1.0 and j + 1 < len(steps):
+            kept.add(j + 1)
+            growth = {}
+    return frozenset(kept)
+
+
+def is_checked(cut: int, steps: int) -> bool:
+    """Whether a sample of a cut is kept: of the lowest, and of evenly spaced ones, so many at most in any region."""
+    return cut % max(CHECK_EVERY, steps // MOST_CHECKS) == 1
+
+
+def sample(t: Tensor) -> Tensor:
+    """A copy of some elements of `t`, evenly spread."""
+    return t.detach().reshape(-1)[:: max(1, as_number(t.numel()) // SAMPLE)].clone()
+
+
+def drifted(now: Tensor, before: Tensor) -> Tensor:
+    """Whether |now - before| > 1 % of |before|, as a tensor; not where `before` was not finite."""
+    error, scale = (now - before).norm(), before.norm()
+    return ~(error <= GARBAGE * scale) & torch.isfinite(scale)
 
 
 def type_text(program: Program, value: int) -> str:

@@ -44,6 +44,8 @@ class Arc:
     was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
     `partial`: the result holds other elements as well, so it may have atoms where the head has none.
+    Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
+    `typical` a guess at its usual magnitude, for where the run can't be asked.
     """
 
     head: int
@@ -57,6 +59,8 @@ class Arc:
     reciprocal: bool = False
     text: str = ""
     partial: bool = False
+    least: float = 1.0
+    typical: float = 1.0
 
     @property
     def amplification(self) -> float:

@@ -15,27 +15,12 @@ import torch
 from torch import Tensor
 
 from revfx.passes.cuts import Step
-from revfx.passes.plan import amplification
+from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample
 
 
-MARGIN = 8.0  # by how much a gradient may be off more than the stream that it was computed from
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
 
-
-CHECK_EVERY, MOST_CHECKS = 4, 32  # of every fourth cut a sample is kept, to see in the backward how far rounding went
-SAMPLE = 64  # elements of each value
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
-GARBAGE = 1e-2  # a regenerated cut that is off by more than this, and by more than that, raises
-
-
-def is_checked(cut: int, steps: int) -> bool:
-    """Whether a sample of a cut is kept: of the lowest, and of evenly spaced ones, so many at most in any region."""
-    return cut % max(CHECK_EVERY, steps // MOST_CHECKS) == 1
-
-
-def sample(t: Tensor) -> Tensor:
-    """A copy of some elements of `t`, evenly spread."""
-    return t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLE)].clone()
 
 
 def drift(now: Tensor, before: Tensor) -> float:

@@ -12,8 +12,8 @@ its parts tile it), and for an operand that it can't solve a `NoInverse` with th
 A rule states the algebra. What makes it sound (the solved operand has the result's shape and keeps its dtype, `a is
 not b`, a factor is bounded away from zero) is checked once, for all rules, by `revfx.passes.arcs`.
 
-Spellings: functions are registered as themselves, tensor methods by name, modules by class; overloads of aten may be
-added beside them. Layout rules live in `revfx.rules_layout`.
+Spellings: functions are registered as themselves, tensor methods by name, modules by class; overloads of aten beside
+them, for compiled graphs. Layout rules live in `revfx.rules_layout` and `revfx.rules_aten`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from revfx.errors import RevfxError
 
 
 Scalar = (int, float)
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,19 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class Patch:
+    """The result is `whole` but for `index` along `dim`, where something else was written.
+
+    Another operation's `Tile` of `whole` with the same index completes it.
+    """
+
+    whole: Any
+    dim: int
+    index: range
+    squeezed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Masked:
     """The result is `whole` where `mask` is `value` (True or False), and `other` elsewhere.
 
@@ -84,7 +98,7 @@ class NoInverse:
     reason: str
 
 
-Direction = Inverse | Tile | Masked | NoInverse
+Direction = Inverse | Tile | Patch | Masked | NoInverse
 Rule = Callable[[fx.Node], Iterator[Direction]]
 
 _table: dict[object, Rule] = {}
@@ -116,6 +130,11 @@ def unregister_inverse(*ops: object) -> None:
     """None; `ops` have no rule any more (what a test or a notebook cell that registers again needs)."""
     for op in ops:
         _table.pop(op, None)
+
+
+def has_foreign() -> bool:
+    """Whether the table holds rules that did not come with revfx."""
+    return any(not rule.__module__.startswith("revfx.") for rule in _table.values())
 
 
 def has_rule(op: object) -> bool:
@@ -160,7 +179,10 @@ def scaled(value: Tensor, alpha: float) -> Tensor:
 
 
 # --- arithmetic: y = a + alpha*b and its relatives
-@register_inverse(torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd)
+@register_inverse(
+    torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd,
+    aten.add.Tensor, aten.add.Scalar,
+)  # fmt: skip
 def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
@@ -169,8 +191,9 @@ def add(node: fx.Node) -> Iterator[Direction]:
 
 
 @register_inverse(
-    torch.sub, torch.subtract, "sub", "sub_", "subtract", "__sub__", "__isub__", operator.sub, operator.isub
-)
+    torch.sub, torch.subtract, "sub", "sub_", "subtract", "__sub__", "__isub__", operator.sub, operator.isub,
+    aten.sub.Tensor, aten.sub.Scalar,
+)  # fmt: skip
 def sub(node: fx.Node) -> Iterator[Direction]:
     """`y = a - alpha*b`; `a = y + alpha*b`, `b = (a - y)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
@@ -178,7 +201,7 @@ def sub(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=alpha)
 
 
-@register_inverse(torch.rsub, "__rsub__")
+@register_inverse(torch.rsub, "__rsub__", aten.rsub.Tensor, aten.rsub.Scalar)
 def rsub(node: fx.Node) -> Iterator[Direction]:
     """`y = b - alpha*a`; `a = (b - y)/alpha`, `b = y + alpha*a`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
@@ -186,7 +209,9 @@ def rsub(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: y + scaled(a, alpha), (a,))
 
 
-@register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg)
+@register_inverse(
+    torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default
+)
 def neg(node: fx.Node) -> Iterator[Direction]:
     """`y = -a`; `a = -y`."""
     (a,) = arguments(node, "input")
@@ -194,8 +219,9 @@ def neg(node: fx.Node) -> Iterator[Direction]:
 
 
 @register_inverse(
-    torch.mul, torch.multiply, "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", operator.mul, operator.imul
-)
+    torch.mul, torch.multiply, "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", operator.mul,
+    operator.imul, aten.mul.Tensor, aten.mul.Scalar,
+)  # fmt: skip
 def mul(node: fx.Node) -> Iterator[Direction]:
     """`y = a*b`; `a = y/b`, `b = y/a`, each where the other factor is bounded away from zero."""
     a, b = arguments(node, "input", "other")
@@ -204,8 +230,9 @@ def mul(node: fx.Node) -> Iterator[Direction]:
 
 
 @register_inverse(
-    torch.div, torch.divide, torch.true_divide, "div", "div_", "divide", "true_divide", "__truediv__", operator.truediv
-)
+    torch.div, torch.divide, torch.true_divide, "div", "div_", "divide", "true_divide", "__truediv__",
+    operator.truediv, aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode,
+)  # fmt: skip
 def div(node: fx.Node) -> Iterator[Direction]:
     """`y = a/b`; `a = y*b`."""
     a, b, rounding = arguments(node, "input", "other", rounding_mode=None)
@@ -215,21 +242,21 @@ def div(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y, b: y * b, (b,), factor=b, reciprocal=True)
 
 
-@register_inverse(torch.addcmul, "addcmul", "addcmul_")
+@register_inverse(torch.addcmul, "addcmul", "addcmul_", aten.addcmul.default)
 def addcmul(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b*c`; `a = y - value*b*c`."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
     yield Inverse(a, lambda y, b, c: torch.addcmul(y, b, c, value=-value), (b, c))
 
 
-@register_inverse(torch.addcdiv, "addcdiv", "addcdiv_")
+@register_inverse(torch.addcdiv, "addcdiv", "addcdiv_", aten.addcdiv.default)
 def addcdiv(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b/c`; `a = y - value*b/c`."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
     yield Inverse(a, lambda y, b, c: torch.addcdiv(y, b, c, value=-value), (b, c))
 
 
-@register_inverse(torch.lerp, "lerp", "lerp_")
+@register_inverse(torch.lerp, "lerp", "lerp_", aten.lerp.Scalar, aten.lerp.Tensor)
 def lerp(node: fx.Node) -> Iterator[Direction]:
     """`y = (1-w)*a + w*b` for a number w; `a = (y - w*b)/(1-w)`, `b = (y - (1-w)*a)/w`."""
     a, b, w = arguments(node, "input", "end", "weight")
@@ -241,7 +268,7 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w)
 
 
-@register_inverse(torch.where, "where")
+@register_inverse(torch.where, "where", aten.where.self)
 def where(node: fx.Node) -> Iterator[Direction]:
     """`y = where(m, a, b)`: a where m holds, b elsewhere; what m does not select of either is not in y."""
     if len(node.args) != 3:
@@ -262,7 +289,10 @@ WIDER = {
 }
 
 
-@register_inverse("to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu")
+@register_inverse(
+    "to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu",
+    aten._to_copy.default, torch.ops.prims.convert_element_type.default,
+)  # fmt: skip
 def cast(node: fx.Node) -> Iterator[Direction]:
     """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits."""
     (a,) = arguments(node, "input")
@@ -292,6 +322,7 @@ NOT_INJECTIVE = {
     "tanh": "saturates: it is not invertible in floating point",
     "sigmoid": "saturates: it is not invertible in floating point",
     "max_pool2d": "keeps only the maxima",
+    "max_pool2d_with_indices": "keeps only the maxima",
     "dropout": "drops elements",
     "batch_norm": "removes mean and scale, which the output does not hold",
     "layer_norm": "removes mean and scale, which the output does not hold",
@@ -300,6 +331,13 @@ NOT_INJECTIVE = {
     "matmul": "multiplies by a matrix that need not be invertible",
     "conv2d": "is a linear map that need not be invertible",
     "conv1d": "is a linear map that need not be invertible",
+    "convolution": "is a linear map that need not be invertible",
+    "mm": "multiplies by a matrix that need not be invertible",
+    "addmm": "multiplies by a matrix that need not be invertible",
+    "bmm": "multiplies by a matrix that need not be invertible",
+    "native_dropout": "drops elements",
+    "native_layer_norm": "removes mean and scale, which the output does not hold",
+    "_native_batch_norm_legit_functional": "removes mean and scale, which the output does not hold",
 }
 
 
@@ -311,3 +349,4 @@ def why_none(name: str) -> str:
 
 
 importlib.import_module("revfx.rules_layout")  # fills the rest of the table
+importlib.import_module("revfx.rules_aten")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, meta, register_inverse
+from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, aten, meta, op_name, register_inverse
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -37,6 +37,8 @@ def _ints(args: Sequence[Any]) -> list[int]:
     "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "contiguous",
     "clone",
     torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten.alias.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.detach.default,
 )  # fmt: skip
 def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
@@ -48,7 +50,7 @@ def reshape(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: y.reshape(shape), exact=True)
 
 
-@register_inverse(torch.permute, "permute")
+@register_inverse(torch.permute, "permute", aten.permute.default)
 def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
     a = _first(node)
@@ -58,7 +60,9 @@ def permute(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: y.permute(back), exact=True)
 
 
-@register_inverse(torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims")
+@register_inverse(
+    torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims", aten.transpose.int
+)
 def transpose(node: fx.Node) -> Iterator[Direction]:
     """`y = a.transpose(i, j)`; `a = y.transpose(i, j)`."""
     a = _first(node)
@@ -73,7 +77,7 @@ def movedim(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: y.movedim(j, i), exact=True)
 
 
-@register_inverse(torch.t, "t", getattr)
+@register_inverse(torch.t, "t", getattr, aten.t.default)
 def attribute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.T` (also `a.mT`, `a.t()`); `a = y.T`."""
     a = _first(node)
@@ -84,7 +88,7 @@ def attribute(node: fx.Node) -> Iterator[Direction]:
         yield NoInverse(a, f"the attribute `{name}` is not followed")
 
 
-@register_inverse(torch.flip, "flip")
+@register_inverse(torch.flip, "flip", aten.flip.default, torch.ops.prims.rev.default)
 def flip(node: fx.Node) -> Iterator[Direction]:
     """`y = a.flip(d)`; `a = y.flip(d)`."""
     a = _first(node)
@@ -92,23 +96,26 @@ def flip(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: y.flip(dims), exact=True)
 
 
-@register_inverse(torch.roll, "roll")
+@register_inverse(torch.roll, "roll", aten.roll.default)
 def roll(node: fx.Node) -> Iterator[Direction]:
     """`y = a.roll(s, d)`; `a = y.roll(-s, d)`."""
     a, shifts, dims = arguments(node, "input", "shifts", dims=None)
+    dims = dims if dims or isinstance(dims, int) else None  # aten spells "over the flattened tensor" as []
     back = [-s for s in shifts] if isinstance(shifts, (tuple, list)) else -shifts
     yield Inverse(a, (lambda y: y.roll(back)) if dims is None else (lambda y: y.roll(back, dims)), exact=True)
 
 
-@register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle)
+@register_inverse(
+    torch.pixel_shuffle, torch.pixel_unshuffle, aten.pixel_shuffle.default, aten.pixel_unshuffle.default
+)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
     a, r = _first(node), _second(node)
-    back = F.pixel_unshuffle if node.target is torch.pixel_shuffle else F.pixel_shuffle
+    back = F.pixel_unshuffle if op_name(node.target) == "pixel_shuffle" else F.pixel_shuffle
     yield Inverse(a, lambda y: back(y, r), exact=True)
 
 
-@register_inverse(torch.channel_shuffle)
+@register_inverse(torch.channel_shuffle, aten.channel_shuffle.default, aten.native_channel_shuffle.default)
 def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
     a, groups = _first(node), _second(node)
@@ -117,7 +124,7 @@ def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
 
 
 # --- a whole from its parts, and parts from their whole
-@register_inverse(torch.cat, torch.concat, torch.concatenate)
+@register_inverse(torch.cat, torch.concat, torch.concatenate, aten.cat.default)
 def cat(node: fx.Node) -> Iterator[Direction]:
     """`y = cat([a, b, ...], d)`; each part is the slice of y where it lies."""
     parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
@@ -141,7 +148,7 @@ def _narrow(dim: int, start: int, size: int) -> Any:
     return lambda y: y.narrow(dim, start, size)
 
 
-@register_inverse(torch.stack)
+@register_inverse(torch.stack, aten.stack.default)
 def stack(node: fx.Node) -> Iterator[Direction]:
     """`y = stack([a, b, ...], d)`; each part is `y.select(d, i)`."""
     parts, dim = arguments(node, "tensors", dim=0)
@@ -153,7 +160,10 @@ def _select(dim: int, i: int) -> Any:
     return lambda y: y.select(dim, i)
 
 
-@register_inverse(torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "split_with_sizes", "tensor_split")
+@register_inverse(
+    torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "split_with_sizes", "tensor_split",
+    aten.split.Tensor, aten.split_with_sizes.default,
+)  # fmt: skip
 def split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
     a, _, dim = arguments(node, "input", "sizes", dim=0)
@@ -166,7 +176,7 @@ def split(node: fx.Node) -> Iterator[Direction]:
         at += size
 
 
-@register_inverse(torch.unbind, "unbind")
+@register_inverse(torch.unbind, "unbind", aten.unbind.int)
 def unbind(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a.select(d, i)`."""
     a, dim = arguments(node, "input", dim=0)
@@ -185,7 +195,7 @@ def narrow(node: fx.Node) -> Iterator[Direction]:
         yield Tile(a, dim, range(start, start + length))
 
 
-@register_inverse(torch.select, "select")
+@register_inverse(torch.select, "select", aten.select.int)
 def select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.select(dim, i)`."""
     a, dim, i = arguments(node, "input", "dim", "index")
@@ -225,7 +235,7 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
         yield from permuted(a, dim, i)
 
 
-@register_inverse(torch.index_select, "index_select")
+@register_inverse(torch.index_select, "index_select", aten.index_select.default)
 def index_select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.index_select(d, p)` for a permutation p; `a = y.index_select(d, argsort(p))`."""
     a, dim, index = arguments(node, "input", "dim", "index")

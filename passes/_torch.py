@@ -1,0 +1,38 @@
+# pyright: reportPrivateUsage=false
+"""Every use of private torch API in the graph passes, in one place. Read in torch 2.9 and 2.13."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
+
+
+GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv.error_on_new_guards` raises
+
+
+def is_overload(target: Any) -> bool:
+    """Whether a node calls an operator overload."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def packet_name(target: Any) -> str:
+    """The bare name of an operator overload; the empty string of anything else."""
+    return target.overloadpacket.__name__ if is_overload(target) else ""
+
+
+def argument_names(target: Any) -> list[str]:
+    """The names of an operator overload's arguments, in order."""
+    return [a.name for a in target._schema.arguments]
+
+
+def writes(target: Any) -> bool:
+    """Whether an operator overload writes one of its arguments."""
+    return target._schema.is_mutable
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that two live tensors share exactly when they share memory."""
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,192 @@
+"""The forward half of a joint graph, as a graph of its own that can be lowered to a program.
+
+AOTAutograd traces forward and backward into one graph of aten operations: placeholders `primals_i` and `tangents_i`,
+outputs first those of the forward, then the gradients; the functional updates of mutated inputs are `copy_` nodes at
+its end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from revfx.passes import _torch
+from revfx.passes.arcs import Lowered, lower
+from revfx.passes.sizes import NUMBERS, as_number
+
+
+NAMESPACES = ("aten", "prims", "inductor")  # operators that do nothing but compute their result
+SEEDS = "inductor_seeds"  # inductor's random numbers are functions of such a tensor and of nothing else
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What forward outputs need: the joint graph's `nodes`, their program, and which of them stands for what.
+
+    `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
+    written after the forward.
+    """
+
+    lowered: Lowered
+    nodes: frozenset[fx.Node]
+    origin: dict[fx.Node, fx.Node]
+    mutated: frozenset[fx.Node]
+
+    def value_node(self, value: int) -> fx.Node:
+        """The joint graph's node for a value."""
+        return self.origin[self.lowered.value_nodes[value]]
+
+    def op_node(self, op: int) -> fx.Node:
+        """The joint graph's node for an operation."""
+        return self.origin[self.lowered.op_nodes[op]]
+
+
+def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int]) -> Forward:
+    """The forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers."""
+    outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
+    updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
+    outputs += [n.args[1] for n in updates if not any(_is_tangent(a) for a in _ancestors([n.args[1]]))]
+    nodes = _ancestors(outputs)
+    primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
+    mutated = frozenset(n.args[0] for n in updates) | _mutated_outside(joint, primals)
+    half = fx.Graph()
+    copy: dict[fx.Node, fx.Node] = {}
+    for node in joint.nodes:
+        if node in nodes:
+            copy[node] = new = half.node_copy(node, lambda n: copy[n])
+            new.meta = dict(node.meta)
+            _annotate(node, new)
+    half.output([copy[n] for n in outputs])
+    sources = {copy[n] for n in _sources(joint, primals, static, mutated) if n in copy}
+    lowered = lower(half, sources=sources)
+    origin = {new: old for old, new in copy.items()}
+    return Forward(lowered, frozenset(nodes), origin, frozenset(n for n in mutated if isinstance(n, fx.Node)))
+
+
+SMALL = 1024  # bytes of a constant that are not worth computing again
+
+
+def _sources(
+    joint: fx.Graph, primals: Sequence[fx.Node], static: Collection[int], mutated: Collection[Any]
+) -> set[fx.Node]:
+    """What the backward can read at little cost: parameters and buffers, what follows from them alone and is not
+    larger than they are (views, casts, masks turned round), and inductor's seeds.
+    """
+    found = {p for i, p in enumerate(primals) if i in static}
+    clean = found - set(mutated)
+    for node in joint.nodes:
+        val = node.meta.get("val")
+        if node.op != "call_function" or not all(n in clean for n in node.all_input_nodes):
+            continue
+        if op_named(node, SEEDS):
+            clean.add(node)
+        elif _is_strided(val) and _barrier(node) is None and not draws(node):
+            theirs = sum(_nbytes(n.meta["val"]) for n in node.all_input_nodes)
+            if _nbytes(val) <= max(SMALL, theirs):
+                clean.add(node)
+    return found | clean
+
+
+def _nbytes(val: Any) -> int:
+    return as_number(val.numel()) * val.element_size() if isinstance(val, torch.Tensor) else 0
+
+
+def _mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """The primals that are written from what the forward graph returns, when it has returned."""
+    output = next(n for n in reversed(joint.nodes) if n.op == "output")
+    theirs = [getattr(d, "mutated_input", None) for d in output.meta.get("desc", ())]
+    return frozenset(p for p in primals if p.meta.get("desc") in [t for t in theirs if t is not None])
+
+
+def _is_strided(val: Any) -> bool:
+    return isinstance(val, torch.Tensor) and val.layout == torch.strided
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and str(node.target).startswith("tangents")
+
+
+def output_args(graph: fx.Graph) -> Sequence[Any]:
+    """What the graph returns, flat."""
+    node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    returned = node.args[0]
+    return returned if isinstance(returned, (list, tuple)) else [returned]
+
+
+def op_named(node: fx.Node, name: str) -> bool:
+    """Whether a node calls the operator of this name, in whatever namespace."""
+    return _torch.packet_name(node.target) == name
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether running a node again would give other random numbers."""
+    target: Any = node.target
+    if not _torch.is_overload(target) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    return not ("scaled_dot_product" in _torch.packet_name(target) and _argument(node, "dropout_p", 0.0) == 0)
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    at = _torch.argument_names(node.target).index(name)
+    return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _annotate(node: fx.Node, new: fx.Node) -> None:
+    """None; notes what `lower` reads: where the node was written, what memory its value lives in, what bars it."""
+    val = node.meta.get("val")
+    new.meta["where"] = _where(node.meta.get("stack_trace"))
+    if _is_strided(val):
+        new.meta["storage"] = _torch.storage_key(val)
+        new.meta["storage_nbytes"] = as_number(val.untyped_storage().nbytes())
+    if node.op == "call_function":
+        barrier = _barrier(node)
+        if barrier is not None:
+            new.meta["barrier"] = barrier
+
+
+def _barrier(node: fx.Node) -> str | None:
+    """Why an operation can't be run again, or None."""
+    target: Any = node.target
+    val = node.meta.get("val")
+    if isinstance(val, NUMBERS) or getattr(target, "__module__", None) == "_operator":
+        return None
+    if not _torch.is_overload(target):
+        return f"`{getattr(target, '__name__', target)}` is a higher-order operator, which is not run again"
+    if target.namespace not in NAMESPACES:
+        return f"`{target}` is a custom operator: whether it only computes its result is not known"
+    if _torch.writes(target):
+        return f"`{target}` writes its argument"
+    if op_named(node, "as_strided"):
+        return "`as_strided` reads memory, not a value"
+    if any(free_unbacked_symbols(t) for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)):
+        return f"the size of what `{target}` returns depends on data"
+    if node.kwargs.get("generator") is not None:
+        return f"`{target}` draws from a generator of its own"
+    if any(t.layout != torch.strided for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)):
+        return f"`{target}` returns a tensor that is not strided"
+    return None
+
+
+def _where(trace: str | None) -> str:
+    """The user's file and line out of a stack trace: `model.py:41`."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
+    theirs = [p for p in places if "/torch/" not in p[0] and "/revfx/" not in p[0]] or places
+    return f"{theirs[-1][0]}:{theirs[-1][1]}" if theirs else ""

@@ -1,0 +1,166 @@
+"""The rewrite of a joint graph: reversible regions of its forward are regenerated where the backward reads them.
+
+What follows is torch's: its min-cut partitioner splits the rewritten graph. Regenerated nodes must be in the backward;
+they are put right before their first use, so that one layer's are freed before the next one's are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from revfx.errors import Refusal
+from revfx.passes import _torch
+from revfx.passes.diagnose import diagnose
+from revfx.passes.joint import Forward, forward_half
+from revfx.passes.plan import anchors
+from revfx.passes.record import Recorder, Unrecordable, pulled
+from revfx.passes.regenerate import BACKWARD, FORWARD, Regenerator
+from revfx.passes.regions import Region, find_regions
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store").
+
+    `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps.
+    """
+
+    unbounded: str = "assert"
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A region of a compiled graph: where it lies, how many steps, the cuts kept and the bytes not kept."""
+
+    where: tuple[str, str]
+    steps: int
+    inverted: int
+    kept_cuts: int
+    kept_bytes: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of one graph: its regions, and what was left to torch and why."""
+
+    regions: tuple[Found, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def rewrite(
+    joint: fx.Graph,
+    num_outputs: int,
+    static: Collection[int],
+    decompositions: Mapping[Any, Callable[..., Any]],
+    options: Options,
+) -> Report:
+    """What was found in `joint`, which is rewritten in place; without a region it stays as it is."""
+    forward = forward_half(joint, num_outputs, static)
+    program = forward.lowered.program
+    regions, stuck = find_regions(program)
+    refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(program, s)))
+    readers = _readers(joint, forward)
+    regenerator = Regenerator(joint, forward, Recorder(joint, decompositions), options.tolerance)
+    found: list[Found] = []
+    for region in reversed(regions):
+        wanted, ops = _wanted(forward, region, readers)
+        freed = _freed(forward, region, wanted)
+        import os
+        if os.environ.get("RDBG"): print("REGION", len(region.steps), freed, region.kept_bytes, [program.values[v].name for v in (*region.exit, *region.saved, *region.side)], region.start, region.stop)
+        if sum(freed) - max(freed, default=0) <= region.kept_bytes:
+            continue
+        cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store")
+        nodes = list(joint.nodes)
+        try:
+            regenerator.region(region, wanted, ops, cuts)
+        except Unrecordable as error:
+            _erase(joint, nodes)
+            refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
+            continue
+        found.append(_found(forward, region, cuts, sum(freed)))
+    if found:
+        _rewire(joint, forward, regenerator, readers)
+    return Report(tuple(reversed(found)), refusals)
+
+
+def _readers(joint: fx.Graph, forward: Forward) -> dict[fx.Node, list[fx.Node]]:
+    """For each node of the forward half, the nodes of the backward that read it."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in joint.nodes:
+        update = _torch.is_overload(node.target) and _torch.writes(node.target)
+        if node in forward.nodes or node.op == "output" or node.meta.get("partitioner_tag") == FORWARD or update:
+            continue
+        for n in node.all_input_nodes:
+            if n in forward.nodes:
+                readers.setdefault(n, []).append(node)
+    return readers
+
+
+def _wanted(
+    forward: Forward, region: Region, readers: Mapping[fx.Node, Sequence[fx.Node]]
+) -> tuple[dict[int, None], list[int]]:
+    """The values made in a region that the backward reads, and the operations whose tuples it takes apart itself."""
+    program = forward.lowered.program
+    kept = {*region.exit, *region.entry, *region.saved, *region.side}
+    wanted: dict[int, None] = {}
+    ops: list[int] = []
+    for i in range(region.start, region.stop):
+        wanted.update(dict.fromkeys(v for v in program.ops[i].outs if forward.value_node(v) in readers))
+        if not program.ops[i].outs or forward.op_node(i) is not forward.value_node(program.ops[i].outs[0]):
+            if forward.op_node(i) in readers:
+                ops.append(i)
+    return {v: None for v in wanted if v not in kept}, ops
+
+
+def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list[int]:
+    """Per step, the bytes of what the backward reads and need not be kept."""
+    program = forward.lowered.program
+    freed: list[int] = []
+    for step in region.steps:
+        outs = {v for i in range(step.start, step.stop) for v in program.ops[i].outs}
+        freed.append(program.nbytes([v for v in outs if v in wanted and not program.constant[v]]))
+    return freed
+
+
+def _rewire(
+    joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]
+) -> None:
+    """None; the backward reads what was regenerated, and nodes stand where they are first needed."""
+    for v, node in new.values.items():
+        for reader in readers.get(forward.value_node(v), ()):
+            reader.replace_input_with(forward.value_node(v), node)
+    for op, node in new.tuples.items():
+        for reader in readers.get(forward.op_node(op), ()):
+            reader.replace_input_with(forward.op_node(op), node)
+    for node in new.kept:
+        if node.op != "placeholder":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    nodes = list(joint.nodes)
+    backward = [n for n in nodes if n.meta.get("partitioner_tag") == BACKWARD and n not in forward.nodes]
+    late = set(backward)
+    order = list(pulled([n for n in nodes if n not in late], new.attached))
+    for node in order[:-1]:
+        new.output.prepend(node)
+    _erase(joint, order)  # what nothing reads
+    joint.lint()
+
+
+def _erase(joint: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """None; takes away what was added to the graph since it held `nodes`."""
+    old = set(nodes)
+    for node in [n for n in reversed(joint.nodes) if n not in old]:
+        joint.erase_node(node)
+
+
+def _found(forward: Forward, region: Region, cuts: frozenset[int], freed: int) -> Found:
+    program = forward.lowered.program
+    where = (program.ops[region.start].where, program.ops[region.stop - 1].where)
+    inverted = sum(s.inverts for s in region.steps)
+    return Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, freed)

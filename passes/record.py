@@ -1,0 +1,132 @@
+"""Recording: what a function of tensors does, appended to a graph as aten operations with fake results."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.functions import FloorDiv
+
+
+class Unrecordable(Exception):
+    """A size that the function uses is not at hand in the graph."""
+
+
+class Recorder:
+    """Runs functions on the fake results of nodes and appends what they compute to the same graph.
+
+    `decompositions` says how operators are spelled in this graph, as the program around was traced.
+    """
+
+    def __init__(self, graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+        self.graph, self.decompositions = graph, decompositions
+        self.symbols: dict[str, fx.Node] = {}
+        for node in graph.nodes:
+            val = node.meta.get("val")
+            if isinstance(val, torch.SymInt):
+                self.symbols.setdefault(str(val.node.expr), node)
+
+    def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], tag: str, like: fx.Node) -> fx.Node:
+        """The node of `by(*tail)`; new nodes carry the partitioner's `tag` and tell where `like` was written."""
+        meta = {"partitioner_tag": tag, **{k: like.meta[k] for k in KEPT if k in like.meta}}
+        with torch.no_grad(), tail[0].meta["val"].fake_mode:
+            fakes = [n.meta["val"].detach() for n in tail]  # objects of their own: copies of a node share their result
+            mode = _Mode(self, dict(zip(map(id, fakes), tail, strict=True)), meta)
+            with mode:
+                result = by(*fakes)
+        return mode.nodes[id(result)]
+
+    def symbol(self, size: torch.SymInt) -> fx.Node | int:
+        """The node that holds a symbolic size; computed from others where there is none."""
+        return self._size(size.node.expr, size.node.shape_env)
+
+    def _size(self, expr: sympy.Expr, env: Any) -> fx.Node | int:
+        if expr.is_number:
+            return int(expr)
+        if str(expr) in self.symbols:
+            return self.symbols[str(expr)]
+        by = SIZES.get(type(expr))
+        if by is None:
+            raise Unrecordable(f"the size {expr} is not at hand")
+        result = functools.reduce(
+            lambda a, b: self.graph.call_function(by, (a, b)), [self._size(a, env) for a in expr.args]
+        )
+        assert isinstance(result, fx.Node)
+        result.meta["val"] = env.create_symintnode(expr, hint=None)
+        self.symbols[str(expr)] = result
+        return result
+
+
+SIZES: dict[type, Callable[..., Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+}
+KEPT = ("stack_trace", "nn_module_stack", "seq_nr")
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, recorder: Recorder, nodes: dict[int, fx.Node], meta: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.recorder, self.nodes, self.meta = recorder, nodes, meta
+        self.alive: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        spelled = self.recorder.decompositions.get(func)
+        if spelled is not None:
+            with self:
+                out = spelled(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if not isinstance(out, (Tensor, list, tuple)):
+            return out  # such as the device of a tensor
+        theirs = pytree.tree_map(self._argument, (args, kwargs))
+        node = self._add(func, *theirs, out)
+        if not isinstance(out, Tensor):
+            for i, part in enumerate(out):
+                self._add(operator.getitem, (node, i), {}, part)
+        return out
+
+    def _add(self, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
+        node = self.recorder.graph.call_function(target, args, kwargs)
+        node.meta.update(self.meta, val=out)
+        self.alive.append(out)
+        self.nodes[id(out)] = node
+        return node
+
+    def _argument(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if id(x) not in self.nodes:
+                raise Unrecordable("a tensor that is made from data is not at hand")
+            return self.nodes[id(x)]
+        return self.recorder.symbol(x) if isinstance(x, torch.SymInt) else x
+
+
+def pulled(nodes: Sequence[fx.Node], attached: Mapping[fx.Node, Sequence[fx.Node]]) -> Iterator[fx.Node]:
+    """`nodes` in their order, each after what it reads, which is taken as late as that allows.
+
+    Whatever is `attached` to a node comes right after it.
+    """
+    done: set[fx.Node] = set()
+    for wanted in nodes:
+        stack = [wanted]
+        while stack:
+            node = stack[-1]
+            missing = [n for n in node.all_input_nodes if n not in done]
+            if node in done:
+                stack.pop()
+            elif missing:
+                stack.extend(reversed(missing))
+            else:
+                done.add(stack.pop())
+                yield node
+                stack.extend(reversed(attached.get(node, ())))

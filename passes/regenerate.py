@@ -1,0 +1,267 @@
+"""Regeneration: the nodes that give a region's values back in the backward, added to the joint graph.
+
+Nothing of the forward is changed but that random operations also return the state they drew from, and that checks of
+what the compiler can't prove are added: that a factor stays away from zero, and that samples come back as they were.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from revfx.passes.closure import Forward as Rerun
+from revfx.passes.joint import Forward, draws
+from revfx.passes.plan import drifted, is_checked, sample, schedule, tolerance_of
+from revfx.passes.program import Arc
+from revfx.passes.record import Recorder
+from revfx.passes.regions import Region
+from revfx.passes.sizes import as_number, same_strides
+
+
+FORWARD, BACKWARD = "must_be_in_forward", "must_be_in_backward"
+aten = torch.ops.aten
+# What computes the same result without reading statistics that the step has updated in the meantime.
+STATELESS = {
+    aten._native_batch_norm_legit_functional.default: (
+        aten._native_batch_norm_legit.no_stats,
+        lambda x, weight, bias, mean, var, training, momentum, eps: (x, weight, bias, training, momentum, eps),
+        lambda x, weight, bias, mean, var, training, momentum, eps: training,
+    ),
+}
+
+
+class Regenerator:
+    """Adds regeneration nodes for regions; `values` and `tuples` then say what stands for what in the backward.
+
+    `kept` holds the nodes that must be saved for it, and `attached` the checks to make right after a node.
+    """
+
+    def __init__(self, joint: fx.Graph, forward: Forward, recorder: Recorder, tolerance: float | None) -> None:
+        self.joint, self.forward, self.recorder, self.tolerance = joint, forward, recorder, tolerance
+        self.program = forward.lowered.program
+        self.index = {forward.value_node(v): v for v in range(len(self.program.values))}
+        self.op_index = {forward.op_node(i): i for i in range(len(self.program.ops))}
+        self.output = next(n for n in reversed(joint.nodes) if n.op == "output")
+        self.values: dict[int, fx.Node] = {}
+        self.tuples: dict[int, fx.Node] = {}
+        self.kept: set[fx.Node] = set()
+        self.attached: dict[fx.Node, list[fx.Node]] = {}
+        self._stands: dict[fx.Node, fx.Node] = {}
+        self._states: dict[fx.Node, fx.Node] = {}
+        self._before: dict[fx.Node, fx.Node] = {}
+        self._guarded: set[fx.Node] = set()
+
+    def region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
+        """None; regenerates the `wanted` values and what the operations `ops` return, cut after cut from the exit.
+
+        Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j.
+        """
+        program, steps, ops = self.program, region.steps, frozenset(ops)
+        self._keep((*region.exit, *region.saved, *region.side))
+        for j in range(len(steps) - 1, -1, -1):
+            step = steps[j]
+            replay = j == 0 or j in cuts
+            known = {*step.exit, *region.saved, *region.side, *(step.entry if replay else ())}
+            if replay and j > 0:
+                self._keep(step.entry)
+            inside = range(step.start, step.stop)
+            made = {v for i in inside for v in program.ops[i].outs}
+            want = frozenset((made & wanted.keys()) | (set() if replay else set(step.entry)))
+            for do in schedule(program, step, known, replay, want, ops & set(inside)):
+                if isinstance(do.run, Rerun):
+                    self._rerun(do.run.op, known)
+                else:
+                    self._invert(do.run.op, do.run.arc)
+            if replay:
+                for v in step.entry:
+                    self.values.pop(v, None)
+            elif is_checked(j, len(steps)):
+                self._check(step.entry, program.ops[step.start].where)
+
+    def node(self, value: int) -> fx.Node:
+        """What stands for a value in the backward: its regenerated node, or the forward's own."""
+        if value in self.values:
+            return self.values[value]
+        return self._own(self.forward.value_node(value))
+
+    def _own(self, node: fx.Node) -> fx.Node:
+        node = self._stands.get(node, node)
+        return self._as_it_was(node) if node in self.forward.mutated else node
+
+    def _keep(self, values: Iterable[int]) -> None:
+        self.kept.update(self._own(self.forward.value_node(v)) for v in values)
+
+    def _as_it_was(self, primal: fx.Node) -> fx.Node:
+        """A copy, made in the forward, of an input that the step updates in place."""
+        if primal not in self._before:
+            last = next(n for n in self.joint.nodes if n.op != "placeholder")
+            with self.joint.inserting_before(last):
+                copy = self.recorder.record(lambda t: t.clone(), [primal], FORWARD, primal)
+            self._before[primal] = copy
+            self.kept.add(copy)
+        return self._before[primal]
+
+    # --- one derivation
+    def _rerun(self, op: int, known: set[int]) -> None:
+        node = self.forward.op_node(op)
+        target, args = node.target, node.args
+        if draws(node):
+            state = self._state(node)
+            with self.joint.inserting_before(self.output):
+                copy = self.joint.call_function(
+                    torch.ops.higher_order.run_with_rng_state,
+                    (state, target, *fx.map_arg(args, self._argument)),
+                    fx.map_arg(node.kwargs, self._argument),
+                )
+        else:
+            if target in STATELESS and STATELESS[target][2](*args):
+                target, args = STATELESS[target][0], STATELESS[target][1](*args)
+            with self.joint.inserting_before(self.output):
+                copy = self.joint.create_node(
+                    node.op,
+                    target,
+                    fx.map_arg(args, self._argument),
+                    fx.map_arg(node.kwargs, self._argument),
+                    name=f"{node.name}_again",
+                )
+        self._describe(copy, node)
+        outs = self.program.ops[op].outs
+        self.tuples[op] = copy
+        if isinstance(node.meta["val"], Tensor):
+            self.values[outs[0]] = copy
+            return
+        for v in (v for v in outs if v not in known):
+            part = self.forward.value_node(v)
+            with self.joint.inserting_before(self.output):
+                taken = self.joint.call_function(operator.getitem, (copy, part.args[1]))
+            self._describe(taken, part)
+            self.values[v] = taken
+
+    def _argument(self, node: fx.Node) -> fx.Node:
+        if node in self.index:
+            return self.node(self.index[node])
+        return self._own(node)
+
+    @staticmethod
+    def _describe(copy: fx.Node, node: fx.Node) -> None:
+        copy.meta = {k: v for k, v in node.meta.items() if k not in ("recompute", "ac_graph_id")}
+        copy.meta["partitioner_tag"] = BACKWARD
+
+    def _state(self, node: fx.Node) -> fx.Node:
+        """The node of the generator state that a random operation drew from; makes the forward return it."""
+        if node in self._states:
+            return self._states[node]
+        device = next(t.device for t in _tensors(node.meta["val"]))
+        sample_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        fake = next(iter(_tensors(node.meta["val"]))).fake_mode.from_tensor(sample_state)
+        with self.joint.inserting_before(node):
+            both = self.joint.call_function(
+                torch.ops.higher_order.run_and_save_rng_state, (node.target, *node.args), dict(node.kwargs)
+            )
+            state = self.joint.call_function(operator.getitem, (both, 0))
+            result = self.joint.call_function(operator.getitem, (both, 1))
+        for new, val in ((both, (fake, node.meta["val"])), (state, fake), (result, node.meta["val"])):
+            new.meta = {**node.meta, "val": val, "partitioner_tag": FORWARD}
+        node.replace_all_uses_with(result)
+        self._stands[node], self._states[node] = result, state
+        self.kept.add(state)
+        return state
+
+    def _invert(self, op: int, arc: Arc) -> None:
+        node, head = self.forward.op_node(op), self.forward.value_node(arc.head)
+        if arc.measured:
+            self._guard(op, arc)
+        tail = [self.node(v) for v in arc.tail]
+        with self.joint.inserting_before(self.output):
+            found = self.recorder.record(arc.solve, tail, BACKWARD, node)
+            if arc.suspect:
+                found = self.recorder.record(_with_zeros, [self._zeros(head), found], BACKWARD, node)
+            order = _dense_order(head.meta["val"], found.meta["val"])
+            if order is not None:
+                found = self.recorder.record(lambda t: _laid_out(t, order), [found], BACKWARD, node)
+        self.values[arc.head] = found
+
+    # --- what only the run can tell
+    def _zeros(self, head: fx.Node) -> fx.Node:
+        """Where the forward's value is exactly zero, which a rounding inverse would not give back."""
+        head = self._stands.get(head, head)
+        with self.joint.inserting_before(head.next):
+            mask = self.recorder.record(lambda t: t == 0, [head], FORWARD, head)
+        self.kept.add(mask)
+        return mask
+
+    def _guard(self, op: int, arc: Arc) -> None:
+        own = self._own(self.forward.value_node(int(arc.factor or 0)))
+        least = tolerance_of(own.meta["val"].dtype, self.tolerance)
+        if arc.least >= least or own in self._guarded:
+            return
+        self._guarded.add(own)
+        where = self.program.ops[op].where
+        message = (
+            f"revfx: a factor of the coupling at {where} came nearer to 0 than {least:.0e}, so its input can't be "
+            "computed back from its output; compile with options={'unbounded': 'store'} to keep such inputs"
+        )
+        test: Callable[[Tensor], Tensor] = lambda c: ~(_nearest(c, arc.reciprocal) < least)  # noqa: E731
+        with self.joint.inserting_before(own.next):
+            ok = self.recorder.record(test, [own], FORWARD, own)
+            self._assert(ok, message, FORWARD)
+
+    def _check(self, cut: Iterable[int], where: str) -> None:
+        """None; compares samples of a regenerated cut with the forward's."""
+        message = (
+            f"revfx: a value regenerated in the backward differs from the forward's by more than 1 % (below {where}): "
+            "rounding has grown too much; use a wider dtype for the streams or compile this model with plain inductor"
+        )
+        for v in cut:
+            now, then = self.values.get(v), self._own(self.forward.value_node(v))
+            if now is None or not now.meta["val"].is_floating_point() or now in self.attached:
+                continue
+            with self.joint.inserting_before(then.next):
+                before = self.recorder.record(sample, [then], FORWARD, then)
+            self.kept.add(before)
+            with self.joint.inserting_before(self.output):
+                ok = self.recorder.record(lambda a, b: ~drifted(sample(a), b), [now, before], BACKWARD, now)
+                self.attached[now] = [self._assert(ok, message, BACKWARD)]
+
+    def _assert(self, ok: fx.Node, message: str, tag: str) -> fx.Node:
+        node = self.joint.call_function(aten._assert_async.msg, (ok, message))
+        node.meta = {"val": None, "partitioner_tag": tag}
+        return node
+
+
+def _tensors(val: Any) -> list[Any]:
+    return [val] if isinstance(val, Tensor) else [t for t in val if isinstance(t, Tensor)]
+
+
+def _with_zeros(mask: Tensor, t: Tensor) -> Tensor:
+    return torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t)
+
+
+def _nearest(c: Tensor, reciprocal: bool) -> Tensor:
+    """The smallest magnitude of c, or of 1/c."""
+    return c.abs().amax().reciprocal() if reciprocal else c.abs().amin()
+
+
+def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
+    """The order of dimensions in which `t` must be laid out so that it can be viewed as `like` can; None: it can now.
+
+    `like` may be a part of a larger tensor; then the dense layout with its order of dimensions does as well.
+    """
+    dims = [d for d in range(like.dim()) if as_number(like.shape[d]) != 1]
+    order = sorted(dims, key=lambda d: (-as_number(like.stride(d)), d))
+    dense, size = {}, 1
+    for d in reversed(order):
+        dense[d], size = size, size * t.shape[d]
+    now = [t.stride(d) for d in dims]
+    if same_strides(now, [like.stride(d) for d in dims]) or same_strides(now, [dense[d] for d in dims]):
+        return None
+    return (*(d for d in range(like.dim()) if d not in dims), *order)
+
+
+def _laid_out(t: Tensor, order: tuple[int, ...]) -> Tensor:
+    back = sorted(range(len(order)), key=lambda i: order[i])
+    return t.permute(order).clone(memory_format=torch.contiguous_format).permute(back)

@@ -1,0 +1,49 @@
+"""Sizes that may be symbolic: compared without a guard, which would fix the shape that the program accepts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.utils import _pytree as pytree
+
+from revfx.passes._torch import GUARDED
+
+
+NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def as_number(size: Any) -> int:
+    """A size as a plain number: of a symbolic one the value that the program was traced with, without a guard."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 0
+    return int(size)
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two shapes are equal for every value of the symbols in them."""
+    return statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
+
+
+def same_strides(a: Any, b: Any) -> bool:
+    """Whether two sequences of numbers are equal for every value of the symbols in them."""
+    return statically_known_true(sym_eq(tuple(a), tuple(b)))
+
+
+@contextlib.contextmanager
+def no_new_guards(val: Any) -> Generator[None]:
+    """A context that ends early, without an error, where something in it depends on a size that is not fixed."""
+    env = next((e for t in pytree.tree_leaves(val) if (e := _shape_env(t)) is not None), None)
+    if env is None:
+        yield
+        return
+    with contextlib.suppress(GUARDED), env.error_on_new_guards():
+        yield
+
+
+def _shape_env(t: Any) -> Any:
+    return getattr(getattr(t, "fake_mode", None), "shape_env", None)

@@ -1,0 +1,72 @@
+# pyright: reportPrivateUsage=false
+"""Every use of private API of torch's compiler, in one place. Read in torch 2.9 and 2.13.
+
+Importing this module imports torch's compiler (about a second), so nothing does before a model is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch import config as functorch_config
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._inductor import config as inductor_config, list_mode_options
+from torch._inductor.codecache import BypassFxGraphCache as BypassCache
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+
+
+__all__ = ["BypassCache", "CustomPartitionerFn"]
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """The operators that inductor spells by others, and how."""
+    return select_decomp_table()
+
+
+@contextlib.contextmanager
+def merged_once(gm: fx.GraphModule) -> Generator[None]:
+    """A context before which equal nodes of `gm` are merged, and in which the partitioner does not do so again.
+
+    It would merge what is regenerated with the forward's.
+    """
+    gm.graph.eliminate_dead_code()
+    if functorch_config.cse:
+        gm.graph = fx_graph_cse(gm.graph)
+    with functorch_config.patch(cse=False):
+        yield
+
+
+def min_cut_partition(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The forward and the backward graph, as torch's own partitioner splits `gm`."""
+    return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+
+def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function that inductor compiles `gm` to, forward and backward, under changed settings."""
+    return compile_fx(gm, list(inputs), config_patches=dict(patches))
+
+
+def run_by_eager_kernels(gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that runs `gm`'s forward and backward graphs, as `partition` splits them, by eager kernels."""
+    compiler = aot_autograd(fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True)
+    return compiler(gm, list(inputs))
+
+
+def mode_options(mode: str) -> Mapping[str, Any]:
+    """Inductor's settings for a mode of `torch.compile`."""
+    return list_mode_options(mode)
+
+
+def is_inductor_option(name: str) -> bool:
+    """Whether inductor has a setting of this name."""
+    return name in inductor_config.get_config_copy()

@@ -1,0 +1,53 @@
+"""The backend of `torch.compile(model, backend="revfx")`, which torch finds by its entry point."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from revfx import _compile
+from revfx.partitioner import ReversiblePartitioner
+
+
+OWN = ("unbounded", "tolerance", "strict")
+
+
+def revfx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The compiled function of `gm`, whose reversible regions keep no activations for the backward.
+
+    Args:
+        gm: what dynamo captured.
+        example_inputs: its inputs.
+        mode: a mode of `torch.compile`, for inductor.
+        options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; `unbounded`, `tolerance`,
+            `strict`: see `ReversiblePartitioner`; everything else is a setting of inductor.
+
+    Raises:
+        ValueError: an unknown option.
+        NotReversibleError: `strict` was given and a graph is left as it was.
+    """
+    given = dict(options or {})
+    inner = given.pop("inner", "inductor")
+    partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given})
+    if inner == "aot_eager":
+        if given or mode is not None:
+            raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
+        return _compile.run_by_eager_kernels(
+            gm, example_inputs, functools.partial(partitioner.partition, decompositions={})
+        )
+    if inner != "inductor":
+        raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
+    unknown = [name for name in given if not _compile.is_inductor_option(name.replace("-", "_"))]
+    if unknown:
+        raise ValueError(f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them.")
+    patches = {**(_compile.mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
+    return _compile.compile_by_inductor(gm, example_inputs, patches)
