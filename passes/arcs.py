@@ -99,7 +99,10 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        for i, arcs in (*self._tilings(op_nodes, outs), *masked_arcs(op_nodes, self.index, self._arc, self._directions)):
+        for i, arcs in (
+            *self._tilings(op_nodes, outs),
+            *masked_arcs(op_nodes, self.index, self._arc, self._directions),
+        ):
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
         theirs = {v.storage for v in self.values if v.given or v.source}
@@ -211,9 +214,7 @@ class _Lowering:
             return _Factor(None) if interval.most <= 1 else _Factor(self.index[f], True, least, typical)
         if interval.least == 0 and not interval.nonzero:
             return f"the factor `{f.name}` is not bounded away from zero"
-        return (
-            _Factor(None) if interval.least >= 1 else _Factor(self.index[f], True, interval.least, interval.typical)
-        )
+        return _Factor(None) if interval.least >= 1 else _Factor(self.index[f], True, interval.least, interval.typical)
 
     def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, tuple[Arc, ...]]]:
         """Arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation that
@@ -241,7 +242,9 @@ class _Lowering:
             whole = self.index[p.whole]
             for j, part, t in tiles.get((whole, p.dim), []):
                 if t.index == p.index and t.squeezed == p.squeezed and not self.values[whole].source:
-                    text = f"{self.values[whole].name} <- {self.values[patched].name}, {self.values[part].name}  (patch)"
+                    text = (
+                        f"{self.values[whole].name} <- {self.values[patched].name}, {self.values[part].name}  (patch)"
+                    )
                     yield min(i, j), (Arc(whole, (patched, part), _patch(p), exact=True, text=text),)
 
     def _rule(self, node: fx.Node) -> Rule | None:

@@ -8,11 +8,13 @@ products, convolutions and normalisations over a sample mix so many numbers that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 
-from torch import fx
+from torch import Tensor, fx
 
-from revfx.rules import op_name
+from revfx.passes.sizes import no_new_guards
+from revfx.rules import Tile, arguments, op_name, rule_for
 
 
 MAKERS = frozenset(
@@ -60,17 +62,64 @@ def has_atoms(name: str, operands: Iterable[int]) -> int:
 
 
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have."""
+    """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have.
+
+    A part of what was put together has those of the parts that it overlaps.
+    """
     found: dict[fx.Node, int] = {}
+    joined: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             found[node] = CERTAIN
         elif node.op == "call_module" or node.meta.get("opaque", False):
             found[node] = int(node.meta.get("atoms", CERTAIN))
         elif node.op in ("call_function", "call_method"):
-            found[node] = has_atoms(op_name(node.target), [found[n] for n in node.all_input_nodes])
-            if op_name(node.target) == "where" and len(node.args) == 3:
+            name = op_name(node.target)
+            found[node] = has_atoms(name, [found[n] for n in node.all_input_nodes])
+            if name == "where" and len(node.args) == 3:
                 a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
                 numbers = not (isinstance(a, fx.Node) and isinstance(b, fx.Node))
                 found[node] = CERTAIN if numbers else min(PERHAPS, max(found[a], found[b]))
+            elif name in ("cat", "concat", "concatenate"):
+                joined.update(_joined(node, found))
+            else:
+                part = _part_of(node, joined)
+                found[node] = found[node] if part is None else part
     return found
+
+
+def _joined(node: fx.Node, found: Mapping[fx.Node, int]) -> dict[fx.Node, tuple[int, list[tuple[range, int]]]]:
+    """Along which dimension a node puts tensors together, and which part has which atoms."""
+    parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
+    whole = node.meta.get("val")
+    if not isinstance(whole, Tensor) or not all(isinstance(p, fx.Node) for p in parts):
+        return {}
+    dim = (dim if axis is None else axis) % whole.dim()
+    at, ranges = 0, []
+    for p in parts:
+        size = p.meta["val"].shape[dim] if p.meta["val"].dim() == whole.dim() else 0
+        if not isinstance(size, int):
+            return {}
+        ranges.append((range(at, at + size), found[p]))
+        at += size
+    return {node: (dim, ranges)}
+
+
+def _part_of(node: fx.Node, joined: Mapping[fx.Node, tuple[int, list[tuple[range, int]]]]) -> int | None:
+    """The atoms of a node that is a part of what was put together; None if it is not known to be one."""
+    taken = node
+    number = 0
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor):
+        taken, number = source, int(node.args[1])  # type: ignore[arg-type]
+        source = source.args[0] if source.args else None
+    if source not in joined:
+        return None
+    dim, ranges = joined[source]
+    rule = rule_for(taken) if taken.meta.get("barrier") is None else None
+    with no_new_guards(taken.meta["val"]):
+        for t in rule(taken) if rule is not None else ():
+            if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == dim and len(t.index):
+                first, last = t.index[0], t.index[-1]
+                return max((level for r, level in ranges if r.start <= last and first < r.stop), default=CERTAIN)
+    return None

@@ -52,7 +52,7 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int]) -> 
     """The forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers."""
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
     updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
-    outputs += [n.args[1] for n in updates if not any(_is_tangent(a) for a in _ancestors([n.args[1]]))]
+    outputs += [n.args[1] for n in updates if not any(is_tangent(a) for a in _ancestors([n.args[1]]))]
     nodes = _ancestors(outputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = frozenset(n.args[0] for n in updates) | _mutated_outside(joint, primals)
@@ -109,7 +109,8 @@ def _is_strided(val: Any) -> bool:
     return isinstance(val, torch.Tensor) and val.layout == torch.strided
 
 
-def _is_tangent(node: fx.Node) -> bool:
+def is_tangent(node: fx.Node) -> bool:
+    """Whether a node is a gradient that comes into the backward."""
     return node.op == "placeholder" and str(node.target).startswith("tangents")
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from revfx.errors import Refusal
 from revfx.passes import _torch
 from revfx.passes.diagnose import diagnose
-from revfx.passes.joint import Forward, forward_half
+from revfx.passes.joint import Forward, forward_half, is_tangent
 from revfx.passes.plan import anchors
 from revfx.passes.record import Recorder, Unrecordable, pulled
 from revfx.passes.regenerate import BACKWARD, FORWARD, Regenerator
@@ -72,8 +72,6 @@ def rewrite(
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
-        import os
-        if os.environ.get("RDBG"): print("REGION", len(region.steps), freed, region.kept_bytes, [program.values[v].name for v in (*region.exit, *region.saved, *region.side)], region.start, region.stop)
         if sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
         cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store")
@@ -129,13 +127,11 @@ def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list
     return freed
 
 
-def _rewire(
-    joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]
-) -> None:
+def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
     """None; the backward reads what was regenerated, and nodes stand where they are first needed."""
-    for v, node in new.values.items():
+    for v in list(new.values):
         for reader in readers.get(forward.value_node(v), ()):
-            reader.replace_input_with(forward.value_node(v), node)
+            reader.replace_input_with(forward.value_node(v), new.laid_out(v))
     for op, node in new.tuples.items():
         for reader in readers.get(forward.op_node(op), ()):
             reader.replace_input_with(forward.op_node(op), node)
@@ -143,13 +139,23 @@ def _rewire(
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     nodes = list(joint.nodes)
-    backward = [n for n in nodes if n.meta.get("partitioner_tag") == BACKWARD and n not in forward.nodes]
-    late = set(backward)
+    placed = forward.nodes | _after_tangents(nodes)
+    late = {n for n in nodes if n not in placed and n.meta.get("partitioner_tag") != FORWARD and not n.is_impure()}
+    late |= {n for n in nodes if n.meta.get("partitioner_tag") == BACKWARD and n not in placed}
     order = list(pulled([n for n in nodes if n not in late], new.attached))
     for node in order[:-1]:
         new.output.prepend(node)
     _erase(joint, order)  # what nothing reads
     joint.lint()
+
+
+def _after_tangents(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on a gradient coming in."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if is_tangent(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _erase(joint: fx.Graph, nodes: Sequence[fx.Node]) -> None:

@@ -54,6 +54,7 @@ class Regenerator:
         self._states: dict[fx.Node, fx.Node] = {}
         self._before: dict[fx.Node, fx.Node] = {}
         self._guarded: set[fx.Node] = set()
+        self._laid_out: dict[int, fx.Node] = {}
 
     def region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
         """None; regenerates the `wanted` values and what the operations `ops` return, cut after cut from the exit.
@@ -79,6 +80,7 @@ class Regenerator:
             if replay:
                 for v in step.entry:
                     self.values.pop(v, None)
+                    self._laid_out.pop(v, None)
             elif is_checked(j, len(steps)):
                 self._check(step.entry, program.ops[step.start].where)
 
@@ -142,9 +144,19 @@ class Regenerator:
             self.values[v] = taken
 
     def _argument(self, node: fx.Node) -> fx.Node:
-        if node in self.index:
-            return self.node(self.index[node])
-        return self._own(node)
+        return self.laid_out(self.index[node]) if node in self.index else self._own(node)
+
+    def laid_out(self, value: int) -> fx.Node:
+        """As `node`, with the forward's order of dimensions in memory, which views and kernels rely on."""
+        found, like = self.node(value), self.forward.value_node(value)
+        if value not in self.values or value in self._laid_out:
+            return self._laid_out.get(value, found)
+        order = _dense_order(like.meta["val"], found.meta["val"])
+        if order is not None:
+            with self.joint.inserting_before(self.output):
+                found = self.recorder.record(lambda t: _laid_out(t, order), [found], BACKWARD, like)
+        self._laid_out[value] = found
+        return found
 
     @staticmethod
     def _describe(copy: fx.Node, node: fx.Node) -> None:
@@ -179,18 +191,15 @@ class Regenerator:
         with self.joint.inserting_before(self.output):
             found = self.recorder.record(arc.solve, tail, BACKWARD, node)
             if arc.suspect:
-                found = self.recorder.record(_with_zeros, [self._zeros(head), found], BACKWARD, node)
-            order = _dense_order(head.meta["val"], found.meta["val"])
-            if order is not None:
-                found = self.recorder.record(lambda t: _laid_out(t, order), [found], BACKWARD, node)
+                found = self.recorder.record(_fill_zeros, [found, self._zeros(head)], BACKWARD, node)
         self.values[arc.head] = found
 
     # --- what only the run can tell
     def _zeros(self, head: fx.Node) -> fx.Node:
-        """Where the forward's value is exactly zero, which a rounding inverse would not give back."""
+        """Where the forward's value is exactly zero, which a rounding inverse would not give back: a bit per element."""
         head = self._stands.get(head, head)
         with self.joint.inserting_before(head.next):
-            mask = self.recorder.record(lambda t: t == 0, [head], FORWARD, head)
+            mask = self.recorder.record(_zeros_of, [head], FORWARD, head)
         self.kept.add(mask)
         return mask
 
@@ -237,8 +246,21 @@ def _tensors(val: Any) -> list[Any]:
     return [val] if isinstance(val, Tensor) else [t for t in val if isinstance(t, Tensor)]
 
 
-def _with_zeros(mask: Tensor, t: Tensor) -> Tensor:
-    return torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t)
+def _zeros_of(t: Tensor) -> Tensor:
+    """Which elements of `t` are exactly zero, eight to a byte; a byte for each where its size is not a fixed number."""
+    mask = (t == 0).reshape(-1)
+    if not isinstance(t.numel(), int):
+        return mask
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -t.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=t.device)).sum(-1, dtype=torch.uint8)
+
+
+def _fill_zeros(t: Tensor, zeros: Tensor) -> Tensor:
+    """`t` with exact zeros where `_zeros_of` saw them."""
+    if zeros.dtype == torch.uint8:
+        bits = zeros.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=t.device)
+        zeros = (bits & 1).to(torch.bool).reshape(-1)[: t.numel()]
+    return t.masked_fill(zeros.reshape(t.shape), 0)
 
 
 def _nearest(c: Tensor, reciprocal: bool) -> Tensor:

@@ -56,7 +56,9 @@ def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapp
     return compile_fx(gm, list(inputs), config_patches=dict(patches))
 
 
-def run_by_eager_kernels(gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]) -> Callable[..., Any]:
+def run_by_eager_kernels(
+    gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
+) -> Callable[..., Any]:
     """The function that runs `gm`'s forward and backward graphs, as `partition` splits them, by eager kernels."""
     compiler = aot_autograd(fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True)
     return compiler(gm, list(inputs))

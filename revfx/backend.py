@@ -48,6 +48,8 @@ def revfx(
         raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
     unknown = [name for name in given if not _compile.is_inductor_option(name.replace("-", "_"))]
     if unknown:
-        raise ValueError(f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them.")
+        raise ValueError(
+            f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them."
+        )
     patches = {**(_compile.mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
     return _compile.compile_by_inductor(gm, example_inputs, patches)

@@ -209,9 +209,7 @@ def rsub(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: y + scaled(a, alpha), (a,))
 
 
-@register_inverse(
-    torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default
-)
+@register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default)
 def neg(node: fx.Node) -> Iterator[Direction]:
     """`y = -a`; `a = -y`."""
     (a,) = arguments(node, "input")

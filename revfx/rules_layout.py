@@ -105,9 +105,7 @@ def roll(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, (lambda y: y.roll(back)) if dims is None else (lambda y: y.roll(back, dims)), exact=True)
 
 
-@register_inverse(
-    torch.pixel_shuffle, torch.pixel_unshuffle, aten.pixel_shuffle.default, aten.pixel_unshuffle.default
-)
+@register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle, aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
     a, r = _first(node), _second(node)
