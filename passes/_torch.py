@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
+from torch.utils import _python_dispatch
 
 
 GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv.error_on_new_guards` raises
@@ -36,3 +38,14 @@ def writes(target: Any) -> bool:
 def storage_key(tensor: Tensor) -> int:
     """A number that two live tensors share exactly when they share memory."""
     return tensor.untyped_storage()._cdata
+
+
+def plain_input(placeholder: Any) -> int | None:
+    """Which input of the compiled function a joint graph's placeholder is; None where it was made from others."""
+    desc = placeholder.meta.get("desc")
+    return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
+
+
+def outside_modes() -> AbstractContextManager[Any]:
+    """A context in which real tensors can be computed with, though a graph is traced around."""
+    return _python_dispatch._disable_current_modes()

@@ -14,9 +14,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
+from revfx.passes.facts import PERMUTATION
 from revfx.passes.masks import masked_arcs
 from revfx.passes.program import Arc, Op, Program, Value
-from revfx.passes.sizes import NUMBERS, as_number, no_new_guards, same_shape
+from revfx.passes.sizes import NUMBERS, as_number, fixed, no_new_guards, same_shape
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, op_name, rule_for, why_none
 
 
@@ -49,8 +50,8 @@ def lower(
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
-    contain the node), `where` (the user's file and line), `atoms` and `constant`. A node whose result is a tuple and
-    the getitem nodes that take it apart become one operation with several outputs.
+    contain the node), `where` (the user's file and line), `atoms`, `constant` and `facts`. A node whose result is a
+    tuple and the getitem nodes that take it apart become one operation with several outputs.
     """
     return _Lowering(graph, module_of, sources).run()
 
@@ -101,7 +102,7 @@ class _Lowering:
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
         for i, arcs in (
             *self._tilings(op_nodes, outs),
-            *masked_arcs(op_nodes, self.index, self._arc, self._directions),
+            *masked_arcs(op_nodes, self.index, self.atoms, self._arc, self._directions),
         ):
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
@@ -196,6 +197,8 @@ class _Lowering:
             least=factor.least, typical=factor.typical,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
             partial=not statically_known_true(a.numel() == y.numel()),
+            assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
+            if inverse.exact else None,
         )  # fmt: skip
 
     def _factor(self, inverse: Inverse) -> _Factor | str:
@@ -230,7 +233,7 @@ class _Lowering:
                     patches.append((i, outs[i][0], t))
         for (whole, dim), parts in tiles.items():
             size = self.values[whole].shape[dim]
-            chosen = _exact_cover([t.index for _, _, t in parts], size) if isinstance(size, int) else None
+            chosen = _exact_cover([t.index for _, _, t in parts], size) if fixed([size]) else None
             if chosen is None or self.values[whole].source:
                 continue
             use = [parts[k] for k in chosen]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -30,8 +31,9 @@ MIXERS = frozenset(
     """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     bilinear addmv convolution native_layer_norm native_group_norm _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    inductor_random layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward rand
-    randn randn_like rand_like normal lstm gru rnn_tanh tensordot outer mv dot""".split()
+    inductor_random layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention
+    multi_head_attention_forward rand randn randn_like rand_like normal lstm gru rnn_tanh tensordot outer mv
+    dot""".split()
 )
 PICKS = frozenset("getitem __getitem__ index index_select gather take take_along_dim".split())
 SUMS = frozenset(
@@ -109,7 +111,7 @@ def _part_of(node: fx.Node, joined: Mapping[fx.Node, tuple[int, list[tuple[range
     """The atoms of a node that is a part of what was put together; None if it is not known to be one."""
     taken = node
     number = 0
-    source = node.args[0] if node.args else None
+    source: Any = node.args[0] if node.args else None
     if node.target is operator.getitem and isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor):
         taken, number = source, int(node.args[1])  # type: ignore[arg-type]
         source = source.args[0] if source.args else None

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
+from revfx.passes.facts import Facts, annotate
 from revfx.passes.sizes import NUMBERS, as_number
 
 
@@ -48,14 +49,18 @@ class Forward:
         return self.origin[self.lowered.op_nodes[op]]
 
 
-def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int]) -> Forward:
-    """The forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers."""
+def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts = ()) -> Forward:
+    """The forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
+
+    `facts` says what was seen of the values of the compiled function's inputs.
+    """
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
     updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
-    outputs += [n.args[1] for n in updates if not any(is_tangent(a) for a in _ancestors([n.args[1]]))]
-    nodes = _ancestors(outputs)
+    outputs += [n.args[1] for n in updates if not any(is_tangent(a) for a in ancestors([n.args[1]]))]
+    nodes = ancestors(outputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = frozenset(n.args[0] for n in updates) | _mutated_outside(joint, primals)
+    known = _known(joint, primals, static, facts)
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -63,11 +68,24 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int]) -> 
             copy[node] = new = half.node_copy(node, lambda n: copy[n])
             new.meta = dict(node.meta)
             _annotate(node, new)
+            if node in known:
+                new.meta["facts"] = known[node]
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated) if n in copy}
     lowered = lower(half, sources=sources)
     origin = {new: old for old, new in copy.items()}
     return Forward(lowered, frozenset(nodes), origin, frozenset(n for n in mutated if isinstance(n, fx.Node)))
+
+
+def _known(
+    joint: fx.Graph, primals: Sequence[fx.Node], static: Collection[int], facts: Facts
+) -> dict[fx.Node, tuple[str, ...]]:
+    """What is known of the values of nodes; nothing of a model's own inputs, which differ from step to step."""
+    of: dict[int, list[str]] = {}
+    for number, fact in facts:
+        of.setdefault(number, []).append(fact)
+    inputs = {p: _torch.plain_input(p) for i, p in enumerate(primals) if i in static}
+    return annotate(joint, {p: of[i] for p, i in inputs.items() if i is not None and i in of}, joint.owning_module)
 
 
 SMALL = 1024  # bytes of a constant that are not worth computing again
@@ -139,7 +157,8 @@ def _argument(node: fx.Node, name: str, default: Any) -> Any:
     return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
 
 
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """`nodes`, and everything that they are computed from."""
     found: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
@@ -152,7 +171,7 @@ def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 def _annotate(node: fx.Node, new: fx.Node) -> None:
     """None; notes what `lower` reads: where the node was written, what memory its value lives in, what bars it."""
-    val = node.meta.get("val")
+    val: Any = node.meta.get("val")
     new.meta["where"] = _where(node.meta.get("stack_trace"))
     if _is_strided(val):
         new.meta["storage"] = _torch.storage_key(val)

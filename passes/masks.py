@@ -4,6 +4,9 @@
 making gives its operand right on b's half: for `y = where(m, x, x*e + t)` that is `x = (y - t)/e` off the mask, and
 y itself on it, so `x <- where(m, y, (y - t)/e)`. This is how masked couplings (Dinh et al., "Density estimation using
 Real NVP", ICLR 2017, https://arxiv.org/abs/1605.08803) invert.
+
+Arithmetic with a mask of zeros and ones says the same: `b*x` is x where b is set and 0 elsewhere, and a sum is one of
+its addends where the other one is zero; so `y = b*x + (1-b)*(x*e + t)` is a `where`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.passes.atoms import CERTAIN, PERHAPS
+from revfx.passes.facts import BINARY, Mask, Masks, bare, masks
 from revfx.passes.program import Arc
 from revfx.passes.sizes import same_shape
 from revfx.rules import Direction, Inverse, Masked
@@ -45,11 +50,23 @@ DirectionsOf = Callable[[fx.Node], list[Direction]]
 
 
 def masked_arcs(
-    op_nodes: Sequence[fx.Node], index: Mapping[fx.Node, int], arc_of: ArcOf, directions_of: DirectionsOf
+    op_nodes: Sequence[fx.Node],
+    index: Mapping[fx.Node, int],
+    levels: Mapping[fx.Node, int],
+    arc_of: ArcOf,
+    directions_of: DirectionsOf,
 ) -> Iterator[tuple[int, tuple[Arc, ...]]]:
-    """Arcs whose tail holds parts of their head under a mask, each with the first operation that it involves."""
+    """Arcs whose tail holds parts of their head under a mask, each with the first operation that it involves.
+
+    `levels` says which nodes have atoms.
+    """
     position = {node: i for i, node in enumerate(op_nodes)}
-    selects = {node: found for node in op_nodes if len(found := _masked(directions_of(node))) == 2}
+    known_masks = masks(op_nodes[0].graph) if op_nodes else Masks({}, {})
+    selects = {
+        node: found
+        for node in op_nodes
+        if (found := [m for m in _masked(node, directions_of, known_masks) if m.mask in index])
+    }
     halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}
     for y, sides in selects.items():
         for m in sides:
@@ -59,16 +76,38 @@ def masked_arcs(
         if whole.op != "get_attr":
             for inside in (h for h in found if h.value):
                 for outside in (h for h in found if not h.value and (h.factor is None or inside.factor is None)):
-                    yield _join(index, whole, mask, inside, outside, arc_of)
+                    yield _join(index, whole, mask, inside, outside, levels)
     for y, sides in selects.items():
-        for m in sides:
+        for m in (m for m in sides if m.other is not UNSAID):
             for half in halves.get((m.whole, m.mask), []):
                 if half.value == m.value and half.tail[0] is not y:
                     yield _refill(index, y, m, half, position[y])
 
 
-def _masked(directions: list[Direction]) -> list[Masked]:
-    return [m for m in directions if isinstance(m, Masked) and isinstance(m.mask, fx.Node)]
+UNSAID = object()  # the rest of a sum that is not simply its other addend
+
+
+def _masked(node: fx.Node, directions_of: DirectionsOf, known: Masks) -> Iterator[Masked]:
+    """What a node holds under masks: as its rule says, and as products and sums with masks of zeros and ones say."""
+    for m in directions_of(node):
+        if isinstance(m, Masked) and isinstance(m.mask, fx.Node):
+            mask = known.of.get(m.mask, Mask(m.mask, True))
+            yield Masked(m.whole, mask.root, m.value == mask.value, m.other)
+    name = bare(node)
+    if name not in (*PRODUCTS, *SUMS) or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return
+    a, b = node.args
+    for x, other in ((a, b), (b, a)):
+        if not isinstance(x, fx.Node) or not isinstance(other, fx.Node) or x is other:
+            continue
+        if name in PRODUCTS and other in known.of:
+            yield Masked(x, known.of[other].root, known.of[other].value, 0.0)
+        elif name in SUMS and (name != "sub" or x is a):
+            for root, value in known.zero.get(other, ()):
+                yield Masked(x, root, value, UNSAID)
+
+
+PRODUCTS, SUMS = ("mul", "multiply"), ("add", "sub", "subtract")
 
 
 def _spread(
@@ -93,7 +132,7 @@ def _spread(
         if m.mask is mask and m.value == known.value:
             earlier = replace(known, at=min(known.at, position[whole]))
             _spread(m.whole, mask, earlier, depth, selects, position, arc_of, directions_of, halves)
-    for inverse in directions_of(whole) if whole in position and depth and whole not in selects else ():
+    for inverse in directions_of(whole) if whole in position and depth else ():
         if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
             continue
         arc = arc_of(whole, inverse)
@@ -121,7 +160,12 @@ def _alike(whole: fx.Node, node: fx.Node) -> bool:
 
 
 def _join(
-    index: Mapping[fx.Node, int], whole: fx.Node, mask: fx.Node, inside: Half, outside: Half, arc_of: ArcOf
+    index: Mapping[fx.Node, int],
+    whole: fx.Node,
+    mask: fx.Node,
+    inside: Half,
+    outside: Half,
+    levels: Mapping[fx.Node, int],
 ) -> tuple[int, tuple[Arc, ...]]:
     tail = (*inside.tail, *outside.tail, mask)
     solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
@@ -129,12 +173,17 @@ def _join(
     if outside.factor is not None:  # at most one of them divides
         rounding = outside.rounding
     values = tuple(index[n] for n in tail)
-    made = Arc(index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True)
+    made = Arc(
+        index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True, assumes=_binary(
+            index, mask
+        ),
+    )  # fmt: skip
     if rounding is not None:
+        barred = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
         made = replace(
             made,
-            barred=rounding.barred,
-            suspect=rounding.suspect,
+            barred=barred if levels[whole] == CERTAIN else None,
+            suspect=levels[whole] == PERHAPS,
             factor=rounding.factor,
             measured=rounding.measured,
             reciprocal=rounding.reciprocal,
@@ -144,14 +193,20 @@ def _join(
     return min(inside.at, outside.at), (made,)
 
 
+def _binary(index: Mapping[fx.Node, int], mask: fx.Node) -> tuple[int, str] | None:
+    """What an arc through a mask relies on: that its values are zeros and ones."""
+    return None if mask.meta["val"].dtype == torch.bool else (index[mask], BINARY)
+
+
 def _refill(index: Mapping[fx.Node, int], y: fx.Node, m: Masked, half: Half, at: int) -> tuple[int, tuple[Arc, ...]]:
     fill = (m.other,) if isinstance(m.other, fx.Node) else ()
     tail = (*half.tail, m.mask, *fill)
     solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)
     exact = half.rounding is None
     barred = None if exact else "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
-    values = tuple(index[n] for n in tail)
-    return min(at, half.at), (Arc(index[y], values, solve, exact, barred, text=_text(y, tail), partial=True),)
+    values, assumes = tuple(index[n] for n in tail), _binary(index, m.mask)
+    arc = Arc(index[y], values, solve, exact, barred, text=_text(y, tail), partial=True, assumes=assumes)
+    return min(at, half.at), (arc,)
 
 
 def _text(head: fx.Node, tail: Sequence[fx.Node]) -> str:
@@ -168,10 +223,14 @@ def _chain(first: Callable[..., Tensor], n: int, then: Callable[..., Tensor], *t
 
 def _where(inside: Callable[..., Tensor], n: int, outside: Callable[..., Tensor], *tail: Tensor) -> Tensor:
     *values, mask = tail
-    return torch.where(mask, inside(*values[:n]), outside(*values[n:]))
+    return torch.where(_set(mask), inside(*values[:n]), outside(*values[n:]))
 
 
 def _fill(solve: Callable[..., Tensor], n: int, value: bool, fill: Any, *tail: Tensor) -> Tensor:
-    held, mask = solve(*tail[:n]), tail[n]
+    held, mask = solve(*tail[:n]), _set(tail[n])
     other = fill if fill is not None else tail[n + 1]
     return torch.where(mask, held, other) if value else torch.where(mask, other, held)
+
+
+def _set(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != 0

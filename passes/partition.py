@@ -6,32 +6,22 @@ they are put right before their first use, so that one layer's are freed before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
 from revfx.passes import _torch
 from revfx.passes.diagnose import diagnose
-from revfx.passes.joint import Forward, forward_half, is_tangent
+from revfx.passes.facts import Facts
+from revfx.passes.joint import Forward, ancestors, forward_half, is_tangent
 from revfx.passes.plan import anchors
 from revfx.passes.record import Recorder, Unrecordable, pulled
-from revfx.passes.regenerate import BACKWARD, FORWARD, Regenerator
+from revfx.passes.regenerate import BACKWARD, FORWARD, Options, Regenerator
 from revfx.passes.regions import Region, find_regions
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store").
-
-    `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps.
-    """
-
-    unbounded: str = "assert"
-    tolerance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +48,19 @@ def rewrite(
     joint: fx.Graph,
     num_outputs: int,
     static: Collection[int],
-    decompositions: Mapping[Any, Callable[..., Any]],
     options: Options,
+    facts: Facts = (),
 ) -> Report:
-    """What was found in `joint`, which is rewritten in place; without a region it stays as it is."""
-    forward = forward_half(joint, num_outputs, static)
+    """What was found in `joint`, which is rewritten in place; without a region it stays as it is.
+
+    `facts` is what was seen of the values of its inputs; what relies on them checks them again in every run.
+    """
+    forward = forward_half(joint, num_outputs, static, facts)
     program = forward.lowered.program
     regions, stuck = find_regions(program)
     refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(program, s)))
     readers = _readers(joint, forward)
-    regenerator = Regenerator(joint, forward, Recorder(joint, decompositions), options.tolerance)
+    regenerator = Regenerator(joint, forward, Recorder(joint, options.decompositions), options)
     found: list[Found] = []
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
@@ -135,9 +128,12 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
     for op, node in new.tuples.items():
         for reader in readers.get(forward.op_node(op), ()):
             reader.replace_input_with(forward.op_node(op), node)
+    new.check(ancestors(new.output.all_input_nodes))
     for node in new.kept:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            if node not in forward.nodes:
+                _claim(joint, node)
     nodes = list(joint.nodes)
     placed = forward.nodes | _after_tangents(nodes)
     late = {n for n in nodes if n not in placed and n.meta.get("partitioner_tag") != FORWARD and not n.is_impure()}
@@ -147,6 +143,16 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
         new.output.prepend(node)
     _erase(joint, order)  # what nothing reads
     joint.lint()
+
+
+def _claim(joint: fx.Graph, node: fx.Node) -> None:
+    """None; makes torch count `node` to the forward, though no output needs it: by an assertion that checks nothing.
+
+    Of a node that it doesn't count to the forward the partitioner ignores that it must be saved.
+    """
+    with joint.inserting_before(node.next):
+        assertion = joint.call_function(torch.ops.aten._assert_tensor_metadata.default, (node,))
+    assertion.meta = {"val": None, "partitioner_tag": FORWARD}
 
 
 def _after_tangents(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -45,7 +45,8 @@ class Arc:
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
     `partial`: the result holds other elements as well, so it may have atoms where the head has none.
     Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
-    `typical` a guess at its usual magnitude, for where the run can't be asked.
+    `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: a value, and what its
+    elements must be (see `revfx.passes.facts`).
     """
 
     head: int
@@ -61,6 +62,7 @@ class Arc:
     partial: bool = False
     least: float = 1.0
     typical: float = 1.0
+    assumes: tuple[int, str] | None = None
 
     @property
     def amplification(self) -> float:

@@ -45,9 +45,9 @@ class Recorder:
 
     def symbol(self, size: torch.SymInt) -> fx.Node | int:
         """The node that holds a symbolic size; computed from others where there is none."""
-        return self._size(size.node.expr, size.node.shape_env)
+        return self._size(size.node.expr)
 
-    def _size(self, expr: sympy.Expr, env: Any) -> fx.Node | int:
+    def _size(self, expr: Any) -> fx.Node | int:
         if expr.is_number:
             return int(expr)
         if str(expr) in self.symbols:
@@ -55,13 +55,18 @@ class Recorder:
         by = SIZES.get(type(expr))
         if by is None:
             raise Unrecordable(f"the size {expr} is not at hand")
-        result = functools.reduce(
-            lambda a, b: self.graph.call_function(by, (a, b)), [self._size(a, env) for a in expr.args]
-        )
-        assert isinstance(result, fx.Node)
-        result.meta["val"] = env.create_symintnode(expr, hint=None)
-        self.symbols[str(expr)] = result
+        result = functools.reduce(lambda a, b: self._combined(by, a, b), map(self._size, expr.args))
+        if isinstance(result, fx.Node):
+            self.symbols[str(expr)] = result
         return result
+
+    def _combined(self, by: Callable[..., Any], a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
+        val = by(*(n.meta["val"] if isinstance(n, fx.Node) else n for n in (a, b)))
+        if isinstance(val, int):
+            return val
+        node = self.graph.call_function(by, (a, b))
+        node.meta["val"] = val
+        return node
 
 
 SIZES: dict[type, Callable[..., Any]] = {
@@ -89,8 +94,8 @@ class _Mode(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
             return out  # such as the device of a tensor
-        theirs = pytree.tree_map(self._argument, (args, kwargs))
-        node = self._add(func, *theirs, out)
+        args, kwargs = pytree.tree_map(self._argument, (args, kwargs))
+        node = self._add(func, args, kwargs, out)
         if not isinstance(out, Tensor):
             for i, part in enumerate(out):
                 self._add(operator.getitem, (node, i), {}, part)

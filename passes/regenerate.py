@@ -7,25 +7,27 @@ what the compiler can't prove are added: that a factor stays away from zero, and
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from revfx.passes.closure import Forward as Rerun
+from revfx.passes.facts import check
 from revfx.passes.joint import Forward, draws
-from revfx.passes.plan import drifted, is_checked, sample, schedule, tolerance_of
+from revfx.passes.plan import drifted, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.record import Recorder
 from revfx.passes.regions import Region
-from revfx.passes.sizes import as_number, same_strides
+from revfx.passes.sizes import as_number, fixed, same_strides
 
 
 FORWARD, BACKWARD = "must_be_in_forward", "must_be_in_backward"
 aten = torch.ops.aten
 # What computes the same result without reading statistics that the step has updated in the meantime.
-STATELESS = {
+STATELESS: Mapping[Any, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
     aten._native_batch_norm_legit_functional.default: (
         aten._native_batch_norm_legit.no_stats,
         lambda x, weight, bias, mean, var, training, momentum, eps: (x, weight, bias, training, momentum, eps),
@@ -34,14 +36,32 @@ STATELESS = {
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store").
+
+    `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps.
+    `decompositions` says how the graph spells operators. `materialise` is an identity that the inner compiler does not
+    compute anew for each reader: without it one layer's inverse would read what all layers above it were made from.
+    """
+
+    unbounded: str = "assert"
+    tolerance: float | None = None
+    decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
+    materialise: Callable[[Tensor], Tensor] | None = None
+
+
+Cut = tuple[Mapping[int, fx.Node], str]  # the regenerated nodes of a cut's values, and where it lies
+
+
 class Regenerator:
     """Adds regeneration nodes for regions; `values` and `tuples` then say what stands for what in the backward.
 
     `kept` holds the nodes that must be saved for it, and `attached` the checks to make right after a node.
     """
 
-    def __init__(self, joint: fx.Graph, forward: Forward, recorder: Recorder, tolerance: float | None) -> None:
-        self.joint, self.forward, self.recorder, self.tolerance = joint, forward, recorder, tolerance
+    def __init__(self, joint: fx.Graph, forward: Forward, recorder: Recorder, options: Options) -> None:
+        self.joint, self.forward, self.recorder, self.options = joint, forward, recorder, options
         self.program = forward.lowered.program
         self.index = {forward.value_node(v): v for v in range(len(self.program.values))}
         self.op_index = {forward.op_node(i): i for i in range(len(self.program.ops))}
@@ -54,7 +74,9 @@ class Regenerator:
         self._states: dict[fx.Node, fx.Node] = {}
         self._before: dict[fx.Node, fx.Node] = {}
         self._guarded: set[fx.Node] = set()
+        self._held: set[tuple[fx.Node, str]] = set()
         self._laid_out: dict[int, fx.Node] = {}
+        self._stretches: list[list[Cut]] = []
 
     def region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
         """None; regenerates the `wanted` values and what the operations `ops` return, cut after cut from the exit.
@@ -63,6 +85,7 @@ class Regenerator:
         """
         program, steps, ops = self.program, region.steps, frozenset(ops)
         self._keep((*region.exit, *region.saved, *region.side))
+        cuts_since: list[Cut] = []  # regenerated since the last kept one
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
             replay = j == 0 or j in cuts
@@ -78,11 +101,14 @@ class Regenerator:
                 else:
                     self._invert(do.run.op, do.run.arc)
             if replay:
+                self._stretches.append(cuts_since)
+                cuts_since = []
                 for v in step.entry:
                     self.values.pop(v, None)
                     self._laid_out.pop(v, None)
-            elif is_checked(j, len(steps)):
-                self._check(step.entry, program.ops[step.start].where)
+            else:
+                made_here = {v: self.values[v] for v in step.entry if v in self.values}
+                cuts_since.append((made_here, program.ops[step.start].where))
 
     def node(self, value: int) -> fx.Node:
         """What stands for a value in the backward: its regenerated node, or the forward's own."""
@@ -110,7 +136,8 @@ class Regenerator:
     # --- one derivation
     def _rerun(self, op: int, known: set[int]) -> None:
         node = self.forward.op_node(op)
-        target, args = node.target, node.args
+        target: Any = node.target
+        args = node.args
         if draws(node):
             state = self._state(node)
             with self.joint.inserting_before(self.output):
@@ -167,12 +194,13 @@ class Regenerator:
         """The node of the generator state that a random operation drew from; makes the forward return it."""
         if node in self._states:
             return self._states[node]
+        target: Any = node.target
         device = next(t.device for t in _tensors(node.meta["val"]))
         sample_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
         fake = next(iter(_tensors(node.meta["val"]))).fake_mode.from_tensor(sample_state)
         with self.joint.inserting_before(node):
             both = self.joint.call_function(
-                torch.ops.higher_order.run_and_save_rng_state, (node.target, *node.args), dict(node.kwargs)
+                torch.ops.higher_order.run_and_save_rng_state, (target, *node.args), dict(node.kwargs)
             )
             state = self.joint.call_function(operator.getitem, (both, 0))
             result = self.joint.call_function(operator.getitem, (both, 1))
@@ -187,16 +215,22 @@ class Regenerator:
         node, head = self.forward.op_node(op), self.forward.value_node(arc.head)
         if arc.measured:
             self._guard(op, arc)
+        if arc.assumes is not None:
+            self._hold(op, *arc.assumes)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
             found = self.recorder.record(arc.solve, tail, BACKWARD, node)
             if arc.suspect:
                 found = self.recorder.record(_fill_zeros, [found, self._zeros(head)], BACKWARD, node)
+        made = self.options.materialise
+        if made is not None and not arc.exact and fixed(head.meta["val"].shape):
+            with self.joint.inserting_before(self.output):
+                found = self.recorder.record(made, [found], BACKWARD, node)
         self.values[arc.head] = found
 
     # --- what only the run can tell
     def _zeros(self, head: fx.Node) -> fx.Node:
-        """Where the forward's value is exactly zero, which a rounding inverse would not give back: a bit per element."""
+        """Where the forward's value is exactly zero, which a rounding inverse would not give back."""
         head = self._stands.get(head, head)
         with self.joint.inserting_before(head.next):
             mask = self.recorder.record(_zeros_of, [head], FORWARD, head)
@@ -205,7 +239,7 @@ class Regenerator:
 
     def _guard(self, op: int, arc: Arc) -> None:
         own = self._own(self.forward.value_node(int(arc.factor or 0)))
-        least = tolerance_of(own.meta["val"].dtype, self.tolerance)
+        least = tolerance_of(own.meta["val"].dtype, self.options.tolerance)
         if arc.least >= least or own in self._guarded:
             return
         self._guarded.add(own)
@@ -219,16 +253,36 @@ class Regenerator:
             ok = self.recorder.record(test, [own], FORWARD, own)
             self._assert(ok, message, FORWARD)
 
-    def _check(self, cut: Iterable[int], where: str) -> None:
-        """None; compares samples of a regenerated cut with the forward's."""
+    def _hold(self, op: int, value: int, fact: str) -> None:
+        """None; checks in the forward that a fact still holds of a value."""
+        own = self._own(self.forward.value_node(value))
+        if (own, fact) in self._held:
+            return
+        self._held.add((own, fact))
+        test, message = check(fact, self.program.values[value].name, self.program.ops[op].where)
+        first = own.next if own.op != "placeholder" else next(n for n in self.joint.nodes if n.op != "placeholder")
+        with self.joint.inserting_before(first):
+            ok = self.recorder.record(test, [own], FORWARD, own)
+            self._assert(ok, message, FORWARD)
+
+    def check(self, alive: Collection[fx.Node]) -> None:
+        """None; compares samples of regenerated values with the forward's: of the lowest cut, where rounding has grown
+        most, that the backward reads. `alive` holds the nodes that something needs.
+        """
+        for stretch in self._stretches:
+            for cut, where in reversed(stretch):
+                read = {v: node for v, node in cut.items() if node in alive and _has_precision(node)}
+                if read:
+                    self._compare(read, where)
+                    break
+
+    def _compare(self, cut: Mapping[int, fx.Node], where: str) -> None:
         message = (
             f"revfx: a value regenerated in the backward differs from the forward's by more than 1 % (below {where}): "
             "rounding has grown too much; use a wider dtype for the streams or compile this model with plain inductor"
         )
-        for v in cut:
-            now, then = self.values.get(v), self._own(self.forward.value_node(v))
-            if now is None or not now.meta["val"].is_floating_point() or now in self.attached:
-                continue
+        for v, now in cut.items():
+            then = self._own(self.forward.value_node(v))
             with self.joint.inserting_before(then.next):
                 before = self.recorder.record(sample, [then], FORWARD, then)
             self.kept.add(before)
@@ -242,16 +296,20 @@ class Regenerator:
         return node
 
 
+def _has_precision(node: fx.Node) -> bool:
+    return node.meta["val"].is_floating_point() or node.meta["val"].is_complex()
+
+
 def _tensors(val: Any) -> list[Any]:
     return [val] if isinstance(val, Tensor) else [t for t in val if isinstance(t, Tensor)]
 
 
 def _zeros_of(t: Tensor) -> Tensor:
     """Which elements of `t` are exactly zero, eight to a byte; a byte for each where its size is not a fixed number."""
-    mask = (t == 0).reshape(-1)
-    if not isinstance(t.numel(), int):
+    mask = t == 0
+    if not fixed(t.shape):
         return mask
-    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -t.numel() % 8)).view(-1, 8)
+    bits = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -t.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=t.device)).sum(-1, dtype=torch.uint8)
 
 

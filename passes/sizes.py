@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import logging
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
@@ -22,6 +24,11 @@ def as_number(size: Any) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.has_hint() else 0
     return int(size)
+
+
+def fixed(sizes: Iterable[Any]) -> bool:
+    """Whether all of `sizes` are plain numbers, none of them a symbol."""
+    return all(isinstance(n, int) for n in sizes)
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:
@@ -41,8 +48,23 @@ def no_new_guards(val: Any) -> Generator[None]:
     if env is None:
         yield
         return
-    with contextlib.suppress(GUARDED), env.error_on_new_guards():
+    with contextlib.suppress(GUARDED), _without_log(), env.error_on_new_guards():
         yield
+
+
+@contextlib.contextmanager
+def _without_log() -> Generator[None]:
+    """A context in which the refused guard is not reported to the user, as torch does at the level of a warning."""
+    log = logging.getLogger(symbolic_shapes.__name__)
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _shape_env(t: Any) -> Any:

@@ -29,4 +29,8 @@ def __getattr__(name: str) -> _Any:
     raise AttributeError(f"module 'revfx' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), "ReversiblePartitioner"})
+
+
 __version__ = _version("revfx")

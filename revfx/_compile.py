@@ -10,8 +10,10 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+import torch
 from functorch.compile import min_cut_rematerialization_partition
-from torch import fx
+from torch import Tensor, fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
@@ -24,11 +26,17 @@ from torch._inductor.decomposition import select_decomp_table
 
 
 __all__ = ["BypassCache", "CustomPartitionerFn"]
+MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after that
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     """The operators that inductor spells by others, and how."""
     return select_decomp_table()
+
+
+def materialised(t: Tensor) -> Tensor:
+    """`t`, which inductor stores rather than computes anew for each of its readers."""
+    return torch.ops.prims.inductor_force_stride_order.default(t, t.stride())
 
 
 @contextlib.contextmanager
@@ -53,7 +61,8 @@ def min_cut_partition(
 
 def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """The function that inductor compiles `gm` to, forward and backward, under changed settings."""
-    return compile_fx(gm, list(inputs), config_patches=dict(patches))
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches))
+    return compiled
 
 
 def run_by_eager_kernels(
@@ -72,3 +81,23 @@ def mode_options(mode: str) -> Mapping[str, Any]:
 def is_inductor_option(name: str) -> bool:
     """Whether inductor has a setting of this name."""
     return name in inductor_config.get_config_copy()
+
+
+@contextlib.contextmanager
+def capturing() -> Generator[None]:
+    """A context in which functions given to `torch.compile` run plainly where they can't be captured, whatever the user
+    set for compilations of their own.
+
+    They are captured again when hooks are put on a module, and up to `MOST_GRAPHS` times.
+    """
+    with dynamo_config.patch(
+        suppress_errors=True,
+        error_on_recompile=False,
+        fail_on_recompile_limit_hit=False,
+        recompile_limit=MOST_GRAPHS,
+        accumulated_recompile_limit=16 * MOST_GRAPHS,
+        skip_nnmodule_hook_guards=False,
+        allow_unspec_int_on_nn_module=True,
+        optimize_ddp=False,
+    ):
+        yield

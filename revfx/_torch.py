@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -56,6 +57,15 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def in_functorch_transform() -> bool:
     """Whether a torch.func transform is active; saved-tensor hooks are not supported there."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def constant_when_compiled(function: _F) -> _F:
+    """`function`, whose result is a constant of a compiled program.
+
+    As `torch.compiler.assume_constant_result`, which takes a second: it imports the compiler.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 def has_global_module_hooks() -> bool:

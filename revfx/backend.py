@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,24 +28,28 @@ def revfx(
         example_inputs: its inputs.
         mode: a mode of `torch.compile`, for inductor.
         options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; `unbounded`, `tolerance`,
-            `strict`: see `ReversiblePartitioner`; everything else is a setting of inductor.
+            `strict`: see `ReversiblePartitioner`; everything else is a setting of inductor, as without `backend`.
 
     Raises:
         ValueError: an unknown option.
         NotReversibleError: `strict` was given and a graph is left as it was.
     """
-    given = dict(options or {})
+    given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     inner = given.pop("inner", "inductor")
-    partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given})
+    partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given}).knowing(
+        example_inputs
+    )
     if inner == "aot_eager":
         if given or mode is not None:
             raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
-        return _compile.run_by_eager_kernels(
-            gm, example_inputs, functools.partial(partitioner.partition, decompositions={})
-        )
+        return _compile.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
     if inner != "inductor":
         raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
-    unknown = [name for name in given if not _compile.is_inductor_option(name.replace("-", "_"))]
+    if "custom_partitioner_fn" in given:
+        raise ValueError(
+            "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."
+        )
+    unknown = [name for name in given if not _compile.is_inductor_option(name)]
     if unknown:
         raise ValueError(
             f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them."

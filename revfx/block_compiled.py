@@ -55,7 +55,7 @@ def compiled_chain(
     return x1, x2
 
 
-@torch.compiler.assume_constant_result
+@_torch.constant_when_compiled
 def _transformed() -> bool:
     """Whether a torch.func transform is active: a constant, since Dynamo guards on the transforms around a program."""
     return _torch.in_functorch_transform()

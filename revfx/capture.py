@@ -27,6 +27,7 @@ from revfx.fingerprint import Seen, Snapshot, held, put_back, structure
 from revfx.inplace import functionalise
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, has_atoms
+from revfx.passes.facts import is_mask
 from revfx.rules import op_name
 
 
@@ -208,7 +209,7 @@ class _Recorder(TorchFunctionMode):
         qualified = f"{path}.{name}" if path else name
         with self._ahead():
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
-        if not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536:
+        if (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
             node.meta["constant"] = t
         self._name(node, fake)
         self.attributes[node] = (path, name)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch, fingerprint
 from revfx.ambient import ambient_state
+from revfx.convert_dynamo import Compiled
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
 from revfx.mode import runs_plain, storing
 from revfx.planning import Outcome, Plan, make_plan
@@ -40,21 +41,30 @@ def convert(
     Args:
         model: any module; it is not changed, and not run on real data for analysis.
         example_inputs: a tuple of arguments (or a dict of keyword arguments) to make the plan for now.
-        capture: "fx" or "auto": how the forward is recorded.
-        strict: raise for every part that is left as it was, rather than leave it.
+        capture: how the forward is recorded. "fx": once, on fake tensors, which takes code that asks for no value of a
+            tensor and leaves nothing behind. "dynamo": by `torch.compile`, at the first call, in as many graphs as it
+            takes, run by eager kernels. It takes more, and gives up more: where a region was found the backward can't
+            be differentiated again (`create_graph=True` raises and names the remedy), a module with backward hooks ends
+            the graph, and under FSDP2 the model runs plainly. "auto": "fx" where it can; of a root that it can't
+            record, "dynamo" if a region lies in the root's own code, else "fx" for its sub-modules.
+        strict: raise for every part that is left as it was, rather than leave it; where `torch.compile` captures, raise
+            if nothing reversible is found in any graph, after the first call.
         exact: not available yet.
 
     Raises:
         NotReversibleError: `strict` was given and something is left as it was.
-        ValueError: an unknown `capture`.
+        ValueError: an unknown `capture`; `example_inputs` for `capture="dynamo"`, which captures real calls only.
 
     Warns:
-        RevfxWarning: nothing reversible was found; the text says why, and the model runs as it was.
+        RevfxWarning: nothing reversible was found; the text says why, and the model runs as it was. Also where "auto"
+            does something else than "fx".
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`convert` takes an nn.Module, not a {type(model).__name__}.")
-    if capture not in ("auto", "fx"):
-        raise ValueError(f"`capture={capture!r}` is not known; use 'auto' or 'fx'.")
+    if capture not in ("auto", "fx", "dynamo"):
+        raise ValueError(f"`capture={capture!r}` is not known; use 'auto', 'fx' or 'dynamo'.")
+    if capture == "dynamo" and example_inputs is not None:
+        raise ValueError("`capture='dynamo'` captures the first real call; leave `example_inputs` out.")
     if exact:
         raise NotImplementedError("`exact=True` is not available in this version; leave it out.")
     if isinstance(model, Reversible):
@@ -76,7 +86,11 @@ class Options:
 
 
 class Conversion:
-    """What a converted model knows: its options, and one outcome per kind of call."""
+    """What a converted model knows: its options, and one outcome per kind of call.
+
+    `compiled` stands in for outcomes where `torch.compile` captures the forward; `pending` is the outcome of a root
+    that could not be recorded, until one call through `compiled` has shown whether that does better.
+    """
 
     def __init__(self, forward: Callable[..., Any] | None, options: Options) -> None:
         self.own_forward, self.options = forward, options
@@ -84,6 +98,9 @@ class Conversion:
         self.lock = threading.RLock()
         self.warned: set[str] = set()
         self.parts_converted = False
+        self.compiled: Compiled | None = None
+        self.pending: Outcome | None = None
+        self.compiled_tried = False
 
     @property
     def plans(self) -> list[Plan]:
@@ -93,17 +110,21 @@ class Conversion:
     @property
     def kept_cuts(self) -> int:
         """How many cuts the latest forward kept in its regions: two per region, and those that numerics demanded."""
-        return sum(r.kept for p in self.plans for r in p.regions.values())
+        compiled = 0 if self.compiled is None else self.compiled.kept_cuts
+        return compiled + sum(r.kept for p in self.plans for r in p.regions.values())
 
     @property
     def refusals(self) -> list[Refusal]:
         """What was left as it was, and why."""
-        return list(dict.fromkeys(r for found in self.outcomes.values() for _, o in found for r in o.refusals))
+        compiled = [] if self.compiled is None else self.compiled.refusals
+        recorded = [r for found in self.outcomes.values() for _, o in found for r in o.refusals]
+        return list(dict.fromkeys((*recorded, *compiled)))
 
     @property
     def code(self) -> str:
         """The rewritten programs as readable text."""
-        return "\n\n".join(p.code for p in self.plans) or "(no plan yet: it is made at the first call)"
+        compiled = [] if self.compiled is None or not self.compiled.graphs else [self.compiled.code]
+        return "\n\n".join([*(p.code for p in self.plans), *compiled]) or "(no plan yet: it is made at the first call)"
 
     def forward(self, model: nn.Module) -> Callable[..., Any]:
         """The model's own forward."""
@@ -133,6 +154,9 @@ class Conversion:
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
         name = fingerprint.name_of(model)
+        if outcome.untraceable and self._tries_compiled():
+            self.pending, self.compiled = outcome, self._compile(model)
+            return
         reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
         if self.options.strict and (outcome.plan is None or outcome.refusals):
             node = outcome.refusals[0].op if outcome.refusals else None
@@ -145,15 +169,48 @@ class Conversion:
                 if outcome.untraceable
                 else "nothing reversible was found, so it runs as it was"
             )
-            text = f"`convert({name})`: {what}:\n  {reasons}"
-            if text not in self.warned:
-                self.warned.add(text)
-                warnings.warn(text, RevfxWarning, stacklevel=6)
+            self._warn(f"`convert({name})`: {what}:\n  {reasons}")
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warned and not self.options.part:
+            self.warned.add(text)
+            warnings.warn(text, RevfxWarning, stacklevel=7)
 
     def _convert_parts(self, model: nn.Module) -> None:
         """None; where the root can't be recorded, its largest sub-modules are converted in its place."""
         self.parts_converted = True
         vars(model)["_modules"] = {name: _part(m, self.options) for name, m in _torch.children(model).items()}
+
+    def _tries_compiled(self) -> bool:
+        """Whether `torch.compile` may capture what could not be recorded; it is asked once."""
+        return self.options.capture == "auto" and not self.compiled_tried and not _torch.fsdp_in_use()
+
+    def _compile(self, model: nn.Module) -> Compiled:
+        self.compiled_tried = True
+        own = self.own_forward
+        return Compiled(fingerprint.name_of(model), type(model)._revfx_base.forward if own is None else own)  # type: ignore[union-attr]
+
+    def _call_compiled(self, compiled: Compiled, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        result = compiled.call(model, (model, *args) if self.own_forward is None else args, kwargs)
+        with self.lock:
+            if self.pending is not None and (compiled.found or compiled.found_nothing):
+                self._decide(model, compiled, self.pending)
+            if compiled is self.compiled and compiled.found_nothing:
+                self._report(model, Outcome(None, tuple(compiled.refusals)))
+        return result
+
+    def _decide(self, model: nn.Module, compiled: Compiled, recorded: Outcome) -> None:
+        """None; keeps `compiled` where it frees what the sub-modules alone would not: they give up less."""
+        self.pending = None
+        if not compiled.in_own_code and not self.options.strict:
+            self.compiled = None
+            self._report(model, recorded)
+        elif compiled.found:
+            reasons = "\n  ".join(str(r) for r in recorded.refusals[:8])
+            self._warn(
+                f"`convert({fingerprint.name_of(model)})`: captured by `torch.compile` (see `capture`), as its forward"
+                f" can't be recorded:\n  {reasons}"
+            )
 
     def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """What the model's forward returns for these arguments."""
@@ -162,13 +219,19 @@ class Conversion:
             return forward(*args, **kwargs)
         leaves, _ = pytree.tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        store = storing()
-        if (runs_plain(tensors) and not store) or _torch.has_global_module_hooks() or not tensors:
+        store, plain = storing(), runs_plain(tensors)
+        if (plain and not store) or _torch.has_global_module_hooks():
             return forward(*args, **kwargs)
-        outcome = self.prepare(model, args, kwargs)
-        if outcome.plan is None:
+        if self.options.capture == "dynamo" and self.compiled is None:
+            self.compiled = self._compile(model)
+        if self.compiled is None and tensors:
+            outcome = self.prepare(model, args, kwargs)
+            if outcome.plan is not None:
+                return outcome.plan.run(leaves, store=plain)
+        compiled = self.compiled
+        if compiled is None or store:
             return forward(*args, **kwargs)
-        return outcome.plan.run(leaves, store=store or runs_plain(tensors))
+        return self._call_compiled(compiled, model, args, kwargs)
 
 
 class Reversible(nn.Module):

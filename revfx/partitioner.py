@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+import logging
+from collections.abc import Generator, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 import revfx
-from revfx import _compile, rules
+from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError
-from revfx.passes.partition import Options, Report, rewrite
+from revfx.passes.facts import Facts, facts_of
+from revfx.passes.partition import Report, rewrite
+from revfx.passes.regenerate import Options
 
 
+LOGGED = 3  # refusals of one graph in the log
+_log = logging.getLogger("revfx")
 _listeners: ContextVar[tuple[list[Report], ...]] = ContextVar("revfx_reports", default=())
 
 
@@ -36,7 +43,7 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
 
     It finds runs of reversible couplings in the joint graph, regenerates their activations in the backward from their
     last ones, and lets `min_cut_rematerialization_partition` split the result. A graph without any is split as torch
-    would have.
+    would have. The logger "revfx" says at the level INFO what became of each graph.
 
     Args:
         unbounded: what to do with couplings whose factor may underflow, such as `exp(s)`: "assert" checks the factor in
@@ -50,26 +57,36 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
             raise ValueError(f"`unbounded={unbounded!r}` is not known; use 'assert' or 'store'.")
         self.options = Options(unbounded, tolerance)
         self.strict = strict
+        self.facts: Facts = ()
+
+    def knowing(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
+        """A partitioner that knows what the values of a graph's inputs tell, as far as real tensors are at hand."""
+        other = ReversiblePartitioner(self.options.unbounded, self.options.tolerance, self.strict)
+        other.facts = facts_of(inputs)
+        return other
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The forward and the backward graph."""
-        return self.partition(gm, joint_inputs, _compile.inductor_decompositions(), **kwargs)
+        """The forward and the backward graph, for inductor."""
+        ways = {"decompositions": _compile.inductor_decompositions(), "materialise": _compile.materialised}
+        return self.partition(gm, joint_inputs, replace(self.options, **ways), **kwargs)
 
     def partition(
         self,
         gm: fx.GraphModule,
         joint_inputs: Sequence[object],
-        decompositions: Mapping[Any, Callable[..., Any]],
+        options: Options | None = None,
         **kwargs: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """As `__call__`, for a graph traced with these `decompositions`."""
+        """The forward and the backward graph, with `options` as the inner compiler needs them."""
         static = kwargs.get("static_lifetime_input_indices") or ()
         with _compile.merged_once(gm):
-            report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, decompositions, self.options)
+            report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
             for listener in _listeners.get():
                 listener.append(report)
+            if _log.isEnabledFor(logging.INFO):
+                _log.info("a compiled graph: %s", _line(report))
             if self.strict and not report.regions:
                 reasons = "\n  ".join(map(str, report.refusals[:8])) or "no operation is inverted"
                 raise NotReversibleError(f"a compiled graph is left as it was:\n  {reasons}")
@@ -77,16 +94,39 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
             return _compile.min_cut_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
-        """What the compile caches are keyed with: this package's files, the options, and no rules but its own."""
+        """What the compile caches are keyed with: this package's files, options and facts, and no rules but its own."""
         if rules.has_foreign():
             raise _compile.BypassCache("revfx: rules were registered by the user")
-        return f"{_files()}-{self.options}-{self.strict}"
+        return f"{_files()}-{self.options}-{self.strict}-{self.facts}"
 
 
+def _line(report: Report) -> str:
+    """What the log says of one graph."""
+    found = [
+        f"{r.where[0]} .. {r.where[1]}: {r.steps} steps, {_size(r.freed_bytes)} freed, {_size(r.kept_bytes)} kept in "
+        f"{r.kept_cuts} cuts"
+        for r in report.regions
+    ]
+    left = [str(r) for r in report.refusals[:LOGGED]]
+    if len(report.refusals) > LOGGED:
+        left.append(f"and {len(report.refusals) - LOGGED} more")
+    return f"reversible: {'; '.join(found) or 'nothing'}" + (f" | left as it was: {'; '.join(left)}" if left else "")
+
+
+def _size(nbytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} MiB"
+
+
+@functools.cache
 def _files() -> str:
-    """A hash of the package's files."""
+    """A hash of the package's files; `passes` lies elsewhere in a source tree."""
     digest = hashlib.sha256(revfx.__version__.encode())
-    for folder in sorted(revfx.__path__):
-        for file in sorted(Path(folder).glob("**/*.py")) if (Path(folder) / "rules.py").exists() else ():
+    for package in (revfx, passes):
+        for file in sorted(Path(str(package.__file__)).parent.glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()

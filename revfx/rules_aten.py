@@ -51,7 +51,9 @@ def copy(node: fx.Node) -> Iterator[Direction]:
     yield NoInverse(a, "it is overwritten")
     if meta(a).dtype != meta(b).dtype:
         yield NoInverse(b, f"the cast from {meta(b).dtype} to {meta(a).dtype} loses bits")
-    elif meta(a).dim() == meta(b).dim():
+    elif meta(a).device != meta(b).device or tuple(meta(a).shape) != tuple(meta(b).shape):
+        yield NoInverse(b, "`copy` repeats it or moves it to another device")
+    else:
         yield Inverse(b, lambda y: y.clone(), exact=True)
 
 

@@ -32,6 +32,12 @@ def _ints(args: Sequence[Any]) -> list[int]:
     return list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
 
 
+def _dims(node: fx.Node) -> list[int]:
+    """The dimensions that an operation is given after its tensor; none for one without dimensions."""
+    given: Any = node.kwargs.get("dims", ())
+    return _ints(node.args[1:]) if len(node.args) > 1 else _ints([given])
+
+
 @register_inverse(
     torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.ravel, torch.clone,
     "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "contiguous",
@@ -54,8 +60,7 @@ def reshape(node: fx.Node) -> Iterator[Direction]:
 def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
     a = _first(node)
-    dims = _ints(node.args[1:]) or list(node.kwargs["dims"])  # type: ignore[arg-type]
-    n = len(_shape(a))
+    dims, n = _dims(node), len(_shape(a))
     back = sorted(range(n), key=lambda i: dims[i] % n)
     yield Inverse(a, lambda y: y.permute(back), exact=True)
 
@@ -83,7 +88,7 @@ def attribute(node: fx.Node) -> Iterator[Direction]:
     a = _first(node)
     name = node.args[1] if node.target is getattr else "T"
     if name in ("T", "mT"):
-        yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute(*reversed(range(y.ndim))), exact=True)
+        yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute([*reversed(range(y.ndim))]), exact=True)
     else:
         yield NoInverse(a, f"the attribute `{name}` is not followed")
 
@@ -92,7 +97,7 @@ def attribute(node: fx.Node) -> Iterator[Direction]:
 def flip(node: fx.Node) -> Iterator[Direction]:
     """`y = a.flip(d)`; `a = y.flip(d)`."""
     a = _first(node)
-    dims = _ints(node.args[1:]) or _ints([node.kwargs["dims"]])
+    dims = _dims(node)
     yield Inverse(a, lambda y: y.flip(dims), exact=True)
 
 
@@ -241,10 +246,15 @@ def index_select(node: fx.Node) -> Iterator[Direction]:
 
 
 def permuted(a: fx.Node, dim: int, index: fx.Node) -> Iterator[Direction]:
-    """Whether indexing `a` along `dim` is a permutation; its values are read, so whoever plans must guard them."""
+    """Whether indexing `a` along `dim` is a permutation: as the values say, or as is known of them; whoever plans must
+    guard both.
+    """
     values = index.meta.get("constant")
     size = _shape(a)[dim]
-    if values is None:
+    known = "permutation" in index.meta.get("facts", ()) and _shape(index) == (size,)
+    if known:
+        yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p)), (index,), exact=True)
+    elif values is None:
         yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation")
     elif (
         values.dim() != 1

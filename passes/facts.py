@@ -1,0 +1,201 @@
+"""What the values of constants tell: which index is a permutation, which factor is a mask of zeros and ones.
+
+A compiler sees no values, so facts are looked up where the real tensors are at hand, and whatever relies on one checks
+it again in every run (`check`): a buffer that has changed raises, it never gives a wrong gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from revfx.passes import _torch
+from revfx.rules import op_name
+
+
+PERMUTATION, BINARY = "permutation", "binary"
+LIMIT = 1 << 16  # elements of a tensor whose values are looked at
+INDICES = (torch.int32, torch.int64)
+SAME = frozenset("alias clone detach lift_fresh_copy contiguous".split())
+CASTS = frozenset("to_copy convert_element_type to float double half bfloat16 bool int long type type_as".split())
+REORDERED = frozenset("flip roll".split())
+LAID_OUT = frozenset("view reshape expand unsqueeze squeeze permute transpose unsafe_view broadcast_to".split())
+
+Facts = tuple[tuple[int, str], ...]
+
+
+def facts_of(inputs: Iterable[Any]) -> Facts:
+    """What holds of which of these inputs: pairs of its number and PERMUTATION or BINARY."""
+    return tuple((i, fact) for i, t in enumerate(inputs) if isinstance(t, Tensor) for fact in _facts(t))
+
+
+def _facts(t: Tensor) -> tuple[str, ...]:
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta or t.requires_grad:
+        return ()
+    if not 1 < t.numel() <= LIMIT or t.dtype == torch.bool or t.is_complex():
+        return ()
+    with torch.no_grad(), _torch.outside_modes():
+        found = (PERMUTATION, t.dim() == 1 and t.dtype in INDICES), (BINARY, True)
+        # a mask of one value only masks nothing; and running statistics start as all zeros or ones
+        return tuple(f for f, may in found if may and bool(TESTS[f](t)) and (f == PERMUTATION or not _uniform(t)))
+
+
+def is_mask(t: Tensor) -> bool:
+    """Whether a tensor holds zeros and ones, some of each, and nothing else."""
+    return BINARY in _facts(t)
+
+
+def _uniform(t: Tensor) -> bool:
+    return bool((t == t.reshape(-1)[0]).all())
+
+
+# --- checks, recorded into the forward of a graph that relies on a fact
+def _is_permutation(p: Tensor) -> Tensor:
+    return (p.sort().values == torch.arange(p.shape[0], device=p.device)).all()
+
+
+def _is_binary(b: Tensor) -> Tensor:
+    return ((b == 0) | (b == 1)).all()
+
+
+TESTS: Mapping[str, Callable[[Tensor], Tensor]] = {PERMUTATION: _is_permutation, BINARY: _is_binary}
+WORDS = {PERMUTATION: "an index is no longer a permutation", BINARY: "a mask no longer holds zeros and ones only"}
+
+
+def check(fact: str, name: str, where: str) -> tuple[Callable[[Tensor], Tensor], str]:
+    """The test of a fact, and what a run says where it fails."""
+    return TESTS[fact], (
+        f"revfx: {WORDS[fact]} (`{name}`, at {where}), as it was when this model was compiled, so what was computed "
+        "with it can't be computed back; call `torch.compiler.reset()` after changing such a tensor"
+    )
+
+
+# --- facts of the nodes of a graph
+def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any) -> dict[fx.Node, tuple[str, ...]]:
+    """The facts of a graph's nodes that follow from those `known` of its inputs and from what tensors `owner` holds.
+
+    They are hints: what relies on one checks the very node.
+    """
+    found: dict[fx.Node, tuple[str, ...]] = {n: tuple(f) for n, f in known.items()}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            held = getattr(owner, str(node.target), None)
+            found[node] = _facts(held) if isinstance(held, Tensor) else ()
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            found[node] = _follows(node, found)
+    return {n: f for n, f in found.items() if f}
+
+
+def _follows(node: fx.Node, found: Mapping[fx.Node, Sequence[str]]) -> tuple[str, ...]:
+    name, val = bare(node), node.meta["val"]
+    if name in ("arange", "iota"):
+        return (PERMUTATION,) if _counts(node, name) else ()
+    first = found.get(node.args[0], ()) if node.args and isinstance(node.args[0], fx.Node) else ()
+    keeps = val.dtype in INDICES and (name in SAME or name in CASTS or name in REORDERED)
+    return (PERMUTATION,) if keeps and PERMUTATION in first else ()
+
+
+def _counts(node: fx.Node, name: str) -> bool:
+    """Whether an `arange` is 0, 1, ..., n-1, or that backwards."""
+    if name == "iota":
+        size, start, step = node.args[0], node.kwargs.get("start"), node.kwargs.get("step")
+        numbers = (start, size, step)
+        return all(type(n) is int for n in numbers) and numbers in ((0, size, 1), (size - 1, size, -1))  # type: ignore
+    args = node.args if len(node.args) > 1 else (0, *node.args)
+    values = range(*args) if all(type(a) is int for a in args) else range(0)  # type: ignore[arg-type]
+    return len(values) > 0 and {values[0], values[-1]} == {0, len(values) - 1} and abs(values.step) == 1
+
+
+# --- masks: which nodes hold zeros and ones, and where others are zero
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A value that is 1 where `root` is set and 0 elsewhere; the other way round where not `value`."""
+
+    root: fx.Node
+    value: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Of the nodes of a graph, those that are masks, and where others are exactly zero: (root, value) for each place.
+
+    Both hold up to broadcasting: a root says the same about every row that it is repeated for.
+    """
+
+    of: Mapping[fx.Node, Mask]
+    zero: Mapping[fx.Node, frozenset[tuple[fx.Node, bool]]]
+
+
+def masks(graph: fx.Graph) -> Masks:
+    """The masks of a graph: booleans, values that are known to be binary, and what turns them round."""
+    of: dict[fx.Node, Mask] = {}
+    zero: dict[fx.Node, frozenset[tuple[fx.Node, bool]]] = {}
+    for node in graph.nodes:
+        if not isinstance(node.meta.get("val"), Tensor):
+            continue
+        mask = _mask(node, of)
+        if mask is not None:
+            of[node] = mask
+        where = _zero(node, of, zero)
+        if where:
+            zero[node] = where
+    return Masks(of, zero)
+
+
+def bare(node: fx.Node) -> str:
+    """An operation's name without what tells in-place and operator spellings apart: `mul` of `__imul__`."""
+    name = op_name(node.target).strip("_")
+    return name[1:] if name in ("iadd", "radd", "isub", "imul", "rmul") else name
+
+
+def _mask(node: fx.Node, of: Mapping[fx.Node, Mask]) -> Mask | None:
+    val, name = node.meta["val"], bare(node)
+    a, b = (*node.args, None, None)[:2]
+    if node.op in ("call_function", "call_method"):
+        if isinstance(a, fx.Node) and a in of and a.meta["val"].device == val.device:
+            turned = Mask(of[a].root, not of[a].value)
+            if name in SAME or name in CASTS:
+                return of[a]
+            if name in LAID_OUT:
+                return Mask(node, True)
+            if name == "logical_not" or (name in ("bitwise_not", "invert") and val.dtype == torch.bool):
+                return turned
+            if name == "rsub" and _is_one(b) and len(node.args) == 2 and not node.kwargs:
+                return turned
+        if name == "sub" and _is_one(a) and isinstance(b, fx.Node) and b in of and not node.kwargs:
+            return Mask(of[b].root, not of[b].value)
+    held = node.meta.get("constant")
+    if val.dtype == torch.bool or BINARY in node.meta.get("facts", ()) or (held is not None and is_mask(held)):
+        return Mask(node, True)
+    return None
+
+
+def _is_one(x: Any) -> bool:
+    return isinstance(x, (int, float)) and x == 1
+
+
+def _zero(
+    node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, frozenset[tuple[fx.Node, bool]]]
+) -> frozenset[tuple[fx.Node, bool]]:
+    """Where a node is zero: a product where a factor is, a sum where both are."""
+    nowhere: frozenset[tuple[fx.Node, bool]] = frozenset()
+    if node.op not in ("call_function", "call_method"):
+        return nowhere
+    name = bare(node)
+    operands: list[Any] = list(node.args[:2])
+    theirs = [
+        zero.get(x, nowhere) | ({(of[x].root, not of[x].value)} if x in of else nowhere)
+        for x in operands
+        if isinstance(x, fx.Node)
+    ]
+    if name in ("mul", "multiply"):
+        return nowhere.union(*theirs)
+    if name in ("add", "sub", "subtract") and len(theirs) == 2:
+        return theirs[0] & theirs[1]
+    if name in ("div", "divide", "true_divide", "neg", "negative", *SAME, *CASTS) and theirs and operands[0] in zero:
+        return theirs[0]
+    return nowhere
