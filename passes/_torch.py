@@ -35,6 +35,12 @@ def writes(target: Any) -> bool:
     return target._schema.is_mutable
 
 
+def is_pure(target: Any) -> bool:
+    """Whether an operator of torch's own computes the same result whenever it is called."""
+    drawn = torch.Tag.nondeterministic_seeded in target.tags
+    return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that two live tensors share exactly when they share memory."""
     return tensor.untyped_storage()._cdata

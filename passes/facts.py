@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
+from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
 
@@ -86,28 +87,33 @@ def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any
             held = getattr(owner, str(node.target), None)
             found[node] = _facts(held) if isinstance(held, Tensor) else ()
         elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            found[node] = _follows(node, found)
+            name = bare(node)
+            if node.meta["val"].dtype in INDICES and (name in SAME or name in CASTS or name in REORDERED):
+                facts = found.get(node.args[0], ()) if node.args and isinstance(node.args[0], fx.Node) else ()
+                found[node] = tuple(f for f in facts if f == PERMUTATION)
     return {n: f for n, f in found.items() if f}
 
 
-def _follows(node: fx.Node, found: Mapping[fx.Node, Sequence[str]]) -> tuple[str, ...]:
-    name, val = bare(node), node.meta["val"]
-    if name in ("arange", "iota"):
-        return (PERMUTATION,) if _counts(node, name) else ()
-    first = found.get(node.args[0], ()) if node.args and isinstance(node.args[0], fx.Node) else ()
-    keeps = val.dtype in INDICES and (name in SAME or name in CASTS or name in REORDERED)
-    return (PERMUTATION,) if keeps and PERMUTATION in first else ()
+def constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
+    """The values of nodes that follow from numbers alone, such as the index that a `roll` is spelled with.
+
+    Of whole numbers and booleans only, and of no more than `LIMIT` of them.
+    """
+    found: dict[fx.Node, Tensor] = {}
+    for node in graph.nodes:
+        if _foldable(node) and all(n in found for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: found[n])
+            with torch.no_grad(), _torch.outside_modes():
+                found[node] = node.target(*args, **kwargs)
+    return found
 
 
-def _counts(node: fx.Node, name: str) -> bool:
-    """Whether an `arange` is 0, 1, ..., n-1, or that backwards."""
-    if name == "iota":
-        size, start, step = node.args[0], node.kwargs.get("start"), node.kwargs.get("step")
-        numbers = (start, size, step)
-        return all(type(n) is int for n in numbers) and numbers in ((0, size, 1), (size - 1, size, -1))  # type: ignore
-    args = node.args if len(node.args) > 1 else (0, *node.args)
-    values = range(*args) if all(type(a) is int for a in args) else range(0)  # type: ignore[arg-type]
-    return len(values) > 0 and {values[0], values[-1]} == {0, len(values) - 1} and abs(values.step) == 1
+def _foldable(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(val, Tensor) or not _torch.is_overload(node.target):
+        return False
+    whole = not val.is_floating_point() and not val.is_complex() and val.layout == torch.strided
+    return whole and fixed(val.shape) and val.numel() <= LIMIT and _torch.is_pure(node.target)
 
 
 # --- masks: which nodes hold zeros and ones, and where others are zero

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.facts import Facts, annotate
+from revfx.passes.facts import Facts, annotate, constants
 from revfx.passes.sizes import NUMBERS, as_number
 
 
@@ -60,7 +60,7 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
     nodes = ancestors(outputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = frozenset(n.args[0] for n in updates) | _mutated_outside(joint, primals)
-    known = _known(joint, primals, static, facts)
+    known, constant = _known(joint, primals, static, facts), constants(joint)
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -70,6 +70,8 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
             _annotate(node, new)
             if node in known:
                 new.meta["facts"] = known[node]
+            if node in constant:
+                new.meta["constant"] = constant[node]
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated) if n in copy}
     lowered = lower(half, sources=sources)

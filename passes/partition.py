@@ -19,6 +19,7 @@ from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts
 from revfx.passes.joint import Forward, ancestors, forward_half, is_tangent
 from revfx.passes.plan import anchors
+from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
 from revfx.passes.regenerate import BACKWARD, FORWARD, Options, Regenerator
 from revfx.passes.regions import Region, find_regions
@@ -62,6 +63,7 @@ def rewrite(
     readers = _readers(joint, forward)
     regenerator = Regenerator(joint, forward, Recorder(joint, options.decompositions), options)
     found: list[Found] = []
+    done: list[Region] = []
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
@@ -76,8 +78,12 @@ def rewrite(
             refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
             continue
         found.append(_found(forward, region, cuts, sum(freed)))
+        done.append(region)
     if found:
         _rewire(joint, forward, regenerator, readers)
+        if options.stored is not None:
+            for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
+                realise(regenerator.recorder, step_of, regenerator.kept, options.stored)
     return Report(tuple(reversed(found)), refusals)
 
 
@@ -143,6 +149,29 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
         new.output.prepend(node)
     _erase(joint, order)  # what nothing reads
     joint.lint()
+
+
+def _steps_forward(forward: Forward, regions: Sequence[Region]) -> dict[fx.Node, int]:
+    """In which step each operation of a region runs, and gives its values; numbered in program order."""
+    steps = sorted((s for r in regions for s in r.steps), key=lambda s: s.start)
+    found: dict[fx.Node, int] = {}
+    for number, step in enumerate(steps):
+        for i in range(step.start, step.stop):
+            values = (forward.value_node(v) for v in forward.lowered.program.ops[i].outs)
+            found.update(dict.fromkeys((forward.op_node(i), *values), number))
+    return found
+
+
+def _steps_backward(joint: fx.Graph, forward: Forward, new: Regenerator) -> dict[fx.Node, int]:
+    """For each node of the backward the latest step that regenerated anything before it."""
+    found: dict[fx.Node, int] = {}
+    number = 0
+    for node in joint.nodes:
+        number = max(number, new.step_of.get(node, 0))
+        theirs = node in forward.nodes or node.meta.get("partitioner_tag") == FORWARD
+        if node.op == "call_function" and not theirs:
+            found[node] = number
+    return found
 
 
 def _claim(joint: fx.Graph, node: fx.Node) -> None:

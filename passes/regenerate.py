@@ -41,14 +41,14 @@ class Options:
     """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store").
 
     `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps.
-    `decompositions` says how the graph spells operators. `materialise` is an identity that the inner compiler does not
-    compute anew for each reader: without it one layer's inverse would read what all layers above it were made from.
+    `decompositions` says how the graph spells operators. `stored` is an identity that an inner
+    compiler which fuses does not look through (see `revfx.passes.realise`).
     """
 
     unbounded: str = "assert"
     tolerance: float | None = None
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
-    materialise: Callable[[Tensor], Tensor] | None = None
+    stored: Callable[[Tensor], Tensor] | None = None
 
 
 Cut = tuple[Mapping[int, fx.Node], str]  # the regenerated nodes of a cut's values, and where it lies
@@ -57,7 +57,8 @@ Cut = tuple[Mapping[int, fx.Node], str]  # the regenerated nodes of a cut's valu
 class Regenerator:
     """Adds regeneration nodes for regions; `values` and `tuples` then say what stands for what in the backward.
 
-    `kept` holds the nodes that must be saved for it, and `attached` the checks to make right after a node.
+    `kept` holds the nodes that must be saved for it, `attached` the checks to make right after a node, and `step_of` in
+    which step of the backward a node is regenerated.
     """
 
     def __init__(self, joint: fx.Graph, forward: Forward, recorder: Recorder, options: Options) -> None:
@@ -70,6 +71,7 @@ class Regenerator:
         self.tuples: dict[int, fx.Node] = {}
         self.kept: set[fx.Node] = set()
         self.attached: dict[fx.Node, list[fx.Node]] = {}
+        self.step_of: dict[fx.Node, int] = {}
         self._stands: dict[fx.Node, fx.Node] = {}
         self._states: dict[fx.Node, fx.Node] = {}
         self._before: dict[fx.Node, fx.Node] = {}
@@ -77,6 +79,7 @@ class Regenerator:
         self._held: set[tuple[fx.Node, str]] = set()
         self._laid_out: dict[int, fx.Node] = {}
         self._stretches: list[list[Cut]] = []
+        self._step = 0
 
     def region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
         """None; regenerates the `wanted` values and what the operations `ops` return, cut after cut from the exit.
@@ -88,6 +91,7 @@ class Regenerator:
         cuts_since: list[Cut] = []  # regenerated since the last kept one
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
+            self._step += 1
             replay = j == 0 or j in cuts
             known = {*step.exit, *region.saved, *region.side, *(step.entry if replay else ())}
             if replay and j > 0:
@@ -98,8 +102,10 @@ class Regenerator:
             for do in schedule(program, step, known, replay, want, ops & set(inside)):
                 if isinstance(do.run, Rerun):
                     self._rerun(do.run.op, known)
+                    self.step_of[self.tuples[do.run.op]] = self._step
                 else:
                     self._invert(do.run.op, do.run.arc)
+                    self.step_of[self.values[do.run.arc.head]] = self._step
             if replay:
                 self._stretches.append(cuts_since)
                 cuts_since = []
@@ -222,10 +228,6 @@ class Regenerator:
             found = self.recorder.record(arc.solve, tail, BACKWARD, node)
             if arc.suspect:
                 found = self.recorder.record(_fill_zeros, [found, self._zeros(head)], BACKWARD, node)
-        made = self.options.materialise
-        if made is not None and not arc.exact and fixed(head.meta["val"].shape):
-            with self.joint.inserting_before(self.output):
-                found = self.recorder.record(made, [found], BACKWARD, node)
         self.values[arc.head] = found
 
     # --- what only the run can tell

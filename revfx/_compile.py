@@ -23,6 +23,7 @@ from torch._inductor.codecache import BypassFxGraphCache as BypassCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 
 
 __all__ = ["BypassCache", "CustomPartitionerFn"]
@@ -34,9 +35,33 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def materialised(t: Tensor) -> Tensor:
+def stored(t: Tensor) -> Tensor:
     """`t`, which inductor stores rather than computes anew for each of its readers."""
     return torch.ops.prims.inductor_force_stride_order.default(t, t.stride())
+
+
+def fuse_neighbours_only(key: str) -> None:
+    """None; from now on, on this thread, inductor fuses no nodes whose numbers `node.meta[key]` differ by more than 1.
+
+    Nodes without one are fused as before.
+    """
+    now: Any = V.choices
+    if getattr(now, "revfx_key", None) == key:
+        return
+
+    def can_fuse(scheduler: Any, a: Any, b: Any, *args: Any) -> bool:
+        numbers = [n for node in (*a.get_nodes(), *b.get_nodes()) if (n := _number(node, key)) is not None]
+        return (not numbers or max(numbers) - min(numbers) <= 1) and now.can_fuse(scheduler, a, b, *args)
+
+    apart: Any = object.__new__(type("Neighbours", (type(now),), {"can_fuse": staticmethod(can_fuse)}))
+    vars(apart).update(vars(now), revfx_key=key)
+    V.set_choices_handler(apart)
+
+
+def _number(node: Any, key: str) -> int | None:
+    """The largest number of the graph's nodes that a node of inductor's scheduler computes."""
+    origins = node.node.get_origins() if node.node is not None else ()
+    return max((o.meta[key] for o in origins if key in o.meta), default=None)
 
 
 @contextlib.contextmanager

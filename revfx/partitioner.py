@@ -19,6 +19,7 @@ from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.partition import Report, rewrite
+from revfx.passes.realise import STEP
 from revfx.passes.regenerate import Options
 
 
@@ -69,8 +70,9 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The forward and the backward graph, for inductor."""
-        ways = {"decompositions": _compile.inductor_decompositions(), "materialise": _compile.materialised}
-        return self.partition(gm, joint_inputs, replace(self.options, **ways), **kwargs)
+        _compile.fuse_neighbours_only(STEP)
+        options = replace(self.options, decompositions=_compile.inductor_decompositions(), stored=_compile.stored)
+        return self.partition(gm, joint_inputs, options, **kwargs)
 
     def partition(
         self,

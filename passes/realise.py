@@ -1,0 +1,65 @@
+"""What a compiler that fuses must not put off: values that cross the border between two steps.
+
+A fusing compiler computes a cheap value where it is read, out of what is left of its making, and merges what reads the
+same values into one kernel. Over a chain of steps that keeps alive what every step made: the velocity's gradient in a
+momentum net, `0.9*g + h`, is read four steps on as a sum of five `h`; a log-determinant, or the gradient of a shared
+weight, becomes one sum at the very end; what only depends on a side input is computed for all steps at once. So a value
+that is read in a later step is *stored* where it is made, and nodes are marked with their `STEP`, by which the compiler
+is told not to fuse beyond neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from torch import Tensor, fx
+
+from revfx.passes import _torch
+from revfx.passes.record import Recorder
+from revfx.passes.sizes import fixed
+
+
+STEP = "revfx_step"  # key of `node.meta`
+
+
+def realise(
+    recorder: Recorder,
+    step_of: Mapping[fx.Node, int],
+    spared: Collection[fx.Node],
+    stored: Callable[[Tensor], Tensor],
+) -> None:
+    """None; marks nodes with the step that `step_of` tells, and stores what crosses one, except the `spared` nodes.
+
+    `stored` is an identity that the compiler does not look through.
+    """
+    for node in [n for n in step_of if n not in spared and _crosses(n, step_of)]:
+        with recorder.graph.inserting_before(node.next):
+            new = recorder.record(stored, [node], node.meta.get("partitioner_tag"), node)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        new.meta[STEP] = step_of[node]
+    for node, step in step_of.items():
+        node.meta[STEP] = step
+
+
+def _crosses(node: fx.Node, step_of: Mapping[fx.Node, int]) -> bool:
+    """Whether a value, not a view of another, is read in a later step, itself or through views."""
+    val = node.meta.get("val")
+    if not isinstance(val, Tensor) or not fixed(val.shape) or _is_view(node):
+        return False
+    return _read_later(node, step_of[node], step_of)
+
+
+def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int]) -> bool:
+    return any(
+        step_of.get(u, step) > step or (u in step_of and _is_view(u) and _read_later(u, step, step_of))
+        for u in node.users
+    )
+
+
+def _is_view(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    if not isinstance(val, Tensor):
+        return False
+    key = _torch.storage_key(val)
+    vals = (n.meta.get("val") for n in node.all_input_nodes)
+    return any(_torch.storage_key(v) == key for v in vals if isinstance(v, Tensor))
