@@ -70,11 +70,9 @@ def rewrite(
         if sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
         cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store")
-        nodes = list(joint.nodes)
         try:
             regenerator.region(region, wanted, ops, cuts)
         except Unrecordable as error:
-            _erase(joint, nodes)
             refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
             continue
         found.append(_found(forward, region, cuts, sum(freed)))

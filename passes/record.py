@@ -91,11 +91,11 @@ class _Mode(TorchDispatchMode):
                 out = spelled(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        node_args, node_kwargs = pytree.tree_map(self._argument, (args, kwargs))
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
             return out  # such as the device of a tensor
-        args, kwargs = pytree.tree_map(self._argument, (args, kwargs))
-        node = self._add(func, args, kwargs, out)
+        node = self._add(func, node_args, node_kwargs, out)
         if not isinstance(out, Tensor):
             for i, part in enumerate(out):
                 self._add(operator.getitem, (node, i), {}, part)

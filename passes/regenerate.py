@@ -6,6 +6,7 @@ what the compiler can't prove are added: that a factor stays away from zero, and
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from revfx.passes.facts import check
 from revfx.passes.joint import Forward, draws
 from revfx.passes.plan import drifted, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
-from revfx.passes.record import Recorder
+from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, fixed, same_strides
 
@@ -85,7 +86,25 @@ class Regenerator:
         """None; regenerates the `wanted` values and what the operations `ops` return, cut after cut from the exit.
 
         Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j.
+
+        Raises:
+            Unrecordable: an inverse can't be written into the graph, which is left as it was.
         """
+        nodes, symbols = frozenset(self.joint.nodes), dict(self.recorder.symbols)
+        before = {name: copy.copy(held) for name, held in vars(self).items() if isinstance(held, (dict, set, list))}
+        try:
+            self._region(region, wanted, ops, cuts)
+        except Unrecordable:
+            for node, result in self._stands.items():
+                if result not in nodes:
+                    result.replace_all_uses_with(node)
+            for node in [n for n in reversed(self.joint.nodes) if n not in nodes]:
+                self.joint.erase_node(node)
+            vars(self).update(before)
+            self.recorder.symbols = symbols
+            raise
+
+    def _region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
         program, steps, ops = self.program, region.steps, frozenset(ops)
         self._keep((*region.exit, *region.saved, *region.side))
         cuts_since: list[Cut] = []  # regenerated since the last kept one
@@ -134,9 +153,9 @@ class Regenerator:
         if primal not in self._before:
             last = next(n for n in self.joint.nodes if n.op != "placeholder")
             with self.joint.inserting_before(last):
-                copy = self.recorder.record(lambda t: t.clone(), [primal], FORWARD, primal)
-            self._before[primal] = copy
-            self.kept.add(copy)
+                held = self.recorder.record(lambda t: t.clone(), [primal], FORWARD, primal)
+            self._before[primal] = held
+            self.kept.add(held)
         return self._before[primal]
 
     # --- one derivation
@@ -147,7 +166,7 @@ class Regenerator:
         if draws(node):
             state = self._state(node)
             with self.joint.inserting_before(self.output):
-                copy = self.joint.call_function(
+                again = self.joint.call_function(
                     torch.ops.higher_order.run_with_rng_state,
                     (state, target, *fx.map_arg(args, self._argument)),
                     fx.map_arg(node.kwargs, self._argument),
@@ -156,23 +175,23 @@ class Regenerator:
             if target in STATELESS and STATELESS[target][2](*args):
                 target, args = STATELESS[target][0], STATELESS[target][1](*args)
             with self.joint.inserting_before(self.output):
-                copy = self.joint.create_node(
+                again = self.joint.create_node(
                     node.op,
                     target,
                     fx.map_arg(args, self._argument),
                     fx.map_arg(node.kwargs, self._argument),
                     name=f"{node.name}_again",
                 )
-        self._describe(copy, node)
+        self._describe(again, node)
         outs = self.program.ops[op].outs
-        self.tuples[op] = copy
+        self.tuples[op] = again
         if isinstance(node.meta["val"], Tensor):
-            self.values[outs[0]] = copy
+            self.values[outs[0]] = again
             return
         for v in (v for v in outs if v not in known):
             part = self.forward.value_node(v)
             with self.joint.inserting_before(self.output):
-                taken = self.joint.call_function(operator.getitem, (copy, part.args[1]))
+                taken = self.joint.call_function(operator.getitem, (again, part.args[1]))
             self._describe(taken, part)
             self.values[v] = taken
 
@@ -192,9 +211,9 @@ class Regenerator:
         return found
 
     @staticmethod
-    def _describe(copy: fx.Node, node: fx.Node) -> None:
-        copy.meta = {k: v for k, v in node.meta.items() if k not in ("recompute", "ac_graph_id")}
-        copy.meta["partitioner_tag"] = BACKWARD
+    def _describe(again: fx.Node, node: fx.Node) -> None:
+        again.meta = {k: v for k, v in node.meta.items() if k not in ("recompute", "ac_graph_id")}
+        again.meta["partitioner_tag"] = BACKWARD
 
     def _state(self, node: fx.Node) -> fx.Node:
         """The node of the generator state that a random operation drew from; makes the forward return it."""

@@ -1,0 +1,74 @@
+"""The rewrite of the joint graph, seen from the graph: what is left behind, what is checked, what is put where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import TOLERANCE, fp64, leaf, loss_of, mlps, relative_error
+from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
+
+from revfx import rules
+from revfx.partitioner import reports
+from revfx.rules import Inverse, aten, register_inverse
+
+
+__all__ = ["fp64"]
+DEPTH, ROWS = 4, 16
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    with fresh_cache():
+        yield
+    torch.compiler.reset()
+
+
+class ThenCubed(nn.Module):
+    """Couplings with dropout whose streams are cubed on the way, which has an inverse that nobody told revfx."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = mlps(2 * DEPTH), mlps(2 * DEPTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for i, (f, g) in enumerate(zip(self.f, self.g, strict=True)):
+            a = a + nn.functional.dropout(f(b), 0.2)
+            b = b + g(a)
+            if i >= DEPTH:
+                a, b = a.asinh(), b.asinh()
+        return torch.cat([a, b], -1)
+
+
+@pytest.fixture
+def unwritable() -> Iterator[None]:
+    """A rule whose inverse holds a tensor of its own, which can't be written into a graph."""
+    one = torch.ones(())
+
+    @register_inverse(aten.asinh.default)
+    def _(node: fx.Node) -> Iterator[Inverse]:
+        yield Inverse(node.args[0], lambda y: y.sinh() * one)
+
+    yield
+    rules.unregister_inverse(aten.asinh.default)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_region_that_cannot_be_written_leaves_nothing_behind(unwritable: None, inner: str) -> None:
+    model, x = ThenCubed(), leaf(ROWS, 8)
+    with reports() as found:
+        options = {"inner": inner, **({"fallback_random": True} if inner == "inductor" else {})}
+        compiled = torch.compile(model, backend="revfx", options=options)
+        got = _gradients(compiled, model, x)
+    assert relative_error(got, _gradients(model, model, x)) < TOLERANCE
+    (report,) = found
+    assert any("is not at hand" in refusal.reason for refusal in report.refusals)
+
+
+def _gradients(function: nn.Module, module: nn.Module, x: Tensor) -> list[Tensor | None]:
+    torch.manual_seed(1)
+    return list(torch.autograd.grad(loss_of(function(x)), [x, *module.parameters()]))
