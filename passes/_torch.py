@@ -41,6 +41,11 @@ def is_pure(target: Any) -> bool:
     return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
 
 
+def may_alias(target: Any) -> bool:
+    """Whether an operator may return memory of its arguments."""
+    return is_overload(target) and any(r.alias_info is not None for r in target._schema.returns)
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that two live tensors share exactly when they share memory."""
     return tensor.untyped_storage()._cdata

@@ -8,7 +8,7 @@ its end.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.facts import Facts, annotate, constants
-from revfx.passes.sizes import NUMBERS, as_number
+from revfx.passes.sizes import NUMBERS, as_number, fixed
 
 
 NAMESPACES = ("aten", "prims", "inductor")  # operators that do nothing but compute their result
@@ -54,6 +54,7 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
 
     `facts` says what was seen of the values of the compiled function's inputs.
     """
+    _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
     updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
     outputs += [n.args[1] for n in updates if not any(is_tangent(a) for a in ancestors([n.args[1]]))]
@@ -90,6 +91,30 @@ def _known(
     return annotate(joint, {p: of[i] for p, i in inputs.items() if i is not None and i in of}, joint.owning_module)
 
 
+FILLED: Mapping[str, Callable[..., Any]] = {  # what is filled like another tensor, whose values don't matter, by what
+    "zeros_like": lambda *args: 0,
+    "ones_like": lambda *args: 1,
+    "full_like": lambda a, value, *args: value,
+    "new_zeros": lambda *args: 0,
+    "new_ones": lambda *args: 1,
+    "new_full": lambda a, size, value, *args: value,
+}
+
+
+def _read_no_shapes(joint: fx.Graph) -> None:
+    """None; what reads of a tensor no more than its shape does not read it any more, lest that look like a use."""
+    for node in joint.nodes:
+        val: Any = node.meta.get("val")
+        by = FILLED.get(_torch.packet_name(node.target)) if node.op == "call_function" else None
+        if by is None or not _is_strided(val) or not fixed(val.shape) or not val.is_contiguous():
+            continue
+        value = by(*node.args)
+        if isinstance(value, (bool, int, float)):
+            node.target = torch.ops.aten.full.default
+            node.args = (list(val.shape), value)
+            node.kwargs = {"dtype": val.dtype, "device": val.device, "pin_memory": False}
+
+
 SMALL = 1024  # bytes of a constant that are not worth computing again
 
 
@@ -97,7 +122,7 @@ def _sources(
     joint: fx.Graph, primals: Sequence[fx.Node], static: Collection[int], mutated: Collection[Any]
 ) -> set[fx.Node]:
     """What the backward can read at little cost: parameters and buffers, what follows from them alone and is not
-    larger than they are (views, casts, masks turned round), and inductor's seeds.
+    larger than they are (views, casts, masks turned round), what is filled with a number, and inductor's seeds.
     """
     found = {p for i, p in enumerate(primals) if i in static}
     clean = found - set(mutated)
@@ -109,7 +134,8 @@ def _sources(
             clean.add(node)
         elif _is_strided(val) and _barrier(node) is None and not draws(node):
             theirs = sum(_nbytes(n.meta["val"]) for n in node.all_input_nodes)
-            if _nbytes(val) <= max(SMALL, theirs):
+            filled = not node.all_input_nodes and "empty" not in _torch.packet_name(node.target)
+            if filled or _nbytes(val) <= max(SMALL, theirs):
                 clean.add(node)
     return found | clean
 

@@ -57,9 +57,12 @@ def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int]) -> boo
 
 
 def _is_view(node: fx.Node) -> bool:
+    """Whether a value is made of another's memory, as the operator says, or as the results show (parts of a split)."""
     val = node.meta.get("val")
     if not isinstance(val, Tensor):
         return False
+    if _torch.may_alias(node.target):
+        return True
     key = _torch.storage_key(val)
     vals = (n.meta.get("val") for n in node.all_input_nodes)
     return any(_torch.storage_key(v) == key for v in vals if isinstance(v, Tensor))

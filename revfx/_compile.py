@@ -7,6 +7,7 @@ Importing this module imports torch's compiler (about a second), so nothing does
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor import config as inductor_config, list_mode_options
@@ -26,7 +28,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 
 
-__all__ = ["BypassCache", "CustomPartitionerFn"]
+__all__ = ["BypassCache", "CustomPartitionerFn", "RestartAnalysis"]
 MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after that
 
 
@@ -125,4 +127,13 @@ def capturing() -> Generator[None]:
         allow_unspec_int_on_nn_module=True,
         optimize_ddp=False,
     ):
-        yield
+        log = logging.getLogger("torch._dynamo.variables.tensor")  # tells how to avoid that `.item()` ends a graph
+        log.addFilter(_nothing)
+        try:
+            yield
+        finally:
+            log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False

@@ -89,6 +89,7 @@ class Compiled:
                 self.compiled = torch.compile(_with_own_code(self.function), backend=self._backend)
                 stack.enter_context(warnings.catch_warnings())  # where a graph ends, plain code goes on: no news
                 warnings.filterwarnings("ignore", module=r"torch\._dynamo\.")
+                warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
             result = self.compiled(*args, **kwargs)
         if not self.found:
             self.plain_in.add(mode)
@@ -105,6 +106,8 @@ class Compiled:
         try:
             with partitioner.reports() as reports:
                 compiled = backend.revfx(gm, inputs, options={"inner": "aot_eager"})
+        except _compiler().RestartAnalysis:  # dynamo's own: it captures again, knowing more
+            raise
         except Exception as e:  # whatever the compiler can't do, the graph is still right under plain autograd
             self._fails(gm, f"compiling a graph raised {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
             return plain

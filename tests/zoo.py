@@ -231,6 +231,15 @@ class SharedWeights(nn.Module):
         return torch.cat([a, b], -1)
 
 
+class Dropout(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + F.dropout(f(b), 0.2, self.training)
+            b = b + F.dropout(g(a), 0.2, self.training)
+        return torch.cat([a, b], -1)
+
+
 def conv_bn(c: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(c, c, 3, padding=1, bias=False),
@@ -348,6 +357,7 @@ ZOO: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], tuple[Tensor, .
     "channel shuffle": (ChannelShuffle, vectors),
     "side inputs": (SideInputs, vectors_and_context),
     "shared weights": (SharedWeights, vectors),
+    "dropout": (Dropout, vectors),
     "conv+BN": (ConvBN, images),
     "two stages": (TwoStages, images),
     "transformer": (Transformer, tokens),

@@ -1,0 +1,109 @@
+"""Every reversible program under `torch.compile(backend="revfx")`: found, right, and flat in depth, by both inner
+compilers, against what torch's own compiler does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from helpers import TOLERANCE, relative_error
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+from zoo import ZOO
+
+from revfx.partitioner import reports
+from revfx.testing import measure_memory
+
+
+SHALLOW, DEEP = 4, 12
+ROWS, MANY_ROWS = 8, 1024
+Options = dict[str, str | int | bool | Callable[..., object]]
+INNER: dict[str, Options] = {"inductor": {"fallback_random": True}, "aot_eager": {"inner": "aot_eager"}}
+Compile = Callable[[nn.Module], nn.Module]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    with fresh_cache():
+        yield
+    torch.compiler.reset()
+
+
+def stock(model: nn.Module) -> nn.Module:
+    return torch.compile(model, options={"fallback_random": True})
+
+
+def by_revfx(inner: str) -> Compile:
+    return lambda model: torch.compile(model, backend="revfx", options=INNER[inner])
+
+
+def inputs_of(name: str, rows: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(3)
+    made = ZOO[name][1](rows)
+    return [t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in made]
+
+
+def loss(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    out = model(*inputs)
+    return torch.stack([t.square().mean() for t in (out if isinstance(out, tuple) else (out,))]).sum()
+
+
+def gradients(compiler: Compile | None, model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of inputs and parameters of a copy of `model`, compiled or as it is, from one random state."""
+    torch.compiler.reset()
+    model = copy.deepcopy(model)
+    run = model if compiler is None else compiler(model)
+    torch.manual_seed(1)
+    wanted = [*(t for t in inputs if t.requires_grad), *model.parameters()]
+    return list(torch.autograd.grad(loss(run, inputs), wanted))
+
+
+def peak(compiler: Compile, model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Bytes at the peak of a step, less those of the parameters' gradients; of the second step, when all is compiled."""
+    torch.compiler.reset()
+    run = compiler(model)
+    loss(run, inputs).backward()
+    model.zero_grad()
+    theirs = sum(p.numel() * p.element_size() for p in model.parameters())
+    return measure_memory(lambda: loss(run, inputs)).peak - theirs
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_gradients_are_plain_autograds(name: str) -> None:
+    torch.manual_seed(0)
+    model = ZOO[name][0](SHALLOW).double()
+    exact = inputs_of(name, ROWS, torch.float64)
+    want = gradients(None, model, exact)
+    single, rounded = copy.deepcopy(model).float(), inputs_of(name, ROWS, torch.float32)
+    theirs = relative_error(_double(gradients(stock, single, rounded)), want)
+    for inner in INNER:
+        with reports() as found:
+            assert relative_error(gradients(by_revfx(inner), model, exact), want) < TOLERANCE
+        assert any(report.regions for report in found)
+        ours = relative_error(_double(gradients(by_revfx(inner), single, rounded)), want)
+        print(f"{name}, {inner}: fp32 error {ours:.2e}, stock {theirs:.2e}")
+        assert ours < 2 * theirs
+
+
+def _double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_peak_memory_does_not_grow_with_depth(name: str) -> None:
+    inputs = inputs_of(name, MANY_ROWS, torch.float32)
+    models = [ZOO[name][0](depth) for depth in (SHALLOW, DEEP)]
+
+    def growth(compiler: Compile) -> int:
+        shallow, deep = (peak(compiler, model, inputs) for model in models)
+        return deep - shallow
+
+    plain = growth(stock)
+    for inner in INNER:
+        ours = growth(by_revfx(inner))
+        print(f"{name}, {inner}: growth {ours / plain:.2%}")
+        assert ours < 0.03 * plain
