@@ -1,14 +1,32 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and what they have in common before torch is imported."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+
+# One folder of compiled kernels for a run of the tests, its workers included, which inherit the variable; whole graphs
+# are always compiled anew, so that there is something to look at. The tests of the caches turn them on for themselves.
+OWN_KERNELS = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+if OWN_KERNELS:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="revfx-tests-")
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+
+import torch  # noqa: E402  (it reads these)
 
 
 torch.set_num_threads(1)  # small tensors: threads only wait for each other
+
+
+def pytest_unconfigure() -> None:
+    """None; the process that made the folder takes it away."""
+    if OWN_KERNELS:
+        shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="revfx")` from the outside: options, messages, reports, the log and the caches."""
+"""`torch.compile(model, backend="revfx")` from the outside: options, messages, reports and the log."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from helpers import TOLERANCE, leaf, loss_of, mlps, relative_error
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options
-from torch._inductor.utils import fresh_cache
 
 import revfx
 from revfx import _compile
@@ -26,20 +24,12 @@ EAGER: Options = {"inner": "aot_eager"}
 DEPTH, ROWS = 4, 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache() -> Iterator[None]:
-    """A cache of its own for the file: nothing that an earlier run left is found in it."""
-    with fresh_cache():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.compiler.reset()
-    counters.clear()
     yield
     torch.set_default_dtype(dtype)
     torch.compiler.reset()

@@ -194,7 +194,7 @@ def test_strict_raises_where_dynamo_finds_nothing_either() -> None:
 
 
 def test_wrong_use_is_told_in_words() -> None:
-    with pytest.raises(ValueError, match="capture='jit'.*use 'auto', 'fx' or 'dynamo'"):
+    with pytest.raises(ValueError, match=r"capture='jit'.*use 'auto', 'fx' or 'dynamo'"):
         revfx.convert(Branches(1), capture="jit")
     with pytest.raises(ValueError, match="leave `example_inputs` out"):
         revfx.convert(Branches(1), (leaf(8, 32),), capture="dynamo")

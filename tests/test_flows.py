@@ -12,8 +12,6 @@ import torch
 from flows import FLOWS, IRREVERSIBLE, Program
 from helpers import TOLERANCE, relative_error
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
-from torch._inductor.utils import fresh_cache
 
 from revfx.errors import Refusal
 from revfx.partitioner import reports
@@ -56,13 +54,6 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "normflows checkerboard": ("index", "reshape.py", "can't be known to be a permutation"),
     "normflows Glow": ("convolution", "mixing.py", MAP),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache() -> Iterator[None]:
-    """A cache of its own for the file, and all the work in this process."""
-    with fresh_cache(), inductor_config.patch(compile_threads=1):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import TOLERANCE, fp64, leaf, loss_of, mlps, relative_error
 from torch import Tensor, fx, nn
-from torch._inductor.utils import fresh_cache
 
 from revfx import rules
 from revfx.partitioner import reports
@@ -22,8 +21,7 @@ DEPTH, ROWS = 4, 16
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
-    with fresh_cache():
-        yield
+    yield
     torch.compiler.reset()
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import TOLERANCE, relative_error
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
 from zoo import ZOO
 
 from revfx.partitioner import reports
@@ -28,8 +27,7 @@ Compile = Callable[[nn.Module], nn.Module]
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
-    with fresh_cache():
-        yield
+    yield
     torch.compiler.reset()
 
 
@@ -63,7 +61,7 @@ def gradients(compiler: Compile | None, model: nn.Module, inputs: Sequence[Tenso
 
 
 def peak(compiler: Compile, model: nn.Module, inputs: Sequence[Tensor]) -> int:
-    """Bytes at the peak of a step, less those of the parameters' gradients; of the second step, when all is compiled."""
+    """Bytes at the peak of the second step, when all is compiled, less those of the parameters' gradients."""
     torch.compiler.reset()
     run = compiler(model)
     loss(run, inputs).backward()
