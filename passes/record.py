@@ -33,7 +33,7 @@ class Recorder:
             if isinstance(val, torch.SymInt):
                 self.symbols.setdefault(str(val.node.expr), node)
 
-    def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], tag: str, like: fx.Node) -> fx.Node:
+    def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], tag: str | None, like: fx.Node) -> fx.Node:
         """The node of `by(*tail)`; new nodes carry the partitioner's `tag` and tell where `like` was written."""
         meta = {"partitioner_tag": tag, **{k: like.meta[k] for k in KEPT if k in like.meta}}
         with torch.no_grad(), tail[0].meta["val"].fake_mode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from revfx.rules import Inverse, aten, register_inverse
 
 
 __all__ = ["fp64"]
+Options = dict[str, str | int | bool | Callable[..., object]]
 DEPTH, ROWS = 4, 16
 
 
@@ -59,7 +60,9 @@ def unwritable() -> Iterator[None]:
 def test_a_region_that_cannot_be_written_leaves_nothing_behind(unwritable: None, inner: str) -> None:
     model, x = ThenCubed(), leaf(ROWS, 8)
     with reports() as found:
-        options = {"inner": inner, **({"fallback_random": True} if inner == "inductor" else {})}
+        options: Options = {"inner": inner}
+        if inner == "inductor":
+            options["fallback_random"] = True
         compiled = torch.compile(model, backend="revfx", options=options)
         got = _gradients(compiled, model, x)
     assert relative_error(got, _gradients(model, model, x)) < TOLERANCE

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SHALLOW, DEEP = 4, 12
 ROWS, MANY_ROWS = 8, 1024
 Options = dict[str, str | int | bool | Callable[..., object]]
 INNER: dict[str, Options] = {"inductor": {"fallback_random": True}, "aot_eager": {"inner": "aot_eager"}}
-Compile = Callable[[nn.Module], nn.Module]
+Compile = Callable[[nn.Module], Callable[..., Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def stock(model: nn.Module) -> nn.Module:
+def stock(model: nn.Module) -> Callable[..., Any]:
     return torch.compile(model, options={"fallback_random": True})
 
 
@@ -45,7 +46,7 @@ def inputs_of(name: str, rows: int, dtype: torch.dtype) -> list[Tensor]:
     return [t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in made]
 
 
-def loss(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+def loss(model: Callable[..., Any], inputs: Sequence[Tensor]) -> Tensor:
     out = model(*inputs)
     return torch.stack([t.square().mean() for t in (out if isinstance(out, tuple) else (out,))]).sum()
 
