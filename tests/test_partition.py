@@ -70,6 +70,6 @@ def test_a_region_that_cannot_be_written_leaves_nothing_behind(unwritable: None,
     assert any("is not at hand" in refusal.reason for refusal in report.refusals)
 
 
-def _gradients(function: nn.Module, module: nn.Module, x: Tensor) -> list[Tensor | None]:
+def _gradients(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor | None]:
     torch.manual_seed(1)
     return list(torch.autograd.grad(loss_of(function(x)), [x, *module.parameters()]))
