@@ -1,0 +1,251 @@
+"""What the processes of the compiled distributed tests run: gradients, and what became of each compiled graph.
+
+In a module of its own, which the spawned processes can import.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from compiled_distributed_models import (
+    DEPTH,
+    STEPS,
+    blocks,
+    chain,
+    inputs,
+    sums_between_chains,
+    sums_in_couplings,
+    update,
+    with_unused,
+)
+from helpers import loss_of
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from revfx.partitioner import reports
+
+
+MIB = 1 << 20
+FUNCTION = 8 * (4 * 4 + 4)  # bytes of the parameters of one f or g
+DEFAULT_BUCKET, FIRST_BUCKET = MIB, "_DEFAULT_FIRST_BUCKET_BYTES"  # DDP's optimizer takes none smaller than that
+INNERS = ("inductor", "aot_eager")
+STOCK = "stock"  # the way that is not revfx's, but torch's own "aot_eager"
+WARNINGS = (  # torch's own, whatever the backend
+    ".*NumPy.*",
+    ".*torch.jit.*",
+    ".*should not be instantiated.*",
+    "The .grad attribute of a Tensor that is not a leaf",  # dynamo looks for it in a graph's inputs
+)
+KERNELS: dict[str, Any] = {"compile_threads": 1, "cpp.simdlen": 1}  # what compiles soonest
+Options = dict[str, Any]  # of `torch.compile`
+
+
+@dataclass
+class Result:
+    """Of one case in one process: gradients by step, regions by graph in the order of compilation, what the log said.
+
+    `inverted` is how many of their steps are computed back. `graphs` is dynamo's count: DDP's optimizer splits what it
+    counts as one. `collectives` is how many all-reduces the graphs asked for in one step, where that is looked at.
+    """
+
+    gradients: list[list[Tensor | None]] = field(default_factory=list[list[Tensor | None]])
+    regions: list[int] = field(default_factory=list[int])
+    inverted: int = 0
+    log: list[str] = field(default_factory=list[str])
+    graphs: int = 0
+    collectives: int = 0
+    error: str = ""
+
+
+# --- training
+def train(model: nn.Module, rank: int, accumulate: bool) -> Iterator[list[Tensor | None]]:
+    """The gradients of each step; some accumulate first, without communication."""
+    for step in range(STEPS):
+        if accumulate:
+            (ddp,) = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+            with ddp.no_sync():
+                loss_of(model(inputs(rank, step + 50))).backward()
+        loss_of(model(inputs(rank, step))).backward()
+        yield update(model)
+
+
+def reference(world: int, case: Case) -> list[list[Tensor | None]]:
+    """Per step the plain model's gradients, averaged over the ranks' inputs, in one process."""
+    model = case.build()
+    found: list[list[Tensor | None]] = []
+    for step in range(STEPS):
+        for rank in range(world):
+            for k in (step + 50, step) if case.accumulate else (step,):
+                (loss_of(model(inputs(rank, k))) / world).backward()
+        found.append(update(model))
+    return found
+
+
+# --- cases
+@dataclass(frozen=True)
+class Case:
+    """How a model is distributed and compiled, and the regions of each of its graphs, in the order of compilation."""
+
+    place: Callable[[nn.Module, Options], Any]
+    regions: tuple[int, ...]
+    build: Callable[..., nn.Module] = chain
+    bucket: int = DEFAULT_BUCKET  # bytes
+    accumulate: bool = False
+    optimize_ddp: bool = True
+
+
+def ddp_first(**more: Any) -> Callable[[nn.Module, Options], Any]:
+    return lambda model, options: torch.compile(DistributedDataParallel(model, **more), **options)
+
+
+def compiled_first(**more: Any) -> Callable[[nn.Module, Options], Any]:
+    return lambda model, options: DistributedDataParallel(whole_compiled(model, options), **more)
+
+
+def whole_compiled(model: nn.Module, options: Options) -> Any:
+    return torch.compile(model, **options)
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Shards each block, and what is left."""
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block)
+    return sharded(model)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """Shards what no inner module was sharded with."""
+    fully_shard(model)
+    return model
+
+
+def compile_blocks(model: nn.Module, options: Options) -> nn.Module:
+    for block in model.get_submodule("blocks").children():
+        block.compile(**options)
+    return model
+
+
+ORDERS = {"DDP, then compiled": ddp_first, "compiled, then DDP": compiled_first}
+BUCKETS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "default buckets": (DEFAULT_BUCKET, (1,)),
+    "four functions a bucket": (4 * FUNCTION, (1, 1)),
+    "one function a bucket": (1, (0,) * 2 * DEPTH),
+}
+DDP: dict[str, Case] = {
+    **{
+        f"{order}, {buckets}": Case(
+            place(**({} if size == DEFAULT_BUCKET else {"bucket_cap_mb": size / MIB})), regions, bucket=size
+        )
+        for order, place in ORDERS.items()
+        for buckets, (size, regions) in BUCKETS.items()
+    },
+    **{
+        f"{order}, small buckets, not split": Case(place(bucket_cap_mb=1 / MIB), (1,), bucket=1, optimize_ddp=False)
+        for order, place in ORDERS.items()
+    },
+    "unused parameters": Case(ddp_first(find_unused_parameters=True), (1,), with_unused),
+    "static graph": Case(ddp_first(static_graph=True), (1,)),
+    "accumulation": Case(ddp_first(), (1,), accumulate=True),
+}
+FSDP: dict[str, Case] = {
+    # of three blocks the first has an input that needs no gradient; the others share a graph
+    "blocks sharded, then compiled": Case(lambda m, options: compile_blocks(shard(m), options), (1, 1), blocks),
+    "blocks compiled, then sharded": Case(lambda m, options: shard(compile_blocks(m, options)), (1, 1), blocks),
+    "blocks sharded, all compiled": Case(lambda m, options: whole_compiled(shard(m), options), (1, 1), blocks),
+    "sharded as one, all compiled": Case(lambda m, options: whole_compiled(sharded(m), options), (1,), blocks),
+}
+COLLECTIVES: dict[str, Case] = {
+    "between chains": Case(whole_compiled, (2,), sums_between_chains),
+    # what a collective gives is never computed again, so nothing can be computed back
+    "in couplings": Case(whole_compiled, (0,), sums_in_couplings),
+}
+CASES: dict[str, dict[str, Case]] = {"DDP": DDP, "FSDP": FSDP, "collectives": COLLECTIVES}
+
+
+def ways(kind: str, world: int) -> tuple[str, ...]:
+    """The inner compilers; torch's own backend, too, where it tells what torch gives up to sharding or collectives.
+
+    One process alone needs no buckets.
+    """
+    if kind == "DDP":
+        return INNERS if world > 1 else ()
+    return (*INNERS, STOCK) if world > 1 else ("aot_eager", STOCK)
+
+
+def run(case: Case, way: str, rank: int) -> Result:
+    """What comes of a case in this process."""
+    torch.compiler.reset()
+    counters.clear()
+    setattr(dist, FIRST_BUCKET, case.bucket)
+    options: Options = {"backend": "revfx", "options": {"inner": way}} if way != STOCK else {"backend": "aot_eager"}
+    result = Result()
+    logger, handler = logging.getLogger("revfx"), Lines(result.log)
+    logger.addHandler(handler)
+    try:
+        with reports() as found, dynamo_config.patch(optimize_ddp=case.optimize_ddp):
+            model = case.place(case.build(), options)
+            result.gradients = list(train(model, rank, case.accumulate))
+            if case in COLLECTIVES.values():
+                result.collectives = collectives_of(model, rank)
+        result.regions = [len(report.regions) for report in found]
+        result.inverted = sum(region.inverted for report in found for region in report.regions)
+        result.graphs = counters["stats"]["unique_graphs"]
+    except Exception:
+        result.error = traceback.format_exc()
+    logger.removeHandler(handler)
+    return result
+
+
+def collectives_of(model: nn.Module, rank: int) -> int:
+    """How many all-reduces the graphs ask for in one forward and backward."""
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        loss_of(model(inputs(rank, 0))).backward()
+    return sum(event.name.startswith("_c10d_functional::all_reduce") for event in prof.events() or ())
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.INFO)
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """Runs every case and saves {(kind, case, way): Result}."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    warnings.simplefilter("error")
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("revfx").setLevel(logging.INFO)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    results: dict[tuple[str, str, str], Result] = {}
+    # whole functions come out of no cache, so that every graph is partitioned, and reported
+    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(KERNELS):
+        if world > 1 and rank == 0:
+            torch.compile(torch.sin)(torch.ones(2))  # compiles the header of all kernels, for all processes
+        dist.barrier()
+        for kind, cases in CASES.items():
+            for name, case in cases.items():
+                for way in ways(kind, world):
+                    results[kind, name, way] = run(case, way, rank)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()

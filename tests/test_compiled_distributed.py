@@ -1,0 +1,119 @@
+"""DDP, FSDP2 and collectives with `torch.compile(backend="revfx")` on gloo, against a plain model in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compiled_distributed_cases import (
+    BUCKETS,
+    CASES,
+    COLLECTIVES,
+    DDP,
+    FSDP,
+    INNERS,
+    ORDERS,
+    STOCK,
+    Case,
+    Result,
+    reference,
+    ways,
+    work,
+)
+from compiled_distributed_models import DEPTH, reference_of
+from helpers import TOLERANCE, relative_error
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
+
+
+pytestmark = [
+    pytest.mark.skipif(not distributed.is_available(), reason="torch is built without torch.distributed"),
+    pytest.mark.usefixtures("fp64"),
+    pytest.mark.xdist_group("distributed"),
+]
+Results = dict[tuple[str, str, str], Result]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Results]]:
+    """Per number of processes what each process gave; they start once, as importing torch takes seconds."""
+    found: dict[int, list[Results]] = {}
+    for world in (1, 2):
+        folder = tmp_path_factory.mktemp(f"processes_{world}")
+        spawn(work, (world, str(folder)), nprocs=world)
+        found[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return found
+
+
+def grid(kind: str, *worlds: int) -> list[Any]:
+    """(world, case, way) of every run of a kind by revfx."""
+    return [
+        pytest.param(world, case, way, id=f"{world}-{way}-{case}")
+        for world in worlds
+        for case in CASES[kind]
+        for way in ways(kind, world)
+        if way != STOCK
+    ]
+
+
+def check(
+    found: list[Results], key: tuple[str, str, str], case: Case, expected: list[list[list[Tensor | None]]]
+) -> None:
+    """The gradients are those of one process, `expected` by rank, and all graphs were reported and logged."""
+    for by_rank, gradients in zip(found, expected, strict=True):
+        result = by_rank[key]
+        assert not result.error, result.error
+        for got, right in zip(result.gradients, gradients, strict=True):
+            assert relative_error(got, right) < TOLERANCE
+        assert result.regions == list(case.regions)
+        assert len(result.log) == len(case.regions)
+        assert ["reversible: nothing" in line for line in result.log] == [not n for n in case.regions]
+
+
+# --- DDP
+@pytest.mark.parametrize(("world", "name", "way"), grid("DDP", 2))
+def test_ddp_gives_the_average_of_the_plain_gradients(
+    results: dict[int, list[Results]], world: int, name: str, way: str
+) -> None:
+    case = DDP[name]
+    check(results[world], ("DDP", name, way), case, [reference(world, case)] * world)
+
+
+@pytest.mark.parametrize("way", INNERS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_the_buckets_split_off_is_lost(results: dict[int, list[Results]], order: str, way: str) -> None:
+    """DDP's optimizer cuts a graph at the buckets: regions end there, and a graph of one coupling has none."""
+    inverted = [results[2][0]["DDP", f"{order}, {buckets}", way].inverted for buckets in BUCKETS]
+    assert inverted == [2 * DEPTH - 2, 2 * DEPTH - 4, 0]
+    assert results[2][0]["DDP", f"{order}, small buckets, not split", way].inverted == inverted[0]
+
+
+# --- FSDP2
+@pytest.mark.parametrize(("world", "name", "way"), grid("FSDP", 1, 2))
+def test_fsdp2_gives_the_average_of_the_plain_gradients(
+    results: dict[int, list[Results]], world: int, name: str, way: str
+) -> None:
+    case = FSDP[name]
+    check(results[world], ("FSDP", name, way), case, [reference(world, case)] * world)
+
+
+@pytest.mark.parametrize("name", FSDP)
+def test_stock_torch_compiles_as_many_graphs_of_a_sharded_model(results: dict[int, list[Results]], name: str) -> None:
+    """FSDP2's hooks run outside of any graph, so a region ends where a sharded module does, under any backend."""
+    stock = results[2][0]["FSDP", name, STOCK]
+    assert not stock.error, stock.error
+    assert stock.graphs == len(FSDP[name].regions)
+
+
+# --- collectives
+@pytest.mark.parametrize(("world", "name", "way"), grid("collectives", 1, 2))
+def test_collectives_in_a_graph_run_once_and_give_the_plain_gradients(
+    results: dict[int, list[Results]], world: int, name: str, way: str
+) -> None:
+    key, case = ("collectives", name, way), COLLECTIVES[name]
+    check(results[world], key, case, [reference_of(world, rank, case.build) for rank in range(world)])
+    # as often as by torch alone: each once forwards and once backwards, where it sums gradients
+    counted = {by_rank["collectives", name, w].collectives for by_rank in results[world] for w in (way, STOCK)}
+    assert counted == {2 if name == "between chains" else 4}
+    assert all("all_reduce" in line for line in results[world][0][key].log)
