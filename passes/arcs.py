@@ -86,7 +86,7 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op == "output":
                 outputs = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
-            elif isinstance(node.meta.get("val"), NUMBERS):
+            elif isinstance(node.meta.get("val"), NUMBERS) or (node.op == "get_attr" and "val" not in node.meta):
                 continue
             elif node.op in ("placeholder", "get_attr") or node in self.sources:
                 source = node.op == "get_attr" or node in self.sources
@@ -249,6 +249,9 @@ class _Lowering:
                         f"{self.values[whole].name} <- {self.values[patched].name}, {self.values[part].name}  (patch)"
                     )
                     yield min(i, j), (Arc(whole, (patched, part), _patch(p), exact=True, text=text),)
+                elif set(p.index).isdisjoint(t.index) and not t.squeezed:
+                    text = f"{self.values[part].name} <- {self.values[patched].name}  (beside the patch)"
+                    yield min(i, j), (Arc(part, (patched,), _taken(t), exact=True, text=text),)
 
     def _rule(self, node: fx.Node) -> Rule | None:
         module = self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
@@ -271,6 +274,10 @@ def _patch(p: Patch) -> Callable[..., Tensor]:
         return torch.slice_scatter(patched, part, p.dim, p.index.start, p.index.stop, p.index.step)
 
     return solve
+
+
+def _taken(t: Tile) -> Callable[..., Tensor]:
+    return lambda y: y[(*[slice(None)] * t.dim, slice(t.index.start, t.index.stop, t.index.step))]
 
 
 def _filled(by: Callable[..., Tensor], constants: dict[int, Any]) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ its end.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from revfx.passes.sizes import NUMBERS, as_number, fixed
 
 
 NAMESPACES = ("aten", "prims", "inductor")  # operators that do nothing but compute their result
+FORWARD, BACKWARD = "must_be_in_forward", "must_be_in_backward"
 SEEDS = "inductor_seeds"  # inductor's random numbers are functions of such a tensor and of nothing else
 
 
@@ -57,16 +58,18 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
     _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
     updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
-    outputs += [n.args[1] for n in updates if not any(is_tangent(a) for a in ancestors([n.args[1]]))]
-    nodes = ancestors(outputs)
+    written = [n.args[1] for n in updates if not any(is_tangent(a) for a in ancestors([n.args[1]]))]
+    nodes = ancestors([*outputs, *written])
+    # what only updates an input, such as running statistics, is no part of the program
+    used = ancestors([*outputs, *read_later(joint, nodes)], stateless_inputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
-    mutated = frozenset(n.args[0] for n in updates) | _mutated_outside(joint, primals)
+    mutated = frozenset(n.args[0] for n in updates) | mutated_outside(joint, primals)
     known, constant = _known(joint, primals, static, facts), constants(joint)
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
-        if node in nodes:
-            copy[node] = new = half.node_copy(node, lambda n: copy[n])
+        if node in used:
+            copy[node] = new = half.node_copy(node, copy.get)
             new.meta = dict(node.meta)
             _annotate(node, new)
             if node in known:
@@ -91,13 +94,16 @@ def _known(
     return annotate(joint, {p: of[i] for p, i in inputs.items() if i is not None and i in of}, joint.owning_module)
 
 
-FILLED: Mapping[str, Callable[..., Any]] = {  # what is filled like another tensor, whose values don't matter, by what
-    "zeros_like": lambda *args: 0,
-    "ones_like": lambda *args: 1,
-    "full_like": lambda a, value, *args: value,
-    "new_zeros": lambda *args: 0,
-    "new_ones": lambda *args: 1,
-    "new_full": lambda a, size, value, *args: value,
+aten = torch.ops.aten
+LIKE: Mapping[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {  # what only reads a shape, and how to say it without
+    "zeros_like": (aten.full.default, lambda *args: (0,)),
+    "ones_like": (aten.full.default, lambda *args: (1,)),
+    "full_like": (aten.full.default, lambda a, value, *args: (value,)),
+    "new_zeros": (aten.full.default, lambda *args: (0,)),
+    "new_ones": (aten.full.default, lambda *args: (1,)),
+    "new_full": (aten.full.default, lambda a, size, value, *args: (value,)),
+    "rand_like": (aten.rand.default, lambda *args: ()),
+    "randn_like": (aten.randn.default, lambda *args: ()),
 }
 
 
@@ -105,13 +111,13 @@ def _read_no_shapes(joint: fx.Graph) -> None:
     """None; what reads of a tensor no more than its shape does not read it any more, lest that look like a use."""
     for node in joint.nodes:
         val: Any = node.meta.get("val")
-        by = FILLED.get(_torch.packet_name(node.target)) if node.op == "call_function" else None
-        if by is None or not _is_strided(val) or not fixed(val.shape) or not val.is_contiguous():
+        way = LIKE.get(_torch.packet_name(node.target)) if node.op == "call_function" else None
+        if way is None or not _is_strided(val) or not fixed(val.shape) or not val.is_contiguous():
             continue
-        value = by(*node.args)
-        if isinstance(value, (bool, int, float)):
-            node.target = torch.ops.aten.full.default
-            node.args = (list(val.shape), value)
+        target, rest = way
+        more = rest(*node.args)
+        if all(isinstance(value, (bool, int, float)) for value in more):
+            node.target, node.args = target, (list(val.shape), *more)
             node.kwargs = {"dtype": val.dtype, "device": val.device, "pin_memory": False}
 
 
@@ -125,7 +131,7 @@ def _sources(
     larger than they are (views, casts, masks turned round), what is filled with a number, and inductor's seeds.
     """
     found = {p for i, p in enumerate(primals) if i in static}
-    clean = found - set(mutated)
+    clean = {n for n in found if n not in mutated} | {n for n in joint.nodes if n.meta.get("copy_of") in found}
     for node in joint.nodes:
         val = node.meta.get("val")
         if node.op != "call_function" or not all(n in clean for n in node.all_input_nodes):
@@ -144,7 +150,7 @@ def _nbytes(val: Any) -> int:
     return as_number(val.numel()) * val.element_size() if isinstance(val, torch.Tensor) else 0
 
 
-def _mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx.Node]:
+def mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx.Node]:
     """The primals that are written from what the forward graph returns, when it has returned."""
     output = next(n for n in reversed(joint.nodes) if n.op == "output")
     theirs = [getattr(d, "mutated_input", None) for d in output.meta.get("desc", ())]
@@ -185,16 +191,30 @@ def _argument(node: fx.Node, name: str, default: Any) -> Any:
     return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
 
 
-def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """`nodes`, and everything that they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] | None = None) -> set[fx.Node]:
+    """`nodes`, and everything that they are computed from; `inputs` says what a node reads."""
     found: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            todo.extend(node.all_input_nodes)
+            todo.extend(inputs(node) if inputs else node.all_input_nodes)
     return found
+
+
+def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, None]:
+    """Those of the nodes `ahead` that the backward reads."""
+    later = [n for n in joint.nodes if n not in ahead and n.op != "output" and n.meta.get("partitioner_tag") != FORWARD]
+    later = [n for n in later if n.target is not torch.ops.aten.copy_.default]
+    return {n: None for node in later for n in node.all_input_nodes if n in ahead}
+
+
+def stateless_inputs(node: fx.Node) -> list[fx.Node]:
+    """What the results of a node that a backward reads depend on: not on running statistics that are only updated."""
+    if node.target is torch.ops.aten._native_batch_norm_legit_functional.default and node.args[5]:
+        return [n for n in node.args[:3] if isinstance(n, fx.Node)]
+    return node.all_input_nodes
 
 
 def _annotate(node: fx.Node, new: fx.Node) -> None:

@@ -17,7 +17,16 @@ from revfx.errors import Refusal
 from revfx.passes import _torch
 from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts
-from revfx.passes.joint import Forward, ancestors, forward_half, is_tangent
+from revfx.passes.joint import (
+    Forward,
+    ancestors,
+    forward_half,
+    is_tangent,
+    mutated_outside,
+    output_args,
+    read_later,
+    stateless_inputs,
+)
 from revfx.passes.plan import anchors
 from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
@@ -56,12 +65,14 @@ def rewrite(
 
     `facts` is what was seen of the values of its inputs; what relies on them checks them again in every run.
     """
+    recorder = Recorder(joint, options.decompositions)
+    _pin_updates(joint, num_outputs, recorder)
     forward = forward_half(joint, num_outputs, static, facts)
     program = forward.lowered.program
     regions, stuck = find_regions(program)
     refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(program, s)))
     readers = _readers(joint, forward)
-    regenerator = Regenerator(joint, forward, Recorder(joint, options.decompositions), options)
+    regenerator = Regenerator(joint, forward, recorder, options)
     found: list[Found] = []
     done: list[Region] = []
     for region in reversed(regions):
@@ -75,6 +86,7 @@ def rewrite(
         except Unrecordable as error:
             refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
             continue
+        _uncheckpoint(forward, region)
         found.append(_found(forward, region, cuts, sum(freed)))
         done.append(region)
     if found:
@@ -83,6 +95,32 @@ def rewrite(
             for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
                 realise(regenerator.recorder, step_of, regenerator.kept, options.stored)
     return Report(tuple(reversed(found)), refusals)
+
+
+def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
+    """None; of an input that the step writes, what the backward needs is read from a copy made at the start.
+
+    The backward runs after the write; torch would let it compute from what the input holds then.
+    """
+    outputs = [n for n in output_args(joint)[:num_outputs] if isinstance(n, fx.Node)]
+    primals = [n for n in joint.nodes if n.op == "placeholder" and not is_tangent(n)]
+    updates = {n: n.args[0] for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
+    written = [p for p in primals if p in {*updates.values(), *mutated_outside(joint, primals)}]
+    if not written:
+        return
+    sources = [n.args[1] for n in updates if not any(map(is_tangent, ancestors([n.args[1]])))]
+    ahead = ancestors([*outputs, *sources])
+    read = read_later(joint, ahead)
+    needed = ancestors(read, stateless_inputs)
+    first = next(n for n in joint.nodes if n.op != "placeholder")
+    for p in written:
+        if p in needed:
+            with joint.inserting_before(first):
+                copy = recorder.record(lambda t: t.clone(), [p], FORWARD, p)
+            copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            copy.meta["copy_of"] = p
+            for user in [u for u in p.users if u is not copy and u not in updates and u.op != "output"]:
+                user.replace_input_with(p, copy)
 
 
 def _readers(joint: fx.Graph, forward: Forward) -> dict[fx.Node, list[fx.Node]]:
@@ -114,6 +152,15 @@ def _wanted(
     return {v: None for v in wanted if v not in kept}, ops
 
 
+def _uncheckpoint(forward: Forward, region: Region) -> None:
+    """None; takes back torch's marks of what a checkpoint of the user's would compute again: the region does so."""
+    program = forward.lowered.program
+    for i in range(region.start, region.stop):
+        for node in (forward.op_node(i), *map(forward.value_node, program.ops[i].outs)):
+            for mark in ("recompute", "ac_graph_id"):
+                node.meta.pop(mark, None)
+
+
 def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list[int]:
     """Per step, the bytes of what the backward reads and need not be kept."""
     program = forward.lowered.program
@@ -132,6 +179,12 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
     for op, node in new.tuples.items():
         for reader in readers.get(forward.op_node(op), ()):
             reader.replace_input_with(forward.op_node(op), node)
+    for node, result in new.stands.items():
+        node.replace_all_uses_with(result)
+        if node in new.kept:
+            new.kept.remove(node)
+            new.kept.add(result)
+        joint.erase_node(node)
     new.check(ancestors(new.output.all_input_nodes))
     for node in new.kept:
         if node.op != "placeholder":

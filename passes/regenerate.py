@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.facts import check
-from revfx.passes.joint import Forward, draws
+from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.plan import drifted, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.record import Recorder, Unrecordable
@@ -25,7 +25,6 @@ from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, fixed, same_strides
 
 
-FORWARD, BACKWARD = "must_be_in_forward", "must_be_in_backward"
 aten = torch.ops.aten
 # What computes the same result without reading statistics that the step has updated in the meantime.
 STATELESS: Mapping[Any, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
@@ -73,7 +72,7 @@ class Regenerator:
         self.kept: set[fx.Node] = set()
         self.attached: dict[fx.Node, list[fx.Node]] = {}
         self.step_of: dict[fx.Node, int] = {}
-        self._stands: dict[fx.Node, fx.Node] = {}
+        self.stands: dict[fx.Node, fx.Node] = {}
         self._states: dict[fx.Node, fx.Node] = {}
         self._before: dict[fx.Node, fx.Node] = {}
         self._guarded: set[fx.Node] = set()
@@ -95,9 +94,6 @@ class Regenerator:
         try:
             self._region(region, wanted, ops, cuts)
         except Unrecordable:
-            for node, result in self._stands.items():
-                if result not in nodes:
-                    result.replace_all_uses_with(node)
             for node in [n for n in reversed(self.joint.nodes) if n not in nodes]:
                 self.joint.erase_node(node)
             vars(self).update(before)
@@ -142,7 +138,7 @@ class Regenerator:
         return self._own(self.forward.value_node(value))
 
     def _own(self, node: fx.Node) -> fx.Node:
-        node = self._stands.get(node, node)
+        node = self.stands.get(node, node)
         return self._as_it_was(node) if node in self.forward.mutated else node
 
     def _keep(self, values: Iterable[int]) -> None:
@@ -183,6 +179,8 @@ class Regenerator:
                     name=f"{node.name}_again",
                 )
         self._describe(again, node)
+        if target is not node.target:
+            again.meta["val"] = tuple(node.meta["val"][:3])
         outs = self.program.ops[op].outs
         self.tuples[op] = again
         if isinstance(node.meta["val"], Tensor):
@@ -190,6 +188,8 @@ class Regenerator:
             return
         for v in (v for v in outs if v not in known):
             part = self.forward.value_node(v)
+            if target is not node.target and part.args[1] >= len(again.meta["val"]):
+                continue  # an updated statistic, which is the forward's own
             with self.joint.inserting_before(self.output):
                 taken = self.joint.call_function(operator.getitem, (again, part.args[1]))
             self._describe(taken, part)
@@ -231,9 +231,9 @@ class Regenerator:
             result = self.joint.call_function(operator.getitem, (both, 1))
         for new, val in ((both, (fake, node.meta["val"])), (state, fake), (result, node.meta["val"])):
             new.meta = {**node.meta, "val": val, "partitioner_tag": FORWARD}
-        node.replace_all_uses_with(result)
-        self._stands[node], self._states[node] = result, state
-        self.kept.add(state)
+            for tag in ("recompute", "ac_graph_id"):
+                new.meta.pop(tag, None)
+        self.stands[node], self._states[node] = result, state
         return state
 
     def _invert(self, op: int, arc: Arc) -> None:
@@ -252,7 +252,7 @@ class Regenerator:
     # --- what only the run can tell
     def _zeros(self, head: fx.Node) -> fx.Node:
         """Where the forward's value is exactly zero, which a rounding inverse would not give back."""
-        head = self._stands.get(head, head)
+        head = self.stands.get(head, head)
         with self.joint.inserting_before(head.next):
             mask = self.recorder.record(_zeros_of, [head], FORWARD, head)
         self.kept.add(mask)

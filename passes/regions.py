@@ -9,6 +9,9 @@ from revfx.passes.cuts import Step, Stuck, find_step, live_before
 from revfx.passes.program import Program
 
 
+RETRIES = 8  # starts of a search within what an earlier one passed over
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """A run of steps in program order. Kept: the last cut, the first one, `saved` values and `side` inputs.
@@ -56,7 +59,7 @@ def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...
     """The regions of a program in order, and the stuck points between them (nearest the end first)."""
     regions: list[Region] = []
     stuck: list[Stuck] = []
-    stop = len(program.ops)
+    stop, retries = len(program.ops), RETRIES
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
     while stop > 0:
         walk = _walk(program, stop, tuple(live))
@@ -67,7 +70,16 @@ def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...
             regions.append(region)
             stop, live = region.start, dict.fromkeys(region.entry)
         elif walk.steps:
-            stop, live = walk.steps[-1].start, dict.fromkeys(walk.steps[-1].entry)
+            # It may be one step of all, as something made above it is read again below it: try again from there.
+            top = walk.steps[-1]
+            again = max((u for v in top.entry for u in program.users[v] if top.start < u < stop), default=-1)
+            if again < 0 or retries == 0:
+                stop, live, retries = top.start, dict.fromkeys(top.entry), RETRIES
+            else:
+                retries -= 1
+                while stop > again:
+                    stop -= 1
+                    live = live_before(program, live, stop)
         else:
             stop -= 1
             live = live_before(program, live, stop)

@@ -176,14 +176,9 @@ COLLECTIVES: dict[str, Case] = {
 CASES: dict[str, dict[str, Case]] = {"DDP": DDP, "FSDP": FSDP, "collectives": COLLECTIVES}
 
 
-def ways(kind: str, world: int) -> tuple[str, ...]:
-    """The inner compilers; torch's own backend, too, where it tells what torch gives up to sharding or collectives.
-
-    One process alone needs no buckets.
-    """
-    if kind == "DDP":
-        return INNERS if world > 1 else ()
-    return (*INNERS, STOCK) if world > 1 else ("aot_eager", STOCK)
+def ways(kind: str) -> tuple[str, ...]:
+    """The inner compilers; torch's own backend, too, where it tells what torch gives up to sharding or collectives."""
+    return INNERS if kind == "DDP" else (*INNERS, STOCK)
 
 
 def run(case: Case, way: str, rank: int) -> Result:
@@ -240,12 +235,12 @@ def work(rank: int, world: int, folder: str) -> None:
     results: dict[tuple[str, str, str], Result] = {}
     # whole functions come out of no cache, so that every graph is partitioned, and reported
     with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(KERNELS):
-        if world > 1 and rank == 0:
+        if rank == 0:
             torch.compile(torch.sin)(torch.ones(2))  # compiles the header of all kernels, for all processes
         dist.barrier()
         for kind, cases in CASES.items():
             for name, case in cases.items():
-                for way in ways(kind, world):
+                for way in ways(kind):
                     results[kind, name, way] = run(case, way, rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ from revfx.rules import Direction, Inverse, registered, unregister_inverse
 
 __all__ = ["fp64"]
 pytestmark = pytest.mark.xdist_group("caches")  # they are emptied before each test
-DEPTH, ROWS = 4, 16
+DEPTH, ROWS = 3, 16
 aten = torch.ops.aten
 Door = Callable[..., dict[str, Any]]  # options of revfx and inductor to those of `torch.compile`
 SWITCHES: list[tuple[Any, str, str]] = [
@@ -98,11 +98,7 @@ class Permuted(nn.Module):
     def __init__(self, order: Tensor | list[int]) -> None:
         super().__init__()
         self.f = functions(DEPTH)
-        self.order: Tensor | list[int]
-        if isinstance(order, Tensor):
-            self.register_buffer("order", order)
-        else:
-            self.order = order
+        self.order = nn.Buffer(order) if isinstance(order, Tensor) else order
 
     def forward(self, x: Tensor) -> Tensor:
         order = self.order if isinstance(self.order, Tensor) else torch.tensor(self.order)
@@ -118,8 +114,7 @@ class Masked(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.f = functions(DEPTH, 8)
-        self.mask: Tensor
-        self.register_buffer("mask", mask)
+        self.mask = nn.Buffer(mask)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, f in enumerate(self.f):
@@ -170,18 +165,11 @@ OPTIONS: list[dict[str, Any]] = [{"unbounded": "store"}, {"tolerance": 1e-3}, {"
 @both_doors
 def test_other_options_miss(door: Door) -> None:
     model, x = Couplings(), leaf(ROWS, 8)
+    assert compiled(model, x, backend="inductor") == (MISS, [])
     for options in ({}, *OPTIONS):
         assert compiled(model, x, **door(**options)) == (MISS, [1])
     for options in (*OPTIONS, {}):
         assert compiled(model, x, **door(**options)) == (HIT, [])
-
-
-@both_doors
-def test_torch_alone_and_revfx_do_not_share(door: Door) -> None:
-    model, x = Couplings(), leaf(ROWS, 8)
-    assert compiled(model, x, backend="inductor") == (MISS, [])
-    assert compiled(model, x, **door()) == (MISS, [1])
-    assert compiled(model, x, backend="inductor") == (HIT, [])
 
 
 PROGRAM = """
@@ -250,35 +238,33 @@ def test_what_a_rule_made_is_not_found_when_the_rule_was_taken_away(door: Door) 
 
 # --- facts
 TURNED, OTHER, TWICE = [7, 6, 5, 4, 3, 2, 1, 0], [3, 1, 2, 0, 7, 6, 4, 5], [0, 0, 1, 2, 3, 4, 5, 6]
+MASK, SHADES = [0.0, 1.0] * 4, [0.2, 0.8] * 4
+of_both_facts = pytest.mark.parametrize(
+    ("build", "values", "others", "none"), [(Permuted, TURNED, OTHER, TWICE), (Masked, MASK, MASK[::-1], SHADES)]
+)
 
 
-def test_a_buffer_that_is_no_permutation_any_more_misses() -> None:
-    model, x = Permuted(torch.tensor(TURNED)), leaf(ROWS, 8)
+@of_both_facts
+def test_a_buffer_that_is_no_permutation_or_mask_any_more_misses(
+    build: Callable[[Tensor], nn.Module], values: list[float], others: list[float], none: list[float]
+) -> None:
+    model, x = build(torch.tensor(values)), leaf(ROWS, 8)
     assert compiled(model, x, **backend()) == (MISS, [1])
-    assert isinstance(model.order, Tensor)
-    for order, found in [(OTHER, (HIT, [])), (TWICE, (MISS, [0])), (TWICE, (HIT, [])), (TURNED, (HIT, []))]:
-        model.order.copy_(torch.tensor(order))
+    (buffer,) = model.buffers()
+    for held, found in [(others, (HIT, [])), (none, (MISS, [0])), (none, (HIT, [])), (values, (HIT, []))]:
+        buffer.copy_(torch.tensor(held))
         assert compiled(model, x, **backend()) == found
 
 
-def test_a_buffer_that_is_no_mask_any_more_misses() -> None:
-    mask = torch.arange(8.0).remainder(2)
-    model, x = Masked(mask.clone()), leaf(ROWS, 8)
-    assert compiled(model, x, **backend()) == (MISS, [1])
-    shades = torch.linspace(0.2, 0.8, 8)
-    for values, found in [(1 - mask, (HIT, [])), (shades, (MISS, [0])), (shades, (HIT, [])), (mask, (HIT, []))]:
-        model.mask.copy_(values)
-        assert compiled(model, x, **backend()) == found
-
-
-def test_a_partitioner_by_itself_sees_no_values_and_so_relies_on_none() -> None:
-    x = leaf(ROWS, 8)
-    for model, buffer, values in (
-        (Permuted(torch.tensor(TURNED)), "order", torch.tensor(TWICE)),
-        (Masked(torch.arange(8.0).remainder(2)), "mask", torch.linspace(0.2, 0.8, 8)),
-    ):
-        assert compiled(model, x, **partitioner()) == (MISS, [0])
-        model.get_buffer(buffer).copy_(values)
+@of_both_facts
+def test_a_partitioner_by_itself_sees_no_values_and_so_relies_on_none(
+    build: Callable[[Tensor], nn.Module], values: list[float], others: list[float], none: list[float]
+) -> None:
+    model, x = build(torch.tensor(values)), leaf(ROWS, 8)
+    assert compiled(model, x, **partitioner()) == (MISS, [0])
+    (buffer,) = model.buffers()
+    for held in (others, none):
+        buffer.copy_(torch.tensor(held))
         assert compiled(model, x, **partitioner()) == (HIT, [])
 
 
