@@ -77,7 +77,7 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
             if node in constant:
                 new.meta["constant"] = constant[node]
     half.output([copy[n] for n in outputs])
-    sources = {copy[n] for n in _sources(joint, primals, static, mutated) if n in copy}
+    sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
     lowered = lower(half, sources=sources)
     origin = {new: old for old, new in copy.items()}
     return Forward(lowered, frozenset(nodes), origin, frozenset(n for n in mutated if isinstance(n, fx.Node)))
@@ -125,10 +125,15 @@ SMALL = 1024  # bytes of a constant that are not worth computing again
 
 
 def _sources(
-    joint: fx.Graph, primals: Sequence[fx.Node], static: Collection[int], mutated: Collection[Any]
+    joint: fx.Graph,
+    primals: Sequence[fx.Node],
+    static: Collection[int],
+    mutated: Collection[Any],
+    ahead: Collection[fx.Node],
 ) -> set[fx.Node]:
     """What the backward can read at little cost: parameters and buffers, what follows from them alone and is not
-    larger than they are (views, casts, masks turned round), what is filled with a number, and inductor's seeds.
+    larger than they are (views, casts, masks turned round), what is filled with a number, inductor's seeds, and masks
+    that are drawn once for several readers.
     """
     found = {p for i, p in enumerate(primals) if i in static}
     clean = {n for n in found if n not in mutated} | {n for n in joint.nodes if n.meta.get("copy_of") in found}
@@ -138,7 +143,10 @@ def _sources(
             continue
         if op_named(node, SEEDS):
             clean.add(node)
-        elif _is_strided(val) and _barrier(node) is None and not draws(node):
+        elif draws(node):
+            parts = [node] if _is_strided(val) else list(node.users)
+            clean.update(p for p in parts if sum(u in ahead for u in p.users) > 1)
+        elif _is_strided(val) and _barrier(node) is None:
             theirs = sum(_nbytes(n.meta["val"]) for n in node.all_input_nodes)
             filled = not node.all_input_nodes and "empty" not in _torch.packet_name(node.target)
             if filled or _nbytes(val) <= max(SMALL, theirs):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import TOLERANCE, leaf, loss_of, relative_error
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
 from torch.utils import _pytree as pytree
 
 from revfx.partitioner import reports
