@@ -136,7 +136,9 @@ def _sources(
     that are drawn once for several readers.
     """
     found = {p for i, p in enumerate(primals) if i in static}
-    clean = {n for n in found if n not in mutated} | {n for n in joint.nodes if n.meta.get("copy_of") in found}
+    held = {n for n in joint.nodes if n.op == "get_attr" and _is_strided(n.meta.get("val"))}
+    copies = {n for n in joint.nodes if n.meta.get("copy_of") in found}
+    clean = {n for n in found | held if n not in mutated} | copies
     for node in joint.nodes:
         val = node.meta.get("val")
         if node.op != "call_function" or not all(n in clean for n in node.all_input_nodes):
@@ -247,6 +249,8 @@ def _barrier(node: fx.Node) -> str | None:
     if not _torch.is_overload(target):
         return f"`{getattr(target, '__name__', target)}` is a higher-order operator, which is not run again"
     if target.namespace not in NAMESPACES:
+        if "c10d" in target.namespace:
+            return f"`{target}` is a collective, which is run once"
         return f"`{target}` is a custom operator: whether it only computes its result is not known"
     if _torch.writes(target):
         return f"`{target}` writes its argument"

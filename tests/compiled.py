@@ -22,13 +22,6 @@ ROWS, WIDTH = 6, 4  # of one stream
 QUIET = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache() -> Iterator[None]:
-    """A cache of its own for each file that imports this."""
-    with fresh_cache():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Every test of a file that imports this runs in fp64, with nothing compiled before."""

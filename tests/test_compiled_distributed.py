@@ -30,8 +30,6 @@ pytestmark = [
     pytest.mark.xdist_group("distributed"),
 ]
 Results = dict[tuple[str, str, str], Result]
-
-
 WORLD = 2
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import INNERS, QUIET, ROWS, WIDTH, cache as cache, compiled, fresh as fresh
+from compiled import INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
 from helpers import TOLERANCE, Outcome, leaf, outcome, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F

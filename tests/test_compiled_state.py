@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import INNERS, WIDTH, cache as cache, check, fresh as fresh, inverted
+from compiled import INNERS, WIDTH, check, fresh as fresh, inverted
 from helpers import mlp, mlps
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations

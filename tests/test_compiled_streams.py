@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import INNERS, QUIET, ROWS, WIDTH, cache as cache, check, compiled, fresh as fresh, inverted
+from compiled import INNERS, QUIET, ROWS, WIDTH, check, compiled, fresh as fresh, inverted
 from helpers import TOLERANCE, leaf, loss_of, mlps, relative_error
 from torch import Tensor, nn
 from ways import Plain
