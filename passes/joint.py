@@ -58,7 +58,8 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
     _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
     updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
-    written = [n.args[1] for n in updates if not any(is_tangent(a) for a in ancestors([n.args[1]]))]
+    late = after_tangents(joint.nodes)
+    written = [n.args[1] for n in updates if n.args[1] not in late]
     nodes = ancestors([*outputs, *written])
     # what only updates an input, such as running statistics, is no part of the program
     used = ancestors([*outputs, *read_later(joint, nodes)], stateless_inputs)
@@ -210,6 +211,15 @@ def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.
         if node not in found:
             found.add(node)
             todo.extend(inputs(node) if inputs else node.all_input_nodes)
+    return found
+
+
+def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on a gradient coming in."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if is_tangent(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 

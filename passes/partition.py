@@ -19,6 +19,7 @@ from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts
 from revfx.passes.joint import (
     Forward,
+    after_tangents,
     ancestors,
     forward_half,
     is_tangent,
@@ -61,7 +62,8 @@ def rewrite(
     options: Options,
     facts: Facts = (),
 ) -> Report:
-    """What was found in `joint`, which is rewritten in place; without a region it stays as it is.
+    """What was found in `joint`, which is rewritten in place; without a region it stays as it is, but for what would be
+    wrong: reads of inputs that the step updates.
 
     `facts` is what was seen of the values of its inputs; what relies on them checks them again in every run.
     """
@@ -108,8 +110,8 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
     written = [p for p in primals if p in {*updates.values(), *mutated_outside(joint, primals)}]
     if not written:
         return
-    sources = [n.args[1] for n in updates if not any(map(is_tangent, ancestors([n.args[1]])))]
-    ahead = ancestors([*outputs, *sources])
+    late = after_tangents(joint.nodes)
+    ahead = ancestors([*outputs, *(n.args[1] for n in updates if n.args[1] not in late)])
     read = read_later(joint, ahead)
     needed = ancestors(read, stateless_inputs)
     first = next(n for n in joint.nodes if n.op != "placeholder")
@@ -192,7 +194,7 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
             if node not in forward.nodes:
                 _claim(joint, node)
     nodes = list(joint.nodes)
-    placed = forward.nodes | _after_tangents(nodes)
+    placed = forward.nodes | after_tangents(nodes)
     late = {n for n in nodes if n not in placed and n.meta.get("partitioner_tag") != FORWARD and not n.is_impure()}
     late |= {n for n in nodes if n.meta.get("partitioner_tag") == BACKWARD and n not in placed}
     order = list(pulled([n for n in nodes if n not in late], new.attached))
@@ -233,15 +235,6 @@ def _claim(joint: fx.Graph, node: fx.Node) -> None:
     with joint.inserting_before(node.next):
         assertion = joint.call_function(torch.ops.aten._assert_tensor_metadata.default, (node,))
     assertion.meta = {"val": None, "partitioner_tag": FORWARD}
-
-
-def _after_tangents(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes that depend on a gradient coming in."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        if is_tangent(node) or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _erase(joint: fx.Graph, nodes: Sequence[fx.Node]) -> None:

@@ -48,14 +48,14 @@ def no_new_guards(val: Any) -> Generator[None]:
     if env is None:
         yield
         return
-    with contextlib.suppress(GUARDED), _without_log(), env.error_on_new_guards():
+    with contextlib.suppress(GUARDED), muted(symbolic_shapes.__name__), env.error_on_new_guards():
         yield
 
 
 @contextlib.contextmanager
-def _without_log() -> Generator[None]:
-    """A context in which the refused guard is not reported to the user, as torch does at the level of a warning."""
-    log = logging.getLogger(symbolic_shapes.__name__)
+def muted(name: str) -> Generator[None]:
+    """A context in which the logger of this name says nothing."""
+    log = logging.getLogger(name)
     log.addFilter(_nothing)
     try:
         yield

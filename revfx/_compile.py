@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false
-"""Every use of private API of torch's compiler, in one place. Read in torch 2.9 and 2.13.
+"""Every use of private API of torch's compiler, in one place. Read in torch 2.13.
 
 Importing this module imports torch's compiler (about a second), so nothing does before a model is compiled.
 """
@@ -7,7 +7,6 @@ Importing this module imports torch's compiler (about a second), so nothing does
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
+
+from revfx.passes.sizes import muted
 
 
 __all__ = ["BypassCache", "CustomPartitionerFn", "RestartAnalysis"]
@@ -127,13 +128,5 @@ def capturing() -> Generator[None]:
         allow_unspec_int_on_nn_module=True,
         optimize_ddp=False,
     ):
-        log = logging.getLogger("torch._dynamo.variables.tensor")  # tells how to avoid that `.item()` ends a graph
-        log.addFilter(_nothing)
-        try:
+        with muted("torch._dynamo.variables.tensor"):  # it tells how to avoid that `.item()` ends a graph
             yield
-        finally:
-            log.removeFilter(_nothing)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False

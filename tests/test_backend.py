@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from compiled import fresh as fresh
 from helpers import TOLERANCE, leaf, loss_of, mlps, relative_error
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -22,17 +23,6 @@ from revfx.partitioner import reports
 Options = dict[str, str | int | bool | Callable[..., Any]]  # as `torch.compile` takes them
 EAGER: Options = {"inner": "aot_eager"}
 DEPTH, ROWS = 4, 16
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.compiler.reset()
-    yield
-    torch.set_default_dtype(dtype)
-    torch.compiler.reset()
 
 
 class Couplings(nn.Module):

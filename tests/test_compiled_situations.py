@@ -14,7 +14,7 @@ from compiled import INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
 from helpers import TOLERANCE, leaf, loss_of, mlp, mlps, relative_error
 from test_refusals import ATOMS, NOTHING_FOUND, Chain, ReluInTheMiddle, Unclamped, UsedElsewhere, tiling
 from torch import Tensor, nn
-from zoo import D
+from zoo import Additive, D
 
 import revfx
 from revfx.partitioner import reports
@@ -25,19 +25,9 @@ pytestmark = QUIET
 DEPTH = 4
 
 
-class Chained(nn.Module):
-    """Couplings of two streams."""
-
+class Chained(Additive):
     def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g = mlps(DEPTH, WIDTH), mlps(DEPTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        for f, g in zip(self.f, self.g, strict=True):
-            a = a + f(b)
-            b = b + g(a)
-        return torch.cat([a, b], -1)
+        super().__init__(DEPTH)
 
 
 def gradients(call: Callable[..., Any], module: nn.Module, *inputs: Tensor) -> list[Tensor | None]:
@@ -55,7 +45,7 @@ def right(call: Callable[..., Any], module: nn.Module, *inputs: Tensor) -> bool:
 
 
 def x_of(rows: int = ROWS) -> Tensor:
-    return leaf(rows, 2 * WIDTH)
+    return leaf(rows, 2 * D)
 
 
 # --- what dynamo makes of a model
@@ -109,7 +99,7 @@ def test_a_block_and_a_loss_function_compile_by_themselves() -> None:
         got = torch.autograd.grad(loss(x), [x, *model.parameters()])
     assert relative_error(got, torch.autograd.grad(model(x).square().mean(), [x, *model.parameters()])) < TOLERANCE
     assert [len(report.regions) for report in found] == [1]
-    whole = nn.Sequential(mlp(2 * WIDTH), Chained())
+    whole = nn.Sequential(mlp(2 * D), Chained())
     want = gradients(whole, whole, x)
     whole[1].compile(backend="revfx", options={"inner": "aot_eager"})
     with reports() as found:
