@@ -15,6 +15,7 @@ import pytest
 OWN_KERNELS = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 if OWN_KERNELS:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="revfx-tests-")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the workers are as many as the cores already
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 import torch  # noqa: E402  (it reads these)

@@ -218,7 +218,7 @@ def test_closures_one_tensor_twice_and_views_of_one(inner: str) -> None:
         return torch.cat([a, b], -1)
 
     run = torch.compile(chain, backend="revfx", options={"inner": inner})
-    x = x_of()
+    x = leaf(ROWS, 2 * WIDTH)
     a, b = x.chunk(2, -1)
     wanted = [x, outside, *f.parameters(), *g.parameters()]
     for args in ((a, a), (a, b)):
@@ -269,7 +269,7 @@ class Blocked(nn.Module):
 
 @pytest.mark.parametrize("make", [mlp, OfTheUser])
 def test_rev_block_is_flat_in_a_compiled_model(make: Callable[[int], nn.Module]) -> None:
-    model, x = Blocked(DEPTH, make), x_of()
+    model, x = Blocked(DEPTH, make), leaf(ROWS, 2 * WIDTH)
     twin = copy.deepcopy(model)
     assert relative_error(gradients(compiled(model, "aot_eager"), model, x), gradients(twin, twin, x)) < TOLERANCE
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
