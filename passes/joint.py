@@ -164,8 +164,9 @@ def _nbytes(val: Any) -> int:
 def mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx.Node]:
     """The primals that are written from what the forward graph returns, when it has returned."""
     output = next(n for n in reversed(joint.nodes) if n.op == "output")
-    theirs = [getattr(d, "mutated_input", None) for d in output.meta.get("desc", ())]
-    return frozenset(p for p in primals if p.meta.get("desc") in [t for t in theirs if t is not None])
+    of = (getattr(d, "mutated_input", None) for d in output.meta.get("desc", ()))
+    theirs = [t for t in of if t is not None]
+    return frozenset(p for p in primals if theirs and p.meta.get("desc") in theirs)
 
 
 def _is_strided(val: Any) -> bool:

@@ -27,7 +27,10 @@ DOORS: dict[str, dict[str, Any]] = {
     "aot_eager": EAGER,
 }
 # What torch stores itself: inductor, and the same partitioner over eager kernels.
-STOCK: dict[str, dict[str, Any]] = {"inductor": {"options": {"cpp.simdlen": 1}}, "aot_eager": {"backend": "aot_eager_decomp_partition"}}
+STOCK: dict[str, dict[str, Any]] = {
+    "inductor": {"options": {"cpp.simdlen": 1}},
+    "aot_eager": {"backend": "aot_eager_decomp_partition"},
+}
 # Inductor takes half a minute for the four compilations of one flow: one of each library.
 BY_INDUCTOR = ("FrEIA one-sided", "normflows affine, swap")
 CASES = [(name, "aot_eager") for name in FLOWS] + [(name, "inductor") for name in BY_INDUCTOR]
