@@ -18,6 +18,8 @@ from revfx.passes import _torch
 from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts
 from revfx.passes.joint import (
+    BACKWARD,
+    FORWARD,
     Forward,
     after_tangents,
     ancestors,
@@ -31,7 +33,7 @@ from revfx.passes.joint import (
 from revfx.passes.plan import anchors
 from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
-from revfx.passes.regenerate import BACKWARD, FORWARD, Options, Regenerator
+from revfx.passes.regenerate import Options, Regenerator
 from revfx.passes.regions import Region, find_regions
 
 

@@ -188,7 +188,7 @@ class Regenerator:
             return
         for v in (v for v in outs if v not in known):
             part = self.forward.value_node(v)
-            if target is not node.target and part.args[1] >= len(again.meta["val"]):
+            if target is not node.target and int(str(part.args[1])) >= len(again.meta["val"]):
                 continue  # an updated statistic, which is the forward's own
             with self.joint.inserting_before(self.output):
                 taken = self.joint.call_function(operator.getitem, (again, part.args[1]))
