@@ -115,6 +115,8 @@ def _read_no_shapes(joint: fx.Graph) -> None:
         way = LIKE.get(_torch.packet_name(node.target)) if node.op == "call_function" else None
         if way is None or not _is_strided(val) or not fixed(val.shape) or not val.is_contiguous():
             continue
+        if node.kwargs.get("generator") is not None:  # its own numbers are not the default generator's
+            continue
         target, rest = way
         more = rest(*node.args)
         if all(isinstance(value, (bool, int, float)) for value in more):
