@@ -68,7 +68,13 @@ def _lost(program: Program, stuck: Stuck, value: int) -> list[Refusal]:
 
 
 def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
-    """A value that would have to be solved from something computed from itself: `y = x + f(x)`."""
+    """A value that would have to be solved from something computed from itself: `y = x + f(x)`.
+
+    Unless all of them pass through one that nothing gives back: then they form a loop only because of that.
+    """
+    waist = _waist(program, stuck, members)
+    if waist is not None:
+        return _lost(program, stuck, waist)
     solved = [
         (i, a.head)
         for i in range(stuck.stop - 1, stuck.start - 1, -1)
@@ -83,3 +89,14 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
         reason = f"`{name}` is added to something computed from itself{via}: solving for it would need it"
         return [Refusal(reason, op.name, op.where)]
     return []
+
+
+def _waist(program: Program, stuck: Stuck, members: set[int]) -> int | None:
+    """The last of `members` that no inverse gives and that is read when none made before it is read any more."""
+    heads = {a.head for i in range(stuck.start, stuck.stop) for a in program.ops[i].arcs}
+    found, until = None, -1
+    for value in sorted(members, key=lambda v: program.made_at[v]):
+        if program.made_at[value] >= until and value not in heads:
+            found = value
+        until = max(until, program.last_use[value])
+    return found
