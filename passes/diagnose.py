@@ -92,10 +92,14 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
 
 
 def _waist(program: Program, stuck: Stuck, members: set[int]) -> int | None:
-    """The last of `members` that no inverse gives and that is read when none made before it is read any more."""
+    """The last of `members` that no inverse gives and that is read when none made before it is read any more.
+
+    What is read below the tried operations is known.
+    """
+    inner = [v for v in members if program.last_use[v] < stuck.stop]
     heads = {a.head for i in range(stuck.start, stuck.stop) for a in program.ops[i].arcs}
     found, until = None, -1
-    for value in sorted(members, key=lambda v: program.made_at[v]):
+    for value in sorted(inner, key=lambda v: program.made_at[v]):
         if program.made_at[value] >= until and value not in heads:
             found = value
         until = max(until, program.last_use[value])
