@@ -269,11 +269,12 @@ def _barrier(node: fx.Node) -> str | None:
         return f"`{target}` writes its argument"
     if op_named(node, "as_strided"):
         return "`as_strided` reads memory, not a value"
-    if any(free_unbacked_symbols(t) for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)):
+    tensors = [t for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)]
+    if any(free_unbacked_symbols(t) for t in tensors if not fixed(t.shape)):
         return f"the size of what `{target}` returns depends on data"
     if node.kwargs.get("generator") is not None:
         return f"`{target}` draws from a generator of its own"
-    if any(t.layout != torch.strided for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)):
+    if any(t.layout != torch.strided for t in tensors):
         return f"`{target}` returns a tensor that is not strided"
     return None
 

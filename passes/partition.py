@@ -109,7 +109,8 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
     outputs = [n for n in output_args(joint)[:num_outputs] if isinstance(n, fx.Node)]
     primals = [n for n in joint.nodes if n.op == "placeholder" and not is_tangent(n)]
     updates = {n: n.args[0] for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
-    written = [p for p in primals if p in {*updates.values(), *mutated_outside(joint, primals)}]
+    updated = {*updates.values(), *mutated_outside(joint, primals)}
+    written = [p for p in primals if p in updated]
     if not written:
         return
     late = after_tangents(joint.nodes)

@@ -32,7 +32,8 @@ def realise(
 
     `stored` is an identity that the compiler does not look through.
     """
-    for node in [n for n in step_of if n not in spared and _crosses(n, step_of)]:
+    views = {n for n in step_of if _is_view(n)}
+    for node in [n for n in step_of if n not in spared and n not in views and _crosses(n, step_of, views)]:
         with recorder.graph.inserting_before(node.next):
             new = recorder.record(stored, [node], node.meta.get("partitioner_tag"), node)
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
@@ -41,19 +42,14 @@ def realise(
         node.meta[STEP] = step
 
 
-def _crosses(node: fx.Node, step_of: Mapping[fx.Node, int]) -> bool:
-    """Whether a value, not a view of another, is read in a later step, itself or through views."""
+def _crosses(node: fx.Node, step_of: Mapping[fx.Node, int], views: Collection[fx.Node]) -> bool:
+    """Whether a tensor is read in a later step, itself or through views."""
     val = node.meta.get("val")
-    if not isinstance(val, Tensor) or not fixed(val.shape) or _is_view(node):
-        return False
-    return _read_later(node, step_of[node], step_of)
+    return isinstance(val, Tensor) and fixed(val.shape) and _read_later(node, step_of[node], step_of, views)
 
 
-def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int]) -> bool:
-    return any(
-        step_of.get(u, step) > step or (u in step_of and _is_view(u) and _read_later(u, step, step_of))
-        for u in node.users
-    )
+def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int], views: Collection[fx.Node]) -> bool:
+    return any(step_of.get(u, step) > step or (u in views and _read_later(u, step, step_of, views)) for u in node.users)
 
 
 def _is_view(node: fx.Node) -> bool:

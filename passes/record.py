@@ -36,8 +36,10 @@ class Recorder:
     def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], tag: str | None, like: fx.Node) -> fx.Node:
         """The node of `by(*tail)`; new nodes carry the partitioner's `tag` and tell where `like` was written."""
         meta = {"partitioner_tag": tag, **{k: like.meta[k] for k in KEPT if k in like.meta}}
-        with torch.no_grad(), tail[0].meta["val"].fake_mode:
-            fakes = [n.meta["val"].detach() for n in tail]  # objects of their own: copies of a node share their result
+        fakes = [n.meta["val"] for n in tail]
+        with torch.no_grad(), fakes[0].fake_mode:
+            if len(set(map(id, fakes))) < len(set(tail)):  # copies of a node share their result
+                fakes = [t.detach() for t in fakes]
             mode = _Mode(self, dict(zip(map(id, fakes), tail, strict=True)), meta)
             with mode:
                 result = by(*fakes)

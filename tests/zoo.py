@@ -275,12 +275,14 @@ class ConvBN(nn.Module):
 
 
 class TwoStages(nn.Module):
+    """Half of the blocks at each resolution."""
+
     def __init__(self, depth: int, c: int = 4) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 2 * c, 3, padding=1)
-        self.first = nn.ModuleList(RevConvBlock(c) for _ in range(depth))
+        self.first = nn.ModuleList(RevConvBlock(c) for _ in range(depth // 2))
         self.down = nn.Conv2d(2 * c, 4 * c, 3, stride=2, padding=1)
-        self.second = nn.ModuleList(RevConvBlock(2 * c) for _ in range(depth))
+        self.second = nn.ModuleList(RevConvBlock(2 * c) for _ in range(depth // 2))
         self.head = nn.Linear(4 * c, 5)
 
     def forward(self, x: Tensor) -> Tensor:
