@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,8 +42,11 @@ def is_pure(target: Any) -> bool:
     return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
 
 
+@functools.cache
 def may_alias(target: Any) -> bool:
-    """Whether an operator may return memory of its arguments."""
+    """Whether an operator may return memory of its arguments; `_unsafe_view` does so though its schema denies it."""
+    if packet_name(target) == "_unsafe_view":
+        return True
     return is_overload(target) and any(r.alias_info is not None for r in target._schema.returns)
 
 

@@ -107,7 +107,12 @@ class _Lowering:
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
         theirs = {v.storage for v in self.values if v.given or v.source}
-        values = tuple(replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
+        values = tuple(
+            replace(v, written=v.storage in written, given=v.storage in theirs)
+            if v.storage in theirs or v.storage in written
+            else v
+            for v in self.values
+        )
         return Lowered(Program(values, tuple(ops), outputs), tuple(op_nodes), tuple(self.value_nodes))
 
     @staticmethod

@@ -86,9 +86,9 @@ def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any
         if node.op == "get_attr":
             held = getattr(owner, str(node.target), None)
             found[node] = _facts(held) if isinstance(held, Tensor) else ()
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+        elif node.op == "call_function" and isinstance(val := node.meta.get("val"), Tensor) and val.dtype in INDICES:
             name = bare(node)
-            if node.meta["val"].dtype in INDICES and (name in SAME or name in CASTS or name in REORDERED):
+            if name in SAME or name in CASTS or name in REORDERED:
                 facts = found.get(node.args[0], ()) if node.args and isinstance(node.args[0], fx.Node) else ()
                 found[node] = tuple(f for f in facts if f == PERMUTATION)
     return {n: f for n, f in found.items() if f}
@@ -146,8 +146,7 @@ def masks(graph: fx.Graph) -> Masks:
         mask = _mask(node, of)
         if mask is not None:
             of[node] = mask
-        where = _zero(node, of, zero)
-        if where:
+        if of and (where := _zero(node, of, zero)):
             zero[node] = where
     return Masks(of, zero)
 

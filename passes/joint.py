@@ -7,6 +7,7 @@ its end.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.facts import Facts, annotate, constants
-from revfx.passes.sizes import NUMBERS, as_number, fixed
+from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 
 
 NAMESPACES = ("aten", "prims", "inductor")  # operators that do nothing but compute their result
@@ -71,7 +72,6 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
     for node in joint.nodes:
         if node in used:
             copy[node] = new = half.node_copy(node, copy.get)
-            new.meta = dict(node.meta)
             _annotate(node, new)
             if node in known:
                 new.meta["facts"] = known[node]
@@ -269,7 +269,7 @@ def _barrier(node: fx.Node) -> str | None:
         return f"`{target}` writes its argument"
     if op_named(node, "as_strided"):
         return "`as_strided` reads memory, not a value"
-    tensors = [t for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)]
+    tensors = tensors_of(val)
     if any(free_unbacked_symbols(t) for t in tensors if not fixed(t.shape)):
         return f"the size of what `{target}` returns depends on data"
     if node.kwargs.get("generator") is not None:
@@ -279,6 +279,7 @@ def _barrier(node: fx.Node) -> str | None:
     return None
 
 
+@functools.cache
 def _where(trace: str | None) -> str:
     """The user's file and line out of a stack trace: `model.py:41`."""
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")

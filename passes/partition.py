@@ -97,7 +97,7 @@ def rewrite(
         _rewire(joint, forward, regenerator, readers)
         if options.stored is not None:
             for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
-                realise(regenerator.recorder, step_of, regenerator.kept, options.stored)
+                realise(step_of, regenerator.kept, options.stored)
     return Report(tuple(reversed(found)), refusals)
 
 
@@ -198,13 +198,12 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
                 _claim(joint, node)
     nodes = list(joint.nodes)
     placed = forward.nodes | after_tangents(nodes)
-    late = {n for n in nodes if n not in placed and n.meta.get("partitioner_tag") != FORWARD and not n.is_impure()}
-    late |= {n for n in nodes if n.meta.get("partitioner_tag") == BACKWARD and n not in placed}
+    tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in placed}
+    late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
     order = list(pulled([n for n in nodes if n not in late], new.attached))
     for node in order[:-1]:
         new.output.prepend(node)
     _erase(joint, order)  # what nothing reads
-    joint.lint()
 
 
 def _steps_forward(forward: Forward, regions: Sequence[Region]) -> dict[fx.Node, int]:

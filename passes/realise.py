@@ -11,31 +11,34 @@ is told not to fuse beyond neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from operator import getitem
+from typing import Any
 
 from torch import Tensor, fx
 
 from revfx.passes import _torch
-from revfx.passes.record import Recorder
 from revfx.passes.sizes import fixed
 
 
 STEP = "revfx_step"  # key of `node.meta`
+POLICY = ("recompute", "ac_graph_id")  # keys by which torch's partitioner is told what to do with this very node
 
 
-def realise(
-    recorder: Recorder,
-    step_of: Mapping[fx.Node, int],
-    spared: Collection[fx.Node],
-    stored: Callable[[Tensor], Tensor],
-) -> None:
+Stored = tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]
+
+
+def realise(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], stored: Stored) -> None:
     """None; marks nodes with the step that `step_of` tells, and stores what crosses one, except the `spared` nodes.
 
-    `stored` is an identity that the compiler does not look through.
+    `stored` is an operator, an identity that the compiler does not look through, and its further arguments for a value.
     """
+    operator, further = stored
     views = {n for n in step_of if _is_view(n)}
     for node in [n for n in step_of if n not in spared and n not in views and _crosses(n, step_of, views)]:
-        with recorder.graph.inserting_before(node.next):
-            new = recorder.record(stored, [node], node.meta.get("partitioner_tag"), node)
+        with node.graph.inserting_before(node.next):
+            arguments: tuple[Any, ...] = (node, *further(node.meta["val"]))
+            new = node.graph.call_function(operator, arguments)
+        new.meta = {k: v for k, v in node.meta.items() if k not in POLICY}
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
         new.meta[STEP] = step_of[node]
     for node, step in step_of.items():
@@ -53,12 +56,6 @@ def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int], views:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether a value is made of another's memory, as the operator says, or as the results show (parts of a split)."""
-    val = node.meta.get("val")
-    if not isinstance(val, Tensor):
-        return False
-    if _torch.may_alias(node.target):
-        return True
-    key = _torch.storage_key(val)
-    vals = (n.meta.get("val") for n in node.all_input_nodes)
-    return any(_torch.storage_key(v) == key for v in vals if isinstance(v, Tensor))
+    """Whether a value is made of another's memory, as the operator says (of a part of a split, the split)."""
+    maker = node.args[0] if node.target is getitem else node
+    return isinstance(maker, fx.Node) and _torch.may_alias(maker.target)

@@ -20,9 +20,10 @@ from revfx.passes.facts import check
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.plan import drifted, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
+from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
-from revfx.passes.sizes import as_number, fixed, same_strides
+from revfx.passes.sizes import as_number, fixed, same_strides, tensors_of
 
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ class Options:
     unbounded: str = "assert"
     tolerance: float | None = None
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
-    stored: Callable[[Tensor], Tensor] | None = None
+    stored: Stored | None = None
 
 
 Cut = tuple[Mapping[int, fx.Node], str]  # the regenerated nodes of a cut's values, and where it lies
@@ -203,7 +204,8 @@ class Regenerator:
         found, like = self.node(value), self.forward.value_node(value)
         if value not in self.values or value in self._laid_out:
             return self._laid_out.get(value, found)
-        order = _dense_order(like.meta["val"], found.meta["val"])
+        same = found.meta["val"] is like.meta["val"]  # the same operation, run again
+        order = None if same else _dense_order(like.meta["val"], found.meta["val"])
         if order is not None:
             with self.joint.inserting_before(self.output):
                 found = self.recorder.record(lambda t: _laid_out(t, order), [found], BACKWARD, like)
@@ -220,9 +222,9 @@ class Regenerator:
         if node in self._states:
             return self._states[node]
         target: Any = node.target
-        device = next(t.device for t in _tensors(node.meta["val"]))
+        device = next(t.device for t in tensors_of(node.meta["val"]))
         sample_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-        fake = next(iter(_tensors(node.meta["val"]))).fake_mode.from_tensor(sample_state)
+        fake = next(iter(tensors_of(node.meta["val"]))).fake_mode.from_tensor(sample_state)
         with self.joint.inserting_before(node):
             both = self.joint.call_function(
                 torch.ops.higher_order.run_and_save_rng_state, (target, *node.args), dict(node.kwargs)
@@ -319,10 +321,6 @@ class Regenerator:
 
 def _has_precision(node: fx.Node) -> bool:
     return node.meta["val"].is_floating_point() or node.meta["val"].is_complex()
-
-
-def _tensors(val: Any) -> list[Any]:
-    return [val] if isinstance(val, Tensor) else [t for t in val if isinstance(t, Tensor)]
 
 
 def _zeros_of(t: Tensor) -> Tensor:

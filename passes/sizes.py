@@ -31,6 +31,11 @@ def fixed(sizes: Iterable[Any]) -> bool:
     return all(isinstance(n, int) for n in sizes)
 
 
+def tensors_of(val: Any) -> list[Any]:
+    """The tensors of a node's result, which may be one itself."""
+    return [val] if isinstance(val, Tensor) else [t for t in pytree.tree_leaves(val) if isinstance(t, Tensor)]
+
+
 def same_shape(a: Tensor, b: Tensor) -> bool:
     """Whether two shapes are equal for every value of the symbols in them."""
     return statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
@@ -44,7 +49,7 @@ def same_strides(a: Any, b: Any) -> bool:
 @contextlib.contextmanager
 def no_new_guards(val: Any) -> Generator[None]:
     """A context that ends early, without an error, where something in it depends on a size that is not fixed."""
-    env = next((e for t in pytree.tree_leaves(val) if (e := _shape_env(t)) is not None), None)
+    env = next((e for t in tensors_of(val) if (e := _shape_env(t)) is not None), None)
     if env is None:
         yield
         return

@@ -38,9 +38,9 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def stored(t: Tensor) -> Tensor:
-    """`t`, which inductor stores rather than computes anew for each of its readers."""
-    return torch.ops.prims.inductor_force_stride_order.default(t, t.stride())
+def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]:
+    """An identity whose result inductor stores rather than computes anew for each reader; its arguments for a value."""
+    return torch.ops.prims.inductor_force_stride_order.default, lambda t: (t.stride(),)
 
 
 def fuse_neighbours_only(key: str) -> None:

@@ -100,6 +100,8 @@ def test_memory_is_flat_and_single_precision_as_good_as_torchs(name: str) -> Non
     for inner in INNER:
         ours, low = trained(by_revfx(inner), models[SHALLOW], inputs)
         _, high = trained(by_revfx(inner), models[DEEP], inputs)
-        print(f"{name}, {inner}: growth {(high - low) / growth:.2%}, fp32 error {relative_error(ours, want) / error:.2f}")
+        print(
+            f"{name}, {inner}: growth {(high - low) / growth:.2%}, fp32 error {relative_error(ours, want) / error:.2f}"
+        )
         assert high - low < 0.03 * growth
         assert relative_error(ours, want) < 2 * error
