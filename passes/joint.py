@@ -113,7 +113,7 @@ def _read_no_shapes(joint: fx.Graph) -> None:
     for node in joint.nodes:
         val: Any = node.meta.get("val")
         way = LIKE.get(_torch.packet_name(node.target)) if node.op == "call_function" else None
-        if way is None or not _is_strided(val) or not fixed(val.shape) or not val.is_contiguous():
+        if way is None or not is_strided(val) or not fixed(val.shape) or not val.is_contiguous():
             continue
         if node.kwargs.get("generator") is not None:  # its own numbers are not the default generator's
             continue
@@ -139,7 +139,7 @@ def _sources(
     that are drawn once for several readers.
     """
     found = {p for i, p in enumerate(primals) if i in static}
-    held = {n for n in joint.nodes if n.op == "get_attr" and _is_strided(n.meta.get("val"))}
+    held = {n for n in joint.nodes if n.op == "get_attr" and is_strided(n.meta.get("val"))}
     copies = {n for n in joint.nodes if n.meta.get("copy_of") in found}
     clean = {n for n in found | held if n not in mutated} | copies
     for node in joint.nodes:
@@ -149,9 +149,9 @@ def _sources(
         if op_named(node, SEEDS):
             clean.add(node)
         elif draws(node):
-            parts = [node] if _is_strided(val) else list(node.users)
+            parts = [node] if is_strided(val) else list(node.users)
             clean.update(p for p in parts if sum(u in ahead for u in p.users) > 1)
-        elif _is_strided(val) and _barrier(node) is None:
+        elif is_strided(val) and _barrier(node) is None:
             theirs = sum(_nbytes(n.meta["val"]) for n in node.all_input_nodes)
             filled = not node.all_input_nodes and "empty" not in _torch.packet_name(node.target)
             if filled or _nbytes(val) <= max(SMALL, theirs):
@@ -171,7 +171,8 @@ def mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx
     return frozenset(p for p in primals if theirs and p.meta.get("desc") in theirs)
 
 
-def _is_strided(val: Any) -> bool:
+def is_strided(val: Any) -> bool:
+    """Whether a node's result is one tensor that has memory of its own or another's."""
     return isinstance(val, torch.Tensor) and val.layout == torch.strided
 
 
@@ -244,7 +245,7 @@ def _annotate(node: fx.Node, new: fx.Node) -> None:
     """None; notes what `lower` reads: where the node was written, what memory its value lives in, what bars it."""
     val: Any = node.meta.get("val")
     new.meta["where"] = _where(node.meta.get("stack_trace"))
-    if _is_strided(val):
+    if is_strided(val):
         new.meta["storage"] = _torch.storage_key(val)
         new.meta["storage_nbytes"] = as_number(val.untyped_storage().nbytes())
     if node.op == "call_function":

@@ -190,7 +190,9 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
             new.kept.remove(node)
             new.kept.add(result)
         joint.erase_node(node)
-    new.check(ancestors(new.output.all_input_nodes))
+    alive = ancestors(new.output.all_input_nodes)
+    new.check(alive)
+    new.whole_steps(alive)
     for node in new.kept:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

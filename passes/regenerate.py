@@ -299,6 +299,15 @@ class Regenerator:
                     self._compare(read, where)
                     break
 
+    def whole_steps(self, alive: Collection[fx.Node]) -> None:
+        """None; when anything of a step is regenerated so is its entry, which takes the place of its exit."""
+        entries: dict[int, list[fx.Node]] = {}
+        for node, step in self.step_of.items():
+            if node in alive and any(self.step_of.get(u, step) > step for u in node.users):
+                entries.setdefault(step, []).append(node)
+        for node, step in self.step_of.items():
+            self.attached[node] = [*self.attached.get(node, ()), *entries.get(step, ())]
+
     def _compare(self, cut: Mapping[int, fx.Node], where: str) -> None:
         message = (
             f"revfx: a value regenerated in the backward differs from the forward's by more than 1 % (below {where}): "
