@@ -84,7 +84,7 @@ def rewrite(
         freed = _freed(forward, region, wanted)
         if sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
-        cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store")
+        cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
         try:
             regenerator.region(region, wanted, ops, cuts)
         except Unrecordable as error:

@@ -93,19 +93,41 @@ def tolerance_of(dtype: torch.dtype, tolerance: float | None) -> float:
     return torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
 
 
-def anchors(program: Program, steps: Sequence[Step], tolerance: float | None, store: bool) -> frozenset[int]:
+def checked_every(every: int | None) -> int | None:
+    """`every`, a number of steps between anchors, or None.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"`anchor_every={every!r}` must be a positive whole number, or None.")
+    return every
+
+
+def asked_for(steps: Sequence[Step], every: int | None) -> frozenset[int]:
+    """The cuts, each before the step of its number, that are anchors by the user's wish: one for every so many
+    couplings, which are the steps that are inverted, or would be if their entry were not kept for another reason.
+    """
+    couplings = [j for j, step in enumerate(steps) if step.inverts or step.saved]
+    return frozenset(couplings[every::every]) if every is not None else frozenset()
+
+
+def anchors(
+    program: Program, steps: Sequence[Step], tolerance: float | None, store: bool, every: int | None = None
+) -> frozenset[int]:
     """The cuts inside a region to keep since rounding would grow too much, going by what is known without running.
 
     Cut j lies before step j. Of factors that are data a typical magnitude is assumed. With `store` the entry of a step
-    whose factor may reach zero is kept as well.
+    whose factor may reach zero is kept as well; `every`: see `asked_for`.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
+    asked = asked_for(steps, every)
     for j, step in enumerate(steps):
         dtypes = [program.values[v].dtype for v in step.exit if program.values[v].dtype.is_floating_point]
         eps = max((torch.finfo(d).eps for d in dtypes), default=0.0)
         most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
-        if j and store and any(a.measured and a.least < most for a in step.arcs):
+        if j in asked or (j and store and any(a.measured and a.least < most for a in step.arcs)):
             kept.add(j)
             growth = {}
             continue

@@ -41,13 +41,14 @@ STATELESS: Mapping[Any, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
 class Options:
     """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store").
 
-    `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps.
-    `decompositions` says how the graph spells operators. `stored` is an identity that an inner
-    compiler which fuses does not look through (see `revfx.passes.realise`).
+    `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps. Before
+    every `anchor_every` couplings a cut is kept in any case. `decompositions` says how the graph spells operators.
+    `stored` is an identity that an inner compiler which fuses does not look through (see `revfx.passes.realise`).
     """
 
     unbounded: str = "assert"
     tolerance: float | None = None
+    anchor_every: int | None = None
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     stored: Stored | None = None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING, Any as _Any
 if not (_Path(__file__).parent / "passes").exists():  # imported from the source tree, where `passes` lies beside it
     __path__.append(str(_Path(__file__).parent.parent))
 
-from revfx import testing as testing
+from revfx import debug as debug, testing as testing
 from revfx.block import RevBlock as RevBlock, rev_block as rev_block
 from revfx.convert import convert as convert
 from revfx.errors import NotReversibleError as NotReversibleError, RevfxError as RevfxError

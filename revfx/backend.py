@@ -11,7 +11,7 @@ from revfx import _compile
 from revfx.partitioner import ReversiblePartitioner
 
 
-OWN = ("unbounded", "tolerance", "strict")
+OWN = ("unbounded", "tolerance", "strict", "anchor_every")
 
 
 def revfx(
@@ -28,7 +28,8 @@ def revfx(
         example_inputs: its inputs.
         mode: a mode of `torch.compile`, for inductor.
         options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; `unbounded`, `tolerance`,
-            `strict`: see `ReversiblePartitioner`; everything else is a setting of inductor, as without `backend`.
+            `strict`, `anchor_every`: see `ReversiblePartitioner`; everything else is a setting of inductor, as without
+            `backend`.
 
     Raises:
         ValueError: an unknown option.

@@ -21,6 +21,7 @@ from revfx.block_compiled import compiled_chain
 from revfx.calls import Call, Slot
 from revfx.executor import RegionPlan, run_region
 from revfx.mode import runs_plain
+from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, climb
 from revfx.surroundings import reads_of
@@ -39,6 +40,8 @@ def rev_block(
     f_side_input: Any = None,
     g_side_input: Any = None,
     is_training: bool = True,
+    *,
+    anchor_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
 
@@ -55,25 +58,29 @@ def rev_block(
         f_side_input, g_side_input: None, or anything (usually a list) that f (g) gets as its second argument in every
             layer; tensors in it may need gradients. Empty containers count as None.
         is_training: False computes the same with ordinary autograd storage.
+        anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
+            grows with num_layers / anchor_every, and rounding only from one to the next.
 
     Raises:
-        ValueError: a sequence of the wrong length, or f or g changes the shape, dtype or device of its stream.
+        ValueError: `anchor_every` is not positive; a sequence of the wrong length; f or g changes the shape, dtype or
+            device of its stream.
         TypeError: x1 or x2 is not floating point while a gradient is needed.
         NotReversibleError: f or g writes to its input in place.
     """
     layers = _layers(f, g, num_layers)
     sides = (_side(f_side_input), _side(g_side_input))
     _check_streams(x1, x2, layers, sides)
+    checked_every(anchor_every)
     if num_layers == 0:
         return x1, x2
     leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
     floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
     if torch.compiler.is_compiling() and is_training and floating:
-        return compiled_chain(x1, x2, layers, sides, _plain)
+        return compiled_chain(x1, x2, layers, sides, _plain, anchor_every)
     if torch.compiler.is_compiling() or not is_training or not floating or runs_plain((x1, x2, *leaves)):
         return _plain(x1, x2, layers, sides)
     side_tensors, side_slots = _number_sides(sides, first=2)
-    plan = _plan(num_layers, _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors))
+    plan = _plan(num_layers, _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), anchor_every)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
     run_region(plan, _calls(layers, side_slots, len(env)), env)
     y1, y2 = plan.program.outputs
@@ -91,11 +98,12 @@ class RevBlock(nn.Module):
             re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of `num_layers`
             modules or functions, used as it is; or a function of x without weights, used in every layer.
         num_layers: the number of couplings.
+        anchor_every: see `rev_block`.
     """
 
-    def __init__(self, f: Any, g: Any, num_layers: int = 1) -> None:
+    def __init__(self, f: Any, g: Any, num_layers: int = 1, *, anchor_every: int | None = None) -> None:
         super().__init__()
-        self.num_layers = num_layers
+        self.num_layers, self.anchor_every = num_layers, checked_every(anchor_every)
         self.f = _per_layer("f", f, num_layers)
         self.g = _per_layer("g", g, num_layers)
 
@@ -103,7 +111,8 @@ class RevBlock(nn.Module):
         self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
         """(y1, y2); see `rev_block`."""
-        return rev_block(x1, x2, self.f, self.g, self.num_layers, f_side_input, g_side_input)
+        sides, every = (f_side_input, g_side_input), self.anchor_every
+        return rev_block(x1, x2, self.f, self.g, self.num_layers, *sides, anchor_every=every)
 
     def inverse(
         self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
@@ -117,7 +126,8 @@ class RevBlock(nn.Module):
 
     def extra_repr(self) -> str:
         """The number of couplings, for `print`."""
-        return f"num_layers={self.num_layers}"
+        anchors = "" if self.anchor_every is None else f", anchor_every={self.anchor_every}"
+        return f"num_layers={self.num_layers}{anchors}"
 
 
 # --- arguments
@@ -263,7 +273,7 @@ def _add_arcs(x: int, h: int, y: int, text: str, given: bool) -> tuple[Arc, ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int]) -> RegionPlan:
+def _plan(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int], anchor_every: int | None) -> RegionPlan:
     """The plan of a whole chain; depends on shapes and dtypes alone, so it is made once."""
     values = [Value(n, *m, storage=i, given=True) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
     for k in range(sum(sides)):
@@ -286,7 +296,8 @@ def _plan(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int]) -> Region
     steps, _ = climb(program, len(ops), (streams[0], streams[1]), frozenset())
     steps.reverse()
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
-    return RegionPlan(program, Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0))
+    region = Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0)
+    return RegionPlan(program, region, anchor_every=anchor_every and 2 * anchor_every)  # f's and g's step
 
 
 def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int) -> list[Call]:

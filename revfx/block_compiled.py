@@ -33,15 +33,23 @@ PLAIN, CHECKPOINTED, SAVED = 0, 1, 2
 
 
 def compiled_chain(
-    x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any], plain: Plain
+    x1: Tensor,
+    x2: Tensor,
+    layers: Sequence[Pair],
+    sides: tuple[Any, Any],
+    plain: Plain,
+    anchor_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y1, y2) of the chain, each run of layers saved, checkpointed, or computed by `plain`, whichever it allows."""
+    """(y1, y2) of the chain, each run of layers saved, checkpointed, or computed by `plain`, whichever it allows.
+
+    What lies between two runs is kept; no run is longer than `anchor_every` layers.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _transformed():
         return plain(x1, x2, layers, sides)
     runs: list[tuple[int, list[Pair]]] = []
     for pair in layers:
         level = min(_level(pair[0]), _level(pair[1]))
-        if not runs or runs[-1][0] != level:
+        if not runs or runs[-1][0] != level or len(runs[-1][1]) == anchor_every:
             runs.append((level, []))
         runs[-1][1].append(pair)
     for level, run in runs:

@@ -20,6 +20,7 @@ from revfx.ambient import ambient_state
 from revfx.convert_dynamo import Compiled
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
 from revfx.mode import runs_plain, storing
+from revfx.passes.plan import checked_every
 from revfx.planning import Outcome, Plan, make_plan
 
 
@@ -27,7 +28,13 @@ MOST_PLANS = 64  # per model; a model called with ever new shapes runs plainly a
 
 
 def convert(
-    model: nn.Module, example_inputs: Any = None, *, capture: str = "auto", strict: bool = False, exact: bool = False
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    capture: str = "auto",
+    strict: bool = False,
+    exact: bool = False,
+    anchor_every: int | None = None,
 ) -> nn.Module:
     """A module that computes what `model` does, with activation memory that does not grow with depth in its regions.
 
@@ -50,10 +57,14 @@ def convert(
         strict: raise for every part that is left as it was, rather than leave it; where `torch.compile` captures, raise
             if nothing reversible is found in any graph, after the first call.
         exact: not available yet.
+        anchor_every: keep the activations before every so many couplings of a region as well (each line such as
+            `x = x + f(y)` is one), from which the backward goes on: memory then grows with depth / anchor_every, and
+            rounding only from one anchor to the next. None: only where rounding demands it.
 
     Raises:
         NotReversibleError: `strict` was given and something is left as it was.
-        ValueError: an unknown `capture`; `example_inputs` for `capture="dynamo"`, which captures real calls only.
+        ValueError: an unknown `capture`; an `anchor_every` that is not positive; `example_inputs` for
+            `capture="dynamo"`, which captures real calls only.
 
     Warns:
         RevfxWarning: nothing reversible was found; the text says why, and the model runs as it was. Also where "auto"
@@ -67,9 +78,10 @@ def convert(
         raise ValueError("`capture='dynamo'` captures the first real call; leave `example_inputs` out.")
     if exact:
         raise NotImplementedError("`exact=True` is not available in this version; leave it out.")
+    options = Options(capture, strict, anchor_every=checked_every(anchor_every))
     if isinstance(model, Reversible):
         return model
-    converted = _reversible(model, Options(capture, strict))
+    converted = _reversible(model, options)
     if example_inputs is not None:
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
         converted.revfx.prepare(converted, args, kwargs)
@@ -83,6 +95,7 @@ class Options:
     capture: str
     strict: bool
     part: bool = False
+    anchor_every: int | None = None
 
 
 class Conversion:
@@ -141,7 +154,7 @@ class Conversion:
             if outcome is None:
                 if sum(len(o) for o in self.outcomes.values()) >= MOST_PLANS:
                     return Outcome(None, (Refusal(f"called in more than {MOST_PLANS} ways", type(model).__name__, ""),))
-                outcome = make_plan(model, self.forward(model), args, kwargs)
+                outcome = make_plan(model, self.forward(model), args, kwargs, self.options.anchor_every)
                 self._report(model, outcome)
                 self.outcomes.setdefault(key, []).append((fingerprint.attributes(model), outcome))
             return outcome
@@ -187,8 +200,8 @@ class Conversion:
 
     def _compile(self, model: nn.Module) -> Compiled:
         self.compiled_tried = True
-        own = self.own_forward
-        return Compiled(fingerprint.name_of(model), type(model)._revfx_base.forward if own is None else own)  # type: ignore[union-attr]
+        own, name, every = self.own_forward, fingerprint.name_of(model), self.options.anchor_every
+        return Compiled(name, type(model)._revfx_base.forward if own is None else own, every)  # type: ignore[union-attr]
 
     def _call_compiled(self, compiled: Compiled, model: nn.Module, args: Any, kwargs: Any) -> Any:
         result = compiled.call(model, (model, *args) if self.own_forward is None else args, kwargs)

@@ -41,10 +41,11 @@ class Compiled:
         name: what messages call the model.
         function: the forward. One that is a method of the model takes it as the first argument, lest this object hold
             on to the model.
+        anchor_every: see `convert`.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name, self.function = name, function
+    def __init__(self, name: str, function: Callable[..., Any], anchor_every: int | None = None) -> None:
+        self.name, self.function, self.anchor_every = name, function, anchor_every
         self.graphs: list[Report] = []
         self.failures: list[Refusal] = []
         self.in_own_code = False  # whether a region ends in the forward's own code, not in a sub-module's
@@ -105,7 +106,7 @@ class Compiled:
             return plain
         try:
             with partitioner.reports() as reports:
-                compiled = backend.revfx(gm, inputs, options={"inner": "aot_eager"})
+                compiled = backend.revfx(gm, inputs, options={"inner": "aot_eager", "anchor_every": self.anchor_every})
         except _compiler().RestartAnalysis:  # dynamo's own: it captures again, knowing more
             raise
         except Exception as e:  # whatever the compiler can't do, the graph is still right under plain autograd

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,16 +24,29 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch, numerics
 from revfx.calls import Call
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
-from revfx.passes.closure import Forward
-from revfx.passes.plan import Instruction, schedule
+from revfx.passes.closure import Derivation, Forward
+from revfx.passes.plan import Instruction, asked_for, schedule
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.surroundings import Random, Surroundings, reads_of
 
 
 Env = dict[int, Tensor]
-Watch = Callable[["RegionRun", int, Tensor], None]
-watching: ContextVar[Watch | None] = ContextVar("revfx_watching", default=None)  # sees every value that a region makes
+
+
+class Watch(Protocol):
+    """What looks on while one run of a region goes on."""
+
+    def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
+        """Called with every value that the forward reads or makes."""
+        ...
+
+    def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
+        """Called with every value that the backward derives, before anything reads it."""
+        ...
+
+
+watching: ContextVar[Callable[[RegionRun], Watch] | None] = ContextVar("revfx_watching", default=None)
 
 
 @dataclass(eq=False, slots=True)
@@ -55,18 +68,22 @@ class Handle:
 class RegionPlan:
     """A region of a program, with the schedules made for it so far (one per step, direction and need).
 
-    `kept` is the number of cuts that the latest forward kept; `warned` is set once drift was warned of.
+    `anchors` are the cuts that are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the
+    number of cuts that the latest forward kept; `warned` is set once drift was warned of.
     """
 
     program: Program
     region: Region
     tolerance: float | None = None
+    anchor_every: int | None = None
     schedules: dict[object, tuple[Instruction, ...]] = field(default_factory=dict[object, tuple[Instruction, ...]])
+    anchors: frozenset[int] = frozenset()
     step_of: dict[int, int] = field(default_factory=dict[int, int])
     kept: int = 0
     warned: bool = False
 
     def __post_init__(self) -> None:
+        self.anchors = asked_for(self.region.steps, self.anchor_every)
         for number, step in enumerate(self.region.steps):
             self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
 
@@ -102,6 +119,8 @@ class RegionRun:
         self.kept: Env = {}
         self.versions: list[tuple[int, Tensor, int]] = []
         self.samples: dict[int, dict[int, Tensor]] = {}
+        watch = watching.get()
+        self.watch = watch(self) if watch is not None else None
         device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
         self.device = device
         devices = ["cpu"] if device is None else ["cpu", device.type]
@@ -130,6 +149,9 @@ class RegionRun:
         alive, held = set(program.outputs), {*region.saved, *region.side}
         with saved_tensors_hooks(self._pack, _unpack):
             for number, step in enumerate(region.steps):
+                anchored = number in self.plan.anchors
+                if anchored:
+                    self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
                 lower = {v: env[v] for v in step.entry} if numerics.measures(step) else {}
                 if numerics.is_checked(number, len(region.steps)):
                     self.samples[number] = {v: numerics.sample(env[v]) for v in step.entry if v not in self.kept}
@@ -149,7 +171,7 @@ class RegionRun:
                             and not program.values[v].source
                         ):
                             del env[v]
-                unsafe, growing = growth.close(step, env, lower, replayed=number == 0)
+                unsafe, growing = growth.close(step, env, lower, replayed=number == 0 or anchored)
                 if unsafe:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
                 if growing or number == len(region.steps) - 1:
@@ -160,8 +182,8 @@ class RegionRun:
 
     def _note(self, v: int, t: Tensor) -> None:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
-        if (watch := watching.get()) is not None:
-            watch(self, v, t)
+        if self.watch is not None:
+            self.watch.made(self, v, t)
 
     def _keep_all(self, into: Env, values: Iterable[int], env: Env) -> None:
         for v in values:
@@ -370,6 +392,8 @@ class RegionRun:
         for v, t in made:
             if v not in self.kept:
                 env[v] = self._as_it_was(v, t)
+                if self.watch is not None:
+                    self.watch.regenerated(self, d, v, env[v])
         for v in instruction.drop:
             if v not in self.kept:
                 env.pop(v, None)

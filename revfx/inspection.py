@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from revfx.capture import capture
 from revfx.errors import RevfxError
-from revfx.executor import Env, RegionRun, watching
+from revfx.executor import Env, RegionRun, Watch, watching
 from revfx.passes.arcs import lower
+from revfx.passes.closure import Derivation
 from revfx.planning import call_of
 
 
@@ -45,22 +47,53 @@ def _double(t: Any) -> Any:
     return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
-def _round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
-    seen: dict[RegionRun, Env] = {}
+class Originals:
+    """Looks on while a region runs, and copies every value that it makes."""
 
-    def watch(run: RegionRun, value: int, tensor: Tensor) -> None:
-        seen.setdefault(run, {})[value] = tensor.detach().clone()
+    def __init__(self) -> None:
+        self.values: Env = {}
 
+    def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
+        """None; takes a copy."""
+        self.values[value] = tensor.detach().clone()
+
+    def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
+        """None."""
+
+
+@contextlib.contextmanager
+def watched(watch: Callable[[RegionRun], Watch]) -> Generator[None]:
+    """A context in which every region that runs forwards gets a `watch`."""
     token = watching.set(watch)
     try:
-        with torch.enable_grad(), torch.random.fork_rng():
-            model(*inputs)
+        yield
     finally:
         watching.reset(token)
-    if not seen:
-        raise RevfxError(f"`check_inverse`: no reversible region was run by this {type(model).__name__}.")
+
+
+def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[RegionRun, Env]]:
+    """The regions that `model(*inputs)` runs, in order, with copies of all their values.
+
+    Raises:
+        RevfxError: there is none; `who` asks.
+    """
+    found: list[tuple[RegionRun, Env]] = []
+
+    def watch(run: RegionRun) -> Watch:
+        originals = Originals()
+        found.append((run, originals.values))
+        return originals
+
+    with torch.enable_grad(), torch.random.fork_rng(), watched(watch):
+        model(*inputs)
+    if not found:
+        raise RevfxError(f"`{who}`: no reversible region was run by this {type(model).__name__}.")
+    return found
+
+
+def _round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
     errors: dict[str, float] = {}
-    for run, originals in seen.items():
+    for run, originals in originals_of(model, inputs, "check_inverse"):
         for number, step in enumerate(run.region.steps):
             for v, t in run.invert(number, {v: originals[v] for v in step.exit}).items():
                 op = run.program.ops[step.stop - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import hashlib
@@ -20,6 +21,7 @@ from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.partition import Report, rewrite
+from revfx.passes.plan import checked_every
 from revfx.passes.realise import STEP
 from revfx.passes.regenerate import Options
 
@@ -51,19 +53,27 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
         unbounded: what to do with couplings whose factor may underflow, such as `exp(s)`: "assert" checks the factor in
             every forward and raises where it came too near to zero; "store" keeps these couplings' inputs.
         tolerance: what rounding may grow to between two kept cuts (relative); None: sqrt(eps) of the dtype.
+        anchor_every: keep the cut before every so many couplings of a region as well; None: only where `tolerance`
+            demands it.
         strict: raise NotReversibleError for a graph that is left as it was, with the reason.
     """
 
-    def __init__(self, unbounded: str = "assert", tolerance: float | None = None, strict: bool = False) -> None:
+    def __init__(
+        self,
+        unbounded: str = "assert",
+        tolerance: float | None = None,
+        strict: bool = False,
+        anchor_every: int | None = None,
+    ) -> None:
         if unbounded not in ("assert", "store"):
             raise ValueError(f"`unbounded={unbounded!r}` is not known; use 'assert' or 'store'.")
-        self.options = Options(unbounded, tolerance)
+        self.options = Options(unbounded, tolerance, checked_every(anchor_every))
         self.strict = strict
         self.facts: Facts = ()
 
     def knowing(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
         """A partitioner that knows what the values of a graph's inputs tell, as far as real tensors are at hand."""
-        other = ReversiblePartitioner(self.options.unbounded, self.options.tolerance, self.strict)
+        other = copy.copy(self)
         other.facts = facts_of(inputs)
         return other
 

@@ -102,9 +102,12 @@ class Outcome:
     untraceable: bool = False
 
 
-def make_plan(root: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Outcome:
-    """The plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data."""
-    search = _Search(root, forward, args, kwargs)
+def make_plan(root: nn.Module, forward: Forward, args: Any, kwargs: Any, anchor_every: int | None = None) -> Outcome:
+    """The plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
+
+    Its regions keep the cut before every `anchor_every` couplings.
+    """
+    search = _Search(root, forward, args, kwargs, anchor_every)
     try:
         return search.run()
     except Untraceable as e:
@@ -116,7 +119,8 @@ def make_plan(root: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Outc
 class _Search:
     """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
 
-    def __init__(self, root: nn.Module, forward: Forward, args: Any, kwargs: Any) -> None:
+    def __init__(self, root: nn.Module, forward: Forward, args: Any, kwargs: Any, anchor_every: int | None) -> None:
+        self.anchor_every = anchor_every
         self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
         self.modules = dict(root.named_modules(remove_duplicate=True))
         self.closed: set[str] = set()
@@ -221,7 +225,7 @@ class _Search:
         state = [(m, names, fingerprint.attributes(m, names)) for m, names in readers]
         return Plan(
             lowered, captured, segments(lowered.program, regions),
-            {r.start: RegionPlan(lowered.program, r) for r in regions},
+            {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple((t, _torch.version(t), t.data_ptr(), m, name) for t, m, name in guarded), tuple(tied), tuple(state),
             (outside, outside.state()),

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from revfx import rules
 from revfx.block import RevBlock
 from revfx.convert import Reversible
+from revfx.drift import Drift as Drift, drift as drift
 from revfx.errors import RevfxError
 from revfx.inspection import directions, relative_error as relative_error, round_trip
 from revfx.mode import store_activations as store_activations

@@ -1,0 +1,77 @@
+"""Checks for models under suspicion: slow, and they keep what revfx is there to free."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from revfx.errors import RegenerationError
+from revfx.executor import RegionRun
+from revfx.inspection import Originals, relative_error, watched
+from revfx.passes.closure import Derivation, Forward
+
+
+@contextlib.contextmanager
+def check_regeneration(rtol: float | None = None) -> Generator[None]:
+    """A context whose forwards keep every value of a region, and whose backwards compare each regenerated one with it.
+
+    The backward may come later. What this finds: an f that does not compute the same when it is run again, a rule of
+    the user's that is no inverse, a write in place that nothing saw. It is for `convert`, `rev_block` and `RevBlock` in
+    eager mode.
+
+    Args:
+        rtol: the largest norm of a difference, relative to the norm; default: the square root of the dtype's eps, of
+            the narrowest dtype that autocast makes in the region.
+
+    Raises:
+        RegenerationError: in the backward, at the first value that is off by more: it names the value, the layer, the
+            operation and the user's file and line.
+    """
+    with watched(lambda run: _Checks(rtol)):
+        yield
+
+
+class _Checks(Originals):
+    def __init__(self, rtol: float | None) -> None:
+        super().__init__()
+        self.rtol = rtol
+
+    def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
+        """None; compares."""
+        before = self.values.get(value)
+        if before is None:
+            return
+        if before.shape != tensor.shape or before.dtype != tensor.dtype:
+            what = f"is {tensor.dtype}{list(tensor.shape)} and was {before.dtype}{list(before.shape)}"
+            raise RegenerationError(_text(run, derivation, value, what))
+        if not (before.is_floating_point() or before.is_complex()):
+            if not torch.equal(before, tensor):
+                raise RegenerationError(_text(run, derivation, value, "is not what it was"))
+            return
+        limit = self.rtol if self.rtol is not None else _eps(run, before) ** 0.5
+        finite = before.isfinite()
+        error = relative_error(tensor[finite], before[finite])
+        if not error <= limit or not torch.equal(tensor[~finite].nan_to_num(), before[~finite].nan_to_num()):
+            raise RegenerationError(_text(run, derivation, value, f"is off by {error:.1e} (relative)"))
+
+
+def _eps(run: RegionRun, t: Tensor) -> float:
+    dtypes = [t.dtype, *(dtype for _, enabled, dtype in run.autocast if enabled)]
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _text(run: RegionRun, derivation: Derivation, value: int, what: str) -> str:
+    op, call = run.program.ops[derivation.op], run.calls[derivation.op]
+    step = run.plan.step_of[derivation.op]
+    how = (
+        f"running `{call.name}` again: it draws, counts or reads something that revfx does not put back"
+        if isinstance(derivation, Forward)
+        else f"solving `{derivation.arc.text or op.name}`: its rule is no inverse, or what it reads was written to"
+    )
+    return (
+        f"`{run.program.values[value].name}`, regenerated in step {step} of {len(run.region.steps)} at"
+        f" {op.where or 'an unknown place'}, {what}, after {how}."
+    )
