@@ -74,9 +74,9 @@ class Drift:
             RevfxError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+            from matplotlib.figure import Figure
         except ImportError as e:
-            raise RevfxError("`Drift.plot` needs matplotlib: pip install matplotlib") from e
+            raise RevfxError("`Drift.plot` needs matplotlib: pip install 'revfx[viz]'") from e
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="step, from the last one to the first", yscale="log")
         axes.set_ylabel("relative error of the regenerated value")
