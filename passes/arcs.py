@@ -15,10 +15,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
+from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import masked_arcs
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, no_new_guards, same_shape
-from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, op_name, rule_for, why_none
+from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, nothing, op_name, rule_for, why_none
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,22 @@ def lower(
     graph: fx.Graph,
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
+    exact: bool = False,
 ) -> Lowered:
-    """The program of a graph whose nodes carry fake results in `meta["val"]`.
+    """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
-    contain the node), `where` (the user's file and line), `atoms`, `constant` and `facts`. A node whose result is a
+    contain the node), `where` (the user's file and line), `atoms`, `constant`, `facts`, `grid`, `kept` and `directions`
+    (what its rule would yield). A node whose result is a
     tuple and the getitem nodes that take it apart become one operation with several outputs.
     """
-    return _Lowering(graph, module_of, sources).run()
+    lowered = _Lowering(graph, module_of, sources).run()
+    if not exact:
+        return lowered
+    ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
+    return replace(lowered, program=replace(lowered.program, ops=tuple(ops)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +141,13 @@ class _Lowering:
         nbytes = node.meta.get("storage_nbytes", None)
         nbytes = as_number(val.numel()) * val.element_size() if nbytes is None else nbytes
         index = self.index[node] = len(self.values)
-        self.values.append(Value(node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given))
+        meta = node.meta
+        self.values.append(
+            Value(
+                node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given,
+                grid=meta.get("grid"), kept=meta.get("kept", False),
+            )
+        )  # fmt: skip
         self.value_nodes.append(node)
         return index
 
@@ -156,10 +169,10 @@ class _Lowering:
                     refused[self.index[solved]] = arc
                 else:
                     arcs.append(arc)
-        rule = self._rule(node)
+        unknown = self._rule(node) is None and "directions" not in node.meta
         name = str(node.target) if node.op == "call_module" else op_name(node.target)
         solved = {a.head for a in arcs}
-        if rule is None:
+        if unknown:
             refused = {v: f"`{name}` {why_none(name)}" for v in ins if not self.values[v].source}
         return Op(
             name=name,
@@ -169,7 +182,8 @@ class _Lowering:
             refused=tuple((v, r) for v, r in refused.items() if v not in solved),
             where=node.meta.get("where", ""),
             barrier=node.meta.get("barrier"),
-            opaque=rule is None or node.op == "call_module",
+            opaque=unknown or node.op == "call_module",
+            moves=_moves(self._directions(node)),
         )
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
@@ -191,7 +205,7 @@ class _Lowering:
         if isinstance(factor, str):
             return factor
         constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
-        barred, atoms = None, NONE if inverse.exact else self.atoms[inverse.solves]
+        barred, atoms = None, NONE if inverse.exact or inverse.grid else self.atoms[inverse.solves]
         if atoms == CERTAIN:
             barred = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
         return Arc(
@@ -204,7 +218,30 @@ class _Lowering:
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
             if inverse.exact else None,
+            coupling=self._coupling(node, inverse, given), grid=inverse.grid,
         )  # fmt: skip
+
+    def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
+        """The exact form of an operation that is solved for one operand, or why there is none."""
+        if inverse.exact or inverse.rest is None or node.op == "call_module":
+            return "its rule does not say what the operation adds"
+        constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
+        rest = None if inverse.rest is nothing else _filled_rest(inverse.rest, constants)
+        factor, reciprocal, name = inverse.factor, inverse.reciprocal, op_name(node.target)
+        if isinstance(factor, complex):
+            return "its factor is complex"
+        if factor is None or not isinstance(factor, fx.Node):
+            scale = 1.0 if factor is None else float(1 / factor if reciprocal else factor)
+            made = Coupling(name, 0, rest, scale, least=abs(scale))
+        else:
+            interval = self.bounds.get(factor, UNKNOWN)
+            least = 1 / interval.most if reciprocal else interval.least
+            if least == 0:
+                return f"its factor `{factor.name}` has no known lower bound"
+            made = Coupling(name, 0, rest, by=given.index(factor), reciprocal=reciprocal, least=least)
+        if made.bits > MOST_BITS:
+            return f"its factor may be as small as {made.least:.1e}; at most {MOST_BITS} bits per element are kept"
+        return made
 
     def _factor(self, inverse: Inverse) -> _Factor | str:
         """What the solved operand was multiplied by, or why it may be zero."""
@@ -264,6 +301,8 @@ class _Lowering:
 
     def _directions(self, node: fx.Node) -> list[Direction]:
         """What the node's rule yields; nothing where that depends on a size that is not fixed."""
+        if "directions" in node.meta:
+            return list(node.meta["directions"])
         if node not in self.directions:
             self.directions[node] = []
             rule = self._rule(node)
@@ -293,6 +332,18 @@ def _filled(by: Callable[..., Tensor], constants: dict[int, Any]) -> Callable[..
         return by(y, *(constants[i] if i in constants else next(rest) for i in range(len(given) + len(constants))))
 
     return solve
+
+
+def _filled_rest(rest: Callable[..., Any], constants: dict[int, Any]) -> Callable[..., Any]:
+    filled = _filled(lambda _, *given: rest(*given), constants)
+    return lambda *given: filled(None, *given)
+
+
+def _moves(directions: list[Direction]) -> bool:
+    """Whether an operation's rule only moves elements of its operands."""
+    return bool(directions) and all(
+        isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions
+    )
 
 
 def _exact_cover(ranges: list[range], size: int) -> list[int] | None:

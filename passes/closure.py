@@ -46,7 +46,8 @@ class Closure:
         self.order: list[Derivation] = []
 
     def __contains__(self, value: int) -> bool:
-        return value in self._known or self._program.values[value].source
+        v = self._program.values[value]
+        return value in self._known or v.source or v.kept
 
     def add(self, index: int) -> list[int]:
         """The values that become known, in order, when operation `index` is added."""

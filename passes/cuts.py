@@ -23,7 +23,8 @@ class Step:
     """Operations start..stop-1, the live values before (`entry`) and after (`exit`), and how to go from exit to entry.
 
     `derive` lists derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs.
-    `saved` values can't be trusted to a rounding inverse and are kept. `arcs` are the inverses that reach the entry.
+    `saved` values are kept: those that can't be trusted to a rounding inverse, and what an exact one needs. `arcs` are
+    the inverses that reach the entry.
     """
 
     start: int
@@ -109,6 +110,7 @@ def _step(
         closure = Closure(program, (*exit, *side, *saved), trusted=True)
         for index in range(stop - 1, start - 1, -1):
             closure.add(index)
+    saved += tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
     derive = tuple(closure.order)
     arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
     return Step(start, stop, entry, exit, saved, derive, arcs)

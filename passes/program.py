@@ -13,6 +13,8 @@ from functools import cached_property
 
 import torch
 
+from revfx.passes.grid import Coupling
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -22,6 +24,7 @@ class Value:
     the value lives in, so views of one tensor share it. `written` says that an operation outside any region writes to
     that memory later. `given` marks what lives in the memory
     of the program's own inputs or of a source. `nbytes` is the size of the whole memory that a value keeps alive.
+    `grid`: it is a multiple of 2^-grid. `kept` values are not derived but held for the backward, where they are made.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Value:
     source: bool = False
     given: bool = False
     written: bool = False
+    grid: int | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,8 @@ class Arc:
     `partial`: the result holds other elements as well, so it may have atoms where the head has none.
     Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
     `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: a value, and what its
-    elements must be (see `revfx.passes.facts`).
+    elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
+    for bit, or why there is none; `grid` says that the arc is the inverse of one.
     """
 
     head: int
@@ -63,6 +69,8 @@ class Arc:
     least: float = 1.0
     typical: float = 1.0
     assumes: tuple[int, str] | None = None
+    coupling: Coupling | str = "its rule does not say what the operation adds"
+    grid: bool = False
 
     @property
     def amplification(self) -> float:
@@ -75,7 +83,8 @@ class Op:
     """One operation: the values it reads and makes, its inverse arcs, and why each operand lacks one.
 
     `barrier` says why no region may contain it (None: it may). `opaque` operations are re-run under the full
-    protocol (random state, buffers, saved tensors); the others are plain arithmetic or layout.
+    protocol (random state, buffers, saved tensors); the others are plain arithmetic or layout. Of those, one that
+    `moves` gives elements of its operands, up to their sign, and nothing else.
     """
 
     name: str
@@ -86,6 +95,7 @@ class Op:
     where: str = ""
     barrier: str | None = None
     opaque: bool = True
+    moves: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,8 +156,8 @@ class Program:
         return constant
 
     def data(self, values: Sequence[int]) -> list[int]:
-        """Those of `values` that are not sources, in order, each once."""
-        return [v for v in dict.fromkeys(values) if not self.values[v].source]
+        """Those of `values` that are neither sources nor kept, in order, each once."""
+        return [v for v in dict.fromkeys(values) if not (self.values[v].source or self.values[v].kept)]
 
     def nbytes(self, values: Sequence[int]) -> int:
         """Bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at all."""

@@ -55,15 +55,18 @@ class Walk:
     stuck: Stuck
 
 
-def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
-    """The regions of a program in order, and the stuck points between them (nearest the end first)."""
+def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
+    """The regions of a program in order, and the stuck points between them (nearest the end first).
+
+    A region must free more bytes than it keeps, unless `all_pay` says that this is known.
+    """
     regions: list[Region] = []
     stuck: list[Stuck] = []
     stop, retries = len(program.ops), RETRIES
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
     while stop > 0:
         walk = _walk(program, stop, tuple(live))
-        region = _region(program, walk)
+        region = _region(program, walk, all_pay)
         if walk.stuck.stop > 0:
             stuck.append(walk.stuck)
         if region is not None:
@@ -154,8 +157,10 @@ def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int])
     return known
 
 
-def _region(program: Program, walk: Walk) -> Region | None:
-    """The region that a walk found, trimmed of steps that invert nothing at both ends; None where it would not pay."""
+def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
+    """The region that a walk found, trimmed of steps that invert nothing at both ends; None where it would not pay, if
+    that is not known already.
+    """
     steps = list(reversed(walk.steps))
     trusted = [i for i, s in enumerate(steps) if s.inverts]
     if not trusted:
@@ -171,8 +176,8 @@ def _region(program: Program, walk: Walk) -> Region | None:
     kept_storage = {program.values[v].storage for v in kept}
     freed = [_made(program, s, kept_storage) for s in steps]
     kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
-    if freed_bytes - max(freed) <= kept_bytes:  # one step is alive at a time: that much plain checkpointing saves too
-        return None
+    if not pays and freed_bytes - max(freed) <= kept_bytes:
+        return None  # one step is alive at a time: that much plain checkpointing saves too
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
 
 

@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from revfx.block_compiled import compiled_chain
 from revfx.calls import Call, Slot
-from revfx.executor import RegionPlan, run_region
-from revfx.mode import runs_plain
+from revfx.executor import RegionPlan, run_region, store_region
+from revfx.mode import can_store, runs_plain
+from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
 from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, climb
@@ -41,6 +42,7 @@ def rev_block(
     g_side_input: Any = None,
     is_training: bool = True,
     *,
+    exact: bool | int = False,
     anchor_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
@@ -58,12 +60,16 @@ def rev_block(
         f_side_input, g_side_input: None, or anything (usually a list) that f (g) gets as its second argument in every
             layer; tensors in it may need gradients. Empty containers count as None.
         is_training: False computes the same with ordinary autograd storage.
+        exact: round x1, x2 and what f and g return to multiples of 2^-14 (2^-k for `exact=k`), in float32 where the
+            streams are in half precision, so that the backward computes the very bits back: gradients are then bitwise
+            those of ordinary storage (`is_training=False`). Below 1024 (2^(24-k)) only, in float32. See `convert`.
         anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
             grows with num_layers / anchor_every, and rounding only from one to the next.
 
     Raises:
-        ValueError: `anchor_every` is not positive; a sequence of the wrong length; f or g changes the shape, dtype or
-            device of its stream.
+        RangeError: with `exact`, a stream leaves the range of the grid, or is not finite.
+        ValueError: a wrong `exact` or `anchor_every`; a sequence of the wrong length; f or g changes the shape, dtype
+            or device of its stream.
         TypeError: x1 or x2 is not floating point while a gradient is needed.
         NotReversibleError: f or g writes to its input in place.
     """
@@ -71,18 +77,44 @@ def rev_block(
     sides = (_side(f_side_input), _side(g_side_input))
     _check_streams(x1, x2, layers, sides)
     checked_every(anchor_every)
-    if num_layers == 0:
-        return x1, x2
-    leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
+    k = checked_exact(exact)
     floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
-    if torch.compiler.is_compiling() and is_training and floating:
-        return compiled_chain(x1, x2, layers, sides, _plain, anchor_every)
-    if torch.compiler.is_compiling() or not is_training or not floating or runs_plain((x1, x2, *leaves)):
+    if num_layers == 0 or not floating:
         return _plain(x1, x2, layers, sides)
+    if k is None:
+        return _chain(x1, x2, layers, sides, is_training, None, anchor_every)
+    dtypes = x1.dtype, x2.dtype
+    layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
+    y1, y2 = _chain(to_grid(x1, k), to_grid(x2, k), layers, sides, is_training, k, anchor_every)
+    return y1.to(dtypes[0]), y2.to(dtypes[1])
+
+
+def _chain(
+    x1: Tensor,
+    x2: Tensor,
+    layers: list[tuple[Function, Function]],
+    sides: tuple[Any, Any],
+    is_training: bool,
+    k: int | None,
+    anchor_every: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(y1, y2), with streams on the grid 2^-k where k is given."""
+    if torch.compiler.is_compiling():
+        if is_training and k is None:
+            return compiled_chain(x1, x2, layers, sides, _plain, anchor_every)
+        return _plain(x1, x2, layers, sides, k)
+    leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
+    plain = not is_training or runs_plain((x1, x2, *leaves))
+    if plain and (k is None or not can_store((x1, x2, *leaves))):
+        return _plain(x1, x2, layers, sides, k)
     side_tensors, side_slots = _number_sides(sides, first=2)
-    plan = _plan(num_layers, _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), anchor_every)
+    plan = _plan(len(layers), _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), k, anchor_every)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
-    run_region(plan, _calls(layers, side_slots, len(env)), env)
+    calls = _calls(layers, side_slots, len(env), k)
+    if plain:
+        store_region(plan, calls, env)
+    else:
+        run_region(plan, calls, env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
 
@@ -98,12 +130,15 @@ class RevBlock(nn.Module):
             re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of `num_layers`
             modules or functions, used as it is; or a function of x without weights, used in every layer.
         num_layers: the number of couplings.
-        anchor_every: see `rev_block`.
+        exact, anchor_every: see `rev_block`. An exact block's `inverse` gives x1 and x2 back as they were rounded, bit
+            for bit, unless they are in half precision.
     """
 
-    def __init__(self, f: Any, g: Any, num_layers: int = 1, *, anchor_every: int | None = None) -> None:
+    def __init__(
+        self, f: Any, g: Any, num_layers: int = 1, *, exact: bool | int = False, anchor_every: int | None = None
+    ) -> None:
         super().__init__()
-        self.num_layers, self.anchor_every = num_layers, checked_every(anchor_every)
+        self.num_layers, self.exact, self.anchor_every = num_layers, checked_exact(exact), checked_every(anchor_every)
         self.f = _per_layer("f", f, num_layers)
         self.g = _per_layer("g", g, num_layers)
 
@@ -111,23 +146,28 @@ class RevBlock(nn.Module):
         self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
         """(y1, y2); see `rev_block`."""
-        sides, every = (f_side_input, g_side_input), self.anchor_every
-        return rev_block(x1, x2, self.f, self.g, self.num_layers, *sides, anchor_every=every)
+        sides, exact = (f_side_input, g_side_input), False if self.exact is None else self.exact
+        every = self.anchor_every
+        return rev_block(x1, x2, self.f, self.g, self.num_layers, *sides, exact=exact, anchor_every=every)
 
     def inverse(
         self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
         """(x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, with ordinary storage."""
         f_side, g_side = _side(f_side_input), _side(g_side_input)
-        for layer in reversed(range(self.num_layers)):
-            y2 = _couple(y2, _apply(self.g[layer], y1, g_side), "g", layer, sign=-1)
-            y1 = _couple(y1, _apply(self.f[layer], y2, f_side), "f", layer, sign=-1)
-        return y1, y2
+        layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.exact
+        if k is not None:
+            y1, y2 = to_grid(y1, k), to_grid(y2, k)
+            layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
+        for layer, (f, g) in reversed(list(enumerate(layers))):
+            y2 = _couple(y2, _apply(g, y1, g_side), "g", layer, k, sign=-1)
+            y1 = _couple(y1, _apply(f, y2, f_side), "f", layer, k, sign=-1)
+        return y1.to(dtypes[0]), y2.to(dtypes[1])
 
     def extra_repr(self) -> str:
         """The number of couplings, for `print`."""
-        anchors = "" if self.anchor_every is None else f", anchor_every={self.anchor_every}"
-        return f"num_layers={self.num_layers}{anchors}"
+        given = {"exact": self.exact, "anchor_every": self.anchor_every}
+        return ", ".join([f"num_layers={self.num_layers}", *(f"{n}={v}" for n, v in given.items() if v is not None)])
 
 
 # --- arguments
@@ -216,8 +256,26 @@ def _apply(function: Function, x: Tensor, side: Any) -> Tensor:
     return function(x) if side is None else function(x, side)
 
 
-def _couple(x: Tensor, h: Any, name: str, layer: int, sign: int = 1) -> Tensor:
-    """`x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype."""
+def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
+    """`function` as it is outside of an exact block: of a stream of dtype `reads`, added to one of dtype `adds`."""
+    if carrier(reads) == reads and carrier(adds) == adds:
+        return function
+    return functools.partial(_narrowed, function, reads, adds)
+
+
+def _narrowed(function: Function, reads: torch.dtype, dtype: torch.dtype, x: Tensor, *side: Any) -> Any:
+    h: Any = function(x.to(reads), *side)
+    if isinstance(h, Tensor) and torch.promote_types(h.dtype, dtype) != dtype:
+        raise ValueError(
+            f"a function of a coupling returned {h.dtype} for a stream of {dtype}: it must keep the dtype."
+        )
+    return h
+
+
+def _couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign: int = 1) -> Tensor:
+    """`x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype; h is rounded to
+    the grid 2^-k where k is given.
+    """
     if not isinstance(h, Tensor):
         raise TypeError(f"`{name}` of layer {layer} returned a {type(h).__name__}; it must return one tensor.")
     if h.shape != x.shape:
@@ -232,15 +290,16 @@ def _couple(x: Tensor, h: Any, name: str, layer: int, sign: int = 1) -> Tensor:
             f"`{name}` of layer {layer} returned {h.dtype}, which would turn its stream from {x.dtype} into"
             f" {torch.promote_types(h.dtype, x.dtype)}: a coupling must keep the dtype."
         )
+    h = h if k is None else to_grid(h, k)
     return x + h if sign > 0 else x - h
 
 
 def _plain(
-    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any]
+    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any], k: int | None = None
 ) -> tuple[Tensor, Tensor]:
     for layer, (f, g) in enumerate(layers):
-        x1 = _couple(x1, _apply(f, x2, sides[0]), "f", layer)
-        x2 = _couple(x2, _apply(g, x1, sides[1]), "g", layer)
+        x1 = _couple(x1, _apply(f, x2, sides[0]), "f", layer, k)
+        x2 = _couple(x2, _apply(g, x1, sides[1]), "g", layer, k)
     return x1, x2
 
 
@@ -267,31 +326,36 @@ def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]
     return tensors, slots
 
 
-def _add_arcs(x: int, h: int, y: int, text: str, given: bool) -> tuple[Arc, ...]:
+def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> tuple[Arc, ...]:
     barred = "the block's input is kept anyway" if given else None
-    return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, suspect=not given, text=text),)
+    if k is None:
+        return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, suspect=not given, text=text),)
+    solve = Coupling("add", k, rest=lambda h: h).inverse
+    return (Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=True),)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int], anchor_every: int | None) -> RegionPlan:
+def _plan(
+    num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int], k: int | None, anchor_every: int | None
+) -> RegionPlan:
     """The plan of a whole chain; depends on shapes and dtypes alone, so it is made once."""
-    values = [Value(n, *m, storage=i, given=True) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
-    for k in range(sum(sides)):
-        values.append(Value(f"side_{k}", (), torch.float32, 0, storage=len(values), source=True))
+    values = [Value(n, *m, storage=i, given=True, grid=k) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
+    for i in range(sum(sides)):
+        values.append(Value(f"side_{i}", (), torch.float32, 0, storage=len(values), source=True))
     side = (tuple(range(2, 2 + sides[0])), tuple(range(2 + sides[0], 2 + sum(sides))))
     ops: list[Op] = []
     streams, metas = [0, 1], (x1, x2)
     for layer in range(num_layers):
-        for k, name in enumerate("fg"):
-            x, other = streams[k], streams[1 - k]
+        for i, name in enumerate("fg"):
+            x, other = streams[i], streams[1 - i]
             h, y = len(values), len(values) + 1
-            values.append(Value(f"{name}{layer}", *metas[k], storage=h))
-            values.append(Value(f"y{k + 1}_{layer}", *metas[k], storage=y))
+            values.append(Value(f"{name}{layer}", *metas[i], storage=h))
+            values.append(Value(f"y{i + 1}_{layer}", *metas[i], storage=y, grid=k))
             where = f"layer {layer}"
-            ops.append(Op(f"{name}[{layer}]", (other, *side[k]), (h,), where=where))
-            arcs = _add_arcs(x, h, y, f"x{k + 1} <- y{k + 1} - {name}{layer}", given=layer == 0)
+            ops.append(Op(f"{name}[{layer}]", (other, *side[i]), (h,), where=where))
+            arcs = _add_arcs(x, h, y, f"x{i + 1} <- y{i + 1} - {name}{layer}", layer == 0, k)
             ops.append(Op("add", (x, h), (y,), arcs, where=where, opaque=False))
-            streams[k] = y
+            streams[i] = y
     program = Program(tuple(values), tuple(ops), (streams[0], streams[1]))
     steps, _ = climb(program, len(ops), (streams[0], streams[1]), frozenset())
     steps.reverse()
@@ -300,15 +364,15 @@ def _plan(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int], anchor_ev
     return RegionPlan(program, region, anchor_every=anchor_every and 2 * anchor_every)  # f's and g's step
 
 
-def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int) -> list[Call]:
+def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int, k: int | None) -> list[Call]:
     calls: list[Call] = []
     streams, at = [0, 1], first
     for layer, pair in enumerate(layers):
-        for k, function in enumerate(pair):
-            name = "fg"[k]
-            args = (Slot(streams[1 - k]),) if slots[k] is None else (Slot(streams[1 - k]), slots[k])
+        for i, function in enumerate(pair):
+            name = "fg"[i]
+            args = (Slot(streams[1 - i]),) if slots[i] is None else (Slot(streams[1 - i]), slots[i])
             calls.append(Call(f"{name} of layer {layer}", function, args))
-            calls.append(Call(f"add of layer {layer}", _couple, (Slot(streams[k]), Slot(at), name, layer)))
-            streams[k] = at + 1
+            calls.append(Call(f"add of layer {layer}", _couple, (Slot(streams[i]), Slot(at), name, layer, k)))
+            streams[i] = at + 1
             at += 2
     return calls

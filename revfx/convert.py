@@ -19,7 +19,8 @@ from revfx import _torch, fingerprint
 from revfx.ambient import ambient_state
 from revfx.convert_dynamo import Compiled
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
-from revfx.mode import runs_plain, storing
+from revfx.mode import can_store, runs_plain, storing
+from revfx.passes.grid import checked_exact
 from revfx.passes.plan import checked_every
 from revfx.planning import Outcome, Plan, make_plan
 
@@ -33,7 +34,7 @@ def convert(
     *,
     capture: str = "auto",
     strict: bool = False,
-    exact: bool = False,
+    exact: bool | int = False,
     anchor_every: int | None = None,
 ) -> nn.Module:
     """A module that computes what `model` does, with activation memory that does not grow with depth in its regions.
@@ -56,7 +57,12 @@ def convert(
             record, "dynamo" if a region lies in the root's own code, else "fx" for its sub-modules.
         strict: raise for every part that is left as it was, rather than leave it; where `torch.compile` captures, raise
             if nothing reversible is found in any graph, after the first call.
-        exact: not available yet.
+        exact: make the regenerated activations those of the forward, bit for bit, and the gradients those of plain
+            autograd over that forward: in regions what a coupling adds, and the streams that enter, are rounded to
+            multiples of 2^-14 (2^-k for `exact=k`), which float32 has room for up to 1024 (2^(24-k)); beyond, and for
+            numbers that are not finite, a RangeError is raised. Gradients pass through the rounding unchanged. Streams
+            in half precision are carried in float32. Additive couplings keep nothing for it; momentum, and factors
+            bounded from below by m, keep ceil(log2(ceil(1/m))) bits per element and coupling; others are refused.
         anchor_every: keep the activations before every so many couplings of a region as well (each line such as
             `x = x + f(y)` is one), from which the backward goes on: memory then grows with depth / anchor_every, and
             rounding only from one anchor to the next. None: only where rounding demands it.
@@ -76,9 +82,9 @@ def convert(
         raise ValueError(f"`capture={capture!r}` is not known; use 'auto', 'fx' or 'dynamo'.")
     if capture == "dynamo" and example_inputs is not None:
         raise ValueError("`capture='dynamo'` captures the first real call; leave `example_inputs` out.")
-    if exact:
-        raise NotImplementedError("`exact=True` is not available in this version; leave it out.")
-    options = Options(capture, strict, anchor_every=checked_every(anchor_every))
+    options = Options(capture, strict, anchor_every=checked_every(anchor_every), exact=checked_exact(exact))
+    if options.exact is not None and capture == "dynamo":
+        raise NotImplementedError("`exact` is not available for `capture='dynamo'` in this version.")
     if isinstance(model, Reversible):
         return model
     converted = _reversible(model, options)
@@ -96,6 +102,7 @@ class Options:
     strict: bool
     part: bool = False
     anchor_every: int | None = None
+    exact: int | None = None
 
 
 class Conversion:
@@ -154,7 +161,8 @@ class Conversion:
             if outcome is None:
                 if sum(len(o) for o in self.outcomes.values()) >= MOST_PLANS:
                     return Outcome(None, (Refusal(f"called in more than {MOST_PLANS} ways", type(model).__name__, ""),))
-                outcome = make_plan(model, self.forward(model), args, kwargs, self.options.anchor_every)
+                options = self.options
+                outcome = make_plan(model, self.forward(model), args, kwargs, options.anchor_every, options.exact)
                 self._report(model, outcome)
                 self.outcomes.setdefault(key, []).append((fingerprint.attributes(model), outcome))
             return outcome
@@ -196,7 +204,8 @@ class Conversion:
 
     def _tries_compiled(self) -> bool:
         """Whether `torch.compile` may capture what could not be recorded; it is asked once."""
-        return self.options.capture == "auto" and not self.compiled_tried and not _torch.fsdp_in_use()
+        captures = self.options.capture == "auto" and self.options.exact is None
+        return captures and not self.compiled_tried and not _torch.fsdp_in_use()
 
     def _compile(self, model: nn.Module) -> Compiled:
         self.compiled_tried = True
@@ -232,7 +241,8 @@ class Conversion:
             return forward(*args, **kwargs)
         leaves, _ = pytree.tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        store, plain = storing(), runs_plain(tensors)
+        plain = runs_plain(tensors)
+        store = plain and (storing() or (self.options.exact is not None and can_store(tensors)))
         if (plain and not store) or _torch.has_global_module_hooks():
             return forward(*args, **kwargs)
         if self.options.capture == "dynamo" and self.compiled is None:

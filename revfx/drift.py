@@ -119,7 +119,6 @@ def _of_region(region: int, run: RegionRun, originals: Env) -> list[StepDrift]:
     """By value of each cut, the last cut first."""
     found: list[StepDrift] = []
     known: Env = {}
-    run.samples.clear()  # the error is what is asked for, however large
     for number in range(len(run.region.steps) - 1, -1, -1):
         step, kept = run.region.steps[number], number in run.kept_cuts
         known = run.invert(number, run.kept_cuts.get(number + 1, known))

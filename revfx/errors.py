@@ -27,6 +27,10 @@ class RegenerationError(RevfxError):
     """A value that the backward needs can't be computed again as it was: it raises, rather than hand back another."""
 
 
+class RangeError(RevfxError):
+    """A value of an exact forward has no place on its grid: it is too large, or not finite."""
+
+
 class RevfxWarning(UserWarning):
     """A model, or a part of it, is left as it was; the text says which part and why."""
 

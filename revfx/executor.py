@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch, numerics
 from revfx.calls import Call
-from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
+from revfx.checks import Checksums, Ranges, Samples
+from revfx.errors import NotReversibleError, RegenerationError
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.plan import Instruction, asked_for, schedule
 from revfx.passes.program import Program
@@ -118,7 +118,7 @@ class RegionRun:
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
         self.versions: list[tuple[int, Tensor, int]] = []
-        self.samples: dict[int, dict[int, Tensor]] = {}
+        self.ranges, self.checksums, self.samples = Ranges(program), Checksums(program), Samples(program)
         watch = watching.get()
         self.watch = watch(self) if watch is not None else None
         device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
@@ -153,8 +153,11 @@ class RegionRun:
                 if anchored:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
                 lower = {v: env[v] for v in step.entry} if numerics.measures(step) else {}
+                mine = {v: env[v] for v in step.entry if v not in self.kept}
                 if numerics.is_checked(number, len(region.steps)):
-                    self.samples[number] = {v: numerics.sample(env[v]) for v in step.entry if v not in self.kept}
+                    self.samples.note(number, mine)
+                if number - 1 in self.kept_cuts:  # the last one of a stretch to come back
+                    self.checksums.note(number, mine)
                 for index in range(step.start, step.stop):
                     outs = self._call(index, env)
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
@@ -179,9 +182,11 @@ class RegionRun:
                 for a in step.arcs:
                     if a.measured and last[int(a.factor or 0)] < step.stop:
                         env.pop(int(a.factor or 0), None)
+        self.ranges.close()
 
     def _note(self, v: int, t: Tensor) -> None:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
+        self.ranges.note(v, t)
         if self.watch is not None:
             self.watch.made(self, v, t)
 
@@ -315,7 +320,10 @@ class RegionRun:
                 )
 
     def _where(self) -> str:
-        return f"at {self.program.ops[self.region.start].where or 'an unknown place'}"
+        return f"at {self._place(0)}"
+
+    def _place(self, step: int) -> str:
+        return self.program.ops[self.region.steps[step].start].where or "an unknown place"
 
     def _regenerate(self, step: int) -> None:
         """Makes the values and captures of `step`, from the regenerated cut above it or the nearest kept one."""
@@ -332,6 +340,7 @@ class RegionRun:
                 self.values = {}
                 for s in range(above - 1, step - 1, -1):
                     known = self._run_step(s, known, replay=False, target=s == step)
+                    self._compare(s)
         except BaseException:
             self.active, self.values, self.captures = None, {}, {}
             raise
@@ -359,29 +368,15 @@ class RegionRun:
             for instruction in instructions:
                 self._execute(instruction, env)
         self.values = {v: env[v] for v in wanted}
-        if not replay:
-            self._check_drift(number)
         return self.values
 
-    def _check_drift(self, cut: int) -> None:
-        """None; warns, or raises, where the regenerated cut is not what it was, as far as a sample of it tells."""
+    def _compare(self, cut: int) -> None:
+        """None; warns, or raises, where the regenerated cut is not what it was."""
+        where = self._place(cut)
+        self.checksums.compare(cut, self.values, where)
         eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
-        for v, before in self.samples.get(cut, {}).items():
-            error = numerics.drift(self.values[v], before)
-            limit = numerics.DRIFT * max(eps, torch.finfo(before.dtype).eps) ** 0.5 if error else 0.0
-            if error <= limit:
-                continue
-            where = self.program.ops[self.region.steps[cut].start].where or "an unknown place"
-            text = (
-                f"`{self.program.values[v].name}`, regenerated for {where}, is off by {error:.1e} (relative): the"
-                f" functions of this region amplify rounding errors too much to be inverted in {before.dtype}. Use a"
-                " wider dtype for the streams, or keep the activations with `revfx.testing.store_activations()`."
-            )
-            if error > max(limit, numerics.GARBAGE):
-                raise RegenerationError(text)
-            if not self.plan.warned:
-                self.plan.warned = True
-                warnings.warn(text, RevfxWarning, stacklevel=2)
+        if self.samples.compare(cut, self.values, where, eps, warn=not self.plan.warned):
+            self.plan.warned = True
 
     def _execute(self, instruction: Instruction, env: Env) -> None:
         d = instruction.run
@@ -478,7 +473,11 @@ def _without_hooks() -> Generator[None]:
 
 def store_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
     """None; the same operations with ordinary autograd storage."""
-    region = plan.region
+    region, ranges = plan.region, Ranges(plan.program)
+    for v in region.entry:
+        ranges.note(v, env[v])
     for index in range(region.start, region.stop):
         for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
             env[v] = t
+            ranges.note(v, t)
+    ranges.close()

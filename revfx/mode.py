@@ -37,10 +37,9 @@ def runs_plain(inputs: Iterable[Tensor]) -> bool:
     """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, fake
     inputs.
     """
-    return (
-        not torch.is_grad_enabled()
-        or _storing.get()
-        or _torch.in_jit()
-        or _torch.in_functorch_transform()
-        or any(_torch.is_fake(t) for t in inputs)
-    )
+    return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
+
+
+def can_store(inputs: Iterable[Tensor]) -> bool:
+    """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func, tracers, fake inputs."""
+    return not (_torch.in_jit() or _torch.in_functorch_transform() or any(_torch.is_fake(t) for t in inputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from revfx.outside import Outside
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
 from revfx.passes.diagnose import diagnose
+from revfx.passes.exact import exact_regions, put_on_grid
 from revfx.passes.regions import Region, find_regions
 from revfx.passes.rewrite import Segment, segments, text
 from revfx.rules import has_rule, op_name
@@ -102,12 +103,19 @@ class Outcome:
     untraceable: bool = False
 
 
-def make_plan(root: nn.Module, forward: Forward, args: Any, kwargs: Any, anchor_every: int | None = None) -> Outcome:
+def make_plan(
+    root: nn.Module,
+    forward: Forward,
+    args: Any,
+    kwargs: Any,
+    anchor_every: int | None = None,
+    exact: int | None = None,
+) -> Outcome:
     """The plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
 
-    Its regions keep the cut before every `anchor_every` couplings.
+    Its regions keep the cut before every `anchor_every` couplings, and compute on the grid 2^-exact.
     """
-    search = _Search(root, forward, args, kwargs, anchor_every)
+    search = _Search(root, forward, args, kwargs, anchor_every, exact)
     try:
         return search.run()
     except Untraceable as e:
@@ -119,8 +127,10 @@ def make_plan(root: nn.Module, forward: Forward, args: Any, kwargs: Any, anchor_
 class _Search:
     """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
 
-    def __init__(self, root: nn.Module, forward: Forward, args: Any, kwargs: Any, anchor_every: int | None) -> None:
-        self.anchor_every = anchor_every
+    def __init__(
+        self, root: nn.Module, forward: Forward, args: Any, kwargs: Any, anchor_every: int | None, exact: int | None
+    ) -> None:
+        self.anchor_every, self.exact = anchor_every, exact
         self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
         self.modules = dict(root.named_modules(remove_duplicate=True))
         self.closed: set[str] = set()
@@ -139,6 +149,8 @@ class _Search:
         captured, lowered, regions, stuck = found
         reasons = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
         refusals = tuple(dict.fromkeys((*self.refusals.values(), *reasons)))
+        if regions and self.exact is not None:
+            captured, lowered, regions = self._on_grid(captured, lowered, regions, self.exact)
         if not regions:
             return Outcome(None, refusals)
         return Outcome(self._plan(captured, lowered, regions), refusals)
@@ -146,7 +158,19 @@ class _Search:
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
         captured = capture(self.root, self.forward, self.args, self.kwargs, opened)
         lowered = lower(captured.graph, self.modules.__getitem__)
-        return (captured, lowered, *find_regions(lowered.program))
+        if self.exact is None:
+            return (captured, lowered, *find_regions(lowered.program))
+        program, regions, stuck = exact_regions(lowered.program)
+        return captured, replace(lowered, program=program), regions, stuck
+
+    def _on_grid(
+        self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...], k: int
+    ) -> tuple[Capture, Lowered, tuple[Region, ...]]:
+        """The same forward with its regions on a grid."""
+        put_on_grid(lowered, regions, k, _insert)
+        outputs: Any = next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0]
+        lowered = lower(captured.graph, self.modules.__getitem__, exact=True)
+        return replace(captured, outputs=outputs), lowered, find_regions(lowered.program, all_pay=True)[0]
 
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
         """The whole sub-modules outside any region that may be opened."""
@@ -230,6 +254,17 @@ class _Search:
             tuple((t, _torch.version(t), t.data_ptr(), m, name) for t, m, name in guarded), tuple(tied), tuple(state),
             (outside, outside.state()),
         )  # fmt: skip
+
+
+def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:
+    """A new node that calls `function`, described as `like` is."""
+    vals = [a.meta["val"] for a in args]
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(function, tuple(args))
+    node.meta = {key: like.meta[key] for key in ("where", "scope", "ambient") if key in like.meta}
+    with torch.no_grad(), vals[0].fake_mode:
+        node.meta["val"] = function(*vals)
+    return node
 
 
 def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> Call:

@@ -41,7 +41,9 @@ class Inverse:
 
     `exact` inverses move or relabel elements and give the very bits; the others round. `factor` (a number or an
     operand) is what the solved operand was multiplied by, or divided by where `reciprocal`: it must not reach zero, and
-    rounding errors grow by its reciprocal.
+    rounding errors grow by its reciprocal. `rest` says what the operation adds to the product, as a function of `given`
+    (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
+    the inverse of such a form.
     """
 
     solves: Any
@@ -50,6 +52,8 @@ class Inverse:
     exact: bool = False
     factor: Any = None
     reciprocal: bool = False
+    rest: Callable[..., Any] | None = None
+    grid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,11 @@ def scaled(value: Tensor, alpha: float) -> Tensor:
     return value if alpha == 1 else alpha * value
 
 
+def nothing(*given: Any) -> float:
+    """The `rest` of an operation that only multiplies."""
+    return 0.0
+
+
 # --- arithmetic: y = a + alpha*b and its relatives
 @register_inverse(
     torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd,
@@ -186,8 +195,8 @@ def scaled(value: Tensor, alpha: float) -> Tensor:
 def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
-    yield Inverse(a, lambda y, b: y - scaled(b, alpha), (b,))
-    yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha)
+    yield Inverse(a, lambda y, b: y - scaled(b, alpha), (b,), rest=lambda b: scaled(b, alpha))
+    yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
 
 
 @register_inverse(
@@ -197,16 +206,16 @@ def add(node: fx.Node) -> Iterator[Direction]:
 def sub(node: fx.Node) -> Iterator[Direction]:
     """`y = a - alpha*b`; `a = y + alpha*b`, `b = (a - y)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
-    yield Inverse(a, lambda y, b: y + scaled(b, alpha), (b,))
-    yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=alpha)
+    yield Inverse(a, lambda y, b: y + scaled(b, alpha), (b,), rest=lambda b: scaled(b, -alpha))
+    yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
 
 
 @register_inverse(torch.rsub, "__rsub__", aten.rsub.Tensor, aten.rsub.Scalar)
 def rsub(node: fx.Node) -> Iterator[Direction]:
     """`y = b - alpha*a`; `a = (b - y)/alpha`, `b = y + alpha*a`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
-    yield Inverse(a, lambda y, b: b - y if alpha == 1 else (b - y) / alpha, (b,), factor=alpha)
-    yield Inverse(b, lambda y, a: y + scaled(a, alpha), (a,))
+    yield Inverse(a, lambda y, b: b - y if alpha == 1 else (b - y) / alpha, (b,), factor=-alpha, rest=lambda b: b)
+    yield Inverse(b, lambda y, a: y + scaled(a, alpha), (a,), rest=lambda a: scaled(a, -alpha))
 
 
 @register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default)
@@ -223,8 +232,8 @@ def neg(node: fx.Node) -> Iterator[Direction]:
 def mul(node: fx.Node) -> Iterator[Direction]:
     """`y = a*b`; `a = y/b`, `b = y/a`, each where the other factor is bounded away from zero."""
     a, b = arguments(node, "input", "other")
-    yield Inverse(a, lambda y, b: y / b, (b,), factor=b)
-    yield Inverse(b, lambda y, a: y / a, (a,), factor=a)
+    yield Inverse(a, lambda y, b: y / b, (b,), factor=b, rest=nothing)
+    yield Inverse(b, lambda y, a: y / a, (a,), factor=a, rest=nothing)
 
 
 @register_inverse(
@@ -237,21 +246,25 @@ def div(node: fx.Node) -> Iterator[Direction]:
     if rounding is not None:
         yield NoInverse(a, f"division with rounding_mode={rounding!r} loses the remainder")
         return
-    yield Inverse(a, lambda y, b: y * b, (b,), factor=b, reciprocal=True)
+    yield Inverse(a, lambda y, b: y * b, (b,), factor=b, reciprocal=True, rest=nothing)
 
 
 @register_inverse(torch.addcmul, "addcmul", "addcmul_", aten.addcmul.default)
 def addcmul(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b*c`; `a = y - value*b*c`."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
-    yield Inverse(a, lambda y, b, c: torch.addcmul(y, b, c, value=-value), (b, c))
+    yield Inverse(
+        a, lambda y, b, c: torch.addcmul(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b * c, value)
+    )
 
 
 @register_inverse(torch.addcdiv, "addcdiv", "addcdiv_", aten.addcdiv.default)
 def addcdiv(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b/c`; `a = y - value*b/c`."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
-    yield Inverse(a, lambda y, b, c: torch.addcdiv(y, b, c, value=-value), (b, c))
+    yield Inverse(
+        a, lambda y, b, c: torch.addcdiv(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b / c, value)
+    )
 
 
 @register_inverse(torch.lerp, "lerp", "lerp_", aten.lerp.Scalar, aten.lerp.Tensor)
@@ -262,8 +275,8 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
         yield NoInverse(a, "lerp with a tensor weight is not bounded away from zero")
         yield NoInverse(b, "lerp with a tensor weight is not bounded away from zero")
         return
-    yield Inverse(a, lambda y, b: (y - w * b) / (1 - w), (b,), factor=1 - w)
-    yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w)
+    yield Inverse(a, lambda y, b: (y - w * b) / (1 - w), (b,), factor=1 - w, rest=lambda b: w * b)
+    yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w, rest=lambda a: (1 - w) * a)
 
 
 @register_inverse(torch.where, "where", aten.where.self)

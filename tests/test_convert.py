@@ -304,8 +304,9 @@ def test_strict_and_wrong_arguments() -> None:
         revfx.convert(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`capture='dynamo!'` is not known"):
         revfx.convert(mlp(), capture="dynamo!")
-    with pytest.raises(NotImplementedError, match="exact"):
-        revfx.convert(mlp(), exact=True)
+    for wrong in (0, 23, 1.5, "yes"):
+        with pytest.raises(ValueError, match=r"`exact=.*` must be True, False, or the k of a grid"):
+            revfx.convert(mlp(), exact=wrong)  # type: ignore[arg-type]
     with pytest.raises(revfx.NotReversibleError, match="left as it was"):
         revfx.convert(mlp(), (torch.randn(2, D),), strict=True)
     converted = revfx.convert(Additive(2))

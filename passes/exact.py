@@ -1,0 +1,182 @@
+"""The exact forward of a graph: what its regions invert lies on a grid, so that the inverses give the very bits.
+
+A coupling `y = c*x + r` whose arc a region uses becomes a `Coupling` on the grid; whatever else such an arc starts from
+or gives, and no operation that only moves elements made, is rounded where it is made. Streams in half precision, which
+have no room for a grid, are carried in float32 and cast for all other readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from revfx.passes.arcs import Lowered
+from revfx.passes.closure import Invert
+from revfx.passes.cuts import Stuck
+from revfx.passes.facts import CASTS
+from revfx.passes.grid import Cast, Coupling, ToGrid, carrier
+from revfx.passes.program import Arc, Op, Program
+from revfx.passes.regions import Region, find_regions
+from revfx.rules import Inverse
+
+
+Insert = Callable[[fx.Node, Callable[..., Tensor], Sequence[fx.Node], fx.Node], fx.Node]
+
+
+def exact_regions(program: Program) -> tuple[Program, tuple[Region, ...], tuple[Stuck, ...]]:
+    """The program with those arcs only that can be undone bit for bit, its regions, and where the search got stuck.
+
+    Of each operation one arc that rounds is left at most: the one by which a region reaches its cuts.
+    """
+    possible = _restricted(program, lambda i, arc: _why_not(program, i, arc))
+    regions, stuck = find_regions(possible)
+    chosen: dict[int, Arc] = {}
+    for step in (s for r in regions for s in r.steps):
+        for d in step.derive:
+            if isinstance(d, Invert) and not d.arc.exact and d.arc in step.arcs:
+                chosen[d.op] = d.arc
+    if not chosen:
+        return possible, regions, stuck
+    used = _restricted(possible, lambda i, arc: None if arc.exact or arc is chosen.get(i) else "")
+    return used, *find_regions(used)
+
+
+def _why_not(program: Program, index: int, arc: Arc) -> str | None:
+    """Why an arc has no exact form, or None."""
+    half = _is_half(program.values[arc.head].dtype)
+    if arc.exact:
+        op = program.ops[index]
+        return "half-precision streams are carried in float32" if half and not (op.moves and not _casts(op)) else None
+    if isinstance(arc.coupling, str):
+        return f"no exact inverse: {arc.coupling}"
+    dtype = program.values[arc.head].dtype
+    return None if dtype.is_floating_point else f"no exact inverse: it is {dtype}"
+
+
+def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> Program:
+    """The program without the arcs for which there is a reason; the others have no rounding left to be barred for."""
+
+    def limited(i: int, op: Op) -> Op:
+        reasons = [why_not(i, a) for a in op.arcs]
+        arcs = [
+            a if a.exact else replace(a, barred=None, suspect=False, factor=None, measured=False)
+            for a, reason in zip(op.arcs, reasons, strict=True)
+            if reason is None
+        ]
+        refused = [(a.head, reason) for a, reason in zip(op.arcs, reasons, strict=True) if reason]
+        return replace(op, arcs=tuple(arcs), refused=(*op.refused, *refused))
+
+    return replace(program, ops=[limited(i, op) for i, op in enumerate(program.ops)])
+
+
+def put_on_grid(lowered: Lowered, regions: Sequence[Region], k: int, insert: Insert) -> None:
+    """None; makes the graph that `lowered` came from compute the exact forward on the grid 2^-k.
+
+    `lowered` holds what `exact_regions` gave. `insert(before, function, arguments, like)` adds a node, described as
+    `like` is. New nodes carry their own rules as `meta["directions"]`, by which the graph is to be lowered again.
+    """
+    rewrite = _Rewrite(lowered, k, insert)
+    carried = {v for region in regions for v in rewrite.region(region)}
+    for v in sorted(carried):
+        rewrite.cast(v)
+
+
+class _Rewrite:
+    def __init__(self, lowered: Lowered, k: int, insert: Insert) -> None:
+        self.lowered, self.program, self.k, self.insert = lowered, lowered.program, k, insert
+        self.graph = lowered.op_nodes[0].graph
+        self.now: dict[int, fx.Node] = dict(enumerate(lowered.value_nodes))
+        self.readers: set[fx.Node] = set()  # of what lies on the grid, as it is carried
+
+    def region(self, region: Region) -> set[int]:
+        """The values of a region that now lie on the grid."""
+        program, must = self.program, _on_grid(self.program, region)
+        first = self.lowered.op_nodes[region.start]
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for v in sorted(v for v in must if program.made_at[v] < region.start):
+            self._round(v, first, lambda user: order.get(user, -1) >= order[first])
+        for i in range(region.start, region.stop):
+            op, node = program.ops[i], self.lowered.op_nodes[i]
+            arc = next((a for a in op.arcs if not a.exact), None)
+            if arc is not None:
+                self._couple(node, op, arc)
+                continue
+            reads = [v for v in op.ins if _is_float(program, v)]
+            moved = op.moves and any(v in must for v in op.outs)
+            if moved:
+                self.readers.add(node)
+                for n in (node, *(self.now[v] for v in op.outs)):
+                    n.meta["val"] = pytree.tree_map(_carried, n.meta["val"])
+            for v in op.outs if not (moved and must.issuperset(reads)) else ():
+                if v in must:
+                    self._round(v, self.now[v].next, lambda user: True)
+        return must
+
+    def _round(self, v: int, before: fx.Node, replaces: Callable[[fx.Node], bool]) -> None:
+        node = self.now[v]
+        if node.meta.get("grid") == self.k:  # by an earlier region
+            return
+        new = self.now[v] = self.insert(before, ToGrid(self.k), (node,), node)
+        new.meta.update(directions=(), grid=self.k)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and replaces(user))
+
+    def _couple(self, node: fx.Node, op: Op, arc: Arc) -> None:
+        assert isinstance(arc.coupling, Coupling)
+        coupling = replace(arc.coupling, k=self.k)
+        x, given = self.now[arc.head], [self.now[v] for v in arc.tail[1:]]
+        new = self.insert(node, coupling, (x, *given), node)
+        self.readers.add(new)
+        if coupling.bits:
+            index = self.insert(node, coupling.index, (x, new, *given), node)
+            index.meta.update(directions=(), kept=True)
+            self.readers.add(index)
+            given.append(index)
+        inverse = Inverse(x, coupling.inverse, tuple(given), grid=True)
+        new.meta.update(directions=(inverse,), grid=self.k)
+        (y,) = op.outs
+        self.now[y] = new
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+
+    def cast(self, v: int) -> None:
+        """None; all but the readers that take what is carried get the dtype that the value had."""
+        dtype, node = self.program.values[v].dtype, self.now[v]
+        others = [u for u in node.users if u not in self.readers]
+        if not _is_half(dtype) or not others:
+            return
+        cast = self.insert(node.next, Cast(dtype), (node,), node)
+        cast.meta["directions"] = ()
+        for user in others:
+            user.replace_input_with(node, cast)
+
+
+def _on_grid(program: Program, region: Region) -> set[int]:
+    """The values that must lie on the grid: what a used arc gives or starts from, and what that was moved from."""
+    must: set[int] = set()
+    for d in (d for s in region.steps for d in s.derive if isinstance(d, Invert)):
+        must.update((d.arc.head, *(d.arc.tail if d.arc.exact else d.arc.tail[:1])))
+    for op in reversed(program.ops[region.start : region.stop]):
+        if op.moves and any(v in must for v in op.outs):
+            must.update(op.ins)
+    return {v for v in must if _is_float(program, v)}
+
+
+def _is_float(program: Program, v: int) -> bool:
+    return program.values[v].dtype.is_floating_point and not program.values[v].source
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and carrier(dtype) != dtype
+
+
+def _casts(op: Op) -> bool:
+    return op.name.strip("_") in CASTS
+
+
+def _carried(val: Any) -> Any:
+    return val.to(carrier(val.dtype)) if isinstance(val, Tensor) and val.is_floating_point() else val

@@ -1,0 +1,127 @@
+"""What is compared while regions run: samples and checksums of regenerated cuts, and the range of a grid."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from revfx import _torch, numerics
+from revfx.errors import RangeError, RegenerationError, RevfxWarning
+from revfx.passes.grid import checksum, limit
+from revfx.passes.program import Program
+
+
+class Ranges:
+    """The largest magnitudes of the values of one run that lie on a grid, read all at once when it ends."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.extremes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(self, v: int, t: Tensor) -> None:
+        """None; `t` is value `v`."""
+        if self.program.values[v].grid is not None and t.numel():
+            self.extremes[v] = torch.aminmax(t.detach())  # NaN if any element is
+
+    def close(self) -> None:
+        """None.
+
+        Raises:
+            RangeError: a value has left the grid, or is not finite.
+        """
+        if not self.extremes or _torch.in_functorch_transform():  # there are no numbers to be read there
+            return
+        both = torch.stack([t.double() for pair in self.extremes.values() for t in pair])
+        sizes = both.view(-1, 2).abs().amax(1).tolist()
+        values = [*self.extremes]
+        self.extremes = {}
+        for v, size in zip(values, sizes, strict=True):
+            value = self.program.values[v]
+            k = value.grid or 0
+            if not size < limit(value.dtype, k):
+                raise RangeError(_beyond(self.program, v, size, k))
+
+
+def _beyond(program: Program, v: int, size: float, k: int) -> str:
+    value, made = program.values[v], program.made_at[v]
+    where = (program.ops[made].where if made >= 0 else "") or "an unknown place"
+    if not math.isfinite(size):
+        return f"exact={k}: `{value.name}` ({where}) is not finite, so it can't be regenerated bit for bit."
+    fits = k
+    while fits > 0 and not 2 * size < limit(value.dtype, fits):
+        fits -= 1
+    remedy = f"use exact={fits}" if fits > 0 else "scale the activations down, or do without `exact`"
+    return (
+        f"exact={k}: `{value.name}` ({where}) reaches {size:.4g}, and a grid of steps 2^-{k} has room below"
+        f" {limit(value.dtype, k):.4g} in {value.dtype}: {remedy}."
+    )
+
+
+class Checksums:
+    """Of the lowest cut of each stretch that is regenerated, what its values add up to."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.sums: dict[int, dict[int, Tensor]] = {}
+
+    def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
+        """None; `values` are those of cut `cut` as the forward made them."""
+        found = {v: checksum(t) for v, t in values.items() if self.program.values[v].grid is not None}
+        if found:
+            self.sums[cut] = found
+
+    def compare(self, cut: int, values: Mapping[int, Tensor], where: str) -> None:
+        """None.
+
+        Raises:
+            RegenerationError: a value came back with other bits.
+        """
+        for v, before in self.sums.get(cut, {}).items():
+            if v in values and not torch.equal(checksum(values[v]), before):
+                name = self.program.values[v].name
+                raise RegenerationError(
+                    f"exact: `{name}`, regenerated for {where}, is not bit for bit what it was: a function of this"
+                    " region does not compute the same when it is run again (another number of threads, kernels that"
+                    " are not deterministic, random numbers of its own). `revfx.debug.check_regeneration()` finds it."
+                )
+
+
+class Samples:
+    """A few elements of some cuts, by which is seen how far rounding went until they came back."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.samples: dict[int, dict[int, Tensor]] = {}
+
+    def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
+        """None; `values` are those of cut `cut` as the forward made them; what lies on a grid has a checksum."""
+        rounding = {v: t for v, t in values.items() if self.program.values[v].grid is None}
+        self.samples[cut] = {v: numerics.sample(t) for v, t in rounding.items()}
+
+    def compare(self, cut: int, values: Mapping[int, Tensor], where: str, eps: float, warn: bool) -> bool:
+        """Whether a value drifted so far that it was warned of; `eps` is that of the narrowest dtype around, or 0.
+
+        Raises:
+            RegenerationError: a value is off by more than 1 %.
+        """
+        for v, before in self.samples.get(cut, {}).items():
+            error = numerics.drift(values[v], before)
+            limit = numerics.DRIFT * max(eps, torch.finfo(before.dtype).eps) ** 0.5 if error else 0.0
+            if error <= limit:
+                continue
+            text = (
+                f"`{self.program.values[v].name}`, regenerated for {where}, is off by {error:.1e} (relative): the"
+                f" functions of this region amplify rounding errors too much to be inverted in {before.dtype}. Use a"
+                " wider dtype for the streams, `exact=True`, or anchors (`anchor_every`), or keep the activations with"
+                " `revfx.testing.store_activations()`."
+            )
+            if error > max(limit, numerics.GARBAGE):
+                raise RegenerationError(text)
+            if warn:
+                warnings.warn(text, RevfxWarning, stacklevel=2)
+                return True
+        return False
