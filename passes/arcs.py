@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, atoms
+from revfx.passes.atoms import CERTAIN, NONE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
@@ -211,7 +211,7 @@ class _Lowering:
         return Arc(
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, constants) if constants else inverse.by,
-            exact=inverse.exact, barred=barred, suspect=atoms == PERHAPS,
+            exact=inverse.exact, barred=barred, suspect=NONE < atoms < CERTAIN,
             factor=factor.by, measured=factor.measured, reciprocal=inverse.reciprocal,
             least=factor.least, typical=factor.typical,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",

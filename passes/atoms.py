@@ -3,7 +3,8 @@
 A rounding inverse gives an exact zero back as +-1e-17, which flips relu's mask in the backward, so the head of a
 rounding arc may not have atoms. They are made by relu, clamp, dropout and the like, pass through layout and elementwise
 operations, and survive a sum at most where both addends have them: that is counted while the forward runs. Matrix
-products, convolutions and normalisations over a sample mix so many numbers that none is likelier than another.
+products, convolutions and normalisations over a sample mix so many numbers that none is likelier than another, unless
+they are all zero (padded rows, weights that start as zeros): what they give directly is counted too.
 """
 
 from __future__ import annotations
@@ -43,23 +44,28 @@ PRODUCTS = frozenset("mul multiply div divide true_divide __mul__ __rmul__ __rdi
 JOINS = frozenset("cat concat concatenate stack hstack vstack dstack slice_scatter select_scatter".split())
 
 
-NONE, PERHAPS, CERTAIN = 0, 1, 2
+NONE, RARE, PERHAPS, CERTAIN = 0, 1, 2, 3
 
 
 def has_atoms(name: str, operands: Iterable[int]) -> int:
-    """NONE, PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such operands."""
+    """NONE, RARE or PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such operands.
+
+    A sum of which an addend is RARE has none.
+    """
     bare = name if name.endswith("__") else name.rstrip("_")
     operands = list(operands)
     if bare in MAKERS:
         return CERTAIN
-    if bare in MIXERS or not operands:
+    if not operands:
         return NONE
+    if bare in MIXERS:
+        return RARE
     if bare in PICKS:
         return operands[0]
     if bare in JOINS and min(operands) < max(operands):
-        return PERHAPS  # one part has atoms, another none: whichever is taken out again is counted
+        return min(PERHAPS, max(operands))  # one part has atoms, another none: whichever is taken out again is counted
     if bare in SUMS:
-        return min(*operands, PERHAPS)
+        return PERHAPS if min(operands) >= PERHAPS else NONE
     return min(PERHAPS, max(operands)) if bare in PRODUCTS else max(operands)
 
 

@@ -24,7 +24,8 @@ class Step:
 
     `derive` lists derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs.
     `saved` values are kept: those that can't be trusted to a rounding inverse, and what an exact one needs. `arcs` are
-    the inverses that reach the entry.
+    the inverses that reach the entry. `again`: values of `exit` that were selected from others of the step: they are
+    not taken as known, but computed again from the regenerated operand.
     """
 
     start: int
@@ -34,6 +35,7 @@ class Step:
     saved: tuple[int, ...]
     derive: tuple[Derivation, ...]
     arcs: tuple[Arc, ...]
+    again: tuple[int, ...] = ()
 
     @property
     def inverts(self) -> bool:
@@ -84,8 +86,11 @@ def find_step(
                     unknown.add(v)
         new = closure.add(start)
         unknown.difference_update(new)
-        if not unknown:
-            return _step(program, closure, start, stop, tuple(live), exit, side)
+        step = None
+        if not unknown and not _parts_selected(program, start, live):
+            step = _step(program, closure, start, stop, tuple(live), exit, side)
+        if step is not None:
+            return step
         idle = 0 if new else idle + 1
         reach = min((reach, *(touch[v] for v in new)))
         blind = start <= reach and not any(program.constant[v] for v in unknown)
@@ -103,17 +108,42 @@ def _step(
     entry: tuple[int, ...],
     exit: tuple[int, ...],
     side: frozenset[int],
-) -> Step:
+) -> Step | None:
+    chosen = {v: program.selected[v] for v in exit if v in program.selected}
+    again = tuple(v for v, s in chosen.items() if start <= s.first)
+    if any(s.first < start <= s.last for s in chosen.values()):
+        return None
+    if again:
+        closure = _closure(program, start, stop, {*exit, *side}.difference(again))
+        if any(v not in closure for v in entry):
+            return None
     saved = tuple(d.arc.head for d in needed(program, closure.order, entry) if isinstance(d, Invert) and d.arc.barred)
     if any(isinstance(d, Invert) and d.arc.barred for d in closure.order):
         # again from what is kept, by trusted arcs alone: what only a barred one gave first has another derivation
-        closure = Closure(program, (*exit, *side, *saved), trusted=True)
-        for index in range(stop - 1, start - 1, -1):
-            closure.add(index)
+        closure = _closure(program, start, stop, {*exit, *side, *saved}.difference(again), trusted=True)
     saved += tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
     derive = tuple(closure.order)
     arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
-    return Step(start, stop, entry, exit, saved, derive, arcs)
+    return Step(start, stop, entry, exit, saved, derive, arcs, again)
+
+
+def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
+    """Whether a cut before `start` would hold both a selected value and what it was selected from.
+
+    Operations below the cut may compare them, so they must be regenerated together.
+    """
+    if not program.selected:
+        return False
+    live = set(live)
+    chosen = [v for v in live if v in program.selected and program.made_at[v] < start]
+    return any(not live.isdisjoint(program.selected[v].roots) for v in chosen)
+
+
+def _closure(program: Program, start: int, stop: int, known: Iterable[int], trusted: bool = False) -> Closure:
+    closure = Closure(program, known, trusted)
+    for index in range(stop - 1, start - 1, -1):
+        closure.add(index)
+    return closure
 
 
 def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:

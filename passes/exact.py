@@ -144,14 +144,14 @@ class _Rewrite:
         self.graph.erase_node(node)
 
     def cast(self, v: int) -> None:
-        """None; all but the readers that take what is carried get the dtype that the value had."""
+        """None; all but the readers that take what is carried get the dtype that the value had.
+
+        Each casts for itself: a cast that several share would be one more value that lives across cuts.
+        """
         dtype, node = self.program.values[v].dtype, self.now[v]
-        others = [u for u in node.users if u not in self.readers]
-        if not _is_half(dtype) or not others:
-            return
-        cast = self.insert(node.next, Cast(dtype), (node,), node)
-        cast.meta["directions"] = ()
-        for user in others:
+        for user in [u for u in node.users if u not in self.readers] if _is_half(dtype) else ():
+            cast = self.insert(user, Cast(dtype), (node,), node)
+            cast.meta["directions"] = ()
             user.replace_input_with(node, cast)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.atoms import CERTAIN, PERHAPS
+from revfx.passes.atoms import CERTAIN, NONE
 from revfx.passes.facts import BINARY, Mask, Masks, bare, masks
 from revfx.passes.program import Arc
 from revfx.passes.sizes import same_shape
@@ -183,7 +183,7 @@ def _join(
         made = replace(
             made,
             barred=barred if levels[whole] == CERTAIN else None,
-            suspect=levels[whole] == PERHAPS,
+            suspect=NONE < levels[whole] < CERTAIN,
             factor=rounding.factor,
             measured=rounding.measured,
             reciprocal=rounding.reciprocal,

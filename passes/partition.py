@@ -146,7 +146,8 @@ def _wanted(
 ) -> tuple[dict[int, None], list[int]]:
     """The values made in a region that the backward reads, and the operations whose tuples it takes apart itself."""
     program = forward.lowered.program
-    kept = {*region.exit, *region.entry, *region.saved, *region.side}
+    again = {v for step in region.steps for v in step.again}
+    kept = {*region.exit, *region.entry, *region.saved, *region.side} - again
     wanted: dict[int, None] = {}
     ops: list[int] = []
     for i in range(region.start, region.stop):

@@ -98,6 +98,26 @@ class Op:
     moves: bool = False
 
 
+# What gives elements of its operand, or a number among them: whoever looks for it there, by `==` or `>=`, as the
+# gradient of `amax` does, must have both of the same bits.
+SELECTS = frozenset(
+    "amax amin max min aminmax median nanmedian mode kthvalue quantile nanquantile topk sort msort cummax cummin norm"
+    " linalg_vector_norm vector_norm".split()
+)
+ROOTS = 8  # operations of one operand that are looked through upwards
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a value was selected from (`roots`: also what that was made from by operations of one operand), by which
+    operations (the `first` and the `last` of them).
+    """
+
+    roots: frozenset[int]
+    first: int
+    last: int
+
+
 @dataclass(frozen=True)
 class Program:
     """A straight-line program: `values`, `ops` in order, and the indices of its `outputs`."""
@@ -154,6 +174,26 @@ class Program:
                 for v in op.outs:
                     constant[v] = True
         return constant
+
+    @cached_property
+    def selected(self) -> dict[int, Selection]:
+        """For each value that operations of `SELECTS` made, or that was moved from such, how it was selected."""
+        found: dict[int, Selection] = {}
+        for i, op in enumerate(self.ops):
+            ins = self.data(op.ins)
+            if op.name.strip("_") in SELECTS:
+                roots, at = {*ins}, ins
+                for _ in range(ROOTS):
+                    above = [self.data(self.ops[self.made_at[v]].ins) for v in at if self.made_at[v] >= 0]
+                    at = [one[0] for one in above if len(one) == 1]
+                    roots.update(at)
+                found.update(dict.fromkeys(op.outs, Selection(frozenset(roots), i, i)))
+            elif ins and (op.moves or len(ins) == 1) and all(v in found for v in ins):
+                parts = [found[v] for v in ins]
+                roots = frozenset[int]().union(*(p.roots for p in parts))
+                whole = Selection(roots, min(p.first for p in parts), max(p.last for p in parts))
+                found.update(dict.fromkeys(op.outs, whole))
+        return found
 
     def data(self, values: Sequence[int]) -> list[int]:
         """Those of `values` that are neither sources nor kept, in order, each once."""

@@ -110,12 +110,17 @@ class Regenerator:
             step = steps[j]
             self._step += 1
             replay = j == 0 or j in cuts
-            known = {*step.exit, *region.saved, *region.side, *(step.entry if replay else ())}
-            if replay and j > 0:
-                self._keep(step.entry)
             inside = range(step.start, step.stop)
             made = {v for i in inside for v in program.ops[i].outs}
-            want = frozenset((made & wanted.keys()) | (set() if replay else set(step.entry)))
+            known = {*step.exit, *region.saved, *region.side, *region.entry, *(step.entry if replay else ())}
+            known.difference_update(step.again)
+            if replay and j > 0:
+                self._keep(step.entry)
+            if replay:  # from what is kept, bit for bit, and not from what was regenerated of it above
+                for v in step.entry:
+                    self.values.pop(v, None)
+                    self._laid_out.pop(v, None)
+            want = frozenset((made & wanted.keys()) | (set() if replay else {v for v in step.entry if v not in known}))
             for do in schedule(program, step, known, replay, want, ops & set(inside)):
                 if isinstance(do.run, Rerun):
                     self._rerun(do.run.op, known)
@@ -126,9 +131,6 @@ class Regenerator:
             if replay:
                 self._stretches.append(cuts_since)
                 cuts_since = []
-                for v in step.entry:
-                    self.values.pop(v, None)
-                    self._laid_out.pop(v, None)
             else:
                 made_here = {v: self.values[v] for v in step.entry if v in self.values}
                 cuts_since.append((made_here, program.ops[step.start].where))

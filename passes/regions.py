@@ -165,7 +165,7 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     trusted = [i for i, s in enumerate(steps) if s.inverts]
     if not trusted:
         return None
-    low = min(range(trusted[0] + 1), key=lambda i: (program.nbytes(steps[i].entry), i))
+    low = min(range(trusted[0] + 1), key=lambda i: (program.nbytes(steps[i].entry), -i))
     high = min(range(trusted[-1], len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))
     steps = steps[low : high + 1]
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))

@@ -143,8 +143,8 @@ class RegionRun:
         for v in env:
             self._note(v, env[v])
         self._keep_all(self.kept, [v for v in env if program.values[v].source and last[v] >= region.start], env)
-        self._keep_all(self.kept, (*region.side, *region.saved), env)
-        self._keep_all(self.kept_cuts.setdefault(0, {}), region.entry, env)
+        self._keep_all(self.kept, (*region.side, *region.saved, *region.entry), env)
+        self.kept_cuts[0] = {v: self.kept[v] for v in region.entry if v in self.kept}
         growth = numerics.Growth(self.plan.tolerance)
         alive, held = set(program.outputs), {*region.saved, *region.side}
         with saved_tensors_hooks(self._pack, _unpack):
@@ -245,11 +245,16 @@ class RegionRun:
         return handle
 
     def _settle(self, index: int, fresh: list[tuple[Handle, Tensor]], candidates: Env) -> None:
-        """Makes each new handle a value where it is one; the tensors were alive until now, so addresses are unique."""
+        """Makes each new handle a value where it is one; the tensors were alive until now, so addresses are unique.
+
+        A result that outlives the step is not taken for one: what is kept of it would not be the result of what is
+        regenerated, and a backward such as `amax`'s compares the two.
+        """
         if not fresh:
             return
         step = self.plan.step_of[index]
-        known = {key: v for v, t in candidates.items() if (key := _identity(t)) is not None}
+        lasting = {*self.region.steps[step].exit}.intersection(self.program.ops[index].outs)
+        known = {key: v for v, t in candidates.items() if v not in lasting and (key := _identity(t)) is not None}
         metas: list[tuple[Any, ...]] = []
         for handle, t in fresh:
             metas.append((tuple(t.shape), t.dtype))
@@ -349,24 +354,25 @@ class RegionRun:
     def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
         """The regenerated values of one step; with `target` also those that autograd asks for, and its captures."""
         step = self.region.steps[number]
-        wanted: set[int] = set() if replay else {v for v in step.entry if v not in self.kept}
+        kept = self.kept if not step.again else {v: t for v, t in self.kept.items() if v not in step.again}
+        wanted: set[int] = set() if replay else {v for v in step.entry if v not in kept}
         captured: set[int] = set()
         if target:
-            wanted |= {v for v in self.wanted.get(number, ()) if v not in self.kept}
+            wanted |= {v for v in self.wanted.get(number, ()) if v not in kept}
             captured = self.captured_ops.get(number, captured)
-        base = step.entry if replay else step.exit
+        base = step.entry if replay else [v for v in step.exit if v not in step.again]
         key = (number, replay, frozenset(wanted), frozenset(captured))
         instructions = self.plan.schedules.get(key)
         if instructions is None:
-            have = {*base, *self.kept}
+            have = {*base, *kept}
             instructions = schedule(self.program, step, have, replay, frozenset(wanted), frozenset(captured))
             self.plan.schedules[key] = instructions
-        env = {**self.kept, **{v: known[v] for v in base if v in known}}
+        env = {**kept, **{v: known[v] for v in base if v in known}}
         known.clear()  # the caller's reference too: what is used up here is freed here
         self.values = {}
         with torch.no_grad(), _without_hooks():
             for instruction in instructions:
-                self._execute(instruction, env)
+                self._execute(instruction, env, kept)
         self.values = {v: env[v] for v in wanted}
         return self.values
 
@@ -378,19 +384,19 @@ class RegionRun:
         if self.samples.compare(cut, self.values, where, eps, warn=not self.plan.warned):
             self.plan.warned = True
 
-    def _execute(self, instruction: Instruction, env: Env) -> None:
+    def _execute(self, instruction: Instruction, env: Env, kept: Env) -> None:
         d = instruction.run
         if isinstance(d, Forward):
             made = zip(self.program.ops[d.op].outs, self._rerun(d.op, env, instruction.capture), strict=True)
         else:
             made = [(d.arc.head, d.arc.solve(*(env[v] for v in d.arc.tail)))]
         for v, t in made:
-            if v not in self.kept:
+            if v not in kept:
                 env[v] = self._as_it_was(v, t)
                 if self.watch is not None:
                     self.watch.regenerated(self, d, v, env[v])
         for v in instruction.drop:
-            if v not in self.kept:
+            if v not in kept:
                 env.pop(v, None)
 
     def _as_it_was(self, v: int, t: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def gradients(model: Callable[..., Any], inputs: Sequence[Any], store: bool, aut
     loss = sum((t.float().sin().mean() for t in outputs), torch.zeros(()))
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     wanted = [*(x for x in inputs if x.requires_grad), *parameters]
-    found: Sequence[Tensor | None] = torch.autograd.grad(loss, wanted, allow_unused=True)
+    found: list[Any] = [*torch.autograd.grad(loss, wanted, allow_unused=True)]
     return [*outputs, *(g for g in found if g is not None)]
 
 
