@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,22 +65,29 @@ def _without(program: Program, order: Sequence[Derivation], have: set[int]) -> l
     return [d for d in order if any(v not in have for v in _makes(program, d))]
 
 
-def amplification(step: Step, before: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
+def larger(a: Any, b: Any) -> Any:
+    """The larger of two numbers, one of which may be a tensor of one element."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[int, Any]) -> dict[int, Any]:
     """How large a rounding error of 1 at the last kept cut has grown, per value of the step, from that of its entry.
 
     Along each stream an inverse multiplies the error by 1/|factor| (as declared, or as measured while the forward
     ran). One that amplifies also adds a rounding of its own: over n steps of amplification a that sums to (a^n -
     1)/(a - 1), ten times a^n for a momentum of 0.9.
     """
-    growth = dict(before)
+    growth: dict[int, Any] = dict(before)
     for arc in reversed(step.arcs):
         if arc.factor is None:
             by = 1.0
         else:
             by = measured[int(arc.factor)] if arc.measured else arc.amplification
-        grown = max(1.0, by * growth.get(arc.head, 1.0) + (by > 1.0))
+        grown = larger(by * growth.get(arc.head, 1.0) + (by > 1.0), 1.0)
         for v in arc.tail if arc.exact else arc.tail[:1]:
-            growth[v] = max(growth.get(v, 1.0), grown)
+            growth[v] = larger(growth.get(v, 1.0), grown)
     return {v: growth.get(v, 1.0) for v in step.exit}
 
 
@@ -117,8 +126,8 @@ def anchors(
 ) -> frozenset[int]:
     """The cuts inside a region to keep since rounding would grow too much, going by what is known without running.
 
-    Cut j lies before step j. Of factors that are data a typical magnitude is assumed. With `store` the entry of a step
-    whose factor may reach zero is kept as well; `every`: see `asked_for`.
+    Cut j lies before step j. Of factors that are data a typical magnitude is assumed; with `store` the smallest that
+    they may have, and the entry of a step whose factor may reach zero is kept as well. `every`: see `asked_for`.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
@@ -127,11 +136,11 @@ def anchors(
         dtypes = [program.values[v].dtype for v in step.exit if program.values[v].dtype.is_floating_point]
         eps = max((torch.finfo(d).eps for d in dtypes), default=0.0)
         most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
-        if j in asked or (j and store and any(a.measured and a.least < most for a in step.arcs)):
+        if j in asked or (store and any(a.measured and a.least < most for a in step.arcs)):
             kept.add(j)
             growth = {}
             continue
-        measured = {int(a.factor or 0): 1 / a.typical for a in step.arcs if a.measured}
+        measured = {int(a.factor or 0): 1 / (a.least if store else a.typical) for a in step.arcs if a.measured}
         growth = amplification(step, growth, measured)
         largest = max(growth.values(), default=1.0)
         if MARGIN * largest * eps > most and largest > 1.0 and j + 1 < len(steps):
@@ -146,14 +155,34 @@ def is_checked(cut: int, steps: int) -> bool:
 
 
 def sample(t: Tensor) -> Tensor:
-    """A copy of some elements of `t`, evenly spread."""
-    return t.detach().reshape(-1)[:: max(1, as_number(t.numel()) // SAMPLE)].clone()
+    """A copy of some elements of `t`, evenly spread over all its dimensions."""
+    n = as_number(t.numel())
+    stride = max(1, n // SAMPLE)
+    while math.gcd(stride, n) > 1:  # else it might see one column only
+        stride += 1
+    return t.detach().reshape(-1)[::stride].clone()
 
 
-def drifted(now: Tensor, before: Tensor) -> Tensor:
-    """Whether |now - before| > 1 % of |before|, as a tensor; not where `before` was not finite."""
+def images(step: Step) -> dict[int, int]:
+    """For each value of the step's entry that is inverted, the one of its exit that this starts from."""
+    above = {a.head: a.tail[0] for a in step.arcs}
+    found: dict[int, int] = {}
+    for v in step.entry:
+        at = v
+        while at in above and at not in step.exit:
+            at = above[at]
+        if at != v:
+            found[v] = at
+    return found
+
+
+def drifted(now: Tensor, before: Tensor, image: Tensor) -> Tensor:
+    """Whether |now - before| > 1 % of the larger of |before| and |image|, what it was computed back from, as a tensor.
+
+    A difference of two large numbers that is zero comes back as their rounding. Not where `before` was not finite.
+    """
     error, scale = (now - before).norm(), before.norm()
-    return ~(error <= GARBAGE * scale) & torch.isfinite(scale)
+    return ~(error <= GARBAGE * torch.maximum(scale, image.norm())) & torch.isfinite(scale)
 
 
 def type_text(program: Program, value: int) -> str:

@@ -7,8 +7,9 @@ what the compiler can't prove are added: that a factor stays away from zero, and
 from __future__ import annotations
 
 import copy
+import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes.closure import Forward as Rerun
+from revfx.passes.cuts import Step
 from revfx.passes.facts import check
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
-from revfx.passes.plan import drifted, sample, schedule, tolerance_of
+from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
@@ -53,7 +55,8 @@ class Options:
     stored: Stored | None = None
 
 
-Cut = tuple[Mapping[int, fx.Node], str]  # the regenerated nodes of a cut's values, and where it lies
+# The regenerated nodes of a cut's values, what they were computed back from, and where the cut lies.
+Cut = tuple[Mapping[int, fx.Node], Mapping[int, int], str]
 
 
 class Regenerator:
@@ -105,6 +108,7 @@ class Regenerator:
     def _region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
         program, steps, ops = self.program, region.steps, frozenset(ops)
         self._keep((*region.exit, *region.saved, *region.side))
+        self._limit_growth(steps, cuts)
         cuts_since: list[Cut] = []  # regenerated since the last kept one
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
@@ -133,7 +137,7 @@ class Regenerator:
                 cuts_since = []
             else:
                 made_here = {v: self.values[v] for v in step.entry if v in self.values}
-                cuts_since.append((made_here, program.ops[step.start].where))
+                cuts_since.append((made_here, images(step), program.ops[step.start].where))
 
     def node(self, value: int) -> fx.Node:
         """What stands for a value in the backward: its regenerated node, or the forward's own."""
@@ -265,7 +269,7 @@ class Regenerator:
 
     def _guard(self, op: int, arc: Arc) -> None:
         own = self._own(self.forward.value_node(int(arc.factor or 0)))
-        least = tolerance_of(own.meta["val"].dtype, self.options.tolerance)
+        least = tolerance_of(self.program.values[arc.head].dtype, self.options.tolerance)
         if arc.least >= least or own in self._guarded:
             return
         self._guarded.add(own)
@@ -277,6 +281,47 @@ class Regenerator:
         test: Callable[[Tensor], Tensor] = lambda c: ~(_nearest(c, arc.reciprocal) < least)  # noqa: E731
         with self.joint.inserting_before(own.next):
             ok = self.recorder.record(test, [own], FORWARD, own)
+            self._assert(ok, message, FORWARD)
+
+    def _limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
+        """None; where factors that are data may let rounding grow too much between two kept cuts, every run measures
+        whether they do, and raises.
+        """
+        stretch: list[Step] = []
+        for j, step in enumerate([*steps, None]):
+            if step is None or j == 0 or j in cuts:
+                self._limit_stretch(stretch)
+                stretch = []
+            else:
+                stretch.append(step)
+
+    def _limit_stretch(self, steps: Sequence[Step]) -> None:
+        arcs = [a for s in steps for a in s.arcs if a.measured]
+        dtypes = {self.program.values[a.head].dtype for a in arcs}
+        if not arcs:
+            return
+        eps = max(torch.finfo(d).eps for d in dtypes)
+        most = max(tolerance_of(d, self.options.tolerance) for d in dtypes) / (MARGIN * eps)
+        factors = {int(a.factor or 0): a for a in arcs}
+        worst = {v: 1 / max(a.least, 1e-300) for v, a in factors.items()}
+        if _grown(steps, worst) <= most:
+            return
+        sizes: list[fx.Node] = []
+        for v, arc in factors.items():
+            own = self._own(self.forward.value_node(v))
+            with self.joint.inserting_before(own.next):
+                sizes.append(self.recorder.record(functools.partial(_mean_size, arc.reciprocal), [own], FORWARD, own))
+        where = self.program.ops[steps[0].start].where, self.program.ops[steps[-1].stop - 1].where
+        message = (
+            f"revfx: rounding grows too much where the couplings from {where[0]} to {where[1]} are computed back, as "
+            "their factors come too near to 0; compile with options={'unbounded': 'store'} or {'anchor_every': 4}, "
+            "which keep more, or use a wider dtype for the streams"
+        )
+        order = {node: i for i, node in enumerate(self.joint.nodes)}
+        last = max(sizes, key=lambda n: order[n])
+        test: Callable[..., Tensor] = lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most  # noqa: E731
+        with self.joint.inserting_before(last.next):
+            ok = self.recorder.record(test, sizes, FORWARD, last)
             self._assert(ok, message, FORWARD)
 
     def _hold(self, op: int, value: int, fact: str) -> None:
@@ -296,10 +341,10 @@ class Regenerator:
         most, that the backward reads. `alive` holds the nodes that something needs.
         """
         for stretch in self._stretches:
-            for cut, where in reversed(stretch):
+            for cut, origins, where in reversed(stretch):
                 read = {v: node for v, node in cut.items() if node in alive and _has_precision(node)}
                 if read:
-                    self._compare(read, where)
+                    self._compare(read, origins, where)
                     break
 
     def whole_steps(self, alive: Collection[fx.Node]) -> None:
@@ -311,24 +356,41 @@ class Regenerator:
         for node, step in self.step_of.items():
             self.attached[node] = [*self.attached.get(node, ()), *entries.get(step, ())]
 
-    def _compare(self, cut: Mapping[int, fx.Node], where: str) -> None:
+    def _compare(self, cut: Mapping[int, fx.Node], origins: Mapping[int, int], where: str) -> None:
         message = (
             f"revfx: a value regenerated in the backward differs from the forward's by more than 1 % (below {where}): "
-            "rounding has grown too much; use a wider dtype for the streams or compile this model with plain inductor"
+            "rounding has grown too much; compile with options={'anchor_every': 4} or {'unbounded': 'store'}, which "
+            "keep more, use a wider dtype for the streams, or compile this model with plain inductor"
         )
         for v, now in cut.items():
-            then = self._own(self.forward.value_node(v))
-            with self.joint.inserting_before(then.next):
-                before = self.recorder.record(sample, [then], FORWARD, then)
-            self.kept.add(before)
+            then, image = (self._own(self.forward.value_node(i)) for i in (v, origins.get(v, v)))
+            samples: list[fx.Node] = []
+            for node in (then, image):
+                with self.joint.inserting_before(node.next):
+                    samples.append(self.recorder.record(sample, [node], FORWARD, node))
+            self.kept.update(samples)
             with self.joint.inserting_before(self.output):
-                ok = self.recorder.record(lambda a, b: ~drifted(sample(a), b), [now, before], BACKWARD, now)
+                ok = self.recorder.record(lambda a, b, c: ~drifted(sample(a), b, c), [now, *samples], BACKWARD, now)
                 self.attached[now] = [self._assert(ok, message, BACKWARD)]
 
     def _assert(self, ok: fx.Node, message: str, tag: str) -> fx.Node:
         node = self.joint.call_function(aten._assert_async.msg, (ok, message))
         node.meta = {"val": None, "partitioner_tag": tag}
         return node
+
+
+def _mean_size(reciprocal: bool, c: Tensor) -> Tensor:
+    """The root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average over the elements."""
+    c = c.detach().to(torch.float64 if c.dtype == torch.float64 else torch.float32)
+    return (c if reciprocal else c.reciprocal()).square().mean().sqrt()
+
+
+def _grown(steps: Sequence[Step], measured: Mapping[int, Any]) -> Any:
+    """What a rounding error of 1 has grown to over some steps."""
+    growth: dict[int, Any] = {}
+    for step in steps:
+        growth = amplification(step, growth, measured)
+    return functools.reduce(larger, growth.values(), 1.0)
 
 
 def _has_precision(node: fx.Node) -> bool:

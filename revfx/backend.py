@@ -40,20 +40,20 @@ def revfx(
     partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given}).knowing(
         example_inputs
     )
-    if inner == "aot_eager":
-        if given or mode is not None:
-            raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
-        return _compile.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
-    if inner != "inductor":
+    if inner not in ("inductor", "aot_eager"):
         raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
-    if "custom_partitioner_fn" in given:
-        raise ValueError(
-            "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."
-        )
     unknown = [name for name in given if not _compile.is_inductor_option(name)]
     if unknown:
         raise ValueError(
             f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them."
+        )
+    if inner == "aot_eager":
+        if given or mode is not None:
+            raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
+        return _compile.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
+    if "custom_partitioner_fn" in given:
+        raise ValueError(
+            "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."
         )
     patches = {**(_compile.mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
     return _compile.compile_by_inductor(gm, example_inputs, patches)

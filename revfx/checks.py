@@ -96,11 +96,19 @@ class Samples:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.samples: dict[int, dict[int, Tensor]] = {}
+        self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
         """None; `values` are those of cut `cut` as the forward made them; what lies on a grid has a checksum."""
         rounding = {v: t for v, t in values.items() if self.program.values[v].grid is None}
         self.samples[cut] = {v: numerics.sample(t) for v, t in rounding.items()}
+        self.scales[cut] = {}
+
+    def rescale(self, cut: int, images: Mapping[int, int], values: Mapping[int, Tensor]) -> None:
+        """None; `values` holds what values of the cut will be computed back from, and `images` says which is whose."""
+        if cut in self.samples:
+            theirs = {v: values[y] for v, y in images.items() if v in self.samples[cut] and y in values}
+            self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
 
     def compare(self, cut: int, values: Mapping[int, Tensor], where: str, eps: float, warn: bool) -> bool:
         """Whether a value drifted so far that it was warned of; `eps` is that of the narrowest dtype around, or 0.
@@ -109,7 +117,7 @@ class Samples:
             RegenerationError: a value is off by more than 1 %.
         """
         for v, before in self.samples.get(cut, {}).items():
-            error = numerics.drift(values[v], before)
+            error = numerics.drift(values[v], before, self.scales[cut].get(v))
             limit = numerics.DRIFT * max(eps, torch.finfo(before.dtype).eps) ** 0.5 if error else 0.0
             if error <= limit:
                 continue

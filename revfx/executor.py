@@ -25,7 +25,7 @@ from revfx.calls import Call
 from revfx.checks import Checksums, Ranges, Samples
 from revfx.errors import NotReversibleError, RegenerationError
 from revfx.passes.closure import Derivation, Forward
-from revfx.passes.plan import Instruction, asked_for, schedule
+from revfx.passes.plan import Instruction, asked_for, images, schedule
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.surroundings import Random, Surroundings, reads_of
@@ -179,6 +179,7 @@ class RegionRun:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
                 if growing or number == len(region.steps) - 1:
                     self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
+                self.samples.rescale(number, images(step), env)
                 for a in step.arcs:
                     if a.measured and last[int(a.factor or 0)] < step.stop:
                         env.pop(int(a.factor or 0), None)

@@ -23,11 +23,13 @@ ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
 
 
-def drift(now: Tensor, before: Tensor) -> float:
-    """|now - before| / |before| over the sample `before`; 0 where that was not finite, or is not floating point."""
+def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
+    """|now - before| / |before| over the sample `before`, or over `image` where that is larger: the norm of a sample of
+    what it was computed back from. 0 where `before` was not finite, or is not floating point.
+    """
     if not before.is_floating_point() or before.numel() == 0:
         return 0.0
-    scale = before.norm()
+    scale = before.norm() if image is None else torch.maximum(before.norm(), image)
     error, scale = torch.stack(((sample(now) - before).norm(), scale)).tolist()
     if not math.isfinite(scale):
         return 0.0

@@ -51,7 +51,8 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
 
     Args:
         unbounded: what to do with couplings whose factor may underflow, such as `exp(s)`: "assert" checks the factor in
-            every forward and raises where it came too near to zero; "store" keeps these couplings' inputs.
+            every forward, and what rounding grows to by all factors between two kept cuts, and raises where it is too
+            much; "store" keeps the inputs of couplings where it might be.
         tolerance: what rounding may grow to between two kept cuts (relative); None: sqrt(eps) of the dtype.
         anchor_every: keep the cut before every so many couplings of a region as well; None: only where `tolerance`
             demands it.
@@ -67,6 +68,10 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
     ) -> None:
         if unbounded not in ("assert", "store"):
             raise ValueError(f"`unbounded={unbounded!r}` is not known; use 'assert' or 'store'.")
+        if tolerance is not None and not (isinstance(tolerance, float) and 0 < tolerance < 1):
+            raise ValueError(f"`tolerance={tolerance!r}` must be a float between 0 and 1, or None.")
+        if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"`strict={strict!r}` must be True or False.")
         self.options = Options(unbounded, tolerance, checked_every(anchor_every))
         self.strict = strict
         self.facts: Facts = ()
