@@ -274,9 +274,9 @@ def test_peak_memory_does_not_grow_with_depth(way: str) -> None:
     options = {option: True} if option else {}
     x = torch.randn(4096, 32, dtype=torch.float32)
     peak: dict[tuple[str, int], int] = {}
-    for depth in (4, 12):
+    for depth in (3, 7):
         model = wide(depth)
         for name, make in (("plain", reference), ("revfx", compiled)):
             call = make(model, inner, **options)
             peak[name, depth] = measure_memory(lambda call=call: call(x).square().mean()).peak
-    assert peak["revfx", 12] - peak["revfx", 4] < 0.03 * (peak["plain", 12] - peak["plain", 4])
+    assert peak["revfx", 7] - peak["revfx", 3] < 0.03 * (peak["plain", 7] - peak["plain", 3])
