@@ -28,12 +28,13 @@ from revfx.rules import Inverse
 Insert = Callable[[fx.Node, Callable[..., Tensor], Sequence[fx.Node], fx.Node], fx.Node]
 
 
-def exact_regions(program: Program) -> tuple[Program, tuple[Region, ...], tuple[Stuck, ...]]:
+def exact_regions(program: Program, carries: bool = True) -> tuple[Program, tuple[Region, ...], tuple[Stuck, ...]]:
     """The program with those arcs only that can be undone bit for bit, its regions, and where the search got stuck.
 
-    Of each operation one arc that rounds is left at most: the one by which a region reaches its cuts.
+    Of each operation one arc that rounds is left at most: the one by which a region reaches its cuts. `carries`:
+    streams in half precision may be carried in float32.
     """
-    possible = _restricted(program, lambda i, arc: _why_not(program, i, arc))
+    possible = _restricted(program, lambda i, arc: _why_not(program, i, arc, carries))
     regions, stuck = find_regions(possible)
     chosen: dict[int, Arc] = {}
     for step in (s for r in regions for s in r.steps):
@@ -46,9 +47,11 @@ def exact_regions(program: Program) -> tuple[Program, tuple[Region, ...], tuple[
     return used, *find_regions(used)
 
 
-def _why_not(program: Program, index: int, arc: Arc) -> str | None:
+def _why_not(program: Program, index: int, arc: Arc, carries: bool) -> str | None:
     """Why an arc has no exact form, or None."""
     half = _is_half(program.values[arc.head].dtype)
+    if half and not carries:
+        return "no exact inverse: half precision has no room for a grid"
     if arc.exact:
         op = program.ops[index]
         return "half-precision streams are carried in float32" if half and not (op.moves and not _casts(op)) else None
@@ -96,34 +99,42 @@ class _Rewrite:
     def region(self, region: Region) -> set[int]:
         """The values of a region that now lie on the grid."""
         program, must = self.program, _on_grid(self.program, region)
-        first = self.lowered.op_nodes[region.start]
+        nodes = self.lowered.op_nodes[region.start : region.stop]
         order = {node: i for i, node in enumerate(self.graph.nodes)}
+        start = min((s for n in nodes if (s := _sequence(n)) is not None), default=0)
+
+        def reads(user: fx.Node) -> bool:  # as part of the region or after it, or in the backward of such
+            theirs = _sequence(user)
+            return order.get(user, -1) >= order[nodes[0]] and (theirs is None or theirs >= start)
+
         for v in sorted(v for v in must if program.made_at[v] < region.start):
-            self._round(v, first, lambda user: order.get(user, -1) >= order[first])
+            self._round(v, nodes[0], reads)
         for i in range(region.start, region.stop):
             op, node = program.ops[i], self.lowered.op_nodes[i]
             arc = next((a for a in op.arcs if not a.exact), None)
             if arc is not None:
                 self._couple(node, op, arc)
                 continue
-            reads = [v for v in op.ins if _is_float(program, v)]
+            ins = [v for v in op.ins if _is_float(program, v)]
             moved = op.moves and any(v in must for v in op.outs)
             if moved:
                 self.readers.add(node)
                 for n in (node, *(self.now[v] for v in op.outs)):
                     n.meta["val"] = pytree.tree_map(_carried, n.meta["val"])
-            for v in op.outs if not (moved and must.issuperset(reads)) else ():
-                if v in must:
-                    self._round(v, self.now[v].next, lambda user: True)
+            own = _sequence(node)  # its backward reads its own result
+            for v in must.intersection(op.outs) if not (moved and must.issuperset(ins)) else ():
+                self._round(v, self.now[v].next, lambda user, own=own: own is None or _sequence(user) != own)
         return must
 
     def _round(self, v: int, before: fx.Node, replaces: Callable[[fx.Node], bool]) -> None:
         node = self.now[v]
         if node.meta.get("grid") == self.k:  # by an earlier region
             return
+        users = [user for user in node.users if replaces(user)]
         new = self.now[v] = self.insert(before, ToGrid(self.k), (node,), node)
         new.meta.update(directions=(), grid=self.k)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and replaces(user))
+        for user in users:
+            user.replace_input_with(node, new)
 
     def _couple(self, node: fx.Node, op: Op, arc: Arc) -> None:
         assert isinstance(arc.coupling, Coupling)
@@ -153,6 +164,11 @@ class _Rewrite:
             cast = self.insert(user, Cast(dtype), (node,), node)
             cast.meta["directions"] = ()
             user.replace_input_with(node, cast)
+
+
+def _sequence(node: fx.Node) -> int | None:
+    """The number that autograd gave to an operation and to its backward, where a graph holds both."""
+    return node.meta.get("seq_nr")
 
 
 def _on_grid(program: Program, region: Region) -> set[int]:

@@ -50,7 +50,12 @@ def limit(dtype: torch.dtype, k: int) -> float:
 
 def units(t: Tensor, k: int) -> Tensor:
     """`t` in units of the grid, rounded to whole ones; no gradient."""
-    return (t.detach().to(carrier(t.dtype)) * math.ldexp(1.0, k)).round_()
+    return (t.detach().to(carrier(t.dtype)) * math.ldexp(1.0, k)).round()
+
+
+def rounded(t: Tensor, k: int) -> Tensor:
+    """`t` rounded to the grid 2^-k, in the dtype that carries it; no gradient."""
+    return units(t, k) * math.ldexp(1.0, -k)
 
 
 def straight(plain: Tensor, value: Tensor) -> Tensor:
@@ -72,6 +77,10 @@ class ToGrid:
         """`t` on the grid."""
         return to_grid(t, self.k)
 
+    def value(self, t: Tensor) -> Tensor:
+        """`t` on the grid, without a gradient."""
+        return rounded(t, self.k)
+
 
 @dataclass(frozen=True, slots=True)
 class Cast:
@@ -91,7 +100,7 @@ class Cast:
 def to_grid(t: Tensor, k: int) -> Tensor:
     """`t` rounded to the grid 2^-k, in the dtype that carries it; denormals become zero."""
     wide = t.to(carrier(t.dtype))
-    return straight(wide, units(wide, k).mul_(math.ldexp(1.0, -k)))
+    return straight(wide, rounded(wide, k))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +138,11 @@ class Coupling:
         y = self._scaled(x, *given)
         return y if self.rest is None else y + to_grid(_tensor(self.rest(*given), x), self.k)
 
+    def value(self, x: Tensor, *given: Tensor) -> Tensor:
+        """y, without a gradient."""
+        y = self._product(x, given)
+        return y if self.rest is None else y + rounded(_tensor(self.rest(*given), x), self.k)
+
     def inverse(self, y: Tensor, *given: Tensor) -> Tensor:
         """x from y and, where `bits` is not 0, what `index` gave as the last operand."""
         index = given[-1] if self.bits else None
@@ -148,7 +162,7 @@ class Coupling:
     def _less_rest(self, y: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         if self.rest is None:
             return y
-        return y - units(_tensor(self.rest(*given), y), self.k).mul_(math.ldexp(1.0, -self.k))
+        return y - rounded(_tensor(self.rest(*given), y), self.k)
 
     # --- multiplication by c, in float64 and in units of the grid
     def _scaled(self, x: Tensor, *given: Tensor) -> Tensor:
@@ -158,9 +172,15 @@ class Coupling:
             plain = x * self.scale
         else:
             plain = x / given[self.by] if self.reciprocal else x * given[self.by]
+        return straight(plain, self._product(x, given))
+
+    def _product(self, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
+        """c*x on the grid, without a gradient."""
+        if not self.scales:
+            return x.detach() if self.scale == 1 else -x.detach()
         factor, sign = self._factor(x, given)
         nearest = self._times(units(x, self.k).double(), factor) * sign
-        return straight(plain, (nearest * math.ldexp(1.0, -self.k)).to(x.dtype))
+        return (nearest * math.ldexp(1.0, -self.k)).to(x.dtype)
 
     def _factor(self, x: Tensor, given: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """|c|, or its reciprocal where the operand is a divisor, and the sign of c."""
@@ -173,13 +193,13 @@ class Coupling:
 
     def _times(self, x: Tensor, factor: Any) -> Tensor:
         """The whole number nearest to |c|*x, the upper one of two."""
-        return ((x / factor if self.reciprocal else x * factor) + 0.5).floor_()
+        return ((x / factor if self.reciprocal else x * factor) + 0.5).floor()
 
     def _lowest(self, u: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """The lowest x whose product is u, in units of the grid: division's guess, put right by one."""
         factor, sign = self._factor(u, given)
         u = units(u, self.k).double() * sign
-        guess = ((u - 0.5) * factor if self.reciprocal else (u - 0.5) / factor).ceil_()
+        guess = ((u - 0.5) * factor if self.reciprocal else (u - 0.5) / factor).ceil()
         guess = torch.where(self._times(guess - 1, factor) >= u, guess - 1, guess)
         return torch.where(self._times(guess, factor) < u, guess + 1, guess)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.facts import Facts, annotate, constants
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
+from revfx.rules import Inverse
 
 
 NAMESPACES = ("aten", "prims", "inductor")  # operators that do nothing but compute their result
@@ -51,19 +52,22 @@ class Forward:
         return self.origin[self.lowered.op_nodes[op]]
 
 
-def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts = ()) -> Forward:
+def forward_half(
+    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts = (), exact: bool = False
+) -> Forward:
     """The forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
-    `facts` says what was seen of the values of the compiled function's inputs.
+    `facts` says what was seen of the values of the compiled function's inputs. `exact`: see `lower`.
     """
     _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
+    held = [n for n in joint.nodes if n.meta.get("kept")]
     updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
     late = after_tangents(joint.nodes)
     written = [n.args[1] for n in updates if n.args[1] not in late]
-    nodes = ancestors([*outputs, *written])
+    nodes = ancestors([*outputs, *held, *written])
     # what only updates an input, such as running statistics, is no part of the program
-    used = ancestors([*outputs, *read_later(joint, nodes)], stateless_inputs)
+    used = ancestors([*outputs, *held, *read_later(joint, nodes)], stateless_inputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = frozenset(n.args[0] for n in updates) | mutated_outside(joint, primals)
     known, constant = _known(joint, primals, static, facts), constants(joint)
@@ -77,9 +81,12 @@ def forward_half(joint: fx.Graph, num_outputs: int, static: Collection[int], fac
                 new.meta["facts"] = known[node]
             if node in constant:
                 new.meta["constant"] = constant[node]
+    for new in half.nodes:
+        if "directions" in new.meta:
+            new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
-    lowered = lower(half, sources=sources)
+    lowered = lower(half, sources=sources, exact=exact)
     origin = {new: old for old, new in copy.items()}
     return Forward(lowered, frozenset(nodes), origin, frozenset(n for n in mutated if isinstance(n, fx.Node)))
 
@@ -252,6 +259,11 @@ def _annotate(node: fx.Node, new: fx.Node) -> None:
         barrier = _barrier(node)
         if barrier is not None:
             new.meta["barrier"] = barrier
+
+
+def _copied(inverse: Inverse, copy: Mapping[fx.Node, fx.Node]) -> Inverse:
+    given = tuple(copy[g] if isinstance(g, fx.Node) else g for g in inverse.given)
+    return replace(inverse, solves=copy[inverse.solves], given=given)
 
 
 def _barrier(node: fx.Node) -> str | None:

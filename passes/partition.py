@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from revfx.errors import Refusal
 from revfx.passes import _torch
 from revfx.passes.diagnose import diagnose
+from revfx.passes.exact_joint import exact_forward
 from revfx.passes.facts import Facts
 from revfx.passes.joint import (
     BACKWARD,
@@ -71,10 +72,14 @@ def rewrite(
     """
     recorder = Recorder(joint, options.decompositions)
     _pin_updates(joint, num_outputs, recorder)
-    forward = forward_half(joint, num_outputs, static, facts)
+    if options.exact is None:
+        forward = forward_half(joint, num_outputs, static, facts)
+        regions, stuck = find_regions(forward.lowered.program)
+        written = forward.lowered.program
+    else:
+        forward, regions, stuck, written = exact_forward(joint, num_outputs, static, facts, options.exact, recorder)
     program = forward.lowered.program
-    regions, stuck = find_regions(program)
-    refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(program, s)))
+    refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(written, s)))
     readers = _readers(joint, forward)
     regenerator = Regenerator(joint, forward, recorder, options)
     found: list[Found] = []
@@ -82,7 +87,7 @@ def rewrite(
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
-        if sum(freed) - max(freed, default=0) <= region.kept_bytes:
+        if options.exact is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
         cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
         try:

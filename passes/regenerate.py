@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
+from revfx.passes.grid import checksum
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
@@ -45,12 +46,14 @@ class Options:
 
     `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps. Before
     every `anchor_every` couplings a cut is kept in any case. `decompositions` says how the graph spells operators.
-    `stored` is an identity that an inner compiler which fuses does not look through (see `revfx.passes.realise`).
+    `exact`: regions compute on the grid 2^-exact, and what is regenerated must be bit for bit what it was. `stored` is
+    an identity that an inner compiler which fuses does not look through (see `revfx.passes.realise`).
     """
 
     unbounded: str = "assert"
     tolerance: float | None = None
     anchor_every: int | None = None
+    exact: int | None = None
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     stored: Stored | None = None
 
@@ -363,6 +366,9 @@ class Regenerator:
             "keep more, use a wider dtype for the streams, or compile this model with plain inductor"
         )
         for v, now in cut.items():
+            if self.program.values[v].grid is not None:
+                self._compare_bits(v, now, where)
+                continue
             then, image = (self._own(self.forward.value_node(i)) for i in (v, origins.get(v, v)))
             samples: list[fx.Node] = []
             for node in (then, image):
@@ -372,6 +378,20 @@ class Regenerator:
             with self.joint.inserting_before(self.output):
                 ok = self.recorder.record(lambda a, b, c: ~drifted(sample(a), b, c), [now, *samples], BACKWARD, now)
                 self.attached[now] = [self._assert(ok, message, BACKWARD)]
+
+    def _compare_bits(self, v: int, now: fx.Node, where: str) -> None:
+        message = (
+            f"revfx: exact: a value regenerated in the backward is not bit for bit the forward's (below {where}): the "
+            "kernels of the backward do not round as those of the forward do; compile with "
+            "options={'inner': 'aot_eager'}"
+        )
+        then = self._own(self.forward.value_node(v))
+        with self.joint.inserting_before(then.next):
+            before = self.recorder.record(checksum, [then], FORWARD, then)
+        self.kept.add(before)
+        with self.joint.inserting_before(self.output):
+            ok = self.recorder.record(lambda a, b: checksum(a) == b, [now, before], BACKWARD, now)
+            self.attached[now] = [self._assert(ok, message, BACKWARD)]
 
     def _assert(self, ok: fx.Node, message: str, tag: str) -> fx.Node:
         node = self.joint.call_function(aten._assert_async.msg, (ok, message))

@@ -62,7 +62,8 @@ def convert(
             multiples of 2^-14 (2^-k for `exact=k`), which float32 has room for up to 1024 (2^(24-k)); beyond, and for
             numbers that are not finite, a RangeError is raised. Gradients pass through the rounding unchanged. Streams
             in half precision are carried in float32. Additive couplings keep nothing for it; momentum, and factors
-            bounded from below by m, keep ceil(log2(ceil(1/m))) bits per element and coupling; others are refused.
+            bounded from below by m, keep ceil(log2(ceil(1/m))) bits per element and coupling; others are refused. Where
+            `torch.compile` captures, only calls that need gradients are rounded, and no streams in half precision.
         anchor_every: keep the activations before every so many couplings of a region as well (each line such as
             `x = x + f(y)` is one), from which the backward goes on: memory then grows with depth / anchor_every, and
             rounding only from one anchor to the next. None: only where rounding demands it.
@@ -83,8 +84,6 @@ def convert(
     if capture == "dynamo" and example_inputs is not None:
         raise ValueError("`capture='dynamo'` captures the first real call; leave `example_inputs` out.")
     options = Options(capture, strict, anchor_every=checked_every(anchor_every), exact=checked_exact(exact))
-    if options.exact is not None and capture == "dynamo":
-        raise NotImplementedError("`exact` is not available for `capture='dynamo'` in this version.")
     if isinstance(model, Reversible):
         return model
     converted = _reversible(model, options)
@@ -204,13 +203,13 @@ class Conversion:
 
     def _tries_compiled(self) -> bool:
         """Whether `torch.compile` may capture what could not be recorded; it is asked once."""
-        captures = self.options.capture == "auto" and self.options.exact is None
-        return captures and not self.compiled_tried and not _torch.fsdp_in_use()
+        return self.options.capture == "auto" and not self.compiled_tried and not _torch.fsdp_in_use()
 
     def _compile(self, model: nn.Module) -> Compiled:
         self.compiled_tried = True
-        own, name, every = self.own_forward, fingerprint.name_of(model), self.options.anchor_every
-        return Compiled(name, type(model)._revfx_base.forward if own is None else own, every)  # type: ignore[union-attr]
+        own, name, options = self.own_forward, fingerprint.name_of(model), self.options
+        forward = type(model)._revfx_base.forward if own is None else own  # type: ignore[union-attr]
+        return Compiled(name, forward, options.anchor_every, options.exact)
 
     def _call_compiled(self, compiled: Compiled, model: nn.Module, args: Any, kwargs: Any) -> Any:
         result = compiled.call(model, (model, *args) if self.own_forward is None else args, kwargs)

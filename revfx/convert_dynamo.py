@@ -41,11 +41,14 @@ class Compiled:
         name: what messages call the model.
         function: the forward. One that is a method of the model takes it as the first argument, lest this object hold
             on to the model.
-        anchor_every: see `convert`.
+        anchor_every, exact: see `convert`.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], anchor_every: int | None = None) -> None:
-        self.name, self.function, self.anchor_every = name, function, anchor_every
+    def __init__(
+        self, name: str, function: Callable[..., Any], anchor_every: int | None = None, exact: int | None = None
+    ) -> None:
+        self.name, self.function = name, function
+        self.options = {"inner": "aot_eager", "anchor_every": anchor_every, "exact": exact}
         self.graphs: list[Report] = []
         self.failures: list[Refusal] = []
         self.in_own_code = False  # whether a region ends in the forward's own code, not in a sub-module's
@@ -106,7 +109,7 @@ class Compiled:
             return plain
         try:
             with partitioner.reports() as reports:
-                compiled = backend.revfx(gm, inputs, options={"inner": "aot_eager", "anchor_every": self.anchor_every})
+                compiled = backend.revfx(gm, inputs, options=self.options)
         except _compiler().RestartAnalysis:  # dynamo's own: it captures again, knowing more
             raise
         except Exception as e:  # whatever the compiler can't do, the graph is still right under plain autograd

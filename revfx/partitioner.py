@@ -20,6 +20,7 @@ import revfx
 from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError
 from revfx.passes.facts import Facts, facts_of
+from revfx.passes.grid import checked_exact
 from revfx.passes.partition import Report, rewrite
 from revfx.passes.plan import checked_every
 from revfx.passes.realise import STEP
@@ -54,6 +55,9 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
             every forward, and what rounding grows to by all factors between two kept cuts, and raises where it is too
             much; "store" keeps the inputs of couplings where it might be.
         tolerance: what rounding may grow to between two kept cuts (relative); None: sqrt(eps) of the dtype.
+        exact: make what is regenerated equal to the forward's bit for bit, by rounding what couplings add to multiples
+            of 2^-14 (2^-k for `exact=k`), see `revfx.convert`. Under inductor, whose kernels in the backward may round
+            otherwise, a run in which it is not equal raises.
         anchor_every: keep the cut before every so many couplings of a region as well; None: only where `tolerance`
             demands it.
         strict: raise NotReversibleError for a graph that is left as it was, with the reason.
@@ -65,6 +69,7 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
         tolerance: float | None = None,
         strict: bool = False,
         anchor_every: int | None = None,
+        exact: bool | int = False,
     ) -> None:
         if unbounded not in ("assert", "store"):
             raise ValueError(f"`unbounded={unbounded!r}` is not known; use 'assert' or 'store'.")
@@ -72,7 +77,7 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
             raise ValueError(f"`tolerance={tolerance!r}` must be a float between 0 and 1, or None.")
         if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"`strict={strict!r}` must be True or False.")
-        self.options = Options(unbounded, tolerance, checked_every(anchor_every))
+        self.options = Options(unbounded, tolerance, checked_every(anchor_every), checked_exact(exact))
         self.strict = strict
         self.facts: Facts = ()
 
