@@ -31,7 +31,7 @@ from revfx.passes.joint import (
     read_later,
     stateless_inputs,
 )
-from revfx.passes.plan import anchors
+from revfx.passes.plan import anchors, deep_in_half_precision
 from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
 from revfx.passes.regenerate import Options, Regenerator
@@ -56,6 +56,7 @@ class Report:
 
     regions: tuple[Found, ...]
     refusals: tuple[Refusal, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def rewrite(
@@ -83,6 +84,7 @@ def rewrite(
     readers = _readers(joint, forward)
     regenerator = Regenerator(joint, forward, recorder, options)
     found: list[Found] = []
+    warnings: list[str] = []
     done: list[Region] = []
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
@@ -97,13 +99,15 @@ def rewrite(
             continue
         _uncheckpoint(forward, region)
         found.append(_found(forward, region, cuts, sum(freed)))
+        if warning := deep_in_half_precision(program, region.steps, cuts):
+            warnings.append(warning)
         done.append(region)
     if found:
         _rewire(joint, forward, regenerator, readers)
         if options.stored is not None:
             for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
                 realise(step_of, regenerator.kept, options.stored)
-    return Report(tuple(reversed(found)), refusals)
+    return Report(tuple(reversed(found)), refusals, tuple(warnings))
 
 
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,28 @@ def asked_for(steps: Sequence[Step], every: int | None) -> frozenset[int]:
     """
     couplings = [j for j, step in enumerate(steps) if step.inverts or step.saved]
     return frozenset(couplings[every::every]) if every is not None else frozenset()
+
+
+DEEP = 16  # couplings of streams in half precision that are inverted in a row
+
+
+def deep_in_half_precision(program: Program, steps: Sequence[Step], cuts: Collection[int]) -> str | None:
+    """A warning, where more than `DEEP` couplings between two kept cuts have streams in half precision; else None."""
+    row = most = 0
+    dtype: torch.dtype | None = None
+    for j, step in enumerate(steps):
+        rounding = {program.values[a.head].dtype for a in step.arcs if not a.exact}
+        half = [d for d in rounding if d.is_floating_point and d.itemsize < 4]
+        row = 0 if j in cuts else row + bool(half)
+        most, dtype = max(most, row), half[0] if half else dtype
+    if most <= DEEP:
+        return None
+    where = program.ops[steps[0].start].where or "an unknown place"
+    return (
+        f"{most} couplings in a row, from {where}, have streams in {dtype}, whose rounding adds up while they are"
+        " computed back: keep the streams in float32 (autocast may run the functions in half precision), or use"
+        " `exact=True` or `anchor_every`; `revfx.testing.drift` measures it."
+    )
 
 
 def anchors(

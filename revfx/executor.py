@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,9 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch, numerics
 from revfx.calls import Call
 from revfx.checks import Checksums, Ranges, Samples
-from revfx.errors import NotReversibleError, RegenerationError
+from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
 from revfx.passes.closure import Derivation, Forward
-from revfx.passes.plan import Instruction, asked_for, images, schedule
+from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, images, schedule
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.surroundings import Random, Surroundings, reads_of
@@ -69,7 +70,8 @@ class RegionPlan:
     """A region of a program, with the schedules made for it so far (one per step, direction and need).
 
     `anchors` are the cuts that are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the
-    number of cuts that the latest forward kept; `warned` is set once drift was warned of.
+    number of cuts that the latest forward kept; `warned` is set once drift was warned of, and `warning` is what the
+    first run has to say.
     """
 
     program: Program
@@ -81,9 +83,11 @@ class RegionPlan:
     step_of: dict[int, int] = field(default_factory=dict[int, int])
     kept: int = 0
     warned: bool = False
+    warning: str | None = None
 
     def __post_init__(self) -> None:
         self.anchors = asked_for(self.region.steps, self.anchor_every)
+        self.warning = deep_in_half_precision(self.program, self.region.steps, self.anchors)
         for number, step in enumerate(self.region.steps):
             self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
 
@@ -94,6 +98,9 @@ def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
     Raises:
         NotReversibleError: an operation wrote to its input in place, or returned another shape or dtype than planned.
     """
+    if plan.warning is not None:
+        warning, plan.warning = plan.warning, None
+        warnings.warn(warning, RevfxWarning, stacklevel=2)
     run = RegionRun(plan, calls, env)
     run.forward(env)
     plan.kept = len(run.kept_cuts)

@@ -8,6 +8,7 @@ import functools
 import gc
 import hashlib
 import logging
+import warnings
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import fx
 
 import revfx
 from revfx import _compile, passes, rules
-from revfx.errors import NotReversibleError
+from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.grid import checked_exact
 from revfx.passes.partition import Report, rewrite
@@ -109,6 +110,8 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
                 report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
             for listener in _listeners.get():
                 listener.append(report)
+            for warning in report.warnings:
+                warnings.warn(f"a compiled graph: {warning}", RevfxWarning, stacklevel=2)
             if _log.isEnabledFor(logging.INFO):
                 _log.info("a compiled graph: %s", _line(report))
             if self.strict and not report.regions:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +114,20 @@ def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest
 def test_a_model_without_a_region_is_refused() -> None:
     with pytest.raises(RevfxError, match="`drift`: no reversible region was run by this Linear"):
         drift(nn.Linear(4, 4), torch.randn(2, 4))
+
+
+# --- warnings of half precision
+@pytest.mark.parametrize("options", [{}, {"anchor_every": 8}, {"exact": 12}], ids=["plain", "anchors", "exact"])
+def test_many_couplings_of_streams_in_half_precision_are_warned_of_once(options: dict[str, Any]) -> None:
+    for depth, dtype in ((8, torch.bfloat16), (11, torch.bfloat16), (40, torch.float32)):
+        model = revfx.convert(Chain(depth).to(dtype), **options)
+        block = revfx.RevBlock(nn.Tanh, nn.Tanh, depth, **options)
+        warned = depth == 11 and not options
+        for call in (model, lambda x, block=block: block(*x.chunk(2, -1))):
+            x = torch.randn(4, WIDTH, dtype=dtype, requires_grad=True)
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                call(x)
+                call(x)
+            texts = [str(w.message) for w in found if "couplings in a row" in str(w.message)]
+            assert len(texts) == warned and all("have streams in torch.bfloat16" in t for t in texts)
