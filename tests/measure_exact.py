@@ -33,14 +33,14 @@ class TanhCouplings(nn.Module):
 
     def __init__(self, kind: str, depth: int, half: bool) -> None:
         super().__init__()
-        self.kind, self.half = kind, half
+        self.kind, self.narrow = kind, half
         self.f = nn.ModuleList(nn.Linear(D, D) for _ in range(depth))
         self.g = nn.ModuleList(nn.Linear(D, D) for _ in range(depth))
         for m in (*self.f, *self.g) if half else ():
             m.bfloat16()
 
     def read(self, f: nn.Module, t: Tensor) -> Tensor:
-        return torch.tanh(f(t.bfloat16()) if self.half else f(t)) / len(self.f) ** 0.5
+        return torch.tanh(f(t.bfloat16()) if self.narrow else f(t)) / len(self.f) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
@@ -94,9 +94,7 @@ def bitwise() -> None:
     for depth in (10, 100, 1000):
         for autocast in (False, True):
             torch.manual_seed(0)
-            block: Any = revfx.RevBlock(
-                lambda: nn.Sequential(nn.Linear(D, D), nn.Dropout(0.1)), _tanh, depth, exact=True
-            )
+            block: Any = revfx.RevBlock(_dropout, _tanh, depth, exact=True)
             x = tuple(torch.randn(4, D) for _ in range(2))
             _report(f"RevBlock, {depth} layers", block, x, autocast)
             f, g = block.f, block.g
@@ -130,7 +128,11 @@ def digits(epochs: int = 3) -> None:
     spec.loader.exec_module(example)
     x, y, x_test, y_test = example.digits()
     steps = epochs * (len(x) // example.BATCH)
-    ways = {"unrounded": {}, "exact, regenerated": {"exact": True}, "exact, stored": {"exact": True}}
+    ways: dict[str, dict[str, Any]] = {
+        "unrounded": {},
+        "exact, regenerated": {"exact": True},
+        "exact, stored": {"exact": True},
+    }
     ends: dict[str, list[Tensor]] = {}
     for name, options in ways.items():
         torch.manual_seed(0)

@@ -81,7 +81,8 @@ def test_convert_by_dynamo_and_a_block_inside_a_compiled_model() -> None:
     x = [torch.randn(4, D) for _ in range(2)]
     with store_activations():
         want = gradients(block, block, x)
-    for door in ({"backend": "revfx", "options": {"inner": "aot_eager"}}, {"backend": "aot_eager"}):
+    doors: list[dict[str, Any]] = [{"backend": "revfx", "options": {"inner": "aot_eager"}}, {"backend": "aot_eager"}]
+    for door in doors:
         torch.compiler.reset()
         assert same(gradients(torch.compile(block, fullgraph=True, **door), block, x), want)
 
