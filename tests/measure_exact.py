@@ -101,7 +101,7 @@ def bitwise() -> None:
 
 
 def _dropout() -> nn.Module:
-    return nn.Sequential(nn.Linear(D, D), nn.Dropout(0.1))
+    return nn.Sequential(nn.Linear(D, D), nn.Dropout(0.1), nn.Tanh())
 
 
 def _tanh() -> nn.Module:
