@@ -223,7 +223,7 @@ class _Lowering:
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""
-        if inverse.exact or inverse.rest is None or node.op == "call_module":
+        if inverse.rest is None or node.op == "call_module":
             return "its rule does not say what the operation adds"
         constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
         rest = None if inverse.rest is nothing else _filled_rest(inverse.rest, constants)
@@ -235,7 +235,7 @@ class _Lowering:
             made = Coupling(name, 0, rest, scale, least=abs(scale))
         else:
             interval = self.bounds.get(factor, UNKNOWN)
-            least = 1 / interval.most if reciprocal else interval.least
+            least = (1 / interval.most if interval.most else 0.0) if reciprocal else interval.least
             if least == 0:
                 return f"its factor `{factor.name}` has no known lower bound"
             made = Coupling(name, 0, rest, by=given.index(factor), reciprocal=reciprocal, least=least)

@@ -148,8 +148,11 @@ def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
         keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
         a, low, high = arguments(node, "input", **dict(zip(keys, default, strict=True)))
         inner = of(a)
-        low_ = max(inner.low, low) if isinstance(low, (int, float)) else inner.low
-        high_ = min(inner.high, high) if isinstance(high, (int, float)) else inner.high
+        lowest = low if isinstance(low, (int, float)) else -math.inf
+        highest = high if isinstance(high, (int, float)) else math.inf
+        if not (low is None or isinstance(low, (int, float))) or not (high is None or isinstance(high, (int, float))):
+            return UNKNOWN  # limits that are data
+        low_, high_ = (min(max(end, lowest), highest) for end in (inner.low, inner.high))
         return Interval(low_, high_, low_ > 0 or high_ < 0)
     if name == "softplus" and (len(node.args) > 1 or node.kwargs):
         return Interval(0.0, math.inf, True)

@@ -67,7 +67,9 @@ def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> 
     def limited(i: int, op: Op) -> Op:
         reasons = [why_not(i, a) for a in op.arcs]
         arcs = [
-            a if a.exact else replace(a, barred=None, suspect=False, factor=None, measured=False)
+            a
+            if a.exact and isinstance(a.coupling, str)
+            else replace(a, exact=False, barred=None, suspect=False, factor=None, measured=False)
             for a, reason in zip(op.arcs, reasons, strict=True)
             if reason is None
         ]
@@ -94,6 +96,7 @@ class _Rewrite:
         self.lowered, self.program, self.k, self.insert = lowered, lowered.program, k, insert
         self.graph = lowered.op_nodes[0].graph
         self.now: dict[int, fx.Node] = dict(enumerate(lowered.value_nodes))
+        self.moved: set[fx.Node] = set()  # what was taken from the grid as it is
         self.readers: set[fx.Node] = set()  # of what lies on the grid, as it is carried
 
     def region(self, region: Region) -> set[int]:
@@ -121,14 +124,17 @@ class _Rewrite:
                 self.readers.add(node)
                 for n in (node, *(self.now[v] for v in op.outs)):
                     n.meta["val"] = pytree.tree_map(_carried, n.meta["val"])
+            if moved and must.issuperset(ins):
+                self.moved.update(self.now[v] for v in op.outs)
+                continue
             own = _sequence(node)  # its backward reads its own result
-            for v in must.intersection(op.outs) if not (moved and must.issuperset(ins)) else ():
+            for v in must.intersection(op.outs):
                 self._round(v, self.now[v].next, lambda user, own=own: own is None or _sequence(user) != own)
         return must
 
     def _round(self, v: int, before: fx.Node, replaces: Callable[[fx.Node], bool]) -> None:
         node = self.now[v]
-        if node.meta.get("grid") == self.k:  # by an earlier region
+        if node.meta.get("grid") == self.k or node in self.moved:  # by an earlier region
             return
         users = [user for user in node.users if replaces(user)]
         new = self.now[v] = self.insert(before, ToGrid(self.k), (node,), node)
@@ -138,21 +144,25 @@ class _Rewrite:
 
     def _couple(self, node: fx.Node, op: Op, arc: Arc) -> None:
         assert isinstance(arc.coupling, Coupling)
-        coupling = replace(arc.coupling, k=self.k)
         x, given = self.now[arc.head], [self.now[v] for v in arc.tail[1:]]
+        for part, reads in replace(arc.coupling, k=self.k).parts(len(given)):
+            x = self._insert(part, x, [given[i] for i in reads], node)
+        (y,) = op.outs
+        self.now[y] = x
+        node.replace_all_uses_with(x)
+        self.graph.erase_node(node)
+
+    def _insert(self, coupling: Coupling, x: fx.Node, given: list[fx.Node], node: fx.Node) -> fx.Node:
         new = self.insert(node, coupling, (x, *given), node)
         self.readers.add(new)
         if coupling.bits:
             index = self.insert(node, coupling.index, (x, new, *given), node)
             index.meta.update(directions=(), kept=True)
             self.readers.add(index)
-            given.append(index)
+            given = [*given, index]
         inverse = Inverse(x, coupling.inverse, tuple(given), grid=True)
         new.meta.update(directions=(inverse,), grid=self.k)
-        (y,) = op.outs
-        self.now[y] = new
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+        return new
 
     def cast(self, v: int) -> None:
         """None; all but the readers that take what is carried get the dtype that the value had.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 DEFAULT = 14  # multiples of 2^-14 up to 1024 in float32
 FINEST = 22  # of float32, whose range is then +-4
+SLACK = 2.0**-18  # by how much rounding may take a factor beyond its bound
 MOST_BITS = 8  # kept per element: factors down to 1/256
 
 
@@ -131,12 +132,23 @@ class Coupling:
     @property
     def bits(self) -> int:
         """Bits per element that tell the preimages of a result apart."""
-        return 0 if self.least >= 1 else math.ceil(math.log2(math.ceil(1 / self.least)))
+        return 0 if self.least >= 1 else math.ceil(math.log2(math.ceil(1 / max(self.least, 2.0**-60))))
 
     def __call__(self, x: Tensor, *given: Tensor) -> Tensor:
         """y, differentiable."""
         y = self._scaled(x, *given)
         return y if self.rest is None else y + to_grid(_tensor(self.rest(*given), x), self.k)
+
+    def parts(self, given: int) -> list[tuple[Coupling, tuple[int, ...]]]:
+        """The multiplication and the addition, each with a result of its own that must stay in range, and the numbers
+        of those of the `given` operands that it reads.
+        """
+        every = tuple(range(given))
+        if not self.scales or self.rest is None:
+            return [(self, every)]
+        factor = () if self.by is None else (self.by,)
+        product = replace(self, rest=None, by=None if self.by is None else 0)
+        return [(product, factor), (replace(self, scale=1.0, by=None, reciprocal=False, least=1.0), every)]
 
     def value(self, x: Tensor, *given: Tensor) -> Tensor:
         """y, without a gradient."""
@@ -149,10 +161,10 @@ class Coupling:
         given = given[:-1] if self.bits else given
         y = self._less_rest(y, given)
         if not self.scales:
-            return y if self.scale == 1 else -y
+            return y if self.scale == 1 else 0.0 - y
         lowest = self._lowest(y, given)
         x = lowest if index is None else lowest + unpacked(index, self.bits, y).to(lowest.dtype)
-        return (x * math.ldexp(1.0, -self.k)).to(y.dtype)
+        return (x * math.ldexp(1.0, -self.k) + 0.0).to(y.dtype)
 
     def index(self, x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
         """Which of the preimages of y x is, packed: uint8 of shape [bits, ceil(elements / 8)]."""
@@ -167,7 +179,7 @@ class Coupling:
     # --- multiplication by c, in float64 and in units of the grid
     def _scaled(self, x: Tensor, *given: Tensor) -> Tensor:
         if not self.scales:
-            return x if self.scale == 1 else -x
+            return x if self.scale == 1 else 0.0 - x  # zeros stay positive
         if self.by is None:
             plain = x * self.scale
         else:
@@ -177,10 +189,10 @@ class Coupling:
     def _product(self, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """c*x on the grid, without a gradient."""
         if not self.scales:
-            return x.detach() if self.scale == 1 else -x.detach()
+            return x.detach() if self.scale == 1 else 0.0 - x.detach()
         factor, sign = self._factor(x, given)
         nearest = self._times(units(x, self.k).double(), factor) * sign
-        return (nearest * math.ldexp(1.0, -self.k)).to(x.dtype)
+        return (nearest * math.ldexp(1.0, -self.k) + 0.0).to(x.dtype)
 
     def _factor(self, x: Tensor, given: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """|c|, or its reciprocal where the operand is a divisor, and the sign of c."""
@@ -188,8 +200,11 @@ class Coupling:
             c = self.scale if x.dtype == torch.float64 else struct.unpack("f", struct.pack("f", self.scale))[0]
             return abs(c), math.copysign(1.0, c)
         c = given[self.by].detach().double()
-        size = c.abs().clamp(max=1 / self.least) if self.reciprocal else c.abs().clamp(min=self.least)
-        return size, torch.where(c < 0, -1.0, 1.0)
+        size, sign = c.abs(), torch.where(c < 0, -1.0, 1.0)
+        bound = 1 / self.least if self.reciprocal else self.least
+        beyond = size > bound * (1 + SLACK) if self.reciprocal else size < bound * (1 - SLACK)
+        size = size.clamp(max=bound) if self.reciprocal else size.clamp(min=bound)
+        return torch.where(beyond, math.nan, size), sign  # which the range check sees
 
     def _times(self, x: Tensor, factor: Any) -> Tensor:
         """The whole number nearest to |c|*x, the upper one of two."""
@@ -232,4 +247,4 @@ def checksum(t: Tensor) -> Tensor:
     """
     t = t.detach() + 0.0
     bits = t.reshape(-1).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]).to(torch.int64)
-    return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()
+    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()

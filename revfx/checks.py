@@ -48,7 +48,7 @@ class Ranges:
 
 def _beyond(program: Program, v: int, size: float, k: int) -> str:
     value, made = program.values[v], program.made_at[v]
-    where = (program.ops[made].where if made >= 0 else "") or "an unknown place"
+    where = (program.ops[made].where or "an unknown place") if made >= 0 else "an input"
     if not math.isfinite(size):
         return f"exact={k}: `{value.name}` ({where}) is not finite, so it can't be regenerated bit for bit."
     fits = k

@@ -85,7 +85,12 @@ def convert(
         raise ValueError("`capture='dynamo'` captures the first real call; leave `example_inputs` out.")
     options = Options(capture, strict, anchor_every=checked_every(anchor_every), exact=checked_exact(exact))
     if isinstance(model, Reversible):
-        return model
+        if options in (model.revfx.options, Options("auto", False)):
+            return model
+        raise ValueError(
+            f"`convert`: this {type(model).__name__} is converted already, with other options; convert the model that"
+            " it was made of."
+        )
     converted = _reversible(model, options)
     if example_inputs is not None:
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})

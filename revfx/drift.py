@@ -107,6 +107,8 @@ def drift(
     Raises:
         RevfxError: no reversible region was run.
     """
+    if gradients and not isinstance(model, nn.Module):
+        raise RevfxError("`drift(gradients=True)` also runs the model in fp64, so it needs a module, not a function.")
     own = copy.deepcopy(model) if isinstance(model, nn.Module) else model
     steps: list[StepDrift] = []
     with torch.random.fork_rng():

@@ -25,6 +25,7 @@ from revfx import _torch, numerics
 from revfx.calls import Call
 from revfx.checks import Checksums, Ranges, Samples
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
+from revfx.layout import ALIGNED, identity, leaf, placed
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, images, schedule
 from revfx.passes.program import Program
@@ -84,9 +85,11 @@ class RegionPlan:
     kept: int = 0
     warned: bool = False
     warning: str | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         self.anchors = asked_for(self.region.steps, self.anchor_every)
+        self.exact = any(v.grid is not None for v in self.program.values)
         self.warning = deep_in_half_precision(self.program, self.region.steps, self.anchors)
         for number, step in enumerate(self.region.steps):
             self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
@@ -122,6 +125,7 @@ class RegionRun:
         self.wanted: dict[int, set[int]] = {}
         self.captured_ops: dict[int, set[int]] = {}
         self.layout: dict[int, tuple[tuple[int, ...], tuple[int, ...], bool]] = {}
+        self.offsets: dict[int, int] = {}
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
         self.versions: list[tuple[int, Tensor, int]] = []
@@ -194,6 +198,8 @@ class RegionRun:
 
     def _note(self, v: int, t: Tensor) -> None:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
+        if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and t.data_ptr() % ALIGNED:
+            self.offsets[v] = t.data_ptr() % ALIGNED
         self.ranges.note(v, t)
         if self.watch is not None:
             self.watch.made(self, v, t)
@@ -262,12 +268,12 @@ class RegionRun:
             return
         step = self.plan.step_of[index]
         lasting = {*self.region.steps[step].exit}.intersection(self.program.ops[index].outs)
-        known = {key: v for v, t in candidates.items() if v not in lasting and (key := _identity(t)) is not None}
+        known = {key: v for v, t in candidates.items() if v not in lasting and (key := identity(t)) is not None}
         metas: list[tuple[Any, ...]] = []
         for handle, t in fresh:
             metas.append((tuple(t.shape), t.dtype))
             handle.spoilt = _torch.version(t) != handle.version
-            key = _identity(t)
+            key = identity(t)
             handle.value = known.get(key) if key is not None else None
             if handle.value is not None:
                 self.wanted.setdefault(step, set()).add(handle.value)
@@ -410,6 +416,8 @@ class RegionRun:
     def _as_it_was(self, v: int, t: Tensor) -> Tensor:
         """`t` with the strides that the value had in the forward: kernels and what they save depend on them."""
         shape, stride, _ = self.layout[v]
+        if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
+            return placed(t, shape, stride, self.offsets.get(v, 0))
         if t.layout != torch.strided or t.stride() == stride or type(t) is not Tensor:
             return t
         if 0 in stride or tuple(t.shape) != shape:
@@ -421,7 +429,7 @@ class RegionRun:
         op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
         if not op.opaque and not capture and not self.casts and not torch.is_autocast_enabled("cpu"):
             return [t.detach() for t in call.invoke(env)]  # arithmetic or layout: nothing around it matters
-        inputs = {v: _leaf(env[v], self.layout[v][2]) for v in op.ins}
+        inputs = {v: leaf(env[v], self.layout[v][2]) for v in op.ins}
         saved: list[Tensor] = []
         metas: list[tuple[Any, ...]] = []
 
@@ -454,20 +462,6 @@ class RegionRun:
             self.captures[index] = [*saved]
         saved.clear()
         return outs
-
-
-def _identity(t: Tensor) -> tuple[Any, ...] | None:
-    """What tells two live tensors apart: address, shape, strides, dtype, and whether it stands for its conjugate or
-    negative.
-    """
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.numel() == 0:
-        return None
-    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.is_conj(), t.is_neg()
-
-
-def _leaf(t: Tensor, requires_grad: bool) -> Tensor:
-    leaf = t.detach()
-    return leaf.requires_grad_() if requires_grad and (leaf.is_floating_point() or leaf.is_complex()) else leaf
 
 
 def _unpack(handle: Handle) -> Tensor:

@@ -222,7 +222,7 @@ def rsub(node: fx.Node) -> Iterator[Direction]:
 def neg(node: fx.Node) -> Iterator[Direction]:
     """`y = -a`; `a = -y`."""
     (a,) = arguments(node, "input")
-    yield Inverse(a, lambda y: -y, exact=True)
+    yield Inverse(a, lambda y: -y, exact=True, factor=-1, rest=nothing)
 
 
 @register_inverse(

@@ -337,3 +337,132 @@ def test_the_rewritten_program_says_what_is_kept() -> None:
     converted: Any = revfx.convert(Momentum(3), exact=True)
     converted(*vectors(2))
     assert "save uint8[1, 8]" in converted.revfx.code and "to_grid" in converted.revfx.code
+
+
+# --- what a review found
+@pytest.mark.parametrize("d", [5, 6, 9])
+@pytest.mark.parametrize("rows", [3, 512])
+def test_streams_at_addresses_that_are_not_aligned(d: int, rows: int) -> None:
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(d, d) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for f in self.f:
+                a, b = x.chunk(2, -1)
+                x = torch.cat([b, a + torch.tanh(f(b))], -1)
+            return x
+
+    assert_bitwise(revfx.convert(Chunks(), exact=True), [torch.randn(rows, 2 * d)])
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda r, v: torch.add(r, v, alpha=1.5), lambda r, v: torch.sub(r, v, alpha=1.3),
+        lambda r, v: torch.rsub(v, r, alpha=1.5), lambda r, v: torch.lerp(r, v, 1.5),
+    ],
+)  # fmt: skip
+def test_a_product_that_leaves_the_range_raises_though_the_sum_is_back(update: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+        def forward(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = x.chunk(2, -1)
+            for f in self.f:
+                a, b = b + f(a).tanh(), update(r, a)
+            return a, b
+
+    converted = revfx.convert(Scaled(), exact=True)
+    assert_bitwise(converted, [torch.randn(4, 2 * D), torch.randn(4, D)])
+    with pytest.raises(RangeError):
+        converted(torch.full((4, 2 * D), 780.0, requires_grad=True), torch.full((4, D), -900.0))
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda s: (torch.sigmoid(s) + 1.5).clamp(max=1.25), lambda s: torch.exp(torch.relu(s) + 0.5).clamp(max=1.5),
+        lambda s: (-torch.sigmoid(s) - 1.5).clamp(min=-1.25), lambda s: torch.clamp(s, 1.5, 1.0),
+    ],
+)  # fmt: skip
+def test_factors_beyond_what_they_are_clamped_to(factor: Any) -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f in self.f:
+                a, b = b, a * factor(f(b))
+            return torch.cat([a, b], -1)
+
+    model, inputs = Clamped(), vectors(4)
+    assert_bitwise(revfx.convert(model, exact=True), inputs)
+    plain, exact = gradients(model, inputs, False), gradients(revfx.convert(model, exact=True), inputs, False)
+    assert all((p - e).norm() <= 1e-2 * p.norm() for p, e in zip(plain, exact, strict=True))
+
+
+@pytest.mark.parametrize(
+    "factor", [lambda s: torch.relu(-torch.sigmoid(s)), lambda s: torch.exp(-s.clamp(-745, 0)), lambda s: 1e200 + 0 * s]
+)
+def test_factors_that_can_not_be_bounded_are_refused(factor: Any) -> None:
+    class Extreme(Additive):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f in self.f:
+                a, b = b, a / factor(f(b))
+            return torch.cat([a, b], -1)
+
+    with pytest.warns(RevfxWarning, match="nothing reversible"):
+        revfx.convert(Extreme(4), exact=True)(*vectors(4))
+
+
+@pytest.mark.parametrize(
+    "update", [lambda a, h: h - a, lambda a, h: -a + h, lambda a, h: a * -1 + h, lambda a, h: a * -1.5 + h]
+)
+def test_functions_that_see_the_sign_of_zero(update: Any) -> None:
+    class Signs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f in self.f:
+                a, b = b, update(a, torch.tanh(f(torch.atan2(b, -torch.ones_like(b)))))
+            return torch.cat([a, b], -1)
+
+    (x,) = vectors(8)
+    x[2:5] = 0
+    assert_bitwise(revfx.convert(Signs(), exact=2), [x])
+
+
+def test_half_precision_streams_that_are_read_between_two_regions() -> None:
+    class TwoRegions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.between = Additive(4), Additive(4), nn.Linear(2 * D, 2 * D)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            s = self.first(x).flip(-1)
+            return self.second(s), torch.sin(self.between(s))
+
+    model = TwoRegions().bfloat16()
+    x = vectors(4)[0].bfloat16()
+    converted = revfx.convert(model, exact=12)
+    assert [t.dtype for t in converted(x)] == [torch.bfloat16, torch.bfloat16]
+    assert_bitwise(converted, [x])
+
+
+def test_an_empty_batch_and_a_second_conversion() -> None:
+    block = revfx.RevBlock(mlp, mlp, 3, exact=True)
+    sum(block(torch.randn(0, D, requires_grad=True), torch.randn(0, D))).sum().backward()  # type: ignore[union-attr]
+    converted = revfx.convert(Additive(3), exact=True)
+    assert revfx.convert(converted) is converted and revfx.convert(converted, exact=True) is converted
+    with pytest.raises(ValueError, match="is converted already, with other options"):
+        revfx.convert(converted, exact=12)

@@ -1,0 +1,36 @@
+"""Where a tensor lies in memory: what tells two of them apart, and how one is put where another was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+ALIGNED = 64  # bytes: matrix products of other addresses may round otherwise
+
+
+def identity(t: Tensor) -> tuple[Any, ...] | None:
+    """What tells two live tensors apart: address, shape, strides, dtype, and whether it stands for its conjugate or
+    negative.
+    """
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.numel() == 0:
+        return None
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.is_conj(), t.is_neg()
+
+
+def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    """`t` with given strides and an address that is `offset` bytes beyond an aligned one: kernels round by it."""
+    if t.stride() == stride and t.data_ptr() % ALIGNED == offset:
+        return t
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
+    room = torch.empty(extent + ALIGNED // t.element_size(), dtype=t.dtype, device=t.device)
+    first = (offset - room.data_ptr()) % ALIGNED // t.element_size()
+    return room.as_strided(shape, stride, first).copy_(t.reshape(shape))
+
+
+def leaf(t: Tensor, requires_grad: bool) -> Tensor:
+    """`t` without its history, requiring a gradient as it is said."""
+    leaf = t.detach()
+    return leaf.requires_grad_() if requires_grad and (leaf.is_floating_point() or leaf.is_complex()) else leaf
