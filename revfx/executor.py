@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from revfx.calls import Call
 from revfx.checks import Checksums, Ranges, Samples
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
 from revfx.layout import ALIGNED, identity, leaf, placed
+from revfx.mode import without_hooks
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, images, schedule
 from revfx.passes.program import Program
@@ -384,7 +385,7 @@ class RegionRun:
         env = {**kept, **{v: known[v] for v in base if v in known}}
         known.clear()  # the caller's reference too: what is used up here is freed here
         self.values = {}
-        with torch.no_grad(), _without_hooks():
+        with torch.no_grad(), without_hooks():
             for instruction in instructions:
                 self._execute(instruction, env, kept)
         self.values = {v: env[v] for v in wanted}
@@ -470,13 +471,6 @@ def _unpack(handle: Handle) -> Tensor:
 
 def _never() -> Tensor:
     raise RegenerationError("the graph of a re-run is never differentiated")
-
-
-@contextlib.contextmanager
-def _without_hooks() -> Generator[None]:
-    """Saved-tensor hooks that the user has around the backward do not see the inverses."""
-    with saved_tensors_hooks(lambda t: t, lambda t: t):
-        yield
 
 
 def store_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:

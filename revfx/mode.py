@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
 
@@ -43,3 +44,10 @@ def runs_plain(inputs: Iterable[Tensor]) -> bool:
 def can_store(inputs: Iterable[Tensor]) -> bool:
     """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func, tracers, fake inputs."""
     return not (_torch.in_jit() or _torch.in_functorch_transform() or any(_torch.is_fake(t) for t in inputs))
+
+
+@contextlib.contextmanager
+def without_hooks() -> Generator[None]:
+    """A context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does."""
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield

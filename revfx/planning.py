@@ -17,6 +17,7 @@ from revfx.calls import Call, Slot
 from revfx.capture import Capture, Untraceable, capture
 from revfx.errors import Refusal
 from revfx.executor import RegionPlan, run_region, store_region
+from revfx.mode import without_hooks
 from revfx.outside import Outside
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
@@ -117,7 +118,8 @@ def make_plan(
     """
     search = _Search(root, forward, args, kwargs, anchor_every, exact)
     try:
-        return search.run()
+        with without_hooks():  # the fake forward may run inside another region
+            return search.run()
     except Untraceable as e:
         name = fingerprint.name_of(root)
         refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)

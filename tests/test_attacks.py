@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -410,3 +411,32 @@ def test_part_without_zeros_says_nothing_of_the_whole(masked: bool) -> None:
 
     model = Halves()
     assert_same_grads(revfx.convert(model), model, [x_()])
+
+
+def test_converted_models_inside_a_converted_model_work_at_the_first_step() -> None:
+    class Feed(nn.Module):
+        def __init__(self, d: int) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.down(nn.functional.gelu(self.up(t)))
+
+    class Couplings(nn.Module):
+        def __init__(self, d: int, depth: int, inner: bool = False) -> None:
+            super().__init__()
+            make = (lambda: Couplings(d // 2, 4)) if inner else (lambda: Feed(d))
+            self.f = nn.ModuleList(make() for _ in range(depth))
+            self.g = nn.ModuleList(Feed(d) for _ in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f, g in zip(self.f, self.g, strict=True):
+                a = a + f(b)
+                b = b + g(a)
+            return torch.cat([a, b], -1)
+
+    plain = Couplings(6, 2, inner=True)
+    nested = copy.deepcopy(plain)
+    nested.f = nn.ModuleList(revfx.convert(m) for m in nested.f)
+    assert_same_grads(revfx.convert(nested), plain, [torch.randn(8, 12, requires_grad=True)])
