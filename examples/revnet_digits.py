@@ -108,7 +108,7 @@ class Run:
         return right
 
 
-def make_runs(width: int, couplings: int, steps: int) -> tuple[Run, Run, Run]:
+def make_runs(width: int, couplings: int, steps: int, exact: bool) -> tuple[Run, Run, Run]:
     """Three runs from one seed: plain, converted, and plain from weights that are one rounding away."""
     models: list[nn.Module] = []
     for _ in range(3):
@@ -117,7 +117,7 @@ def make_runs(width: int, couplings: int, steps: int) -> tuple[Run, Run, Run]:
     with torch.no_grad():
         for p in models[2].parameters():
             p.mul_(1 + 6e-8 * torch.randn_like(p).sign())
-    return Run(models[0], steps), Run(revfx.convert(models[1]), steps), Run(models[2], steps)
+    return Run(models[0], steps), Run(revfx.convert(models[1], exact=exact), steps), Run(models[2], steps)
 
 
 def main() -> None:
@@ -125,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="three epochs of a narrower net")
     parser.add_argument("--epochs", type=int, help="default: 8")
+    parser.add_argument("--exact", action="store_true", help="gradients that are bitwise those of stored activations")
     args = parser.parse_args()
     epochs = args.epochs or (3 if args.short else 8)
     width, couplings = (16, 4) if args.short else (24, 6)
@@ -142,7 +143,7 @@ def main() -> None:
     print(f"twice as deep: peak {mb(deep.plain.peak)} plain, {mb(deep.revfx.peak)} with revfx")
 
     per_epoch = len(x) // BATCH
-    runs = make_runs(width, couplings, epochs * per_epoch)
+    runs = make_runs(width, couplings, epochs * per_epoch, args.exact)
     plain, converted, nudged = runs
     losses, tests = "loss plain   loss revfx  loss nudged", "test plain   test revfx  test nudged"
     print(f"\nepoch   {losses}   {tests}")

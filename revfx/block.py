@@ -67,7 +67,8 @@ def rev_block(
             grows with num_layers / anchor_every, and rounding only from one to the next.
 
     Raises:
-        RangeError: with `exact`, a stream leaves the range of the grid, or is not finite.
+        RangeError: with `exact`, a stream leaves the range of the grid, or is not finite (not looked at by
+            `torch.compile`, where an exact chain has ordinary storage unless `backend="revfx"` finds it).
         ValueError: a wrong `exact` or `anchor_every`; a sequence of the wrong length; f or g changes the shape, dtype
             or device of its stream.
         TypeError: x1 or x2 is not floating point while a gradient is needed.

@@ -466,3 +466,20 @@ def test_an_empty_batch_and_a_second_conversion() -> None:
     assert revfx.convert(converted) is converted and revfx.convert(converted, exact=True) is converted
     with pytest.raises(ValueError, match="is converted already, with other options"):
         revfx.convert(converted, exact=12)
+
+
+def test_training_ends_with_the_same_weights_to_the_bit() -> None:
+    ends: list[dict[str, Tensor]] = []
+    for store in (False, True):
+        torch.manual_seed(0)
+        model: Any = revfx.convert(TwoStages(4), exact=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(10):
+            x = images(8)[0]
+            with store_activations() if store else contextlib.nullcontext():
+                loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ends.append(dict(model.state_dict()))
+    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
