@@ -223,7 +223,9 @@ class _Lowering:
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""
-        if inverse.rest is None or node.op == "call_module":
+        if node.op == "call_module":
+            return "it is a module, which is called as it is"
+        if inverse.rest is None:
             return "its rule does not say what the operation adds"
         constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
         rest = None if inverse.rest is nothing else _filled_rest(inverse.rest, constants)
