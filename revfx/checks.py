@@ -106,9 +106,8 @@ class Samples:
 
     def rescale(self, cut: int, images: Mapping[int, int], values: Mapping[int, Tensor]) -> None:
         """None; `values` holds what values of the cut will be computed back from, and `images` says which is whose."""
-        if cut in self.samples:
-            theirs = {v: values[y] for v, y in images.items() if v in self.samples[cut] and y in values}
-            self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
+        theirs = {v: values[y] for v, y in images.items() if v in self.samples[cut] and y in values}
+        self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
 
     def compare(self, cut: int, values: Mapping[int, Tensor], where: str, eps: float, warn: bool) -> bool:
         """Whether a value drifted so far that it was warned of; `eps` is that of the narrowest dtype around, or 0.

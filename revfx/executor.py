@@ -28,6 +28,7 @@ from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
 from revfx.layout import ALIGNED, identity, leaf, placed
 from revfx.mode import without_hooks
 from revfx.passes.closure import Derivation, Forward
+from revfx.passes.cuts import Step
 from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, images, schedule
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
@@ -165,11 +166,11 @@ class RegionRun:
                 if anchored:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
                 lower = {v: env[v] for v in step.entry} if numerics.measures(step) else {}
-                mine = {v: env[v] for v in step.entry if v not in self.kept}
-                if numerics.is_checked(number, len(region.steps)):
-                    self.samples.note(number, mine)
-                if number - 1 in self.kept_cuts:  # the last one of a stretch to come back
-                    self.checksums.note(number, mine)
+                sampled = numerics.is_checked(number, len(region.steps))
+                if sampled:
+                    self.samples.note(number, self._regenerated(step, env))
+                if self.plan.exact and number - 1 in self.kept_cuts:  # the last one of a stretch to come back
+                    self.checksums.note(number, self._regenerated(step, env))
                 for index in range(step.start, step.stop):
                     outs = self._call(index, env)
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
@@ -191,11 +192,16 @@ class RegionRun:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
                 if growing or number == len(region.steps) - 1:
                     self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
-                self.samples.rescale(number, images(step), env)
+                if sampled:
+                    self.samples.rescale(number, images(step), env)
                 for a in step.arcs:
                     if a.measured and last[int(a.factor or 0)] < step.stop:
                         env.pop(int(a.factor or 0), None)
         self.ranges.close()
+
+    def _regenerated(self, step: Step, env: Env) -> Env:
+        """What the backward makes of a step's entry, as the forward made it."""
+        return {v: env[v] for v in step.entry if v not in self.kept}
 
     def _note(self, v: int, t: Tensor) -> None:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
