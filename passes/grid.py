@@ -79,8 +79,8 @@ class ToGrid:
         return to_grid(t, self.k)
 
     def value(self, t: Tensor) -> Tensor:
-        """`t` on the grid, without a gradient."""
-        return rounded(t, self.k)
+        """`t` on the grid, without a gradient; zeros are positive, as an inverse gives them."""
+        return rounded(t, self.k) + 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ def anchors(
         if MARGIN * largest * eps > most and largest > 1.0 and j + 1 < len(steps):
             kept.add(j + 1)
             growth = {}
-    return frozenset(kept)
+    return frozenset(kept - {0})  # which is kept anyway
 
 
 def is_checked(cut: int, steps: int) -> bool:
