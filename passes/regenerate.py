@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
-from revfx.passes.grid import checksum
+from revfx.passes.grid import checksum, packed, unpacked
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
@@ -420,18 +420,14 @@ def _has_precision(node: fx.Node) -> bool:
 def _zeros_of(t: Tensor) -> Tensor:
     """Which elements of `t` are exactly zero, eight to a byte; a byte for each where its size is not a fixed number."""
     mask = t == 0
-    if not fixed(t.shape):
-        return mask
-    bits = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -t.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=t.device)).sum(-1, dtype=torch.uint8)
+    return packed(mask, 1) if fixed(t.shape) else mask
 
 
 def _fill_zeros(t: Tensor, zeros: Tensor) -> Tensor:
     """`t` with exact zeros where `_zeros_of` saw them."""
     if zeros.dtype == torch.uint8:
-        bits = zeros.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=t.device)
-        zeros = (bits & 1).to(torch.bool).reshape(-1)[: t.numel()]
-    return t.masked_fill(zeros.reshape(t.shape), 0)
+        zeros = unpacked(zeros, 1, t).to(torch.bool)
+    return t.masked_fill(zeros, 0)
 
 
 def _nearest(c: Tensor, reciprocal: bool) -> Tensor:
