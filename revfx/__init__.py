@@ -14,6 +14,8 @@ from revfx import debug as debug, testing as testing
 from revfx.block import RevBlock as RevBlock, rev_block as rev_block
 from revfx.convert import convert as convert
 from revfx.errors import NotReversibleError as NotReversibleError, RevfxError as RevfxError
+from revfx.explain import explain as explain
+from revfx.explanation import Explanation as Explanation
 from revfx.rules import register_inverse as register_inverse
 
 

@@ -39,6 +39,11 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is an ordinary one, or a fake one, which stands for such; not of a subclass with its own ways."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that two live tensors share exactly when they share memory."""
     return tensor.untyped_storage()._cdata

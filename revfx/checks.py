@@ -24,7 +24,7 @@ class Ranges:
 
     def note(self, v: int, t: Tensor) -> None:
         """None; `t` is value `v`."""
-        if self.program.values[v].grid is not None and t.numel():
+        if self.program.values[v].grid is not None and t.numel() and not _torch.is_fake(t):
             self.extremes[v] = torch.aminmax(t.detach())  # NaN if any element is
 
     def close(self) -> None:
@@ -70,7 +70,8 @@ class Checksums:
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
         """None; `values` are those of cut `cut` as the forward made them."""
-        found = {v: checksum(t) for v, t in values.items() if self.program.values[v].grid is not None}
+        of = {v: t for v, t in values.items() if self.program.values[v].grid is not None and not _torch.is_fake(t)}
+        found = {v: checksum(t) for v, t in of.items()}
         if found:
             self.sums[cut] = found
 

@@ -300,6 +300,17 @@ def _reversible(model: nn.Module, options: Options) -> Any:
     return converted
 
 
+def unconverted(model: nn.Module) -> nn.Module:
+    """The model that a converted one was made of, which shares everything with it; other modules as they are."""
+    if not isinstance(model, Reversible):
+        return model
+    plain = object.__new__(model._revfx_base)  # pyright: ignore[reportPrivateUsage]
+    plain.__dict__.update({k: v for k, v in vars(model).items() if k != "_revfx"})
+    if model.revfx.own_forward is not None:
+        plain.__dict__["forward"] = model.revfx.own_forward
+    return plain
+
+
 def _restore(base: type[nn.Module], options: Options, own_forward: Any) -> Any:
     restored = object.__new__(_class_for(base))
     restored.__dict__["_revfx"] = Conversion(own_forward, options)

@@ -425,7 +425,7 @@ class RegionRun:
         shape, stride, _ = self.layout[v]
         if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
             return placed(t, shape, stride, self.offsets.get(v, 0))
-        if t.layout != torch.strided or t.stride() == stride or type(t) is not Tensor:
+        if t.layout != torch.strided or t.stride() == stride or not _torch.is_plain(t):
             return t
         if 0 in stride or tuple(t.shape) != shape:
             return t.reshape(shape)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revfx import _torch
+
 
 ALIGNED = 64  # bytes: matrix products of other addresses may round otherwise
 
@@ -15,9 +17,10 @@ def identity(t: Tensor) -> tuple[Any, ...] | None:
     """What tells two live tensors apart: address, shape, strides, dtype, and whether it stands for its conjugate or
     negative.
     """
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.numel() == 0:
+    if not _torch.is_plain(t) or t.layout != torch.strided or t.numel() == 0:
         return None
-    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.is_conj(), t.is_neg()
+    address = (_torch.storage_key(t), t.storage_offset()) if _torch.is_fake(t) else t.data_ptr()
+    return address, tuple(t.shape), t.stride(), t.dtype, t.is_conj(), t.is_neg()
 
 
 def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:

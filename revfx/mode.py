@@ -14,6 +14,7 @@ from revfx import _torch
 
 
 _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
+_simulating: ContextVar[bool] = ContextVar("revfx_simulating", default=False)
 
 
 @contextlib.contextmanager
@@ -27,6 +28,16 @@ def store_activations() -> Generator[None]:
         yield
     finally:
         _storing.reset(token)
+
+
+@contextlib.contextmanager
+def simulating() -> Generator[None]:
+    """A context in which regions run on fake tensors as they would on real ones, where no value can be asked for."""
+    token = _simulating.set(True)
+    try:
+        yield
+    finally:
+        _simulating.reset(token)
 
 
 def storing() -> bool:
@@ -43,7 +54,9 @@ def runs_plain(inputs: Iterable[Tensor]) -> bool:
 
 def can_store(inputs: Iterable[Tensor]) -> bool:
     """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func, tracers, fake inputs."""
-    return not (_torch.in_jit() or _torch.in_functorch_transform() or any(_torch.is_fake(t) for t in inputs))
+    if _torch.in_jit() or _torch.in_functorch_transform():
+        return False
+    return _simulating.get() or not any(_torch.is_fake(t) for t in inputs)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from revfx import _torch
 from revfx.passes.cuts import Step
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample
 
@@ -27,7 +28,7 @@ def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
     """|now - before| / |before| over the sample `before`, or over `image` where that is larger: the norm of a sample of
     what it was computed back from. 0 where `before` was not finite, or is not floating point.
     """
-    if not before.is_floating_point() or before.numel() == 0:
+    if not before.is_floating_point() or before.numel() == 0 or _torch.is_fake(before):
         return 0.0
     scale = before.norm() if image is None else torch.maximum(before.norm(), image)
     error, scale = torch.stack(((sample(now) - before).norm(), scale)).tolist()
@@ -69,7 +70,8 @@ class Growth:
         for arc in step.arcs:
             if arc.measured:
                 index = int(arc.factor or 0)
-                growth, least = _measure(env[index], arc.reciprocal)
+                fake = _torch.is_fake(env[index])  # then as is usual for such a factor
+                growth, least = (1 / arc.typical, 1.0) if fake else _measure(env[index], arc.reciprocal)
                 if not least >= tolerance:  # also when it is NaN
                     clean = False
                     break
@@ -100,6 +102,8 @@ class Growth:
 
 
 def _share_of_zeros(t: Tensor) -> float:
+    if _torch.is_fake(t):
+        return 0.0
     return 1.0 - int(torch.count_nonzero(t.detach())) / max(1, t.numel())
 
 

@@ -190,7 +190,8 @@ class Surroundings:
         for h in self.reads.tensors:
             if h.clone is None or h.clone.numel() <= ALWAYS_KEPT:
                 continue
-            silent = h.tensor.dim() <= 1 and not torch.equal(h.tensor.detach(), h.clone)  # batch norm bumps no version
+            seen = h.tensor.dim() <= 1 and not _torch.is_fake(h.tensor)
+            silent = seen and not torch.equal(h.tensor.detach(), h.clone)  # batch norm bumps no version
             if _torch.version(h.tensor) == h.version and not silent:
                 h.clone = None
 

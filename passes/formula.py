@@ -1,0 +1,101 @@
+"""What an inverse computes, as a line to read: its function is run on names instead of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from revfx.passes.program import Arc, Program
+
+
+SUM, PRODUCT, ATOM = 1, 2, 3  # how tightly an expression binds
+LONGEST = 80  # characters of an expression that is still read
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """An expression: computing with it gives a longer one. After the proxies of torch.fx, for one line."""
+
+    text: str
+    level: int = ATOM
+
+    def __add__(self, other: Any) -> Term:
+        return _joined(self, "+", other, SUM)
+
+    def __radd__(self, other: Any) -> Term:
+        return _joined(other, "+", self, SUM)
+
+    def __sub__(self, other: Any) -> Term:
+        return _joined(self, "-", other, SUM)
+
+    def __rsub__(self, other: Any) -> Term:
+        return _joined(other, "-", self, SUM)
+
+    def __mul__(self, other: Any) -> Term:
+        return _joined(self, "*", other, PRODUCT)
+
+    def __rmul__(self, other: Any) -> Term:
+        return _joined(other, "*", self, PRODUCT)
+
+    def __truediv__(self, other: Any) -> Term:
+        return _joined(self, "/", other, PRODUCT)
+
+    def __rtruediv__(self, other: Any) -> Term:
+        return _joined(other, "/", self, PRODUCT)
+
+    def __neg__(self) -> Term:
+        return Term(f"-{_within(self, PRODUCT)}", PRODUCT)
+
+    def __getattr__(self, name: str) -> Callable[..., Term]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: Term(f"{_within(self, ATOM)}.{name}({_arguments(args, kwargs)})")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Term:
+        name = getattr(function, "__name__", str(function))
+        operator = OPERATORS.get(name)
+        if operator is not None and len(args) == 2 and not kwargs:
+            return _joined(args[0], *operator[:1], args[1], operator[1])
+        return Term(f"{name}({_arguments(args, kwargs or {})})")
+
+
+OPERATORS = {"add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT)}
+
+
+def _joined(a: Any, sign: str, b: Any, level: int) -> Term:
+    return Term(f"{_within(a, level)} {sign} {_within(b, level + 1)}", level)
+
+
+def _within(x: Any, level: int) -> str:
+    text = _text(x)
+    return f"({text})" if isinstance(x, Term) and x.level < level else text
+
+
+def _text(x: Any) -> str:
+    if isinstance(x, Term):
+        return x.text
+    if isinstance(x, (list, tuple)):
+        return "[" + ", ".join(_text(i) for i in x) + "]"
+    return f"{x:g}" if isinstance(x, float) else str(x)
+
+
+def _arguments(args: Any, kwargs: Mapping[str, Any]) -> str:
+    return ", ".join([*(_text(a) for a in args), *(f"{k}={_text(v)}" for k, v in kwargs.items())])
+
+
+def formula(program: Program, arc: Arc, names: Mapping[int, str]) -> str:
+    """`x1 <- y1 - f(x2)` for an arc; `names` says what else than their own names values are called."""
+
+    def name(v: int) -> str:
+        return names.get(v, program.values[v].name)
+
+    head = program.values[arc.head].name
+    try:
+        found = arc.solve(*(Term(name(v)) for v in arc.tail))
+        if isinstance(found, Term) and len(found.text) <= LONGEST:
+            return f"{head} <- {found.text}"
+    except Exception:  # it asks for shapes, or for what only a tensor has
+        pass
+    return f"{head} <- {arc.text.partition(' <- ')[2] or ', '.join(name(v) for v in arc.tail)}"

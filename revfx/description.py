@@ -1,0 +1,160 @@
+"""A region in words: what kind of couplings it is made of, and what becomes of each of its values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from revfx.explanation import RegionInfo, ValueLine
+from revfx.passes.arcs import Lowered
+from revfx.passes.closure import Derivation, Forward, Invert
+from revfx.passes.cuts import Step
+from revfx.passes.formula import formula
+from revfx.passes.plan import amplification
+from revfx.passes.program import Program
+from revfx.passes.regions import Region
+from revfx.rules import op_name
+
+
+def type_name(dtype: torch.dtype, shape: Sequence[object]) -> str:
+    """A type as `f32[8,256]`."""
+    name = str(dtype).removeprefix("torch.")
+    for long, letter in (("bfloat", "bf"), ("float", "f"), ("complex", "c"), ("uint", "u"), ("int", "i")):
+        if name.startswith(long):
+            name = letter + name.removeprefix(long)
+            break
+    return f"{name}[{','.join(map(str, shape))}]"
+
+
+def types_of(tree: Any) -> tuple[str, ...]:
+    """The types of all tensors in nested arguments, and the other leaves as they are written."""
+    leaves = pytree.tree_leaves(tree)
+    return tuple(type_name(x.dtype, x.shape) if isinstance(x, Tensor) else repr(x)[:40] for x in leaves)
+
+
+def describe(
+    program: Program, region: Region, kept_cuts: Collection[int], names: Mapping[int, str], module: str
+) -> RegionInfo:
+    """A region in words; `kept_cuts` numbers the cuts that are kept, `names` says what operations are called where
+    that is not their own name, `module` whose code the region lies in.
+    """
+    steps = region.steps
+    inverting = [s for s in steps if s.inverts or s.saved]
+    exit = [program.values[v] for v in region.exit]
+    return RegionInfo(
+        module=module,
+        first=program.ops[region.start].where,
+        last=program.ops[region.stop - 1].where,
+        kind=_kind(steps),
+        couplings=len(inverting),
+        steps=len(steps),
+        streams=tuple(type_name(v.dtype, v.shape) for v in exit),
+        kept=tuple(
+            program.values[v].name for v in dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
+        ),
+        kept_bytes=region.kept_bytes + _anchored(program, region, kept_cuts),
+        kept_cuts=len({*kept_cuts, 0, len(steps)}),
+        freed_bytes=region.freed_bytes,
+        drift=_drift(program, steps, kept_cuts),
+        values=tuple(_lines(program, region, kept_cuts, names)),
+    )
+
+
+def _kind(steps: Sequence[Step]) -> str:
+    """The usual name of the couplings, by what their inverses divide by."""
+    arcs = [a for s in steps for a in s.arcs if not a.exact]
+    kinds: list[str] = []
+    if any(a.factor is None for a in arcs):
+        kinds.append("additive")
+    if any(a.measured for a in arcs):
+        kinds.append("affine")
+    scales = sorted({abs(a.factor) for a in arcs if a.factor is not None and not a.measured})
+    kinds.extend(f"scaled by {s:.3g}" for s in scales[:3])
+    if any(a.grid for a in arcs):
+        kinds.append("exact")
+    return ", ".join(kinds) or "layout"
+
+
+def _anchored(program: Program, region: Region, kept_cuts: Collection[int]) -> int:
+    """Bytes of the cuts inside of a region that are kept."""
+    inner = {v for j in kept_cuts if 0 < j < len(region.steps) for v in region.steps[j].entry}
+    return program.nbytes(tuple(inner - {*region.entry, *region.exit, *region.side, *region.saved}))
+
+
+def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> float:
+    """About what the relative error of a regenerated cut comes to: roundings add up as a random walk, a quarter of eps
+    each, and grow by what inverses amplify; 0 where nothing rounds.
+    """
+    worst, growth, rounded = 0.0, dict[int, float](), 0
+    for j in range(len(steps) - 1, -1, -1):
+        if j + 1 in kept_cuts or j + 1 == len(steps):
+            growth, rounded = {}, 0
+        rounding = [a for a in steps[j].arcs if not (a.exact or a.grid)]
+        rounded += bool(rounding)
+        growth = amplification(steps[j], growth, {int(a.factor or 0): 1 / a.typical for a in rounding if a.measured})
+        if j in kept_cuts or not rounding:
+            continue
+        dtypes = [program.values[a.head].dtype for a in rounding]
+        eps = max(torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex)
+        worst = max(worst, eps / 4 * rounded**0.5 * max(growth.values(), default=1.0))
+    return worst
+
+
+def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: Mapping[int, str]) -> list[ValueLine]:
+    saved = {*region.exit, *region.saved, *region.side}
+    saved.update(v for j in kept_cuts if j < len(region.steps) for v in region.steps[j].entry)
+    first = _first_derivations(program, region.steps, kept_cuts)
+    calls = {i: _call(program, i, names.get(i, program.ops[i].name)) for i in range(region.start, region.stop)}
+    opaque = {v: calls[i] for i in calls if program.ops[i].opaque for v in program.ops[i].outs[:1]}
+    found: list[ValueLine] = []
+    for number, step in enumerate(region.steps):
+        for i in range(step.start, step.stop):
+            for v in program.ops[i].outs:
+                value, way = program.values[v], first.get(v)
+                action = "save" if v in saved else "invert" if isinstance(way, Invert) else "recompute"
+                inverse = isinstance(way, Invert) and action == "invert"
+                how = formula(program, way.arc, opaque) if inverse else f"{value.name} <- {calls[i]}"
+                kind, where = type_name(value.dtype, value.shape), program.ops[i].where
+                found.append(ValueLine(value.name, kind, action, how, where, number, value.nbytes))
+    return found
+
+
+def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
+    """How the backward, which goes through the steps from the last to the first, comes by each value."""
+    found: dict[int, Derivation] = {}
+    for number in range(len(steps) - 1, -1, -1):
+        step = steps[number]
+        if number in kept_cuts or number == 0:
+            continue  # runs forwards from its kept entry
+        for d in step.derive:
+            for v in program.ops[d.op].outs if isinstance(d, Forward) else (d.arc.head,):
+                if v not in step.exit:
+                    found.setdefault(v, d)
+    return found
+
+
+def _call(program: Program, index: int, name: str) -> str:
+    return (
+        f"{name}({', '.join(program.values[v].name for v in program.ops[index].ins if not program.values[v].source)})"
+    )
+
+
+def scope_of(lowered: Lowered, region: Region) -> str:
+    """The path of the innermost module whose code holds a whole region."""
+    scopes = {_scope(n) for n in lowered.op_nodes[region.start : region.stop]}
+    common = os.path.commonprefix([s.split(".") for s in scopes if s is not None])  # of lists as well
+    return ".".join(common)
+
+
+def _scope(node: fx.Node) -> str | None:
+    return node.meta.get("scope")
+
+
+def op_names(lowered: Lowered) -> dict[int, str]:
+    """What operations are called in a recorded program: modules by their path."""
+    return {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(lowered.op_nodes)}

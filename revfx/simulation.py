@@ -1,0 +1,154 @@
+"""A training step on fake tensors, which have shapes but no data: what it would hold in memory and compute.
+
+The step runs as it is, the user's Python code, autograd and the executor of regions included; a ledger above all
+operations notes what each result takes and when it is let go. Nothing is computed and nothing allocated, so a step that
+would not fit is counted as well. What kernels allocate within themselves is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from revfx import _torch
+from revfx.ambient import generators, restore
+from revfx.fingerprint import Snapshot
+from revfx.mode import simulating
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What one training step holds, in bytes beyond what was there before it, after each of its operations.
+
+    `live[i]` is what is alive after operation i, `backward` the number of the first operation of the backward, `kept`
+    what is alive when it begins. `marks` are places on the way: (operation, text). `flops` counts floating-point
+    operations of matrix products, convolutions and attention, forward and backward, as
+    `torch.utils.flop_counter` does.
+    """
+
+    live: tuple[int, ...]
+    backward: int
+    kept: int
+    flops: int
+    marks: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are alive at once."""
+        return max(self.live, default=0)
+
+
+class Ledger(TorchDispatchMode):
+    """Notes the memory of every result, and what it takes to compute it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.now = self.flops = 0
+        self.live: list[int] = []
+        self.marks: list[tuple[int, str]] = []
+
+    def mark(self, text: str) -> None:
+        """None; names the place that the step has come to."""
+        self.marks.append((len(self.live), text))
+
+    def enter(self, t: Tensor, counted: bool = True) -> None:
+        """None; from now on the memory of `t` is known, and if it is `counted` it is held until it is let go."""
+        storage = t.untyped_storage()
+        key = _torch.storage_key(t)
+        if key not in self.held:
+            self.held[key] = storage.nbytes() if counted else 0
+            self.now += self.held[key]
+            self.alive[key] = weakref.ref(storage, lambda _: self._leave(key))
+
+    def _leave(self, key: int) -> None:
+        del self.alive[key]
+        self.now -= self.held.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
+            if isinstance(t, Tensor) and t.layout == torch.strided:
+                self.enter(t)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        self.live.append(self.now)
+        return out
+
+
+class Simulation:
+    """A model and its arguments in a world without data: the model holds fake tensors while `world` is entered."""
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.model, self.given = model, (args, kwargs)
+        self.mode = _torch.fake_mode()
+        self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextlib.contextmanager
+    def world(self) -> Generator[tuple[Any, Any]]:
+        """A context that gives fake arguments; afterwards the model is as it was, as are Python's random numbers."""
+        modules = list(self.model.modules())
+        before, drawn, state = Snapshot.of(modules), generators(), torch.get_rng_state()
+        try:
+            for table in _tables(modules):
+                for name, t in table.items():
+                    if isinstance(t, Tensor):
+                        table[name] = self._fake(t)
+            yield pytree.tree_map(lambda x: self._fake(x) if isinstance(x, Tensor) else x, self.given)
+        finally:
+            before.restore()
+            restore(drawn)
+            torch.set_rng_state(state)
+
+    def _fake(self, t: Tensor) -> Tensor:
+        """The fake of a real tensor; one with a gradient already, as it has after the first step of a training."""
+        if id(t) not in self.fakes:
+            fake = _torch.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
+            if isinstance(t, nn.Parameter):
+                fake = nn.Parameter(fake, t.requires_grad)
+                if t.requires_grad:
+                    with self.mode, torch.no_grad():
+                        fake.grad = torch.empty_like(fake)
+            self.fakes[id(t)] = t, fake
+        return self.fakes[id(t)][1]
+
+    def step(
+        self,
+        run: Callable[..., Any],
+        loss: Callable[[Any], Tensor],
+        around: Callable[[Ledger], AbstractContextManager[Any]] | None = None,
+    ) -> Timeline:
+        """What `loss(run(*args, **kwargs))` and its backward hold; both happen within `around(ledger)`.
+
+        Raises:
+            Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
+        """
+        ledger = Ledger()
+        with self.world() as (args, kwargs), simulating(), torch.enable_grad():
+            for _, fake in self.fakes.values():
+                ledger.enter(fake, counted=False)
+                if fake.grad is not None:
+                    ledger.enter(fake.grad, counted=False)
+            with around(ledger) if around else contextlib.nullcontext(), ledger:
+                value = loss(run(*args, **kwargs))
+                kept, backward = ledger.now, len(ledger.live)
+                value.backward()
+        return Timeline(tuple(ledger.live), backward, kept, ledger.flops, tuple(ledger.marks))
+
+
+def _tables(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
+    """Where modules hold tensors."""
+    for m in modules:
+        yield from (_torch.parameters(m), _torch.buffers(m), vars(m))
