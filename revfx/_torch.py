@@ -40,7 +40,7 @@ def is_fake(value: object) -> bool:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is an ordinary one, or a fake one, which stands for such; not of a subclass with its own ways."""
+    """Whether `tensor` is an ordinary one, or a fake one that stands for such; not of a subclass with its own ways."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 

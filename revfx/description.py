@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from revfx.explanation import RegionInfo, ValueLine
@@ -146,13 +146,11 @@ def _call(program: Program, index: int, name: str) -> str:
 
 def scope_of(lowered: Lowered, region: Region) -> str:
     """The path of the innermost module whose code holds a whole region."""
-    scopes = {_scope(n) for n in lowered.op_nodes[region.start : region.stop]}
-    common = os.path.commonprefix([s.split(".") for s in scopes if s is not None])  # of lists as well
-    return ".".join(common)
-
-
-def _scope(node: fx.Node) -> str | None:
-    return node.meta.get("scope")
+    scopes = [
+        str(n.meta["scope"]).split(".") for n in lowered.op_nodes[region.start : region.stop] if "scope" in n.meta
+    ]
+    levels = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*scopes, strict=False))
+    return ".".join(names[0] for names in levels)
 
 
 def op_names(lowered: Lowered) -> dict[int, str]:
