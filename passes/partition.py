@@ -32,6 +32,7 @@ from revfx.passes.joint import (
     stateless_inputs,
 )
 from revfx.passes.plan import anchors, deep_in_half_precision
+from revfx.passes.program import Program
 from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
 from revfx.passes.regenerate import Options, Regenerator
@@ -52,11 +53,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one graph: its regions, and what was left to torch and why."""
+    """What became of one graph: its regions, and what was left to torch and why.
+
+    `details` holds the program, and of each region its steps and the cuts that are kept.
+    """
 
     regions: tuple[Found, ...]
     refusals: tuple[Refusal, ...]
     warnings: tuple[str, ...] = ()
+    details: tuple[tuple[Program, Region, frozenset[int]], ...] = ()
 
 
 def rewrite(
@@ -86,6 +91,7 @@ def rewrite(
     found: list[Found] = []
     warnings: list[str] = []
     done: list[Region] = []
+    details: list[tuple[Program, Region, frozenset[int]]] = []
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
@@ -102,12 +108,13 @@ def rewrite(
         if warning := deep_in_half_precision(program, region.steps, cuts):
             warnings.append(warning)
         done.append(region)
+        details.append((program, region, cuts))
     if found:
         _rewire(joint, forward, regenerator, readers)
         if options.stored is not None:
             for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
                 realise(step_of, regenerator.kept, options.stored)
-    return Report(tuple(reversed(found)), refusals, tuple(warnings))
+    return Report(tuple(reversed(found)), refusals, tuple(warnings), tuple(reversed(details)))
 
 
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:

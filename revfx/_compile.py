@@ -7,6 +7,8 @@ Importing this module imports torch's compiler (about a second), so nothing does
 from __future__ import annotations
 
 import contextlib
+import re
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
+from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor import config as inductor_config, list_mode_options
@@ -109,6 +112,24 @@ def mode_options(mode: str) -> Mapping[str, Any]:
 def is_inductor_option(name: str) -> bool:
     """Whether inductor has a setting of this name."""
     return name in inductor_config.get_config_copy()
+
+
+@contextlib.contextmanager
+def graph_breaks() -> Generator[list[tuple[str, str]]]:
+    """A context that gives a list; when it ends that holds why graphs of dynamo ended: (reason, file:line)."""
+    found: list[tuple[str, str]] = []
+    before, skipped = len(graph_break_reasons), Counter(counters["unimplemented"])
+    try:
+        yield found
+    finally:
+        for reason in graph_break_reasons[before:]:
+            place = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+            found.append((reason.reason.splitlines()[0], place))
+        for text in Counter(counters["unimplemented"]) - skipped:
+            frame = re.search(r"frame skipped: \w+ \((.*) line (\d+)\)", text)
+            if frame is not None:
+                reason = f"{text.splitlines()[0]} in a loop, so that all of this function runs plainly"
+                found.append((reason, f"{frame[1]}:{frame[2]}"))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,7 @@ class Compiled:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_compiler().capturing())
             if self.compiled is None:
-                self.compiled = torch.compile(_with_own_code(self.function), backend=self._backend)
+                self.compiled = torch.compile(with_own_code(self.function), backend=self._backend)
                 stack.enter_context(warnings.catch_warnings())  # where a graph ends, plain code goes on: no news
                 warnings.filterwarnings("ignore", module=r"torch\._dynamo\.")
                 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
@@ -115,7 +116,7 @@ class Compiled:
         except Exception as e:  # whatever the compiler can't do, the graph is still right under plain autograd
             self._fails(gm, f"compiling a graph raised {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
             return plain
-        self.graphs.extend(reports)
+        self.graphs.extend(replace(report, details=()) for report in reports)  # which hold the graph
         regions = [region for report in reports for region in report.regions]
         self.in_own_code = self.in_own_code or any(_in_own_code(gm.graph, region.where[1]) for region in regions)
         return _checked(compiled, self.name) if regions else plain
@@ -132,7 +133,7 @@ def _compiler() -> types.ModuleType:
     return _compile
 
 
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls `function`, with a code object that no other has.
 
     Dynamo keeps what it compiles with the code object: models of one class would share its limit of recompilations, and

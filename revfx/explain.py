@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +22,13 @@ from revfx.errors import RevfxError
 from revfx.executor import RegionRun, Watch
 from revfx.explanation import Explanation, RegionInfo, Usage
 from revfx.inspection import watched
+from revfx.measuring import device_of, measured
 from revfx.numerics import DRIFT
 from revfx.planning import Outcome, Plan, make_plan
 from revfx.simulation import Ledger, Simulation, Timeline
-from revfx.testing import measure_memory
 
 
 Loss = Callable[[Any], Tensor]
-REPEATS = 5  # steps of each way that are timed
 
 
 def explain(
@@ -182,27 +180,19 @@ def _measured(
     """The ways with what they were seen to take, the drift, and what could not be measured."""
     own = unconverted(copy.deepcopy(model))
     exact = False if options.exact is None else options.exact
-    with warnings.catch_warnings():
+    ours = convert(own, exact=exact, anchor_every=options.anchor_every)
+    models = {"plain": own, "checkpoint": convert(own, exact=exact, anchor_every=1), "revfx": ours}
+    predicted = {u.way: u for u in ways}
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        ours = convert(own, exact=exact, anchor_every=options.anchor_every)
-        models = {"plain": own, "checkpoint": convert(own, exact=exact, anchor_every=1), "revfx": ours}
-        steps = {way: _step(m, args, kwargs, loss) for way, m in models.items()}
-        with torch.random.fork_rng():
-            memory = {way: measure_memory(step, device=device_of(own)) for way, step in steps.items()}
-            seconds = timed(steps, device_of(own))
+        seen = measured(models, args, kwargs, loss, device_of(own))
         found, notes = _drift(ours, args, kwargs)
-    known = {u.way: u for u in ways}
-    return tuple(
-        Usage(
-            way, *_figures(known.get(way)), memory[way].kept, memory[way].peak, seconds[way],
-            known[way].timeline if way in known else None,
-        )
-        for way in steps
-    ), found, notes  # fmt: skip
-
-
-def _figures(u: Usage | None) -> tuple[int | None, int | None, int | None]:
-    return (None, None, None) if u is None else (u.kept, u.peak, u.flops)
+    both = (
+        replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline)
+        for u in seen
+        for p in (predicted.get(u.way, u),)
+    )
+    return tuple(both), found, notes
 
 
 def _drift(converted: nn.Module, args: Any, kwargs: Any) -> tuple[Drift | None, tuple[str, ...]]:
@@ -210,32 +200,6 @@ def _drift(converted: nn.Module, args: Any, kwargs: Any) -> tuple[Drift | None, 
         return drift(functools.partial(converted, **kwargs) if kwargs else converted, *args), ()
     except RevfxError as e:
         return None, (f"drift was not measured: {e}",)
-
-
-def _step(model: Callable[..., Any], args: Any, kwargs: Any, loss: Loss) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        return loss(model(*args, **kwargs))
-
-    return step
-
-
-def timed(steps: Mapping[str, Callable[[], Tensor]], device: str = "cpu") -> dict[str, float]:
-    """The median seconds of each way's steps, taken in turn."""
-    spent: dict[str, list[float]] = {way: [] for way in steps}
-    for _ in range(REPEATS):
-        for way, step in steps.items():
-            start = time.perf_counter()
-            step().backward()
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            spent[way].append(time.perf_counter() - start)
-    return {way: statistics.median(s) for way, s in spent.items()}
-
-
-def device_of(model: nn.Module) -> str:
-    """The device of a model's first parameter, as `measure_memory` takes it."""
-    first = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return str(first)
 
 
 # --- advice

@@ -211,13 +211,11 @@ def _repeats(looks: Sequence[object], at: int, period: int) -> int:
 def _lines(e: Explanation) -> Iterator[str]:
     found = f"{len(e.regions)} reversible region{'s' * (len(e.regions) != 1)}, {e.couplings} couplings"
     yield f"{e.model}({', '.join(e.inputs)}): {found if e.regions else 'nothing reversible was found'}"
-    if e.graphs:
-        for graph in e.graphs:
-            yield f"graph {graph.number}: {len(graph.regions) or 'no'} region{'s' * (len(graph.regions) != 1)}"
-            yield from _regions(graph.regions)
-        for reason in e.breaks:
-            yield f"graph break: {reason}"
-    else:
+    for graph in e.graphs:
+        yield f"graph {graph.number}: {len(graph.regions) or 'no'} region{'s' * (len(graph.regions) != 1)}"
+        yield from _regions(graph.regions)
+    yield from (f"graph break: {reason}" for reason in e.breaks)
+    if not e.graphs:
         yield from _regions(e.regions)
     if e.refusals:
         yield "left as it was"
