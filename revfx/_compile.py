@@ -96,6 +96,13 @@ def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapp
     return compiled
 
 
+@contextlib.contextmanager
+def memory_budget(budget: float) -> Generator[None]:
+    """A context in which torch's partitioner keeps at most that share of what it would keep for the backward."""
+    with functorch_config.patch(activation_memory_budget=budget):
+        yield
+
+
 def run_by_eager_kernels(
     gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
 ) -> Callable[..., Any]:

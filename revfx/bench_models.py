@@ -1,0 +1,332 @@
+"""The models of `revfx bench`: plain PyTorch, with no wrapper in them and no thought of one.
+
+Each is a chain of blocks that carry a state from one to the next. What libraries of reversible layers need to build the
+same model, with the same weights, is told beside the model: the modules f and g of its couplings, if it has such.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Chain(nn.Module):
+    """`enter`, then block after block, then `leave`.
+
+    Args:
+        blocks: modules from a state, given as arguments, to the next state.
+        axis: of the streams, the one along which they lie side by side.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], axis: int = -1) -> None:
+        super().__init__()
+        self.blocks, self.axis = nn.ModuleList(blocks), axis
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The first state."""
+        raise NotImplementedError
+
+    def leave(self, *state: Tensor) -> Any:
+        """The output, of the last state."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The output."""
+        state = self.enter(*inputs)
+        for block in self.blocks:
+            state = block(*state)
+        return self.leave(*state)
+
+
+class Coupling(nn.Module):
+    """`a + f(b)`, `b + g(a)`, one after the other."""
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        self.f, self.g = f, g
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams after the block."""
+        a = a + self.f(b)
+        return a, b + self.g(a)
+
+
+# --- coupling MLP
+def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+    """Two linear layers with a GELU between them."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+class CouplingMlp(Chain):
+    """Additive couplings of MLPs between two linear layers; x: (B, features)."""
+
+    def __init__(self, depth: int, features: int = 32, width: int = 64) -> None:
+        super().__init__([Coupling(*(mlp(width, 4 * width, width) for _ in "fg")) for _ in range(depth)])
+        self.stem, self.head = nn.Linear(features, 2 * width), nn.Linear(2 * width, features)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Two streams (B, width)."""
+        return self.stem(inputs[0]).chunk(2, -1)
+
+    def leave(self, *state: Tensor) -> Tensor:
+        """(B, features)."""
+        return self.head(torch.cat(state, -1))
+
+
+# --- convolutional RevNet
+def convolutions(c: int) -> nn.Sequential:
+    """Two convolutions with BatchNorm, a ReLU between them."""
+    first, second = (nn.Conv2d(c, c, 3, padding=1, bias=False) for _ in range(2))
+    return nn.Sequential(first, nn.BatchNorm2d(c), nn.ReLU(), second, nn.BatchNorm2d(c))
+
+
+class RevNet(Chain):
+    """Residual convolutions on two streams, between a stem and a linear head; images: (B, 3, H, W)."""
+
+    def __init__(self, depth: int, channels: int = 12, classes: int = 10) -> None:
+        super().__init__([Coupling(convolutions(channels), convolutions(channels)) for _ in range(depth)], axis=1)
+        self.stem, self.head = nn.Conv2d(3, 2 * channels, 3, padding=1), nn.Linear(2 * channels, classes)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Two streams (B, channels, H, W)."""
+        return self.stem(inputs[0]).chunk(2, 1)
+
+    def leave(self, *state: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.head(torch.cat(state, 1).mean((2, 3)))
+
+
+# --- reversible transformer
+class Attention(nn.Module):
+    """Causal self-attention after a layer norm; x: (B, T, d)."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out, self.heads = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d)."""
+        n, t, d = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(n, t, d))
+
+
+class Transformer(Chain):
+    """Attention on one stream and an MLP on the other, as in the Reformer; tokens: (B, T)."""
+
+    def __init__(self, depth: int, d: int = 64, vocabulary: int = 64, length: int = 64) -> None:
+        feeds = [nn.Sequential(nn.LayerNorm(d), *mlp(d, 4 * d, d)) for _ in range(depth)]
+        super().__init__([Coupling(Attention(d, 4), feed) for feed in feeds])
+        self.token, self.position = nn.Embedding(vocabulary, d), nn.Embedding(length, d)
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Two streams (B, T, d), which start as the same."""
+        (tokens,) = inputs
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return x, x
+
+    def leave(self, *state: Tensor) -> Tensor:
+        """Logits (B, T, vocabulary)."""
+        a, b = state
+        return self.head(self.norm(a + b))
+
+
+# --- affine flow
+class Affine(nn.Module):
+    """`x1 * exp(tanh(s(x2))) + t(x2)`, then x2 likewise of the new x1; (s, t) by one network each."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.first, self.second = mlp(width, hidden, 2 * width), mlp(width, hidden, 2 * width)
+        with torch.no_grad():  # near the identity at first, as is usual for flows
+            for net in (self.first, self.second):
+                net[-1].weight.mul_(0.1)
+                net[-1].bias.zero_()
+
+    def forward(self, x1: Tensor, x2: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both halves, and the log-determinant (B,) so far."""
+        s, t = self.first(x2).chunk(2, -1)
+        s = torch.tanh(s)
+        x1, log_det = x1 * torch.exp(s) + t, log_det + s.sum(-1)
+        s, t = self.second(x1).chunk(2, -1)
+        s = torch.tanh(s)
+        return x1, x2 * torch.exp(s) + t, log_det + s.sum(-1)
+
+
+class Flow(Chain):
+    """A normalising flow of affine couplings, RealNVP with a tanh in the exponent; x: (B, 2 width)."""
+
+    def __init__(self, depth: int, width: int = 32, hidden: int = 128) -> None:
+        super().__init__([Affine(width, hidden) for _ in range(depth)])
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Two halves (B, width) and a log-determinant (B,) of zeros."""
+        (x,) = inputs
+        x1, x2 = x.chunk(2, -1)
+        return x1, x2, torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
+
+    def leave(self, *state: Tensor) -> Tensor:
+        """Log-densities (B,) under a normal distribution of the outputs, in nats."""
+        x1, x2, log_det = state
+        z = torch.cat([x1, x2], -1)
+        return log_det - 0.5 * (z * z + math.log(2 * math.pi)).sum(-1)
+
+
+# --- leapfrog
+class Force(nn.Module):
+    """The force on each mass of a chain with fixed ends, a learned function of both springs' lengths; q: (B, n)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+
+    def forward(self, q: Tensor) -> Tensor:
+        """(B, n)."""
+        lengths = F.pad(q, (1, 1)).diff(dim=-1)
+        return self.net(torch.stack([lengths[..., :-1], lengths[..., 1:]], -1)).squeeze(-1)
+
+
+class Leap(nn.Module):
+    """One step of the leapfrog scheme for momenta and displacements, with masses of one."""
+
+    def __init__(self, force: Force, h: float) -> None:
+        super().__init__()
+        self.force, self.h = force, h
+
+    def forward(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, a step later."""
+        p = p + self.h * self.force(q)
+        return p, q + self.h * p
+
+
+class Springs(Chain):
+    """The motion of a chain of masses, all steps by one learned force; displacements: (B, masses)."""
+
+    def __init__(self, depth: int, masses: int = 128, hidden: int = 16, h: float = 0.1) -> None:
+        force = Force(hidden)
+        super().__init__([Leap(force, h) for _ in range(depth)])
+        self.push = nn.Parameter(torch.randn(masses))
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Momenta, the same learned push for all, and displacements."""
+        (q,) = inputs
+        return self.push.expand_as(q), q
+
+    def leave(self, *state: Tensor) -> Tensor:
+        """The last displacements."""
+        return state[1]
+
+
+class Kick(nn.Module):
+    """`h * force(q)`: what a step adds to the momenta."""
+
+    def __init__(self, force: Force, h: float) -> None:
+        super().__init__()
+        self.force, self.h = force, h
+
+    def forward(self, q: Tensor) -> Tensor:
+        """(B, n)."""
+        return self.h * self.force(q)
+
+
+class Drift(nn.Module):
+    """`h * p`: what a step adds to the displacements."""
+
+    def __init__(self, h: float) -> None:
+        super().__init__()
+        self.h = h
+
+    def forward(self, p: Tensor) -> Tensor:
+        """(B, n)."""
+        return self.h * p
+
+
+# --- the five
+Functions = tuple[list[nn.Module], list[nn.Module]]
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """One model of the bench.
+
+    Args:
+        name: what `--models` calls it.
+        title: what it is.
+        build: from a depth to the model.
+        inputs: from a batch size to the arguments of its forward, the same in every call.
+        loss: from its output to a scalar.
+        depth, batch: the default sizes.
+        couplings: from a model to the modules f and g of its additive couplings on two streams; None if it has others.
+        otherwise: why it has none.
+    """
+
+    name: str
+    title: str
+    build: Callable[[int], Chain]
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    loss: Callable[[Any], Tensor]
+    depth: int
+    batch: int
+    couplings: Callable[[Any], Functions] | None
+    otherwise: str = ""
+
+    def make(self, depth: int) -> Chain:
+        """The model, with the same weights in every call; the generator of random numbers is left as it was."""
+        return _seeded(lambda: self.build(depth))
+
+
+def _seeded(make: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def _normal(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda batch: (_seeded(lambda: torch.randn(batch, *shape)),)
+
+
+def _tokens(batch: int) -> tuple[Tensor, ...]:
+    return (_seeded(lambda: torch.randint(0, 64, (batch, 64))),)
+
+
+def _mean_square(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def _cross_entropy(logits: Tensor) -> Tensor:
+    """The cross-entropy with classes that are given round-robin."""
+    rows = logits.flatten(0, -2)
+    return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device) % rows.shape[-1])
+
+
+def _negative_mean(log_density: Tensor) -> Tensor:
+    return -log_density.mean()
+
+
+def _f_and_g(model: Chain) -> Functions:
+    blocks: Sequence[Any] = list(model.blocks)
+    return [b.f for b in blocks], [b.g for b in blocks]
+
+
+def _kicks_and_drifts(model: Chain) -> Functions:
+    blocks: Sequence[Any] = list(model.blocks)
+    return [Kick(b.force, b.h) for b in blocks], [Drift(b.h) for b in blocks]
+
+
+_AFFINE = "its couplings scale as well as add, and carry a log-determinant"
+_ALL = (
+    BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), _mean_square, 16, 2048, _f_and_g),
+    BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 16, 32, _f_and_g),
+    BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 16, 16, _f_and_g),
+    BenchModel("flow", "affine flow", Flow, _normal(64), _negative_mean, 16, 4096, None, _AFFINE),
+    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), _mean_square, 64, 128, _kicks_and_drifts),
+)
+MODELS: Mapping[str, BenchModel] = {m.name: m for m in _ALL}
