@@ -31,6 +31,10 @@ class RangeError(RevfxError):
     """A value of an exact forward has no place on its grid: it is too large, or not finite."""
 
 
+class WrongArguments(RevfxError):
+    """What is wrong with the arguments of a command on the command line."""
+
+
 class RevfxWarning(UserWarning):
     """A model, or a part of it, is left as it was; the text says which part and why."""
 

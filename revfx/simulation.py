@@ -2,7 +2,7 @@
 
 The step runs as it is, the user's Python code, autograd and the executor of regions included; a ledger above all
 operations notes what each result takes and when it is let go. Nothing is computed and nothing allocated, so a step that
-would not fit is counted as well. What kernels allocate within themselves is not seen.
+would not fit is counted as well. What kernels allocate within themselves is counted where it is known.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from revfx import _torch
 from revfx.ambient import generators, restore
 from revfx.fingerprint import Snapshot
 from revfx.mode import simulating
+from revfx.scratch import scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class Ledger(TorchDispatchMode):
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
-        self.live.append(self.now)
+        self.live.append(self.now + scratch(func, args, out))
         return out
 
 

@@ -1,0 +1,86 @@
+"""The model and the inputs that a command line names; only the file that it names is run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revfx.errors import RevfxError, WrongArguments
+
+
+def load(spec: str, shapes: Sequence[str], dtype: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module that `FILE.py:FACTORY` names, and its inputs: of the given shapes, or those that the factory returns.
+
+    Raises:
+        WrongArguments: no such file or name, or something that is no module; a wrong shape or dtype.
+        RevfxError: the file, or the factory, raised.
+    """
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file:
+        raise WrongArguments(f"{spec!r}: give a file and a name in it, such as model.py:make_model")
+    given = tuple(tensor(text, dtype) for text in shapes)
+    made = _made(_module(Path(file)), file, name)
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, given)
+    if not isinstance(model, nn.Module):
+        raise WrongArguments(f"{spec}: it gives a {type(model).__name__}, not a torch.nn.Module")
+    inputs = given or (tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,))
+    if not inputs:
+        raise WrongArguments(f"{spec}: give the shapes of its inputs, such as --input 8,3,32,32")
+    return model, inputs
+
+
+def tensor(text: str, dtype: str) -> Tensor:
+    """An input for `8,3,32,32` or `16,64:int64`: normal random numbers, zeros where they are whole.
+
+    Raises:
+        WrongArguments: it is no shape, or no dtype.
+    """
+    numbers, _, own = text.partition(":")
+    kind = getattr(torch, own or dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise WrongArguments(f"{own or dtype!r} is no dtype of torch; float32, bfloat16 and int64 are such")
+    try:
+        shape = [int(n) for n in numbers.split(",")] if numbers else []
+    except ValueError:
+        raise WrongArguments(f"--input {text}: give whole numbers, such as 8,3,32,32 or 16,64:int64") from None
+    if any(n < 0 for n in shape):
+        raise WrongArguments(f"--input {text}: sizes can't be negative")
+    return torch.randn(shape, dtype=kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
+
+
+def _module(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise WrongArguments(f"{file}: no such file")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise WrongArguments(f"{file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(file.stem, module)  # for dataclasses and pickling
+    sys.path.insert(0, str(file.resolve().parent))  # what lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise RevfxError(f"{file} raised {type(e).__name__}: {e}") from e
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _made(module: ModuleType, file: str, name: str) -> Any:
+    if not hasattr(module, name):
+        names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise WrongArguments(f"{file} has no `{name}`" + (f"; it has {', '.join(names)}" if names else ""))
+    found: Any = getattr(module, name)
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    try:
+        return found()
+    except Exception as e:
+        raise RevfxError(f"{file}:{name}() raised {type(e).__name__}: {e}") from e

@@ -1,0 +1,51 @@
+"""A bar on the terminal for what takes more than a second; nothing where there is no terminal, or no tqdm."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
+from typing import Any
+
+
+_listener: ContextVar[Callable[[str], None] | None] = ContextVar("revfx_progress", default=None)
+
+
+def stage(text: str) -> None:
+    """None; says what is done next, to whoever shows it."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(text)
+
+
+@contextlib.contextmanager
+def bar(total: int, text: str = "") -> Generator[Callable[..., Any]]:
+    """A context with a bar of `total` steps on stderr; it gives a function, to be called after each of them.
+
+    A stage that is announced inside is a step too.
+    """
+    shown = _tqdm(total, text)
+
+    def advance(text: str = "") -> None:
+        if shown is not None:
+            shown.set_description_str(text, refresh=False) if text else None
+            shown.update()
+
+    token = _listener.set(advance)
+    try:
+        yield advance
+    finally:
+        _listener.reset(token)
+        if shown is not None:
+            shown.close()
+
+
+def _tqdm(total: int, text: str) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, desc=text, leave=False, file=sys.stderr)
