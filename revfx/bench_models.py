@@ -147,9 +147,8 @@ class Affine(nn.Module):
         super().__init__()
         self.first, self.second = mlp(width, hidden, 2 * width), mlp(width, hidden, 2 * width)
         with torch.no_grad():  # near the identity at first, as is usual for flows
-            for net in (self.first, self.second):
-                net[-1].weight.mul_(0.1)
-                net[-1].bias.zero_()
+            for p in (*self.first[-1].parameters(), *self.second[-1].parameters()):
+                p.mul_(0.1)
 
     def forward(self, x1: Tensor, x2: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both halves, and the log-determinant (B,) so far."""
@@ -265,7 +264,7 @@ class BenchModel:
         loss: from its output to a scalar.
         depth, batch: the default sizes.
         couplings: from a model to the modules f and g of its additive couplings on two streams; None if it has others.
-        otherwise: why it has none.
+        otherwise: why it has none, as the end of a sentence.
     """
 
     name: str
@@ -324,9 +323,9 @@ def _kicks_and_drifts(model: Chain) -> Functions:
 _AFFINE = "its couplings scale as well as add, and carry a log-determinant"
 _ALL = (
     BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), _mean_square, 16, 2048, _f_and_g),
-    BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 16, 32, _f_and_g),
-    BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 16, 16, _f_and_g),
+    BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 8, 64, _f_and_g),
+    BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 8, 32, _f_and_g),
     BenchModel("flow", "affine flow", Flow, _normal(64), _negative_mean, 16, 4096, None, _AFFINE),
-    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), _mean_square, 64, 128, _kicks_and_drifts),
+    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), _mean_square, 32, 256, _kicks_and_drifts),
 )
 MODELS: Mapping[str, BenchModel] = {m.name: m for m in _ALL}

@@ -62,6 +62,11 @@ class Row:
     failed: bool = False
 
 
+def size_of(row: Row, sweep: str | None) -> int:
+    """What a sweep of that kind changes: the depth or the batch."""
+    return row.depth if sweep == "depth" else row.batch
+
+
 @dataclass(frozen=True)
 class Fit:
     """The largest size at which one way trains one model in some memory.
@@ -72,7 +77,7 @@ class Fit:
         other: the size of the one that was not.
         memory: bytes, of parameters, gradients and all else.
         largest: what fitted; 0 if nothing did, None if it was not looked for.
-        more: nothing larger was tried: the search came to the end of its time or range.
+        over: the smallest size that was found not to fit; None where the search ended before there was one.
         notes: what else there is to say; why it was not looked for.
         failed: it raised something that has nothing to do with memory.
     """
@@ -83,7 +88,7 @@ class Fit:
     other: int
     memory: int
     largest: int | None = None
-    more: bool = False
+    over: int | None = None
     notes: tuple[str, ...] = ()
     failed: bool = False
 

@@ -1,0 +1,158 @@
+"""`revfx bench`: memory, time and gradients of one model trained in many ways, in one interleaved run.
+
+`python -m revfx.bench` is the child process in which `main` measures, with an allocator that keeps what it has: page
+faults would be part of the times otherwise, more of them the more a way allocates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from revfx import bench_plot, bench_report
+from revfx.bench_fit import Question, largest
+from revfx.bench_measure import Tick, measure_size, measure_steps
+from revfx.bench_models import MODELS
+from revfx.bench_options import Options, UsageError, add_arguments as add_arguments, command_of, options_of
+from revfx.bench_results import Fit, Report, Row, this_machine
+from revfx.bench_ways import WAYS
+from revfx.errors import RevfxError
+
+
+# glibc reads the first two when a process starts, torch the others
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "KINETO_LOG_LEVEL": "99",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def main(args: argparse.Namespace) -> int:
+    """The exit status: 0; 1 if one of revfx's own ways, or plain autograd, raised or gave wrong gradients; 2 if the
+    arguments make no sense.
+    """
+    try:
+        options = options_of(args)
+    except (UsageError, RevfxError) as e:
+        print(f"revfx bench: {e}", file=sys.stderr)
+        return 2
+    if all(name in os.environ for name in ENVIRONMENT):
+        return run(options)
+    command = [sys.executable, "-m", "revfx.bench", json.dumps(asdict(options))]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=False)
+    return done.returncode if done.returncode in (0, 1) else 1
+
+
+def run(options: Options) -> int:
+    """The exit status, after measuring in this process and printing and writing what was asked for."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    alone = options.json == "-"
+    with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
+        report = measured(options)
+    if not alone:
+        print(bench_report.markdown(report) if options.markdown else bench_report.text(report))
+    if options.json is not None:
+        _write(options.json, bench_report.as_json(report))
+    if options.csv is not None:
+        _write(options.csv, bench_report.as_csv(report))
+    if options.plot is not None:
+        bench_plot.plot(report, options.plot)
+    return int(any(r.failed and (r.way == "plain" or WAYS[r.way].own) for r in report.found))
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        print(text.rstrip("\n"))
+    else:
+        Path(path).write_text(text.rstrip("\n") + "\n")
+
+
+def measured(options: Options) -> Report:
+    """The report of what the options ask for."""
+    rows: list[Row] = []
+    fits: list[Fit] = []
+    if options.memory is not None:
+        fits = _fits(options, options.memory)
+    elif options.sweep is not None:
+        rows = _sweep(options)
+    else:
+        with _progress(len(options.models) * (len(options.ways) + options.rounds + 1)) as tick:
+            for name in options.models:
+                ways = [WAYS[w] for w in options.ways]
+                depth, batch = options.sizes(name)
+                rows += measure_steps(MODELS[name], ways, depth, batch, options.rounds, options.device, tick)
+    machine = this_machine(options.device)
+    return Report(command_of(options), machine, tuple(rows), tuple(fits), options.sweep)
+
+
+def _sweep(options: Options) -> list[Row]:
+    rows: list[Row] = []
+    with _progress(sum(len(options.swept(m)) for m in options.models) * len(options.ways)) as tick:
+        for name in options.models:
+            depth, batch = options.sizes(name)
+            for way in options.ways:
+                for n in options.swept(name):
+                    tick(f"{name}, {way}, {options.sweep} {n}")
+                    size = (n, batch) if options.sweep == "depth" else (depth, n)
+                    rows.append(measure_size(MODELS[name], WAYS[way], *size, options.device))
+    return rows
+
+
+def _fits(options: Options, memory: int) -> list[Fit]:
+    fits: list[Fit] = []
+    with _progress(len(options.models) * len(options.ways) * 2) as tick:
+        for name in options.models:
+            depth, batch = options.sizes(name)
+            for way in options.ways:
+                for sweep, other in (("depth", batch), ("batch", depth)):
+                    tick(f"{name}, {way}, {sweep}")
+                    threads, seconds = torch.get_num_threads(), options.seconds
+                    fits.append(largest(Question(name, way, sweep, other, memory, options.device, threads, seconds)))
+    return fits
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Generator[Tick]:
+    """A context with a function to call before each of `total` things, which shows a bar where there is a terminal."""
+    tqdm = _tqdm() if sys.stderr.isatty() else None
+    if tqdm is None:
+        yield lambda text: None
+        return
+    with tqdm(total=total, file=sys.stderr, leave=False) as bar:
+
+        def tick(text: str) -> None:
+            bar.set_description(text)
+            bar.update()
+
+        yield tick
+
+
+def _tqdm() -> Callable[..., Any] | None:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
+
+
+def _options(text: str) -> Options:
+    """What `main` passes to its child process."""
+    given: dict[str, Any] = json.loads(text)
+    given |= {name: tuple(given[name]) for name in ("models", "ways", "at")}
+    return Options(**given)
+
+
+if __name__ == "__main__":
+    sys.exit(run(_options(sys.argv[1])))
