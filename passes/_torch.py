@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,6 +41,16 @@ def is_pure(target: Any) -> bool:
     """Whether an operator of torch's own computes the same result whenever it is called."""
     drawn = torch.Tag.nondeterministic_seeded in target.tags
     return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
+
+
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether calling an operator overload takes random numbers; attention without dropout says so, and does not."""
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    if "scaled_dot_product" not in packet_name(target):
+        return True
+    at = argument_names(target).index("dropout_p")
+    return (args[at] if at < len(args) else kwargs.get("dropout_p", 0.0)) != 0
 
 
 @functools.cache

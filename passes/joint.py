@@ -202,15 +202,7 @@ def op_named(node: fx.Node, name: str) -> bool:
 
 def draws(node: fx.Node) -> bool:
     """Whether running a node again would give other random numbers."""
-    target: Any = node.target
-    if not _torch.is_overload(target) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    return not ("scaled_dot_product" in _torch.packet_name(target) and _argument(node, "dropout_p", 0.0) == 0)
-
-
-def _argument(node: fx.Node, name: str, default: Any) -> Any:
-    at = _torch.argument_names(node.target).index(name)
-    return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
+    return _torch.is_overload(node.target) and _torch.draws(node.target, node.args, node.kwargs)
 
 
 def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] | None = None) -> set[fx.Node]:

@@ -25,6 +25,7 @@ from revfx.inspection import watched
 from revfx.measuring import device_of, measured
 from revfx.numerics import DRIFT
 from revfx.planning import Outcome, Plan, make_plan
+from revfx.progress import stage
 from revfx.simulation import Ledger, Simulation, Timeline
 
 
@@ -68,6 +69,7 @@ def explain(
         return explain_compiled(model, args, kwargs, loss or total, measure)
     options = model.revfx.options if isinstance(model, Reversible) else Options("fx", False)
     forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
+    stage("looking for regions")
     outcome = make_plan(model, forward, args, kwargs, options.anchor_every, options.exact)
     ways, regions, notes = _predicted(model, forward, outcome, args, kwargs, loss or total)
     found: Drift | None = None
@@ -99,6 +101,7 @@ class _Marks:
 
     def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
         """None; the forward made a value."""
+        self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
         self._come(run, run.program.made_at[value], "forward")
 
     def regenerated(self, run: RegionRun, derivation: Any, value: int, tensor: Tensor) -> None:
@@ -118,6 +121,7 @@ def _predicted(
     """What a step takes plainly, checkpointed and with regions; the regions; what could not be found out."""
     simulation = Simulation(model, args, kwargs)
     try:
+        stage("counting a plain step")
         plain = simulation.step(forward, loss)
     except Exception as e:
         if outcome.plan is not None or not outcome.refusals:
@@ -139,6 +143,7 @@ def _predicted(
 
         return look
 
+    stage("counting a step with regions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run that does not take place
         ours = simulation.step(run, loss, lambda ledger: watched(watch(ledger)))
@@ -185,6 +190,7 @@ def _measured(
     predicted = {u.way: u for u in ways}
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        stage("measuring")
         seen = measured(models, args, kwargs, loss, device_of(own))
         found, notes = _drift(ours, args, kwargs)
     both = (

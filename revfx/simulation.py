@@ -24,6 +24,7 @@ from revfx import _torch
 from revfx.ambient import generators, restore
 from revfx.fingerprint import Snapshot
 from revfx.mode import simulating
+from revfx.passes._torch import draws
 from revfx.scratch import scratch
 
 
@@ -82,6 +83,8 @@ class Ledger(TorchDispatchMode):
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor) and t.layout == torch.strided:
                 self.enter(t)
+        if draws(func, args, kwargs or {}):
+            torch.rand(())  # so that the generator's state changes, as it would
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
