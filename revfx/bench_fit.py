@@ -78,7 +78,7 @@ def largest(question: Question) -> Fit:
         return replace(fit, notes=(reason,))
     fit = replace(fit, largest=0)
     for _ in range(DEATHS):
-        said = _ask(q, fit.largest or 0, fit.over)
+        said = ask(q, fit.largest or 0, fit.over)
         for size, fitted in said.tried:
             fit = replace(fit, largest=size) if fitted else replace(fit, over=size)
         if said.raised:
@@ -92,7 +92,7 @@ def largest(question: Question) -> Fit:
 
 
 @dataclass(frozen=True)
-class _Said:
+class Said:
     """What a child process told: sizes that did or did not fit, what it was trying last, and how it ended."""
 
     tried: tuple[tuple[int, bool], ...]
@@ -100,7 +100,7 @@ class _Said:
     raised: str = ""
 
 
-def _ask(question: Question, low: int, high: int | None) -> _Said:
+def ask(question: Question, low: int, high: int | None) -> Said:
     command = [sys.executable, "-m", "revfx.bench_fit", json.dumps([asdict(question), low, high])]
     # every large block is a mapping of its own, which goes back to the system when it is freed
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "KINETO_LOG_LEVEL": "99"}
@@ -115,8 +115,8 @@ def _ask(question: Question, low: int, high: int | None) -> _Said:
             tried.append((values[0], values[1]))
             trying = None
         else:
-            return _Said(tuple(tried), None, values[0])
-    return _Said(tuple(tried), trying)
+            return Said(tuple(tried), None, values[0])
+    return Said(tuple(tried), trying)
 
 
 # --- in the child
@@ -153,12 +153,12 @@ def _fits(question: Question, size: int) -> bool:
         _train(question, size)
         return True
     except Exception as e:
-        if _of_memory(e):
+        if of_memory(e):
             return False
         raise
 
 
-def _of_memory(e: BaseException | None) -> bool:
+def of_memory(e: BaseException | None) -> bool:
     """Whether an error, or one that it came of, is a want of memory."""
     while e is not None:
         if isinstance(e, MemoryError | torch.OutOfMemoryError) or any(word in str(e).lower() for word in WANTS):

@@ -72,7 +72,8 @@ def as_json(report: Report) -> str:
 # --- tables
 def _step_table(report: Report, name: str) -> Table:
     rows = [r for r in report.rows if r.model == name]
-    plain = next((r.peak for r in rows if r.way == "plain"), None)
+    measured = [r for r in rows if r.first is not None]
+    plain = next((r.peak for r in measured if r.way == "plain"), None)
     cells = [
         (
             WAYS[r.way].title,
@@ -84,8 +85,7 @@ def _step_table(report: Report, name: str) -> Table:
             "" if r.first is None else f"{r.first:.1f} s",
             "" if r.error is None else f"{r.error:.1e}",
         )
-        for r in rows
-        if r.first is not None
+        for r in measured
     ]
     heading = _heading(name, f"depth {rows[0].depth}, batch {rows[0].batch}")
     head = ("way", "kept", "peak", "of plain's", "step", "of plain's", "first step", "gradients off by")
