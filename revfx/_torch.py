@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+FAKE_LOGGER = "torch._subclasses.fake_tensor"  # it logs what operators on fake tensors raise
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 

@@ -110,7 +110,10 @@ def _explain(args: argparse.Namespace) -> int:
     with bar(5 if args.measure else 3, "loading"):
         model, inputs = load(args.model, args.input, args.dtype)
         if args.exact or args.anchor_every is not None:
-            model = revfx.convert(model, exact=args.exact, anchor_every=args.anchor_every)
+            try:
+                model = revfx.convert(model, exact=args.exact, anchor_every=args.anchor_every)
+            except ValueError as e:
+                raise WrongArguments(str(e)) from e
         found = revfx.explain(model, *inputs, measure=args.measure, backend=args.backend)
         if args.save:
             found.save(args.save)

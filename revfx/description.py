@@ -116,9 +116,9 @@ def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: 
         for i in range(step.start, step.stop):
             for v in program.ops[i].outs:
                 value, way = program.values[v], first.get(v)
-                action = "save" if v in saved else "invert" if isinstance(way, Invert) else "recompute"
-                inverse = isinstance(way, Invert) and action == "invert"
-                how = formula(program, way.arc, opaque) if inverse else f"{value.name} <- {calls[i]}"
+                inverse = way.arc if isinstance(way, Invert) and v not in saved else None
+                action = "save" if v in saved else "recompute" if inverse is None else "invert"
+                how = f"{value.name} <- {calls[i]}" if inverse is None else formula(program, inverse, opaque)
                 kind, where = type_name(value.dtype, value.shape), program.ops[i].where
                 found.append(ValueLine(value.name, kind, action, how, where, number, value.nbytes))
     return found

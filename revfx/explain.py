@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import fingerprint
+from revfx import _torch, fingerprint
 from revfx.convert import Options, Reversible, convert, unconverted
 from revfx.description import describe, op_names, scope_of, types_of
 from revfx.drift import Drift, drift
@@ -57,7 +57,8 @@ def explain(
     Raises:
         TypeError: `model` is not a module.
         ValueError: an unknown `backend`.
-        Exception: whatever the model itself raises for these arguments.
+        Exception: whatever the model raises for these arguments; on fake tensors, unless real steps are measured too,
+            and unless it asks for a value that is not there.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`explain` takes an nn.Module, not a {type(model).__name__}; wrap the function in a module.")
@@ -71,7 +72,7 @@ def explain(
     forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
     stage("looking for regions")
     outcome = make_plan(model, forward, args, kwargs, options.anchor_every, options.exact)
-    ways, regions, notes = _predicted(model, forward, outcome, args, kwargs, loss or total)
+    ways, regions, notes = _predicted(model, forward, outcome, args, kwargs, loss or total, measure)
     found: Drift | None = None
     if measure:
         ways, found, more = _measured(model, options, args, kwargs, loss or total, ways)
@@ -116,7 +117,13 @@ class _Marks:
 
 
 def _predicted(
-    model: nn.Module, forward: Callable[..., Any], outcome: Outcome, args: Any, kwargs: Any, loss: Loss
+    model: nn.Module,
+    forward: Callable[..., Any],
+    outcome: Outcome,
+    args: Any,
+    kwargs: Any,
+    loss: Loss,
+    measure: bool,
 ) -> tuple[tuple[Usage, ...], tuple[RegionInfo, ...], tuple[str, ...]]:
     """What a step takes plainly, checkpointed and with regions; the regions; what could not be found out."""
     simulation = Simulation(model, args, kwargs)
@@ -124,7 +131,7 @@ def _predicted(
         stage("counting a plain step")
         plain = simulation.step(forward, loss)
     except Exception as e:
-        if outcome.plan is not None or not outcome.refusals:
+        if not (measure or isinstance(e, _torch.DATA_DEPENDENT)):
             raise
         return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
     plan, runs = outcome.plan, list[RegionRun]()

@@ -25,6 +25,7 @@ from revfx.passes.diagnose import diagnose
 from revfx.passes.exact import exact_regions, put_on_grid
 from revfx.passes.regions import Region, find_regions
 from revfx.passes.rewrite import Segment, segments, text
+from revfx.passes.sizes import muted
 from revfx.rules import has_rule, op_name
 
 
@@ -118,7 +119,7 @@ def make_plan(
     """
     search = _Search(root, forward, args, kwargs, anchor_every, exact)
     try:
-        with without_hooks():  # the fake forward may run inside another region
+        with without_hooks(), muted(_torch.FAKE_LOGGER):  # the fake forward may run inside another region
             return search.run()
     except Untraceable as e:
         name = fingerprint.name_of(root)

@@ -25,6 +25,7 @@ from revfx.ambient import generators, restore
 from revfx.fingerprint import Snapshot
 from revfx.mode import simulating
 from revfx.passes._torch import draws
+from revfx.passes.sizes import muted
 from revfx.scratch import scratch
 
 
@@ -140,7 +141,8 @@ class Simulation:
             Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
         """
         ledger = Ledger()
-        with self.world() as (args, kwargs), simulating(), torch.enable_grad():
+        quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
+        with quiet, self.world() as (args, kwargs), simulating(), torch.enable_grad():
             for _, fake in self.fakes.values():
                 ledger.enter(fake, counted=False)
                 if fake.grad is not None:
