@@ -1,0 +1,301 @@
+"""Pictures of an explanation, as SVG: the model's graph, and memory over time (`revfx.pictures_memory`)."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from revfx.explanation import LISTED, Explanation, RegionInfo, short, size
+from revfx.figures import PALETTE, picture
+from revfx.pictures_layout import SOLVED, Frame, Layout, Node, layout
+from revfx.pictures_memory import memory_svg as memory_svg
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MOST_NODES, MOST_REGIONS = 90, 8  # that are drawn
+MOST_IN_REGION = 60
+# inches
+WIDTH, MARGIN = 7.0, 0.3
+BOX, TALL, STEP = 1.5, 0.4, 0.66  # width and height of a node, distance of rows
+COLUMN = 3.7  # distance of lanes
+HEAD, GAP = 0.56, 0.3
+MARKS = {"save": "●", "invert": "↑", "recompute": "↻", "outside": ""}
+MEANING = {
+    "save": "kept for the backward", "invert": "solved from what follows", "recompute": "computed again",
+    "outside": "outside of regions, as it was",
+}  # fmt: skip
+
+
+def graph_svg(e: Explanation) -> str:
+    """The regions of a model as SVG: every value by what the backward does with it, layers that come again once.
+
+    Raises:
+        RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
+    """
+    parts = list(_parts(e))
+    width = max([WIDTH, *(p.width for p in parts)])
+    height = sum(p.height for p in parts) + MARGIN
+    tips: dict[str, str] = {}
+
+    def draw(fig: Figure) -> None:
+        axes: Any = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        axes.axis("off")
+        y = 0.0
+        for part in parts:
+            part.draw(_Pen(axes, width, y, tips))
+            y += part.height
+
+    title = f"What revfx finds in {e.model}: {len(_regions(e))} reversible regions, {e.couplings} couplings"
+    return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
+
+
+def _with_tips(svg: str, tips: dict[str, str]) -> str:
+    """Titles, which a browser shows when the pointer rests on the part."""
+    for name, text in tips.items():
+        mark = f'<g id="graph-{name}">'
+        svg = svg.replace(mark, f"{mark}\n<title>{html.escape(text)}</title>", 1)
+    return svg
+
+
+def _regions(e: Explanation) -> tuple[RegionInfo, ...]:
+    return e.regions or tuple(r for g in e.graphs for r in g.regions)
+
+
+# --- from top to bottom
+class _Part:
+    """A stripe of the picture: how much it takes, and how it is drawn."""
+
+    width, height = 0.0, 0.0
+
+    def draw(self, pen: _Pen) -> None:
+        """None; draws it below where the pen is."""
+        raise NotImplementedError
+
+
+def _parts(e: Explanation) -> Iterator[_Part]:
+    regions = _regions(e)
+    yield _Title(e)
+    left = MOST_NODES
+    for number, region in enumerate(regions[:MOST_REGIONS]):
+        yield _Outside(region.before, first=number == 0)
+        found = layout(region, min(left, MOST_IN_REGION))
+        left = max(0, left - len(found.nodes))
+        yield _Region(number, region, found)
+    if len(regions) > MOST_REGIONS:
+        yield _Note(f"{len(regions) - MOST_REGIONS} more regions are not drawn")
+    elif regions:
+        yield _Outside(regions[-1].after, first=False)
+    else:
+        yield from (_Refused(r.op, short(r.where), r.reason) for r in reversed(e.refusals[:LISTED]))
+        if len(e.refusals) > LISTED:
+            yield _Note(f"{len(e.refusals) - LISTED} more refusals are not drawn")
+
+
+class _Pen:
+    """Draws at inches from the left and below its own top."""
+
+    def __init__(self, axes: Axes, width: float, top: float, tips: dict[str, str]) -> None:
+        self.axes, self.width, self.top, self.tips = axes, width, top, tips
+
+    def text(self, x: float, y: float, text: str, points: float = 8, colour: str = "ink", **options: Any) -> None:
+        """None; the text stands at x, its middle at y."""
+        options = {"va": "center", "ha": "left", "color": PALETTE[colour], "parse_math": False, **options}
+        self.axes.text(x, self.top + y, text, fontsize=points, **options)
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", **options: Any) -> None:
+        """None; a box whose middle is (x, y)."""
+        from matplotlib.patches import FancyBboxPatch
+
+        corner = x - width / 2, self.top + y - height / 2
+        style = f"round,pad=0,rounding_size={min(0.08, height / 3)}"
+        options = {"facecolor": PALETTE[kind], "edgecolor": PALETTE[f"{kind}-edge"], "linewidth": 1.1, **options}
+        patch = FancyBboxPatch(corner, width, height, boxstyle=style, **options)
+        if tip:
+            name = f"tip-{len(self.tips)}"
+            patch.set_gid(name)
+            self.tips[name] = tip
+        self.axes.add_patch(patch)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False, over: int = 1) -> None:
+        """None; a line through the points, which bends half-way between each two, with a head at the last."""
+        from matplotlib.patches import FancyArrowPatch
+        from matplotlib.path import Path
+
+        at = [(x, self.top + y) for x, y in points]
+        path, codes = [at[0]], [Path.MOVETO]
+        for (x0, y0), (x1, y1) in itertools.pairwise(at):
+            if x0 == x1:
+                path, codes = [*path, (x1, y1)], [*codes, Path.LINETO]
+            else:
+                middle = (y0 + y1) / 2
+                path, codes = [*path, (x0, middle), (x1, middle), (x1, y1)], [*codes, *[Path.CURVE4] * 3]
+        self.axes.add_patch(
+            FancyArrowPatch(
+                path=Path(path, codes), arrowstyle="-|>,head_length=3.5,head_width=1.8", mutation_scale=1.0,
+                linewidth=1.1, color=PALETTE[colour], linestyle=(0, (3, 2)) if dashed else "-", zorder=over,
+                shrinkA=0, shrinkB=0, joinstyle="miter",
+            )
+        )  # fmt: skip
+
+
+class _Title(_Part):
+    """What model it is, and the legend."""
+
+    height = 1.62
+
+    def __init__(self, e: Explanation) -> None:
+        self.e = e
+
+    def draw(self, pen: _Pen) -> None:
+        e, regions = self.e, _regions(self.e)
+        pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
+        found = f"{counted(len(regions), 'reversible region')}, {counted(e.couplings, 'coupling')}"
+        pen.text(MARGIN, 0.6, found if regions else "nothing reversible was found", 9, "muted")
+        kinds = ("save", "invert", "recompute", "outside") if regions else ("outside",)
+        for number, kind in enumerate(kinds):
+            x, y = MARGIN + 0.19 + number % 3 * 2.25, 0.94 + number // 3 * 0.26
+            pen.box(x, y, 0.36, 0.18, kind)
+            pen.text(x, y, MARKS[kind], 7, f"{kind}-edge", ha="center")
+            name = f"{kind}: " if kind != "outside" else ""
+            pen.text(x + 0.26, y, f"{name}{MEANING[kind]}", 7.5)
+        if regions:
+            for x, colour, words in ((2.25, "outside-edge", "forward"), (4.5, "revfx", "solved from, backward")):
+                pen.line(((MARGIN + x, 1.2), (MARGIN + x + 0.37, 1.2)), colour, colour == "revfx")
+                pen.text(MARGIN + x + 0.45, 1.2, words, 7.5)
+
+
+class _Note(_Part):
+    """A line of text."""
+
+    height = 0.4
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def draw(self, pen: _Pen) -> None:
+        pen.text(pen.width / 2, 0.2, self.text, 8, "muted", ha="center", style="italic")
+
+
+class _Outside(_Part):
+    """Operations between regions."""
+
+    def __init__(self, names: Sequence[str], first: bool) -> None:
+        told = " → ".join(names) if len(names) <= 6 else " → ".join((*names[:3], "…", *names[-2:]))
+        self.lines = textwrap.wrap(told, 84)[:2]
+        self.first, self.height = first, (TALL + GAP if names else 0.12)
+
+    def draw(self, pen: _Pen) -> None:
+        if self.lines:
+            pen.box(pen.width / 2, TALL / 2, pen.width - 2 * MARGIN, TALL - 0.08, "outside")
+            pen.text(pen.width / 2, TALL / 2, "\n".join(self.lines), 7.5, ha="center")
+
+
+class _Refused(_Part):
+    """An operation that was left as it was, and why."""
+
+    height = STEP
+
+    def __init__(self, op: str, where: str, reason: str) -> None:
+        self.op, self.where, self.reason = op, where, reason
+
+    def draw(self, pen: _Pen) -> None:
+        x = MARGIN + BOX / 2
+        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{self.where}: {self.op}: {self.reason}")
+        pen.text(x, TALL / 2 - 0.08, clipped(self.op, 20), 8, ha="center", weight="bold")
+        pen.text(x, TALL / 2 + 0.1, clipped(self.where, 26), 6.5, "muted", ha="center")
+        lines = textwrap.wrap(self.reason, 72)[:3]
+        pen.text(x + BOX / 2 + 0.2, TALL / 2, "\n".join(lines), 8)
+        pen.line(((x, TALL), (x, STEP)), "outside-edge")
+
+
+class _Region(_Part):
+    """The values of a region."""
+
+    def __init__(self, number: int, region: RegionInfo, found: Layout) -> None:
+        self.number, self.region, self.found = number, region, found
+        left, right = found.columns
+        self.span = (right - left) * COLUMN
+        self.width = self.span + BOX + 4 * MARGIN
+        self.height = HEAD + found.rows * STEP + GAP * (2 if found.left_out else 1)
+
+    def place(self, pen: _Pen, node: Node) -> tuple[float, float]:
+        """The middle of a node."""
+        left = (pen.width - self.span) / 2
+        return left + (node.x - self.found.columns[0]) * COLUMN, HEAD + (node.row + 0.5) * STEP
+
+    def draw(self, pen: _Pen) -> None:
+        r, found = self.region, self.found
+        bottom = self.height - GAP
+        pen.box(
+            pen.width / 2, bottom / 2, pen.width - 2 * MARGIN, bottom, "outside", facecolor="none",
+            edgecolor=PALETTE["faint"], zorder=0,
+        )  # fmt: skip
+        kind = f"{counted(r.couplings, 'coupling')} ({r.kind})"
+        name = f"region {self.number}" + f" · {r.module}" * bool(r.module)
+        pen.text(2 * MARGIN, 0.2, clipped(f"{name} · {kind}", 80), 8.5, weight="bold")
+        kept = f"keeps {size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}, regenerates {size(r.freed_bytes)}"
+        pen.text(2 * MARGIN, 0.4, f"{short(r.first)} to {short(r.last)} · {kept}", 7.5, "muted")
+        for frame in found.frames:
+            self.frame(pen, frame)
+        at = [self.place(pen, n) for n in found.nodes]
+        cells = {(n.x, n.row) for n in found.nodes}
+        for a, b, kind in found.edges:
+            self.edge(pen, found.nodes[a], found.nodes[b], at[a], at[b], kind, cells)
+        for node, (x, y) in zip(found.nodes, at, strict=True):
+            line = node.line
+            tip = f"{line.action}: {line.how} ({short(line.where)}), {size(line.nbytes)}"
+            pen.box(x, y, BOX, TALL, line.action, tip=tip, zorder=2)
+            pen.text(x, y - 0.08, clipped(node.name, 21), 8, ha="center", weight="bold", zorder=3)
+            pen.text(x, y + 0.1, clipped(f"{MARKS[line.action]} {line.type}", 26), 6.8, "muted", ha="center", zorder=3)
+        if found.left_out:
+            pen.text(pen.width / 2, bottom - 0.16, f"{found.left_out:,} more values are not drawn", 8, "muted",
+                     ha="center", style="italic")  # fmt: skip
+
+    def frame(self, pen: _Pen, frame: Frame) -> None:
+        """None; a box around what comes again, with how often it does."""
+        top, bottom = HEAD + frame.first * STEP + 0.05, HEAD + (frame.last + 1) * STEP - 0.05
+        width = min(self.span + BOX + 0.7, pen.width - 2 * MARGIN - 0.3)
+        pen.box(
+            pen.width / 2, (top + bottom) / 2, width, bottom - top, "outside", facecolor=PALETTE["outside"],
+            edgecolor=PALETTE["outside-edge"], linestyle=(0, (1, 2)), zorder=0.5,
+        )  # fmt: skip
+        x = pen.width / 2 + width / 2 - 0.12
+        pen.text(x, top + 0.17, f"× {frame.times}", 12, ha="right", weight="bold", zorder=4)
+
+    def edge(
+        self, pen: _Pen, start: Node, end: Node, a: tuple[float, float], b: tuple[float, float], kind: str,
+        cells: set[tuple[float, int]],
+    ) -> None:  # fmt: skip
+        """None; an arrow, down for what is read and up for what is solved, beside each other."""
+        solved = kind == SOLVED
+        aside = 0.14 if solved else -0.14
+        down = 1 if a[1] < b[1] else -1
+        x0, y0, x1, y1 = a[0] + aside, a[1] + down * TALL / 2, b[0] + aside, b[1] - down * TALL / 2
+        points = [(x0, y0), (x1, y1)]
+        if start.x != end.x and abs(start.row - end.row) > 1:
+            # a long way goes straight in the column that is free, and bends in one row
+            rows = range(min(start.row, end.row) + 1, max(start.row, end.row))
+            early = not any((end.x, r) in cells for r in rows)
+            bend = STEP - TALL
+            points = (
+                [(x0, y0), (x1, y0 + down * bend), (x1, y1)] if early else [(x0, y0), (x0, y1 - down * bend), (x1, y1)]
+            )
+        pen.line(points, "revfx" if solved else "outside-edge", solved)
+
+
+def clipped(text: str, most: int) -> str:
+    """A text of at most so many characters: what is too much is left out of its middle."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
+
+
+def counted(number: int, what: str) -> str:
+    """`2 regions`, `1 region`."""
+    return f"{number:,} {what}" + "s" * (number != 1)
