@@ -64,6 +64,7 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
         draw(fig)
         fig.savefig(out, format="svg", metadata={**nothing, "Title": title})
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", out.getvalue())
+    text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-import itertools
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ MOST_NODES, MOST_REGIONS = 90, 8  # that are drawn
 MOST_IN_REGION = 60
 # inches
 WIDTH, MARGIN = 7.0, 0.3
-BOX, TALL, STEP = 1.5, 0.4, 0.66  # width and height of a node, distance of rows
+BOX, TALL, STEP = 1.5, 0.4, 0.7  # width and height of a node, distance of rows
 COLUMN = 3.7  # distance of lanes
 HEAD, GAP = 0.56, 0.3
 MARKS = {"save": "●", "invert": "↑", "recompute": "↻", "outside": ""}
@@ -45,6 +45,7 @@ def graph_svg(e: Explanation) -> str:
     tips: dict[str, str] = {}
 
     def draw(fig: Figure) -> None:
+        fig.set_layout_engine("none")
         axes: Any = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
         axes.axis("off")
         y = 0.0
@@ -123,32 +124,36 @@ class _Pen:
             self.tips[name] = tip
         self.axes.add_patch(patch)
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False, over: int = 1) -> None:
-        """None; a line through the points, which bends half-way between each two, with a head at the last."""
+    def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> None:
+        """None; a line through the points with round corners, and a head at the last."""
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path
 
         at = [(x, self.top + y) for x, y in points]
         path, codes = [at[0]], [Path.MOVETO]
-        for (x0, y0), (x1, y1) in itertools.pairwise(at):
-            if x0 == x1:
-                path, codes = [*path, (x1, y1)], [*codes, Path.LINETO]
-            else:
-                middle = (y0 + y1) / 2
-                path, codes = [*path, (x0, middle), (x1, middle), (x1, y1)], [*codes, *[Path.CURVE4] * 3]
+        for before, corner, after in zip(at, at[1:], at[2:], strict=False):
+            path += [_towards(corner, before), corner, _towards(corner, after)]
+            codes += [Path.LINETO, Path.CURVE3, Path.CURVE3]
         self.axes.add_patch(
             FancyArrowPatch(
-                path=Path(path, codes), arrowstyle="-|>,head_length=3.5,head_width=1.8", mutation_scale=1.0,
-                linewidth=1.1, color=PALETTE[colour], linestyle=(0, (3, 2)) if dashed else "-", zorder=over,
-                shrinkA=0, shrinkB=0, joinstyle="miter",
+                path=Path([*path, at[-1]], [*codes, Path.LINETO]), arrowstyle="-|>,head_length=4,head_width=2.2",
+                mutation_scale=1.0, linewidth=1.1, color=PALETTE[colour], linestyle=(0, (3, 2)) if dashed else "-",
+                zorder=1, shrinkA=0, shrinkB=0, joinstyle="miter",
             )
         )  # fmt: skip
+
+
+def _towards(corner: tuple[float, float], to: tuple[float, float], far: float = 0.09) -> tuple[float, float]:
+    """The point where a round corner begins, half-way at the most."""
+    dx, dy = to[0] - corner[0], to[1] - corner[1]
+    part = min(0.5, far / max(math.hypot(dx, dy), far))
+    return corner[0] + dx * part, corner[1] + dy * part
 
 
 class _Title(_Part):
     """What model it is, and the legend."""
 
-    height = 1.62
+    height = 1.5
 
     def __init__(self, e: Explanation) -> None:
         self.e = e
@@ -275,18 +280,15 @@ class _Region(_Part):
     ) -> None:  # fmt: skip
         """None; an arrow, down for what is read and up for what is solved, beside each other."""
         solved = kind == SOLVED
-        aside = 0.14 if solved else -0.14
-        down = 1 if a[1] < b[1] else -1
+        aside, bend = (0.14, 0.68) if solved else (-0.14, 0.36)  # so that the two kinds don't lie on each other
+        down = 1 if start.row < end.row else -1
         x0, y0, x1, y1 = a[0] + aside, a[1] + down * TALL / 2, b[0] + aside, b[1] - down * TALL / 2
-        points = [(x0, y0), (x1, y1)]
-        if start.x != end.x and abs(start.row - end.row) > 1:
-            # a long way goes straight in the column that is free, and bends in one row
-            rows = range(min(start.row, end.row) + 1, max(start.row, end.row))
-            early = not any((end.x, r) in cells for r in rows)
-            bend = STEP - TALL
-            points = (
-                [(x0, y0), (x1, y0 + down * bend), (x1, y1)] if early else [(x0, y0), (x0, y1 - down * bend), (x1, y1)]
-            )
+        between = range(min(start.row, end.row) + 1, max(start.row, end.row))
+        # a long way is straight in the column that is free, and bends in the gap below or above the other row
+        row = start.row if not any((end.x, r) in cells for r in between) else end.row - down
+        gap = HEAD + max(row, row + down) * STEP - (STEP - TALL) / 2
+        y = gap + bend * (STEP - TALL)
+        points = [(x0, y0), (x1, y1)] if start.x == end.x else [(x0, y0), (x0, y), (x1, y), (x1, y1)]
         pen.line(points, "revfx" if solved else "outside-edge", solved)
 
 

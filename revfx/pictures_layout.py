@@ -85,8 +85,12 @@ def layout(region: RegionInfo, most: int) -> Layout:
             left_out += len(block)
             continue
         node_of.update((line.name, drawn + i % len(lines)) for i, line in enumerate(block))
-        blocks.append(_Block(tuple(lines), block[-len(lines) :], times))
         drawn += len(lines)
+        one = _Block(tuple(lines), block[-len(lines) :], times)
+        if times == 1 and blocks and blocks[-1].times == 1 and drawn > len(lines) + len(region.entry):
+            before = blocks.pop()
+            one = _Block((*before.first, *lines), (*before.last, *lines), 1)
+        blocks.append(one)
     edges = _edges(blocks, node_of)
     lines = [line for b in blocks for line in b.first]
     xs = _columns(lines, edges)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-COLUMNS = 600  # points of a line; each shows the most of the operations that fall into it
+COLUMNS = 400  # points of a line; each shows the most of the operations that fall into it
 TICKS = 80  # steps of regions that are marked
 ENLARGED = 4  # how many times more the plain step takes before revfx's is drawn again, enlarged
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
@@ -95,8 +95,8 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
         y = checkpoint.peak / scale
         axes.axhline(y, color=PALETTE["muted"], linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(
-            f"checkpoint {size(checkpoint.peak)} (peak)", (0.006, y), (0, 2.5), textcoords="offset points",
-            fontsize=7.5, color=PALETTE["muted"],
+            f"checkpoint, at most {size(checkpoint.peak)}", (0.994, y), (0, 2.5), textcoords="offset points",
+            ha="right", fontsize=7.5, color=PALETTE["muted"],
         )  # fmt: skip
     axes.set_ylim(0, 1.2 * highest / scale)
     axes.set_ylabel(unit, fontsize=8.5, color=PALETTE["ink"])
