@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 MOST_NODES, MOST_REGIONS = 90, 8  # that are drawn
-MOST_IN_REGION = 60
+MOST_IN_REGION = 40
 # inches
 WIDTH, MARGIN = 7.0, 0.3
 BOX, TALL, STEP = 1.5, 0.4, 0.7  # width and height of a node, distance of rows
@@ -84,19 +86,23 @@ def _parts(e: Explanation) -> Iterator[_Part]:
     regions = _regions(e)
     yield _Title(e)
     left = MOST_NODES
-    for number, region in enumerate(regions[:MOST_REGIONS]):
-        yield _Outside(region.before, first=number == 0)
+    shown = regions[:MOST_REGIONS]
+    for number, region in enumerate(shown):
+        if region.before:
+            yield _Outside(region.before, followed=True)
         found = layout(region, min(left, MOST_IN_REGION))
         left = max(0, left - len(found.nodes))
-        yield _Region(number, region, found)
+        following = regions[number + 1].before if region is not regions[-1] else region.after
+        yield _Region(number, region, found, followed=region is not shown[-1] or bool(following))
     if len(regions) > MOST_REGIONS:
-        yield _Note(f"{len(regions) - MOST_REGIONS} more regions are not drawn")
-    elif regions:
-        yield _Outside(regions[-1].after, first=False)
-    else:
-        yield from (_Refused(r.op, short(r.where), r.reason) for r in reversed(e.refusals[:LISTED]))
-        if len(e.refusals) > LISTED:
-            yield _Note(f"{len(e.refusals) - LISTED} more refusals are not drawn")
+        yield _Note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
+    elif regions and regions[-1].after:
+        yield _Outside(regions[-1].after, followed=False)
+    if not regions:
+        places = Counter((r.op, short(r.where), re.sub(r"_\d+`", "`", r.reason)) for r in reversed(e.refusals))
+        yield from (_Refused(*place, times) for place, times in list(places.items())[:LISTED])
+        if len(places) > LISTED:
+            yield _Note(f"{counted(len(places) - LISTED, 'more refusal')} not drawn")
 
 
 class _Pen:
@@ -191,40 +197,44 @@ class _Note(_Part):
 class _Outside(_Part):
     """Operations between regions."""
 
-    def __init__(self, names: Sequence[str], first: bool) -> None:
+    height = 0.34 + GAP
+
+    def __init__(self, names: Sequence[str], followed: bool) -> None:
         told = " → ".join(names) if len(names) <= 6 else " → ".join((*names[:3], "…", *names[-2:]))
-        self.lines = textwrap.wrap(told, 84)[:2]
-        self.first, self.height = first, (TALL + GAP if names else 0.12)
+        self.text, self.followed = clipped(told, 96), followed
 
     def draw(self, pen: _Pen) -> None:
-        if self.lines:
-            pen.box(pen.width / 2, TALL / 2, pen.width - 2 * MARGIN, TALL - 0.08, "outside")
-            pen.text(pen.width / 2, TALL / 2, "\n".join(self.lines), 7.5, ha="center")
+        x, tall = pen.width / 2, self.height - GAP
+        pen.box(x, tall / 2, pen.width - 2 * MARGIN, tall, "outside")
+        pen.text(x, tall / 2, self.text, 7.5, ha="center")
+        if self.followed:
+            pen.line(((x, tall), (x, self.height)), "outside-edge")
 
 
 class _Refused(_Part):
-    """An operation that was left as it was, and why."""
+    """An operation that was left as it was, and why; in so many places alike."""
 
-    height = STEP
+    height = TALL + 0.14
 
-    def __init__(self, op: str, where: str, reason: str) -> None:
-        self.op, self.where, self.reason = op, where, reason
+    def __init__(self, op: str, where: str, reason: str, times: int) -> None:
+        self.op, self.where, self.reason, self.times = op, where, reason, times
 
     def draw(self, pen: _Pen) -> None:
         x = MARGIN + BOX / 2
         pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{self.where}: {self.op}: {self.reason}")
         pen.text(x, TALL / 2 - 0.08, clipped(self.op, 20), 8, ha="center", weight="bold")
-        pen.text(x, TALL / 2 + 0.1, clipped(self.where, 26), 6.5, "muted", ha="center")
-        lines = textwrap.wrap(self.reason, 72)[:3]
-        pen.text(x + BOX / 2 + 0.2, TALL / 2, "\n".join(lines), 8)
-        pen.line(((x, TALL), (x, STEP)), "outside-edge")
+        pen.text(x, TALL / 2 + 0.1, clipped(self.where, 26), 6.8, "muted", ha="center")
+        if self.times > 1:
+            pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {self.times:,}", 10, weight="bold")
+        lines = textwrap.wrap(self.reason, 62)[:3]
+        pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(lines), 8)
 
 
 class _Region(_Part):
     """The values of a region."""
 
-    def __init__(self, number: int, region: RegionInfo, found: Layout) -> None:
-        self.number, self.region, self.found = number, region, found
+    def __init__(self, number: int, region: RegionInfo, found: Layout, followed: bool) -> None:
+        self.number, self.region, self.found, self.followed = number, region, found, followed
         left, right = found.columns
         self.span = (right - left) * COLUMN
         self.width = self.span + BOX + 4 * MARGIN
@@ -247,6 +257,8 @@ class _Region(_Part):
         pen.text(2 * MARGIN, 0.2, clipped(f"{name} · {kind}", 80), 8.5, weight="bold")
         kept = f"keeps {size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}, regenerates {size(r.freed_bytes)}"
         pen.text(2 * MARGIN, 0.4, f"{short(r.first)} to {short(r.last)} · {kept}", 7.5, "muted")
+        if self.followed:
+            pen.line(((pen.width / 2, bottom), (pen.width / 2, bottom + GAP)), "outside-edge")
         for frame in found.frames:
             self.frame(pen, frame)
         at = [self.place(pen, n) for n in found.nodes]
@@ -260,7 +272,7 @@ class _Region(_Part):
             pen.text(x, y - 0.08, clipped(node.name, 21), 8, ha="center", weight="bold", zorder=3)
             pen.text(x, y + 0.1, clipped(f"{MARKS[line.action]} {line.type}", 26), 6.8, "muted", ha="center", zorder=3)
         if found.left_out:
-            pen.text(pen.width / 2, bottom - 0.16, f"{found.left_out:,} more values are not drawn", 8, "muted",
+            pen.text(pen.width / 2, bottom - 0.16, f"{counted(found.left_out, 'more value')} not drawn", 8, "muted",
                      ha="center", style="italic")  # fmt: skip
 
     def frame(self, pen: _Pen, frame: Frame) -> None:
@@ -271,8 +283,11 @@ class _Region(_Part):
             pen.width / 2, (top + bottom) / 2, width, bottom - top, "outside", facecolor=PALETTE["outside"],
             edgecolor=PALETTE["outside-edge"], linestyle=(0, (1, 2)), zorder=0.5,
         )  # fmt: skip
-        x = pen.width / 2 + width / 2 - 0.12
-        pen.text(x, top + 0.17, f"× {frame.times}", 12, ha="right", weight="bold", zorder=4)
+        text = f"× {frame.times:,}"
+        wide = 0.12 + 0.1 * len(text)
+        x = pen.width / 2 + width / 2 - 0.1 - wide / 2
+        pen.box(x, top, wide, 0.22, "outside", facecolor=PALETTE["paper"], zorder=4)
+        pen.text(x, top, text, 9.5, ha="center", weight="bold", zorder=5)
 
     def edge(
         self, pen: _Pen, start: Node, end: Node, a: tuple[float, float], b: tuple[float, float], kind: str,
@@ -283,12 +298,23 @@ class _Region(_Part):
         aside, bend = (0.14, 0.68) if solved else (-0.14, 0.36)  # so that the two kinds don't lie on each other
         down = 1 if start.row < end.row else -1
         x0, y0, x1, y1 = a[0] + aside, a[1] + down * TALL / 2, b[0] + aside, b[1] - down * TALL / 2
-        between = range(min(start.row, end.row) + 1, max(start.row, end.row))
-        # a long way is straight in the column that is free, and bends in the gap below or above the other row
-        row = start.row if not any((end.x, r) in cells for r in between) else end.row - down
-        gap = HEAD + max(row, row + down) * STEP - (STEP - TALL) / 2
-        y = gap + bend * (STEP - TALL)
-        points = [(x0, y0), (x1, y1)] if start.x == end.x else [(x0, y0), (x0, y), (x1, y), (x1, y1)]
+
+        def gap(row: int) -> float:
+            return HEAD + max(row, row + down) * STEP + (bend - 0.5) * (STEP - TALL)
+
+        after, before = gap(start.row), gap(end.row - down)
+        free = {x: not any((x, r) in cells for r in range(min(start.row, end.row) + 1, max(start.row, end.row)))
+                for x in (start.x, end.x)}  # fmt: skip
+        if start.x == end.x and free[end.x]:
+            points = [(x0, y0), (x1, y1)]
+        elif free[end.x]:
+            points = [(x0, y0), (x0, after), (x1, after), (x1, y1)]
+        elif start.x != end.x and free[start.x]:
+            points = [(x0, y0), (x0, before), (x1, before), (x1, y1)]
+        else:  # between the columns
+            side = (start.x > end.x) - (start.x < end.x) or (1 if solved else -1)
+            x = b[0] + side * (BOX / 2 + 0.1 + 0.06 * (start.row % 3))
+            points = [(x0, y0), (x0, after), (x, after), (x, before), (x1, before), (x1, y1)]
         pen.line(points, "revfx" if solved else "outside-edge", solved)
 
 

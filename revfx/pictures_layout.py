@@ -81,7 +81,7 @@ def layout(region: RegionInfo, most: int) -> Layout:
     for lines, times in folded(region.values):
         block = region.values[at : at + len(lines) * times]
         at += len(block)
-        if drawn + len(lines) > most:
+        if left_out or drawn + len(lines) > most:
             left_out += len(block)
             continue
         node_of.update((line.name, drawn + i % len(lines)) for i, line in enumerate(block))
@@ -141,34 +141,32 @@ def _columns(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) 
 
 def _lanes(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) -> dict[int, int]:
     """The lane of each value that is not of a function's inside: one for all that follow from each other."""
-    above: dict[int, int] = {}  # from a value to the one that continues it upwards, in the same lane
-    continued: set[int] = set()
-
-    def follow(upper: int, lower: int) -> None:
-        if upper < lower and upper not in continued and lower not in above:
-            above[lower] = upper
-            continued.add(upper)
-
-    starts = {b: a for a, b, kind in reversed(edges) if kind == SOLVED}  # the first that each one is solved from
-    streams = [i for i, line in enumerate(lines) if line.action != "recompute"]
-    for i in reversed(streams):
-        if i in starts:
-            follow(i, starts[i])
+    solved: dict[int, list[int]] = {}
     for a, b, kind in edges:
-        if kind == READS and a in streams and b in streams:
-            follow(a, b)
+        if kind == SOLVED:
+            solved.setdefault(b, []).append(a)
+    # what is solved from the first cut is what a function gave, not what flows on
+    streams = [
+        i for i, line in enumerate(lines)
+        if line.action != "recompute" and not any(lines[a].step < 0 for a in solved.get(i, ()))
+    ]  # fmt: skip
+    next_of: dict[int, int] = {}
+    links = [(i, solved[i][0]) for i in reversed(streams) if i in solved]
+    links += [(a, b) for a, b, kind in edges if kind == READS]
+    for upper, lower in links:
+        free = upper not in next_of and lower not in next_of.values()
+        if upper < lower and free and upper in streams and lower in streams:
+            next_of[upper] = lower
+    last_read = {a: max(b for other, b, _ in edges if other == a) for a, _, _ in edges}
     lanes: dict[int, int] = {}
-    taken: list[int] = []  # by lane, the last node in it
-    chains: list[list[int]] = []
-    for i in (i for i in streams if i not in above):
-        chain = [i]
-        below = {upper: lower for lower, upper in above.items()}
-        while chain[-1] in below:
-            chain.append(below[chain[-1]])
-        chains.append(chain)
-    for chain in chains:
-        lane = next((k for k, last in enumerate(taken) if last < chain[0]), len(taken))
-        taken[lane : lane + 1] = [chain[-1]]
+    taken: list[int] = []  # by lane, the last node that needs it
+    for first in (i for i in streams if i not in next_of.values()):
+        chain = [first]
+        while chain[-1] in next_of:
+            chain.append(next_of[chain[-1]])
+        start = -1 if lines[first].step < 0 else first
+        lane = next((k for k, last in enumerate(taken) if last < start), len(taken))
+        taken[lane : lane + 1] = [max(chain[-1], last_read.get(chain[-1], 0))]
         lanes.update(dict.fromkeys(chain, lane))
     return lanes
 
