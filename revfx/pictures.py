@@ -7,13 +7,14 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from revfx.errors import Refusal
 from revfx.explanation import LISTED, Explanation, RegionInfo, short, size
 from revfx.figures import PALETTE, picture
 from revfx.pictures_layout import SOLVED, Frame, Layout, Node, layout
-from revfx.pictures_memory import memory_svg as memory_svg
+from revfx.pictures_memory import has_timeline as has_timeline, memory_svg as memory_svg
 
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def graph_svg(e: Explanation) -> str:
     """
     parts = list(_parts(e))
     width = max([WIDTH, *(p.width for p in parts)])
-    height = sum(p.height for p in parts) + MARGIN
+    height = sum(p.height for p in parts)
     tips: dict[str, str] = {}
 
     def draw(fig: Figure) -> None:
@@ -55,7 +56,7 @@ def graph_svg(e: Explanation) -> str:
             part.draw(_Pen(axes, width, y, tips))
             y += part.height
 
-    title = f"What revfx finds in {e.model}: {len(_regions(e))} reversible regions, {e.couplings} couplings"
+    title = f"What revfx finds in {e.model}: {len(all_regions(e))} reversible regions, {e.couplings} couplings"
     return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
 
 
@@ -67,7 +68,8 @@ def _with_tips(svg: str, tips: dict[str, str]) -> str:
     return svg
 
 
-def _regions(e: Explanation) -> tuple[RegionInfo, ...]:
+def all_regions(e: Explanation) -> tuple[RegionInfo, ...]:
+    """The regions of a model; of a compiled one, those of all its graphs."""
     return e.regions or tuple(r for g in e.graphs for r in g.regions)
 
 
@@ -83,7 +85,7 @@ class _Part:
 
 
 def _parts(e: Explanation) -> Iterator[_Part]:
-    regions = _regions(e)
+    regions = all_regions(e)
     yield _Title(e)
     left = MOST_NODES
     shown = regions[:MOST_REGIONS]
@@ -99,10 +101,10 @@ def _parts(e: Explanation) -> Iterator[_Part]:
     elif regions and regions[-1].after:
         yield _Outside(regions[-1].after, followed=False)
     if not regions:
-        places = Counter((r.op, short(r.where), re.sub(r"_\d+`", "`", r.reason)) for r in reversed(e.refusals))
-        yield from (_Refused(*place, times) for place, times in list(places.items())[:LISTED])
-        if len(places) > LISTED:
-            yield _Note(f"{counted(len(places) - LISTED, 'more refusal')} not drawn")
+        found = alike(e.refusals)[::-1]
+        yield from (_Refused(refusal, times) for refusal, times in found[:LISTED])
+        if len(found) > LISTED:
+            yield _Note(f"{counted(len(found) - LISTED, 'more refusal')} not drawn")
 
 
 class _Pen:
@@ -165,7 +167,7 @@ class _Title(_Part):
         self.e = e
 
     def draw(self, pen: _Pen) -> None:
-        e, regions = self.e, _regions(self.e)
+        e, regions = self.e, all_regions(self.e)
         pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
         found = f"{counted(len(regions), 'reversible region')}, {counted(e.couplings, 'coupling')}"
         pen.text(MARGIN, 0.6, found if regions else "nothing reversible was found", 9, "muted")
@@ -216,8 +218,9 @@ class _Refused(_Part):
 
     height = TALL + 0.14
 
-    def __init__(self, op: str, where: str, reason: str, times: int) -> None:
-        self.op, self.where, self.reason, self.times = op, where, reason, times
+    def __init__(self, refusal: Refusal, times: int) -> None:
+        self.op, self.where, self.reason = refusal.op, short(refusal.where), refusal.reason
+        self.times = times
 
     def draw(self, pen: _Pen) -> None:
         x = MARGIN + BOX / 2
@@ -316,6 +319,12 @@ class _Region(_Part):
             x = b[0] + side * (BOX / 2 + 0.1 + 0.06 * (start.row % 3))
             points = [(x0, y0), (x0, after), (x, after), (x, before), (x1, before), (x1, y1)]
         pen.line(points, "revfx" if solved else "outside-edge", solved)
+
+
+def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:
+    """Refusals that differ in the numbers of their values only, each once, and how many there are of it."""
+    bare = (Refusal(re.sub(r"_\d+`", "`", r.reason), r.op, r.where) for r in refusals)
+    return list(Counter(bare).items())
 
 
 def clipped(text: str, most: int) -> str:

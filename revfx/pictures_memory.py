@@ -51,9 +51,10 @@ def memory_svg(e: Explanation) -> str:
             last.set_title("revfx alone, enlarged", loc="left", fontsize=8.5, color=PALETTE["revfx"])
         for axes in rows[:, 0]:
             _frame(axes, (ours or both[0]).timeline)
-        for x, words in ((_split(both[-1]) / 2, "forward"), ((1 + _split(both[-1])) / 2, "backward")):
-            last.text(x, -0.06, words, transform=last.get_xaxis_transform(), ha="center", va="top", fontsize=9,
-                      color=PALETTE["ink"])  # fmt: skip
+        split = _split(both[-1])
+        for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
+            last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
+                          ha="center", va="top", fontsize=9, color=PALETTE["ink"])  # fmt: skip
         last.set_xlabel(_caption(both), fontsize=7.5, color=PALETTE["muted"], labelpad=18)
 
     told = "; ".join(f"{u.way}: at most {size(_peak(u))}" for u in both)
@@ -97,6 +98,7 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
         axes.annotate(
             f"checkpoint, at most {size(checkpoint.peak)}", (0.994, y), (0, 2.5), textcoords="offset points",
             ha="right", fontsize=7.5, color=PALETTE["muted"],
+            bbox={"boxstyle": "square,pad=0.15", "facecolor": PALETTE["paper"], "edgecolor": "none", "alpha": 0.75},
         )  # fmt: skip
     axes.set_ylim(0, 1.2 * highest / scale)
     axes.set_ylabel(unit, fontsize=8.5, color=PALETTE["ink"])
@@ -141,11 +143,8 @@ def _place(t: Timeline, operation: int, split: float) -> float:
 
 
 def _caption(ways: Sequence[Usage]) -> str:
-    counts = ", ".join(
-        f"{u.timeline.backward:,} + {len(u.timeline.live) - u.timeline.backward:,} ({u.way})" for u in ways if u.timeline
-    )
-    marked = any(u.timeline and u.timeline.marks for u in ways)
-    return (
-        f"operations of the step: {counts}" + "; each phase drawn at the same length" * (len(ways) > 1)
-        + "\nbeyond parameters and their gradients" + "; ticks: couplings begin" * marked
-    )  # fmt: skip
+    times = [(u.way, u.timeline) for u in ways if u.timeline]
+    counts = ", ".join(f"{t.backward:,} + {len(t.live) - t.backward:,} ({way})" for way, t in times)
+    scaled = "; each phase drawn at the same length" * (len(times) > 1)
+    ticks = "; ticks: couplings begin" * any(t.marks for _, t in times)
+    return f"operations of the step: {counts}{scaled}\nbeyond parameters and their gradients{ticks}"
