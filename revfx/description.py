@@ -119,11 +119,11 @@ def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: 
             for v in program.ops[i].outs:
                 value, way = program.values[v], first.get(v)
                 action = "save" if v in saved else "invert" if isinstance(way, Invert) else "recompute"
-                inverse = isinstance(way, Invert) and action == "invert"
-                how = formula(program, way.arc, opaque) if inverse else f"{value.name} <- {calls[i]}"
+                arc = way.arc if isinstance(way, Invert) and action == "invert" else None
+                how = f"{value.name} <- {calls[i]}" if arc is None else formula(program, arc, opaque)
                 kind, where = type_name(value.dtype, value.shape), program.ops[i].where
                 reads = _names(program, program.ops[i].ins)
-                solved = _names(program, way.arc.tail) if inverse else ()
+                solved = () if arc is None else _names(program, arc.tail)
                 found.append(ValueLine(value.name, kind, action, how, where, number, value.nbytes, reads, solved))
     return found
 

@@ -63,9 +63,14 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
     with style.context("default"), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         draw(fig)
         fig.savefig(out, format="svg", metadata={**nothing, "Title": title})
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", out.getvalue())
-    text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    text = re.sub(r"<[^>]+>", lambda tag: _tidied(tag[0], name), out.getvalue())
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def _tidied(tag: str, name: str) -> str:
+    """A tag whose names are the picture's own, with coordinates of two decimals."""
+    tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
+    return re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), tag)
 
 
 def themed(picture: str) -> str:

@@ -9,7 +9,7 @@ from revfx.explanation import Explanation
 from revfx.figures import DARK, PALETTE, themed
 from revfx.page_parts import cards, graph_breaks, listed, refusals, regions, text, usage, values
 from revfx.page_style import SCRIPT, STYLE
-from revfx.pictures import all_regions, counted, graph_svg, has_timeline, memory_svg
+from revfx.pictures import all_regions, graph_svg, has_timeline, memory_svg, summary
 
 
 def page(e: Explanation) -> str:
@@ -58,18 +58,9 @@ def _content(e: Explanation, drawn: str, heading: str) -> Iterator[str]:
     """All but the table of values."""
     inputs = f"({', '.join(e.inputs)})"
     yield f"<header><{heading}>{text(e.model)}<small>{text(inputs)}</small></{heading}>"
-    yield f'<p class="lead">{text(_found(e))}</p></header>'
+    yield f'<p class="lead">{text(summary(e).capitalize())}.</p></header>'
     yield from (*cards(e), *listed("Advice", e.advice), *usage(e), drawn)
     yield from (*regions(all_regions(e)), *graph_breaks(e), *refusals(e), *listed("Notes", e.notes))
-
-
-def _found(e: Explanation) -> str:
-    found = all_regions(e)
-    if not found:
-        return "Nothing reversible was found: the model trains as it did."
-    graphs = f" in {counted(len(e.graphs), 'graph')}" if e.graphs else ""
-    couplings = counted(sum(r.couplings for r in found), "coupling")
-    return f"{counted(len(found), 'reversible region')}{graphs} with {couplings}."
 
 
 def _pictures(e: Explanation) -> str:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 
 from revfx.explanation import COLUMNS, Explanation, RegionInfo, ValueLine, cells, count, short, size
-from revfx.pictures import MARKS, all_regions, alike, counted
+from revfx.pictures import MARKS, alike, all_regions, counted
 from revfx.remedies import remedy
 
 
@@ -117,11 +117,7 @@ def _number(is_one: bool) -> str:
 
 def graph_breaks(e: Explanation) -> Iterator[str]:
     """The graphs of a compiled model, and why each of them ended."""
-    if e.graphs:
-        graphs = (
-            f"graph {g.number}: {counted(len(g.regions), 'region') if g.regions else 'no region'}" for g in e.graphs
-        )
-        yield from listed("Graphs", graphs)
+    yield from listed("Graphs", (f"graph {g.number}: {counted(len(g.regions), 'region')}" for g in e.graphs))
     yield from listed("Graph breaks", e.breaks)
 
 

@@ -56,7 +56,7 @@ def graph_svg(e: Explanation) -> str:
             part.draw(_Pen(axes, width, y, tips))
             y += part.height
 
-    title = f"What revfx finds in {e.model}: {len(all_regions(e))} reversible regions, {e.couplings} couplings"
+    title = f"What revfx finds in {e.model}: {summary(e)}"
     return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
 
 
@@ -71,6 +71,15 @@ def _with_tips(svg: str, tips: dict[str, str]) -> str:
 def all_regions(e: Explanation) -> tuple[RegionInfo, ...]:
     """The regions of a model; of a compiled one, those of all its graphs."""
     return e.regions or tuple(r for g in e.graphs for r in g.regions)
+
+
+def summary(e: Explanation) -> str:
+    """What was found, in a few words."""
+    found = all_regions(e)
+    if not found:
+        return "nothing reversible was found"
+    graphs = f" in {counted(len(e.graphs), 'graph')}" if e.graphs else ""
+    return f"{counted(len(found), 'reversible region')}{graphs}, {counted(sum(r.couplings for r in found), 'coupling')}"
 
 
 # --- from top to bottom
@@ -169,8 +178,7 @@ class _Title(_Part):
     def draw(self, pen: _Pen) -> None:
         e, regions = self.e, all_regions(self.e)
         pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
-        found = f"{counted(len(regions), 'reversible region')}, {counted(e.couplings, 'coupling')}"
-        pen.text(MARGIN, 0.6, found if regions else "nothing reversible was found", 9, "muted")
+        pen.text(MARGIN, 0.6, summary(e), 9, "muted")
         kinds = ("save", "invert", "recompute", "outside") if regions else ("outside",)
         for number, kind in enumerate(kinds):
             x, y = MARGIN + 0.19 + number % 3 * 2.25, 0.94 + number // 3 * 0.26
