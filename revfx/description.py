@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from revfx.passes.formula import formula
 from revfx.passes.plan import amplification
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
+from revfx.passes.rewrite import Segment
 from revfx.rules import op_name
 
 
@@ -62,6 +63,7 @@ def describe(
         freed_bytes=region.freed_bytes,
         drift=_drift(program, steps, kept_cuts),
         values=tuple(_lines(program, region, kept_cuts, names)),
+        entry=tuple(_entry(program, region)),
     )
 
 
@@ -120,8 +122,24 @@ def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: 
                 action = "save" if v in saved else "recompute" if inverse is None else "invert"
                 how = f"{value.name} <- {calls[i]}" if inverse is None else formula(program, inverse, opaque)
                 kind, where = type_name(value.dtype, value.shape), program.ops[i].where
-                found.append(ValueLine(value.name, kind, action, how, where, number, value.nbytes))
+                reads = _names(program, program.ops[i].ins)
+                solved = () if inverse is None else _names(program, inverse.tail)
+                found.append(ValueLine(value.name, kind, action, how, where, number, value.nbytes, reads, solved))
     return found
+
+
+def _entry(program: Program, region: Region) -> Iterator[ValueLine]:
+    """The values from before a region that its operations read: they are kept."""
+    read = dict.fromkeys(v for op in program.ops[region.start : region.stop] for v in program.data(op.ins))
+    for v in read:
+        value, made = program.values[v], program.made_at[v]
+        if made < region.start:
+            kind, where = type_name(value.dtype, value.shape), program.ops[made].where if made >= 0 else ""
+            yield ValueLine(value.name, kind, "save", f"{value.name}, from before the region", where, -1, value.nbytes)
+
+
+def _names(program: Program, values: Sequence[int]) -> tuple[str, ...]:
+    return tuple(program.values[v].name for v in program.data(values))
 
 
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
@@ -151,6 +169,15 @@ def scope_of(lowered: Lowered, region: Region) -> str:
     ]
     levels = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*scopes, strict=False))
     return ".".join(names[0] for names in levels)
+
+
+def neighbours(lowered: Lowered, cut: Sequence[Segment], region: Region) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the operations between a region and the one before it, and between it and the next."""
+    names = op_names(lowered)
+    outside = [s for s in cut if s.region is None]
+    before = (range(s.start, s.stop) for s in outside if s.stop == region.start)
+    after = (range(s.start, s.stop) for s in outside if s.start == region.stop)
+    return tuple(names[i] for r in before for i in r), tuple(names[i] for r in after for i in r)
 
 
 def op_names(lowered: Lowered) -> dict[int, str]:

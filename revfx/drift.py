@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from revfx.errors import RevfxError
 from revfx.executor import Env, RegionRun
+from revfx.figures import figure
 from revfx.inspection import originals_of, relative_error
 
 
@@ -73,12 +74,8 @@ class Drift:
         Raises:
             RevfxError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as e:
-            raise RevfxError("`Drift.plot` needs matplotlib: pip install 'revfx[viz]'") from e
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="step, from the last one to the first", yscale="log")
+        fig = figure("`Drift.plot`", 7, 4)
+        axes = fig.add_subplot(xlabel="step, from the last one to the first", yscale="log")
         axes.set_ylabel("relative error of the regenerated value")
         for region in sorted({s.region for s in self.steps}):
             worst: dict[int, float] = {}
@@ -87,7 +84,7 @@ class Drift:
             axes.plot(list(worst), [e or float("nan") for e in worst.values()], ".-", label=f"region {region}")
         axes.invert_xaxis()
         axes.legend()
-        figure.savefig(path)
+        fig.savefig(path)
 
 
 def drift(

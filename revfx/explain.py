@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch, fingerprint
 from revfx.convert import Options, Reversible, convert, unconverted
-from revfx.description import describe, op_names, scope_of, types_of
+from revfx.description import describe, neighbours, op_names, scope_of, types_of
 from revfx.drift import Drift, drift
 from revfx.errors import RevfxError
 from revfx.executor import RegionRun, Watch
@@ -166,10 +166,10 @@ def _described(plan: Plan, run: RegionRun) -> RegionInfo:
     """A region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
     kept = frozenset(run.kept_cuts)
     if run.program is plan.lowered.program:
-        names, module = op_names(plan.lowered), scope_of(plan.lowered, run.region)
-    else:
-        names, module = {i: c.name for i, c in enumerate(run.calls)}, "rev_block"
-    return describe(run.program, run.region, kept, names, module)
+        found = describe(run.program, run.region, kept, op_names(plan.lowered), scope_of(plan.lowered, run.region))
+        before, after = neighbours(plan.lowered, plan.segments, run.region)
+        return replace(found, before=before, after=after)
+    return describe(run.program, run.region, kept, {i: c.name for i, c in enumerate(run.calls)}, "rev_block")
 
 
 def _usage(way: str, t: Timeline) -> Usage:

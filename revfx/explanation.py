@@ -24,6 +24,9 @@ LISTED = 12  # refusals, and different steps of a region, that are printed
 class ValueLine:
     """One value of a region: its type (`f32[8,256]`), what the backward does with it ("invert", "recompute" or
     "save"), how, the user's line, the step of the region that it is made in, and its size in bytes.
+
+    `reads` names the values that its operation reads in the forward, `solved` those that the backward solves it from,
+    the result that the inverse starts from first; parameters and constants are left out.
     """
 
     name: str
@@ -33,6 +36,8 @@ class ValueLine:
     where: str
     step: int
     nbytes: int
+    reads: tuple[str, ...] = ()
+    solved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.type} {self.action:9}  {self.how}  {short(self.where)}"
@@ -44,7 +49,8 @@ class RegionInfo:
     how many, in how many steps; the types of the `streams` between them; the names of the values that are `kept` for
     the backward to start from, and what the first cut, the last one, side inputs and saved values take (bytes); how
     many cuts are kept, and what is regenerated (bytes). `drift`: what the relative error of the lowest regenerated
-    cut comes to, as far as can be said beforehand.
+    cut comes to, as far as can be said beforehand. `values` are those made in the region, `entry` those made before it
+    that it reads (in step -1); `before` and `after` name the operations between this region and its neighbours.
     """
 
     module: str
@@ -60,6 +66,9 @@ class RegionInfo:
     freed_bytes: int
     drift: float
     values: tuple[ValueLine, ...] = ()
+    entry: tuple[ValueLine, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def test_what_explain_prints_is_what_the_readme_shows() -> None:
     code = re.findall(r"```python\n(.*?)```", README.split("## What it does")[1], re.DOTALL)[0]
     names: dict[str, Any] = {}
     exec(compile(code.split("x = torch.randn")[0], "README.md", "exec"), names)
-    shown = re.findall(r"```\n(.*?)```", README.split("## See what it finds")[1], re.DOTALL)[0].splitlines()
+    shown = re.findall(r"```(?:python)?\n(.*?)```", README.split("## See what it finds")[1], re.DOTALL)[1].splitlines()
     printed = str(revfx.explain(names["Net"](16), torch.randn(4096, 128))).splitlines()
     place = re.compile(r"\S+:\d+")  # the lines of another file
     assert [place.sub("", line) for line in printed] == [place.sub("", line) for line in shown]

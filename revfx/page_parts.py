@@ -1,0 +1,188 @@
+"""The parts of a page: figures, regions, refusals, and the table of values. All text is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator, Sequence
+
+from revfx.explanation import COLUMNS, Explanation, RegionInfo, ValueLine, cells, count, short, size
+from revfx.pictures import MARKS, alike, all_regions, counted
+from revfx.remedies import remedy
+
+
+MOST_ROWS = 5000  # of the table of values
+MOST_REFUSALS = 200
+
+
+def text(words: object) -> str:
+    """Text as a page shows it: nothing that it holds is a tag or ends an attribute."""
+    return html.escape(str(words))
+
+
+# --- figures
+def cards(e: Explanation) -> Iterator[str]:
+    """The figures that matter most, plain against revfx: measured ones where there are any."""
+    plain, ours = e.way("plain"), e.way("revfx")
+    if plain is None or ours is None:
+        return
+    peaks = (plain.measured_peak, ours.measured_peak), (plain.peak, ours.peak)
+    kepts = (plain.measured_kept, ours.measured_kept), (plain.kept, ours.kept)
+    made: list[str] = []
+    for name, (measured, predicted) in (("Peak memory of a step", peaks), ("Kept for the backward", kepts)):
+        a, b = measured if None not in measured else predicted
+        if a and b:
+            made.append(_card(name, size(a), size(b), f"{a / b:.1f} × less" if a > b else f"{b / a:.1f} × more"))
+    if plain.seconds and ours.seconds:
+        a, b = plain.seconds, ours.seconds
+        made.append(_card("Time of a step", f"{a:.3f} s", f"{b:.3f} s", f"{b / a:.2f} × as long"))
+    elif plain.flops and ours.flops:
+        a, b = plain.flops, ours.flops
+        made.append(_card("Operations of a step", f"{count(a)}FLOPs", f"{count(b)}FLOPs", f"{b / a:.2f} × as many"))
+    if made:
+        yield f'<div class="cards">{"".join(made)}</div>'
+
+
+def _card(name: str, plain: str, ours: str, ratio: str) -> str:
+    return (
+        f'<div class="card"><div>{name}</div><strong>{ratio}</strong>'
+        f'<div><span class="plain">{plain} plain</span> → <span class="ours">{ours} revfx</span></div></div>'
+    )
+
+
+def usage(e: Explanation) -> Iterator[str]:
+    """The table of what a training step takes, each figure with what it is of the plain one."""
+    if not e.ways:
+        return
+    rows = {u.way: (cells(u), _numbers(u)) for u in e.ways}
+    shown = [i for i in range(len(COLUMNS)) if any(words[i] for words, _ in rows.values())]
+    plain = rows["plain"][1] if "plain" in rows else (None,) * len(COLUMNS)
+    heads = "".join(f'<th scope="col" class="number">{COLUMNS[i]}</th>' for i in shown)
+    lines: list[str] = []
+    for way, (words, numbers) in rows.items():
+        figures = "".join(
+            f'<td class="number">{words[i] or "–"}{_ratio(numbers[i], plain[i]) if way != "plain" else ""}</td>'
+            for i in shown
+        )
+        lines.append(f'<tr><th scope="row">{text(way)}</th>{figures}</tr>')
+    yield (
+        '<section><h3>One training step</h3><div class="wide"><table><caption>Beyond parameters and their gradients.'
+        " <em>kept</em>: for the backward, after the forward. Small figures: of the plain step.</caption>"
+        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"
+    )
+
+
+def _numbers(u: object) -> tuple[float | None, ...]:
+    return tuple(getattr(u, n) for n in ("kept", "peak", "flops", "measured_kept", "measured_peak", "seconds"))
+
+
+def _ratio(number: float | None, plain: float | None) -> str:
+    return f" <small>{number / plain:.2f} ×</small>" if number is not None and plain else ""
+
+
+# --- what was found
+def listed(title: str, lines: Iterable[str]) -> Iterator[str]:
+    """A section with a list, if there is anything in it."""
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
+    if items:
+        yield f'<section class="{title.lower()}"><h3>{title}</h3><ul>{items}</ul></section>'
+
+
+def regions(found: Sequence[RegionInfo]) -> Iterator[str]:
+    """The regions as a table."""
+    if not found:
+        return
+    names = ("region", "module", "lines", "couplings", "kind", "streams", "keeps", "regenerates", "drift about")
+    numeric = {"region", "couplings", "keeps", "regenerates", "drift about"}
+    heads = "".join(f'<th scope="col"{_number(n in numeric)}>{n}</th>' for n in names)
+    rows: list[str] = []
+    for number, r in enumerate(found):
+        lines = short(r.first) if r.first == r.last else f"{short(r.first)} to {short(r.last)}"
+        kept = f"{size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}"
+        row = (
+            number, r.module or "the root", lines, r.couplings, r.kind, ", ".join(r.streams), kept,
+            size(r.freed_bytes), f"{r.drift:.0e}" if r.drift else "0",
+        )  # fmt: skip
+        rows.append("".join(f"<td{_number(n in numeric)}>{text(c)}</td>" for n, c in zip(names, row, strict=True)))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    yield (
+        '<section><h3>Regions</h3><div class="wide"><table><caption>What lies in a region is freed in the forward and'
+        f" regenerated in the backward.</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+        "</section>"
+    )
+
+
+def _number(is_one: bool) -> str:
+    return ' class="number"' if is_one else ""
+
+
+def graph_breaks(e: Explanation) -> Iterator[str]:
+    """The graphs of a compiled model, and why each of them ended."""
+    yield from listed("Graphs", (f"graph {g.number}: {counted(len(g.regions), 'region')}" for g in e.graphs))
+    yield from listed("Graph breaks", e.breaks)
+
+
+def refusals(e: Explanation) -> Iterator[str]:
+    """What was left as it was, why, and what can be done about it."""
+    if not e.refusals:
+        return
+    found = alike(e.refusals)
+    rows = "".join(
+        f'<tr><td class="place" title="{text(r.where)}">{text(short(r.where))}</td><td><code>{text(r.op)}</code>'
+        f"{f' × {times:,}' if times > 1 else ''}</td><td>{_code(r.reason)}{_remedy(r.reason)}</td></tr>"
+        for r, times in found[:MOST_REFUSALS]
+    )
+    more = len(found) - MOST_REFUSALS
+    note = f"<p>{counted(more, 'more refusal')} not shown.</p>" if more > 0 else ""
+    yield (
+        '<section><h3>Left as it was</h3><div class="wide"><table><thead><tr><th scope="col">place</th>'
+        f'<th scope="col">operation</th><th scope="col">why, and what to do</th></tr></thead><tbody>{rows}</tbody>'
+        f"</table></div>{note}</section>"
+    )
+
+
+def _remedy(reason: str) -> str:
+    advice = remedy(reason)
+    return "" if advice is None else f'<div class="remedy">→ {_code(advice)}</div>'
+
+
+def _code(words: str) -> str:
+    """Text in which what stands between backticks is code."""
+    pieces = words.split("`")
+    if len(pieces) % 2 == 0:
+        return text(words)
+    return "".join(f"<code>{text(p)}</code>" if i % 2 else text(p) for i, p in enumerate(pieces))
+
+
+# --- every value
+HEADS = ("name", "type", "action", "how", "where", "bytes", "region", "step")
+
+
+def values(e: Explanation) -> Iterator[str]:
+    """The table of all values, with a box to search it."""
+    lines = [(n, v) for n, r in enumerate(all_regions(e)) for v in (*r.entry, *r.values)]
+    if not lines:
+        return
+    rows = "".join(_row(n, v) for n, v in lines[:MOST_ROWS])
+    left = len(lines) - MOST_ROWS
+    note = f"<p>The first {MOST_ROWS:,} of {len(lines):,} values; `save` as .json for all.</p>" if left > 0 else ""
+    heads = "".join(
+        f'<th scope="col"{_number(n in ("bytes", "region", "step"))}><button type="button">{n}</button></th>'
+        for n in HEADS
+    )
+    yield (
+        '<section id="values"><h3>Values</h3><p class="search"><label for="search">Search</label>'
+        '<input id="search" type="search" autocomplete="off" spellcheck="false" placeholder="invert f32">'
+        f'<output id="count" for="search">{counted(len(lines[:MOST_ROWS]), "value")}</output></p>{note}'
+        f'<div class="wide tall" tabindex="0" role="region" aria-label="Values"><table><thead><tr>{heads}</tr></thead>'
+        f'<tbody id="rows">{rows}</tbody></table></div></section>'
+    )
+
+
+def _row(region: int, v: ValueLine) -> str:
+    action = f'<span class="{text(v.action)}">{MARKS.get(v.action, "")} {text(v.action)}</span>'
+    place = f'<td title="{text(v.where)}">{text(short(v.where))}</td>'
+    numbers = f'<td class="number" data-value="{v.nbytes}">{size(v.nbytes)}</td><td class="number">{region}</td>'
+    return (
+        f'<tr><td>{text(v.name)}</td><td>{text(v.type)}</td><td>{action}</td><td class="how">{text(v.how)}</td>{place}'
+        f'{numbers}<td class="number">{v.step if v.step >= 0 else ""}</td></tr>\n'
+    )

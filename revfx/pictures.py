@@ -1,0 +1,346 @@
+"""Pictures of an explanation, as SVG: the model's graph, and memory over time (`revfx.pictures_memory`)."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from revfx.errors import Refusal
+from revfx.explanation import LISTED, Explanation, RegionInfo, short, size
+from revfx.figures import PALETTE, picture
+from revfx.pictures_layout import SOLVED, Frame, Layout, Node, layout
+from revfx.pictures_memory import has_timeline as has_timeline, memory_svg as memory_svg
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MOST_NODES, MOST_REGIONS = 90, 8  # that are drawn
+MOST_IN_REGION = 40
+# inches
+WIDTH, MARGIN = 7.0, 0.3
+BOX, TALL, STEP = 1.5, 0.4, 0.7  # width and height of a node, distance of rows
+COLUMN = 3.7  # distance of lanes
+HEAD, GAP = 0.56, 0.3
+MARKS = {"save": "●", "invert": "↑", "recompute": "↻", "outside": ""}
+MEANING = {
+    "save": "kept for the backward", "invert": "solved from what follows", "recompute": "computed again",
+    "outside": "outside of regions, as it was",
+}  # fmt: skip
+
+
+def graph_svg(e: Explanation) -> str:
+    """The regions of a model as SVG: every value by what the backward does with it, layers that come again once.
+
+    Raises:
+        RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
+    """
+    parts = list(_parts(e))
+    width = max([WIDTH, *(p.width for p in parts)])
+    height = sum(p.height for p in parts)
+    tips: dict[str, str] = {}
+
+    def draw(fig: Figure) -> None:
+        fig.set_layout_engine("none")
+        axes: Any = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        axes.axis("off")
+        y = 0.0
+        for part in parts:
+            part.draw(_Pen(axes, width, y, tips))
+            y += part.height
+
+    title = f"What revfx finds in {e.model}: {summary(e)}"
+    return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
+
+
+def _with_tips(svg: str, tips: dict[str, str]) -> str:
+    """Titles, which a browser shows when the pointer rests on the part."""
+    for name, text in tips.items():
+        mark = f'<g id="graph-{name}">'
+        svg = svg.replace(mark, f"{mark}\n<title>{html.escape(text)}</title>", 1)
+    return svg
+
+
+def all_regions(e: Explanation) -> tuple[RegionInfo, ...]:
+    """The regions of a model; of a compiled one, those of all its graphs."""
+    return e.regions or tuple(r for g in e.graphs for r in g.regions)
+
+
+def summary(e: Explanation) -> str:
+    """What was found, in a few words."""
+    found = all_regions(e)
+    if not found:
+        return "nothing reversible was found"
+    graphs = f" in {counted(len(e.graphs), 'graph')}" if e.graphs else ""
+    return f"{counted(len(found), 'reversible region')}{graphs}, {counted(sum(r.couplings for r in found), 'coupling')}"
+
+
+# --- from top to bottom
+class _Part:
+    """A stripe of the picture: how much it takes, and how it is drawn."""
+
+    width, height = 0.0, 0.0
+
+    def draw(self, pen: _Pen) -> None:
+        """None; draws it below where the pen is."""
+        raise NotImplementedError
+
+
+def _parts(e: Explanation) -> Iterator[_Part]:
+    regions = all_regions(e)
+    yield _Title(e)
+    left = MOST_NODES
+    shown = regions[:MOST_REGIONS]
+    for number, region in enumerate(shown):
+        if region.before:
+            yield _Outside(region.before, followed=True)
+        found = layout(region, min(left, MOST_IN_REGION))
+        left = max(0, left - len(found.nodes))
+        following = regions[number + 1].before if region is not regions[-1] else region.after
+        yield _Region(number, region, found, followed=region is not shown[-1] or bool(following))
+    if len(regions) > MOST_REGIONS:
+        yield _Note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
+    elif regions and regions[-1].after:
+        yield _Outside(regions[-1].after, followed=False)
+    if not regions:
+        found = alike(e.refusals)[::-1]
+        yield from (_Refused(refusal, times) for refusal, times in found[:LISTED])
+        if len(found) > LISTED:
+            yield _Note(f"{counted(len(found) - LISTED, 'more refusal')} not drawn")
+
+
+class _Pen:
+    """Draws at inches from the left and below its own top."""
+
+    def __init__(self, axes: Axes, width: float, top: float, tips: dict[str, str]) -> None:
+        self.axes, self.width, self.top, self.tips = axes, width, top, tips
+
+    def text(self, x: float, y: float, text: str, points: float = 8, colour: str = "ink", **options: Any) -> None:
+        """None; the text stands at x, its middle at y."""
+        options = {"va": "center", "ha": "left", "color": PALETTE[colour], "parse_math": False, **options}
+        self.axes.text(x, self.top + y, text, fontsize=points, **options)
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", **options: Any) -> None:
+        """None; a box whose middle is (x, y)."""
+        from matplotlib.patches import FancyBboxPatch
+
+        corner = x - width / 2, self.top + y - height / 2
+        style = f"round,pad=0,rounding_size={min(0.08, height / 3)}"
+        options = {"facecolor": PALETTE[kind], "edgecolor": PALETTE[f"{kind}-edge"], "linewidth": 1.1, **options}
+        patch = FancyBboxPatch(corner, width, height, boxstyle=style, **options)
+        if tip:
+            name = f"tip-{len(self.tips)}"
+            patch.set_gid(name)
+            self.tips[name] = tip
+        self.axes.add_patch(patch)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> None:
+        """None; a line through the points with round corners, and a head at the last."""
+        from matplotlib.patches import FancyArrowPatch
+        from matplotlib.path import Path
+
+        at = [(x, self.top + y) for x, y in points]
+        path, codes = [at[0]], [Path.MOVETO]
+        for before, corner, after in zip(at, at[1:], at[2:], strict=False):
+            path += [_towards(corner, before), corner, _towards(corner, after)]
+            codes += [Path.LINETO, Path.CURVE3, Path.CURVE3]
+        self.axes.add_patch(
+            FancyArrowPatch(
+                path=Path([*path, at[-1]], [*codes, Path.LINETO]), arrowstyle="-|>,head_length=4,head_width=2.2",
+                mutation_scale=1.0, linewidth=1.1, color=PALETTE[colour], linestyle=(0, (3, 2)) if dashed else "-",
+                zorder=1, shrinkA=0, shrinkB=0, joinstyle="miter",
+            )
+        )  # fmt: skip
+
+
+def _towards(corner: tuple[float, float], to: tuple[float, float], far: float = 0.09) -> tuple[float, float]:
+    """The point where a round corner begins, half-way at the most."""
+    dx, dy = to[0] - corner[0], to[1] - corner[1]
+    part = min(0.5, far / max(math.hypot(dx, dy), far))
+    return corner[0] + dx * part, corner[1] + dy * part
+
+
+class _Title(_Part):
+    """What model it is, and the legend."""
+
+    height = 1.5
+
+    def __init__(self, e: Explanation) -> None:
+        self.e = e
+
+    def draw(self, pen: _Pen) -> None:
+        e, regions = self.e, all_regions(self.e)
+        pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
+        pen.text(MARGIN, 0.6, summary(e), 9, "muted")
+        kinds = ("save", "invert", "recompute", "outside") if regions else ("outside",)
+        for number, kind in enumerate(kinds):
+            x, y = MARGIN + 0.19 + number % 3 * 2.25, 0.94 + number // 3 * 0.26
+            pen.box(x, y, 0.36, 0.18, kind)
+            pen.text(x, y, MARKS[kind], 7, f"{kind}-edge", ha="center")
+            name = f"{kind}: " if kind != "outside" else ""
+            pen.text(x + 0.26, y, f"{name}{MEANING[kind]}", 7.5)
+        if regions:
+            for x, colour, words in ((2.25, "outside-edge", "forward"), (4.5, "revfx", "solved from, backward")):
+                pen.line(((MARGIN + x, 1.2), (MARGIN + x + 0.37, 1.2)), colour, colour == "revfx")
+                pen.text(MARGIN + x + 0.45, 1.2, words, 7.5)
+
+
+class _Note(_Part):
+    """A line of text."""
+
+    height = 0.4
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def draw(self, pen: _Pen) -> None:
+        pen.text(pen.width / 2, 0.2, self.text, 8, "muted", ha="center", style="italic")
+
+
+class _Outside(_Part):
+    """Operations between regions."""
+
+    height = 0.34 + GAP
+
+    def __init__(self, names: Sequence[str], followed: bool) -> None:
+        told = " → ".join(names) if len(names) <= 6 else " → ".join((*names[:3], "…", *names[-2:]))
+        self.text, self.followed = clipped(told, 96), followed
+
+    def draw(self, pen: _Pen) -> None:
+        x, tall = pen.width / 2, self.height - GAP
+        pen.box(x, tall / 2, pen.width - 2 * MARGIN, tall, "outside")
+        pen.text(x, tall / 2, self.text, 7.5, ha="center")
+        if self.followed:
+            pen.line(((x, tall), (x, self.height)), "outside-edge")
+
+
+class _Refused(_Part):
+    """An operation that was left as it was, and why; in so many places alike."""
+
+    height = TALL + 0.14
+
+    def __init__(self, refusal: Refusal, times: int) -> None:
+        self.op, self.where, self.reason = refusal.op, short(refusal.where), refusal.reason
+        self.times = times
+
+    def draw(self, pen: _Pen) -> None:
+        x = MARGIN + BOX / 2
+        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{self.where}: {self.op}: {self.reason}")
+        pen.text(x, TALL / 2 - 0.08, clipped(self.op, 20), 8, ha="center", weight="bold")
+        pen.text(x, TALL / 2 + 0.1, clipped(self.where, 26), 6.8, "muted", ha="center")
+        if self.times > 1:
+            pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {self.times:,}", 10, weight="bold")
+        lines = textwrap.wrap(self.reason, 62)[:3]
+        pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(lines), 8)
+
+
+class _Region(_Part):
+    """The values of a region."""
+
+    def __init__(self, number: int, region: RegionInfo, found: Layout, followed: bool) -> None:
+        self.number, self.region, self.found, self.followed = number, region, found, followed
+        left, right = found.columns
+        self.span = (right - left) * COLUMN
+        self.width = self.span + BOX + 4 * MARGIN
+        self.height = HEAD + found.rows * STEP + GAP * (2 if found.left_out else 1)
+
+    def place(self, pen: _Pen, node: Node) -> tuple[float, float]:
+        """The middle of a node."""
+        left = (pen.width - self.span) / 2
+        return left + (node.x - self.found.columns[0]) * COLUMN, HEAD + (node.row + 0.5) * STEP
+
+    def draw(self, pen: _Pen) -> None:
+        r, found = self.region, self.found
+        bottom = self.height - GAP
+        pen.box(
+            pen.width / 2, bottom / 2, pen.width - 2 * MARGIN, bottom, "outside", facecolor="none",
+            edgecolor=PALETTE["faint"], zorder=0,
+        )  # fmt: skip
+        kind = f"{counted(r.couplings, 'coupling')} ({r.kind})"
+        name = f"region {self.number}" + f" · {r.module}" * bool(r.module)
+        pen.text(2 * MARGIN, 0.2, clipped(f"{name} · {kind}", 80), 8.5, weight="bold")
+        kept = f"keeps {size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}, regenerates {size(r.freed_bytes)}"
+        pen.text(2 * MARGIN, 0.4, f"{short(r.first)} to {short(r.last)} · {kept}", 7.5, "muted")
+        if self.followed:
+            pen.line(((pen.width / 2, bottom), (pen.width / 2, bottom + GAP)), "outside-edge")
+        for frame in found.frames:
+            self.frame(pen, frame)
+        at = [self.place(pen, n) for n in found.nodes]
+        cells = {(n.x, n.row) for n in found.nodes}
+        for a, b, kind in found.edges:
+            self.edge(pen, found.nodes[a], found.nodes[b], at[a], at[b], kind, cells)
+        for node, (x, y) in zip(found.nodes, at, strict=True):
+            line = node.line
+            tip = f"{line.action}: {line.how} ({short(line.where)}), {size(line.nbytes)}"
+            pen.box(x, y, BOX, TALL, line.action, tip=tip, zorder=2)
+            pen.text(x, y - 0.08, clipped(node.name, 21), 8, ha="center", weight="bold", zorder=3)
+            pen.text(x, y + 0.1, clipped(f"{MARKS[line.action]} {line.type}", 26), 6.8, "muted", ha="center", zorder=3)
+        if found.left_out:
+            pen.text(pen.width / 2, bottom - 0.16, f"{counted(found.left_out, 'more value')} not drawn", 8, "muted",
+                     ha="center", style="italic")  # fmt: skip
+
+    def frame(self, pen: _Pen, frame: Frame) -> None:
+        """None; a box around what comes again, with how often it does."""
+        top, bottom = HEAD + frame.first * STEP + 0.05, HEAD + (frame.last + 1) * STEP - 0.05
+        width = min(self.span + BOX + 0.7, pen.width - 2 * MARGIN - 0.3)
+        pen.box(
+            pen.width / 2, (top + bottom) / 2, width, bottom - top, "outside", facecolor=PALETTE["outside"],
+            edgecolor=PALETTE["outside-edge"], linestyle=(0, (1, 2)), zorder=0.5,
+        )  # fmt: skip
+        text = f"× {frame.times:,}"
+        wide = 0.12 + 0.1 * len(text)
+        x = pen.width / 2 + width / 2 - 0.1 - wide / 2
+        pen.box(x, top, wide, 0.22, "outside", facecolor=PALETTE["paper"], zorder=4)
+        pen.text(x, top, text, 9.5, ha="center", weight="bold", zorder=5)
+
+    def edge(
+        self, pen: _Pen, start: Node, end: Node, a: tuple[float, float], b: tuple[float, float], kind: str,
+        cells: set[tuple[float, int]],
+    ) -> None:  # fmt: skip
+        """None; an arrow, down for what is read and up for what is solved, beside each other."""
+        solved = kind == SOLVED
+        aside, bend = (0.14, 0.68) if solved else (-0.14, 0.36)  # so that the two kinds don't lie on each other
+        down = 1 if start.row < end.row else -1
+        x0, y0, x1, y1 = a[0] + aside, a[1] + down * TALL / 2, b[0] + aside, b[1] - down * TALL / 2
+
+        def gap(row: int) -> float:
+            return HEAD + max(row, row + down) * STEP + (bend - 0.5) * (STEP - TALL)
+
+        after, before = gap(start.row), gap(end.row - down)
+        free = {x: not any((x, r) in cells for r in range(min(start.row, end.row) + 1, max(start.row, end.row)))
+                for x in (start.x, end.x)}  # fmt: skip
+        if start.x == end.x and free[end.x]:
+            points = [(x0, y0), (x1, y1)]
+        elif free[end.x]:
+            points = [(x0, y0), (x0, after), (x1, after), (x1, y1)]
+        elif start.x != end.x and free[start.x]:
+            points = [(x0, y0), (x0, before), (x1, before), (x1, y1)]
+        else:  # between the columns
+            side = (start.x > end.x) - (start.x < end.x) or (1 if solved else -1)
+            x = b[0] + side * (BOX / 2 + 0.1 + 0.06 * (start.row % 3))
+            points = [(x0, y0), (x0, after), (x, after), (x, before), (x1, before), (x1, y1)]
+        pen.line(points, "revfx" if solved else "outside-edge", solved)
+
+
+def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:
+    """Refusals that differ in the numbers of their values only, each once, and how many there are of it."""
+    bare = (Refusal(re.sub(r"_\d+`", "`", r.reason), r.op, r.where) for r in refusals)
+    return list(Counter(bare).items())
+
+
+def clipped(text: str, most: int) -> str:
+    """A text of at most so many characters: what is too much is left out of its middle."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
+
+
+def counted(number: int, what: str) -> str:
+    """`2 regions`, `1 region`."""
+    return f"{number:,} {what}" + "s" * (number != 1)
