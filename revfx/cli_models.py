@@ -63,13 +63,11 @@ def _module(file: Path) -> ModuleType:
         raise WrongArguments(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(file.stem, module)  # for dataclasses and pickling
-    sys.path.insert(0, str(file.resolve().parent))  # what lies beside it
+    sys.path.insert(0, str(file.resolve().parent))  # for what lies beside it, then and when the factory is called
     try:
         spec.loader.exec_module(module)
     except Exception as e:
         raise RevfxError(f"{file} raised {type(e).__name__}: {e}") from e
-    finally:
-        sys.path.pop(0)
     return module
 
 
