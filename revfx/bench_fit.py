@@ -83,8 +83,10 @@ def largest(question: Question) -> Fit:
             fit = replace(fit, largest=size) if fitted else replace(fit, over=size)
         if said.raised:
             return replace(fit, notes=(*fit.notes, said.raised), failed=True)
-        if said.trying is None:
+        if said.ended:
             return fit
+        if said.trying is None:
+            return replace(fit, notes=(*fit.notes, "a process died before it tried anything"), failed=True)
         fit = replace(fit, over=said.trying, notes=("a process that tried more died",))
         if said.trying <= 1:
             return fit
@@ -93,14 +95,16 @@ def largest(question: Question) -> Fit:
 
 @dataclass(frozen=True)
 class Said:
-    """What a child process told: sizes that did or did not fit, what it was trying last, and how it ended."""
+    """What a child process told: sizes that did or did not fit, what it was trying when it died, if it did."""
 
     tried: tuple[tuple[int, bool], ...]
-    trying: int | None
+    trying: int | None = None
+    ended: bool = False
     raised: str = ""
 
 
 def ask(question: Question, low: int, high: int | None) -> Said:
+    """What a child process tells that looks between a size that fits and one that does not."""
     command = [sys.executable, "-m", "revfx.bench_fit", json.dumps([asdict(question), low, high])]
     # every large block is a mapping of its own, which goes back to the system when it is freed
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "KINETO_LOG_LEVEL": "99"}
@@ -114,8 +118,10 @@ def ask(question: Question, low: int, high: int | None) -> Said:
         elif kind == "tried":
             tried.append((values[0], values[1]))
             trying = None
+        elif kind == "ended":
+            return Said(tuple(tried), ended=True)
         else:
-            return Said(tuple(tried), None, values[0])
+            return Said(tuple(tried), raised=values[0])
     return Said(tuple(tried), trying)
 
 
@@ -124,22 +130,20 @@ def _answer(question: Question, low: int, high: int | None) -> None:
     """None; tells what it tries and finds, a line each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(question.threads)
-    end = time.monotonic() + question.seconds
 
     def fits(size: int) -> bool:
         _tell("trying", size)
+        _limit(question.memory, question.device)  # anew, as kernels made for one size are held at the next
         fitted = _fits(question, size)
         gc.collect()
-        if question.device != "cpu":
-            torch.cuda.empty_cache()
         _tell("tried", size, fitted)
         return fitted
 
     try:
-        _tell("trying", 1)
-        _train(question, 1, small=True)
-        _limit(question.memory, question.device)
+        _train(question, 1, MODELS[question.model].batch)  # what kernels hold for good is there before the limit
+        end = time.monotonic() + question.seconds
         search(fits, low, high, lambda: time.monotonic() > end)
+        _tell("ended")
     except Exception as e:
         _tell("raised", f"raises {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
 
@@ -150,7 +154,7 @@ def _tell(*what: Any) -> None:
 
 def _fits(question: Question, size: int) -> bool:
     try:
-        _train(question, size)
+        _train(question, *((size, question.other) if question.sweep == "depth" else (question.other, size)))
         return True
     except Exception as e:
         if of_memory(e):
@@ -167,10 +171,9 @@ def of_memory(e: BaseException | None) -> bool:
     return False
 
 
-def _train(question: Question, size: int, small: bool = False) -> None:
-    """None; one training step at that size (at a small size of the other one too, to have what is made only once)."""
-    bench, other = MODELS[question.model], min(question.other, 2) if small else question.other
-    depth, batch = (size, other) if question.sweep == "depth" else (other, size)
+def _train(question: Question, depth: int, batch: int) -> None:
+    """None; one training step at that size."""
+    bench = MODELS[question.model]
     model = bench.make(depth).to(question.device)
     inputs = tuple(t.to(question.device) for t in bench.inputs(batch))
     built = WAYS[question.way].build(bench, model, inputs)
@@ -189,7 +192,8 @@ def _limit(memory: int, device: str) -> None:
         return
     import resource
 
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + memory, resource.RLIM_INFINITY))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + memory, most))
 
 
 def data_bytes() -> int:

@@ -133,6 +133,8 @@ def _mib(count: int | None) -> str:
 def _largest(f: Fit) -> str:
     if f.largest is None:
         return ""
+    if f.failed:
+        return "?"
     return f">= {f.largest}" if f.over is None else f"{f.largest} (not {f.over})"
 
 

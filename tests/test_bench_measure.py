@@ -55,11 +55,19 @@ def test_wrong_and_missing_gradients_are_said_to_be_so() -> None:
     missing = made("missing", lambda model, x: model.head(model.stem(x).detach()))
     poisoned = made("nan", lambda model, x: model(x) * float("nan"))
     found = rows(wrong, missing, poisoned)
-    assert found["wrong"].failed and found["wrong"].notes == ("WRONG gradients",)
+    assert found["wrong"].failed and found["wrong"].notes == ("WRONG gradients: in fp64 off by 2e-02",)
     assert found["wrong"].error == pytest.approx(1.01**2 - 1, rel=1e-3)
-    assert found["missing"].failed and "WRONG: no gradient of `blocks.0." in found["missing"].notes[0]
-    assert found["nan"].failed and found["nan"].error != found["nan"].error
+    for name in ("missing", "nan"):
+        assert found[name].failed and found[name].notes == ("WRONG gradients: one is missing or NaN",)
+        assert found[name].error != found[name].error
     assert not found["plain"].failed and found["wrong"].seconds, "it is measured all the same"
+
+
+def test_gradients_that_are_right_in_fp64_are_off_by_rounding() -> None:
+    rounds = made("rounds", lambda model, x: model(x) * (1.01 if x.dtype == torch.float32 else 1.0))
+    row = rows(rounds)["rounds"]
+    assert not row.failed and row.notes == ("gradients are off by rounding: in fp64 by 0e+00",)
+    assert row.error == pytest.approx(1.01**2 - 1, rel=1e-3)
 
 
 def test_what_raises_is_a_row_of_its_own() -> None:
@@ -116,5 +124,3 @@ def test_new_gradients_of_a_compiled_backward_are_not_part_of_its_peak() -> None
     assert plain.peak and same.peak and plain.gradients and plain.kept
     assert plain.peak - plain.gradients < plain.kept, "so that less than was kept would be left of it"
     assert same.peak == same.kept == plain.kept
-    few = made("few", lambda model, x: model.head(model.stem(x)), compiled=True)
-    assert measure_size(MLP, replace(few, compiled=False), 4, 512, "cpu").peak
