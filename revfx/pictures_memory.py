@@ -96,9 +96,8 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
         y = checkpoint.peak / scale
         axes.axhline(y, color=PALETTE["muted"], linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(
-            f"checkpoint, at most {size(checkpoint.peak)}", (0.994, y), (0, 2.5), textcoords="offset points",
-            ha="right", fontsize=7.5, color=PALETTE["muted"],
-            bbox={"boxstyle": "square,pad=0.15", "facecolor": PALETTE["paper"], "edgecolor": "none", "alpha": 0.75},
+            f"checkpoint, at most {size(checkpoint.peak)}", (0.7, y), (0, 2.5), textcoords="offset points",
+            ha="center", fontsize=7.5, color=PALETTE["muted"],
         )  # fmt: skip
     axes.set_ylim(0, 1.2 * highest / scale)
     axes.set_ylabel(unit, fontsize=8.5, color=PALETTE["ink"])
