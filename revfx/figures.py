@@ -39,11 +39,15 @@ def figure(who: str, width: float, height: float) -> Figure:
     Raises:
         RevfxError: matplotlib is not installed.
     """
+    return _figure_class(who)(figsize=(width, height), layout="constrained")
+
+
+def _figure_class(who: str) -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise RevfxError(f"{who} needs matplotlib: pip install 'revfx[viz]'") from e
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
 
 
 def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
@@ -54,13 +58,14 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    fig = figure(who, *size)
+    _figure_class(who)
     import matplotlib
     from matplotlib import style
 
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with style.context("default"), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        fig = figure(who, *size)
         draw(fig)
         fig.savefig(out, format="svg", metadata={**nothing, "Title": title})
     text = re.sub(r"<[^>]+>", lambda tag: _tidied(tag[0], name), out.getvalue())

@@ -37,7 +37,7 @@ def cards(e: Explanation) -> Iterator[str]:
         made.append(_card("Time of a step", f"{a:.3f} s", f"{b:.3f} s", f"{b / a:.2f} × as long"))
     elif plain.flops and ours.flops:
         a, b = plain.flops, ours.flops
-        made.append(_card("Operations of a step", f"{count(a)}FLOPs", f"{count(b)}FLOPs", f"{b / a:.2f} × as many"))
+        made.append(_card("FLOPs of a step", count(a), count(b), f"{b / a:.2f} × as many"))
     if made:
         yield f'<div class="cards">{"".join(made)}</div>'
 

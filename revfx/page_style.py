@@ -53,7 +53,6 @@ STYLE = """
 .revfx th[aria-sort=descending] button::after { content: " ▼" }
 .revfx #rows td { white-space: nowrap; padding: .32rem .5rem }
 .revfx #rows .how { white-space: normal; min-width: 13rem; overflow-wrap: anywhere }
-.revfx #rows tr { content-visibility: auto }
 .revfx #rows span { border-radius: .3rem; padding: .1em .45em }
 .revfx .save { background: var(--save); color: var(--save-edge) }
 .revfx .invert { background: var(--invert); color: var(--invert-edge) }

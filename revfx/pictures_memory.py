@@ -80,7 +80,7 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
     for u in ways:
         if u.timeline is None:
             continue
-        xs, ys = _points(u.timeline, split)
+        xs, ys = thinned(u.timeline, split)
         colour = PALETTE["revfx" if u.way == "revfx" else "plain"]
         ys = [y / scale for y in ys]
         axes.fill_between(xs, ys, color=colour, alpha=0.16, linewidth=0)
@@ -96,15 +96,14 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
         y = checkpoint.peak / scale
         axes.axhline(y, color=PALETTE["muted"], linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(
-            f"checkpoint, at most {size(checkpoint.peak)}", (0.994, y), (0, 2.5), textcoords="offset points",
-            ha="right", fontsize=7.5, color=PALETTE["muted"],
-            bbox={"boxstyle": "square,pad=0.15", "facecolor": PALETTE["paper"], "edgecolor": "none", "alpha": 0.75},
+            f"checkpoint, at most {size(checkpoint.peak)}", (0.7, y), (0, 2.5), textcoords="offset points",
+            ha="center", fontsize=7.5, color=PALETTE["muted"],
         )  # fmt: skip
     axes.set_ylim(0, 1.2 * highest / scale)
     axes.set_ylabel(unit, fontsize=8.5, color=PALETTE["ink"])
 
 
-def _points(t: Timeline, split: float) -> tuple[list[float], list[float]]:
+def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
     """The line of a timeline, each phase at its own part of the width, with the most of what falls into one point."""
     xs, ys = [0.0], [0.0]
     for values, start, stop in ((t.live[: t.backward], 0.0, split), (t.live[t.backward :], split, 1.0)):
