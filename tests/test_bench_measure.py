@@ -103,6 +103,15 @@ def test_statistics_that_are_updated_twice_are_noted() -> None:
     assert found["convert"].notes == () and not found["checkpoint"].failed
 
 
+def test_steps_that_a_way_takes_to_prepare_itself_leave_no_statistics_behind() -> None:
+    def build(bench: BenchModel, model: Chain, inputs: tuple[Tensor, ...]) -> Built:
+        bench.loss(model(*inputs)).backward()
+        return Built(model)
+
+    found = rows(Way("prepares", "prepares", build), bench=MODELS["revnet"], depth=1, rounds=1)
+    assert found["prepares"].notes == () and found["prepares"].error == found["plain"].error
+
+
 def test_warnings_of_revfx_are_noted() -> None:
     bench = replace(MLP, build=lambda depth: Residual())
     assert "nothing reversible was found" in rows(WAYS["convert"], bench=bench)["convert"].notes[0]

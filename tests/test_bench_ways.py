@@ -71,6 +71,7 @@ def zip_values(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 
 def test_what_one_door_compiled_is_not_used_by_another() -> None:
+    """Nor does it teach another that sizes change."""
     compilations: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -78,9 +79,11 @@ def test_what_one_door_compiled_is_not_used_by_another() -> None:
         return gm.forward
 
     model = MODELS["mlp"].make(1)
-    for _ in range(2):
-        compiled(model, backend=backend)(*MODELS["mlp"].inputs(2))
-    assert len(compilations) == 2
+    for batch in (3, 3, 4):
+        compiled(model, backend=backend)(*MODELS["mlp"].inputs(batch))
+    assert len(compilations) == 3
+    inputs = [n.meta["example_value"] for gm in compilations for n in gm.graph.nodes if n.op == "placeholder"]
+    assert inputs and all(isinstance(t, Tensor) and isinstance(t.shape[0], int) for t in inputs)
 
 
 def test_a_library_that_is_missing_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
