@@ -66,16 +66,18 @@ SCRIPT = """
   if (!box) return;
   const body = document.getElementById("rows"), count = document.getElementById("count");
   const rows = Array.from(body.rows, row => [row, row.textContent.toLowerCase()]);
-  const total = rows.length.toLocaleString("en");
+  const most = 500;  // rows that are laid out at once: more would make typing slow
+  const number = n => n.toLocaleString("en");
   const search = () => {
     const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
-    let shown = 0;
+    let hits = 0;
     for (const [row, text] of rows) {
       const hit = words.every(word => text.includes(word));
-      if (row.hidden === hit) row.hidden = !hit;
-      shown += hit;
+      hits += hit;
+      row.hidden = !hit || hits > most;
     }
-    count.textContent = words.length ? `${shown.toLocaleString("en")} of ${total} values` : `${total} values`;
+    count.textContent = (words.length ? `${number(hits)} of ` : "") + `${number(rows.length)} values`
+      + (hits > most ? `, the first ${number(most)} shown` : "");
   };
   const fromAddress = () => {
     const given = new URLSearchParams(location.hash.slice(1)).get("search");
@@ -92,10 +94,11 @@ SCRIPT = """
     head.parentNode.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
     const compare = new Intl.Collator("en", { numeric: true }).compare;
-    const keyed = rows.map(([row]) => [key(row, column), row]);
-    keyed.sort(([a], [b]) => up ? compare(a, b) : compare(b, a));
-    body.append(...keyed.map(([, row]) => row));
+    rows.sort(([a], [b]) => (up ? 1 : -1) * compare(key(a, column), key(b, column)));
+    body.append(...rows.map(([row]) => row));
+    search();
   }));
+  search();
   fromAddress();
 })();
 """

@@ -280,7 +280,8 @@ class _Region(_Part):
             line = node.line
             tip = f"{line.action}: {line.how} ({short(line.where)}), {size(line.nbytes)}"
             pen.box(x, y, BOX, TALL, line.action, tip=tip, zorder=2)
-            pen.text(x, y - 0.08, clipped(node.name, 21), 8, ha="center", weight="bold", zorder=3)
+            points = 8 if len(node.name) <= 20 else 6.4
+            pen.text(x, y - 0.08, clipped(node.name, 25), points, ha="center", weight="bold", zorder=3)
             pen.text(x, y + 0.1, clipped(f"{MARKS[line.action]} {line.type}", 26), 6.8, "muted", ha="center", zorder=3)
         if found.left_out:
             pen.text(pen.width / 2, bottom - 0.16, f"{counted(found.left_out, 'more value')} not drawn", 8, "muted",
