@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import torch
@@ -49,7 +52,7 @@ def key(value: Any, depth: int = 0) -> Any:
     if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset)):
         return type(value), tuple([key(v, depth + 1) for v in value])
     if depth < DEPTH and isinstance(value, dict):
-        return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in value.items()])
+        return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in _content(value)])
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
         return value.shape, str(value.dtype), value.tobytes()
     if depth < DEPTH and _plain(value):
@@ -67,15 +70,41 @@ def _plain(value: object) -> bool:
     return type(own) is dict and not isinstance(value, special) and library not in ("torch", *sys.stdlib_module_names)
 
 
+_LASTING = (*PRIMITIVE, Number, enum.Enum, range, type(Ellipsis), type, types.ModuleType, types.BuiltinFunctionType)
+
+
+def lasts(value: Any, known: Container[int]) -> bool:
+    """Whether a value that code passes on means the same at every call.
+
+    Plain values, modules, and what torch or NumPy define do, and objects whose address is `known`, as they were there
+    before. What the code made itself does not: a cache that others write to, a function that closes over a value.
+    """
+    if isinstance(value, (set, frozenset)):
+        return all(lasts(v, known) for v in value)
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None or id(value) in known
+    theirs = type(value).__module__.partition(".")[0] in ("torch", "numpy")
+    return theirs or isinstance(value, (*_LASTING, nn.Module)) or id(value) in known
+
+
 _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_parameters", "_buffers", "_modules"))
 
 
-def attributes(module: nn.Module, names: frozenset[str] | None = None) -> tuple[Any, ...]:
-    """What may be read of one module: plain attributes (of these `names`), children, the tensors it has, whether it has
-    hooks.
+def composite(module: nn.Module) -> frozenset[str]:
+    """The names of attributes that hold containers or plain objects, which are compared by what is in them."""
+    kinds = (list, tuple, dict, set, frozenset)
+    return frozenset(k for k, v in vars(module).items() if k not in _SKIPPED and (isinstance(v, kinds) or _plain(v)))
+
+
+def attributes(
+    module: nn.Module, names: frozenset[str] | None = None, without: frozenset[str] = frozenset()
+) -> tuple[Any, ...]:
+    """What may be read of one module: plain attributes (of these `names`, less those `without`), children, the tensors
+    it has, whether it has hooks.
     """
     d = vars(module)
-    plain = tuple([(k, key(v)) for k, v in d.items() if k not in _SKIPPED and (names is None or k in names)])
+    named = [k for k in d if k not in _SKIPPED and (names is None or k in names)]
+    plain = tuple([(k, key(d[k])) for k in named if k not in without])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
     tensors = tuple([(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())])
     return type(module), plain, children, tensors, _torch.has_hooks(module)
@@ -147,7 +176,7 @@ class Snapshot:
     modules: Sequence[nn.Module]
     tables: Sequence[tuple[dict[str, Any], ...]]
     keys: Sequence[Any]
-    held: Sequence[tuple[Any, Any]]
+    held: Sequence[tuple[Any, list[Any]]]
 
     @staticmethod
     def of(modules: Sequence[nn.Module]) -> Snapshot:
@@ -183,19 +212,37 @@ class Snapshot:
                     new.update(old)
 
 
-def held(tables: Iterable[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    """The lists, dicts and sets among the attributes in `tables`, each with a copy of what is in it."""
+def held(tables: Iterable[dict[str, Any]]) -> list[tuple[Any, list[Any]]]:
+    """The lists, dicts and sets among the attributes in `tables`, each with what is in it."""
     values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
-    return [(v, v.copy()) for v in values if isinstance(v, (list, dict, set))]
+    return [(v, _content(v)) for v in values if isinstance(v, (list, dict, set))]
 
 
-def put_back(containers: Iterable[tuple[Any, Any]]) -> None:
-    """None; each container holds again what its copy holds."""
-    for container, before in containers:
-        now, then = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, before))
+def put_back(containers: Iterable[tuple[Any, list[Any]]]) -> None:
+    """None; each container holds again what `held` found in it."""
+    for container, then in containers:
+        now, kind = _content(container), _kind(container)
         if len(now) != len(then) or any(a is not b for a, b in zip(_flat(now), _flat(then), strict=True)):
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(before)
+            kind.clear(container)
+            if issubclass(kind, dict):
+                for k, v in then:
+                    kind.__setitem__(container, k, v)
+            else:
+                (list.extend if kind is list else set.update)(container, then)
+
+
+def _kind(container: Any) -> Any:
+    """The built-in class of a container: a subclass may make something else of a look-up (a new object each time)."""
+    return next(kind for kind in (OrderedDict, dict, list, set) if isinstance(container, kind))
+
+
+def _content(container: Any) -> list[Any]:
+    """What a list or a set holds, or a dict as pairs."""
+    if type(container) is dict:
+        return list(container.items())
+    kind = _kind(container)
+    held = list(kind.__iter__(container))
+    return [(k, dict.__getitem__(container, k)) for k in held] if issubclass(kind, dict) else held
 
 
 def _flat(items: list[Any]) -> list[Any]:

@@ -37,6 +37,14 @@ def test_state_dict_parameters_and_signature_are_the_models_own() -> None:
     other.load_state_dict(converted.state_dict())
 
 
+def test_class_goes_by_the_name_of_the_models_own_class() -> None:
+    """Which is what checkpoints name it by, and what registries look it up by."""
+    model = Additive(2)
+    converted = revfx.convert(model)
+    assert type(converted) is not Additive and isinstance(converted, Additive)
+    assert str(type(converted)) == str(Additive) and type(converted).__name__ == "Additive"
+
+
 def test_train_and_eval_reach_every_part_and_make_a_plan_each() -> None:
     converted: Any = revfx.convert(Additive(3))
     converted(_x())
