@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.ambient import ambient_state, generators, restore, torchs_generator, where, where_raised
-from revfx.fingerprint import Seen, Snapshot, held, lasts, put_back, structure
+from revfx.containers import put_back
+from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
 from revfx.inplace import functionalise
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, has_atoms
@@ -66,6 +67,7 @@ EFFECTS = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
     "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
 )
+GIVEN = "writes to a list, dict or object that it was given, which a recorded graph would not repeat"
 _lock = threading.Lock()
 _local = threading.local()
 
@@ -86,7 +88,8 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
         try:
             with _patched(), noting_reads() as reads, recorder.active():
                 fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
-                result = forward(*fake_args, **fake_kwargs)
+                with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
+                    result = forward(*fake_args, **fake_kwargs)
             changed = before.changed()
             if changed is not None:
                 raise Untraceable(
@@ -377,7 +380,8 @@ class _Recorder(TorchFunctionMode):
             seen = self.memo.get(key)
             if seen is not None:
                 return self.record("call_module", path, args, kwargs, seen.fresh(), [], atoms=seen.atoms, opaque=True)
-        out = self._run_whole(module, args, kwargs)
+        with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}")):
+            out = self._run_whole(module, args, kwargs)
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import sys
 import types
-from collections import OrderedDict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
+from revfx.containers import DEPTH, Held, content, held_within, put_back
 
 
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -36,9 +37,6 @@ class Same:
         return id(self.value)
 
 
-DEPTH = 8  # how far containers and objects are followed
-
-
 def key(value: Any, depth: int = 0) -> Any:
     """A hashable that changes when `value` does.
 
@@ -52,7 +50,7 @@ def key(value: Any, depth: int = 0) -> Any:
     if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset)):
         return type(value), tuple([key(v, depth + 1) for v in value])
     if depth < DEPTH and isinstance(value, dict):
-        return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in _content(value)])
+        return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in content(value)])
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
         return value.shape, str(value.dtype), value.tobytes()
     if depth < DEPTH and _plain(value):
@@ -176,7 +174,7 @@ class Snapshot:
     modules: Sequence[nn.Module]
     tables: Sequence[tuple[dict[str, Any], ...]]
     keys: Sequence[Any]
-    held: Sequence[tuple[Any, list[Any]]]
+    held: Held
 
     @staticmethod
     def of(modules: Sequence[nn.Module]) -> Snapshot:
@@ -185,7 +183,8 @@ class Snapshot:
             (dict(vars(m)), dict(_torch.parameters(m)), dict(_torch.buffers(m)), dict(_torch.children(m)))
             for m in modules
         ]
-        return Snapshot(modules, tables, [_contents(m) for m in modules], held(vars(m) for m in modules))
+        values = [v for m in modules for k, v in vars(m).items() if k not in _SKIPPED]
+        return Snapshot(modules, tables, [_contents(m) for m in modules], held_within(values, _plain))
 
     def changed(self) -> tuple[int, str] | None:
         """(which module, the name of its attribute that is not what it was), or None."""
@@ -201,7 +200,7 @@ class Snapshot:
         return None
 
     def restore(self) -> None:
-        """None; every table holds again what it held, and so do lists, dicts and sets in them."""
+        """None; every table holds again what it held, and so do containers and plain objects in them."""
         put_back(self.held)
         for m, before in zip(self.modules, self.tables, strict=True):
             for old, new in zip(
@@ -212,43 +211,30 @@ class Snapshot:
                     new.update(old)
 
 
-def held(tables: Iterable[dict[str, Any]]) -> list[tuple[Any, list[Any]]]:
+def held(tables: Iterable[dict[str, Any]]) -> Held:
     """The lists, dicts and sets among the attributes in `tables`, each with what is in it."""
     values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
-    return [(v, _content(v)) for v in values if isinstance(v, (list, dict, set))]
-
-
-def put_back(containers: Iterable[tuple[Any, list[Any]]]) -> None:
-    """None; each container holds again what `held` found in it."""
-    for container, then in containers:
-        now, kind = _content(container), _kind(container)
-        if len(now) != len(then) or any(a is not b for a, b in zip(_flat(now), _flat(then), strict=True)):
-            kind.clear(container)
-            if issubclass(kind, dict):
-                for k, v in then:
-                    kind.__setitem__(container, k, v)
-            else:
-                (list.extend if kind is list else set.update)(container, then)
-
-
-def _kind(container: Any) -> Any:
-    """The built-in class of a container: a subclass may make something else of a look-up (a new object each time)."""
-    return next(kind for kind in (OrderedDict, dict, list, set) if isinstance(container, kind))
-
-
-def _content(container: Any) -> list[Any]:
-    """What a list or a set holds, or a dict as pairs."""
-    if type(container) is dict:
-        return list(container.items())
-    kind = _kind(container)
-    held = list(kind.__iter__(container))
-    return [(k, dict.__getitem__(container, k)) for k in held] if issubclass(kind, dict) else held
-
-
-def _flat(items: list[Any]) -> list[Any]:
-    """The items, those of dicts as keys and values."""
-    return [x for item in items for x in (item if type(item) is tuple else (item,))]
+    return [(v, content(v)) for v in values if isinstance(v, (list, dict, set))]
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}
+    return {k: key(vars(module)[k]) for k in composite(module)}
+
+
+@contextmanager
+def left_alone(tree: Any, error: Exception) -> Generator[None]:
+    """A context that raises `error` where lists, dicts or objects in some arguments are not left as they were.
+
+    They are put back first.
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    others = [x for x in leaves if not isinstance(x, Tensor)]
+    before, containers = key(others), held_within(others, _plain)
+    try:
+        yield
+        now, spec_now = pytree.tree_flatten(tree)
+        same = spec_now == spec and all(a is b for a, b in zip(leaves, now, strict=True)) and key(others) == before
+    finally:
+        put_back(containers)
+    if not same:
+        raise error

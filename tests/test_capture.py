@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 from zoo import D, mlp
 
 import revfx
@@ -80,6 +81,15 @@ class Outputs(OrderedDict[str, Tensor]):
     @property
     def hidden(self) -> Tensor:
         return self["hidden"]
+
+    @property
+    def pooled(self) -> Tensor:
+        return self["pooled"]
+
+
+register_pytree_node(
+    Outputs, lambda o: ([*o.values()], [*o]), lambda values, keys: Outputs(zip(keys, values, strict=True))
+)
 
 
 class Doubles(nn.Module):
@@ -173,14 +183,52 @@ class PassesAClosure(Additive):
         return self.couplings(x, lambda: total)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(MakesACache, "Cache"), (PassesAClosure, "function")])
-def test_object_that_the_forward_makes_and_passes_on_is_made_at_every_call(kind: Any, name: str) -> None:
+class MakesAnObject(Additive):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.couplings(x, Reader(x.sum()))
+
+
+class Reader:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+MADE = [
+    (MakesACache, "writes to a list, dict or object that it was given"),
+    (MakesAnObject, "it passes on a Reader that it made"),
+    (PassesAClosure, "it passes on a function that it made"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reason"), MADE)
+def test_object_that_the_forward_makes_and_passes_on_is_made_at_every_call(kind: Any, reason: str) -> None:
     model = kind(Counts)
     converted: Any = revfx.convert(model, capture="fx")
-    with pytest.warns(RevfxWarning, match=f"it passes on a {name} that it made"):
+    with pytest.warns(RevfxWarning, match=reason):
         converted(x_())
     for _ in range(3):
         assert_same_grads(converted, model, [x_()])
+
+
+class Collects(Additive):
+    def forward(self, x: Tensor, into: Any) -> Tensor:
+        y = self.couplings(x)
+        if isinstance(into, Cache):
+            into.number += 1
+        else:
+            into.append(y)
+        return y
+
+
+@pytest.mark.parametrize("into", [Cache(), []], ids=["object", "list"])
+def test_argument_that_the_forward_writes_to_is_written_to_once(into: Any) -> None:
+    converted: Any = revfx.convert(Collects(), capture="fx")
+    with pytest.warns(RevfxWarning, match="its forward writes to a list, dict or object that it was given"):
+        y = converted(x_(), into)
+    assert into == Cache(1) if isinstance(into, Cache) else [t is y for t in into] == [True]
 
 
 class Trainer:

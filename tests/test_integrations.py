@@ -300,7 +300,7 @@ def test_model_that_makes_a_cache_and_the_reformer_give_what_they_gave() -> None
         return outputs, [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
     reformer = transformers.ReformerModelWithLMHead(config)
-    for model, reason in (gpt2(transformers), "DynamicCache"), (reformer, "draws from torch's generator"):
+    for model, reason in (gpt2(transformers), "DynamicCache"), (reformer, "ReformerDynamicCache"):
         outputs, expected = trained(model.train())
         converted: Any = revfx.convert(model)
         with pytest.warns(RevfxWarning, match=reason):
