@@ -57,7 +57,7 @@ def fragment(e: Explanation) -> str:
 def _content(e: Explanation, drawn: str, heading: str) -> Iterator[str]:
     """All but the table of values."""
     inputs = f"({', '.join(e.inputs)})"
-    yield f"<header><{heading}>{text(e.model)}<small>{text(inputs)}</small></{heading}>"
+    yield f'<header><{heading} class="title">{text(e.model)}<small>{text(inputs)}</small></{heading}>'
     yield f'<p class="lead">{text(summary(e).capitalize())}.</p></header>'
     yield from (*cards(e), *listed("Advice", e.advice), *usage(e), drawn)
     yield from (*regions(all_regions(e)), *graph_breaks(e), *refusals(e), *listed("Notes", e.notes))
@@ -72,7 +72,7 @@ def _pictures(e: Explanation) -> str:
     drawn = [("Memory over time", memory_svg(e))] if has_timeline(e) else []
     drawn.append(("Graph", graph_svg(e)))
     return "".join(
-        f'<section><h3>{name}</h3><div class="wide" tabindex="0" role="region" aria-label="{name}">{themed(svg)}</div>'
+        f'<section><h2>{name}</h2><div class="wide" tabindex="0" role="region" aria-label="{name}">{themed(svg)}</div>'
         "</section>"
         for name, svg in drawn
     )

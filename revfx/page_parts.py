@@ -65,7 +65,7 @@ def usage(e: Explanation) -> Iterator[str]:
         )
         lines.append(f'<tr><th scope="row">{text(way)}</th>{figures}</tr>')
     yield (
-        '<section><h3>One training step</h3><div class="wide"><table><caption>Beyond parameters and their gradients.'
+        '<section><h2>One training step</h2><div class="wide"><table><caption>Beyond parameters and their gradients.'
         " <em>kept</em>: for the backward, after the forward. Small figures: of the plain step.</caption>"
         f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"
     )
@@ -84,7 +84,7 @@ def listed(title: str, lines: Iterable[str]) -> Iterator[str]:
     """A section with a list, if there is anything in it."""
     items = "".join(f"<li>{text(line)}</li>" for line in lines)
     if items:
-        yield f'<section class="{title.lower()}"><h3>{title}</h3><ul>{items}</ul></section>'
+        yield f'<section class="{title.lower()}"><h2>{title}</h2><ul>{items}</ul></section>'
 
 
 def regions(found: Sequence[RegionInfo]) -> Iterator[str]:
@@ -105,7 +105,7 @@ def regions(found: Sequence[RegionInfo]) -> Iterator[str]:
         rows.append("".join(f"<td{_number(n in numeric)}>{text(c)}</td>" for n, c in zip(names, row, strict=True)))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     yield (
-        '<section><h3>Regions</h3><div class="wide"><table><caption>What lies in a region is freed in the forward and'
+        '<section><h2>Regions</h2><div class="wide"><table><caption>What lies in a region is freed in the forward and'
         f" regenerated in the backward.</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
         "</section>"
     )
@@ -134,7 +134,7 @@ def refusals(e: Explanation) -> Iterator[str]:
     more = len(found) - MOST_REFUSALS
     note = f"<p>{counted(more, 'more refusal')} not shown.</p>" if more > 0 else ""
     yield (
-        '<section><h3>Left as it was</h3><div class="wide"><table><thead><tr><th scope="col">place</th>'
+        '<section><h2>Left as it was</h2><div class="wide"><table><thead><tr><th scope="col">place</th>'
         f'<th scope="col">operation</th><th scope="col">why, and what to do</th></tr></thead><tbody>{rows}</tbody>'
         f"</table></div>{note}</section>"
     )
@@ -170,7 +170,7 @@ def values(e: Explanation) -> Iterator[str]:
         for n in HEADS
     )
     yield (
-        '<section id="values"><h3>Values</h3><p class="search"><label for="search">Search</label>'
+        '<section id="values"><h2>Values</h2><p class="search"><label for="search">Search</label>'
         '<input id="search" type="search" autocomplete="off" spellcheck="false" placeholder="invert f32">'
         f'<output id="count" for="search">{counted(len(lines[:MOST_ROWS]), "value")}</output></p>{note}'
         f'<div class="wide tall" tabindex="0" role="region" aria-label="Values"><table><thead><tr>{heads}</tr></thead>'

@@ -7,9 +7,9 @@ STYLE = """
 .revfx { max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; color: var(--ink); background: var(--paper);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; box-sizing: border-box }
 .revfx * { box-sizing: border-box }
-.revfx h1, .revfx h2 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; color: inherit }
-.revfx h1 small, .revfx h2 small { font-size: 1rem; font-weight: 400; color: var(--muted) }
-.revfx h3 { font-size: 1.1rem; margin: 0 0 .6rem; color: inherit }
+.revfx .title { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; color: inherit }
+.revfx .title small { font-size: 1rem; font-weight: 400; color: var(--muted) }
+.revfx section h2 { font-size: 1.1rem; margin: 0 0 .6rem; color: inherit }
 .revfx .lead { margin: .3rem 0 0; color: var(--muted) }
 .revfx section, .revfx .cards { margin-top: 1.8rem }
 .revfx .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)) }

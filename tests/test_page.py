@@ -75,6 +75,7 @@ def test_the_page_has_everything_in_one_file(transformer: Explanation) -> None:
     found = Elements(page(transformer))
     tags = [tag for tag, _ in found.seen]
     assert tags.count("svg") == 2 and tags.count("script") == 1 and tags.count("h1") == 1
+    assert [tag for tag in tags if re.fullmatch("h[1-6]", tag)] == ["h1"] + ["h2"] * 6, "no level is left out"
     assert ("html", {"lang": "en"}) in found.seen and tags.count("title") >= 3
     for words in (
         "Transformer (i64[4,12])", "1 reversible region, 26 couplings.", "Peak memory of a step", "checkpoint",
