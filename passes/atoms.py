@@ -116,10 +116,10 @@ def _joined(node: fx.Node, found: Mapping[fx.Node, int]) -> dict[fx.Node, tuple[
 def _part_of(node: fx.Node, joined: Mapping[fx.Node, tuple[int, list[tuple[range, int]]]]) -> int | None:
     """The atoms of a node that is a part of what was put together; None if it is not known to be one."""
     taken = node
-    number = 0
+    number: Any = 0  # or the key, where the whole is a dict
     source: Any = node.args[0] if node.args else None
     if node.target is operator.getitem and isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor):
-        taken, number = source, int(node.args[1])  # type: ignore[arg-type]
+        taken, number = source, node.args[1]
         source = source.args[0] if source.args else None
     if source not in joined:
         return None

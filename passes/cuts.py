@@ -47,12 +47,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A cut from which no earlier one is derivable: operations start..stop-1 were tried, `unknown` stayed unknown."""
+    """A cut from which no earlier one is derivable: operations start..stop-1 were tried, `unknown` stayed unknown.
+
+    `nearest` is the first point at which as few values were unknown as ever: (its operation, those values). Where what
+    is known at every point (a mask, a target) lets the search go on to the model's inputs, the reason lies there.
+    """
 
     start: int
     stop: int
     unknown: tuple[int, ...]
     barrier: str | None = None
+    nearest: tuple[int, tuple[int, ...]] | None = None
 
 
 def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, None]:
@@ -70,6 +75,7 @@ def find_step(
     closure = Closure(program, (*exit, *side))
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
+    nearest: tuple[int, tuple[int, ...]] | None = None
     idle, touch = 0, program.first_touch
     reach = min((touch[v] for v in (*exit, *side)), default=stop)
     for start in range(stop - 1, -1, -1):
@@ -94,10 +100,15 @@ def find_step(
         idle = 0 if new else idle + 1
         reach = min((reach, *(touch[v] for v in new)))
         blind = start <= reach and not any(program.constant[v] for v in unknown)
-        hopeless = blind and len(unknown) == len(live)
-        if hopeless or idle > patience:
+        if unknown and (nearest is None or len(unknown) < len(nearest[1])):
+            nearest = start, tuple(v for v in live if v in unknown)
+        if blind and len(unknown) == len(live):
             return Stuck(start, stop, tuple(v for v in live if v in unknown))
-    return Stuck(0, stop, tuple(v for v in live if v in unknown))
+        if idle > patience:
+            break
+    else:
+        start = 0
+    return Stuck(start, stop, tuple(v for v in live if v in unknown), nearest=nearest)
 
 
 def _step(

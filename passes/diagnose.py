@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 
 from revfx.errors import Refusal
@@ -19,6 +21,8 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
     if stuck.barrier is not None:
         op = program.ops[stuck.start]
         return [Refusal(stuck.barrier, op.name, op.where)]
+    if stuck.nearest is not None:
+        stuck = replace(stuck, start=stuck.nearest[0], unknown=stuck.nearest[1])
     graph = _dependencies(program, stuck)
     condensed = nx.condensation(graph)
     found: list[Refusal] = []

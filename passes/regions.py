@@ -10,6 +10,7 @@ from revfx.passes.program import Program
 
 
 RETRIES = 8  # starts of a search within what an earlier one passed over
+RERUNS = 32  # starts one operation further up, in the head and the loss of a model whose input is its target
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
     """
     regions: list[Region] = []
     stuck: list[Stuck] = []
-    stop, retries = len(program.ops), RETRIES
+    stop, retries, reruns = len(program.ops), RETRIES, RERUNS
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
     while stop > 0:
         walk = _walk(program, stop, tuple(live))
@@ -72,7 +73,7 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
         if region is not None:
             regions.append(region)
             stop, live = region.start, dict.fromkeys(region.entry)
-        elif walk.steps:
+        elif walk.steps and not (reruns and _reruns_all(walk)):
             # It may be one step of all, as something made above it is read again below it: try again from there.
             top = walk.steps[-1]
             again = max((u for v in top.entry for u in program.users[v] if top.start < u < stop), default=-1)
@@ -84,9 +85,15 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
                     stop -= 1
                     live = live_before(program, live, stop)
         else:
+            reruns -= bool(walk.steps)
             stop -= 1
             live = live_before(program, live, stop)
     return tuple(reversed(regions)), tuple(stuck)
+
+
+def _reruns_all(walk: Walk) -> bool:
+    """Whether a walk only runs everything again from an input that is read below it, as a target may be."""
+    return walk.steps[-1].start == 0 and not any(s.inverts for s in walk.steps)
 
 
 def climb(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:

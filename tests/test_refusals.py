@@ -145,6 +145,24 @@ def test_what_has_no_inverse_is_left_alone_and_said(
         revfx.convert(model, strict=True)(x)
 
 
+class Masked(Chain):
+    """Residual blocks that all read a mask, and a loss that reads a target: both are known wherever one looks."""
+
+    def forward(self, x: Tensor, mask: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+        x = x.sin()
+        for f in self.f:
+            x = x + f(x * mask)
+        return (x.tanh() - target).square().mean()
+
+
+def test_reason_is_the_nearest_one_where_a_mask_and_a_target_are_known_everywhere(fp64: None) -> None:
+    converted = revfx.convert(Masked(resnet, 1))
+    x = torch.randn(6, 2 * D, requires_grad=True)
+    with pytest.warns(RevfxWarning, match="nothing reversible was found"):
+        converted(x, torch.rand(6, 2 * D), torch.randn(6, 2 * D))
+    assert any(r.op == "add" and "computed from itself" in r.reason for r in conversion(converted).refusals)
+
+
 def test_write_with_an_alias_that_is_read_later_is_never_made_functional(fp64: None) -> None:
     model = Chain(alias_read_later)
     x = torch.randn(6, 2 * D, requires_grad=True)
