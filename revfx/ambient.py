@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import traceback
@@ -15,7 +16,7 @@ import torch
 from revfx import _torch
 
 
-_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
 RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, what sets its state, the state, a form to compare
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.ambient import ambient_state, generators, restore, torchs_generator, where, where_raised
-from revfx.fingerprint import Seen, Snapshot, held, put_back, structure
+from revfx.containers import put_back
+from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
 from revfx.inplace import functionalise
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, has_atoms
 from revfx.passes.facts import is_mask
+from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
 
 
@@ -47,7 +50,7 @@ class Capture:
 
     `inputs` are positions among the flattened arguments; `outputs` holds nodes and constants, `spec` their structure.
     `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
-    held one tensor, which the graph reads from the first of them only.
+    held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read.
     """
 
     graph: fx.Graph
@@ -57,12 +60,14 @@ class Capture:
     attributes: dict[fx.Node, tuple[str, str]]
     opened: frozenset[str]
     tied: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = ()
+    reads: Reads = field(default_factory=Reads)
 
 
 EFFECTS = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
     "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
 )
+GIVEN = "writes to a list, dict or object that it was given, which a recorded graph would not repeat"
 _lock = threading.Lock()
 _local = threading.local()
 
@@ -78,11 +83,13 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
         watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
         before, drawn = Snapshot.of([m for _, m in watched]), [*generators(), torchs_generator()]
         outside = Outside.of([m for _, m in watched], forward)
+        recorder.lasting.update(id(v) for table in outside.tables() for v in table.values())
         read, containers = outside.state(), held(Outside.of(root.modules(), forward).tables())
         try:
-            with _patched(), recorder.active():
+            with _patched(), noting_reads() as reads, recorder.active():
                 fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
-                result = forward(*fake_args, **fake_kwargs)
+                with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
+                    result = forward(*fake_args, **fake_kwargs)
             changed = before.changed()
             if changed is not None:
                 raise Untraceable(
@@ -100,7 +107,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
                         f"its forward draws from {name} or seeds it, which a recorded graph would not repeat"
                     )
             with _torch.no_torch_function():
-                return recorder.finish(result)
+                return replace(recorder.finish(result), reads=reads)
         except Exception as e:
             raise _untraceable(e, recorder.stack[-1]) from e
         finally:
@@ -150,6 +157,8 @@ class _Recorder(TorchFunctionMode):
         self.memo: dict[Any, Seen | None] = {}
         self.ambient = ambient_state()
         self.stack: list[str] = [""]
+        self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes
+        self.lasting = {id(v) for m in root.modules() for v in vars(m).values()}  # objects that it does not
 
     @contextmanager
     def active(self) -> Generator[None]:
@@ -164,6 +173,7 @@ class _Recorder(TorchFunctionMode):
     def fake_inputs(self, tree: Any) -> Any:
         with _torch.no_torch_function():
             leaves, spec = pytree.tree_flatten(tree)
+            self.lasting.update(map(id, leaves))
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
                     known = id(leaf) in self.fakes
@@ -195,8 +205,10 @@ class _Recorder(TorchFunctionMode):
             items = [self._convert(x) for x in tree]
             return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
         if isinstance(tree, dict) and tree:
-            return {k: self._convert(v) for k, v in tree.items()}
-        return tree
+            items = {k: self._convert(v) for k, v in tree.items()}
+            if type(tree) is dict or any(items[k] is not v for k, v in tree.items()):
+                return items
+        return tree  # a dict of another class, such as what a Hugging Face model returns, stays what it is
 
     def _attribute(self, t: Tensor, fake: Tensor) -> None:
         known = self.real.get(id(t))
@@ -332,10 +344,12 @@ class _Recorder(TorchFunctionMode):
         if isinstance(tree, (list, tuple)):
             items = [self._to_nodes(x) for x in tree]
             return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-        if isinstance(tree, dict):
+        if type(tree) in (dict, OrderedDict):
             return {k: self._to_nodes(v) for k, v in tree.items()}
         if isinstance(tree, slice):
             return slice(*(self._to_nodes(x) for x in (tree.start, tree.stop, tree.step)))
+        if not lasts(tree, self.lasting):
+            raise Untraceable(f"it passes on a {type(tree).__name__} that it made, which a recorded graph would keep")
         return tree
 
     def _follow_atoms(self, name: str, operands: Any, out: Any) -> None:
@@ -349,6 +363,8 @@ class _Recorder(TorchFunctionMode):
         if self.suspended:
             return module.forward(*args, **kwargs)
         path = self.paths.get(id(module))
+        if path is None and id(module) in self.made and type(module).__module__.startswith("torch."):
+            return module.forward(*args, **kwargs)  # `CrossEntropyLoss()(x, y)`: what it does is this code's choice
         if path is None:
             raise Untraceable(f"it calls a {type(module).__name__} that is not registered as a sub-module")
         if path in self.opened:
@@ -364,13 +380,15 @@ class _Recorder(TorchFunctionMode):
             seen = self.memo.get(key)
             if seen is not None:
                 return self.record("call_module", path, args, kwargs, seen.fresh(), [], atoms=seen.atoms, opaque=True)
-        out = self._run_whole(module, args, kwargs)
+        with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}")):
+            out = self._run_whole(module, args, kwargs)
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]
             atoms = max((self.atoms.get(id(t), CERTAIN) for t in _tensors(out)), default=CERTAIN)
-            if any(not isinstance(x, (Tensor, type(None))) for x in pytree.tree_leaves(out)):
-                raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts")
+            odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
+            if odd:
+                raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}")
             if not mutated:
                 self.memo[key] = Seen.of(out, [t for t, _ in versions], atoms)
             return self.record("call_module", path, args, kwargs, out, mutated, atoms=atoms, opaque=True)
@@ -414,12 +432,18 @@ class _Recorder(TorchFunctionMode):
 # --- patches, active for the capturing thread only
 @contextmanager
 def _patched() -> Generator[None]:
-    call_module, function = nn.Module.__call__, torch.autograd.Function
+    call_module, function, init = nn.Module.__call__, torch.autograd.Function, nn.Module.__init__
     apply = function.__dict__["apply"]
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         recorder = getattr(_local, "recorder", None)
         return call_module(self, *args, **kwargs) if recorder is None else recorder.call_module(self, args, kwargs)
+
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        recorder = getattr(_local, "recorder", None)
+        if recorder is not None:
+            recorder.made[id(self)] = self
+        init(self, *args, **kwargs)
 
     def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = getattr(_local, "recorder", None)
@@ -430,6 +454,8 @@ def _patched() -> Generator[None]:
     with ExitStack() as stack:
         nn.Module.__call__ = __call__
         stack.callback(setattr, nn.Module, "__call__", call_module)
+        nn.Module.__init__ = __init__
+        stack.callback(setattr, nn.Module, "__init__", init)
         function.apply = classmethod(patched_apply)  # type: ignore[assignment]
         stack.callback(setattr, function, "apply", apply)
         set_rng_state = torch.set_rng_state
@@ -467,13 +493,7 @@ def _meta(x: Any) -> Any:
 
 
 def _updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
-    names = (
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training" if name == "batch_norm" else "use_input_stats",
-    )
+    flag = "training" if name == "batch_norm" else "use_input_stats"
+    names = ("input", "running_mean", "running_var", "weight", "bias", flag)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return given.get("running_mean") is not None and bool(given.get(names[-1], name == "instance_norm"))
+    return given.get("running_mean") is not None and bool(given.get(flag, name == "instance_norm"))

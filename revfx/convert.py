@@ -168,14 +168,19 @@ class Conversion:
                 options = self.options
                 outcome = make_plan(model, self.forward(model), args, kwargs, options.anchor_every, options.exact)
                 self._report(model, outcome)
-                self.outcomes.setdefault(key, []).append((fingerprint.attributes(model), outcome))
+                self.outcomes.setdefault(key, []).append((self._state(model), outcome))
             return outcome
 
     def _known(self, key: Any, model: nn.Module) -> Outcome | None:
         for state, outcome in self.outcomes.get(key, ()):
-            if outcome.plan.valid() if outcome.plan is not None else state == fingerprint.attributes(model):
+            if outcome.plan.valid() if outcome.plan is not None else state == self._state(model):
                 return outcome
         return None
+
+    @staticmethod
+    def _state(model: nn.Module) -> Any:
+        """What a model is left as it was for: objects and lists on it, such as a trainer, need not stay the same."""
+        return fingerprint.attributes(model, without=fingerprint.composite(model))
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
         name = fingerprint.name_of(model)
@@ -288,8 +293,9 @@ def _class_for(base: type[nn.Module]) -> type[Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.revfx.call(self, args, kwargs)
 
-    body = {"forward": forward, "_revfx_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Reversible{base.__name__}", (Reversible, base), body)
+    # It goes by the name of the model's own class, which others look things up by, and write into checkpoints.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (Reversible, base), {"forward": forward, "_revfx_base": base, **names})
 
 
 def _reversible(model: nn.Module, options: Options) -> Any:

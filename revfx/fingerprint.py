@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
+from revfx.containers import DEPTH, Held, content, differ, held_within, put_back
 
 
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -33,9 +37,6 @@ class Same:
         return id(self.value)
 
 
-DEPTH = 8  # how far containers and objects are followed
-
-
 def key(value: Any, depth: int = 0) -> Any:
     """A hashable that changes when `value` does.
 
@@ -49,7 +50,7 @@ def key(value: Any, depth: int = 0) -> Any:
     if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset)):
         return type(value), tuple([key(v, depth + 1) for v in value])
     if depth < DEPTH and isinstance(value, dict):
-        return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in value.items()])
+        return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in content(value)])
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
         return value.shape, str(value.dtype), value.tobytes()
     if depth < DEPTH and _plain(value):
@@ -67,15 +68,41 @@ def _plain(value: object) -> bool:
     return type(own) is dict and not isinstance(value, special) and library not in ("torch", *sys.stdlib_module_names)
 
 
+_LASTING = (*PRIMITIVE, Number, enum.Enum, range, type(Ellipsis), type, types.ModuleType, types.BuiltinFunctionType)
+
+
+def lasts(value: Any, known: Container[int]) -> bool:
+    """Whether a value that code passes on means the same at every call.
+
+    Plain values, modules, and what torch or NumPy define do, and objects whose address is `known`, as they were there
+    before. What the code made itself does not: a cache that others write to, a function that closes over a value.
+    """
+    if isinstance(value, (set, frozenset)):
+        return all(lasts(v, known) for v in value)
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None or id(value) in known
+    theirs = type(value).__module__.partition(".")[0] in ("torch", "numpy")
+    return theirs or isinstance(value, (*_LASTING, nn.Module)) or id(value) in known
+
+
 _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_parameters", "_buffers", "_modules"))
 
 
-def attributes(module: nn.Module, names: frozenset[str] | None = None) -> tuple[Any, ...]:
-    """What may be read of one module: plain attributes (of these `names`), children, the tensors it has, whether it has
-    hooks.
+def composite(module: nn.Module) -> frozenset[str]:
+    """The names of attributes that hold containers or plain objects, which are compared by what is in them."""
+    kinds = (list, tuple, dict, set, frozenset)
+    return frozenset(k for k, v in vars(module).items() if k not in _SKIPPED and (isinstance(v, kinds) or _plain(v)))
+
+
+def attributes(
+    module: nn.Module, names: frozenset[str] | None = None, without: frozenset[str] = frozenset()
+) -> tuple[Any, ...]:
+    """What may be read of one module: plain attributes (of these `names`, less those `without`), children, the tensors
+    it has, whether it has hooks.
     """
     d = vars(module)
-    plain = tuple([(k, key(v)) for k, v in d.items() if k not in _SKIPPED and (names is None or k in names)])
+    named = [k for k in d if k not in _SKIPPED and (names is None or k in names)]
+    plain = tuple([(k, key(d[k])) for k in named if k not in without])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
     tensors = tuple([(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())])
     return type(module), plain, children, tensors, _torch.has_hooks(module)
@@ -147,7 +174,7 @@ class Snapshot:
     modules: Sequence[nn.Module]
     tables: Sequence[tuple[dict[str, Any], ...]]
     keys: Sequence[Any]
-    held: Sequence[tuple[Any, Any]]
+    held: Sequence[tuple[int, str, Held]]
 
     @staticmethod
     def of(modules: Sequence[nn.Module]) -> Snapshot:
@@ -156,7 +183,9 @@ class Snapshot:
             (dict(vars(m)), dict(_torch.parameters(m)), dict(_torch.buffers(m)), dict(_torch.children(m)))
             for m in modules
         ]
-        return Snapshot(modules, tables, [_contents(m) for m in modules], held(vars(m) for m in modules))
+        named = [(i, k, vars(m)[k]) for i, m in enumerate(modules) for k in composite(m)]
+        held = [(i, k, held_within([v], _plain)) for i, k, v in named]
+        return Snapshot(modules, tables, [_contents(m) for m in modules], held)
 
     def changed(self) -> tuple[int, str] | None:
         """(which module, the name of its attribute that is not what it was), or None."""
@@ -169,11 +198,14 @@ class Snapshot:
             for name, value in _contents(m).items():
                 if contents.get(name) != value:
                     return i, f"{name_of(m)}.{name}"
-        return None
+        # an object, such as a trainer, may lead to very many others: those are compared by identity first
+        named = ((i, k) for i, k, held in self.held if differ(held, lambda a, b: key(a) == key(b)))
+        return next(((i, f"{name_of(self.modules[i])}.{k}") for i, k in named), None)
 
     def restore(self) -> None:
-        """None; every table holds again what it held, and so do lists, dicts and sets in them."""
-        put_back(self.held)
+        """None; every table holds again what it held, and so do containers and plain objects in them."""
+        for *_, held in self.held:
+            put_back(held)
         for m, before in zip(self.modules, self.tables, strict=True):
             for old, new in zip(
                 before, (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m)), strict=True
@@ -183,25 +215,30 @@ class Snapshot:
                     new.update(old)
 
 
-def held(tables: Iterable[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    """The lists, dicts and sets among the attributes in `tables`, each with a copy of what is in it."""
+def held(tables: Iterable[dict[str, Any]]) -> Held:
+    """The lists, dicts and sets among the attributes in `tables`, each with what is in it."""
     values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
-    return [(v, v.copy()) for v in values if isinstance(v, (list, dict, set))]
-
-
-def put_back(containers: Iterable[tuple[Any, Any]]) -> None:
-    """None; each container holds again what its copy holds."""
-    for container, before in containers:
-        now, then = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, before))
-        if len(now) != len(then) or any(a is not b for a, b in zip(_flat(now), _flat(then), strict=True)):
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(before)
-
-
-def _flat(items: list[Any]) -> list[Any]:
-    """The items, those of dicts as keys and values."""
-    return [x for item in items for x in (item if type(item) is tuple else (item,))]
+    return [(v, content(v)) for v in values if isinstance(v, (list, dict, set))]
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
     return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}
+
+
+@contextmanager
+def left_alone(tree: Any, error: Exception) -> Generator[None]:
+    """A context that raises `error` where lists, dicts or objects in some arguments are not left as they were.
+
+    They are put back first.
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    others = [x for x in leaves if not isinstance(x, Tensor)]
+    before, containers = key(others), held_within(others, _plain)
+    try:
+        yield
+        now, spec_now = pytree.tree_flatten(tree)
+        same = spec_now == spec and all(a is b for a, b in zip(leaves, now, strict=True)) and key(others) == before
+    finally:
+        put_back(containers)
+    if not same:
+        raise error

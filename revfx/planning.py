@@ -35,8 +35,8 @@ Forward = Callable[..., Any]
 class Plan:
     """How to run one model on arguments of given shapes.
 
-    `state` holds the modules whose Python code was recorded, with what that code may have read; the plan is valid while
-    they are as they were.
+    `state` holds the modules whose Python code was recorded, with what that code may have read (attributes of these
+    names, less objects and containers that it did not read); the plan is valid while they are as they were.
     """
 
     lowered: Lowered
@@ -47,13 +47,13 @@ class Plan:
     sources: tuple[tuple[int, nn.Module, str], ...]
     constants: tuple[tuple[Tensor, int, int, nn.Module, str], ...]
     tied: tuple[tuple[nn.Module, str, nn.Module, str], ...]
-    state: tuple[tuple[nn.Module, frozenset[str] | None, Any], ...]
+    state: tuple[tuple[nn.Module, frozenset[str] | None, frozenset[str], Any], ...]
     outside: tuple[Outside, Any]
 
     def valid(self) -> bool:
         """Whether the recorded code would do the same now."""
         return (
-            all(fingerprint.attributes(m, names) == key for m, names, key in self.state)
+            all(fingerprint.attributes(m, names, without) == key for m, names, without, key in self.state)
             and self.outside[0].state() == self.outside[1]
             and all(getattr(m, name) is getattr(other, theirs) for m, name, other, theirs in self.tied)
             and all(
@@ -247,8 +247,11 @@ class _Search:
         tied = [(self.modules[a[0]], a[1], self.modules[b[0]], b[1]) for a, b in captured.tied]
         own, whole = self._readable(captured)
         outside = Outside.of(own, self.forward)
-        readers = [*((m, None) for m in own), *((m, frozenset(outside.names)) for m in whole)]
-        state = [(m, names, fingerprint.attributes(m, names)) for m, names in readers]
+        composite = [(m, fingerprint.composite(m)) for m in own]
+        readers: list[tuple[nn.Module, frozenset[str] | None, frozenset[str]]]
+        readers = [(m, None, names - captured.reads.of(m, names)) for m, names in composite]
+        readers += [(m, frozenset(outside.names), frozenset[str]()) for m in whole]
+        state = [(m, names, without, fingerprint.attributes(m, names, without)) for m, names, without in readers]
         return Plan(
             lowered, captured, segments(lowered.program, regions),
             {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from revfx import _torch
+from revfx.containers import put_back
 from revfx.errors import RegenerationError
-from revfx.fingerprint import held, put_back
+from revfx.fingerprint import held
 
 
 _swapping = threading.RLock()  # two threads that put the same module's buffers back must not overlap

@@ -37,6 +37,14 @@ def test_state_dict_parameters_and_signature_are_the_models_own() -> None:
     other.load_state_dict(converted.state_dict())
 
 
+def test_class_goes_by_the_name_of_the_models_own_class() -> None:
+    """Which is what checkpoints name it by, and what registries look it up by."""
+    model = Additive(2)
+    converted = revfx.convert(model)
+    assert type(converted) is not Additive and isinstance(converted, Additive)
+    assert str(type(converted)) == str(Additive) and type(converted).__name__ == "Additive"
+
+
 def test_train_and_eval_reach_every_part_and_make_a_plan_each() -> None:
     converted: Any = revfx.convert(Additive(3))
     converted(_x())
@@ -336,3 +344,24 @@ def test_two_calls_before_one_backward_and_recursion(fp64: None) -> None:
 
     for g, w in zip(twice(converted), twice(model), strict=True):
         assert torch.allclose(g, w, rtol=1e-9, atol=1e-12)
+
+
+class Reconstructs(nn.Module):
+    """Couplings between operations that have no inverse, and a loss that reads the model's input as its target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.couplings, self.decode = nn.Linear(2 * D, 2 * D), Additive(4), nn.Linear(2 * D, 2 * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.decode(self.couplings(self.encode(x)).tanh())
+        return F.mse_loss(y[:, 1:], x[:, :-1])
+
+
+def test_input_that_is_also_the_target_is_not_what_the_region_is_run_again_from(fp64: None) -> None:
+    model = Reconstructs()
+    converted: Any = revfx.convert(model)
+    assert_same_grads(converted, model, [_x()])
+    (plan,) = converted.revfx.plans
+    (region,) = plan.regions.values()
+    assert len(region.region.steps) >= 8 and converted.revfx.kept_cuts == 2

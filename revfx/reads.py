@@ -1,0 +1,50 @@
+"""Which attributes of modules some code reads: what a recorded forward did not read need not stay as it was.
+
+A trainer hangs itself on the module that it trains, and changes at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from revfx import _torch
+
+
+_OURS = ("torch", "revfx")  # they look into tables of attributes on behalf of whoever reads one
+
+
+class Reads:
+    """The attributes that were read: pairs of a module's address and a name."""
+
+    def __init__(self) -> None:
+        self.noted: set[tuple[int, str]] = set()
+
+    def of(self, module: nn.Module, names: frozenset[str]) -> frozenset[str]:
+        """Those of `names` that were read of `module`; all, where its whole table was asked for."""
+        whole = (id(module), "__dict__") in self.noted
+        return frozenset(n for n in names if whole or (id(module), n) in self.noted)
+
+
+@contextmanager
+def noting_reads() -> Generator[Reads]:
+    """A context in which every read of an attribute of any module is noted; one at a time."""
+    reads, before = Reads(), vars(nn.Module).get("__getattribute__")
+    plain: Any = before or object.__getattribute__
+
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
+            reads.noted.add((id(self), name))
+        return plain(self, name)
+
+    setattr(nn.Module, "__getattribute__", __getattribute__)  # noqa: B010 (a checker would take it for the class's own)
+    try:
+        yield reads
+    finally:
+        if before is None:
+            delattr(nn.Module, "__getattribute__")
+        else:
+            setattr(nn.Module, "__getattribute__", before)  # noqa: B010

@@ -1,0 +1,306 @@
+"""What of a user's Python code can be recorded, and what a recorded graph would not repeat."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
+from zoo import D, mlp
+
+import revfx
+from revfx.errors import RevfxWarning
+from revfx.testing import assert_same_grads
+
+
+pytestmark = pytest.mark.usefixtures("fp64")
+DEPTH = 4
+
+
+def x_() -> Tensor:
+    return torch.randn(6, 2 * D, requires_grad=True)
+
+
+class Additive(nn.Module):
+    """Couplings in the root's own code, around which sub-classes do something."""
+
+    def __init__(self, make: Callable[[], nn.Module] = mlp) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(make() for _ in range(DEPTH)) for _ in range(2))
+
+    def couplings(self, x: Tensor, *more: Any) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b, *more)
+            b = b + g(a, *more)
+        return torch.cat([a, b], -1)
+
+
+def assert_one_plan(model: nn.Module, calls: int = 3) -> None:
+    """The same gradients at every call, by one plan, and without a warning."""
+    converted: Any = revfx.convert(model)
+    for _ in range(calls):
+        assert_same_grads(converted, model, [x_()])
+    assert len(converted.revfx.plans) == 1 and converted.revfx.kept_cuts == 2
+
+
+class MakesEach(OrderedDict[str, Any]):
+    """A table whose look-up makes a new object each time, as the one of the activations of transformers does."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+TABLE = MakesEach(tanh=nn.Tanh, gelu=nn.GELU)
+
+
+class ReadsATable(Additive):
+    kinds = TABLE
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.couplings(x) * (1 if "tanh" in TABLE else 2)
+
+
+def test_table_with_a_look_up_of_its_own_is_left_as_it_is() -> None:
+    assert_one_plan(ReadsATable())
+    assert type(TABLE["gelu"]) is nn.GELU and list(TABLE) == ["tanh", "gelu"]
+
+
+class Outputs(OrderedDict[str, Tensor]):
+    """What a model of the transformers library returns: a dict whose items are attributes and numbered as well."""
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+    @property
+    def hidden(self) -> Tensor:
+        return self["hidden"]
+
+    @property
+    def pooled(self) -> Tensor:
+        return self["pooled"]
+
+
+register_pytree_node(
+    Outputs, lambda o: ([*o.values()], [*o]), lambda values, keys: Outputs(zip(keys, values, strict=True))
+)
+
+
+class Doubles(nn.Module):
+    """An embedding, say, that returns more than one thing in a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * D, 2 * D)
+
+    def forward(self, x: Tensor) -> Outputs:
+        y = self.linear(x)
+        return Outputs(hidden=y, pooled=y.mean())
+
+
+class ReadsOutputs(Additive):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Doubles()
+        self.first.register_forward_hook(lambda *_: None)  # so it stays whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.first(x)
+        return self.couplings(outputs.hidden) + outputs[1]
+
+
+def test_sub_module_that_returns_a_dict_of_another_class() -> None:
+    assert_one_plan(ReadsOutputs())
+
+
+class PassesOutputsOn(Additive):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Doubles(), Reads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.couplings(x)
+        return self.last(self.first(y))
+
+
+class Reads(nn.Module):
+    def forward(self, outputs: Outputs) -> Tensor:
+        return outputs.hidden * outputs.pooled
+
+
+def test_dict_of_another_class_that_is_passed_on_reaches_the_sub_module_as_it_is() -> None:
+    model = PassesOutputsOn()
+    converted: Any = revfx.convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RevfxWarning)  # a refusal is as good as a plan
+        for _ in range(2):
+            assert_same_grads(converted, model, [x_()])
+
+
+class MakesItsLoss(Additive):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.couplings(x)
+        return nn.MSELoss()(y, torch.zeros_like(y)) + nn.L1Loss(reduction="sum")(y, torch.ones_like(y))
+
+
+def test_loss_module_made_in_the_forward() -> None:
+    assert_one_plan(MakesItsLoss())
+
+
+@dataclass
+class Cache:
+    """What sub-modules leave for each other, as transformers' caches of keys and values."""
+
+    number: int = 0
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        if callable(cache):
+            return self.inner(x) + cache()
+        cache.number += 1
+        return self.inner(x) * cache.number
+
+
+class MakesACache(Additive):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.couplings(x, Cache())
+
+
+class PassesAClosure(Additive):
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.sum()
+        return self.couplings(x, lambda: total)
+
+
+class MakesAnObject(Additive):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.couplings(x, Reader(x.sum()))
+
+
+class Reader:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+MADE = [
+    (MakesACache, "writes to a list, dict or object that it was given"),
+    (MakesAnObject, "it passes on a Reader that it made"),
+    (PassesAClosure, "it passes on a function that it made"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reason"), MADE)
+def test_object_that_the_forward_makes_and_passes_on_is_made_at_every_call(kind: Any, reason: str) -> None:
+    model = kind(Counts)
+    converted: Any = revfx.convert(model, capture="fx")
+    with pytest.warns(RevfxWarning, match=reason):
+        converted(x_())
+    for _ in range(3):
+        assert_same_grads(converted, model, [x_()])
+
+
+class Collects(Additive):
+    def forward(self, x: Tensor, into: Any) -> Tensor:
+        y = self.couplings(x)
+        if isinstance(into, Cache):
+            into.number += 1
+        else:
+            into.append(y)
+        return y
+
+
+@pytest.mark.parametrize("into", [Cache(), []], ids=["object", "list"])
+def test_argument_that_the_forward_writes_to_is_written_to_once(into: Any) -> None:
+    converted: Any = revfx.convert(Collects(), capture="fx")
+    with pytest.warns(RevfxWarning, match="its forward writes to a list, dict or object that it was given"):
+        y = converted(x_(), into)
+    assert into == Cache(1) if isinstance(into, Cache) else [t is y for t in into] == [True]
+
+
+class Trainer:
+    """What hangs itself on a model and changes at every step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.step = [model], 0
+
+
+class Trained(Additive):
+    def __init__(self, reads: str = "") -> None:
+        super().__init__()
+        self.reads = reads
+        self.trainer: Any = Trainer(self)
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = 1
+        if self.reads:
+            step = getattr(self, self.reads[::-1]).step if self.reads != "vars" else vars(self)["trainer"].step
+        return self.couplings(x) * step
+
+
+@pytest.mark.parametrize("reads", ["", "reniart", "vars"])
+def test_object_on_the_model_makes_another_plan_only_where_the_forward_reads_it(reads: str) -> None:
+    model = Trained(reads)
+    converted: Any = revfx.convert(model)
+    for _ in range(3):
+        model.trainer.step += 1
+        model.losses.append(1.0)
+        assert_same_grads(converted, model, [x_()])
+    assert len(converted.revfx.plans) == (3 if reads else 1)
+
+
+class Logs(Additive):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainer = Trainer(self)
+        self.trainer.results = {"loss": []}  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.couplings(x)
+        self.trainer.results["loss"].append(y.sum())  # type: ignore[attr-defined]
+        return y
+
+
+def test_object_on_the_model_that_the_forward_writes_to_is_written_to_once_per_call() -> None:
+    model = Logs()
+    converted: Any = revfx.convert(model, capture="fx")
+    with pytest.warns(RevfxWarning, match="its forward sets `Logs.trainer`"):
+        sums = [converted(x_()).sum() for _ in range(2)]
+    logged = model.trainer.results["loss"]  # type: ignore[attr-defined]
+    assert len(logged) == 2 and all(torch.equal(a, b) for a, b in zip(logged, sums, strict=True))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = mlp(), list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :D] + self.inner(x[:, :D])
+
+
+def test_refusal_is_searched_for_once_while_lists_on_the_model_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[int] = []
+    make = revfx.convert.__globals__["make_plan"]
+    monkeypatch.setitem(revfx.convert.__globals__, "make_plan", lambda *a: (searches.append(1), make(*a))[1])
+    model = Residual()
+    converted = revfx.convert(model)
+    with pytest.warns(RevfxWarning, match="computed from itself"):
+        for _ in range(3):
+            converted(x_())
+            model.calls.append(1)
+    assert len(searches) == 1
