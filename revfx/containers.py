@@ -38,11 +38,20 @@ def held_within(values: Iterable[Any], is_object: Callable[[Any], bool]) -> Held
     return list(found.values())
 
 
+def differ(containers: Held, equal: Callable[[Any, Any], bool] = lambda a, b: False) -> bool:
+    """Whether one of the containers holds something else than it held: another object, and not one that is `equal`."""
+    for container, then in containers:
+        now, before = _flat(content(container)), _flat(then)
+        if len(now) != len(before) or not all(a is b or equal(a, b) for a, b in zip(now, before, strict=True)):
+            return True
+    return False
+
+
 def put_back(containers: Held) -> None:
     """None; each container holds again what it held."""
     for container, then in containers:
-        now, kind = content(container), _kind(container)
-        if len(now) != len(then) or any(a is not b for a, b in zip(_flat(now), _flat(then), strict=True)):
+        kind = _kind(container)
+        if differ([(container, then)]):
             kind.clear(container)
             if issubclass(kind, dict):
                 for k, v in then:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.containers import DEPTH, Held, content, held_within, put_back
+from revfx.containers import DEPTH, Held, content, differ, held_within, put_back
 
 
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -174,7 +174,7 @@ class Snapshot:
     modules: Sequence[nn.Module]
     tables: Sequence[tuple[dict[str, Any], ...]]
     keys: Sequence[Any]
-    held: Held
+    held: Sequence[tuple[int, str, Held]]
 
     @staticmethod
     def of(modules: Sequence[nn.Module]) -> Snapshot:
@@ -183,8 +183,9 @@ class Snapshot:
             (dict(vars(m)), dict(_torch.parameters(m)), dict(_torch.buffers(m)), dict(_torch.children(m)))
             for m in modules
         ]
-        values = [v for m in modules for k, v in vars(m).items() if k not in _SKIPPED]
-        return Snapshot(modules, tables, [_contents(m) for m in modules], held_within(values, _plain))
+        named = [(i, k, vars(m)[k]) for i, m in enumerate(modules) for k in composite(m)]
+        held = [(i, k, held_within([v], _plain)) for i, k, v in named]
+        return Snapshot(modules, tables, [_contents(m) for m in modules], held)
 
     def changed(self) -> tuple[int, str] | None:
         """(which module, the name of its attribute that is not what it was), or None."""
@@ -197,11 +198,14 @@ class Snapshot:
             for name, value in _contents(m).items():
                 if contents.get(name) != value:
                     return i, f"{name_of(m)}.{name}"
-        return None
+        # an object, such as a trainer, may lead to very many others: those are compared by identity first
+        named = ((i, k) for i, k, held in self.held if differ(held, lambda a, b: key(a) == key(b)))
+        return next(((i, f"{name_of(self.modules[i])}.{k}") for i, k in named), None)
 
     def restore(self) -> None:
         """None; every table holds again what it held, and so do containers and plain objects in them."""
-        put_back(self.held)
+        for *_, held in self.held:
+            put_back(held)
         for m, before in zip(self.modules, self.tables, strict=True):
             for old, new in zip(
                 before, (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m)), strict=True
@@ -218,7 +222,7 @@ def held(tables: Iterable[dict[str, Any]]) -> Held:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {k: key(vars(module)[k]) for k in composite(module)}
+    return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}
 
 
 @contextmanager

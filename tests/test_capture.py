@@ -263,6 +263,27 @@ def test_object_on_the_model_makes_another_plan_only_where_the_forward_reads_it(
     assert len(converted.revfx.plans) == (3 if reads else 1)
 
 
+class Logs(Additive):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainer = Trainer(self)
+        self.trainer.results = {"loss": []}  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.couplings(x)
+        self.trainer.results["loss"].append(y.sum())  # type: ignore[attr-defined]
+        return y
+
+
+def test_object_on_the_model_that_the_forward_writes_to_is_written_to_once_per_call() -> None:
+    model = Logs()
+    converted: Any = revfx.convert(model, capture="fx")
+    with pytest.warns(RevfxWarning, match="its forward sets `Logs.trainer`"):
+        sums = [converted(x_()).sum() for _ in range(2)]
+    logged = model.trainer.results["loss"]  # type: ignore[attr-defined]
+    assert len(logged) == 2 and all(torch.equal(a, b) for a, b in zip(logged, sums, strict=True))
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
