@@ -51,6 +51,8 @@ def main(args: argparse.Namespace) -> int:
         return run(options)
     command = [sys.executable, "-m", "revfx.bench", json.dumps(asdict(options))]
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=False)
+    if done.returncode not in (0, 1):
+        print(f"revfx bench: the process that measures ended with status {done.returncode}.", file=sys.stderr)
     return done.returncode if done.returncode in (0, 1) else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_the_status_tells_of_what_is_wrong_with_revfx_and_not_with_others(
         monkeypatch.setattr(bench, "measured", found(way))
         assert here("--quick") == status, way
         assert "WRONG gradients" in capsys.readouterr().out
+
+
+def test_a_measuring_process_that_is_killed_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, -9))
+    assert bench.main(parsed("--quick")) == 1
+    assert capsys.readouterr().err == "revfx bench: the process that measures ended with status -9.\n"
 
 
 # --- arguments
