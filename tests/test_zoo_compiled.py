@@ -23,8 +23,8 @@ from revfx.testing import measure_memory
 ALL_DEEP = int(os.environ.get("REVFX_DEEP", "0"))
 SHALLOW, DEEP = 4, ALL_DEEP or 8
 DEEPER = {"dropout": 12, "transformer": 12}
-TWICE = ("affine exp", "momentum", "channel shuffle", "side inputs", "dropout")
-BY_INDUCTOR = ("additive", "affine exp", "momentum", "four streams", "slices", "dropout", "conv+BN", "transformer")
+TWICE = ("affine exp", "momentum", "dropout")
+BY_INDUCTOR = ("affine exp", "four streams", "dropout", "transformer")
 ROWS, MANY_ROWS = 8, 1024
 Options = dict[str, str | int | bool | Callable[..., object]]
 QUICK: Options = {"fallback_random": True, "cpp.simdlen": 1}  # the numbers of eager, and code that compiles fast
