@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
