@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Generator, Iterable
 from contextvars import ContextVar
 
@@ -64,3 +65,18 @@ def without_hooks() -> Generator[None]:
     """A context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does."""
     with saved_tensors_hooks(lambda t: t, lambda t: t):
         yield
+
+
+@contextlib.contextmanager
+def uncollected() -> Generator[None]:
+    """A context without garbage collection: while a graph grows, all that it finds are the graph's own cycles, alive.
+
+    At 200 layers of a transformer it took a third of the rewrite; the same goes for autograd on fake tensors.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

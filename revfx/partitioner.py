@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 import hashlib
 import logging
 import warnings
@@ -20,6 +19,7 @@ from torch import fx
 import revfx
 from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError, RevfxWarning
+from revfx.mode import uncollected
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.grid import checked_exact
 from revfx.passes.partition import Report, rewrite
@@ -106,7 +106,7 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
         """The forward and the backward graph, with `options` as the inner compiler needs them."""
         static = kwargs.get("static_lifetime_input_indices") or ()
         with _compile.merged_once(gm):
-            with _uncollected():
+            with uncollected():
                 report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
             for listener in _listeners.get():
                 listener.append(report)
@@ -125,21 +125,6 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
         if rules.has_foreign():
             raise _compile.BypassCache("revfx: rules were registered by the user")
         return f"{_files()}-{self.options}-{self.strict}-{self.facts}"
-
-
-@contextlib.contextmanager
-def _uncollected() -> Generator[None]:
-    """A context without garbage collection: while a graph grows, all that it finds are the graph's own cycles, alive.
-
-    At 200 layers of a transformer it took a third of the rewrite.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _line(report: Report) -> str:

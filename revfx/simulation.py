@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from revfx import _torch
 from revfx.ambient import generators, restore
 from revfx.fingerprint import Snapshot
-from revfx.mode import simulating
+from revfx.mode import simulating, uncollected
 from revfx.passes._torch import draws
 from revfx.passes.sizes import muted
 from revfx.scratch import scratch
@@ -142,7 +142,7 @@ class Simulation:
         """
         ledger = Ledger()
         quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
-        with quiet, self.world() as (args, kwargs), simulating(), torch.enable_grad():
+        with quiet, uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
             for _, fake in self.fakes.values():
                 ledger.enter(fake, counted=False)
                 if fake.grad is not None:
