@@ -46,7 +46,7 @@ class Program:
     """A model and how it is used.
 
     `members` are statements of `__init__`, `body` statements of `forward`; `used` are the places among the flattened
-    outputs that the loss reads (none: all). `way` is how a step is taken, see `programs_check.STEPS`.
+    outputs that the loss reads (none: all). `way` is how steps are taken, see `programs_steps`.
     """
 
     inputs: tuple[Input, ...]
@@ -113,10 +113,11 @@ def build(program: Program, couple: Couple = written_out) -> nn.Module:
     return module.Model().train(program.training)
 
 
-def arguments(program: Program, step: int) -> tuple[list[Tensor], list[Tensor]]:
-    """(leaves whose gradients are compared, arguments of the forward) of the given step."""
+def arguments(program: Program, step: int, rows: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """(leaves whose gradients are compared, arguments of the forward) of the given step, with so many more rows."""
     generator = torch.Generator().manual_seed(1000 * program.seed + step)
-    pairs = [_given(i, generator) for i in program.inputs]
+    inputs = [replace(i, shape=(i.shape[0] + rows, *i.shape[1:])) for i in program.inputs]
+    pairs = [_given(i, generator) for i in inputs]
     return [leaf for leaf, _ in pairs if leaf.requires_grad], [given for _, given in pairs]
 
 

@@ -214,6 +214,29 @@ def as_module(d: Draft) -> None:
     d.emit(f"{u}, {v} = {block}({u}, {v})")
 
 
+def in_modules(d: Draft) -> None:
+    """Couplings that only modules know of."""
+    u, v = d.two()
+    n = d.width(u)
+    if d.layout == "images" or n < 2:
+        return looped(d)
+    log, speed = d.fresh("log"), d.fresh("v")
+    kinds = [d.number(0, 3) for _ in range(3)]
+    text = d.pick(
+        (
+            f"{u} = {d.member(f'nn.Sequential(*(CatSplit({n}, k) for k in {kinds}))', 'blocks')}({u})",
+            f"{log} = {v}.sum()\nfor m in {d.member(f'nn.ModuleList(LogDet({n}) for _ in range(3))', 'flow')}:\n"
+            f"    {u}, {log} = m({u}, {log})",
+            f"{speed} = torch.zeros_like({u})\n"
+            f"for m in {d.member(f'nn.ModuleList(Momentum({n}) for _ in range(3))', 'layers')}:\n"
+            f"    {u}, {speed} = m({u}, {speed})",
+            f"for m in {d.member(f'nn.ModuleList([CatSplit({n}, {kinds[0]})] * 2)', 'same')}:\n    {u} = m({u})",
+        )
+    )
+    if d.emit(text):
+        d.kept.extend(name for name in (log, speed) if name in d.values)
+
+
 def looped(d: Draft) -> None:
     """Modules in a list, run over in Python."""
     u, v = d.two()
@@ -259,6 +282,6 @@ def blocks(d: Draft) -> None:
 
 COUPLINGS: tuple[Kind, ...] = (
     additive, additive, affine, affine, conditioner, momentum, leapfrog, midpoint, masked, swapped, moved, joined,
-    stacked, as_module, looped, sided, blocks,
+    stacked, as_module, in_modules, looped, sided, blocks,
 )  # fmt: skip
 BLOCKS: tuple[Kind, ...] = (blocks, blocks, blocks, blocks, additive, joined)

@@ -31,7 +31,7 @@ class Draft:
         self.draw = draw
         self.layout = self.pick(LAYOUTS)
         self.axis = 1 if self.layout == "images" else -1
-        self.recordable = not self.chance(1, 12)
+        self.recordable = not self.chance(1, 32)
         self.rows = self.pick((3, 2, 4, 5, 1, 0) if self.chance(1, 3) else (3, 4))
         self.inputs: list[Input] = []
         self.members: list[str] = []

@@ -12,7 +12,10 @@ from programs_couplings import BLOCKS, COUPLINGS, Kind, joined, swapped
 from programs_draft import Draft
 
 
-WAYS = ("once", "once", "once", "retained", "two calls", "twice differentiated", "raises", "accumulated")
+WAYS = (
+    "once", "once", "once", "retained", "one by one", "two calls", "twice differentiated", "raises", "accumulated",
+    "resized", "switched", "looked at", "written",
+)  # fmt: skip
 
 
 @st.composite

@@ -310,6 +310,60 @@ class Block(nn.Module):
         return b, a + self.f(b)
 
 
+class CatSplit(nn.Module):
+    """A coupling within one tensor, in one of a few ways."""
+
+    mask: Tensor
+
+    def __init__(self, d: int, kind: int) -> None:
+        super().__init__()
+        self.half, self.kind = d // 2, kind
+        self.f, self.g = mlp(d - self.half, self.half), relu_first(self.half, d - self.half)
+        self.whole = noisy(d, d)
+        self.register_buffer("mask", torch.arange(d) % 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == 0:
+            a, b = x[..., : self.half], x[..., self.half :]
+            a = a + self.f(b)
+            return torch.cat([a, b + self.g(a)], -1)
+        if self.kind == 1:
+            a, b = x.split([self.half, x.shape[-1] - self.half], -1)
+            return torch.cat([b, a * factor(self.f(b))], -1)
+        if self.kind == 2:
+            return torch.where(self.mask == 1, x, x + self.whole(x * self.mask))
+        b = x[..., self.half :]
+        y = x.clone()
+        y[..., : self.half] += self.f(b)
+        return y.flip(-1)
+
+
+class LogDet(nn.Module):
+    """A layer of a flow: the result, and the logarithm of the determinant so far."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.half = d // 2
+        self.net = Splits(d - self.half, self.half)
+
+    def forward(self, x: Tensor, log: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x[..., : self.half], x[..., self.half :]
+        s, t = self.net(b)
+        return torch.cat([b, a * s + t], -1), log + s.log().sum()
+
+
+class Momentum(nn.Module):
+    """A residual layer with momentum."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.f, self.gamma = mlp(d, d), 0.8
+
+    def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        v = self.gamma * v + self.f(x)
+        return x + v, v
+
+
 class Convolves(nn.Module):
     def __init__(self, c: int, out: int) -> None:
         super().__init__()

@@ -11,15 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import HealthCheck, Phase, given, seed as seeded, settings, strategies as st
 from programs import Program, minimised
-from programs_check import (
-    Verdict,
-    by_backend,
-    by_convert,
-    by_convert_exactly,
-    by_rev_block,
-    by_rev_block_exactly,
-)
+from programs_check import Verdict
 from programs_draw import block_programs, programs
+from programs_ways import by_backend, by_convert, by_convert_exactly, by_rev_block, by_rev_block_exactly
 
 
 @dataclass(frozen=True)
