@@ -85,6 +85,8 @@ def compare(
         if g.error is not None:
             if documented(g.error):
                 return Verdict(refusal(g.error))
+            if written(g.error):
+                return Verdict("raised as a tensor was written to after the forward")
             return Verdict("failure", f"{at}raised {type(g.error).__name__}: {g.error}")
         if not finite(w):
             return Verdict("not finite")

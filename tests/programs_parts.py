@@ -187,6 +187,10 @@ class Checkpoints(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
+def doubled(module: nn.Module, args: Any, result: Tensor) -> Tensor:
+    return result * 2
+
+
 class Hooked(nn.Module):
     """Hooks before, after and in the backward."""
 
@@ -194,7 +198,7 @@ class Hooked(nn.Module):
         super().__init__()
         self.inner = mlp(d, out)
         self.inner.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,))
-        self.inner.register_forward_hook(lambda m, args, y: y * 2)
+        self.inner.register_forward_hook(doubled)
         self.inner.register_full_backward_hook(lambda m, of_inputs, of_outputs: (of_inputs[0] * 1.5,))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +209,8 @@ class Squares(torch.autograd.Function):
     """A function with a backward of its own, which saves an input and an output."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, *args: Any, **kwargs: Any) -> Tensor:
+        (x,) = args
         y = torch.tanh(x * x)
         ctx.save_for_backward(x, y)
         return y
@@ -317,24 +322,24 @@ class CatSplit(nn.Module):
 
     def __init__(self, d: int, kind: int) -> None:
         super().__init__()
-        self.half, self.kind = d // 2, kind
-        self.f, self.g = mlp(d - self.half, self.half), relu_first(self.half, d - self.half)
+        self.first, self.kind = d // 2, kind
+        self.f, self.g = mlp(d - self.first, self.first), relu_first(self.first, d - self.first)
         self.whole = noisy(d, d)
         self.register_buffer("mask", torch.arange(d) % 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == 0:
-            a, b = x[..., : self.half], x[..., self.half :]
+            a, b = x[..., : self.first], x[..., self.first :]
             a = a + self.f(b)
             return torch.cat([a, b + self.g(a)], -1)
         if self.kind == 1:
-            a, b = x.split([self.half, x.shape[-1] - self.half], -1)
+            a, b = x.split([self.first, x.shape[-1] - self.first], -1)
             return torch.cat([b, a * factor(self.f(b))], -1)
         if self.kind == 2:
             return torch.where(self.mask == 1, x, x + self.whole(x * self.mask))
-        b = x[..., self.half :]
+        b = x[..., self.first :]
         y = x.clone()
-        y[..., : self.half] += self.f(b)
+        y[..., : self.first] += self.f(b)
         return y.flip(-1)
 
 
@@ -343,11 +348,11 @@ class LogDet(nn.Module):
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.half = d // 2
-        self.net = Splits(d - self.half, self.half)
+        self.first = d // 2
+        self.net = Splits(d - self.first, self.first)
 
     def forward(self, x: Tensor, log: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = x[..., : self.half], x[..., self.half :]
+        a, b = x[..., : self.first], x[..., self.first :]
         s, t = self.net(b)
         return torch.cat([b, a * s + t], -1), log + s.log().sum()
 

@@ -57,15 +57,18 @@ def run(program: Program, model: nn.Module, call: Call, perturb: int = 0) -> Run
                 if isinstance(m, Raises):
                     m.armed = program.way == "raises" and number == 1
             taken.append(_step(program, model, call, number, perturb))
-            _between(program.way, model)
+            _between(program.way, model, call)
     return Run(taken, warned)
 
 
-def _between(way: str, model: nn.Module) -> None:
+def _between(way: str, model: nn.Module, call: Call) -> None:
     if way != "accumulated":
         model.zero_grad()
     if way == "switched":
-        model.train(not model.training)
+        training = not model.training
+        for m in (model, call):  # a converted model has a flag of its own
+            if isinstance(m, nn.Module):
+                m.train(training)
     for i, p in enumerate(model.parameters()):
         p.data.mul_(0.9)
         if way == "switched" and i % 3 == 0:
@@ -155,13 +158,13 @@ def _backward(way: str, losses: list[Tensor], wanted: list[Tensor], outputs: lis
         for loss in losses:
             loss.backward(retain_graph=True)
         return []
-    loss, first = torch.stack(losses).sum(), list[Tensor | None]()
+    loss, first = torch.stack(losses).sum(), list[Any]()
     if way == "twice differentiated":
-        first = list(torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True))
+        first += torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
         loss = loss + sum(g.square().sum() for g in first if g is not None and g.requires_grad)
     if way == "looked at":
         inner = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
-        first = list(torch.autograd.grad(loss, inner, retain_graph=True, allow_unused=True))
+        first += torch.autograd.grad(loss, inner, retain_graph=True, allow_unused=True)
         for y in inner:
             y.register_hook(lambda g: g * 2)
     if way == "retained":

@@ -68,7 +68,7 @@ def survey(way: Way, count: int, seed: int | None = None) -> Figures:
 
     test = settings(
         max_examples=count, database=None, deadline=None, derandomize=seed is None, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck)  # pyright: ignore[reportArgumentType],
     )(given(way.drawn())(look))  # fmt: skip
     dtype, level = torch.get_default_dtype(), logging.root.manager.disable
     torch.set_default_dtype(torch.float64)

@@ -22,7 +22,7 @@ pytestmark = [
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "part" in metafunc.fixturenames:
-        total: int = metafunc.config.getoption("programs")
+        total: int = metafunc.config.option.programs
         parts: list[tuple[str, int, int]] = []
         for name, way in WAYS.items():
             count, size = round(total * way.share), PART.get(name, 100)
@@ -42,7 +42,7 @@ def test_many_random_programs(
     part: tuple[str, int, int], pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
 ) -> None:
     way, number, count = part
-    seed = pytestconfig.getoption("programs_seed") + number
+    seed = pytestconfig.option.programs_seed + number
     figures = survey(WAYS[way], count, seed)
     counts = {"programs": figures.programs, "found": figures.found, **figures.kinds}
     record_property(PROPERTY, {"way": way, "seed": seed, "counts": counts})
