@@ -37,7 +37,8 @@ class Input:
     needs_grad: bool = True
 
 
-KINDS = ("plain", "relu", "turned", "strided", "offset", "expanded", "computed", "view", "constant", "single", "whole",
+KINDS = ("plain", "relu", "turned", "strided", "offset", "expanded", "computed", "view", "constant", "zeros", "halves",
+         "large", "single", "whole",
          "boolean")  # fmt: skip
 
 
@@ -132,6 +133,8 @@ def _given(spec: Input, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return x > 0, x > 0
     if kind == "relu":
         x = x.relu()
+    elif kind in ("zeros", "halves", "large"):
+        x = {"zeros": x * 0, "halves": (2 * x).round() / 2, "large": 1e3 * x}[kind]
     elif kind == "single":
         x = x.float()
     elif kind == "constant":

@@ -50,6 +50,46 @@ def irreversible(d: Draft) -> None:
     )
 
 
+def with_atoms(d: Draft) -> None:
+    """A stream gets values that are exactly zero, or whole, or equal to others."""
+    u, v = d.two()
+    d.emit(
+        d.pick(
+            (
+                f"{u} = torch.relu({u})",
+                f"{u} = torch.cat([{u}[..., :1] * 0, {u}[..., 1:]], -1)",
+                f"{u} = F.pad({u}, (1, 0))[..., :-1]",
+                f"{u} = torch.tril({u})" if d.layout == "rows" else f"{u} = {u}.clamp(min=0)",
+                f"{u} = {u} - {u}.detach()",
+                f"{u} = ({u} - {u}.detach()) + {d.function(v, u)}",
+                f"{u} = {u} * ({u} > 0.2)",
+                f"{u} = {u}.round()",
+                f"{u} = {u}.clamp(-0.5, 0.5)",
+                f"{u} = {u}.clamp(-0.5, 0.5) + torch.relu({d.function(v, u)})",
+                f"{u} = {u} * torch.bernoulli(torch.full({u}.shape, 0.5))",
+                f"{u} = {u}.masked_fill({u} > 0, 1.0)",
+                f"{u} = F.threshold({u}, 0.1, 0.5)",
+                f"{u} = F.hardshrink({u})",
+                f"{u} = torch.zeros_like({u}) + {u}.relu()",
+                f"{u} = {u}.index_fill(0, torch.zeros(1, dtype=torch.long), 0.0)",
+                f"{u} = {u}.scatter(-1, {u}.argmax(-1, keepdim=True), 0.0)",
+                f"{u} = torch.zeros_like({u}).scatter(-1, {u}.argsort(-1), {u})",
+                f"{u} = {u} - {u}.amax(-1, keepdim=True)",
+                f"{u} = {u}[..., :1].expand({u}.shape) + 0 * {u}",
+                f"{u} = F.dropout({u}, 0.5)",
+                f"{u} = {u}.new_zeros({u}.shape).copy_({u}.relu())",
+                f"{u} = torch.nan_to_num({u} / 0.0, posinf=1.0, neginf=0.0)" if d.chance(1, 3) else f"{u} = {u}.sign()",
+                f"{u} = torch.cat([{u}[:1].relu(), {u}[1:]], 0)",
+                f"{u} = torch.stack([{u}, {u}.relu()]).mean(0)",
+                f"{u} = torch.lerp({u}, {u}.relu(), 0.5)",
+                f"{u} = {u}.diff(prepend={u}[..., :1], dim=-1)",
+                f"{u} = torch.linalg.vector_norm({u}, dim=-1, keepdim=True) * {u}.sign()",
+                f"{u} = F.one_hot({u}.argmax(-1), {u}.shape[-1]) * {u}",
+            )
+        )
+    )
+
+
 def broadcast(d: Draft) -> None:
     u, v = d.two()
     n = d.width(u)
@@ -270,6 +310,8 @@ def into_inputs(d: Draft) -> None:
 
 
 BETWEEN: tuple[Kind, ...] = (
+    with_atoms,
+    with_atoms,
     irreversible, broadcast, in_place, kept, kept, read_again, integers, unusual, broadcast, irreversible, into_inputs,
     unrecordable,
 )  # fmt: skip

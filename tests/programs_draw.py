@@ -14,7 +14,7 @@ from programs_draft import Draft
 
 WAYS = (
     "once", "once", "once", "retained", "one by one", "two calls", "twice differentiated", "raises", "accumulated",
-    "resized", "switched", "looked at", "written",
+    "resized", "switched", "rewritten", "looked at", "written",
 )  # fmt: skip
 
 

@@ -88,6 +88,29 @@ class Inplace(nn.Module):
         return h.sigmoid_()
 
 
+class Kinked(nn.Module):
+    """Whose gradient jumps where its input is a half, or one, or equal to something else."""
+
+    def __init__(self, d: int, out: int) -> None:
+        super().__init__()
+        self.f, self.g, self.h = (nn.Linear(d, out) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(F.hardtanh(x)) + self.g(x.clamp(max=0.5)) + self.h(F.hardshrink(x))
+
+
+class Compares(nn.Module):
+    """What it adds depends on which of its input's elements are equal, zero or whole."""
+
+    def __init__(self, d: int, out: int) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(d, out), nn.Linear(d, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        equal = (x == x.roll(1, -1)).to(x.dtype)
+        return self.f(x * (x != 0)) + 0.3 * self.g(equal * x) + 0.1 * self.f(x.sign() * x.floor())
+
+
 class OnInput(nn.Module):
     """Writes to what it is given."""
 
@@ -394,10 +417,10 @@ def factor(s: Tensor, kind: str = "exp") -> Tensor:
 
 Part = Callable[[int, int], nn.Module]
 # f of vectors: the first ones twice, as ordinary functions should be the most
-PLAIN: tuple[Part, ...] = (mlp, mlp, relu_first, relu_last, noisy, layer_normed, Turned, Nested, frozen)
+PLAIN: tuple[Part, ...] = (mlp, mlp, relu_first, relu_first, relu_last, noisy, layer_normed, Turned, Nested, frozen)
 ODD: tuple[Part, ...] = (
     batch_normed, averaged, spectral, weight_normed, half_frozen, single, Inplace, Passes, Repeats, Selects, Remembers,
-    Raises, Checkpoints, Hooked, Custom, Stops, Attends,
+    Raises, Checkpoints, Hooked, Kinked, Compares, Custom, Stops, Attends,
 )  # fmt: skip
 RARE: tuple[Part, ...] = (OnInput,)
 IMAGES: tuple[Part, ...] = (Convolves, convolution, pooled)

@@ -44,7 +44,8 @@ def run(program: Program, model: nn.Module, call: Call, perturb: int = 0) -> Run
     The ways to take them: "once"; "retained", the backward twice; "one by one", a backward per output; "two calls"
     before one backward; "twice differentiated"; "raises" from inside f in the second of three steps; "accumulated"
     gradients; "resized", other shapes in the second step; "switched" between training and evaluation, and other
-    parameters frozen; "looked at" without gradients before, and by hooks; "written" to between forward and backward.
+    parameters frozen; "rewritten" buffers, so that masks and permutations are none any more; "looked at" without
+    gradients before, and by hooks; "written" to between forward and backward.
     """
     taken: list[Step] = []
     with warnings.catch_warnings(record=True) as warned, torch.random.fork_rng():
@@ -73,6 +74,8 @@ def _between(way: str, model: nn.Module, call: Call) -> None:
         p.data.mul_(0.9)
         if way == "switched" and i % 3 == 0:
             p.requires_grad_(not p.requires_grad)
+    for b in model.buffers() if way == "rewritten" else ():
+        b.copy_(~b if b.dtype == torch.bool else b * 0 if not b.is_floating_point() else b * 0.5)
 
 
 def _perturb(tensors: Sequence[Tensor], seed: int) -> None:
