@@ -28,12 +28,12 @@ class Way:
 
 recordable = functools.partial(programs, recordable=True)
 WAYS = {
-    "convert": Way(by_convert, programs, 300, 0.5),
+    "convert": Way(by_convert, programs, 100, 0.5),
     "convert, exact": Way(by_convert_exactly, recordable, 20, 0.1),
     "rev_block": Way(by_rev_block, block_programs, 60, 0.2),
     "rev_block, exact": Way(by_rev_block_exactly, block_programs, 30, 0.1),
-    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), programs, 40, 0.09),
-    "inductor": Way(functools.partial(by_backend, inner="inductor"), recordable, 3, 0.01),
+    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), programs, 12, 0.09),
+    "inductor": Way(functools.partial(by_backend, inner="inductor"), recordable, 1, 0.01),
 }
 
 
