@@ -177,9 +177,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Scalar) and not isinstance(value, bool)
 
 
-def scaled(value: Tensor, alpha: float) -> Tensor:
-    """`alpha * value`, without a copy where alpha is 1."""
-    return value if alpha == 1 else alpha * value
+def scaled(value: Any, alpha: float) -> Any:
+    """`alpha * value` as a number that can be subtracted, without a copy where alpha is 1; truth values are not one."""
+    truth = value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(value, bool)
+    return value if alpha == 1 and not truth else alpha * value
 
 
 def nothing(*given: Any) -> float:

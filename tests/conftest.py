@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+from programs_report import Reporter
 
 
 # One folder of compiled kernels for a run of the tests, its workers included, which inherit the variable; whole graphs
@@ -22,6 +24,19 @@ import torch  # noqa: E402  (it reads these)
 
 
 torch.set_num_threads(1)  # small tensors: threads only wait for each other
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("random programs")
+    group.addoption("--programs", type=int, default=1000, help="how many of them a long run (-m fuzz) takes")
+    group.addoption("--programs-seed", type=int, help="what they are drawn from; a random number if not given")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fuzz: long runs of random programs, left out unless selected by `-m fuzz`")
+    if config.option.programs_seed is None:  # once, before the options go to the workers
+        config.option.programs_seed = random.randrange(10**6)
+    config.pluginmanager.register(Reporter(config))
 
 
 def pytest_unconfigure() -> None:

@@ -1,0 +1,142 @@
+"""What random programs are checked for: whether a step leaves what plain autograd leaves, whichever way it is taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from programs import Program, build
+from programs_steps import WRITTEN, Run, Step, run
+from torch import Tensor
+
+from revfx.errors import RevfxError, RevfxWarning
+
+
+TOLERANCE = 1e-9  # relative, in fp64
+MARGIN = 1e3  # by which a gradient may be off further than that change makes it: regions have more roundings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a program went: `same`, a refusal, something that can't be compared, or `failure` with the reason."""
+
+    kind: str
+    text: str = ""
+    found: bool = False
+
+
+# --- comparing
+def error_between(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> float:
+    """The largest relative error; a gradient under 1e-6 of the largest one's norm is measured against that."""
+    both = zip(got, want, strict=True)
+    pairs = [(g.double(), w.double()) for g, w in both if g is not None and w is not None]
+    norms = [float(w.norm()) for _, w in pairs]
+    floor = 1e-6 * max(norms, default=0.0) or 1.0
+    errors = [float((g - w).norm()) / max(n, floor) for (g, w), n in zip(pairs, norms, strict=True)]
+    return max((e if e == e else float("inf") for e in errors), default=0.0)
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two outputs or states are the same, bit for bit."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and a == b
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether two outputs or states are the same up to rounding."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not b.is_floating_point():
+        return alike(a, b)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and error_between([a], [b]) <= 1e3 * torch.finfo(a.dtype).eps
+
+
+def finite(step: Step) -> bool:
+    """Whether a step's outputs and gradients are all finite numbers."""
+    tensors = [t for t in (*step.outputs, *step.gradients) if isinstance(t, Tensor)]
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def compare(
+    got: Run, want: Run, allowed: Callable[[int], float], exactly: bool = True, tolerance: float = TOLERANCE
+) -> Verdict:
+    """The verdict on `got`, given what plain autograd does.
+
+    Gradients may be off by `tolerance`, and by what `allowed` says of a step; outputs are the same bit for bit where
+    `exactly`.
+    """
+    drifted = any("is off by" in str(w.message) for w in got.warned if issubclass(w.category, RevfxWarning))
+    for number, (g, w) in enumerate(zip(got.steps, want.steps, strict=True)):
+        at = f"step {number}: "
+        if w.error is not None:
+            if w.backward and g.error is None and written(w.error):
+                return Verdict("failure", f"{at}nothing was raised where plain raises {w.error!r}")
+            if w.backward:
+                return Verdict("plain raises")
+            if documented(g.error):
+                return Verdict(refusal(g.error))
+            if type(g.error) is not type(w.error) or str(g.error) != str(w.error):
+                return Verdict("failure", f"{at}raised {g.error!r} where plain raises {w.error!r}")
+            if len(g.state) != len(w.state) or not all(map(alike, g.state, w.state)):
+                return Verdict("failure", f"{at}another state after an exception")
+            continue
+        if g.error is not None:
+            if documented(g.error):
+                return Verdict(refusal(g.error))
+            if written(g.error):
+                return Verdict("raised as a tensor was written to after the forward")
+            return Verdict("failure", f"{at}raised {type(g.error).__name__}: {g.error}")
+        if not finite(w):
+            return Verdict("not finite")
+        same = alike if exactly else close
+        if len(g.outputs) != len(w.outputs) or not all(map(same, g.outputs, w.outputs)):
+            return Verdict("failure", f"{at}other outputs")
+        if len(g.state) != len(w.state) or not all(map(same, g.state, w.state)):
+            return Verdict("failure", f"{at}another state")
+        if [t is None for t in g.gradients] != [t is None for t in w.gradients]:
+            return Verdict("failure", f"{at}a gradient is missing, or there is one too many")
+        pairs = [(a, b) for a, b in zip(g.gradients, w.gradients, strict=True) if a is not None and b is not None]
+        if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
+            return Verdict("failure", f"{at}a gradient has another shape or dtype")
+        error = error_between(g.gradients, w.gradients)
+        if error > tolerance and not drifted and error > allowed(number):
+            return Verdict("failure", f"{at}a gradient is off by {error:.1e}")
+    theirs = {str(w.message) for w in want.warned}
+    for w in got.warned:
+        if not issubclass(w.category, RevfxWarning) and str(w.message) not in theirs:
+            return Verdict("failure", f"another warning: {w.message}")
+    return Verdict("drift was warned of" if drifted else "same")
+
+
+def written(error: Exception) -> bool:
+    """Whether autograd raised because a tensor was written to after the forward."""
+    return WRITTEN in str(error)
+
+
+def documented(error: Exception | None) -> bool:
+    """Whether an error is one that revfx promises in place of a wrong gradient."""
+    texts = ("revfx: ", "`f` of layer ", "`g` of layer ")  # of a compiled graph; of `rev_block`, a ValueError
+    return isinstance(error, RevfxError) or (error is not None and str(error).startswith(texts))
+
+
+def refusal(error: Exception | None) -> str:
+    """The kind of refusal that a documented error is: its class, and its text without names and numbers."""
+    words = re.sub(r"`[^`]*`|<[^>]*>|[\d().,:]+", "", str(error)).split()
+    return f"raised {type(error).__name__}: {' '.join(words[:7])}"
+
+
+def conditioning(program: Program, want: Run) -> Callable[[int], float]:
+    """By step, how far gradients may be off: what a change by a few units in the last place does to plain ones."""
+    runs: list[Run] = []
+
+    def allowed(number: int) -> float:
+        if not runs:
+            for seed in range(1, 5):
+                model = build(program)
+                runs.append(run(program, model, model, perturb=seed))
+        steps = [r.steps[number] for r in runs if r.steps[number].error is None]
+        return MARGIN * max((error_between(s.gradients, want.steps[number].gradients) for s in steps), default=0.0)
+
+    return allowed

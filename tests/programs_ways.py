@@ -1,0 +1,99 @@
+"""The ways in which a random program is taken by revfx, each against what it has to equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from programs import Couple, Program, blocked, blocked_exactly, build, written_out
+from programs_check import Verdict, compare, conditioning
+from programs_steps import run
+
+from revfx.convert import Reversible, convert
+from revfx.partitioner import reports
+from revfx.testing import store_activations
+
+
+# inductor draws as eager kernels do, and compiles fast
+OPTIONS: dict[str, dict[str, Any]] = {"aot_eager": {}, "inductor": {"cpp.simdlen": 1, "fallback_random": True}}
+
+
+def by_convert(program: Program, couple: Couple = written_out, **options: Any) -> Verdict:
+    """`convert` against the plain model."""
+    plain, model = build(program), build(program, couple)
+    want = run(program, plain, plain)
+    converted: Any = convert(model, **options)
+    got = run(program, model, converted)
+    verdict, info = compare(got, want, conditioning(program, want)), converted.revfx
+    if verdict.kind == "failure" and info.compiled_tried and by_stock(program, "aot_eager").kind == "failure":
+        verdict = Verdict("stock differs", verdict.text)
+    text = verdict.text or ("compiled; " * info.compiled_tried + "; ".join(r.reason for r in info.refusals))
+    return Verdict(verdict.kind, text, found_in(converted))
+
+
+def by_convert_exactly(program: Program) -> Verdict:
+    """`convert(exact=True)` against the same forward with ordinary storage: gradients are equal, bit for bit."""
+    stored, model = build(program), build(program)
+    converted: Any = convert(stored, exact=True, capture="fx")
+
+    def call(*args: Any) -> Any:
+        with store_activations():
+            return converted(*args)
+
+    want = run(program, stored, call)
+    rounded: Any = convert(model, exact=True, capture="fx")
+    verdict = compare(run(program, model, rounded), want, lambda step: 0.0, tolerance=0.0)
+    return Verdict(verdict.kind, verdict.text, found_in(rounded))
+
+
+def by_rev_block(program: Program) -> Verdict:
+    """`rev_block` where the plain model writes its couplings out."""
+    plain, model = build(program), build(program, blocked)
+    want = run(program, plain, plain)
+    verdict = compare(run(program, model, model), want, conditioning(program, want))
+    return Verdict(verdict.kind, verdict.text, True)
+
+
+def by_rev_block_exactly(program: Program) -> Verdict:
+    """`rev_block(exact=True)` against the same with ordinary storage."""
+    stored, model = build(program, blocked_exactly), build(program, blocked_exactly)
+
+    def call(*args: Any) -> Any:
+        with store_activations():
+            return stored(*args)
+
+    want = run(program, stored, call)
+    verdict = compare(run(program, model, model), want, lambda step: 0.0, tolerance=0.0)
+    return Verdict(verdict.kind, verdict.text, True)
+
+
+def by_backend(program: Program, inner: str = "aot_eager") -> Verdict:
+    """`torch.compile(model, backend="revfx")` against the plain model; where it differs, against the same compiler
+    without revfx.
+    """
+    with reports() as found:
+        verdict = _compiled(program, "revfx", {"inner": inner, **OPTIONS[inner]})
+    if verdict.kind == "failure" and by_stock(program, inner).kind == "failure":
+        verdict = Verdict("stock differs", verdict.text)
+    return Verdict(verdict.kind, verdict.text, any(r.regions for r in found))
+
+
+def by_stock(program: Program, inner: str) -> Verdict:
+    """`torch.compile` without revfx against the plain model."""
+    return _compiled(program, inner, OPTIONS[inner] or None)
+
+
+def _compiled(program: Program, backend: str, options: dict[str, Any] | None) -> Verdict:
+    plain, model = build(program), build(program)
+    want = run(program, plain, plain)
+    torch.compiler.reset()
+    got = run(program, model, torch.compile(model, backend=backend, options=options))
+    torch.compiler.reset()
+    return compare(got, want, conditioning(program, want), exactly="cpp.simdlen" not in (options or {}))
+
+
+def found_in(converted: Any) -> bool:
+    """Whether a converted model has a region."""
+    info = converted.revfx
+    inner = any(found_in(m) for m in converted.modules() if m is not converted and isinstance(m, Reversible))
+    return inner or any(p.regions for p in info.plans) or (info.compiled is not None and info.compiled.found)
