@@ -50,7 +50,8 @@ NONE, RARE, PERHAPS, CERTAIN = 0, 1, 2, 3
 def has_atoms(name: str, operands: Iterable[int]) -> int:
     """NONE, RARE or PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such operands.
 
-    A sum of which an addend is RARE has none.
+    A sum of which an addend is RARE has none. A number that is added, or multiplied by, moves atoms to where nothing is
+    counted.
     """
     bare = name if name.endswith("__") else name.rstrip("_")
     operands = list(operands)
@@ -64,6 +65,10 @@ def has_atoms(name: str, operands: Iterable[int]) -> int:
         return operands[0]
     if bare in JOINS and min(operands) < max(operands):
         return min(PERHAPS, max(operands))  # one part has atoms, another none: whichever is taken out again is counted
+    if bare in SUMS and len(operands) == 1:
+        return CERTAIN if operands[0] >= PERHAPS else NONE
+    if bare in PRODUCTS and len(operands) == 1:
+        return operands[0]
     if bare in SUMS:
         return PERHAPS if min(operands) >= PERHAPS else NONE
     return min(PERHAPS, max(operands)) if bare in PRODUCTS else max(operands)

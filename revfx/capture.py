@@ -310,6 +310,7 @@ class _Recorder(TorchFunctionMode):
             node.meta["barrier"] = "it draws from a generator of its own, whose state is not tracked"
         if mutated:
             node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
+            node.meta["unseen"] = not torch.is_grad_enabled() and any(t.requires_grad for t in mutated)
             for t in mutated:
                 key = _torch.storage_key(t)
                 self.generation[key] = self.generation.get(key, 0) + 1

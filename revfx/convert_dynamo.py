@@ -8,6 +8,7 @@ region is run by revfx's backend over eager kernels; every other one is run as i
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import types
 import warnings
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from revfx import _torch
 from revfx.ambient import ambient_state
@@ -104,7 +106,7 @@ class Compiled:
         """The function that runs one graph that dynamo captured."""
         from revfx import backend, partitioner
 
-        plain = torch.compiler.disable(gm.forward)
+        plain = torch.compiler.disable(_uncompiled(gm).forward)
         if (written := _read_and_written(gm.graph)) is not None:
             self._fails(gm, f"it reads `{written}` and writes it in place, so what it read is not there any more")
             return plain
@@ -131,6 +133,33 @@ def _compiler() -> types.ModuleType:
         warnings.simplefilter("ignore")
         from revfx import _compile
     return _compile
+
+
+def _uncompiled(gm: fx.GraphModule) -> fx.GraphModule:
+    """`gm` as plain autograd can run it: a checkpoint in it draws the same random numbers again.
+
+    As dynamo captures it, it leaves them to the compiler, and would draw others: a wrong gradient and no error.
+    """
+    if not any(n.target is _CHECKPOINT for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes):
+        return gm
+    made = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for node in made.graph.nodes:
+        if node.target is _CHECKPOINT:
+            node.target = _checkpoint
+    for name, part in made.named_children():
+        if isinstance(part, fx.GraphModule):
+            setattr(made, name, _uncompiled(part))
+    made.recompile()
+    return made
+
+
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def _checkpoint(part: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    context = part.meta.get("_checkpoint_context_fn")
+    given = {**kwargs, "use_reentrant": False} | ({} if context is None else {"context_fn": context})
+    return checkpoint(part, *args, **given)
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,6 +46,8 @@ def _why_not(
     functional = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
     if not functional and node.kwargs.get("inplace") is not True:
         return "it writes in place, and has no functional form"
+    if node.meta.get("unseen"):
+        return "it writes in place, without gradients, to a value that has one"
     if _dtype_differs(node, written[0]):
         return "it writes in place a result of another dtype"
     here = position[node]

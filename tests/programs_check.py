@@ -30,11 +30,11 @@ class Verdict:
 
 # --- comparing
 def error_between(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> float:
-    """The largest relative error; a gradient under 1e-6 of the largest one's norm is measured against that."""
+    """The largest relative error; a gradient under 1e-4 of the largest one's norm is measured against that."""
     both = zip(got, want, strict=True)
     pairs = [(g.double(), w.double()) for g, w in both if g is not None and w is not None]
     norms = [float(w.norm()) for _, w in pairs]
-    floor = 1e-6 * max(norms, default=0.0) or 1.0
+    floor = 1e-4 * max(norms, default=0.0) or 1.0
     errors = [float((g - w).norm()) / max(n, floor) for (g, w), n in zip(pairs, norms, strict=True)]
     return max((e if e == e else float("inf") for e in errors), default=0.0)
 

@@ -35,12 +35,8 @@ def by_convert_exactly(program: Program) -> Verdict:
     """`convert(exact=True)` against the same forward with ordinary storage: gradients are equal, bit for bit."""
     stored, model = build(program), build(program)
     converted: Any = convert(stored, exact=True, capture="fx")
-
-    def call(*args: Any) -> Any:
-        with store_activations():
-            return converted(*args)
-
-    want = run(program, stored, call)
+    with store_activations():
+        want = run(program, stored, converted)
     rounded: Any = convert(model, exact=True, capture="fx")
     verdict = compare(run(program, model, rounded), want, lambda step: 0.0, tolerance=0.0)
     return Verdict(verdict.kind, verdict.text, found_in(rounded))
@@ -57,12 +53,8 @@ def by_rev_block(program: Program) -> Verdict:
 def by_rev_block_exactly(program: Program) -> Verdict:
     """`rev_block(exact=True)` against the same with ordinary storage."""
     stored, model = build(program, blocked_exactly), build(program, blocked_exactly)
-
-    def call(*args: Any) -> Any:
-        with store_activations():
-            return stored(*args)
-
-    want = run(program, stored, call)
+    with store_activations():
+        want = run(program, stored, stored)
     verdict = compare(run(program, model, model), want, lambda step: 0.0, tolerance=0.0)
     return Verdict(verdict.kind, verdict.text, True)
 

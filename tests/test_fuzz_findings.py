@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import revfx
+from revfx.errors import RevfxWarning
 from revfx.testing import assert_same_grads
 
 
@@ -49,3 +52,52 @@ def test_truth_values_are_added_to_a_stream() -> None:
             return torch.cat([a, b], -1)
 
     check(Adds())
+
+
+def test_write_without_gradients_leaves_the_gradient_of_what_it_writes_to() -> None:
+    """Made functional, `b + 1` under `no_grad` would have none."""
+
+    class Writes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f in self.f:
+                a, b = b, a + f(b)
+            with torch.no_grad():
+                b.add_(1)
+            return torch.cat([a, b], -1)
+
+    check(Writes())
+
+
+def test_checkpoint_that_dynamo_captured_draws_the_same_dropout_again() -> None:
+    """Run without the compiler, dynamo's checkpoint does not restore the random state: masks differed."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Any:
+            return x + checkpoint(self.f, checkpoint(self.f, x, use_reentrant=False), use_reentrant=False)
+
+    model, x = Noisy(), torch.randn(5, 6, requires_grad=True)
+    with pytest.warns(RevfxWarning):
+        assert_same_grads(revfx.convert(model), model, [x])
+    with pytest.warns(RevfxWarning):
+        assert_same_grads(revfx.convert(model, capture="dynamo"), model, [x])
+
+
+def test_zeros_moved_to_another_number_are_looked_for_there() -> None:
+    """`0.5 + relu(h)` is exactly 0.5 in many places, where `hardshrink` has its threshold."""
+
+    class Shifts(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f, g in zip(self.f[::2], self.f[1::2], strict=True):
+                a = 0.5 + torch.relu(f(b) - 0.5)
+                b = b + g(functional.hardshrink(a))
+                a = a + f(b)
+                b = b + g(a)
+            return torch.cat([a, b], -1)
+
+    check(Shifts(), torch.randn(16, 6, requires_grad=True))
