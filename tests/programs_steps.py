@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -79,11 +80,12 @@ def _between(way: str, model: nn.Module, call: Call) -> None:
 
 
 def _perturb(tensors: Sequence[Tensor], seed: int) -> None:
+    """Each element by itself: which of two equal ones is larger is then as undetermined as rounding leaves it."""
     generator = torch.Generator().manual_seed(seed)
     for t in tensors:
         if t.is_floating_point():
-            ulps = float(torch.rand((), generator=generator, dtype=torch.float64) - 0.5) * 2 * ULPS
-            t.mul_(1 + ulps * torch.finfo(torch.float64).eps)
+            ulps = (torch.rand(t.shape, generator=generator, dtype=torch.float64) - 0.5) * 2 * ULPS
+            t.copy_(t * (1 + ulps * torch.finfo(torch.float64).eps))
 
 
 def _step(program: Program, model: nn.Module, call: Call, number: int, perturb: int) -> Step:
@@ -110,7 +112,7 @@ def _step(program: Program, model: nn.Module, call: Call, number: int, perturb: 
         step.backward = True
         if way == "written":
             _write(program.seed, leaves, model, outputs)
-        with _noted() if way == "written" else contextlib.nullcontext():
+        with _noted(program, model) if way == "written" else contextlib.nullcontext():
             if losses:
                 more = _backward(way, losses, [*leaves, *model.parameters()], outputs)
         step.backward = False
@@ -126,12 +128,14 @@ WRITTEN = "something was written to after the forward"
 
 
 @contextlib.contextmanager
-def _noted() -> Any:
-    """A context that says of an error that something had been written to."""
+def _noted(program: Program, model: nn.Module) -> Any:
+    """A context that says of an error that something had been written to; not if the program does so itself."""
     try:
         yield
     except Exception as e:
-        e.args = (f"{e} ({WRITTEN})",)
+        once = run(dataclasses.replace(program, way="once"), model, model)
+        if not any(s.backward for s in once.steps):
+            e.args = (f"{e} ({WRITTEN})",)
         raise
 
 
