@@ -12,7 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    in_kernel_invocation_manager,
+)
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -33,6 +37,30 @@ def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     with mode:
         whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         return whole.requires_grad_(tensor.requires_grad)
+
+
+def fake(
+    mode: FakeTensorMode,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    offset: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: torch.Tensor | None,
+) -> torch.Tensor:
+    """A fake tensor of such a shape, in memory of its own or in that of `base`."""
+    with in_kernel_invocation_manager(mode):
+        if base is None:
+            empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        else:
+            empty = torch.empty(0, dtype=dtype, device="meta")
+            empty.set_(base.untyped_storage(), offset, shape, stride)
+    return FakeTensor(mode, empty, device)
+
+
+def is_plain_fake(value: object) -> bool:
+    """Whether `value` is a fake tensor that stands for nothing known, such as a number."""
+    return type(value) is FakeTensor and value.constant is None
 
 
 def is_fake(value: object) -> bool:

@@ -158,7 +158,7 @@ _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 def _checkpoint(part: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     context = part.meta.get("_checkpoint_context_fn")
-    given = {**kwargs, "use_reentrant": False} | ({} if context is None else {"context_fn": context})
+    given: dict[str, Any] = {**kwargs, "use_reentrant": False} | ({} if context is None else {"context_fn": context})
     return checkpoint(part, *args, **given)
 
 

@@ -27,6 +27,7 @@ from revfx.mode import simulating, uncollected
 from revfx.passes._torch import draws
 from revfx.passes.sizes import muted
 from revfx.scratch import scratch
+from revfx.shapes import Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,9 @@ class Timeline:
 class Ledger(TorchDispatchMode):
     """Notes the memory of every result, and what it takes to compute it."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
+        self.shapes = shapes
         self.held: dict[int, int] = {}
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now = self.flops = 0
@@ -80,7 +82,7 @@ class Ledger(TorchDispatchMode):
         self.now -= self.held.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self.shapes.run(func, args, kwargs or {})
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor) and t.layout == torch.strided:
                 self.enter(t)
@@ -99,6 +101,7 @@ class Simulation:
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.model, self.given = model, (args, kwargs)
         self.mode = _torch.fake_mode()
+        self.shapes = Shapes(self.mode)
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextlib.contextmanager
@@ -140,7 +143,7 @@ class Simulation:
         Raises:
             Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
         """
-        ledger = Ledger()
+        ledger = Ledger(self.shapes)
         quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
         with quiet, uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
             for _, fake in self.fakes.values():
