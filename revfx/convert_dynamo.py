@@ -143,6 +143,7 @@ def _uncompiled(gm: fx.GraphModule) -> fx.GraphModule:
     if not any(n.target is _CHECKPOINT for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes):
         return gm
     made = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    made.meta.update(gm.meta)
     for node in made.graph.nodes:
         if node.target is _CHECKPOINT:
             node.target = _checkpoint
