@@ -1,0 +1,96 @@
+"""Very deep models: gradients are right, memory stays flat, and neither recursion nor time gets out of hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compiled import compiled, fresh as fresh, inverted
+from helpers import fp64 as fp64, relative_error
+from torch import Tensor, nn
+
+from revfx import RevBlock, convert
+from revfx.partitioner import reports
+from revfx.testing import measure_memory, store_activations
+
+
+WIDTH, ROWS = 4, 16
+STREAM = ROWS * WIDTH * 8  # bytes
+
+
+class Small(nn.Module):
+    """tanh(W x + b) / 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) / 10
+
+
+class Written(nn.Module):
+    """The couplings in a loop."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(Small() for _ in range(layers)) for _ in "fg")
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+class Blocked(Written):
+    """The same by `RevBlock`."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.block = RevBlock(self.f, self.g, layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.block(*x.chunk(2, -1)), -1)
+
+
+def gradients(call: Any, model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    """Of the mean square of `call(x)`, for `x` and all parameters."""
+    return list(torch.autograd.grad(call(x).square().mean(), [x, *model.parameters()]))
+
+
+def assert_flat(call: Any, model: nn.Module, layers: int) -> None:
+    """The gradients are plain autograd's, and memory does not grow with the layers."""
+    x = torch.randn(ROWS, 2 * WIDTH, requires_grad=True)
+    got = gradients(call, model, x)
+    with store_activations():
+        want = gradients(model, model, x)
+    assert relative_error(got, want) < 1e-9
+    for t, g in zip([x, *model.parameters()], got, strict=True):
+        t.grad = g  # so that it is not counted
+    memory = measure_memory(lambda: call(x).square().mean(), warm_up=False)
+    plain = 4 * STREAM * layers  # f reads its input, tanh its output; so does g
+    assert memory.peak < 0.03 * plain + 128 * STREAM, memory
+
+
+def test_ten_thousand_couplings_of_a_block() -> None:
+    model = Blocked(5_000)
+    assert_flat(model, model, 5_000)
+
+
+def test_two_thousand_couplings_of_a_converted_model() -> None:
+    model = Written(1_000)
+    call = convert(model)
+    assert_flat(call, model, 1_000)
+    (plan,) = call.revfx.plans
+    assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) > 1_990
+
+
+@pytest.mark.usefixtures("fresh")
+def test_two_hundred_couplings_of_a_compiled_model() -> None:
+    model = Written(100)
+    with reports() as found:
+        assert_flat(compiled(model, "aot_eager"), model, 100)
+    assert sum(map(inverted, found)) > 190
