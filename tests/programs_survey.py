@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed as seeded, settings, stra
 from programs import Program, minimised
 from programs_check import Verdict
 from programs_draw import block_programs, programs
+from programs_slopes import by_slopes
 from programs_ways import by_backend, by_convert, by_convert_exactly, by_rev_block, by_rev_block_exactly
 
 
@@ -29,7 +30,8 @@ class Way:
 recordable = functools.partial(programs, recordable=True)
 WAYS = {
     "convert": Way(by_convert, programs, 100, 0.5),
-    "convert, exact": Way(by_convert_exactly, recordable, 20, 0.1),
+    "slopes": Way(by_slopes, programs, 12, 0.05),
+    "convert, exact": Way(by_convert_exactly, recordable, 20, 0.05),
     "rev_block": Way(by_rev_block, block_programs, 60, 0.2),
     "rev_block, exact": Way(by_rev_block_exactly, block_programs, 30, 0.1),
     "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), programs, 12, 0.09),
