@@ -82,7 +82,7 @@ def test_ten_thousand_couplings_of_a_block() -> None:
 
 def test_two_thousand_couplings_of_a_converted_model() -> None:
     model = Written(1_000)
-    call = convert(model)
+    call: Any = convert(model)
     assert_flat(call, model, 1_000)
     (plan,) = call.revfx.plans
     assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) > 1_990
