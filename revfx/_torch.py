@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
-"""Every use of private torch API, in one place. Read in torch 2.9 and 2.13.
+"""Every use of private torch API, in one place. Read in torch 2.12, 2.13 and 2.15.
 
 Each function says what it stands for, so that a public spelling can take its place when there is one.
 """

@@ -185,7 +185,7 @@ def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: 
         return _measure_cuda(step, device)
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         loss = step()
         with record_function("revfx::backward"):
             loss.backward()
