@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -151,6 +152,11 @@ def fsdp_in_use() -> bool:
 def no_torch_function() -> Any:
     """A context in which torch functions run without modes or subclass hooks."""
     return torch._C.DisableTorchFunction()
+
+
+def no_torch_dispatch() -> Any:
+    """A context in which dispatch modes around it see nothing."""
+    return _disable_current_modes()
 
 
 def in_jit() -> bool:

@@ -256,14 +256,29 @@ class Conversion:
             return forward(*args, **kwargs)
         if self.options.capture == "dynamo" and self.compiled is None:
             self.compiled = self._compile(model)
+        outcome = None
         if self.compiled is None and tensors:
             outcome = self.prepare(model, args, kwargs)
             if outcome.plan is not None:
                 return outcome.plan.run(leaves, store=plain)
         compiled = self.compiled
-        if compiled is None or store:
-            return forward(*args, **kwargs)
-        return self._call_compiled(compiled, model, args, kwargs)
+        try:
+            if compiled is None or store:
+                return forward(*args, **kwargs)
+            return self._call_compiled(compiled, model, args, kwargs)
+        except BaseException:
+            if outcome is not None and outcome.untraceable:
+                self._forget(outcome)
+            raise
+
+    def _forget(self, refused: Outcome) -> None:
+        """None; a call that raised, recorded and for real, tells nothing of the next one, which is recorded again."""
+        with self.lock:
+            for found in self.outcomes.values():
+                found[:] = [(state, outcome) for state, outcome in found if outcome is not refused]
+            if self.pending is refused:
+                self.pending = self.compiled = None
+                self.compiled_tried = False
 
 
 class Reversible(nn.Module):

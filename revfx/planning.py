@@ -119,7 +119,8 @@ def make_plan(
     """
     search = _Search(root, forward, args, kwargs, anchor_every, exact)
     try:
-        with without_hooks(), muted(_torch.FAKE_LOGGER):  # the fake forward may run inside another region
+        # the fake forward may run inside another region, and under modes that count or change what runs
+        with without_hooks(), _torch.no_torch_dispatch(), muted(_torch.FAKE_LOGGER):
             return search.run()
     except Untraceable as e:
         name = fingerprint.name_of(root)

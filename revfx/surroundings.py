@@ -236,12 +236,20 @@ class Surroundings:
                 self.random.restore()
             yield
         finally:
-            for holder, key, value in reversed(swapped):
-                holder[key] = value
-            for holder, before in attributes:
-                for key in holder.keys() - before.keys():
-                    del holder[key]
-                holder.update(before)
-            put_back(containers)
-            if random is not None:
-                random.restore()
+
+            def put_all_back() -> None:
+                for holder, key, value in reversed(swapped):
+                    holder[key] = value
+                for holder, before in attributes:
+                    for key in holder.keys() - before.keys():
+                        del holder[key]
+                    holder.update(before)
+                put_back(containers)
+                if random is not None:
+                    random.restore()
+
+            try:
+                put_all_back()
+            except BaseException:  # an interrupt: what is put back twice is as what is put back once
+                put_all_back()
+                raise
