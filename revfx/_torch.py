@@ -164,7 +164,7 @@ _LEAF = pytree.tree_structure(0)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """As `pytree.tree_flatten`, which at every call leaves a function that refers to itself to the garbage collector."""
+    """As `pytree.tree_flatten`, which at every call leaves the garbage collector a function that refers to itself."""
     leaves: list[Any] = []
     return leaves, _spec(tree, leaves)
 

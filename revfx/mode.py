@@ -66,8 +66,8 @@ def can_store(inputs: Iterable[Tensor]) -> bool:
 def without_hooks() -> Generator[None]:
     """A context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does.
 
-    An operation's result, packed as it is, would be held by its own history, for ever: a cycle through autograd's graph,
-    where Python's collector can't look.
+    An operation's result, packed as it is, would be held by its own history, for ever: a cycle through autograd's
+    graph, where Python's collector can't look.
     """
     with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
         yield

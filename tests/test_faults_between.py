@@ -61,7 +61,7 @@ def _no_grad(model: nn.Module) -> None:
 
 def _foreach(model: nn.Module) -> None:
     with torch.no_grad():
-        torch._foreach_mul_(list(model.parameters()), 2.0)
+        torch._foreach_mul_(list(model.parameters()), 2.0)  # pyright: ignore[reportPrivateUsage,reportPrivateImportUsage]
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
@@ -106,10 +106,10 @@ def test_fused_step_between_forward_and_backward_is_not_counted_by_torch_and_rai
     """Plain autograd goes on with the new weights and says nothing (torch 2.13): when it raises, so will revfx."""
     fs, gs = mlps(DEPTH), mlps(DEPTH)
     both = nn.ModuleList([*fs, *gs])
-    versions = [p._version for p in both.parameters()]  # pyright: ignore[reportPrivateUsage]
+    versions = [p._version for p in both.parameters()]
     loss = loss_of(built(way, fs, gs)(leaf(6, 8)))
     _steps(make, fused=True)(both)
-    assert versions == [p._version for p in both.parameters()]  # pyright: ignore[reportPrivateUsage]
+    assert versions == [p._version for p in both.parameters()]
     with pytest.raises(revfx.RevfxError if way != "compile" else RuntimeError, match="regenerated"):
         loss.backward()
 
@@ -189,8 +189,10 @@ def test_forward_without_a_backward_leaves_what_plain_code_leaves(way: str) -> N
 # --- the model, between steps
 MOVES: dict[str, Callable[[Any], Any]] = {
     "to float and back": lambda m: m.float().double(),
-    "to meta and back": lambda m: (state := copy.deepcopy(m.state_dict()), m.to_empty(device="meta"))
-    and (m.to_empty(device="cpu"), m.load_state_dict(state)),
+    "to meta and back": lambda m: (
+        (state := copy.deepcopy(m.state_dict()), m.to_empty(device="meta"))
+        and (m.to_empty(device="cpu"), m.load_state_dict(state))
+    ),
     "eval": lambda m: m.eval(),
     "eval and train": lambda m: m.eval().train(),
     "half of it in eval": lambda m: m[0].eval(),
