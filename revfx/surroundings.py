@@ -228,6 +228,18 @@ class Surroundings:
                     f" backward, so the activations of `{self.name}` can't be regenerated as they were. Run the"
                     " backward before the update, or keep the activations with `revfx.testing.store_activations()`."
                 )
+
+        def put_all_back() -> None:
+            for holder, key, value in reversed(swapped):
+                holder[key] = value
+            for holder, before in attributes:
+                for key in holder.keys() - before.keys():
+                    del holder[key]
+                holder.update(before)
+            put_back(containers)
+            if random is not None:
+                random.restore()
+
         try:
             for h in self.reads.tensors:
                 use = h.tensor if h.clone is None else h.clone.detach().clone().requires_grad_(h.clone.requires_grad)
@@ -240,18 +252,6 @@ class Surroundings:
                 self.random.restore()
             yield
         finally:
-
-            def put_all_back() -> None:
-                for holder, key, value in reversed(swapped):
-                    holder[key] = value
-                for holder, before in attributes:
-                    for key in holder.keys() - before.keys():
-                        del holder[key]
-                    holder.update(before)
-                put_back(containers)
-                if random is not None:
-                    random.restore()
-
             try:
                 put_all_back()
             except BaseException:  # an interrupt: what is put back twice is as what is put back once

@@ -194,3 +194,34 @@ def test_modes_that_count_operations_see_nothing_of_planning() -> None:
             loss_of(model(x)).backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("way", ("convert", "rev_block"))
+def test_interrupt_while_what_a_re_run_changed_is_put_back_changes_nothing(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, set_state = built(way), leaf(6, 8), torch.set_rng_state
+    calls = [0, 0]  # so far, and which one is interrupted, after its work or instead of it
+
+    def interrupted(state: Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == calls[1]:
+            if calls[1] % 4 < 2:
+                set_state(state)
+            raise KeyboardInterrupt
+        set_state(state)
+
+    for n in itertools.count(1):
+        loss = loss_of(model(x))
+        left, before = Left.by(model), around(model)
+        with monkeypatch.context() as patch:
+            calls[:] = 0, n
+            patch.setattr(torch, "set_rng_state", interrupted)
+            try:
+                loss.backward()
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        assert around(model) == before and Left.by(model) == left, n
+    assert n > 4 * DEPTH  # every re-run sets the state, and sets it back
