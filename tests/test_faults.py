@@ -100,7 +100,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("way", ("convert", "rev_block"))
-@pytest.mark.parametrize(("mode", "every"), [(Dispatched, 29), (Called, 61)])
+@pytest.mark.parametrize(("mode", "every"), [(Dispatched, 43), (Called, 97)])
 def test_what_raises_at_any_operation_of_a_step_comes_through_and_leaves_nothing(
     way: str, mode: Mode, every: int
 ) -> None:
