@@ -211,7 +211,9 @@ def test_interrupt_while_what_a_re_run_changed_is_put_back_changes_nothing(
             raise KeyboardInterrupt
         set_state(state)
 
-    for n in itertools.count(1):
+    n = 0
+    while True:
+        n += 1
         loss = loss_of(model(x))
         left, before = Left.by(model), around(model)
         with monkeypatch.context() as patch:
