@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     in_kernel_invocation_manager,
 )
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -179,6 +181,29 @@ def fsdp_in_use() -> bool:
 def no_torch_function() -> Any:
     """A context in which torch functions run without modes or subclass hooks."""
     return torch._C.DisableTorchFunction()
+
+
+def no_torch_dispatch() -> Any:
+    """A context in which dispatch modes around it see nothing."""
+    return _disable_current_modes()
+
+
+_LEAF = pytree.tree_structure(0)
+
+
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """As `pytree.tree_flatten`, which at every call leaves the garbage collector a function that refers to itself."""
+    leaves: list[Any] = []
+    return leaves, _spec(tree, leaves)
+
+
+def _spec(tree: Any, leaves: list[Any]) -> pytree.TreeSpec:
+    if pytree.tree_is_leaf(tree):
+        leaves.append(tree)
+        return _LEAF
+    kind = pytree._get_node_type(tree)
+    children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
+    return pytree.TreeSpec(kind, context, [_spec(child, leaves) for child in children])
 
 
 def in_jit() -> bool:

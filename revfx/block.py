@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revfx import _torch
 from revfx.block_compiled import compiled_chain
 from revfx.calls import Call, Slot
 from revfx.executor import RegionPlan, run_region, store_region
@@ -318,7 +319,7 @@ def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]
     slots: list[Any] = []
     at = first
     for side in sides:
-        leaves, spec = pytree.tree_flatten(side)
+        leaves, spec = _torch.flatten(side)
         mine = [t for t in leaves if isinstance(t, Tensor)]
         numbers = iter(range(at, at + len(mine)))
         slots.append(pytree.tree_unflatten([Slot(next(numbers)) if isinstance(t, Tensor) else t for t in leaves], spec))

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import ambient_state, generators, restore, torchs_generator, where, where_raised
+from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where, where_raised
 from revfx.containers import put_back
 from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
 from revfx.inplace import functionalise
@@ -67,7 +67,8 @@ EFFECTS = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
     "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
 )
-GIVEN = "writes to a list, dict or object that it was given, which a recorded graph would not repeat"
+LOST = "which a recorded graph would not repeat"
+GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 _lock = threading.Lock()
 _local = threading.local()
 
@@ -86,28 +87,23 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
         recorder.lasting.update(id(v) for table in outside.tables() for v in table.values())
         read, containers = outside.state(), held(Outside.of(root.modules(), forward).tables())
         try:
-            with _patched(), noting_reads() as reads, recorder.active():
+            # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
+            with _patched(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
                 fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
                 with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                     result = forward(*fake_args, **fake_kwargs)
             changed = before.changed()
             if changed is not None:
-                raise Untraceable(
-                    f"its forward sets `{changed[1]}`, which a recorded graph would not repeat",
-                    path=watched[changed[0]][0],
-                )
+                raise Untraceable(f"its forward sets `{changed[1]}`, {LOST}", path=watched[changed[0]][0])
             if outside.state() != read:
-                raise Untraceable(
-                    "its forward changes a global or a variable that it closes over, which a recorded graph would not"
-                    " repeat"
-                )
+                raise Untraceable(f"its forward changes a global or a variable that it closes over, {LOST}")
             for (name, *_, then), (*_, now) in zip(drawn, [*generators(), torchs_generator()], strict=True):
                 if now != then:
-                    raise Untraceable(
-                        f"its forward draws from {name} or seeds it, which a recorded graph would not repeat"
-                    )
+                    raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
             with _torch.no_torch_function():
                 return replace(recorder.finish(result), reads=reads)
+        except MemoryError:  # says nothing of the forward
+            raise
         except Exception as e:
             raise _untraceable(e, recorder.stack[-1]) from e
         finally:
@@ -464,9 +460,7 @@ def _patched() -> Generator[None]:
         def patched_set(state: Tensor) -> None:  # what `fork_rng` ends with
             recorder = getattr(_local, "recorder", None)
             if recorder is not None and not recorder.suspended:
-                raise Untraceable(
-                    "its forward sets the state of torch's generator, which a recorded graph would not repeat"
-                )
+                raise Untraceable(f"its forward sets the state of torch's generator, {LOST}")
             set_rng_state(state)
 
         torch.set_rng_state = patched_set

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from revfx import _torch, fingerprint
 from revfx.ambient import ambient_state
@@ -158,7 +157,7 @@ class Conversion:
 
     def prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
         """The outcome for calls like this one, made now if there is none."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = _torch.flatten((args, kwargs))
         key = (_call_key(leaves), spec, ambient_state())
         with self.lock:
             outcome = self._known(key, model)
@@ -248,7 +247,7 @@ class Conversion:
         forward = self.forward(model)
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        leaves, _ = pytree.tree_flatten((args, kwargs))
+        leaves, _ = _torch.flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         plain = runs_plain(tensors)
         store = plain and (storing() or (self.options.exact is not None and can_store(tensors)))
@@ -256,14 +255,29 @@ class Conversion:
             return forward(*args, **kwargs)
         if self.options.capture == "dynamo" and self.compiled is None:
             self.compiled = self._compile(model)
+        outcome = None
         if self.compiled is None and tensors:
             outcome = self.prepare(model, args, kwargs)
             if outcome.plan is not None:
                 return outcome.plan.run(leaves, store=plain)
         compiled = self.compiled
-        if compiled is None or store:
-            return forward(*args, **kwargs)
-        return self._call_compiled(compiled, model, args, kwargs)
+        try:
+            if compiled is None or store:
+                return forward(*args, **kwargs)
+            return self._call_compiled(compiled, model, args, kwargs)
+        except BaseException:
+            if outcome is not None and outcome.untraceable:
+                self._forget(outcome)
+            raise
+
+    def _forget(self, refused: Outcome) -> None:
+        """None; a call that raised, recorded and for real, tells nothing of the next one, which is recorded again."""
+        with self.lock:
+            for found in self.outcomes.values():
+                found[:] = [(state, outcome) for state, outcome in found if outcome is not refused]
+            if self.pending is refused:
+                self.pending = self.compiled = None
+                self.compiled_tried = False
 
 
 class Reversible(nn.Module):

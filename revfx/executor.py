@@ -32,7 +32,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, images, schedule
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
-from revfx.surroundings import Random, Surroundings, reads_of
+from revfx.surroundings import Random, Surroundings, noted
 
 
 Env = dict[int, Tensor]
@@ -225,10 +225,11 @@ class RegionRun:
         op, call = self.program.ops[index], self.calls[index]
         data = [v for v in op.ins if v in env]
         before = [_torch.version(env[v]) for v in data]
-        surroundings = Surroundings(call.name, reads_of((call.fn, call.args, call.kwargs))) if op.opaque else None
+        around = noted(call.name, (call.fn, call.args, call.kwargs)) if op.opaque else contextlib.nullcontext()
         self.current = index
         try:
-            outs = call.invoke(env)
+            with around as surroundings:
+                outs = call.invoke(env)
         finally:
             self.current = None
             fresh, self.fresh = self.fresh, []
@@ -240,7 +241,6 @@ class RegionRun:
             if not now.same(self.random):
                 surroundings.random = self.random
             self.random = now
-            surroundings.settle()
             self.surroundings[index] = surroundings
         for v, version in zip(data, before, strict=True):
             if _torch.version(env[v]) != version:

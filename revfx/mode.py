@@ -47,23 +47,29 @@ def storing() -> bool:
 
 
 def runs_plain(inputs: Iterable[Tensor]) -> bool:
-    """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, fake
-    inputs.
+    """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, inputs
+    without data.
     """
     return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
 
 
 def can_store(inputs: Iterable[Tensor]) -> bool:
-    """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func, tracers, fake inputs."""
+    """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func or tracers, and not on
+    fake inputs or on "meta", where there is no memory to save.
+    """
     if _torch.in_jit() or _torch.in_functorch_transform():
         return False
-    return _simulating.get() or not any(_torch.is_fake(t) for t in inputs)
+    return _simulating.get() or not any(_torch.is_fake(t) or t.is_meta for t in inputs)
 
 
 @contextlib.contextmanager
 def without_hooks() -> Generator[None]:
-    """A context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does."""
-    with saved_tensors_hooks(lambda t: t, lambda t: t):
+    """A context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does.
+
+    An operation's result, packed as it is, would be held by its own history, for ever: a cycle through autograd's
+    graph, where Python's collector can't look.
+    """
+    with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,11 +34,24 @@ Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor hangs: a module, and the name of its attribute."""
+
+    module: weakref.ref[nn.Module]
+    name: str
+
+    def tensor(self) -> Any:
+        """What hangs there now; None where the module is gone."""
+        return getattr(self.module(), self.name, None)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How to run one model on arguments of given shapes.
 
     `state` holds the modules whose Python code was recorded, with what that code may have read (attributes of these
-    names, less objects and containers that it did not read); the plan is valid while they are as they were.
+    names, less objects and containers that it did not read); the plan is valid while they are as they were. It belongs
+    to the model, and refers to the model's modules weakly: a model that is let go is freed at once.
     """
 
     lowered: Lowered
@@ -45,21 +59,24 @@ class Plan:
     segments: tuple[Segment, ...]
     regions: dict[int, RegionPlan]
     calls: tuple[Call, ...]
-    sources: tuple[tuple[int, nn.Module, str], ...]
-    constants: tuple[tuple[Tensor, int, int, nn.Module, str], ...]
-    tied: tuple[tuple[nn.Module, str, nn.Module, str], ...]
-    state: tuple[tuple[nn.Module, frozenset[str] | None, frozenset[str], Any], ...]
+    sources: tuple[tuple[int, Place], ...]
+    constants: tuple[tuple[Tensor, int, int, Place], ...]
+    tied: tuple[tuple[Place, Place], ...]
+    state: tuple[tuple[weakref.ref[nn.Module], frozenset[str] | None, frozenset[str], Any], ...]
     outside: tuple[Outside, Any]
 
     def valid(self) -> bool:
         """Whether the recorded code would do the same now."""
         return (
-            all(fingerprint.attributes(m, names, without) == key for m, names, without, key in self.state)
+            all(
+                (m := module()) is not None and fingerprint.attributes(m, names, without) == key
+                for module, names, without, key in self.state
+            )
             and self.outside[0].state() == self.outside[1]
-            and all(getattr(m, name) is getattr(other, theirs) for m, name, other, theirs in self.tied)
+            and all(place.tensor() is other.tensor() for place, other in self.tied)
             and all(
-                getattr(m, name) is t and _torch.version(t) == version and t.data_ptr() == address
-                for t, version, address, m, name in self.constants
+                place.tensor() is t and _torch.version(t) == version and t.data_ptr() == address
+                for t, version, address, place in self.constants
             )
         )
 
@@ -69,8 +86,8 @@ class Plan:
         env: dict[int, Tensor] = {
             i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)
         }
-        for index, module, name in self.sources:
-            env[index] = getattr(module, name)
+        for index, place in self.sources:
+            env[index] = place.tensor()
         for segment in self.segments:
             if segment.region is not None and not store:
                 live = {v: t for v, t in env.items() if last[v] >= segment.start or program.values[v].source}
@@ -119,7 +136,8 @@ def make_plan(
     """
     search = _Search(root, forward, args, kwargs, anchor_every, exact)
     try:
-        with without_hooks(), muted(_torch.FAKE_LOGGER):  # the fake forward may run inside another region
+        # the fake forward may run inside another region, and under modes that count or change what runs
+        with without_hooks(), _torch.no_torch_dispatch(), muted(_torch.FAKE_LOGGER):
             return search.run()
     except Untraceable as e:
         name = fingerprint.name_of(root)
@@ -239,27 +257,30 @@ class _Search:
         return [m for p, m in found.items() if p not in whole], [m for p, m in found.items() if p in whole]
 
     def _plan(self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...]) -> Plan:
-        sources = [(lowered.index[n], self.modules[path], name) for n, (path, name) in captured.attributes.items()]
+        sources = [(lowered.index[n], self._place(*at)) for n, at in captured.attributes.items()]
         guarded = [
-            (n.meta["constant"], self.modules[path], name)
-            for n, (path, name) in captured.attributes.items()
+            (n.meta["constant"], self._place(*at))
+            for n, at in captured.attributes.items()
             if "constant" in n.meta and n.users
         ]
-        tied = [(self.modules[a[0]], a[1], self.modules[b[0]], b[1]) for a, b in captured.tied]
+        tied = [(self._place(*a), self._place(*b)) for a, b in captured.tied]
         own, whole = self._readable(captured)
         outside = Outside.of(own, self.forward)
         composite = [(m, fingerprint.composite(m)) for m in own]
         readers: list[tuple[nn.Module, frozenset[str] | None, frozenset[str]]]
         readers = [(m, None, names - captured.reads.of(m, names)) for m, names in composite]
         readers += [(m, frozenset(outside.names), frozenset[str]()) for m in whole]
-        state = [(m, names, without, fingerprint.attributes(m, names, without)) for m, names, without in readers]
+        state = [(weakref.ref(m), n, without, fingerprint.attributes(m, n, without)) for m, n, without in readers]
         return Plan(
             lowered, captured, segments(lowered.program, regions),
             {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
-            tuple((t, _torch.version(t), t.data_ptr(), m, name) for t, m, name in guarded), tuple(tied), tuple(state),
+            tuple((t, _torch.version(t), t.data_ptr(), place) for t, place in guarded), tuple(tied), tuple(state),
             (outside, outside.state()),
         )  # fmt: skip
+
+    def _place(self, path: str, name: str) -> Place:
+        return Place(weakref.ref(self.modules[path]), name)
 
 
 def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:

@@ -76,6 +76,11 @@ class Reads:
     tensors: list[Held] = field(default_factory=list[Held])
     plain: list[tuple[Attributes, Attributes]] = field(default_factory=list[tuple[Attributes, Attributes]])
 
+    @property
+    def cloned(self) -> bool:
+        """Whether there is a tensor that the call may write."""
+        return any(h.clone is not None for h in self.tensors)
+
 
 def reads_of(function: Any) -> Reads:
     """What calling `function` may read, of modules, closures, defaults, partials and objects' own attributes.
@@ -207,9 +212,8 @@ class Surroundings:
             yield from self._restored()
 
     def _writes(self) -> bool:
-        cloned = any(h.clone is not None for h in self.reads.tensors)
         differs = any(now.get(k) != v for now, then in self.reads.plain for k, v in then.items())
-        return self.random is not None or cloned or differs
+        return self.random is not None or self.reads.cloned or differs
 
     def _restored(self) -> Iterator[None]:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
@@ -224,6 +228,18 @@ class Surroundings:
                     f" backward, so the activations of `{self.name}` can't be regenerated as they were. Run the"
                     " backward before the update, or keep the activations with `revfx.testing.store_activations()`."
                 )
+
+        def put_all_back() -> None:
+            for holder, key, value in reversed(swapped):
+                holder[key] = value
+            for holder, before in attributes:
+                for key in holder.keys() - before.keys():
+                    del holder[key]
+                holder.update(before)
+            put_back(containers)
+            if random is not None:
+                random.restore()
+
         try:
             for h in self.reads.tensors:
                 use = h.tensor if h.clone is None else h.clone.detach().clone().requires_grad_(h.clone.requires_grad)
@@ -236,12 +252,24 @@ class Surroundings:
                 self.random.restore()
             yield
         finally:
-            for holder, key, value in reversed(swapped):
-                holder[key] = value
-            for holder, before in attributes:
-                for key in holder.keys() - before.keys():
-                    del holder[key]
-                holder.update(before)
-            put_back(containers)
-            if random is not None:
-                random.restore()
+            try:
+                put_all_back()
+            except BaseException:  # an interrupt: what is put back twice is as what is put back once
+                put_all_back()
+                raise
+
+
+@contextlib.contextmanager
+def noted(name: str, function: Any) -> Generator[Surroundings]:
+    """A context to call `function` in: what the call depends on.
+
+    Where it may write to buffers, no re-run in another thread puts others in their place meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_swapping)
+        reads = reads_of(function)
+        if not reads.cloned:
+            stack.close()
+        surroundings = Surroundings(name, reads)
+        yield surroundings
+        surroundings.settle()
