@@ -1,5 +1,4 @@
-# pyright: reportPrivateUsage=false
-"""What torch.distributed does to tensors and modules that revfx looks at: DTensors, collectives under way, FSDP2's casts.
+"""What torch.distributed does to what revfx looks at: DTensors, collectives under way, the casts of FSDP2.
 
 Nothing here imports torch.distributed: what was not imported is not in use.
 """
@@ -50,7 +49,7 @@ def arrived(tensor: Any) -> Tensor:
     collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is None:
         return tensor
-    held = tensor if placements(tensor) is None else tensor._local_tensor
+    held = tensor if placements(tensor) is None else tensor.to_local()
     if isinstance(held, collectives.AsyncCollectiveTensor):
         whole = held.trigger_wait()
         return whole if held is tensor else tensor
