@@ -155,6 +155,16 @@ def fsdp_parameters(module: Any) -> list[torch.Tensor]:
     return [p.sharded_param for group in groups if group is not None for p in group.fsdp_params]
 
 
+def share_fsdp_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
+    """None; what `fully_shard` knows of `module` it knows of `twin` too, which has the same parameters and hooks: the
+    methods that it adds, such as `set_requires_gradient_sync`, ask for it.
+    """
+    if is_fsdp(module):
+        from torch.distributed._composable_state import _insert_module_state
+
+        _insert_module_state(twin, module._get_fsdp_state())
+
+
 def fsdp_in_use() -> bool:
     """Whether `fully_shard` was applied to anything in this process: then storages of parameters come and go by
     design.

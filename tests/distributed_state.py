@@ -43,7 +43,7 @@ def moved(place: Place, back: bool) -> Callable[[Build, int, int], Result]:
     def run(build: Build, rank: int, world: int) -> Result:
         models = [place(chain(build)), chain(Plain)]
         first, second = reversed(models) if back else models
-        optimizers = [torch.optim.Adam(m.parameters(), lr=0.01, foreach=False) for m in (first, second)]
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, foreach=False) for m in (first, second)]
         with torch.no_grad():
             for p in second.parameters():
                 p.zero_()

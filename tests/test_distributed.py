@@ -95,14 +95,14 @@ def test_converted_blocks_may_be_sharded_each(results: Results, case: str, way: 
 
 @pytest.mark.parametrize("case", LAST)
 def test_a_sharded_model_may_be_converted(results: Results, case: str) -> None:
-    check(results, 2, ("converted last", case, "plain"), Task(), plain=("FSDP", "whole", "plain"))
+    check(results, 2, ("converted last", case, "plain"), Task(accumulate=True), plain=("FSDP", "accumulation", "plain"))
 
 
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize("case", MIXED)
 def test_fsdp2_in_mixed_precision_computes_as_without_revfx(results: Results, case: str, way: str) -> None:
     """In float32 where streams are regenerated in float32, else as exactly as in fp64."""
-    expected, streams_in_float32 = reference(2), case in ("f and g, with streams", "all as one")
+    expected, streams_in_float32 = reference(2, model=chain_of(Plain)), case in ("f and g, with streams", "all as one")
     plain = taken(results, 2, ("mixed", case, "plain"))
     for result, same in zip(taken(results, 2, ("mixed", case, way)), plain, strict=True):
         assert_close(result.gradients, expected, 1e-5)
@@ -166,5 +166,5 @@ def test_activations_are_not_kept(results: Results, case: str, way: str) -> None
     for rank, result in enumerate(taken(results, 2, ("memory", case, way))):
         plain = results[2][rank]["memory", case, "plain"].memory
         assert plain is not None and result.memory is not None
-        assert result.memory.kept < 0.1 * plain.kept
+        assert result.memory.kept < 0.25 * plain.kept
         assert result.memory.peak < 0.4 * plain.peak
