@@ -57,7 +57,19 @@ def _ddp(options: dict[str, Any], task: Task) -> Case:
 
 
 # --- FSDP2
-def sharded(model: nn.Module, parts: list[nn.Module], root: dict[str, Any] | None = None, **options: Any) -> nn.Module:
+Parts = Callable[[nn.Module], list[Any]]  # modules, or lists of modules that are sharded together
+
+
+def none(model: nn.Module) -> list[Any]:
+    return []
+
+
+def layers(model: nn.Module) -> list[Any]:
+    """f and g of each layer."""
+    return [list(pair) for pair in zip(functions_of(model)[::2], functions_of(model)[1::2], strict=True)]
+
+
+def sharded(model: nn.Module, parts: list[Any], root: dict[str, Any] | None = None, **options: Any) -> nn.Module:
     """The model itself, after FSDP2 was applied to it, and before that to each of its parts."""
     for m in parts:
         fully_shard(m, **options)
@@ -65,18 +77,18 @@ def sharded(model: nn.Module, parts: list[nn.Module], root: dict[str, Any] | Non
     return model
 
 
-def _fsdp(each: bool, task: Task = Task(), **options: Any) -> Case:  # noqa: B008
+def _fsdp(parts: Parts, task: Task = Task(), **options: Any) -> Case:  # noqa: B008
     def run(build: Build, rank: int, world: int) -> Result:
         model = chain(build)
-        return train(sharded(model, functions_of(model) if each else [], **options), rank, task)
+        return train(sharded(model, parts(model), **options), rank, task)
 
     return run
 
 
-def _mixed(each: bool, root: dict[str, Any], parts: dict[str, Any]) -> Case:
+def _mixed(parts: Parts, root: dict[str, Any], **options: Any) -> Case:
     def run(build: Build, rank: int, world: int) -> Result:
         model = chain_of(build)
-        return train(sharded(model, functions_of(model) if each else [], root, **parts), rank)
+        return train(sharded(model, parts(model), root, **options), rank)
 
     return run
 
@@ -89,12 +101,18 @@ def _blocks(**options: Any) -> Case:
     return run
 
 
-def shard_then_convert(each: bool) -> Case:
+def shard_then_convert(parts: Parts) -> Case:
     def run(build: Build, rank: int, world: int) -> Result:
         model = chain(build)
-        return train(convert(sharded(model, functions_of(model) if each else [])), rank, Task(accumulate=True))
+        return train(convert(sharded(model, parts(model))), rank, Task(accumulate=True))
 
     return run
+
+
+def closed(build: Build, rank: int, world: int) -> Result:
+    """Blocks that are sharded as wholes, in a model that is converted as a whole."""
+    model: Any = blocks(Plain)
+    return train(sharded(convert(model), list(model)), rank)
 
 
 class Affine(nn.Module):
@@ -126,23 +144,24 @@ F32 = torch.float32
 CASTS = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, reduce_dtype=F32)}
 BACK = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, output_dtype=torch.float64)}
 FSDP: dict[str, tuple[Case, Task]] = {
-    "whole": (_fsdp(each=False), Task()),
-    "whole, kept unsharded": (_fsdp(each=False, reshard_after_forward=False), Task()),
-    "f and g each": (_fsdp(each=True, reshard_after_forward=True), Task()),
-    "f and g each, kept unsharded": (_fsdp(each=True, reshard_after_forward=False), Task()),
-    "accumulation": (_fsdp(each=True, task=Task(accumulate=True)), Task(accumulate=True)),
+    "whole": (_fsdp(none), Task()),
+    "whole, kept unsharded": (_fsdp(none, reshard_after_forward=False), Task()),
+    "f and g each": (_fsdp(functions_of, reshard_after_forward=True), Task()),
+    "f and g each, kept unsharded": (_fsdp(functions_of, reshard_after_forward=False), Task()),
+    "f and g of a layer together": (_fsdp(layers), Task()),
+    "accumulation": (_fsdp(functions_of, task=Task(accumulate=True)), Task(accumulate=True)),
 }
 BLOCKS: dict[str, Case] = {
     "blocks": _blocks(reshard_after_forward=True),
     "blocks, kept unsharded": _blocks(reshard_after_forward=False),
 }
 MIXED: dict[str, Case] = {  # what is computed in float32, of a model in fp64
-    "f and g": _mixed(True, {}, CASTS),
-    "f and g, with streams": _mixed(True, BACK, CASTS),
-    "f and g, without what they return": _mixed(True, {}, BACK),
-    "all as one": _mixed(False, BACK, {}),
+    "f and g": _mixed(functions_of, {}, **CASTS),
+    "f and g, with streams": _mixed(functions_of, BACK, **CASTS),
+    "f and g, without what they return": _mixed(functions_of, {}, **BACK),
+    "all as one": _mixed(none, BACK),
 }
-LAST: dict[str, Case] = {"whole": shard_then_convert(each=False), "f and g each": shard_then_convert(each=True)}
+LAST: dict[str, Case] = {"whole": shard_then_convert(none), "f and g each": shard_then_convert(functions_of)}
 
 
 # --- memory of one step
@@ -180,6 +199,7 @@ def _cases(world: int) -> dict[tuple[str, str], tuple[Case, tuple[str, ...]]]:
         found |= {("blocks", name): (case, OWN) for name, case in BLOCKS.items()}
         found |= {("converted last", name): (case, ("plain",)) for name, case in LAST.items()}
         found |= {("mixed", name): (case, OWN) for name, case in MIXED.items()}
+        found |= {("closed", "closed"): (closed, ())}
         found |= {("guarded", "guarded"): (guarded, ("convert",))}
         found |= {("tensor", name): (_tensor(place), OWN) for name, place in TENSOR.items()}
         found |= {("pipeline", name): (pipelined(schedule), OWN) for name, schedule in PIPELINES.items()}

@@ -98,6 +98,12 @@ def test_a_sharded_model_may_be_converted(results: Results, case: str) -> None:
     check(results, 2, ("converted last", case, "plain"), Task(accumulate=True), plain=("FSDP", "accumulation", "plain"))
 
 
+def test_blocks_that_are_sharded_as_wholes_are_closed_to_the_model_around_them(results: Results) -> None:
+    """A limit: it is warned of, and the remedies are in the two tests above."""
+    for by_rank in results[2]:
+        assert "RevfxWarning: `convert(Sequential)`: nothing reversible" in by_rank["closed", "closed", "plain"].error
+
+
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize("case", MIXED)
 def test_fsdp2_in_mixed_precision_computes_as_without_revfx(results: Results, case: str, way: str) -> None:
