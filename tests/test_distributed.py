@@ -173,4 +173,4 @@ def test_activations_are_not_kept(results: Results, case: str, way: str) -> None
         plain = results[2][rank]["memory", case, "plain"].memory
         assert plain is not None and result.memory is not None
         assert result.memory.kept < 0.25 * plain.kept
-        assert result.memory.peak < 0.4 * plain.peak
+        assert result.memory.peak < 0.7 * plain.peak
