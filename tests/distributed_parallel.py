@@ -13,12 +13,11 @@ import torch.distributed as dist
 from distributed_models import Gradients, Result, chain_of, inputs, train, update
 from helpers import loss_of
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
-from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from ways import Build, Plain, functions_of
 
@@ -62,7 +61,7 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.model(x.chunk(self.mesh.size())[self.mesh.get_local_rank()])
-        return collectives.all_gather_tensor_autograd(part, 0, self.mesh) / self.mesh.size()
+        return DTensor.from_local(part, self.mesh, [Shard(0)]).full_tensor()
 
 
 def in_rows_and_columns(model: nn.Module) -> nn.Module:
