@@ -155,7 +155,7 @@ def fsdp_parameters(module: Any) -> list[torch.Tensor]:
     return [p.sharded_param for group in groups if group is not None for p in group.fsdp_params]
 
 
-def share_fsdp_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
+def share_fsdp_state(module: Any, twin: torch.nn.Module) -> None:
     """None; what `fully_shard` knows of `module` it knows of `twin` too, which has the same parameters and hooks: the
     methods that it adds, such as `set_requires_gradient_sync`, ask for it.
     """

@@ -131,7 +131,7 @@ def pipelined(schedule: Any) -> Callable[[Build, int, int], Result]:
         models = [chain_of(build, seed=stage) for stage in mine]
         stages = [PipelineStage(m, i, count, torch.device("cpu")) for m, i in zip(models, mine, strict=True)]
         given: Any = stages if len(stages) > 1 else stages[0]
-        made = schedule(given, MICROBATCHES, loss_fn=lambda y, _: loss_of(y))  # pyright: ignore[reportUnknownLambdaType]
+        made = schedule(given, MICROBATCHES, loss_fn=lambda y, _: loss_of(y))
         result, x = Result(), batch()
         for _ in range(2):
             made.step(*([x] if rank == 0 else []), **({"target": x} if rank == world - 1 else {}))

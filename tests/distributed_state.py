@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 from distributed_models import Result, chain, inputs, train
 from helpers import loss_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 from ways import Build, Plain, functions_of
 
@@ -30,7 +31,8 @@ def whole(model: nn.Module) -> nn.Module:
 def sharded(model: nn.Module) -> nn.Module:
     for m in functions_of(model):
         fully_shard(m)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def moved(place: Place, back: bool) -> Callable[[Build, int, int], Result]:
@@ -52,9 +54,9 @@ def moved(place: Place, back: bool) -> Callable[[Build, int, int], Result]:
         optimizers[0].zero_grad()
         folder = [tempfile.mkdtemp()] if rank == 0 else [""]
         dist.broadcast_object_list(folder)
-        checkpoint.save(_state(first, optimizers[0]), checkpoint_id=folder[0])
+        save(_state(first, optimizers[0]), checkpoint_id=folder[0])
         state = _state(second, optimizers[1])
-        checkpoint.load(state, checkpoint_id=folder[0])
+        load(state, checkpoint_id=folder[0])
         set_state_dict(second, optimizers[1], model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         results: list[Result] = []
         for model, optimizer in zip((first, second), optimizers, strict=True):
