@@ -31,13 +31,14 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor like `tensor`; of a DTensor, like the whole whose pieces the processes hold."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is None or not isinstance(tensor, distributed.DTensor):
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces the
+    processes hold.
+    """
+    if not is_dtensor(tensor):
         return mode.from_tensor(tensor)
     with mode:
-        whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
         return whole.requires_grad_(tensor.requires_grad)
 
 
@@ -63,6 +64,12 @@ def fake(
 def is_plain_fake(value: object) -> bool:
     """Whether `value` is a fake tensor that stands for nothing known, such as a number."""
     return type(value) is FakeTensor and value.constant is None
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether `value` is a DTensor, which stands for pieces that several processes hold."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(value, distributed.DTensor)
 
 
 def is_fake(value: object) -> bool:
@@ -164,6 +171,28 @@ def autocast_state(device: str) -> tuple[bool, Any]:
 def is_fsdp(module: torch.nn.Module) -> bool:
     """Whether `fully_shard` was applied to `module` (FSDP2 swaps its parameters' storage around every call)."""
     return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
+
+
+def fsdp_policy(module: Any) -> Any:
+    """The `MixedPrecisionPolicy` that `fully_shard` was given for `module`."""
+    return module._get_fsdp_state()._mp_policy
+
+
+def fsdp_parameters(module: Any) -> list[torch.Tensor]:
+    """The sharded parameters that `fully_shard` gathers when `module` is called."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.12 has at most one
+    return [p.sharded_param for group in groups if group is not None for p in group.fsdp_params]
+
+
+def share_fsdp_state(module: Any, twin: torch.nn.Module) -> None:
+    """None; what `fully_shard` knows of `module` it knows of `twin` too, which has the same parameters and hooks: the
+    methods that it adds, such as `set_requires_gradient_sync`, ask for it.
+    """
+    if is_fsdp(module):
+        from torch.distributed._composable_state import _insert_module_state
+
+        _insert_module_state(twin, module._get_fsdp_state())
 
 
 def fsdp_in_use() -> bool:

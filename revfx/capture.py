@@ -22,11 +22,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _torch, sharding
 from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where, where_raised
 from revfx.containers import put_back
 from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
-from revfx.inplace import functionalise
+from revfx.inplace import functionalise, updates_statistics
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, has_atoms
 from revfx.passes.facts import is_mask
@@ -154,6 +154,7 @@ class _Recorder(TorchFunctionMode):
         self.ambient = ambient_state()
         self.stack: list[str] = [""]
         self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes
+        self.computed_in = sharding.computed_in(root.modules())
         self.lasting = {id(v) for m in root.modules() for v in vars(m).values()}  # objects that it does not
 
     @contextmanager
@@ -187,7 +188,7 @@ class _Recorder(TorchFunctionMode):
             self.alive.append(t)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
-                fake = self.fakes[id(t)] = _torch.to_fake(self.fake, t)
+                fake = self.fakes[id(t)] = _torch.to_fake(self.fake, t, self.computed_in.get(id(t)))
         return fake
 
     def _convert(self, tree: Any) -> Any:
@@ -284,7 +285,7 @@ class _Recorder(TorchFunctionMode):
         versions = [(t, _torch.version(t)) for t in _tensors((args, kwargs))]
         out = func(*args, **kwargs)
         mutated = [t for t, v in versions if _torch.version(t) != v]
-        if name in ("batch_norm", "instance_norm") and _updates_statistics(name, args, kwargs):
+        if name in ("batch_norm", "instance_norm") and updates_statistics(name, args, kwargs):
             mutated.append(args[1] if len(args) > 1 else kwargs["running_mean"])
         return self.record(
             "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
@@ -358,7 +359,7 @@ class _Recorder(TorchFunctionMode):
     # --- calls of sub-modules and autograd functions
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.suspended:
-            return module.forward(*args, **kwargs)
+            return sharding.run(module, args, kwargs)
         path = self.paths.get(id(module))
         if path is None and id(module) in self.made and type(module).__module__.startswith("torch."):
             return module.forward(*args, **kwargs)  # `CrossEntropyLoss()(x, y)`: what it does is this code's choice
@@ -395,7 +396,7 @@ class _Recorder(TorchFunctionMode):
         before, drawn = Snapshot.of(list(module.modules())), generators()
         self.suspended += 1
         try:
-            return module.forward(*args, **kwargs)
+            return sharding.run(module, args, kwargs)
         finally:
             self.suspended -= 1
             before.restore()
@@ -485,10 +486,3 @@ def _meta(x: Any) -> Any:
     if isinstance(x, Tensor):
         return tuple(x.shape), x.stride() if x.layout == torch.strided else None, x.dtype, x.device, x.requires_grad
     return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)
-
-
-def _updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
-    flag = "training" if name == "batch_norm" else "use_input_stats"
-    names = ("input", "running_mean", "running_var", "weight", "bias", flag)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return given.get("running_mean") is not None and bool(given.get(flag, name == "instance_norm"))

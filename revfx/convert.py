@@ -317,6 +317,7 @@ def _reversible(model: nn.Module, options: Options) -> Any:
     converted.__dict__.update(vars(model))
     own = converted.__dict__.pop("forward", None)
     converted.__dict__["_revfx"] = Conversion(own, options)
+    _torch.share_fsdp_state(model, converted)
     return converted
 
 
@@ -328,6 +329,7 @@ def unconverted(model: nn.Module) -> nn.Module:
     plain.__dict__.update({k: v for k, v in vars(model).items() if k != "_revfx"})
     if model.revfx.own_forward is not None:
         plain.__dict__["forward"] = model.revfx.own_forward
+    _torch.share_fsdp_state(model, plain)
     return plain
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from revfx import _torch, numerics
+from revfx import _torch, numerics, sharding
 from revfx.calls import Call
 from revfx.checks import Checksums, Ranges, Samples
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
@@ -128,6 +128,7 @@ class RegionRun:
         self.captured_ops: dict[int, set[int]] = {}
         self.layout: dict[int, tuple[tuple[int, ...], tuple[int, ...], bool]] = {}
         self.offsets: dict[int, int] = {}
+        self.spread: dict[int, tuple[Any, ...] | None] = {}
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
         self.versions: list[tuple[int, Tensor, int]] = []
@@ -207,6 +208,7 @@ class RegionRun:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
         if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and t.data_ptr() % ALIGNED:
             self.offsets[v] = t.data_ptr() % ALIGNED
+        self.spread[v] = sharding.placements(t)
         self.ranges.note(v, t)
         if self.watch is not None:
             self.watch.made(self, v, t)
@@ -426,7 +428,7 @@ class RegionRun:
         if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
             return placed(t, shape, stride, self.offsets.get(v, 0))
         if t.layout != torch.strided or t.stride() == stride or not _torch.is_plain(t):
-            return t
+            return sharding.spread(t, self.spread[v])
         if 0 in stride or tuple(t.shape) != shape:
             return t.reshape(shape)
         return torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
@@ -456,7 +458,7 @@ class RegionRun:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(pack, unpack))
-            outs = [t.detach() for t in call.invoke(inputs)]
+            outs = [sharding.arrived(t.detach()) for t in call.invoke(inputs)]
         before = self.saved_meta.get(index, [])
         if metas != before or any(tuple(t.shape) != self.layout[v][0] for v, t in zip(op.outs, outs, strict=True)):
             raise RegenerationError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _torch, sharding
 from revfx.containers import DEPTH, Held, content, differ, held_within, put_back
 
 
@@ -129,7 +129,7 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
         for k, t in table.items()
     )
     children = tuple((k, None if m is None else structure(m)) for k, m in _torch.children(module).items())
-    return type(module), plain, tensors, children
+    return type(module), sharding.casts(module), plain, tensors, children
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -78,3 +80,11 @@ def _make_functional(node: fx.Node) -> None:
     else:
         node.target = getattr(torch, op_name(node.target).rstrip("_"))
     node.meta["made_functional"] = True
+
+
+def updates_statistics(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a call of `batch_norm` or `instance_norm` writes to the running statistics that it is given."""
+    flag = "training" if name == "batch_norm" else "use_input_stats"
+    names = ("input", "running_mean", "running_var", "weight", "bias", flag)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given.get("running_mean") is not None and bool(given.get(flag, name == "instance_norm"))

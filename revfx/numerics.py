@@ -14,14 +14,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from revfx import _torch
+from revfx import _torch, sharding
 from revfx.passes.cuts import Step
-from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample
+from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
 
 
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
 
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
+
+
+def sample(t: Tensor) -> Tensor:
+    """A copy of some elements of what this process holds of `t`."""
+    return sample_of(sharding.piece(t))
 
 
 def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
@@ -31,7 +36,10 @@ def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
     if not before.is_floating_point() or before.numel() == 0 or _torch.is_fake(before):
         return 0.0
     scale = before.norm() if image is None else torch.maximum(before.norm(), image)
-    error, scale = torch.stack(((sample(now) - before).norm(), scale)).tolist()
+    after = sample(now)
+    if after.shape != before.shape:  # a DTensor that came back spread in another way
+        return 0.0
+    error, scale = torch.stack(((after - before).norm(), scale)).tolist()
     if not math.isfinite(scale):
         return 0.0
     return math.inf if math.isnan(error) else error / scale if scale else error
@@ -104,7 +112,7 @@ class Growth:
 def _share_of_zeros(t: Tensor) -> float:
     if _torch.is_fake(t):
         return 0.0
-    return 1.0 - int(torch.count_nonzero(t.detach())) / max(1, t.numel())
+    return 1.0 - sharding.numbers(torch.count_nonzero(t.detach()))[0] / max(1, t.numel())
 
 
 def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:
@@ -116,5 +124,5 @@ def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:
         growth, least = f.square().mean().sqrt(), f.amax().reciprocal()
     else:
         growth, least = f.reciprocal().square().mean().sqrt(), f.amin()
-    growth, least = torch.stack((growth, least)).tolist()
+    growth, least = sharding.numbers(growth, least)
     return growth, least if growth == growth and growth != float("inf") else float("nan")

@@ -8,40 +8,28 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from compiled_distributed_models import (
-    DEPTH,
-    STEPS,
-    blocks,
-    chain,
-    inputs,
-    sums_between_chains,
-    sums_in_couplings,
-    update,
-    with_unused,
-)
+from compiled_distributed_models import STEPS, inputs, update
+from compiled_distributed_placing import CASES, COLLECTIVES, Case, Options
 from helpers import loss_of
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from revfx.partitioner import reports
 
 
-MIB = 1 << 20
-FUNCTION = 8 * (4 * 4 + 4)  # bytes of the parameters of one f or g
-DEFAULT_BUCKET, FIRST_BUCKET = MIB, "_DEFAULT_FIRST_BUCKET_BYTES"  # DDP's optimizer takes none smaller than that
+FIRST_BUCKET = "_DEFAULT_FIRST_BUCKET_BYTES"  # DDP's optimizer takes no bucket smaller than that
 INNERS = ("inductor", "aot_eager")
 STOCK = "stock"  # the way that is not revfx's, but torch's own "aot_eager"
 WARNINGS = (  # torch's own, whatever the backend
@@ -51,7 +39,6 @@ WARNINGS = (  # torch's own, whatever the backend
     "The .grad attribute of a Tensor that is not a leaf",  # dynamo looks for it in a graph's inputs
 )
 KERNELS: dict[str, Any] = {"compile_threads": 1, "cpp.simdlen": 1}  # what compiles soonest
-Options = dict[str, Any]  # of `torch.compile`
 
 
 @dataclass
@@ -85,7 +72,7 @@ def train(model: nn.Module, rank: int, accumulate: bool) -> Iterator[list[Tensor
 
 def reference(world: int, case: Case) -> list[list[Tensor | None]]:
     """Per step the plain model's gradients, averaged over the ranks' inputs, in one process."""
-    model = case.build()
+    model, world = case.build(), 1 if case.alike else world
     found: list[list[Tensor | None]] = []
     for step in range(STEPS):
         for rank in range(world):
@@ -93,87 +80,6 @@ def reference(world: int, case: Case) -> list[list[Tensor | None]]:
                 (loss_of(model(inputs(rank, k))) / world).backward()
         found.append(update(model))
     return found
-
-
-# --- cases
-@dataclass(frozen=True)
-class Case:
-    """How a model is distributed and compiled, and the regions of each of its graphs, in the order of compilation."""
-
-    place: Callable[[nn.Module, Options], Any]
-    regions: tuple[int, ...]
-    build: Callable[..., nn.Module] = chain
-    bucket: int = DEFAULT_BUCKET  # bytes
-    accumulate: bool = False
-    optimize_ddp: bool = True
-
-
-def ddp_first(**more: Any) -> Callable[[nn.Module, Options], Any]:
-    return lambda model, options: torch.compile(DistributedDataParallel(model, **more), **options)
-
-
-def compiled_first(**more: Any) -> Callable[[nn.Module, Options], Any]:
-    return lambda model, options: DistributedDataParallel(whole_compiled(model, options), **more)
-
-
-def whole_compiled(model: nn.Module, options: Options) -> Any:
-    return torch.compile(model, **options)
-
-
-def shard(model: nn.Module) -> nn.Module:
-    """Shards each block, and what is left."""
-    for block in model.get_submodule("blocks").children():
-        fully_shard(block)
-    return sharded(model)
-
-
-def sharded(model: nn.Module) -> nn.Module:
-    """Shards what no inner module was sharded with."""
-    fully_shard(model)
-    return model
-
-
-def compile_blocks(model: nn.Module, options: Options) -> nn.Module:
-    for block in model.get_submodule("blocks").children():
-        block.compile(**options)
-    return model
-
-
-ORDERS = {"DDP, then compiled": ddp_first, "compiled, then DDP": compiled_first}
-BUCKETS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "default buckets": (DEFAULT_BUCKET, (1,)),
-    "four functions a bucket": (4 * FUNCTION, (1, 1)),
-    "one function a bucket": (1, (0,) * 2 * DEPTH),
-}
-DDP: dict[str, Case] = {
-    **{
-        f"{order}, {buckets}": Case(
-            place(**({} if size == DEFAULT_BUCKET else {"bucket_cap_mb": size / MIB})), regions, bucket=size
-        )
-        for order, place in ORDERS.items()
-        for buckets, (size, regions) in BUCKETS.items()
-    },
-    **{
-        f"{order}, small buckets, not split": Case(place(bucket_cap_mb=1 / MIB), (1,), bucket=1, optimize_ddp=False)
-        for order, place in ORDERS.items()
-    },
-    "unused parameters": Case(ddp_first(find_unused_parameters=True), (1,), with_unused),
-    "static graph": Case(ddp_first(static_graph=True), (1,)),
-    "accumulation": Case(ddp_first(), (1,), accumulate=True),
-}
-FSDP: dict[str, Case] = {
-    # of three blocks the first has an input that needs no gradient; the others share a graph
-    "blocks sharded, then compiled": Case(lambda m, options: compile_blocks(shard(m), options), (1, 1), blocks),
-    "blocks compiled, then sharded": Case(lambda m, options: shard(compile_blocks(m, options)), (1, 1), blocks),
-    "blocks sharded, all compiled": Case(lambda m, options: whole_compiled(shard(m), options), (1, 1), blocks),
-    "sharded as one, all compiled": Case(lambda m, options: whole_compiled(sharded(m), options), (1,), blocks),
-}
-COLLECTIVES: dict[str, Case] = {
-    "between chains": Case(whole_compiled, (2,), sums_between_chains),
-    # what a collective gives is never computed again, so nothing can be computed back
-    "in couplings": Case(whole_compiled, (0,), sums_in_couplings),
-}
-CASES: dict[str, dict[str, Case]] = {"DDP": DDP, "FSDP": FSDP, "collectives": COLLECTIVES}
 
 
 def ways(kind: str) -> tuple[str, ...]:
@@ -193,7 +99,7 @@ def run(case: Case, way: str, rank: int) -> Result:
     try:
         with reports() as found, dynamo_config.patch(optimize_ddp=case.optimize_ddp):
             model = case.place(case.build(), options)
-            result.gradients = list(train(model, rank, case.accumulate))
+            result.gradients = list(train(model, 0 if case.alike else rank, case.accumulate))
             if case in COLLECTIVES.values():
                 result.collectives = collectives_of(model, rank)
         result.regions = [len(report.regions) for report in found]

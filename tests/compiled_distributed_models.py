@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_cases import WithUnused
+from distributed_models import WithUnused
 from helpers import loss_of
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives

@@ -5,160 +5,225 @@ In a module of its own, which the spawned processes can import.
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import loss_of, mlps
+from distributed_models import Result, Task, blocks, chain, chain_of, inputs, model_of, train
+from distributed_parallel import PIPELINES, TENSOR, pipelined, tensor_and_data, unwaited
+from distributed_state import STATE
+from helpers import loss_of
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from ways import BUILD, WAYS, Build, Plain, functions_of
 
 from revfx import block, convert, planning
 from revfx.calls import Call
 from revfx.executor import RegionPlan, run_region
+from revfx.testing import measure_memory
 
 
-DEPTH, ROWS, STEPS = 3, 6, 3
-
-
-@dataclass
-class Result:
-    """Of one case in one process: per step the gradients, and how many regions ran; or the error that came up."""
-
-    gradients: list[list[Tensor | None]] = field(default_factory=list[list[Tensor | None]])
-    buffers: list[Tensor] = field(default_factory=list[Tensor])
-    regions: int = 0
-    error: str = ""
-
-
-class WithUnused(nn.Module):
-    """A chain between two layers, and a layer that is not used."""
-
-    def __init__(self, chain: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.chain, self.head = nn.Linear(8, 8), chain, nn.Linear(8, 8)
-        self.unused = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.chain(self.stem(x)))
-
-
-def normed() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4))
-
-
-def chain(build: Build) -> nn.Module:
-    """The same weights every time."""
-    torch.manual_seed(0)
-    return build([normed(), *mlps(DEPTH - 1)], mlps(DEPTH))
-
-
-def inputs(rank: int, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    return torch.randn(ROWS, 8, generator=generator)
-
-
-def train(model: nn.Module, rank: int, accumulate: bool = False) -> Result:
-    """Several steps, with an update between them."""
-    result = Result()
-    for step in range(STEPS):
-        if accumulate:
-            with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
-                loss_of(model(inputs(rank, step + 50))).backward()
-        loss_of(model(inputs(rank, step))).backward()
-        result.gradients.append([_whole(p.grad) for p in model.parameters()])
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.sub_(p.grad, alpha=0.01)
-                    p.grad = None
-    result.buffers = [b.clone() for b in model.buffers()]
-    return result
-
-
-def _whole(grad: Any) -> Tensor | None:
-    if grad is None:
-        return None
-    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).detach().clone()
-
-
-def reference(world: int, unused: bool, accumulate: bool) -> list[list[Tensor | None]]:
-    """Per step the plain model's gradients, averaged over the ranks' inputs, in one process."""
-    torch.set_default_dtype(torch.float64)
-    model = WithUnused(chain(Plain)) if unused else chain(Plain)
-    out: list[list[Tensor | None]] = []
-    for step in range(STEPS):
-        for rank in range(world):
-            for k in (step + 50, step) if accumulate else (step,):
-                (loss_of(model(inputs(rank, k))) / world).backward()
-        out.append([_whole(p.grad) for p in model.parameters()])
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.sub_(p.grad, alpha=0.01)
-                    p.grad = None
-    return out
-
-
-# --- cases
 Case = Callable[[Build, int, int], Result]
+Key = tuple[str, str, str]  # kind, case, way
+OWN = tuple(way for way in WAYS if way != "checkpoint")
+SAME_KEYS = ("convert", "rev_block")  # as the plain model
 
 
-def _ddp(unused: bool = False, accumulate: bool = False, **options: Any) -> Case:
-    def run(build: Build, rank: int, world: int) -> Result:
-        inner = WithUnused(chain(build)) if unused else chain(build)
-        return train(DistributedDataParallel(inner, **options), rank, accumulate)
+# --- DDP: options and what is trained
+TINY = 1e-4  # MB: less than two functions' parameters
+DDP: dict[str, tuple[dict[str, Any], Task]] = {
+    "plain options": ({}, Task()),
+    "tiny buckets": ({"bucket_cap_mb": TINY}, Task()),
+    "gradients as views of buckets": ({"gradient_as_bucket_view": True}, Task()),
+    "gradients as views of tiny buckets": ({"gradient_as_bucket_view": True, "bucket_cap_mb": TINY}, Task()),
+    "unused parameters": ({"find_unused_parameters": True}, Task(unused=True)),
+    "unused parameters, static graph": ({"static_graph": True}, Task(unused=True)),
+    "static graph": ({"static_graph": True}, Task()),
+    "static graph, tiny buckets": ({"static_graph": True, "bucket_cap_mb": TINY}, Task()),
+    "accumulation": ({}, Task(accumulate=True)),
+    "accumulation in views of buckets": ({"gradient_as_bucket_view": True}, Task(accumulate=True)),
+    "uneven inputs": ({}, Task(uneven=True)),
+    "uneven inputs, tiny buckets": ({"bucket_cap_mb": TINY}, Task(uneven=True)),
+}
 
-    return run
+
+def _ddp(options: dict[str, Any], task: Task) -> Case:
+    return lambda build, rank, world: train(DistributedDataParallel(model_of(task, build), **options), rank, task)
 
 
-def sharded(model: nn.Module, each: bool, **options: Any) -> nn.Module:
-    """The model itself, after FSDP2 was applied to it, and before that to each f and g."""
-    for m in functions_of(model) if each else ():
+# --- FSDP2
+Parts = Callable[[nn.Module], list[Any]]  # modules, or lists of modules that are sharded together
+
+
+def none(model: nn.Module) -> list[Any]:
+    return []
+
+
+def layers(model: nn.Module) -> list[Any]:
+    """f and g of each layer."""
+    return [list(pair) for pair in zip(functions_of(model)[::2], functions_of(model)[1::2], strict=True)]
+
+
+def sharded(model: nn.Module, parts: list[Any], root: dict[str, Any] | None = None, **options: Any) -> nn.Module:
+    """The model itself, after FSDP2 was applied to it, and before that to each of its parts."""
+    for m in parts:
         fully_shard(m, **options)
-    fully_shard(model)
+    fully_shard(model, **(options if root is None else root))
     return model
 
 
-def _fsdp(each: bool, **options: Any) -> Case:
+def _fsdp(parts: Parts, task: Task = Task(), **options: Any) -> Case:  # noqa: B008
     def run(build: Build, rank: int, world: int) -> Result:
-        return train(sharded(chain(build), each, **options), rank)
+        model = chain(build)
+        return train(sharded(model, parts(model), **options), rank, task)
 
     return run
 
 
-def shard_then_convert(build: Build, rank: int, world: int) -> Result:
-    return train(convert(sharded(chain(build), each=True)), rank)
+def _mixed(parts: Parts, root: dict[str, Any], **options: Any) -> Case:
+    def run(build: Build, rank: int, world: int) -> Result:
+        model = chain_of(build)
+        return train(sharded(model, parts(model), root, **options), rank)
+
+    return run
 
 
-DDP: dict[str, tuple[Case, bool, bool]] = {
-    "plain options": (_ddp(), False, False),
-    "gradients as views of buckets": (_ddp(gradient_as_bucket_view=True), False, False),
-    "unused parameters": (_ddp(unused=True, find_unused_parameters=True), True, False),
-    "static graph": (_ddp(static_graph=True), False, False),
-    "accumulation": (_ddp(accumulate=True), False, True),
+def _blocks(**options: Any) -> Case:
+    def run(build: Build, rank: int, world: int) -> Result:
+        model = blocks(build)
+        return train(sharded(model, list(model), **options), rank)
+
+    return run
+
+
+def shard_then_convert(parts: Parts) -> Case:
+    def run(build: Build, rank: int, world: int) -> Result:
+        model = chain(build)
+        return train(convert(sharded(model, parts(model))), rank, Task(accumulate=True))
+
+    return run
+
+
+def closed(build: Build, rank: int, world: int) -> Result:
+    """Blocks that are sharded as wholes, in a model that is converted as a whole."""
+    model: Any = blocks(Plain)
+    return train(sharded(convert(model), list(model)), rank)
+
+
+class Affine(nn.Module):
+    """Couplings whose factor comes near to zero where a stream is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.s, self.t = (nn.ModuleList(nn.Linear(4, 4) for _ in range(4)) for _ in "st")
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        for s, t in zip(self.s, self.t, strict=True):
+            a, b = b, a * torch.exp(-s(b).abs()) + t(b)
+        return torch.cat([a, b], dim=-1).tanh()
+
+
+def guarded(build: Build, rank: int, world: int) -> Result:
+    """In the last process alone a factor is too small to be divided by, so it keeps another cut than the others do."""
+    model: Any = Affine() if build is Plain else convert(Affine())
+    sharded(model, [*model.s, *model.t])
+    for _ in range(2):
+        loss_of(model(inputs(rank, 0) * (40.0 if rank == world - 1 else 1.0))).backward()
+    gradients: list[Tensor | None] = [p.grad.full_tensor() for p in model.parameters()]
+    return Result([gradients], [torch.tensor(0.0 if build is Plain else model.revfx.kept_cuts)])
+
+
+F32 = torch.float32
+CASTS = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, reduce_dtype=F32)}
+BACK = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, output_dtype=torch.float64)}
+FSDP: dict[str, tuple[Case, Task]] = {
+    "whole": (_fsdp(none), Task()),
+    "whole, kept unsharded": (_fsdp(none, reshard_after_forward=False), Task()),
+    "f and g each": (_fsdp(functions_of, reshard_after_forward=True), Task()),
+    "f and g each, kept unsharded": (_fsdp(functions_of, reshard_after_forward=False), Task()),
+    "f and g of a layer together": (_fsdp(layers), Task()),
+    "accumulation": (_fsdp(functions_of, task=Task(accumulate=True)), Task(accumulate=True)),
 }
-FSDP: dict[str, Case] = {
-    "whole": _fsdp(each=False),
-    "f and g each": _fsdp(each=True),
-    "f and g each, kept unsharded": _fsdp(each=True, reshard_after_forward=False),
+BLOCKS: dict[str, Case] = {
+    "blocks": _blocks(reshard_after_forward=True),
+    "blocks, kept unsharded": _blocks(reshard_after_forward=False),
 }
+MIXED: dict[str, Case] = {  # what is computed in float32, of a model in fp64
+    "f and g": _mixed(functions_of, {}, **CASTS),
+    "f and g, with streams": _mixed(functions_of, BACK, **CASTS),
+    "f and g, without what they return": _mixed(functions_of, {}, **BACK),
+    "all as one": _mixed(none, BACK),
+}
+LAST: dict[str, Case] = {"whole": shard_then_convert(none), "f and g each": shard_then_convert(functions_of)}
+
+
+# --- memory of one step
+def _wide(model: nn.Module) -> Callable[[], Tensor]:
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    return lambda: loss_of(model(x))
+
+
+def _measured(place: Callable[[nn.Module], nn.Module]) -> Case:
+    return lambda build, rank, world: Result(memory=measure_memory(_wide(place(chain_of(build, depth=8)))))
+
+
+MEMORY: dict[str, Case] = {
+    "DDP": _measured(DistributedDataParallel),
+    "FSDP2": _measured(lambda model: sharded(model, functions_of(model))),
+    "tensor parallel": _measured(TENSOR["rows and columns"]),
+}
+
+
+# --- all of it
+IN_FOUR = {  # what four processes run
+    "DDP": ("tiny buckets", "uneven inputs"),
+    "FSDP": ("whole", "f and g each"),
+    "pipeline": ("1F1B", "interleaved, without bubbles"),
+}
+
+
+def _cases(world: int) -> dict[tuple[str, str], tuple[Case, tuple[str, ...]]]:
+    """By kind and name: a case, and the ways besides plain in which it runs."""
+    found: dict[tuple[str, str], tuple[Case, tuple[str, ...]]] = {}
+    if world < 4:
+        found |= {("DDP", name): (_ddp(*case), WAYS) for name, case in DDP.items()}
+    if world == 2:
+        found |= {("FSDP", name): (case, WAYS) for name, (case, _) in FSDP.items()}
+        found |= {("blocks", name): (case, OWN) for name, case in BLOCKS.items()}
+        found |= {("converted last", name): (case, ("plain",)) for name, case in LAST.items()}
+        found |= {("mixed", name): (case, OWN) for name, case in MIXED.items()}
+        found |= {("closed", "closed"): (closed, ())}
+        found |= {("guarded", "guarded"): (guarded, ("convert",))}
+        found |= {("tensor", name): (_tensor(place), OWN) for name, place in TENSOR.items()}
+        found |= {("pipeline", name): (pipelined(schedule), OWN) for name, schedule in PIPELINES.items()}
+        found |= {("state", name): (case, SAME_KEYS) for name, case in STATE.items()}
+        found |= {("memory", name): (case, OWN) for name, case in MEMORY.items()}
+    if world == 4:
+        found |= {("DDP", name): (_ddp(*DDP[name]), OWN) for name in IN_FOUR["DDP"]}
+        found |= {("FSDP", name): (FSDP[name][0], OWN) for name in IN_FOUR["FSDP"]}
+        found |= {("tensor and data", "tensor and data"): (tensor_and_data, OWN)}
+        found |= {("pipeline", name): (pipelined(PIPELINES[name]), OWN) for name in IN_FOUR["pipeline"]}
+    return found
+
+
+def _tensor(place: Callable[[nn.Module], nn.Module]) -> Case:
+    return lambda build, rank, world: train(place(chain_of(build)), 0)  # all processes have the same data
+
+
+IGNORED = (".*NumPy.*", ".*torch.jit.*", ".*returned a view tensor.*")  # torch's own, whatever the model
 
 
 def work(rank: int, world: int, folder: str) -> None:
     """Runs every case and saves {(kind, case, way): Result}."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=".*NumPy.*")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     runs = [0]
 
@@ -168,15 +233,10 @@ def work(rank: int, world: int, folder: str) -> None:
 
     for module in (block, planning):
         vars(module)["run_region"] = counted
-    cases = {("DDP", name): case for name, (case, _, _) in DDP.items()}
-    if world > 1:
-        cases |= {("FSDP", name): case for name, case in FSDP.items()}
-    results: dict[tuple[str, str, str], Result] = {}
-    for (kind, name), case in cases.items():
-        for way in ("plain", *WAYS):
+    results: dict[Key, Result] = {}
+    for (kind, name), (case, ways) in _cases(world).items():
+        for way in ("plain", *ways):
             results[kind, name, way] = _result(case, BUILD[way], rank, world, runs)
-    if world > 1:
-        results["FSDP", "converted last", "convert"] = _result(shard_then_convert, Plain, rank, world, runs)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -184,8 +244,12 @@ def work(rank: int, world: int, folder: str) -> None:
 def _result(case: Case, build: Build, rank: int, world: int, runs: list[int]) -> Result:
     runs[0] = 0
     try:
-        result = case(build, rank, world)
+        with warnings.catch_warnings():  # for each case anew, as torch.distributed leaves filters of its own
+            warnings.simplefilter("error")
+            for message in IGNORED:
+                warnings.filterwarnings("ignore", message=message)
+            result = case(build, rank, world)
     except Exception:
         result = Result(error=traceback.format_exc())
-    result.regions = runs[0]
+    result.regions, result.unwaited = runs[0], unwaited()
     return result

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_distributed_cases import (
-    BUCKETS,
-    CASES,
-    COLLECTIVES,
-    DDP,
-    FSDP,
-    INNERS,
-    ORDERS,
-    STOCK,
-    Case,
-    Result,
-    reference,
-    work,
-)
+from compiled_distributed_cases import INNERS, STOCK, Result, reference, work
 from compiled_distributed_models import DEPTH, reference_of
-from helpers import TOLERANCE, relative_error
+from compiled_distributed_placing import BUCKETS, CASES, COLLECTIVES, DDP, FSDP, ORDERS, TENSOR, Case
+from helpers import relative_error
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 
@@ -54,7 +42,7 @@ def check(
         result = by_rank[key]
         assert not result.error, result.error
         for got, right in zip(result.gradients, gradients, strict=True):
-            assert relative_error(got, right) < TOLERANCE
+            assert relative_error(got, right) < case.tolerance
         assert result.regions == list(case.regions)
         assert len(result.log) == len(case.regions)
         assert ["reversible: nothing" in line for line in result.log] == [not n for n in case.regions]
@@ -102,3 +90,13 @@ def test_collectives_in_a_graph_run_once_and_give_the_plain_gradients(
     counted = {by_rank["collectives", name, w].collectives for by_rank in results for w in (way, STOCK)}
     assert counted == {2 if name == "between chains" else 4}
     assert all("all_reduce" in line for line in results[0][key].log)
+
+
+# --- tensor parallel
+@pytest.mark.parametrize(("name", "way"), grid("tensor"))
+def test_functions_cut_among_the_processes_give_the_plain_gradients(
+    results: list[Results], name: str, way: str
+) -> None:
+    """Nothing is computed back, as in couplings with other collectives."""
+    case = TENSOR[name]
+    check(results, ("tensor", name, way), case, [reference(WORLD, case)] * WORLD)
