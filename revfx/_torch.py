@@ -20,6 +20,10 @@ FAKE_LOGGER = "torch._subclasses.fake_tensor"  # it logs what operators on fake 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
+# What `autograd.Function.apply` calls in turn, whoever looked that up, and whenever (`mine = Mine.apply`).
+BELOW_APPLY: Any = torch.autograd.function._SingleLevelFunction
+
+
 def fake_mode() -> FakeTensorMode:
     """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands."""
     return FakeTensorMode(allow_non_fake_inputs=True)
