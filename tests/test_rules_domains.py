@@ -1,0 +1,136 @@
+"""Every rule of the table over its domain and just outside it: what it says it solves, it gives back; nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from rules_layouts import ELSEWHERE, STRATEGIES
+from rules_samples import Sample, named
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import revfx
+from revfx import rules
+from revfx.capture import Untraceable, capture
+from revfx.errors import RevfxWarning
+from revfx.passes.arcs import lower
+from revfx.planning import call_of
+from revfx.rules import op_name
+from revfx.testing import gradients, relative_error
+
+
+OPS = [op for op in rules.registered() if op not in ELSEWHERE]
+QUICK = settings(
+    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+)
+
+
+def label(op: object) -> str:
+    return f"{'method ' if isinstance(op, str) else ''}{op if 'Overload' in type(op).__name__ else op_name(op)}"
+
+
+def call(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operation in its own spelling; a method of the first argument, which an in-place one gets a copy of."""
+    if isinstance(op, type):
+        return op(*args[1:])(args[0])
+    if not isinstance(op, str):
+        return op(*args, **kwargs)
+    first, *rest = args
+    if op.endswith("_") and not op.startswith("__") or op.startswith("__i"):
+        copied = first.clone()
+        first, rest = copied, [copied if x is args[0] else x for x in rest]
+    return getattr(first, op)(*rest, **kwargs)
+
+
+class Applies(nn.Module):
+    """One operation: its tensors are inputs, the constant ones buffers."""
+
+    def __init__(self, op: Any, sample: Sample) -> None:
+        super().__init__()
+        self.op = op
+        leaves, self.spec = pytree.tree_flatten((list(sample.args), sample.kwargs))
+        self.tensors = [t for t in {id(x): x for x in leaves if isinstance(x, Tensor)}.values()]
+        places = {id(t): i for i, t in enumerate(self.tensors)}
+        self.leaves = [_Place(places[id(x)]) if isinstance(x, Tensor) else x for x in leaves]
+        self.given = [t for i, t in enumerate(self.tensors) if i not in sample.constants]
+        self.tensors = [None if i in sample.constants else t for i, t in enumerate(self.tensors)]
+        for t, i in ((t, i) for i, t in enumerate({id(x): x for x in leaves if isinstance(x, Tensor)}.values())):
+            if i in sample.constants:
+                self.register_buffer(f"constant_{i}", t)
+
+    def forward(self, *given: Tensor) -> Any:
+        rest = iter(given)
+        tensors = [getattr(self, f"constant_{i}") if t is None else next(rest) for i, t in enumerate(self.tensors)]
+        leaves = [tensors[x.at] if isinstance(x, _Place) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return call(self.op, args, kwargs)
+
+
+class _Place:
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+
+def drawn(op: object, data: st.DataObject) -> tuple[Sample, Applies]:
+    """A sample that the operation takes."""
+    assert named(op) in STRATEGIES, f"no sample for {label(op)}"
+    sample = STRATEGIES[named(op)](data.draw, op)
+    model = Applies(op, sample)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model(*(t.clone() for t in model.given))
+        except (RuntimeError, TypeError, IndexError, ValueError, AttributeError):
+            assume(False)
+    return sample, model
+
+
+def solved(model: Applies, amplification: float) -> set[int]:
+    """The places of the inputs that the rule's arcs give; each is compared with what it was."""
+    inputs = tuple(model.given)
+    captured = capture(model, model.forward, inputs, {}, frozenset())
+    lowered = lower(captured.graph, dict(model.named_modules()).__getitem__)
+    env: dict[int, Tensor] = {i: inputs[at] for i, at in zip(lowered.inputs, captured.inputs, strict=True)}
+    env |= {lowered.index[n]: getattr(model, name) for n, (_, name) in captured.attributes.items()}
+    for i, o in enumerate(lowered.program.ops):
+        env.update(zip(o.outs, call_of(lowered, i, dict(model.named_modules()).__getitem__).invoke(env), strict=True))
+    arcs = [a for o in lowered.program.ops for a in o.arcs]
+    for a in arcs:
+        got, want = a.solve(*(env[v] for v in a.tail)), env[a.head]
+        assert (got.shape, got.dtype) == (want.shape, want.dtype), a.text
+        if a.exact:
+            assert torch.equal(_bits(got), _bits(want)), a.text
+        else:
+            scale = max([1.0, *(float(env[v].abs().max()) for v in (*a.tail, a.head) if env[v].numel())])
+            error = float((got.double() - want.double()).abs().max()) if got.numel() else 0.0
+            assert error <= 16 * amplification * torch.finfo(want.dtype).eps * scale, (a.text, error)
+    places = dict(zip(lowered.inputs, captured.inputs, strict=True))
+    copies = {o.outs[0]: places.get(o.ins[0]) for o in lowered.program.ops if o.name == "clone" and o.outs}
+    found = {places.get(a.head, copies.get(a.head)) for a in arcs if lowered.program.values[a.head].dtype}
+    return {i for i in found if i is not None}
+
+
+def _bits(t: Tensor) -> Tensor:
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[t.element_size()]
+    return t.detach().clone(memory_format=torch.contiguous_format).view(whole)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("op", OPS, ids=label)
+def test_a_rule_solves_what_the_result_determines_and_nothing_else(op: object) -> None:
+    seen = {"solved": 0, "refused": 0}
+
+    @QUICK
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        sample, model = drawn(op, data)
+        found = solved(model, sample.amplification)
+        assert found <= sample.solved, f"{sample}: solves for {sorted(found)}"
+        seen["solved" if found else "refused"] += 1
+
+    check()
+    assert seen["solved"] or named(op) == "where" or str(op) == "aten.lerp.Tensor", "tried outside its domain only"
