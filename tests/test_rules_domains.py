@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, assume, given, settings, strategies as st
 from rules_layouts import ELSEWHERE, STRATEGIES
 from rules_samples import Sample, named
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from revfx.testing import gradients, relative_error
 
 OPS = [op for op in rules.registered() if op not in ELSEWHERE]
 QUICK = settings(
-    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None, phases=[Phase.generate]
 )
 
 
@@ -51,28 +51,41 @@ class Applies(nn.Module):
 
     def __init__(self, op: Any, sample: Sample) -> None:
         super().__init__()
-        self.op = op
-        leaves, self.spec = pytree.tree_flatten((list(sample.args), sample.kwargs))
-        self.tensors = [t for t in {id(x): x for x in leaves if isinstance(x, Tensor)}.values()]
-        places = {id(t): i for i, t in enumerate(self.tensors)}
-        self.leaves = [_Place(places[id(x)]) if isinstance(x, Tensor) else x for x in leaves]
-        self.given = [t for i, t in enumerate(self.tensors) if i not in sample.constants]
-        self.tensors = [None if i in sample.constants else t for i, t in enumerate(self.tensors)]
-        for t, i in ((t, i) for i, t in enumerate({id(x): x for x in leaves if isinstance(x, Tensor)}.values())):
-            if i in sample.constants:
-                self.register_buffer(f"constant_{i}", t)
+        leaves = pytree.tree_leaves((list(sample.args), sample.kwargs))
+        unique = list({id(x): x for x in leaves if isinstance(x, Tensor)}.values())
+        places = {id(t): i for i, t in enumerate(unique)}
+        args = _placed(list(sample.args), places)
+        for i in sample.constants:
+            self.register_buffer(f"constant_{i}", unique[i])
+        self.given = tuple(t for i, t in enumerate(unique) if i not in sample.constants)
+        held = {i: f"constant_{i}" for i in sample.constants}
+        count, kwargs = len(unique), sample.kwargs
+
+        def run(*given: Tensor) -> Any:
+            rest = list(given)
+            tensors = [getattr(self, held[i]) if i in held else rest.pop(0) for i in range(count)]
+            return call(op, _filled(args, tensors), kwargs)
+
+        self.run = run
 
     def forward(self, *given: Tensor) -> Any:
-        rest = iter(given)
-        tensors = [getattr(self, f"constant_{i}") if t is None else next(rest) for i, t in enumerate(self.tensors)]
-        leaves = [tensors[x.at] if isinstance(x, _Place) else x for x in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return call(self.op, args, kwargs)
+        return self.run(*given)
 
 
-class _Place:
-    def __init__(self, at: int) -> None:
-        self.at = at
+class _Place(int):
+    pass
+
+
+def _placed(x: Any, places: dict[int, int]) -> Any:
+    if isinstance(x, (list, tuple)):
+        return type(x)(_placed(v, places) for v in x)
+    return _Place(places[id(x)]) if isinstance(x, Tensor) else x
+
+
+def _filled(x: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(x, (list, tuple)):
+        return type(x)(_filled(v, tensors) for v in x)
+    return tensors[x] if isinstance(x, _Place) else x
 
 
 def drawn(op: object, data: st.DataObject) -> tuple[Sample, Applies]:
