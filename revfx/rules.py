@@ -177,8 +177,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Scalar) and not isinstance(value, bool)
 
 
-def scaled(value: Any, alpha: float) -> Any:
-    """`alpha * value` as a number that can be subtracted, without a copy where alpha is 1; truth values are not one."""
+def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
+    """`alpha * value` as a number that can be subtracted, without a copy where alpha is 1; truth values are not one.
+
+    It is multiplied in `dtype`, that of the result: in a narrower one the product would be rounded.
+    """
+    if dtype is not None and alpha != 1 and isinstance(value, Tensor):
+        value = value.to(dtype)
     truth = value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(value, bool)
     return value if alpha == 1 and not truth else alpha * value
 
@@ -207,7 +212,7 @@ def add(node: fx.Node) -> Iterator[Direction]:
     if isinstance(alpha, fx.Node):
         yield from _scaled_by_a_tensor(a, b)
         return
-    yield Inverse(a, lambda y, b: y - scaled(b, alpha), (b,), rest=lambda b: scaled(b, alpha))
+    yield Inverse(a, lambda y, b: y - scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, alpha))
     yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
 
 
@@ -221,7 +226,7 @@ def sub(node: fx.Node) -> Iterator[Direction]:
     if isinstance(alpha, fx.Node):
         yield from _scaled_by_a_tensor(a, b)
         return
-    yield Inverse(a, lambda y, b: y + scaled(b, alpha), (b,), rest=lambda b: scaled(b, -alpha))
+    yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
     yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
 
 
@@ -233,7 +238,7 @@ def rsub(node: fx.Node) -> Iterator[Direction]:
         yield from _scaled_by_a_tensor(a, b)
         return
     yield Inverse(a, lambda y, b: b - y if alpha == 1 else (b - y) / alpha, (b,), factor=-alpha, rest=lambda b: b)
-    yield Inverse(b, lambda y, a: y + scaled(a, alpha), (a,), rest=lambda a: scaled(a, -alpha))
+    yield Inverse(b, lambda y, a: y + scaled(a, alpha, y.dtype), (a,), rest=lambda a: scaled(a, -alpha))
 
 
 @register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default)

@@ -119,7 +119,8 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
     a, r = _first(node), _second(node)
     back = F.pixel_unshuffle if op_name(node.target) == "pixel_shuffle" else F.pixel_shuffle
-    yield Inverse(a, lambda y: back(y, r), exact=True)
+    shape = _shape(a)  # without elements torch's functions give other shapes than each other's
+    yield Inverse(a, lambda y: back(y, r) if y.numel() else y.reshape(shape), exact=True)
 
 
 @register_inverse(torch.channel_shuffle, aten.channel_shuffle.default, aten.native_channel_shuffle.default)

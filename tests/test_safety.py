@@ -44,7 +44,13 @@ def _findings(path: Path) -> list[tuple[str, str]]:
             f = node.func
             if isinstance(f, ast.Name) and f.id in RUNS:
                 found.append((name, f.id))
-            elif isinstance(f, ast.Attribute) and f.attr in ("exec_module", "run_path", "run_module", "system", "popen"):
+            elif isinstance(f, ast.Attribute) and f.attr in (
+                "exec_module",
+                "run_path",
+                "run_module",
+                "system",
+                "popen",
+            ):
                 found.append((name, f.attr))
             elif isinstance(f, ast.Attribute) and ast.unparse(f) in ("torch.load", "torch.jit.load", "np.load"):
                 safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
