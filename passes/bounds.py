@@ -174,7 +174,7 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
 
 
 def _rounded(a: Interval, dtype: torch.dtype | None, ulps: int) -> Interval:
-    """An interval with room for rounding: none at ends that the dtype holds and that are met exactly, as 0 and 1 are."""
+    """An interval with room for rounding: none at ends that the dtype holds and that are met exactly, as 0 and 1."""
     if dtype is None or not dtype.is_floating_point:
         return a
     info = torch.finfo(dtype)

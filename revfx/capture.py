@@ -275,8 +275,7 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = self._convert(args), self._convert(kwargs or {})
         if self.suspended:
             out = func(*args, **kwargs)
-            name = op_name(func)
-            self._follow_atoms(func.__self__.__name__ if name == "__get__" else name, args, kwargs, out)
+            self._follow_atoms(op_name(func.__self__ if op_name(func) == "__get__" else func), args, kwargs, out)
             return out
         name = op_name(func)
         if name in EFFECTS:
@@ -358,7 +357,7 @@ class _Recorder(TorchFunctionMode):
         operands = [self.levels.of.get(id(t), CERTAIN) for t in _tensors((args, kwargs))]
         for t in _tensors(out):
             self.levels.note(id(t), name, operands, args, kwargs, lambda x: id(x) if isinstance(x, Tensor) else None)
-            self.alive += (t, args, kwargs)  # what is known by its id must not be replaced by another
+            self.alive += (t, args, kwargs)  # else another could get its id
 
     # --- calls of sub-modules and autograd functions
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

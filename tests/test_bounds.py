@@ -171,7 +171,7 @@ def test_a_factor_that_a_cast_makes_zero_is_not_bounded() -> None:
     assert least_after(lambda p, x: p.call(torch.clamp, x, 0, 1), bounded) == pytest.approx(0.5)
     for dtype in (torch.int64, torch.bool):
         prims = torch.ops.prims.convert_element_type.default
-        assert least_after(bounded, lambda p, x, to=dtype: p.call(prims, x, to)) == 0
+        assert least_after(bounded, lambda p, x, op=prims, to=dtype: p.call(op, x, to)) == 0
 
 
 def test_a_factor_that_cancels_in_its_dtype_is_not_bounded() -> None:

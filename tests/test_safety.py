@@ -1,4 +1,4 @@
-"""What runs, and what doesn't: only the file that a command names; nothing that a page, a checkpoint or a name holds."""
+"""Only the file that a command names runs; nothing does that a page, a checkpoint or a name holds."""
 
 from __future__ import annotations
 
@@ -146,7 +146,8 @@ def test_what_the_file_imports_from_beside_it_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["wave", "torch"])
 def test_a_file_with_the_name_of_another_module_does_not_stand_in_its_place(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{name}.py").write_text(MODEL)
-    check = f"import importlib; real = main; main = lambda a: real(a) or hasattr(importlib.import_module('{name}'), 'Net'); "
+    stands = f"hasattr(importlib.import_module('{name}'), 'Net')"
+    check = f"import importlib; real = main; main = lambda a: real(a) or {stands}; "
     done = explain(tmp_path, tmp_path / f"{name}.py", code=check)
     assert done.returncode == 0 and "4 couplings" in done.stdout, done.stderr
 
