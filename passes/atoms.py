@@ -49,20 +49,21 @@ JOINS = frozenset("cat concat concatenate stack hstack vstack dstack slice_scatt
 # Strictly monotone or analytic almost everywhere, reductions over many numbers, and moves of elements: they make none.
 SMOOTH = frozenset(
     """exp exp2 expm1 log log2 log10 log1p logit sin cos tan sinh cosh tanh asin acos atan atan2 asinh acosh atanh sinc
-    sigmoid log_sigmoid logsigmoid softplus softsign gelu silu mish elu celu selu glu tanhshrink erf erfc erfinv lgamma
-    digamma softmax _softmax log_softmax _log_softmax softmin logsumexp sqrt rsqrt reciprocal square pow __pow__
-    __rpow__ float_power neg negative __neg__ positive hypot sum mean var std var_mean std_mean norm vector_norm
-    linalg_norm linalg_vector_norm cumsum prod cumprod logcumsumexp cosine_similarity normalize avg_pool1d avg_pool2d
-    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d interpolate
-    upsample_bilinear2d     upsample_nearest2d upsample_bicubic2d grid_sample batch_norm native_batch_norm _native_batch_norm_legit_functional
-    _native_batch_norm_legit_no_training local_response_norm complex real imag view_as_real view_as_complex polar angle
-    conj fft rfft irfft ifft fft2 ifft2 rfft2 irfft2 cdist dist cross outer kron trace det inverse addr
-    to _to_copy convert_element_type float double half bfloat16 type type_as cpu cuda clone contiguous detach alias
-    lift_fresh_copy requires_grad_ __get__ getattr data view _unsafe_view view_as reshape reshape_as flatten unflatten
-    ravel squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile permute transpose swapaxes
-    swapdims movedim moveaxis t T mT flip fliplr flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle
-    native_channel_shuffle chunk split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select
-    slice diagonal unfold as_strided meshgrid broadcast_tensors Identity copy copy_ checkpoint""".split()
+    sigmoid log_sigmoid logsigmoid softplus softsign gelu silu mish elu celu selu glu tanhshrink erf erfc erfinv
+    lgamma digamma softmax _softmax log_softmax _log_softmax softmin logsumexp sqrt rsqrt reciprocal square pow
+    __pow__ __rpow__ float_power neg negative __neg__ positive hypot sum mean var std var_mean std_mean norm
+    vector_norm linalg_norm linalg_vector_norm cumsum prod cumprod logcumsumexp cosine_similarity normalize
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    _adaptive_avg_pool2d interpolate upsample_bilinear2d upsample_nearest2d upsample_bicubic2d grid_sample
+    batch_norm native_batch_norm _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
+    local_response_norm complex real imag view_as_real view_as_complex polar angle conj fft rfft irfft ifft fft2
+    ifft2 rfft2 irfft2 cdist dist cross outer kron trace det inverse addr to _to_copy convert_element_type float
+    double half bfloat16 type type_as cpu cuda clone contiguous detach alias lift_fresh_copy requires_grad_ __get__
+    getattr data view _unsafe_view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze expand
+    expand_as broadcast_to repeat repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t T mT
+    flip fliplr flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle chunk
+    split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select slice diagonal unfold
+    as_strided meshgrid broadcast_tensors Identity copy copy_ checkpoint""".split()
 )
 SAME = frozenset("detach alias clone contiguous lift_fresh_copy data positive".split())
 

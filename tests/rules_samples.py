@@ -156,7 +156,7 @@ def quotient(draw: Draw, op: object) -> Sample:
     if isinstance(b, Tensor) and b is not a:
         b = torch.where(b.abs() < 0.1, torch.ones((), dtype=b.dtype), b)
     with_mode = "mode" in overload(op) or (named(op) in ("div", "divide") and not overload(op))
-    mode = draw(st.sampled_from([None, "floor", "trunc"])) if with_mode else None
+    mode = draw(st.sampled_from([None, None, None, "floor", "trunc"])) if with_mode else None
     if mode and not isinstance(b, Tensor):
         b = 2
     solved = mode is None and determined(torch.true_divide(a, b), a) and a is not b
@@ -206,13 +206,18 @@ def signed(draw: Draw, op: object) -> Sample:
     return Sample((a.clone().fill_(-128) if a.dtype == torch.int8 and draw(st.booleans()) else a,), frozenset({0}))
 
 
-WIDER = {torch.bfloat16: FLOATS, torch.float32: FLOATS[:2], torch.float64: FLOATS[:1]}
+WIDER = {
+    torch.float16: (torch.float16, *FLOATS[:2]),
+    torch.bfloat16: FLOATS,
+    torch.float32: FLOATS[:2],
+    torch.float64: FLOATS[:1],
+}
 CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def cast(draw: Draw, op: object) -> Sample:
     """A cast, to a dtype that may hold less; `cpu` keeps it."""
-    a = tensor(draw, shapes(draw), draw(st.sampled_from(ANY)))
+    a = tensor(draw, shapes(draw), draw(st.sampled_from([torch.float16, *ANY])))
     name = named(op)
     to = CASTS.get(name) or (a.dtype if name == "cpu" else draw(st.sampled_from(ANY)))
     solved = frozenset({0} if to in WIDER.get(a.dtype, ()) else ())

@@ -25,6 +25,12 @@ from revfx.testing import gradients, relative_error
 
 
 OPS = [op for op in rules.registered() if op not in ELSEWHERE]
+NEVER_SOLVED = {
+    "where": "its halves are put together elsewhere",
+    "aten.lerp.Tensor": "a tensor is not bounded away from zero",
+    "aten.mul.Tensor": "nor is a factor that is an input: tests/test_rules.py has one that is",
+    **dict.fromkeys(("cpu", "Identity", "half"), "it gives the same tensor back, so nothing is recorded"),
+}
 QUICK = settings(
     max_examples=5,
     deadline=None,
@@ -159,7 +165,7 @@ def test_a_rule_solves_what_the_result_determines_and_nothing_else(op: object) -
         seen["solved" if found else "refused"] += 1
 
     check()
-    assert seen["solved"] or named(op) == "where" or str(op) == "aten.lerp.Tensor", "tried outside its domain only"
+    assert seen["solved"] or named(op) in NEVER_SOLVED or str(op) in NEVER_SOLVED, "tried outside its domain only"
 
 
 class Coupled(nn.Module):
