@@ -201,7 +201,7 @@ class _Lowering:
                 return f"`{op_name(node.target)}` turns {a.dtype} into {y.dtype}"
             if not same_shape(a, y):
                 return f"`{op_name(node.target)}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}"
-        factor = self._factor(inverse)
+        factor = self._factor(inverse, y.dtype)
         if isinstance(factor, str):
             return factor
         constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
@@ -245,14 +245,15 @@ class _Lowering:
             return f"its factor may be as small as {made.least:.1e}; at most {MOST_BITS} bits per element are kept"
         return made
 
-    def _factor(self, inverse: Inverse) -> _Factor | str:
+    def _factor(self, inverse: Inverse, dtype: torch.dtype) -> _Factor | str:
         """What the solved operand was multiplied by, or why it may be zero."""
         f = inverse.factor
         if f is None:
             return _Factor(None)
         if not isinstance(f, fx.Node):
             value = float(abs(1 / f if inverse.reciprocal and f else f))
-            if value == 0 or value != value or value == float("inf"):
+            least, most = _normal(dtype)
+            if not least <= value <= most:  # 0 or infinite, also where it only is so in this dtype; or NaN
                 return f"the factor is {f}"
             return _Factor(None if value == 1 else value)
         interval: Interval = self.bounds.get(f, UNKNOWN)
@@ -312,6 +313,13 @@ class _Lowering:
                 with no_new_guards(node.meta["val"]):
                     self.directions[node] = list(rule(node))
         return self.directions[node]
+
+
+def _normal(dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest and the largest magnitude of a dtype's normal numbers."""
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return 1, torch.iinfo(dtype).max
+    return torch.finfo(dtype).tiny, torch.finfo(dtype).max
 
 
 def _patch(p: Patch) -> Callable[..., Tensor]:

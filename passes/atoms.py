@@ -4,13 +4,15 @@ A rounding inverse gives an exact zero back as +-1e-17, which flips relu's mask 
 rounding arc may not have atoms. They are made by relu, clamp, dropout and the like, pass through layout and elementwise
 operations, and survive a sum at most where both addends have them: that is counted while the forward runs. Matrix
 products, convolutions and normalisations over a sample mix so many numbers that none is likelier than another, unless
-they are all zero (padded rows, weights that start as zeros): what they give directly is counted too.
+they are all zero (padded rows, blank parts of images, weights that start as zeros): that is counted too. A sum in which
+a value cancels (`x + (round(x) - x).detach()`) is what is left. What a function of another name does is not known.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -26,7 +28,10 @@ MAKERS = frozenset(
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout eq ne lt le gt ge masked_fill
     masked_select masked_scatter one_hot zeros zeros_like ones ones_like full full_like tril triu embedding nan_to_num
     topk sort cummax cummin quantile median mode pad bernoulli native_dropout max_pool2d_with_indices
-    max_pool3d_with_indices constant_pad_nd zero full_like new_zeros new_full""".split()
+    max_pool3d_with_indices constant_pad_nd zero full_like new_zeros new_full floor_divide floordiv __floordiv__
+    trunc_divide bucketize searchsorted count_nonzero argmax argmin logical_and logical_or logical_xor logical_not
+    isnan isinf isfinite empty empty_like new_empty arange eye diag_embed diag block_diag scatter index_put
+    fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor""".split()
 )
 MIXERS = frozenset(
     """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
@@ -37,11 +42,30 @@ MIXERS = frozenset(
     dot""".split()
 )
 PICKS = frozenset("getitem __getitem__ index index_select gather take take_along_dim".split())
-SUMS = frozenset(
-    "add sub subtract rsub lerp addcmul addcdiv addcmul __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__".split()
-)
+SUMS = frozenset("add sub subtract rsub lerp __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__".split())
+SUMS_WITH_PRODUCT = frozenset("addcmul addcdiv".split())
 PRODUCTS = frozenset("mul multiply div divide true_divide __mul__ __rmul__ __rdiv__ __truediv__".split())
 JOINS = frozenset("cat concat concatenate stack hstack vstack dstack slice_scatter select_scatter".split())
+# Strictly monotone or analytic almost everywhere, reductions over many numbers, and moves of elements: they make none.
+SMOOTH = frozenset(
+    """exp exp2 expm1 log log2 log10 log1p logit sin cos tan sinh cosh tanh asin acos atan atan2 asinh acosh atanh sinc
+    sigmoid log_sigmoid logsigmoid softplus softsign gelu silu mish elu celu selu glu tanhshrink erf erfc erfinv
+    lgamma digamma softmax _softmax log_softmax _log_softmax softmin logsumexp sqrt rsqrt reciprocal square pow
+    __pow__ __rpow__ float_power neg negative __neg__ positive hypot sum mean var std var_mean std_mean norm
+    vector_norm linalg_norm linalg_vector_norm cumsum prod cumprod logcumsumexp cosine_similarity normalize
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    _adaptive_avg_pool2d interpolate upsample_bilinear2d upsample_nearest2d upsample_bicubic2d grid_sample
+    batch_norm native_batch_norm _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
+    local_response_norm complex real imag view_as_real view_as_complex polar angle conj fft rfft irfft ifft fft2
+    ifft2 rfft2 irfft2 cdist dist cross outer kron trace det inverse addr to _to_copy convert_element_type float
+    double half bfloat16 type type_as cpu cuda clone contiguous detach alias lift_fresh_copy requires_grad_ __get__
+    getattr data view _unsafe_view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze expand
+    expand_as broadcast_to repeat repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t T mT
+    flip fliplr flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle chunk
+    split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select slice diagonal unfold
+    as_strided meshgrid broadcast_tensors Identity copy copy_ checkpoint""".split()
+)
+SAME = frozenset("detach alias clone contiguous lift_fresh_copy data positive".split())
 
 
 NONE, RARE, PERHAPS, CERTAIN = 0, 1, 2, 3
@@ -50,12 +74,11 @@ NONE, RARE, PERHAPS, CERTAIN = 0, 1, 2, 3
 def has_atoms(name: str, operands: Iterable[int]) -> int:
     """NONE, RARE or PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such operands.
 
-    A sum of which an addend is RARE has none. A number that is added, or multiplied by, moves atoms to where nothing is
-    counted.
+    A number that is added, or multiplied by, moves atoms to where nothing is counted.
     """
     bare = name if name.endswith("__") else name.rstrip("_")
     operands = list(operands)
-    if bare in MAKERS:
+    if bare in MAKERS or bare.lstrip("_") in MAKERS:
         return CERTAIN
     if not operands:
         return NONE
@@ -70,8 +93,90 @@ def has_atoms(name: str, operands: Iterable[int]) -> int:
     if bare in PRODUCTS and len(operands) == 1:
         return operands[0]
     if bare in SUMS:
-        return PERHAPS if min(operands) >= PERHAPS else NONE
-    return min(PERHAPS, max(operands)) if bare in PRODUCTS else max(operands)
+        return min(PERHAPS, *operands)
+    if bare in SUMS_WITH_PRODUCT:
+        return min(PERHAPS, operands[0], max(operands[1:], default=NONE))
+    if bare in PRODUCTS:
+        return min(PERHAPS, max(operands))
+    return max(operands) if bare in SMOOTH or bare in JOINS else max(PERHAPS, *operands)
+
+
+# --- what cancels in a sum
+Terms = Mapping[Hashable, float]
+MOST_TERMS = 8  # of a sum that is taken apart: one that is longer is a value of its own
+
+
+@dataclass
+class Levels:
+    """The atoms of values by key, and what sums consist of."""
+
+    of: dict[Hashable, int] = field(default_factory=dict)
+    terms: dict[Hashable, Terms] = field(default_factory=dict)
+
+    def note(
+        self, key: Hashable, name: str, operands: list[int], args: tuple[Any, ...], kwargs: Any, keyed: Any
+    ) -> int:
+        """The level of a new value `name(*args)`; `keyed` gives the key of an argument that is a tensor, else None."""
+        bare = name if name.endswith("__") else name.strip("_")
+        self.of[key] = level = has_atoms(name, operands)
+        if bare in PRODUCTS and kwargs.get("rounding_mode") is not None:
+            self.of[key] = level = CERTAIN
+        terms = self._linear(bare, args, kwargs, keyed)
+        if terms is None:
+            return level
+        total, size = _total(terms)
+        if 1 < len(terms) and any(abs(total[k]) < 1e-6 * size[k] for k in total):
+            left = [self.of.get(k, CERTAIN) for k in total if abs(total[k]) >= 1e-6 * size[k]]
+            self.of[key] = level = max(level, min(PERHAPS, *left) if left else PERHAPS)
+        elif len(total) <= MOST_TERMS:
+            self.terms[key] = total
+        return level
+
+    def _linear(self, bare: str, args: tuple[Any, ...], kwargs: Any, keyed: Any) -> list[Terms] | None:
+        """The multiples of values that an operation adds up, one sum for each of its operands; None: it doesn't."""
+        signs = LINEAR.get(bare)
+        if signs is None:
+            factor = _factor(bare, args)
+            whole = next((k for x in args[:2] if (k := keyed(x)) is not None), None)
+            return None if factor is None or whole is None else [self._scaled(whole, factor)]
+        alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+        alpha = float(alpha) if isinstance(alpha, (int, float)) else 1.0
+        given = (*args, *(kwargs[name] for name in ("input", "self", "other") if name in kwargs), None, None)
+        first, second = (keyed(x) for x in given[:2])
+        scales = (signs[0] * (alpha if "rsub" in bare else 1), signs[1] * (1 if "rsub" in bare else alpha))
+        return [self._scaled(k, c) for k, c in zip((first, second), scales, strict=True) if k is not None]
+
+    def _scaled(self, key: Hashable, by: float) -> Terms:
+        return {k: by * c for k, c in self.terms.get(key, {key: 1.0}).items()}
+
+
+LINEAR = dict.fromkeys(("add", "__add__", "__radd__", "__iadd__", "iadd"), (1, 1)) | {
+    "sub": (1, -1), "subtract": (1, -1), "__sub__": (1, -1), "__isub__": (1, -1), "isub": (1, -1), "rsub": (-1, 1),
+    "__rsub__": (-1, 1),
+}  # fmt: skip
+
+
+def _factor(bare: str, args: tuple[Any, ...]) -> float | None:
+    """The number that an operation multiplies its only tensor by; None: it does something else."""
+    if bare in SAME or bare == "getattr":
+        return 1.0 if bare != "getattr" or args[1:] == ("data",) else None
+    if bare in ("neg", "negative", "__neg__"):
+        return -1.0
+    numbers = [float(x) for x in args[:2] if isinstance(x, (int, float))]
+    if bare in PRODUCTS and len(args) == 2 and len(numbers) == 1 and numbers[0]:
+        inverse = "div" in bare
+        return None if bare == "__rdiv__" else 1 / numbers[0] if inverse else numbers[0]
+    return None
+
+
+def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable, float]]:
+    """By value, the sum of its multiples, and of their magnitudes."""
+    total: dict[Hashable, float] = {}
+    size: dict[Hashable, float] = {}
+    for part in terms:
+        for k, c in part.items():
+            total[k], size[k] = total.get(k, 0.0) + c, size.get(k, 0.0) + abs(c)
+    return total, size
 
 
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -79,7 +184,8 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
 
     A part of what was put together has those of the parts that it overlaps.
     """
-    found: dict[fx.Node, int] = {}
+    levels = Levels()
+    found: Any = levels.of
     joined: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -88,7 +194,8 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
             found[node] = int(node.meta.get("atoms", CERTAIN))
         elif node.op in ("call_function", "call_method"):
             name = op_name(node.target)
-            found[node] = has_atoms(name, [found[n] for n in node.all_input_nodes])
+            operands = [found[n] for n in node.all_input_nodes]
+            levels.note(node, name, operands, node.args, node.kwargs, _node_or_none)
             if name == "where" and len(node.args) == 3:
                 a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
                 numbers = not (isinstance(a, fx.Node) and isinstance(b, fx.Node))
@@ -99,6 +206,10 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
                 part = _part_of(node, joined)
                 found[node] = found[node] if part is None else part
     return found
+
+
+def _node_or_none(x: Any) -> fx.Node | None:
+    return x if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else None
 
 
 def _joined(node: fx.Node, found: Mapping[fx.Node, int]) -> dict[fx.Node, tuple[int, list[tuple[range, int]]]]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from revfx.rules import arguments, op_name
 
@@ -46,11 +47,14 @@ def _monotone(f: Callable[[float], float], nonzero: bool = False) -> Callable[[I
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def _sigmoid(x: float) -> float:
-    return 1 / (1 + _exp(-x)) if x > -700 else 0.0
+    return 1 / (1 + _exp(-x)) if x > 0 else _exp(x) / (1 + _exp(x))
 
 
 def _softplus(x: float) -> float:
@@ -74,7 +78,7 @@ def _mul(a: Interval, b: Interval) -> Interval:
 def _reciprocal(a: Interval) -> Interval:
     if a.low > 0 or a.high < 0:
         return Interval(1 / a.high, 1 / a.low, True)
-    return Interval(0.0, math.inf, a.nonzero) if a.low >= 0 else Interval(nonzero=a.nonzero)
+    return Interval(nonzero=a.nonzero)  # also from 0 upwards: a zero may have a sign
 
 
 def _within(low: float, high: float) -> Callable[[Interval], Interval]:
@@ -88,7 +92,7 @@ def _abs(a: Interval) -> Interval:
 UNARY: dict[str, Callable[[Interval], Interval]] = {
     "exp": _monotone(_exp, nonzero=True),
     "sigmoid": _monotone(_sigmoid, nonzero=True),
-    "softplus": _monotone(_softplus, nonzero=True),
+    "softplus": lambda a: Interval(a.low if a.low > 20 else _softplus(a.low), _softplus(a.high), True),
     "tanh": _monotone(math.tanh),
     "relu": lambda a: Interval(max(0.0, a.low), max(0.0, a.high)),
     "hardtanh": _within(-1.0, 1.0),
@@ -103,14 +107,7 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "neg": _neg,
     "reciprocal": _reciprocal,
     "__neg__": _neg,
-} | dict.fromkeys(
-    ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone",
-     "permute", "transpose", "detach", "t", "alias", "_unsafe_view", "slice", "split_with_sizes", "index",
-     "expand", "expand_as", "flip", "roll", "getitem", "__getitem__", "chunk", "split", "narrow", "select",
-     "unbind", "float", "double", "_to_copy", "convert_element_type",
-     "repeat"),
-    lambda a: a,
-)  # fmt: skip
+}
 
 BINARY: dict[str, Callable[[Interval, Interval], Interval]] = {
     "add": _add,
@@ -124,25 +121,95 @@ BINARY: dict[str, Callable[[Interval, Interval], Interval]] = {
 }
 
 
+# What these give in floating point is the result in exact arithmetic, rounded to the nearest number.
+ROUNDED = frozenset("add sub rsub __rsub__ mul neg __neg__ abs relu clamp clip hardtanh".split())
+MOVES = frozenset(
+    """view reshape flatten unflatten squeeze unsqueeze contiguous clone permute transpose detach t alias _unsafe_view
+    slice split_with_sizes index expand expand_as flip roll getitem __getitem__ chunk split narrow select unbind float
+    double _to_copy convert_element_type repeat""".split()
+)
+ULPS = 8  # by which other functions may miss the nearest number
+
+
 def bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
-    """For every node of a graph, the interval in which all its elements lie."""
+    """For every node of a graph, the interval in which all its elements lie, as floating point computes them.
+
+    Elements that are not a number lie in none.
+    """
     found: dict[fx.Node, Interval] = {}
-
-    def of(x: Any) -> Interval:
-        if isinstance(x, (int, float)):
-            return Interval(float(x), float(x), x != 0)
-        return found.get(x, UNKNOWN) if isinstance(x, fx.Node) else UNKNOWN
-
     for node in graph.nodes:
-        found[node] = _bound(node, of)
+        dtype = _dtype(node)
+
+        def of(x: Any, dtype: torch.dtype | None = dtype) -> Interval:
+            if isinstance(x, (int, float)):  # a number is rounded to the dtype of what it is put together with
+                return _rounded(Interval(float(x), float(x), x != 0), dtype, 1)
+            return found.get(x, UNKNOWN) if isinstance(x, fx.Node) else UNKNOWN
+
+        found[node] = _in_dtype(node, _bound(node, of), dtype)
     return found
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if isinstance(val, (tuple, list)) and val:
+        val = val[0]
+    return val.dtype if isinstance(val, Tensor) else None
+
+
+def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Interval:
+    """The interval that rounding leaves of one in exact arithmetic; UNKNOWN where whole numbers wrap around."""
+    if exact == UNKNOWN or dtype is None or dtype.is_complex:
+        return exact if dtype is None else UNKNOWN
+    name = _bare(node)
+    before = next((d for n in node.all_input_nodes if (d := _dtype(n)) is not None), dtype)
+    if not dtype.is_floating_point:
+        whole = not before.is_floating_point and dtype != torch.bool
+        limits = torch.iinfo(dtype) if whole else None
+        return exact if limits and limits.min <= exact.low and exact.high <= limits.max else UNKNOWN
+    if name in MOVES:
+        if before == dtype or name in ("float", "double", "_to_copy", "convert_element_type"):
+            return exact if before == dtype else _rounded(exact, dtype, 1)
+        return UNKNOWN  # a view of other bits
+    return _rounded(exact, dtype, 1 if name in ROUNDED else ULPS)
+
+
+def _rounded(a: Interval, dtype: torch.dtype | None, ulps: int) -> Interval:
+    """An interval with room for rounding: none at ends that the dtype holds and that are met exactly, as 0 and 1."""
+    if dtype is None or not dtype.is_floating_point:
+        return a
+    info = torch.finfo(dtype)
+
+    def end(x: float, side: int) -> float:
+        if math.isnan(x):
+            return side * math.inf
+        met = x in EXACT or (ulps == 1 and (dtype == torch.float64 or _holds(dtype, x)))
+        if met and (x == 0 or abs(x) >= info.tiny):
+            return x
+        if abs(x) < info.tiny:  # it may be flushed to 0, or rounded away from it
+            return 0.0 if x * side <= 0 else side * info.tiny
+        if abs(x) > info.max:  # overflows, or does not quite
+            return side * math.inf if x * side > 0 else -side * info.max
+        return x + side * ulps * info.eps * abs(x)
+
+    return Interval(end(a.low, -1), end(a.high, 1), a.nonzero)
+
+
+EXACT = (0.0, 0.5, -0.5, 1.0, -1.0, math.inf, -math.inf)
+
+
+def _holds(dtype: torch.dtype, x: float) -> bool:
+    return float(torch.tensor(x, dtype=torch.float64).to(dtype)) == x
+
+
+def _bare(node: fx.Node) -> str:
+    name = op_name(node.target)
+    return name if name.endswith("__") else name.rstrip("_")
 
 
 def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
     if node.op not in ("call_function", "call_method"):
         return UNKNOWN
-    name = op_name(node.target)
-    name = name if name.endswith("__") else name.rstrip("_")
+    name = _bare(node)
     if name in ("clamp", "clip", "hardtanh"):
         default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
         keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
@@ -155,7 +222,10 @@ def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
         low_, high_ = (min(max(end, lowest), highest) for end in (inner.low, inner.high))
         return Interval(low_, high_, low_ > 0 or high_ < 0)
     if name == "softplus" and (len(node.args) > 1 or node.kwargs):
-        return Interval(0.0, math.inf, True)
+        beta = node.args[1] if len(node.args) > 1 else node.kwargs.get("beta", 1)
+        return Interval(0.0, math.inf, True) if isinstance(beta, (int, float)) and beta > 0 else UNKNOWN
+    if name in MOVES and node.args:
+        return of(node.args[0])
     if name in UNARY and node.args:
         return UNARY[name](of(node.args[0]))
     if name in BINARY and len(node.args) == 2 and not node.kwargs:

@@ -80,7 +80,7 @@ def masked_arcs(
     for y, sides in selects.items():
         for m in (m for m in sides if m.other is not UNSAID):
             for half in halves.get((m.whole, m.mask), []):
-                if half.value == m.value and half.tail[0] is not y:
+                if half.value == m.value and half.tail[0] is not y and m.whole.meta["val"].dtype == y.meta["val"].dtype:
                     yield _refill(index, y, m, half, position[y])
 
 
@@ -102,7 +102,7 @@ def _masked(node: fx.Node, directions_of: DirectionsOf, known: Masks) -> Iterato
             continue
         if name in PRODUCTS and other in known.of:
             yield Masked(x, known.of[other].root, known.of[other].value, 0.0)
-        elif name in SUMS and (name != "sub" or x is a):
+        elif name in SUMS and (name == "add" or x is a):
             for root, value in known.zero.get(other, ()):
                 yield Masked(x, root, value, UNSAID)
 

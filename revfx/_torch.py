@@ -26,6 +26,10 @@ FAKE_LOGGER = "torch._subclasses.fake_tensor"  # it logs what operators on fake 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
+# What `autograd.Function.apply` calls in turn, whoever looked that up, and whenever (`mine = Mine.apply`).
+BELOW_APPLY: Any = torch.autograd.function._SingleLevelFunction
+
+
 def fake_mode() -> FakeTensorMode:
     """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -180,9 +184,8 @@ def fsdp_policy(module: Any) -> Any:
 
 def fsdp_parameters(module: Any) -> list[torch.Tensor]:
     """The sharded parameters that `fully_shard` gathers when `module` is called."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.12 has at most one
-    return [p.sharded_param for group in groups if group is not None for p in group.fsdp_params]
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    return [p.sharded_param for group in groups for p in group.fsdp_params]
 
 
 def share_fsdp_state(module: Any, twin: torch.nn.Module) -> None:

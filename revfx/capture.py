@@ -28,7 +28,7 @@ from revfx.containers import put_back
 from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
 from revfx.inplace import functionalise, updates_statistics
 from revfx.outside import Outside
-from revfx.passes.atoms import CERTAIN, has_atoms
+from revfx.passes.atoms import CERTAIN, Levels
 from revfx.passes.facts import is_mask
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
@@ -146,7 +146,7 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
-        self.atoms: dict[int, int] = {}
+        self.levels = Levels()
         self.suspended = 0
         self.generation: dict[int, int] = {}
         self.inputs: list[int] = []
@@ -272,7 +272,7 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = self._convert(args), self._convert(kwargs or {})
         if self.suspended:
             out = func(*args, **kwargs)
-            self._follow_atoms(op_name(func), (args, kwargs), out)
+            self._follow_atoms(op_name(func.__self__ if op_name(func) == "__get__" else func), args, kwargs, out)
             return out
         name = op_name(func)
         if name in EFFECTS:
@@ -350,11 +350,11 @@ class _Recorder(TorchFunctionMode):
             raise Untraceable(f"it passes on a {type(tree).__name__} that it made, which a recorded graph would keep")
         return tree
 
-    def _follow_atoms(self, name: str, operands: Any, out: Any) -> None:
-        flag = has_atoms(name, [self.atoms.get(id(t), CERTAIN) for t in _tensors(operands)])
+    def _follow_atoms(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        operands = [self.levels.of.get(id(t), CERTAIN) for t in _tensors((args, kwargs))]
         for t in _tensors(out):
-            self.atoms[id(t)] = flag
-            self.alive.append(t)
+            self.levels.note(id(t), name, operands, args, kwargs, lambda x: id(x) if isinstance(x, Tensor) else None)
+            self.alive += (t, args, kwargs)  # else another could get its id
 
     # --- calls of sub-modules and autograd functions
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -383,7 +383,7 @@ class _Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            atoms = max((self.atoms.get(id(t), CERTAIN) for t in _tensors(out)), default=CERTAIN)
+            atoms = max((self.levels.of.get(id(t), CERTAIN) for t in _tensors(out)), default=CERTAIN)
             odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
             if odd:
                 raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}")
@@ -430,8 +430,7 @@ class _Recorder(TorchFunctionMode):
 # --- patches, active for the capturing thread only
 @contextmanager
 def _patched() -> Generator[None]:
-    call_module, function, init = nn.Module.__call__, torch.autograd.Function, nn.Module.__init__
-    apply = function.__dict__["apply"]
+    call_module, init = nn.Module.__call__, nn.Module.__init__
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         recorder = getattr(_local, "recorder", None)
@@ -444,18 +443,19 @@ def _patched() -> Generator[None]:
         init(self, *args, **kwargs)
 
     def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        def apply(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return super(_torch.BELOW_APPLY, cls).apply(*args, **kwargs)
+
         recorder = getattr(_local, "recorder", None)
-        if recorder is None:
-            return apply.__func__(cls, *args, **kwargs)
-        return recorder.call_function(cls, apply.__func__, args, kwargs)
+        return apply(cls, *args, **kwargs) if recorder is None else recorder.call_function(cls, apply, args, kwargs)
 
     with ExitStack() as stack:
         nn.Module.__call__ = __call__
         stack.callback(setattr, nn.Module, "__call__", call_module)
         nn.Module.__init__ = __init__
         stack.callback(setattr, nn.Module, "__init__", init)
-        function.apply = classmethod(patched_apply)  # type: ignore[assignment]
-        stack.callback(setattr, function, "apply", apply)
+        _torch.BELOW_APPLY.apply = classmethod(patched_apply)
+        stack.callback(delattr, _torch.BELOW_APPLY, "apply")
         set_rng_state = torch.set_rng_state
 
         def patched_set(state: Tensor) -> None:  # what `fork_rng` ends with

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -58,17 +60,34 @@ def tensor(text: str, dtype: str) -> Tensor:
 def _module(file: Path) -> ModuleType:
     if not file.is_file():
         raise WrongArguments(f"{file}: no such file")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = file.stem if _free(file) else f"revfx_model_{file.stem}"  # no other module goes by the name of the user's
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise WrongArguments(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(file.stem, module)  # for dataclasses and pickling
-    sys.path.insert(0, str(file.resolve().parent))  # for what lies beside it, then and when the factory is called
+    sys.modules[name] = module  # for dataclasses and pickling
+    beside = str(file.resolve().parent)
+    sys.path.insert(_after_standard_library(), beside)  # for what it imports, then and when the factory is called
     try:
         spec.loader.exec_module(module)
     except Exception as e:
         raise RevfxError(f"{file} raised {type(e).__name__}: {e}") from e
     return module
+
+
+def _free(file: Path) -> bool:
+    """Whether a file can be imported under its own name without standing in another module's place."""
+    name = file.stem
+    return not (name in sys.modules or name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None)
+
+
+def _after_standard_library() -> int:
+    """The place in `sys.path` after the standard library, which what lies beside a model must not replace: torch
+    imports much of it late.
+    """
+    folders = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    folders |= {os.path.join(f, "lib-dynload") for f in folders}
+    return max((i + 1 for i, p in enumerate(sys.path) if os.path.realpath(p) in folders), default=0)
 
 
 def _made(module: ModuleType, file: str, name: str) -> Any:

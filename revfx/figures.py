@@ -50,6 +50,11 @@ def _figure_class(who: str) -> type[Figure]:
     return Figure
 
 
+def printable(text: str) -> str:
+    """Text without the characters that no page or picture can hold, such as those that steer a terminal."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+
+
 def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     """What `draw` puts on a figure of `size` inches, as SVG whose text is text: the same bytes for the same drawing.
 
@@ -67,7 +72,7 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
     with style.context("default"), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         fig = figure(who, *size)
         draw(fig)
-        fig.savefig(out, format="svg", metadata={**nothing, "Title": title})
+        fig.savefig(out, format="svg", metadata={**nothing, "Title": printable(title)})
     text = re.sub(r"<[^>]+>", lambda tag: _tidied(tag[0], name), out.getvalue())
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 

@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 
 from revfx.explanation import COLUMNS, Explanation, RegionInfo, ValueLine, cells, count, short, size
+from revfx.figures import printable
 from revfx.pictures import MARKS, alike, all_regions, counted
 from revfx.remedies import remedy
 
@@ -16,7 +17,7 @@ MOST_REFUSALS = 200
 
 def text(words: object) -> str:
     """Text as a page shows it: nothing that it holds is a tag or ends an attribute."""
-    return html.escape(str(words))
+    return html.escape(printable(str(words)))
 
 
 # --- figures

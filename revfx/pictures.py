@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from revfx.errors import Refusal
 from revfx.explanation import LISTED, Explanation, RegionInfo, short, size
-from revfx.figures import PALETTE, picture
+from revfx.figures import PALETTE, picture, printable
 from revfx.pictures_layout import SOLVED, Frame, Layout, Node, layout
 from revfx.pictures_memory import has_timeline as has_timeline, memory_svg as memory_svg
 
@@ -64,7 +64,7 @@ def _with_tips(svg: str, tips: dict[str, str]) -> str:
     """Titles, which a browser shows when the pointer rests on the part."""
     for name, text in tips.items():
         mark = f'<g id="graph-{name}">'
-        svg = svg.replace(mark, f"{mark}\n<title>{html.escape(text)}</title>", 1)
+        svg = svg.replace(mark, f"{mark}\n<title>{html.escape(printable(text))}</title>", 1)
     return svg
 
 
@@ -125,7 +125,7 @@ class _Pen:
     def text(self, x: float, y: float, text: str, points: float = 8, colour: str = "ink", **options: Any) -> None:
         """None; the text stands at x, its middle at y."""
         options = {"va": "center", "ha": "left", "color": PALETTE[colour], "parse_math": False, **options}
-        self.axes.text(x, self.top + y, text, fontsize=points, **options)
+        self.axes.text(x, self.top + y, printable(text), fontsize=points, **options)
 
     def box(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", **options: Any) -> None:
         """None; a box whose middle is (x, y)."""

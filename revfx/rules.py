@@ -177,8 +177,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Scalar) and not isinstance(value, bool)
 
 
-def scaled(value: Any, alpha: float) -> Any:
-    """`alpha * value` as a number that can be subtracted, without a copy where alpha is 1; truth values are not one."""
+def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
+    """`alpha * value` as a number that can be subtracted, without a copy where alpha is 1; truth values are not one.
+
+    It is multiplied in `dtype`, that of the result: in a narrower one the product would be rounded.
+    """
+    if dtype is not None and alpha != 1 and isinstance(value, Tensor):
+        value = value.to(dtype)
     truth = value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(value, bool)
     return value if alpha == 1 and not truth else alpha * value
 
@@ -189,6 +194,14 @@ def nothing(*given: Any) -> float:
 
 
 # --- arithmetic: y = a + alpha*b and its relatives
+def _scaled_by_a_tensor(*operands: Any) -> Iterator[Direction]:
+    """Refusals, where a number that scales an operand is held by a tensor (`alpha=` or `value=` take one of no
+    dimensions, and so does the old order `torch.add(a, alpha, b)`).
+    """
+    for operand in operands:
+        yield NoInverse(operand, "a tensor stands where a number scales an operand")
+
+
 @register_inverse(
     torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd,
     aten.add.Tensor, aten.add.Scalar,
@@ -196,7 +209,10 @@ def nothing(*given: Any) -> float:
 def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
-    yield Inverse(a, lambda y, b: y - scaled(b, alpha), (b,), rest=lambda b: scaled(b, alpha))
+    if isinstance(alpha, fx.Node):
+        yield from _scaled_by_a_tensor(a, b)
+        return
+    yield Inverse(a, lambda y, b: y - scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, alpha))
     yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
 
 
@@ -207,7 +223,10 @@ def add(node: fx.Node) -> Iterator[Direction]:
 def sub(node: fx.Node) -> Iterator[Direction]:
     """`y = a - alpha*b`; `a = y + alpha*b`, `b = (a - y)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
-    yield Inverse(a, lambda y, b: y + scaled(b, alpha), (b,), rest=lambda b: scaled(b, -alpha))
+    if isinstance(alpha, fx.Node):
+        yield from _scaled_by_a_tensor(a, b)
+        return
+    yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
     yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
 
 
@@ -215,8 +234,11 @@ def sub(node: fx.Node) -> Iterator[Direction]:
 def rsub(node: fx.Node) -> Iterator[Direction]:
     """`y = b - alpha*a`; `a = (b - y)/alpha`, `b = y + alpha*a`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
+    if isinstance(alpha, fx.Node):
+        yield from _scaled_by_a_tensor(a, b)
+        return
     yield Inverse(a, lambda y, b: b - y if alpha == 1 else (b - y) / alpha, (b,), factor=-alpha, rest=lambda b: b)
-    yield Inverse(b, lambda y, a: y + scaled(a, alpha), (a,), rest=lambda a: scaled(a, -alpha))
+    yield Inverse(b, lambda y, a: y + scaled(a, alpha, y.dtype), (a,), rest=lambda a: scaled(a, -alpha))
 
 
 @register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default)
@@ -254,6 +276,9 @@ def div(node: fx.Node) -> Iterator[Direction]:
 def addcmul(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b*c`; `a = y - value*b*c`."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
+    if isinstance(value, fx.Node):
+        yield from _scaled_by_a_tensor(a)
+        return
     yield Inverse(
         a, lambda y, b, c: torch.addcmul(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b * c, value)
     )
@@ -263,6 +288,9 @@ def addcmul(node: fx.Node) -> Iterator[Direction]:
 def addcdiv(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b/c`; `a = y - value*b/c`."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
+    if isinstance(value, fx.Node):
+        yield from _scaled_by_a_tensor(a)
+        return
     yield Inverse(
         a, lambda y, b, c: torch.addcdiv(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b / c, value)
     )

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, meta, register_inverse
-from revfx.rules_layout import permuted
+from revfx.rules_layout import part_of, permuted
 
 
 @register_inverse(aten.slice.Tensor)
@@ -31,7 +31,7 @@ def slice_scatter(node: fx.Node) -> Iterator[Direction]:
     a, b, dim, start, end, step = arguments(node, "input", "src", dim=0, start=None, end=None, step=1)
     size = meta(a).shape[dim]
     index = range(size)[slice(start, None if end == sys.maxsize else end, step)]
-    yield Inverse(b, lambda y: y[(*[slice(None)] * (dim % y.dim()), slice(start, end, step))], exact=True)
+    yield part_of(node, b, lambda y: y[(*[slice(None)] * (dim % y.dim()), slice(start, end, step))])
     yield Patch(a, dim % meta(a).dim(), index)
 
 
@@ -40,7 +40,7 @@ def select_scatter(node: fx.Node) -> Iterator[Direction]:
     """`y = a with a.select(dim, i) = b`; `b = y.select(dim, i)`, and y holds the rest of a."""
     a, b, dim, i = arguments(node, "input", "src", "dim", "index")
     i = i % meta(a).shape[dim]
-    yield Inverse(b, lambda y: y.select(dim, i), exact=True)
+    yield part_of(node, b, lambda y: y.select(dim, i))
     yield Patch(a, dim % meta(a).dim(), range(i, i + 1), squeezed=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,18 +14,21 @@ from torch.nn import functional as F
 from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, aten, meta, op_name, register_inverse
 
 
+TENSOR = ("input", "self", "tensor")  # what the first operand is called by functions and overloads
+
+
 def _shape(node: Any) -> tuple[int, ...]:
     return tuple(meta(node).shape)
 
 
 def _first(node: fx.Node) -> Any:
     """The tensor that the operation is applied to, by position or by name."""
-    return node.args[0] if node.args else node.kwargs["input"]
+    return node.args[0] if node.args else next(node.kwargs[name] for name in TENSOR if name in node.kwargs)
 
 
 def _second(node: fx.Node) -> Any:
     """The argument after the tensor, by position or by name."""
-    return node.args[1] if len(node.args) > 1 else next(v for k, v in node.kwargs.items() if k != "input")
+    return node.args[1] if len(node.args) > 1 else next(v for k, v in node.kwargs.items() if k not in TENSOR)
 
 
 def _ints(args: Sequence[Any]) -> list[int]:
@@ -71,7 +75,7 @@ def permute(node: fx.Node) -> Iterator[Direction]:
 def transpose(node: fx.Node) -> Iterator[Direction]:
     """`y = a.transpose(i, j)`; `a = y.transpose(i, j)`."""
     a = _first(node)
-    i, j = (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))[:2]
+    i, j = (*node.args[1:], *(v for k, v in node.kwargs.items() if k not in TENSOR))[:2]
     yield Inverse(a, lambda y: y.transpose(i, j), exact=True)
 
 
@@ -115,7 +119,8 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
     a, r = _first(node), _second(node)
     back = F.pixel_unshuffle if op_name(node.target) == "pixel_shuffle" else F.pixel_shuffle
-    yield Inverse(a, lambda y: back(y, r), exact=True)
+    shape = _shape(a)  # without elements torch's functions give other shapes than each other's
+    yield Inverse(a, lambda y: back(y, r) if y.numel() else y.reshape(shape), exact=True)
 
 
 @register_inverse(torch.channel_shuffle, aten.channel_shuffle.default, aten.native_channel_shuffle.default)
@@ -136,11 +141,11 @@ def cat(node: fx.Node) -> Iterator[Direction]:
     for part in parts:
         if len(_shape(part)) == meta(node).dim():  # else it is an empty vector, which goes with any shape
             size = _shape(part)[dim]
-            yield _part(node, part, _narrow(dim, at, size))
+            yield part_of(node, part, _narrow(dim, at, size))
             at += size
 
 
-def _part(node: fx.Node, part: Any, by: Callable[..., Tensor]) -> Direction:
+def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor]) -> Direction:
     """The direction to one of the tensors put together: bitwise, unless that changed its dtype."""
     if meta(part).dtype != meta(node).dtype:
         return NoInverse(part, f"it is turned into {meta(node).dtype} when it is put together with others")
@@ -156,7 +161,7 @@ def stack(node: fx.Node) -> Iterator[Direction]:
     """`y = stack([a, b, ...], d)`; each part is `y.select(d, i)`."""
     parts, dim = arguments(node, "tensors", dim=0)
     for i, part in enumerate(parts):
-        yield _part(node, part, _select(dim, i))
+        yield part_of(node, part, _select(dim, i))
 
 
 def _select(dim: int, i: int) -> Any:
@@ -164,9 +169,8 @@ def _select(dim: int, i: int) -> Any:
 
 
 @register_inverse(
-    torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "split_with_sizes", "tensor_split",
-    aten.split.Tensor, aten.split_with_sizes.default,
-)  # fmt: skip
+    torch.chunk, torch.split, "chunk", "split", "split_with_sizes", aten.split.Tensor, aten.split_with_sizes.default
+)
 def split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
     a, _, dim = arguments(node, "input", "sizes", dim=0)
@@ -177,6 +181,22 @@ def split(node: fx.Node) -> Iterator[Direction]:
         size = part.shape[dim]
         yield Tile(a, dim, range(at, at + size), part=i)
         at += size
+
+
+@register_inverse(torch.tensor_split, "tensor_split")
+def tensor_split(node: fx.Node) -> Iterator[Direction]:
+    """`a_i = a[..., start_i:stop_i, ...]`, between indices that need not ascend: then parts overlap or leave gaps."""
+    a, _, dim = arguments(node, "input", "sections", dim=0)
+    where = _second(node)
+    if isinstance(where, int):
+        yield from split(node)
+    elif isinstance(where, (tuple, list)):
+        dim = dim % len(_shape(a))
+        bounds = (None, *where, None)
+        for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            yield Tile(a, dim, range(_shape(a)[dim])[start:stop], part=i)
+    else:
+        yield NoInverse(a, "`tensor_split` at indices that a tensor holds is not followed")
 
 
 @register_inverse(torch.unbind, "unbind", aten.unbind.int)
@@ -242,7 +262,10 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
 def index_select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.index_select(d, p)` for a permutation p; `a = y.index_select(d, argsort(p))`."""
     a, dim, index = arguments(node, "input", "dim", "index")
-    yield from permuted(a, dim % len(_shape(a)), index)
+    if _shape(a):
+        yield from permuted(a, dim % len(_shape(a)), index)
+    else:
+        yield NoInverse(a, "a value without dimensions is not followed through an index")
 
 
 def permuted(a: fx.Node, dim: int, index: fx.Node) -> Iterator[Direction]:

@@ -440,3 +440,56 @@ def test_converted_models_inside_a_converted_model_work_at_the_first_step() -> N
     nested = copy.deepcopy(plain)
     nested.f = nn.ModuleList(revfx.convert(m) for m in nested.f)
     assert_same_grads(revfx.convert(nested), plain, [torch.randn(8, 12, requires_grad=True)])
+
+
+# --- exact zeros under relu
+class Rounds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 3.3).round() / 3.3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 2
+
+
+looked_up_early = Rounds.apply
+GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "straight through": lambda h: h + ((h * 3.3).round() / 3.3 - h).detach(),
+    "cancels": lambda h: h - (h - (h * 3.3).round() / 3.3),
+    "floor": lambda h: h * torch.div(h, 1.0, rounding_mode="floor"),
+    "threshold": lambda h: nn.functional.threshold(h, 0.1, 0.0),
+    "autograd function": lambda h: looked_up_early(h),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_a_sum_leaves_on_a_grid_keeps_its_exact_zeros(grid: str) -> None:
+    def couple(m: Any, a: Tensor, b: Tensor, f: Any, g: Any) -> tuple[Tensor, Tensor]:
+        a = a + GRIDS[grid](f(b))
+        return a, b + g(torch.relu(a))
+
+    x = torch.randn(64, 2 * D)
+    x[:, :D] = torch.where(torch.rand(64, D) > 0.5, x[:, :D].round(), 0.0)
+    model = Coupled(couple, lambda: nn.Linear(D, D))
+    assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
+
+
+def test_blank_parts_of_an_image_that_convolutions_reach_one_after_the_other() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            conv = lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1, bias=False))  # noqa: E731
+            self.f, self.g = (nn.ModuleList(conv() for _ in range(5)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, 1)
+            for f, g in zip(self.f, self.g, strict=True):
+                a = a + f(b)
+                b = b + g(a)
+            return torch.cat([a, b], 1)
+
+    x = torch.zeros(2, 4, 16, 16)
+    x[:, :, 6:9, 6:9] = torch.randn(2, 4, 3, 3)
+    model = Images()
+    assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
