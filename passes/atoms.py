@@ -63,7 +63,7 @@ SMOOTH = frozenset(
     expand_as broadcast_to repeat repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t T mT
     flip fliplr flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle chunk
     split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select slice diagonal unfold
-    as_strided meshgrid broadcast_tensors Identity copy copy_ checkpoint""".split()
+    as_strided meshgrid broadcast_tensors Identity checkpoint""".split()
 )
 SAME = frozenset("detach alias clone contiguous lift_fresh_copy data positive".split())
 
@@ -86,6 +86,8 @@ def has_atoms(name: str, operands: Iterable[int]) -> int:
         return RARE
     if bare in PICKS:
         return operands[0]
+    if bare == "copy":  # of the last one, over the first
+        return operands[-1]
     if bare in JOINS and min(operands) < max(operands):
         return min(PERHAPS, max(operands))  # one part has atoms, another none: whichever is taken out again is counted
     if bare in SUMS and len(operands) == 1:

@@ -128,6 +128,7 @@ MOVES = frozenset(
     slice split_with_sizes index expand expand_as flip roll getitem __getitem__ chunk split narrow select unbind float
     double _to_copy convert_element_type repeat""".split()
 )
+MOST_WHOLE = 2**53  # beyond which an end of an interval may not be the number itself
 ULPS = 8  # by which other functions may miss the nearest number
 
 
@@ -157,15 +158,16 @@ def _dtype(node: Any) -> torch.dtype | None:
 
 
 def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Interval:
-    """The interval that rounding leaves of one in exact arithmetic; UNKNOWN where whole numbers wrap around."""
+    """The interval that rounding leaves of one in exact arithmetic; UNKNOWN where whole numbers wrap around, or may."""
     if exact == UNKNOWN or dtype is None or dtype.is_complex:
         return exact if dtype is None else UNKNOWN
     name = _bare(node)
     before = next((d for n in node.all_input_nodes if (d := _dtype(n)) is not None), dtype)
     if not dtype.is_floating_point:
         whole = not before.is_floating_point and dtype != torch.bool
-        limits = torch.iinfo(dtype) if whole else None
-        return exact if limits and limits.min <= exact.low and exact.high <= limits.max else UNKNOWN
+        most = min(torch.iinfo(dtype).max, MOST_WHOLE) if whole else -1
+        least = max(torch.iinfo(dtype).min, -MOST_WHOLE) if whole else 0
+        return exact if least <= exact.low and exact.high <= most else UNKNOWN
     if name in MOVES:
         if before == dtype or name in ("float", "double", "_to_copy", "convert_element_type"):
             return exact if before == dtype else _rounded(exact, dtype, 1)

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
-from revfx.passes.grid import checksum, packed, unpacked
+from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
@@ -418,15 +418,18 @@ def _has_precision(node: fx.Node) -> bool:
 
 
 def _zeros_of(t: Tensor) -> Tensor:
-    """Which elements of `t` are exactly zero, eight to a byte; a byte for each where its size is not a fixed number."""
+    """Which elements of `t` are exactly zero, eight to a byte; one, where no row has a fixed size."""
     mask = t == 0
-    return packed(mask, 1) if fixed(t.shape) else mask
+    if fixed(t.shape):
+        return packed(mask, 1)
+    return packed_rows(mask) if t.dim() and fixed(t.shape[-1:]) else mask
 
 
 def _fill_zeros(t: Tensor, zeros: Tensor) -> Tensor:
     """`t` with exact zeros where `_zeros_of` saw them."""
     if zeros.dtype == torch.uint8:
-        zeros = unpacked(zeros, 1, t).to(torch.bool)
+        bits = unpacked(zeros, 1, t) if fixed(t.shape) else unpacked_rows(zeros, t.shape[-1])
+        zeros = bits.to(torch.bool)
     return t.masked_fill(zeros, 0)
 
 
