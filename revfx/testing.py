@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +186,10 @@ def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: 
         return _measure_cuda(step, device)
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Profiler clears events")  # between cycles: this is one
+            prof = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
         loss = step()
         with record_function("revfx::backward"):
             loss.backward()

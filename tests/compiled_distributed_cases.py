@@ -113,7 +113,7 @@ def run(case: Case, way: str, rank: int) -> Result:
 
 def collectives_of(model: nn.Module, rank: int) -> int:
     """How many all-reduces the graphs ask for in one forward and backward."""
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
         loss_of(model(inputs(rank, 0))).backward()
     return sum(event.name.startswith("_c10d_functional::all_reduce") for event in prof.events() or ())
 

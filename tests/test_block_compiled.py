@@ -332,7 +332,7 @@ def test_without_gradients_in_transforms_and_in_export_it_is_plain_code() -> Non
 # --- memory
 def peak(step: Callable[[], None]) -> int:
     """The most bytes that a step has allocated at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step()
     results: Any = run.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
