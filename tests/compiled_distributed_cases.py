@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compiled import BOTH, INNERS
 from compiled_distributed_models import STEPS, inputs, update
 from compiled_distributed_placing import CASES, COLLECTIVES, Case, Options
 from helpers import loss_of
@@ -29,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from revfx.partitioner import reports
 
 
+BY_INDUCTOR = ("DDP, then compiled, default buckets", "blocks sharded, all compiled", "between chains")
 FIRST_BUCKET = "_DEFAULT_FIRST_BUCKET_BYTES"  # DDP's optimizer takes no bucket smaller than that
-INNERS = ("inductor", "aot_eager")
 STOCK = "stock"  # the way that is not revfx's, but torch's own "aot_eager"
 WARNINGS = (  # torch's own, whatever the backend
     ".*NumPy.*",
@@ -82,9 +83,14 @@ def reference(world: int, case: Case) -> list[list[Tensor | None]]:
     return found
 
 
-def ways(kind: str) -> tuple[str, ...]:
+def inners(name: str) -> tuple[str, ...]:
+    """The inner compilers that a case runs with."""
+    return BOTH if name in BY_INDUCTOR else INNERS
+
+
+def ways(kind: str, name: str) -> tuple[str, ...]:
     """The inner compilers; torch's own backend, too, where it tells what torch gives up to sharding or collectives."""
-    return INNERS if kind == "DDP" else (*INNERS, STOCK)
+    return inners(name) if kind == "DDP" else (*inners(name), STOCK)
 
 
 def run(case: Case, way: str, rank: int) -> Result:
@@ -146,7 +152,7 @@ def work(rank: int, world: int, folder: str) -> None:
         dist.barrier()
         for kind, cases in CASES.items():
             for name, case in cases.items():
-                for way in ways(kind):
+                for way in ways(kind, name):
                     results[kind, name, way] = run(case, way, rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -182,6 +182,7 @@ MEMORY: dict[str, Case] = {
 
 
 # --- all of it
+IN_ONE = ("tiny buckets",)  # of DDP: what one process runs
 IN_FOUR = {  # what four processes run
     "DDP": ("tiny buckets", "uneven inputs"),
     "FSDP": ("whole", "f and g each"),
@@ -193,7 +194,7 @@ def _cases(world: int) -> dict[tuple[str, str], tuple[Case, tuple[str, ...]]]:
     """By kind and name: a case, and the ways besides plain in which it runs."""
     found: dict[tuple[str, str], tuple[Case, tuple[str, ...]]] = {}
     if world < 4:
-        found |= {("DDP", name): (_ddp(*case), WAYS) for name, case in DDP.items()}
+        found |= {("DDP", name): (_ddp(*DDP[name]), WAYS) for name in (IN_ONE if world == 1 else DDP)}
     if world == 2:
         found |= {("FSDP", name): (case, WAYS) for name, (case, _) in FSDP.items()}
         found |= {("blocks", name): (case, OWN) for name, case in BLOCKS.items()}
