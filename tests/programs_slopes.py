@@ -57,7 +57,7 @@ def _loss(program: Program, directions: list[Tensor], size: float) -> float:
     tensors = sum(isinstance(y, Tensor) for y in step.outputs)
     outputs, flags = step.outputs[: len(step.outputs) - tensors], iter(step.outputs[len(step.outputs) - tensors :])
     outputs = [y.requires_grad_(next(flags)) if isinstance(y, Tensor) else y for y in outputs]
-    return sum(float(loss) for loss in losses_of(outputs, program.used))
+    return sum(float(loss.detach()) for loss in losses_of(outputs, program.used))
 
 
 def _slope(step: Step, directions: list[Tensor]) -> tuple[float, float]:

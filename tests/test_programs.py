@@ -15,7 +15,6 @@ from programs_survey import WAYS, survey
 
 PART = {"inductor": 5, "aot_eager": 25}  # programs in one part of a long run, where it is not 100
 pytestmark = [
-    pytest.mark.fuzz,
     pytest.mark.filterwarnings("ignore:Using `torch.compile"),
     pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning"),
 ]
