@@ -34,9 +34,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fuzz: long runs of random programs, left out unless selected by `-m fuzz`")
+    config.addinivalue_line("markers", "deep: compiles much C++; left out unless REVFX_DEEP is set")
     if config.option.programs_seed is None:  # once, before the options go to the workers
         config.option.programs_seed = random.randrange(10**6)
     config.pluginmanager.register(Reporter(config))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """None; leaves out what takes long, where no time is given for it."""
+    deep = [] if os.environ.get("REVFX_DEEP") else [item for item in items if item.get_closest_marker("deep")]
+    config.hook.pytest_deselected(items=deep)
+    items[:] = [item for item in items if item not in set(deep)]
 
 
 def pytest_unconfigure() -> None:

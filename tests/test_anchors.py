@@ -83,7 +83,7 @@ def test_rounding_grows_only_from_one_anchor_to_the_next() -> None:
 QUICK: dict[str, dict[str, Any]] = {"aot_eager": {"inner": "aot_eager"}, "inductor": {"cpp.simdlen": 1}}
 
 
-@pytest.mark.parametrize("inner", QUICK)
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)])
 def test_a_compiled_graph_keeps_them_too(inner: str, fp64: None) -> None:
     torch.compiler.reset()
     model, x = Additive(6), torch.randn(8, WIDTH, requires_grad=True)

@@ -172,7 +172,7 @@ def test_eager_kernels_see_the_numbers_that_the_forward_drew(kind: str) -> None:
     check(couplings(*(kind,) * 6), "aot_eager")
 
 
-@pytest.mark.parametrize("kinds", [FUSED, BY_KERNELS])
+@pytest.mark.parametrize("kinds", [FUSED, pytest.param(BY_KERNELS, marks=pytest.mark.deep)])
 def test_inductor_sees_the_numbers_that_the_forward_drew(kinds: tuple[str, ...]) -> None:
     check(couplings(*kinds), "inductor")
 

@@ -107,7 +107,9 @@ def test_a_block_and_a_loss_function_compile_by_themselves() -> None:
     assert [len(report.regions) for report in found] == [1]
 
 
-@pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
+@pytest.mark.parametrize(
+    "mode", ["max-autotune-no-cudagraphs", pytest.param("reduce-overhead", marks=pytest.mark.deep)]
+)
 def test_modes_of_inductor(mode: str) -> None:
     model = Chained()
     with reports() as found:
@@ -301,6 +303,7 @@ def test_what_has_no_inverse_is_left_alone_and_said(step: Callable[..., object],
     assert found[0].refusals or step is tiling, "of the tiles the backward reads nothing"
 
 
+@pytest.mark.deep
 def test_what_has_no_inverse_under_inductor() -> None:
     class Several(nn.Module):
         def __init__(self) -> None:
@@ -323,7 +326,7 @@ def test_exact_zeros_are_never_given_back_by_a_rounding_inverse(make: Callable[[
     assert found[0].regions or make is ReluInTheMiddle, "still found, where it is worth what is kept"
 
 
-@pytest.mark.parametrize("make", ATOMS[:4])
+@pytest.mark.parametrize("make", [ATOMS[0], *(pytest.param(make, marks=pytest.mark.deep) for make in ATOMS[1:4])])
 def test_exact_zeros_under_inductor(make: Callable[[], nn.Module]) -> None:
     x = torch.relu(torch.randn(64, 2 * D)).requires_grad_()
     model = make()
@@ -332,7 +335,7 @@ def test_exact_zeros_under_inductor(make: Callable[[], nn.Module]) -> None:
     assert found[0].regions or make is ReluInTheMiddle, "still found, where it is worth what is kept"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("inner", BOTH)
 def test_exp_that_underflows_raises_or_is_stored(inner: str, dtype: torch.dtype) -> None:
     model = Unclamped(DEPTH).to(dtype)

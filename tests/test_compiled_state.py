@@ -141,7 +141,7 @@ NORMS = [k for k in WRITING if "orm" in k]  # an even number
 OTHERS = [k for k in WRITING if "orm" not in k]
 
 
-@pytest.mark.parametrize("kinds", [NORMS, OTHERS], ids=["norms", "others"])
+@pytest.mark.parametrize("kinds", [NORMS, pytest.param(OTHERS, marks=pytest.mark.deep)], ids=["norms", "others"])
 def test_buffers_under_inductor(kinds: Sequence[str]) -> None:
     report = check(Plain([WRITING[k]() for k in kinds[::2]], [WRITING[k]() for k in kinds[1::2]]), "inductor")
     assert inverted(report) >= len(kinds) - 2, report.refusals

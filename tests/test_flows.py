@@ -31,7 +31,11 @@ DOORS: dict[str, dict[str, Any]] = {
 STOCK: dict[str, dict[str, Any] | None] = {"inductor": {"options": {"cpp.simdlen": 1}}, "aot_eager": None}
 # Inductor takes half a minute for the four compilations of one flow: one of each library.
 BY_INDUCTOR = ("FrEIA one-sided", "normflows affine, swap")
-CASES = [(name, "aot_eager") for name in FLOWS] + [(name, "inductor") for name in BY_INDUCTOR]
+CASES = (
+    [(name, "aot_eager") for name in FLOWS]
+    + [pytest.param(name, "inductor", marks=pytest.mark.deep) for name in BY_INDUCTOR[1:]]
+    + [(BY_INDUCTOR[0], "inductor")]
+)
 
 # What a message says of each, and the library's file that it points to.
 MATRIX = "multiplies by a matrix that need not be invertible"

@@ -56,7 +56,7 @@ def unwritable() -> Iterator[None]:
     rules.unregister_inverse(aten.asinh.default)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)])
 def test_a_region_that_cannot_be_written_leaves_nothing_behind(unwritable: None, inner: str) -> None:
     model, x = ThenCubed(), leaf(ROWS, 8)
     with reports() as found:
