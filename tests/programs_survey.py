@@ -34,7 +34,7 @@ WAYS = {
     "convert, exact": Way(by_convert_exactly, recordable, 20, 0.05),
     "rev_block": Way(by_rev_block, block_programs, 60, 0.2),
     "rev_block, exact": Way(by_rev_block_exactly, block_programs, 30, 0.1),
-    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), programs, 8, 0.09),
+    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), programs, 12, 0.09),
     "inductor": Way(functools.partial(by_backend, inner="inductor"), recordable, 1, 0.01),
 }
 

@@ -172,7 +172,7 @@ def test_what_is_proven_about_a_function(make: Callable[[], Any], level: int) ->
 
 
 # --- gradients
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)])
 def test_a_block_and_the_function_have_the_gradients_of_the_lines(backend: str) -> None:
     block = RevBlock(mlp, lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU()), 2)
     inputs = [leaf(3, 4), leaf(3, 4)]
