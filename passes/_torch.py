@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false
-"""Every use of private torch API in the graph passes, in one place. Read in torch 2.12, 2.13 and 2.15."""
+"""Every use of private torch API in the graph passes, in one place. Read in torch 2.13 and 2.15."""
 
 from __future__ import annotations
 

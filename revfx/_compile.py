@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false
-"""Every use of private API of torch's compiler, in one place. Read in torch 2.12, 2.13 and 2.15.
+"""Every use of private API of torch's compiler, in one place. Read in torch 2.13 and 2.15.
 
 Importing this module imports torch's compiler (about a second), so nothing does before a model is compiled.
 """

@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
-"""Every use of private torch API, in one place. Read in torch 2.12, 2.13 and 2.15.
+"""Every use of private torch API, in one place. Read in torch 2.13 and 2.15.
 
 Each function says what it stands for, so that a public spelling can take its place when there is one.
 """
@@ -27,12 +27,24 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 # What `autograd.Function.apply` calls in turn, whoever looked that up, and whenever (`mine = Mine.apply`).
-BELOW_APPLY: Any = torch.autograd.function._SingleLevelFunction
+_APPLY = vars(torch.autograd.Function)["apply"]
+# In torch 2.15 `Function.apply` is compiled, and calls nothing below it that could be replaced.
+BELOW_APPLY: Any = (
+    torch.autograd.function._SingleLevelFunction if isinstance(_APPLY, classmethod) else torch.autograd.Function
+)
 
 
 def fake_mode() -> FakeTensorMode:
     """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def ran_unseen(tensor: torch.Tensor) -> bool:
+    """Whether an autograd function made `tensor`, and may have done so by an `apply` that was looked up before
+    `BELOW_APPLY.apply` was replaced: then its forward was seen instead.
+    """
+    compiled = BELOW_APPLY is torch.autograd.Function
+    return compiled and isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction)
 
 
 def to_fake(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -254,12 +254,21 @@ class _Recorder(TorchFunctionMode):
                 raise Untraceable(
                     f"it returns a {type(leaf).__name__}, which is not a tensor or a container of tensors"
                 )
+        self._refuse_unseen_functions()
         self.graph.output(tuple(outputs))
         functionalise(self.graph)
         self.graph.lint()
         read = set(self.attributes.values())
         tied = tuple(pair for pair in self.tied if pair[1] in read)
         return Capture(self.graph, tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied)
+
+    def _refuse_unseen_functions(self) -> None:
+        for t in self.alive:
+            node = self.nodes.get(id(t)) if isinstance(t, Tensor) and _torch.ran_unseen(t) else None
+            while node is not None and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+                node = node.args[0]
+            if node is not None and node.op in ("call_function", "call_method") and not node.meta.get("opaque"):
+                raise Untraceable("it calls an autograd function's `apply` that was looked up before the forward ran")
 
     def _node(self, fake: Tensor) -> fx.Node:
         node = self.nodes.get(id(fake))
@@ -454,8 +463,10 @@ def _patched() -> Generator[None]:
         stack.callback(setattr, nn.Module, "__call__", call_module)
         nn.Module.__init__ = __init__
         stack.callback(setattr, nn.Module, "__init__", init)
+        own = vars(_torch.BELOW_APPLY).get("apply")
         _torch.BELOW_APPLY.apply = classmethod(patched_apply)
-        stack.callback(delattr, _torch.BELOW_APPLY, "apply")
+        put_own_back = (setattr, _torch.BELOW_APPLY, "apply", own) if own else (delattr, _torch.BELOW_APPLY, "apply")
+        stack.callback(*put_own_back)
         set_rng_state = torch.set_rng_state
 
         def patched_set(state: Tensor) -> None:  # what `fork_rng` ends with

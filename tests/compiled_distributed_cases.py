@@ -35,6 +35,7 @@ FIRST_BUCKET = "_DEFAULT_FIRST_BUCKET_BYTES"  # DDP's optimizer takes no bucket 
 STOCK = "stock"  # the way that is not revfx's, but torch's own "aot_eager"
 WARNINGS = (  # torch's own, whatever the backend
     ".*NumPy.*",
+    ".*Profiler clears events.*",
     ".*torch.jit.*",
     ".*should not be instantiated.*",
     "The .grad attribute of a Tensor that is not a leaf",  # dynamo looks for it in a graph's inputs
