@@ -463,10 +463,9 @@ def _patched() -> Generator[None]:
         stack.callback(setattr, nn.Module, "__call__", call_module)
         nn.Module.__init__ = __init__
         stack.callback(setattr, nn.Module, "__init__", init)
-        own = vars(_torch.BELOW_APPLY).get("apply")
-        _torch.BELOW_APPLY.apply = classmethod(patched_apply)
-        put_own_back = (setattr, _torch.BELOW_APPLY, "apply", own) if own else (delattr, _torch.BELOW_APPLY, "apply")
-        stack.callback(*put_own_back)
+        below = _torch.BELOW_APPLY
+        own, below.apply = vars(below).get("apply"), classmethod(patched_apply)
+        stack.callback(lambda: setattr(below, "apply", own) if own is not None else delattr(below, "apply"))
         set_rng_state = torch.set_rng_state
 
         def patched_set(state: Tensor) -> None:  # what `fork_rng` ends with
