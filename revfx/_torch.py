@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
 )
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -225,11 +224,6 @@ def fsdp_in_use() -> bool:
 def no_torch_function() -> Any:
     """A context in which torch functions run without modes or subclass hooks."""
     return torch._C.DisableTorchFunction()
-
-
-def no_torch_dispatch() -> Any:
-    """A context in which dispatch modes around it see nothing."""
-    return _disable_current_modes()
 
 
 _LEAF = pytree.tree_structure(0)

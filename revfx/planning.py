@@ -20,6 +20,7 @@ from revfx.errors import Refusal
 from revfx.executor import RegionPlan, run_region, store_region
 from revfx.mode import without_hooks
 from revfx.outside import Outside
+from revfx.passes._torch import outside_modes
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
 from revfx.passes.diagnose import diagnose
@@ -137,7 +138,7 @@ def make_plan(
     search = _Search(root, forward, args, kwargs, anchor_every, exact)
     try:
         # the fake forward may run inside another region, and under modes that count or change what runs
-        with without_hooks(), _torch.no_torch_dispatch(), muted(_torch.FAKE_LOGGER):
+        with without_hooks(), outside_modes(), muted(_torch.FAKE_LOGGER):
             return search.run()
     except Untraceable as e:
         name = fingerprint.name_of(root)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
+from revfx.passes._torch import writes
 
 
 class Result(NamedTuple):
@@ -55,11 +56,11 @@ class Shapes:
 @functools.cache
 def _only_makes(func: Any) -> bool:
     """Whether an operation is one of torch's own that writes to none of its arguments."""
-    return _torch.is_overload(func) and func.namespace == "aten" and not func._schema.is_mutable
+    return _torch.is_overload(func) and func.namespace == "aten" and not writes(func)
 
 
 def _key(a: Any, tensors: list[Tensor]) -> Any:
-    """What an argument is to the shapes of a result; the argument itself where that isn't known."""
+    """What of an argument the shapes of a result depend on; its tensors are added to `tensors`."""
     if isinstance(a, Tensor):
         tensors.append(a)
         return a.shape, a.stride(), a.storage_offset(), a.dtype, a.device, a.is_conj(), a.is_neg()

@@ -17,9 +17,9 @@ from revfx import _torch
 
 
 # --- tensors
-def placements(tensor: Tensor) -> tuple[Any, ...] | None:
+def placements(tensor: Any) -> tuple[Any, ...] | None:
     """How a DTensor is spread over the processes; None for any other tensor."""
-    return getattr(tensor, "placements") if _torch.is_dtensor(tensor) else None  # noqa: B009
+    return tensor.placements if _torch.is_dtensor(tensor) else None
 
 
 def spread(tensor: Any, like: tuple[Any, ...] | None) -> Any:

@@ -44,7 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """None; leaves out what takes long, where no time is given for it."""
     deep = [] if os.environ.get("REVFX_DEEP") else [item for item in items if item.get_closest_marker("deep")]
     config.hook.pytest_deselected(items=deep)
-    items[:] = [item for item in items if item not in set(deep)]
+    left_out = set(deep)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_unconfigure() -> None:

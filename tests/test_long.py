@@ -9,8 +9,9 @@ import torch
 from compiled import compiled, fresh as fresh, inverted
 from helpers import fp64 as fp64, relative_error
 from torch import Tensor, nn
+from ways import Blocked, Plain
 
-from revfx import RevBlock, convert
+from revfx import convert
 from revfx.partitioner import reports
 from revfx.testing import measure_memory, store_activations
 
@@ -30,30 +31,9 @@ class Small(nn.Module):
         return torch.tanh(self.linear(x)) / 10
 
 
-class Written(nn.Module):
-    """The couplings in a loop."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.f, self.g = (nn.ModuleList(Small() for _ in range(layers)) for _ in "fg")
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        for f, g in zip(self.f, self.g, strict=True):
-            a = a + f(b)
-            b = b + g(a)
-        return torch.cat([a, b], -1)
-
-
-class Blocked(Written):
-    """The same by `RevBlock`."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers)
-        self.block = RevBlock(self.f, self.g, layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self.block(*x.chunk(2, -1)), -1)
+def functions(layers: int) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """f and g of so many layers."""
+    return nn.ModuleList(Small() for _ in range(layers)), nn.ModuleList(Small() for _ in range(layers))
 
 
 def gradients(call: Any, model: nn.Module, x: Tensor) -> list[Tensor | None]:
@@ -76,12 +56,12 @@ def assert_flat(call: Any, model: nn.Module, layers: int) -> None:
 
 
 def test_ten_thousand_couplings_of_a_block() -> None:
-    model = Blocked(5_000)
+    model = Blocked(*functions(5_000))
     assert_flat(model, model, 5_000)
 
 
 def test_two_thousand_couplings_of_a_converted_model() -> None:
-    model = Written(1_000)
+    model = Plain(*functions(1_000))
     call: Any = convert(model)
     assert_flat(call, model, 1_000)
     (plan,) = call.revfx.plans
@@ -90,7 +70,7 @@ def test_two_thousand_couplings_of_a_converted_model() -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_two_hundred_couplings_of_a_compiled_model() -> None:
-    model = Written(100)
+    model = Plain(*functions(100))
     with reports() as found:
         assert_flat(compiled(model, "aot_eager"), model, 100)
     assert sum(map(inverted, found)) > 190
