@@ -112,7 +112,9 @@ def test_memory_is_flat_and_single_precision_as_good_as_torchs(name: str) -> Non
     _, low = trained(theirs, models[SHALLOW // 2], inputs)
     stocks, high = trained(theirs, models[SHALLOW], inputs)
     growth = (high - low) * (deep - SHALLOW) // (SHALLOW - SHALLOW // 2)
-    error = relative_error(stocks, want)
+    # eager kernels are what a step of plain eager rounds by too: torch's partitioner takes other ones for norms
+    eager = gradients(models[SHALLOW], models[SHALLOW], inputs)
+    error = max(relative_error(eager, want), relative_error(stocks, want) if by_inductor else 0.0)
     for inner in INNER if ALL_DEEP else ("inductor",) if by_inductor else ("aot_eager",):
         ours, low = trained(by_revfx(inner), models[SHALLOW], inputs)
         _, high = trained(by_revfx(inner), models[deep], inputs)
