@@ -47,7 +47,8 @@ def convert(
 
     Args:
         model: any module; it is not changed, and not run on real data for analysis.
-        example_inputs: a tuple of arguments (or a dict of keyword arguments) to make the plan for now.
+        example_inputs: a tuple of arguments (or a dict of keyword arguments, or a tensor, the only argument) to make the
+            plan for now.
         capture: how the forward is recorded. "fx": once, on fake tensors, which takes code that asks for no value of a
             tensor and leaves nothing behind. "dynamo": by `torch.compile`, at the first call, in as many graphs as it
             takes, run by eager kernels. It takes more, and gives up more: where a region was found the backward can't
@@ -92,7 +93,9 @@ def convert(
         )
     converted = _reversible(model, options)
     if example_inputs is not None:
-        args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
+        one = isinstance(example_inputs, torch.Tensor)
+        args = (example_inputs,) if one else () if isinstance(example_inputs, dict) else tuple(example_inputs)
+        kwargs = example_inputs if isinstance(example_inputs, dict) else {}
         converted.revfx.prepare(converted, args, kwargs)
     return converted
 

@@ -131,6 +131,7 @@ class RegionRun:
         self.spread: dict[int, tuple[Any, ...] | None] = {}
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
+        self.unchanged: set[int] = set()
         self.versions: list[tuple[int, Tensor, int]] = []
         self.ranges, self.checksums, self.samples = Ranges(program), Checksums(program), Samples(program)
         watch = watching.get()
@@ -160,13 +161,15 @@ class RegionRun:
         self._keep_all(self.kept, (*region.side, *region.saved, *region.entry), env)
         self.kept_cuts[0] = {v: self.kept[v] for v in region.entry if v in self.kept}
         growth = numerics.Growth(self.plan.tolerance)
+        self.unchanged = growth.unchanged
         alive, held = set(program.outputs), {*region.saved, *region.side}
         with saved_tensors_hooks(self._pack, _unpack):
             for number, step in enumerate(region.steps):
                 anchored = number in self.plan.anchors
                 if anchored:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
-                lower = {v: env[v] for v in step.entry} if numerics.measures(step) else {}
+                asked = numerics.asked_of(step)
+                lower = {v: env[v] for v in step.entry} if asked else {}
                 sampled = numerics.is_checked(number, len(region.steps))
                 if sampled:
                     self.samples.note(number, self._regenerated(step, env))
@@ -178,13 +181,12 @@ class RegionRun:
                         env[v] = t
                         self._note(v, t)
                     self._keep_all(self.kept, [v for v in program.ops[index].outs if v in held], env)
-                    used = {a.factor for a in step.arcs if a.measured}
                     for v in (*program.ops[index].ins, *program.ops[index].outs):
                         if (
                             last[v] <= index
                             and v in env
                             and v not in alive
-                            and v not in used
+                            and v not in asked
                             and not program.values[v].source
                         ):
                             del env[v]
@@ -195,9 +197,9 @@ class RegionRun:
                     self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
                 if sampled:
                     self.samples.rescale(number, images(step), env)
-                for a in step.arcs:
-                    if a.measured and last[int(a.factor or 0)] < step.stop:
-                        env.pop(int(a.factor or 0), None)
+                for v in asked:
+                    if last[v] < step.stop:
+                        env.pop(v, None)
         self.ranges.close()
 
     def _regenerated(self, step: Step, env: Env) -> Env:
@@ -412,7 +414,8 @@ class RegionRun:
         if isinstance(d, Forward):
             made = zip(self.program.ops[d.op].outs, self._rerun(d.op, env, instruction.capture), strict=True)
         else:
-            made = [(d.arc.head, d.arc.solve(*(env[v] for v in d.arc.tail)))]
+            tail = [env[v] for v in d.arc.tail]
+            made = [(d.arc.head, tail[0] if d.arc.head in self.unchanged else d.arc.solve(*tail))]
         for v, t in made:
             if v not in kept:
                 env[v] = self._as_it_was(v, t)

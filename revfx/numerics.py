@@ -45,30 +45,34 @@ def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
     return math.inf if math.isnan(error) else error / scale if scale else error
 
 
-def measures(step: Step) -> bool:
-    """Whether inverting a step depends on values that only the run knows."""
-    return any(a.measured or a.suspect for a in step.arcs)
+def asked_of(step: Step) -> set[int]:
+    """The values that are looked at when a step ends: measured factors, and what may hold exact zeros."""
+    factors = {int(a.factor or 0) for a in step.arcs if a.measured}
+    return factors.union(*((a.head, a.tail[0]) for a in step.arcs if a.suspect))
 
 
 class Growth:
     """How much regenerating has amplified rounding errors since the last kept cut, per value of the current cut.
 
-    Also which values were seen to hold (almost) no exact zeros: what is added to such a value leaves it so.
+    Also which values were seen to hold (almost) no exact zeros: what is added to such a value leaves it so. Of those
+    that hold some, `unchanged` has the ones that their step left as they were, which need no inverse (as where a
+    function ends in a layer that starts as zeros).
     """
 
     def __init__(self, tolerance: float | None) -> None:
         self.tolerance = tolerance
         self.growth: dict[int, float] = {}
         self.clean: set[int] = set()
+        self.unchanged: set[int] = set()
 
     def close(
         self, step: Step, env: Mapping[int, Tensor], lower: Mapping[int, Tensor], replayed: bool
     ) -> tuple[bool, bool]:
         """(the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted anyway.
 
-        `env` holds the values after the step, `lower` those of its entry.
+        `env` holds the values after the step and those that are `asked_of` it, `lower` those of its entry.
         """
-        clean = self._stays_clean(step, lower)
+        clean = self._stays_clean(step, {**env, **lower})
         if replayed or not step.arcs:
             self.growth = {} if replayed else {v: self.growth.get(v, 1.0) for v in step.exit}
             return False, False
@@ -93,20 +97,27 @@ class Growth:
             return False, True
         return False, False
 
-    def _stays_clean(self, step: Step, lower: Mapping[int, Tensor]) -> bool:
-        """Whether every suspect head of the step holds few exact zeros."""
+    def _stays_clean(self, step: Step, held: Mapping[int, Tensor]) -> bool:
+        """Whether every suspect head of the step holds few exact zeros, or was left unchanged."""
         good = True
         for arc in reversed(step.arcs):
             if arc.suspect and arc.head not in self.clean:
-                head = lower.get(arc.head)
-                if head is None or _share_of_zeros(head) > ZEROS * torch.finfo(head.dtype).eps:
-                    good = False
+                head = held[arc.head]
+                if _share_of_zeros(head) > ZEROS * torch.finfo(head.dtype).eps:
+                    if _same(head, held.get(arc.tail[0])):
+                        self.unchanged.add(arc.head)
+                    else:
+                        good = False
                     continue
             if not arc.exact and not arc.partial:
                 self.clean.update(arc.tail[:1])
             elif arc.head in self.clean and not arc.partial:
                 self.clean.update(arc.tail)
         return good
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and _torch.is_plain(a) and _torch.is_plain(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _share_of_zeros(t: Tensor) -> float:
