@@ -32,7 +32,7 @@ class Coupling(nn.Module):
     def __init__(self, features: int, hidden: int, dropout: float) -> None:
         super().__init__()
         last = nn.Linear(hidden, features)
-        nn.init.normal_(last.weight, std=1e-3)  # not zero: sums of exact zeros are kept, not computed back
+        nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.net = nn.Sequential(
             nn.Linear(features // 2, hidden), nn.SiLU(), nn.Dropout(dropout),

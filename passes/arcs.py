@@ -17,6 +17,7 @@ from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import masked_arcs
+from revfx.passes.near_zeros import near_zeros
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, no_new_guards, same_shape
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, nothing, op_name, rule_for, why_none
@@ -46,8 +47,12 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
+    counted: bool = True,
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
+
+    `counted`: while it runs exact zeros are counted; else sums that may come near to zero can't be trusted to arcs that
+    round.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
@@ -56,7 +61,7 @@ def lower(
     (what its rule would yield). A node whose result is a
     tuple and the getitem nodes that take it apart become one operation with several outputs.
     """
-    lowered = _Lowering(graph, module_of, sources).run()
+    lowered = _Lowering(graph, module_of, sources, counted).run()
     if not exact:
         return lowered
     ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
@@ -75,10 +80,16 @@ class _Factor:
 
 class _Lowering:
     def __init__(
-        self, graph: fx.Graph, module_of: Callable[[str], torch.nn.Module] | None, sources: Collection[fx.Node]
+        self,
+        graph: fx.Graph,
+        module_of: Callable[[str], torch.nn.Module] | None,
+        sources: Collection[fx.Node],
+        counted: bool,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
+        if not counted:
+            self.atoms.update(dict.fromkeys(near_zeros(graph, self.atoms), CERTAIN))
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}

@@ -207,7 +207,13 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
             else:
                 part = _part_of(node, joined)
                 found[node] = found[node] if part is None else part
+            found[node] = found[node] if may_be_continuous(node.meta.get("val")) else CERTAIN
     return found
+
+
+def may_be_continuous(value: Any) -> bool:
+    """Whether a value is no tensor of whole numbers or truth values, all of whose values are atoms."""
+    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
 
 
 def _node_or_none(x: Any) -> fx.Node | None:

@@ -28,7 +28,7 @@ from revfx.containers import put_back
 from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
 from revfx.inplace import functionalise, updates_statistics
 from revfx.outside import Outside
-from revfx.passes.atoms import CERTAIN, Levels
+from revfx.passes.atoms import CERTAIN, Levels, may_be_continuous
 from revfx.passes.facts import is_mask
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
@@ -363,6 +363,7 @@ class _Recorder(TorchFunctionMode):
         operands = [self.levels.of.get(id(t), CERTAIN) for t in _tensors((args, kwargs))]
         for t in _tensors(out):
             self.levels.note(id(t), name, operands, args, kwargs, lambda x: id(x) if isinstance(x, Tensor) else None)
+            self.levels.of[id(t)] = self.levels.of[id(t)] if may_be_continuous(t) else CERTAIN
             self.alive += (t, args, kwargs)  # else another could get its id
 
     # --- calls of sub-modules and autograd functions

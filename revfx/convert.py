@@ -47,8 +47,8 @@ def convert(
 
     Args:
         model: any module; it is not changed, and not run on real data for analysis.
-        example_inputs: a tuple of arguments (or a dict of keyword arguments, or a tensor, the only argument) to make the
-            plan for now.
+        example_inputs: a tuple of arguments (or a dict of keyword arguments, or the only argument, a tensor) to make
+            the plan for now.
         capture: how the forward is recorded. "fx": once, on fake tensors, which takes code that asks for no value of a
             tensor and leaves nothing behind. "dynamo": by `torch.compile`, at the first call, in as many graphs as it
             takes, run by eager kernels. It takes more, and gives up more: where a region was found the backward can't

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
-from zoo import Additive, D
+from helpers import loss_of
+from torch import Tensor, nn
+from zoo import Additive, AffineExp, D
 
 import revfx
 from revfx.errors import RevfxWarning
+from revfx.testing import assert_same_grads, measure_memory
 
 
 @pytest.mark.parametrize("way", ["convert", "rev_block"])
@@ -41,3 +47,40 @@ def test_small_drift_is_warned_of_once(fp64: None, monkeypatch: pytest.MonkeyPat
     with pytest.warns(RevfxWarning, match=r"is off by .* \(relative\)"):
         converted(x).sin().sum().backward()
     converted(x).sin().sum().backward()
+
+
+def last_layers(*functions: Iterable[nn.Module]) -> list[Tensor]:
+    return [p for fs in functions for f in fs for p in [*f.parameters()][-2:]]
+
+
+class Started(AffineExp):
+    """A flow whose functions end in layers that start as zeros."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        for p in last_layers(self.f, self.g):
+            nn.init.zeros_(p)
+
+
+def test_functions_that_start_as_zeros_keep_nothing(fp64: None) -> None:
+    """Sums of exact zeros, such as the log-determinant, are what they were."""
+    x = torch.randn(64, 2 * D)
+    x[::3] = 0  # of the data too
+    peaks: list[int] = []
+    for depth in (4, 12):
+        model = Started(depth)
+        converted: Any = revfx.convert(copy.deepcopy(model))
+        assert_same_grads(converted, model, [x.clone().requires_grad_()])
+        assert converted.revfx.kept_cuts == 2
+        weights = sum(p.nbytes for p in model.parameters())
+        peaks.append(measure_memory(lambda: loss_of(converted(x))).peak - weights)  # noqa: B023
+    assert peaks[1] < peaks[0] + x.nbytes
+
+
+def test_layers_of_which_some_start_as_zeros_are_right(fp64: None) -> None:
+    model = Started(6)
+    for p in last_layers(list(model.f)[::2], list(model.g)[1::3]):
+        nn.init.normal_(p)
+    x = torch.randn(64, 2 * D)
+    x[::3] = 0
+    assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x.requires_grad_()])

@@ -1,0 +1,88 @@
+"""Exact zeros under relu, which rounding inverses do not give back: who makes them, and where they are kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import D, Pairs
+
+import revfx
+from revfx.testing import assert_same_grads
+
+
+pytestmark = [pytest.mark.usefixtures("fp64"), pytest.mark.filterwarnings("ignore::revfx.RevfxWarning")]
+
+
+class Rounds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 3.3).round() / 3.3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 2
+
+
+looked_up_early = Rounds.apply
+GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "straight through": lambda h: h + ((h * 3.3).round() / 3.3 - h).detach(),
+    "cancels": lambda h: h - (h - (h * 3.3).round() / 3.3),
+    "floor": lambda h: h * torch.div(h, 1.0, rounding_mode="floor"),
+    "threshold": lambda h: nn.functional.threshold(h, 0.1, 0.0),
+    "autograd function": lambda h: looked_up_early(h),
+    "whole numbers": lambda h: (h * 3.3).int() / 3.3 + (h - h.detach()),
+}
+
+
+class OnGrid(Pairs):
+    def __init__(self, grid: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(4)
+        self.f, self.g = (nn.ModuleList(nn.Linear(D, D) for _ in range(4)) for _ in range(2))
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + self.grid(f(b))
+            b = b + g(torch.relu(a))
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("way", ["convert", "backend"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_a_sum_leaves_on_a_grid_keeps_its_exact_zeros(grid: str, way: str) -> None:
+    x = torch.randn(64, 2 * D)
+    x[:, :D] = torch.where(torch.rand(64, D) > 0.5, x[:, :D].round(), 0.0)
+    model = OnGrid(GRIDS[grid])
+    if way == "convert":
+        assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
+        return
+    compiled = copy.deepcopy(model)
+    torch.compiler.reset()
+    compiled.compile(backend="revfx", options={"inner": "aot_eager"})
+    assert_same_grads(compiled, model, [x.requires_grad_()])
+
+
+def test_blank_parts_of_an_image_that_convolutions_reach_one_after_the_other() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            conv = lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1, bias=False))  # noqa: E731
+            self.f, self.g = (nn.ModuleList(conv() for _ in range(5)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, 1)
+            for f, g in zip(self.f, self.g, strict=True):
+                a = a + f(b)
+                b = b + g(a)
+            return torch.cat([a, b], 1)
+
+    x = torch.zeros(2, 4, 16, 16)
+    x[:, :, 6:9, 6:9] = torch.randn(2, 4, 3, 3)
+    model = Images()
+    assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
