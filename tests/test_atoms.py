@@ -15,7 +15,7 @@ import revfx
 from revfx.testing import assert_same_grads
 
 
-pytestmark = [pytest.mark.usefixtures("fp64"), pytest.mark.filterwarnings("ignore::revfx.RevfxWarning")]
+pytestmark = [pytest.mark.usefixtures("fp64"), pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")]
 
 
 class Rounds(torch.autograd.Function):
