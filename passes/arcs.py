@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from revfx.passes.atoms import CERTAIN, NONE, atoms
+from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
+from revfx.passes.kinks import told_apart
 from revfx.passes.masks import masked_arcs
-from revfx.passes.near_zeros import near_zeros
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, no_new_guards, same_shape
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, nothing, op_name, rule_for, why_none
@@ -47,12 +47,8 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
-    counted: bool = True,
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
-
-    `counted`: while it runs exact zeros are counted; else sums that may come near to zero can't be trusted to arcs that
-    round.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
@@ -61,7 +57,7 @@ def lower(
     (what its rule would yield). A node whose result is a
     tuple and the getitem nodes that take it apart become one operation with several outputs.
     """
-    lowered = _Lowering(graph, module_of, sources, counted).run()
+    lowered = _Lowering(graph, module_of, sources).run()
     if not exact:
         return lowered
     ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
@@ -80,16 +76,11 @@ class _Factor:
 
 class _Lowering:
     def __init__(
-        self,
-        graph: fx.Graph,
-        module_of: Callable[[str], torch.nn.Module] | None,
-        sources: Collection[fx.Node],
-        counted: bool,
+        self, graph: fx.Graph, module_of: Callable[[str], torch.nn.Module] | None, sources: Collection[fx.Node]
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
-        if not counted:
-            self.atoms.update(dict.fromkeys(near_zeros(graph, self.atoms), CERTAIN))
+        self.told_apart = told_apart(graph, self.atoms)
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -120,7 +111,7 @@ class _Lowering:
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
         for i, arcs in (
             *self._tilings(op_nodes, outs),
-            *masked_arcs(op_nodes, self.index, self.atoms, self._arc, self._directions),
+            *masked_arcs(op_nodes, self.index, self.atoms, self._barred, self._arc, self._directions),
         ):
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
@@ -216,9 +207,9 @@ class _Lowering:
         if isinstance(factor, str):
             return factor
         constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
-        barred, atoms = None, NONE if inverse.exact or inverse.grid else self.atoms[inverse.solves]
-        if atoms == CERTAIN:
-            barred = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
+        rounds = not (inverse.exact or inverse.grid)
+        atoms = self.atoms[inverse.solves] if rounds else NONE
+        barred = self._barred(inverse.solves) if rounds else None
         return Arc(
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, constants) if constants else inverse.by,
@@ -231,6 +222,12 @@ class _Lowering:
             if inverse.exact else None,
             coupling=self._coupling(node, inverse, given), grid=inverse.grid,
         )  # fmt: skip
+
+    def _barred(self, node: fx.Node) -> str | None:
+        """Why a rounding inverse must not give a node's value back."""
+        if self.atoms[node] == CERTAIN:
+            return "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
+        return self.told_apart.get(node) if self.atoms[node] > RARE else None
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

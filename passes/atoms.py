@@ -63,7 +63,7 @@ SMOOTH = frozenset(
     expand_as broadcast_to repeat repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t T mT
     flip fliplr flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle chunk
     split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select slice diagonal unfold
-    as_strided meshgrid broadcast_tensors Identity checkpoint""".split()
+    as_strided meshgrid broadcast_tensors Identity""".split()
 )
 SAME = frozenset("detach alias clone contiguous lift_fresh_copy data positive".split())
 

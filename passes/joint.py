@@ -86,7 +86,7 @@ def forward_half(
             new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
-    lowered = lower(half, sources=sources, exact=exact, counted=False)
+    lowered = lower(half, sources=sources, exact=exact)
     origin = {new: old for old, new in copy.items()}
     return Forward(lowered, frozenset(nodes), origin, frozenset(n for n in mutated if isinstance(n, fx.Node)))
 

@@ -53,12 +53,13 @@ def masked_arcs(
     op_nodes: Sequence[fx.Node],
     index: Mapping[fx.Node, int],
     levels: Mapping[fx.Node, int],
+    barred: Callable[[fx.Node], str | None],
     arc_of: ArcOf,
     directions_of: DirectionsOf,
 ) -> Iterator[tuple[int, tuple[Arc, ...]]]:
     """Arcs whose tail holds parts of their head under a mask, each with the first operation that it involves.
 
-    `levels` says which nodes have atoms.
+    `levels` says which nodes have atoms, and `barred` why some must not be given back by rounding inverses.
     """
     position = {node: i for i, node in enumerate(op_nodes)}
     known_masks = masks(op_nodes[0].graph) if op_nodes else Masks({}, {})
@@ -76,7 +77,7 @@ def masked_arcs(
         if whole.op != "get_attr":
             for inside in (h for h in found if h.value):
                 for outside in (h for h in found if not h.value and (h.factor is None or inside.factor is None)):
-                    yield _join(index, whole, mask, inside, outside, levels)
+                    yield _join(index, whole, mask, inside, outside, levels, barred)
     for y, sides in selects.items():
         for m in (m for m in sides if m.other is not UNSAID):
             for half in halves.get((m.whole, m.mask), []):
@@ -166,6 +167,7 @@ def _join(
     inside: Half,
     outside: Half,
     levels: Mapping[fx.Node, int],
+    barred: Callable[[fx.Node], str | None],
 ) -> tuple[int, tuple[Arc, ...]]:
     tail = (*inside.tail, *outside.tail, mask)
     solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
@@ -179,10 +181,9 @@ def _join(
         ),
     )  # fmt: skip
     if rounding is not None:
-        barred = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
         made = replace(
             made,
-            barred=barred if levels[whole] == CERTAIN else None,
+            barred=barred(whole),
             suspect=NONE < levels[whole] < CERTAIN,
             factor=rounding.factor,
             measured=rounding.measured,

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +27,11 @@ from revfx.ambient import ambience, ambient_state, generators, restore, torchs_g
 from revfx.containers import put_back
 from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
 from revfx.inplace import functionalise, updates_statistics
+from revfx.intercept import intercepted, recording
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, Levels, may_be_continuous
 from revfx.passes.facts import is_mask
+from revfx.passes.kinks import ANY, NEVER, Made, kinks, made_by
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
 
@@ -70,7 +72,6 @@ EFFECTS = frozenset(
 LOST = "which a recorded graph would not repeat"
 GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 _lock = threading.Lock()
-_local = threading.local()
 
 
 def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]) -> Capture:
@@ -88,7 +89,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
         read, containers = outside.state(), held(Outside.of(root.modules(), forward).tables())
         try:
             # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
-            with _patched(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
+            with intercepted(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
                 fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
                 with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                     result = forward(*fake_args, **fake_kwargs)
@@ -146,7 +147,7 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
-        self.levels = Levels()
+        self.levels, self.trail = Levels(), list[Made]()
         self.suspended = 0
         self.generation: dict[int, int] = {}
         self.inputs: list[int] = []
@@ -159,12 +160,12 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def active(self) -> Generator[None]:
-        _local.recorder = self
+        recording.recorder = self
         try:
             with self.fake, self:
                 yield
         finally:
-            _local.recorder = None
+            recording.recorder = None
 
     # --- inputs, attributes and results
     def fake_inputs(self, tree: Any) -> Any:
@@ -360,10 +361,12 @@ class _Recorder(TorchFunctionMode):
         return tree
 
     def _follow_atoms(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        operands = [self.levels.of.get(id(t), CERTAIN) for t in _tensors((args, kwargs))]
+        read = [(id(t), t, self.levels.of.get(id(t), CERTAIN)) for t in _tensors((args, kwargs))]
+        keyed = lambda x: id(x) if isinstance(x, Tensor) else None  # noqa: E731
         for t in _tensors(out):
-            self.levels.note(id(t), name, operands, args, kwargs, lambda x: id(x) if isinstance(x, Tensor) else None)
-            self.levels.of[id(t)] = self.levels.of[id(t)] if may_be_continuous(t) else CERTAIN
+            self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, keyed)
+            level = self.levels.of[id(t)] = self.levels.of[id(t)] if may_be_continuous(t) else CERTAIN
+            self.trail.append(made_by(id(t), name, level, read, (args, kwargs), t))
             self.alive += (t, args, kwargs)  # else another could get its id
 
     # --- calls of sub-modules and autograd functions
@@ -387,19 +390,30 @@ class _Recorder(TorchFunctionMode):
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)
             if seen is not None:
-                return self.record("call_module", path, args, kwargs, seen.fresh(), [], atoms=seen.atoms, opaque=True)
+                return self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
+        self.trail = []
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}")):
             out = self._run_whole(module, args, kwargs)
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            atoms = max((self.levels.of.get(id(t), CERTAIN) for t in _tensors(out)), default=CERTAIN)
+            numbers = self._numbers(leaves, out)
             odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
             if odd:
                 raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}")
             if not mutated:
-                self.memo[key] = Seen.of(out, [t for t, _ in versions], atoms)
-            return self.record("call_module", path, args, kwargs, out, mutated, atoms=atoms, opaque=True)
+                self.memo[key] = Seen.of(out, [t for t, _ in versions], numbers)
+            return self.record("call_module", path, args, kwargs, out, mutated, opaque=True, **numbers)
+
+    def _numbers(self, leaves: list[Any], out: Any) -> dict[str, int]:
+        """What is known of the numbers that a module takes and gives, by what ran in it: see `revfx.passes.kinks`."""
+        kinds, told = kinks(self.trail)
+        made = [id(t) for t in _tensors(out)]
+        return {
+            "atoms": max((self.levels.of.get(k, CERTAIN) for k in made), default=CERTAIN),
+            "gives": max((kinds.get(k, ANY) for k in made), default=ANY),
+            "bends": min((told[id(x)][0] for x in leaves if id(x) in told), default=NEVER),
+        }
 
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `module` returns on fakes; what its Python code leaves behind is undone."""
@@ -419,6 +433,10 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.suspended -= 1
 
+    def set_rng_state(self) -> None:  # what `fork_rng` ends with
+        if not self.suspended:
+            raise Untraceable(f"its forward sets the state of torch's generator, {LOST}")
+
     def call_function(
         self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
@@ -435,49 +453,6 @@ class _Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             mutated = [t for t, v in versions if _torch.version(t) != v]
             return self.record("call_function", function.apply, args, kwargs, out, mutated, opaque=True)
-
-
-# --- patches, active for the capturing thread only
-@contextmanager
-def _patched() -> Generator[None]:
-    call_module, init = nn.Module.__call__, nn.Module.__init__
-
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder = getattr(_local, "recorder", None)
-        return call_module(self, *args, **kwargs) if recorder is None else recorder.call_module(self, args, kwargs)
-
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        recorder = getattr(_local, "recorder", None)
-        if recorder is not None:
-            recorder.made[id(self)] = self
-        init(self, *args, **kwargs)
-
-    def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        def apply(_: Any, *args: Any, **kwargs: Any) -> Any:
-            return super(_torch.BELOW_APPLY, cls).apply(*args, **kwargs)
-
-        recorder = getattr(_local, "recorder", None)
-        return apply(cls, *args, **kwargs) if recorder is None else recorder.call_function(cls, apply, args, kwargs)
-
-    with ExitStack() as stack:
-        nn.Module.__call__ = __call__
-        stack.callback(setattr, nn.Module, "__call__", call_module)
-        nn.Module.__init__ = __init__
-        stack.callback(setattr, nn.Module, "__init__", init)
-        below = _torch.BELOW_APPLY
-        own, below.apply = vars(below).get("apply"), classmethod(patched_apply)
-        stack.callback(lambda: setattr(below, "apply", own) if own is not None else delattr(below, "apply"))
-        set_rng_state = torch.set_rng_state
-
-        def patched_set(state: Tensor) -> None:  # what `fork_rng` ends with
-            recorder = getattr(_local, "recorder", None)
-            if recorder is not None and not recorder.suspended:
-                raise Untraceable(f"its forward sets the state of torch's generator, {LOST}")
-            set_rng_state(state)
-
-        torch.set_rng_state = patched_set
-        stack.callback(setattr, torch, "set_rng_state", set_rng_state)
-        yield
 
 
 # --- small helpers

@@ -113,6 +113,7 @@ def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: 
     first = _first_derivations(program, region.steps, kept_cuts)
     calls = {i: _call(program, i, names.get(i, program.ops[i].name)) for i in range(region.start, region.stop)}
     opaque = {v: calls[i] for i in calls if program.ops[i].opaque for v in program.ops[i].outs[:1]}
+    barred = {a.head: a.barred for i in calls for a in program.ops[i].arcs if a.barred}
     found: list[ValueLine] = []
     for number, step in enumerate(region.steps):
         for i in range(step.start, step.stop):
@@ -121,6 +122,7 @@ def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: 
                 inverse = way.arc if isinstance(way, Invert) and v not in saved else None
                 action = "save" if v in saved else "recompute" if inverse is None else "invert"
                 how = f"{value.name} <- {calls[i]}" if inverse is None else formula(program, inverse, opaque)
+                how += f": {barred[v]}" if v in region.saved and v in barred else ""
                 kind, where = type_name(value.dtype, value.shape), program.ops[i].where
                 reads = _names(program, program.ops[i].ins)
                 solved = () if inverse is None else _names(program, inverse.tail)

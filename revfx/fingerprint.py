@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import types
-from collections.abc import Container, Generator, Iterable, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Number
@@ -138,10 +138,10 @@ class Seen:
 
     metas: tuple[Any, ...]
     spec: pytree.TreeSpec
-    atoms: int
+    numbers: Mapping[str, int]
 
     @staticmethod
-    def of(out: Any, inputs: list[Tensor], atoms: int) -> Seen | None:
+    def of(out: Any, inputs: list[Tensor], numbers: Mapping[str, int]) -> Seen | None:
         """None where results share memory with arguments or each other, which fresh ones would not."""
         leaves, spec = pytree.tree_flatten(out)
         made = [t for t in leaves if isinstance(t, Tensor)]
@@ -155,7 +155,7 @@ class Seen:
         metas = [
             None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves
         ]
-        return Seen(tuple(metas), spec, atoms)
+        return Seen(tuple(metas), spec, numbers)
 
     def fresh(self) -> Any:
         """New fake results."""

@@ -19,7 +19,10 @@ from revfx.passes.cuts import Step
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
 
 
-ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
+# Times eps, the share of exact zeros, and of multiples of 1 / FINE up to COARSEST, that values without atoms show by
+# chance: there are FINE such multiples in [4, 5], and 1 / (4 eps) numbers.
+ZEROS, SHORT = 16, 256
+FINE, COARSEST = 40, 8.0
 
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
 
@@ -46,7 +49,7 @@ def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
 
 
 def asked_of(step: Step) -> set[int]:
-    """The values that are looked at when a step ends: measured factors, and what may hold exact zeros."""
+    """The values that are looked at when a step ends: measured factors, and what may have atoms."""
     factors = {int(a.factor or 0) for a in step.arcs if a.measured}
     return factors.union(*((a.head, a.tail[0]) for a in step.arcs if a.suspect))
 
@@ -54,8 +57,8 @@ def asked_of(step: Step) -> set[int]:
 class Growth:
     """How much regenerating has amplified rounding errors since the last kept cut, per value of the current cut.
 
-    Also which values were seen to hold (almost) no exact zeros: what is added to such a value leaves it so. Of those
-    that hold some, `unchanged` has the ones that their step left as they were, which need no inverse (as where a
+    Also which values were seen to have no atoms (see `_holds_atoms`): what is added to such a value leaves it so. Of
+    those that have some, `unchanged` has the ones that their step left as they were, which need no inverse (as where a
     function ends in a layer that starts as zeros).
     """
 
@@ -98,12 +101,12 @@ class Growth:
         return False, False
 
     def _stays_clean(self, step: Step, held: Mapping[int, Tensor]) -> bool:
-        """Whether every suspect head of the step holds few exact zeros, or was left unchanged."""
+        """Whether every suspect head of the step holds no atoms, or was left unchanged."""
         good = True
         for arc in reversed(step.arcs):
             if arc.suspect and arc.head not in self.clean:
                 head = held[arc.head]
-                if _share_of_zeros(head) > ZEROS * torch.finfo(head.dtype).eps:
+                if _holds_atoms(head):
                     if _same(head, held.get(arc.tail[0])):
                         self.unchanged.add(arc.head)
                     else:
@@ -120,10 +123,20 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and _torch.is_plain(a) and _torch.is_plain(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _share_of_zeros(t: Tensor) -> float:
+def _holds_atoms(t: Tensor) -> bool:
+    """Whether more elements of `t` than chance has it are exactly zero, or multiples of 1/8 or 0.1 up to 8: what data
+    are made of, and what functions of which nothing is known may tell from their neighbours.
+    """
     if _torch.is_fake(t):
-        return 0.0
-    return 1.0 - sharding.numbers(torch.count_nonzero(t.detach()))[0] / max(1, t.numel())
+        return False
+    t = t.detach()
+    counts = [torch.count_nonzero(t)]
+    if t.is_floating_point():
+        fine = t * FINE
+        counts.append(torch.count_nonzero((fine == fine.round()) & (t != 0) & (t.abs() <= COARSEST)))
+    others, *short = sharding.numbers(*counts)
+    chance = t.numel() * torch.finfo(t.dtype).eps
+    return t.numel() - others > ZEROS * chance or any(n > SHORT * chance + (t.dtype != torch.float64) for n in short)
 
 
 def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:

@@ -1,0 +1,179 @@
+"""Which values a rounding inverse must not give back, since an operation tells the numbers that they hold from others.
+
+Zeros are counted, or put back where they were (see `revfx.passes.atoms`). But a stream that starts as whole numbers,
+and to which dropout adds nothing in places, holds these numbers there, and `floor(1 - 1e-16)` is 0. So it is followed
+upwards where operations jump or bend: only at zero, as relu, or elsewhere, as floor, hardtanh and `>= 1`; and downwards
+which numbers a value takes with positive probability. A sum of two such values may come as near to zero as rounding
+(0.1 + 0.2 - 0.3 is 6e-17), which relu tells from zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from revfx.passes import atoms as names
+from revfx.passes.atoms import PERHAPS, RARE, may_be_continuous
+from revfx.rules import op_name
+
+
+# The numbers that a value takes with positive probability: zero at most, any, and sums of any with any.
+ZERO, ANY, SUM, NEVER = 0, 1, 2, 3
+
+AT_ZERO = frozenset(
+    """relu leaky_relu prelu rrelu abs absolute sign sgn elu celu selu sqrt rsqrt reciprocal norm vector_norm
+    linalg_norm linalg_vector_norm logical_and logical_or logical_xor logical_not heaviside count_nonzero""".split()
+)
+COMPARED = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max clip threshold max min maximum minimum".split())
+NOWHERE = frozenset(
+    """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout native_dropout where masked_fill
+    masked_select masked_scatter zeros zeros_like ones ones_like full full_like new_zeros new_full empty empty_like
+    new_empty tril triu pad constant_pad_nd zero diag diag_embed block_diag scatter index_put embedding nan_to_num
+    isnan isinf isfinite copy""".split()
+)
+# What is zero elsewhere than its operand, or adds up several numbers of it.
+MOVES_NUMBERS = frozenset(
+    """exp exp2 log log2 log10 logit cos cosh acos acosh atan2 sinc sigmoid log_sigmoid logsigmoid softplus glu
+    erfc lgamma digamma softmax _softmax log_softmax _log_softmax softmin logsumexp rsqrt reciprocal __rpow__
+    float_power hypot sum mean var std var_mean std_mean norm vector_norm linalg_norm linalg_vector_norm cumsum
+    prod cumprod logcumsumexp cosine_similarity normalize avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d interpolate upsample_bilinear2d
+    upsample_bicubic2d grid_sample batch_norm native_batch_norm _native_batch_norm_legit_functional
+    _native_batch_norm_legit_no_training local_response_norm fft rfft irfft ifft fft2 ifft2 rfft2 irfft2 cdist
+    dist cross kron trace det inverse addr""".split()
+)
+SMOOTH = (names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE) - AT_ZERO
+KNOWN = names.MAKERS | SMOOTH | AT_ZERO | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A value `name(*operands)`, with the levels of atoms of both; `numbers` are those among the other arguments.
+
+    `rounds`: whole numbers, made of others. `bends`: for a call that is looked into elsewhere, the lowest kind of an
+    operand that something in it tells apart, and `kind` is that of what it gives if its operands are of kind `ANY`.
+    """
+
+    key: Hashable
+    name: str
+    level: int
+    operands: tuple[Hashable, ...]
+    levels: tuple[int, ...]
+    numbers: tuple[float, ...] = ()
+    rounds: bool = False
+    bends: int | None = None
+    kind: int = SUM
+
+    @property
+    def bare(self) -> str:
+        """The name, of an operation in place too."""
+        return self.name if self.name.endswith("__") else self.name.rstrip("_")
+
+
+Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apart, and what does it
+
+
+def kinks(made: Sequence[Made]) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
+    """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart."""
+    kinds, steps = dict[Hashable, int](), list[tuple[Made, int, list[int]]]()
+    for m in made:
+        operands = [kinds.get(k, ANY) if n > RARE else ZERO for k, n in zip(m.operands, m.levels, strict=True)]
+        kinds[m.key] = kind = _kind(m, operands)
+        steps.append((m, kind, operands))
+    told: dict[Hashable, Told] = {}
+    for m, kind, operands in reversed(steps):
+        own, culprit = told.get(m.key, (NEVER, None)) if kind > ZERO else (NEVER, None)
+        for i, (k, level) in enumerate(zip(m.operands, m.levels, strict=True)):
+            through = ANY if own < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own
+            here = _bends(m) if level > RARE else NEVER
+            told[k] = min(told.get(k, (NEVER, None)), (through, culprit), (here, m), key=lambda t: t[0])
+    return kinds, told
+
+
+def _kind(m: Made, operands: list[int]) -> int:
+    most = max(operands, default=ANY)
+    if m.level <= RARE:
+        return ZERO
+    if m.bends is not None:
+        return max(m.kind, most) if m.kind > ZERO else ZERO
+    if m.rounds:
+        return max(ANY, most)
+    if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
+        cancels = m.level > min((PERHAPS, *m.levels)) and len(operands) > 1
+        several = sum(k > ZERO for k in operands) > 1 or (len(operands) == 1 and most > ZERO)
+        return SUM if cancels or several else max(most, ANY if len(operands) == 1 else ZERO)
+    if m.bare in names.PRODUCTS:
+        return ZERO if len(operands) > 1 and min(m.levels) <= RARE else most
+    if m.bare in names.MIXERS:
+        return ZERO
+    if m.bare in MOVES_NUMBERS:
+        return SUM if most > ZERO else ANY
+    if m.bare in SMOOTH or m.bare in AT_ZERO:
+        return max(most, ANY if any(m.numbers) and m.bare in NOWHERE else ZERO)
+    return max(most, ANY if m.bare in KNOWN else SUM)
+
+
+def _shifts(m: Made, others: list[int]) -> bool:
+    """Whether zero is elsewhere in an operand than in the result."""
+    if m.bends is not None:
+        return True
+    if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
+        return not others or max(others) > ZERO
+    return m.bare in MOVES_NUMBERS or m.bare not in KNOWN
+
+
+def _bends(m: Made) -> int:
+    """The lowest kind of an operand that the operation tells apart."""
+    if m.bends is not None:
+        return m.bends
+    if m.rounds:
+        return ANY
+    if m.bare in SMOOTH or m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT or m.bare in names.PRODUCTS:
+        return NEVER
+    if m.bare in AT_ZERO or (m.bare in COMPARED and len(m.operands) == 1 and m.numbers and not any(m.numbers)):
+        return SUM
+    return ANY
+
+
+def made_by(
+    key: Hashable, name: str, level: int, operands: Iterable[tuple[Hashable, Any, int]], args: Any, result: Any
+) -> Made:
+    """The record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of atoms."""
+    read = [(k, n) for k, t, n in operands if may_be_continuous(t)]
+    given = (*args[0], *args[1].values())
+    numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))
+    rounds = args[1].get("rounding_mode") is not None or (
+        bool(read) and not may_be_continuous(result) and name not in COMPARED | AT_ZERO | NOWHERE
+    )
+    return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
+
+
+def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> dict[fx.Node, str]:
+    """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
+
+    `levels` says which have atoms. A call of a module says in `meta` what it makes of its operands: `gives`, `bends`.
+    """
+    made: list[Made] = []
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            continue
+        operands = [(n, n.meta.get("val"), levels[n]) for n in node.all_input_nodes]
+        if node.op == "call_module" or node.meta.get("opaque", False):
+            keys, theirs = tuple(n for n, _, _ in operands), tuple(level for _, _, level in operands)
+            bends, kind = int(node.meta.get("bends", ANY)), int(node.meta.get("gives", SUM))
+            made.append(Made(node, str(node.target), levels[node], keys, theirs, bends=bends, kind=kind))
+        else:
+            args, result = (node.args, node.kwargs), node.meta.get("val")
+            made.append(made_by(node, op_name(node.target), levels[node], operands, args, result))
+    kinds, told = kinks(made)
+    return {
+        n: _reason(by) for n, (kind, by) in told.items() if by and isinstance(n, fx.Node) and kinds.get(n, ANY) >= kind
+    }
+
+
+def _reason(by: Made) -> str:
+    where = by.key.meta.get("where") if isinstance(by.key, fx.Node) else None
+    return f"`{by.name}`{f' ({where})' if where else ''} may tell its numbers from those that an inverse returns"

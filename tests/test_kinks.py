@@ -1,0 +1,210 @@
+"""What operations tell apart that rounding does not keep: streams that hold numbers of the input, and sums of such."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compiled import check, fresh as fresh
+from helpers import TOLERANCE, relative_error
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from zoo import D, Pairs
+
+import revfx
+from revfx.passes.atoms import atoms
+from revfx.passes.kinks import told_apart
+from revfx.testing import assert_same_grads
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+Way = Callable[[nn.Module], nn.Module]
+Sum = Callable[[Tensor, Tensor], Tensor]  # of a stream and of what a linear layer gives
+Use = Callable[[Tensor], Tensor]
+
+
+def by_backend(model: nn.Module) -> nn.Module:
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="revfx", options={"inner": "aot_eager"})
+    return compiled
+
+
+# --- the analysis
+SUMS: dict[str, tuple[Sum, bool]] = {  # under relu: whether that may be nearer to zero than rounding
+    "data": (lambda x, h: x + h, False),
+    "dropped": (lambda x, h: x + F.dropout(h, 0.5), False),
+    "relu": (lambda x, h: x + torch.relu(h), False),
+    "masked": (lambda x, h: x + h * (x > 0), False),
+    "rounded": (lambda x, h: x + (h * 3.3).round() / 3.3, True),
+    "rounded, and mixed": (lambda x, h: x + (h * 3.3).round() @ x, False),
+    "rounded, to a stem": (lambda x, h: (x @ x) + (h * 3.3).round(), False),
+    "straight through": (lambda x, h: x + (h + (h.round() - h).detach()), True),
+    "whole numbers": (lambda x, h: x + h.int() / 3.3, True),
+    "divided": (lambda x, h: x + torch.div(h, 0.3, rounding_mode="floor"), True),
+    "signs times data": (lambda x, h: x + h.sign() * h, False),
+    "signs times signs": (lambda x, h: x + h.sign() * x.sign(), True),
+    "what is added to such a sum": (lambda x, h: x + h.round() / 3.3 + F.dropout(h, 0.5), True),
+    "less a number": (lambda x, h: x + F.dropout(h, 0.5) - 1, True),
+}
+USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the numbers of x from others
+    "relu": (torch.relu, False),
+    "abs": (torch.abs, False),
+    "positive": (lambda a: a * (a > 0), False),
+    "clamped at zero": (lambda a: a.clamp(min=0), False),
+    "exp": (torch.exp, False),
+    "softmax": (lambda a: a.softmax(-1), False),
+    "norm, then a bend": (lambda a: F.hardtanh(F.layer_norm(a, (4,))), False),
+    "mixed, then a bend": (lambda a: F.hardtanh(a @ a), False),
+    "scaled by data": (lambda a: F.hardtanh(a * (a @ a)), False),
+    "other elements": (lambda a: torch.relu(a.view(2, 8).flip(0).reshape(4, 4)), False),
+    "hardtanh": (F.hardtanh, True),
+    "relu6": (F.relu6, True),
+    "hardswish": (F.hardswish, True),
+    "floor": (torch.floor, True),
+    "whole numbers": (lambda a: a.int() * a, True),
+    "clamped": (lambda a: a.clamp(0, 2), True),
+    "compared": (lambda a: a * (a >= 1), True),
+    "relu elsewhere": (lambda a: torch.relu(a - 1), True),
+    "scaled, then relu elsewhere": (lambda a: torch.relu(torch.exp(a * 2) - 1), True),
+    "elsewhere by a parameter": (lambda a: torch.relu(a + torch.ones(4)), True),
+    "other elements, then a bend": (lambda a: F.hardtanh(a.view(2, 8).flip(0)), True),
+    "maximum": (lambda a: torch.maximum(a, a.flip(0)), True),
+    "sums": (lambda a: torch.relu(a.sum(-1)), True),
+}
+
+
+def told(function: Callable[..., Any]) -> bool:
+    """Whether the first result of a function of x, and of h without a pattern, is told apart by what reads it."""
+    x, h, w = (torch.randn(4, 4) for _ in range(3))
+    graph = make_fx(lambda x, h, w: function(x, h @ w), tracing_mode="fake", _allow_non_fake_inputs=True)(x, h, w).graph
+    first = next(n for n in graph.nodes if n.op == "output").all_input_nodes[0]
+    return first in told_apart(graph, atoms(graph))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_that_may_be_near_to_zero(name: str) -> None:
+    make, expected = SUMS[name]
+
+    def function(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        a = make(x, h)
+        return a, torch.relu(a)
+
+    assert told(function) is expected
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_operations_tell_apart(name: str) -> None:
+    use, expected = USES[name]
+
+    def function(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        a = x + F.dropout(h, 0.5)
+        return a, use(a)
+
+    assert told(function) is expected
+
+
+# --- whole models
+class Used(Pairs):
+    """Couplings of a stream to which dropout adds nothing in places, and which `use` looks at."""
+
+    def __init__(self, use: Use) -> None:
+        super().__init__(4)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + F.dropout(f(b), 0.5)
+            b = b + g(self.use(a))
+        return torch.cat([a, b], -1)
+
+
+class Inside(nn.Module):
+    def __init__(self, use: Use, g: nn.Module) -> None:
+        super().__init__()
+        self.use, self.g = use, g
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.g(self.use(a))
+
+
+MODELS: dict[str, Use] = {
+    name: USES[name][0]
+    for name in ("relu", "hardtanh", "hardswish", "clamped", "compared", "relu elsewhere", "whole numbers", "floor")
+}
+
+
+class Blocks(nn.Module):
+    """The same by `rev_block`, whose functions nothing is known of."""
+
+    def __init__(self, model: Used) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(nn.Sequential(f, nn.Dropout(0.5)) for f in model.f)
+        self.g = nn.ModuleList(Inside(model.use, g) for g in model.g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat(revfx.rev_block(a, b, self.f, self.g, 4), -1)
+
+
+WAYS: dict[str, Way] = {"convert": revfx.convert, "convert, in a module": revfx.convert, "backend": by_backend}
+
+
+@pytest.mark.parametrize("by", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_streams_of_whole_numbers(name: str, by: str) -> None:
+    inside, way, use = "module" in by, WAYS[by], MODELS[name]
+    model = Used((lambda a: a) if inside else use)
+    if inside:
+        model.g = nn.ModuleList(Inside(use, g) for g in model.g)
+    x = torch.randint(1, 8, (32, 2 * D)).double()
+    assert_same_grads(way(model), model, [x.requires_grad_()])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_of_whole_numbers(name: str) -> None:
+    model = Blocks(Used(MODELS[name]))
+    x = torch.randint(1, 8, (32, 2 * D)).double() / 10
+    x[::2] *= 10
+    x.requires_grad_()
+    torch.manual_seed(1)
+    out = model(x)
+    got = torch.autograd.grad(out.sin().sum(), [x, *model.parameters()])
+    with revfx.testing.store_activations():
+        torch.manual_seed(1)
+        expected = torch.autograd.grad(model(x).sin().sum(), [x, *model.parameters()])
+    assert relative_error(got, expected) < TOLERANCE
+
+
+class Tokens(Pairs):
+    """Streams of table rows and positions, as those of language models, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.table, self.places = nn.Embedding(11, 2 * D), nn.Parameter(torch.randn(5, 2 * D))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        a, b = (self.table(ids) * D**0.5 + self.places).chunk(2, -1)
+        for i, (f, g) in enumerate(zip(self.f, self.g, strict=True)):
+            a = a + F.dropout(f(F.relu6(self.norms[2 * i](b))), 0.1)
+            b = b + F.dropout(g(F.relu6(self.norms[2 * i + 1](a))), 0.1)
+        return torch.cat([a, b], -1)
+
+
+def test_a_language_models_streams_are_inverted() -> None:
+    report = check(Tokens(), "aot_eager", torch.randint(0, 11, (3, 5)))
+    assert report.regions
+    converted: Any = revfx.convert(Tokens())
+    converted(torch.randint(0, 11, (3, 5)))
+    assert converted.revfx.kept_cuts == 2
+
+
+def test_explain_names_the_operation_and_its_place() -> None:
+    text = str(revfx.explain(Used(F.hardtanh), torch.randn(8, 2 * D)))
+    assert re.search(r"save .*: `hardtanh` \(.*test_kinks.py:\d+\) may tell its numbers from those", text), text
