@@ -111,7 +111,7 @@ class _Lowering:
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
         for i, arcs in (
             *self._tilings(op_nodes, outs),
-            *masked_arcs(op_nodes, self.index, self.atoms, self._barred, self._arc, self._directions),
+            *masked_arcs(op_nodes, self.index, self._trusted, self._arc, self._directions),
         ):
             ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
         written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
@@ -208,13 +208,10 @@ class _Lowering:
             return factor
         constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
         rounds = not (inverse.exact or inverse.grid)
-        atoms = self.atoms[inverse.solves] if rounds else NONE
-        barred = self._barred(inverse.solves) if rounds else None
-        return Arc(
+        arc = Arc(
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, constants) if constants else inverse.by,
-            exact=inverse.exact, barred=barred, suspect=NONE < atoms < CERTAIN,
-            factor=factor.by, measured=factor.measured, reciprocal=inverse.reciprocal,
+            exact=inverse.exact, factor=factor.by, measured=factor.measured, reciprocal=inverse.reciprocal,
             least=factor.least, typical=factor.typical,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
             partial=not statically_known_true(a.numel() == y.numel()),
@@ -222,12 +219,16 @@ class _Lowering:
             if inverse.exact else None,
             coupling=self._coupling(node, inverse, given), grid=inverse.grid,
         )  # fmt: skip
+        return self._trusted(arc, inverse.solves) if rounds else arc
 
-    def _barred(self, node: fx.Node) -> str | None:
-        """Why a rounding inverse must not give a node's value back."""
-        if self.atoms[node] == CERTAIN:
-            return "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
-        return self.told_apart.get(node) if self.atoms[node] > RARE else None
+    def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
+        """An arc that rounds, with what is known against it for the sake of its head."""
+        atoms, told = self.atoms[head], self.told_apart.get(head)
+        if atoms == CERTAIN:
+            return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
+        if atoms == RARE:
+            return replace(arc, suspect=True, told=told)
+        return replace(arc, suspect=atoms > NONE, barred=told if atoms > NONE else None)
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

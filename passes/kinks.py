@@ -13,10 +13,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from revfx.passes import atoms as names
-from revfx.passes.atoms import PERHAPS, RARE, may_be_continuous
+from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
+from revfx.passes.sizes import as_number
 from revfx.rules import op_name
 
 
@@ -41,11 +43,15 @@ MOVES_NUMBERS = frozenset(
     float_power hypot sum mean var std var_mean std_mean norm vector_norm linalg_norm linalg_vector_norm cumsum
     prod cumprod logcumsumexp cosine_similarity normalize avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d interpolate upsample_bilinear2d
-    upsample_bicubic2d grid_sample batch_norm native_batch_norm _native_batch_norm_legit_functional
-    _native_batch_norm_legit_no_training local_response_norm fft rfft irfft ifft fft2 ifft2 rfft2 irfft2 cdist
+    upsample_bicubic2d grid_sample local_response_norm fft rfft irfft ifft fft2 ifft2 rfft2 irfft2 cdist
     dist cross kron trace det inverse addr""".split()
 )
-SMOOTH = (names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE) - AT_ZERO
+# Scale by what a whole batch gives: no number of one element has a place of its own in the result.
+SCALED = frozenset(
+    """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
+    _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm""".split()
+)
+SMOOTH = (names.SMOOTH | SCALED | names.MIXERS | names.PICKS | names.JOINS | NOWHERE) - AT_ZERO
 KNOWN = names.MAKERS | SMOOTH | AT_ZERO | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
 
 
@@ -80,22 +86,22 @@ def kinks(made: Sequence[Made]) -> tuple[dict[Hashable, int], dict[Hashable, Tol
     """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart."""
     kinds, steps = dict[Hashable, int](), list[tuple[Made, int, list[int]]]()
     for m in made:
-        operands = [kinds.get(k, ANY) if n > RARE else ZERO for k, n in zip(m.operands, m.levels, strict=True)]
+        operands = [kinds.get(k, ANY) if n > NONE else ZERO for k, n in zip(m.operands, m.levels, strict=True)]
         kinds[m.key] = kind = _kind(m, operands)
         steps.append((m, kind, operands))
     told: dict[Hashable, Told] = {}
     for m, kind, operands in reversed(steps):
-        own, culprit = told.get(m.key, (NEVER, None)) if kind > ZERO else (NEVER, None)
+        own, culprit = told.get(m.key, (NEVER, None)) if kind > ZERO and m.bare not in SCALED else (NEVER, None)
         for i, (k, level) in enumerate(zip(m.operands, m.levels, strict=True)):
             through = ANY if own < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own
-            here = _bends(m) if level > RARE else NEVER
+            here = _bends(m) if level > NONE else NEVER
             told[k] = min(told.get(k, (NEVER, None)), (through, culprit), (here, m), key=lambda t: t[0])
     return kinds, told
 
 
 def _kind(m: Made, operands: list[int]) -> int:
     most = max(operands, default=ANY)
-    if m.level <= RARE:
+    if m.level == NONE or m.bare in names.MIXERS:
         return ZERO
     if m.bends is not None:
         return max(m.kind, most) if m.kind > ZERO else ZERO
@@ -107,10 +113,8 @@ def _kind(m: Made, operands: list[int]) -> int:
         return SUM if cancels or several else max(most, ANY if len(operands) == 1 else ZERO)
     if m.bare in names.PRODUCTS:
         return ZERO if len(operands) > 1 and min(m.levels) <= RARE else most
-    if m.bare in names.MIXERS:
-        return ZERO
-    if m.bare in MOVES_NUMBERS:
-        return SUM if most > ZERO else ANY
+    if m.bare in MOVES_NUMBERS or m.bare in SCALED:
+        return SUM if most > ZERO and m.bare not in SCALED else ANY
     if m.bare in SMOOTH or m.bare in AT_ZERO:
         return max(most, ANY if any(m.numbers) and m.bare in NOWHERE else ZERO)
     return max(most, ANY if m.bare in KNOWN else SUM)
@@ -172,6 +176,18 @@ def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> dict[fx.Node, 
     return {
         n: _reason(by) for n, (kind, by) in told.items() if by and isinstance(n, fx.Node) and kinds.get(n, ANY) >= kind
     }
+
+
+# Multiples of 1 / FINE up to COARSEST are what data are made of. There are FINE of them in [4, 5], and 1 / (4 eps)
+# numbers: what is spread evenly holds them by a share of 10 eps.
+FINE, COARSEST, BY_CHANCE = 40, 8.0, 256
+
+
+def made_numbers(t: Tensor) -> tuple[Tensor, float]:
+    """(how many elements of `t` are multiples of 1/8 or 0.1, up to 8, other than zero; how many are by chance)."""
+    fine = t * FINE
+    chance = BY_CHANCE * torch.finfo(t.dtype).eps * as_number(t.numel()) + (t.dtype != torch.float64)
+    return torch.count_nonzero((fine == fine.round()) & (t != 0) & (t.abs() <= COARSEST)), chance
 
 
 def _reason(by: Made) -> str:

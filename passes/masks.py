@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.atoms import CERTAIN, NONE
 from revfx.passes.facts import BINARY, Mask, Masks, bare, masks
 from revfx.passes.program import Arc
 from revfx.passes.sizes import same_shape
@@ -52,14 +51,13 @@ DirectionsOf = Callable[[fx.Node], list[Direction]]
 def masked_arcs(
     op_nodes: Sequence[fx.Node],
     index: Mapping[fx.Node, int],
-    levels: Mapping[fx.Node, int],
-    barred: Callable[[fx.Node], str | None],
+    trusted: Callable[[Arc, fx.Node], Arc],
     arc_of: ArcOf,
     directions_of: DirectionsOf,
 ) -> Iterator[tuple[int, tuple[Arc, ...]]]:
     """Arcs whose tail holds parts of their head under a mask, each with the first operation that it involves.
 
-    `levels` says which nodes have atoms, and `barred` why some must not be given back by rounding inverses.
+    `trusted` gives an arc that rounds with what is known against it for the sake of its head.
     """
     position = {node: i for i, node in enumerate(op_nodes)}
     known_masks = masks(op_nodes[0].graph) if op_nodes else Masks({}, {})
@@ -77,7 +75,7 @@ def masked_arcs(
         if whole.op != "get_attr":
             for inside in (h for h in found if h.value):
                 for outside in (h for h in found if not h.value and (h.factor is None or inside.factor is None)):
-                    yield _join(index, whole, mask, inside, outside, levels, barred)
+                    yield _join(index, whole, mask, inside, outside, trusted)
     for y, sides in selects.items():
         for m in (m for m in sides if m.other is not UNSAID):
             for half in halves.get((m.whole, m.mask), []):
@@ -166,8 +164,7 @@ def _join(
     mask: fx.Node,
     inside: Half,
     outside: Half,
-    levels: Mapping[fx.Node, int],
-    barred: Callable[[fx.Node], str | None],
+    trusted: Callable[[Arc, fx.Node], Arc],
 ) -> tuple[int, tuple[Arc, ...]]:
     tail = (*inside.tail, *outside.tail, mask)
     solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
@@ -182,9 +179,7 @@ def _join(
     )  # fmt: skip
     if rounding is not None:
         made = replace(
-            made,
-            barred=barred(whole),
-            suspect=NONE < levels[whole] < CERTAIN,
+            trusted(made, whole),
             factor=rounding.factor,
             measured=rounding.measured,
             reciprocal=rounding.reciprocal,

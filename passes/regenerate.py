@@ -21,6 +21,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.facts import check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
+from revfx.passes.kinks import made_numbers
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
@@ -254,6 +255,8 @@ class Regenerator:
             self._guard(op, arc)
         if arc.assumes is not None:
             self._hold(op, *arc.assumes)
+        if arc.told is not None:
+            self._hold_apart(op, arc.head, arc.told)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
             found = self.recorder.record(arc.solve, tail, BACKWARD, node)
@@ -336,6 +339,25 @@ class Regenerator:
         test, message = check(fact, self.program.values[value].name, self.program.ops[op].where)
         first = own.next if own.op != "placeholder" else next(n for n in self.joint.nodes if n.op != "placeholder")
         with self.joint.inserting_before(first):
+            ok = self.recorder.record(test, [own], FORWARD, own)
+            self._assert(ok, message, FORWARD)
+
+    def _hold_apart(self, op: int, value: int, told: str) -> None:
+        """None; checks in the forward that a value holds no numbers of data which something tells from others."""
+        own = self._own(self.forward.value_node(value))
+        if (own, told) in self._held:
+            return
+        self._held.add((own, told))
+        message = (
+            f"revfx: `{self.program.values[value].name}`, which goes into the coupling at {self.program.ops[op].where},"
+            f" holds numbers of the data that nothing was added to, and {told}; use `revfx.convert`, which keeps them"
+        )
+
+        def test(t: Tensor) -> Tensor:
+            found, chance = made_numbers(t)
+            return found <= chance
+
+        with self.joint.inserting_before(own.next):
             ok = self.recorder.record(test, [own], FORWARD, own)
             self._assert(ok, message, FORWARD)
 

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from revfx import _torch, sharding
 from revfx.passes.cuts import Step
+from revfx.passes.kinks import made_numbers
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
 
 
-# Times eps, the share of exact zeros, and of multiples of 1 / FINE up to COARSEST, that values without atoms show by
-# chance: there are FINE such multiples in [4, 5], and 1 / (4 eps) numbers.
-ZEROS, SHORT = 16, 256
-FINE, COARSEST = 40, 8.0
+ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
 
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
 
@@ -124,19 +122,15 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _holds_atoms(t: Tensor) -> bool:
-    """Whether more elements of `t` than chance has it are exactly zero, or multiples of 1/8 or 0.1 up to 8: what data
-    are made of, and what functions of which nothing is known may tell from their neighbours.
+    """Whether more elements of `t` than chance has it are exactly zero, or other numbers that data are made of, which a
+    function of which nothing is known may tell from their neighbours.
     """
     if _torch.is_fake(t):
         return False
     t = t.detach()
-    counts = [torch.count_nonzero(t)]
-    if t.is_floating_point():
-        fine = t * FINE
-        counts.append(torch.count_nonzero((fine == fine.round()) & (t != 0) & (t.abs() <= COARSEST)))
-    others, *short = sharding.numbers(*counts)
-    chance = t.numel() * torch.finfo(t.dtype).eps
-    return t.numel() - others > ZEROS * chance or any(n > SHORT * chance + (t.dtype != torch.float64) for n in short)
+    made, chance = made_numbers(t) if t.is_floating_point() else (torch.count_nonzero(t[:0]), 0.0)
+    others, found = sharding.numbers(torch.count_nonzero(t), made)
+    return t.numel() - others > ZEROS * torch.finfo(t.dtype).eps * t.numel() or found > chance
 
 
 def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:

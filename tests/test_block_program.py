@@ -323,7 +323,7 @@ def test_functional_call_then_backward_after_the_parameters_were_swapped_back() 
     assert relative_error([x1.grad, x2.grad, *(p.grad for p in other.values())], expected) < 1e-9
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_forward_mode_derivatives_equal_plain_ones() -> None:
     fs, gs = mlps(3), mlps(3)
     x, tangent = torch.randn(3, 4), torch.randn(3, 4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import check, fresh as fresh
-from helpers import TOLERANCE, relative_error
+from helpers import TOLERANCE, leaf, relative_error
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -179,6 +179,32 @@ def test_blocks_of_whole_numbers(name: str) -> None:
         torch.manual_seed(1)
         expected = torch.autograd.grad(model(x).sin().sum(), [x, *model.parameters()])
     assert relative_error(got, expected) < TOLERANCE
+
+
+class Padded(Pairs):
+    """Functions that give zeros for zeros, of a stream that starts as zeros: at first the other one keeps its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.f, self.g = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b)
+            b = b + g(F.relu6(a))
+        return torch.cat([a, b], -1)
+
+
+def test_streams_padded_with_zeros() -> None:
+    model = Padded()
+    x = torch.randint(1, 8, (32, 2 * D)).double()
+    x[:, D:] = 0
+    assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
+    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `hardtanh` .*use `revfx.convert`"):
+        by_backend(model)(x)
+    torch.compiler.reset()
+    assert check(model, "aot_eager", leaf(32, 2 * D)).regions
 
 
 class Tokens(Pairs):
