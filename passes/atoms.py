@@ -41,10 +41,13 @@ MIXERS = frozenset(
     multi_head_attention_forward rand randn randn_like rand_like normal lstm gru rnn_tanh tensordot outer mv
     dot""".split()
 )
-PICKS = frozenset("getitem __getitem__ index index_select gather take take_along_dim".split())
-SUMS = frozenset("add sub subtract rsub lerp __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__".split())
+PICKS = frozenset("getitem __getitem__ index _unsafe_index index_select gather take take_along_dim".split())
+SUMS = frozenset("add sub subtract rsub lerp __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__ iadd isub".split())
 SUMS_WITH_PRODUCT = frozenset("addcmul addcdiv".split())
-PRODUCTS = frozenset("mul multiply div divide true_divide __mul__ __rmul__ __rdiv__ __truediv__".split())
+PRODUCTS = frozenset(
+    """mul multiply div divide true_divide truediv imul itruediv __mul__ __imul__ __rmul__ __rdiv__ __truediv__
+    __itruediv__""".split()
+)
 JOINS = frozenset("cat concat concatenate stack hstack vstack dstack slice_scatter select_scatter".split())
 # Strictly monotone or analytic almost everywhere, reductions over many numbers, and moves of elements: they make none.
 SMOOTH = frozenset(
@@ -71,36 +74,40 @@ SAME = frozenset("detach alias clone contiguous lift_fresh_copy data positive".s
 NONE, RARE, PERHAPS, CERTAIN = 0, 1, 2, 3
 
 
+def bare(name: str) -> str:
+    """The name of an operation, without what marks it as one in place."""
+    return name if name.endswith("__") else name.rstrip("_")
+
+
 def has_atoms(name: str, operands: Iterable[int]) -> int:
     """NONE, RARE or PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such operands.
 
     A number that is added, or multiplied by, moves atoms to where nothing is counted.
     """
-    bare = name if name.endswith("__") else name.rstrip("_")
-    operands = list(operands)
-    if bare in MAKERS or bare.lstrip("_") in MAKERS:
+    name, operands = bare(name), list(operands)
+    if name in MAKERS or name.lstrip("_") in MAKERS:
         return CERTAIN
     if not operands:
         return NONE
-    if bare in MIXERS:
+    if name in MIXERS:
         return RARE
-    if bare in PICKS:
+    if name in PICKS:
         return operands[0]
-    if bare == "copy":  # of the last one, over the first
+    if name == "copy":  # of the last one, over the first
         return operands[-1]
-    if bare in JOINS and min(operands) < max(operands):
+    if name in JOINS and min(operands) < max(operands):
         return min(PERHAPS, max(operands))  # one part has atoms, another none: whichever is taken out again is counted
-    if bare in SUMS and len(operands) == 1:
+    if name in SUMS and len(operands) == 1:
         return CERTAIN if operands[0] >= PERHAPS else NONE
-    if bare in PRODUCTS and len(operands) == 1:
+    if name in PRODUCTS and len(operands) == 1:
         return operands[0]
-    if bare in SUMS:
+    if name in SUMS:
         return min(PERHAPS, *operands)
-    if bare in SUMS_WITH_PRODUCT:
+    if name in SUMS_WITH_PRODUCT:
         return min(PERHAPS, operands[0], max(operands[1:], default=NONE))
-    if bare in PRODUCTS:
+    if name in PRODUCTS:
         return min(PERHAPS, max(operands))
-    return max(operands) if bare in SMOOTH or bare in JOINS else max(PERHAPS, *operands)
+    return max(operands) if name in SMOOTH or name in JOINS else max(PERHAPS, *operands)
 
 
 # --- what cancels in a sum

@@ -76,7 +76,7 @@ class Made:
     @property
     def bare(self) -> str:
         """The name, of an operation in place too."""
-        return self.name if self.name.endswith("__") else self.name.rstrip("_")
+        return names.bare(self.name)
 
 
 Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apart, and what does it

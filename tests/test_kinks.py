@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from zoo import D, Pairs
 
 import revfx
-from revfx.passes.atoms import atoms
-from revfx.passes.kinks import told_apart
+from revfx.passes.atoms import atoms, bare
+from revfx.passes.kinks import KNOWN, told_apart
+from revfx.rules import op_name, registered
 from revfx.testing import assert_same_grads
 
 
@@ -108,6 +109,13 @@ def test_what_operations_tell_apart(name: str) -> None:
     assert told(function) is expected
 
 
+def test_every_operation_with_a_rule_is_known() -> None:
+    assert {bare(op_name(op)) for op in registered()} - KNOWN <= {
+        "Flatten",
+        "Unflatten",
+    }  # looked into
+
+
 # --- whole models
 class Used(Pairs):
     """Couplings of a stream to which dropout adds nothing in places, and which `use` looks at."""
@@ -182,7 +190,7 @@ def test_blocks_of_whole_numbers(name: str) -> None:
 
 
 class Padded(Pairs):
-    """Functions that give zeros for zeros, of a stream that starts as zeros: at first the other one keeps its numbers."""
+    """Functions that give zeros for zeros, of a stream that starts as zeros: at first the other one is left alone."""
 
     def __init__(self) -> None:
         super().__init__(4)
