@@ -38,7 +38,7 @@ class Input:
 
 
 KINDS = ("plain", "relu", "turned", "strided", "offset", "expanded", "computed", "view", "constant", "zeros", "halves",
-         "large", "single", "whole",
+         "padded", "large", "single", "whole",
          "boolean")  # fmt: skip
 
 
@@ -135,6 +135,9 @@ def _given(spec: Input, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = x.relu()
     elif kind in ("zeros", "halves", "large"):
         x = {"zeros": x * 0, "halves": (2 * x).round() / 2, "large": 1e3 * x}[kind]
+    elif kind == "padded":  # half of it: one stream starts as zeros
+        x = (2 * x).round() / 2
+        x[:, x.shape[1] // 2 :] = 0
     elif kind == "single":
         x = x.float()
     elif kind == "constant":

@@ -28,6 +28,16 @@ def relu_last(d: int, out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(d, out), nn.ReLU())
 
 
+def dropped(d: int, out: int) -> nn.Module:
+    """Which adds nothing to elements of the other stream: they keep the numbers that they have."""
+    return nn.Sequential(nn.Linear(d, out), nn.Dropout(0.5))
+
+
+def unbiased(d: int, out: int) -> nn.Module:
+    """Which adds nothing where the other stream is zero."""
+    return nn.Linear(d, out, bias=False)
+
+
 def noisy(d: int, out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(d, HIDDEN), nn.Dropout(0.4), nn.Tanh(), nn.Linear(HIDDEN, out))
 
@@ -420,7 +430,7 @@ Part = Callable[[int, int], nn.Module]
 PLAIN: tuple[Part, ...] = (mlp, mlp, relu_first, relu_first, relu_last, noisy, layer_normed, Turned, Nested, frozen)
 ODD: tuple[Part, ...] = (
     batch_normed, averaged, spectral, weight_normed, half_frozen, single, Inplace, Passes, Repeats, Selects, Remembers,
-    Raises, Checkpoints, Hooked, Kinked, Compares, Custom, Stops, Attends,
+    Raises, Checkpoints, Hooked, Kinked, Kinked, Compares, Compares, Custom, Stops, Attends, dropped, dropped, unbiased,
 )  # fmt: skip
 RARE: tuple[Part, ...] = (OnInput,)
 IMAGES: tuple[Part, ...] = (Convolves, convolution, pooled)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 
 ULPS = 8  # parameters and inputs are changed by up to so many units in the last place, to see what rounding does
+EPS = torch.finfo(torch.float64).eps
 Call = Callable[..., Any]
 
 
@@ -80,12 +81,17 @@ def _between(way: str, model: nn.Module, call: Call) -> None:
 
 
 def _perturb(tensors: Sequence[Tensor], seed: int) -> None:
-    """Each element by itself: which of two equal ones is larger is then as undetermined as rounding leaves it."""
-    generator = torch.Generator().manual_seed(seed)
+    """Each element by itself: which of two equal ones is larger is then as undetermined as rounding leaves it.
+
+    Zeros stay zero, since revfx promises that; but for negative seeds.
+    """
+    generator = torch.Generator().manual_seed(abs(seed))
     for t in tensors:
+        for d in (d for d in range(t.dim()) if t.stride(d) == 0):
+            t = t.narrow(d, 0, 1)  # of an expanded one
         if t.is_floating_point():
             ulps = (torch.rand(t.shape, generator=generator, dtype=torch.float64) - 0.5) * 2 * ULPS
-            t.copy_(t * (1 + ulps * torch.finfo(torch.float64).eps))
+            t.copy_(t * (1 + ulps * EPS) + (t == 0) * (seed < 0) * ulps * EPS)
 
 
 def _step(program: Program, model: nn.Module, call: Call, number: int, perturb: int) -> Step:

@@ -17,6 +17,7 @@ PART = {"inductor": 5, "aot_eager": 25}  # programs in one part of a long run, w
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using `torch.compile"),
     pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning"),
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
 ]
 
 
