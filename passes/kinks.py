@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes import atoms as names
-from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
+from revfx.passes.atoms import NONE, PERHAPS, may_be_continuous
 from revfx.passes.sizes import as_number
 from revfx.rules import op_name
 
@@ -29,7 +29,7 @@ AT_ZERO = frozenset(
     """relu leaky_relu prelu rrelu abs absolute sign sgn elu celu selu sqrt rsqrt reciprocal norm vector_norm
     linalg_norm linalg_vector_norm logical_and logical_or logical_xor logical_not heaviside count_nonzero""".split()
 )
-COMPARED = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max clip threshold max min maximum minimum".split())
+COMPARED = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max clip threshold".split())
 NOWHERE = frozenset(
     """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout native_dropout where masked_fill
     masked_select masked_scatter zeros zeros_like ones ones_like full full_like new_zeros new_full empty empty_like
@@ -112,7 +112,7 @@ def _kind(m: Made, operands: list[int]) -> int:
         several = sum(k > ZERO for k in operands) > 1 or (len(operands) == 1 and most > ZERO)
         return SUM if cancels or several else max(most, ANY if len(operands) == 1 else ZERO)
     if m.bare in names.PRODUCTS:
-        return ZERO if len(operands) > 1 and min(m.levels) <= RARE else most
+        return ZERO if min(operands, default=ZERO) == ZERO else most
     if m.bare in MOVES_NUMBERS or m.bare in SCALED:
         return SUM if most > ZERO and m.bare not in SCALED else ANY
     if m.bare in SMOOTH or m.bare in AT_ZERO:
@@ -178,16 +178,19 @@ def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> dict[fx.Node, 
     }
 
 
-# Multiples of 1 / FINE up to COARSEST are what data are made of. There are FINE of them in [4, 5], and 1 / (4 eps)
-# numbers: what is spread evenly holds them by a share of 10 eps.
-FINE, COARSEST, BY_CHANCE = 40, 8.0, 256
+BY_CHANCE = 256  # times eps: the share of such numbers that values without a pattern hold; at most 160 where they are
+# spread evenly in [4, 8], of which 40 in 1 / (2 eps) are multiples of 1/40, and less in [128, 256]
 
 
 def made_numbers(t: Tensor) -> tuple[Tensor, float]:
-    """(how many elements of `t` are multiples of 1/8 or 0.1, up to 8, other than zero; how many are by chance)."""
-    fine = t * FINE
+    """(how many elements of `t` are numbers that data are made of, other than zero; how many may be by chance).
+
+    These are multiples of 1/8 or 0.1 up to 8, and whole numbers up to 256.
+    """
+    size, fine = t.abs(), t * 40
+    made = ((fine == fine.round()) & (size <= 8)) | ((t == t.round()) & (size <= 256))
     chance = BY_CHANCE * torch.finfo(t.dtype).eps * as_number(t.numel()) + (t.dtype != torch.float64)
-    return torch.count_nonzero((fine == fine.round()) & (t != 0) & (t.abs() <= COARSEST)), chance
+    return torch.count_nonzero(made & (t != 0)), chance
 
 
 def _reason(by: Made) -> str:

@@ -128,7 +128,7 @@ def _holds_atoms(t: Tensor) -> bool:
     if _torch.is_fake(t):
         return False
     t = t.detach()
-    made, chance = made_numbers(t) if t.is_floating_point() else (torch.count_nonzero(t[:0]), 0.0)
+    made, chance = made_numbers(t) if t.is_floating_point() else (torch.zeros_like(torch.count_nonzero(t)), 0.0)
     others, found = sharding.numbers(torch.count_nonzero(t), made)
     return t.numel() - others > ZEROS * torch.finfo(t.dtype).eps * t.numel() or found > chance
 

@@ -18,7 +18,7 @@ from zoo import D, Pairs
 
 import revfx
 from revfx.passes.atoms import atoms, bare
-from revfx.passes.kinks import KNOWN, told_apart
+from revfx.passes.kinks import KNOWN, made_numbers, told_apart
 from revfx.rules import op_name, registered
 from revfx.testing import assert_same_grads
 
@@ -41,6 +41,8 @@ SUMS: dict[str, tuple[Sum, bool]] = {  # under relu: whether that may be nearer 
     "dropped": (lambda x, h: x + F.dropout(h, 0.5), False),
     "relu": (lambda x, h: x + torch.relu(h), False),
     "masked": (lambda x, h: x + h * (x > 0), False),
+    "relu, dropped": (lambda x, h: x + F.dropout(torch.relu(h), 0.5), False),
+    "chosen": (lambda x, h: x + torch.where(x > 0, h, 0.0), False),
     "rounded": (lambda x, h: x + (h * 3.3).round() / 3.3, True),
     "rounded, and mixed": (lambda x, h: x + (h * 3.3).round() @ x, False),
     "rounded, to a stem": (lambda x, h: (x @ x) + (h * 3.3).round(), False),
@@ -74,6 +76,7 @@ USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the
     "scaled, then relu elsewhere": (lambda a: torch.relu(torch.exp(a * 2) - 1), True),
     "elsewhere by a parameter": (lambda a: torch.relu(a + torch.ones(4)), True),
     "other elements, then a bend": (lambda a: F.hardtanh(a.view(2, 8).flip(0)), True),
+    "largest": (lambda a: a.max(0).values, True),
     "maximum": (lambda a: torch.maximum(a, a.flip(0)), True),
     "sums": (lambda a: torch.relu(a.sum(-1)), True),
 }
@@ -114,6 +117,20 @@ def test_every_operation_with_a_rule_is_known() -> None:
         "Flatten",
         "Unflatten",
     }  # looked into
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0, 200.0])
+def test_values_without_a_pattern_hold_few_numbers_of_data(scale: float, dtype: torch.dtype) -> None:
+    for t in (torch.randn(1 << 18), torch.rand(1 << 18) + 0.2):
+        found, chance = made_numbers((scale * t).to(dtype))
+        assert found <= chance
+
+
+def test_numbers_of_data_are_counted() -> None:
+    numbers = torch.tensor([0.0, 1.0, -2.0, 0.1, 0.3, -0.7, 0.125, 7.5, 255.0, 8.1, 300.0, 0.33])
+    found, _ = made_numbers(numbers)
+    assert found == 8
 
 
 # --- whole models
@@ -179,6 +196,7 @@ def test_blocks_of_whole_numbers(name: str) -> None:
     model = Blocks(Used(MODELS[name]))
     x = torch.randint(1, 8, (32, 2 * D)).double() / 10
     x[::2] *= 10
+    x[::3] = torch.randint(9, 255, (11, 2 * D)).double()
     x.requires_grad_()
     torch.manual_seed(1)
     out = model(x)
