@@ -26,9 +26,10 @@ from revfx.rules import op_name
 ZERO, ANY, SUM, NEVER = 0, 1, 2, 3
 
 AT_ZERO = frozenset(
-    """relu leaky_relu prelu rrelu abs absolute sign sgn elu celu selu sqrt rsqrt reciprocal norm vector_norm
-    linalg_norm linalg_vector_norm logical_and logical_or logical_xor logical_not heaviside count_nonzero""".split()
+    """relu leaky_relu prelu rrelu abs absolute elu celu selu sqrt rsqrt reciprocal norm vector_norm linalg_norm
+    linalg_vector_norm""".split()
 )
+SIGNS = frozenset("sign sgn heaviside logical_and logical_or logical_xor logical_not count_nonzero".split())
 COMPARED = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max clip threshold".split())
 NOWHERE = frozenset(
     """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout native_dropout where masked_fill
@@ -51,8 +52,8 @@ SCALED = frozenset(
     """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
     _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm""".split()
 )
-SMOOTH = (names.SMOOTH | SCALED | names.MIXERS | names.PICKS | names.JOINS | NOWHERE) - AT_ZERO
-KNOWN = names.MAKERS | SMOOTH | AT_ZERO | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
+SMOOTH = (names.SMOOTH | SCALED | names.MIXERS | names.PICKS | names.JOINS | NOWHERE) - AT_ZERO - SIGNS
+KNOWN = names.MAKERS | SMOOTH | AT_ZERO | SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def _kind(m: Made, operands: list[int]) -> int:
         several = sum(k > ZERO for k in operands) > 1 or (len(operands) == 1 and most > ZERO)
         return SUM if cancels or several else max(most, ANY if len(operands) == 1 else ZERO)
     if m.bare in names.PRODUCTS:
-        return ZERO if min(operands, default=ZERO) == ZERO else most
+        return ZERO if min(operands, default=ANY) == ZERO else most
     if m.bare in MOVES_NUMBERS or m.bare in SCALED:
         return SUM if most > ZERO and m.bare not in SCALED else ANY
     if m.bare in SMOOTH or m.bare in AT_ZERO:
@@ -137,7 +138,11 @@ def _bends(m: Made) -> int:
         return ANY
     if m.bare in SMOOTH or m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT or m.bare in names.PRODUCTS:
         return NEVER
-    if m.bare in AT_ZERO or (m.bare in COMPARED and len(m.operands) == 1 and m.numbers and not any(m.numbers)):
+    if (
+        m.bare in AT_ZERO
+        or m.bare in SIGNS
+        or (m.bare in COMPARED and len(m.operands) == 1 and m.numbers and not any(m.numbers))
+    ):
         return SUM
     return ANY
 
@@ -150,7 +155,7 @@ def made_by(
     given = (*args[0], *args[1].values())
     numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))
     rounds = args[1].get("rounding_mode") is not None or (
-        bool(read) and not may_be_continuous(result) and name not in COMPARED | AT_ZERO | NOWHERE
+        bool(read) and not may_be_continuous(result) and name not in COMPARED | SIGNS | NOWHERE
     )
     return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
 
