@@ -183,8 +183,9 @@ def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> dict[fx.Node, 
     }
 
 
-BY_CHANCE = 256  # times eps: the share of such numbers that values without a pattern hold; at most 160 where they are
-# spread evenly in [4, 8], of which 40 in 1 / (2 eps) are multiples of 1/40, and less in [128, 256]
+# Times eps: the share of such numbers that values without a pattern hold. It is largest in [4, 8], where there are 40
+# multiples of 1/40 to a unit, and 1 / (4 eps) numbers.
+BY_CHANCE = 256
 
 
 def made_numbers(t: Tensor) -> tuple[Tensor, float]:

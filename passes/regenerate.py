@@ -255,7 +255,7 @@ class Regenerator:
             self._guard(op, arc)
         if arc.assumes is not None:
             self._hold(op, *arc.assumes)
-        if arc.told is not None:
+        if arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
             self._hold_apart(op, arc.head, arc.told)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
