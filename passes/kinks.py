@@ -37,22 +37,38 @@ NOWHERE = frozenset(
     new_empty tril triu pad constant_pad_nd zero diag diag_embed block_diag scatter index_put embedding nan_to_num
     isnan isinf isfinite copy""".split()
 )
-# What is zero elsewhere than its operand, or adds up several numbers of it.
+# What is zero elsewhere than its operand, and what adds up several numbers of it.
 MOVES_NUMBERS = frozenset(
     """exp exp2 log log2 log10 logit cos cosh acos acosh atan2 sinc sigmoid log_sigmoid logsigmoid softplus glu
-    erfc lgamma digamma softmax _softmax log_softmax _log_softmax softmin logsumexp rsqrt reciprocal __rpow__
-    float_power hypot sum mean var std var_mean std_mean norm vector_norm linalg_norm linalg_vector_norm cumsum
-    prod cumprod logcumsumexp cosine_similarity normalize avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d interpolate upsample_bilinear2d
-    upsample_bicubic2d grid_sample local_response_norm fft rfft irfft ifft fft2 ifft2 rfft2 irfft2 cdist
-    dist cross kron trace det inverse addr""".split()
+    erfc erfcx lgamma digamma polygamma mvlgamma softmax _softmax log_softmax _log_softmax softmin logsumexp
+    logaddexp logaddexp2 rsqrt reciprocal __rpow__ float_power hypot var std var_mean std_mean norm vector_norm
+    linalg_norm linalg_vector_norm prod cumprod logcumsumexp cosine_similarity pairwise_distance normalize
+    local_response_norm cdist pdist dist det logdet slogdet inverse inv pinv matrix_exp matrix_power cholesky
+    eigh svd qr solve solve_triangular lstsq cov corrcoef mse_loss cross_entropy nll_loss kl_div
+    binary_cross_entropy binary_cross_entropy_with_logits gaussian_nll_loss i0 i0e i1 i1e ndtr log_ndtr xlogy
+    xlog1py entr""".split()
+)
+ADDS_UP = frozenset(
+    """sum nansum mean nanmean cumsum diff trapezoid trapz cumulative_trapezoid gradient avg_pool1d avg_pool2d
+    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d lp_pool1d
+    lp_pool2d interpolate upsample upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+    _upsample_bilinear2d_aa grid_sample grid_sampler_2d fold im2col col2im scatter_add index_add fft rfft irfft
+    ifft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn hfft ihfft _fft_r2c _fft_c2r _fft_c2c stft istft cross
+    linalg_cross kron trace inner vdot vecdot addr addbmm chain_matmul
+    multi_dot linalg_multi_dot embedding_bag""".split()
+)
+TURNS = frozenset(
+    """adjoint mH H hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d column_stack row_stack narrow_copy
+    index_copy index_fill fftshift ifftshift deg2rad rad2deg vander cartesian_prod combinations unsafe_split
+    view_copy expand_copy permute_copy transpose_copy slice_copy""".split()
 )
 # Scale by what a whole batch gives: no number of one element has a place of its own in the result.
 SCALED = frozenset(
     """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
     _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm""".split()
 )
-SMOOTH = (names.SMOOTH | SCALED | names.MIXERS | names.PICKS | names.JOINS | NOWHERE) - AT_ZERO - SIGNS
+SMOOTH = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | MOVES_NUMBERS | ADDS_UP | TURNS | SCALED | NOWHERE
+SMOOTH -= AT_ZERO | SIGNS
 KNOWN = names.MAKERS | SMOOTH | AT_ZERO | SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
 
 
@@ -114,6 +130,8 @@ def _kind(m: Made, operands: list[int]) -> int:
         return SUM if cancels or several else max(most, ANY if len(operands) == 1 else ZERO)
     if m.bare in names.PRODUCTS:
         return ZERO if min(operands, default=ANY) == ZERO else most
+    if m.bare in ADDS_UP:
+        return SUM if most > ZERO else ZERO
     if m.bare in MOVES_NUMBERS or m.bare in SCALED:
         return SUM if most > ZERO and m.bare not in SCALED else ANY
     if m.bare in SMOOTH or m.bare in AT_ZERO:
@@ -127,7 +145,7 @@ def _shifts(m: Made, others: list[int]) -> bool:
         return True
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
         return not others or max(others) > ZERO
-    return m.bare in MOVES_NUMBERS or m.bare not in KNOWN
+    return m.bare in MOVES_NUMBERS or m.bare in ADDS_UP or m.bare not in KNOWN
 
 
 def _bends(m: Made) -> int:

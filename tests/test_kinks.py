@@ -64,6 +64,8 @@ USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the
     "norm, then a bend": (lambda a: F.hardtanh(F.layer_norm(a, (4,))), False),
     "mixed, then a bend": (lambda a: F.hardtanh(a @ a), False),
     "scaled by data": (lambda a: F.hardtanh(a * (a @ a)), False),
+    "differences": (lambda a: a.diff(dim=-1), False),
+    "relu of differences": (lambda a: torch.relu(a.diff(dim=-1)), True),
     "other elements": (lambda a: torch.relu(a.view(2, 8).flip(0).reshape(4, 4)), False),
     "hardtanh": (F.hardtanh, True),
     "relu6": (F.relu6, True),
