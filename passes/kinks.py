@@ -67,8 +67,9 @@ SCALED = frozenset(
     """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
     _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm""".split()
 )
-SMOOTH = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | MOVES_NUMBERS | ADDS_UP | TURNS | SCALED | NOWHERE
-SMOOTH -= AT_ZERO | SIGNS
+BENT = AT_ZERO | SIGNS
+ALIKE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE
+SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | SCALED) - BENT
 KNOWN = names.MAKERS | SMOOTH | AT_ZERO | SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
 
 
