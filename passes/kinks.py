@@ -27,8 +27,10 @@ ZERO, ANY, SUM, NEVER = 0, 1, 2, 3
 
 AT_ZERO = frozenset(
     """relu leaky_relu prelu rrelu abs absolute elu celu selu sqrt rsqrt reciprocal norm vector_norm linalg_norm
-    linalg_vector_norm""".split()
+    linalg_vector_norm hypot normalize cosine_similarity lp_pool1d lp_pool2d xlogy xlog1py entr""".split()
 )
+# At whole coordinates, where points are the same, where all numbers are.
+ELSEWHERE = frozenset("grid_sample grid_sampler_2d cdist pdist dist pairwise_distance std std_mean".split())
 SIGNS = frozenset("sign sgn heaviside logical_and logical_or logical_xor logical_not count_nonzero".split())
 COMPARED = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max clip threshold".split())
 NOWHERE = frozenset(
@@ -67,7 +69,7 @@ SCALED = frozenset(
     """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
     _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm""".split()
 )
-BENT = AT_ZERO | SIGNS
+BENT = AT_ZERO | SIGNS | ELSEWHERE
 ALIKE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE
 SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | SCALED) - BENT
 KNOWN = names.MAKERS | SMOOTH | AT_ZERO | SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS

@@ -362,9 +362,8 @@ class _Recorder(TorchFunctionMode):
 
     def _follow_atoms(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         read = [(id(t), t, self.levels.of.get(id(t), CERTAIN)) for t in _tensors((args, kwargs))]
-        keyed = lambda x: id(x) if isinstance(x, Tensor) else None  # noqa: E731
         for t in _tensors(out):
-            self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, keyed)
+            self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, _key)
             level = self.levels.of[id(t)] = self.levels.of[id(t)] if may_be_continuous(t) else CERTAIN
             self.trail.append(made_by(id(t), name, level, read, (args, kwargs), t))
             self.alive += (t, args, kwargs)  # else another could get its id
@@ -466,6 +465,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, slice):
         return _tensors((tree.start, tree.stop, tree.step))
     return []
+
+
+def _key(x: Any) -> int | None:
+    return id(x) if isinstance(x, Tensor) else None
 
 
 def _meta(x: Any) -> Any:

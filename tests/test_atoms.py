@@ -72,8 +72,8 @@ def test_blank_parts_of_an_image_that_convolutions_reach_one_after_the_other() -
     class Images(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            conv = lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1, bias=False))  # noqa: E731
-            self.f, self.g = (nn.ModuleList(conv() for _ in range(5)) for _ in range(2))
+            convs = [nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1, bias=False)) for _ in range(10)]
+            self.f, self.g = nn.ModuleList(convs[:5]), nn.ModuleList(convs[5:])
 
         def forward(self, x: Tensor) -> Tensor:
             a, b = x.chunk(2, 1)

@@ -67,6 +67,8 @@ USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the
     "differences": (lambda a: a.diff(dim=-1), False),
     "relu of differences": (lambda a: torch.relu(a.diff(dim=-1)), True),
     "other elements": (lambda a: torch.relu(a.view(2, 8).flip(0).reshape(4, 4)), False),
+    "distances": (lambda a: torch.cdist(a, a), True),
+    "deviations": (lambda a: a.std(-1), True),
     "hardtanh": (F.hardtanh, True),
     "relu6": (F.relu6, True),
     "hardswish": (F.hardswish, True),
