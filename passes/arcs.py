@@ -53,9 +53,9 @@ def lower(
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
-    contain the node), `where` (the user's file and line), `atoms`, `constant`, `facts`, `grid`, `kept` and `directions`
-    (what its rule would yield). A node whose result is a
-    tuple and the getitem nodes that take it apart become one operation with several outputs.
+    contain the node), `where` (the user's file and line), `told` (what tells its numbers apart), `atoms`, `constant`,
+    `facts`, `grid`, `kept` and `directions` (what its rule would yield). A node whose result is a tuple and the getitem
+    nodes that take it apart become one operation with several outputs.
     """
     lowered = _Lowering(graph, module_of, sources).run()
     if not exact:
@@ -81,6 +81,7 @@ class _Lowering:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
         self.told_apart = told_apart(graph, self.atoms)
+        self.told_apart.update({n: n.meta["told"] for n in graph.nodes if "told" in n.meta})
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}

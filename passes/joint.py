@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
+from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
+from revfx.passes.kinks import told_apart
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.rules import Inverse
 
@@ -71,6 +73,7 @@ def forward_half(
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = frozenset(n.args[0] for n in updates) | mutated_outside(joint, primals)
     known, constant = _known(joint, primals, static, facts), constants(joint)
+    told = told_apart(joint, atoms(joint))  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -81,6 +84,8 @@ def forward_half(
                 new.meta["facts"] = known[node]
             if node in constant:
                 new.meta["constant"] = constant[node]
+            if node in told:
+                new.meta["told"] = told[node]
     for new in half.nodes:
         if "directions" in new.meta:
             new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])

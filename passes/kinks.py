@@ -159,6 +159,8 @@ def _bends(m: Made) -> int:
         return ANY
     if m.bare in SMOOTH or m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT or m.bare in names.PRODUCTS:
         return NEVER
+    if "backward" in m.bare:  # what its forward tells apart
+        return NEVER
     if (
         m.bare in AT_ZERO
         or m.bare in SIGNS

@@ -440,7 +440,14 @@ class _Recorder(TorchFunctionMode):
         self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         if self.suspended:
-            return apply(function, *args, **kwargs)
+            out = apply(function, *args, **kwargs)
+            read = [id(t) for t in _tensors((args, kwargs))]
+            levels = tuple(self.levels.of.get(k, CERTAIN) for k in read)
+            for t in _tensors(out):  # its backward may tell numbers apart
+                level = self.levels.of.get(id(t), CERTAIN)
+                self.trail.append(Made(id(t), function.__name__, level, tuple(read), levels, bends=ANY))
+                self.alive += (t, args, kwargs)
+            return out
         with _torch.no_torch_function():
             args, kwargs = self._convert(args), self._convert(kwargs)
             versions = [(t, _torch.version(t)) for t in _tensors((args, kwargs))]

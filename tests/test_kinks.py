@@ -211,6 +211,29 @@ def test_blocks_of_whole_numbers(name: str) -> None:
     assert relative_error(got, expected) < TOLERANCE
 
 
+class Clips(torch.autograd.Function):
+    """The identity, whose own backward looks at the numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.save_for_backward(args[0])
+        return args[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return grads[0] * (ctx.saved_tensors[0].abs() <= 3)
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_a_backward_that_looks_at_the_numbers(by: str) -> None:
+    inside, use = "module" in by, lambda a: Clips.apply(a)
+    model = Used((lambda a: a) if inside else use)
+    if inside:
+        model.g = nn.ModuleList(Inside(use, g) for g in model.g)
+    x = torch.randint(1, 8, (32, 2 * D)).double()
+    assert_same_grads(WAYS[by](model), model, [x.requires_grad_()])
+
+
 class Padded(Pairs):
     """Functions that give zeros for zeros, of a stream that starts as zeros: at first the other one is left alone."""
 
