@@ -6,6 +6,7 @@ Each function says what it stands for, so that a public spelling can take its pl
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -176,6 +177,12 @@ def has_hooks(module: torch.nn.Module) -> bool:
 def version(tensor: torch.Tensor) -> int:
     """How often `tensor` was written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def uncounted_writes(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[None]:
+    """A context whose writes to these tensors autograd does not count."""
+    context: Any = torch.autograd._unsafe_preserve_version_counter(tensors)
+    return context
 
 
 def autocast_state(device: str) -> tuple[bool, Any]:

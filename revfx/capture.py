@@ -26,7 +26,7 @@ from revfx import _torch, sharding
 from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where, where_raised
 from revfx.containers import put_back
 from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
-from revfx.inplace import functionalise, updates_statistics
+from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, Levels, may_be_continuous
@@ -295,8 +295,7 @@ class _Recorder(TorchFunctionMode):
         versions = [(t, _torch.version(t)) for t in _tensors((args, kwargs))]
         out = func(*args, **kwargs)
         mutated = [t for t, v in versions if _torch.version(t) != v]
-        if name in ("batch_norm", "instance_norm") and updates_statistics(name, args, kwargs):
-            mutated.append(args[1] if len(args) > 1 else kwargs["running_mean"])
+        mutated += updated_statistics(name, args, kwargs)
         return self.record(
             "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
         )

@@ -13,7 +13,7 @@ import functools
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from revfx import _torch
 from revfx.ambient import ambient_state
 from revfx.errors import Refusal, RevfxError
+from revfx.inplace import updated_statistics
+from revfx.rules import op_name
 
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class Compiled:
         self.graphs.extend(replace(report, details=()) for report in reports)  # which hold the graph
         regions = [region for report in reports for region in report.regions]
         self.in_own_code = self.in_own_code or any(_in_own_code(gm.graph, region.where[1]) for region in regions)
-        return _checked(compiled, self.name) if regions else plain
+        return _checked(compiled, self.name, _statistics(gm.graph)) if regions else plain
 
     def _fails(self, gm: fx.GraphModule, reason: str) -> None:
         self.failures.append(Refusal(f"a graph of {self.name} stays as it was: {reason}", self.name, ""))
@@ -215,15 +217,28 @@ def _in_place(node: fx.Node) -> bool:
 _OPERATORS = frozenset("iadd isub imul itruediv ipow".split())
 
 
-def _checked(compiled: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`compiled`, whose backward first makes sure that it may run."""
+def _statistics(graph: fx.Graph) -> frozenset[int]:
+    """The places among a graph's inputs of the running statistics that normalisations update, and nothing else does."""
+    updates = {n: updated_statistics(op_name(n.target), n.args, n.kwargs) for n in graph.nodes}
+    written = {x for found in updates.values() for x in found}
+    inputs = enumerate(n for n in graph.nodes if n.op == "placeholder")
+    return frozenset(i for i, n in inputs if n in written and all(updates[u] or u.op == "output" for u in n.users))
+
+
+def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int] = ()) -> Callable[..., Any]:
+    """`compiled`, whose backward first makes sure that it may run.
+
+    Its updates of the inputs `uncounted` are not counted by autograd, as those by plain normalisations are not: graphs
+    that run plainly may have saved these.
+    """
 
     @torch.compiler.disable
     def run(*args: Any) -> Any:
         own = {id(x) for x in args}
         leaves = [] if _torch.fsdp_in_use() else [x for x in args if type(x) in (Tensor, nn.Parameter) and x.is_leaf]
         check = functools.partial(_check, name, [(weakref.ref(x), x.data_ptr()) for x in leaves])
-        results = compiled(*args)
+        with _torch.uncounted_writes(tuple(args[i] for i in uncounted)):
+            results = compiled(*args)
         for y in results:
             if isinstance(y, Tensor) and y.grad_fn is not None and id(y) not in own:
                 y.register_hook(check)
