@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental import symbolic_shapes
 from torch.utils import _python_dispatch
 
@@ -70,6 +70,11 @@ def plain_input(placeholder: Any) -> int | None:
     """Which input of the compiled function a joint graph's placeholder is; None where it was made from others."""
     desc = placeholder.meta.get("desc")
     return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
+
+
+def is_real(t: Tensor) -> bool:
+    """Whether a parameter has values that this process may look at: not fake, meta or spread over others."""
+    return type(t) in (Tensor, nn.Parameter) and not t.is_meta
 
 
 def outside_modes() -> AbstractContextManager[Any]:

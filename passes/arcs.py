@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -47,17 +47,20 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
+    told: Mapping[fx.Node, str] | None = None,
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
+
+    `told`: what tells the numbers of nodes apart, where nobody can look at these before an inverse is decided on.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
-    contain the node), `where` (the user's file and line), `told` (what tells its numbers apart), `atoms`, `constant`,
-    `facts`, `grid`, `kept` and `directions` (what its rule would yield). A node whose result is a tuple and the getitem
+    contain the node), `where` (the user's file and line), `inside`, `atoms`, `constant`, `facts`,
+    `grid`, `kept` and `directions` (what its rule would yield). A node whose result is a tuple and the getitem
     nodes that take it apart become one operation with several outputs.
     """
-    lowered = _Lowering(graph, module_of, sources).run()
+    lowered = _Lowering(graph, module_of, sources, told).run()
     if not exact:
         return lowered
     ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
@@ -76,12 +79,16 @@ class _Factor:
 
 class _Lowering:
     def __init__(
-        self, graph: fx.Graph, module_of: Callable[[str], torch.nn.Module] | None, sources: Collection[fx.Node]
+        self,
+        graph: fx.Graph,
+        module_of: Callable[[str], torch.nn.Module] | None,
+        sources: Collection[fx.Node],
+        told: Mapping[fx.Node, str] | None,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
-        self.told_apart = told_apart(graph, self.atoms)
-        self.told_apart.update({n: n.meta["told"] for n in graph.nodes if "told" in n.meta})
+        self.told_apart = told_apart(graph, self.atoms, strict=False) if told is None else told
+        self.perhaps_told = told_apart(graph, self.atoms) if told is None else told
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -224,12 +231,12 @@ class _Lowering:
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
         """An arc that rounds, with what is known against it for the sake of its head."""
-        atoms, told = self.atoms[head], self.told_apart.get(head)
+        atoms, told, perhaps = self.atoms[head], self.told_apart.get(head), self.perhaps_told.get(head)
         if atoms == CERTAIN:
             return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
-        if atoms == RARE:
-            return replace(arc, suspect=True, told=told)
-        return replace(arc, suspect=atoms > NONE, barred=told if atoms > NONE else None)
+        if atoms == NONE:
+            return arc
+        return replace(arc, suspect=True, told=perhaps, barred=told if atoms > RARE else None)
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

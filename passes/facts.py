@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
+from revfx.passes.numbers import is_generic
 from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
 
-PERMUTATION, BINARY = "permutation", "binary"
+PERMUTATION, BINARY, GENERIC = "permutation", "binary", "generic"
 LIMIT = 1 << 16  # elements of a tensor whose values are looked at
 INDICES = (torch.int32, torch.int64)
 SAME = frozenset("alias clone detach lift_fresh_copy contiguous".split())
@@ -30,8 +31,9 @@ Facts = tuple[tuple[int, str], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """What holds of which of these inputs: pairs of its number and PERMUTATION or BINARY."""
-    return tuple((i, fact) for i, t in enumerate(inputs) if isinstance(t, Tensor) for fact in _facts(t))
+    """What holds of which of these inputs: pairs of its number and PERMUTATION, BINARY or GENERIC (`is_generic`)."""
+    tensors = [(i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor)]
+    return tuple((i, fact) for i, t in tensors for fact in (*_facts(t), *([GENERIC] if is_generic(t) else [])))
 
 
 def _facts(t: Tensor) -> tuple[str, ...]:

@@ -73,6 +73,8 @@ def forward_half(
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = frozenset(n.args[0] for n in updates) | mutated_outside(joint, primals)
     known, constant = _known(joint, primals, static, facts), constants(joint)
+    for node in known:
+        node.meta["facts"] = known[node]
     told = told_apart(joint, atoms(joint))  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
@@ -80,18 +82,14 @@ def forward_half(
         if node in used:
             copy[node] = new = half.node_copy(node, copy.get)
             _annotate(node, new)
-            if node in known:
-                new.meta["facts"] = known[node]
             if node in constant:
                 new.meta["constant"] = constant[node]
-            if node in told:
-                new.meta["told"] = told[node]
     for new in half.nodes:
         if "directions" in new.meta:
             new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
-    lowered = lower(half, sources=sources, exact=exact)
+    lowered = lower(half, sources=sources, exact=exact, told={copy[n]: by for n, by in told.items() if n in copy})
     origin = {new: old for old, new in copy.items()}
     return Forward(lowered, frozenset(nodes), origin, frozenset(n for n in mutated if isinstance(n, fx.Node)))
 

@@ -9,21 +9,21 @@ which numbers a value takes with positive probability. A sum of two such values 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from revfx.passes import atoms as names
 from revfx.passes.atoms import NONE, PERHAPS, may_be_continuous
-from revfx.passes.sizes import as_number
+from revfx.passes.facts import GENERIC
 from revfx.rules import op_name
 
 
-# The numbers that a value takes with positive probability: zero at most, any, and sums of any with any.
-ZERO, ANY, SUM, NEVER = 0, 1, 2, 3
+# The numbers that a value takes with positive probability: zero at most; those of parameters, which are repeated but
+# have no pattern (`is_generic`); any; and sums of any with any.
+ZERO, OWN, ANY, SUM, NEVER = 0, 1, 2, 3, 4
 
 AT_ZERO = frozenset(
     """relu leaky_relu prelu rrelu abs absolute elu celu selu sqrt rsqrt reciprocal norm vector_norm linalg_norm
@@ -37,8 +37,15 @@ NOWHERE = frozenset(
     """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout native_dropout where masked_fill
     masked_select masked_scatter zeros zeros_like ones ones_like full full_like new_zeros new_full empty empty_like
     new_empty tril triu pad constant_pad_nd zero diag diag_embed block_diag scatter index_put embedding nan_to_num
-    isnan isinf isfinite copy""".split()
+    isnan isinf isfinite copy scalar_tensor new_ones""".split()
 )
+# Of these, what fills places with a number that it is given.
+FILLS = frozenset(
+    """where masked_fill full full_like new_full pad constant_pad_nd scatter index_put nan_to_num index_fill
+    scalar_tensor""".split()
+)
+ZEROS = frozenset("zeros zeros_like new_zeros".split())
+SHAPED = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split())
 # What is zero elsewhere than its operand, and what adds up several numbers of it.
 MOVES_NUMBERS = frozenset(
     """exp exp2 log log2 log10 logit cos cosh acos acosh atan2 sinc sigmoid log_sigmoid logsigmoid softplus glu
@@ -50,7 +57,9 @@ MOVES_NUMBERS = frozenset(
     binary_cross_entropy binary_cross_entropy_with_logits gaussian_nll_loss i0 i0e i1 i1e ndtr log_ndtr xlogy
     xlog1py entr""".split()
 )
-ADDS_UP = frozenset(
+# Weighted means, and so a constant of a constant.
+ATTENTION = frozenset(n for n in names.MIXERS if "attention" in n and n != "multi_head_attention_forward")
+ADDS_UP = ATTENTION | frozenset(
     """sum nansum mean nanmean cumsum diff trapezoid trapz cumulative_trapezoid gradient avg_pool1d avg_pool2d
     avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d lp_pool1d
     lp_pool2d interpolate upsample upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
@@ -64,23 +73,38 @@ TURNS = frozenset(
     index_copy index_fill fftshift ifftshift deg2rad rad2deg vander cartesian_prod combinations unsafe_split
     view_copy expand_copy permute_copy transpose_copy slice_copy""".split()
 )
-# Scale by what a whole batch gives: no number of one element has a place of its own in the result.
-SCALED = frozenset(
+# Zero where an element is the mean of its group, as all of a constant row or channel are.
+NORMS = frozenset(
     """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
-    _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm""".split()
+    _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm layer_norm native_layer_norm group_norm
+    native_group_norm instance_norm""".split()
 )
+DRAWN = frozenset("rand randn rand_like randn_like normal inductor_random".split())
+SCALES = frozenset(["rms_norm"])
+MIXERS = names.MIXERS - NORMS - DRAWN - SCALES - ATTENTION
+ONE_ADDED = frozenset("addmm addmv addbmm baddbmm".split())  # the first operand, to the product of the others
+TWO_MIXED = frozenset(n for n in MIXERS if n.startswith("conv") or n == "linear")  # and a third one added
 BENT = AT_ZERO | SIGNS | ELSEWHERE
 ALIKE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE
-SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | SCALED) - BENT
+SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | NORMS) - BENT
 KNOWN = names.MAKERS | SMOOTH | AT_ZERO | SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """Of a call that is looked into: the lowest kind of an operand that something in it tells apart, and the kind of
+    what it gives by that of its operands.
+    """
+
+    bends: int = ANY
+    gives: tuple[int, ...] = (SUM,) * NEVER
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
     """A value `name(*operands)`, with the levels of atoms of both; `numbers` are those among the other arguments.
 
-    `rounds`: whole numbers, made of others. `bends`: for a call that is looked into elsewhere, the lowest kind of an
-    operand that something in it tells apart, and `kind` is that of what it gives if its operands are of kind `ANY`.
+    `rounds`: whole numbers, made of others. `inside`: for a call that is looked into elsewhere, what it is like.
     """
 
     key: Hashable
@@ -90,8 +114,7 @@ class Made:
     levels: tuple[int, ...]
     numbers: tuple[float, ...] = ()
     rounds: bool = False
-    bends: int | None = None
-    kind: int = SUM
+    inside: Inside | None = None
 
     @property
     def bare(self) -> str:
@@ -102,59 +125,79 @@ class Made:
 Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apart, and what does it
 
 
-def kinks(made: Sequence[Made]) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
-    """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart."""
+def kinks(
+    made: Sequence[Made], own: Container[Hashable] = (), strict: bool = True, given: int = ANY
+) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
+    """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart.
+
+    `own` are generic parameters. What they mix has no numbers; `strict`: but for groups that are zero throughout, as
+    those of constant rows are behind a normalisation. Operands from elsewhere are of the kind `given`.
+    """
     kinds, steps = dict[Hashable, int](), list[tuple[Made, int, list[int]]]()
     for m in made:
-        operands = [kinds.get(k, ANY) if n > NONE else ZERO for k, n in zip(m.operands, m.levels, strict=True)]
-        kinds[m.key] = kind = _kind(m, operands)
+        operands = [kinds.get(k, OWN if k in own else given) for k in m.operands]
+        kinds[m.key] = kind = _kind(m, operands, strict)
         steps.append((m, kind, operands))
     told: dict[Hashable, Told] = {}
     for m, kind, operands in reversed(steps):
-        own, culprit = told.get(m.key, (NEVER, None)) if kind > ZERO and m.bare not in SCALED else (NEVER, None)
-        for i, (k, level) in enumerate(zip(m.operands, m.levels, strict=True)):
-            through = ANY if own < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own
-            here = _bends(m) if level > NONE else NEVER
-            told[k] = min(told.get(k, (NEVER, None)), (through, culprit), (here, m), key=lambda t: t[0])
+        own_told, culprit = told.get(m.key, (NEVER, None)) if kind > OWN else (NEVER, None)
+        for i, k in enumerate(m.operands):
+            through = ANY if own_told < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own_told
+            told[k] = min(told.get(k, (NEVER, None)), (through, culprit), (_bends(m), m), key=lambda t: t[0])
     return kinds, told
 
 
-def _kind(m: Made, operands: list[int]) -> int:
-    most = max(operands, default=ANY)
-    if m.level == NONE or m.bare in names.MIXERS:
+def _kind(m: Made, operands: list[int], strict: bool) -> int:
+    most = max(operands, default=ZERO if m.bare in ZEROS or (m.bare in FILLS and not any(m.numbers)) else ANY)
+    if m.bare in DRAWN or (m.level == NONE and most == ZERO):
         return ZERO
-    if m.bends is not None:
-        return max(m.kind, most) if m.kind > ZERO else ZERO
+    if m.bare in MIXERS:
+        factors = operands[1:] if m.bare in ONE_ADDED else operands[:2] if m.bare in TWO_MIXED else operands
+        several, worst = len(factors) > 1, max(factors, default=ANY)
+        return ZERO if several and min(factors) <= OWN and (worst < SUM or not strict) else _added(worst)
+    if m.inside is not None:
+        return m.inside.gives[most]
     if m.rounds:
         return max(ANY, most)
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
+        if len(operands) > 1 and NONE in m.levels and ZERO in operands:  # random numbers
+            return ZERO
         cancels = m.level > min((PERHAPS, *m.levels)) and len(operands) > 1
-        several = sum(k > ZERO for k in operands) > 1 or (len(operands) == 1 and most > ZERO)
-        return SUM if cancels or several else max(most, ANY if len(operands) == 1 else ZERO)
+        several = sum(k > OWN for k in operands) > 1 or (len(operands) == 1 and most > OWN)
+        return SUM if cancels or several else max(most, ANY if len(operands) == 1 and most != OWN else ZERO)
     if m.bare in names.PRODUCTS:
-        return ZERO if min(operands, default=ANY) == ZERO else most
+        least = min(operands, default=ANY)
+        return least if least <= OWN else most
+    if m.bare in NORMS:
+        return _added(operands[0] if operands else ANY)
     if m.bare in ADDS_UP:
-        return SUM if most > ZERO else ZERO
-    if m.bare in MOVES_NUMBERS or m.bare in SCALED:
-        return SUM if most > ZERO and m.bare not in SCALED else ANY
+        return _added(most)
+    if m.bare in MOVES_NUMBERS:
+        return _added(most) if most > ZERO else ANY
     if m.bare in SMOOTH or m.bare in AT_ZERO:
-        return max(most, ANY if any(m.numbers) and m.bare in NOWHERE else ZERO)
+        return max(most, ANY if any(m.numbers) and m.bare in FILLS else ZERO)
     return max(most, ANY if m.bare in KNOWN else SUM)
+
+
+def _added(kind: int) -> int:
+    """The kind of a sum of several numbers of a value."""
+    return SUM if kind > OWN else kind
 
 
 def _shifts(m: Made, others: list[int]) -> bool:
     """Whether zero is elsewhere in an operand than in the result."""
-    if m.bends is not None:
+    if m.inside is not None:
         return True
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
         return not others or max(others) > ZERO
-    return m.bare in MOVES_NUMBERS or m.bare in ADDS_UP or m.bare not in KNOWN
+    known = m.bare in KNOWN or m.bare in MIXERS
+    return m.bare in MOVES_NUMBERS | ADDS_UP | NORMS | MIXERS or not known
 
 
 def _bends(m: Made) -> int:
     """The lowest kind of an operand that the operation tells apart."""
-    if m.bends is not None:
-        return m.bends
+    if m.inside is not None:
+        return m.inside.bends
     if m.rounds:
         return ANY
     if m.bare in SMOOTH or m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT or m.bare in names.PRODUCTS:
@@ -170,11 +213,25 @@ def _bends(m: Made) -> int:
     return ANY
 
 
+def look_inside(
+    made: Sequence[Made], own: Container[Hashable], given: Collection[Hashable], result: Collection[Hashable]
+) -> tuple[Inside, Inside]:
+    """What a call is like that makes `made` of `given`: not strictly, strictly."""
+
+    def seen(strict: bool) -> Inside:
+        found = [(kind, *kinks(made, own, strict, kind)) for kind in range(NEVER)]
+        bends = (kind for kind, _, told in found if any(told.get(k, (NEVER,))[0] <= kind for k in given))
+        gives = (max((kinds.get(k, kind) for k in result), default=ANY) for kind, kinds, _ in found)
+        return Inside(next(bends, NEVER), tuple(gives))
+
+    return seen(False), seen(True)
+
+
 def made_by(
     key: Hashable, name: str, level: int, operands: Iterable[tuple[Hashable, Any, int]], args: Any, result: Any
 ) -> Made:
     """The record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of atoms."""
-    read = [(k, n) for k, t, n in operands if may_be_continuous(t)]
+    read = [(k, n) for k, t, n in operands if may_be_continuous(t) and names.bare(name) not in SHAPED]
     given = (*args[0], *args[1].values())
     numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))
     rounds = args[1].get("rounding_mode") is not None or (
@@ -183,43 +240,32 @@ def made_by(
     return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
 
 
-def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> dict[fx.Node, str]:
+def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool = True) -> dict[fx.Node, str]:
     """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
 
-    `levels` says which have atoms. A call of a module says in `meta` what it makes of its operands: `gives`, `bends`.
+    `levels` says which have atoms. A call of a module says in `meta` what it is like `inside` (not strictly, strictly).
+    `strict`: see `kinks`.
     """
+    own = {n for n in graph.nodes if GENERIC in n.meta.get("facts", ())}
     made: list[Made] = []
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
         operands = [(n, n.meta.get("val"), levels[n]) for n in node.all_input_nodes]
         if node.op == "call_module" or node.meta.get("opaque", False):
-            keys, theirs = tuple(n for n, _, _ in operands), tuple(level for _, _, level in operands)
-            bends, kind = int(node.meta.get("bends", ANY)), int(node.meta.get("gives", SUM))
-            made.append(Made(node, str(node.target), levels[node], keys, theirs, bends=bends, kind=kind))
+            read = [(n, level) for n, val, level in operands if may_be_continuous(val)]
+            keys, theirs = tuple(n for n, _ in read), tuple(level for _, level in read)
+            inside = node.meta.get("inside", (Inside(), Inside()))[strict]
+            made.append(Made(node, str(node.target), levels[node], keys, theirs, inside=inside))
         else:
             args, result = (node.args, node.kwargs), node.meta.get("val")
             made.append(made_by(node, op_name(node.target), levels[node], operands, args, result))
-    kinds, told = kinks(made)
+    kinds, told = kinks(made, own, strict)
     return {
-        n: _reason(by) for n, (kind, by) in told.items() if by and isinstance(n, fx.Node) and kinds.get(n, ANY) >= kind
+        n: _reason(by)
+        for n, (kind, by) in told.items()
+        if by and isinstance(n, fx.Node) and kinds.get(n, OWN if n in own else ANY) >= kind
     }
-
-
-# Times eps: the share of such numbers that values without a pattern hold. It is largest in [4, 8], where there are 40
-# multiples of 1/40 to a unit, and 1 / (4 eps) numbers.
-BY_CHANCE = 256
-
-
-def made_numbers(t: Tensor) -> tuple[Tensor, float]:
-    """(how many elements of `t` are numbers that data are made of, other than zero; how many may be by chance).
-
-    These are multiples of 1/8 or 0.1 up to 8, and whole numbers up to 256.
-    """
-    size, fine = t.abs(), t * 40
-    made = ((fine == fine.round()) & (size <= 8)) | ((t == t.round()) & (size <= 256))
-    chance = BY_CHANCE * torch.finfo(t.dtype).eps * as_number(t.numel()) + (t.dtype != torch.float64)
-    return torch.count_nonzero(made & (t != 0)), chance
 
 
 def _reason(by: Made) -> str:

@@ -21,7 +21,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.facts import check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
-from revfx.passes.kinks import made_numbers
+from revfx.passes.numbers import made_numbers
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
@@ -255,7 +255,7 @@ class Regenerator:
             self._guard(op, arc)
         if arc.assumes is not None:
             self._hold(op, *arc.assumes)
-        if arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
+        if arc.suspect and arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
             self._hold_apart(op, arc.head, arc.told)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):

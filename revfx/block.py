@@ -328,10 +328,13 @@ def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]
     return tensors, slots
 
 
+UNKNOWN = "its functions may tell numbers apart"
+
+
 def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> tuple[Arc, ...]:
     barred = "the block's input is kept anyway" if given else None
     if k is None:
-        return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, suspect=not given, text=text),)
+        return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, suspect=not given, told=UNKNOWN, text=text),)
     solve = Coupling("add", k, rest=lambda h: h).inverse
     return (Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=True),)
 

@@ -30,8 +30,9 @@ from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
 from revfx.outside import Outside
 from revfx.passes.atoms import CERTAIN, Levels, may_be_continuous
-from revfx.passes.facts import is_mask
-from revfx.passes.kinks import ANY, NEVER, Made, kinks, made_by
+from revfx.passes.facts import GENERIC, is_mask
+from revfx.passes.kinks import Inside, Made, look_inside, made_by
+from revfx.passes.numbers import is_generic
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
 
@@ -144,10 +145,11 @@ class _Recorder(TorchFunctionMode):
                     first = self.real.setdefault(id(t), (t, path, name))[1:]
                     self.tied += [((path, name), first)] if first != (path, name) else []
         self.fakes: dict[int, Tensor] = {}
+        self.generic: dict[int, bool] = {}
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
-        self.levels, self.trail = Levels(), list[Made]()
+        self.levels, self.trail, self.own = Levels(), list[Made](), set[int]()
         self.suspended = 0
         self.generation: dict[int, int] = {}
         self.inputs: list[int] = []
@@ -190,7 +192,15 @@ class _Recorder(TorchFunctionMode):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
                 fake = self.fakes[id(t)] = _torch.to_fake(self.fake, t, self.computed_in.get(id(t)))
+            if self._is_generic(t):
+                self.own.add(id(fake))
         return fake
+
+    def _is_generic(self, t: Tensor) -> bool:
+        if id(t) not in self.generic:
+            self.generic[id(t)] = is_generic(t)
+            self.alive.append(t)
+        return self.generic[id(t)]
 
     def _convert(self, tree: Any) -> Any:
         """`tree` with every real tensor replaced by its fake."""
@@ -221,6 +231,7 @@ class _Recorder(TorchFunctionMode):
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
         if (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
             node.meta["constant"] = t
+        node.meta["facts"] = (GENERIC,) if id(fake) in self.own else ()
         self._name(node, fake)
         self.attributes[node] = (path, name)
 
@@ -384,7 +395,8 @@ class _Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             args, kwargs = self._convert(args), self._convert(kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            key = (structure(module), str(spec), tuple(_meta(x) for x in leaves), ambient_state())
+            generic = tuple(map(self._is_generic, module.parameters()))
+            key = (structure(module), generic, str(spec), tuple(_meta(x) for x in leaves), ambient_state())
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)
             if seen is not None:
@@ -403,14 +415,12 @@ class _Recorder(TorchFunctionMode):
                 self.memo[key] = Seen.of(out, [t for t, _ in versions], numbers)
             return self.record("call_module", path, args, kwargs, out, mutated, opaque=True, **numbers)
 
-    def _numbers(self, leaves: list[Any], out: Any) -> dict[str, int]:
+    def _numbers(self, leaves: list[Any], out: Any) -> dict[str, Any]:
         """What is known of the numbers that a module takes and gives, by what ran in it: see `revfx.passes.kinks`."""
-        kinds, told = kinks(self.trail)
         made = [id(t) for t in _tensors(out)]
         return {
             "atoms": max((self.levels.of.get(k, CERTAIN) for k in made), default=CERTAIN),
-            "gives": max((kinds.get(k, ANY) for k in made), default=ANY),
-            "bends": min((told[id(x)][0] for x in leaves if id(x) in told), default=NEVER),
+            "inside": look_inside(self.trail, self.own, [id(x) for x in leaves], made),
         }
 
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -444,7 +454,7 @@ class _Recorder(TorchFunctionMode):
             levels = tuple(self.levels.of.get(k, CERTAIN) for k in read)
             for t in _tensors(out):  # its backward may tell numbers apart
                 level = self.levels.of.get(id(t), CERTAIN)
-                self.trail.append(Made(id(t), function.__name__, level, tuple(read), levels, bends=ANY))
+                self.trail.append(Made(id(t), function.__name__, level, tuple(read), levels, inside=Inside()))
                 self.alive += (t, args, kwargs)
             return out
         with _torch.no_torch_function():

@@ -138,10 +138,10 @@ class Seen:
 
     metas: tuple[Any, ...]
     spec: pytree.TreeSpec
-    numbers: Mapping[str, int]
+    numbers: Mapping[str, Any]
 
     @staticmethod
-    def of(out: Any, inputs: list[Tensor], numbers: Mapping[str, int]) -> Seen | None:
+    def of(out: Any, inputs: list[Tensor], numbers: Mapping[str, Any]) -> Seen | None:
         """None where results share memory with arguments or each other, which fresh ones would not."""
         leaves, spec = pytree.tree_flatten(out)
         made = [t for t in leaves if isinstance(t, Tensor)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from revfx import _torch, sharding
 from revfx.passes.cuts import Step
-from revfx.passes.kinks import made_numbers
+from revfx.passes.numbers import made_numbers, repeated_numbers
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
 
 
@@ -104,7 +104,7 @@ class Growth:
         for arc in reversed(step.arcs):
             if arc.suspect and arc.head not in self.clean:
                 head = held[arc.head]
-                if _holds_atoms(head):
+                if _holds_atoms(head, repeated=arc.told is not None):
                     if _same(head, held.get(arc.tail[0])):
                         self.unchanged.add(arc.head)
                     else:
@@ -121,16 +121,21 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and _torch.is_plain(a) and _torch.is_plain(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _holds_atoms(t: Tensor) -> bool:
+def _holds_atoms(t: Tensor, repeated: bool) -> bool:
     """Whether more elements of `t` than chance has it are exactly zero, or other numbers that data are made of, which a
-    function of which nothing is known may tell from their neighbours.
+    function of which nothing is known may tell from their neighbours; or `repeated` (not looked for in DTensors).
     """
     if _torch.is_fake(t):
         return False
     t = t.detach()
     made, chance = made_numbers(t) if t.is_floating_point() else (torch.zeros_like(torch.count_nonzero(t)), 0.0)
     others, found = sharding.numbers(torch.count_nonzero(t), made)
-    return t.numel() - others > ZEROS * torch.finfo(t.dtype).eps * t.numel() or found > chance
+    if t.numel() - others > ZEROS * torch.finfo(t.dtype).eps * t.numel() or found > chance:
+        return True
+    if not repeated or not t.is_floating_point() or not _torch.is_plain(t):
+        return False
+    again, chance = repeated_numbers(t)
+    return int(again) > chance
 
 
 def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:

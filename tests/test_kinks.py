@@ -18,15 +18,18 @@ from zoo import D, Pairs
 
 import revfx
 from revfx.passes.atoms import atoms, bare
-from revfx.passes.kinks import KNOWN, made_numbers, told_apart
+from revfx.passes.facts import GENERIC
+from revfx.passes.kinks import KNOWN, told_apart
+from revfx.passes.numbers import is_generic, made_numbers, repeated_numbers
 from revfx.rules import op_name, registered
 from revfx.testing import assert_same_grads
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
 Way = Callable[[nn.Module], nn.Module]
-Sum = Callable[[Tensor, Tensor], Tensor]  # of a stream and of what a linear layer gives
+Sum = Callable[[Tensor, Tensor, Tensor], Tensor]  # of a stream, of what a linear layer gives, and a parameter
 Use = Callable[[Tensor], Tensor]
+Mix = Callable[[Tensor, Tensor], Tensor]
 
 
 def by_backend(model: nn.Module) -> nn.Module:
@@ -37,22 +40,25 @@ def by_backend(model: nn.Module) -> nn.Module:
 
 # --- the analysis
 SUMS: dict[str, tuple[Sum, bool]] = {  # under relu: whether that may be nearer to zero than rounding
-    "data": (lambda x, h: x + h, False),
-    "dropped": (lambda x, h: x + F.dropout(h, 0.5), False),
-    "relu": (lambda x, h: x + torch.relu(h), False),
-    "masked": (lambda x, h: x + h * (x > 0), False),
-    "relu, dropped": (lambda x, h: x + F.dropout(torch.relu(h), 0.5), False),
-    "chosen": (lambda x, h: x + torch.where(x > 0, h, 0.0), False),
-    "rounded": (lambda x, h: x + (h * 3.3).round() / 3.3, True),
-    "rounded, and mixed": (lambda x, h: x + (h * 3.3).round() @ x, False),
-    "rounded, to a stem": (lambda x, h: (x @ x) + (h * 3.3).round(), False),
-    "straight through": (lambda x, h: x + (h + (h.round() - h).detach()), True),
-    "whole numbers": (lambda x, h: x + h.int() / 3.3, True),
-    "divided": (lambda x, h: x + torch.div(h, 0.3, rounding_mode="floor"), True),
-    "signs times data": (lambda x, h: x + h.sign() * h, False),
-    "signs times signs": (lambda x, h: x + h.sign() * x.sign(), True),
-    "what is added to such a sum": (lambda x, h: x + h.round() / 3.3 + F.dropout(h, 0.5), True),
-    "less a number": (lambda x, h: x + F.dropout(h, 0.5) - 1, True),
+    "data": (lambda x, h, w: x + h, False),
+    "dropped": (lambda x, h, w: x + F.dropout(h, 0.5), False),
+    "relu": (lambda x, h, w: x + torch.relu(h), False),
+    "masked": (lambda x, h, w: x + h * (x > 0), False),
+    "relu, dropped": (lambda x, h, w: x + F.dropout(torch.relu(h), 0.5), False),
+    "chosen": (lambda x, h, w: x + torch.where(x > 0, h, 0.0), False),
+    "rounded": (lambda x, h, w: x + (h * 3.3).round() / 3.3, True),
+    "rounded, and mixed": (lambda x, h, w: x + (h * 3.3).round() @ w, False),
+    "rounded, and mixed with data": (lambda x, h, w: x + (h * 3.3).round() @ x, True),
+    "rounded, and mixed by signs": (lambda x, h, w: x + (h * 3.3).round() @ w.sign(), True),
+    "rounded, to a stem": (lambda x, h, w: (x @ w) + (h * 3.3).round(), False),
+    "rounded, to rows of a table": (lambda x, h, w: w[x.int()[0]] + (h * 3.3).round(), False),
+    "straight through": (lambda x, h, w: x + (h + (h.round() - h).detach()), True),
+    "whole numbers": (lambda x, h, w: x + h.int() / 3.3, True),
+    "divided": (lambda x, h, w: x + torch.div(h, 0.3, rounding_mode="floor"), True),
+    "signs times data": (lambda x, h, w: x + h.sign() * h, False),
+    "signs times signs": (lambda x, h, w: x + h.sign() * x.sign(), True),
+    "what is added to such a sum": (lambda x, h, w: x + h.round() / 3.3 + F.dropout(h, 0.5), True),
+    "less a number": (lambda x, h, w: x + F.dropout(h, 0.5) - 1, True),
 }
 USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the numbers of x from others
     "relu": (torch.relu, False),
@@ -61,9 +67,13 @@ USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the
     "clamped at zero": (lambda a: a.clamp(min=0), False),
     "exp": (torch.exp, False),
     "softmax": (lambda a: a.softmax(-1), False),
-    "norm, then a bend": (lambda a: F.hardtanh(F.layer_norm(a, (4,))), False),
-    "mixed, then a bend": (lambda a: F.hardtanh(a @ a), False),
-    "scaled by data": (lambda a: F.hardtanh(a * (a @ a)), False),
+    "norm, then a bend": (lambda a: F.relu(F.layer_norm(a, (4,))), True),
+    "norms of groups": (lambda a: F.relu(F.group_norm(a, 2)), True),
+    "norm of a batch": (lambda a: F.relu(F.batch_norm(a, None, None, training=True)), True),
+    "norm of a batch, evaluated": (lambda a: F.relu(F.batch_norm(a, a[0], a[1].exp())), True),
+    "mixed, then a bend": (lambda a: F.hardtanh(a @ a), True),
+    "mixed by ones": (lambda a: F.relu(a @ torch.ones(4, 4)), True),
+    "attended to": (lambda a: F.relu(F.scaled_dot_product_attention(a[None], a[None], a[None]) - 1), True),
     "differences": (lambda a: a.diff(dim=-1), False),
     "relu of differences": (lambda a: torch.relu(a.diff(dim=-1)), True),
     "other elements": (lambda a: torch.relu(a.view(2, 8).flip(0).reshape(4, 4)), False),
@@ -86,20 +96,38 @@ USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the
 }
 
 
-def told(function: Callable[..., Any]) -> bool:
-    """Whether the first result of a function of x, and of h without a pattern, is told apart by what reads it."""
+MIXES: dict[str, tuple[Mix, bool, bool]] = {  # the same, by a parameter w: strictly, and but for groups all zero
+    "mixed": (lambda a, w: F.hardtanh(a @ w), False, False),
+    "mixed, and scaled": (lambda a, w: F.hardtanh(a * (a @ w)), False, False),
+    "mixed and added": (lambda a, w: F.hardtanh(F.linear(a, w, w[0])), False, False),
+    "convolved": (lambda a, w: F.relu(F.conv1d(a, w[:, :, None], w[0])), False, False),
+    "mixed by its signs": (lambda a, w: F.relu(a @ w.sign()), True, True),
+    "mixed by its signs, and added": (lambda a, w: F.relu(F.linear(a, w.sign(), w[0])), True, True),
+    "mixed by its signs, less a number": (lambda a, w: F.relu6(a @ w.sign() - 1), True, True),
+    "norm, mixed": (lambda a, w: F.relu(F.linear(F.layer_norm(a, (4,), w[0], w[1]), w)), True, False),
+    "differences, mixed": (lambda a, w: F.relu(a.diff(dim=0) @ w), True, False),
+    "mixed, norm": (lambda a, w: F.relu(F.layer_norm(a @ w, (4,))), False, False),
+}
+
+
+def told(function: Callable[..., Any], strict: bool = True) -> bool:
+    """Whether the first result of a function of x, of h without a pattern and of a parameter is told apart by what
+    reads it.
+    """
     x, h, w = (torch.randn(4, 4) for _ in range(3))
-    graph = make_fx(lambda x, h, w: function(x, h @ w), tracing_mode="fake", _allow_non_fake_inputs=True)(x, h, w).graph
+    traced = make_fx(lambda x, h, w: function(x, h @ w, w), tracing_mode="fake", _allow_non_fake_inputs=True)
+    graph = traced(x, h, w).graph
+    graph.find_nodes(op="placeholder")[2].meta["facts"] = (GENERIC,)
     first = next(n for n in graph.nodes if n.op == "output").all_input_nodes[0]
-    return first in told_apart(graph, atoms(graph))
+    return first in told_apart(graph, atoms(graph), strict)
 
 
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_that_may_be_near_to_zero(name: str) -> None:
     make, expected = SUMS[name]
 
-    def function(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        a = make(x, h)
+    def function(x: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        a = make(x, h, w)
         return a, torch.relu(a)
 
     assert told(function) is expected
@@ -109,11 +137,23 @@ def test_sums_that_may_be_near_to_zero(name: str) -> None:
 def test_what_operations_tell_apart(name: str) -> None:
     use, expected = USES[name]
 
-    def function(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def function(x: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         a = x + F.dropout(h, 0.5)
         return a, use(a)
 
     assert told(function) is expected
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_what_is_mixed_by_parameters(name: str) -> None:
+    use, strictly, leniently = MIXES[name]
+
+    def function(x: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        a = x + F.dropout(h, 0.5)
+        return a, use(a, w)
+
+    assert told(function) is strictly
+    assert told(function, strict=False) is leniently
 
 
 def test_every_operation_with_a_rule_is_known() -> None:
@@ -135,6 +175,26 @@ def test_numbers_of_data_are_counted() -> None:
     numbers = torch.tensor([0.0, 1.0, -2.0, 0.1, 0.3, -0.7, 0.125, 7.5, 255.0, 8.1, 300.0, 0.33])
     found, _ = made_numbers(numbers)
     assert found == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_values_without_a_pattern_repeat_few_numbers(dtype: torch.dtype) -> None:
+    for t in (torch.randn(1 << 18), torch.rand(1 << 18) + 0.2, torch.randn(1 << 18).tanh()):
+        found, chance = repeated_numbers(t.to(dtype).view(64, 64, -1))
+        assert found <= chance
+
+
+REPEATED: dict[tuple[int, ...], int] = {(0,): 56, (1,): 2 * 6 * 8, (2,): 2 * 7 * 7, (1, 2): 2 * (6 * 8 + 7 * 7)}
+
+
+@pytest.mark.parametrize("dims", REPEATED)
+def test_repeated_numbers_are_counted(dims: tuple[int, ...]) -> None:
+    t = torch.randn(6, 7, 8)
+    t[:2] = t[:2].mean(dims, keepdim=True)
+    t[4:] = 0
+    found, chance = repeated_numbers(t)
+    assert found == REPEATED[dims]
+    assert found > chance
 
 
 # --- whole models
@@ -209,6 +269,118 @@ def test_blocks_of_whole_numbers(name: str) -> None:
         torch.manual_seed(1)
         expected = torch.autograd.grad(model(x).sin().sum(), [x, *model.parameters()])
     assert relative_error(got, expected) < TOLERANCE
+
+
+# --- constant rows, of which normalisations and fixed kernels make zeros
+ODD = -0.4242128  # a number that gives nothing away by its digits
+
+
+class Rows(nn.Module):
+    """A function whose result is dropped for whole rows, as in stochastic depth; `inner` sees constant ones."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.last(torch.relu(self.inner(x)))
+        return h * torch.bernoulli(torch.full((len(x), 1), 0.5, dtype=x.dtype))
+
+
+def unbiased() -> nn.Linear:
+    layer = nn.Linear(D, D)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Fixed(nn.Linear):
+    """Second differences, by a kernel that is no parameter, and then a layer."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(D, D, bias=False)
+        self.register_buffer("kernel", torch.eye(D) - 2 * torch.eye(D).roll(1, 0) + torch.eye(D).roll(2, 0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(F.linear(input, self.kernel), self.weight)
+
+
+class Signs(nn.Linear):
+    """A binary layer: the signs of its weights, whose gradients pass straight through."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.sign() + self.weight - self.weight.detach())
+
+
+class Constants(nn.Module):
+    def __init__(self, inner: Callable[[], nn.Module], block: bool) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(Rows(inner()) for _ in range(3)) for _ in range(2))
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        if self.block:
+            return torch.cat(revfx.rev_block(a, b, self.f, self.g, 3), -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+INNER: dict[str, Callable[[], nn.Module]] = {
+    "norm": lambda: nn.LayerNorm(D),
+    "norm of groups": lambda: nn.GroupNorm(4, D),
+    "norm, mixed": lambda: nn.Sequential(nn.LayerNorm(D), unbiased()),
+    "fixed kernel": lambda: Fixed(),
+    "signs": lambda: Signs(D, D, bias=False),
+}
+
+
+@pytest.mark.parametrize("by", ["convert", "backend", "block"])
+@pytest.mark.parametrize("name", INNER)
+def test_rows_of_one_number(name: str, by: str) -> None:
+    x = torch.randn(32, 2 * D)
+    x[::2] = 0.5 if name == "signs" else ODD
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = Constants(INNER[name], by == "block")
+        if by == "block":
+            torch.manual_seed(9)
+            got = torch.autograd.grad(model(x).sin().sum(), list(model.parameters()))
+            with revfx.testing.store_activations():
+                torch.manual_seed(9)
+                want = torch.autograd.grad(model(x).sin().sum(), list(model.parameters()))
+            assert relative_error(got, want) < TOLERANCE
+        else:
+            assert_same_grads(WAYS[by](model), model, [x.requires_grad_()])
+
+
+def test_streams_without_constant_rows_are_inverted_behind_norms() -> None:
+    converted: Any = revfx.convert(Constants(INNER["norm, mixed"], False))
+    converted(torch.randn(32, 2 * D))
+    assert converted.revfx.kept_cuts == 2
+
+
+def test_relu_of_data_that_dropout_leaves_is_no_reason_to_keep_them() -> None:
+    converted: Any = revfx.convert(Used(torch.relu))
+    converted(torch.randn(32, 2 * D))
+    assert converted.revfx.kept_cuts == 2
+    assert "save       add" not in str(revfx.explain(Used(torch.relu), torch.randn(8, 2 * D)))
+
+
+def test_parameters_with_a_pattern_are_no_generic_ones() -> None:
+    w = torch.randn(64, 64)
+    assert is_generic(nn.Parameter(w))
+    assert is_generic(nn.Parameter(torch.randn(64, 64, dtype=torch.float32)))
+    assert is_generic(nn.Parameter(torch.randn(64, 64, dtype=torch.bfloat16)))
+    assert is_generic(nn.Parameter(torch.zeros(64, 64)))
+    assert is_generic(nn.Parameter(w * (torch.rand(64, 64) < 0.1)))
+    assert is_generic(nn.Parameter(torch.empty(64, 64, device="meta")))
+    for odd in (torch.eye(64), w.sign(), torch.full((64, 64), 1 / 9), w.round(), torch.ones(1), w.sign() * 0.3171):
+        assert not is_generic(nn.Parameter(odd))
+    assert not is_generic(w)
 
 
 class Clips(torch.autograd.Function):
