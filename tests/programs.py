@@ -38,7 +38,7 @@ class Input:
 
 
 KINDS = ("plain", "relu", "turned", "strided", "offset", "expanded", "computed", "view", "constant", "zeros", "halves",
-         "padded", "large", "single", "whole",
+         "padded", "rows", "large", "single", "whole",
          "boolean")  # fmt: skip
 
 
@@ -138,6 +138,8 @@ def _given(spec: Input, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     elif kind == "padded":  # half of it: one stream starts as zeros
         x = (2 * x).round() / 2
         x[:, x.shape[1] // 2 :] = 0
+    elif kind == "rows":  # every other one holds one number
+        x[::2] = -0.4242128
     elif kind == "single":
         x = x.float()
     elif kind == "constant":

@@ -121,6 +121,35 @@ class Compares(nn.Module):
         return self.f(x * (x != 0)) + 0.3 * self.g(equal * x) + 0.1 * self.f(x.sign() * x.floor())
 
 
+class Skips(nn.Module):
+    """Stochastic depth: what a function of normalised rows gives is dropped for whole rows."""
+
+    def __init__(self, d: int, out: int) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(d), nn.Linear(d, HIDDEN)
+        self.last = nn.Linear(HIDDEN, out)
+        nn.init.zeros_(self.inner.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.last(torch.relu(self.inner(torch.relu(self.norm(x)))))
+        return h * torch.bernoulli(torch.full((len(x), *[1] * (x.dim() - 1)), 0.5, dtype=x.dtype))
+
+
+class Kernels(nn.Module):
+    """Differences of neighbours, by a kernel that is no parameter, and signs in the place of weights."""
+
+    kernel: Tensor
+
+    def __init__(self, d: int, out: int) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(HIDDEN, d)), nn.Linear(HIDDEN, out)
+        self.register_buffer("kernel", torch.eye(d) - torch.eye(d).roll(1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(torch.relu(F.linear(x, self.kernel)), self.weight)
+        return self.last(torch.relu(F.linear(x, self.weight.sign() + self.weight - self.weight.detach()) * 0.5 + h))
+
+
 class OnInput(nn.Module):
     """Writes to what it is given."""
 
@@ -431,6 +460,7 @@ PLAIN: tuple[Part, ...] = (mlp, mlp, relu_first, relu_first, relu_last, noisy, l
 ODD: tuple[Part, ...] = (
     batch_normed, averaged, spectral, weight_normed, half_frozen, single, Inplace, Passes, Repeats, Selects, Remembers,
     Raises, Checkpoints, Hooked, Kinked, Kinked, Compares, Compares, Custom, Stops, Attends, dropped, dropped, unbiased,
+    Skips, Skips, Kernels,
 )  # fmt: skip
 RARE: tuple[Part, ...] = (OnInput,)
 IMAGES: tuple[Part, ...] = (Convolves, convolution, pooled)
