@@ -12,6 +12,7 @@ from revfx.passes.sizes import as_number
 # Times eps: the share of such numbers that values without a pattern hold. It is largest in [4, 8], where there are 40
 # multiples of 1/40 to a unit, and 1 / (4 eps) numbers.
 BY_CHANCE = 256
+REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
 
 
@@ -26,6 +27,12 @@ def made_numbers(t: Tensor) -> tuple[Tensor, float]:
     return torch.count_nonzero(made & (t != 0)), chance
 
 
+def unchanged_numbers(t: Tensor, before: Tensor) -> tuple[Tensor, float]:
+    """(how many elements of `t` other than zero equal those of what was added to; how many may by chance)."""
+    found = torch.count_nonzero((t == before) & (t != 0))
+    return found, REPEATED * torch.finfo(t.dtype).eps * as_number(t.numel()) + REPEATED * (t.dtype != torch.float64)
+
+
 def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
     """(how many elements of `t` other than zero equal the one before along some dimension; how many may by chance).
 
@@ -36,7 +43,8 @@ def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
         if t.shape[d] > 1:
             later = t.narrow(d, 1, t.shape[d] - 1)
             found = found + torch.count_nonzero((later == t.narrow(d, 0, t.shape[d] - 1)) & (later != 0))
-    return found, 4 * torch.finfo(t.dtype).eps * t.numel() * t.dim() + 4 * (t.dtype != torch.float64)
+    chance = REPEATED * torch.finfo(t.dtype).eps * t.numel() * t.dim()
+    return found, chance + REPEATED * (t.dtype != torch.float64)
 
 
 def is_generic(t: Tensor) -> bool:

@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.passes.atoms import SUMS, bare
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
-from revfx.passes.numbers import made_numbers
+from revfx.passes.numbers import made_numbers, unchanged_numbers
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, fixed, same_strides, tensors_of
+from revfx.rules import op_name
 
 
 aten = torch.ops.aten
@@ -343,7 +345,9 @@ class Regenerator:
             self._assert(ok, message, FORWARD)
 
     def _hold_apart(self, op: int, value: int, told: str) -> None:
-        """None; checks in the forward that a value holds no numbers of data which something tells from others."""
+        """None; checks in the forward that a value holds no numbers of data which something tells from others: that a
+        sum equals what was added to nowhere, that anything else holds none that data are made of.
+        """
         own = self._own(self.forward.value_node(value))
         if (own, told) in self._held:
             return
@@ -353,12 +357,14 @@ class Regenerator:
             f" holds numbers of the data that nothing was added to, and {told}; use `revfx.convert`, which keeps them"
         )
 
-        def test(t: Tensor) -> Tensor:
-            found, chance = made_numbers(t)
-            return found <= chance
+        before = _added_to(own)
+
+        def test(t: Tensor, *others: Tensor) -> Tensor:
+            found = [unchanged_numbers(t, x) for x in others] or [made_numbers(t)]
+            return torch.stack([n <= chance for n, chance in found]).all()
 
         with self.joint.inserting_before(own.next):
-            ok = self.recorder.record(test, [own], FORWARD, own)
+            ok = self.recorder.record(test, [own, *before], FORWARD, own)
             self._assert(ok, message, FORWARD)
 
     def check(self, alive: Collection[fx.Node]) -> None:
@@ -479,3 +485,13 @@ def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
 def _laid_out(t: Tensor, order: tuple[int, ...]) -> Tensor:
     back = sorted(range(len(order)), key=lambda i: order[i])
     return t.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def _added_to(node: fx.Node) -> list[fx.Node]:
+    """The operands of a sum that may come out of it unchanged."""
+    if node.op != "call_function" or bare(op_name(node.target)) not in SUMS:
+        return []
+    val = node.meta["val"]
+    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    like = [n for n in operands if (n.meta["val"].dtype, n.meta["val"].dim()) == (val.dtype, val.dim())]
+    return like if len(operands) > 1 else []

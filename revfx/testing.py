@@ -37,12 +37,14 @@ def gradients(
     """By name, the gradients of `loss(model(*inputs))` with respect to the inputs that need one and all parameters.
 
     Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
+    Parameters of `torch.compile(model)` have the names that they have in `model`.
     """
     leaves, spec = pytree.tree_flatten(list(inputs))
     fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
     wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
     if isinstance(model, nn.Module):
-        wanted |= {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = model.named_parameters()
+        wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
     with _seeded(seed):
         value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
         if not wanted:

@@ -26,6 +26,7 @@ from revfx.testing import assert_same_grads
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+ODD = -0.4242128  # a number that gives nothing away by its digits
 Way = Callable[[nn.Module], nn.Module]
 Sum = Callable[[Tensor, Tensor, Tensor], Tensor]  # of a stream, of what a linear layer gives, and a parameter
 Use = Callable[[Tensor], Tensor]
@@ -272,9 +273,6 @@ def test_blocks_of_whole_numbers(name: str) -> None:
 
 
 # --- constant rows, of which normalisations and fixed kernels make zeros
-ODD = -0.4242128  # a number that gives nothing away by its digits
-
-
 class Rows(nn.Module):
     """A function whose result is dropped for whole rows, as in stochastic depth; `inner` sees constant ones."""
 
@@ -409,15 +407,16 @@ def test_a_backward_that_looks_at_the_numbers(by: str) -> None:
 class Padded(Pairs):
     """Functions that give zeros for zeros, of a stream that starts as zeros: at first the other one is left alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, use: Use = F.relu6) -> None:
         super().__init__(4)
+        self.use = use
         self.f, self.g = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(4)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
         for f, g in zip(self.f, self.g, strict=True):
             a = a + f(b)
-            b = b + g(F.relu6(a))
+            b = b + g(self.use(a))
         return torch.cat([a, b], -1)
 
 
@@ -430,6 +429,19 @@ def test_streams_padded_with_zeros() -> None:
         by_backend(model)(x)
     torch.compiler.reset()
     assert check(model, "aot_eager", leaf(32, 2 * D)).regions
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_padded_streams_of_one_number(dynamic: bool) -> None:
+    model = Padded(lambda a: F.relu(F.layer_norm(a, (D,))))
+    x = torch.randn(32, 2 * D)
+    x[:, D:] = 0
+    x[::2, :D] = ODD
+    assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
+    compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"}, dynamic=dynamic)
+    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `relu` .*use `revfx.convert`"):
+        compiled(x)
+    assert_same_grads(compiled, model, [leaf(32, 2 * D)])
 
 
 class Tokens(Pairs):
