@@ -130,8 +130,8 @@ def kinks(
 ) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
     """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart.
 
-    `own` are generic parameters. What they mix has no numbers; `strict`: but for groups that are zero throughout, as
-    those of constant rows are behind a normalisation. Operands from elsewhere are of the kind `given`.
+    `own` are generic parameters. What they mix has no numbers, and normalised values have none; `strict`: but for
+    groups that hold one number, which a normalisation makes zeros of. Operands from elsewhere are of the kind `given`.
     """
     kinds, steps = dict[Hashable, int](), list[tuple[Made, int, list[int]]]()
     for m in made:
@@ -169,7 +169,7 @@ def _kind(m: Made, operands: list[int], strict: bool) -> int:
         least = min(operands, default=ANY)
         return least if least <= OWN else most
     if m.bare in NORMS:
-        return _added(operands[0] if operands else ANY)
+        return _added(operands[0] if operands else ANY) if strict else ZERO
     if m.bare in ADDS_UP:
         return _added(most)
     if m.bare in MOVES_NUMBERS:

@@ -97,7 +97,9 @@ USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the
 }
 
 
-MIXES: dict[str, tuple[Mix, bool, bool]] = {  # the same, by a parameter w: strictly, and but for groups all zero
+MIXES: dict[str, tuple[Mix, bool, bool]] = {  # the same, by a parameter w: strictly, and but for groups of one number
+    "norm": (lambda a, w: F.relu(F.layer_norm(a, (4,), w[0], w[1])), True, False),
+    "norm of a batch": (lambda a, w: F.relu(F.batch_norm(a, None, None, w[0], w[1], training=True)), True, False),
     "mixed": (lambda a, w: F.hardtanh(a @ w), False, False),
     "mixed, and scaled": (lambda a, w: F.hardtanh(a * (a @ w)), False, False),
     "mixed and added": (lambda a, w: F.hardtanh(F.linear(a, w, w[0])), False, False),
@@ -355,8 +357,9 @@ def test_rows_of_one_number(name: str, by: str) -> None:
             assert_same_grads(WAYS[by](model), model, [x.requires_grad_()])
 
 
-def test_streams_without_constant_rows_are_inverted_behind_norms() -> None:
-    converted: Any = revfx.convert(Constants(INNER["norm, mixed"], False))
+@pytest.mark.parametrize("name", ["norm", "norm, mixed"])
+def test_streams_without_constant_rows_are_inverted_behind_norms(name: str) -> None:
+    converted: Any = revfx.convert(Constants(INNER[name], False))
     converted(torch.randn(32, 2 * D))
     assert converted.revfx.kept_cuts == 2
 
