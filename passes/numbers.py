@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,28 +11,39 @@ from revfx.passes import _torch
 from revfx.passes.sizes import as_number
 
 
-# Times eps: the share of such numbers that values without a pattern hold. It is largest in [4, 8], where there are 40
-# multiples of 1/40 to a unit, and 1 / (4 eps) numbers.
+# Times eps: the share of numbers that data are made of among values without a pattern. It is largest in [4, 8], where
+# there are 40 multiples of 1/40 to a unit, and 1 / (4 eps) numbers.
 BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
 
 
-def made_numbers(t: Tensor) -> tuple[Tensor, float]:
-    """(how many elements of `t` are numbers that data are made of, other than zero; how many may be by chance).
-
-    These are multiples of 1/8 or 0.1 up to 8, and whole numbers up to 256.
+def are_made(t: Tensor) -> Tensor:
+    """Where `t` is a number that data are made of, other than zero: multiples of 1/8 or 0.1 up to 8, and whole numbers
+    up to 256.
     """
     size, fine = t.abs(), t * 40
-    made = ((fine == fine.round()) & (size <= 8)) | ((t == t.round()) & (size <= 256))
-    chance = BY_CHANCE * torch.finfo(t.dtype).eps * as_number(t.numel()) + (t.dtype != torch.float64)
-    return torch.count_nonzero(made & (t != 0)), chance
+    return (((fine == fine.round()) & (size <= 8)) | ((t == t.round()) & (size <= 256))) & (t != 0)
 
 
-def unchanged_numbers(t: Tensor, before: Tensor) -> tuple[Tensor, float]:
-    """(how many elements of `t` other than zero equal those of what was added to; how many may by chance)."""
-    found = torch.count_nonzero((t == before) & (t != 0))
-    return found, REPEATED * torch.finfo(t.dtype).eps * as_number(t.numel()) + REPEATED * (t.dtype != torch.float64)
+def made_numbers(t: Tensor) -> tuple[Tensor, float]:
+    """(how many elements of `t` are numbers that data are made of, other than zero; how many may be by chance)."""
+    return torch.count_nonzero(are_made(t)), by_chance(t, BY_CHANCE)
+
+
+def by_chance(t: Tensor, share: float, more: float = 1) -> float:
+    """How many elements of `t` may have a property that a share of `share * eps` has by chance."""
+    return share * torch.finfo(t.dtype).eps * as_number(t.numel()) + more * (t.dtype != torch.float64)
+
+
+def lost_numbers(t: Tensor, back: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """(how many elements of `t` that are numbers of data `back` misses; how many may be by chance).
+
+    Numbers of data are what a sum left as they were `before`; where nothing was added to, those that data are made of.
+    """
+    wrong, share = (back != t) & (t != 0), REPEATED if before else BY_CHANCE
+    found = [torch.count_nonzero((t == x) & wrong) for x in before] or [torch.count_nonzero(are_made(t) & wrong)]
+    return torch.stack(found).amax(), by_chance(t, share, share if before else 1)
 
 
 def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
@@ -43,8 +56,7 @@ def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
         if t.shape[d] > 1:
             later = t.narrow(d, 1, t.shape[d] - 1)
             found = found + torch.count_nonzero((later == t.narrow(d, 0, t.shape[d] - 1)) & (later != 0))
-    chance = REPEATED * torch.finfo(t.dtype).eps * t.numel() * t.dim()
-    return found, chance + REPEATED * (t.dtype != torch.float64)
+    return found, by_chance(t, REPEATED * t.dim(), REPEATED)
 
 
 def is_generic(t: Tensor) -> bool:

@@ -22,7 +22,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.facts import check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
-from revfx.passes.numbers import made_numbers, unchanged_numbers
+from revfx.passes.numbers import lost_numbers
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
@@ -258,7 +258,7 @@ class Regenerator:
         if arc.assumes is not None:
             self._hold(op, *arc.assumes)
         if arc.suspect and arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
-            self._hold_apart(op, arc.head, arc.told)
+            self._hold_apart(op, arc, arc.told)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
             found = self.recorder.record(arc.solve, tail, BACKWARD, node)
@@ -344,10 +344,9 @@ class Regenerator:
             ok = self.recorder.record(test, [own], FORWARD, own)
             self._assert(ok, message, FORWARD)
 
-    def _hold_apart(self, op: int, value: int, told: str) -> None:
-        """None; checks in the forward that a value holds no numbers of data which something tells from others: that a
-        sum equals what was added to nowhere, that anything else holds none that data are made of.
-        """
+    def _hold_apart(self, op: int, arc: Arc, told: str) -> None:
+        """None; checks in the forward that the inverse gives back the numbers of data that something tells apart."""
+        value, tail = arc.head, [self._own(self.forward.value_node(v)) for v in arc.tail]
         own = self._own(self.forward.value_node(value))
         if (own, told) in self._held:
             return
@@ -356,15 +355,14 @@ class Regenerator:
             f"revfx: `{self.program.values[value].name}`, which goes into the coupling at {self.program.ops[op].where},"
             f" holds numbers of the data that nothing was added to, and {told}; use `revfx.convert`, which keeps them"
         )
-
         before = _added_to(own)
 
         def test(t: Tensor, *others: Tensor) -> Tensor:
-            found = [unchanged_numbers(t, x) for x in others] or [made_numbers(t)]
-            return torch.stack([n <= chance for n, chance in found]).all()
+            found, chance = lost_numbers(t, arc.solve(*others[len(before) :]), others[: len(before)])
+            return found <= chance
 
-        with self.joint.inserting_before(own.next):
-            ok = self.recorder.record(test, [own, *before], FORWARD, own)
+        with self.joint.inserting_before(tail[0].next):
+            ok = self.recorder.record(test, [own, *before, *tail], FORWARD, own)
             self._assert(ok, message, FORWARD)
 
     def check(self, alive: Collection[fx.Node]) -> None:
