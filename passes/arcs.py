@@ -236,7 +236,7 @@ class _Lowering:
             return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
         if atoms == NONE:
             return arc
-        return replace(arc, suspect=True, told=perhaps, barred=told if atoms > RARE else None)
+        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=told if atoms > RARE else None)
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

@@ -98,7 +98,7 @@ def has_atoms(name: str, operands: Iterable[int]) -> int:
     if name in JOINS and min(operands) < max(operands):
         return min(PERHAPS, max(operands))  # one part has atoms, another none: whichever is taken out again is counted
     if name in SUMS and len(operands) == 1:
-        return CERTAIN if operands[0] >= PERHAPS else NONE
+        return CERTAIN if operands[0] >= PERHAPS else operands[0]
     if name in PRODUCTS and len(operands) == 1:
         return operands[0]
     if name in SUMS:

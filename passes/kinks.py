@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from revfx.passes import atoms as names
-from revfx.passes.atoms import NONE, PERHAPS, may_be_continuous
+from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
 from revfx.passes.facts import GENERIC
 from revfx.rules import op_name
 
@@ -161,6 +161,8 @@ def _kind(m: Made, operands: list[int], strict: bool) -> int:
         return max(ANY, most)
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
         if len(operands) > 1 and NONE in m.levels and ZERO in operands:  # random numbers
+            return ZERO
+        if len(operands) == 1 and m.level <= RARE and most == ZERO:  # all zero, if at all
             return ZERO
         cancels = m.level > min((PERHAPS, *m.levels)) and len(operands) > 1
         several = sum(k > OWN for k in operands) > 1 or (len(operands) == 1 and most > OWN)

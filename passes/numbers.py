@@ -28,12 +28,17 @@ def are_made(t: Tensor) -> Tensor:
 
 def made_numbers(t: Tensor) -> tuple[Tensor, float]:
     """(how many elements of `t` are numbers that data are made of, other than zero; how many may be by chance)."""
-    return torch.count_nonzero(are_made(t)), by_chance(t, BY_CHANCE)
+    return torch.count_nonzero(are_made(t)), by_chance(t, BY_CHANCE, REPEATED)
 
 
-def by_chance(t: Tensor, share: float, more: float = 1) -> float:
+def by_chance(t: Tensor, share: float, more: float) -> float:
     """How many elements of `t` may have a property that a share of `share * eps` has by chance."""
     return share * torch.finfo(t.dtype).eps * as_number(t.numel()) + more * (t.dtype != torch.float64)
+
+
+def unchanged_numbers(t: Tensor, before: Tensor) -> tuple[Tensor, float]:
+    """(how many elements of `t` other than zero equal those of what was added to; how many may by chance)."""
+    return torch.count_nonzero((t == before) & (t != 0)), by_chance(t, REPEATED, REPEATED)
 
 
 def lost_numbers(t: Tensor, back: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, float]:
@@ -43,7 +48,7 @@ def lost_numbers(t: Tensor, back: Tensor, before: Sequence[Tensor]) -> tuple[Ten
     """
     wrong, share = (back != t) & (t != 0), REPEATED if before else BY_CHANCE
     found = [torch.count_nonzero((t == x) & wrong) for x in before] or [torch.count_nonzero(are_made(t) & wrong)]
-    return torch.stack(found).amax(), by_chance(t, share, share if before else 1)
+    return torch.stack(found).amax(), by_chance(t, share, REPEATED)
 
 
 def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
@@ -74,4 +79,13 @@ def is_generic(t: Tensor) -> bool:
         seen = flat[:: max(1, flat.numel() // SAMPLE)]
         seen = seen[seen != 0]
         made, chance = made_numbers(seen)
-        return bool(made <= chance) and 4 * seen.unique().numel() >= seen.numel()
+        return bool(made <= chance) and 4 * seen.unique().numel() >= seen.numel() and not _balanced(t.detach())
+
+
+def _balanced(t: Tensor) -> bool:
+    """Whether many kernels of a convolution add up to zero, so that they make zeros of blank patches."""
+    for dims in (range(2, t.dim()), range(1, t.dim())) if t.dim() > 2 else ():
+        total, size = t.sum(tuple(dims)).abs(), t.abs().sum(tuple(dims))
+        if bool(((total <= 8 * torch.finfo(t.dtype).eps * size) & (size > 0)).double().mean() > 0.1):
+            return True
+    return False

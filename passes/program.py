@@ -46,7 +46,7 @@ class Arc:
     The first value of the tail is the result that the inverse starts from. `exact` inverses return the very bits;
     the others round. `barred` says why the head can't be trusted to a rounding inverse (None: it can;
     `suspect`: only if it is seen to hold few exact zeros while the forward runs; `told`: and few other numbers of data,
-    as something tells these from those near to them). The solved operand
+    as something tells these from those near to them, even single ones where they are told `apart`). The solved operand
     was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
     `partial`: the result holds other elements as well, so it may have atoms where the head has none.
@@ -63,6 +63,7 @@ class Arc:
     barred: str | None = None
     suspect: bool = False
     told: str | None = None
+    apart: bool = False
     factor: float | int | None = None
     measured: bool = False
     reciprocal: bool = False

@@ -353,7 +353,7 @@ class Regenerator:
         self._held.add((own, told))
         message = (
             f"revfx: `{self.program.values[value].name}`, which goes into the coupling at {self.program.ops[op].where},"
-            f" holds numbers of the data that nothing was added to, and {told}; use `revfx.convert`, which keeps them"
+            f" holds numbers of the data that nothing was added to, and {told}; use `revfx.convert` (capture='fx'), which keeps them"
         )
         before = _added_to(own)
 
@@ -487,7 +487,8 @@ def _laid_out(t: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def _added_to(node: fx.Node) -> list[fx.Node]:
     """The operands of a sum that may come out of it unchanged."""
-    if node.op != "call_function" or bare(op_name(node.target)) not in SUMS:
+    name = bare(op_name(node.target))
+    if node.op != "call_function" or name not in SUMS or name == "lerp":
         return []
     val = node.meta["val"]
     operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from revfx import _torch, sharding
 from revfx.passes.cuts import Step
-from revfx.passes.numbers import made_numbers, repeated_numbers
+from revfx.passes.numbers import made_numbers, repeated_numbers, unchanged_numbers
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
 
 
@@ -55,15 +55,16 @@ def asked_of(step: Step) -> set[int]:
 class Growth:
     """How much regenerating has amplified rounding errors since the last kept cut, per value of the current cut.
 
-    Also which values were seen to have no atoms (see `_holds_atoms`): what is added to such a value leaves it so. Of
-    those that have some, `unchanged` has the ones that their step left as they were, which need no inverse (as where a
-    function ends in a layer that starts as zeros).
+    Also of which values the step before `changed` all elements, and which of these were seen to have no atoms (`clean`,
+    see `_holds_atoms`): what is added to such a value leaves it so. Of those that have some, `unchanged` has the ones
+    that their step left as they were, which need no inverse (as where a function ends in a layer that starts as zeros).
     """
 
     def __init__(self, tolerance: float | None) -> None:
         self.tolerance = tolerance
         self.growth: dict[int, float] = {}
         self.clean: set[int] = set()
+        self.changed: set[int] = set()
         self.unchanged: set[int] = set()
 
     def close(
@@ -102,16 +103,23 @@ class Growth:
         """Whether every suspect head of the step holds no atoms, or was left unchanged."""
         good = True
         for arc in reversed(step.arcs):
+            result = arc.tail[0] if not arc.exact and not arc.partial else None
             if arc.suspect and arc.head not in self.clean:
-                head = held[arc.head]
-                if _holds_atoms(head, repeated=arc.told is not None):
-                    if _same(head, held.get(arc.tail[0])):
-                        self.unchanged.add(arc.head)
-                    else:
-                        good = False
+                head, after = held[arc.head], held.get(arc.tail[0])
+                changed = arc.head in self.changed
+                holds = _holds_atoms(head) or (not changed and (arc.apart or (bool(arc.told) and _repeats(head))))
+                if not holds and (changed or arc.told is None):
+                    self.clean.add(arc.head)
+                elif result is not None and _changes_all(head, after):
+                    self.changed.add(result)
+                if holds and _same(head, after):
+                    self.unchanged.add(arc.head)
+                elif holds:
+                    good = False
+                if arc.head not in self.clean:
                     continue
-            if not arc.exact and not arc.partial:
-                self.clean.update(arc.tail[:1])
+            if result is not None:
+                self.clean.add(result)
             elif arc.head in self.clean and not arc.partial:
                 self.clean.update(arc.tail)
         return good
@@ -121,21 +129,32 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and _torch.is_plain(a) and _torch.is_plain(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _holds_atoms(t: Tensor, repeated: bool) -> bool:
+def _changes_all(head: Tensor, after: Tensor | None) -> bool:
+    """Whether a step leaves as they were no more elements of a value than chance has it; not looked for in DTensors."""
+    if after is None or not head.is_floating_point() or not _torch.is_plain(head) or _torch.is_fake(head):
+        return True
+    if (head.shape, head.dtype) != (after.shape, after.dtype):
+        return True
+    found, chance = unchanged_numbers(after.detach(), head.detach())
+    return int(found) <= chance
+
+
+def _repeats(t: Tensor) -> bool:
+    """Whether more elements of `t` equal their neighbours than chance has it."""
+    found, chance = repeated_numbers(t.detach())
+    return int(found) > chance
+
+
+def _holds_atoms(t: Tensor) -> bool:
     """Whether more elements of `t` than chance has it are exactly zero, or other numbers that data are made of, which a
-    function of which nothing is known may tell from their neighbours; or `repeated` (not looked for in DTensors).
+    function of which nothing is known may tell from their neighbours.
     """
     if _torch.is_fake(t):
         return False
     t = t.detach()
     made, chance = made_numbers(t) if t.is_floating_point() else (torch.zeros_like(torch.count_nonzero(t)), 0.0)
     others, found = sharding.numbers(torch.count_nonzero(t), made)
-    if t.numel() - others > ZEROS * torch.finfo(t.dtype).eps * t.numel() or found > chance:
-        return True
-    if not repeated or not t.is_floating_point() or not _torch.is_plain(t):
-        return False
-    again, chance = repeated_numbers(t)
-    return int(again) > chance
+    return t.numel() - others > ZEROS * torch.finfo(t.dtype).eps * t.numel() or found > chance
 
 
 def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:

@@ -381,6 +381,10 @@ def test_parameters_with_a_pattern_are_no_generic_ones() -> None:
     assert is_generic(nn.Parameter(torch.empty(64, 64, device="meta")))
     for odd in (torch.eye(64), w.sign(), torch.full((64, 64), 1 / 9), w.round(), torch.ones(1), w.sign() * 0.3171):
         assert not is_generic(nn.Parameter(odd))
+    kernels = torch.randn(8, 4, 3, 3)
+    assert is_generic(nn.Parameter(kernels))
+    assert not is_generic(nn.Parameter(kernels - kernels.mean((1, 2, 3), keepdim=True)))
+    assert not is_generic(nn.Parameter(kernels - kernels.flip(-1)))
     assert not is_generic(w)
 
 
@@ -445,6 +449,60 @@ def test_padded_streams_of_one_number(dynamic: bool) -> None:
     with pytest.raises(RuntimeError, match=r"numbers of the data .* and `relu` .*use `revfx.convert`"):
         compiled(x)
     assert_same_grads(compiled, model, [leaf(32, 2 * D)])
+
+
+class Blank(nn.Module):
+    """Functions of a stream that starts as zeros leave the other one alone at first; `add` puts the two together."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor], use: Use) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(3)) for _ in range(2))
+        self.add, self.use = add, use
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = self.add(a, f(b))
+            b = b + g(self.use(a))
+        return torch.cat([a, b], -1)
+
+
+ADDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "as it is": torch.add,
+    "sigmoid less a number": lambda a, h: a + (2 * torch.sigmoid(h) - 1),
+    "exp less a number": lambda a, h: a + (torch.exp(h) - 1),
+}
+
+
+@pytest.mark.parametrize("name", ADDS)
+@pytest.mark.parametrize("scale", [1.0, 1 / 255], ids=["whole", "pixels"])
+def test_numbers_that_a_first_step_leaves(name: str, scale: float) -> None:
+    x = torch.randint(1, 255, (32, 2 * D)) * scale
+    x[:, D:] = 0
+    model = Blank(ADDS[name], lambda a: a * ((a >= 17 * scale).double() + (a >= 100 * scale) + (a >= 150 * scale)))
+    assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
+    with pytest.raises(RuntimeError, match=r"numbers of the data .*use `revfx.convert`"):
+        by_backend(model)(x)
+    torch.compiler.reset()
+
+
+def test_a_stream_that_is_changed_everywhere_is_inverted_whatever_it_was() -> None:
+    """The first cut is kept, since nobody knows what its step left of the input; those after it are not."""
+    kept: list[int] = []
+    for depth in (4, 8):
+        converted: Any = revfx.convert(WithoutDropout(depth))
+        converted(torch.rand(32, 2 * D))
+        kept.append(converted.revfx.kept_cuts)
+    assert kept[0] == kept[1] <= 4
+
+
+class WithoutDropout(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(F.relu6(b))
+            b = b + g(F.relu6(a))
+        return torch.cat([a, b], -1)
 
 
 class StartsAsZeros(Pairs):
