@@ -470,7 +470,7 @@ class Blank(nn.Module):
 ADDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "as it is": torch.add,
     "sigmoid less a number": lambda a, h: a + (2 * torch.sigmoid(h) - 1),
-    "exp less a number": lambda a, h: a + (torch.exp(h) - 1),
+    "exp less a number": lambda a, h: a + (torch.exp(torch.tanh(h)) - 1),
 }
 
 
