@@ -140,7 +140,9 @@ def _changes_all(head: Tensor, after: Tensor | None) -> bool:
 
 
 def _repeats(t: Tensor) -> bool:
-    """Whether more elements of `t` equal their neighbours than chance has it."""
+    """Whether more elements of `t` equal their neighbours than chance has it; not looked for in DTensors."""
+    if not t.is_floating_point() or not _torch.is_plain(t) or _torch.is_fake(t):
+        return False
     found, chance = repeated_numbers(t.detach())
     return int(found) > chance
 

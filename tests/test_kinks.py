@@ -364,6 +364,10 @@ def test_streams_without_constant_rows_are_inverted_behind_norms(name: str) -> N
     assert converted.revfx.kept_cuts == 2
 
 
+def test_explain_of_streams_behind_norms_looks_at_no_numbers() -> None:
+    assert "invert" in str(revfx.explain(Constants(INNER["norm, mixed"], False), torch.randn(32, 2 * D)))
+
+
 def test_relu_of_data_that_dropout_leaves_is_no_reason_to_keep_them() -> None:
     converted: Any = revfx.convert(Used(torch.relu))
     converted(torch.randn(32, 2 * D))
