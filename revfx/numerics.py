@@ -102,7 +102,14 @@ class Growth:
     def _stays_clean(self, step: Step, held: Mapping[int, Tensor]) -> bool:
         """Whether every suspect head of the step holds no atoms, or was left unchanged."""
         good = True
+        parts: dict[int, list[int]] = {}
+        for arc in step.arcs:
+            for value in arc.tail if arc.exact else ():
+                parts.setdefault(value, []).append(arc.head)
         for arc in reversed(step.arcs):
+            self.changed.update(
+                v for v in arc.tail if arc.exact and self.changed.union(self.clean).issuperset(parts[v])
+            )
             result = arc.tail[0] if not arc.exact and not arc.partial else None
             if arc.suspect and arc.head not in self.clean:
                 head, after = held[arc.head], held.get(arc.tail[0])

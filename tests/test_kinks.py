@@ -490,11 +490,22 @@ def test_numbers_that_a_first_step_leaves(name: str, scale: float) -> None:
     torch.compiler.reset()
 
 
-def test_a_stream_that_is_changed_everywhere_is_inverted_whatever_it_was() -> None:
+class PutTogether(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        for f, g in zip(self.f, self.g, strict=True):
+            a, b = x.chunk(2, -1)
+            a = a + f(F.relu6(b))
+            b = b + g(F.relu6(a))
+            x = torch.cat([b, a], -1).flip(-1)
+        return x
+
+
+@pytest.mark.parametrize("couplings", ["apart", "together"])
+def test_a_stream_that_is_changed_everywhere_is_inverted_whatever_it_was(couplings: str) -> None:
     """The first cut is kept, since nobody knows what its step left of the input; those after it are not."""
     kept: list[int] = []
     for depth in (4, 8):
-        converted: Any = revfx.convert(WithoutDropout(depth))
+        converted: Any = revfx.convert((WithoutDropout if couplings == "apart" else PutTogether)(depth))
         converted(torch.rand(32, 2 * D))
         kept.append(converted.revfx.kept_cuts)
     assert kept[0] == kept[1] <= 4
