@@ -66,10 +66,11 @@ ADDS_UP = ATTENTION | frozenset(
     _upsample_bilinear2d_aa grid_sample grid_sampler_2d fold im2col col2im scatter_add index_add fft rfft irfft
     ifft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn hfft ihfft _fft_r2c _fft_c2r _fft_c2c stft istft cross
     linalg_cross kron trace inner vdot vecdot addr addbmm chain_matmul
-    multi_dot linalg_multi_dot embedding_bag""".split()
+    multi_dot linalg_multi_dot all_reduce reduce_scatter_tensor embedding_bag""".split()
 )
 TURNS = frozenset(
     """adjoint mH H hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d column_stack row_stack narrow_copy
+    wait_tensor all_gather_into_tensor all_to_all_single broadcast
     index_copy index_fill fftshift ifftshift deg2rad rad2deg vander cartesian_prod combinations unsafe_split
     view_copy expand_copy permute_copy transpose_copy slice_copy""".split()
 )
