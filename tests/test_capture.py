@@ -42,12 +42,12 @@ class Additive(nn.Module):
         return torch.cat([a, b], -1)
 
 
-def assert_one_plan(model: nn.Module, calls: int = 3) -> None:
+def assert_one_plan(model: nn.Module, calls: int = 3, kept: int = 2) -> None:
     """The same gradients at every call, by one plan, and without a warning."""
     converted: Any = revfx.convert(model)
     for _ in range(calls):
         assert_same_grads(converted, model, [x_()])
-    assert len(converted.revfx.plans) == 1 and converted.revfx.kept_cuts == 2
+    assert len(converted.revfx.plans) == 1 and converted.revfx.kept_cuts == kept
 
 
 class MakesEach(OrderedDict[str, Any]):
@@ -150,7 +150,7 @@ class MakesItsLoss(Additive):
 
 
 def test_loss_module_made_in_the_forward() -> None:
-    assert_one_plan(MakesItsLoss())
+    assert_one_plan(MakesItsLoss(), kept=4)
 
 
 @dataclass
