@@ -107,9 +107,9 @@ class Growth:
             for value in arc.tail if arc.exact else ():
                 parts.setdefault(value, []).append(arc.head)
         for arc in reversed(step.arcs):
-            self.changed.update(
-                v for v in arc.tail if arc.exact and self.changed.union(self.clean).issuperset(parts[v])
-            )
+            for value in arc.tail if arc.exact else ():
+                if all(h in self.changed or h in self.clean for h in parts[value]):
+                    self.changed.add(value)
             result = arc.tail[0] if not arc.exact and not arc.partial else None
             if arc.suspect and arc.head not in self.clean:
                 head, after = held[arc.head], held.get(arc.tail[0])
