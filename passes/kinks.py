@@ -193,8 +193,7 @@ def _shifts(m: Made, others: list[int]) -> bool:
         return True
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
         return not others or max(others) > ZERO
-    known = m.bare in KNOWN or m.bare in MIXERS
-    return m.bare in MOVES_NUMBERS | ADDS_UP | NORMS | MIXERS or not known
+    return m.bare in MOVES_NUMBERS | ADDS_UP | NORMS | MIXERS or m.bare not in KNOWN
 
 
 def _bends(m: Made) -> int:

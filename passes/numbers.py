@@ -33,7 +33,8 @@ def made_numbers(t: Tensor) -> tuple[Tensor, float]:
 
 def by_chance(t: Tensor, share: float, more: float) -> float:
     """How many elements of `t` may have a property that a share of `share * eps` has by chance."""
-    return share * torch.finfo(t.dtype).eps * as_number(t.numel()) + more * (t.dtype != torch.float64)
+    size = as_number(t.numel())
+    return share * torch.finfo(t.dtype).eps * size + min(more, size / 8) * (t.dtype != torch.float64)
 
 
 def unchanged_numbers(t: Tensor, before: Tensor) -> tuple[Tensor, float]:

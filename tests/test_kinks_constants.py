@@ -133,6 +133,9 @@ def test_parameters_with_a_pattern_are_no_generic_ones() -> None:
     assert is_generic(nn.Parameter(torch.empty(64, 64, device="meta")))
     for odd in (torch.eye(64), w.sign(), torch.full((64, 64), 1 / 9), w.round(), torch.ones(1), w.sign() * 0.3171):
         assert not is_generic(nn.Parameter(odd))
+        assert not is_generic(nn.Parameter(odd.float()))
+    for small in (torch.eye(3), torch.ones(4), torch.tensor([1.0, -2.0, 1.0])):  # few numbers are not few by chance
+        assert not is_generic(nn.Parameter(small.float()))
     kernels = torch.randn(8, 4, 3, 3)
     assert is_generic(nn.Parameter(kernels))
     assert not is_generic(nn.Parameter(kernels - kernels.mean((1, 2, 3), keepdim=True)))
