@@ -39,6 +39,7 @@ WARNINGS = (  # torch's own, whatever the backend
     ".*torch.jit.*",
     ".*should not be instantiated.*",
     "The .grad attribute of a Tensor that is not a leaf",  # dynamo looks for it in a graph's inputs
+    "Guards may run slower on Python 3.13.0.*",
 )
 KERNELS: dict[str, Any] = {"compile_threads": 1, "cpp.simdlen": 1}  # what compiles soonest
 
