@@ -225,7 +225,8 @@ def _tensor(place: Callable[[nn.Module], nn.Module]) -> Case:
     return lambda build, rank, world: train(place(chain_of(build)), 0)  # all processes have the same data
 
 
-IGNORED = (".*NumPy.*", ".*torch.jit.*", ".*returned a view tensor.*", "Guards may run slower.*")  # torch's own, whatever the model
+# torch's own, whatever the model
+IGNORED = (".*NumPy.*", ".*torch.jit.*", ".*returned a view tensor.*", "Guards may run slower.*")
 
 
 def work(rank: int, world: int, folder: str) -> None:
