@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 import revfx
 from revfx import rules
 from revfx.capture import capture
+from revfx.convert import Reversible
 from revfx.errors import RevfxWarning
 from revfx.passes.arcs import lower
 from revfx.planning import call_of
@@ -176,13 +178,16 @@ class Coupled(nn.Module):
         self.op, self.applied = op, Applies(op, sample)
         self.shape = self.applied.real[0].shape
         self.w = nn.Parameter(torch.linspace(0.5, 1.5, 8, dtype=torch.float64))
+        for i, t in enumerate(self.applied.real[1:]):
+            self.register_buffer(f"operand_{i}", t)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.unbind(0)
         for i in range(4):
             a = a + torch.tanh(b * self.w[i])
             made = torch.tanh(b * self.w[4 + i])
-            others = [made if t.shape == self.shape and t.is_floating_point() else t for t in self.applied.real[1:]]
+            held = [self.get_buffer(f"operand_{i}") for i in range(len(self.applied.real) - 1)]
+            others = [made if t.shape == self.shape and t.is_floating_point() else t for t in held]
             a = self._back(self.applied(a, *others), a)
             b = b + torch.tanh(a * self.w[i])
         return torch.stack([a, b])
@@ -200,11 +205,18 @@ NOT_COUPLED = frozenset(
 ) | {"method view_as", "method reshape_as"}  # they take a tensor that is no stream, or have no gradient of their own
 
 
+def by_backend(model: nn.Module) -> Any:
+    """The model compiled over eager kernels; it is recompiled for every sample."""
+    torch.compiler.reset()
+    return torch.compile(model, backend="revfx", options={"inner": "aot_eager"})
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", [revfx.convert, pytest.param(by_backend, marks=pytest.mark.deep)])
 @pytest.mark.parametrize(
     "op", [op for op in {named(op): op for op in OPS}.values() if label(op) not in NOT_COUPLED], ids=label
 )
-def test_a_model_whose_couplings_use_the_rule_has_plain_gradients(op: object) -> None:
+def test_a_model_whose_couplings_use_the_rule_has_plain_gradients(op: object, way: Callable[[nn.Module], Any]) -> None:
     @settings(QUICK, max_examples=1)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
@@ -221,7 +233,10 @@ def test_a_model_whose_couplings_use_the_rule_has_plain_gradients(op: object) ->
         assume(all(g is None or bool(g.isfinite().all()) for g in want.values()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RevfxWarning)
-            got = gradients(revfx.convert(model), [x])
+            taken = way(model)
+            got = gradients(taken, [x])
+        if isinstance(taken, Reversible):
+            assert not any("can't be recorded" in refusal.reason for refusal in taken.revfx.refusals)
         for name, g in want.items():
             mine = got[name]
             assert (g is None) == (mine is None), name
