@@ -28,7 +28,8 @@ TURNED: tuple[Callable[[Any], Tensor], ...] = (
 NUMBERED: tuple[Callable[[Any, Any], Tensor], ...] = (torch.rsub, torch.mul, operator.sub, operator.truediv)
 MOVED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("transpose", (0, -1)), ("flip", (-1,)), ("roll", (1, -1)), ("expand", (3, WIDTH)), ("unsqueeze", (0,)),
-    ("contiguous", ()), ("float", ()), ("to", (torch.int64,)), ("bool", ()), ("double", ()), ("neg", ()), ("__rsub__", (1,)),
+    ("contiguous", ()), ("float", ()), ("to", (torch.int64,)), ("bool", ()), ("double", ()), ("neg", ()),
+    ("__rsub__", (1,)),
 )  # fmt: skip
 
 
