@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step, needed
-from revfx.passes.program import Program
+from revfx.passes.program import Arc, Program
 from revfx.passes.sizes import as_number
 
 
@@ -149,7 +149,8 @@ def anchors(
     """The cuts inside a region to keep since rounding would grow too much, going by what is known without running.
 
     Cut j lies before step j. Of factors that are data a typical magnitude is assumed; with `store` the smallest that
-    they may have, and the entry of a step whose factor may reach zero is kept as well. `every`: see `asked_for`.
+    they may have, and the entry of a step whose factor may reach zero, or which may hold numbers that something tells
+    from those near to them, is kept as well. `every`: see `asked_for`.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
@@ -158,7 +159,7 @@ def anchors(
         dtypes = [program.values[v].dtype for v in step.exit if program.values[v].dtype.is_floating_point]
         eps = max((torch.finfo(d).eps for d in dtypes), default=0.0)
         most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
-        if j in asked or (store and any(a.measured and a.least < most for a in step.arcs)):
+        if j in asked or (store and any(_may_miss(a, most) for a in step.arcs)):
             kept.add(j)
             growth = {}
             continue
@@ -169,6 +170,11 @@ def anchors(
             kept.add(j + 1)
             growth = {}
     return frozenset(kept - {0})  # which is kept anyway
+
+
+def _may_miss(arc: Arc, most: float) -> bool:
+    """Whether a run may show that the arc's inverse can't be used, for a factor or for numbers of the data."""
+    return (arc.measured and arc.least < most) or (arc.suspect and arc.told is not None)
 
 
 def is_checked(cut: int, steps: int) -> bool:

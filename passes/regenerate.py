@@ -353,8 +353,8 @@ class Regenerator:
         self._held.add((own, told))
         message = (
             f"revfx: `{self.program.values[value].name}`, which goes into the coupling at {self.program.ops[op].where},"
-            f" holds numbers of the data that nothing was added to, and {told}; use `revfx.convert` (capture='fx'),"
-            " which keeps them"
+            f" holds numbers of the data that nothing was added to, and {told}; compile with options={{'unbounded': "
+            "'store'} or use `revfx.convert` (capture='fx'), which keep them"
         )
         before = _added_to(own)
 

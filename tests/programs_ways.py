@@ -63,8 +63,9 @@ def by_backend(program: Program, inner: str = "aot_eager") -> Verdict:
     """`torch.compile(model, backend="revfx")` against the plain model; where it differs, against the same compiler
     without revfx.
     """
+    unbounded = "store" if program.seed % 2 else "assert"
     with reports() as found:
-        verdict = _compiled(program, "revfx", {"inner": inner, **OPTIONS[inner]})
+        verdict = _compiled(program, "revfx", {"inner": inner, "unbounded": unbounded, **OPTIONS[inner]})
     if verdict.kind == "failure" and by_stock(program, inner).kind == "failure":
         verdict = Verdict("stock differs", verdict.text)
     return Verdict(verdict.kind, verdict.text, any(r.regions for r in found))

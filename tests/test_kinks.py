@@ -318,7 +318,7 @@ def test_streams_padded_with_zeros() -> None:
     x = torch.randint(1, 8, (32, 2 * D)).double()
     x[:, D:] = 0
     assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
-    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `hardtanh` .*use `revfx.convert`"):
+    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `hardtanh` .*use `revfx.convert` .*keep"):
         by_backend(model)(x)
     torch.compiler.reset()
     assert check(model, "aot_eager", leaf(32, 2 * D)).regions
@@ -332,7 +332,7 @@ def test_padded_streams_of_one_number(dynamic: bool) -> None:
     x[::2, :D] = ODD
     assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
     compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"}, dynamic=dynamic)
-    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `relu` .*use `revfx.convert`"):
+    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `relu` .*use `revfx.convert` .*keep"):
         compiled(x)
     assert_same_grads(compiled, model, [leaf(32, 2 * D)])
 
@@ -367,9 +367,11 @@ def test_numbers_that_a_first_step_leaves(name: str, scale: float) -> None:
     x[:, D:] = 0
     model = Blank(ADDS[name], lambda a: a * ((a >= 17 * scale).double() + (a >= 100 * scale) + (a >= 150 * scale)))
     assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
-    with pytest.raises(RuntimeError, match=r"numbers of the data .*use `revfx.convert`"):
+    with pytest.raises(RuntimeError, match=r"numbers of the data .*'unbounded': 'store'.* `revfx.convert`"):
         by_backend(model)(x)
     torch.compiler.reset()
+    storing: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager", "unbounded": "store"})
+    assert_same_grads(storing, model, [x])
 
 
 class PutTogether(Pairs):
