@@ -174,6 +174,11 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
+def hooks(module: torch.nn.Module) -> list[Any]:
+    """What is run before and after a module's forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def version(tensor: torch.Tensor) -> int:
     """How often `tensor` was written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.block_compiled import compiled_chain
 from revfx.calls import Call, Slot
+from revfx.errors import NotReversibleError
 from revfx.executor import RegionPlan, run_region, store_region
 from revfx.mode import can_store, runs_plain
 from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
@@ -369,6 +370,19 @@ def _plan(
     return RegionPlan(program, region, anchor_every=anchor_every and 2 * anchor_every)  # f's and g's step
 
 
+def _leaving_alone(function: Function, name: str, x: Tensor, side: Any) -> Any:
+    """What a function gives that gets lists and dicts of its own: what it put in them would be lost."""
+    leaves, spec = _torch.flatten(side)
+    result = function(x, side)
+    now, spec_now = _torch.flatten(side)
+    if spec_now != spec or any(a is not b for a, b in zip(leaves, now, strict=True)):
+        raise NotReversibleError(
+            f"{name} writes to a list or dict in its side input; layers get copies of these, so what it puts there"
+            " would be lost. Let it write to something that it closes over, or call with `is_training=False`."
+        )
+    return result
+
+
 def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int, k: int | None) -> list[Call]:
     calls: list[Call] = []
     streams, at = [0, 1], first
@@ -376,7 +390,9 @@ def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first:
         for i, function in enumerate(pair):
             name = "fg"[i]
             args = (Slot(streams[1 - i]),) if slots[i] is None else (Slot(streams[1 - i]), slots[i])
-            calls.append(Call(f"{name} of layer {layer}", function, args))
+            several = isinstance(slots[i], (list, tuple, dict))
+            fn = functools.partial(_leaving_alone, function, f"`{name}` of layer {layer}") if several else function
+            calls.append(Call(f"{name} of layer {layer}", fn, args))
             calls.append(Call(f"add of layer {layer}", _couple, (Slot(streams[i]), Slot(at), name, layer, k)))
             streams[i] = at + 1
             at += 2

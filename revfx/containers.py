@@ -1,9 +1,11 @@
-"""What lists, dicts, sets and objects hold, noted and put back."""
+"""What lists, dicts, sets, deques, variables of closures and objects hold, noted and put back."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import contextlib
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from types import CellType
 from typing import Any
 
 
@@ -11,10 +13,19 @@ DEPTH = 8  # how far containers and objects are followed
 Held = list[tuple[Any, list[Any]]]  # containers, each with what was in it
 
 
+def is_container(value: object) -> bool:
+    """Whether something else may be put into `value`."""
+    return isinstance(value, (list, dict, set, deque, CellType))
+
+
 def content(container: Any) -> list[Any]:
-    """What a list or a set holds, or a dict as pairs."""
+    """What a list or a set holds, or a dict as pairs; a cell holds one thing, or none."""
     if type(container) is dict:
         return list(container.items())
+    if isinstance(container, CellType):
+        with contextlib.suppress(ValueError):
+            return [container.cell_contents]
+        return []
     kind = _kind(container)
     inside = list(kind.__iter__(container))
     return [(k, dict.__getitem__(container, k)) for k in inside] if issubclass(kind, dict) else inside
@@ -31,7 +42,7 @@ def held_within(values: Iterable[Any], is_object: Callable[[Any], bool]) -> Held
                 inner.extend(value)
                 continue
             table = vars(value) if is_object(value) else value
-            if isinstance(table, (list, dict, set)) and id(table) not in found:
+            if is_container(table) and id(table) not in found:
                 found[id(table)] = table, content(table)
                 inner.extend(_flat(found[id(table)][1]))
         level = inner
@@ -50,19 +61,30 @@ def differ(containers: Held, equal: Callable[[Any, Any], bool] = lambda a, b: Fa
 def put_back(containers: Held) -> None:
     """None; each container holds again what it held."""
     for container, then in containers:
+        if not differ([(container, then)]):
+            continue
         kind = _kind(container)
-        if differ([(container, then)]):
+        if kind is CellType:
+            _fill(container, then)
+        else:
             kind.clear(container)
             if issubclass(kind, dict):
                 for k, v in then:
                     kind.__setitem__(container, k, v)
             else:
-                (list.extend if kind is list else set.update)(container, then)
+                (set.update if kind is set else kind.extend)(container, then)
+
+
+def _fill(cell: CellType, then: list[Any]) -> None:
+    if then:
+        cell.cell_contents = then[0]
+    else:
+        del cell.cell_contents
 
 
 def _kind(container: Any) -> Any:
     """The built-in class of a container: a subclass may make something else of a look-up (a new object each time)."""
-    return next(kind for kind in (OrderedDict, dict, list, set) if isinstance(container, kind))
+    return next(kind for kind in (OrderedDict, dict, list, set, deque, CellType) if isinstance(container, kind))
 
 
 def _flat(items: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import types
+from collections import deque
 from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
-from revfx.containers import DEPTH, Held, content, differ, held_within, put_back
+from revfx.containers import DEPTH, Held, content, differ, held_within, is_container, put_back
 
 
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -47,18 +48,18 @@ def key(value: Any, depth: int = 0) -> Any:
         return type(value), repr(value) if isinstance(value, (float, complex)) else value
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.device, value.requires_grad
-    if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset)):
+    if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset, deque)):
         return type(value), tuple([key(v, depth + 1) for v in value])
     if depth < DEPTH and isinstance(value, dict):
         return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in content(value)])
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
         return value.shape, str(value.dtype), value.tobytes()
-    if depth < DEPTH and _plain(value):
+    if depth < DEPTH and is_plain(value):
         return Same(value), tuple([(k, key(v, depth + 1)) for k, v in vars(value).items()])
     return Same(value)
 
 
-def _plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     """Whether `value` is an object whose state is its attributes, such as a configuration; not one of torch's or
     Python's own.
     """
@@ -90,8 +91,8 @@ _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_param
 
 def composite(module: nn.Module) -> frozenset[str]:
     """The names of attributes that hold containers or plain objects, which are compared by what is in them."""
-    kinds = (list, tuple, dict, set, frozenset)
-    return frozenset(k for k, v in vars(module).items() if k not in _SKIPPED and (isinstance(v, kinds) or _plain(v)))
+    kinds = (list, tuple, dict, set, frozenset, deque)
+    return frozenset(k for k, v in vars(module).items() if k not in _SKIPPED and (isinstance(v, kinds) or is_plain(v)))
 
 
 def attributes(
@@ -110,6 +111,11 @@ def attributes(
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _SKIPPED = _INNER | {*_TABLES, "_revfx"}
+
+
+def is_users(name: str) -> bool:
+    """Whether an attribute of this name in `vars(module)` is the user's, not one of torch's or revfx's tables."""
+    return name not in _SKIPPED
 
 
 def name_of(module: nn.Module) -> str:
@@ -184,7 +190,7 @@ class Snapshot:
             for m in modules
         ]
         named = [(i, k, vars(m)[k]) for i, m in enumerate(modules) for k in composite(m)]
-        held = [(i, k, held_within([v], _plain)) for i, k, v in named]
+        held = [(i, k, held_within([v], is_plain)) for i, k, v in named]
         return Snapshot(modules, tables, [_contents(m) for m in modules], held)
 
     def changed(self) -> tuple[int, str] | None:
@@ -218,11 +224,11 @@ class Snapshot:
 def held(tables: Iterable[dict[str, Any]]) -> Held:
     """The lists, dicts and sets among the attributes in `tables`, each with what is in it."""
     values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
-    return [(v, content(v)) for v in values if isinstance(v, (list, dict, set))]
+    return [(v, content(v)) for v in values if is_container(v)]
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}
+    return {k: key(v) for k, v in vars(module).items() if is_container(v) and k not in _SKIPPED}
 
 
 @contextmanager
@@ -233,7 +239,7 @@ def left_alone(tree: Any, error: Exception) -> Generator[None]:
     """
     leaves, spec = pytree.tree_flatten(tree)
     others = [x for x in leaves if not isinstance(x, Tensor)]
-    before, containers = key(others), held_within(others, _plain)
+    before, containers = key(others), held_within(others, is_plain)
     try:
         yield
         now, spec_now = pytree.tree_flatten(tree)

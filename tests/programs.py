@@ -85,7 +85,8 @@ def written_out(
 ) -> tuple[Tensor, Tensor]:
     """What `rev_block` computes, as its user could have written it."""
     fs, gs = ([h] * layers if callable(h) and not isinstance(h, nn.ModuleList) else list(h) for h in (f, g))
-    return lines(fs, gs)(a, b, f_side or None, g_side or None)
+    sides = (None if isinstance(side, (list, tuple, dict)) and not side else side for side in (f_side, g_side))
+    return lines(fs, gs)(a, b, *sides)
 
 
 def namespace(couple: Couple = written_out) -> dict[str, Any]:
