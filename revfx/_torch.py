@@ -176,7 +176,8 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 def hooks(module: torch.nn.Module) -> list[Any]:
     """What is run before and after a module's forward."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return [*before.values(), *after.values()] if before or after else []
 
 
 def version(tensor: torch.Tensor) -> int:

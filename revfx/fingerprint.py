@@ -65,8 +65,9 @@ def is_plain(value: object) -> bool:
     """
     special = (type, nn.Module, types.ModuleType, types.FunctionType, types.MethodType)
     library = type(value).__module__.partition(".")[0]
-    own = getattr(value, "__dict__", None)
-    return type(own) is dict and not isinstance(value, special) and library not in ("torch", *sys.stdlib_module_names)
+    if library == "torch" or library in sys.stdlib_module_names or isinstance(value, special):
+        return False
+    return type(getattr(value, "__dict__", None)) is dict
 
 
 _LASTING = (*PRIMITIVE, Number, enum.Enum, range, type(Ellipsis), type, types.ModuleType, types.BuiltinFunctionType)

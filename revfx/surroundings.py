@@ -125,11 +125,12 @@ def reads_of(function: Any) -> Reads:
             if room >= 0:
                 found.contents.append((table, held))
                 pairs = held if isinstance(table, dict) else enumerate(held)
-                stack.extend((table if isinstance(table, (dict, list)) else None, k, v) for k, v in pairs)
+                where = table if isinstance(table, (dict, list)) else None
+                stack.extend([(where, k, v) for k, v in pairs if type(v) not in PLAIN])
         else:
             own = getattr(item, "__dict__", {}).values()
             further = [v for v in own if isinstance(v, (Tensor, nn.Module, list, tuple, dict))]
-        stack.extend((None, "", x) for x in further)
+        stack.extend([(None, "", x) for x in further])
     return found
 
 
@@ -174,19 +175,22 @@ def _module_reads(module: nn.Module, found: Reads, sharded: set[int]) -> list[An
     for key, value in vars(module).items():
         if type(value) in PLAIN:
             names[key] = value
+        elif not is_users(key):
+            pass
         elif isinstance(value, Tensor):
             found.tensors.append(_hold(vars(module), key, value, clone=True))
         elif isinstance(value, FUNCTIONS):
             further.append(value)
-        elif own and is_users(key) and (isinstance(value, tuple) or is_container(value) or is_plain(value)):
+        elif own and (isinstance(value, tuple) or is_container(value) or is_plain(value)):
             names[key] = value
             further.append(value)
     found.names.append((vars(module), names))
     found.modules.append(vars(module))
     forward = getattr(type(module), "forward", None)  # scripted modules have none
-    if not isinstance(forward, types.FunctionType) or type(module).__module__.startswith("torch."):
-        return [*further, *_torch.hooks(module)]
-    return [*further, *_torch.hooks(module), *_function_reads(forward, found)]
+    further += _torch.hooks(module)
+    if isinstance(forward, types.FunctionType) and not type(module).__module__.startswith("torch."):
+        further += _function_reads(forward, found)
+    return further
 
 
 def _function_reads(function: types.FunctionType, found: Reads) -> list[Any]:

@@ -79,6 +79,15 @@ def mlps(count: int, width: int = 4, out: int | None = None) -> nn.ModuleList:
     return nn.ModuleList(mlp(width, out) for _ in range(count))
 
 
+class Unseen:
+    """A list that a re-run of f finds as it is, not as it was: nothing shows that this object holds something."""
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """A random tensor that needs its gradient."""
     return torch.randn(shape, dtype=dtype).requires_grad_()

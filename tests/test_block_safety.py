@@ -11,6 +11,7 @@ import torch
 from helpers import (
     WAYS,
     Pair,
+    Unseen,
     assert_like_lines,
     block,
     both,
@@ -392,11 +393,11 @@ def test_integer_and_complex_streams_work_where_nothing_needs_a_gradient(way: st
 @ways
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_function_that_saves_other_tensors_when_run_again_raises(way: str, layer: int) -> None:
-    calls: list[int] = []
+    calls = Unseen()
 
     def moody(x: Tensor) -> Tensor:
-        calls.append(1)
-        return x.sin().cos() if len(calls) == 1 else x.sin().exp().cos()
+        calls.values.append(1)
+        return x.sin().cos() if len(calls.values) == 1 else x.sin().exp().cos()
 
     f: list[Any] = [torch.sin] * 3
     f[layer] = moody
@@ -408,11 +409,11 @@ def test_a_function_that_saves_other_tensors_when_run_again_raises(way: str, lay
 @ways
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_function_that_returns_another_shape_when_run_again_raises(way: str, rows: int) -> None:
-    calls: list[int] = []
+    calls = Unseen()
 
     def moody(x: Tensor) -> Tensor:
-        calls.append(1)
-        return x.sin()[: 3 if len(calls) == 1 else rows]
+        calls.values.append(1)
+        return x.sin()[: 3 if len(calls.values) == 1 else rows]
 
     loss = loss_of(block(way, [torch.sin, moody, torch.sin], [torch.sin] * 3)(leaf(3, 4), leaf(3, 4)))
     with pytest.raises(RevfxError, match=r"`f of layer 1`.*run again"):

@@ -13,6 +13,7 @@ import torch
 from helpers import (
     WAYS,
     Pair,
+    Unseen,
     assert_like_lines,
     assert_same,
     block,
@@ -276,11 +277,11 @@ class Failing(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
         self.inner = mlp()
-        self.fails: list[bool] = []  # no plain attribute, which would be put back
+        self.fails = Unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.dropout(self.norm(x), 0.3)
-        if self.fails:
+        if self.fails.values:
             raise KeyError("mine")
         return self.inner(x)
 
@@ -288,7 +289,7 @@ class Failing(nn.Module):
 @ways
 def test_an_exception_in_the_forward_comes_through_and_leaves_what_plain_code_leaves(way: str) -> None:
     fs, gs = [Failing() for _ in range(3)], [Failing() for _ in range(3)]
-    fs[2].fails.append(True)
+    fs[2].fails.values.append(True)
     x = leaf(3, 4), leaf(3, 4)
     left: list[list[Tensor]] = []
     start = [b.clone() for b in both(fs, gs).buffers()]
@@ -300,7 +301,7 @@ def test_an_exception_in_the_forward_comes_through_and_leaves_what_plain_code_le
             call(*x)
         left.append([torch.get_rng_state(), *(b.clone() for b in both(fs, gs).buffers())])
     assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
-    fs[2].fails.clear()
+    fs[2].fails.values.clear()
     assert_like_lines(way, fs, gs, [leaf(3, 4), leaf(3, 4)])
 
 
@@ -308,7 +309,7 @@ def test_an_exception_in_the_forward_comes_through_and_leaves_what_plain_code_le
 def test_an_exception_when_f_runs_again_leaves_random_state_and_buffers_as_they_were(way: str) -> None:
     fs, gs = [Failing() for _ in range(3)], [Failing() for _ in range(3)]
     loss = loss_of(block(way, fs, gs)(leaf(3, 4), leaf(3, 4)))
-    fs[1].fails.append(True)
+    fs[1].fails.values.append(True)
     torch.manual_seed(2)
     random, buffers = torch.get_rng_state(), [(id(b), b.clone()) for b in both(fs, gs).buffers()]
     with pytest.raises(KeyError, match="mine"):
@@ -384,14 +385,14 @@ def test_a_module_that_remembers_its_output_does_not_keep_the_state_of_older_cal
 
 @ways
 def test_regenerated_values_are_freed_with_the_backward_that_asked_for_them(way: str) -> None:
-    made: list[StorageWeakRef] = []
+    made = Unseen()
 
     def f(x: Tensor) -> Tensor:
         h = torch.tanh(x)
-        made.append(StorageWeakRef(h.untyped_storage()))
+        made.values.append(StorageWeakRef(h.untyped_storage()))
         return h.exp()
 
     loss = loss_of(block(way, [f] * 4, [f] * 4)(leaf(3, 4), leaf(3, 4)))
     for _ in range(2):
         loss.backward(retain_graph=True)
-        assert len(made) > 8 and all(ref.expired() for ref in made)
+        assert len(made.values) > 8 and all(ref.expired() for ref in made.values)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from faults import KINDS, Busy, Called, Dispatched, Left, Own, around, busy
-from helpers import TOLERANCE, fp64 as fp64, leaf, loss_of, mlps, relative_error
+from helpers import TOLERANCE, Unseen, fp64 as fp64, leaf, loss_of, mlps, relative_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ways import BUILD, Plain
@@ -137,12 +137,12 @@ class Fails(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.norm, self.raises = nn.Linear(4, 4), nn.BatchNorm1d(4), list[BaseException]()
+        self.inner, self.norm, self.raises = nn.Linear(4, 4), nn.BatchNorm1d(4), Unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.norm(self.inner(x)))
-        if self.raises:
-            raise self.raises[0]
+        if self.raises.values:
+            raise self.raises.values[0]
         return h * 2
 
 
@@ -156,10 +156,10 @@ def test_what_f_raises_when_it_runs_again_is_raised_by_the_backward_which_may_be
     model, x = BUILD[way](fs, gs), leaf(6, 8)
     y = model(x)
     before = around(model)
-    fs[layer].raises.append(kind("mine"))
+    fs[layer].raises.values.append(kind("mine"))
     with pytest.raises(kind) as caught:
         loss_of(y).backward(retain_graph=True)
-    assert caught.value is fs[layer].raises.pop()
+    assert caught.value is fs[layer].raises.values.pop()
     assert around(model) == before
     model.zero_grad()
     x.grad = None
@@ -178,10 +178,10 @@ def test_forward_that_raises_at_the_first_call_is_recorded_again_at_the_next(
 ) -> None:
     fs, gs = [Fails() for _ in range(3)], [Fails() for _ in range(3)]
     model: Any = revfx.convert(Plain(fs, gs), capture=capture)
-    fs[1].raises.append(kind("mine"))
+    fs[1].raises.values.append(kind("mine"))
     with pytest.raises(kind) as caught:
         model(leaf(6, 8))
-    assert caught.value is fs[1].raises.pop()
+    assert caught.value is fs[1].raises.values.pop()
     loss_of(model(leaf(6, 8))).backward()
     assert len(model.revfx.plans) == 1 and model.revfx.plans[0].regions and model.revfx.refusals == []
 

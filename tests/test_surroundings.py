@@ -1,0 +1,316 @@
+"""What a call of f depends on is as it was when f runs again in the backward, and afterwards as it was before that."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import TOLERANCE, fp64 as fp64, leaf, loss_of, mlp, relative_error
+from torch import Tensor, nn
+from ways import BUILD, Plain
+
+import revfx
+from revfx.errors import NotReversibleError, RegenerationError
+
+
+pytestmark = pytest.mark.usefixtures("fp64")
+WAYS = ("convert", "rev_block", "RevBlock")
+ways = pytest.mark.parametrize("way", WAYS)
+Train = Callable[[Any, nn.Module], None]
+SCALE = 1.0
+
+
+class Number:
+    value = 1.0
+
+
+class On(nn.Module):
+    """`use(self, mlp(x))`; `held` is a plain attribute."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor], held: Any = None) -> None:
+        super().__init__()
+        self.m, self.use, self.held = mlp(), use, held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, self.m(x))
+
+
+def gradients_of(way: str, make: Callable[[], nn.Module], train: Train) -> tuple[list[Tensor | None], nn.Module]:
+    """The gradients of all parameters after `train(call, f)`, and f, the first of three functions."""
+    torch.manual_seed(0)
+    fs, gs = [make(), mlp(), mlp()], [mlp() for _ in range(3)]
+    model = BUILD[way](fs, gs) if way in BUILD else Plain(fs, gs)
+    torch.manual_seed(1)
+    train(model, fs[0])
+    return [p.grad for p in nn.ModuleList([*fs, *gs]).parameters()], fs[0]
+
+
+def check(way: str, make: Callable[[], nn.Module], train: Train, state: Callable[[Any], Any] | None = None) -> None:
+    """Gradients, and what f holds, are those of plain autograd."""
+    want, plain = gradients_of("plain", make, train)
+    got, mine = gradients_of(way, make, train)
+    assert relative_error(got, want) < TOLERANCE
+    assert state is None or state(mine) == state(plain)
+
+
+def two_forwards(change: Callable[[Any], None]) -> Train:
+    """One backward for two forwards, between which something changes."""
+
+    def train(call: Any, f: nn.Module) -> None:
+        first = loss_of(call(leaf(5, 8)))
+        change(f)
+        (first + loss_of(call(leaf(5, 8)))).backward()
+
+    return train
+
+
+def two_steps(call: Any, f: nn.Module) -> None:
+    for _ in range(2):
+        loss_of(call(leaf(5, 8))).backward()
+
+
+# --- what changes between forward and backward
+def _set(f: Any, value: float) -> None:
+    f.held.value = value
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], Callable[[Any], None]]] = {
+    "list": (lambda: [1.0], lambda f, h: h * f.held[0], lambda f: f.held.insert(0, 2.0)),
+    "dict": (lambda: {"a": [1.0]}, lambda f, h: h * f.held["a"][0], lambda f: f.held["a"].insert(0, 2.0)),
+    "object": (Number, lambda f, h: h * f.held.value, lambda f: _set(f, 2.0)),
+    "another object": (Number, lambda f, h: h * f.held.value, lambda f: setattr(f, "held", _with(3.0))),
+    "deque": (lambda: deque([1.0], 1), lambda f, h: h * f.held[0], lambda f: f.held.append(2.0)),
+    "tensor in a list": (
+        lambda: [torch.ones(4)], lambda f, h: h * f.held[0], lambda f: f.held.insert(0, torch.zeros(4)),
+    ),
+    "frozen": (lambda: None, lambda f, h: h.tanh(), lambda f: f.requires_grad_(False)),
+}  # fmt: skip
+
+
+def _with(value: float) -> Number:
+    made = Number()
+    made.value = value
+    return made
+
+
+@ways
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")  # a tensor in a list leaves `convert` to dynamo
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_f_holds_changes_between_two_forwards(way: str, name: str) -> None:
+    held, use, change = CHANGES[name]
+    check(way, lambda: On(use, held()), two_forwards(change))
+
+
+def _scaled(f: Any, h: Tensor) -> Tensor:
+    return h * SCALE
+
+
+@ways
+def test_a_global_number_changes_between_two_forwards(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(call: Any, f: nn.Module) -> None:
+        monkeypatch.setitem(globals(), "SCALE", 1.0)
+        two_forwards(lambda f: monkeypatch.setitem(globals(), "SCALE", 2.0))(call, f)
+        assert SCALE == 2.0
+
+    check(way, lambda: On(_scaled), train)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_functions_that_close_over_the_variable_of_a_loop(exact: bool) -> None:
+    f, g, condition = mlp(), mlp(), torch.randn(3, 5, 4)
+
+    def run(training: bool) -> list[Tensor | None]:
+        a, b = leaf(5, 4), leaf(5, 4)
+        x = (a, b)
+        for i in range(3):
+            h = condition[i]
+            a, b = revfx.rev_block(
+                a, b, lambda x: (f(x) * h).tanh(), g, 1, exact=exact, is_training=training  # noqa: B023
+            )  # fmt: skip
+        return list(torch.autograd.grad(loss_of((a, b)), (*x, *f.parameters(), *g.parameters())))
+
+    torch.manual_seed(0)
+    got = run(True)
+    torch.manual_seed(0)
+    assert relative_error(got, run(False)) < (1e-3 if exact else TOLERANCE)  # rounded to a grid
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.r = nn.GRU(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.r(x)[0]
+
+
+@ways
+def test_a_weight_that_is_held_in_a_list_as_well_is_replaced(way: str) -> None:
+    def replace(f: Any) -> None:
+        f.r.weight_hh_l0 = nn.Parameter(f.r.weight_hh_l0.detach() * 0.5)
+
+    check(way, Recurrent, two_forwards(replace))
+
+
+@ways
+def test_parameters_are_frozen_in_the_forward_and_trained_again_before_the_backward(way: str) -> None:
+    found: list[Tensor | None] = []
+
+    def train(call: Any, f: nn.Module) -> None:
+        x = leaf(5, 8)
+        call.requires_grad_(False)
+        loss = loss_of(call(x))
+        call.requires_grad_(True)
+        loss.backward()
+        assert all(p.requires_grad and p.grad is None for p in f.parameters())
+        found.append(x.grad)
+
+    check(way, mlp, train)
+    assert relative_error(found[1:], found[:1]) < TOLERANCE
+
+
+# --- what f changes itself
+def _count(f: Any, h: Tensor) -> Tensor:
+    f.held.value += 1
+    return h
+
+
+def _append(f: Any, h: Tensor) -> Tensor:
+    f.held.append(h.detach().mean())
+    return h * (1 + torch.stack(list(f.held)[-4:]).mean())
+
+
+def _increment(f: Any, h: Tensor) -> Tensor:
+    f.held["a"][0] += 1
+    return h * f.held["a"][0]
+
+
+def _add(f: Any, h: Tensor) -> Tensor:
+    f.held[0].add_(torch.ones(4))
+    return h * f.held[0]
+
+
+def _normalise(f: Any, h: Tensor) -> Tensor:
+    result: Tensor = f.held[0](h)
+    return result
+
+
+STATES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] = {
+    "counter on an object": (Number, _count, lambda f: f.held.value),
+    "list": (list, _append, lambda f: len(f.held)),
+    "deque": (lambda: deque(maxlen=3), _append, lambda f: len(f.held)),
+    "nested": (lambda: {"a": [0]}, _increment, lambda f: f.held["a"][0]),
+    "tensor in a list": (lambda: [torch.zeros(4)], _add, lambda f: f.held[0].tolist()),
+    "normalisation in a list": (
+        lambda: [nn.BatchNorm1d(4)], _normalise,
+        lambda f: (f.held[0].num_batches_tracked.item(), f.held[0].running_mean.abs().sum().item() > 0),
+    ),
+}  # fmt: skip
+
+
+@ways
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")  # `convert` leaves some as they are
+@pytest.mark.parametrize("name", STATES)
+def test_what_f_counts_is_counted_once(way: str, name: str) -> None:
+    held, use, state = STATES[name]
+    check(way, lambda: On(use, held()), two_steps, state)
+
+
+@ways
+def test_a_hooks_log_has_one_line_per_call(way: str) -> None:
+    def make() -> nn.Module:
+        f, log = mlp(), list[int]()
+        f.register_forward_hook(lambda *_: log.append(1))
+        f.log = log  # pyright: ignore[reportArgumentType]
+        return f
+
+    check(way, make, two_steps, lambda f: len(f.log))
+
+
+class Codebook(nn.Module):
+    """Vectors that are averaged over what is near to them, past autograd."""
+
+    def __init__(self, codes: int, parameter: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        codes_ = torch.randn(codes, 4)
+        self.codes = nn.Parameter(codes_, requires_grad=False) if parameter else nn.Buffer(codes_)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x).tanh()
+        nearest = torch.cdist(h.detach(), self.codes).argmin(-1)
+        q = self.codes[nearest]
+        if self.training:
+            hot = nn.functional.one_hot(nearest, len(self.codes)).to(h.dtype)
+            self.codes.data.mul_(0.9).add_(hot.T @ h.detach(), alpha=0.1)
+        return (h + (q - h).detach()) * h
+
+
+@ways
+@pytest.mark.parametrize("parameter", [False, True])
+@pytest.mark.parametrize("codes", [8, 1500])
+def test_codebooks_that_are_written_by_data(way: str, codes: int, parameter: bool) -> None:
+    check(way, lambda: Codebook(codes, parameter), two_steps, lambda f: f.codes.sum().item())
+
+
+@ways
+def test_an_embedding_that_scales_its_rows(way: str) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.inner = nn.Embedding(7, 4, max_norm=0.5), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).tanh() * self.e(torch.arange(len(x)))
+
+    check(way, Positions, two_steps, lambda f: f.e.weight.sum().item())
+
+
+def _seeded(f: Any, h: Tensor) -> Tensor:
+    torch.manual_seed(5)
+    return h * torch.rand_like(h)
+
+
+def test_a_function_that_seeds_leaves_the_generator_where_the_forward_left_it() -> None:
+    def next_number(way: str) -> float:
+        gradients_of(way, lambda: On(_seeded), two_steps)
+        return torch.rand(()).item()
+
+    assert next_number("rev_block") == next_number("plain")
+
+
+# --- what can't be put back is said
+def test_what_f_writes_to_where_it_can_not_be_put_back_is_named() -> None:
+    def train(call: Any, f: nn.Module) -> None:
+        loss_of(call(leaf(5, 8))).backward()
+
+    with pytest.raises(RegenerationError, match=r"is written in place by `f of layer 0` itself.*`register_buffer`"):
+        gradients_of("rev_block", lambda: On(_add, (torch.zeros(4),)), train)
+
+
+def test_what_f_puts_into_a_side_input_is_not_lost() -> None:
+    def f(x: Tensor, side: Any) -> Tensor:
+        side["more"].append(x.mean())
+        return x * side["scale"]
+
+    side = {"scale": torch.tensor(0.5), "more": []}
+    with pytest.raises(NotReversibleError, match=r"`f` of layer 0 writes to a list or dict in its side input"):
+        revfx.rev_block(leaf(3, 4), leaf(3, 4), f, torch.tanh, 2, side)
+    revfx.rev_block(leaf(3, 4), leaf(3, 4), f, torch.tanh, 2, side, is_training=False)
+    assert len(side["more"]) == 2
+
+
+def test_lazy_modules_are_asked_for_a_first_call() -> None:
+    f = nn.LazyLinear(4)
+    with pytest.raises(ValueError, match=r"`weight` of a LazyLinear is not initialised yet.*no_grad"):
+        revfx.rev_block(leaf(3, 4), leaf(3, 4), f, torch.tanh, 1)
+    with torch.no_grad():
+        revfx.rev_block(leaf(3, 4), leaf(3, 4), f, torch.tanh, 1)
+    x = leaf(3, 4), leaf(3, 4)
+    block = functools.partial(revfx.rev_block, *x, f, torch.tanh, 1)
+    got, want = (torch.autograd.grad(loss_of(block(is_training=t)), (*x, *f.parameters())) for t in (True, False))
+    assert relative_error(got, want) < TOLERANCE
