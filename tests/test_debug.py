@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Unseen
 from torch import Tensor, nn
 from torch.fx import Node
 from zoo import ZOO, Additive
@@ -40,15 +41,15 @@ def test_nothing_is_said_of_what_is_right(name: str, fp64: None) -> None:
 
 
 class Counts(nn.Module):
-    """A function of how often it was called, which a list tells."""
+    """A function of how often it was called."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.calls = nn.Linear(WIDTH, WIDTH), [0]
+        self.linear, self.calls = nn.Linear(WIDTH, WIDTH), Unseen()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls[0] += 1
-        return self.linear(x).tanh() * self.calls[0]
+        self.calls.values.append(1)
+        return self.linear(x).tanh() * len(self.calls.values)
 
 
 def test_a_function_that_counts_its_calls_is_named() -> None:

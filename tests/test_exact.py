@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Unseen
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import (
@@ -266,11 +267,11 @@ def test_a_users_rule_that_does_not_say_what_is_added_is_refused() -> None:
 
 
 def test_a_function_that_does_not_repeat_itself_is_caught_by_the_checksum() -> None:
-    calls: list[int] = []
+    calls = Unseen()
 
     def noisy(t: Tensor) -> Tensor:
-        calls.append(1)
-        return t.tanh() + 1e-4 * len(calls)
+        calls.values.append(1)
+        return t.tanh() + 1e-4 * len(calls.values)
 
     block = revfx.RevBlock([noisy] * 3, [torch.tanh] * 3, 3, exact=True)
     y = block(torch.randn(4, D, requires_grad=True), torch.randn(4, D))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fp64 as fp64, leaf, loss_of, mlps
+from helpers import Unseen, fp64 as fp64, leaf, loss_of, mlps
 from torch import Tensor, nn
 from ways import BUILD
 
@@ -62,12 +62,12 @@ class Fails(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.armed = nn.Linear(4, 4), list[str]()
+        self.linear, self.armed = nn.Linear(4, 4), Unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.linear(x))
-        if self.armed:
-            raise KeyError(self.armed[0])
+        if self.armed.values:
+            raise KeyError(self.armed.values[0])
         return h
 
 
@@ -91,11 +91,11 @@ class Steps:
         self.model(self.x)
 
     def _fail(self, function: Callable[[], object]) -> None:
-        self.fails.armed.append("armed")
+        self.fails.armed.values.append("armed")
         try:
             function()
         except KeyError:
-            self.fails.armed.clear()
+            self.fails.armed.values.clear()
 
     def fail(self) -> None:
         self._fail(lambda: self.model(self.x))
