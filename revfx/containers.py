@@ -1,27 +1,28 @@
-"""What lists, dicts, sets and objects hold, noted and put back."""
+"""What lists, dicts, sets, deques and objects hold, noted and put back."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 
+CONTAINERS = (list, dict, set, deque)
 DEPTH = 8  # how far containers and objects are followed
 Held = list[tuple[Any, list[Any]]]  # containers, each with what was in it
 
 
 def content(container: Any) -> list[Any]:
-    """What a list or a set holds, or a dict as pairs."""
+    """What a list, set or deque holds, or a dict as pairs."""
     if type(container) is dict:
         return list(container.items())
-    kind = _kind(container)
+    kind = kind_of(container)
     inside = list(kind.__iter__(container))
     return [(k, dict.__getitem__(container, k)) for k in inside] if issubclass(kind, dict) else inside
 
 
 def held_within(values: Iterable[Any], is_object: Callable[[Any], bool]) -> Held:
-    """The lists, dicts and sets among `values` and in each other, and the attributes of what is an object."""
+    """The lists, dicts, sets and deques among `values` and in each other, and the attributes of what is an object."""
     found: dict[int, tuple[Any, list[Any]]] = {}
     level = list(values)
     for _ in range(DEPTH):
@@ -31,7 +32,7 @@ def held_within(values: Iterable[Any], is_object: Callable[[Any], bool]) -> Held
                 inner.extend(value)
                 continue
             table = vars(value) if is_object(value) else value
-            if isinstance(table, (list, dict, set)) and id(table) not in found:
+            if isinstance(table, CONTAINERS) and id(table) not in found:
                 found[id(table)] = table, content(table)
                 inner.extend(_flat(found[id(table)][1]))
         level = inner
@@ -50,19 +51,19 @@ def differ(containers: Held, equal: Callable[[Any, Any], bool] = lambda a, b: Fa
 def put_back(containers: Held) -> None:
     """None; each container holds again what it held."""
     for container, then in containers:
-        kind = _kind(container)
+        kind = kind_of(container)
         if differ([(container, then)]):
             kind.clear(container)
             if issubclass(kind, dict):
                 for k, v in then:
                     kind.__setitem__(container, k, v)
             else:
-                (list.extend if kind is list else set.update)(container, then)
+                (set.update if kind is set else kind.extend)(container, then)
 
 
-def _kind(container: Any) -> Any:
+def kind_of(container: Any) -> Any:
     """The built-in class of a container: a subclass may make something else of a look-up (a new object each time)."""
-    return next(kind for kind in (OrderedDict, dict, list, set) if isinstance(container, kind))
+    return next(kind for kind in (OrderedDict, *CONTAINERS) if isinstance(container, kind))
 
 
 def _flat(items: list[Any]) -> list[Any]:

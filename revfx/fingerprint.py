@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import types
+from collections import deque
 from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
-from revfx.containers import DEPTH, Held, content, differ, held_within, put_back
+from revfx.containers import CONTAINERS, DEPTH, Held, content, differ, held_within, put_back
 
 
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -47,7 +48,7 @@ def key(value: Any, depth: int = 0) -> Any:
         return type(value), repr(value) if isinstance(value, (float, complex)) else value
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.device, value.requires_grad
-    if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset)):
+    if depth < DEPTH and isinstance(value, (list, tuple, set, frozenset, deque)):
         return type(value), tuple([key(v, depth + 1) for v in value])
     if depth < DEPTH and isinstance(value, dict):
         return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in content(value)])
@@ -90,7 +91,7 @@ _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_param
 
 def composite(module: nn.Module) -> frozenset[str]:
     """The names of attributes that hold containers or plain objects, which are compared by what is in them."""
-    kinds = (list, tuple, dict, set, frozenset)
+    kinds = (*CONTAINERS, tuple, frozenset)
     return frozenset(k for k, v in vars(module).items() if k not in _SKIPPED and (isinstance(v, kinds) or _plain(v)))
 
 
@@ -216,13 +217,18 @@ class Snapshot:
 
 
 def held(tables: Iterable[dict[str, Any]]) -> Held:
-    """The lists, dicts and sets among the attributes in `tables`, each with what is in it."""
+    """The lists, dicts, sets and deques among the attributes in `tables`, each with what is in it."""
     values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
-    return [(v, content(v)) for v in values if isinstance(v, (list, dict, set))]
+    return [(v, content(v)) for v in values if isinstance(v, CONTAINERS)]
+
+
+def held_deep(values: Iterable[Any]) -> Held:
+    """The containers among `values`, in each other and in the attributes of plain objects, with what is in them."""
+    return held_within(values, _plain)
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}
+    return {k: key(v) for k, v in vars(module).items() if isinstance(v, CONTAINERS) and k not in _SKIPPED}
 
 
 @contextmanager
