@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -34,9 +35,46 @@ BELOW_APPLY: Any = (
 )
 
 
-def fake_mode() -> FakeTensorMode:
-    """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+class FakeMode(FakeTensorMode):
+    """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands.
+
+    It knows which of the tensors made under it are alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.made: list[weakref.ref[torch.Tensor]] = []
+        self.room = 4096
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs or {})
+        for t in (out,) if isinstance(out, FakeTensor) else out if isinstance(out, (tuple, list)) else ():
+            if isinstance(t, FakeTensor):
+                self.note(t)
+        return out
+
+    def note(self, t: torch.Tensor) -> None:
+        """None; `t` was made."""
+        if len(self.made) > self.room:
+            self.made = [r for r in self.made if r() is not None]
+            self.room = 4096 + 2 * len(self.made)
+        self.made.append(weakref.ref(t))
+
+    def alive(self) -> list[torch.Tensor]:
+        """The tensors that somebody holds."""
+        return list({id(t): t for r in self.made if (t := r()) is not None}.values())
+
+
+def fake_mode() -> FakeMode:
+    """A new mode for fake tensors."""
+    return FakeMode()
+
+
+def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> list[torch.Tensor]:
+    """Fake tensors of `target` in the same memory as `fakes`, to which they do not lead: leaves without a history."""
+    with torch.no_grad(), in_kernel_invocation_manager(source):
+        bare = [(t.detach(), t.requires_grad, getattr(t, "fake_device", t.device)) for t in fakes]
+    return [FakeTensor(target, meta, device).requires_grad_(needs) for meta, needs, device in bare]
 
 
 def ran_unseen(tensor: torch.Tensor) -> bool:
@@ -47,19 +85,21 @@ def ran_unseen(tensor: torch.Tensor) -> bool:
     return compiled and isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction)
 
 
-def to_fake(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces the
     processes hold.
     """
     if not is_dtensor(tensor):
-        return mode.from_tensor(tensor)
+        fake = mode.from_tensor(tensor)
+        mode.note(fake)
+        return fake
     with mode:
         whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
         return whole.requires_grad_(tensor.requires_grad)
 
 
 def fake(
-    mode: FakeTensorMode,
+    mode: FakeMode,
     shape: torch.Size,
     stride: tuple[int, ...],
     offset: int,
@@ -74,7 +114,9 @@ def fake(
         else:
             empty = torch.empty(0, dtype=dtype, device="meta")
             empty.set_(base.untyped_storage(), offset, shape, stride)
-    return FakeTensor(mode, empty, device)
+    made = FakeTensor(mode, empty, device)
+    mode.note(made)
+    return made
 
 
 def is_plain_fake(value: object) -> bool:

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
-from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where, where_raised
-from revfx.containers import put_back
-from revfx.fingerprint import Seen, Snapshot, held, lasts, left_alone, structure
+from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where
+from revfx.caches import let_go, of_their_own
+from revfx.fingerprint import Seen, Snapshot, lasts, left_alone, structure
 from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
 from revfx.outside import Outside
@@ -35,16 +35,7 @@ from revfx.passes.kinks import Inside, Made, look_inside, made_by
 from revfx.passes.numbers import is_generic
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
-
-
-class Untraceable(Exception):
-    """The forward can't be recorded: `reason`, `where` (the user's file and line), and the `path` of the module at
-    fault.
-    """
-
-    def __init__(self, reason: str, where: str = "", path: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.where, self.path = reason, where, path
+from revfx.untraceable import Untraceable, untraceable
 
 
 @dataclass(frozen=True)
@@ -83,45 +74,50 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     """
     with _lock:
         recorder = _Recorder(root, opened)
-        watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
-        before, drawn = Snapshot.of([m for _, m in watched]), [*generators(), torchs_generator()]
-        outside = Outside.of([m for _, m in watched], forward)
-        recorder.lasting.update(id(v) for table in outside.tables() for v in table.values())
-        read, containers = outside.state(), held(Outside.of(root.modules(), forward).tables())
         try:
-            # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
-            with intercepted(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
-                fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
-                with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
-                    result = forward(*fake_args, **fake_kwargs)
-            changed = before.changed()
-            if changed is not None:
-                raise Untraceable(f"its forward sets `{changed[1]}`, {LOST}", path=watched[changed[0]][0])
-            if outside.state() != read:
-                raise Untraceable(f"its forward changes a global or a variable that it closes over, {LOST}")
-            for (name, *_, then), (*_, now) in zip(drawn, [*generators(), torchs_generator()], strict=True):
-                if now != then:
-                    raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
-            with _torch.no_torch_function():
-                return replace(recorder.finish(result), reads=reads)
-        except MemoryError:  # says nothing of the forward
-            raise
-        except Exception as e:
-            raise _untraceable(e, recorder.stack[-1]) from e
+            found = _recorded(recorder, root, forward, args, kwargs, opened)
         finally:
-            before.restore()
-            put_back(containers)
-            restore(drawn)
+            left = let_go(recorder.fake, recorder.forget())
+        if isinstance(found, Untraceable):
+            raise found
+        if left is not None:
+            raise Untraceable(f"its forward leaves a tensor in {left}, {LOST}")
+        return found
 
 
-def _untraceable(error: Exception, path: str) -> Untraceable:
-    where = where_raised(error)
-    if isinstance(error, Untraceable):
-        return Untraceable(error.reason, error.where or where, path if error.path is None else error.path)
-    if isinstance(error, _torch.DATA_DEPENDENT):
-        return Untraceable("its Python code depends on the values of a tensor", where, path)
-    text = str(error).splitlines()[0] if str(error) else ""
-    return Untraceable(f"running it on fake tensors raised {type(error).__name__}: {text}", where, path)
+def _recorded(
+    recorder: _Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]
+) -> Capture | Untraceable:
+    watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
+    before, drawn = Snapshot.of([m for _, m in watched]), [*generators(), torchs_generator()]
+    outside = Outside.of([m for _, m in watched], forward)
+    recorder.lasting.update(id(v) for table in outside.tables() for v in table.values())
+    read, put_outside_back = outside.state(), Outside.of(root.modules(), forward).noted()
+    try:
+        # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
+        with intercepted(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
+            fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
+            with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
+                result = forward(*fake_args, **fake_kwargs)
+        changed = before.changed()
+        if changed is not None:
+            raise Untraceable(f"its forward sets `{changed[1]}`, {LOST}", path=watched[changed[0]][0])
+        if outside.state() != read:
+            raise Untraceable(f"its forward changes a global or a variable that it closes over, {LOST}")
+        for (name, *_, then), (*_, now) in zip(drawn, [*generators(), torchs_generator()], strict=True):
+            if now != then:
+                raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
+        with _torch.no_torch_function():
+            return replace(recorder.finish(result), reads=reads)
+    except MemoryError:  # says nothing of the forward
+        raise
+    except Exception as e:
+        return untraceable(e, recorder.stack[-1])  # not raised from `e`, whose frames hold fake tensors
+    finally:
+        before.restore()
+        put_outside_back()
+        restore(drawn)
+        of_their_own(recorder.graph, recorder.fake)
 
 
 class _Recorder(TorchFunctionMode):
@@ -168,6 +164,12 @@ class _Recorder(TorchFunctionMode):
                 yield
         finally:
             recording.recorder = None
+
+    def forget(self) -> frozenset[int]:
+        """The ids of the fake tensors that were recorded; they are no longer held here."""
+        recorded = frozenset(self.nodes)
+        vars(self).clear()
+        return recorded
 
     # --- inputs, attributes and results
     def fake_inputs(self, tree: Any) -> Any:

@@ -10,12 +10,13 @@ from typing import Any
 
 
 DEPTH = 8  # how far containers and objects are followed
+CONTAINERS = (list, dict, set, deque)
 Held = list[tuple[Any, list[Any]]]  # containers, each with what was in it
 
 
 def is_container(value: object) -> bool:
     """Whether something else may be put into `value`."""
-    return isinstance(value, (list, dict, set, deque, CellType))
+    return isinstance(value, (*CONTAINERS, CellType))
 
 
 def content(container: Any) -> list[Any]:
@@ -26,7 +27,7 @@ def content(container: Any) -> list[Any]:
         with contextlib.suppress(ValueError):
             return [container.cell_contents]
         return []
-    kind = _kind(container)
+    kind = kind_of(container)
     inside = list(kind.__iter__(container))
     return [(k, dict.__getitem__(container, k)) for k in inside] if issubclass(kind, dict) else inside
 
@@ -63,7 +64,7 @@ def put_back(containers: Held) -> None:
     for container, then in containers:
         if not differ([(container, then)]):
             continue
-        kind = _kind(container)
+        kind = kind_of(container)
         if kind is CellType:
             _fill(container, then)
         else:
@@ -82,9 +83,9 @@ def _fill(cell: CellType, then: list[Any]) -> None:
         del cell.cell_contents
 
 
-def _kind(container: Any) -> Any:
+def kind_of(container: Any) -> Any:
     """The built-in class of a container: a subclass may make something else of a look-up (a new object each time)."""
-    return next(kind for kind in (OrderedDict, dict, list, set, deque, CellType) if isinstance(container, kind))
+    return next(kind for kind in (OrderedDict, *CONTAINERS, CellType) if isinstance(container, kind))
 
 
 def _flat(items: list[Any]) -> list[Any]:

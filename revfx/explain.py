@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -150,16 +151,25 @@ def _predicted(
 
         return look
 
+    regions, sizes = list[RegionInfo](), list[tuple[int, int]]()
+
+    @contextlib.contextmanager
+    def around(ledger: Ledger) -> Generator[None]:
+        with watched(watch(ledger)):
+            yield
+        for r in runs:  # they are not kept any longer: they hold fake tensors
+            regions.append(_described(plan, r))
+            sizes.append((_cuts(r), max((r.program.nbytes(s.entry) for s in r.region.steps), default=0)))
+        runs.clear()
+
     stage("counting a step with regions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run that does not take place
-        ours = simulation.step(run, loss, lambda ledger: watched(watch(ledger)))
-    regions = tuple(_described(plan, r) for r in runs)
-    cuts = sum(_cuts(r) for r in runs)
+        ours = simulation.step(run, loss, around)
+    cuts, one = sum(c for c, _ in sizes), max((size for _, size in sizes), default=0)
     usage = _usage("revfx", ours)
-    one = max((r.program.nbytes(s.entry) for r in runs for s in r.region.steps), default=0)
     checkpoint = Usage("checkpoint", ours.kept + cuts, ours.peak + max(0, cuts - one), ours.flops)
-    return (*ways, checkpoint, usage), regions, ()
+    return (*ways, checkpoint, usage), tuple(regions), ()
 
 
 def _described(plan: Plan, run: RegionRun) -> RegionInfo:

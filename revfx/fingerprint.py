@@ -228,6 +228,11 @@ def held(tables: Iterable[dict[str, Any]]) -> Held:
     return [(v, content(v)) for v in values if is_container(v)]
 
 
+def held_deep(values: Iterable[Any]) -> Held:
+    """The containers among `values`, in each other and in the attributes of plain objects, with what is in them."""
+    return held_within(values, is_plain)
+
+
 def _contents(module: nn.Module) -> dict[str, Any]:
     return {k: key(v) for k, v in vars(module).items() if is_container(v) and k not in _SKIPPED}
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from revfx.fingerprint import key
+from revfx.containers import CONTAINERS, put_back
+from revfx.fingerprint import held_deep, key
 
 
 _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
@@ -24,13 +25,14 @@ _CODE = (types.FunctionType, types.MethodType, property, staticmethod, classmeth
 
 @dataclass
 class Outside:
-    """The places that some functions read: (table, name) of globals and class attributes, and cells of closures.
+    """The places that some functions read: (table, name, class) of globals and class attributes, and cells of closures.
 
-    `names` are all names in their code.
+    `defaults` are their own default arguments, `names` all names in their code.
     """
 
-    named: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = field(default_factory=dict[Any, Any])
+    named: dict[tuple[int, str], tuple[Mapping[str, Any], str, type | None]] = field(default_factory=dict[Any, Any])
     cells: dict[int, types.CellType] = field(default_factory=dict[int, types.CellType])
+    defaults: dict[int, Any] = field(default_factory=dict[int, Any])
     names: set[str] = field(default_factory=set[str])
 
     @staticmethod
@@ -55,24 +57,56 @@ class Outside:
         names = set(_names(function.__code__))
         self.names |= names
         values = [self._note(function.__globals__, n) for n in names if n in function.__globals__]
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        self.defaults.update((id(v), v) for v in defaults if isinstance(v, CONTAINERS))
         for cell in function.__closure__ or ():
             self.cells[id(cell)] = cell
         values += [_content(cell) for cell in function.__closure__ or ()]
-        tables = [vars(v) for v in values if isinstance(v, (type, types.ModuleType)) and _followed(v)]
-        values += [self._note(t, n) for t in (*tables, *map(vars, kinds)) for n in names if n in t]
+        owners = [v for v in values if isinstance(v, (type, types.ModuleType)) and _followed(v)]
+        values += [self._note(vars(o), n, o) for o in (*owners, *kinds) for n in names if n in vars(o)]
         return [v for v in values if isinstance(v, _CODE)]
 
-    def _note(self, table: Mapping[str, Any], name: str) -> Any:
-        self.named[id(table), name] = (table, name)
+    def _note(self, table: Mapping[str, Any], name: str, owner: type | types.ModuleType | None = None) -> Any:
+        kind = owner if isinstance(owner, type) else None
+        self.named[id(table if kind is None else kind), name] = (table, name, kind)  # a class's table is made anew
         return table[name]
 
     def tables(self) -> list[dict[str, Any]]:
         """The values, as tables of attributes."""
-        return [{n: t.get(n)} for t, n in self.named.values()] + [{"": _content(c)} for c in self.cells.values()]
+        values = [*map(_content, self.cells.values()), *self.defaults.values()]
+        return [{n: t.get(n)} for t, n, _ in self.named.values()] + [{"": v} for v in values]
 
     def state(self) -> tuple[Any, ...]:
         """A key that changes when one of the values does."""
-        return tuple([key(t.get(n)) for t, n in self.named.values()] + [key(_content(c)) for c in self.cells.values()])
+        values = [*map(_content, self.cells.values()), *self.defaults.values()]
+        return tuple([key(t.get(n)) for t, n, _ in self.named.values()] + [key(v) for v in values])
+
+    def noted(self) -> Callable[[], None]:
+        """A function that puts back the values, and what is now in the containers and plain objects among them."""
+        containers = held_deep(v for table in self.tables() for v in table.values())
+        named = [(t, n, kind, t.get(n, _ABSENT)) for t, n, kind in self.named.values()]
+        cells = [(c, _content(c)) for c in self.cells.values()]
+
+        def back() -> None:
+            put_back(containers)
+            for table, name, kind, value in named:
+                if table.get(name, _ABSENT) is not value:
+                    _set(table, name, kind, value)
+            for cell, value in cells:
+                if _content(cell) is not value:
+                    cell.cell_contents = value
+
+        return back
+
+
+_ABSENT = object()
+
+
+def _set(table: Any, name: str, kind: type | None, value: Any) -> None:
+    if kind is None:
+        table[name] = value
+    else:
+        setattr(kind, name, value)
 
 
 def _followed(item: Any) -> bool:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from revfx import _torch, fingerprint
 from revfx.ambient import ambience
 from revfx.calls import Call, Slot
-from revfx.capture import Capture, Untraceable, capture
+from revfx.capture import Capture, capture
 from revfx.errors import Refusal
 from revfx.executor import RegionPlan, run_region, store_region
 from revfx.mode import without_hooks
@@ -29,6 +29,7 @@ from revfx.passes.regions import Region, find_regions
 from revfx.passes.rewrite import Segment, segments, text
 from revfx.passes.sizes import muted
 from revfx.rules import has_rule, op_name
+from revfx.untraceable import Untraceable
 
 
 Forward = Callable[..., Any]

@@ -22,8 +22,10 @@ from torch.utils.flop_counter import flop_registry
 
 from revfx import _torch
 from revfx.ambient import generators, restore
+from revfx.caches import none_left
 from revfx.fingerprint import Snapshot
 from revfx.mode import simulating, uncollected
+from revfx.outside import Outside
 from revfx.passes._torch import draws
 from revfx.passes.sizes import muted
 from revfx.scratch import scratch
@@ -109,6 +111,7 @@ class Simulation:
         """A context that gives fake arguments; afterwards the model is as it was, as are Python's random numbers."""
         modules = list(self.model.modules())
         before, drawn, state = Snapshot.of(modules), generators(), torch.get_rng_state()
+        put_outside_back = Outside.of(modules, self.model.forward).noted()
         try:
             for table in _tables(modules):
                 for name, t in table.items():
@@ -117,6 +120,7 @@ class Simulation:
             yield pytree.tree_map(lambda x: self._fake(x) if isinstance(x, Tensor) else x, self.given)
         finally:
             before.restore()
+            put_outside_back()
             restore(drawn)
             torch.set_rng_state(state)
 
@@ -143,6 +147,18 @@ class Simulation:
         Raises:
             Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
         """
+        with none_left(self.mode):
+            try:
+                return self._step(run, loss, around)
+            finally:
+                self.fakes.clear()
+
+    def _step(
+        self,
+        run: Callable[..., Any],
+        loss: Callable[[Any], Tensor],
+        around: Callable[[Ledger], AbstractContextManager[Any]] | None,
+    ) -> Timeline:
         ledger = Ledger(self.shapes)
         quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
         with quiet, uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():

@@ -1,0 +1,34 @@
+"""What says that a forward can't be recorded."""
+
+from __future__ import annotations
+
+from revfx import _torch
+from revfx.ambient import where_raised
+
+
+class Untraceable(Exception):
+    """The forward can't be recorded: `reason`, `where` (the user's file and line), and the `path` of the module at
+    fault.
+    """
+
+    def __init__(self, reason: str, where: str = "", path: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.where, self.path = reason, where, path
+
+
+def untraceable(error: Exception, path: str) -> Untraceable:
+    """Why a forward can't be recorded that raised `error` in the module at `path`.
+
+    The frames in which it was raised are let go, with the tensors in them.
+    """
+    where, link, seen = where_raised(error), error, set[int]()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        link.__traceback__ = None  # a frame that knows the error, as one of a `with` may, would else keep itself alive
+        link = link.__cause__ or link.__context__
+    if isinstance(error, Untraceable):
+        return Untraceable(error.reason, error.where or where, path if error.path is None else error.path)
+    if isinstance(error, _torch.DATA_DEPENDENT):
+        return Untraceable("its Python code depends on the values of a tensor", where, path)
+    text = str(error).splitlines()[0] if str(error) else ""
+    return Untraceable(f"running it on fake tensors raised {type(error).__name__}: {text}", where, path)
