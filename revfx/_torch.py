@@ -174,6 +174,12 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks, other than torch's own, run before or after the forward of `module`."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any((getattr(h, "__module__", None) or "").partition(".")[0] != "torch" for h in hooks)
+
+
 def version(tensor: torch.Tensor) -> int:
     """How often `tensor` was written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version

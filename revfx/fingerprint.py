@@ -91,7 +91,13 @@ _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_param
 def composite(module: nn.Module) -> frozenset[str]:
     """The names of attributes that hold containers or plain objects, which are compared by what is in them."""
     kinds = (list, tuple, dict, set, frozenset)
-    return frozenset(k for k, v in vars(module).items() if k not in _SKIPPED and (isinstance(v, kinds) or _plain(v)))
+    return frozenset(k for k, v in vars(module).items() if k not in SKIPPED and (isinstance(v, kinds) or _plain(v)))
+
+
+def lasting(value: Any) -> bool:
+    """Whether an attribute with `value` is the same while it holds that object, and no tensor, which others free."""
+    contained = isinstance(value, (Tensor, list, tuple, dict, set, frozenset)) or type(value).__module__ == "numpy"
+    return not contained and not _plain(value)
 
 
 def attributes(
@@ -101,7 +107,7 @@ def attributes(
     it has, whether it has hooks.
     """
     d = vars(module)
-    named = [k for k in d if k not in _SKIPPED and (names is None or k in names)]
+    named = [k for k in d if k not in SKIPPED and (names is None or k in names)]
     plain = tuple([(k, key(d[k])) for k in named if k not in without])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
     tensors = tuple([(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())])
@@ -109,7 +115,7 @@ def attributes(
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-_SKIPPED = _INNER | {*_TABLES, "_revfx"}
+SKIPPED = _INNER | {*_TABLES, "_revfx"}
 
 
 def name_of(module: nn.Module) -> str:
@@ -122,7 +128,7 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     children.
     """
     d = vars(module)
-    plain = tuple((k, key(v)) for k, v in d.items() if k not in _SKIPPED)
+    plain = tuple((k, key(v)) for k, v in d.items() if k not in SKIPPED)
     tensors = tuple(
         (k, None if t is None else (tuple(t.shape), t.dtype, t.device, t.requires_grad))
         for table in (_torch.parameters(module), _torch.buffers(module))
@@ -202,6 +208,17 @@ class Snapshot:
         named = ((i, k) for i, k, held in self.held if differ(held, lambda a, b: key(a) == key(b)))
         return next(((i, f"{name_of(self.modules[i])}.{k}") for i, k in named), None)
 
+    def written(self) -> set[tuple[type, str]]:
+        """The attributes that are not what they were: pairs of a module's class and a name."""
+        found: set[tuple[type, str]] = set()
+        for m, before, contents in zip(self.modules, self.tables, self.keys, strict=True):
+            now = (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m))
+            for old, new in zip(before, now, strict=True):
+                found.update((type(m), k) for k in {**old, **new} if old.get(k, self) is not new.get(k, self))
+            found.update((type(m), k) for k, value in _contents(m).items() if contents.get(k) != value)
+        found.update((type(self.modules[i]), k) for i, k, held in self.held if differ(held))
+        return found
+
     def restore(self) -> None:
         """None; every table holds again what it held, and so do containers and plain objects in them."""
         for *_, held in self.held:
@@ -217,12 +234,12 @@ class Snapshot:
 
 def held(tables: Iterable[dict[str, Any]]) -> Held:
     """The lists, dicts and sets among the attributes in `tables`, each with what is in it."""
-    values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
+    values = [v for table in tables for k, v in table.items() if k not in SKIPPED]
     return [(v, content(v)) for v in values if isinstance(v, (list, dict, set))]
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _SKIPPED}
+    return {k: key(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in SKIPPED}
 
 
 @contextmanager
