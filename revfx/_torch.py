@@ -7,6 +7,7 @@ Each function says what it stands for, so that a public spelling can take its pl
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -125,6 +126,24 @@ def constant_when_compiled(function: _F) -> _F:
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which runs plainly where a function that `torch.compile` made calls it.
+
+    As `torch.compiler.disable`, but cheap to make, and without importing the compiler: before something else has, there
+    are no such functions.
+    """
+    return function if "torch._dynamo" not in sys.modules else functools.partial(_plainly(), function)
+
+
+@functools.cache
+def _plainly() -> Callable[..., Any]:
+    return torch.compiler.disable(_call)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def has_global_module_hooks() -> bool:

@@ -164,7 +164,7 @@ class RegionRun:
         growth = numerics.Growth(self.plan.tolerance)
         self.unchanged = growth.unchanged
         alive, held = set(program.outputs), {*region.saved, *region.side}
-        with saved_tensors_hooks(self._pack, _unpack):
+        with saved_tensors_hooks(_torch.uncompiled(self._pack), _torch.uncompiled(_unpack)):
             for number, step in enumerate(region.steps):
                 anchored = number in self.plan.anchors
                 if anchored:
@@ -462,7 +462,7 @@ class RegionRun:
             for device, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(saved_tensors_hooks(pack, unpack))
+            stack.enter_context(saved_tensors_hooks(_torch.uncompiled(pack), _torch.uncompiled(unpack)))
             outs = [sharding.arrived(t.detach()) for t in call.invoke(inputs)]
         shapes = [self.layout[v][0] for v in op.outs], [tuple(t.shape) for t in outs]
         if (change := changed(self.saved_meta.get(index, []), metas, *shapes)) is not None:
