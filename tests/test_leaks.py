@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,11 +59,11 @@ def assert_flat(step: Callable[[int], object], first: int, then: int) -> None:
 
 
 class Fails(nn.Module):
-    """Raises its error while it is armed."""
+    """Raises its error while it is armed, which a plan does not see: it does not look into a deque."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.armed = nn.Linear(4, 4), list[str]()
+        self.linear, self.armed = nn.Linear(4, 4), deque[str]()
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.linear(x))

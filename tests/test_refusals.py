@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -224,9 +225,11 @@ def test_opaque_function_that_writes_its_input_is_never_regenerated(fp64: None) 
 
 
 class WritesWhenArmed(nn.Module):
-    """Writes its input depending on a flag, inside a module that stays whole, which planning did not see."""
+    """Writes its input once it is armed, which a plan does not see: it does not look into a deque."""
 
-    armed = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = deque[bool]()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.armed:
@@ -241,7 +244,7 @@ def test_write_that_only_the_run_shows_is_noticed_in_the_forward(fp64: None) -> 
     converted = revfx.convert(model)
     x = torch.randn(6, 2 * D)
     converted(x)
-    spoiled.armed = True
+    spoiled.armed.append(True)
     with pytest.raises(revfx.NotReversibleError, match=r"`f\.1` .*writes to its input in place"):
         converted(x)
 
