@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import types
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -107,8 +108,39 @@ def run_by_eager_kernels(
     gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The function that runs `gm`'s forward and backward graphs, as `partition` splits them, by eager kernels."""
-    compiler = aot_autograd(fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True)
+    compiler = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=_eager_backward,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
     return compiler(gm, list(inputs))
+
+
+def _eager_backward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    run: Any = boxed_nop(gm, inputs)
+    if not isinstance(run, types.FunctionType):  # what the caches of compiled graphs take
+        return run
+
+    def backward(args: list[Any]) -> Any:
+        return _Regenerating(gm).boxed_run(args) if torch._C._is_any_autocast_enabled() else run(args)
+
+    vars(backward)["_boxed_call"] = True  # it empties `args`
+    return backward
+
+
+class _Regenerating(fx.Interpreter):
+    """Runs a backward graph under the caller's autocast, as plain autograd does, but for what it regenerates.
+
+    That was traced with its casts, and in the forward no others were made.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        """What the node gives."""
+        with (
+            contextlib.nullcontext() if n.meta.get("partitioner_tag") == "is_backward" else torch._C._DisableAutocast()
+        ):
+            return super().run_node(n)
 
 
 def mode_options(mode: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ Each function says what it stands for, so that a public spelling can take its pl
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -169,6 +170,24 @@ def constant_when_compiled(function: _F) -> _F:
     return function
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which runs plainly where a function that `torch.compile` made calls it.
+
+    As `torch.compiler.disable`, but cheap to make, and without importing the compiler: before something else has, there
+    are no such functions.
+    """
+    return function if "torch._dynamo" not in sys.modules else functools.partial(_plainly(), function)
+
+
+@functools.cache
+def _plainly() -> Callable[..., Any]:
+    return torch.compiler.disable(_call)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 def has_global_module_hooks() -> bool:
     """Whether hooks are registered that run for every nn.Module."""
     m = torch.nn.modules.module
@@ -220,6 +239,12 @@ def hooks(module: torch.nn.Module) -> list[Any]:
     """What is run before and after a module's forward."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     return [*before.values(), *after.values()] if before or after else []
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks, other than torch's own, run before or after the forward of `module`."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any((getattr(h, "__module__", None) or "").partition(".")[0] != "torch" for h in hooks)
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -57,6 +57,39 @@ def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
             yield
 
 
+Settings = tuple[torch.dtype, tuple[bool, ...]]
+
+
+def settings() -> Settings:
+    """What is set for the whole process: the default dtype, and which kernels attention may take."""
+    cuda: Any = torch.backends.cuda
+    return torch.get_default_dtype(), tuple([getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in _ATTENTION])
+
+
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+
+@contextmanager
+def settings_of(then: Settings) -> Generator[None]:
+    """A context with the settings that `settings` noted."""
+    now = settings()
+    if now == then:
+        yield
+        return
+    _set(then)
+    try:
+        yield
+    finally:
+        _set(now)
+
+
+def _set(to: Settings) -> None:
+    dtype, enabled = to
+    torch.set_default_dtype(dtype)
+    for kernel, on in zip(_ATTENTION, enabled, strict=True):
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)
+
+
 def where() -> str:
     """The user's file and line from which this was reached."""
     frame = _torch.caller()

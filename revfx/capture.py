@@ -35,7 +35,9 @@ from revfx.passes.kinks import Inside, Made, look_inside, made_by
 from revfx.passes.numbers import is_generic
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
+from revfx.trees import address, meta, tensors
 from revfx.untraceable import Untraceable, untraceable
+from revfx.whole import Spot, Written
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,19 @@ class Capture:
 
     `inputs` are positions among the flattened arguments; `outputs` holds nodes and constants, `spec` their structure.
     `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
-    held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read.
+    held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read,
+    `written` those that modules called whole set; `generic` says where the parameters hang that were taken for such.
     """
 
     graph: fx.Graph
     inputs: tuple[int, ...]
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
-    attributes: dict[fx.Node, tuple[str, str]]
+    attributes: dict[fx.Node, Spot]
     opened: frozenset[str]
-    tied: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = ()
+    tied: tuple[tuple[Spot, Spot], ...] = ()
+    written: Written = frozenset()
+    generic: tuple[Spot, ...] = ()
     reads: Reads = field(default_factory=Reads)
 
 
@@ -128,7 +133,7 @@ class _Recorder(TorchFunctionMode):
         self.fake = _torch.fake_mode()
         self.paths: dict[int, str] = {}
         self.real: dict[int, tuple[Tensor, str, str]] = {}
-        self.tied: list[tuple[tuple[str, str], tuple[str, str]]] = []
+        self.tied: list[tuple[Spot, Spot]] = []
         for path, module in root.named_modules(remove_duplicate=True):
             self.paths[id(module)] = path
             named = {
@@ -141,13 +146,15 @@ class _Recorder(TorchFunctionMode):
                     first = self.real.setdefault(id(t), (t, path, name))[1:]
                     self.tied += [((path, name), first)] if first != (path, name) else []
         self.fakes: dict[int, Tensor] = {}
-        self.generic: dict[int, bool] = {}
+        self.generic, self.written = dict[int, bool](), set[tuple[type, str]]()
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
         self.levels, self.trail, self.own = Levels(), list[Made](), set[int]()
         self.suspended = 0
         self.generation: dict[int, int] = {}
+        self.born: dict[int, int] = {}  # when memory was first seen, counted in such
+        self.hooked: tuple[int, str] = (-1, "")  # the latest module with hooks, and when its call ended
         self.inputs: list[int] = []
         self.memo: dict[Any, Seen | None] = {}
         self.ambient = ambient_state()
@@ -253,6 +260,7 @@ class _Recorder(TorchFunctionMode):
         if fake.layout == torch.strided:
             node.meta["storage_nbytes"] = fake.untyped_storage().nbytes()
         self.nodes[id(fake)] = node
+        self.born.setdefault(key, len(self.born) if node.op.startswith("call") else -1)
         self.alive.append(fake)
 
     def finish(self, result: Any) -> Capture:
@@ -274,7 +282,9 @@ class _Recorder(TorchFunctionMode):
         self.graph.lint()
         read = set(self.attributes.values())
         tied = tuple(pair for pair in self.tied if pair[1] in read)
-        return Capture(self.graph, tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied)
+        generic = tuple(self.real[k][1:] for k, yes in self.generic.items() if yes and k in self.real)
+        sources = tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied
+        return Capture(self.graph, *sources, frozenset(self.written), generic)
 
     def _refuse_unseen_functions(self) -> None:
         for t in self.alive:
@@ -305,7 +315,7 @@ class _Recorder(TorchFunctionMode):
             out = func(*args, **kwargs)
             return self.record("call_function", getattr, (args[0], name), {}, out, [])
         method = getattr(torch.Tensor, name, None) == func
-        versions = [(t, _torch.version(t)) for t in _tensors((args, kwargs))]
+        versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
         out = func(*args, **kwargs)
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
@@ -317,7 +327,7 @@ class _Recorder(TorchFunctionMode):
         self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any
     ) -> Any:
         """`out`, after adding the node that makes it (unless it makes no tensor and changes none)."""
-        made = _tensors(out)
+        made = tensors(out)
         if not mutated and not meta.get("opaque") and all(id(t) in self.nodes for t in made):
             return out
         node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
@@ -330,6 +340,7 @@ class _Recorder(TorchFunctionMode):
         if mutated:
             node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
             node.meta["unseen"] = not torch.is_grad_enabled() and any(t.requires_grad for t in mutated)
+            self._refuse_writes(node.meta["mutates"])
             for t in mutated:
                 key = _torch.storage_key(t)
                 self.generation[key] = self.generation.get(key, 0) + 1
@@ -340,6 +351,12 @@ class _Recorder(TorchFunctionMode):
             self.alive.append(out)
             self._take_apart(node, out)
         return out
+
+    def _refuse_writes(self, nodes: list[fx.Node]) -> None:
+        """None; hooks don't run here, so that what their module returned may be any tensor that was there."""
+        then, path = self.hooked
+        if any(self.born[n.meta["storage"][0]] < then for n in nodes):
+            raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
 
     def _take_apart(self, node: fx.Node, out: Any) -> None:
         items = enumerate(out) if isinstance(out, (tuple, list)) else out.items() if isinstance(out, dict) else ()
@@ -373,9 +390,9 @@ class _Recorder(TorchFunctionMode):
         return tree
 
     def _follow_atoms(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        read = [(id(t), t, self.levels.of.get(id(t), CERTAIN)) for t in _tensors((args, kwargs))]
-        for t in _tensors(out):
-            self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, _key)
+        read = [(id(t), t, self.levels.of.get(id(t), CERTAIN)) for t in tensors((args, kwargs))]
+        for t in tensors(out):
+            self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, address)
             level = self.levels.of[id(t)] = self.levels.of[id(t)] if may_be_continuous(t) else CERTAIN
             self.trail.append(made_by(id(t), name, level, read, (args, kwargs), t))
             self.alive += (t, args, kwargs)  # else another could get its id
@@ -398,11 +415,14 @@ class _Recorder(TorchFunctionMode):
             args, kwargs = self._convert(args), self._convert(kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
             generic = tuple(map(self._is_generic, module.parameters()))
-            key = (structure(module), generic, str(spec), tuple(_meta(x) for x in leaves), ambient_state())
+            hooked = any(map(_torch.has_forward_hooks, module.modules()))
+            key = (structure(module), hooked, generic, str(spec), tuple(map(meta, leaves)), ambient_state())
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)
             if seen is not None:
-                return self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
+                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
+                self.hooked = (len(self.born), path) if hooked else self.hooked
+                return out
         self.trail = []
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}")):
             out = self._run_whole(module, args, kwargs)
@@ -415,11 +435,13 @@ class _Recorder(TorchFunctionMode):
                 raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}")
             if not mutated:
                 self.memo[key] = Seen.of(out, [t for t, _ in versions], numbers)
-            return self.record("call_module", path, args, kwargs, out, mutated, opaque=True, **numbers)
+            out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, **numbers)
+            self.hooked = (len(self.born), path) if hooked else self.hooked
+            return out
 
     def _numbers(self, leaves: list[Any], out: Any) -> dict[str, Any]:
         """What is known of the numbers that a module takes and gives, by what ran in it: see `revfx.passes.kinks`."""
-        made = [id(t) for t in _tensors(out)]
+        made = [id(t) for t in tensors(out)]
         return {
             "atoms": max((self.levels.of.get(k, CERTAIN) for k in made), default=CERTAIN),
             "inside": look_inside(self.trail, self.own, [id(x) for x in leaves], made),
@@ -433,6 +455,7 @@ class _Recorder(TorchFunctionMode):
             return sharding.run(module, args, kwargs)
         finally:
             self.suspended -= 1
+            self.written |= before.written()
             before.restore()
             restore(drawn)
 
@@ -452,16 +475,16 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         if self.suspended:
             out = apply(function, *args, **kwargs)
-            read = [id(t) for t in _tensors((args, kwargs))]
+            read = [id(t) for t in tensors((args, kwargs))]
             levels = tuple(self.levels.of.get(k, CERTAIN) for k in read)
-            for t in _tensors(out):  # its backward may tell numbers apart
+            for t in tensors(out):  # its backward may tell numbers apart
                 level = self.levels.of.get(id(t), CERTAIN)
                 self.trail.append(Made(id(t), function.__name__, level, tuple(read), levels, inside=Inside()))
                 self.alive += (t, args, kwargs)
             return out
         with _torch.no_torch_function():
             args, kwargs = self._convert(args), self._convert(kwargs)
-            versions = [(t, _torch.version(t)) for t in _tensors((args, kwargs))]
+            versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
         self.suspended += 1
         try:
             out = apply(function, *args, **kwargs)
@@ -470,26 +493,3 @@ class _Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             mutated = [t for t, v in versions if _torch.version(t) != v]
             return self.record("call_function", function.apply, args, kwargs, out, mutated, opaque=True)
-
-
-# --- small helpers
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, (list, tuple)):
-        return [t for x in tree for t in _tensors(x)]
-    if isinstance(tree, dict):
-        return [t for x in tree.values() for t in _tensors(x)]
-    if isinstance(tree, slice):
-        return _tensors((tree.start, tree.stop, tree.step))
-    return []
-
-
-def _key(x: Any) -> int | None:
-    return id(x) if isinstance(x, Tensor) else None
-
-
-def _meta(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return tuple(x.shape), x.stride() if x.layout == torch.strided else None, x.dtype, x.device, x.requires_grad
-    return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)

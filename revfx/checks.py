@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,26 @@ class Ranges:
             k = value.grid or 0
             if not size < limit(value.dtype, k):
                 raise RangeError(_beyond(self.program, v, size, k))
+
+
+Metas = Sequence[tuple[Any, ...]]  # a shape and a dtype each
+
+
+def changed(saved: Metas, again: Metas, returned: Metas, returned_again: Metas) -> str | None:
+    """What a call did otherwise when it was run again: in the tensors that it saved, or in the shapes that it returned.
+
+    None where it did the same.
+    """
+    if len(saved) != len(again):
+        return f"{len(saved)} saved in the forward, {len(again)} now"
+    for number, (then, now) in enumerate(zip(saved, again, strict=True), 1):
+        if then != now:
+            described = [f"{dtype}{list(shape)}" for shape, dtype in (then, now)]
+            return f"of {len(saved)} saved, number {number} was {described[0]} in the forward and is {described[1]} now"
+    for then, now in zip(returned, returned_again, strict=True):
+        if then != now:
+            return f"it returned the shape {list(then)} in the forward and {list(now)} now"
+    return None
 
 
 def _beyond(program: Program, v: int, size: float, k: int) -> str:

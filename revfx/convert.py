@@ -293,6 +293,12 @@ class Reversible(nn.Module):
         """What the conversion knows about this model."""
         return vars(self)["_revfx"]
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """None; plans look at the numbers of the weights again."""
+        super()._load_from_state_dict(*args, **kwargs)
+        for plan in self.revfx.plans:
+            plan.weights.due = True
+
     def __repr__(self) -> str:
         """The model's own text, and the rewritten programs."""
         return f"{super().__repr__()}\n{self.revfx.code}"

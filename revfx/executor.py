@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch, numerics, sharding
+from revfx.ambient import settings, settings_of
 from revfx.calls import Call
-from revfx.checks import Checksums, Ranges, Samples
+from revfx.checks import Checksums, Ranges, Samples, changed
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
 from revfx.layout import ALIGNED, identity, leaf, placed
 from revfx.mode import without_hooks
@@ -141,7 +142,7 @@ class RegionRun:
         devices = ["cpu"] if device is None else ["cpu", device.type]
         self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
         self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
-        self.random = Random.now(device)
+        self.random, self.settings = Random.now(device), settings()
         self.lock = threading.RLock()
         self.current: int | None = None
         self.fresh: list[tuple[Handle, Tensor]] = []
@@ -163,7 +164,7 @@ class RegionRun:
         growth = numerics.Growth(self.plan.tolerance)
         self.unchanged = growth.unchanged
         alive, held = set(program.outputs), {*region.saved, *region.side}
-        with saved_tensors_hooks(self._pack, _unpack):
+        with saved_tensors_hooks(_torch.uncompiled(self._pack), _torch.uncompiled(_unpack)):
             for number, step in enumerate(region.steps):
                 anchored = number in self.plan.anchors
                 if anchored:
@@ -456,19 +457,20 @@ class RegionRun:
         with contextlib.ExitStack() as stack:
             if surroundings is not None:
                 stack.enter_context(surroundings.restored())
+            stack.enter_context(settings_of(self.settings))
             # a cache would hold every re-run's casts until the outermost exit
             for device, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(saved_tensors_hooks(pack, unpack))
+            stack.enter_context(saved_tensors_hooks(_torch.uncompiled(pack), _torch.uncompiled(unpack)))
             outs = [sharding.arrived(t.detach()) for t in call.invoke(inputs)]
-        before = self.saved_meta.get(index, [])
-        if metas != before or any(tuple(t.shape) != self.layout[v][0] for v, t in zip(op.outs, outs, strict=True)):
+        shapes = [self.layout[v][0] for v in op.outs], [tuple(t.shape) for t in outs]
+        if (change := changed(self.saved_meta.get(index, []), metas, *shapes)) is not None:
             raise RegenerationError(
                 f"`{call.name}` ({op.where or 'unknown place'}) did not return the same shapes and save the same"
-                f" tensors when it was run again for the backward: {len(before)} saved in the forward, {len(metas)}"
-                " now, or other shapes. It branches on values that rounding can flip, or depends on state that changed"
-                " since. Keep its activations with `revfx.testing.store_activations()`, or make it deterministic."
+                f" tensors when it was run again for the backward: {change}. It branches on values that rounding can"
+                " flip, or depends on state that changed since. Keep its activations with"
+                " `revfx.testing.store_activations()`, or make it deterministic."
             )
         if capture:
             self.captures[index] = [*saved]

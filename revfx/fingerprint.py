@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
-from revfx.containers import DEPTH, Held, content, differ, held_within, is_container, put_back
+from revfx.containers import CONTAINERS, DEPTH, Held, content, differ, held_within, is_container, put_back
 
 
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -93,7 +93,13 @@ _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_param
 def composite(module: nn.Module) -> frozenset[str]:
     """The names of attributes that hold containers or plain objects, which are compared by what is in them."""
     kinds = (list, tuple, dict, set, frozenset, deque)
-    return frozenset(k for k, v in vars(module).items() if k not in _SKIPPED and (isinstance(v, kinds) or is_plain(v)))
+    return frozenset(k for k, v in vars(module).items() if k not in SKIPPED and (isinstance(v, kinds) or is_plain(v)))
+
+
+def lasting(value: Any) -> bool:
+    """Whether an attribute with `value` is the same while it holds that object, and no tensor, which others free."""
+    contained = isinstance(value, (Tensor, *CONTAINERS, tuple, frozenset)) or type(value).__module__ == "numpy"
+    return not contained and not is_plain(value)
 
 
 def attributes(
@@ -103,7 +109,7 @@ def attributes(
     it has, whether it has hooks.
     """
     d = vars(module)
-    named = [k for k in d if k not in _SKIPPED and (names is None or k in names)]
+    named = [k for k in d if k not in SKIPPED and (names is None or k in names)]
     plain = tuple([(k, key(d[k])) for k in named if k not in without])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
     tensors = tuple([(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())])
@@ -111,12 +117,12 @@ def attributes(
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-_SKIPPED = _INNER | {*_TABLES, "_revfx"}
+SKIPPED = _INNER | {*_TABLES, "_revfx"}
 
 
 def is_users(name: str) -> bool:
     """Whether an attribute of this name in `vars(module)` is the user's, not one of torch's or revfx's tables."""
-    return name not in _SKIPPED
+    return name not in SKIPPED
 
 
 def name_of(module: nn.Module) -> str:
@@ -129,7 +135,7 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     children.
     """
     d = vars(module)
-    plain = tuple((k, key(v)) for k, v in d.items() if k not in _SKIPPED)
+    plain = tuple((k, key(v)) for k, v in d.items() if k not in SKIPPED)
     tensors = tuple(
         (k, None if t is None else (tuple(t.shape), t.dtype, t.device, t.requires_grad))
         for table in (_torch.parameters(module), _torch.buffers(module))
@@ -209,6 +215,17 @@ class Snapshot:
         named = ((i, k) for i, k, held in self.held if differ(held, lambda a, b: key(a) == key(b)))
         return next(((i, f"{name_of(self.modules[i])}.{k}") for i, k in named), None)
 
+    def written(self) -> set[tuple[type, str]]:
+        """The attributes that are not what they were: pairs of a module's class and a name."""
+        found: set[tuple[type, str]] = set()
+        for m, before, contents in zip(self.modules, self.tables, self.keys, strict=True):
+            now = (vars(m), _torch.parameters(m), _torch.buffers(m), _torch.children(m))
+            for old, new in zip(before, now, strict=True):
+                found.update((type(m), k) for k in {**old, **new} if old.get(k, self) is not new.get(k, self))
+            found.update((type(m), k) for k, value in _contents(m).items() if contents.get(k) != value)
+        found.update((type(self.modules[i]), k) for i, k, held in self.held if differ(held))
+        return found
+
     def restore(self) -> None:
         """None; every table holds again what it held, and so do containers and plain objects in them."""
         for *_, held in self.held:
@@ -224,7 +241,7 @@ class Snapshot:
 
 def held(tables: Iterable[dict[str, Any]]) -> Held:
     """The lists, dicts and sets among the attributes in `tables`, each with what is in it."""
-    values = [v for table in tables for k, v in table.items() if k not in _SKIPPED]
+    values = [v for table in tables for k, v in table.items() if k not in SKIPPED]
     return [(v, content(v)) for v in values if is_container(v)]
 
 
@@ -234,7 +251,7 @@ def held_deep(values: Iterable[Any]) -> Held:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {k: key(v) for k, v in vars(module).items() if is_container(v) and k not in _SKIPPED}
+    return {k: key(v) for k, v in vars(module).items() if is_container(v) and k not in SKIPPED}
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from revfx.passes.rewrite import Segment, segments, text
 from revfx.passes.sizes import muted
 from revfx.rules import has_rule, op_name
 from revfx.untraceable import Untraceable
+from revfx.whole import Part, Weights, parts
 
 
 Forward = Callable[..., Any]
@@ -52,8 +53,9 @@ class Plan:
     """How to run one model on arguments of given shapes.
 
     `state` holds the modules whose Python code was recorded, with what that code may have read (attributes of these
-    names, less objects and containers that it did not read); the plan is valid while they are as they were. It belongs
-    to the model, and refers to the model's modules weakly: a model that is let go is freed at once.
+    names, less objects and containers that it did not read), `parts` what lies inside modules called whole; the
+    plan is valid while they are as they were. It belongs to the model, and refers to the model's modules weakly: a
+    model that is let go is freed at once.
     """
 
     lowered: Lowered
@@ -66,6 +68,8 @@ class Plan:
     tied: tuple[tuple[Place, Place], ...]
     state: tuple[tuple[weakref.ref[nn.Module], frozenset[str] | None, frozenset[str], Any], ...]
     outside: tuple[Outside, Any]
+    parts: tuple[Part, ...]
+    weights: Weights
 
     def valid(self) -> bool:
         """Whether the recorded code would do the same now."""
@@ -80,6 +84,8 @@ class Plan:
                 place.tensor() is t and _torch.version(t) == version and t.data_ptr() == address
                 for t, version, address, place in self.constants
             )
+            and all(part.same() for part in self.parts)
+            and self.weights.stand()
         )
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
@@ -278,7 +284,8 @@ class _Search:
             {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple((t, _torch.version(t), t.data_ptr(), place) for t, place in guarded), tuple(tied), tuple(state),
-            (outside, outside.state()),
+            (outside, outside.state()), parts(whole, captured.reads, captured.written),
+            Weights((self.modules[path], name) for path, name in captured.generic),
         )  # fmt: skip
 
     def _place(self, path: str, name: str) -> Place:

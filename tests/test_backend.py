@@ -97,6 +97,19 @@ def test_eager_kernels_give_the_plain_gradients(model: type[nn.Module], unbounde
     assert report.regions[0].freed_bytes > 2 * report.regions[0].kept_bytes
 
 
+def test_what_is_regenerated_is_as_the_forward_made_it_where_the_backward_runs_under_autocast() -> None:
+    model, x = Couplings().float(), leaf(ROWS, 8, dtype=torch.float32)
+
+    def step(call: Callable[[Tensor], Tensor]) -> Sequence[Tensor | None]:
+        y = call(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves fp64 alone
+            return torch.autograd.grad(loss_of(y), [x, *model.parameters()])
+
+    compiled = torch.compile(model, backend="revfx", options={**EAGER, "strict": True})
+    assert relative_error(step(compiled), step(model)) < 1e-5, "plain autograd's products are in bfloat16 too"
+    assert relative_error(gradients(model, model, x), step(model)) > 1e-3
+
+
 def test_unbounded_says_whether_a_vanishing_factor_raises() -> None:
     model, x = Scaling(), leaf(ROWS, 8)
     with torch.no_grad():

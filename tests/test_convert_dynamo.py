@@ -12,11 +12,12 @@ import pytest
 import torch
 from helpers import TOLERANCE, fp64, leaf, loss_of, relative_error
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from zoo import Additive, Pairs
 
 import revfx
 from revfx.errors import RevfxError, RevfxWarning
-from revfx.testing import measure_memory, store_activations
+from revfx.testing import assert_same_grads, measure_memory, store_activations
 
 
 __all__ = ["fp64"]
@@ -198,3 +199,31 @@ def test_wrong_use_is_told_in_words() -> None:
         revfx.convert(Branches(1), capture="jit")
     with pytest.raises(ValueError, match="leave `example_inputs` out"):
         revfx.convert(Branches(1), (leaf(8, 32),), capture="dynamo")
+
+
+# --- sub-modules that the user compiles
+class Own(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh().exp()
+
+
+def _sequential(width: int) -> nn.Module:  # dynamo leaves its forward alone, and goes on to what that calls
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+
+@pytest.mark.parametrize("make", [_sequential, Own])
+def test_what_packs_and_unpacks_is_not_compiled_with_a_sub_module(make: Any, fp64: None) -> None:
+    model: Any = Additive(6)
+    width = model.f[0][0].in_features
+    model.f, model.g = (nn.ModuleList(make(width) for _ in range(6)) for _ in range(2))
+    for f in (*model.f, *model.g):
+        f.compile(backend="eager")
+    converted: Any = revfx.convert(model)
+    x = leaf(5, 2 * width)
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
+        assert_same_grads(converted, model, [x])
+    assert converted.revfx.plans

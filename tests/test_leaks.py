@@ -58,7 +58,7 @@ def assert_flat(step: Callable[[int], object], first: int, then: int) -> None:
 
 
 class Fails(nn.Module):
-    """Raises its error while it is armed."""
+    """Raises its error while it is armed, which a plan does not see."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Unseen
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import Additive, D, Pairs, mlp
@@ -224,12 +225,14 @@ def test_opaque_function_that_writes_its_input_is_never_regenerated(fp64: None) 
 
 
 class WritesWhenArmed(nn.Module):
-    """Writes its input depending on a flag, inside a module that stays whole, which planning did not see."""
+    """Writes its input once it is armed, which a plan does not see."""
 
-    armed = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = Unseen()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.armed:
+        if self.armed.values:
             x.detach().mul_(0.5)
         return torch.tanh(x)
 
@@ -241,7 +244,7 @@ def test_write_that_only_the_run_shows_is_noticed_in_the_forward(fp64: None) -> 
     converted = revfx.convert(model)
     x = torch.randn(6, 2 * D)
     converted(x)
-    spoiled.armed = True
+    spoiled.armed.values.append(True)
     with pytest.raises(revfx.NotReversibleError, match=r"`f\.1` .*writes to its input in place"):
         converted(x)
 

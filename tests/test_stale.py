@@ -1,0 +1,253 @@
+"""What changes after a plan was made, where the recorded code did not look: inside modules called whole, in weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import D, Pairs, mlp
+
+import revfx
+from revfx.errors import RevfxWarning
+from revfx.testing import assert_same_grads
+
+
+pytestmark = pytest.mark.usefixtures("fp64")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """A refusal is as good as a plan here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RevfxWarning)
+        yield
+
+
+def x_() -> Tensor:
+    return torch.randn(6, 2 * D, requires_grad=True)
+
+
+class Written(nn.Module):
+    """Couplings that write in place to what f returns."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Linear(2 * D, 2 * D)
+        self.f, self.g = nn.ModuleList(make() for _ in range(3)), nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.stem(x).chunk(2, -1)
+        a, b = a * 1, b * 1
+        for f, g in zip(self.f, self.g, strict=True):
+            h = f(b)
+            h.mul_(2.0)
+            a = a + h
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+class Box(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def additive(make: Callable[[], nn.Module]) -> Any:
+    model: Any = Pairs(3)
+    model.f, model.g = (nn.ModuleList(make() for _ in range(3)) for _ in range(2))
+    model.forward = lambda x: _additive(model, x)
+    return model
+
+
+def _additive(model: Any, x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    for f, g in zip(model.f, model.g, strict=True):
+        a = a + f(b)
+        b = b + g(a)
+    return torch.cat([a, b], -1)
+
+
+# --- modules inside those that are called whole
+@pytest.mark.parametrize("make", [lambda: nn.Dropout(0.5), lambda: Box(nn.Dropout(0.5))])
+def test_dropout_that_comes_to_return_its_argument_makes_another_plan(make: Callable[[], nn.Module]) -> None:
+    model = Written(make)
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    converted: Any = revfx.convert(model)
+    x = x_()
+    assert_same_grads(converted, model, [x])
+    for m in dropouts:
+        m.eval()
+    assert_same_grads(converted, model, [x])
+    for m in dropouts:
+        m.train()
+    assert_same_grads(converted, model, [x])
+    assert len(converted.revfx.outcomes) == 1
+    assert sum(len(found) for found in converted.revfx.outcomes.values()) == 2, "the first plan serves again"
+
+
+class Threshold(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.tensor(101 / 255))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x - self.t) + x.tanh()
+
+
+def _f(inner: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Sequential(nn.Sequential(inner)), nn.Linear(D, D), nn.Dropout(0.5))
+
+
+def test_module_deep_inside_that_is_replaced_makes_another_plan() -> None:
+    model = additive(lambda: _f(nn.Tanh()))
+    converted: Any = revfx.convert(model)
+    x = (torch.tensor([97, 98, 101, 101, 101, 104])[torch.randint(0, 6, (40, 2 * D))] / 255.0).requires_grad_()
+    assert_same_grads(converted, model, [x])
+    for f in (*model.f, *model.g):
+        f[0][0][0] = Threshold()
+    assert_same_grads(converted, model, [x])
+
+
+def test_flag_deep_inside_that_is_flipped_makes_another_plan() -> None:
+    model = additive(lambda: Box(nn.Sequential(nn.ReLU(), nn.Linear(D, D))))
+    converted: Any = revfx.convert(model)
+    x = x_().detach() * 1
+    assert_same_grads(converted, model, [x])
+    for m in model.modules():
+        if isinstance(m, nn.ReLU):
+            m.inplace = True
+    assert_same_grads(converted, model, [x])
+
+
+def _frozen(f: Any) -> None:
+    f.inner[0].requires_grad_(False)
+
+
+def _hooked(f: Any) -> None:
+    f.inner[0].register_forward_hook(lambda *_: None)
+
+
+def _attribute(f: Any) -> None:
+    f.inner[0].flag = 1
+
+
+def _gone(f: Any) -> None:
+    del f.inner[0].rate
+
+
+def _content(f: Any) -> None:
+    f.inner[0].sizes.append(1)
+
+
+def _class(f: Any) -> None:
+    f.inner[0].__class__ = type("Other", (Counted,), {})
+
+
+class Counted(nn.Module):
+    """Sets attributes as it runs; its `rate` may be changed at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls, self.rate, self.sizes, self.log = nn.Linear(D, D), 0, 0.5, [1, 2], list[int]()
+        self.trainer = {"step": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.log.append(self.calls)
+        self.last = self.linear(x)
+        return self.last * getattr(self, "rate", 0.5) * len(self.sizes)
+
+
+@pytest.mark.parametrize("change", [_frozen, _hooked, _attribute, _gone, _content, _class])
+def test_change_inside_is_seen(change: Callable[[nn.Module], None]) -> None:
+    model = additive(lambda: Box(Counted()))
+    converted: Any = revfx.convert(model)
+    x = x_()
+    converted(x)
+    converted(x)
+    assert len(converted.revfx.plans) == 1
+    change(model.f[1])
+    converted(x)
+    assert len(converted.revfx.plans) == 2
+    assert_same_grads(converted, model, [x])
+
+
+def test_what_a_module_sets_itself_and_rates_that_change_make_no_other_plan() -> None:
+    model = additive(lambda: Box(Counted()))
+    converted: Any = revfx.convert(model)
+    for step in range(3):
+        for f in model.f:
+            f.inner[0].rate = 0.1 + step / 8
+            f.inner[0].trainer["step"] = step
+        assert_same_grads(converted, model, [x_()])
+    assert len(converted.revfx.plans) == 1
+    model.f[0].inner[0].rate = 0.0
+    assert_same_grads(converted, model, [x_()])
+    assert len(converted.revfx.plans) == 2
+
+
+# --- the numbers of parameters
+class Kernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.l, self.dropout = nn.Linear(D, D, bias=False), nn.Linear(D, D), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.l(F.relu(self.k(x))))
+
+
+def _differences(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    kernel = torch.eye(D) - torch.eye(D).roll(1, 0)
+    return {n: kernel if n.endswith("k.weight") else v for n, v in state.items()}
+
+
+@pytest.mark.parametrize("through", ["model", "converted", "assign"])
+def test_weights_with_a_pattern_that_are_loaded_make_another_plan(through: str) -> None:
+    model = additive(Kernel)
+    converted: Any = revfx.convert(model)
+    x = (torch.tensor([97, 98, 99, 101, 103, 104])[torch.randint(0, 6, (40, 2 * D))] / 255.0).requires_grad_()
+    for _ in range(4 if through == "converted" else 1):  # the fifth write is looked at only where it is told of
+        with torch.no_grad():
+            model.f[0].l.weight.mul_(0.9)
+        converted(x)
+    (converted if through == "converted" else model).load_state_dict(
+        _differences(model.state_dict()), assign=through == "assign"
+    )
+    assert_same_grads(converted, model, [x])
+
+
+# --- hooks, which don't run while a forward is recorded
+@pytest.mark.parametrize("make", [mlp, lambda: Box(mlp())])
+def test_hook_that_returns_the_argument_which_the_root_writes_to(make: Callable[[], nn.Module]) -> None:
+    model: Any = Written(make)
+    hooked = model.f[1].inner[0] if isinstance(model.f[1], Box) else model.f[1]
+    hooked.register_forward_hook(lambda m, args, out: args[0])
+    converted: Any = revfx.convert(model, capture="fx")
+    assert_same_grads(converted, model, [x_()])
+    assert any("hooks" in str(r) for r in converted.revfx.refusals)
+
+
+def test_hooks_that_look_on_and_writes_to_what_is_new_leave_the_plan() -> None:
+    def forward(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(model.f, model.g, strict=True):
+            a = a + f(b).mul(2.0).mul_(0.5)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+    model = additive(mlp)
+    model.forward = forward
+    seen: list[int] = []
+    model.f[1].register_forward_hook(lambda *_: seen.append(1))
+    converted: Any = revfx.convert(model)
+    assert_same_grads(converted, model, [x_()])
+    assert seen
+    assert converted.revfx.plans
