@@ -225,7 +225,7 @@ class _Lowering:
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
             if inverse.exact else None,
-            coupling=self._coupling(node, inverse, given), grid=inverse.grid,
+            coupling=self._coupling(node, inverse, given), grid=inverse.grid, sums=inverse.rest is not nothing,
         )  # fmt: skip
         return self._trusted(arc, inverse.solves) if rounds else arc
 

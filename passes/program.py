@@ -53,7 +53,9 @@ class Arc:
     Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
     `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: a value, and what its
     elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
-    for bit, or why there is none; `grid` says that the arc is the inverse of one.
+    for bit, or why there is none; `grid` says that the arc is the inverse of one. `sums`: something was added to the
+    head, next to which its digits may be lost. `sums`: the head was added to something, so
+    that digits of it may be lost.
     """
 
     head: int
@@ -74,6 +76,7 @@ class Arc:
     assumes: tuple[int, str] | None = None
     coupling: Coupling | str = "its rule does not say what the operation adds"
     grid: bool = False
+    sums: bool = True
 
     @property
     def amplification(self) -> float:

@@ -1,0 +1,56 @@
+"""Whether undoing a sum gives an operand back, where what was added to it is much larger."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from revfx.passes.sizes import as_number
+
+
+SAMPLE = 256  # elements of an operand, by which is seen how large its elements are
+USUAL = 0.9  # of the elements other than zero that share is smaller than the size that counts
+LUCK = 16  # the share of huge addends next to which a single element comes out well by chance
+ROUNDING = 16  # times eps: what an inverse that loses nothing may be off by
+
+
+def size_of(x: Tensor) -> Tensor:
+    """A magnitude that most elements of `x` stay below, going by some of them; NaN or 0 where that can't be told.
+
+    A few huge elements don't change it, as they do the root mean square, nor many tiny ones, as they do the median.
+    """
+    size = _some(x).abs()
+    above = max(1, math.floor((1 - USUAL) * size.numel()))
+    return size.topk(above, sorted=False).values.amin()  # `kthvalue` is not deterministic on GPUs
+
+
+def is_lost(back: Tensor, x: Tensor, limit: float) -> Tensor:
+    """Whether `back` misses an element of `x` by more than `limit`, relative to it and to `x` as it usually is.
+
+    One that is not finite has to come back as it was. A single element may come out better than its error's bound by
+    luck, so of what an inverse gives `LUCK` times less is asked.
+    """
+    eps = torch.finfo(x.dtype).eps
+    wrong = max(limit / LUCK, min(limit, ROUNDING * eps))
+    some = _some(x).abs()
+    known = torch.where((some > 0) & torch.isfinite(some), some, torch.inf).sort().values
+    count = torch.count_nonzero(torch.isfinite(known))
+    usual = torch.where(count > 0, known[(USUAL * count).ceil().long().clamp(min=1) - 1], 0)
+    same = (back == x) | (torch.isnan(back) & torch.isnan(x))
+    return (~((back - x).abs() < wrong * torch.maximum(x.abs(), usual)) & ~same).any()
+
+
+@functools.lru_cache(maxsize=256)
+def _places(n: int, device: torch.device) -> Tensor:
+    stride = max(1, n // SAMPLE)
+    while math.gcd(stride, n) > 1:  # else it might see one column only
+        stride += 1
+    return torch.arange(0, n, stride, device=device)
+
+
+def _some(x: Tensor) -> Tensor:
+    """Some elements of `x`, evenly spread over all its dimensions; `take` copies no more than these."""
+    return x.take(_places(as_number(x.numel()), x.device))
