@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Additive, D
 
 import revfx
+from revfx.partitioner import reports
 from revfx.testing import gradients, measure_memory
 
 
@@ -45,6 +46,7 @@ class Masked(nn.Module):
         self.f, self.g = (nn.ModuleList(make() for _ in range(depth)) for _ in "fg")
         mask = torch.zeros(ROWS, WIDTH)
         mask[7, 2] = value
+        self.value = value
         self.register_buffer("mask", mask)
 
     def masked(self, a: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class Filled(Masked):
     """The mask is made in the forward."""
 
     def masked(self, a: Tensor) -> Tensor:
-        return a + torch.zeros_like(a).masked_fill(self.mask != 0, float(self.mask.min()))
+        return a + torch.zeros_like(a).masked_fill(self.mask != 0, self.value)
 
 
 class Early(Masked):
@@ -155,6 +157,55 @@ def test_rev_block_keeps_what_a_function_hides(value: float) -> None:
 def test_gradients_in_float32_are_those_of_plain_autograd(value: float) -> None:
     model, x = Masked(value, lambda: mlp(WIDTH)).float(), torch.randn(ROWS, 2 * WIDTH, dtype=torch.float32)
     assert error(revfx.convert(copy.deepcopy(model)), model, x.requires_grad_()) < 2e-5
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    torch.compiler.reset()
+    return torch.compile(copy.deepcopy(model), backend="revfx", options={"inner": "aot_eager", **options})
+
+
+@pytest.mark.parametrize(("kind", "value"), [(Masked, -1e9), (Masked, LOWEST), (Filled, -torch.inf), (Early, 1e12)])
+def test_compiled_graphs_raise_and_store_what_masks_hide(kind: type[Masked], value: float) -> None:
+    model, x = kind(value, Scaled), torch.randn(ROWS, 2 * WIDTH, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"its digits are lost.*'unbounded': 'store'"):
+        compiled(model)(x)
+    with reports() as found:
+        assert error(compiled(model, unbounded="store"), model, x) < 1e-9
+    (region,) = found[0].regions
+    assert region.kept_cuts == 3
+
+
+class Asked(Masked):
+    """The mask comes in with the data."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a, b = self.stem(x).chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b)
+            a = a if mask is None or f is not self.f[1] else a + mask
+            b = b + g(a)
+        return a, b
+
+
+@pytest.mark.parametrize("options", [{}, {"anchor_every": 1}])
+def test_compiled_graphs_are_right_or_raise_for_masks_that_are_inputs(options: dict[str, int]) -> None:
+    model, x = Asked(0.0, Scaled, depth=6), torch.randn(ROWS, 2 * WIDTH, requires_grad=True)
+    mask = Masked(-1e9, Scaled).mask
+    plain = gradients(model, [x, mask], loss)
+    try:
+        ours = gradients(compiled(model, **options), [x, mask], loss)
+    except RuntimeError as found:
+        assert not options and "its digits are lost" in str(found) and "'anchor_every': 1" in str(found)
+    else:
+        assert relative_error([*ours.values()], [*plain.values()]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["additive", "leapfrog", "momentum", "masked by where", "side inputs", "transformer"])
+def test_compiled_zoo_stores_nothing_for_it(name: str) -> None:
+    make, inputs = ZOO[name]
+    with reports() as found:
+        compiled(make(3), unbounded="store")(*(t.requires_grad_() if t.is_floating_point() else t for t in inputs(8)))
+    assert not any(a.addend for r in found for _, region, _ in r.details for s in region.steps for a in s.arcs)
 
 
 # --- what is no loss keeps nothing
