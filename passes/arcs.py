@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from revfx.passes.addends import has_huge
 from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.kinks import told_apart
 from revfx.passes.masks import masked_arcs
-from revfx.passes.program import Arc, Op, Program, Value
+from revfx.passes.program import HUGE, ORDINARY, Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, no_new_guards, same_shape
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, nothing, op_name, rule_for, why_none
 
@@ -225,8 +226,11 @@ class _Lowering:
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
             if inverse.exact else None,
-            coupling=self._coupling(node, inverse, given), grid=inverse.grid,
+            coupling=self._coupling(node, inverse, given), grid=inverse.grid, sums=inverse.rest is not nothing,
         )  # fmt: skip
+        if rounds and arc.sums:
+            own = HUGE if has_huge(node, y.dtype) else ORDINARY
+            arc = replace(arc, addend=max(own, *(g.meta.get("addend", ORDINARY) for g in given), ORDINARY))
         return self._trusted(arc, inverse.solves) if rounds else arc
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:

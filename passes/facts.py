@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
-from revfx.passes.numbers import is_generic
+from revfx.passes.numbers import is_generic, is_huge
 from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
 
-PERMUTATION, BINARY, GENERIC = "permutation", "binary", "generic"
+PERMUTATION, BINARY, GENERIC, HUGE = "permutation", "binary", "generic", "huge"
 LIMIT = 1 << 16  # elements of a tensor whose values are looked at
 INDICES = (torch.int32, torch.int64)
 SAME = frozenset("alias clone detach lift_fresh_copy contiguous".split())
@@ -31,9 +31,15 @@ Facts = tuple[tuple[int, str], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """What holds of which of these inputs: pairs of its number and PERMUTATION, BINARY or GENERIC (`is_generic`)."""
+    """What holds of which of these inputs: pairs of its number and PERMUTATION, BINARY, GENERIC (`is_generic`) or HUGE
+    (`is_huge`).
+    """
     tensors = [(i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor)]
-    return tuple((i, fact) for i, t in tensors for fact in (*_facts(t), *([GENERIC] if is_generic(t) else [])))
+    return tuple((i, fact) for i, t in tensors for fact in (*_facts(t), *_of_numbers(t)))
+
+
+def _of_numbers(t: Tensor) -> list[str]:
+    return [fact for fact, holds in ((GENERIC, is_generic(t)), (HUGE, is_huge(t))) if holds]
 
 
 def _facts(t: Tensor) -> tuple[str, ...]:
@@ -87,7 +93,7 @@ def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any
     for node in graph.nodes:
         if node.op == "get_attr":
             held = getattr(owner, str(node.target), None)
-            found[node] = _facts(held) if isinstance(held, Tensor) else ()
+            found[node] = (*_facts(held), *_of_numbers(held)) if isinstance(held, Tensor) else ()
         elif node.op == "call_function" and isinstance(val := node.meta.get("val"), Tensor) and val.dtype in INDICES:
             name = bare(node)
             if name in SAME or name in CASTS or name in REORDERED:

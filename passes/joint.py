@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
+from revfx.passes.addends import addends
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
@@ -75,6 +76,7 @@ def forward_half(
     known, constant = _known(joint, primals, static, facts), constants(joint)
     for node in known:
         node.meta["facts"] = known[node]
+    huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
     told = told_apart(joint, atoms(joint))  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
@@ -82,6 +84,7 @@ def forward_half(
         if node in used:
             copy[node] = new = half.node_copy(node, copy.get)
             _annotate(node, new)
+            new.meta["addend"] = huge[node]
             if node in constant:
                 new.meta["constant"] = constant[node]
     for new in half.nodes:

@@ -143,9 +143,15 @@ def _spread(
             known.value,
             (*known.tail, *given),
             functools.partial(_chain, known.solve, len(known.tail), arc.solve),
-            arc if arc.factor is not None or known.rounding is None else known.rounding,
+            _with_more(arc, known.rounding),
         )
         _spread(inverse.solves, mask, more, depth - 1, selects, position, arc_of, directions_of, halves)
+
+
+def _with_more(arc: Arc, then: Arc | None) -> Arc:
+    """What is to be said of two inverses in a row, at most one of which divides."""
+    said = arc if arc.factor is not None or then is None else then
+    return replace(said, addend=max(arc.addend, then.addend if then is not None else 0))
 
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
@@ -185,6 +191,7 @@ def _join(
             reciprocal=rounding.reciprocal,
             least=rounding.least,
             typical=rounding.typical,
+            addend=max(half.rounding.addend for half in (inside, outside) if half.rounding is not None),
         )
     return min(inside.at, outside.at), (made,)
 

@@ -65,6 +65,27 @@ def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
     return found, by_chance(t, REPEATED * t.dim(), REPEATED)
 
 
+def mean_size(reciprocal: bool, c: Tensor) -> Tensor:
+    """The root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average over the elements."""
+    c = c.detach().to(torch.float64 if c.dtype == torch.float64 else torch.float32)
+    return (c if reciprocal else c.reciprocal()).square().mean().sqrt()
+
+
+def nearest(c: Tensor, reciprocal: bool) -> Tensor:
+    """The smallest magnitude of c, or of 1/c."""
+    return c.abs().amax().reciprocal() if reciprocal else c.abs().amin()
+
+
+def is_huge(t: Tensor) -> bool:
+    """Whether `t`, which is no parameter, holds a number next to which one of size 1 loses half of its digits."""
+    if isinstance(t, nn.Parameter) or not t.is_floating_point() or t.layout != torch.strided or not t.numel():
+        return False
+    if type(t) is not Tensor or t.is_meta:
+        return False
+    with torch.no_grad(), _torch.outside_modes():
+        return not bool(t.abs().amax() < torch.finfo(t.dtype).eps ** -0.5)
+
+
 def is_generic(t: Tensor) -> bool:
     """Whether `t` is a parameter whose numbers follow no pattern, as random or trained ones do, but for zeros.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step, needed
-from revfx.passes.program import Arc, Program
+from revfx.passes.program import HUGE, Arc, Program
 from revfx.passes.sizes import as_number
 
 
@@ -173,8 +173,8 @@ def anchors(
 
 
 def _may_miss(arc: Arc, most: float) -> bool:
-    """Whether a run may show that the arc's inverse can't be used, for a factor or for numbers of the data."""
-    return (arc.measured and arc.least < most) or (arc.suspect and arc.told is not None)
+    """Whether a run may show that the arc's inverse can't be used, for a factor, numbers of the data or huge ones."""
+    return (arc.measured and arc.least < most) or (arc.suspect and arc.told is not None) or arc.addend == HUGE
 
 
 def is_checked(cut: int, steps: int) -> bool:

@@ -16,6 +16,9 @@ import torch
 from revfx.passes.grid import Coupling
 
 
+ORDINARY, GIVEN, HUGE = 0, 1, 2  # what is added: as networks compute it, an input of the step, a mask of huge numbers
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """One value: its name, shape, dtype, size in bytes, and what is known of its memory.
@@ -53,7 +56,8 @@ class Arc:
     Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
     `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: a value, and what its
     elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
-    for bit, or why there is none; `grid` says that the arc is the inverse of one.
+    for bit, or why there is none; `grid` says that the arc is the inverse of one. `sums`: something was added to the
+    head, next to which its digits may be lost; `addend` says how large, for where the run can't be asked.
     """
 
     head: int
@@ -74,6 +78,8 @@ class Arc:
     assumes: tuple[int, str] | None = None
     coupling: Coupling | str = "its rule does not say what the operation adds"
     grid: bool = False
+    sums: bool = True
+    addend: int = ORDINARY
 
     @property
     def amplification(self) -> float:

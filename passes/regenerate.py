@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.passes.addends import lost_text, remembers
 from revfx.passes.atoms import SUMS, bare
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
-from revfx.passes.numbers import lost_numbers
+from revfx.passes.numbers import lost_numbers, mean_size, nearest
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
@@ -259,6 +260,8 @@ class Regenerator:
             self._hold(op, *arc.assumes)
         if arc.suspect and arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
             self._hold_apart(op, arc, arc.told)
+        if arc.addend:
+            self._hold_digits(op, arc)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
             found = self.recorder.record(arc.solve, tail, BACKWARD, node)
@@ -286,7 +289,7 @@ class Regenerator:
             f"revfx: a factor of the coupling at {where} came nearer to 0 than {least:.0e}, so its input can't be "
             "computed back from its output; compile with options={'unbounded': 'store'} to keep such inputs"
         )
-        test: Callable[[Tensor], Tensor] = lambda c: ~(_nearest(c, arc.reciprocal) < least)  # noqa: E731
+        test: Callable[[Tensor], Tensor] = lambda c: ~(nearest(c, arc.reciprocal) < least)  # noqa: E731
         with self.joint.inserting_before(own.next):
             ok = self.recorder.record(test, [own], FORWARD, own)
             self._assert(ok, message, FORWARD)
@@ -318,7 +321,7 @@ class Regenerator:
         for v, arc in factors.items():
             own = self._own(self.forward.value_node(v))
             with self.joint.inserting_before(own.next):
-                sizes.append(self.recorder.record(functools.partial(_mean_size, arc.reciprocal), [own], FORWARD, own))
+                sizes.append(self.recorder.record(functools.partial(mean_size, arc.reciprocal), [own], FORWARD, own))
         where = self.program.ops[steps[0].start].where, self.program.ops[steps[-1].stop - 1].where
         message = (
             f"revfx: rounding grows too much where the couplings from {where[0]} to {where[1]} are computed back, as "
@@ -365,6 +368,15 @@ class Regenerator:
         with self.joint.inserting_before(tail[0].next):
             ok = self.recorder.record(test, [own, *before, *tail], FORWARD, own)
             self._assert(ok, message, FORWARD)
+
+    def _hold_digits(self, op: int, arc: Arc) -> None:
+        """None; checks in the forward that a sum of which a part may be huge can be undone."""
+        message = lost_text(self.program.values[arc.head].name, self.program.ops[op].where, arc.addend)
+        read = [self._own(self.forward.value_node(v)) for v in (arc.head, *arc.tail)]
+        last = next(n for n in reversed(self.joint.nodes) if n in read)
+        with self.joint.inserting_before(last.next):
+            test = functools.partial(remembers, arc, self.options.tolerance)
+            self._assert(self.recorder.record(test, read, FORWARD, last), message, FORWARD)
 
     def check(self, alive: Collection[fx.Node]) -> None:
         """None; compares samples of regenerated values with the forward's: of the lowest cut, where rounding has grown
@@ -426,12 +438,6 @@ class Regenerator:
         return node
 
 
-def _mean_size(reciprocal: bool, c: Tensor) -> Tensor:
-    """The root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average over the elements."""
-    c = c.detach().to(torch.float64 if c.dtype == torch.float64 else torch.float32)
-    return (c if reciprocal else c.reciprocal()).square().mean().sqrt()
-
-
 def _grown(steps: Sequence[Step], measured: Mapping[int, Any]) -> Any:
     """What a rounding error of 1 has grown to over some steps."""
     growth: dict[int, Any] = {}
@@ -458,11 +464,6 @@ def _fill_zeros(t: Tensor, zeros: Tensor) -> Tensor:
         bits = unpacked(zeros, 1, t) if fixed(t.shape) else unpacked_rows(zeros, t.shape[-1])
         zeros = bits.to(torch.bool)
     return t.masked_fill(zeros, 0)
-
-
-def _nearest(c: Tensor, reciprocal: bool) -> Tensor:
-    """The smallest magnitude of c, or of 1/c."""
-    return c.abs().amax().reciprocal() if reciprocal else c.abs().amin()
 
 
 def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:

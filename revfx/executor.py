@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch, numerics, sharding
 from revfx.ambient import settings, settings_of
 from revfx.calls import Call
+from revfx.cancellation import NOTHING, Sums, sums_of
 from revfx.checks import Checksums, Ranges, Samples, changed
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
 from revfx.layout import ALIGNED, identity, leaf, placed
@@ -89,11 +90,13 @@ class RegionPlan:
     warned: bool = False
     warning: str | None = None
     exact: bool = False
+    sums: list[Sums] = field(default_factory=list[Sums])
 
     def __post_init__(self) -> None:
         self.anchors = asked_for(self.region.steps, self.anchor_every)
         self.exact = any(v.grid is not None for v in self.program.values)
         self.warning = deep_in_half_precision(self.program, self.region.steps, self.anchors)
+        self.sums = [sums_of(self.program, step) for step in self.region.steps]
         for number, step in enumerate(self.region.steps):
             self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
 
@@ -169,8 +172,9 @@ class RegionRun:
                 anchored = number in self.plan.anchors
                 if anchored:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
-                asked = numerics.asked_of(step)
-                lower = {v: env[v] for v in step.entry} if asked else {}
+                sums = NOTHING if number == 0 or anchored else self.plan.sums[number]
+                asked, lost = numerics.asked_of(step) | sums.held, False
+                lower = {v: env[v] for v in step.entry} if asked or sums.after else {}
                 sampled = numerics.is_checked(number, len(region.steps))
                 if sampled:
                     self.samples.note(number, self._regenerated(step, env))
@@ -182,16 +186,11 @@ class RegionRun:
                         env[v] = t
                         self._note(v, t)
                     self._keep_all(self.kept, [v for v in program.ops[index].outs if v in held], env)
+                    lost = lost or sums.lose(index, env, self.kept, self.plan.tolerance)
                     for v in (*program.ops[index].ins, *program.ops[index].outs):
-                        if (
-                            last[v] <= index
-                            and v in env
-                            and v not in alive
-                            and v not in asked
-                            and not program.values[v].source
-                        ):
+                        if last[v] <= index and v in env and not (v in alive or v in asked or program.values[v].source):
                             del env[v]
-                unsafe, growing = growth.close(step, env, lower, replayed=number == 0 or anchored)
+                unsafe, growing = growth.close(step, env, lower, replayed=number == 0 or anchored, lost=lost)
                 if unsafe:
                     self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
                 if growing or number == len(region.steps) - 1:

@@ -68,13 +68,14 @@ class Growth:
         self.unchanged: set[int] = set()
 
     def close(
-        self, step: Step, env: Mapping[int, Tensor], lower: Mapping[int, Tensor], replayed: bool
+        self, step: Step, env: Mapping[int, Tensor], lower: Mapping[int, Tensor], replayed: bool, lost: bool = False
     ) -> tuple[bool, bool]:
         """(the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted anyway.
 
-        `env` holds the values after the step and those that are `asked_of` it, `lower` those of its entry.
+        `env` holds the values after the step and those that are `asked_of` it, `lower` those of its entry. `lost`: the
+        step holds a sum that can't be undone (see `revfx.cancellation`).
         """
-        clean = self._stays_clean(step, {**env, **lower})
+        clean = self._stays_clean(step, {**env, **lower}) and not lost
         if replayed or not step.arcs:
             self.growth = {} if replayed else {v: self.growth.get(v, 1.0) for v in step.exit}
             return False, False

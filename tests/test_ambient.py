@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WAYS, block, both, fp64 as fp64, leaf, lines, loss_of, mlp, relative_error
+from helpers import WAYS, Unseen, block, both, fp64 as fp64, leaf, lines, loss_of, mlp, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -75,10 +75,13 @@ def test_settings_of_the_forward_hold_where_it_is_run_again(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_message_says_what_was_saved_otherwise(way: str, fp64: None) -> None:
-    dtype = [torch.float64]
-    fs, gs = [lambda x: (x.to(dtype[0]).exp() * 0.1).to(x.dtype)] * 3, [mlp() for _ in range(3)]
+    narrow = Unseen()
+    fs, gs = (
+        [lambda x: (x.to(torch.float32 if narrow.values else x.dtype).exp() * 0.1).to(x.dtype)] * 3,
+        [mlp() for _ in range(3)],
+    )
     loss = loss_of(block(way, fs, gs)(leaf(5, 4), leaf(5, 4)))
-    dtype[0] = torch.float32
+    narrow.values.append(True)
     with pytest.raises(
         RevfxError, match=r"of \d+ saved, number 1 was torch.float64\[5, 4\].* is torch.float32\[5, 4\]"
     ):

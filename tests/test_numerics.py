@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from zoo import Additive, AffineExp, D
 
 import revfx
+from revfx.cancellation import loses
 from revfx.errors import RevfxWarning
+from revfx.executor import RegionRun
+from revfx.inspection import watched
+from revfx.passes.program import Arc
 from revfx.testing import assert_same_grads, measure_memory
 
 
@@ -84,3 +88,68 @@ def test_layers_of_which_some_start_as_zeros_are_right(fp64: None) -> None:
     x = torch.randn(64, 2 * D)
     x[::3] = 0
     assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x.requires_grad_()])
+
+
+# --- sums in which an operand disappears
+def undone(x: Tensor, h: Tensor) -> bool:
+    """Whether `x` is lost when `x + h` is undone."""
+    y = x + h
+    return loses(Arc(0, (2, 1), torch.sub, exact=False), x, [y, h], None)
+
+
+def with_one(t: Tensor, value: float) -> Tensor:
+    """`t` with one element replaced, at a place that no sample sees."""
+    t = t.clone()
+    t.view(-1)[-1] = value
+    return t
+
+
+LOST = {
+    torch.float64: (1e9, 1e300, torch.inf, torch.nan),
+    torch.float32: (2e4, 1e9, 3e38, torch.inf),
+    torch.bfloat16: (256.0, 1e9),
+}
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(d, v) for d, values in LOST.items() for v in values])
+def test_a_single_element_that_a_huge_one_is_added_to_is_lost(dtype: torch.dtype, value: float) -> None:
+    x, h = torch.randn(2, 30, 401).to(dtype)
+    x = with_one(x, 1.3)
+    assert not undone(x, h)
+    assert undone(x, with_one(h, value)) and undone(x, with_one(h, -value))
+    x.view(-1)[3:9] = value  # others that are as large already hide nothing
+    assert undone(x, with_one(h, value))
+
+
+@pytest.mark.parametrize("dtype", list(LOST))
+def test_what_comes_back_as_it_was_is_not_lost(dtype: torch.dtype) -> None:
+    x, h = torch.randn(2, 30, 401).to(dtype)
+    for value in (1e9, -torch.inf, torch.nan):
+        assert not undone(with_one(x, value), h), "it was as large before"
+    assert not undone(torch.zeros_like(x), h) and not undone(x * 0, with_one(h, 1e9))
+    assert undone(x * 1e-12, h)
+    assert not undone(torch.cat([x, 0 * x[:20]]), torch.cat([h, 5 * h[:20]])), "padded rows"
+    assert not undone(torch.where(x > 1.5, x, x * 1e-6), torch.where(x > 1.5, h, h * 1e-6))
+    assert not undone(x.t()[::2], h.t()[::2]) and not undone(x[:0], h[:0]) and not undone(x[0, 0] + 3, h[0, 0])
+
+
+def test_only_sums_are_looked_at() -> None:
+    class Products(Additive):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f, g in zip(self.f, self.g, strict=True):
+                a = -(a * torch.exp(torch.tanh(f(b))))
+                b = b * 2 + g(a)
+            return torch.cat([a, b], -1)
+
+    seen: list[str] = []
+
+    class Look:
+        def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
+            seen[:] = [a.text for s in run.plan.sums for arcs in s.after.values() for a in arcs if a.sums]
+
+        def regenerated(self, run: RegionRun, derivation: Any, value: int, tensor: Tensor) -> None: ...
+
+    with watched(lambda run: Look()):
+        revfx.convert(Products(4))(torch.randn(6, 2 * D, requires_grad=True))
+    assert seen and all("(add)" in text for text in seen)

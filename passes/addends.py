@@ -1,0 +1,101 @@
+"""Which values of a compiled graph may be so large that a stream loses its digits next to them.
+
+What a network computes is of ordinary size: such sums are not looked at, which would take a pass over every stream. Of
+masks this can't be said: they hold -1e9, the lowest number or -inf, as a buffer, as a number in the program, or as an
+input. Whatever follows from them is followed, up to where a function is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from revfx.passes.atoms import MIXERS, SUMS, bare
+from revfx.passes.bounds import Interval, bounds
+from revfx.passes.cancel import is_lost, size_of
+from revfx.passes.facts import HUGE as SEEN
+from revfx.passes.plan import tolerance_of
+from revfx.passes.program import GIVEN, HUGE, ORDINARY, Arc
+from revfx.rules import op_name
+
+
+# Of these an argument that is a number is one that elements of the result may be, or are multiplied by.
+VALUED = frozenset("full full_like fill mul div add sub rsub masked_fill where scalar_tensor constant_pad_nd".split())
+NORMALISED = frozenset(
+    """exp native_layer_norm native_group_norm _native_batch_norm_legit_functional native_batch_norm
+    _native_batch_norm_legit _fused_rms_norm""".split()
+)  # `exp`: of a mask it is 0
+
+
+def addends(graph: fx.Graph, inputs: Collection[fx.Node], facts: Mapping[fx.Node, Sequence[str]]) -> dict[fx.Node, int]:
+    """For every node of a graph whether its value is ORDINARY, GIVEN (an input of the step, or a multiple of one, of
+    which nothing is known) or HUGE, as far as that follows from numbers in the program and from `facts`.
+    """
+    found: dict[fx.Node, int] = {}
+    within = bounds(graph)
+    for node in graph.nodes:
+        if SEEN in facts.get(node, ()):
+            found[node] = HUGE
+        elif node.op == "placeholder":
+            found[node] = GIVEN if node in inputs and _floating(node) else ORDINARY
+        else:
+            found[node] = _level(node, found, within) if node.op == "call_function" else ORDINARY
+    return found
+
+
+def _level(node: fx.Node, found: Mapping[fx.Node, int], within: Mapping[fx.Node, Interval]) -> int:
+    val, name = node.meta.get("val"), bare(op_name(node.target))
+    dtype = val.dtype if isinstance(val, Tensor) else None
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+        return ORDINARY
+    if dtype is not None and name in VALUED and has_huge(node, dtype):
+        return HUGE
+    if name in NORMALISED or (dtype is not None and within[node].most < hides(dtype)):
+        return ORDINARY
+    operands: Any = node.all_input_nodes
+    if "scaled_dot_product" in name:  # means of the values; masks only tell of which
+        operands = [n for n in node.args[2:3] if isinstance(n, fx.Node)]
+    level = max((found[n] for n in operands), default=ORDINARY)
+    mixes = name in MIXERS or (name in SUMS and len(operands) > 1)
+    return ORDINARY if level == GIVEN and mixes else level
+
+
+def has_huge(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether an argument of a node is a number next to which ordinary ones lose digits."""
+    numbers = [
+        x for x in (*node.args, *node.kwargs.values()) if isinstance(x, (int, float)) and not isinstance(x, bool)
+    ]
+    if bare(op_name(node.target)) == "div":
+        numbers = [1 / x if x else math.inf for x in numbers]
+    return any(not abs(x) < hides(dtype) for x in numbers)
+
+
+def hides(dtype: torch.dtype) -> float:
+    """The size of a number next to which a number of size 1 loses half of its digits."""
+    return torch.finfo(dtype).eps ** -0.5
+
+
+def _floating(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def remembers(arc: Arc, tolerance: float | None, x: Tensor, *tail: Tensor) -> Tensor:
+    """Whether an arc gives its head `x` back from `tail` with its digits."""
+    limit = tolerance_of(x.dtype, tolerance)
+    fits = torch.finfo(x.dtype).eps * tail[0].abs().amax() <= limit * size_of(x)
+    return fits | ~is_lost(arc.solve(*tail), x, limit)
+
+
+def lost_text(name: str, where: str, addend: int) -> str:
+    """What a run says where an arc does not."""
+    remedy = "'unbounded': 'store'" if addend == HUGE else "'anchor_every': 1"
+    return (
+        f"revfx: `{name}`, which goes into the coupling at {where}, can't be computed back: what is added to it is so "
+        f"large that its digits are lost, as next to a mask of -1e9; compile with options={{{remedy}}}, which keeps "
+        "it, or use `revfx.convert` (capture='fx')"
+    )

@@ -1,0 +1,65 @@
+"""Whether undoing a sum gives an operand back, where what was added to it is much larger."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from revfx.passes import _torch
+from revfx.passes.sizes import as_number
+
+
+SAMPLE = 256  # elements of an operand, by which is seen how large its elements are
+USUAL = 0.9  # of the elements other than zero that share is smaller than the size that counts
+LUCK = 16  # the share of huge addends next to which a single element comes out well by chance
+ROUNDING = 16  # times eps: what an inverse that loses nothing may be off by
+
+
+def size_of(x: Tensor) -> Tensor:
+    """A magnitude that most elements of `x` stay below, going by some of them; NaN or 0 where that can't be told.
+
+    A few huge elements don't change it, as they do the root mean square, nor many tiny ones, as they do the median.
+    """
+    size = _some(x).abs()
+    if not _torch.is_real(x):  # in a graph, whose sizes may be symbols
+        return size.sort().values[9 * size.shape[0] // 10 :].amin()
+    above = max(1, math.floor((1 - USUAL) * size.numel()))
+    return size.topk(above, sorted=False).values.amin()  # `kthvalue` is not deterministic on GPUs
+
+
+def is_lost(back: Tensor, x: Tensor, limit: float) -> Tensor:
+    """Whether `back` misses an element of `x` by more than `limit`, relative to it and to `x` as it usually is.
+
+    One that is not finite has to come back as it was. A single element may come out better than its error's bound by
+    luck, so of what an inverse gives `LUCK` times less is asked.
+    """
+    eps = torch.finfo(x.dtype).eps
+    wrong = max(limit / LUCK, min(limit, ROUNDING * eps))
+    some = _some(x).abs()
+    known = torch.where((some > 0) & torch.isfinite(some), some, torch.inf).sort().values
+    count = torch.count_nonzero(torch.isfinite(known))
+    usual = known.gather(0, ((USUAL * count).ceil().long().clamp(min=1) - 1).reshape(1)).reshape(())
+    usual = torch.where(count > 0, usual, 0)
+    same = (back == x) | (torch.isnan(back) & torch.isnan(x))
+    return (~((back - x).abs() < wrong * torch.maximum(x.abs(), usual)) & ~same).any()
+
+
+def _some(x: Tensor) -> Tensor:
+    """Some elements of `x`, evenly spread over all its dimensions; of a real tensor no more than these are copied."""
+    n = as_number(x.numel())
+    return x.take(_places(n, x.device)) if _torch.is_real(x) else x.reshape(-1)[:: _stride(n)]
+
+
+@functools.lru_cache(maxsize=256)
+def _places(n: int, device: torch.device) -> Tensor:
+    return torch.arange(0, n, _stride(n), device=device)
+
+
+def _stride(n: int) -> int:
+    stride = max(1, n // SAMPLE)
+    while math.gcd(stride, n) > 1:  # else it might see one column only
+        stride += 1
+    return stride
