@@ -114,8 +114,11 @@ def test_an_infinity_that_stays_one_is_right() -> None:
         step(revfx.convert(Additive(3)), x.requires_grad_())
 
 
-def test_numbers_that_come_back_as_nan_are_named() -> None:
+def test_numbers_that_come_back_as_nan_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 32)
     x[0, 0] = torch.nan  # which a coupling spreads to numbers that are right before it
+    with check_regeneration():
+        step(revfx.convert(Additive(3)), x.requires_grad_())  # these are kept
+    monkeypatch.setattr("revfx.cancellation.loses", lambda *given: False)
     with check_regeneration(), pytest.raises(RegenerationError, match=r"is off by nan .*after solving"):
-        step(revfx.convert(Additive(3)), x.requires_grad_())
+        step(revfx.convert(Additive(3)), x)
