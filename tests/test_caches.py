@@ -269,7 +269,7 @@ def test_convert_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
 
 
 @pytest.mark.parametrize("table", TABLES, ids=NAMES)
-@pytest.mark.parametrize("kind", [InF, InRoot])
+@pytest.mark.parametrize("kind", [InF, pytest.param(InRoot, marks=pytest.mark.deep)])
 def test_explain_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     model, x = kind(table), torch.randn(3, 8)
     revfx.explain(model, x)
