@@ -236,15 +236,17 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 
 def hooks(module: torch.nn.Module) -> list[Any]:
-    """What is run before and after a module's forward."""
+    """What runs before and after a module's forward, but for torch's own."""
     before, after = module._forward_pre_hooks, module._forward_hooks
-    return [*before.values(), *after.values()] if before or after else []
+    if not before and not after:
+        return []
+    return [h for h in (*before.values(), *after.values()) if not _is_torchs(h)]
 
 
-def has_forward_hooks(module: torch.nn.Module) -> bool:
-    """Whether hooks, other than torch's own, run before or after the forward of `module`."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any((getattr(h, "__module__", None) or "").partition(".")[0] != "torch" for h in hooks)
+def _is_torchs(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -415,7 +415,7 @@ class _Recorder(TorchFunctionMode):
             args, kwargs = self._convert(args), self._convert(kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
             generic = tuple(map(self._is_generic, module.parameters()))
-            hooked = any(map(_torch.has_forward_hooks, module.modules()))
+            hooked = any(map(_torch.hooks, module.modules()))
             key = (structure(module), hooked, generic, str(spec), tuple(map(meta, leaves)), ambient_state())
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)

@@ -45,7 +45,7 @@ class Held:
     key: Any
     tensor: Tensor
     version: int
-    address: int
+    address: int | None
     storage: object
     clone: Tensor | None
     needs_grad: bool
@@ -58,15 +58,16 @@ class Held:
         return _torch.version(self.tensor) != self.version or moved
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided else 0
+def _address(tensor: Tensor) -> int | None:
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided else None
 
 
 def _hold(holder: Any, key: Any, tensor: Tensor, clone: bool) -> Held:
     if not tensor.is_leaf:  # its graph may lead to the state that holds this
         tensor = tensor.detach().requires_grad_()
-    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad) if clone else None
     address = _address(tensor)
+    freed = address == 0 and tensor.numel() > 0  # by FSDP2: there is nothing to be copied
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad) if clone and not freed else None
     storage = tensor.untyped_storage() if address else None
     return Held(holder, key, tensor, _torch.version(tensor), address, storage, copy, tensor.requires_grad)
 
