@@ -53,7 +53,7 @@ def _some(x: Tensor) -> Tensor:
     return x.take(_places(n, x.device)) if _torch.is_real(x) else x.reshape(-1)[:: _stride(n)]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _places(n: int, device: torch.device) -> Tensor:
     return torch.arange(0, n, _stride(n), device=device)
 

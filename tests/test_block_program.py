@@ -12,6 +12,7 @@ import torch
 from helpers import (
     WAYS,
     Pair,
+    Unseen,
     assert_like_lines,
     assert_like_stored,
     assert_same,
@@ -186,23 +187,23 @@ def test_gradcheck_passes(way: str) -> None:
 # --- the program around the block
 @ways
 def test_f_runs_once_in_the_forward_and_once_in_the_backward(way: str) -> None:
-    runs: list[str] = []
+    runs = Unseen()
 
     class Counted(nn.Linear):
         name: str
 
         def forward(self, input: Tensor) -> Tensor:
-            runs.append(self.name)
+            runs.values.append(self.name)
             return super().forward(input).tanh()
 
     fs, gs = ([Counted(4, 4) for _ in range(4)] for _ in range(2))
     for i, m in enumerate([m for pair in zip(fs, gs, strict=True) for m in pair]):
         m.name = str(i)
     y = block(way, fs, gs)(leaf(3, 4), leaf(3, 4))
-    assert runs == list("01234567")
-    runs.clear()
+    assert runs.values == list("01234567")
+    runs.values.clear()
     loss_of(y).backward()
-    assert sorted(runs) == list("01234567")
+    assert sorted(runs.values) == list("01234567")
 
 
 @ways
@@ -337,12 +338,12 @@ def test_forward_mode_derivatives_equal_plain_ones() -> None:
 @ways
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_under_autocast_f_computes_in_the_same_dtype_again(way: str, backward_inside: bool) -> None:
-    seen: list[torch.dtype] = []
+    seen = Unseen()
 
     class Noting(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             h = super().forward(input)
-            seen.append(h.dtype)
+            seen.values.append(h.dtype)
             return h.tanh()
 
     fs, gs = (nn.ModuleList(Noting(4, 4) for _ in range(3)).float() for _ in range(2))
@@ -358,22 +359,22 @@ def test_under_autocast_f_computes_in_the_same_dtype_again(way: str, backward_in
 
     inputs = [leaf(3, 4, dtype=torch.float32), leaf(3, 4, dtype=torch.float32)]
     assert_like_stored(program, inputs, both(fs, gs), tolerance=2e-2)
-    assert set(seen) == {torch.bfloat16} and len(seen) == 6 * (3 + backward_inside)
+    assert set(seen.values) == {torch.bfloat16} and len(seen.values) == 6 * (3 + backward_inside)
 
 
 @ways
 def test_without_autocast_f_does_not_see_the_autocast_of_the_backward(way: str) -> None:
-    seen: list[torch.dtype] = []
+    seen = Unseen()
 
     def f(x: Tensor) -> Tensor:
         h = x @ torch.ones(4, 4, dtype=torch.float32)
-        seen.append(h.dtype)
+        seen.values.append(h.dtype)
         return h.tanh()
 
     y = block(way, [f] * 3, [f] * 3)(leaf(3, 4, dtype=torch.float32), leaf(3, 4, dtype=torch.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss_of(y).backward()
-    assert set(seen) == {torch.float32} and len(seen) == 12
+    assert set(seen.values) == {torch.float32} and len(seen.values) == 12
 
 
 @ways
