@@ -292,7 +292,7 @@ class Surroundings:
         attributes = [(holder, dict(holder)) for holder in self.reads.modules]
         names = [(holder, {k: holder[k] for k in then if k in holder}) for holder, then in self.reads.names]
         contents = [(c, content(c)) for c, _ in self.reads.contents]
-        random = Random.now(None if self.random is None else self.random.device)
+        random = Random.now(self.random.device) if self.random is not None else None
         turned = [h for h in self.reads.tensors if h.clone is None and h.tensor.requires_grad != h.needs_grad]
         for h in self.reads.tensors:
             if h.clone is None and h.changed():
@@ -310,7 +310,8 @@ class Surroundings:
             put_back(contents)
             for h in turned:
                 h.tensor.requires_grad_(not h.needs_grad)
-            random.restore()
+            if random is not None:
+                random.restore()
 
         try:
             for holder, then in self.reads.names:

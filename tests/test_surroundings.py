@@ -270,19 +270,6 @@ def test_an_embedding_that_scales_its_rows(way: str) -> None:
     check(way, Positions, two_steps, lambda f: f.e.weight.sum().item())
 
 
-def _seeded(f: Any, h: Tensor) -> Tensor:
-    torch.manual_seed(5)
-    return h * torch.rand_like(h)
-
-
-def test_a_function_that_seeds_leaves_the_generator_where_the_forward_left_it() -> None:
-    def next_number(way: str) -> float:
-        gradients_of(way, lambda: On(_seeded), two_steps)
-        return torch.rand(()).item()
-
-    assert next_number("rev_block") == next_number("plain")
-
-
 # --- what can't be put back is said
 def test_what_f_writes_to_where_it_can_not_be_put_back_is_named() -> None:
     def train(call: Any, f: nn.Module) -> None:
