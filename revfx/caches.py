@@ -65,15 +65,28 @@ def let_go(mode: _torch.FakeMode, recorded: Collection[int] = ()) -> str | None:
     """
     if not mode.alive():
         return None
-    _search(mode, recorded, caches_only=True)
-    if not mode.alive():
-        return None
-    gc.collect()  # what is left may be garbage, and so may be what holds it
-    told = _search(mode, recorded, caches_only=False)
-    if mode.alive():
-        gc.collect()
-    held = [f"a {type(r).__name__}" for r in _remaining(mode)]
+    with _thawed():
+        _search(mode, recorded, caches_only=True)
+        if not mode.alive():
+            return None
+        gc.collect()  # what is left may be garbage, and so may be what holds it
+        told = _search(mode, recorded, caches_only=False)
+        if mode.alive():
+            gc.collect()
+        held = [f"a {type(r).__name__}" for r in _remaining(mode)]
     return next(iter((*told, *held)), None)
+
+
+@contextmanager
+def _thawed() -> Generator[None]:
+    """A context in which `gc` also knows of what was there when somebody called `gc.freeze()`."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -275,6 +276,23 @@ def test_explain_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     revfx.explain(model, x)
     assert type(model(x)) is Tensor
     assert type(table(4)) is Tensor
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_the_collector_was_told_to_leave_alone_is_found(frozen: bool) -> None:
+    before = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        bounded.cache_clear()
+        if frozen:
+            gc.freeze()
+        model = InF(bounded)
+        assert_trains(revfx.convert(model), model)
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        gc.unfreeze()
+        if before:
+            gc.freeze()
 
 
 @pytest.mark.parametrize("table", TABLES, ids=NAMES)
