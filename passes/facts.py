@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
-from revfx.passes.numbers import is_generic, is_huge
+from revfx.passes.numbers import follow_none, is_generic, is_huge
 from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
@@ -71,15 +71,23 @@ def _is_binary(b: Tensor) -> Tensor:
     return ((b == 0) | (b == 1)).all()
 
 
-TESTS: Mapping[str, Callable[[Tensor], Tensor]] = {PERMUTATION: _is_permutation, BINARY: _is_binary}
-WORDS = {PERMUTATION: "an index is no longer a permutation", BINARY: "a mask no longer holds zeros and ones only"}
+TESTS: Mapping[str, Callable[..., Tensor]] = {
+    PERMUTATION: _is_permutation,
+    BINARY: _is_binary,
+    GENERIC: follow_none,
+}
+WORDS = {
+    PERMUTATION: "an index is no permutation",
+    BINARY: "a mask does not hold zeros and ones only",
+    GENERIC: "the numbers of a parameter follow a pattern",
+}
 
 
-def check(fact: str, name: str, where: str) -> tuple[Callable[[Tensor], Tensor], str]:
+def check(fact: str, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
     """The test of a fact, and what a run says where it fails."""
     return TESTS[fact], (
-        f"revfx: {WORDS[fact]} (`{name}`, at {where}), as it was when this model was compiled, so what was computed "
-        "with it can't be computed back; call `torch.compiler.reset()` after changing such a tensor"
+        f"revfx: {WORDS[fact]} (`{name}`, at {where}), unlike when this model was compiled, so what was computed with "
+        "it can't be computed back; call `torch.compiler.reset()` after changing such a tensor"
     )
 
 

@@ -23,7 +23,7 @@ from revfx.passes.addends import addends
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
-from revfx.passes.kinks import told_apart
+from revfx.passes.kinks import told_apart, trusting
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.rules import Inverse
 
@@ -38,13 +38,14 @@ class Forward:
     """What forward outputs need: the joint graph's `nodes`, their program, and which of them stands for what.
 
     `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
-    written after the forward.
+    written after the forward; `trusting` nodes that may be computed back only while generic parameters stay generic.
     """
 
     lowered: Lowered
     nodes: frozenset[fx.Node]
     origin: dict[fx.Node, fx.Node]
     mutated: frozenset[fx.Node]
+    trusting: frozenset[fx.Node]
 
     def value_node(self, value: int) -> fx.Node:
         """The joint graph's node for a value."""
@@ -77,7 +78,8 @@ def forward_half(
     for node in known:
         node.meta["facts"] = known[node]
     huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
-    told = told_apart(joint, atoms(joint))  # also by a backward of the user's own
+    levels = atoms(joint)
+    told = told_apart(joint, levels)  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -94,7 +96,8 @@ def forward_half(
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
     lowered = lower(half, sources=sources, exact=exact, told={copy[n]: by for n, by in told.items() if n in copy})
     origin = {new: old for old, new in copy.items()}
-    return Forward(lowered, frozenset(nodes), origin, frozenset(n for n in mutated if isinstance(n, fx.Node)))
+    written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
+    return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels))
 
 
 def _known(

@@ -248,7 +248,24 @@ def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool = Tr
     `levels` says which have atoms. A call of a module says in `meta` what it is like `inside` (not strictly, strictly).
     `strict`: see `kinks`.
     """
-    own = {n for n in graph.nodes if GENERIC in n.meta.get("facts", ())}
+    return _told(_made(graph, levels, strict), frozenset(generic(graph)), strict)
+
+
+def generic(graph: fx.Graph) -> list[fx.Node]:
+    """The parameters of a graph whose numbers follow no pattern."""
+    return [n for n in graph.nodes if GENERIC in n.meta.get("facts", ())]
+
+
+def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
+    """The nodes with atoms that nothing tells apart only as generic parameters are there."""
+    own = frozenset(generic(graph))
+    if not own:
+        return frozenset()
+    made = _made(graph, levels, True)
+    return frozenset(n for n in _told(made, ()).keys() - _told(made, own).keys() if levels[n] > NONE)
+
+
+def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool) -> list[Made]:
     made: list[Made] = []
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
@@ -262,6 +279,10 @@ def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool = Tr
         else:
             args, result = (node.args, node.kwargs), node.meta.get("val")
             made.append(made_by(node, op_name(node.target), levels[node], operands, args, result))
+    return made
+
+
+def _told(made: Sequence[Made], own: Collection[fx.Node], strict: bool = True) -> dict[fx.Node, str]:
     kinds, told = kinks(made, own, strict)
     return {
         n: _reason(by)

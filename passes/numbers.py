@@ -16,6 +16,7 @@ from revfx.passes.sizes import as_number
 BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
+FEW = 128  # and in every run of a compiled graph
 
 
 def are_made(t: Tensor) -> Tensor:
@@ -97,17 +98,38 @@ def is_generic(t: Tensor) -> bool:
     if not _torch.is_real(t):
         return True
     with torch.no_grad(), _torch.outside_modes():
-        flat = t.detach().reshape(-1)
-        seen = flat[:: max(1, flat.numel() // SAMPLE)]
-        seen = seen[seen != 0]
-        made, chance = made_numbers(seen)
-        return bool(made <= chance) and 4 * seen.unique().numel() >= seen.numel() and not _balanced(t.detach())
+        seen = _some(t.detach(), SAMPLE)
+        return bool(_patternless(seen[None]).all()) and not bool(_balanced(t.detach()))
 
 
-def _balanced(t: Tensor) -> bool:
+def follow_none(*parameters: Tensor) -> Tensor:
+    """Whether the numbers of all of these follow no pattern, but for zeros (`is_generic`), as a tensor."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for p in parameters:
+        by_dtype.setdefault(p.dtype, []).append(p.detach())
+    ok = [_patternless(torch.stack([_some(t, FEW) for t in same])).all() for same in by_dtype.values()]
+    return torch.stack([*ok, *(~_balanced(p.detach()) for p in parameters if p.dim() > 2)]).all()
+
+
+def _some(t: Tensor, most: int) -> Tensor:
+    """So many numbers of a tensor, spread over it; zeros where it has no more."""
+    stride = max(1, -(-as_number(t.numel()) // SAMPLE)) * (SAMPLE // most)  # of few those that are among more
+    seen = t.reshape(-1)[::stride][:most]
+    return torch.nn.functional.pad(seen, (0, most - seen.shape[0]))
+
+
+def _patternless(rows: Tensor) -> Tensor:
+    """Which rows hold few numbers that data are made of, and few more than once, but for zeros."""
+    s = rows.sort(-1).values
+    size, new = torch.count_nonzero(s, -1), (s != 0) & (s != s.roll(1, -1))
+    chance = BY_CHANCE * torch.finfo(s.dtype).eps * size + (size / 8).clamp(max=REPEATED) * (s.dtype != torch.float64)
+    return (torch.count_nonzero(are_made(s), -1) <= chance) & (4 * torch.count_nonzero(new, -1) >= size)
+
+
+def _balanced(t: Tensor) -> Tensor:
     """Whether many kernels of a convolution add up to zero, so that they make zeros of blank patches."""
+    found = torch.zeros((), dtype=torch.bool, device=t.device)
     for dims in (range(2, t.dim()), range(1, t.dim())) if t.dim() > 2 else ():
         total, size = t.sum(tuple(dims)).abs(), t.abs().sum(tuple(dims))
-        if bool(((total <= 8 * torch.finfo(t.dtype).eps * size) & (size > 0)).double().mean() > 0.1):
-            return True
-    return False
+        found = found | (((total <= 8 * torch.finfo(t.dtype).eps * size) & (size > 0)).double().mean() > 0.1)
+    return found

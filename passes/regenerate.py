@@ -20,9 +20,10 @@ from revfx.passes.addends import lost_text, remembers
 from revfx.passes.atoms import SUMS, bare
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
-from revfx.passes.facts import check
+from revfx.passes.facts import GENERIC, check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
+from revfx.passes.kinks import generic
 from revfx.passes.numbers import lost_numbers, mean_size, nearest
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
@@ -257,7 +258,9 @@ class Regenerator:
         if arc.measured:
             self._guard(op, arc)
         if arc.assumes is not None:
-            self._hold(op, *arc.assumes)
+            self._hold(op, [self._own(self.forward.value_node(arc.assumes[0]))], arc.assumes[1])
+        if arc.suspect and head in self.forward.trusting:
+            self._hold(op, generic(self.joint), GENERIC)
         if arc.suspect and arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
             self._hold_apart(op, arc, arc.told)
         if arc.addend:
@@ -335,17 +338,16 @@ class Regenerator:
             ok = self.recorder.record(test, sizes, FORWARD, last)
             self._assert(ok, message, FORWARD)
 
-    def _hold(self, op: int, value: int, fact: str) -> None:
-        """None; checks in the forward that a fact still holds of a value."""
-        own = self._own(self.forward.value_node(value))
+    def _hold(self, op: int, nodes: Sequence[fx.Node], fact: str) -> None:
+        """None; checks in the forward that a fact still holds of nodes."""
+        own = nodes[0]
         if (own, fact) in self._held:
             return
         self._held.add((own, fact))
-        test, message = check(fact, self.program.values[value].name, self.program.ops[op].where)
+        test, message = check(fact, own.name, self.program.ops[op].where)
         first = own.next if own.op != "placeholder" else next(n for n in self.joint.nodes if n.op != "placeholder")
         with self.joint.inserting_before(first):
-            ok = self.recorder.record(test, [own], FORWARD, own)
-            self._assert(ok, message, FORWARD)
+            self._assert(self.recorder.record(test, nodes, FORWARD, own), message, FORWARD)
 
     def _hold_apart(self, op: int, arc: Arc, told: str) -> None:
         """None; checks in the forward that the inverse gives back the numbers of data that something tells apart."""

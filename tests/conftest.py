@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """None; what is there before the first test is not looked at by the collector again, which then runs more seldom.
 
-    torch and its compilers alone are half a million objects, and compiling makes many: a tenth of the time of the tests.
+    torch and its compilers alone are half a million objects, and compiling makes many.
     """
     gc.collect()
     gc.freeze()

@@ -283,7 +283,7 @@ def test_a_function_out_of_the_cache_checks_its_permutation() -> None:
     function(x)
     assert isinstance(model.order, Tensor)
     model.order.copy_(torch.tensor(TWICE))
-    with pytest.raises(RuntimeError, match=rf"an index is no longer a permutation \(.*, at .*{__name__}\.py:\d+\)"):
+    with pytest.raises(RuntimeError, match=rf"an index is no permutation \(.*, at .*{__name__}\.py:\d+\)"):
         function(x)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from zoo import D
 
 import revfx
-from revfx.passes.numbers import is_generic
+from revfx.passes.numbers import follow_none, is_generic
 from revfx.testing import assert_same_grads
 
 
@@ -141,3 +141,15 @@ def test_parameters_with_a_pattern_are_no_generic_ones() -> None:
     assert not is_generic(nn.Parameter(kernels - kernels.mean((1, 2, 3), keepdim=True)))
     assert not is_generic(nn.Parameter(kernels - kernels.flip(-1)))
     assert not is_generic(w)
+
+
+def test_what_a_run_sees_of_parameters_is_among_what_was_seen_before() -> None:
+    generic = [nn.Parameter(torch.randn(size)) for size in ((64, 64), (1, 3001), (7,), (8, 4, 3, 3), ())]
+    assert all(map(is_generic, generic))
+    assert follow_none(*generic)
+    assert follow_none(*(p.float() for p in generic), *generic)
+    assert follow_none(torch.zeros(0), torch.randn(64, 64).bfloat16())
+    kernels = torch.randn(8, 4, 3, 3)
+    for odd in (torch.eye(64), torch.randn(64, 64).sign(), kernels - kernels.flip(-1), torch.full((3001,), 0.3171)):
+        assert not follow_none(*generic, odd)
+        assert not follow_none(odd.float(), *generic)
