@@ -196,17 +196,14 @@ def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: 
         with record_function("revfx::backward"):
             loss.backward()
     kept = peak = now = 0
-    starts = [e.start_ns() for e in _events(prof) if e.name() == "revfx::backward"]
-    for e in sorted((e for e in _events(prof) if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    events = [(e.name(), e) for e in prof.profiler.kineto_results.events()]
+    starts = [e.start_ns() for name, e in events if name == "revfx::backward"]
+    for e in sorted((e for name, e in events if name == "[memory]"), key=lambda e: e.start_ns()):
         now += e.nbytes()
         peak = max(peak, now)
         if e.start_ns() <= starts[0]:
             kept = now
     return Memory(kept, peak)
-
-
-def _events(prof: Any) -> list[Any]:
-    return list(prof.profiler.kineto_results.events())
 
 
 def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:

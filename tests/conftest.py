@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import shutil
@@ -18,12 +19,14 @@ from programs_report import Reporter
 OWN_KERNELS = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 if OWN_KERNELS:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="revfx-tests-")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles eight programs first to try what works
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the workers are as many as the cores already
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 import torch  # noqa: E402  (it reads these)
 
 
+logging.getLogger("torch.__trace").propagate = True  # or pytest listens to it, and torch prints every graph for it
 torch.set_num_threads(1)  # small tensors: threads only wait for each other
 
 
