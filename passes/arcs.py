@@ -48,11 +48,11 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
-    told: Mapping[fx.Node, str] | None = None,
+    told: tuple[Mapping[fx.Node, str], Mapping[fx.Node, str]] | None = None,
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
 
-    `told`: what tells the numbers of nodes apart, where nobody can look at these before an inverse is decided on.
+    `told`: what tells the numbers of nodes apart (not strictly, strictly), where more than this graph was looked at.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
@@ -84,12 +84,15 @@ class _Lowering:
         graph: fx.Graph,
         module_of: Callable[[str], torch.nn.Module] | None,
         sources: Collection[fx.Node],
-        told: Mapping[fx.Node, str] | None,
+        told: tuple[Mapping[fx.Node, str], Mapping[fx.Node, str]] | None,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
-        self.told_apart = told_apart(graph, self.atoms, strict=False) if told is None else told
-        self.perhaps_told = told_apart(graph, self.atoms) if told is None else told
+        self.told_apart, self.perhaps_told = told or (
+            told_apart(graph, self.atoms, strict=False),
+            told_apart(graph, self.atoms),
+        )
+        self.barring = self.told_apart if told is None else self.perhaps_told  # where nobody looks again
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -240,7 +243,8 @@ class _Lowering:
             return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
         if atoms == NONE:
             return arc
-        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=told if atoms > RARE else None)
+        barred = self.barring.get(head) if atoms > RARE else None
+        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=barred)
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

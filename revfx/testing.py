@@ -196,7 +196,8 @@ def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: 
         with record_function("revfx::backward"):
             loss.backward()
     kept = peak = now = 0
-    events = [(e.name(), e) for e in prof.profiler.kineto_results.events()]
+    recorded: Any = prof.profiler
+    events = [(e.name(), e) for e in recorded.kineto_results.events()]
     starts = [e.start_ns() for name, e in events if name == "revfx::backward"]
     for e in sorted((e for name, e in events if name == "[memory]"), key=lambda e: e.start_ns()):
         now += e.nbytes()

@@ -20,7 +20,7 @@ from revfx.passes.partition import Report
 from revfx.testing import measure_memory
 
 
-SHALLOW, DEEP, ROWS = 4, int(os.environ.get("REVFX_DEEP", "8")), 1024
+SHALLOW, DEEP, ROWS = 3, int(os.environ.get("REVFX_DEEP", "6")), 1024
 GROWTH = 0.05  # of what the same compiler grows by without revfx
 EAGER: dict[str, Any] = {"backend": "revfx", "options": {"inner": "aot_eager"}}
 DOORS: dict[str, dict[str, Any]] = {
