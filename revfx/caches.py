@@ -101,8 +101,13 @@ def none_left(mode: _torch.FakeMode) -> Generator[None]:
 def _remaining(mode: _torch.FakeMode) -> list[Any]:
     """What holds the fake tensors that could not be let go."""
     alive = mode.alive()
-    found = gc.get_referrers(*alive) if alive else []
-    return [r for r in found if r is not alive and not _is(r, (*_TRANSIENT, Tensor))]
+    return [r for r in _holders(alive) if r is not alive and not _is(r, (*_TRANSIENT, Tensor))]
+
+
+def _holders(things: Collection[Any]) -> list[Any]:
+    """What holds any of `things`, but for the arguments of this very search (which Python 3.13 reports)."""
+    args = tuple(things)
+    return [r for r in gc.get_referrers(*args) if r is not args] if args else []
 
 
 def _search(mode: _torch.FakeMode, recorded: Collection[int], caches_only: bool) -> list[str]:
@@ -131,7 +136,7 @@ class _Search:
         """None; what holds `things` does so no longer."""
         self.ours.add(id(things))
         ids = {id(x) for x in things}
-        holders = gc.get_referrers(*things)
+        holders = _holders(things)
         self.ours.add(id(holders))
         holders = [h for h in holders if id(h) not in self.ours and not _is(h, _TRANSIENT)]
         self.ours.add(id(holders))
@@ -159,7 +164,7 @@ class _Search:
     def _drop(self, records: list[Any]) -> None:
         """None; caches lose the entries that are `records` of which nothing is left: code would look for it there."""
         self.ours.add(id(records))
-        holders = [h for h in gc.get_referrers(*records) if id(h) not in self.ours and _is(h, (dict, _LRU))]
+        holders = [h for h in _holders(records) if id(h) not in self.ours and _is(h, (dict, _LRU))]
         self.ours.add(id(holders))
         owners = _owners([h for h in holders if _is(h, dict)], self.ours)
         for h in holders:
@@ -234,7 +239,7 @@ def _owners(dicts: list[Any], ours: set[int]) -> dict[int, Any]:
     if not dicts:
         return {}
     known, found = {id(d): d for d in dicts}, dict[int, Any]()
-    for h in gc.get_referrers(*dicts):
+    for h in _holders(dicts):
         if id(h) in ours or h is dicts or h is known:
             continue
         if _is(h, types.FunctionType) and id(h.__globals__) in known:
