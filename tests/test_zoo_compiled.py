@@ -21,8 +21,8 @@ from revfx.testing import measure_memory
 
 # Compiling C++ takes long: with REVFX_DEEP=12 all programs go as deep, and through inductor, twice.
 ALL_DEEP = int(os.environ.get("REVFX_DEEP", "0"))
-SHALLOW, DEEP = 4, ALL_DEEP or 8
-DEEPER = {"dropout": 12, "transformer": 12}
+SHALLOW, DEEP = 4, ALL_DEEP or 6
+DEEPER = {"dropout": 12, "transformer": 8}
 TWICE = ("momentum",)
 BY_INDUCTOR = ("dropout",)
 ROWS, MANY_ROWS = 8, 1024
