@@ -107,6 +107,8 @@ def is_generic(t: Tensor) -> bool:
     """
     if not isinstance(t, nn.Parameter) or not t.is_floating_point() or t.layout != torch.strided:
         return False
+    if t.dtype.itemsize < 2:  # they can hold few numbers only
+        return False
     if not _torch.is_real(t):
         return True
     with torch.no_grad(), _torch.outside_modes():
@@ -116,11 +118,12 @@ def is_generic(t: Tensor) -> bool:
 
 def follow_none(*parameters: Tensor) -> Tensor:
     """Whether the numbers of all of these follow no pattern, but for zeros (`is_generic`), as a tensor."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for p in parameters:
-        by_dtype.setdefault(p.dtype, []).append(p.detach())
-    ok = [_patternless(torch.stack([_some(t, FEW) for t in same])).all() for same in by_dtype.values()]
-    return torch.stack([*ok, *(~_balanced(p.detach()) for p in parameters if p.dim() > 2)]).all()
+        alike.setdefault((p.dtype, p.device), []).append(p.detach())
+    ok = [_patternless(torch.stack([_some(t, FEW) for t in same])).all() for same in alike.values()]
+    ok += [~_balanced(p.detach()) for p in parameters if p.dim() > 2]
+    return torch.stack([t.to(parameters[0].device) for t in ok]).all()
 
 
 def _some(t: Tensor, most: int) -> Tensor:
@@ -143,5 +146,5 @@ def _balanced(t: Tensor) -> Tensor:
     found = torch.zeros((), dtype=torch.bool, device=t.device)
     for dims in (range(2, t.dim()), range(1, t.dim())) if t.dim() > 2 else ():
         total, size = t.sum(tuple(dims)).abs(), t.abs().sum(tuple(dims))
-        found = found | (((total <= 8 * torch.finfo(t.dtype).eps * size) & (size > 0)).double().mean() > 0.1)
+        found = found | (((total <= 8 * torch.finfo(t.dtype).eps * size) & (size > 0)).float().mean() > 0.1)
     return found

@@ -141,6 +141,7 @@ def test_parameters_with_a_pattern_are_no_generic_ones() -> None:
     assert not is_generic(nn.Parameter(kernels - kernels.mean((1, 2, 3), keepdim=True)))
     assert not is_generic(nn.Parameter(kernels - kernels.flip(-1)))
     assert not is_generic(w)
+    assert not is_generic(nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False))
 
 
 def test_what_a_run_sees_of_parameters_is_among_what_was_seen_before() -> None:
