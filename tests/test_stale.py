@@ -224,7 +224,7 @@ def test_weights_with_a_pattern_that_are_loaded_make_another_plan(through: str) 
     assert_same_grads(converted, model, [x])
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)])
 def test_weights_with_a_pattern_that_are_loaded_after_compiling_raise(inner: str) -> None:
     model = additive(Kernel)
     options: Any = {"inner": inner, **({"fallback_random": True} if inner == "inductor" else {})}
