@@ -48,11 +48,11 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
-    told: tuple[Mapping[fx.Node, str], Mapping[fx.Node, str]] | None = None,
+    told: Mapping[fx.Node, str] | None = None,
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
 
-    `told`: what tells the numbers of nodes apart (not strictly, strictly), where more than this graph was looked at.
+    `told`: what tells the numbers of nodes apart, where nobody can look at these before an inverse is decided on.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
@@ -84,15 +84,12 @@ class _Lowering:
         graph: fx.Graph,
         module_of: Callable[[str], torch.nn.Module] | None,
         sources: Collection[fx.Node],
-        told: tuple[Mapping[fx.Node, str], Mapping[fx.Node, str]] | None,
+        told: Mapping[fx.Node, str] | None,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
-        self.told_apart, self.perhaps_told = told or (
-            told_apart(graph, self.atoms, strict=False),
-            told_apart(graph, self.atoms),
-        )
-        self.barring = self.told_apart if told is None else self.perhaps_told  # where nobody looks again
+        self.told_apart = told_apart(graph, self.atoms, strict=False) if told is None else told
+        self.perhaps_told = told_apart(graph, self.atoms) if told is None else told
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -243,8 +240,7 @@ class _Lowering:
             return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
         if atoms == NONE:
             return arc
-        barred = self.barring.get(head) if atoms > RARE else None
-        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=barred)
+        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=told if atoms > RARE else None)
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

@@ -79,7 +79,7 @@ def forward_half(
         node.meta["facts"] = known[node]
     huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
     levels = atoms(joint)
-    told = tuple(told_apart(joint, levels, strict) for strict in (False, True))  # also by a backward of the user's
+    told = told_apart(joint, levels)  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -94,8 +94,7 @@ def forward_half(
             new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
-    loosely, strictly = ({copy[n]: by for n, by in by_node.items() if n in copy} for by_node in told)
-    lowered = lower(half, sources=sources, exact=exact, told=(loosely, strictly))
+    lowered = lower(half, sources=sources, exact=exact, told={copy[n]: by for n, by in told.items() if n in copy})
     origin = {new: old for old, new in copy.items()}
     written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
     return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels))

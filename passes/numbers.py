@@ -66,18 +66,6 @@ def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
     return found, by_chance(t, REPEATED * t.dim(), REPEATED)
 
 
-def keeps_numbers(t: Tensor, back: Tensor, before: Sequence[Tensor], single: bool) -> Tensor:
-    """Whether `back` is `t` in the numbers of data that something may tell from others near to them.
-
-    Where not a `single` one is told, only those in constant rows, channels and patches are.
-    """
-    found, chance = lost_numbers(t, back, before)
-    if single:
-        return found <= chance
-    again, once_more = repeated_numbers(t)
-    return (found <= chance) | (again <= once_more)
-
-
 def mean_size(reciprocal: bool, c: Tensor) -> Tensor:
     """The root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average over the elements."""
     c = c.detach().to(torch.float64 if c.dtype == torch.float64 else torch.float32)

@@ -31,7 +31,7 @@ from revfx.passes.joint import (
     read_later,
     stateless_inputs,
 )
-from revfx.passes.plan import anchors, deep_in_half_precision, may_miss, will_miss
+from revfx.passes.plan import anchors, deep_in_half_precision
 from revfx.passes.program import Program
 from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
@@ -97,9 +97,7 @@ def rewrite(
         freed = _freed(forward, region, wanted)
         if options.exact is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
-        stores = options.unbounded == "store"
-        misses = may_miss if stores else will_miss if options.careful else None
-        cuts = anchors(program, region.steps, options.tolerance, options.anchor_every, stores, misses)
+        cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
         try:
             regenerator.region(region, wanted, ops, cuts)
         except Unrecordable as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,18 +144,13 @@ def deep_in_half_precision(program: Program, steps: Sequence[Step], cuts: Collec
 
 
 def anchors(
-    program: Program,
-    steps: Sequence[Step],
-    tolerance: float | None,
-    every: int | None = None,
-    least: bool = False,
-    misses: Callable[[Arc], bool] | None = None,
+    program: Program, steps: Sequence[Step], tolerance: float | None, store: bool, every: int | None = None
 ) -> frozenset[int]:
     """The cuts inside a region to keep since rounding would grow too much, going by what is known without running.
 
-    Cut j lies before step j. Of factors that are data a typical magnitude is assumed; with `least` the smallest that
-    they may have, and the entry of a step whose factor may reach zero is kept as well, as is that of a step with an
-    inverse that `misses` it. `every`: see `asked_for`.
+    Cut j lies before step j. Of factors that are data a typical magnitude is assumed; with `store` the smallest that
+    they may have, and the entry of a step whose factor may reach zero, or which may hold numbers that something tells
+    from those near to them, is kept as well. `every`: see `asked_for`.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
@@ -164,12 +159,11 @@ def anchors(
         dtypes = [program.values[v].dtype for v in step.exit if program.values[v].dtype.is_floating_point]
         eps = max((torch.finfo(d).eps for d in dtypes), default=0.0)
         most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
-        vanishes = least and any(a.measured and a.least < most for a in step.arcs)
-        if j in asked or vanishes or (misses is not None and any(map(misses, step.arcs))):
+        if j in asked or (store and any(_may_miss(a, most) for a in step.arcs)):
             kept.add(j)
             growth = {}
             continue
-        measured = {int(a.factor or 0): 1 / (a.least if least else a.typical) for a in step.arcs if a.measured}
+        measured = {int(a.factor or 0): 1 / (a.least if store else a.typical) for a in step.arcs if a.measured}
         growth = amplification(step, growth, measured)
         largest = max(growth.values(), default=1.0)
         if MARGIN * largest * eps > most and largest > 1.0 and j + 1 < len(steps):
@@ -178,14 +172,9 @@ def anchors(
     return frozenset(kept - {0})  # which is kept anyway
 
 
-def may_miss(arc: Arc) -> bool:
-    """Whether a run may show that the arc's inverse can't be used, for numbers of the data or huge ones."""
-    return (arc.suspect and arc.told is not None) or arc.addend == HUGE
-
-
-def will_miss(arc: Arc) -> bool:
-    """Whether that is likely: not only for rows or channels that are constant."""
-    return (arc.suspect and arc.apart) or arc.addend == HUGE
+def _may_miss(arc: Arc, most: float) -> bool:
+    """Whether a run may show that the arc's inverse can't be used, for a factor, numbers of the data or huge ones."""
+    return (arc.measured and arc.least < most) or (arc.suspect and arc.told is not None) or arc.addend == HUGE
 
 
 def is_checked(cut: int, steps: int) -> bool:

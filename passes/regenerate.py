@@ -24,7 +24,7 @@ from revfx.passes.facts import GENERIC, check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.kinks import generic
-from revfx.passes.numbers import keeps_numbers, mean_size, nearest
+from revfx.passes.numbers import lost_numbers, mean_size, nearest
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
@@ -47,8 +47,7 @@ STATELESS: Mapping[Any, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store"), as are, with
-    `careful`, numbers of the data and what is next to huge ones.
+    """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store").
 
     `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps. Before
     every `anchor_every` couplings a cut is kept in any case. `decompositions` says how the graph spells operators.
@@ -60,7 +59,6 @@ class Options:
     tolerance: float | None = None
     anchor_every: int | None = None
     exact: int | None = None
-    careful: bool = False
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     stored: Stored | None = None
 
@@ -365,8 +363,10 @@ class Regenerator:
         )
         before = _added_to(own)
 
-        n = len(before)
-        test: Callable[..., Tensor] = lambda t, *u: keeps_numbers(t, arc.solve(*u[n:]), u[:n], arc.apart)  # noqa: E731
+        def test(t: Tensor, *others: Tensor) -> Tensor:
+            found, chance = lost_numbers(t, arc.solve(*others[len(before) :]), others[: len(before)])
+            return found <= chance
+
         with self.joint.inserting_before(tail[0].next):
             ok = self.recorder.record(test, [own, *before, *tail], FORWARD, own)
             self._assert(ok, message, FORWARD)

@@ -53,7 +53,7 @@ class Compiled:
         self, name: str, function: Callable[..., Any], anchor_every: int | None = None, exact: int | None = None
     ) -> None:
         self.name, self.function = name, function
-        self.options: dict[str, Any] = {"anchor_every": anchor_every, "exact": exact}
+        self.options = {"inner": "aot_eager", "anchor_every": anchor_every, "exact": exact}
         self.graphs: list[Report] = []
         self.failures: list[Refusal] = []
         self.in_own_code = False  # whether a region ends in the forward's own code, not in a sub-module's
@@ -106,7 +106,7 @@ class Compiled:
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The function that runs one graph that dynamo captured."""
-        from revfx import partitioner
+        from revfx import backend, partitioner
 
         plain = torch.compiler.disable(_uncompiled(gm).forward)
         if (written := _read_and_written(gm.graph)) is not None:
@@ -114,8 +114,7 @@ class Compiled:
             return plain
         try:
             with partitioner.reports() as reports:
-                split = partitioner.ReversiblePartitioner(**self.options).knowing(inputs).careful().partition
-                compiled = _compiler().run_by_eager_kernels(gm, inputs, split)
+                compiled = backend.revfx(gm, inputs, options=self.options)
         except _compiler().RestartAnalysis:  # dynamo's own: it captures again, knowing more
             raise
         except Exception as e:  # whatever the compiler can't do, the graph is still right under plain autograd

@@ -89,12 +89,6 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
         other.facts = facts_of(inputs)
         return other
 
-    def careful(self) -> ReversiblePartitioner:
-        """A partitioner whose graphs keep, rather than raise, where numbers of the data or huge ones may be lost."""
-        other = copy.copy(self)
-        other.options = replace(self.options, careful=True)
-        return other
-
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:

@@ -227,32 +227,3 @@ def test_what_packs_and_unpacks_is_not_compiled_with_a_sub_module(make: Any, fp6
     with dynamo_config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
         assert_same_grads(converted, model, [x])
     assert converted.revfx.plans
-
-
-class Sparse(nn.Module):
-    """Gives zeros in many places, so that streams keep numbers there through a coupling."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.linear, self.how = nn.Linear(4, 4), how
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.linear(x)
-        if self.how == "top two":
-            best = h.topk(2, -1)
-            return torch.zeros_like(h).scatter(-1, best.indices, best.values.softmax(-1))
-        if self.how == "straight through":
-            return h + (h.round() - h).detach()
-        return nn.functional.gumbel_softmax(h, hard=True)
-
-
-@pytest.mark.parametrize("how", ["top two", "straight through", "gumbel"])
-def test_numbers_that_zeros_leave_as_they_are_are_no_reason_to_raise(how: str) -> None:
-    couplings = Additive(4)
-    couplings.f, couplings.g = (nn.ModuleList(Sparse(how) for _ in range(4)) for _ in range(2))
-    model = nn.Sequential(nn.Linear(8, 8), couplings)
-    converted: Any = revfx.convert(model, capture="dynamo")
-    assert_same_grads(converted, model, [leaf(5, 8)])
-    assert converted.revfx.kept_cuts <= 2
-    compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"})
-    assert_same_grads(compiled, model, [leaf(5, 8)])
