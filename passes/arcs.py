@@ -13,11 +13,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.addends import has_huge
-from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
+from revfx.passes.atoms import CERTAIN, NONE, RARE, SUMS, SUMS_WITH_PRODUCT, atoms, bare
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
-from revfx.passes.kinks import told_apart
+from revfx.passes.kinks import OF_SUMS, numberless, told_apart
 from revfx.passes.masks import masked_arcs
 from revfx.passes.program import HUGE, ORDINARY, Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, no_new_guards, same_shape
@@ -88,8 +88,10 @@ class _Lowering:
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
-        self.told_apart = told_apart(graph, self.atoms, strict=False) if told is None else told
+        self.looks = told is None
+        self.told_apart = told_apart(graph, self.atoms, OF_SUMS) if told is None else told
         self.perhaps_told = told_apart(graph, self.atoms) if told is None else told
+        self.numberless = numberless(graph, self.atoms)
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -227,6 +229,7 @@ class _Lowering:
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
             if inverse.exact else None,
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, sums=inverse.rest is not nothing,
+            fresh=bool(given) and all(self._is_fresh(g, node) for g in given),
         )  # fmt: skip
         if rounds and arc.sums:
             own = HUGE if has_huge(node, y.dtype) else ORDINARY
@@ -240,7 +243,18 @@ class _Lowering:
             return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
         if atoms == NONE:
             return arc
-        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=told if atoms > RARE else None)
+        barred = told if atoms > RARE or (not self.looks and self._mixes_data(head)) else None
+        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=barred)
+
+    def _mixes_data(self, node: fx.Node) -> bool:
+        """Whether a node adds up several values that may hold numbers of the data, of which none is left to see."""
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+        held = [n for n in tensors if not self._is_fresh(n, node)]
+        return bare(op_name(node.target)) in SUMS | SUMS_WITH_PRODUCT and (len(held) > 1 or len(tensors) == 1)
+
+    def _is_fresh(self, added: fx.Node, node: fx.Node) -> bool:
+        """Whether what is added to a node holds no number of the data, for any element of the sum."""
+        return added in self.numberless and same_shape(added.meta["val"], node.meta["val"])
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 from revfx.passes import _torch
-from revfx.passes.sizes import as_number
+from revfx.passes.numbers import some_of
 
 
 SAMPLE = 256  # elements of an operand, by which is seen how large its elements are
@@ -23,7 +22,7 @@ def size_of(x: Tensor) -> Tensor:
 
     A few huge elements don't change it, as they do the root mean square, nor many tiny ones, as they do the median.
     """
-    size = _some(x).abs()
+    size = some_of(x, SAMPLE).abs()
     if not _torch.is_real(x):  # in a graph, whose sizes may be symbols
         return size.sort().values[9 * size.shape[0] // 10 :].amin()
     above = max(1, math.floor((1 - USUAL) * size.numel()))
@@ -38,28 +37,10 @@ def is_lost(back: Tensor, x: Tensor, limit: float) -> Tensor:
     """
     eps = torch.finfo(x.dtype).eps
     wrong = max(limit / LUCK, min(limit, ROUNDING * eps))
-    some = _some(x).abs()
+    some = some_of(x, SAMPLE).abs()
     known = torch.where((some > 0) & torch.isfinite(some), some, torch.inf).sort().values
     count = torch.count_nonzero(torch.isfinite(known))
     usual = known.gather(0, ((USUAL * count).ceil().long().clamp(min=1) - 1).reshape(1)).reshape(())
     usual = torch.where(count > 0, usual, 0)
     same = (back == x) | (torch.isnan(back) & torch.isnan(x))
     return (~((back - x).abs() < wrong * torch.maximum(x.abs(), usual)) & ~same).any()
-
-
-def _some(x: Tensor) -> Tensor:
-    """Some elements of `x`, evenly spread over all its dimensions; of a real tensor no more than these are copied."""
-    n = as_number(x.numel())
-    return x.take(_places(n, x.device)) if _torch.is_real(x) else x.reshape(-1)[:: _stride(n)]
-
-
-@functools.lru_cache(maxsize=64)
-def _places(n: int, device: torch.device) -> Tensor:
-    return torch.arange(0, n, _stride(n), device=device)
-
-
-def _stride(n: int) -> int:
-    stride = max(1, n // SAMPLE)
-    while math.gcd(stride, n) > 1:  # else it might see one column only
-        stride += 1
-    return stride

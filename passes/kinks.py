@@ -23,7 +23,10 @@ from revfx.rules import op_name
 
 # The numbers that a value takes with positive probability: zero at most; those of parameters, which are repeated but
 # have no pattern (`is_generic`); any; and sums of any with any.
-ZERO, OWN, ANY, SUM, NEVER = 0, 1, 2, 3, 4
+ZERO, OWN, ANY, SUM, NEVER = range(5)
+# Where whole rows of zeros are reckoned with, which stay zeros when mixed: nowhere, in sums of any with any, also in
+# what a normalisation makes of groups that hold one number.
+NO_ROWS, OF_SUMS, OF_NORMS = range(3)
 
 AT_ZERO = frozenset(
     """relu leaky_relu prelu rrelu abs absolute elu celu selu sqrt rsqrt reciprocal norm vector_norm linalg_norm
@@ -73,6 +76,9 @@ TURNS = frozenset(
     wait_tensor all_gather_into_tensor all_to_all_single broadcast
     index_copy index_fill fftshift ifftshift deg2rad rad2deg vander cartesian_prod combinations unsafe_split
     view_copy expand_copy permute_copy transpose_copy slice_copy""".split()
+)
+REPEATS = frozenset(
+    "expand expand_as expand_copy broadcast_to broadcast broadcast_tensors repeat repeat_interleave tile".split()
 )
 # Zero where an element is the mean of its group, as all of a constant row or channel are.
 NORMS = frozenset(
@@ -127,17 +133,17 @@ Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apar
 
 
 def kinks(
-    made: Sequence[Made], own: Container[Hashable] = (), strict: bool = True, given: int = ANY
+    made: Sequence[Made], own: Container[Hashable] = (), rows: int = OF_NORMS, given: int = ANY
 ) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
     """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart.
 
-    `own` are generic parameters. What they mix has no numbers, and normalised values have none; `strict`: but for
-    groups that hold one number, which a normalisation makes zeros of. Operands from elsewhere are of the kind `given`.
+    `own` are generic parameters. What they mix has no numbers, and normalised values have none, but for `rows`.
+    Operands from elsewhere are `given`.
     """
     kinds, steps = dict[Hashable, int](), list[tuple[Made, int, list[int]]]()
     for m in made:
         operands = [kinds.get(k, OWN if k in own else given) for k in m.operands]
-        kinds[m.key] = kind = _kind(m, operands, strict)
+        kinds[m.key] = kind = _kind(m, operands, rows)
         steps.append((m, kind, operands))
     told: dict[Hashable, Told] = {}
     for m, kind, operands in reversed(steps):
@@ -148,14 +154,14 @@ def kinks(
     return kinds, told
 
 
-def _kind(m: Made, operands: list[int], strict: bool) -> int:
+def _kind(m: Made, operands: list[int], rows: int) -> int:
     most = max(operands, default=ZERO if m.bare in ZEROS or (m.bare in FILLS and not any(m.numbers)) else ANY)
     if m.bare in DRAWN or (m.level == NONE and most == ZERO):
         return ZERO
     if m.bare in MIXERS:
         factors = operands[1:] if m.bare in ONE_ADDED else operands[:2] if m.bare in TWO_MIXED else operands
         several, worst = len(factors) > 1, max(factors, default=ANY)
-        return ZERO if several and min(factors) <= OWN and (worst < SUM or not strict) else _added(worst)
+        return ZERO if several and min(factors) <= OWN and (worst < SUM or rows < OF_SUMS) else _added(worst)
     if m.inside is not None:
         return m.inside.gives[most]
     if m.rounds:
@@ -172,11 +178,13 @@ def _kind(m: Made, operands: list[int], strict: bool) -> int:
         least = min(operands, default=ANY)
         return least if least <= OWN else most
     if m.bare in NORMS:
-        return _added(operands[0] if operands else ANY) if strict else ZERO
+        return ZERO if rows < OF_NORMS else _added(operands[0] if operands else ANY)
     if m.bare in ADDS_UP:
         return _added(most)
     if m.bare in MOVES_NUMBERS:
         return _added(most) if most > ZERO else ANY
+    if m.bare in REPEATS and most == ZERO:
+        return OWN
     if m.bare in SMOOTH or m.bare in AT_ZERO:
         return max(most, ANY if any(m.numbers) and m.bare in FILLS else ZERO)
     return max(most, ANY if m.bare in KNOWN else SUM)
@@ -217,16 +225,16 @@ def _bends(m: Made) -> int:
 
 def look_inside(
     made: Sequence[Made], own: Container[Hashable], given: Collection[Hashable], result: Collection[Hashable]
-) -> tuple[Inside, Inside]:
-    """What a call is like that makes `made` of `given`: not strictly, strictly."""
+) -> tuple[Inside, ...]:
+    """What a call is like that makes `made` of `given`, by where rows of zeros are reckoned with."""
 
-    def seen(strict: bool) -> Inside:
-        found = [(kind, *kinks(made, own, strict, kind)) for kind in range(NEVER)]
+    def seen(rows: int) -> Inside:
+        found = [(kind, *kinks(made, own, rows, kind)) for kind in range(NEVER)]
         bends = (kind for kind, _, told in found if any(told.get(k, (NEVER,))[0] <= kind for k in given))
         gives = (max((kinds.get(k, kind) for k in result), default=ANY) for kind, kinds, _ in found)
         return Inside(next(bends, NEVER), tuple(gives))
 
-    return seen(False), seen(True)
+    return tuple(map(seen, (NO_ROWS, OF_SUMS, OF_NORMS)))
 
 
 def made_by(
@@ -242,13 +250,18 @@ def made_by(
     return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
 
 
-def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool = True) -> dict[fx.Node, str]:
+def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int = OF_NORMS) -> dict[fx.Node, str]:
     """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
 
-    `levels` says which have atoms. A call of a module says in `meta` what it is like `inside` (not strictly, strictly).
-    `strict`: see `kinks`.
+    `levels` says which have atoms. A call of a module says in `meta` what it is like `inside`, by each of `rows`.
     """
-    return _told(_made(graph, levels, strict), frozenset(generic(graph)), strict)
+    return _told(_made(graph, levels, rows), frozenset(generic(graph)), rows)
+
+
+def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
+    """The nodes that take no number but zero with positive probability."""
+    found, _ = kinks(_made(graph, levels, NO_ROWS), frozenset(generic(graph)), NO_ROWS)
+    return frozenset(n for n, kind in found.items() if kind == ZERO and isinstance(n, fx.Node))
 
 
 def generic(graph: fx.Graph) -> list[fx.Node]:
@@ -261,11 +274,11 @@ def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Nod
     own = frozenset(generic(graph))
     if not own:
         return frozenset()
-    made = _made(graph, levels, True)
+    made = _made(graph, levels, OF_NORMS)
     return frozenset(n for n in _told(made, ()).keys() - _told(made, own).keys() if levels[n] > NONE)
 
 
-def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool) -> list[Made]:
+def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Made]:
     made: list[Made] = []
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
@@ -274,7 +287,7 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool) -> list[
         if node.op == "call_module" or node.meta.get("opaque", False):
             read = [(n, level) for n, val, level in operands if may_be_continuous(val)]
             keys, theirs = tuple(n for n, _ in read), tuple(level for _, level in read)
-            inside = node.meta.get("inside", (Inside(), Inside()))[strict]
+            inside = node.meta.get("inside", (Inside(),) * 3)[rows]
             made.append(Made(node, str(node.target), levels[node], keys, theirs, inside=inside))
         else:
             args, result = (node.args, node.kwargs), node.meta.get("val")
@@ -282,8 +295,8 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], strict: bool) -> list[
     return made
 
 
-def _told(made: Sequence[Made], own: Collection[fx.Node], strict: bool = True) -> dict[fx.Node, str]:
-    kinds, told = kinks(made, own, strict)
+def _told(made: Sequence[Made], own: Collection[fx.Node], rows: int = OF_NORMS) -> dict[fx.Node, str]:
+    kinds, told = kinks(made, own, rows)
     return {
         n: _reason(by)
         for n, (kind, by) in told.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +18,7 @@ from revfx.passes.sizes import as_number
 BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
+MANY = 1 << 15  # elements among which equal ones are looked for
 FEW = 128  # and in every run of a compiled graph
 
 
@@ -43,14 +46,18 @@ def unchanged_numbers(t: Tensor, before: Tensor) -> tuple[Tensor, float]:
     return torch.count_nonzero((t == before) & (t != 0)), by_chance(t, REPEATED, REPEATED)
 
 
-def lost_numbers(t: Tensor, back: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """(how many elements of `t` that are numbers of data `back` misses; how many may be by chance).
+def loses_numbers(t: Tensor, after: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Whether `t` holds numbers of data that a step changes, after which no rounding inverse need return them.
 
-    Numbers of data are what a sum left as they were `before`; where nothing was added to, those that data are made of.
+    Those are what a sum left as they were `before`; where nothing was added to, the ones that data are made of.
     """
-    wrong, share = (back != t) & (t != 0), REPEATED if before else BY_CHANCE
-    found = [torch.count_nonzero((t == x) & wrong) for x in before] or [torch.count_nonzero(are_made(t) & wrong)]
-    return torch.stack(found).amax(), by_chance(t, share, REPEATED)
+    changed = (t != after if after.shape == t.shape else torch.ones_like(t, dtype=torch.bool)) & (t != 0)
+    if before:
+        found = torch.stack([torch.count_nonzero((t == x) & changed) for x in before]).amax()
+        return found > by_chance(t, REPEATED, REPEATED)
+    found, chance = shared_numbers(t)
+    made = torch.count_nonzero(are_made(t) & changed) > by_chance(t, BY_CHANCE, REPEATED)
+    return made | ((found > chance) & changed.any())
 
 
 def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
@@ -64,6 +71,40 @@ def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
             later = t.narrow(d, 1, t.shape[d] - 1)
             found = found + torch.count_nonzero((later == t.narrow(d, 0, t.shape[d] - 1)) & (later != 0))
     return found, by_chance(t, REPEATED * t.dim(), REPEATED)
+
+
+def shared_numbers(t: Tensor) -> tuple[Tensor, float]:
+    """(how many of some elements of `t` other than zero equal another one; how many may by chance).
+
+    In data of few levels, as k/255, most do.
+    """
+    some = some_of(t, MANY).sort().values
+    found = torch.count_nonzero((some[1:] == some[:-1]) & (some[1:] != 0))
+    # float64 may come from random numbers in float32
+    return found, max(by_chance(x, as_number(some.numel()), REPEATED) for x in (some, some.float()))
+
+
+def some_of(t: Tensor, most: int) -> Tensor:
+    """Some elements of `t`, evenly spread over all its dimensions; of a real tensor no more than these are copied."""
+    n = as_number(t.numel())
+    stride = max(1, n // most)
+    while math.gcd(stride, n) > 1:  # else it might see one column only
+        stride += 1
+    return t.take(_places(n, stride, t.device)) if _torch.is_real(t) else t.reshape(-1)[::stride]
+
+
+@functools.lru_cache(maxsize=64)
+def _places(n: int, stride: int, device: torch.device) -> Tensor:
+    return torch.arange(0, n, stride, device=device)
+
+
+def uniform(t: Tensor) -> Tensor:
+    """Whether a row along the last dimension, or a channel (the second or last one), holds one number all over."""
+    if t.dim() < 2:
+        return (t == t.reshape(-1)[:1]).all() if t.numel() > 1 else torch.zeros((), dtype=torch.bool, device=t.device)
+    groups = (t.flatten(0, -2), t.transpose(0, 1).flatten(1), t.transpose(0, -1).flatten(1))
+    found = [(g == g[:, :1]).all(1).any() for g in groups if g.shape[1] > 1]
+    return torch.stack([torch.zeros_like(t[:0].any()), *found]).any()
 
 
 def mean_size(reciprocal: bool, c: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step, needed
+from revfx.passes.numbers import some_of
 from revfx.passes.program import HUGE, Arc, Program
-from revfx.passes.sizes import as_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +183,7 @@ def is_checked(cut: int, steps: int) -> bool:
 
 def sample(t: Tensor) -> Tensor:
     """A copy of some elements of `t`, evenly spread over all its dimensions."""
-    n = as_number(t.numel())
-    stride = max(1, n // SAMPLE)
-    while math.gcd(stride, n) > 1:  # else it might see one column only
-        stride += 1
-    return t.detach().reshape(-1)[::stride].clone()
+    return some_of(t.detach(), SAMPLE).clone()
 
 
 def images(step: Step) -> dict[int, int]:

@@ -57,7 +57,8 @@ class Arc:
     `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: a value, and what its
     elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
     for bit, or why there is none; `grid` says that the arc is the inverse of one. `sums`: something was added to the
-    head, next to which its digits may be lost; `addend` says how large, for where the run can't be asked.
+    head, next to which its digits may be lost; `addend` says how large, for where the run can't be asked. `fresh`: what
+    was added holds no number of the data, so the result holds none but where it equals the head.
     """
 
     head: int
@@ -80,6 +81,7 @@ class Arc:
     grid: bool = False
     sums: bool = True
     addend: int = ORDINARY
+    fresh: bool = True
 
     @property
     def amplification(self) -> float:

@@ -24,7 +24,7 @@ from revfx.passes.facts import GENERIC, check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.kinks import generic
-from revfx.passes.numbers import lost_numbers, mean_size, nearest
+from revfx.passes.numbers import loses_numbers, mean_size, nearest
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
@@ -351,7 +351,7 @@ class Regenerator:
 
     def _hold_apart(self, op: int, arc: Arc, told: str) -> None:
         """None; checks in the forward that the inverse gives back the numbers of data that something tells apart."""
-        value, tail = arc.head, [self._own(self.forward.value_node(v)) for v in arc.tail]
+        value, after = arc.head, self._own(self.forward.value_node(arc.tail[0]))
         own = self._own(self.forward.value_node(value))
         if (own, told) in self._held:
             return
@@ -362,13 +362,9 @@ class Regenerator:
             "'store'} or use `revfx.convert` (capture='fx'), which keep them"
         )
         before = _added_to(own)
-
-        def test(t: Tensor, *others: Tensor) -> Tensor:
-            found, chance = lost_numbers(t, arc.solve(*others[len(before) :]), others[: len(before)])
-            return found <= chance
-
-        with self.joint.inserting_before(tail[0].next):
-            ok = self.recorder.record(test, [own, *before, *tail], FORWARD, own)
+        test: Callable[..., Tensor] = lambda t, after, *before: ~loses_numbers(t, after, before)  # noqa: E731
+        with self.joint.inserting_before(after.next):
+            ok = self.recorder.record(test, [own, after, *before], FORWARD, own)
             self._assert(ok, message, FORWARD)
 
     def _hold_digits(self, op: int, arc: Arc) -> None:

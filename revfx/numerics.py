@@ -16,8 +16,9 @@ from torch import Tensor
 
 from revfx import _torch, sharding
 from revfx.passes.cuts import Step
-from revfx.passes.numbers import made_numbers, repeated_numbers, unchanged_numbers
+from revfx.passes.numbers import made_numbers, repeated_numbers, shared_numbers, unchanged_numbers, uniform
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
+from revfx.passes.program import Arc
 
 
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
@@ -115,10 +116,11 @@ class Growth:
             if arc.suspect and arc.head not in self.clean:
                 head, after = held[arc.head], held.get(arc.tail[0])
                 changed = arc.head in self.changed
-                holds = _holds_atoms(head) or (not changed and (arc.apart or (bool(arc.told) and _repeats(head))))
+                alone = arc.apart and not changed
+                holds = _holds_atoms(head) or alone or (arc.told is not None and _repeats(head, changed))
                 if not holds and (changed or arc.told is None):
                     self.clean.add(arc.head)
-                elif result is not None and _changes_all(head, after):
+                elif result is not None and self._is_fresh(arc) and _changes_all(head, after):
                     self.changed.add(result)
                 if holds and _same(head, after):
                     self.unchanged.add(arc.head)
@@ -131,6 +133,10 @@ class Growth:
             elif arc.head in self.clean and not arc.partial:
                 self.clean.update(arc.tail)
         return good
+
+    def _is_fresh(self, arc: Arc) -> bool:
+        """Whether what an arc's operation adds holds no number of the data."""
+        return arc.fresh or (len(arc.tail) == 2 and (arc.tail[1] in self.changed or arc.tail[1] in self.clean))
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
@@ -147,12 +153,18 @@ def _changes_all(head: Tensor, after: Tensor | None) -> bool:
     return int(found) <= chance
 
 
-def _repeats(t: Tensor) -> bool:
-    """Whether more elements of `t` equal their neighbours than chance has it; not looked for in DTensors."""
+def _repeats(t: Tensor, changed: bool) -> bool:
+    """Whether more elements of `t` equal others than chance has it; not looked for in DTensors.
+
+    Where it was `changed` some are equal as the same was computed for them, as at the borders of an image. Then only a
+    row or channel that holds one number counts, of which a normalisation makes zeros.
+    """
     if not t.is_floating_point() or not _torch.is_plain(t) or _torch.is_fake(t):
         return False
-    found, chance = repeated_numbers(t.detach())
-    return int(found) > chance
+    t = t.detach()
+    if changed:
+        return bool(uniform(t))
+    return any(int(found) > chance for found, chance in (repeated_numbers(t), shared_numbers(t)))
 
 
 def _holds_atoms(t: Tensor) -> bool:

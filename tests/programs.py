@@ -38,7 +38,7 @@ class Input:
 
 
 KINDS = ("plain", "relu", "turned", "strided", "offset", "expanded", "computed", "view", "constant", "zeros", "halves",
-         "padded", "rows", "large", "single", "whole",
+         "levels", "padded", "padded levels", "rows", "large", "single", "whole",
          "boolean")  # fmt: skip
 
 
@@ -134,11 +134,12 @@ def _given(spec: Input, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return x > 0, x > 0
     if kind == "relu":
         x = x.relu()
-    elif kind in ("zeros", "halves", "large"):
-        x = {"zeros": x * 0, "halves": (2 * x).round() / 2, "large": 1e3 * x}[kind]
-    elif kind == "padded":  # half of it: one stream starts as zeros
-        x = (2 * x).round() / 2
-        x[:, x.shape[1] // 2 :] = 0
+    elif kind in ("zeros", "large"):
+        x = {"zeros": x * 0, "large": 1e3 * x}[kind]
+    elif kind in ("halves", "levels", "padded", "padded levels"):
+        x = (40 * x).round() / 255 if "levels" in kind else (2 * x).round() / 2
+        if "padded" in kind:  # half of it: one stream starts as zeros
+            x[:, x.shape[1] // 2 :] = 0
     elif kind == "rows":  # every other one holds one number
         x[::2] = -0.4242128
     elif kind == "single":

@@ -128,6 +128,18 @@ def masked(d: Draft) -> None:
     )
 
 
+def differences(d: Draft) -> None:
+    """A function of what a stream got since, of which zeros are left where that is nothing."""
+    u, v = d.two()
+    if d.layout == "images":
+        return
+    first, n = d.fresh("first"), d.width(u)
+    f, w = d.function(v, u), d.member(f"nn.Linear({n}, {d.width(v)}, bias=False)")
+    g = d.member(f"nn.Linear({d.width(v)}, {d.width(v)})")
+    less = d.pick((first, f"{first}.detach()", f"{u}.mean({d.axis}, keepdim=True)", f"{u}.roll(1, 0)"))
+    d.emit(f"{first} = {u}\n{u} = {u} + {f}\n{v} = {v} + {g}(torch.relu({w}({u} - {less})))")
+
+
 def swapped(d: Draft) -> None:
     u, v = d.two()
     d.emit(f"{u}, {v} = {v}, {u}")
@@ -281,7 +293,7 @@ def blocks(d: Draft) -> None:
 
 
 COUPLINGS: tuple[Kind, ...] = (
-    additive, additive, affine, affine, conditioner, momentum, leapfrog, midpoint, masked, swapped, moved, joined,
-    stacked, as_module, in_modules, looped, sided, blocks,
+    additive, additive, affine, affine, conditioner, momentum, leapfrog, midpoint, masked, differences, swapped, moved,
+    joined, stacked, as_module, in_modules, looped, sided, blocks,
 )  # fmt: skip
 BLOCKS: tuple[Kind, ...] = (blocks, blocks, blocks, blocks, additive, joined)

@@ -1,0 +1,190 @@
+"""Streams of data to which at first nothing is added, or what is made of data, when relu sees sums of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compiled import fresh as fresh
+from test_kinks import by_backend
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import revfx
+from revfx.passes.numbers import shared_numbers, uniform
+from revfx.testing import assert_same_grads
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+N, D = 8, 6
+Layer = Callable[[Tensor], Tensor]
+Add = Callable[[Tensor, Tensor, Layer, Tensor], Tensor]  # of streams b and c, the layer f, a parameter: what a gets
+Use = Callable[[Tensor, Tensor, Tensor, Layer], Tensor]  # of streams a and c, what a was first, and a layer
+
+ADDS: dict[str, Add] = {
+    "a layer": lambda b, c, f, p: f(b),
+    "data": lambda b, c, f, p: c,
+    "other elements of data": lambda b, c, f, p: c.roll(1, -1),
+    "half of data": lambda b, c, f, p: 0.5 * c,
+    "products of data": lambda b, c, f, p: c * c,
+    "whole numbers": lambda b, c, f, p: f(b).round(),
+    "relu": lambda b, c, f, p: F.relu(f(b)),
+    "a mean": lambda b, c, f, p: f(b).mean(0),
+    "a mean, expanded": lambda b, c, f, p: f(b).mean(0).expand(N, D),
+    "a parameter": lambda b, c, f, p: p,
+    "a parameter and a layer": lambda b, c, f, p: p + f(b),
+}
+USES: dict[str, Use] = {
+    "less its first value": lambda a, c, first, w: F.relu(w(a - first)),
+    "less its first value, detached": lambda a, c, first, w: F.relu(w(a - first.detach())),
+    "less data": lambda a, c, first, w: F.relu(a - c),
+    "less twice other data": lambda a, c, first, w: F.relu(a - 2 * c.roll(2, 0)),
+    "a batch norm": lambda a, c, first, w: F.relu(F.batch_norm(a, None, None, training=True)),
+    "a batch norm and a layer": lambda a, c, first, w: F.relu(w(F.batch_norm(a, None, None, training=True))),
+    "a layer norm": lambda a, c, first, w: F.relu(F.layer_norm(a, (D,))),
+    "less other rows": lambda a, c, first, w: F.relu(w(a - a.roll(2, 0))),
+    "means of rows": lambda a, c, first, w: F.relu(w(a.mean(-1, keepdim=True).expand_as(a))),
+    "running sums": lambda a, c, first, w: F.relu(w(a.cumsum(0))),
+    "sorted": lambda a, c, first, w: w(a.sort(0).values),
+}
+
+
+class Streams(nn.Module):
+    """Couplings of three streams, one of which stays what it is; the first function gives zeros."""
+
+    def __init__(self, add: Add, use: Use, depth: int = 4) -> None:
+        super().__init__()
+        self.add, self.use, self.p = add, use, nn.Parameter(torch.randn(D))
+        self.f, self.g, self.w = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(depth)) for _ in range(3))
+        nn.init.zeros_(self.f[0].weight)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = x.chunk(3, -1)
+        first = a
+        for i, (f, g, w) in enumerate(zip(self.f, self.g, self.w, strict=True)):
+            a = a + (self.add(b, c, f, self.p) if i == 1 else f(b))
+            b = b + g(self.use(a, c, first, w) + a)
+        return torch.cat([a, b, c], -1)
+
+
+def few() -> Tensor:
+    return torch.randint(1, 4, (N, D)) / 255
+
+
+def opposite() -> Tensor:
+    """Pairs of columns, and of the rows below, that add up to zero."""
+    t = (torch.randperm(N * D // 4) + 1).reshape(N // 2, D // 2) / 255
+    t = torch.stack([t, -t], -1).reshape(N // 2, D)
+    return torch.stack([t, -t], 1).reshape(N, D)
+
+
+def many() -> Tensor:
+    return (torch.randperm(N * D) + 1).reshape(N, D) / 255
+
+
+def rows() -> Tensor:
+    return ((torch.randperm(D) + 1) / 255).expand(N, D).clone()
+
+
+DATA = [  # the first values of a, b, c
+    (few, many, few),
+    (many, rows, rows),
+    (torch.zeros, many, few),
+    (opposite, rows, few),
+    (rows, torch.zeros, many),
+]
+
+
+def data(parts: tuple[Callable[..., Tensor], ...]) -> Tensor:
+    return torch.cat([p(N, D) if p is torch.zeros else p() for p in parts], -1).requires_grad_()
+
+
+@pytest.mark.parametrize("use", USES)
+def test_gradients_of_streams_of_data(use: str) -> None:
+    for add, parts in itertools.product(ADDS, DATA):
+        torch.manual_seed(1)
+        x, model = data(parts), Streams(ADDS[add], USES[use])
+        assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+
+
+@pytest.mark.parametrize("use", ["less data", "less its first value", "a batch norm"])
+@pytest.mark.parametrize("add", ["a layer", "data", "a mean", "whole numbers"])
+def test_compiled_streams_of_data(add: str, use: str) -> None:
+    for parts in DATA[:2]:
+        torch.manual_seed(1)
+        x, model = data(parts), Streams(ADDS[add], USES[use])
+        compiled = by_backend(model)
+        try:
+            compiled(x)
+        except RuntimeError as error:
+            assert "holds numbers of the data" in str(error)
+        else:
+            assert_same_grads(compiled, model, [x])
+
+
+@pytest.mark.parametrize("use", USES)
+def test_streams_to_which_layers_were_added_are_inverted(use: str) -> None:
+    model = Streams(ADDS["a layer"], USES[use], depth=8)
+    nn.init.normal_(model.f[0].weight)  # pyright: ignore[reportArgumentType]
+    converted: Any = revfx.convert(model)
+    converted(torch.randn(32, 3 * D))
+    assert converted.revfx.kept_cuts <= 4  # of 17
+
+
+class Leapfrog(nn.Module):
+    """Positions, to which velocities are added, which start as data too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.w = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, v = x.chunk(2, -1)
+        for f, w in zip(self.f, self.w, strict=True):
+            v = v + f(F.relu(w(a - a.roll(1, 0))))
+            a = a + v
+        return torch.cat([a, v], -1)
+
+
+def test_streams_to_which_changed_streams_are_added_are_inverted() -> None:
+    model = Leapfrog()
+    converted: Any = revfx.convert(model)
+    converted(torch.randn(32, 2 * D))
+    assert converted.revfx.kept_cuts <= 4  # of 17
+    assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [data((few, few))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [200, 1 << 18])
+def test_values_without_a_pattern_share_few_numbers(size: int, dtype: torch.dtype) -> None:
+    for t in (torch.randn(size), torch.rand(size).square(), torch.randn(size).tanh(), torch.randn(size).float()):
+        found, chance = shared_numbers(t.to(dtype))
+        assert found <= chance
+
+
+def test_shared_numbers_are_counted() -> None:
+    found, chance = shared_numbers(torch.tensor([0.0, 0.3, 0.0, -0.7, 0.3, 0.1, 0.3, -0.7]))
+    assert (int(found), chance < 3) == (3, True)
+    image = torch.where(torch.rand(1 << 18) < 0.02, torch.randint(1, 256, (1 << 18,)) / 255, torch.randn(1 << 18))
+    found, chance = shared_numbers(image.float())
+    assert found > chance
+
+
+def test_rows_and_channels_of_one_number() -> None:
+    t = torch.randn(4, 3, 5)
+    assert not uniform(t)
+    assert not uniform(t[:, :, :1])
+    t[1, :, 2] = 1.0  # along the second dimension: no row, and no whole channel
+    assert not uniform(t)
+    row, channel, last = t.clone(), t.clone(), t.clone()
+    row[2, 1], channel[:, 1], last[:, :, 3] = 0.3, 0.3, 0.3
+    assert uniform(row)
+    assert uniform(channel)
+    assert uniform(last)
+    assert uniform(torch.ones(3))
+    assert not uniform(torch.ones(1))
+    assert not uniform(torch.ones(0, 4))
