@@ -248,7 +248,7 @@ class _Lowering:
 
     def _mixes_data(self, node: fx.Node) -> bool:
         """Whether a node adds up several values that may hold numbers of the data, of which none is left to see."""
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         held = [n for n in tensors if not self._is_fresh(n, node)]
         return bare(op_name(node.target)) in SUMS | SUMS_WITH_PRODUCT and (len(held) > 1 or len(tensors) == 1)
 

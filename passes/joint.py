@@ -23,7 +23,7 @@ from revfx.passes.addends import addends
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
-from revfx.passes.kinks import told_apart, trusting
+from revfx.passes.kinks import numberless, told_apart, trusting
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.rules import Inverse
 
@@ -38,7 +38,8 @@ class Forward:
     """What forward outputs need: the joint graph's `nodes`, their program, and which of them stands for what.
 
     `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
-    written after the forward; `trusting` nodes that may be computed back only while generic parameters stay generic.
+    written after the forward; `trusting` nodes that may be computed back only while generic parameters stay generic;
+    `numberless` ones hold no numbers of the data.
     """
 
     lowered: Lowered
@@ -46,6 +47,7 @@ class Forward:
     origin: dict[fx.Node, fx.Node]
     mutated: frozenset[fx.Node]
     trusting: frozenset[fx.Node]
+    numberless: frozenset[fx.Node]
 
     def value_node(self, value: int) -> fx.Node:
         """The joint graph's node for a value."""
@@ -97,7 +99,8 @@ def forward_half(
     lowered = lower(half, sources=sources, exact=exact, told={copy[n]: by for n, by in told.items() if n in copy})
     origin = {new: old for old, new in copy.items()}
     written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
-    return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels))
+    fresh = numberless(joint, levels)
+    return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels), fresh)
 
 
 def _known(

@@ -18,8 +18,8 @@ from revfx.passes.sizes import as_number
 BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
-MANY = 1 << 15  # elements among which equal ones are looked for
 FEW = 128  # and in every run of a compiled graph
+MANY = 1 << 15  # elements of a stream among which equal ones are looked for
 
 
 def are_made(t: Tensor) -> Tensor:
@@ -100,11 +100,9 @@ def _places(n: int, stride: int, device: torch.device) -> Tensor:
 
 def uniform(t: Tensor) -> Tensor:
     """Whether a row along the last dimension, or a channel (the second or last one), holds one number all over."""
-    if t.dim() < 2:
-        return (t == t.reshape(-1)[:1]).all() if t.numel() > 1 else torch.zeros((), dtype=torch.bool, device=t.device)
-    groups = (t.flatten(0, -2), t.transpose(0, 1).flatten(1), t.transpose(0, -1).flatten(1))
-    found = [(g == g[:, :1]).all(1).any() for g in groups if g.shape[1] > 1]
-    return torch.stack([torch.zeros_like(t[:0].any()), *found]).any()
+    groups = (t.flatten(0, -2), t.transpose(0, 1).flatten(1), t.transpose(0, -1).flatten(1)) if t.dim() > 1 else ()
+    found = [(g == g[:, :1]).all(1).any() for g in groups or (t.reshape(1, -1),) if g.shape[1] > 1]
+    return torch.stack([torch.zeros((), dtype=torch.bool, device=t.device), *found]).any()
 
 
 def mean_size(reciprocal: bool, c: Tensor) -> Tensor:

@@ -361,7 +361,7 @@ class Regenerator:
             f" holds numbers of the data that nothing was added to, and {told}; compile with options={{'unbounded': "
             "'store'} or use `revfx.convert` (capture='fx'), which keep them"
         )
-        before = _added_to(own)
+        before = [n for n in _added_to(own) if n not in self.forward.numberless]
         test: Callable[..., Tensor] = lambda t, after, *before: ~loses_numbers(t, after, before)  # noqa: E731
         with self.joint.inserting_before(after.next):
             ok = self.recorder.record(test, [own, after, *before], FORWARD, own)

@@ -30,6 +30,10 @@ logging.getLogger("torch.__trace").propagate = True  # or pytest listens to it, 
 torch.set_num_threads(1)  # small tensors: threads only wait for each other
 
 
+# Files of few tests that take a minute or more: workers begin with them, or the last one is alone with one at the end.
+LONG = ("test_programs", "test_compiled_distributed", "test_distributed", "test_long", "test_zoo_compiled")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("random programs")
     group.addoption("--programs", type=int, default=1000, help="how many of them a long run (-m fuzz) takes")
@@ -42,14 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.programs_seed is None:  # once, before the options go to the workers
         config.option.programs_seed = random.randrange(10**6)
     config.pluginmanager.register(Reporter(config))
+    config.option.loadscopereorder = False  # of pytest-xdist, which would go by how many tests files have
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """None; leaves out what takes long, where no time is given for it."""
+    """None; leaves out what takes long, where no time is given for it, and puts the longest of the rest first."""
     deep = [] if os.environ.get("REVFX_DEEP") else [item for item in items if item.get_closest_marker("deep")]
     config.hook.pytest_deselected(items=deep)
     left_out = set(deep)
     items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_collection_finish() -> None:
