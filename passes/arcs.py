@@ -49,10 +49,12 @@ def lower(
     sources: Collection[fx.Node] = (),
     exact: bool = False,
     told: Mapping[fx.Node, str] | None = None,
+    fresh: Collection[fx.Node] = (),
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
 
-    `told`: what tells the numbers of nodes apart, where nobody can look at these before an inverse is decided on.
+    `told`: what tells the numbers of nodes apart, where nobody can look at these before an inverse is decided on;
+    `fresh`: the nodes that hold none there.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
@@ -61,7 +63,7 @@ def lower(
     `grid`, `kept` and `directions` (what its rule would yield). A node whose result is a tuple and the getitem
     nodes that take it apart become one operation with several outputs.
     """
-    lowered = _Lowering(graph, module_of, sources, told).run()
+    lowered = _Lowering(graph, module_of, sources, told, fresh).run()
     if not exact:
         return lowered
     ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
@@ -85,13 +87,14 @@ class _Lowering:
         module_of: Callable[[str], torch.nn.Module] | None,
         sources: Collection[fx.Node],
         told: Mapping[fx.Node, str] | None,
+        fresh: Collection[fx.Node],
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
         self.looks = told is None
         self.told_apart = told_apart(graph, self.atoms, OF_SUMS) if told is None else told
         self.perhaps_told = told_apart(graph, self.atoms) if told is None else told
-        self.numberless = numberless(graph, self.atoms)
+        self.numberless = numberless(graph, self.atoms) if told is None else fresh
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}

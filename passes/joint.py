@@ -59,11 +59,12 @@ class Forward:
 
 
 def forward_half(
-    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts = (), exact: bool = False
+    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None = None, exact: bool = False
 ) -> Forward:
     """The forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
-    `facts` says what was seen of the values of the compiled function's inputs. `exact`: see `lower`.
+    `facts` says what was seen of the values of the compiled function's inputs; None: nobody looked, and those that are
+    static count as generic parameters in what is added to streams. `exact`: see `lower`.
     """
     _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
@@ -76,12 +77,13 @@ def forward_half(
     used = ancestors([*outputs, *held, *read_later(joint, nodes)], stateless_inputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = frozenset(n.args[0] for n in updates) | mutated_outside(joint, primals)
-    known, constant = _known(joint, primals, static, facts), constants(joint)
+    known, constant = _known(joint, primals, static, facts or ()), constants(joint)
     for node in known:
         node.meta["facts"] = known[node]
     huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
     levels = atoms(joint)
     told = told_apart(joint, levels)  # also by a backward of the user's own
+    fresh = numberless(joint, levels, [p for i, p in enumerate(primals) if i in static] if facts is None else ())
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -96,10 +98,10 @@ def forward_half(
             new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
-    lowered = lower(half, sources=sources, exact=exact, told={copy[n]: by for n, by in told.items() if n in copy})
+    theirs = {copy[n]: by for n, by in told.items() if n in copy}
+    lowered = lower(half, sources=sources, exact=exact, told=theirs, fresh={copy[n] for n in fresh if n in copy})
     origin = {new: old for old, new in copy.items()}
     written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
-    fresh = numberless(joint, levels)
     return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels), fresh)
 
 

@@ -258,9 +258,10 @@ def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int = OF_NO
     return _told(_made(graph, levels, rows), frozenset(generic(graph)), rows)
 
 
-def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
-    """The nodes that take no number but zero with positive probability."""
-    found, _ = kinks(_made(graph, levels, NO_ROWS), frozenset(generic(graph)), NO_ROWS)
+def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int], own: Iterable[fx.Node] = ()) -> frozenset[fx.Node]:
+    """The nodes that hold no number but zero with positive probability, given that parameters and `own` are generic."""
+    theirs = frozenset((*generic(graph), *own))
+    found, _ = kinks(_made(graph, levels, NO_ROWS), theirs, NO_ROWS)
     return frozenset(n for n, kind in found.items() if kind == ZERO and isinstance(n, fx.Node))
 
 

@@ -19,7 +19,7 @@ BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
 FEW = 128  # and in every run of a compiled graph
-MANY = 1 << 15  # elements of a stream among which equal ones are looked for
+MANY = 1 << 13  # elements of a stream among which equal ones are looked for
 
 
 def are_made(t: Tensor) -> Tensor:

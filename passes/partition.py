@@ -69,12 +69,13 @@ def rewrite(
     num_outputs: int,
     static: Collection[int],
     options: Options,
-    facts: Facts = (),
+    facts: Facts | None = None,
 ) -> Report:
     """What was found in `joint`, which is rewritten in place; without a region it stays as it is, but for what would be
     wrong: reads of inputs that the step updates.
 
-    `facts` is what was seen of the values of its inputs; what relies on them checks them again in every run.
+    `facts` is what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in
+    every run.
     """
     recorder = Recorder(joint, options.decompositions)
     _pin_updates(joint, num_outputs, recorder)

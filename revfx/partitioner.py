@@ -81,7 +81,7 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
             raise ValueError(f"`strict={strict!r}` must be True or False.")
         self.options = Options(unbounded, tolerance, checked_every(anchor_every), checked_exact(exact))
         self.strict = strict
-        self.facts: Facts = ()
+        self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
 
     def knowing(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
         """A partitioner that knows what the values of a graph's inputs tell, as far as real tensors are at hand."""
