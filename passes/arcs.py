@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.addends import has_huge
-from revfx.passes.atoms import CERTAIN, NONE, RARE, SUMS, SUMS_WITH_PRODUCT, atoms, bare
+from revfx.passes.atoms import CERTAIN, NONE, PRODUCTS, RARE, SUMS, SUMS_WITH_PRODUCT, atoms, bare
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
@@ -250,10 +250,23 @@ class _Lowering:
         return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=barred)
 
     def _mixes_data(self, node: fx.Node) -> bool:
-        """Whether a node adds up several values that may hold numbers of the data, of which none is left to see."""
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        held = [n for n in tensors if not self._is_fresh(n, node)]
-        return bare(op_name(node.target)) in SUMS | SUMS_WITH_PRODUCT and (len(held) > 1 or len(tensors) == 1)
+        """Whether elements of a node come from a sum of several values that may hold numbers of the data, of which none
+        is left to see.
+        """
+        todo, seen = [node], set[fx.Node]()
+        while todo:
+            n = todo.pop()
+            if n in seen or n.op in ("placeholder", "get_attr"):
+                continue
+            seen.add(n)
+            tensors = [x for x in n.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
+            name = bare(op_name(n.target))
+            if self._takes_apart(n) or _moves(self._directions(n)) or (name in PRODUCTS and len(tensors) == 1):
+                todo += n.all_input_nodes
+            elif name in SUMS | SUMS_WITH_PRODUCT:
+                if len(tensors) == 1 or sum(not self._is_fresh(x, n) for x in tensors) > 1:
+                    return True
+        return False
 
     def _is_fresh(self, added: fx.Node, node: fx.Node) -> bool:
         """Whether what is added to a node holds no number of the data, for any element of the sum."""

@@ -41,23 +41,33 @@ def by_chance(t: Tensor, share: float, more: float) -> float:
     return share * torch.finfo(t.dtype).eps * size + min(more, size / 8) * (t.dtype != torch.float64)
 
 
-def unchanged_numbers(t: Tensor, before: Tensor) -> tuple[Tensor, float]:
-    """(how many elements of `t` other than zero equal those of what was added to; how many may by chance)."""
-    return torch.count_nonzero((t == before) & (t != 0)), by_chance(t, REPEATED, REPEATED)
+def unchanged(t: Tensor, before: Tensor, factor: float = 1.0) -> Tensor:
+    """Where `t = +-factor * before + ...` is other than zero, and as if nothing was added."""
+    size, was = t.abs(), before.abs() if factor == 1 else factor * before.abs()
+    same = size == was if factor == 1 else (size - was).abs() <= 4 * torch.finfo(t.dtype).eps * was
+    return same & (t != 0)
 
 
-def loses_numbers(t: Tensor, after: Tensor, before: Sequence[Tensor]) -> Tensor:
+def is_more(found: Tensor, t: Tensor, share: float = REPEATED) -> Tensor:
+    """Whether more elements of `t` are `found` than a share of `share * eps` that has them by chance."""
+    return torch.count_nonzero(found) > by_chance(t, share, REPEATED)
+
+
+def loses_numbers(t: Tensor, after: Tensor, sums: Sequence[tuple[Tensor, Tensor, float]], others: bool) -> Tensor:
     """Whether `t` holds numbers of data that a step changes, after which no rounding inverse need return them.
 
-    Those are what a sum left as they were `before`; where nothing was added to, the ones that data are made of.
+    Those are what `sums` (a result, what was added to, and its factor) left as they were, of which `t` is one or moves
+    the elements; where there are `others`, the ones that data are made of.
     """
     changed = (t != after if after.shape == t.shape else torch.ones_like(t, dtype=torch.bool)) & (t != 0)
-    if before:
-        found = torch.stack([torch.count_nonzero((t == x) & changed) for x in before]).amax()
-        return found > by_chance(t, REPEATED, REPEATED)
+    lost = torch.zeros((), dtype=torch.bool, device=t.device)
+    for result, before, factor in sums:
+        same = unchanged(result, before, factor)
+        lost = lost | (is_more(same & changed, t) if result is t else is_more(same, result) & changed.any())
+    if not others:
+        return lost
     found, chance = shared_numbers(t)
-    made = torch.count_nonzero(are_made(t) & changed) > by_chance(t, BY_CHANCE, REPEATED)
-    return made | ((found > chance) & changed.any())
+    return lost | is_more(are_made(t) & changed, t, BY_CHANCE) | ((found > chance) & changed.any())
 
 
 def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes.addends import lost_text, remembers
-from revfx.passes.atoms import SUMS, bare
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import GENERIC, check
@@ -31,7 +30,7 @@ from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, fixed, same_strides, tensors_of
-from revfx.rules import op_name
+from revfx.passes.unchanged import sums_behind
 
 
 aten = torch.ops.aten
@@ -361,10 +360,16 @@ class Regenerator:
             f" holds numbers of the data that nothing was added to, and {told}; compile with options={{'unbounded': "
             "'store'} or use `revfx.convert` (capture='fx'), which keep them"
         )
-        before = [n for n in _added_to(own) if n not in self.forward.numberless]
-        test: Callable[..., Tensor] = lambda t, after, *before: ~loses_numbers(t, after, before)  # noqa: E731
+        sums, others = sums_behind(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless)
+        read = [self._own(self.forward.value_node(v)) for s in sums for v in (s.result, s.before)]
+
+        def test(t: Tensor, after: Tensor, *read: Tensor) -> Tensor:
+            pairs = zip(sums, read[::2], read[1::2], strict=True)
+            found = [(t if s.result == value else result, before, s.factor) for s, result, before in pairs]
+            return ~loses_numbers(t, after, found, others)
+
         with self.joint.inserting_before(after.next):
-            ok = self.recorder.record(test, [own, after, *before], FORWARD, own)
+            ok = self.recorder.record(test, [own, after, *read], FORWARD, own)
             self._assert(ok, message, FORWARD)
 
     def _hold_digits(self, op: int, arc: Arc) -> None:
@@ -483,14 +488,3 @@ def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
 def _laid_out(t: Tensor, order: tuple[int, ...]) -> Tensor:
     back = sorted(range(len(order)), key=lambda i: order[i])
     return t.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
-
-
-def _added_to(node: fx.Node) -> list[fx.Node]:
-    """The operands of a sum that may come out of it unchanged."""
-    name = bare(op_name(node.target))
-    if node.op != "call_function" or name not in SUMS or name == "lerp":
-        return []
-    val = node.meta["val"]
-    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    like = [n for n in operands if (n.meta["val"].dtype, n.meta["val"].dim()) == (val.dtype, val.dim())]
-    return like if len(operands) > 1 else []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from revfx import _torch, sharding
 from revfx.passes.cuts import Step
-from revfx.passes.numbers import made_numbers, repeated_numbers, shared_numbers, unchanged_numbers, uniform
+from revfx.passes.numbers import is_more, made_numbers, repeated_numbers, shared_numbers, unchanged, uniform
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
 from revfx.passes.program import Arc
 
@@ -120,7 +120,7 @@ class Growth:
                 holds = _holds_atoms(head) or alone or (arc.told is not None and _repeats(head, changed))
                 if not holds and (changed or arc.told is None):
                     self.clean.add(arc.head)
-                elif result is not None and self._is_fresh(arc) and _changes_all(head, after):
+                elif result is not None and self._is_fresh(arc) and _changes_all(arc, head, after):
                     self.changed.add(result)
                 if holds and _same(head, after):
                     self.unchanged.add(arc.head)
@@ -143,14 +143,14 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and _torch.is_plain(a) and _torch.is_plain(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _changes_all(head: Tensor, after: Tensor | None) -> bool:
+def _changes_all(arc: Arc, head: Tensor, after: Tensor | None) -> bool:
     """Whether a step leaves as they were no more elements of a value than chance has it; not looked for in DTensors."""
     if after is None or not head.is_floating_point() or not _torch.is_plain(head) or _torch.is_fake(head):
         return True
     if (head.shape, head.dtype) != (after.shape, after.dtype):
         return True
-    found, chance = unchanged_numbers(after.detach(), head.detach())
-    return int(found) <= chance
+    after, factor = after.detach(), 1.0 if arc.measured else float(arc.factor or 1.0)
+    return not is_more(unchanged(after, head.detach(), factor), after)
 
 
 def _repeats(t: Tensor, changed: bool) -> bool:

@@ -24,6 +24,7 @@ N, D = 8, 6
 Layer = Callable[[Tensor], Tensor]
 Add = Callable[[Tensor, Tensor, Layer, Tensor], Tensor]  # of streams b and c, the layer f, a parameter: what a gets
 Use = Callable[[Tensor, Tensor, Tensor, Layer], Tensor]  # of streams a and c, what a was first, and a layer
+Then = Callable[[Tensor, Tensor], Tensor]  # of a after that, and what a layer makes of b
 
 ADDS: dict[str, Add] = {
     "a layer": lambda b, c, f, p: f(b),
@@ -51,14 +52,22 @@ USES: dict[str, Use] = {
     "running sums": lambda a, c, first, w: F.relu(w(a.cumsum(0))),
     "sorted": lambda a, c, first, w: w(a.sort(0).values),
 }
+THEN: dict[str, Then] = {
+    "rolled": lambda a, h: a.roll(1, 0),
+    "turned": lambda a, h: a.t().contiguous().t(),
+    "put together": lambda a, h: torch.cat([h, a], -1).flip(-1).chunk(2, -1)[0].flip(-1),
+    "averaged": lambda a, h: torch.lerp(a, h, 0.3),
+    "negated": lambda a, h: h.tanh() - a,
+    "halved": lambda a, h: a * 0.5,
+}
 
 
 class Streams(nn.Module):
     """Couplings of three streams, one of which stays what it is; the first function gives zeros."""
 
-    def __init__(self, add: Add, use: Use, depth: int = 4) -> None:
+    def __init__(self, add: Add, use: Use, depth: int = 4, then: Then = lambda a, h: a) -> None:
         super().__init__()
-        self.add, self.use, self.p = add, use, nn.Parameter(torch.randn(D))
+        self.add, self.use, self.then, self.p = add, use, then, nn.Parameter(torch.randn(D))
         self.f, self.g, self.w = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(depth)) for _ in range(3))
         nn.init.zeros_(self.f[0].weight)  # pyright: ignore[reportArgumentType]
 
@@ -67,6 +76,7 @@ class Streams(nn.Module):
         first = a
         for i, (f, g, w) in enumerate(zip(self.f, self.g, self.w, strict=True)):
             a = a + (self.add(b, c, f, self.p) if i == 1 else f(b))
+            a = self.then(a, f(b))
             b = b + g(self.use(a, c, first, w) + a)
         return torch.cat([a, b, c], -1)
 
@@ -111,12 +121,29 @@ def test_gradients_of_streams_of_data(use: str) -> None:
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
+@pytest.mark.parametrize("then", THEN)
+def test_gradients_of_streams_of_data_that_are_moved_and_scaled(then: str) -> None:
+    for use, parts in itertools.product(("less data", "a batch norm", "sorted"), DATA):
+        torch.manual_seed(1)
+        x, model = data(parts), Streams(ADDS["a layer"], USES[use], then=THEN[then])
+        assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+
+
 @pytest.mark.parametrize("use", ["less data", "less its first value", "a batch norm"])
 @pytest.mark.parametrize("add", ["a layer", "data", "a mean", "whole numbers"])
 def test_compiled_streams_of_data(add: str, use: str) -> None:
-    for parts in DATA[:2]:
+    assert_right_or_raises(lambda: Streams(ADDS[add], USES[use]))
+
+
+@pytest.mark.parametrize("then", THEN)
+def test_compiled_streams_of_data_that_are_moved_and_scaled(then: str) -> None:
+    assert_right_or_raises(lambda: Streams(ADDS["a layer"], USES["less data"], then=THEN[then]))
+
+
+def assert_right_or_raises(make: Callable[[], nn.Module]) -> None:
+    for parts in ((few, many, few), (many, torch.zeros, few)):
         torch.manual_seed(1)
-        x, model = data(parts), Streams(ADDS[add], USES[use])
+        x, model = data(parts), make()
         compiled = by_backend(model)
         try:
             compiled(x)
