@@ -232,7 +232,7 @@ class _Lowering:
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
             if inverse.exact else None,
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, sums=inverse.rest is not nothing,
-            fresh=bool(given) and all(self._is_fresh(g, node) for g in given),
+            fresh=bool(given) and all(self._is_fresh(g, node) for g in given), cancels=node.meta.get("cancels", False),
         )  # fmt: skip
         if rounds and arc.sums:
             own = HUGE if has_huge(node, y.dtype) else ORDINARY
@@ -264,7 +264,8 @@ class _Lowering:
             if self._takes_apart(n) or _moves(self._directions(n)) or (name in PRODUCTS and len(tensors) == 1):
                 todo += n.all_input_nodes
             elif name in SUMS | SUMS_WITH_PRODUCT:
-                if len(tensors) == 1 or sum(not self._is_fresh(x, n) for x in tensors) > 1:
+                held = [x for x in tensors if not self._is_fresh(x, n)]
+                if len(held) > 1 or len(tensors) == 1 or n.meta.get("cancels", False):
                     return True
         return False
 

@@ -121,6 +121,7 @@ class Levels:
 
     of: dict[Hashable, int] = field(default_factory=dict)
     terms: dict[Hashable, Terms] = field(default_factory=dict)
+    cancelling: set[Hashable] = field(default_factory=set[Hashable])  # sums of which parts add up to nothing
 
     def note(
         self, key: Hashable, name: str, operands: list[int], args: tuple[Any, ...], kwargs: Any, keyed: Any
@@ -137,6 +138,7 @@ class Levels:
         if 1 < len(terms) and any(abs(total[k]) < 1e-6 * size[k] for k in total):
             left = [self.of.get(k, CERTAIN) for k in total if abs(total[k]) >= 1e-6 * size[k]]
             self.of[key] = level = max(level, min(PERHAPS, *left) if left else PERHAPS)
+            self.cancelling.add(key)
         elif len(total) <= MOST_TERMS:
             self.terms[key] = total
         return level
@@ -191,7 +193,7 @@ def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have.
 
-    A part of what was put together has those of the parts that it overlaps.
+    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel.
     """
     levels = Levels()
     found: Any = levels.of
@@ -205,6 +207,7 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
             name = op_name(node.target)
             operands = [found[n] for n in node.all_input_nodes]
             levels.note(node, name, operands, node.args, node.kwargs, _node_or_none)
+            node.meta["cancels"] = node in levels.cancelling
             if name == "where" and len(node.args) == 3:
                 a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
                 numbers = not (isinstance(a, fx.Node) and isinstance(b, fx.Node))

@@ -58,7 +58,8 @@ class Arc:
     elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
     for bit, or why there is none; `grid` says that the arc is the inverse of one. `sums`: something was added to the
     head, next to which its digits may be lost; `addend` says how large, for where the run can't be asked. `fresh`: what
-    was added holds no number of the data, so the result holds none but where it equals the head.
+    was added holds no number of the data, so the result holds none but where it equals the head; it may, whatever the
+    head holds, where parts of the sum cancel (`cancels`).
     """
 
     head: int
@@ -82,6 +83,7 @@ class Arc:
     sums: bool = True
     addend: int = ORDINARY
     fresh: bool = True
+    cancels: bool = False
 
     @property
     def amplification(self) -> float:

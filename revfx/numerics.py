@@ -120,7 +120,7 @@ class Growth:
                 holds = _holds_atoms(head) or alone or (arc.told is not None and _repeats(head, changed))
                 if not holds and (changed or arc.told is None):
                     self.clean.add(arc.head)
-                elif result is not None and self._is_fresh(arc) and _changes_all(arc, head, after):
+                elif result is not None and self._adds_freshly(arc) and _changes_all(arc, head, after):
                     self.changed.add(result)
                 if holds and _same(head, after):
                     self.unchanged.add(arc.head)
@@ -128,15 +128,16 @@ class Growth:
                     good = False
                 if arc.head not in self.clean:
                     continue
-            if result is not None:
+            if result is None and not arc.partial:
+                self.clean.update(arc.tail if arc.head in self.clean else ())
+            elif result is not None and not arc.cancels:
                 self.clean.add(result)
-            elif arc.head in self.clean and not arc.partial:
-                self.clean.update(arc.tail)
         return good
 
-    def _is_fresh(self, arc: Arc) -> bool:
-        """Whether what an arc's operation adds holds no number of the data."""
-        return arc.fresh or (len(arc.tail) == 2 and (arc.tail[1] in self.changed or arc.tail[1] in self.clean))
+    def _adds_freshly(self, arc: Arc) -> bool:
+        """Whether what an arc's operation adds holds no number of the data, and is no part of the head."""
+        seen = len(arc.tail) == 2 and (arc.tail[1] in self.changed or arc.tail[1] in self.clean)
+        return (arc.fresh or seen) and not arc.cancels
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:

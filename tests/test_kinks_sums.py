@@ -81,6 +81,23 @@ class Streams(nn.Module):
         return torch.cat([a, b, c], -1)
 
 
+class TakenOff(nn.Module):
+    """What was added to a stream is taken off again, so that numbers of the data come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            h = f(b)
+            a = a + h
+            a = h - a
+            b = b + g(F.relu(F.layer_norm(a, (D,))) + a)
+        return torch.cat([a, b], -1)
+
+
 def few() -> Tensor:
     return torch.randint(1, 4, (N, D)) / 255
 
@@ -127,6 +144,12 @@ def test_gradients_of_streams_of_data_that_are_moved_and_scaled(then: str) -> No
         torch.manual_seed(1)
         x, model = data(parts), Streams(ADDS["a layer"], USES[use], then=THEN[then])
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+
+
+def test_gradients_of_streams_of_data_that_come_back() -> None:
+    model, x = TakenOff(), torch.cat([few(), torch.randn(N, D)], -1).requires_grad_()
+    assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+    assert_same_grads(by_backend(model), model, [x])
 
 
 @pytest.mark.parametrize("use", ["less data", "less its first value", "a batch norm"])
