@@ -349,7 +349,7 @@ class Regenerator:
             self._assert(self.recorder.record(test, nodes, FORWARD, own), message, FORWARD)
 
     def _hold_apart(self, op: int, arc: Arc, told: str) -> None:
-        """None; checks in the forward that the inverse gives back the numbers of data that something tells apart."""
+        """None; checks in the forward that a step changes no numbers of data that something tells apart."""
         value, after = arc.head, self._own(self.forward.value_node(arc.tail[0]))
         own = self._own(self.forward.value_node(value))
         if (own, told) in self._held:

@@ -120,7 +120,7 @@ class Growth:
                 holds = _holds_atoms(head) or alone or (arc.told is not None and _repeats(head, changed))
                 if not holds and (changed or arc.told is None):
                     self.clean.add(arc.head)
-                elif result is not None and self._adds_freshly(arc) and _changes_all(arc, head, after):
+                elif result is not None and self._adds_freshly(arc, held) and _changes_all(arc, head, after):
                     self.changed.add(result)
                 if holds and _same(head, after):
                     self.unchanged.add(arc.head)
@@ -134,10 +134,11 @@ class Growth:
                 self.clean.add(result)
         return good
 
-    def _adds_freshly(self, arc: Arc) -> bool:
-        """Whether what an arc's operation adds holds no number of the data, and is no part of the head."""
-        seen = len(arc.tail) == 2 and (arc.tail[1] in self.changed or arc.tail[1] in self.clean)
-        return (arc.fresh or seen) and not arc.cancels
+    def _adds_freshly(self, arc: Arc, held: Mapping[int, Tensor]) -> bool:
+        """Whether what an arc's operation adds holds no number of the data anywhere, and is no part of the head."""
+        added = held.get(arc.tail[1]) if len(arc.tail) == 2 else None
+        seen = added is not None and added.shape == held[arc.head].shape
+        return (arc.fresh or (seen and (arc.tail[1] in self.changed or arc.tail[1] in self.clean))) and not arc.cancels
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:

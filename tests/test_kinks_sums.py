@@ -69,7 +69,7 @@ class Streams(nn.Module):
         super().__init__()
         self.add, self.use, self.then, self.at, self.p = add, use, then, at, nn.Parameter(torch.randn(D))
         self.f, self.g, self.w = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(depth)) for _ in range(3))
-        nn.init.zeros_(self.f[0].weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(next(self.f.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, c = x.chunk(3, -1)
@@ -188,7 +188,7 @@ def assert_right_or_raises(make: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("use", USES)
 def test_streams_to_which_layers_were_added_are_inverted(use: str) -> None:
     model = Streams(ADDS["a layer"], USES[use], depth=8)
-    nn.init.normal_(model.f[0].weight)  # pyright: ignore[reportArgumentType]
+    nn.init.normal_(next(model.f.parameters()))
     converted: Any = revfx.convert(model)
     converted(torch.randn(32, 3 * D))
     assert converted.revfx.kept_cuts <= 4  # of 17
@@ -215,6 +215,28 @@ def test_streams_to_which_changed_streams_are_added_are_inverted() -> None:
     converted(torch.randn(32, 2 * D))
     assert converted.revfx.kept_cuts <= 4  # of 17
     assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [data((few, few))])
+
+
+class OneRow(nn.Module):
+    """A stream of one row, which is added to every row of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(4)) for _ in range(2))
+
+    def forward(self, a: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        for f, g in zip(self.f, self.g, strict=True):
+            v = v + f(b).mean(0, keepdim=True)
+            a = a + v
+            b = b + g(F.relu(F.batch_norm(a, None, None, training=True)) + a)
+        return torch.cat([a, b, v.expand_as(a)], -1)
+
+
+def test_a_changed_stream_of_one_row_leaves_differences_between_rows_as_they_are() -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, x = OneRow(), [few(), torch.randn(1, D), torch.randn(N, D)]
+        assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [t.requires_grad_() for t in x])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
