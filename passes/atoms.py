@@ -193,12 +193,15 @@ def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have.
 
-    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel.
+    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel, also where
+    one is computed a second time.
     """
     levels = Levels()
     found: Any = levels.of
+    first, written = dict[fx.Node, fx.Node](), dict[Hashable, fx.Node]()
     joined: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
     for node in graph.nodes:
+        first[node] = written.setdefault(_as_written(node, first), node)
         if node.op in ("placeholder", "get_attr"):
             found[node] = CERTAIN
         elif node.op == "call_module" or node.meta.get("opaque", False):
@@ -206,7 +209,7 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
         elif node.op in ("call_function", "call_method"):
             name = op_name(node.target)
             operands = [found[n] for n in node.all_input_nodes]
-            levels.note(node, name, operands, node.args, node.kwargs, _node_or_none)
+            levels.note(node, name, operands, node.args, node.kwargs, lambda x: first.get(_node_or_none(x)))
             node.meta["cancels"] = node in levels.cancelling
             if name == "where" and len(node.args) == 3:
                 a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
@@ -224,6 +227,12 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
 def may_be_continuous(value: Any) -> bool:
     """Whether a value is no tensor of whole numbers or truth values, all of whose values are atoms."""
     return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> Hashable:
+    """What a node computes of which values, the same for nodes that give the same numbers (or draw random ones alike)."""
+    operands = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
+    return node.op, node.target, repr(operands)
 
 
 def _node_or_none(x: Any) -> fx.Node | None:

@@ -82,10 +82,11 @@ class Streams(nn.Module):
 
 
 class TakenOff(nn.Module):
-    """What was added to a stream is taken off again, so that numbers of the data come back."""
+    """What was added to a stream is taken off again, so that numbers of the data come back; `twice` computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, twice: bool) -> None:
         super().__init__()
+        self.twice = twice
         self.f, self.g = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(4)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class TakenOff(nn.Module):
         for f, g in zip(self.f, self.g, strict=True):
             h = f(b)
             a = a + h
-            a = h - a
+            a = (f(b) if self.twice else h) - a
             b = b + g(F.relu(F.layer_norm(a, (D,))) + a)
         return torch.cat([a, b], -1)
 
@@ -146,10 +147,11 @@ def test_gradients_of_streams_of_data_that_are_moved_and_scaled(then: str) -> No
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
-def test_gradients_of_streams_of_data_that_come_back() -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradients_of_streams_of_data_that_come_back(twice: bool) -> None:
     for seed in range(8):  # in some an element equals the mean of its row
         torch.manual_seed(seed)
-        model, x = TakenOff(), torch.cat([few(), torch.randn(N, D)], -1).requires_grad_()
+        model, x = TakenOff(twice), torch.cat([few(), torch.randn(N, D)], -1).requires_grad_()
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
