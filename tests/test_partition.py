@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from helpers import TOLERANCE, fp64, leaf, loss_of, mlps, relative_error
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from revfx import rules
 from revfx.partitioner import reports
 from revfx.rules import Inverse, aten, register_inverse
+from revfx.testing import assert_same_grads
 
 
 __all__ = ["fp64"]
@@ -73,3 +76,31 @@ def test_a_region_that_cannot_be_written_leaves_nothing_behind(unwritable: None,
 def _gradients(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor | None]:
     torch.manual_seed(1)
     return list(torch.autograd.grad(loss_of(function(x)), [x, *module.parameters()]))
+
+
+class Divided(nn.Module):
+    """A stream is divided by a parameter that is read before the others, of which one follows a pattern."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.rand(1) + 0.5)
+        self.f, self.g = (nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(4)) for _ in range(2))
+        nn.init.constant_(self.f[1].get_parameter("weight"), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        b = functional.dropout(b, 0.5)
+        for f, g in zip(self.f, self.g, strict=True):
+            b = b + f(self.by * a.tanh())
+            a = a + g(torch.relu(g(b)))
+        a = a / self.by
+        return torch.cat([a, b + self.f[0](a)], -1)
+
+
+def test_inputs_stay_in_the_order_of_the_arguments(fp64: None) -> None:
+    """Checks of a parameter stood before the inputs after it, which then came in the order in which they were checked."""
+    model, x = Divided(), torch.randn(5, 6, requires_grad=True)
+    compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"})
+    with reports() as found:
+        assert_same_grads(compiled, model, [x])
+    assert found[0].regions
