@@ -125,7 +125,8 @@ def main() -> None:
     train([plain, converted], draw, steps, say)
     apart = [abs(a - b) for a, b in zip(plain.bits, converted.bits, strict=True)]
     say(f"losses differ by at most {max(apart[:10]):.1e} in the first 10 steps, {max(apart):.1e} in all {steps}")
-    # gloo's thread needs the interpreter to let go of the last loss, and aborts a process that ends meanwhile
+    # gloo's thread needs the interpreter to let go of the last loss: a process that ends meanwhile aborts
+    # (pytorch/pytorch#190489)
     time.sleep(0.1)
     dist.destroy_process_group()
 
