@@ -79,13 +79,14 @@ def let_go(mode: _torch.FakeMode, recorded: Collection[int] = ()) -> str | None:
 
 @contextmanager
 def _thawed() -> Generator[None]:
-    """A context in which `gc` also knows of what was there when somebody called `gc.freeze()`."""
+    """A context in which `gc` also knows of what was there when somebody called `gc.freeze()`; no garbage is frozen."""
     frozen = gc.get_freeze_count()
     gc.unfreeze()
     try:
         yield
     finally:
         if frozen:
+            gc.collect()
             gc.freeze()
 
 

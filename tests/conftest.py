@@ -59,12 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """None; what is there before the first test is not looked at by the collector again, which then runs more seldom.
-
-    torch and its compilers alone are half a million objects, and compiling makes many.
+    """None; the collector runs more seldom: torch and its compilers alone are half a million objects that it looks at,
+    and compiling makes many.
     """
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 

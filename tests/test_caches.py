@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -278,6 +279,12 @@ def test_explain_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     assert type(table(4)) is Tensor
 
 
+class Loop:
+    """An object that only the collector can free."""
+
+    itself: Loop
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_the_collector_was_told_to_leave_alone_is_found(frozen: bool) -> None:
     before = gc.get_freeze_count()
@@ -286,10 +293,18 @@ def test_what_the_collector_was_told_to_leave_alone_is_found(frozen: bool) -> No
         bounded.cache_clear()
         if frozen:
             gc.freeze()
+        gc.disable()
+        garbage = Loop()
+        garbage.itself = garbage
+        alive = weakref.ref(garbage)
+        del garbage
         model = InF(bounded)
         assert_trains(revfx.convert(model), model)
         assert (gc.get_freeze_count() > 0) == frozen
+        gc.collect()
+        assert alive() is None
     finally:
+        gc.enable()
         gc.unfreeze()
         if before:
             gc.freeze()
