@@ -193,8 +193,8 @@ def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have.
 
-    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel, also where
-    one is computed a second time.
+    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel, though one
+    be computed a second time.
     """
     levels = Levels()
     found: Any = levels.of
@@ -209,7 +209,7 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
         elif node.op in ("call_function", "call_method"):
             name = op_name(node.target)
             operands = [found[n] for n in node.all_input_nodes]
-            levels.note(node, name, operands, node.args, node.kwargs, lambda x: first.get(_node_or_none(x)))
+            levels.note(node, name, operands, node.args, node.kwargs, lambda x: first[x] if _is_tensor(x) else None)
             node.meta["cancels"] = node in levels.cancelling
             if name == "where" and len(node.args) == 3:
                 a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
@@ -230,13 +230,13 @@ def may_be_continuous(value: Any) -> bool:
 
 
 def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> Hashable:
-    """What a node computes of which values, the same for nodes that give the same numbers (or draw random ones alike)."""
+    """What a node computes of which values: alike for nodes that give the same numbers, or draw random ones alike."""
     operands = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
     return node.op, node.target, repr(operands)
 
 
-def _node_or_none(x: Any) -> fx.Node | None:
-    return x if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else None
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)
 
 
 def _joined(node: fx.Node, found: Mapping[fx.Node, int]) -> dict[fx.Node, tuple[int, list[tuple[range, int]]]]:

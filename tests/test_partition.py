@@ -98,7 +98,7 @@ class Divided(nn.Module):
 
 
 def test_inputs_stay_in_the_order_of_the_arguments(fp64: None) -> None:
-    """Checks of a parameter stood before the inputs after it, which then came in the order in which they were checked."""
+    """Where a check of a parameter stood before other inputs, these came in the order in which they were checked."""
     model, x = Divided(), torch.randn(5, 6, requires_grad=True)
     compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"})
     with reports() as found:
