@@ -19,10 +19,13 @@ WAYS = (
 
 
 @st.composite
-def programs(draw: Any, couplings: tuple[Kind, ...] = COUPLINGS, recordable: bool | None = None) -> Program:
+def programs(
+    draw: Any, couplings: tuple[Kind, ...] = COUPLINGS, recordable: bool | None = None, short: bool = False
+) -> Program:
     """Models that a user might write, and some that nobody should, of these couplings.
 
-    `recordable`: whether the code is such that it can be recorded; None: mostly.
+    `recordable`: whether the code is such that it can be recorded; None: mostly. `short`: of a few couplings only, as
+    compiling takes as long as there are.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -30,15 +33,15 @@ def programs(draw: Any, couplings: tuple[Kind, ...] = COUPLINGS, recordable: boo
         with torch.random.fork_rng():
             draft = Draft(draw)
             draft.recordable = draft.recordable if recordable is None else recordable
-            return _program(draft, couplings)
+            return _program(draft, couplings, short)
     finally:
         torch.set_default_dtype(dtype)
 
 
-def _program(d: Draft, couplings: tuple[Kind, ...]) -> Program:
+def _program(d: Draft, couplings: tuple[Kind, ...], short: bool) -> Program:
     _enter(d)
-    for _ in range(d.number(1, 2)):
-        _chain(d, couplings)
+    for _ in range(1 if short else d.number(1, 2)):
+        _chain(d, couplings, short)
         for _ in range(d.number(0, 2)):
             d.pick(BETWEEN)(d)
     if not d.body:
@@ -107,11 +110,11 @@ def _stem(d: Draft) -> None:
     )
 
 
-def _chain(d: Draft, couplings: tuple[Kind, ...]) -> None:
+def _chain(d: Draft, couplings: tuple[Kind, ...], short: bool) -> None:
     """A few kinds of couplings, again and again."""
-    pattern = [d.pick(couplings) for _ in range(d.number(1, 3))]
+    pattern = [d.pick(couplings) for _ in range(d.number(1, 2 if short else 3))]
     disturbed = d.chance(1, 3)
-    for _ in range(d.number(2, 4)):
+    for _ in range(d.number(2, 3 if short else 4)):
         for kind in pattern:
             if len(d.streams) < 2:
                 joined(d)

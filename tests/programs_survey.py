@@ -27,6 +27,11 @@ class Way:
     share: float
 
 
+def half_short(recordable: bool | None = None) -> st.SearchStrategy[Program]:
+    """As `programs`, every other one short."""
+    return st.one_of(programs(recordable=recordable), programs(recordable=recordable, short=True))
+
+
 recordable = functools.partial(programs, recordable=True)
 WAYS = {
     "convert": Way(by_convert, programs, 100, 0.5),
@@ -34,8 +39,8 @@ WAYS = {
     "convert, exact": Way(by_convert_exactly, recordable, 20, 0.05),
     "rev_block": Way(by_rev_block, block_programs, 60, 0.2),
     "rev_block, exact": Way(by_rev_block_exactly, block_programs, 30, 0.1),
-    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), programs, 12, 0.09),
-    "inductor": Way(functools.partial(by_backend, inner="inductor"), recordable, 1, 0.01),
+    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), half_short, 16, 0.09),
+    "inductor": Way(functools.partial(by_backend, inner="inductor"), functools.partial(half_short, True), 1, 0.01),
 }
 
 
