@@ -193,8 +193,8 @@ def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have.
 
-    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel, also when
-    computed twice.
+    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel; what is
+    computed twice is one part.
     """
     levels = Levels()
     found: Any = levels.of
