@@ -60,16 +60,17 @@ def no_new_guards(val: Any) -> Generator[None]:
 @contextlib.contextmanager
 def muted(name: str) -> Generator[None]:
     """A context in which the logger of this name says nothing."""
-    log = logging.getLogger(name)
-    log.addFilter(_nothing)
+    log, nothing = logging.getLogger(name), _Nothing()  # one of its own, as such contexts may lie in each other
+    log.addFilter(nothing)
     try:
         yield
     finally:
-        log.removeFilter(_nothing)
+        log.removeFilter(nothing)
 
 
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
+class _Nothing(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
 
 
 def _shape_env(t: Any) -> Any:

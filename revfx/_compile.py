@@ -7,6 +7,7 @@ Importing this module imports torch's compiler (about a second), so nothing does
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import types
 from collections import Counter
@@ -30,6 +31,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomParti
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 
+from revfx._torch import FAKE_LOGGER
 from revfx.passes.sizes import muted
 
 
@@ -171,6 +173,11 @@ def graph_breaks() -> Generator[list[tuple[str, str]]]:
                 found.append((reason, f"{frame[1]}:{frame[2]}"))
 
 
+# What says, in pages of traceback, that something can't be captured and runs plainly; if it raises there too, that is
+# what the user sees. One also tells how to avoid that `.item()` ends a graph.
+NO_NEWS = ("torch._dynamo.convert_frame", "torch._dynamo.variables.tensor", FAKE_LOGGER)
+
+
 @contextlib.contextmanager
 def capturing() -> Generator[None]:
     """A context in which functions given to `torch.compile` run plainly where they can't be captured, whatever the user
@@ -188,5 +195,7 @@ def capturing() -> Generator[None]:
         allow_unspec_int_on_nn_module=True,
         optimize_ddp=False,
     ):
-        with muted("torch._dynamo.variables.tensor"):  # it tells how to avoid that `.item()` ends a graph
+        with contextlib.ExitStack() as stack:
+            for name in () if "TORCH_LOGS" in os.environ else NO_NEWS:
+                stack.enter_context(muted(name))
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -227,3 +228,34 @@ def test_what_packs_and_unpacks_is_not_compiled_with_a_sub_module(make: Any, fp6
     with dynamo_config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
         assert_same_grads(converted, model, [x])
     assert converted.revfx.plans
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the compiler logs from now on, as it does where nobody set TORCH_LOGS."""
+    logs = [logging.getLogger(name) for name in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor")]
+    for log in logs:
+        log.addHandler(caplog.handler)
+    yield caplog
+    for log in logs:
+        log.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_an_error_of_the_forward_is_all_that_the_user_reads(
+    capture: str, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler printed 351 lines before the error that plain PyTorch raises."""
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    converted = revfx.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), capture=capture)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+            converted(torch.randn(3, 5))
+    assert [r.getMessage() for r in logged.records if r.levelno >= logging.WARNING] == []
+
+
+def test_who_sets_torch_logs_reads_all(logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_LOGS", "dynamo")
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        revfx.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), capture="dynamo")(torch.randn(3, 5))
+    assert any("WON'T CONVERT" in r.getMessage() for r in logged.records)
