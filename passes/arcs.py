@@ -208,6 +208,8 @@ class _Lowering:
         if not isinstance(y, Tensor):
             return "the result is not one tensor"
         given = [g for g in inverse.given if isinstance(g, fx.Node)]
+        if any(isinstance(n, fx.Node) and n not in self.index for n in (*given, inverse.factor)):
+            return f"`{op_name(node.target)}` reads a number that only the run knows"
         if inverse.solves in given:
             return f"both operands of `{op_name(node.target)}` are the same value"
         if not inverse.exact:
@@ -362,7 +364,7 @@ class _Lowering:
             self.directions[node] = []
             rule = self._rule(node)
             if rule is not None and node.meta.get("barrier") is None:
-                with no_new_guards(node.meta["val"]):
+                with no_new_guards(node):
                     self.directions[node] = list(rule(node))
         return self.directions[node]
 

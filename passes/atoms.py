@@ -268,7 +268,7 @@ def _part_of(node: fx.Node, joined: Mapping[fx.Node, tuple[int, list[tuple[range
         return None
     dim, ranges = joined[source]
     rule = rule_for(taken) if taken.meta.get("barrier") is None else None
-    with no_new_guards(taken.meta["val"]):
+    with no_new_guards(taken):
         for t in rule(taken) if rule is not None else ():
             if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == dim and len(t.index):
                 first, last = t.index[0], t.index[-1]

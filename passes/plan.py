@@ -71,7 +71,7 @@ def larger(a: Any, b: Any) -> Any:
     return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
-def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[int, Any]) -> dict[int, Any]:
+def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[tuple[int, bool], Any]) -> dict[int, Any]:
     """How large a rounding error of 1 at the last kept cut has grown, per value of the step, from that of its entry.
 
     Along each stream an inverse multiplies the error by 1/|factor| (as declared, or as measured while the forward
@@ -83,7 +83,7 @@ def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[int, 
         if arc.factor is None:
             by = 1.0
         else:
-            by = measured[int(arc.factor)] if arc.measured else arc.amplification
+            by = measured[arc.scaled_by] if arc.measured else arc.amplification
         grown = larger(by * growth.get(arc.head, 1.0) + (by > 1.0), 1.0)
         for v in arc.tail if arc.exact else arc.tail[:1]:
             growth[v] = larger(growth.get(v, 1.0), grown)
@@ -162,7 +162,7 @@ def anchors(
             kept.add(j)
             growth = {}
             continue
-        measured = {int(a.factor or 0): 1 / (a.least if store else a.typical) for a in step.arcs if a.measured}
+        measured = {a.scaled_by: 1 / (a.least if store else a.typical) for a in step.arcs if a.measured}
         growth = amplification(step, growth, measured)
         largest = max(growth.values(), default=1.0)
         if MARGIN * largest * eps > most and largest > 1.0 and j + 1 < len(steps):

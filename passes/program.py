@@ -90,6 +90,11 @@ class Arc:
         """How much this inverse multiplies rounding errors by, as far as that is known without running: >= 0."""
         return 1.0 if self.factor is None or self.measured else 1.0 / abs(self.factor)
 
+    @property
+    def scaled_by(self) -> tuple[int, bool]:
+        """Of a measured factor the value that is measured, and whether the operand was divided by it."""
+        return int(self.factor or 0), self.reciprocal
+
 
 @dataclass(frozen=True, slots=True)
 class Op:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 
 class Unrecordable(Exception):
@@ -75,6 +75,8 @@ SIZES: dict[type, Callable[..., Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
     FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
 }
 KEPT = ("stack_trace", "nn_module_stack", "seq_nr")
 

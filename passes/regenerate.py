@@ -87,7 +87,7 @@ class Regenerator:
         self.stands: dict[fx.Node, fx.Node] = {}
         self._states: dict[fx.Node, fx.Node] = {}
         self._before: dict[fx.Node, fx.Node] = {}
-        self._guarded: set[fx.Node] = set()
+        self._guarded: set[tuple[fx.Node, bool, float]] = set()
         self._held: set[tuple[fx.Node, str]] = set()
         self._laid_out: dict[int, fx.Node] = {}
         self._stretches: list[list[Cut]] = []
@@ -283,9 +283,9 @@ class Regenerator:
     def _guard(self, op: int, arc: Arc) -> None:
         own = self._own(self.forward.value_node(int(arc.factor or 0)))
         least = tolerance_of(self.program.values[arc.head].dtype, self.options.tolerance)
-        if arc.least >= least or own in self._guarded:
+        if arc.least >= least or (own, arc.reciprocal, least) in self._guarded:
             return
-        self._guarded.add(own)
+        self._guarded.add((own, arc.reciprocal, least))
         where = self.program.ops[op].where
         message = (
             f"revfx: a factor of the coupling at {where} came nearer to 0 than {least:.0e}, so its input can't be "
@@ -315,15 +315,15 @@ class Regenerator:
             return
         eps = max(torch.finfo(d).eps for d in dtypes)
         most = max(tolerance_of(d, self.options.tolerance) for d in dtypes) / (MARGIN * eps)
-        factors = {int(a.factor or 0): a for a in arcs}
-        worst = {v: 1 / max(a.least, 1e-300) for v, a in factors.items()}
+        factors = {a.scaled_by: a for a in arcs}
+        worst = {by: 1 / max(a.least, 1e-300) for by, a in factors.items()}
         if _grown(steps, worst) <= most:
             return
         sizes: list[fx.Node] = []
-        for v, arc in factors.items():
+        for v, reciprocal in factors:
             own = self._own(self.forward.value_node(v))
             with self.joint.inserting_before(own.next):
-                sizes.append(self.recorder.record(functools.partial(mean_size, arc.reciprocal), [own], FORWARD, own))
+                sizes.append(self.recorder.record(functools.partial(mean_size, reciprocal), [own], FORWARD, own))
         where = self.program.ops[steps[0].start].where, self.program.ops[steps[-1].stop - 1].where
         message = (
             f"revfx: rounding grows too much where the couplings from {where[0]} to {where[1]} are computed back, as "
@@ -441,7 +441,7 @@ class Regenerator:
         return node
 
 
-def _grown(steps: Sequence[Step], measured: Mapping[int, Any]) -> Any:
+def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> Any:
     """What a rounding error of 1 has grown to over some steps."""
     growth: dict[int, Any] = {}
     for step in steps:

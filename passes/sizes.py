@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
@@ -47,13 +47,17 @@ def same_strides(a: Any, b: Any) -> bool:
 
 
 @contextlib.contextmanager
-def no_new_guards(val: Any) -> Generator[None]:
-    """A context that ends early, without an error, where something in it depends on a size that is not fixed."""
-    env = next((e for t in tensors_of(val) if (e := _shape_env(t)) is not None), None)
+def no_new_guards(node: fx.Node) -> Generator[None]:
+    """A context that ends early, without an error, where something in it depends on a size that is not fixed, of the
+    node's result or among what it reads, for which a node stands that can't be computed with.
+    """
+    env = next((e for t in tensors_of(node.meta["val"]) if (e := _shape_env(t)) is not None), None)
     if env is None:
         yield
         return
-    with contextlib.suppress(GUARDED), muted(symbolic_shapes.__name__), env.error_on_new_guards():
+    reads = any(isinstance(n.meta.get("val"), NUMBERS) for n in node.all_input_nodes)
+    early = (GUARDED, TypeError) if reads else (GUARDED,)
+    with contextlib.suppress(*early), muted(symbolic_shapes.__name__), env.error_on_new_guards():
         yield
 
 

@@ -98,7 +98,7 @@ def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) 
             growth, rounded = {}, 0
         rounding = [a for a in steps[j].arcs if not (a.exact or a.grid)]
         rounded += bool(rounding)
-        growth = amplification(steps[j], growth, {int(a.factor or 0): 1 / a.typical for a in rounding if a.measured})
+        growth = amplification(steps[j], growth, {a.scaled_by: 1 / a.typical for a in rounding if a.measured})
         if j in kept_cuts or not rounding:
             continue
         dtypes = [program.values[a.head].dtype for a in rounding]

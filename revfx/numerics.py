@@ -82,7 +82,7 @@ class Growth:
             return False, False
         eps = max((torch.finfo(env[v].dtype).eps for v in step.exit if env[v].is_floating_point()), default=0.0)
         tolerance = self.tolerance if self.tolerance is not None else eps**0.5
-        measured: dict[int, float] = {}
+        measured: dict[tuple[int, bool], float] = {}
         for arc in step.arcs:
             if arc.measured:
                 index = int(arc.factor or 0)
@@ -91,7 +91,7 @@ class Growth:
                 if not least >= tolerance:  # also when it is NaN
                     clean = False
                     break
-                measured[index] = growth
+                measured[arc.scaled_by] = growth
         if not clean:
             self.growth = {}
             return True, False

@@ -119,6 +119,31 @@ def test_contraction_raises_in_the_forward_or_is_stored(make: Callable[[], nn.Mo
         assert relative_error(got, want) < 1e-5
 
 
+class BothWays(nn.Module):
+    """A factor of the data multiplies one stream and divides the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in "fg")
+
+    def forward(self, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        factor = s.exp()
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a * factor + f(b).sin()
+            b = b / factor + g(a).sin()
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("exponent", [-17.0, 17.0])
+def test_a_factor_that_multiplies_and_divides_is_looked_at_both_ways(exponent: float) -> None:
+    """Only the last coupling's way was: gradients were 1 % off in fp64, silently."""
+    a, b, s = (torch.randn(101, 4) for _ in range(3))
+    s = s * 0.1
+    s[50, 2] = exponent
+    with pytest.raises(RuntimeError, match=r"rounding grows too much|came nearer to 0"):
+        compiled(BothWays(), "aot_eager")(a.requires_grad_(), b, s)
+
+
 @pytest.mark.parametrize("inner", INNERS)
 def test_a_little_contraction_is_let_pass(inner: str) -> None:
     assert inverted(check(Contracting(-1.0), inner, leaf(16, 2 * D))) >= 6

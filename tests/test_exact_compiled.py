@@ -76,6 +76,35 @@ def test_it_is_what_keeping_every_cut_gives(name: str, autocast: bool) -> None:
     assert same(gradients(compiled(model), model, inputs, autocast), want)
 
 
+class Leaking(nn.Module):
+    """Couplings of a velocity that loses a tenth in each: a number here, which as an attribute would be no constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        for f in self.f:
+            v = v * 0.9 + f(a).tanh()
+            a = a + v
+        return a, v
+
+
+def test_bits_are_kept_of_any_number_of_rows() -> None:
+    """How far the bits are padded to whole bytes is a remainder of the size, which is not fixed."""
+    model = Leaking()
+    options: Any = {"inner": "aot_eager", "exact": True}
+    for rows in (4, 5, 7):
+        inputs = [torch.randn(rows, 4) for _ in range(2)]
+        torch.compiler.reset()
+        want = gradients(compiled(model), model, inputs)
+        torch.compiler.reset()
+        with reports() as found:
+            got = gradients(torch.compile(model, backend="revfx", dynamic=True, options=options), model, inputs)
+        assert same(got, want)
+        assert found[0].regions
+
+
 def test_convert_by_dynamo_and_a_block_inside_a_compiled_model() -> None:
     model, inputs = Additive(4), vectors(4)
     with store_activations():
