@@ -235,6 +235,7 @@ class _Lowering:
             if inverse.exact else None,
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, sums=inverse.rest is not nothing,
             fresh=bool(given) and all(self._is_fresh(g, node) for g in given), cancels=node.meta.get("cancels", False),
+            follows=bool(given) and all(self._follows(g, inverse.solves) for g in given),
         )  # fmt: skip
         if rounds and arc.sums:
             own = HUGE if has_huge(node, y.dtype) else ORDINARY
@@ -274,6 +275,18 @@ class _Lowering:
     def _is_fresh(self, added: fx.Node, node: fx.Node) -> bool:
         """Whether what is added to a node holds no number of the data, for any element of the sum."""
         return added in self.numberless and same_shape(added.meta["val"], node.meta["val"])
+
+    def _follows(self, node: fx.Node, of: fx.Node) -> bool:
+        """Whether a node is made of what another one holds."""
+        todo, seen, first = [node], set[fx.Node](), self.index[of]
+        while todo:
+            n = todo.pop()
+            if n is of:
+                return True
+            if n not in seen and self.index.get(n, first + 1) > first:  # others were there before it
+                seen.add(n)
+                todo.extend(n.all_input_nodes)
+        return False
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """The exact form of an operation that is solved for one operand, or why there is none."""

@@ -59,7 +59,8 @@ class Arc:
     for bit, or why there is none; `grid` says that the arc is the inverse of one. `sums`: something was added to the
     head, next to which its digits may be lost; `addend` says how large, for where the run can't be asked. `fresh`: what
     was added holds no number of the data, so the result holds none but where it equals the head; it may, whatever the
-    head holds, where parts of the sum cancel (`cancels`).
+    head holds, where parts of the sum cancel (`cancels`), or where it takes off what was added before, which what
+    `follows` from the head does not.
     """
 
     head: int
@@ -84,6 +85,7 @@ class Arc:
     addend: int = ORDINARY
     fresh: bool = True
     cancels: bool = False
+    follows: bool = False
 
     @property
     def amplification(self) -> float:

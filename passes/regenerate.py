@@ -23,14 +23,14 @@ from revfx.passes.facts import GENERIC, check
 from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.kinks import generic
-from revfx.passes.numbers import loses_numbers, mean_size, nearest
+from revfx.passes.numbers import mean_size, nearest
 from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, fixed, same_strides, tensors_of
-from revfx.passes.unchanged import sums_behind
+from revfx.passes.unchanged import loses
 
 
 aten = torch.ops.aten
@@ -360,16 +360,10 @@ class Regenerator:
             f" holds numbers of the data that nothing was added to, and {told}; compile with options={{'unbounded': "
             "'store'} or use `revfx.convert` (capture='fx'), which keep them"
         )
-        sums, others = sums_behind(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless)
-        read = [self._own(self.forward.value_node(v)) for s in sums for v in (s.result, s.before)]
-
-        def test(t: Tensor, after: Tensor, *read: Tensor) -> Tensor:
-            pairs = zip(sums, read[::2], read[1::2], strict=True)
-            found = [(t if s.result == value else result, before, s.factor) for s, result, before in pairs]
-            return ~loses_numbers(t, after, found, others)
-
+        read, lost = loses(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless)
+        nodes = [own, after, *(self._own(self.forward.value_node(v)) for v in read)]
         with self.joint.inserting_before(after.next):
-            ok = self.recorder.record(test, [own, after, *read], FORWARD, own)
+            ok = self.recorder.record(lambda *t: ~lost(*t), nodes, FORWARD, own)
             self._assert(ok, message, FORWARD)
 
     def _hold_digits(self, op: int, arc: Arc) -> None:

@@ -138,10 +138,10 @@ class RegionRun:
         self.unchanged: set[int] = set()
         self.versions: list[tuple[int, Tensor, int]] = []
         self.ranges, self.checksums, self.samples = Ranges(program), Checksums(program), Samples(program)
+        self.returns = numerics.Returns(plan.region.steps)
         watch = watching.get()
         self.watch = watch(self) if watch is not None else None
-        device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
-        self.device = device
+        self.device = device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
         devices = ["cpu"] if device is None else ["cpu", device.type]
         self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
         self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
@@ -164,7 +164,7 @@ class RegionRun:
         self._keep_all(self.kept, [v for v in env if program.values[v].source and last[v] >= region.start], env)
         self._keep_all(self.kept, (*region.side, *region.saved, *region.entry), env)
         self.kept_cuts[0] = {v: self.kept[v] for v in region.entry if v in self.kept}
-        growth = numerics.Growth(self.plan.tolerance)
+        growth = numerics.Growth(self.plan.tolerance, self.returns)
         self.unchanged = growth.unchanged
         alive, held = set(program.outputs), {*region.saved, *region.side}
         with saved_tensors_hooks(_torch.uncompiled(self._pack), _torch.uncompiled(_unpack)):
@@ -201,6 +201,7 @@ class RegionRun:
                     if last[v] < step.stop:
                         env.pop(v, None)
         self.ranges.close()
+        self.returns = numerics.Returns()
 
     def _regenerated(self, step: Step, env: Env) -> Env:
         """What the backward makes of a step's entry, as the forward made it."""
@@ -224,6 +225,8 @@ class RegionRun:
         """Holds an alias without autograd history: holding the tensor itself would make a cycle through the graph."""
         kept = into[v] = t.detach().clone() if self.program.values[v].written else t.detach()
         self.versions.append((v, kept, _torch.version(kept)))
+        if not self.program.values[v].source:
+            self.returns.remember(kept)
 
     def _call(self, index: int, env: Env) -> tuple[Tensor, ...]:
         op, call = self.program.ops[index], self.calls[index]

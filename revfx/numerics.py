@@ -9,19 +9,32 @@ smallest magnitude lies under the same tolerance, or that is not finite, is not 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from revfx import _torch, sharding
 from revfx.passes.cuts import Step
-from revfx.passes.numbers import is_more, made_numbers, repeated_numbers, shared_numbers, unchanged, uniform
+from revfx.passes.numbers import (
+    come_back,
+    is_more,
+    made_numbers,
+    magnitudes,
+    repeated_numbers,
+    shared_numbers,
+    sizes,
+    unchanged,
+    uniform,
+)
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
 from revfx.passes.program import Arc
 
 
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
+
+MOST = 1 << 14  # numbers of a region that are looked for later
 
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
 
@@ -59,10 +72,12 @@ class Growth:
     Also of which values the step before `changed` all elements, and which of these were seen to have no atoms (`clean`,
     see `_holds_atoms`): what is added to such a value leaves it so. Of those that have some, `unchanged` has the ones
     that their step left as they were, which need no inverse (as where a function ends in a layer that starts as zeros).
+    What was there before `returns` where what was added to it is taken off again.
     """
 
-    def __init__(self, tolerance: float | None) -> None:
+    def __init__(self, tolerance: float | None, returns: Returns) -> None:
         self.tolerance = tolerance
+        self.returns = returns
         self.growth: dict[int, float] = {}
         self.clean: set[int] = set()
         self.changed: set[int] = set()
@@ -113,11 +128,14 @@ class Growth:
                 if all(h in self.changed or h in self.clean for h in parts[value]):
                     self.changed.add(value)
             result = arc.tail[0] if not arc.exact and not arc.partial else None
+            if result is not None and arc.told is not None and not arc.follows:
+                arc = replace(arc, cancels=arc.cancels or self.returns.note(result, held[arc.head], held.get(result)))
             if arc.suspect and arc.head not in self.clean:
                 head, after = held[arc.head], held.get(arc.tail[0])
                 changed = arc.head in self.changed
+                back = arc.head in self.returns.found
                 alone = arc.apart and not changed
-                holds = _holds_atoms(head) or alone or (arc.told is not None and _repeats(head, changed))
+                holds = _holds_atoms(head) or alone or (arc.told is not None and (back or _repeats(head, changed)))
                 if not holds and (changed or arc.told is None):
                     self.clean.add(arc.head)
                 elif result is not None and self._adds_freshly(arc, held) and _changes_all(arc, head, after):
@@ -141,13 +159,49 @@ class Growth:
         return (arc.fresh or (seen and (arc.tail[1] in self.changed or arc.tail[1] in self.clean))) and not arc.cancels
 
 
+class Returns:
+    """Which values were `found` to hold again, but for rounding, numbers that were there before.
+
+    An inverse gives them with another rounding, and what cancels but for that is as likely above zero as below it.
+    They `matter` in regions of `steps` where something tells numbers of the data apart.
+    """
+
+    def __init__(self, steps: Iterable[Step] = ()) -> None:
+        self.matter = any(arc.told is not None and not arc.follows for step in steps for arc in step.arcs)
+        self.before = torch.empty(0, device="cpu")
+        self.found: set[int] = set()
+
+    def remember(self, t: Tensor) -> None:
+        """None; until the forward ends the numbers of `t` are among those that were there before."""
+        if self.matter and _can_be_read(t) and self.before.numel() < MOST:
+            self.before = torch.cat([self.before, magnitudes(t.detach()).cpu()]).sort().values
+
+    def note(self, value: int, head: Tensor, after: Tensor | None) -> bool:
+        """Whether `value`, which is `after` and was made of `head`, does."""
+        if after is None or not self.before.numel() or not (_can_be_read(head) and _can_be_read(after)):
+            return False
+        if not after.numel():
+            return False
+        seen = sizes(after.detach(), head.detach()).cpu()  # the rest is done where nobody waits for it
+        if come_back(self.before, seen, torch.finfo(after.dtype).eps):
+            self.found.add(value)
+        return value in self.found
+
+
+def _can_be_read(t: Tensor) -> bool:
+    """Whether numbers are looked for in `t`; not in DTensors."""
+    return t.is_floating_point() and _torch.is_plain(t) and not _torch.is_fake(t)
+
+
 def _same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and _torch.is_plain(a) and _torch.is_plain(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if b is None or a.dtype != b.dtype or not all(_torch.is_plain(t) and not _torch.is_fake(t) for t in (a, b)):
+        return False
+    return torch.equal(a, b)
 
 
 def _changes_all(arc: Arc, head: Tensor, after: Tensor | None) -> bool:
-    """Whether a step leaves as they were no more elements of a value than chance has it; not looked for in DTensors."""
-    if after is None or not head.is_floating_point() or not _torch.is_plain(head) or _torch.is_fake(head):
+    """Whether a step leaves as they were no more elements of a value than chance has it."""
+    if after is None or not _can_be_read(head):
         return True
     if (head.shape, head.dtype) != (after.shape, after.dtype):
         return True
@@ -156,12 +210,12 @@ def _changes_all(arc: Arc, head: Tensor, after: Tensor | None) -> bool:
 
 
 def _repeats(t: Tensor, changed: bool) -> bool:
-    """Whether more elements of `t` equal others than chance has it; not looked for in DTensors.
+    """Whether more elements of `t` equal others than chance has it.
 
     Where it was `changed` some are equal as the same was computed for them, as at the borders of an image. Then only a
     row or channel that holds one number counts, of which a normalisation makes zeros.
     """
-    if not t.is_floating_point() or not _torch.is_plain(t) or _torch.is_fake(t):
+    if not _can_be_read(t):
         return False
     t = t.detach()
     if changed:

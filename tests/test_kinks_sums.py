@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import revfx
-from revfx.passes.numbers import shared_numbers, uniform
+from revfx.passes.numbers import come_back, magnitudes, shared_numbers, sizes, uniform
 from revfx.testing import assert_same_grads
 
 
@@ -81,20 +81,39 @@ class Streams(nn.Module):
         return torch.cat([a, b, c], -1)
 
 
-class TakenOff(nn.Module):
-    """What was added to a stream is taken off again, so that numbers of the data come back; `twice` computed."""
+Off = Callable[
+    ["TakenOff", int, Tensor, Tensor, Tensor], Tensor
+]  # of the layer's number, a, b and f(b): what a becomes
 
-    def __init__(self, twice: bool) -> None:
+OFF: dict[str, Off] = {
+    "the same value": lambda m, i, a, b, h: h - a,
+    "computed again": lambda m, i, a, b, h: m.f[i](b) - a,
+    "by a copy": lambda m, i, a, b, h: m.copies[i](b) - a,
+    "by a negated copy": lambda m, i, a, b, h: a + (-m.copies[i](b)),
+    "by a function": lambda m, i, a, b, h: b @ next(m.copies[i].parameters()).t() - a,
+    "of half of it, by a copy": lambda m, i, a, b, h: half_of(m.copies[i](b), a),
+}
+
+
+def half_of(h: Tensor, a: Tensor) -> Tensor:
+    return torch.cat([h[:, : D // 2] - a[:, : D // 2], a[:, D // 2 :]], -1)
+
+
+class TakenOff(nn.Module):
+    """What was added to a stream is taken off again, so that numbers of the data come back."""
+
+    def __init__(self, off: str, alike: bool = True) -> None:
         super().__init__()
-        self.twice = twice
+        self.off = OFF[off]
         self.f, self.g = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(4)) for _ in range(2))
+        self.copies = copy.deepcopy(self.f) if alike else nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
-        for f, g in zip(self.f, self.g, strict=True):
+        for i, (f, g) in enumerate(zip(self.f, self.g, strict=True)):
             h = f(b)
             a = a + h
-            a = (f(b) if self.twice else h) - a
+            a = self.off(self, i, a, b, h)
             b = b + g(F.relu(F.layer_norm(a, (D,))) + a)
         return torch.cat([a, b], -1)
 
@@ -147,12 +166,55 @@ def test_gradients_of_streams_of_data_that_are_moved_and_scaled(then: str) -> No
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_gradients_of_streams_of_data_that_come_back(twice: bool) -> None:
+@pytest.mark.parametrize("off", OFF)
+def test_gradients_of_streams_of_data_that_come_back(off: str) -> None:
     for seed in range(8):  # in some an element equals the mean of its row
         torch.manual_seed(seed)
-        model, x = TakenOff(twice), torch.cat([few(), torch.randn(N, D)], -1).requires_grad_()
+        model, x = TakenOff(off), torch.cat([few(), torch.randn(N, D)], -1).requires_grad_()
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+
+
+@pytest.mark.parametrize("off", ["by a copy", "of half of it, by a copy"])
+def test_compiled_streams_of_data_that_come_back(off: str) -> None:
+    x = torch.cat([few(), torch.randn(N, D)], -1)
+    model = TakenOff(off)
+    with pytest.raises(RuntimeError, match="holds numbers of the data"):
+        by_backend(model)(x)
+    storing = copy.deepcopy(model)
+    storing.compile(backend="revfx", options={"inner": "aot_eager", "unbounded": "store"})
+    assert_same_grads(storing, model, [x.requires_grad_()])
+    model = TakenOff(off, alike=False)
+    assert_same_grads(by_backend(model), model, [x])
+
+
+def test_what_no_copy_takes_off_is_inverted() -> None:
+    converted: Any = revfx.convert(TakenOff("by a copy", alike=False))
+    converted(torch.randn(32, 2 * D))
+    assert converted.revfx.kept_cuts == 2  # the first and the last
+
+
+def test_explain_of_streams_that_may_hold_numbers_of_the_data() -> None:
+    x = torch.cat([few(), few(), many()], -1)
+    assert revfx.explain(Streams(ADDS["a layer"], USES["less data"]), x).regions
+
+
+def test_numbers_that_come_back() -> None:
+    t = torch.randint(1, 256, (64, 33)) / 255
+    for h in (torch.randn(64, 33), 100 * torch.randn(64, 33)):
+        for dtype in (torch.float32, torch.float64):
+            a, b = t.to(dtype), h.to(dtype)
+            eps = torch.finfo(dtype).eps
+            assert come_back(magnitudes(a), sizes(b - (a + b), a + b), eps)
+            assert not come_back(magnitudes(a), sizes(b + (a + b), a + b), eps)
+            assert not come_back(magnitudes(a), sizes(a, a), eps)  # they were there all the time
+            assert not come_back(magnitudes(b), sizes(a + b, b), eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_few_numbers_come_back_by_chance(dtype: torch.dtype) -> None:
+    for size in (1, 7, 200, 1 << 16):
+        a, b = (torch.randn(size).to(dtype) for _ in range(2))
+        assert not come_back(magnitudes(a), sizes(a + b, a), torch.finfo(dtype).eps)
 
 
 def test_gradients_of_data_of_few_levels_without_equal_neighbours() -> None:
