@@ -31,6 +31,7 @@ MAKERS = frozenset(
     max_pool3d_with_indices constant_pad_nd zero full_like new_zeros new_full floor_divide floordiv __floordiv__
     trunc_divide bucketize searchsorted count_nonzero argmax argmin logical_and logical_or logical_xor logical_not
     isnan isinf isfinite empty empty_like new_empty arange eye diag_embed diag block_diag scatter index_put
+    unsafe_index_put unsafe_masked_index as_strided_scatter diagonal_scatter
     fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor""".split()
 )
 MIXERS = frozenset(
@@ -38,8 +39,10 @@ MIXERS = frozenset(
     bilinear addmv convolution native_layer_norm native_group_norm _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
     inductor_random layer_norm group_norm instance_norm rms_norm scaled_dot_product_attention
-    multi_head_attention_forward rand randn randn_like rand_like normal lstm gru rnn_tanh tensordot outer mv
-    dot""".split()
+    _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps
+    _efficient_attention_forward _flash_attention_forward _fused_rms_norm _thnn_fused_lstm_cell _cudnn_rnn
+    mkldnn_rnn_layer _scaled_mm _grouped_mm multi_head_attention_forward rand randn randn_like rand_like normal lstm
+    gru rnn_tanh tensordot outer mv dot""".split()
 )
 PICKS = frozenset("getitem __getitem__ index _unsafe_index index_select gather take take_along_dim".split())
 SUMS = frozenset("add sub subtract rsub lerp __rsub__ __add__ __radd__ __sub__ __iadd__ __isub__ iadd isub".split())
@@ -57,7 +60,10 @@ SMOOTH = frozenset(
     __pow__ __rpow__ float_power neg negative __neg__ positive hypot sum mean var std var_mean std_mean norm
     vector_norm linalg_norm linalg_vector_norm cumsum prod cumprod logcumsumexp cosine_similarity normalize
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    _adaptive_avg_pool2d interpolate upsample_bilinear2d upsample_nearest2d upsample_bicubic2d grid_sample
+    _adaptive_avg_pool2d _adaptive_avg_pool3d interpolate upsample_bilinear2d upsample_bicubic2d grid_sample
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d
     batch_norm native_batch_norm _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
     local_response_norm complex real imag view_as_real view_as_complex polar angle conj fft rfft irfft ifft fft2
     ifft2 rfft2 irfft2 cdist dist cross outer kron trace det inverse addr to _to_copy convert_element_type float

@@ -14,7 +14,7 @@ from revfx.passes.facts import Facts
 from revfx.passes.grid import Coupling, ToGrid, limit
 from revfx.passes.joint import FORWARD, Forward, forward_half
 from revfx.passes.program import Program
-from revfx.passes.record import Recorder
+from revfx.passes.record import Recorder, pulled
 from revfx.passes.regions import Region, find_regions
 
 
@@ -45,6 +45,9 @@ def exact_forward(
             return recorder.record(by, args, FORWARD, like)
 
     put_on_grid(theirs, regions, k, insert)
+    *order, output = pulled(list(joint.nodes), {})  # new nodes may read sizes that stand further down
+    for node in order:
+        output.prepend(node)
     forward = forward_half(joint, num_outputs, static, facts, exact=True)
     _check_ranges(joint, forward, recorder)
     return forward, find_regions(forward.lowered.program, all_pay=True)[0], stuck, program

@@ -40,15 +40,20 @@ NOWHERE = frozenset(
     """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout native_dropout where masked_fill
     masked_select masked_scatter zeros zeros_like ones ones_like full full_like new_zeros new_full empty empty_like
     new_empty tril triu pad constant_pad_nd zero diag diag_embed block_diag scatter index_put embedding nan_to_num
-    isnan isinf isfinite copy scalar_tensor new_ones""".split()
+    isnan isinf isfinite copy scalar_tensor new_ones _unsafe_index_put _unsafe_masked_index
+    _unsafe_masked_index_put_accumulate as_strided_scatter diagonal_scatter""".split()
 )
 # Of these, what fills places with a number that it is given.
 FILLS = frozenset(
     """where masked_fill full full_like new_full pad constant_pad_nd scatter index_put nan_to_num index_fill
-    scalar_tensor""".split()
+    scalar_tensor _unsafe_index_put _unsafe_masked_index""".split()
 )
 ZEROS = frozenset("zeros zeros_like new_zeros".split())
-SHAPED = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split())
+# What reads of a value no more than its shape.
+SHAPED = frozenset(
+    """zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty sym_size sym_stride sym_numel
+    sym_storage_offset size stride numel dim""".split()
+)
 # What is zero elsewhere than its operand, and what adds up several numbers of it.
 MOVES_NUMBERS = frozenset(
     """exp exp2 log log2 log10 logit cos cosh acos acosh atan2 sinc sigmoid log_sigmoid logsigmoid softplus glu
@@ -64,12 +69,13 @@ MOVES_NUMBERS = frozenset(
 ATTENTION = frozenset(n for n in names.MIXERS if "attention" in n and n != "multi_head_attention_forward")
 ADDS_UP = ATTENTION | frozenset(
     """sum nansum mean nanmean cumsum diff trapezoid trapz cumulative_trapezoid gradient avg_pool1d avg_pool2d
-    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d lp_pool1d
-    lp_pool2d interpolate upsample upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d lp_pool1d lp_pool2d interpolate upsample upsample_linear1d upsample_bilinear2d
+    upsample_bicubic2d upsample_trilinear3d
     _upsample_bilinear2d_aa grid_sample grid_sampler_2d fold im2col col2im scatter_add index_add fft rfft irfft
     ifft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn hfft ihfft _fft_r2c _fft_c2r _fft_c2c stft istft cross
     linalg_cross kron trace inner vdot vecdot addr addbmm chain_matmul
-    multi_dot linalg_multi_dot all_reduce reduce_scatter_tensor embedding_bag""".split()
+    multi_dot linalg_multi_dot all_reduce reduce_scatter_tensor embedding_bag _embedding_bag""".split()
 )
 TURNS = frozenset(
     """adjoint mH H hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d column_stack row_stack narrow_copy
@@ -78,7 +84,10 @@ TURNS = frozenset(
     view_copy expand_copy permute_copy transpose_copy slice_copy""".split()
 )
 REPEATS = frozenset(
-    "expand expand_as expand_copy broadcast_to broadcast broadcast_tensors repeat repeat_interleave tile".split()
+    """expand expand_as expand_copy broadcast_to broadcast broadcast_tensors repeat repeat_interleave tile interpolate
+    upsample upsample_nearest upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d reflection_pad1d reflection_pad2d reflection_pad3d
+    replication_pad1d replication_pad2d replication_pad3d""".split()
 )
 # Zero where an element is the mean of its group, as all of a constant row or channel are.
 NORMS = frozenset(
@@ -87,7 +96,7 @@ NORMS = frozenset(
     native_group_norm instance_norm""".split()
 )
 DRAWN = frozenset("rand randn rand_like randn_like normal inductor_random".split())
-SCALES = frozenset(["rms_norm"])
+SCALES = frozenset(["rms_norm", "_fused_rms_norm"])
 MIXERS = names.MIXERS - NORMS - DRAWN - SCALES - ATTENTION
 ONE_ADDED = frozenset("addmm addmv addbmm baddbmm".split())  # the first operand, to the product of the others
 TWO_MIXED = frozenset(n for n in MIXERS if n.startswith("conv") or n == "linear")  # and a third one added
@@ -179,12 +188,12 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
         return least if least <= OWN else most
     if m.bare in NORMS:
         return ZERO if rows < OF_NORMS else _added(operands[0] if operands else ANY)
+    if m.bare in REPEATS and most == ZERO:
+        return OWN
     if m.bare in ADDS_UP:
         return _added(most)
     if m.bare in MOVES_NUMBERS:
         return _added(most) if most > ZERO else ANY
-    if m.bare in REPEATS and most == ZERO:
-        return OWN
     if m.bare in SMOOTH or m.bare in AT_ZERO:
         return max(most, ANY if any(m.numbers) and m.bare in FILLS else ZERO)
     return max(most, ANY if m.bare in KNOWN else SUM)

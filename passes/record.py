@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from torch.utils._sympy import functions
+
+
+NUMBERS = (torch.SymInt, torch.SymFloat)
 
 
 class Unrecordable(Exception):
@@ -30,7 +34,7 @@ class Recorder:
         self.symbols: dict[str, fx.Node] = {}
         for node in graph.nodes:
             val = node.meta.get("val")
-            if isinstance(val, torch.SymInt):
+            if isinstance(val, NUMBERS):
                 self.symbols.setdefault(str(val.node.expr), node)
 
     def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], tag: str | None, like: fx.Node) -> fx.Node:
@@ -45,28 +49,30 @@ class Recorder:
                 result = by(*fakes)
         return mode.nodes[id(result)]
 
-    def symbol(self, size: torch.SymInt) -> fx.Node | int:
-        """The node that holds a symbolic size; computed from others where there is none."""
+    def symbol(self, size: torch.SymInt | torch.SymFloat) -> fx.Node | float:
+        """The node that holds a symbolic number; computed from others where there is none."""
         return self._size(size.node.expr)
 
-    def _size(self, expr: Any) -> fx.Node | int:
+    def _size(self, expr: Any) -> fx.Node | float:
         if expr.is_number:
-            return int(expr)
+            return int(expr) if expr.is_integer else float(expr)
         if str(expr) in self.symbols:
             return self.symbols[str(expr)]
         by = SIZES.get(type(expr))
         if by is None:
             raise Unrecordable(f"the size {expr} is not at hand")
-        result = functools.reduce(lambda a, b: self._combined(by, a, b), map(self._size, expr.args))
+        parts = [self._size(part) for part in expr.args]
+        pairs = len(parts) > 2  # sums and products of several
+        result = functools.reduce(lambda a, b: self._made(by, a, b), parts) if pairs else self._made(by, *parts)
         if isinstance(result, fx.Node):
             self.symbols[str(expr)] = result
         return result
 
-    def _combined(self, by: Callable[..., Any], a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
-        val = by(*(n.meta["val"] if isinstance(n, fx.Node) else n for n in (a, b)))
-        if isinstance(val, int):
+    def _made(self, by: Callable[..., Any], *parts: fx.Node | float) -> fx.Node | float:
+        val = by(*(n.meta["val"] if isinstance(n, fx.Node) else n for n in parts))
+        if isinstance(val, (int, float)):
             return val
-        node = self.graph.call_function(by, (a, b))
+        node = self.graph.call_function(by, parts)
         node.meta["val"] = val
         return node
 
@@ -74,9 +80,20 @@ class Recorder:
 SIZES: dict[type, Callable[..., Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
-    FloorDiv: operator.floordiv,
-    Mod: operator.mod,
-    PythonMod: operator.mod,
+    sympy.Pow: operator.pow,
+    functions.PowByNatural: operator.pow,
+    functions.Max: torch.sym_max,
+    functions.Min: torch.sym_min,
+    functions.FloorDiv: operator.floordiv,
+    functions.CleanDiv: operator.floordiv,
+    functions.Mod: operator.mod,
+    functions.PythonMod: operator.mod,
+    functions.ToFloat: torch.sym_float,
+    functions.IntTrueDiv: operator.truediv,
+    functions.FloatTrueDiv: operator.truediv,
+    functions.TruncToInt: math.trunc,
+    functions.FloorToInt: math.floor,
+    functions.CeilToInt: math.ceil,
 }
 KEPT = ("stack_trace", "nn_module_stack", "seq_nr")
 
@@ -117,7 +134,7 @@ class _Mode(TorchDispatchMode):
             if id(x) not in self.nodes:
                 raise Unrecordable("a tensor that is made from data is not at hand")
             return self.nodes[id(x)]
-        return self.recorder.symbol(x) if isinstance(x, torch.SymInt) else x
+        return self.recorder.symbol(x) if isinstance(x, NUMBERS) else x
 
 
 def pulled(nodes: Sequence[fx.Node], attached: Mapping[fx.Node, Sequence[fx.Node]]) -> Iterator[fx.Node]:

@@ -116,6 +116,7 @@ class Regenerator:
         program, steps, ops = self.program, region.steps, frozenset(ops)
         self._keep((*region.exit, *region.saved, *region.side))
         self._limit_growth(steps, cuts)
+        kept = {*region.entry, *region.saved, *region.side, *(v for j in cuts for v in steps[j].entry)}
         cuts_since: list[Cut] = []  # regenerated since the last kept one
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
@@ -137,7 +138,7 @@ class Regenerator:
                     self._rerun(do.run.op, known)
                     self.step_of[self.tuples[do.run.op]] = self._step
                 else:
-                    self._invert(do.run.op, do.run.arc)
+                    self._invert(do.run.op, do.run.arc, kept)
                     self.step_of[self.values[do.run.arc.head]] = self._step
             if replay:
                 self._stretches.append(cuts_since)
@@ -252,7 +253,7 @@ class Regenerator:
         self.stands[node], self._states[node] = result, state
         return state
 
-    def _invert(self, op: int, arc: Arc) -> None:
+    def _invert(self, op: int, arc: Arc, kept: Collection[int]) -> None:
         node, head = self.forward.op_node(op), self.forward.value_node(arc.head)
         if arc.measured:
             self._guard(op, arc)
@@ -261,7 +262,7 @@ class Regenerator:
         if arc.suspect and head in self.forward.trusting:
             self._hold(op, generic(self.joint), GENERIC)
         if arc.suspect and arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
-            self._hold_apart(op, arc, arc.told)
+            self._hold_apart(op, arc, arc.told, kept)
         if arc.addend:
             self._hold_digits(op, arc)
         tail = [self.node(v) for v in arc.tail]
@@ -348,7 +349,7 @@ class Regenerator:
         with self.joint.inserting_before(first):
             self._assert(self.recorder.record(test, nodes, FORWARD, own), message, FORWARD)
 
-    def _hold_apart(self, op: int, arc: Arc, told: str) -> None:
+    def _hold_apart(self, op: int, arc: Arc, told: str, kept: Collection[int]) -> None:
         """None; checks in the forward that a step changes no numbers of data that something tells apart."""
         value, after = arc.head, self._own(self.forward.value_node(arc.tail[0]))
         own = self._own(self.forward.value_node(value))
@@ -360,7 +361,7 @@ class Regenerator:
             f" holds numbers of the data that nothing was added to, and {told}; compile with options={{'unbounded': "
             "'store'} or use `revfx.convert` (capture='fx'), which keep them"
         )
-        read, lost = loses(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless)
+        read, lost = loses(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless, kept)
         nodes = [own, after, *(self._own(self.forward.value_node(v)) for v in read)]
         with self.joint.inserting_before(after.next):
             ok = self.recorder.record(lambda *t: ~lost(*t), nodes, FORWARD, own)

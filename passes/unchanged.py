@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -47,36 +47,44 @@ def sums_behind(program: Program, value: int, fresh: Callable[[int], bool]) -> t
     return tuple(found), others
 
 
-def earlier(program: Program, value: int, fresh: Callable[[int], bool]) -> list[int]:
-    """What a sum was made of last, and then what it may hold again if that takes off what was added before."""
+def returning(
+    program: Program, value: int, fresh: Callable[[int], bool], kept: Collection[int]
+) -> tuple[int | None, list[int]]:
+    """What a sum was made of last, and which of the `kept` values it may hold again, if it takes off what was added to
+    them before.
+    """
     last = [a.head for a in _rounding(program, value) if a.sums and not a.follows and not fresh(a.head)]
-    found: list[int] = []
-    todo = last[:1]
+    found, seen, todo = list[int](), set[int](), last[:1]
     while todo:
         v = todo.pop()
-        if v not in found:
+        if v in seen:
+            continue
+        seen.add(v)
+        if v in kept and v not in last:
             found.append(v)
-            op = program.ops[program.made_at[v]] if program.made_at[v] >= 0 else None
-            above = program.data(op.ins) if op is not None and op.moves else [a.head for a in _rounding(program, v)]
-            todo += (u for u in above if not fresh(u))
-    return found
+        op = program.ops[program.made_at[v]] if program.made_at[v] >= 0 else None
+        above = program.data(op.ins) if op is not None and op.moves else [a.head for a in _rounding(program, v)]
+        todo += (u for u in above if not fresh(u))
+    return (last[0] if found else None), found
 
 
-def loses(program: Program, value: int, fresh: Callable[[int], bool]) -> tuple[list[int], Callable[..., Tensor]]:
+def loses(
+    program: Program, value: int, fresh: Callable[[int], bool], kept: Collection[int]
+) -> tuple[list[int], Callable[..., Tensor]]:
     """(values; a function of `value`, of what its step makes of it and of those values: whether the step changes
-    numbers of the data).
+    numbers of the data), of which some are held anyway (`kept`).
     """
     sums, others = sums_behind(program, value, fresh)
-    before = {s.result: earlier(program, s.result, fresh) for s in sums}
-    read = list(dict.fromkeys(v for s in sums for v in (s.result, s.before, *before[s.result])))
+    before = {s.result: returning(program, s.result, fresh, kept) for s in sums}
+    pairs = [(result, last, once) for result, (last, values) in before.items() if last is not None for once in values]
+    read = list(dict.fromkeys(v for vs in (*((s.result, s.before) for s in sums), *pairs) for v in vs))
 
     def test(t: Tensor, after: Tensor, *tensors: Tensor) -> Tensor:
         held = {**dict(zip(read, tensors, strict=True)), value: t}
         lost = loses_numbers(t, after, [(held[s.result], held[s.before], s.factor) for s in sums], others)
-        for result, (made_of, *once) in ((held[v], vs) for v, vs in before.items() if vs):
-            for v in once:
-                seen = sizes(result, held[made_of])
-                lost = lost | come_back(magnitudes(held[v]), seen, torch.finfo(result.dtype).eps)
+        for result, last, once in pairs:
+            seen, eps = sizes(held[result], held[last]), torch.finfo(held[result].dtype).eps
+            lost = lost | come_back(magnitudes(held[once]), seen, eps)
         return lost
 
     return read, test

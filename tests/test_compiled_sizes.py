@@ -10,6 +10,7 @@ import torch
 from compiled import fresh as fresh
 from helpers import fp64 as fp64, mlp, relative_error
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from revfx.partitioner import reports
 
@@ -74,3 +75,46 @@ def test_sizes_that_are_not_fixed(step: str, before: bool) -> None:
 @pytest.mark.parametrize("step", OF_NUMBERS)
 def test_integers_that_change(step: str) -> None:
     check(Numbers(OF_NUMBERS[step], before=False), [(6, 1), (6, 2), (6, 3)])
+
+
+Resized = Callable[[Tensor], Tensor]  # of square images
+
+RESIZED: dict[str, Resized] = {
+    "flattened": lambda t: t.flatten(2),
+    "pooled": lambda t: F.avg_pool2d(t, 2, ceil_mode=True),
+    "enlarged": lambda t: F.interpolate(t, scale_factor=1.5),
+    "cropped": lambda t: t[:, :, : max(t.shape[2] - 4, 3), : min(t.shape[3], 7)],
+}
+
+
+class Images(nn.Module):
+    """Couplings with momentum of two halves of the channels of what becomes of an image."""
+
+    def __init__(self, resized: Resized) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(mlp(4) for _ in range(3)) for _ in range(2))
+        self.resized, self.stem = resized, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.stem(self.resized(x).movedim(1, -1)).chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = 0.5 * a + f(b)
+            b = b + torch.tanh(g(a))
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("resized", RESIZED)
+def test_images_whose_size_is_not_fixed(resized: str, exact: bool) -> None:
+    model = Images(RESIZED[resized])
+    options: Any = {"inner": "aot_eager", "exact": exact}
+    compiled = torch.compile(model, backend="revfx", options=options)
+    with reports() as found:
+        for n in (12, 9, 14):
+            x = torch.randn(2, 8, n, n, requires_grad=True)
+            torch._dynamo.mark_dynamic(x, (2, 3))  # pyright: ignore[reportPrivateUsage]
+            wanted = [x, *model.parameters()]
+            got, want = (torch.autograd.grad(call(x).sin().sum(), wanted) for call in (compiled, model))
+            assert relative_error(got, want) < (1e-3 if exact else 1e-9)
+    (report,) = found
+    assert report.regions
