@@ -220,9 +220,7 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
     placed = forward.nodes | after_tangents(nodes)
     tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in placed}
     late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
-    # inputs first, in the order of the arguments: what was put between them may read those in any other order
-    early = sorted((n for n in nodes if n not in late), key=lambda n: n.op != "placeholder")
-    order = list(pulled(early, new.attached))
+    order = list(pulled([n for n in nodes if n not in late], new.attached))
     for node in order[:-1]:
         new.output.prepend(node)
     _erase(joint, order)  # what nothing reads

@@ -10,6 +10,7 @@ import copy
 import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,7 @@ class Regenerator:
         self.index = {forward.value_node(v): v for v in range(len(self.program.values))}
         self.op_index = {forward.op_node(i): i for i in range(len(self.program.ops))}
         self.output = next(n for n in reversed(joint.nodes) if n.op == "output")
+        self._first = next(n for n in joint.nodes if n.op != "placeholder")
         self.values: dict[int, fx.Node] = {}
         self.tuples: dict[int, fx.Node] = {}
         self.kept: set[fx.Node] = set()
@@ -163,8 +165,7 @@ class Regenerator:
     def _as_it_was(self, primal: fx.Node) -> fx.Node:
         """A copy, made in the forward, of an input that the step updates in place."""
         if primal not in self._before:
-            last = next(n for n in self.joint.nodes if n.op != "placeholder")
-            with self.joint.inserting_before(last):
+            with self._behind(primal):
                 held = self.recorder.record(lambda t: t.clone(), [primal], FORWARD, primal)
             self._before[primal] = held
             self.kept.add(held)
@@ -276,7 +277,7 @@ class Regenerator:
     def _zeros(self, head: fx.Node) -> fx.Node:
         """Where the forward's value is exactly zero, which a rounding inverse would not give back."""
         head = self.stands.get(head, head)
-        with self.joint.inserting_before(head.next):
+        with self._behind(head):
             mask = self.recorder.record(_zeros_of, [head], FORWARD, head)
         self.kept.add(mask)
         return mask
@@ -293,7 +294,7 @@ class Regenerator:
             "computed back from its output; compile with options={'unbounded': 'store'} to keep such inputs"
         )
         test: Callable[[Tensor], Tensor] = lambda c: ~(nearest(c, arc.reciprocal) < least)  # noqa: E731
-        with self.joint.inserting_before(own.next):
+        with self._behind(own):
             ok = self.recorder.record(test, [own], FORWARD, own)
             self._assert(ok, message, FORWARD)
 
@@ -323,7 +324,7 @@ class Regenerator:
         sizes: list[fx.Node] = []
         for v, reciprocal in factors:
             own = self._own(self.forward.value_node(v))
-            with self.joint.inserting_before(own.next):
+            with self._behind(own):
                 sizes.append(self.recorder.record(functools.partial(mean_size, reciprocal), [own], FORWARD, own))
         where = self.program.ops[steps[0].start].where, self.program.ops[steps[-1].stop - 1].where
         message = (
@@ -334,7 +335,7 @@ class Regenerator:
         order = {node: i for i, node in enumerate(self.joint.nodes)}
         last = max(sizes, key=lambda n: order[n])
         test: Callable[..., Tensor] = lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most  # noqa: E731
-        with self.joint.inserting_before(last.next):
+        with self._behind(last):
             ok = self.recorder.record(test, sizes, FORWARD, last)
             self._assert(ok, message, FORWARD)
 
@@ -345,8 +346,7 @@ class Regenerator:
             return
         self._held.add((own, fact))
         test, message = check(fact, own.name, self.program.ops[op].where)
-        first = own.next if own.op != "placeholder" else next(n for n in self.joint.nodes if n.op != "placeholder")
-        with self.joint.inserting_before(first):
+        with self._behind(own):
             self._assert(self.recorder.record(test, nodes, FORWARD, own), message, FORWARD)
 
     def _hold_apart(self, op: int, arc: Arc, told: str, kept: Collection[int]) -> None:
@@ -363,7 +363,7 @@ class Regenerator:
         )
         read, lost = loses(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless, kept)
         nodes = [own, after, *(self._own(self.forward.value_node(v)) for v in read)]
-        with self.joint.inserting_before(after.next):
+        with self._behind(after):
             ok = self.recorder.record(lambda *t: ~lost(*t), nodes, FORWARD, own)
             self._assert(ok, message, FORWARD)
 
@@ -372,7 +372,7 @@ class Regenerator:
         message = lost_text(self.program.values[arc.head].name, self.program.ops[op].where, arc.addend)
         read = [self._own(self.forward.value_node(v)) for v in (arc.head, *arc.tail)]
         last = next(n for n in reversed(self.joint.nodes) if n in read)
-        with self.joint.inserting_before(last.next):
+        with self._behind(last):
             test = functools.partial(remembers, arc, self.options.tolerance)
             self._assert(self.recorder.record(test, read, FORWARD, last), message, FORWARD)
 
@@ -409,7 +409,7 @@ class Regenerator:
             then, image = (self._own(self.forward.value_node(i)) for i in (v, origins.get(v, v)))
             samples: list[fx.Node] = []
             for node in (then, image):
-                with self.joint.inserting_before(node.next):
+                with self._behind(node):
                     samples.append(self.recorder.record(sample, [node], FORWARD, node))
             self.kept.update(samples)
             with self.joint.inserting_before(self.output):
@@ -423,12 +423,16 @@ class Regenerator:
             "options={'inner': 'aot_eager'}"
         )
         then = self._own(self.forward.value_node(v))
-        with self.joint.inserting_before(then.next):
+        with self._behind(then):
             before = self.recorder.record(checksum, [then], FORWARD, then)
         self.kept.add(before)
         with self.joint.inserting_before(self.output):
             ok = self.recorder.record(lambda a, b: checksum(a) == b, [now, before], BACKWARD, now)
             self.attached[now] = [self._assert(ok, message, BACKWARD)]
+
+    def _behind(self, node: fx.Node) -> AbstractContextManager[None]:
+        """A context in which nodes come right behind another one; behind all inputs where that is one."""
+        return self.joint.inserting_before(self._first if node.op == "placeholder" else node.next)
 
     def _assert(self, ok: fx.Node, message: str, tag: str) -> fx.Node:
         node = self.joint.call_function(aten._assert_async.msg, (ok, message))
