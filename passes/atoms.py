@@ -31,7 +31,7 @@ MAKERS = frozenset(
     max_pool3d_with_indices constant_pad_nd zero full_like new_zeros new_full floor_divide floordiv __floordiv__
     trunc_divide bucketize searchsorted count_nonzero argmax argmin logical_and logical_or logical_xor logical_not
     isnan isinf isfinite empty empty_like new_empty arange eye diag_embed diag block_diag scatter index_put
-    unsafe_index_put unsafe_masked_index as_strided_scatter diagonal_scatter
+    empty_strided new_empty_strided unsafe_index_put unsafe_masked_index as_strided_scatter diagonal_scatter
     fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor""".split()
 )
 MIXERS = frozenset(

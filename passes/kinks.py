@@ -41,7 +41,8 @@ NOWHERE = frozenset(
     masked_select masked_scatter zeros zeros_like ones ones_like full full_like new_zeros new_full empty empty_like
     new_empty tril triu pad constant_pad_nd zero diag diag_embed block_diag scatter index_put embedding nan_to_num
     isnan isinf isfinite copy scalar_tensor new_ones _unsafe_index_put _unsafe_masked_index
-    _unsafe_masked_index_put_accumulate as_strided_scatter diagonal_scatter""".split()
+    _unsafe_masked_index_put_accumulate as_strided_scatter diagonal_scatter empty_strided
+    new_empty_strided""".split()
 )
 # Of these, what fills places with a number that it is given.
 FILLS = frozenset(
@@ -52,7 +53,7 @@ ZEROS = frozenset("zeros zeros_like new_zeros".split())
 # What reads of a value no more than its shape.
 SHAPED = frozenset(
     """zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty sym_size sym_stride sym_numel
-    sym_storage_offset size stride numel dim""".split()
+    sym_storage_offset size stride numel dim empty_strided new_empty_strided""".split()
 )
 # What is zero elsewhere than its operand, and what adds up several numbers of it.
 MOVES_NUMBERS = frozenset(

@@ -19,6 +19,7 @@ BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
 FEW = 128  # and in every run of a compiled graph
+FAR = 256  # times what rounding does: a number that was moved less may be near to where it was by chance
 GOLDEN = 1.0618  # what numbers are multiplied by to see how many of their size are met by chance
 MANY = 1 << 13  # elements of a stream among which equal ones are looked for
 
@@ -97,27 +98,29 @@ def shared_numbers(t: Tensor) -> tuple[Tensor, float]:
 
 def magnitudes(t: Tensor) -> Tensor:
     """The magnitudes of some elements of `t`, in order."""
-    return _wide(some_of(t, MANY).abs()).sort().values
+    return _wide(some_of(t, MANY)).abs().sort().values
 
 
 def sizes(now: Tensor, before: Tensor) -> Tensor:
-    """The magnitudes of a few elements of `now`, and of those of `before` of which they were made, as two rows."""
-    size = some_of(now, FEW).abs()
-    made_of = some_of(before, FEW).abs() if before.shape == now.shape else before.abs().amax().expand_as(size)
+    """The magnitudes of some elements of `now`, and of those of `before` of which they were made, as two rows."""
+    size = some_of(now, SAMPLE).abs()
+    made_of = some_of(before, SAMPLE).abs() if before.shape == now.shape else before.abs().amax().expand_as(size)
     return _wide(torch.stack((size, made_of)))
 
 
-def come_back(once: Tensor, sizes: Tensor, eps: float) -> Tensor:
-    """Whether values are there again whose magnitudes were `once`, but for rounding, going by a few elements' `sizes`.
+def come_back(once: Tensor, sizes: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    """Whether values are there again whose magnitudes were `once`, times `scale` and but for rounding, going by the
+    `sizes` of some elements.
 
-    Not where nothing was added to them. As many as other numbers of their size meet do so by chance.
+    Not where hardly anything was added to them. About as many as other numbers of their size meet do so by chance.
     """
-    size, made_of = sizes.to(once.dtype)
+    size, made_of = sizes.to(once.dtype) / scale
     room = 4 * eps * torch.maximum(size, made_of)
     tried = torch.stack((size, GOLDEN * size))
     nearest = once[torch.searchsorted(once, tried - room).clamp(max=as_number(once.shape[0]) - 1)]
-    found, chance = (((nearest - tried).abs() <= room) & (size != made_of)).sum(1)
-    return found > chance + as_number(size.shape[0]) // 16
+    found, chance = (((nearest - tried).abs() <= room) & ((size - made_of).abs() > FAR * room)).sum(1)
+    n = as_number(size.shape[0])
+    return found > 2 * chance + max(min(n // 16, REPEATED), n // 64)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class RegionRun:
         self.unchanged: set[int] = set()
         self.versions: list[tuple[int, Tensor, int]] = []
         self.ranges, self.checksums, self.samples = Ranges(program), Checksums(program), Samples(program)
-        self.returns = numerics.Returns(plan.region.steps)
+        self.returns = numerics.Returns(program, region)
         watch = watching.get()
         self.watch = watch(self) if watch is not None else None
         self.device = device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
@@ -201,7 +201,7 @@ class RegionRun:
                     if last[v] < step.stop:
                         env.pop(v, None)
         self.ranges.close()
-        self.returns = numerics.Returns()
+        self.returns.forget()
 
     def _regenerated(self, step: Step, env: Env) -> Env:
         """What the backward makes of a step's entry, as the forward made it."""
@@ -226,7 +226,7 @@ class RegionRun:
         kept = into[v] = t.detach().clone() if self.program.values[v].written else t.detach()
         self.versions.append((v, kept, _torch.version(kept)))
         if not self.program.values[v].source:
-            self.returns.remember(kept)
+            self.returns.remember(v, kept)
 
     def _call(self, index: int, env: Env) -> tuple[Tensor, ...]:
         op, call = self.program.ops[index], self.calls[index]

@@ -9,7 +9,7 @@ smallest magnitude lies under the same tolerance, or that is not finite, is not 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,9 @@ from revfx.passes.numbers import (
     uniform,
 )
 from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
-from revfx.passes.program import Arc
+from revfx.passes.program import Arc, Program
+from revfx.passes.regions import Region
+from revfx.passes.unchanged import scales
 
 
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance
@@ -163,18 +165,24 @@ class Returns:
     """Which values were `found` to hold again, but for rounding, numbers that were there before.
 
     An inverse gives them with another rounding, and what cancels but for that is as likely above zero as below it.
-    They `matter` in regions of `steps` where something tells numbers of the data apart.
+    They `matter` in regions where something tells numbers of the data apart.
     """
 
-    def __init__(self, steps: Iterable[Step] = ()) -> None:
-        self.matter = any(arc.told is not None and not arc.follows for step in steps for arc in step.arcs)
+    def __init__(self, program: Program, region: Region) -> None:
+        self.matter = any(arc.told is not None and not arc.follows for step in region.steps for arc in step.arcs)
+        self.scales = scales(program, region.start, region.stop) if self.matter else {}
         self.before = torch.empty(0, device="cpu")
         self.found: set[int] = set()
 
-    def remember(self, t: Tensor) -> None:
-        """None; until the forward ends the numbers of `t` are among those that were there before."""
-        if self.matter and _can_be_read(t) and self.before.numel() < MOST:
-            self.before = torch.cat([self.before, magnitudes(t.detach()).cpu()]).sort().values
+    def remember(self, value: int, t: Tensor) -> None:
+        """None; until the forward ends the numbers of `value`, which is `t`, are among those that were there before."""
+        if self.matter and _can_be_read(t, whole=True) and self.before.numel() < MOST:
+            numbers = magnitudes(t.detach()).cpu() / self.scales.get(value, 1.0)
+            self.before = torch.cat([self.before, numbers]).sort().values
+
+    def forget(self) -> None:
+        """None; nothing is looked for any more."""
+        self.matter, self.before = False, self.before[:0].clone()
 
     def note(self, value: int, head: Tensor, after: Tensor | None) -> bool:
         """Whether `value`, which is `after` and was made of `head`, does."""
@@ -182,15 +190,16 @@ class Returns:
             return False
         if not after.numel():
             return False
-        seen = sizes(after.detach(), head.detach()).cpu()  # the rest is done where nobody waits for it
-        if come_back(self.before, seen, torch.finfo(after.dtype).eps):
+        seen, eps = sizes(after.detach(), head.detach()).cpu(), torch.finfo(after.dtype).eps
+        if any(come_back(self.before, seen, eps, scale) for scale in {1.0, self.scales.get(value, 1.0)}):
             self.found.add(value)
         return value in self.found
 
 
-def _can_be_read(t: Tensor) -> bool:
-    """Whether numbers are looked for in `t`; not in DTensors."""
-    return t.is_floating_point() and _torch.is_plain(t) and not _torch.is_fake(t)
+def _can_be_read(t: Tensor, whole: bool = False) -> bool:
+    """Whether numbers are looked for in `t`, which may be `whole` ones; not in DTensors."""
+    right = t.is_floating_point() or (whole and not t.is_complex())
+    return right and _torch.is_plain(t) and not _torch.is_fake(t)
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:

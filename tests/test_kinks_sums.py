@@ -92,6 +92,8 @@ OFF: dict[str, Off] = {
     "by a negated copy": lambda m, i, a, b, h: a + (-m.copies[i](b)),
     "by a function": lambda m, i, a, b, h: b @ next(m.copies[i].parameters()).t() - a,
     "of half of it, by a copy": lambda m, i, a, b, h: half_of(m.copies[i](b), a),
+    "scaled, by a copy": lambda m, i, a, b, h: 0.7 * m.copies[i](b) - 0.7 * a,
+    "in one row, by a copy": lambda m, i, a, b, h: torch.cat([m.copies[i](b)[:1], -m.copies[i](b)[1:]]) - a,
 }
 
 
@@ -174,7 +176,7 @@ def test_gradients_of_streams_of_data_that_come_back(off: str) -> None:
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
-@pytest.mark.parametrize("off", ["by a copy", "of half of it, by a copy"])
+@pytest.mark.parametrize("off", [name for name in OFF if name.endswith("by a copy")])
 def test_compiled_streams_of_data_that_come_back(off: str) -> None:
     x = torch.cat([few(), torch.randn(N, D)], -1)
     model = TakenOff(off)
@@ -210,11 +212,24 @@ def test_numbers_that_come_back() -> None:
             assert not come_back(magnitudes(b), sizes(a + b, b), eps)
 
 
+def test_numbers_that_come_back_scaled_or_in_few_places() -> None:
+    a, b = torch.randint(1, 256, (64, 33)) / 255, torch.randn(64, 33)
+    eps = torch.finfo(a.dtype).eps
+    off = 0.7 * (a + b)
+    assert come_back(magnitudes(a), sizes(0.7 * b - off, off), eps, 0.7)
+    some = torch.where(torch.arange(64)[:, None] < 4, b, -b)
+    assert come_back(magnitudes(a), sizes(some - (a + b), a + b), eps)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_few_numbers_come_back_by_chance(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
     for size in (1, 7, 200, 1 << 16):
-        a, b = (torch.randn(size).to(dtype) for _ in range(2))
-        assert not come_back(magnitudes(a), sizes(a + b, a), torch.finfo(dtype).eps)
+        a, b, c = (torch.randn(size).to(dtype) for _ in range(3))
+        assert not come_back(magnitudes(a), sizes(a + b, a), eps)
+        for tiny in (1e-3, 1e-6, 1e-7):  # two additions that hardly move a number
+            moved = a + tiny * b
+            assert not come_back(magnitudes(a), sizes(moved + tiny * c, moved), eps)
 
 
 def test_gradients_of_data_of_few_levels_without_equal_neighbours() -> None:
