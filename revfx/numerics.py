@@ -130,7 +130,7 @@ class Growth:
                 if all(h in self.changed or h in self.clean for h in parts[value]):
                     self.changed.add(value)
             result = arc.tail[0] if not arc.exact and not arc.partial else None
-            if result is not None and arc.told is not None and not arc.follows:
+            if result is not None and _may_return(arc):
                 arc = replace(arc, cancels=arc.cancels or self.returns.note(result, held[arc.head], held.get(result)))
             if arc.suspect and arc.head not in self.clean:
                 head, after = held[arc.head], held.get(arc.tail[0])
@@ -169,7 +169,7 @@ class Returns:
     """
 
     def __init__(self, program: Program, region: Region) -> None:
-        self.matter = any(arc.told is not None and not arc.follows for step in region.steps for arc in step.arcs)
+        self.matter = any(_may_return(arc) for step in region.steps for arc in step.arcs)
         self.scales = scales(program, region.start, region.stop) if self.matter else {}
         self.before = torch.empty(0, device="cpu")
         self.found: set[int] = set()
@@ -194,6 +194,11 @@ class Returns:
         if any(come_back(self.before, seen, eps, scale) for scale in {1.0, self.scales.get(value, 1.0)}):
             self.found.add(value)
         return value in self.found
+
+
+def _may_return(arc: Arc) -> bool:
+    """Whether an arc's result may hold again what its head once held, and that matters."""
+    return arc.suspect and arc.told is not None and not arc.follows
 
 
 def _can_be_read(t: Tensor, whole: bool = False) -> bool:
