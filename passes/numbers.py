@@ -20,7 +20,7 @@ REPEATED = 4  # times eps: the share of elements that equal another value by cha
 SAMPLE = 1024  # elements of a parameter that are looked at
 FEW = 128  # and in every run of a compiled graph
 FAR = 256  # times what rounding does: a number that was moved less may be near to where it was by chance
-GOLDEN = 1.0618  # what numbers are multiplied by to see how many of their size are met by chance
+BESIDE = 1.0618  # what numbers are multiplied by to see how many of their size are met by chance
 MANY = 1 << 13  # elements of a stream among which equal ones are looked for
 
 
@@ -116,7 +116,7 @@ def come_back(once: Tensor, sizes: Tensor, eps: float, scale: float = 1.0) -> Te
     """
     size, made_of = sizes.to(once.dtype) / scale
     room = 4 * eps * torch.maximum(size, made_of)
-    tried = torch.stack((size, GOLDEN * size))
+    tried = torch.stack((size, BESIDE * size))
     nearest = once[torch.searchsorted(once, tried - room).clamp(max=as_number(once.shape[0]) - 1)]
     found, chance = (((nearest - tried).abs() <= room) & ((size - made_of).abs() > FAR * room)).sum(1)
     n = as_number(size.shape[0])

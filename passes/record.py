@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy import functions
 
 
-NUMBERS = (torch.SymInt, torch.SymFloat)
+SYMBOLIC = (torch.SymInt, torch.SymFloat)
 
 
 class Unrecordable(Exception):
@@ -34,7 +34,7 @@ class Recorder:
         self.symbols: dict[str, fx.Node] = {}
         for node in graph.nodes:
             val = node.meta.get("val")
-            if isinstance(val, NUMBERS):
+            if isinstance(val, SYMBOLIC):
                 self.symbols.setdefault(str(val.node.expr), node)
 
     def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], tag: str | None, like: fx.Node) -> fx.Node:
@@ -134,7 +134,7 @@ class _Mode(TorchDispatchMode):
             if id(x) not in self.nodes:
                 raise Unrecordable("a tensor that is made from data is not at hand")
             return self.nodes[id(x)]
-        return self.recorder.symbol(x) if isinstance(x, NUMBERS) else x
+        return self.recorder.symbol(x) if isinstance(x, SYMBOLIC) else x
 
 
 def pulled(nodes: Sequence[fx.Node], attached: Mapping[fx.Node, Sequence[fx.Node]]) -> Iterator[fx.Node]:

@@ -11,7 +11,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -336,8 +335,7 @@ UNKNOWN = "its functions may tell numbers apart"
 def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> tuple[Arc, ...]:
     barred = "the block's input is kept anyway" if given else None
     if k is None:  # h is made of the other stream, to which something made of x was added
-        arc = Arc(x, (y, h), torch.sub, exact=False, barred=barred, suspect=not given, told=UNKNOWN, text=text)
-        return (replace(arc, follows=not given),)
+        return (Arc(x, (y, h), torch.sub, False, barred, suspect=not given, told=UNKNOWN, text=text, follows=True),)
     solve = Coupling("add", k, rest=lambda h: h).inverse
     return (Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=True),)
 

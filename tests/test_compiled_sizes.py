@@ -108,11 +108,10 @@ class Images(nn.Module):
 def test_images_whose_size_is_not_fixed(resized: str, exact: bool) -> None:
     model = Images(RESIZED[resized])
     options: Any = {"inner": "aot_eager", "exact": exact}
-    compiled = torch.compile(model, backend="revfx", options=options)
+    compiled = torch.compile(model, backend="revfx", dynamic=True, options=options)
     with reports() as found:
         for n in (12, 9, 14):
             x = torch.randn(2, 8, n, n, requires_grad=True)
-            torch._dynamo.mark_dynamic(x, (2, 3))  # pyright: ignore[reportPrivateUsage]
             wanted = [x, *model.parameters()]
             got, want = (torch.autograd.grad(call(x).sin().sum(), wanted) for call in (compiled, model))
             assert relative_error(got, want) < (1e-3 if exact else 1e-9)
