@@ -27,9 +27,9 @@ class Way:
     share: float
 
 
-def half_short(recordable: bool | None = None) -> st.SearchStrategy[Program]:
-    """As `programs`, every other one short."""
-    return st.one_of(programs(recordable=recordable), programs(recordable=recordable, short=True))
+def often_short(of: int, recordable: bool | None = None) -> st.SearchStrategy[Program]:
+    """As `programs`, one `of` so many long and the others short."""
+    return st.integers(1, of).flatmap(lambda k: programs(recordable=recordable, short=k < of))
 
 
 recordable = functools.partial(programs, recordable=True)
@@ -39,8 +39,8 @@ WAYS = {
     "convert, exact": Way(by_convert_exactly, recordable, 20, 0.05),
     "rev_block": Way(by_rev_block, block_programs, 60, 0.2),
     "rev_block, exact": Way(by_rev_block_exactly, block_programs, 30, 0.1),
-    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), half_short, 16, 0.09),
-    "inductor": Way(functools.partial(by_backend, inner="inductor"), functools.partial(half_short, True), 1, 0.01),
+    "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), functools.partial(often_short, 2), 16, 0.09),
+    "inductor": Way(functools.partial(by_backend, inner="inductor"), functools.partial(often_short, 8, True), 1, 0.01),
 }
 
 
