@@ -19,9 +19,10 @@ from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.kinks import OF_SUMS, numberless, told_apart
 from revfx.passes.masks import masked_arcs
+from revfx.passes.moved import directions_of, moved
 from revfx.passes.program import HUGE, ORDINARY, Arc, Op, Program, Value
-from revfx.passes.sizes import NUMBERS, as_number, fixed, no_new_guards, same_shape
-from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Rule, Tile, nothing, op_name, rule_for, why_none
+from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
+from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,16 @@ class _Lowering:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.atoms, self.bounds = atoms(graph), bounds(graph)
         self.looks = told is None
-        self.told_apart = told_apart(graph, self.atoms, OF_SUMS) if told is None else told
-        self.perhaps_told = told_apart(graph, self.atoms) if told is None else told
+        self.directions: dict[fx.Node, list[Direction]] = {}
+        moves = moved(graph, self._directions) if told is None else {}
+        self.told_apart = told_apart(graph, self.atoms, moves, OF_SUMS) if told is None else told
+        self.perhaps_told = told_apart(graph, self.atoms, moves) if told is None else told
         self.numberless = numberless(graph, self.atoms) if told is None else fresh
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
         self.storages: dict[object, int] = {}
         self.owner: dict[fx.Node, int] = {}
-        self.directions: dict[fx.Node, list[Direction]] = {}
 
     def run(self) -> Lowered:
         op_nodes: list[fx.Node] = []
@@ -185,7 +187,7 @@ class _Lowering:
                     refused[self.index[solved]] = arc
                 else:
                     arcs.append(arc)
-        unknown = self._rule(node) is None and "directions" not in node.meta
+        unknown = rule_for(node, self._module(node)) is None and "directions" not in node.meta
         name = str(node.target) if node.op == "call_module" else op_name(node.target)
         solved = {a.head for a in arcs}
         if unknown:
@@ -365,20 +367,12 @@ class _Lowering:
                     text = f"{self.values[part].name} <- {self.values[patched].name}  (beside the patch)"
                     yield min(i, j), (Arc(part, (patched,), _taken(t), exact=True, text=text),)
 
-    def _rule(self, node: fx.Node) -> Rule | None:
-        module = self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
-        return rule_for(node, module)
+    def _module(self, node: fx.Node) -> torch.nn.Module | None:
+        return self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
 
     def _directions(self, node: fx.Node) -> list[Direction]:
-        """What the node's rule yields; nothing where that depends on a size that is not fixed."""
-        if "directions" in node.meta:
-            return list(node.meta["directions"])
         if node not in self.directions:
-            self.directions[node] = []
-            rule = self._rule(node)
-            if rule is not None and node.meta.get("barrier") is None:
-                with no_new_guards(node):
-                    self.directions[node] = list(rule(node))
+            self.directions[node] = directions_of(node, self._module(node))
         return self.directions[node]
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from revfx.passes.sizes import no_new_guards
-from revfx.rules import Tile, arguments, op_name, rule_for
+from revfx.passes.moved import directions_of, joined
+from revfx.rules import Tile, op_name
 
 
 MAKERS = frozenset(
@@ -205,7 +205,7 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     levels = Levels()
     found: Any = levels.of
     first, written = dict[fx.Node, fx.Node](), dict[Hashable, fx.Node]()
-    joined: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
+    put: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
     for node in graph.nodes:
         first[node] = written.setdefault(_as_written(node, first), node)
         if node.op in ("placeholder", "get_attr"):
@@ -221,10 +221,10 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
                 a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
                 numbers = not (isinstance(a, fx.Node) and isinstance(b, fx.Node))
                 found[node] = CERTAIN if numbers else min(PERHAPS, max(found[a], found[b]))
-            elif name in ("cat", "concat", "concatenate"):
-                joined.update(_joined(node, found))
+            elif parts := joined(node):
+                put[node] = parts[0][1], [(r, found[p]) for p, _, r in parts]
             else:
-                part = _part_of(node, joined)
+                part = _part_of(node, put)
                 found[node] = found[node] if part is None else part
             found[node] = found[node] if may_be_continuous(node.meta.get("val")) else CERTAIN
     return found
@@ -245,24 +245,7 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)
 
 
-def _joined(node: fx.Node, found: Mapping[fx.Node, int]) -> dict[fx.Node, tuple[int, list[tuple[range, int]]]]:
-    """Along which dimension a node puts tensors together, and which part has which atoms."""
-    parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
-    whole = node.meta.get("val")
-    if not isinstance(whole, Tensor) or not all(isinstance(p, fx.Node) for p in parts):
-        return {}
-    dim = (dim if axis is None else axis) % whole.dim()
-    at, ranges = 0, []
-    for p in parts:
-        size = p.meta["val"].shape[dim] if p.meta["val"].dim() == whole.dim() else 0
-        if not isinstance(size, int):
-            return {}
-        ranges.append((range(at, at + size), found[p]))
-        at += size
-    return {node: (dim, ranges)}
-
-
-def _part_of(node: fx.Node, joined: Mapping[fx.Node, tuple[int, list[tuple[range, int]]]]) -> int | None:
+def _part_of(node: fx.Node, put: Mapping[fx.Node, tuple[int, list[tuple[range, int]]]]) -> int | None:
     """The atoms of a node that is a part of what was put together; None if it is not known to be one."""
     taken = node
     number: Any = 0  # or the key, where the whole is a dict
@@ -270,13 +253,11 @@ def _part_of(node: fx.Node, joined: Mapping[fx.Node, tuple[int, list[tuple[range
     if node.target is operator.getitem and isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor):
         taken, number = source, node.args[1]
         source = source.args[0] if source.args else None
-    if source not in joined:
+    if source not in put:
         return None
-    dim, ranges = joined[source]
-    rule = rule_for(taken) if taken.meta.get("barrier") is None else None
-    with no_new_guards(taken):
-        for t in rule(taken) if rule is not None else ():
-            if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == dim and len(t.index):
-                first, last = t.index[0], t.index[-1]
-                return max((level for r, level in ranges if r.start <= last and first < r.stop), default=CERTAIN)
+    dim, ranges = put[source]
+    for t in directions_of(taken):
+        if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == dim and len(t.index):
+            first, last = t.index[0], t.index[-1]
+            return max((level for r, level in ranges if r.start <= last and first < r.stop), default=CERTAIN)
     return None

@@ -24,6 +24,7 @@ from revfx.passes.arcs import Lowered, lower
 from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
 from revfx.passes.kinks import numberless, told_apart, trusting
+from revfx.passes.moved import directions_of, moved
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.rules import Inverse
 
@@ -82,7 +83,8 @@ def forward_half(
         node.meta["facts"] = known[node]
     huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
     levels = atoms(joint)
-    told = told_apart(joint, levels)  # also by a backward of the user's own
+    moves = moved(joint, directions_of)
+    told = told_apart(joint, levels, moves)  # also by a backward of the user's own
     fresh = numberless(joint, levels, [p for i, p in enumerate(primals) if i in static] if facts is None else ())
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
@@ -102,7 +104,7 @@ def forward_half(
     lowered = lower(half, sources=sources, exact=exact, told=theirs, fresh={copy[n] for n in fresh if n in copy})
     origin = {new: old for old, new in copy.items()}
     written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
-    return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels), fresh)
+    return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels, moves), fresh)
 
 
 def _known(

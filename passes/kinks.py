@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
@@ -18,6 +19,7 @@ from torch import fx
 from revfx.passes import atoms as names
 from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
 from revfx.passes.facts import GENERIC
+from revfx.passes.moved import Moves, elsewhere
 from revfx.rules import op_name
 
 
@@ -139,16 +141,22 @@ class Made:
         return names.bare(self.name)
 
 
+NOWHERE_ELSE: Moves = MappingProxyType({})
 Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apart, and what does it
 
 
 def kinks(
-    made: Sequence[Made], own: Container[Hashable] = (), rows: int = OF_NORMS, given: int = ANY
+    made: Sequence[Made],
+    own: Container[Hashable] = (),
+    rows: int = OF_NORMS,
+    given: int = ANY,
+    moves: Moves = NOWHERE_ELSE,
 ) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
     """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart.
 
     `own` are generic parameters. What they mix has no numbers, and normalised values have none, but for `rows`.
-    Operands from elsewhere are `given`.
+    Operands from elsewhere are `given`. What tells a value apart tells those apart from which it is put together again,
+    as `moves` says.
     """
     kinds, steps = dict[Hashable, int](), list[tuple[Made, int, list[int]]]()
     for m in made:
@@ -160,7 +168,8 @@ def kinks(
         own_told, culprit = told.get(m.key, (NEVER, None)) if kind > OWN else (NEVER, None)
         for i, k in enumerate(m.operands):
             through = ANY if own_told < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own_told
-            told[k] = min(told.get(k, (NEVER, None)), (through, culprit), (_bends(m), m), key=lambda t: t[0])
+            for key in (k, *elsewhere(moves, k, m.key)):
+                told[key] = min(told.get(key, (NEVER, None)), (through, culprit), (_bends(m), m), key=lambda t: t[0])
     return kinds, told
 
 
@@ -260,12 +269,15 @@ def made_by(
     return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
 
 
-def told_apart(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int = OF_NORMS) -> dict[fx.Node, str]:
+def told_apart(
+    graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Moves, rows: int = OF_NORMS
+) -> dict[fx.Node, str]:
     """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
 
-    `levels` says which have atoms. A call of a module says in `meta` what it is like `inside`, by each of `rows`.
+    `levels` says which have atoms, `moves` what is put together of what. A call of a module says in `meta` what it is
+    like `inside`, by each of `rows`.
     """
-    return _told(_made(graph, levels, rows), frozenset(generic(graph)), rows)
+    return _told(_made(graph, levels, rows), frozenset(generic(graph)), moves, rows)
 
 
 def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int], own: Iterable[fx.Node] = ()) -> frozenset[fx.Node]:
@@ -280,13 +292,13 @@ def generic(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if GENERIC in n.meta.get("facts", ())]
 
 
-def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
+def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Moves) -> frozenset[fx.Node]:
     """The nodes with atoms that nothing tells apart only as generic parameters are there."""
     own = frozenset(generic(graph))
     if not own:
         return frozenset()
     made = _made(graph, levels, OF_NORMS)
-    return frozenset(n for n in _told(made, ()).keys() - _told(made, own).keys() if levels[n] > NONE)
+    return frozenset(n for n in _told(made, (), moves).keys() - _told(made, own, moves).keys() if levels[n] > NONE)
 
 
 def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Made]:
@@ -306,8 +318,8 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
     return made
 
 
-def _told(made: Sequence[Made], own: Collection[fx.Node], rows: int = OF_NORMS) -> dict[fx.Node, str]:
-    kinds, told = kinks(made, own, rows)
+def _told(made: Sequence[Made], own: Collection[fx.Node], moves: Moves, rows: int = OF_NORMS) -> dict[fx.Node, str]:
+    kinds, told = kinks(made, own, rows, moves=moves)
     return {
         n: _reason(by)
         for n, (kind, by) in told.items()

@@ -20,6 +20,7 @@ import revfx
 from revfx.passes.atoms import atoms, bare
 from revfx.passes.facts import GENERIC
 from revfx.passes.kinks import KNOWN, OF_NORMS, OF_SUMS, told_apart
+from revfx.passes.moved import directions_of, moved
 from revfx.passes.numbers import made_numbers, repeated_numbers
 from revfx.rules import op_name, registered
 from revfx.testing import assert_same_grads
@@ -122,7 +123,7 @@ def told(function: Callable[..., Any], rows: int = OF_NORMS) -> bool:
     graph = traced(x, h, w).graph
     graph.find_nodes(op="placeholder")[2].meta["facts"] = (GENERIC,)
     first = next(n for n in graph.nodes if n.op == "output").all_input_nodes[0]
-    return first in told_apart(graph, atoms(graph), rows)
+    return first in told_apart(graph, atoms(graph), moved(graph, directions_of), rows)
 
 
 @pytest.mark.parametrize("name", SUMS)

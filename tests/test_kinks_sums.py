@@ -195,6 +195,48 @@ def test_what_no_copy_takes_off_is_inverted() -> None:
     assert converted.revfx.kept_cuts == 2  # the first and the last
 
 
+MOVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # a, to which a layer t of b is added
+    "not": lambda a, t: a + t,
+    "turned": lambda a, t: a.flip(-1) + t,
+    "in another shape": lambda a, t: (a.reshape(N, 2, -1).transpose(0, 1) + t.reshape(2, N, -1)).reshape(N, D),
+    "one half, as in a flow": lambda a, t: torch.cat([a[:, D // 2 :], a[:, : D // 2] + t[:, : D // 2]], -1),
+}
+
+
+class MovedStream(nn.Module):
+    """relu sees what was added to a stream, in most rows nothing; then come couplings of it turned, or of parts."""
+
+    def __init__(self, then: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.then = then
+        self.layers = nn.ModuleList(nn.Linear(D, D, bias=i != 2) for i in range(7))
+        with torch.no_grad():
+            self.layers[1].bias.sub_(1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, a = x.chunk(2, -1)
+        a = a + torch.tanh(self.layers[0](b))
+        first = a
+        a = a + F.relu(self.layers[1](b))
+        b = b + self.layers[3](F.relu(self.layers[2](a - first.detach())))
+        for layer in self.layers[4:]:
+            a = self.then(a, torch.tanh(layer(b)))
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("way", ["convert", "store"])
+@pytest.mark.parametrize("moved", MOVED)
+def test_streams_that_are_moved_before_more_is_added(moved: str, way: str) -> None:
+    """What is kept of the stream and what is solved for differed: where nothing was added, so did what relu saw."""
+    model, x = MovedStream(MOVED[moved]), torch.randn(N, 2 * D, requires_grad=True)
+    torch.compiler.reset()
+    other: Any = revfx.convert(copy.deepcopy(model)) if way == "convert" else copy.deepcopy(model)
+    if way == "store":
+        other.compile(backend="revfx", options={"inner": "aot_eager", "unbounded": "store"})
+    assert_same_grads(other, model, [x])
+
+
 def test_explain_of_streams_that_may_hold_numbers_of_the_data() -> None:
     x = torch.cat([few(), few(), many()], -1)
     assert revfx.explain(Streams(ADDS["a layer"], USES["less data"]), x).regions
