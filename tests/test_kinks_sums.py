@@ -209,9 +209,9 @@ class MovedStream(nn.Module):
     def __init__(self, then: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.then = then
-        self.layers = nn.ModuleList(nn.Linear(D, D, bias=i != 2) for i in range(7))
-        with torch.no_grad():
-            self.layers[1].bias.sub_(1.5)
+        layers = [nn.Linear(D, D, bias=i != 2) for i in range(7)]
+        nn.init.constant_(layers[1].bias, -1.5)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         b, a = x.chunk(2, -1)

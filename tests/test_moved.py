@@ -15,9 +15,15 @@ from revfx.passes.kinks import told_apart
 from revfx.passes.moved import directions_of, joined, moved
 
 
-# Of x: what is solved for (once another layer was added to it), what something reads, and whether this reads numbers
-# that are solved for.
 Moving = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = x.chunk(2, -1)
+    return a, b
+
+
+# Of x: what is solved for, something being added to it; what is read; and whether this is put together of the former.
 MOVES: dict[str, tuple[Moving, bool]] = {
     "another layout": (lambda x: (x.flip(-1), x), True),
     "several moves": (lambda x: (x.flip(-1).t().reshape(2, 16), x), True),
@@ -26,7 +32,8 @@ MOVES: dict[str, tuple[Moving, bool]] = {
     "another slice": (lambda x: (x[:, :2], x[:, 2:]), False),
     "a slice that overlaps": (lambda x: (x[:, :3], x[:, 2:]), True),
     "a slice along another dimension": (lambda x: (x[:, :2], x[2:]), True),
-    "the other half": (lambda x: x.chunk(2, -1), False),
+    "the other half": (halves, False),
+    "the other half, split again": (lambda x: (halves(x)[0], halves(x)[1]), True),
     "a half of what is turned": (lambda x: (x.chunk(2, -1)[0], x.flip(-1).chunk(2, -1)[0]), True),
     "a sum": (lambda x: (x + x.sin(), x), False),
     "put behind another": (lambda x: (torch.cat([x.sin(), x], -1), x), True),
