@@ -30,8 +30,16 @@ logging.getLogger("torch.__trace").propagate = True  # or pytest listens to it, 
 torch.set_num_threads(1)  # small tensors: threads only wait for each other
 
 
-# Files of few tests that take a minute or more: workers begin with them, or the last one is alone with one at the end.
-LONG = ("test_programs", "test_compiled_distributed", "test_distributed", "test_long", "test_zoo_compiled")
+# Files that take a minute or more: workers begin with them, or the last one is alone with one at the end.
+LONG = ("test_distributed", "test_exact", "test_caches", "test_kinks_sums", "test_faults")
+# Files that compile much come last, the longest first: torch keeps so much of each compilation that the collector, and
+# the search for what a recording that failed has left behind, take several times as long afterwards.
+COMPILING = (
+    "test_zoo_compiled", "test_compiled_caches", "test_flows", "test_compiled_situations", "test_programs",
+    "test_compiled_random", "test_block_compiled", "test_compiled_distributed", "test_long", "test_exact_compiled",
+    "test_convert_dynamo", "test_compiled_sizes", "test_compiled_state", "test_faults_compiled", "test_backend",
+    "test_compiled_rounding", "test_compiled_streams",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,12 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """None; leaves out what takes long, where no time is given for it, and puts the longest of the rest first."""
+    """None; leaves out what takes long, where no time is given for it, and puts the rest in order."""
     deep = [] if os.environ.get("REVFX_DEEP") else [item for item in items if item.get_closest_marker("deep")]
     config.hook.pytest_deselected(items=deep)
     left_out = set(deep)
     items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    order = {name: at for at, name in enumerate((*LONG, "", *COMPILING))}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 def pytest_collection_finish() -> None:

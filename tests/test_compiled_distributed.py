@@ -9,8 +9,8 @@ from compiled_distributed_cases import STOCK, Result, inners, reference, work
 from compiled_distributed_models import DEPTH, reference_of
 from compiled_distributed_placing import BUCKETS, CASES, COLLECTIVES, DDP, FSDP, ORDERS, TENSOR, Case
 from helpers import relative_error
+from processes import run_in_processes
 from torch import Tensor, distributed
-from torch.multiprocessing.spawn import spawn
 
 
 pytestmark = [
@@ -24,9 +24,9 @@ WORLD = 2
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    """What each process gave; they start once, as importing torch takes seconds."""
+    """What each process gave."""
     folder = tmp_path_factory.mktemp("processes")
-    spawn(work, (WORLD, str(folder)), nprocs=WORLD)
+    run_in_processes(work, WORLD, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -9,8 +9,8 @@ from distributed_models import Gradients, Result, Task, blocks, chain_of, refere
 from distributed_parallel import PIPELINES, TENSOR, pipeline_reference, stages_of
 from distributed_state import STATE
 from helpers import TOLERANCE, relative_error
+from processes import run_in_processes
 from torch import distributed
-from torch.multiprocessing.spawn import spawn
 from ways import WAYS, Plain
 
 
@@ -24,11 +24,11 @@ Results = dict[int, list[dict[Key, Result]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Per number of processes what each process gave; they start once, as importing torch takes seconds."""
+    """Per number of processes what each process gave."""
     found: Results = {}
     for world in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"processes_{world}")
-        spawn(work, (world, str(folder)), nprocs=world)
+        run_in_processes(work, world, folder)
         found[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
     return found
 

@@ -34,9 +34,9 @@ Use = Callable[[Tensor], Tensor]
 Mix = Callable[[Tensor, Tensor], Tensor]
 
 
-def by_backend(model: nn.Module) -> nn.Module:
+def by_backend(model: nn.Module, **options: Any) -> nn.Module:
     compiled = copy.deepcopy(model)
-    compiled.compile(backend="revfx", options={"inner": "aot_eager"})
+    compiled.compile(backend="revfx", options={"inner": "aot_eager", **options})
     return compiled
 
 
@@ -373,7 +373,7 @@ def test_numbers_that_a_first_step_leaves(name: str, scale: float) -> None:
     with pytest.raises(RuntimeError, match=r"numbers of the data .*'unbounded': 'store'.* `revfx.convert`"):
         by_backend(model)(x)
     torch.compiler.reset()
-    storing: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager", "unbounded": "store"})
+    storing = by_backend(model, unbounded="store")
     assert_same_grads(storing, model, [x])
 
 
@@ -497,5 +497,4 @@ def test_rows_that_cancel_though_no_neighbours_are_equal(scale: float) -> None:
     with pytest.raises(RuntimeError, match=r"numbers of the data .* and `relu`"):
         by_backend(model)(x)
     torch.compiler.reset()
-    storing: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager", "unbounded": "store"})
-    assert_same_grads(storing, model, [x])
+    assert_same_grads(by_backend(model, unbounded="store"), model, [x])

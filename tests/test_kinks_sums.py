@@ -182,9 +182,7 @@ def test_compiled_streams_of_data_that_come_back(off: str) -> None:
     model = TakenOff(off)
     with pytest.raises(RuntimeError, match="holds numbers of the data"):
         by_backend(model)(x)
-    storing = copy.deepcopy(model)
-    storing.compile(backend="revfx", options={"inner": "aot_eager", "unbounded": "store"})
-    assert_same_grads(storing, model, [x.requires_grad_()])
+    assert_same_grads(by_backend(model, unbounded="store"), model, [x.requires_grad_()])
     model = TakenOff(off, alike=False)
     assert_same_grads(by_backend(model), model, [x])
 
@@ -230,11 +228,8 @@ class MovedStream(nn.Module):
 def test_streams_that_are_moved_before_more_is_added(moved: str, way: str) -> None:
     """What is kept of the stream and what is solved for differed: where nothing was added, so did what relu saw."""
     model, x = MovedStream(MOVED[moved]), torch.randn(N, 2 * D, requires_grad=True)
-    torch.compiler.reset()
-    other: Any = revfx.convert(copy.deepcopy(model)) if way == "convert" else copy.deepcopy(model)
-    if way == "store":
-        other.compile(backend="revfx", options={"inner": "aot_eager", "unbounded": "store"})
-    assert_same_grads(other, model, [x])
+    ours = by_backend(model, unbounded="store") if way == "store" else revfx.convert(copy.deepcopy(model))
+    assert_same_grads(ours, model, [x])
 
 
 def test_explain_of_streams_that_may_hold_numbers_of_the_data() -> None:

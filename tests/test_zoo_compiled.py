@@ -39,15 +39,9 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-# What torch stores itself: inductor, and the same partitioner over eager kernels.
-STOCK: dict[str, dict[str, Any]] = {
-    "inductor": {"options": QUICK},
-    "aot_eager": {"backend": "aot_eager_decomp_partition"},
-}
-
-
 def stock(inner: str) -> Compile:
-    return lambda model: torch.compile(model, **STOCK[inner])
+    """What stores as without revfx: torch's own compiler, and where eager kernels run, plain autograd."""
+    return lambda model: torch.compile(model, options=QUICK) if inner == "inductor" else model
 
 
 def by_revfx(inner: str) -> Compile:
@@ -121,5 +115,5 @@ def test_memory_is_flat_and_single_precision_as_good_as_torchs(name: str) -> Non
         print(
             f"{name}, {inner}: growth {(high - low) / growth:.2%}, fp32 error {relative_error(ours, want) / error:.2f}"
         )
-        assert high - low < 0.03 * growth
+        assert high - low < (0.03 if by_inductor else 0.02) * growth
         assert relative_error(ours, want) < 2 * error
