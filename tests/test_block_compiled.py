@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import leaf, loss_of, mlp, mlps, relative_error
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.profiler import ProfilerActivity, profile
 
 from revfx import RevBlock, rev_block
@@ -29,7 +30,8 @@ def fresh() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.compiler.reset()
-    yield
+    with inductor_config.patch({"cpp.simdlen": 1}):  # which compiles fast
+        yield
     torch.set_default_dtype(before)
     torch.compiler.reset()
 
@@ -361,5 +363,5 @@ def peak_of(depth: int, training: bool) -> int:
 
 
 def test_memory_does_not_grow_with_depth() -> None:
-    growth = {training: peak_of(8, training) - peak_of(4, training) for training in (True, False)}
+    growth = {training: peak_of(6, training) - peak_of(3, training) for training in (True, False)}
     assert growth[True] < 0.05 * growth[False], growth

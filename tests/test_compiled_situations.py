@@ -81,7 +81,7 @@ def test_sizes_that_change_need_one_graph() -> None:
 
 def test_sizes_that_change_under_inductor() -> None:
     model = Chained()
-    run = torch.compile(model, backend="revfx", dynamic=True)
+    run = torch.compile(model, backend="revfx", dynamic=True, options={"cpp.simdlen": 1})
     with reports() as found:
         for rows in (5, 9):
             assert right(run, model, x_of(rows))
