@@ -16,8 +16,8 @@ from revfx.partitioner import reports
 from revfx.testing import store_activations
 
 
-# inductor draws as eager kernels do, in their order (torch's own chain of random operations leaves out those whose state
-# is saved, and a reordering may swap them), and compiles fast
+# Inductor draws as eager kernels do, and in their order: torch's chain of random operations leaves out those whose
+# state is saved, and a reordering may swap them. One element at a time compiles fast.
 IN_ORDER = {"fallback_random": True, "reorder_for_peak_memory": False}
 OPTIONS: dict[str, dict[str, Any]] = {"aot_eager": {}, "inductor": {"cpp.simdlen": 1, **IN_ORDER}}
 # torch 2.13 crashes, with or without revfx, where the parts of a `chunk` are returned and one of them detached as well
