@@ -9,11 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from revfx.passes.sizes import no_new_guards
-from revfx.rules import Direction, Inverse, Tile, arguments, op_name, rule_for
+from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, op_name, rule_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,12 @@ def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]])
     """For each value of a graph where elements of it lie again, also after several moves."""
     found: dict[Hashable, list[Moved]] = {}
     for node in reversed(graph.nodes):
+        parts = joined(node)
         for d in directions(node) if "val" in node.meta else ():
-            whole = d.solves if isinstance(d, Inverse) and d.exact else getattr(d, "whole", None)
+            whole = _whole(d)
             if not isinstance(whole, fx.Node):
                 continue
-            places = [(dim, place) for operand, dim, place in joined(node) if operand is whole]
+            places = [(dim, place) for part, dim, place in parts if part is whole]
             place = places[0] if len(places) == 1 else None
             for to in _results(node, d):
                 first = Moved(to, node, d if isinstance(d, Tile) else None, place)
@@ -59,7 +61,7 @@ def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]])
 
 
 def elsewhere(moves: Moves, value: Hashable, reader: Hashable) -> Iterable[fx.Node]:
-    """The nodes in which elements of `value` lie again, which it does not owe to `reader`, and which that reads."""
+    """The nodes that hold elements of `value` which `reader` reads, but for what that makes of them itself."""
     own = [m.tile for m in moves.get(value, ()) if m.via is reader]
     for m in moves.get(value, ()):
         if m.via is not reader and (not own or any(_meet(_range(m.tile), _range(tile)) for tile in own)):
@@ -83,6 +85,13 @@ def joined(node: fx.Node) -> list[tuple[fx.Node, int, range]]:
         found.append((p, dim, range(at, at + size)))
         at += size
     return found
+
+
+def _whole(direction: Direction) -> Any:
+    """What an exact inverse gives, or what a part is taken of."""
+    if isinstance(direction, Inverse):
+        return direction.solves if direction.exact else None
+    return None if isinstance(direction, NoInverse) else direction.whole
 
 
 def _results(node: fx.Node, direction: Direction) -> Iterable[fx.Node]:
