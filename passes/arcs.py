@@ -249,9 +249,11 @@ class _Lowering:
         atoms, told, perhaps = self.atoms[head], self.told_apart.get(head), self.perhaps_told.get(head)
         if atoms == CERTAIN:
             return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
-        if atoms == NONE:
+        if atoms == NONE and perhaps is None:
             return arc
-        barred = told if atoms > RARE or (not self.looks and self._mixes_data(head)) else None
+        # only numbers of the data are looked for, in some: not what anything less itself is
+        unseen = not self.looks and (head in self.numberless or self._mixes_data(head))
+        barred = told if atoms > RARE or unseen else None
         return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=barred)
 
     def _mixes_data(self, node: fx.Node) -> bool:

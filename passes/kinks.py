@@ -140,6 +140,12 @@ class Made:
         """The name, of an operation in place too."""
         return names.bare(self.name)
 
+    @property
+    def cancels(self) -> bool:
+        """Whether it is a sum that may be zero as parts of it cancel, whatever numbers its operands hold."""
+        sums = self.bare in names.SUMS or self.bare in names.SUMS_WITH_PRODUCT
+        return sums and len(self.operands) > 1 and self.level > min((PERHAPS, *self.levels))
+
 
 NOWHERE_ELSE: Moves = MappingProxyType({})
 Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apart, and what does it
@@ -168,6 +174,7 @@ def kinks(
         own_told, culprit = told.get(m.key, (NEVER, None)) if kind > OWN else (NEVER, None)
         for i, k in enumerate(m.operands):
             through = ANY if own_told < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own_told
+            through = ZERO if own_told < NEVER and m.cancels else through
             for key in (k, *elsewhere(moves, k, m.key)):
                 told[key] = min(told.get(key, (NEVER, None)), (through, culprit), (_bends(m), m), key=lambda t: t[0])
     return kinds, told
@@ -190,9 +197,8 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
             return ZERO
         if len(operands) == 1 and m.level <= RARE and most == ZERO:  # all zero, if at all
             return ZERO
-        cancels = m.level > min((PERHAPS, *m.levels)) and len(operands) > 1
         several = sum(k > OWN for k in operands) > 1 or (len(operands) == 1 and most > OWN)
-        return SUM if cancels or several else max(most, ANY if len(operands) == 1 and most != OWN else ZERO)
+        return SUM if m.cancels or several else max(most, ANY if len(operands) == 1 and most != OWN else ZERO)
     if m.bare in names.PRODUCTS:
         least = min(operands, default=ANY)
         return least if least <= OWN else most

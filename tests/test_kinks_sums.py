@@ -232,6 +232,44 @@ def test_streams_that_are_moved_before_more_is_added(moved: str, way: str) -> No
     assert_same_grads(ours, model, [x])
 
 
+LAYERED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a norm": lambda a: F.layer_norm(a, (D,)),
+    "noise": lambda a: a * 0 + torch.randn(N, D),
+}
+
+
+class LessALayer(nn.Module):
+    """relu sees a stream less the layer in its middle that it was, to which zeros were added in most places."""
+
+    def __init__(self, layer: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        layers = [nn.Linear(D, D) for _ in range(7)]
+        nn.init.constant_(layers[1].bias, -1.5)
+        self.layers, self.layer = nn.ModuleList(layers), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, a = x.chunk(2, -1)
+        a = a + torch.tanh(self.layers[0](b))
+        a = first = self.layers[2](a) if self.layer is None else self.layer(a)
+        a = a + F.relu(self.layers[1](b))
+        b = b + self.layers[3](F.relu(a - first.detach()))
+        for layer in self.layers[4:]:
+            a = a + torch.tanh(layer(b))
+            b = b + torch.tanh(layer(a))
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("unbounded", ["assert", "store"])
+@pytest.mark.parametrize("layer", ["linear", *LAYERED])
+def test_compiled_streams_less_what_a_layer_made_them(layer: str, unbounded: str) -> None:
+    """Numbers that follow no pattern are exactly themselves as well."""
+    model, x = LessALayer(LAYERED.get(layer)), torch.randn(N, 2 * D, requires_grad=True)
+    torch.compiler.reset()
+    assert_same_grads(by_backend(model, unbounded=unbounded), model, [x])
+    assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+
+
 def test_explain_of_streams_that_may_hold_numbers_of_the_data() -> None:
     x = torch.cat([few(), few(), many()], -1)
     assert revfx.explain(Streams(ADDS["a layer"], USES["less data"]), x).regions
