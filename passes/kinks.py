@@ -203,7 +203,8 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
         least = min(operands, default=ANY)
         return least if least <= OWN else most
     if m.bare in NORMS:
-        return ZERO if rows < OF_NORMS else _added(operands[0] if operands else ANY)
+        first = operands[0] if operands else ANY
+        return _added(first) if rows >= (OF_SUMS if first == SUM else OF_NORMS) else ZERO
     if m.bare in REPEATS and most == ZERO:
         return OWN
     if m.bare in ADDS_UP:

@@ -27,6 +27,7 @@ class Moved:
     place: tuple[int, range] | None = None
 
 
+MOST = 64  # further moves that are followed from one, as in a deep flow every layer is a move of all before it
 Moves = Mapping[Hashable, Sequence[Moved]]
 
 
@@ -55,7 +56,7 @@ def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]])
             place = places[0] if len(places) == 1 else None
             for to in _results(node, d):
                 first = Moved(to, node, d if isinstance(d, Tile) else None, place)
-                further = (m for m in found.get(to, ()) if _meet(place, _range(m.tile)))
+                further = [m for m in found.get(to, ())[:MOST] if _meet(place, _range(m.tile))]
                 found.setdefault(whole, []).extend([first, *(replace(first, to=m.to, place=None) for m in further)])
     return found
 
