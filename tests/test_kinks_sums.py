@@ -270,6 +270,34 @@ def test_compiled_streams_less_what_a_layer_made_them(layer: str, unbounded: str
     assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
+class NormOfADifference(nn.Module):
+    """relu sees a norm of a stream less what it was, in rows to which nothing was added; both were moved on alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(D, D) for _ in range(7)]
+        nn.init.constant_(layers[1].bias, -2.5)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, a = x.chunk(2, -1)
+        a = a + torch.tanh(self.layers[0](b))
+        first = a.detach()
+        a = a + F.relu(self.layers[1](b))
+        a, first = a + b.sin(), first + b.sin()
+        b = b + self.layers[3](F.relu(F.layer_norm(a - first, (D,))))
+        for layer in self.layers[4:]:
+            a = a + torch.tanh(layer(b))
+        return torch.cat([a, b + torch.tanh(self.layers[2](a))], -1)
+
+
+@pytest.mark.usefixtures("fp64")
+def test_norms_of_what_cancels() -> None:
+    model, x = NormOfADifference(), torch.randn(N, 2 * D, requires_grad=True)
+    assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+    assert_same_grads(by_backend(model, unbounded="store"), model, [x])
+
+
 def test_explain_of_streams_that_may_hold_numbers_of_the_data() -> None:
     x = torch.cat([few(), few(), many()], -1)
     assert revfx.explain(Streams(ADDS["a layer"], USES["less data"]), x).regions
