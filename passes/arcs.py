@@ -251,7 +251,7 @@ class _Lowering:
             return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
         if atoms == NONE and perhaps is None:
             return arc
-        # only numbers of the data are looked for, in some: not what anything less itself is
+        # compiled graphs look for numbers of the data, and not for those that cancel whatever they are
         unseen = not self.looks and (head in self.numberless or self._mixes_data(head))
         barred = told if atoms > RARE or unseen else None
         return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=barred)
