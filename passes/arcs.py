@@ -94,7 +94,7 @@ class _Lowering:
         self.atoms, self.bounds = atoms(graph), bounds(graph)
         self.looks = told is None
         self.directions: dict[fx.Node, list[Direction]] = {}
-        moves = moved(graph, self._directions) if told is None else {}
+        moves = moved(graph, self._directions) if told is None else []
         self.told_apart = told_apart(graph, self.atoms, moves, OF_SUMS) if told is None else told
         self.perhaps_told = told_apart(graph, self.atoms, moves) if told is None else told
         self.numberless = numberless(graph, self.atoms) if told is None else fresh

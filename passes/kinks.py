@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from operator import itemgetter
 from typing import Any
 
 from torch import fx
@@ -19,7 +19,7 @@ from torch import fx
 from revfx.passes import atoms as names
 from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
 from revfx.passes.facts import GENERIC
-from revfx.passes.moved import Moves, elsewhere
+from revfx.passes.moved import Moved, elsewhere
 from revfx.rules import op_name
 
 
@@ -147,7 +147,6 @@ class Made:
         return sums and len(self.operands) > 1 and self.level > min((PERHAPS, *self.levels))
 
 
-NOWHERE_ELSE: Moves = MappingProxyType({})
 Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apart, and what does it
 
 
@@ -156,7 +155,7 @@ def kinks(
     own: Container[Hashable] = (),
     rows: int = OF_NORMS,
     given: int = ANY,
-    moves: Moves = NOWHERE_ELSE,
+    moves: Sequence[Moved] = (),
 ) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
     """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart.
 
@@ -169,15 +168,24 @@ def kinks(
         operands = [kinds.get(k, OWN if k in own else given) for k in m.operands]
         kinds[m.key] = kind = _kind(m, operands, rows)
         steps.append((m, kind, operands))
-    told: dict[Hashable, Told] = {}
+    told: dict[Hashable, dict[Hashable, Told]] = {}  # by reader
     for m, kind, operands in reversed(steps):
-        own_told, culprit = told.get(m.key, (NEVER, None)) if kind > OWN else (NEVER, None)
+        own_told, culprit = _least(told.get(m.key, {}).values()) if kind > OWN else (NEVER, None)
         for i, k in enumerate(m.operands):
             through = ANY if own_told < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own_told
             through = ZERO if own_told < NEVER and m.cancels else through
-            for key in (k, *elsewhere(moves, k, m.key)):
-                told[key] = min(told.get(key, (NEVER, None)), (through, culprit), (_bends(m), m), key=lambda t: t[0])
-    return kinds, told
+            least = _least([(through, culprit), (_bends(m), m)])
+            if least[0] < NEVER:
+                by = told.setdefault(k, {})
+                by[m.key] = _least([by.get(m.key, least), least])
+    found = {k: _least(by.values()) for k, by in told.items()}
+    for k, t in elsewhere(moves, told):
+        found[k] = _least([found.get(k, t), t])
+    return kinds, found
+
+
+def _least(told: Iterable[Told]) -> Told:
+    return min(told, key=itemgetter(0), default=(NEVER, None))
 
 
 def _kind(m: Made, operands: list[int], rows: int) -> int:
@@ -277,7 +285,7 @@ def made_by(
 
 
 def told_apart(
-    graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Moves, rows: int = OF_NORMS
+    graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved], rows: int = OF_NORMS
 ) -> dict[fx.Node, str]:
     """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
 
@@ -299,7 +307,7 @@ def generic(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if GENERIC in n.meta.get("facts", ())]
 
 
-def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Moves) -> frozenset[fx.Node]:
+def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved]) -> frozenset[fx.Node]:
     """The nodes with atoms that nothing tells apart only as generic parameters are there."""
     own = frozenset(generic(graph))
     if not own:
@@ -325,7 +333,9 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
     return made
 
 
-def _told(made: Sequence[Made], own: Collection[fx.Node], moves: Moves, rows: int = OF_NORMS) -> dict[fx.Node, str]:
+def _told(
+    made: Sequence[Made], own: Collection[fx.Node], moves: Sequence[Moved], rows: int = OF_NORMS
+) -> dict[fx.Node, str]:
     kinds, told = kinks(made, own, rows, moves=moves)
     return {
         n: _reason(by)

@@ -7,9 +7,11 @@ it, and so in all that is computed of the whole again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -17,18 +19,19 @@ from revfx.passes.sizes import no_new_guards
 from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, op_name, rule_for
 
 
+_Told = TypeVar("_Told", bound=tuple[int, object])
+Place = tuple[int, range]  # a dimension, and a range of indices along it
+
+
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Elements of a value are in `to`, since `via` reads it: those of a tile, in such a place, if these are known."""
+    """Elements of `whole` are in `to`, since `via` reads it: those at `taken`, there at `put`, if these are known."""
 
+    whole: fx.Node
     to: fx.Node
     via: fx.Node
-    tile: Tile | None = None
-    place: tuple[int, range] | None = None
-
-
-MOST = 64  # further moves that are followed from one, as in a deep flow every layer is a move of all before it
-Moves = Mapping[Hashable, Sequence[Moved]]
+    taken: Place | None = None
+    put: Place | None = None
 
 
 def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direction]:
@@ -43,30 +46,43 @@ def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direct
     return []
 
 
-def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]]) -> Moves:
-    """For each value of a graph where elements of it lie again, also after several moves."""
-    found: dict[Hashable, list[Moved]] = {}
-    for node in reversed(graph.nodes):
+def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]]) -> list[Moved]:
+    """Each single move of elements of a value of the graph to where they lie again, in its order."""
+    found: list[Moved] = []
+    for node in graph.nodes:
         parts = joined(node)
         for d in directions(node) if "val" in node.meta else ():
             whole = _whole(d)
-            if not isinstance(whole, fx.Node):
-                continue
-            places = [(dim, place) for part, dim, place in parts if part is whole]
-            place = places[0] if len(places) == 1 else None
-            for to in _results(node, d):
-                first = Moved(to, node, d if isinstance(d, Tile) else None, place)
-                further = [m for m in found.get(to, ())[:MOST] if _meet(place, _range(m.tile))]
-                found.setdefault(whole, []).extend([first, *(replace(first, to=m.to, place=None) for m in further)])
+            if isinstance(whole, fx.Node):
+                places = [(dim, place) for part, dim, place in parts if part is whole]
+                put, taken = places[0] if len(places) == 1 else None, (d.dim, d.index) if isinstance(d, Tile) else None
+                found += [Moved(whole, to, node, taken, put) for to in _results(node, d)]
     return found
 
 
-def elsewhere(moves: Moves, value: Hashable, reader: Hashable) -> Iterable[fx.Node]:
-    """The nodes that hold elements of `value` which `reader` reads, but for what that makes of them itself."""
-    own = [m.tile for m in moves.get(value, ()) if m.via is reader]
-    for m in moves.get(value, ()):
-        if m.via is not reader and (not own or any(_meet(_range(m.tile), _range(tile)) for tile in own)):
-            yield m.to
+def elsewhere(
+    moves: Iterable[Moved], told: Mapping[Hashable, Mapping[Hashable, _Told]]
+) -> Iterator[tuple[fx.Node, _Told]]:
+    """What is `told` of values, by value and reader, of the nodes that hold the same elements after one or more moves.
+
+    A reader that is itself a move says nothing of what it makes, nor of elements that it doesn't take.
+    """
+    takes = dict[tuple[Hashable, Hashable], list[Place | None]]()
+    for m in moves:
+        takes.setdefault((m.whole, m.via), []).append(m.taken)
+    above = dict[fx.Node, dict[Place | None, _Told]]()
+    for m in moves:
+        read = (
+            (t, place)
+            for reader, t in told.get(m.whole, {}).items() if reader is not m.via
+            for place in takes.get((m.whole, reader), [None])
+        )  # fmt: skip
+        passed = ((t, place) for place, t in above.get(m.whole, {}).items())
+        met = [t for t, place in chain(read, passed) if _meet(place, m.taken)]
+        if met:
+            there, least = above.setdefault(m.to, {}), min(met, key=itemgetter(0))
+            there[m.put] = min(there.get(m.put, least), least, key=itemgetter(0))
+    yield from ((node, t) for node, there in above.items() for t in there.values())
 
 
 def joined(node: fx.Node) -> list[tuple[fx.Node, int, range]]:
@@ -104,10 +120,6 @@ def _results(node: fx.Node, direction: Direction) -> Iterable[fx.Node]:
     return [n for n in taken if part is None or n.args[1] == part]
 
 
-def _range(tile: Tile | None) -> tuple[int, range] | None:
-    return None if tile is None else (tile.dim, tile.index)
-
-
-def _meet(a: tuple[int, range] | None, b: tuple[int, range] | None) -> bool:
+def _meet(a: Place | None, b: Place | None) -> bool:
     """Whether two parts of a value may have elements in common."""
-    return a is None or b is None or a[0] != b[0] or not set(a[1]).isdisjoint(b[1])
+    return a is None or b is None or a[0] != b[0] or any(i in b[1] for i in a[1])
