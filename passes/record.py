@@ -106,7 +106,8 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        spelled = self.recorder.decompositions.get(func)
+        # what a decomposition calls comes here whole, also where autograd would have taken it apart (`flatten`)
+        spelled = self.recorder.decompositions.get(func, None if func.namespace == "prim" else func.decompose)
         if spelled is not None:
             with self:
                 out = spelled(*args, **kwargs)
