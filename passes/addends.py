@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.atoms import MIXERS, SUMS, bare
 from revfx.passes.bounds import Interval, bounds
 from revfx.passes.cancel import is_lost, size_of
 from revfx.passes.facts import HUGE as SEEN
+from revfx.passes.names import MIXERS, SUMS, bare
 from revfx.passes.plan import tolerance_of
 from revfx.passes.program import GIVEN, HUGE, ORDINARY, Arc
 from revfx.rules import op_name

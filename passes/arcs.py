@@ -13,13 +13,14 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.addends import has_huge
-from revfx.passes.atoms import CERTAIN, NONE, PRODUCTS, RARE, SUMS, SUMS_WITH_PRODUCT, atoms, bare
+from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.kinks import OF_SUMS, numberless, told_apart
 from revfx.passes.masks import masked_arcs
 from revfx.passes.moved import directions_of, moved
+from revfx.passes.names import PRODUCTS, SUMS, SUMS_WITH_PRODUCT, bare
 from revfx.passes.program import HUGE, ORDINARY, Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none

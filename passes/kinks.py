@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from revfx.passes import atoms as names
+from revfx.passes import names
 from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
 from revfx.passes.facts import GENERIC
 from revfx.passes.moved import Moved, elsewhere
@@ -201,7 +201,7 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
     if m.rounds:
         return max(ANY, most)
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
-        if len(operands) > 1 and NONE in m.levels and ZERO in operands:  # random numbers
+        if len(operands) > 1 and NONE in m.levels and ZERO in operands and not m.cancels:  # random numbers
             return ZERO
         if len(operands) == 1 and m.level <= RARE and most == ZERO:  # all zero, if at all
             return ZERO

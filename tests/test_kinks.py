@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from zoo import D, Pairs
 
 import revfx
-from revfx.passes.atoms import atoms, bare
+from revfx.passes.atoms import atoms
 from revfx.passes.facts import GENERIC
 from revfx.passes.kinks import KNOWN, OF_NORMS, OF_SUMS, told_apart
 from revfx.passes.moved import directions_of, moved
+from revfx.passes.names import bare
 from revfx.passes.numbers import made_numbers, repeated_numbers
 from revfx.rules import op_name, registered
 from revfx.testing import assert_same_grads
