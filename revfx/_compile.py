@@ -52,7 +52,7 @@ def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ..
 def fuse_neighbours_only(key: str) -> None:
     """None; from now on, on this thread, inductor fuses no nodes whose numbers `node.meta[key]` differ by more than 1.
 
-    Nodes without one are fused as before.
+    Nodes without one are fused as before, but not where it would forget their order.
     """
     now: Any = V.choices
     if getattr(now, "revfx_key", None) == key:
@@ -60,11 +60,23 @@ def fuse_neighbours_only(key: str) -> None:
 
     def can_fuse(scheduler: Any, a: Any, b: Any, *args: Any) -> bool:
         numbers = [n for node in (*a.get_nodes(), *b.get_nodes()) if (n := _number(node, key)) is not None]
-        return (not numbers or max(numbers) - min(numbers) <= 1) and now.can_fuse(scheduler, a, b, *args)
+        near = not numbers or max(numbers) - min(numbers) <= 1
+        return near and not _forgets_order(scheduler, a, b) and now.can_fuse(scheduler, a, b, *args)
 
     apart: Any = object.__new__(type("Neighbours", (type(now),), {"can_fuse": staticmethod(can_fuse)}))
     vars(apart).update(vars(now), revfx_key=key)
     V.set_choices_handler(apart)
+
+
+def _forgets_order(scheduler: Any, a: Any, b: Any) -> bool:
+    """Whether fused nodes would be taken for readers of a buffer as it was before something is written into it.
+
+    torch 2.13 gives one of them the other's loops on the CPU, and then forgets after which write it comes: silently
+    wrong gradients, also without revfx (pytorch/pytorch#185509).
+    """
+    nodes, written = (*a.get_nodes(), *b.get_nodes()), set(scheduler.mutation_renames.values())
+    loops = {getattr(n, "group", None) for n in nodes}
+    return len(loops) > 1 and any(d.name in written for n in nodes for d in n.read_writes.reads)
 
 
 def _number(node: Any, key: str) -> int | None:
