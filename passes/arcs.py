@@ -17,7 +17,7 @@ from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
-from revfx.passes.kinks import OF_SUMS, numberless, told_apart
+from revfx.passes.kinks import OF_SUMS, Apart, numberless, told_apart
 from revfx.passes.masks import masked_arcs
 from revfx.passes.moved import directions_of, moved
 from revfx.passes.names import PRODUCTS, SUMS, SUMS_WITH_PRODUCT, bare
@@ -50,7 +50,7 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
-    told: Mapping[fx.Node, str] | None = None,
+    told: Mapping[fx.Node, Apart] | None = None,
     fresh: Collection[fx.Node] = (),
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
@@ -88,7 +88,7 @@ class _Lowering:
         graph: fx.Graph,
         module_of: Callable[[str], torch.nn.Module] | None,
         sources: Collection[fx.Node],
-        told: Mapping[fx.Node, str] | None,
+        told: Mapping[fx.Node, Apart] | None,
         fresh: Collection[fx.Node],
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
@@ -254,8 +254,8 @@ class _Lowering:
             return arc
         # compiled graphs look for numbers of the data, and not for those that cancel whatever they are
         unseen = not self.looks and (head in self.numberless or self._mixes_data(head))
-        barred = told if atoms > RARE or unseen else None
-        return replace(arc, suspect=True, told=perhaps, apart=told is not None, barred=barred)
+        barred = told.text if told and (atoms > RARE or unseen or told.tied) else None
+        return replace(arc, suspect=True, told=perhaps and perhaps.text, apart=told is not None, barred=barred)
 
     def _mixes_data(self, node: fx.Node) -> bool:
         """Whether elements of a node come from a sum of several values that may hold numbers of the data, of which none

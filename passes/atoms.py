@@ -13,12 +13,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx
 
 from revfx.passes.moved import directions_of, joined
-from revfx.passes.names import JOINS, MAKERS, MIXERS, PICKS, PRODUCTS, SAME, SMOOTH, SUMS, SUMS_WITH_PRODUCT, bare
+from revfx.passes.names import JOINS, MAKERS, MIXERS, PICKS, PRODUCTS, SMOOTH, SUMS, SUMS_WITH_PRODUCT, bare, factor
+from revfx.passes.ties import Numbering, is_tensor
 from revfx.rules import Tile, op_name
 
 
@@ -70,9 +72,19 @@ class Levels:
     cancelling: set[Hashable] = field(default_factory=set[Hashable])  # sums of which parts add up to nothing
 
     def note(
-        self, key: Hashable, name: str, operands: list[int], args: tuple[Any, ...], kwargs: Any, keyed: Any
+        self,
+        key: Hashable,
+        name: str,
+        operands: list[int],
+        args: tuple[Any, ...],
+        kwargs: Any,
+        keyed: Any,
+        alike: Mapping[Any, Hashable] = MappingProxyType({}),
     ) -> int:
-        """The level of a new value `name(*args)`; `keyed` gives the key of an argument that is a tensor, else None."""
+        """The level of a new value `name(*args)`; `keyed` gives the key of an argument that is a tensor, else None.
+
+        Values that are `alike` equal each other in places, where one may take the other off.
+        """
         bare = name if name.endswith("__") else name.strip("_")
         self.of[key] = level = has_atoms(name, operands)
         if bare in PRODUCTS and kwargs.get("rounding_mode") is not None:
@@ -80,12 +92,16 @@ class Levels:
         terms = self._linear(bare, args, kwargs, keyed)
         if terms is None:
             return level
-        total, size = _total(terms)
-        if 1 < len(terms) and any(abs(total[k]) < 1e-6 * size[k] for k in total):
-            left = [self.of.get(k, CERTAIN) for k in total if abs(total[k]) >= 1e-6 * size[k]]
-            self.of[key] = level = max(level, min(PERHAPS, *left) if left else PERHAPS)
-            self.cancelling.add(key)
-        elif len(total) <= MOST_TERMS:
+        for called in (lambda k: k, lambda k: alike.get(k, k)) if len(terms) > 1 else ():
+            total, size = _total({called(k): c} for part in terms for k, c in part.items())
+            gone = {k for k in total if abs(total[k]) < 1e-6 * size[k]}
+            if gone:
+                left = [self.of.get(k, CERTAIN) for k in total.keys() - gone]
+                self.of[key] = level = max(level, min(PERHAPS, *left) if left else PERHAPS)
+                self.cancelling.add(key)
+                return level
+        total, _ = _total(terms)
+        if len(total) <= MOST_TERMS:
             self.terms[key] = total
         return level
 
@@ -93,9 +109,9 @@ class Levels:
         """The multiples of values that an operation adds up, one sum for each of its operands; None: it doesn't."""
         signs = LINEAR.get(bare)
         if signs is None:
-            factor = _factor(bare, args)
+            by = factor(bare, args)
             whole = next((k for x in args[:2] if (k := keyed(x)) is not None), None)
-            return None if factor is None or whole is None else [self._scaled(whole, factor)]
+            return None if by is None or whole is None else [self._scaled(whole, by)]
         alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
         alpha = float(alpha) if isinstance(alpha, (int, float)) else 1.0
         given = (*args, *(kwargs[name] for name in ("input", "self", "other") if name in kwargs), None, None)
@@ -113,19 +129,6 @@ LINEAR = dict.fromkeys(("add", "__add__", "__radd__", "__iadd__", "iadd"), (1, 1
 }  # fmt: skip
 
 
-def _factor(bare: str, args: tuple[Any, ...]) -> float | None:
-    """The number that an operation multiplies its only tensor by; None: it does something else."""
-    if bare in SAME or bare == "getattr":
-        return 1.0 if bare != "getattr" or args[1:] == ("data",) else None
-    if bare in ("neg", "negative", "__neg__"):
-        return -1.0
-    numbers = [float(x) for x in args[:2] if isinstance(x, (int, float))]
-    if bare in PRODUCTS and len(args) == 2 and len(numbers) == 1 and numbers[0]:
-        inverse = "div" in bare
-        return None if bare == "__rdiv__" else 1 / numbers[0] if inverse else numbers[0]
-    return None
-
-
 def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable, float]]:
     """By value, the sum of its multiples, and of their magnitudes."""
     total: dict[Hashable, float] = {}
@@ -139,15 +142,15 @@ def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have.
 
-    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel; what is
-    computed twice is one part.
+    A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel, what is
+    computed twice being one part, and notes each node's `Tie`.
     """
-    levels = Levels()
+    levels, numbering = Levels(), Numbering()
     found: Any = levels.of
-    first, written = dict[fx.Node, fx.Node](), dict[Hashable, fx.Node]()
+    first = numbering.exact
     put: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
     for node in graph.nodes:
-        first[node] = written.setdefault(_as_written(node, first), node)
+        numbering.note(node, lambda n: found[n] > RARE)
         if node.op in ("placeholder", "get_attr"):
             found[node] = CERTAIN
         elif node.op == "call_module" or node.meta.get("opaque", False):
@@ -155,7 +158,8 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
         elif node.op in ("call_function", "call_method"):
             name = op_name(node.target)
             operands = [found[n] for n in node.all_input_nodes]
-            levels.note(node, name, operands, node.args, node.kwargs, lambda x: first[x] if _is_tensor(x) else None)
+            keyed: Any = lambda x: first[x] if is_tensor(x) else None  # noqa: E731
+            levels.note(node, name, operands, node.args, node.kwargs, keyed, numbering.alike)
             node.meta["cancels"] = node in levels.cancelling
             if name == "where" and len(node.args) == 3:
                 a, b = node.args[1:] if node.op == "call_function" else (node.args[0], node.args[2])
@@ -167,22 +171,14 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
                 part = _part_of(node, put)
                 found[node] = found[node] if part is None else part
             found[node] = found[node] if may_be_continuous(node.meta.get("val")) else CERTAIN
+    for node, tie in numbering.ties({n for n in levels.cancelling if found[n] > RARE}).items():
+        node.meta["tie"] = tie
     return found
 
 
 def may_be_continuous(value: Any) -> bool:
     """Whether a value is no tensor of whole numbers or truth values, all of whose values are atoms."""
     return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
-
-
-def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> Hashable:
-    """What a node computes of which values: alike for nodes that give the same numbers, or draw random ones alike."""
-    operands = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
-    return node.op, node.target, repr(operands)
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)
 
 
 def _part_of(node: fx.Node, put: Mapping[fx.Node, tuple[int, list[tuple[range, int]]]]) -> int | None:

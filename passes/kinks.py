@@ -10,7 +10,7 @@ which numbers a value takes with positive probability. A sum of two such values 
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -20,6 +20,7 @@ from revfx.passes import names
 from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
 from revfx.passes.facts import GENERIC
 from revfx.passes.moved import Moved, elsewhere
+from revfx.passes.ties import NO_TIE, Tie
 from revfx.rules import op_name
 
 
@@ -106,6 +107,10 @@ TWO_MIXED = frozenset(n for n in MIXERS if n.startswith("conv") or n == "linear"
 BENT = AT_ZERO | SIGNS | ELSEWHERE
 ALIKE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE
 SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | NORMS) - BENT
+# What bends, for each element by itself.
+SINGLY = (AT_ZERO | SIGNS | COMPARED) - frozenset("norm vector_norm linalg_norm linalg_vector_norm".split())
+# Of values that equal each other in places these make none that holds a number there, or it is known by `cancels`.
+PLAIN = names.JOINS | names.CHOICES | names.SUMS | frozenset(n for n in names.PRODUCTS if "div" not in n)
 KNOWN = names.MAKERS | SMOOTH | AT_ZERO | SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
 
 
@@ -123,7 +128,8 @@ class Inside:
 class Made:
     """A value `name(*operands)`, with the levels of atoms of both; `numbers` are those among the other arguments.
 
-    `rounds`: whole numbers, made of others. `inside`: for a call that is looked into elsewhere, what it is like.
+    `rounds`: whole numbers, made of others. `inside`: for a call that is looked into elsewhere, what it is like. `tie`:
+    whether operands equal each other in places.
     """
 
     key: Hashable
@@ -134,6 +140,7 @@ class Made:
     numbers: tuple[float, ...] = ()
     rounds: bool = False
     inside: Inside | None = None
+    tie: Tie = NO_TIE
 
     @property
     def bare(self) -> str:
@@ -144,7 +151,15 @@ class Made:
     def cancels(self) -> bool:
         """Whether it is a sum that may be zero as parts of it cancel, whatever numbers its operands hold."""
         sums = self.bare in names.SUMS or self.bare in names.SUMS_WITH_PRODUCT
-        return sums and len(self.operands) > 1 and self.level > min((PERHAPS, *self.levels))
+        return sums and len(self.operands) > 1 and (self.tie.vanishes or self.level > min((PERHAPS, *self.levels)))
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """Why a value is told apart from what an inverse returns; `tied`: whatever its numbers, as others equal them."""
+
+    text: str
+    tied: bool
 
 
 Told = tuple[int, Made | None]  # the lowest kind at which numbers are told apart, and what does it
@@ -170,11 +185,14 @@ def kinks(
         steps.append((m, kind, operands))
     told: dict[Hashable, dict[Hashable, Told]] = {}  # by reader
     for m, kind, operands in reversed(steps):
-        own_told, culprit = _least(told.get(m.key, {}).values()) if kind > OWN else (NEVER, None)
+        above = _least(told.get(m.key, {}).values())
+        own_told, culprit = above if kind > OWN else (NEVER, None)
+        bends = ZERO if _sees_ties(m) and _bends(m) < NEVER else _bends(m)
         for i, k in enumerate(m.operands):
             through = ANY if own_told < NEVER and _shifts(m, operands[:i] + operands[i + 1 :]) else own_told
-            through = ZERO if own_told < NEVER and m.cancels else through
-            least = _least([(through, culprit), (_bends(m), m)])
+            through = ZERO if own_told < NEVER and (m.cancels or _makes_of_ties(m)) else through
+            carried = ZERO if above[0] == ZERO and k in m.tie.carried else NEVER
+            least = _least([(through, culprit), (carried, above[1]), (bends, m)])
             if least[0] < NEVER:
                 by = told.setdefault(k, {})
                 by[m.key] = _least([by.get(m.key, least), least])
@@ -190,7 +208,9 @@ def _least(told: Iterable[Told]) -> Told:
 
 def _kind(m: Made, operands: list[int], rows: int) -> int:
     most = max(operands, default=ZERO if m.bare in ZEROS or (m.bare in FILLS and not any(m.numbers)) else ANY)
-    if m.bare in DRAWN or (m.level == NONE and most == ZERO):
+    if _makes_of_ties(m) and not (m.bare in MIXERS and OWN in operands):
+        return SUM
+    if m.bare in DRAWN or (m.level == NONE and most == ZERO and not m.cancels):
         return ZERO
     if m.bare in MIXERS:
         factors = operands[1:] if m.bare in ONE_ADDED else operands[:2] if m.bare in TWO_MIXED else operands
@@ -236,6 +256,17 @@ def _shifts(m: Made, others: list[int]) -> bool:
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
         return not others or max(others) > ZERO
     return m.bare in MOVES_NUMBERS | ADDS_UP | NORMS | MIXERS or m.bare not in KNOWN
+
+
+def _sees_ties(m: Made) -> bool:
+    """Whether it brings elements together that equal each other in places."""
+    across = m.bare in ADDS_UP or m.bare in MIXERS or (_bends(m) < NEVER and m.bare not in SINGLY)
+    return m.tie.meets or (m.tie.within and across)
+
+
+def _makes_of_ties(m: Made) -> bool:
+    """Whether the result holds numbers, such as zero or one, where elements equal each other."""
+    return _sees_ties(m) and m.bare not in PLAIN
 
 
 def _bends(m: Made) -> int:
@@ -286,7 +317,7 @@ def made_by(
 
 def told_apart(
     graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved], rows: int = OF_NORMS
-) -> dict[fx.Node, str]:
+) -> dict[fx.Node, Apart]:
     """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
 
     `levels` says which have atoms, `moves` what is put together of what. A call of a module says in `meta` what it is
@@ -326,19 +357,20 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
             read = [(n, level) for n, val, level in operands if may_be_continuous(val)]
             keys, theirs = tuple(n for n, _ in read), tuple(level for _, level in read)
             inside = node.meta.get("inside", (Inside(),) * 3)[rows]
-            made.append(Made(node, str(node.target), levels[node], keys, theirs, inside=inside))
+            made.append(Made(node, str(node.target), levels[node], keys, theirs, inside=inside, tie=node.meta["tie"]))
         else:
             args, result = (node.args, node.kwargs), node.meta.get("val")
-            made.append(made_by(node, op_name(node.target), levels[node], operands, args, result))
+            one = made_by(node, op_name(node.target), levels[node], operands, args, result)
+            made.append(replace(one, tie=node.meta["tie"]))
     return made
 
 
 def _told(
     made: Sequence[Made], own: Collection[fx.Node], moves: Sequence[Moved], rows: int = OF_NORMS
-) -> dict[fx.Node, str]:
+) -> dict[fx.Node, Apart]:
     kinds, told = kinks(made, own, rows, moves=moves)
     return {
-        n: _reason(by)
+        n: Apart(_reason(by), kind == ZERO)
         for n, (kind, by) in told.items()
         if by and isinstance(n, fx.Node) and kinds.get(n, OWN if n in own else ANY) >= kind
     }

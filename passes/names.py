@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 MAKERS = frozenset(
     """relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid clamp clamp_min clamp_max clip max
@@ -57,8 +59,23 @@ SMOOTH = frozenset(
     as_strided meshgrid broadcast_tensors Identity""".split()
 )
 SAME = frozenset("detach alias clone contiguous lift_fresh_copy data positive".split())
+# What gives elements of one operand or another, or something between.
+CHOICES = frozenset("where lerp maximum minimum fmax fmin".split())
 
 
 def bare(name: str) -> str:
     """The name of an operation, without what marks it as one in place."""
     return name if name.endswith("__") else name.rstrip("_")
+
+
+def factor(name: str, args: tuple[Any, ...]) -> float | None:
+    """The number that an operation multiplies its only tensor by; None: it does something else."""
+    if name in SAME or name == "getattr":
+        return 1.0 if name != "getattr" or args[1:] == ("data",) else None
+    if name in ("neg", "negative", "__neg__"):
+        return -1.0
+    numbers = [float(x) for x in args[:2] if isinstance(x, (int, float))]
+    if name in PRODUCTS and len(args) == 2 and len(numbers) == 1 and numbers[0]:
+        inverse = "div" in name
+        return None if name == "__rdiv__" else 1 / numbers[0] if inverse else numbers[0]
+    return None

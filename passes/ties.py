@@ -1,0 +1,121 @@
+"""Which values equal others in places, whatever numbers they hold, as what was added in between may be zero there.
+
+`after = before + relu(h)` is `before` wherever relu gives zeros. An inverse that rounds gives neither of the two back
+with its very bits, and then `maximum(after, before)` takes the other one. So values are numbered as compilers do, but
+for zeros in a sum: `exp(after)` and `exp(before)` are alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from revfx.passes.names import CHOICES, JOINS, MIXERS, PRODUCTS, SUMS, SUMS_WITH_PRODUCT, bare, factor
+from revfx.rules import op_name
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Of an operation: whether it reads values that equal each other in places (`meets`), or one of which elements do
+    (`within`), or is a sum that is zero there; and the operands through which its result equals others in places.
+    """
+
+    meets: bool = False
+    within: bool = False
+    vanishes: bool = False
+    carried: frozenset[fx.Node] = frozenset()
+
+
+NO_TIE = Tie()
+
+
+@dataclass
+class Numbering:
+    """By node the first one that computes the same of the same (`exact`), or what it is but for zeros (`alike`)."""
+
+    exact: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    alike: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    _at: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
+    _ones: set[fx.Node] = field(default_factory=set[fx.Node])
+    _first: dict[Hashable, fx.Node] = field(default_factory=dict[Hashable, fx.Node])
+    _made: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # alike by what makes them
+
+    def note(self, node: fx.Node, may_be_zero: Callable[[fx.Node], bool]) -> None:
+        """None; numbers a node, after its operands."""
+        self._at[node] = len(self._at)
+        self.exact[node] = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
+        same = self._same(node, may_be_zero) if node.op in ("call_function", "call_method") else None
+        if not isinstance(same, fx.Node):
+            key = _as_written(node, self.alike) if same is None else (same,)
+            self._made[node] = first = self._first.setdefault(key, node)
+            if same == 1:
+                self._ones.add(first)
+            same = first
+        self.alike[node] = same
+
+    def ties(self, vanishing: Collection[Hashable]) -> dict[fx.Node, Tie]:
+        """By node what is known of it, once all are numbered; `vanishing` are sums that are zero where parts cancel."""
+        values, made = defaultdict[fx.Node, set[fx.Node]](set), defaultdict[fx.Node, set[fx.Node]](set)
+        for node, first in self.exact.items():
+            values[self.alike[node]].add(first)
+            made[self._made.get(node, node)].add(first)
+        found, within = dict[fx.Node, Tie](), set[fx.Node]()
+        for node in self.exact:
+            operands = [n for n in node.all_input_nodes if _holds_tensors(n)]
+            name = bare(op_name(node.target)) if node.op.startswith("call") else ""
+            apart, inside = {self.exact[n]: self.alike[n] for n in operands}, within.intersection(operands)
+            meets = len(set(apart.values())) < len(apart) or len(inside) > 1
+            joins = meets and name in JOINS
+            if joins or (inside and name not in MIXERS):
+                within.add(node)
+            several = factor(name, node.args) is not None or len(made[self._made.get(node, node)]) > 1
+            carried = (n for n in operands if joins or n in within or (several and len(values[self.alike[n]]) > 1))
+            found[node] = Tie(meets, bool(inside), node in vanishing or len(inside) > 1, frozenset(carried))
+        return found
+
+    def _same(self, node: fx.Node, may_be_zero: Callable[[fx.Node], bool]) -> fx.Node | float | None:
+        """What a result equals in places, up to a factor: a number, or another value; None where it is its own.
+
+        Of several that which was there first, as a stream is before what is added to it.
+        """
+        name = bare(op_name(node.target))
+        operands = [n for n in node.all_input_nodes if is_tensor(n) and n.meta["val"].dtype != torch.bool]
+        first = min((self.alike[n] for n in operands), key=self._at.__getitem__, default=None)
+        if len(operands) == 1:
+            added = [x for x in node.args if isinstance(x, (int, float))]
+            if name in SUMS and len(added) == 1 and may_be_zero(operands[0]):
+                return float(added[0])
+            return first if factor(name, node.args) is not None or name == "masked_fill" else None
+        if name in PRODUCTS:
+            return next((self.alike[n] for n, m in permutations(operands, 2) if self.alike[m] in self._ones), None)
+        if name in SUMS_WITH_PRODUCT and any(map(may_be_zero, operands[1:])):
+            return self.alike[operands[0]]
+        if name in CHOICES:
+            chosen = [self.alike[n] for n in operands][:2]
+            same = name != "lerp" or len(set(chosen)) == 1
+            return min(chosen, key=self._at.__getitem__) if chosen and same else None
+        left = [self.alike[n] for n in operands if not may_be_zero(n)]
+        if name in SUMS and len(left) < len(operands):
+            return left[0] if left else first
+        return None
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether an argument is a node of a tensor."""
+    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (Tensor, list, tuple))
+
+
+def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
+    """What a node computes of which values: alike for nodes that give the same numbers, or draw random ones alike."""
+    operands = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
+    return node.op, node.target, repr(operands)
