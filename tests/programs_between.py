@@ -210,6 +210,33 @@ def read_again(d: Draft) -> None:
     )
 
 
+def compared(d: Draft) -> None:
+    """A stream with what it was before something was added that is zero in places: so the two are equal there."""
+    u, v = d.two()
+    k = d.fresh("k")
+    added = d.pick(("torch.relu({})", "F.dropout({}, 0.5)", "({0} * ({0} > 0))", "torch.relu({}).mul(0.5)"))
+    d.emit(d.pick((f"{k} = {u}.detach()", f"{k} = {u}")))
+    d.emit(f"{u} = {u} + {added.format(d.function(v, u))}")
+    if d.chance(1, 2):
+        d.emit(f"{v} = {v} + {d.function(u, v)}")
+    compared = d.emit(
+        d.pick(
+            (
+                f"{k} = torch.maximum({u}, {k})",
+                f"{k} = torch.relu({u} - {k})",
+                f"{k} = ({u} > {k}) * {u}",
+                f"{k} = torch.stack([{u}, {k}]).amin(0)",
+                f"{k} = torch.relu({u}.exp() - {k}.exp())",
+                f"{k} = ({u} - {k}).abs()",
+                f"{k} = torch.where({u} == {k}, {u}, -{u})",
+                f"{k} = torch.relu({u}.sum(-1, keepdim=True) - {k}.sum(-1, keepdim=True)) + {u}",
+            )
+        )
+    )
+    if compared:
+        d.emit(f"{v} = {v} + {d.function(k, v)}")
+
+
 def integers(d: Draft) -> None:
     u, v = d.two()
     n = d.width(u)
@@ -313,5 +340,5 @@ BETWEEN: tuple[Kind, ...] = (
     with_atoms,
     with_atoms,
     irreversible, broadcast, in_place, kept, kept, read_again, integers, unusual, broadcast, irreversible, into_inputs,
-    unrecordable,
+    unrecordable, compared,
 )  # fmt: skip
