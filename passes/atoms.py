@@ -87,7 +87,8 @@ class Levels:
         """
         bare = name if name.endswith("__") else name.strip("_")
         self.of[key] = level = has_atoms(name, operands)
-        if bare in PRODUCTS and kwargs.get("rounding_mode") is not None:
+        nothing = any(isinstance(x, (int, float)) and x == 0 for x in args)
+        if bare in PRODUCTS and (kwargs.get("rounding_mode") is not None or nothing):
             self.of[key] = level = CERTAIN
         terms = self._linear(bare, args, kwargs, keyed)
         if terms is None:

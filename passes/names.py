@@ -16,7 +16,8 @@ MAKERS = frozenset(
     trunc_divide bucketize searchsorted count_nonzero argmax argmin logical_and logical_or logical_xor logical_not
     isnan isinf isfinite empty empty_like new_empty arange eye diag_embed diag block_diag scatter index_put
     empty_strided new_empty_strided unsafe_index_put unsafe_masked_index as_strided_scatter diagonal_scatter
-    fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor""".split()
+    new_ones scalar_tensor fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
+    quantize_per_tensor""".split()
 )
 MIXERS = frozenset(
     """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
@@ -59,6 +60,16 @@ SMOOTH = frozenset(
     as_strided meshgrid broadcast_tensors Identity""".split()
 )
 SAME = frozenset("detach alias clone contiguous lift_fresh_copy data positive".split())
+# What is the first operand where the others are zero; where nothing is written into it; what is a part of it.
+BETWEEN = SUMS_WITH_PRODUCT | frozenset(["lerp"])
+WRITES = frozenset(
+    """masked_fill masked_scatter slice_scatter select_scatter diagonal_scatter as_strided_scatter scatter scatter_add
+    scatter_reduce index_put _unsafe_index_put index_add index_copy index_fill setitem""".split()
+)
+TAKES = frozenset(
+    """getitem __getitem__ slice narrow select split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk
+    unbind""".split()
+)
 # What gives elements of one operand or another, or something between.
 CHOICES = frozenset("where lerp maximum minimum fmax fmin".split())
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.names import CHOICES, JOINS, MIXERS, PRODUCTS, SUMS, SUMS_WITH_PRODUCT, bare, factor
+from revfx.passes.names import BETWEEN, CHOICES, JOINS, MIXERS, PRODUCTS, SUMS, TAKES, WRITES, bare, factor
 from revfx.rules import op_name
 
 
@@ -42,21 +41,16 @@ class Numbering:
     exact: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     alike: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     _at: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
-    _ones: set[fx.Node] = field(default_factory=set[fx.Node])
     _first: dict[Hashable, fx.Node] = field(default_factory=dict[Hashable, fx.Node])
     _made: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # alike by what makes them
 
-    def note(self, node: fx.Node, may_be_zero: Callable[[fx.Node], bool]) -> None:
-        """None; numbers a node, after its operands."""
+    def note(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> None:
+        """None; numbers a node, after its operands, of which each `has_atoms` or not."""
         self._at[node] = len(self._at)
         self.exact[node] = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
-        same = self._same(node, may_be_zero) if node.op in ("call_function", "call_method") else None
-        if not isinstance(same, fx.Node):
-            key = _as_written(node, self.alike) if same is None else (same,)
-            self._made[node] = first = self._first.setdefault(key, node)
-            if same == 1:
-                self._ones.add(first)
-            same = first
+        same = self._same(node, has_atoms) if node.op in ("call_function", "call_method") else None
+        if same is None:
+            self._made[node] = same = self._first.setdefault(_as_written(node, self.alike), node)
         self.alike[node] = same
 
     def ties(self, vanishing: Collection[Hashable]) -> dict[fx.Node, Tie]:
@@ -79,31 +73,39 @@ class Numbering:
             found[node] = Tie(meets, bool(inside), node in vanishing or len(inside) > 1, frozenset(carried))
         return found
 
-    def _same(self, node: fx.Node, may_be_zero: Callable[[fx.Node], bool]) -> fx.Node | float | None:
-        """What a result equals in places, up to a factor: a number, or another value; None where it is its own.
+    def _same(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> fx.Node | None:
+        """What a result equals in places, up to a factor; None where it is a value of its own.
 
         Of several that which was there first, as a stream is before what is added to it.
         """
         name = bare(op_name(node.target))
         operands = [n for n in node.all_input_nodes if is_tensor(n) and n.meta["val"].dtype != torch.bool]
-        first = min((self.alike[n] for n in operands), key=self._at.__getitem__, default=None)
-        if len(operands) == 1:
-            added = [x for x in node.args if isinstance(x, (int, float))]
-            if name in SUMS and len(added) == 1 and may_be_zero(operands[0]):
-                return float(added[0])
-            return first if factor(name, node.args) is not None or name == "masked_fill" else None
-        if name in PRODUCTS:
-            return next((self.alike[n] for n, m in permutations(operands, 2) if self.alike[m] in self._ones), None)
-        if name in SUMS_WITH_PRODUCT and any(map(may_be_zero, operands[1:])):
-            return self.alike[operands[0]]
-        if name in CHOICES:
-            chosen = [self.alike[n] for n in operands][:2]
-            same = name != "lerp" or len(set(chosen)) == 1
-            return min(chosen, key=self._at.__getitem__) if chosen and same else None
-        left = [self.alike[n] for n in operands if not may_be_zero(n)]
-        if name in SUMS and len(left) < len(operands):
-            return left[0] if left else first
-        return None
+        alike = [self.alike[n] for n in operands]
+        if not alike:
+            return None
+        first = min(alike, key=self._at.__getitem__)
+        if name in SUMS - CHOICES or name in PRODUCTS:
+            if sum(map(is_tensor, node.args)) < 2:
+                return first if factor(name, node.args) is not None else None
+            if name in SUMS and len(set(alike)) == 1:
+                return first
+            left = [a for a, n in zip(alike, operands, strict=True) if not has_atoms(n)]  # as zeros or ones
+            return None if len(left) == len(alike) else (left or [first])[0]
+        if name in WRITES or (name in BETWEEN and any(map(has_atoms, operands[1:]))):
+            return alike[0]
+        if name in JOINS:
+            wholes = (self.alike[_taken_of(a)] for a in alike)
+            return next((w for w in wholes if is_tensor(w) and w.meta["val"].shape == node.meta["val"].shape), None)
+        if name in CHOICES and (name not in BETWEEN or len(set(alike)) == 1):
+            return first
+        return first if factor(name, node.args) is not None else None
+
+
+def _taken_of(node: fx.Node) -> fx.Node:
+    """What a value is a part of; itself where it is none."""
+    while bare(op_name(node.target)) in TAKES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def is_tensor(x: Any) -> bool:
