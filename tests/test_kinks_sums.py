@@ -451,3 +451,31 @@ def test_rows_and_channels_of_one_number() -> None:
     assert uniform(torch.ones(3))
     assert not uniform(torch.ones(1))
     assert not uniform(torch.ones(0, 4))
+
+
+class Difference(nn.Module):
+    """Functions of a stream less what it was at first, which is zero in rows to which nothing was added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.w = (nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(3)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        first = a
+        for f, g, w in zip(self.f, self.g, self.w, strict=True):
+            a = a + f(b)
+            b = b + g(F.relu(w(a - first)) + a)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 255])
+def test_rows_that_cancel_though_no_neighbours_are_equal(scale: float) -> None:
+    x = torch.zeros(8, 2 * D)
+    x[:, :D] = (torch.randperm(8 * D) + 1).reshape(8, D) * scale
+    model, x = Difference(), x.requires_grad_()
+    assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
+    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `relu`"):
+        by_backend(model)(x)
+    torch.compiler.reset()
+    assert_same_grads(by_backend(model, unbounded="store"), model, [x])
