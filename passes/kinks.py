@@ -178,10 +178,14 @@ def kinks(
     Operands from elsewhere are `given`. What tells a value apart tells those apart from which it is put together again,
     as `moves` says.
     """
-    kinds, steps = dict[Hashable, int](), list[tuple[Made, int, list[int]]]()
+    kinds, steps, gone = dict[Hashable, int](), list[tuple[Made, int, list[int]]](), set[Hashable]()
     for m in made:
         operands = [kinds.get(k, OWN if k in own else given) for k in m.operands]
-        kinds[m.key] = kind = _kind(m, operands, rows)
+        scaled = m.bare in names.PRODUCTS and not gone.isdisjoint(m.operands[: 1 if "div" in m.bare else None])
+        kinds[m.key] = kind = SUM if scaled else _kind(m, operands, rows)
+        moved = m.bare in names.SUMS and len(m.operands) == 1 and m.operands[0] in gone  # by a number
+        if scaled or moved or m.cancels or _makes_of_ties(m):
+            gone.add(m.key)  # what is zero as parts cancel, whatever it is multiplied by
         steps.append((m, kind, operands))
     told: dict[Hashable, dict[Hashable, Told]] = {}  # by reader
     for m, kind, operands in reversed(steps):

@@ -15,7 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.names import BETWEEN, CHOICES, JOINS, MIXERS, PRODUCTS, SUMS, TAKES, WRITES, bare, factor
+from revfx.passes.names import (
+    BETWEEN,
+    CHOICES,
+    COMMUTE,
+    JOINS,
+    MIXERS,
+    MOVES,
+    PRODUCTS,
+    SUMS,
+    TAKES,
+    WRITES,
+    bare,
+    factor,
+)
 from revfx.rules import op_name
 
 
@@ -43,42 +56,62 @@ class Numbering:
     _at: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     _first: dict[Hashable, fx.Node] = field(default_factory=dict[Hashable, fx.Node])
     _made: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # alike by what makes them
+    _core: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # but for moves and factors
+    _root: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # what is alike, but for moves
+    _rows: set[fx.Node] = field(default_factory=set[fx.Node])  # zero in whole rows, as what they mix may be
 
     def note(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> None:
         """None; numbers a node, after its operands, of which each `has_atoms` or not."""
         self._at[node] = len(self._at)
-        self.exact[node] = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
-        same = self._same(node, has_atoms) if node.op in ("call_function", "call_method") else None
-        if same is None:
-            self._made[node] = same = self._first.setdefault(_as_written(node, self.alike), node)
-        self.alike[node] = same
+        self.exact[node] = exact = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
+        made = self._made[node] = self._first.setdefault(_as_written(node, self.alike), node)
+        called = node.op in ("call_function", "call_method")
+        alike = self.alike[node] = (
+            self._same(node, lambda n: has_atoms(n) or n in self._rows) if called else None
+        ) or made
+        name, operands = _name(node), [n for n in node.all_input_nodes if _holds_tensors(n)]
+        copied = name in MOVES or factor(name, node.args) is not None
+        self._core[node] = self._core[operands[0]] if copied and operands else exact
+        self._root[node] = self._root[operands[0]] if name in MOVES and operands else self._root.get(alike, alike)
+        mixes = name in MIXERS and len(operands) == 2  # nothing is added
+        if any((has_atoms(n) and (mixes or node.op == "call_module")) or n in self._rows for n in operands):
+            if mixes or len(operands) == 1 or name in PRODUCTS:
+                self._rows.add(node)
 
     def ties(self, vanishing: Collection[Hashable]) -> dict[fx.Node, Tie]:
         """By node what is known of it, once all are numbered; `vanishing` are sums that are zero where parts cancel."""
         values, made = defaultdict[fx.Node, set[fx.Node]](set), defaultdict[fx.Node, set[fx.Node]](set)
         for node, first in self.exact.items():
             values[self.alike[node]].add(first)
-            made[self._made.get(node, node)].add(first)
+            made[self._made[node]].add(first)
         found, within = dict[fx.Node, Tie](), set[fx.Node]()
         for node in self.exact:
-            operands = [n for n in node.all_input_nodes if _holds_tensors(n)]
-            name = bare(op_name(node.target)) if node.op.startswith("call") else ""
-            apart, inside = {self.exact[n]: self.alike[n] for n in operands}, within.intersection(operands)
-            meets = len(set(apart.values())) < len(apart) or len(inside) > 1
-            joins = meets and name in JOINS
+            operands, name = [n for n in node.all_input_nodes if _holds_tensors(n)], _name(node)
+            inside = within.intersection(operands)
+            meets = self._meet(self._root, operands) or len(inside) > 1
+            joins = name in JOINS and self._meet(self.alike, operands)  # other parts of one value are no ties
             if joins or (inside and name not in MIXERS):
                 within.add(node)
-            several = factor(name, node.args) is not None or len(made[self._made.get(node, node)]) > 1
-            carried = (n for n in operands if joins or n in within or (several and len(values[self.alike[n]]) > 1))
-            found[node] = Tie(meets, bool(inside), node in vanishing or len(inside) > 1, frozenset(carried))
+            if joins or name in MOVES or factor(name, node.args) is not None:
+                carried = operands
+            else:
+                several = len(made[self._made[node]]) > 1
+                carried = [n for n in operands if n in within or (several and len(values[self.alike[n]]) > 1)]
+            vanishes = node in vanishing or len(inside) > 1 or (meets and "sub" in name)
+            found[node] = Tie(meets, bool(inside), vanishes, frozenset(carried))
         return found
+
+    def _meet(self, called: Mapping[fx.Node, fx.Node], operands: Collection[fx.Node]) -> bool:
+        """Whether two of the operands are one by what they are `called`, and not by what they are."""
+        apart = {self._core[n]: called[n] for n in operands}
+        return len(set(apart.values())) < len(apart)
 
     def _same(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> fx.Node | None:
         """What a result equals in places, up to a factor; None where it is a value of its own.
 
         Of several that which was there first, as a stream is before what is added to it.
         """
-        name = bare(op_name(node.target))
+        name = _name(node)
         operands = [n for n in node.all_input_nodes if is_tensor(n) and n.meta["val"].dtype != torch.bool]
         alike = [self.alike[n] for n in operands]
         if not alike:
@@ -103,9 +136,13 @@ class Numbering:
 
 def _taken_of(node: fx.Node) -> fx.Node:
     """What a value is a part of; itself where it is none."""
-    while bare(op_name(node.target)) in TAKES and isinstance(node.args[0], fx.Node):
+    while _name(node) in TAKES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def _name(node: fx.Node) -> str:
+    return bare(op_name(node.target)) if node.op in ("call_function", "call_method") else ""
 
 
 def is_tensor(x: Any) -> bool:
@@ -119,5 +156,7 @@ def _holds_tensors(node: fx.Node) -> bool:
 
 def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
     """What a node computes of which values: alike for nodes that give the same numbers, or draw random ones alike."""
-    operands = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
-    return node.op, node.target, repr(operands)
+    args: Any = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
+    if _name(node) in COMMUTE:
+        args = sorted(map(repr, args[0])), args[1]
+    return node.op, node.target, repr(args)

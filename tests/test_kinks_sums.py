@@ -475,7 +475,6 @@ def test_rows_that_cancel_though_no_neighbours_are_equal(scale: float) -> None:
     x[:, :D] = (torch.randperm(8 * D) + 1).reshape(8, D) * scale
     model, x = Difference(), x.requires_grad_()
     assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
-    with pytest.raises(RuntimeError, match=r"numbers of the data .* and `relu`"):
-        by_backend(model)(x)
-    torch.compiler.reset()
-    assert_same_grads(by_backend(model, unbounded="store"), model, [x])
+    for unbounded in "assert", "store":
+        torch.compiler.reset()
+        assert_same_grads(by_backend(model, unbounded=unbounded), model, [x])

@@ -38,6 +38,11 @@ COMPARED: dict[str, Compared] = {
     "what is put together": lambda a, b: F.relu(torch.stack([a, -b]).sum(0)),
     "what follows": lambda a, b: F.relu(torch.stack([b, a]).diff(dim=0)[0]),
     "a product with signs": lambda a, b: F.relu(torch.stack([a, b], -1) @ a.new_tensor([1.0, -1.0])),
+    "a factor of both": lambda a, b: torch.maximum(a.exp() * a, b * b.exp()),
+    "the difference, scaled": lambda a, b: F.relu((a - b) * a),
+    "the ratio, scaled": lambda a, b: F.relu((a / b - 1) * b.exp()),
+    "each with all": lambda a, b: (a[:, None] - b[None]).abs().amin(1),
+    "parts": lambda a, b: torch.maximum(a.view(N, 2, 3).mT, b.view(N, 2, 3).transpose(1, 2)).reshape(N, D),
     "a product taken off": lambda a, b: F.relu(torch.addcmul(a, b, torch.ones(1).to(a), value=-1)),
 }
 LAYERS: dict[str, Callable[[Compares, Tensor], Tensor]] = {
@@ -112,10 +117,18 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], bool]]
     "somewhere between": (lambda a, z: (torch.lerp(a, a.sin(), z), a), True),
     "half way": (lambda a, z: (torch.lerp(a, a.sin(), 0.5), a), False),
     "numbers of zero": (lambda a, z: (a + 0 * a.exp(), a), True),
+    "rows of zeros, mixed": (lambda a, z: (a + (z @ a).tanh(), a), True),
+    "moved, and moved back": (lambda a, z: ((a.t() + z).t(), a), True),
+    "other words for a part": (lambda a, z: ((a + z).chunk(2)[0], a[:2]), True),
+    "each with all": (lambda a, z: ((a + z)[:, None], a[None]), True),
+    "in other orders": (lambda a, z: ((a + z) * a.exp(), a.exp() * a), True),
+    "the difference of parts": (lambda a, z: (F.relu(a[1:] - a[:-1]), z[1:]), False),
+    "times a factor": (lambda a, z: ((a + z) * a.exp(), a * a.exp()), True),
+    "a multiple of itself": (lambda a, z: (a, 0.1 * a), False),
     "what is filled": (lambda a, z: (a.masked_fill(z > 0, 1.0), a), True),
     "functions": (lambda a, z: (torch.exp(a + z), torch.exp(a)), True),
     "other functions": (lambda a, z: (torch.exp(a + z), torch.sin(a)), False),
-    "what is no zero": (lambda a, z: (a + z.matmul(z), a), False),
+    "what is no zero": (lambda a, z: (a + torch.addmm(a, z, z.t()), a), False),
     "with what else is added": (lambda a, z: (a + z + a.exp(), a), False),
     "both with it": (lambda a, z: (a + z + a.exp(), a + a.exp()), True),
 }
@@ -126,7 +139,7 @@ def test_values_that_equal_each_other_in_places(name: str) -> None:
     pair, expected = PAIRS[name]
 
     def function(x: Tensor) -> Tensor:
-        a, z = x.matmul(x), F.relu(x)
+        a, z = torch.addmm(x[0], x, x.t()), F.relu(x)
         return torch.maximum(*pair(a, z))
 
     graph = make_fx(function, tracing_mode="fake")(torch.randn(4, 4)).graph
@@ -137,9 +150,9 @@ def test_values_that_equal_each_other_in_places(name: str) -> None:
 
 def test_a_tie_is_carried_to_where_zeros_were_added_and_not_beyond() -> None:
     def function(x: Tensor) -> Tensor:
-        first = x.matmul(x)
+        first = torch.addmm(x[0], x, x.t())
         a = first + F.relu(x)
-        b = a.matmul(x)
+        b = torch.addmm(x[0], a, x.t())
         return torch.maximum(torch.exp(b + F.relu(x)), torch.exp(b))
 
     graph = make_fx(function, tracing_mode="fake")(torch.randn(4, 4)).graph
