@@ -49,7 +49,10 @@ NO_TIE = Tie()
 
 @dataclass
 class Numbering:
-    """By node the first one that computes the same of the same (`exact`), or what it is but for zeros (`alike`)."""
+    """By node the first one that computes the same of the same (`exact`), or what it is but for zeros (`alike`).
+
+    Of a value that equals several others in places, the one is kept that was there first.
+    """
 
     exact: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     alike: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
@@ -65,18 +68,15 @@ class Numbering:
         self._at[node] = len(self._at)
         self.exact[node] = exact = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
         made = self._made[node] = self._first.setdefault(_as_written(node, self.alike), node)
-        called = node.op in ("call_function", "call_method")
-        alike = self.alike[node] = (
-            self._same(node, lambda n: has_atoms(n) or n in self._rows) if called else None
-        ) or made
+        self.alike[node] = alike = self._same(node, lambda n: has_atoms(n) or n in self._rows) or made
         name, operands = _name(node), [n for n in node.all_input_nodes if _holds_tensors(n)]
-        copied = name in MOVES or factor(name, node.args) is not None
-        self._core[node] = self._core[operands[0]] if copied and operands else exact
-        self._root[node] = self._root[operands[0]] if name in MOVES and operands else self._root.get(alike, alike)
+        whole = operands[0] if operands and (name in MOVES or factor(name, node.args) is not None) else None
+        self._core[node] = exact if whole is None else self._core[whole]
+        self._root[node] = self._root[operands[0]] if operands and name in MOVES else self._root.get(alike, alike)
         mixes = name in MIXERS and len(operands) == 2  # nothing is added
-        if any((has_atoms(n) and (mixes or node.op == "call_module")) or n in self._rows for n in operands):
-            if mixes or len(operands) == 1 or name in PRODUCTS:
-                self._rows.add(node)
+        zeros = (n in self._rows or (has_atoms(n) and (mixes or node.op == "call_module")) for n in operands)
+        if (mixes or len(operands) == 1 or name in PRODUCTS) and any(zeros):
+            self._rows.add(node)
 
     def ties(self, vanishing: Collection[Hashable]) -> dict[fx.Node, Tie]:
         """By node what is known of it, once all are numbered; `vanishing` are sums that are zero where parts cancel."""
@@ -107,10 +107,7 @@ class Numbering:
         return len(set(apart.values())) < len(apart)
 
     def _same(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> fx.Node | None:
-        """What a result equals in places, up to a factor; None where it is a value of its own.
-
-        Of several that which was there first, as a stream is before what is added to it.
-        """
+        """What a result equals in places, up to a factor; None where it is a value of its own."""
         name = _name(node)
         operands = [n for n in node.all_input_nodes if is_tensor(n) and n.meta["val"].dtype != torch.bool]
         alike = [self.alike[n] for n in operands]
