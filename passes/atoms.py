@@ -149,6 +149,10 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     levels, numbering = Levels(), Numbering()
     found: Any = levels.of
     first = numbering.exact
+
+    def keyed(x: Any) -> fx.Node | None:
+        return first[x] if is_tensor(x) else None
+
     put: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
     for node in graph.nodes:
         numbering.note(node, lambda n: found[n] > RARE)
@@ -159,7 +163,6 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
         elif node.op in ("call_function", "call_method"):
             name = op_name(node.target)
             operands = [found[n] for n in node.all_input_nodes]
-            keyed: Any = lambda x: first[x] if is_tensor(x) else None  # noqa: E731
             levels.note(node, name, operands, node.args, node.kwargs, keyed, numbering.alike)
             node.meta["cancels"] = node in levels.cancelling
             if name == "where" and len(node.args) == 3:

@@ -154,6 +154,6 @@ def _holds_tensors(node: fx.Node) -> bool:
 def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
     """What a node computes of which values: alike for nodes that give the same numbers, or draw random ones alike."""
     args: Any = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
-    if _name(node) in COMMUTE:
+    if _name(node) in COMMUTE and len(args[0]) == 2 and not args[1]:  # without a factor of one of them
         args = sorted(map(repr, args[0])), args[1]
     return node.op, node.target, repr(args)

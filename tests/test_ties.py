@@ -134,6 +134,17 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], bool]]
 }
 
 
+def test_sums_with_a_factor_are_not_the_same_in_another_order() -> None:
+    def function(x: Tensor) -> Tensor:
+        a, b = torch.addmm(x[0], x, x.t()), torch.addmm(x[1], x, x.t())
+        return torch.add(a, b, alpha=2) * (torch.add(b, a, alpha=2) - 2 * a)
+
+    graph = make_fx(function, tracing_mode="fake")(torch.randn(4, 4)).graph
+    atoms(graph)
+    (last,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)
+    assert last.meta["cancels"]
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_values_that_equal_each_other_in_places(name: str) -> None:
     pair, expected = PAIRS[name]
