@@ -30,8 +30,10 @@ Derivation = Forward | Invert
 class Closure:
     """The values derivable from `known` with the operations added so far.
 
-    A value is known when every tail of one of its arcs is. Arcs barred for the head's sake are used only when nothing
-    else gives anything new: what they give must be saved rather than regenerated. `trusted`: they are not used at all.
+    A value is known when every tail of one of its arcs is. What can be computed again is: the difference of two large
+    streams has fewer digits of what was added than the function that gave it. Arcs barred for the head's sake are used
+    only when nothing else gives anything new: what they give must be saved rather than regenerated. `trusted`: they are
+    not used at all.
     """
 
     def __init__(self, program: Program, known: Iterable[int], trusted: bool = False) -> None:
@@ -41,8 +43,7 @@ class Closure:
         self._waiting: dict[int, list[int]] = {}
         self._missing: list[int] = []
         self._pending: list[Derivation] = []
-        self._ready: deque[int] = deque()
-        self._barred: deque[int] = deque()
+        self._ready: tuple[deque[int], ...] = (deque(), deque(), deque(), deque())  # by `_rank`
         self.order: list[Derivation] = []
 
     def __contains__(self, value: int) -> bool:
@@ -51,10 +52,15 @@ class Closure:
 
     def add(self, index: int) -> list[int]:
         """The values that become known, in order, when operation `index` is added."""
-        op = self._program.ops[index]
-        self._offer(Forward(index), op.ins)
-        for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
-            self._offer(Invert(index, arc), arc.tail)
+        return self.add_all((index,))
+
+    def add_all(self, indices: Iterable[int]) -> list[int]:
+        """The values that become known, in order, when some operations are added at once."""
+        for index in indices:
+            op = self._program.ops[index]
+            self._offer(Forward(index), op.ins)
+            for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
+                self._offer(Invert(index, arc), arc.tail)
         return self._drain()
 
     def _offer(self, derivation: Derivation, tail: tuple[int, ...]) -> None:
@@ -65,18 +71,12 @@ class Closure:
         for v in missing:
             self._waiting.setdefault(v, []).append(number)
         if not missing:
-            self._enqueue(number)
-
-    def _enqueue(self, number: int) -> None:
-        derivation = self._pending[number]
-        barred = isinstance(derivation, Invert) and derivation.arc.barred is not None
-        (self._barred if barred else self._ready).append(number)
+            self._ready[_rank(derivation)].append(number)
 
     def _drain(self) -> list[int]:
         new: list[int] = []
-        while self._ready or self._barred:
-            number = self._ready.popleft() if self._ready else self._barred.popleft()
-            derivation = self._pending[number]
+        while queue := next(filter(None, self._ready), None):
+            derivation = self._pending[queue.popleft()]
             heads = self._heads(derivation)
             fresh = [v for v in heads if v not in self]
             if not fresh:
@@ -88,10 +88,17 @@ class Closure:
                 for waiting in self._waiting.pop(v, ()):
                     self._missing[waiting] -= 1
                     if self._missing[waiting] == 0:
-                        self._enqueue(waiting)
+                        self._ready[_rank(self._pending[waiting])].append(waiting)
         return new
 
     def _heads(self, derivation: Derivation) -> tuple[int, ...]:
         if isinstance(derivation, Forward):
             return self._program.ops[derivation.op].outs
         return (derivation.arc.head,)
+
+
+def _rank(derivation: Derivation) -> int:
+    """Which derivations come first: those that give the bits of the forward, then those that round."""
+    if isinstance(derivation, Forward):
+        return 0
+    return 3 if derivation.arc.barred is not None else 1 if derivation.arc.exact else 2

@@ -124,14 +124,15 @@ def _step(
     again = tuple(v for v, s in chosen.items() if start <= s.first)
     if any(s.first < start <= s.last for s in chosen.values()):
         return None
-    if again:
-        closure = _closure(program, start, stop, {*exit, *side}.difference(again))
+    known = {*exit, *side}.difference(again)
+    if again or any(_may_give_way(program, d, start) for d in closure.order):
+        closure = _closure(program, start, stop, known)
         if any(v not in closure for v in entry):
             return None
     saved = tuple(d.arc.head for d in needed(program, closure.order, entry) if isinstance(d, Invert) and d.arc.barred)
     if any(isinstance(d, Invert) and d.arc.barred for d in closure.order):
         # again from what is kept, by trusted arcs alone: what only a barred one gave first has another derivation
-        closure = _closure(program, start, stop, {*exit, *side, *saved}.difference(again), trusted=True)
+        closure = _closure(program, start, stop, known.union(saved), trusted=True)
     saved += tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
     derive = tuple(closure.order)
     arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
@@ -152,9 +153,16 @@ def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
 
 def _closure(program: Program, start: int, stop: int, known: Iterable[int], trusted: bool = False) -> Closure:
     closure = Closure(program, known, trusted)
-    for index in range(stop - 1, start - 1, -1):
-        closure.add(index)
+    closure.add_all(range(stop - 1, start - 1, -1))
     return closure
+
+
+def _may_give_way(program: Program, derivation: Derivation, start: int) -> bool:
+    """Whether a derivation is an inverse of which the head is made in the step, so that it may be computed again.
+
+    The search meets what reads a value before what makes it, and so solves for it first.
+    """
+    return isinstance(derivation, Invert) and program.made_at[derivation.arc.head] >= start
 
 
 def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:
