@@ -84,13 +84,15 @@ class Numbering:
         for node, first in self.exact.items():
             values[self.alike[node]].add(first)
             made[self._made[node]].add(first)
-        found, within = dict[fx.Node, Tie](), set[fx.Node]()
+        found, within, rows = dict[fx.Node, Tie](), set[fx.Node](), set[fx.Node]()
         for node in self.exact:
             operands, name = [n for n in node.all_input_nodes if _holds_tensors(n)], _name(node)
             inside = within.intersection(operands)
             meets = self._meet(self._root, operands) or len(inside) > 1
             joins = name in JOINS and self._meet(self.alike, operands)  # other parts of one value are no ties
-            if joins or (inside and name not in MIXERS):
+            if (joins and _along_rows(node)) or inside & rows:
+                rows.add(node)
+            if joins or node in rows or (inside and name not in MIXERS):
                 within.add(node)
             if joins or name in MOVES or factor(name, node.args) is not None:
                 carried = operands
@@ -136,6 +138,14 @@ def _taken_of(node: fx.Node) -> fx.Node:
     while _name(node) in TAKES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def _along_rows(node: fx.Node) -> bool:
+    """Whether values are joined along the first dimension, across which layers mix nothing."""
+    name, ndim = _name(node), node.meta["val"].ndim
+    at = 2 if name in WRITES else 1
+    dim = node.kwargs.get("dim", node.args[at] if len(node.args) > at else 0)
+    return name == "vstack" or (name not in ("hstack", "dstack") and dim in (0, -ndim))
 
 
 def _name(node: fx.Node) -> str:

@@ -19,6 +19,7 @@ from revfx.testing import assert_same_grads
 N, D = 8, 6
 Compared = Callable[[Tensor, Tensor], Tensor]
 
+
 # Of a stream and of what it was before zeros were added to it in places.
 COMPARED: dict[str, Compared] = {
     "the difference": lambda a, b: F.relu(a - b),
@@ -42,6 +43,7 @@ COMPARED: dict[str, Compared] = {
     "the difference, scaled": lambda a, b: F.relu((a - b) * a),
     "the ratio, scaled": lambda a, b: F.relu((a / b - 1) * b.exp()),
     "each with all": lambda a, b: (a[:, None] - b[None]).abs().amin(1),
+    "a norm of both": lambda a, b: F.layer_norm(torch.stack([a, b]), (D,)).amax(0),
     "parts": lambda a, b: torch.maximum(a.view(N, 2, 3).mT, b.view(N, 2, 3).transpose(1, 2)).reshape(N, D),
     "a product taken off": lambda a, b: F.relu(torch.addcmul(a, b, torch.ones(1).to(a), value=-1)),
 }
@@ -99,7 +101,7 @@ def test_compiled_graphs_that_compare(compared: str, layer: str) -> None:
 
 # --- the numbering
 # Of a, and of z that may be zero: two values; whether they equal each other in places.
-PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], bool]] = {
+PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, ...]], bool]] = {
     "what zeros were added to": (lambda a, z: (a + z, a), True),
     "in the other order": (lambda a, z: (z + a, a), True),
     "less zeros": (lambda a, z: (a - z, a), True),
@@ -130,6 +132,8 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], bool]]
     "other functions": (lambda a, z: (torch.exp(a + z), torch.sin(a)), False),
     "what is no zero": (lambda a, z: (a + torch.addmm(a, z, z.t()), a), False),
     "with what else is added": (lambda a, z: (a + z + a.exp(), a), False),
+    "one function of both": (lambda a, z: (torch.cat([a + z, a]) @ a.exp()).chunk(2), True),
+    "a function that mixes both": (lambda a, z: (torch.cat([a + z, a], 1) @ torch.cat([a, a.exp()])).chunk(2), False),
     "both with it": (lambda a, z: (a + z + a.exp(), a + a.exp()), True),
 }
 
