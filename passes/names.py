@@ -76,7 +76,29 @@ MOVES = TAKES | frozenset(
     flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal unfold
     as_strided index _unsafe_index index_select gather take take_along_dim getattr""".split()
 )
+RESHAPES = frozenset(
+    """view _unsafe_view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze""".split()
+)  # of which the result is told by its shape
 COMMUTE = frozenset("add mul multiply __add__ __radd__ __mul__ __rmul__ maximum minimum".split())
+# Other words for an operation, but for a factor and where it stops.
+SPELLINGS = {
+    word: name
+    for name, words in {
+        "pow": "square __pow__ float_power",
+        "max": "amax",
+        "min": "amin",
+        "sum": "mean",
+        "clamp": "relu relu6 clip clamp_min clamp_max hardtanh threshold",
+        "norm": "vector_norm linalg_norm linalg_vector_norm",
+        "softmax": "_softmax",
+        "log_softmax": "_log_softmax",
+        "mul": "multiply imul __mul__ __rmul__ __imul__",
+        "div": "divide true_divide truediv itruediv __truediv__ __itruediv__",
+        "add": "iadd __add__ __radd__ __iadd__",
+        "sub": "subtract isub __sub__ __isub__",
+    }.items()
+    for word in words.split()
+}
 # What gives elements of one operand or another, or something between.
 CHOICES = frozenset("where lerp maximum minimum fmax fmin".split())
 

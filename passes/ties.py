@@ -23,6 +23,8 @@ from revfx.passes.names import (
     MIXERS,
     MOVES,
     PRODUCTS,
+    RESHAPES,
+    SPELLINGS,
     SUMS,
     TAKES,
     WRITES,
@@ -51,13 +53,15 @@ NO_TIE = Tie()
 class Numbering:
     """By node the first one that computes the same of the same (`exact`), or what it is but for zeros (`alike`).
 
-    Of a value that equals several others in places, the one is kept that was there first.
+    Of a value that equals several others in places, the one is kept that was there first. In whatever words, and along
+    whatever dimensions: an operation gives one value of the same ones (`_meant`), and alike ones of what is alike.
     """
 
     exact: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     alike: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     _at: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     _first: dict[Hashable, fx.Node] = field(default_factory=dict[Hashable, fx.Node])
+    _meant: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     _made: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # alike by what makes them
     _core: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # but for moves and factors
     _root: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # what is alike, but for moves
@@ -66,12 +70,13 @@ class Numbering:
     def note(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> None:
         """None; numbers a node, after its operands, of which each `has_atoms` or not."""
         self._at[node] = len(self._at)
-        self.exact[node] = exact = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
-        made = self._made[node] = self._first.setdefault(_as_written(node, self.alike), node)
+        self.exact[node] = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
+        meant = self._meant[node] = self._first.setdefault(("meant", *_as_meant(node, self._meant)), node)
+        made = self._made[node] = self._first.setdefault(_as_meant(node, self.alike), node)
         self.alike[node] = alike = self._same(node, lambda n: has_atoms(n) or n in self._rows) or made
         name, operands = _name(node), [n for n in node.all_input_nodes if _holds_tensors(n)]
         whole = operands[0] if operands and (name in MOVES or factor(name, node.args) is not None) else None
-        self._core[node] = exact if whole is None else self._core[whole]
+        self._core[node] = meant if whole is None else self._core[whole]
         self._root[node] = self._root[operands[0]] if operands and name in MOVES else self._root.get(alike, alike)
         mixes = name in MIXERS and len(operands) == 2  # nothing is added
         zeros = (n in self._rows or (has_atoms(n) and (mixes or node.op == "call_module")) for n in operands)
@@ -81,7 +86,7 @@ class Numbering:
     def ties(self, vanishing: Collection[Hashable]) -> dict[fx.Node, Tie]:
         """By node what is known of it, once all are numbered; `vanishing` are sums that are zero where parts cancel."""
         values, made = defaultdict[fx.Node, set[fx.Node]](set), defaultdict[fx.Node, set[fx.Node]](set)
-        for node, first in self.exact.items():
+        for node, first in self._meant.items():
             values[self.alike[node]].add(first)
             made[self._made[node]].add(first)
         found, within, rows = dict[fx.Node, Tie](), set[fx.Node](), set[fx.Node]()
@@ -167,3 +172,16 @@ def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashab
     if _name(node) in COMMUTE and len(args[0]) == 2 and not args[1]:  # without a factor of one of them
         args = sorted(map(repr, args[0])), args[1]
     return node.op, node.target, repr(args)
+
+
+def _as_meant(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
+    """What a node computes of which values, in whatever words and along whatever dimensions."""
+    name, operands = _name(node), [first[n] for n in node.all_input_nodes]
+    if name in RESHAPES:
+        return "view", str(node.meta["val"].shape), operands[0]
+    if not name or not operands or name in MOVES | JOINS:
+        return _as_written(node, first)
+    name = SPELLINGS.get(name, name)
+    if name == "mul" and len(operands) == 1 and node.args[0] is node.args[-1]:
+        name = "pow"
+    return name, *(sorted(operands, key=repr) if name in COMMUTE else operands)

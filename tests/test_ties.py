@@ -134,6 +134,15 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, ...]], bool]] = 
     "with what else is added": (lambda a, z: (a + z + a.exp(), a), False),
     "one function of both": (lambda a, z: (torch.cat([a + z, a]) @ a.exp()).chunk(2), True),
     "a function that mixes both": (lambda a, z: (torch.cat([a + z, a], 1) @ torch.cat([a, a.exp()])).chunk(2), False),
+    "along the same dimension": (lambda a, z: ((a + z).sum(-1), a.sum(1)), True),
+    "along another one": (lambda a, z: (a.sum(0), a.sum(1)), False),
+    "squares": (lambda a, z: ((a + z).square(), a * a), True),
+    "positive parts": (lambda a, z: (F.relu(a + z), a.clamp(min=0)), True),
+    "largest elements": (lambda a, z: ((a + z).amax(1), a.max(-1).values), True),
+    "other words for a shape": (lambda a, z: ((a + z).reshape(-1), a.flatten()), True),
+    "put together in another shape": (lambda a, z: torch.stack([(a + z).flatten(), a.view(-1)]).exp().unbind(), True),
+    "sums and means": (lambda a, z: ((a + z).sum(-1) / 4, a.mean(-1)), True),
+    "other parts of both": (lambda a, z: ((a + z)[:, 0].exp(), a[:, 1].exp()), False),
     "both with it": (lambda a, z: (a + z + a.exp(), a + a.exp()), True),
 }
 
