@@ -80,7 +80,7 @@ RESHAPES = frozenset(
     """view _unsafe_view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze""".split()
 )  # of which the result is told by its shape
 COMMUTE = frozenset("add mul multiply __add__ __radd__ __mul__ __rmul__ maximum minimum".split())
-# Other words for an operation, but for a factor and where it stops.
+# Other words for an operation on one tensor, but for a factor and where it stops.
 SPELLINGS = {
     word: name
     for name, words in {
@@ -92,10 +92,6 @@ SPELLINGS = {
         "norm": "vector_norm linalg_norm linalg_vector_norm",
         "softmax": "_softmax",
         "log_softmax": "_log_softmax",
-        "mul": "multiply imul __mul__ __rmul__ __imul__",
-        "div": "divide true_divide truediv itruediv __truediv__ __itruediv__",
-        "add": "iadd __add__ __radd__ __iadd__",
-        "sub": "subtract isub __sub__ __isub__",
     }.items()
     for word in words.split()
 }

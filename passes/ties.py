@@ -175,13 +175,11 @@ def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashab
 
 
 def _as_meant(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
-    """What a node computes of which values, in whatever words and along whatever dimensions."""
+    """What a node computes of which values; of one value in whatever words and along whatever dimensions."""
     name, operands = _name(node), [first[n] for n in node.all_input_nodes]
     if name in RESHAPES:
         return "view", str(node.meta["val"].shape), operands[0]
-    if not name or not operands or name in MOVES | JOINS:
+    if not name or name in MOVES | JOINS or len(operands) != 1:
         return _as_written(node, first)
-    name = SPELLINGS.get(name, name)
-    if name == "mul" and len(operands) == 1 and node.args[0] is node.args[-1]:
-        name = "pow"
-    return name, *(sorted(operands, key=repr) if name in COMMUTE else operands)
+    squares = "mul" in name and node.args[0] is node.args[-1]
+    return "pow" if squares else SPELLINGS.get(name, name), operands[0]

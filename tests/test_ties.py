@@ -134,6 +134,7 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, ...]], bool]] = 
     "with what else is added": (lambda a, z: (a + z + a.exp(), a), False),
     "one function of both": (lambda a, z: (torch.cat([a + z, a]) @ a.exp()).chunk(2), True),
     "a function that mixes both": (lambda a, z: (torch.cat([a + z, a], 1) @ torch.cat([a, a.exp()])).chunk(2), False),
+    "more and less of what may be zero": (lambda a, z: (a.add(z, alpha=2), a.add(z, alpha=3)), True),
     "along the same dimension": (lambda a, z: ((a + z).sum(-1), a.sum(1)), True),
     "along another one": (lambda a, z: (a.sum(0), a.sum(1)), False),
     "squares": (lambda a, z: ((a + z).square(), a * a), True),
