@@ -153,9 +153,10 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
     def keyed(x: Any) -> fx.Node | None:
         return first[x] if is_tensor(x) else None
 
-    put: dict[fx.Node, tuple[int, list[tuple[range, int]]]] = {}
+    put: dict[fx.Node, list[tuple[fx.Node, int, range]]] = {}
     for node in graph.nodes:
-        numbering.note(node, lambda n: found[n] > RARE)
+        overlapped = _parts_of(node, put)
+        numbering.note(node, lambda n: found[n] > RARE, next((p for p, whole in overlapped.items() if whole), None))
         if node.op in ("placeholder", "get_attr"):
             found[node] = CERTAIN
         elif node.op == "call_module" or node.meta.get("opaque", False):
@@ -170,10 +171,9 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
                 numbers = not (isinstance(a, fx.Node) and isinstance(b, fx.Node))
                 found[node] = CERTAIN if numbers else min(PERHAPS, max(found[a], found[b]))
             elif parts := joined(node):
-                put[node] = parts[0][1], [(r, found[p]) for p, _, r in parts]
-            else:
-                part = _part_of(node, put)
-                found[node] = found[node] if part is None else part
+                put[node] = parts
+            elif overlapped:
+                found[node] = max(found[p] for p in overlapped)
             found[node] = found[node] if may_be_continuous(node.meta.get("val")) else CERTAIN
     for node, tie in numbering.ties({n for n in levels.cancelling if found[n] > RARE}).items():
         node.meta["tie"] = tie
@@ -185,8 +185,8 @@ def may_be_continuous(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
 
 
-def _part_of(node: fx.Node, put: Mapping[fx.Node, tuple[int, list[tuple[range, int]]]]) -> int | None:
-    """The atoms of a node that is a part of what was put together; None if it is not known to be one."""
+def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, range]]]) -> dict[fx.Node, bool]:
+    """Of a node that is taken of what was `put` together, the parts that it overlaps, and whether it is all of one."""
     taken = node
     number: Any = 0  # or the key, where the whole is a dict
     source: Any = node.args[0] if node.args else None
@@ -194,10 +194,14 @@ def _part_of(node: fx.Node, put: Mapping[fx.Node, tuple[int, list[tuple[range, i
         taken, number = source, node.args[1]
         source = source.args[0] if source.args else None
     if source not in put:
-        return None
-    dim, ranges = put[source]
+        return {}
     for t in directions_of(taken):
-        if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == dim and len(t.index):
-            first, last = t.index[0], t.index[-1]
-            return max((level for r, level in ranges if r.start <= last and first < r.stop), default=CERTAIN)
-    return None
+        if (
+            isinstance(t, Tile)
+            and t.whole is source
+            and t.part == number
+            and t.dim == put[source][0][1]
+            and len(t.index)
+        ):
+            return {p: r == t.index for p, _, r in put[source] if r.start <= t.index[-1] and t.index[0] < r.stop}
+    return {}

@@ -67,9 +67,13 @@ class Numbering:
     _root: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])  # what is alike, but for moves
     _rows: set[fx.Node] = field(default_factory=set[fx.Node])  # zero in whole rows, as what they mix may be
 
-    def note(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> None:
-        """None; numbers a node, after its operands, of which each `has_atoms` or not."""
+    def note(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool], copied: fx.Node | None = None) -> None:
+        """None; numbers a node, after its operands, of which each `has_atoms` or not; what is `copied` is its like."""
         self._at[node] = len(self._at)
+        if copied is not None:
+            for numbers in (self.exact, self.alike, self._meant, self._made, self._core, self._root):
+                numbers[node] = numbers[copied]
+            return
         self.exact[node] = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
         meant = self._meant[node] = self._first.setdefault(("meant", *_as_meant(node, self._meant)), node)
         made = self._made[node] = self._first.setdefault(_as_meant(node, self.alike), node)

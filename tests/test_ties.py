@@ -114,6 +114,8 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, ...]], bool]] = 
     "halves": (lambda a, z: ((a + a) / 2, a), True),
     "a factor of other numbers": (lambda a, z: (a * z.exp(), a), True),
     "a part that is left": (lambda a, z: (torch.cat([a[:, :2] + a[:, 2:].sin(), a[:, 2:]], -1), a), True),
+    "put together, and taken apart": (lambda a, z: (torch.cat([z, a + z]).chunk(2)[1], a), True),
+    "put together, and the other taken": (lambda a, z: (torch.cat([a.exp(), a + z]).chunk(2)[0], a), False),
     "no part of it": (lambda a, z: (torch.cat([a[:, :2].sin(), a.sin()[:, 2:]], -1), a), False),
     "what is written into": (lambda a, z: (torch.slice_scatter(a, a[:, :1].sin(), 1, 0, 1), a), True),
     "somewhere between": (lambda a, z: (torch.lerp(a, a.sin(), z), a), True),
