@@ -193,15 +193,9 @@ def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, rang
     if node.target is operator.getitem and isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor):
         taken, number = source, node.args[1]
         source = source.args[0] if source.args else None
-    if source not in put:
-        return {}
-    for t in directions_of(taken):
-        if (
-            isinstance(t, Tile)
-            and t.whole is source
-            and t.part == number
-            and t.dim == put[source][0][1]
-            and len(t.index)
-        ):
-            return {p: r == t.index for p, _, r in put[source] if r.start <= t.index[-1] and t.index[0] < r.stop}
+    parts = put.get(source, [])
+    dim = parts[0][1] if parts else None
+    for t in directions_of(taken) if parts else ():
+        if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == dim and len(t.index):
+            return {p: r == t.index for p, _, r in parts if r.start <= t.index[-1] and t.index[0] < r.stop}
     return {}

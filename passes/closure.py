@@ -55,7 +55,10 @@ class Closure:
         return self.add_all((index,))
 
     def add_all(self, indices: Iterable[int]) -> list[int]:
-        """The values that become known, in order, when some operations are added at once."""
+        """The values that become known, in order, when some operations are added at once.
+
+        One chain of operations runs after the other: side by side their values would be there at the same time.
+        """
         for index in indices:
             op = self._program.ops[index]
             self._offer(Forward(index), op.ins)
@@ -76,7 +79,7 @@ class Closure:
     def _drain(self) -> list[int]:
         new: list[int] = []
         while queue := next(filter(None, self._ready), None):
-            derivation = self._pending[queue.popleft()]
+            derivation = self._pending[queue.pop()]
             heads = self._heads(derivation)
             fresh = [v for v in heads if v not in self]
             if not fresh:

@@ -153,7 +153,7 @@ def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
 
 def _closure(program: Program, start: int, stop: int, known: Iterable[int], trusted: bool = False) -> Closure:
     closure = Closure(program, known, trusted)
-    closure.add_all(range(stop - 1, start - 1, -1))
+    closure.add_all(range(start, stop))
     return closure
 
 

@@ -73,6 +73,8 @@ class Numbering:
         if copied is not None:
             for numbers in (self.exact, self.alike, self._meant, self._made, self._core, self._root):
                 numbers[node] = numbers[copied]
+            if copied in self._rows:
+                self._rows.add(node)
             return
         self.exact[node] = self._first.setdefault(("exact", *_as_written(node, self.exact)), node)
         meant = self._meant[node] = self._first.setdefault(("meant", *_as_meant(node, self._meant)), node)

@@ -242,16 +242,22 @@ class _Search:
     def _close_again(self, found: Any, opened: frozenset[str]) -> Any:
         """The same regions with only those modules open whose insides the backward needs to see."""
         _, lowered, regions, _ = found
-        needed: set[str] = set()
+        needed, inside = set[str](), set[str]()
         for r in regions:
-            indices = {d.op for s in r.steps for d in s.derive if isinstance(d, Invert)}
-            for i in indices:
-                scope = str(lowered.op_nodes[i].meta["scope"])
-                parts = scope.split(".")
-                needed.update(".".join(parts[: k + 1]) for k in range(len(parts)))
+            inverted = {d.op for s in r.steps for d in s.derive if isinstance(d, Invert)}
+            for i in range(r.start, r.stop):
+                paths = _prefixes(str(lowered.op_nodes[i].meta["scope"]))
+                inside.update(paths)
+                needed.update(paths if i in inverted else ())
         if opened <= needed:
             return found
-        again = self._find(opened & needed)
+        kept = opened & needed
+        again = self._find(kept)
+        while (
+            lost := self._outside(again, kept) & opened & inside
+        ):  # what a region can only begin or end in the midst of
+            kept |= lost
+            again = self._find(kept)
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
     def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -324,6 +330,12 @@ LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuf
 
 def _inverted(regions: Sequence[Region]) -> int:
     return sum(s.inverts for r in regions for s in r.steps)
+
+
+def _prefixes(scope: str) -> list[str]:
+    """The paths of the modules that enclose an operation of that scope."""
+    parts = scope.split(".")
+    return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
 def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
