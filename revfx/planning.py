@@ -253,9 +253,7 @@ class _Search:
             return found
         kept = opened & needed
         again = self._find(kept)
-        while (
-            lost := self._outside(again, kept) & opened & inside
-        ):  # what a region can only begin or end in the midst of
+        while lost := self._outside(again, kept) & opened & inside:  # a region begins or ends in their midst
             kept |= lost
             again = self._find(kept)
         return again if _inverted(again[2]) >= _inverted(regions) else found

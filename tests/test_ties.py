@@ -19,7 +19,6 @@ from revfx.testing import assert_same_grads
 N, D = 8, 6
 Compared = Callable[[Tensor, Tensor], Tensor]
 
-
 # Of a stream and of what it was before zeros were added to it in places.
 COMPARED: dict[str, Compared] = {
     "the difference": lambda a, b: F.relu(a - b),
