@@ -72,11 +72,12 @@ TAKES = frozenset(
 )
 # Of which the result is told by its shape.
 RESHAPES = frozenset("view _unsafe_view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze".split())
-MOVES = TAKES | RESHAPES | frozenset(
-    """expand expand_as broadcast_to repeat repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t
-    T mT flip fliplr flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal
-    unfold as_strided index _unsafe_index index_select gather take take_along_dim getattr""".split()
+OTHER_MOVES = frozenset(
+    """expand expand_as broadcast_to repeat repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis
+    t T mT flip fliplr flipud rot90 rev roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+    diagonal unfold as_strided index _unsafe_index index_select gather take take_along_dim getattr""".split()
 )
+MOVES = TAKES | RESHAPES | OTHER_MOVES
 COMMUTE = frozenset("add mul multiply __add__ __radd__ __mul__ __rmul__ maximum minimum".split())
 # Other words for an operation on one tensor, but for a factor and where it stops.
 SPELLINGS = {
