@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from programs import Couple, Program, blocked, blocked_exactly, build, written_out
 from programs_check import Verdict, compare, conditioning
-from programs_steps import run
+from programs_steps import Run, run
+from torch._functorch import config as functorch_config
 
 from revfx.convert import Reversible, convert
 from revfx.partitioner import reports
@@ -19,9 +20,11 @@ from revfx.testing import store_activations
 # Inductor draws as eager kernels do, and in their order: torch's chain of random operations leaves out those whose
 # state is saved, and a reordering may swap them. One element at a time compiles fast.
 IN_ORDER = {"fallback_random": True, "reorder_for_peak_memory": False}
-OPTIONS: dict[str, dict[str, Any]] = {"aot_eager": {}, "inductor": {"cpp.simdlen": 1, **IN_ORDER}}
-# Draws whose state is saved are moved where kernels are fused, and fill other layouts than eager's: a program that
-# draws and differs is compared over eager kernels.
+# Caches of graphs are left out: a backward that is kept there is raised for where `retain_graph` is given later.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "aot_eager": {},
+    "inductor": {"cpp.simdlen": 1, "fx_graph_cache": False, **IN_ORDER},
+}
 # torch 2.13 crashes, with or without revfx, where the parts of a `chunk` are returned and one of them detached as well
 DETACHED = re.compile(r"^k\d+ = \w+\.detach\(\)$")
 
@@ -31,10 +34,8 @@ def by_convert(program: Program, couple: Couple = written_out, **options: Any) -
     plain, model = build(program), build(program, couple)
     want = run(program, plain, plain)
     converted: Any = convert(model, **options)
-    got = run(program, model, converted)
-    verdict, info = compare(got, want, conditioning(program, want)), converted.revfx
-    if verdict.kind == "failure" and info.compiled_tried and by_stock(program, "aot_eager").kind == "failure":
-        verdict = Verdict("stock differs", verdict.text)
+    got, info = run(program, model, converted), converted.revfx
+    verdict = _judged(program, got, want, "aot_eager" if info.compiled_tried else None)
     text = verdict.text or ("compiled; " * info.compiled_tried + "; ".join(r.reason for r in info.refusals))
     return Verdict(verdict.kind, text, found_in(converted))
 
@@ -68,18 +69,29 @@ def by_rev_block_exactly(program: Program) -> Verdict:
 
 
 def by_backend(program: Program, inner: str = "aot_eager") -> Verdict:
-    """`torch.compile(model, backend="revfx")` against the plain model; where it differs, against the same compiler
-    without revfx.
-    """
+    """`torch.compile(model, backend="revfx")` against the plain model."""
     unbounded = "store" if program.seed % 2 else "assert"
     with reports() as found:
-        verdict = _compiled(program, "revfx", {"inner": inner, "unbounded": unbounded, **OPTIONS[inner]})
-    if verdict.kind == "failure" and by_stock(program, inner).kind == "failure":
-        verdict = Verdict("stock differs", verdict.text)
-    elif verdict.kind == "failure" and inner == "inductor" and draws(program):
+        got, want = _compiled(program, "revfx", {"inner": inner, "unbounded": unbounded, **OPTIONS[inner]})
+    verdict = _judged(program, got, want, inner)
+    # draws whose state is saved are moved where kernels are fused, and fill other layouts than eager's
+    if verdict.kind == "failure" and inner == "inductor" and (draws(program) or _stock_raises(program)):
         verdict = by_backend(program, "aot_eager")
-        verdict = Verdict("draws in another order") if verdict.kind == "same" else verdict
+        verdict = Verdict("over eager kernels alone", verdict.text) if verdict.kind == "same" else verdict
     return Verdict(verdict.kind, verdict.text, any(r.regions for r in found))
+
+
+def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict:
+    """The verdict on `got`; where a compiler differs from plain also without revfx, on how `got` differs from that."""
+    allowed, exactly = conditioning(program, want), inner != "inductor"
+    verdict = compare(got, want, allowed, exactly)
+    if verdict.kind != "failure" or inner is None:
+        return verdict
+    stock, _ = _compiled(program, inner, OPTIONS[inner] or None)
+    if compare(stock, want, allowed, exactly).kind != "failure":
+        return verdict
+    theirs = compare(got, stock, allowed, exactly)
+    return theirs if theirs.kind == "failure" else Verdict("stock differs", verdict.text)
 
 
 def draws(program: Program) -> bool:
@@ -97,19 +109,22 @@ def draws(program: Program) -> bool:
     return any(drawn)
 
 
-def by_stock(program: Program, inner: str) -> Verdict:
-    """`torch.compile` without revfx against the plain model."""
-    return _compiled(program, inner, OPTIONS[inner] or None)
+def _stock_raises(program: Program) -> bool:
+    """Whether inductor raises also without revfx."""
+    got, _ = _compiled(program, "inductor", OPTIONS["inductor"])
+    return any(step.error for step in got.steps)
 
 
-def _compiled(program: Program, backend: str, options: dict[str, Any] | None) -> Verdict:
+def _compiled(program: Program, backend: str, options: dict[str, Any] | None) -> tuple[Run, Run]:
+    """The steps of a compiled program, and those of the plain one."""
     program = replace(program, body=tuple(f"{s}.clone()" if DETACHED.match(s) else s for s in program.body))
     plain, model = build(program), build(program)
     want = run(program, plain, plain)
     torch.compiler.reset()
-    got = run(program, model, torch.compile(model, backend=backend, options=options))
+    with functorch_config.patch(enable_autograd_cache=False):
+        got = run(program, model, torch.compile(model, backend=backend, options=options))
     torch.compiler.reset()
-    return compare(got, want, conditioning(program, want), exactly="cpp.simdlen" not in (options or {}))
+    return got, want
 
 
 def found_in(converted: Any) -> bool:
