@@ -269,7 +269,7 @@ def unusual(d: Draft) -> None:
     u, v = d.two()
     h = d.fresh()
     f = d.function(v, u)
-    running = d.member("buffer:torch.ones(())", "running")
+    running = d.member("buffer:torch.ones(1)", "running")  # dynamo loses writes to one without dimensions, in fp64
     d.emit(
         d.pick(
             (
@@ -302,7 +302,7 @@ def unrecordable(d: Draft) -> None:
         return unusual(d)
     u, v = d.two()
     f, h = d.function(v, u), d.fresh()
-    count = d.member("buffer:torch.zeros(())", "count")
+    count = d.member("buffer:torch.zeros(1)", "count")
     d.emit(
         d.pick(
             (
