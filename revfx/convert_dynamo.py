@@ -109,8 +109,8 @@ class Compiled:
         from revfx import backend, partitioner
 
         plain = torch.compiler.disable(_uncompiled(gm).forward)
-        if (written := _read_and_written(gm.graph)) is not None:
-            self._fails(gm, f"it reads `{written}` and writes it in place, so what it read is not there any more")
+        if (reason := _written_wrongly(gm.graph)) is not None:
+            self._fails(gm, reason)
             return plain
         try:
             with partitioner.reports() as reports:
@@ -191,17 +191,21 @@ def _in_own_code(graph: fx.Graph, where: str) -> bool:
     return any(place in (n.stack_trace or "") for n in graph.nodes if not n.meta.get("nn_module_stack"))
 
 
-def _read_and_written(graph: fx.Graph) -> str | None:
-    """The name of an input without gradient that is written in place, and read by more than what writes it, or None.
+def _written_wrongly(graph: fx.Graph) -> str | None:
+    """Why an input without gradient, which the graph writes to in place, is none that the compiler does right by.
 
-    torch's partitioner holds such an input to be there in the backward and computes again from it what was computed
-    before the write, with a wrong gradient and no error (torch 2.13).
+    torch's partitioner holds one that is also read to be there in the backward, and computes again from it what was
+    computed before the write, with a wrong gradient and no error. And what is written to a single number in float64 is
+    lost, as it may be one of Python's (both torch 2.13).
     """
     for node in graph.nodes:
         value = node.meta.get("example_value")
-        if node.op == "placeholder" and isinstance(value, Tensor) and not value.requires_grad:
-            if _torch.version(value) > 0 and not _only_written(node):
-                return node.name
+        if node.op != "placeholder" or not isinstance(value, Tensor) or value.requires_grad:
+            continue
+        if _torch.version(value) > 0 and not _only_written(node):
+            return f"it reads `{node.name}` and writes it in place, so what it read is not there any more"
+        if _torch.version(value) > 0 and value.dim() == 0 and value.dtype == torch.float64:
+            return f"it writes to `{node.name}`, a single number in float64, and `torch.compile` may lose that"
     return None
 
 

@@ -89,6 +89,29 @@ def test_a_model_that_cannot_be_recorded_is_captured(capture: str) -> None:
     assert_like(model, converted, leaf(5, 32))
 
 
+class Averages(Branches):
+    """Keeps an average of what it is given, of which it makes no use."""
+
+    def __init__(self, depth: int, average: Tensor) -> None:
+        super().__init__(depth)
+        self.register_buffer("average", average)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.average.mul_(0.9).add_(x.detach().mean(), alpha=0.1)
+        return super().forward(x, scale)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+def test_what_is_written_to_a_buffer_is_not_lost(shape: tuple[int, ...], capture: str) -> None:
+    model, x = Averages(2, torch.zeros(shape, dtype=torch.float64)), leaf(8, 32)
+    converted: Any = revfx.convert(copy.deepcopy(model), capture=capture)
+    for _ in range(3):
+        model(x), converted(x)
+    assert torch.equal(converted.average, model.average)
+
+
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_memory_does_not_grow_with_depth(capture: str) -> None:
     x = leaf(1024, 32)
