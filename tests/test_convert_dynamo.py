@@ -92,6 +92,8 @@ def test_a_model_that_cannot_be_recorded_is_captured(capture: str) -> None:
 class Averages(Branches):
     """Keeps an average of what it is given, of which it makes no use."""
 
+    average: Tensor
+
     def __init__(self, depth: int, average: Tensor) -> None:
         super().__init__(depth)
         self.register_buffer("average", average)
