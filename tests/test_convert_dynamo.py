@@ -110,7 +110,8 @@ def test_what_is_written_to_a_buffer_is_not_lost(shape: tuple[int, ...], capture
     model, x = Averages(2, torch.zeros(shape, dtype=torch.float64)), leaf(8, 32)
     converted: Any = revfx.convert(copy.deepcopy(model), capture=capture)
     for _ in range(3):
-        model(x), converted(x)
+        model(x)
+        converted(x)
     assert torch.equal(converted.average, model.average)
 
 
