@@ -116,8 +116,8 @@ def compare(
 
 
 def said(error: Exception | None) -> str:
-    """An error's text, whatever the name of the backend that it came through."""
-    return re.sub(r"backend='\w+'", "backend", str(error))
+    """An error's text, whatever the names of the backend and the file that it came through."""
+    return re.sub(r"backend='\w+'|<program_\d+>", "", str(error))
 
 
 def written(error: Exception) -> bool:

@@ -82,16 +82,22 @@ def by_backend(program: Program, inner: str = "aot_eager") -> Verdict:
 
 
 def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict:
-    """The verdict on `got`; where a compiler differs from plain also without revfx, on how `got` differs from that."""
+    """The verdict on `got`; where a compiler differs from plain also without revfx, on how `got` differs from that, and
+    from that over eager kernels.
+    """
     allowed, exactly = conditioning(program, want), inner != "inductor"
     verdict = compare(got, want, allowed, exactly)
     if verdict.kind != "failure" or inner is None:
         return verdict
-    stock, _ = _compiled(program, inner, OPTIONS[inner] or None)
-    if compare(stock, want, allowed, exactly).kind != "failure":
-        return verdict
-    theirs = compare(got, stock, allowed, exactly)
-    return theirs if theirs.kind == "failure" else Verdict("stock differs", verdict.text)
+    theirs = verdict
+    for kernels in dict.fromkeys((inner, "aot_eager")):
+        stock, _ = _compiled(program, kernels, OPTIONS[kernels] or None)
+        if compare(stock, want, allowed, exactly).kind != "failure":
+            return verdict
+        theirs = compare(got, stock, allowed, exactly)
+        if theirs.kind != "failure":
+            return Verdict("stock differs", verdict.text)
+    return theirs
 
 
 def draws(program: Program) -> bool:
