@@ -20,6 +20,7 @@ import revfx
 from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.mode import uncollected
+from revfx.passes.aliases import save_bases
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.grid import checked_exact
 from revfx.passes.partition import Report, rewrite
@@ -49,7 +50,8 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
 
     It finds runs of reversible couplings in the joint graph, regenerates their activations in the backward from their
     last ones, and lets `min_cut_rematerialization_partition` split the result. A graph without any is split as torch
-    would have. The logger "revfx" says at the level INFO what became of each graph.
+    would have. Of what is saved and lies in the memory of an input or output, writes raise before the backward. The
+    logger "revfx" says at the level INFO what became of each graph.
 
     Args:
         unbounded: what to do with couplings whose factor may underflow, such as `exp(s)`: "assert" checks the factor in
@@ -119,7 +121,11 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
                 reasons = "\n  ".join(map(str, report.refusals[:8])) or "no operation is inverted"
                 raise NotReversibleError(f"a compiled graph is left as it was:\n  {reasons}")
             gm.recompile()
-            return _compile.min_cut_partition(gm, joint_inputs, **kwargs)
+            halves = _compile.min_cut_partition(gm, joint_inputs, **kwargs)
+        save_bases(halves[0].graph, halves[1].graph, kwargs["num_fwd_outputs"])
+        for half in halves:
+            half.recompile()
+        return halves
 
     def uuid(self) -> str:
         """What the compile caches are keyed with: this package's files, options and facts, and no rules but its own."""
