@@ -108,15 +108,15 @@ def compare(
         error = error_between(g.gradients, w.gradients)
         if error > tolerance and not drifted and error > allowed(number):
             return Verdict("failure", f"{at}a gradient is off by {error:.1e}")
-    theirs = {str(w.message) for w in want.warned}
+    theirs = {said(w.message) for w in want.warned}
     for w in got.warned:
-        if not issubclass(w.category, RevfxWarning) and str(w.message) not in theirs and ONCE not in str(w.message):
+        if not issubclass(w.category, RevfxWarning) and said(w.message) not in theirs and ONCE not in str(w.message):
             return Verdict("failure", f"another warning: {w.message}")
     return Verdict("drift was warned of" if drifted else "same")
 
 
-def said(error: Exception | None) -> str:
-    """An error's text, whatever the names of the backend and the file that it came through."""
+def said(error: object) -> str:
+    """An error's or a warning's text, whatever the names of the backend and the file that it came through."""
     return re.sub(r"backend='\w+'|<program_\d+>", "", str(error))
 
 
