@@ -61,6 +61,26 @@ def finite(step: Step) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors)
 
 
+def nearer(got: Run, one: Run, other: Run) -> Run:
+    """What `got` may be compared with where either of two runs is right: of each value the one that is nearer to it."""
+    steps: list[Step] = []
+    for g, a, b in zip(got.steps, one.steps, other.steps, strict=True):
+        sizes = [(len(s.outputs), len(s.gradients), len(s.state)) for s in (g, a, b)]
+        if any(s.error is not None for s in (g, a, b)) or len(set(sizes)) > 1:
+            steps.append(b if g.error is not None and said(g.error) == said(b.error) else a)
+            continue
+        outputs = list(map(_nearer, g.outputs, a.outputs, b.outputs))
+        gradients = list(map(_nearer, g.gradients, a.gradients, b.gradients))
+        steps.append(Step(outputs, gradients, list(map(_nearer, g.state, a.state, b.state))))
+    return Run(steps, [*one.warned, *other.warned])
+
+
+def _nearer(got: Any, one: Any, other: Any) -> Any:
+    if alike(got, one) or not isinstance(got, Tensor) or not isinstance(other, Tensor) or got.shape != other.shape:
+        return other if alike(got, other) else one
+    return one if isinstance(one, Tensor) and error_between([got], [one]) <= error_between([got], [other]) else other
+
+
 ONCE = "Torchinductor does not support code generation for complex"  # which it says once per process
 
 
