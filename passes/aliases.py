@@ -22,14 +22,15 @@ def save_bases(forward: fx.Graph, backward: fx.Graph, num_outputs: int) -> None:
     the others are saved for the backward, whose placeholders go by their names.
     """
     results = list(output_args(forward))
-    outputs, inputs = [n for n in results[:num_outputs] if isinstance(n, fx.Node)], forward.find_nodes(op="placeholder")
-    memory = {key for n in (*inputs, *outputs) for key in _memory(n)}
+    outputs = {n for n in results[:num_outputs] if isinstance(n, fx.Node)}
+    theirs = outputs.union(forward.find_nodes(op="placeholder"))
+    memory = {key for n in theirs for key in _memory(n)}
     given = {str(n.target): n for n in backward.find_nodes(op="placeholder")}
     first = next(n for n in backward.nodes if n.op != "placeholder")
     end = forward.find_nodes(op="output")[0]
     kept = list(range(num_outputs))
     for i, node in enumerate(results[num_outputs:], num_outputs):
-        inside = isinstance(node, fx.Node) and node not in inputs and node not in outputs and _memory(node) & memory
+        inside = isinstance(node, fx.Node) and node not in theirs and _memory(node) & memory and not _unwatched(node)
         base, views = _views(node, outputs, given) if inside else (None, [])
         if base is None:
             kept.append(i)
@@ -75,6 +76,11 @@ def _views(node: fx.Node, outputs: Collection[fx.Node], given: Container[str]) -
 def _memory(node: fx.Node) -> set[int]:
     """The storages that a node's tensors lie in."""
     return {_torch.storage_key(t) for t in tensors_of(node.meta.get("val")) if t.layout == torch.strided}
+
+
+def _unwatched(node: fx.Node) -> bool:
+    """Whether a function of the user's keeps a tensor where autograd looks for no writes (`ctx.x = x`)."""
+    return bool(node.meta.get("saved_tensor_with_no_vc_check"))
 
 
 def _is_dense(node: fx.Node) -> bool:
