@@ -92,13 +92,12 @@ def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict
         unwritten = run(replace(program, way="once"), plain, plain)
         if compare(Run(got.steps[:1], []), Run(unwritten.steps[:1], []), allowed, exactly).kind == "same":
             return Verdict("right in spite of a write")
-    for kernels in dict.fromkeys((inner, "aot_eager")) if inner is not None and verdict.kind == "failure" else ():
+    for kernels in dict.fromkeys(("aot_eager", inner)) if inner is not None and verdict.kind == "failure" else ():
         stock, _ = _compiled(program, kernels, OPTIONS[kernels] or None)
-        if compare(stock, want, allowed, exactly).kind != "failure":
-            return verdict
-        theirs = compare(got, nearer(got, want, stock), allowed, exactly)
-        if theirs.kind != "failure":
-            return Verdict("stock differs", verdict.text)
+        if compare(stock, want, allowed, exactly).kind == "failure":
+            theirs = compare(got, nearer(got, want, stock), allowed, exactly)
+            if theirs.kind != "failure":
+                return Verdict("stock differs", verdict.text)
     return theirs
 
 
