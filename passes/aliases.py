@@ -2,7 +2,7 @@
 
 Autograd raises where what was saved has been written to before the backward. It counts writes by tensor, for all views
 of it; but a view that a compiled forward returns is a tensor of its own, and its memory may be written to unseen: a
-wrong gradient and no error. So the backward gets the tensor itself, and takes the view of it.
+wrong gradient and no error (pytorch/pytorch#197887). So the backward gets the tensor itself, and takes the view of it.
 """
 
 from __future__ import annotations

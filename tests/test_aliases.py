@@ -98,6 +98,15 @@ def test_an_input_that_is_written_to_before_the_backward_raises(taken: Taken, in
         (a.sum() + b.sum()).backward()
 
 
+def test_so_it_does_in_a_graph_without_a_region() -> None:
+    x, w = leaf(2, 3), leaf(3, 3)
+    product = torch.compile(torch.matmul, backend="revfx", options={"cpp.simdlen": 1})(x, w)
+    with torch.no_grad():
+        x.mul_(10)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_outputs_that_are_views_may_be_written_to_or_raise(which: int) -> None:
     plain, x = Couplings(parts, GIVEN["views"]), leaf(ROWS, 2 * WIDTH)
