@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,12 @@ def alike(a: Any, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def close(a: Any, b: Any) -> bool:
-    """Whether two outputs or states are the same up to rounding."""
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not b.is_floating_point():
+def close(a: Any, b: Any, eps: float) -> bool:
+    """Whether two outputs or states are the same up to rounding of `eps`, or of their dtype where that is more."""
+    if not eps or not isinstance(a, Tensor) or not isinstance(b, Tensor) or not b.is_floating_point():
         return alike(a, b)
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and error_between([a], [b]) <= 1e3 * torch.finfo(a.dtype).eps
+    off = MARGIN * max(eps, torch.finfo(a.dtype).eps)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and error_between([a], [b]) <= off
 
 
 def finite(step: Step) -> bool:
@@ -85,12 +87,12 @@ ONCE = "Torchinductor does not support code generation for complex"  # which it 
 
 
 def compare(
-    got: Run, want: Run, allowed: Callable[[int], float], exactly: bool = True, tolerance: float = TOLERANCE
+    got: Run, want: Run, allowed: Callable[[int], float], eps: float = 0.0, tolerance: float = TOLERANCE
 ) -> Verdict:
     """The verdict on `got`, given what plain autograd does.
 
-    Gradients may be off by `tolerance`, and by what `allowed` says of a step; outputs are the same bit for bit where
-    `exactly`.
+    Gradients may be off by `tolerance`, and by what `allowed` says of a step; outputs are the same bit for bit, but for
+    kernels that round by `eps` otherwise.
     """
     drifted = any("is off by" in str(w.message) for w in got.warned if issubclass(w.category, RevfxWarning))
     for number, (g, w) in enumerate(zip(got.steps, want.steps, strict=True)):
@@ -115,7 +117,7 @@ def compare(
             return Verdict("failure", f"{at}raised {type(g.error).__name__}: {g.error}")
         if not finite(w):
             return Verdict("not finite")
-        same = alike if exactly else close
+        same = partial(close, eps=eps)
         if len(g.outputs) != len(w.outputs) or not all(map(same, g.outputs, w.outputs)):
             return Verdict("failure", f"{at}other outputs")
         if len(g.state) != len(w.state) or not all(map(same, g.state, w.state)):
@@ -126,7 +128,7 @@ def compare(
         if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
             return Verdict("failure", f"{at}a gradient has another shape or dtype")
         error = error_between(g.gradients, w.gradients)
-        if error > tolerance and not drifted and error > allowed(number):
+        if error > max(tolerance, MARGIN * eps) and not drifted and error > allowed(number):
             return Verdict("failure", f"{at}a gradient is off by {error:.1e}")
     theirs = {said(w.message) for w in want.warned}
     for w in got.warned:

@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # torch 2.13 crashes, with or without revfx, where the parts of a `chunk` are returned and one of them detached as well
 DETACHED = re.compile(r"^k\d+ = \w+\.detach\(\)$")
 
+NARROW = re.compile(r"single\(|\.float\(\)")
+
 
 def by_convert(program: Program, couple: Couple = written_out, **options: Any) -> Verdict:
     """`convert` against the plain model."""
@@ -85,20 +87,26 @@ def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict
     """The verdict on `got`; where a compiler differs from plain also without revfx, each value may be as it is there or
     over its eager kernels. It may save copies, so that a write to something, for which plain raises, does no harm.
     """
-    allowed, exactly = conditioning(program, want), inner != "inductor"
-    verdict = theirs = compare(got, want, allowed, exactly)
+    allowed, eps = conditioning(program, want), 0.0 if inner != "inductor" else rounding(program)
+    verdict = theirs = compare(got, want, allowed, eps)
     if verdict.kind == "failure" and inner is not None and program.way == "written" and want.steps[0].error is not None:
         plain = build(program)
         unwritten = run(replace(program, way="once"), plain, plain)
-        if compare(Run(got.steps[:1], []), Run(unwritten.steps[:1], []), allowed, exactly).kind == "same":
+        if compare(Run(got.steps[:1], []), Run(unwritten.steps[:1], []), allowed, eps).kind == "same":
             return Verdict("right in spite of a write")
     for kernels in dict.fromkeys(("aot_eager", inner)) if inner is not None and verdict.kind == "failure" else ():
         stock, _ = _compiled(program, kernels, OPTIONS[kernels] or None)
-        if compare(stock, want, allowed, exactly).kind == "failure":
-            theirs = compare(got, nearer(got, want, stock), allowed, exactly)
+        if compare(stock, want, allowed, eps).kind == "failure":
+            theirs = compare(got, nearer(got, want, stock), allowed, eps)
             if theirs.kind != "failure":
                 return Verdict("stock differs", verdict.text)
     return theirs
+
+
+def rounding(program: Program) -> float:
+    """That of the dtypes which a program computes in; kernels that are fused otherwise round otherwise."""
+    narrow = NARROW.search(program.source) or any(i.kind == "single" for i in program.inputs)
+    return torch.finfo(torch.float32 if narrow else torch.float64).eps
 
 
 def draws(program: Program) -> bool:
