@@ -12,7 +12,7 @@ from collections.abc import Collection, Container
 import torch
 from torch import fx
 
-from revfx import _torch
+from revfx.passes import _torch
 from revfx.passes.joint import output_args
 from revfx.passes.sizes import tensors_of
 
