@@ -23,22 +23,25 @@ def save_bases(forward: fx.Graph, backward: fx.Graph, num_outputs: int) -> None:
     """
     results = list(output_args(forward))
     outputs = {n for n in results[:num_outputs] if isinstance(n, fx.Node)}
-    theirs = outputs.union(forward.find_nodes(op="placeholder"))
-    memory = {key for n in theirs for key in _memory(n)}
+    inputs = set(forward.find_nodes(op="placeholder"))
+    memory = {key for n in inputs | outputs for key in _memory(n)}
     given = {str(n.target): n for n in backward.find_nodes(op="placeholder")}
     first = next(n for n in backward.nodes if n.op != "placeholder")
     end = forward.find_nodes(op="output")[0]
     kept = list(range(num_outputs))
     for i, node in enumerate(results[num_outputs:], num_outputs):
-        inside = isinstance(node, fx.Node) and node not in theirs and _memory(node) & memory and not _unwatched(node)
-        base, views = _views(node, outputs, given) if inside else (None, [])
+        inside = isinstance(node, fx.Node) and node not in inputs and _memory(node) & memory and not _unwatched(node)
+        both = inside and node in outputs  # if it is a view, the output and what is saved are two tensors
+        base, views = _views(node, outputs, given) if inside and not both else (None, [])
         if base is None:
             kept.append(i)
-            if inside and _is_dense(node):  # a part of it is an output
+            part = inside and not both and _is_dense(node)  # a part of it is an output
+            if part or (both and _is_view(node) and _is_copyable(given[node.name])):
                 with forward.inserting_before(end):
                     results[i] = forward.call_function(torch.ops.aten.clone.default, (node,))
                 results[i].meta = {**node.meta, "val": node.meta["val"].clone()}
                 given[node.name].target = results[i].name
+                given[node.name].meta = results[i].meta
             continue
         old = given.pop(node.name)
         if base.name not in given:
@@ -81,6 +84,15 @@ def _memory(node: fx.Node) -> set[int]:
 def _unwatched(node: fx.Node) -> bool:
     """Whether a function of the user's keeps a tensor where autograd looks for no writes (`ctx.x = x`)."""
     return bool(node.meta.get("saved_tensor_with_no_vc_check"))
+
+
+def _is_view(node: fx.Node) -> bool:
+    return any(_memory(n) & _memory(node) for n in node.all_input_nodes)
+
+
+def _is_copyable(placeholder: fx.Node) -> bool:
+    """Whether nothing in the backward goes by the strides of what it is given."""
+    return not any(u.target is torch.ops.aten.as_strided.default for u in placeholder.users)
 
 
 def _is_dense(node: fx.Node) -> bool:
