@@ -375,12 +375,12 @@ def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
     same: dict[int, int] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor):
-            strided = x.layout == torch.strided
+            strided = x.layout == torch.strided and not x.is_nested
             shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
             key.append(
                 (
-                    tuple(x.shape),
-                    x.stride() if strided else None,
+                    None if x.is_nested else tuple(x.shape),
+                    x.stride() if strided else x.layout,
                     x.dtype,
                     x.device,
                     x.requires_grad,

@@ -27,6 +27,7 @@ from revfx.ambient import ambient_state
 from revfx.errors import Refusal, RevfxError
 from revfx.inplace import updated_statistics
 from revfx.rules import op_name
+from revfx.trees import data_address
 
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int]
     def run(*args: Any) -> Any:
         own = {id(x) for x in args}
         leaves = [] if _torch.fsdp_in_use() else [x for x in args if type(x) in (Tensor, nn.Parameter) and x.is_leaf]
-        check = functools.partial(_check, name, [(weakref.ref(x), x.data_ptr()) for x in leaves])
+        check = functools.partial(_check, name, [(weakref.ref(x), data_address(x)) for x in leaves])
         with _torch.uncounted_writes(tuple(args[i] for i in uncounted)):
             results = compiled(*args)
         for y in results:
@@ -251,7 +252,7 @@ def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int]
     return run
 
 
-def _check(name: str, leaves: Sequence[tuple[weakref.ref[Tensor], int]], grad: Tensor) -> None:
+def _check(name: str, leaves: Sequence[tuple[weakref.ref[Tensor], int | None]], grad: Tensor) -> None:
     """None; `grad` reaches a compiled graph, whose backward is about to regenerate its activations.
 
     Raises:
@@ -264,7 +265,7 @@ def _check(name: str, leaves: Sequence[tuple[weakref.ref[Tensor], int]], grad: T
         )
     for ref, address in leaves:
         leaf = ref()
-        if leaf is not None and leaf.data_ptr() != address:
+        if leaf is not None and data_address(leaf) != address:
             raise RevfxError(
                 f"`convert({name})`: a parameter, buffer or input of shape {list(leaf.shape)} was modified in place"
                 f" (its `.data` was replaced) between forward and backward, which would regenerate other activations."

@@ -29,6 +29,7 @@ from revfx.passes.regions import Region, find_regions
 from revfx.passes.rewrite import Segment, segments, text
 from revfx.passes.sizes import muted
 from revfx.rules import has_rule, op_name
+from revfx.trees import data_address
 from revfx.untraceable import Untraceable
 from revfx.whole import Part, Weights, parts
 
@@ -64,7 +65,7 @@ class Plan:
     regions: dict[int, RegionPlan]
     calls: tuple[Call, ...]
     sources: tuple[tuple[int, Place], ...]
-    constants: tuple[tuple[Tensor, int, int, Place], ...]
+    constants: tuple[tuple[Tensor, int, int | None, Place], ...]
     tied: tuple[tuple[Place, Place], ...]
     state: tuple[tuple[weakref.ref[nn.Module], frozenset[str] | None, frozenset[str], Any], ...]
     outside: tuple[Outside, Any]
@@ -81,7 +82,7 @@ class Plan:
             and self.outside[0].state() == self.outside[1]
             and all(place.tensor() is other.tensor() for place, other in self.tied)
             and all(
-                place.tensor() is t and _torch.version(t) == version and t.data_ptr() == address
+                place.tensor() is t and _torch.version(t) == version and data_address(t) == address
                 for t, version, address, place in self.constants
             )
             and all(part.same() for part in self.parts)
@@ -287,7 +288,7 @@ class _Search:
             lowered, captured, segments(lowered.program, regions),
             {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
-            tuple((t, _torch.version(t), t.data_ptr(), place) for t, place in guarded), tuple(tied), tuple(state),
+            tuple((t, _torch.version(t), data_address(t), place) for t, place in guarded), tuple(tied), tuple(state),
             (outside, outside.state()), parts(whole, captured.reads, captured.written),
             Weights((self.modules[path], name) for path, name in captured.generic),
         )  # fmt: skip

@@ -27,6 +27,7 @@ from revfx import _torch
 from revfx.containers import Held as Contents, content, differ, is_container, put_back
 from revfx.errors import RegenerationError
 from revfx.fingerprint import is_plain, is_users
+from revfx.trees import data_address
 
 
 _swapping = threading.RLock()  # two threads that put the same module's buffers back must not overlap
@@ -54,18 +55,14 @@ class Held:
 
     def changed(self) -> bool:
         """Whether the tensor was written, or its storage swapped, since it was noted."""
-        moved = _address(self.tensor) != self.address and not _torch.fsdp_in_use()
+        moved = data_address(self.tensor) != self.address and not _torch.fsdp_in_use()
         return _torch.version(self.tensor) != self.version or moved
-
-
-def _address(tensor: Tensor) -> int | None:
-    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided else None
 
 
 def _hold(holder: Any, key: Any, tensor: Tensor, clone: bool) -> Held:
     if not tensor.is_leaf:  # its graph may lead to the state that holds this
         tensor = tensor.detach().requires_grad_()
-    address = _address(tensor)
+    address = data_address(tensor)
     freed = address == 0 and tensor.numel() > 0  # by FSDP2: there is nothing to be copied
     copy = tensor.detach().clone().requires_grad_(tensor.requires_grad) if clone and not freed else None
     storage = tensor.untyped_storage() if address else None

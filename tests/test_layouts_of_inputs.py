@@ -1,0 +1,85 @@
+"""Inputs in other layouts than the strided one: gradients are plain training's, whether or not anything is found."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import revfx
+from revfx.errors import RevfxWarning
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage):UserWarning")
+
+
+class Couplings(nn.Module):
+    """Three couplings behind a layer; what is nested is padded for them, what is not strided becomes so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.f, self.g = nn.Linear(8, 8), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_nested and x.layout != torch.strided:
+            x = x.to_dense()
+        x = self.first(x)
+        if x.is_nested:
+            x = torch.nested.to_padded_tensor(x, 0.0)
+        a, b = x.chunk(2, -1)
+        for _ in range(3):
+            a = a + torch.tanh(self.f(b))
+            b = b + torch.tanh(self.g(a))
+        return torch.cat([a, b], -1)
+
+
+def dense() -> Tensor:
+    return torch.randn(4, 8).relu()
+
+
+def nested(layout: torch.layout) -> Tensor:
+    return torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+
+
+INPUTS: dict[str, tuple[Callable[[], Tensor], int]] = {  # and how many cuts are kept
+    "coo": (lambda: dense().to_sparse(), 2),
+    "csr": (lambda: dense().to_sparse_csr(), 2),
+    "bsr": (lambda: dense().to_sparse_bsr((2, 2)), 2),
+    "mkldnn": (lambda: dense().to_mkldnn(), 0),
+    "jagged": (lambda: nested(torch.jagged), 0),
+    "nested": (lambda: nested(torch.strided), 0),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+def test_gradients_are_those_of_plain_training(kind: str) -> None:
+    torch.manual_seed(0)
+    make, kept = INPUTS[kind]
+    plain, inputs = Couplings(), [make(), make()]
+    model: Any = revfx.convert(copy.deepcopy(plain))
+    for x in inputs:  # the second one takes what was made for the first
+        plain(x).sin().sum().backward()
+        model(x).sin().sum().backward()
+    for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+    assert model.revfx.kept_cuts == kept
+
+
+def test_calls_in_other_layouts_are_other_calls() -> None:
+    torch.manual_seed(0)
+    plain, x = Couplings(), dense()
+    model: Any = revfx.convert(copy.deepcopy(plain))
+    for other in (x.to_sparse(), x.to_sparse_csr(), x):
+        assert torch.equal(model(other), plain(other))
+    assert len(model.revfx.plans) == 3
+
+
+def test_a_nested_tensor_is_refused_by_its_name() -> None:
+    model = revfx.convert(Couplings())
+    with pytest.warns(RevfxWarning, match="it is given a nested tensor"):
+        model(nested(torch.jagged)).sum().backward()
