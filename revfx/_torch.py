@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
     in_kernel_invocation_manager,
 )
 from torch.utils import _pytree as pytree
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 _F = TypeVar("_F", bound=Callable[..., Any])
 FAKE_LOGGER = "torch._subclasses.fake_tensor"  # it logs what operators on fake tensors raise
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+NO_FAKE = UnsupportedFakeTensorException
 
 
 # What `autograd.Function.apply` calls in turn, whoever looked that up, and whenever (`mine = Mine.apply`).
@@ -89,7 +91,12 @@ def ran_unseen(tensor: torch.Tensor) -> bool:
 def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces the
     processes hold.
+
+    Raises:
+        NO_FAKE: tensors of this kind have no fake ones.
     """
+    if tensor.is_nested:
+        raise NO_FAKE("a nested tensor has no fake one")
     if not is_dtensor(tensor):
         fake = mode.from_tensor(tensor)
         mode.note(fake)

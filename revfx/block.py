@@ -73,7 +73,7 @@ def rev_block(
             `torch.compile`, where an exact chain has ordinary storage unless `backend="revfx"` finds it).
         ValueError: a wrong `exact` or `anchor_every`; a sequence of the wrong length; f or g changes the shape, dtype
             or device of its stream.
-        TypeError: x1 or x2 is not floating point while a gradient is needed.
+        TypeError: x1 or x2 is not floating point while a gradient is needed, or nested, or sparse.
         NotReversibleError: f or g writes to its input in place.
     """
     layers = _layers(f, g, num_layers)
@@ -240,7 +240,14 @@ def _side(side: Any) -> Any:
 
 
 def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Function]], sides: tuple[Any, Any]) -> None:
-    wrong = [(n, x) for n, x in (("x1", x1), ("x2", x2)) if not x.is_floating_point()]
+    streams = ("x1", x1), ("x2", x2)
+    for name, x in streams:
+        if x.is_nested or x.layout != torch.strided:
+            raise TypeError(
+                f"`{name}` is {'a nested tensor' if x.is_nested else x.layout}; a reversible block needs dense streams:"
+                f" {'padded ones, or the values of a jagged tensor' if x.is_nested else f'`{name}.to_dense()`'}."
+            )
+    wrong = [(n, x) for n, x in streams if not x.is_floating_point()]
     if not wrong or not torch.is_grad_enabled():
         return
     tensors = [x1, x2, *(t for s in sides for t in pytree.tree_leaves(s) if isinstance(t, Tensor))]

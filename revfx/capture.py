@@ -197,8 +197,6 @@ class _Recorder(TorchFunctionMode):
             return t
         fake = self.fakes.get(id(t))
         if fake is None:
-            if t.is_nested:
-                raise Untraceable("it is given a nested tensor, of whose sizes fake tensors know nothing")
             self.alive.append(t)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves

@@ -35,7 +35,11 @@ def type_name(dtype: torch.dtype, shape: Sequence[object]) -> str:
 def types_of(tree: Any) -> tuple[str, ...]:
     """The types of all tensors in nested arguments, and the other leaves as they are written."""
     leaves = pytree.tree_leaves(tree)
-    return tuple(type_name(x.dtype, x.shape) if isinstance(x, Tensor) else repr(x)[:40] for x in leaves)
+    return tuple(_type_of(x) if isinstance(x, Tensor) else repr(x)[:40] for x in leaves)
+
+
+def _type_of(t: Tensor) -> str:
+    return type_name(t.dtype, "?" * t.dim() if t.is_nested else t.shape)
 
 
 def describe(

@@ -132,7 +132,7 @@ def _predicted(
         stage("counting a plain step")
         plain = simulation.step(forward, loss)
     except Exception as e:
-        if not (measure or isinstance(e, _torch.DATA_DEPENDENT)):
+        if not (measure or isinstance(e, (*_torch.DATA_DEPENDENT, _torch.NO_FAKE))):
             raise
         return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
     plan, runs = outcome.plan, list[RegionRun]()

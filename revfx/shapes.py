@@ -40,7 +40,7 @@ class Shapes:
         known, key = _only_makes(func), None
         if known:
             key = func, *(_key(a, tensors) for a in args), *((k, _key(a, tensors)) for k, a in kwargs.items())
-            known = all(map(_torch.is_plain_fake, tensors))
+            known = all(_torch.is_plain_fake(t) and t.layout == torch.strided for t in tensors)
         found = self.seen.get(key) if known else None
         if found is None:
             out = func(*args, **kwargs)
@@ -63,6 +63,8 @@ def _key(a: Any, tensors: list[Tensor]) -> Any:
     """What of an argument the shapes of a result depend on; its tensors are added to `tensors`."""
     if isinstance(a, Tensor):
         tensors.append(a)
+        if a.layout != torch.strided:
+            return None
         return a.shape, a.stride(), a.storage_offset(), a.dtype, a.device, a.is_conj(), a.is_neg()
     if isinstance(a, (tuple, list)):
         return tuple(_key(x, tensors) for x in a)
@@ -73,7 +75,7 @@ def _result(out: Any, tensors: list[Tensor]) -> Any:
     if isinstance(out, (tuple, list)):
         found = [_result(t, tensors) for t in out]
         return tuple(found) if all(isinstance(r, Result) for r in found) else None
-    if not _torch.is_plain_fake(out) or out.is_conj() or out.is_neg():
+    if not _torch.is_plain_fake(out) or out.layout != torch.strided or out.is_conj() or out.is_neg():
         return None
     shared = any(_torch.storage_key(t) == _torch.storage_key(out) for t in tensors)
     if shared and (len(tensors) > 1 or out is tensors[0]):

@@ -71,7 +71,12 @@ class Ledger(TorchDispatchMode):
         self.marks.append((len(self.live), text))
 
     def enter(self, t: Tensor, counted: bool = True) -> None:
-        """None; from now on the memory of `t` is known, and if it is `counted` it is held until it is let go."""
+        """None; from now on the memory of `t` is known, and if it is `counted` it is held until it is let go.
+
+        Fake tensors of sparse layouts have no memory.
+        """
+        if t.layout != torch.strided:
+            return
         storage = t.untyped_storage()
         key = _torch.storage_key(t)
         if key not in self.held:
@@ -86,7 +91,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self.shapes.run(func, args, kwargs or {})
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
-            if isinstance(t, Tensor) and t.layout == torch.strided:
+            if isinstance(t, Tensor):
                 self.enter(t)
         if draws(func, args, kwargs or {}):
             torch.rand(())  # so that the generator's state changes, as it would

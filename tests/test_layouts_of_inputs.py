@@ -81,5 +81,28 @@ def test_calls_in_other_layouts_are_other_calls() -> None:
 
 def test_a_nested_tensor_is_refused_by_its_name() -> None:
     model = revfx.convert(Couplings())
-    with pytest.warns(RevfxWarning, match="it is given a nested tensor"):
+    with pytest.warns(RevfxWarning, match="a nested tensor has no fake one"):
         model(nested(torch.jagged)).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "bsr"])
+def test_sparse_inputs_are_explained_as_dense_ones(kind: str) -> None:
+    torch.manual_seed(0)
+    found = revfx.explain(Couplings(), INPUTS[kind][0]())
+    expected = revfx.explain(Couplings(), dense())
+    assert [r.freed_bytes for r in found.regions] == [r.freed_bytes for r in expected.regions] != []
+    made_dense = 4 * 8 * 4
+    assert [u.kept - made_dense for u in found.ways if u.kept is not None] == [u.kept for u in expected.ways] != []
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_what_is_nested_is_explained_as_what_cannot_be_counted(layout: torch.layout) -> None:
+    text = str(revfx.explain(Couplings(), nested(layout)))
+    assert "Couplings(f32[?,?,?]): nothing reversible was found" in text
+    assert "a nested tensor has no fake one" in text and "no prediction" in text
+
+
+@pytest.mark.parametrize("kind", ["coo", "nested", "jagged"])
+def test_blocks_name_the_stream_that_is_not_dense(kind: str) -> None:
+    with pytest.raises(TypeError, match=r"`x2` is (a nested tensor|torch.sparse_coo); a reversible block needs dense"):
+        revfx.rev_block(torch.randn(4, 8), INPUTS[kind][0](), nn.Linear(8, 8), nn.Linear(8, 8), num_layers=2)
