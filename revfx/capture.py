@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from revfx import _torch, sharding
 from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where
 from revfx.caches import let_go, of_their_own
+from revfx.containers import DEPTH
 from revfx.fingerprint import Seen, Snapshot, lasts, left_alone, structure
 from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
@@ -35,6 +36,7 @@ from revfx.passes.kinks import Inside, Made, look_inside, made_by
 from revfx.passes.numbers import is_generic
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
+from revfx.sources import refuse_sources
 from revfx.trees import address, meta, tensors
 from revfx.untraceable import Untraceable, untraceable
 from revfx.whole import Spot, Written
@@ -94,13 +96,16 @@ def _recorded(
     recorder: _Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]
 ) -> Capture | Untraceable:
     watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
+    given = pytree.tree_leaves((args, kwargs))
     before, drawn = Snapshot.of([m for _, m in watched]), [*generators(), torchs_generator()]
-    outside = Outside.of([m for _, m in watched], forward)
+    outside = Outside.of([m for _, m in watched], forward, given)
     recorder.lasting.update(id(v) for table in outside.tables() for v in table.values())
-    read, put_outside_back = outside.state(), Outside.of(root.modules(), forward).noted()
+    put_outside_back = Outside.of(root.modules(), forward, given).noted(without_sources=True)
+    read = outside.state()
     try:
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
         with intercepted(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
+            refuse_sources(given, "is given", DEPTH)
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
             with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                 result = forward(*fake_args, **fake_kwargs)
@@ -232,7 +237,7 @@ class _Recorder(TorchFunctionMode):
         if known is None:
             raise Untraceable(
                 "it reads a tensor that is neither an argument nor a parameter, buffer or attribute of the model (a"
-                " global, or one kept in a container); use `register_buffer`"
+                " global, or one kept in a container or in an object that it is given); use `register_buffer`"
             )
         _, path, name = known
         qualified = f"{path}.{name}" if path else name

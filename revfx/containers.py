@@ -1,22 +1,84 @@
-"""What lists, dicts, sets, deques, variables of closures and objects hold, noted and put back."""
+"""What lists, dicts, sets, deques, arrays, variables of closures and objects hold, noted and put back."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict, deque
+import functools
+import sys
+import threading
+from argparse import Namespace
+from array import array
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable
-from types import CellType
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
 
 
 DEPTH = 8  # how far containers and objects are followed
+LARGE = 2**20  # bytes of an array that nobody compares at every call
 CONTAINERS = (list, dict, set, deque)
+METHODS = (MethodType, BuiltinMethodType, MethodWrapperType)
+HOLDERS = (Namespace, SimpleNamespace, UserDict, UserList, ChainMap, threading.local, WeakKeyDictionary)
 Held = list[tuple[Any, list[Any]]]  # containers, each with what was in it
 
 
 def is_container(value: object) -> bool:
-    """Whether something else may be put into `value`."""
-    return isinstance(value, (*CONTAINERS, CellType))
+    """Whether something else may be put into `value`: also numbers into an array, or values into an object's slots."""
+    return isinstance(value, (*CONTAINERS, CellType)) or is_array(value) or bool(slots(type(value)))
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` is a bytearray or an array of Python's or NumPy's, of numbers; not a large one, which is data."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        found: Any = value
+        return not found.dtype.hasobject and found.nbytes <= LARGE
+    return isinstance(value, (bytearray, array)) and len(value) <= LARGE
+
+
+@functools.lru_cache(maxsize=4096)
+def slots(kind: type) -> tuple[str, ...]:
+    """The names of the slots of a class; none of torch's and Python's own."""
+    if is_librarys(kind) or issubclass(kind, (*CONTAINERS, tuple, Tensor, nn.Module)):
+        return ()
+    named = [(c.__name__.lstrip("_"), vars(c).get("__slots__", ())) for c in kind.__mro__]
+    found = [(c, n) for c, names in named for n in ((names,) if isinstance(names, str) else names)]
+    private = [f"_{c}{n}" if n.startswith("__") and not n.endswith("__") else n for c, n in found]
+    return tuple(n for n in private if n not in ("__dict__", "__weakref__"))
+
+
+@functools.lru_cache(maxsize=4096)
+def is_librarys(kind: type) -> bool:
+    """Whether a class is torch's or one of Python's own, which are not looked into; but for those that hold what others
+    put there.
+    """
+    library = kind.__module__.partition(".")[0]
+    return library in ("torch", "revfx") or (library in sys.stdlib_module_names and not issubclass(kind, HOLDERS))
+
+
+def is_plain(value: object) -> bool:
+    """Whether `value` is an object whose state is its attributes, such as a configuration; not one of torch's or
+    Python's own.
+    """
+    if is_librarys(type(value)) or isinstance(value, (type, nn.Module, ModuleType, FunctionType, MethodType)):
+        return False
+    return type(getattr(value, "__dict__", None)) is dict
+
+
+def parts_of(value: Any) -> Iterable[Any]:
+    """What is in a tuple or a frozen set, and what a method or a partial function is called with; nothing else can be
+    put there.
+    """
+    if isinstance(value, (tuple, frozenset)):
+        return value
+    if isinstance(value, METHODS) and not isinstance(value.__self__, (ModuleType, type)):
+        return (value.__self__,)
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, value.keywords, *value.keywords.values()
+    return ()
 
 
 def content(container: Any) -> list[Any]:
@@ -27,25 +89,27 @@ def content(container: Any) -> list[Any]:
         with contextlib.suppress(ValueError):
             return [container.cell_contents]
         return []
+    if is_array(container):
+        return [container.tobytes() if hasattr(container, "tobytes") else bytes(container)]
+    if slots(type(container)):
+        return [(n, getattr(container, n)) for n in slots(type(container)) if hasattr(container, n)]
     kind = kind_of(container)
     inside = list(kind.__iter__(container))
     return [(k, dict.__getitem__(container, k)) for k in inside] if issubclass(kind, dict) else inside
 
 
-def held_within(values: Iterable[Any], is_object: Callable[[Any], bool]) -> Held:
-    """The lists, dicts and sets among `values` and in each other, and the attributes of what is an object."""
+def held_within(values: Iterable[Any]) -> Held:
+    """The containers among `values` and in each other, and the attributes of plain objects."""
     found: dict[int, tuple[Any, list[Any]]] = {}
     level = list(values)
     for _ in range(DEPTH):
         inner: list[Any] = []
         for value in level:
-            if isinstance(value, (tuple, frozenset)):
-                inner.extend(value)
-                continue
-            table = vars(value) if is_object(value) else value
-            if is_container(table) and id(table) not in found:
-                found[id(table)] = table, content(table)
-                inner.extend(_flat(found[id(table)][1]))
+            inner.extend(parts_of(value))
+            for table in (value, vars(value)) if is_plain(value) else (value,):
+                if is_container(table) and id(table) not in found:
+                    found[id(table)] = table, content(table)
+                    inner.extend(_flat(found[id(table)][1]))
         level = inner
     return list(found.values())
 
@@ -54,15 +118,25 @@ def differ(containers: Held, equal: Callable[[Any, Any], bool] = lambda a, b: Fa
     """Whether one of the containers holds something else than it held: another object, and not one that is `equal`."""
     for container, then in containers:
         now, before = _flat(content(container)), _flat(then)
-        if len(now) != len(before) or not all(a is b or equal(a, b) for a, b in zip(now, before, strict=True)):
+        if len(now) != len(before) or not all(_same(a, b) or equal(a, b) for a, b in zip(now, before, strict=True)):
             return True
     return False
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is bytes and a == b)
 
 
 def put_back(containers: Held) -> None:
     """None; each container holds again what it held."""
     for container, then in containers:
         if not differ([(container, then)]):
+            continue
+        if is_array(container):
+            _write(container, then[0])
+            continue
+        if slots(type(container)):
+            _set(container, dict(then))
             continue
         kind = kind_of(container)
         if kind is CellType:
@@ -74,6 +148,22 @@ def put_back(containers: Held) -> None:
                     kind.__setitem__(container, k, v)
             else:
                 (set.update if kind is set else kind.extend)(container, then)
+
+
+def _write(numbers: Any, then: bytes) -> None:
+    if isinstance(numbers, (bytearray, array)):
+        del numbers[:]
+        numbers.extend(then) if isinstance(numbers, bytearray) else numbers.frombytes(then)
+    elif numbers.flags.writeable:
+        numbers[...] = sys.modules["numpy"].frombuffer(then, numbers.dtype).reshape(numbers.shape)
+
+
+def _set(item: Any, then: dict[str, Any]) -> None:
+    for name in slots(type(item)):
+        if name in then:
+            object.__setattr__(item, name, then[name])  # also where the class forbids it
+        elif hasattr(item, name):
+            object.__delattr__(item, name)
 
 
 def _fill(cell: CellType, then: list[Any]) -> None:

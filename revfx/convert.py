@@ -127,6 +127,7 @@ class Conversion:
         self.compiled: Compiled | None = None
         self.pending: Outcome | None = None
         self.compiled_tried = False
+        self.dropped = 0
 
     @property
     def plans(self) -> list[Plan]:
@@ -165,13 +166,19 @@ class Conversion:
         with self.lock:
             outcome = self._known(key, model)
             if outcome is None:
-                if sum(len(o) for o in self.outcomes.values()) >= MOST_PLANS:
+                self._drop_gone()
+                if self.dropped + sum(len(o) for o in self.outcomes.values()) >= MOST_PLANS:
                     return Outcome(None, (Refusal(f"called in more than {MOST_PLANS} ways", type(model).__name__, ""),))
                 options = self.options
                 outcome = make_plan(model, self.forward(model), args, kwargs, options.anchor_every, options.exact)
                 self._report(model, outcome)
                 self.outcomes.setdefault(key, []).append((self._state(model), outcome))
             return outcome
+
+    def _drop_gone(self) -> None:
+        """None; lets go of what was made for arguments that are no more, such as a batch that is an object."""
+        for key in [k for k in self.outcomes if fingerprint.is_gone(k)]:
+            self.dropped += len(self.outcomes.pop(key))
 
     def _known(self, key: Any, model: nn.Module) -> Outcome | None:
         for state, outcome in self.outcomes.get(key, ()):
@@ -186,7 +193,7 @@ class Conversion:
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
         name = fingerprint.name_of(model)
-        if outcome.untraceable and self._tries_compiled():
+        if outcome.untraceable and outcome.compiles and self._tries_compiled():
             self.pending, self.compiled = outcome, self._compile(model)
             return
         reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
@@ -259,7 +266,7 @@ class Conversion:
         if self.options.capture == "dynamo" and self.compiled is None:
             self.compiled = self._compile(model)
         outcome = None
-        if self.compiled is None and tensors:
+        if self.compiled is None:
             outcome = self.prepare(model, args, kwargs)
             if outcome.plan is not None:
                 return outcome.plan.run(leaves, store=plain)

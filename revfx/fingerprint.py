@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-import sys
+import functools
 import types
+import weakref
 from collections import deque
-from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Number
@@ -17,25 +18,53 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
-from revfx.containers import CONTAINERS, DEPTH, Held, content, differ, held_within, is_container, put_back
+from revfx.containers import (
+    DEPTH,
+    METHODS,
+    Held,
+    content,
+    differ,
+    held_within,
+    is_array,
+    is_container,
+    is_plain,
+    parts_of,
+    put_back,
+    slots,
+)  # fmt: skip
 
 
+PARTS = (tuple, frozenset, functools.partial, *METHODS)
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Same:
-    """Equal to another where both stand for one object, which it keeps alive: else its address could be given away."""
+    """Equal to another where both stand for one object, and that is still there: what takes its address is another."""
 
     def __init__(self, value: object) -> None:
-        self.value = value
+        self.address = id(value)
+        try:
+            self.value: Callable[[], object] = weakref.ref(value)
+        except TypeError:  # of some classes nothing tells when an object goes: it is kept
+            self.value = lambda: value
 
     def __eq__(self, other: object) -> bool:
         """Whether both stand for one object."""
-        return isinstance(other, Same) and other.value is self.value
+        if self is other:
+            return True
+        mine = self.value()
+        return mine is not None and isinstance(other, Same) and other.value() is mine
 
     def __hash__(self) -> int:
         """The object's address."""
-        return id(self.value)
+        return self.address
+
+
+def is_gone(made: Any) -> bool:
+    """Whether a key stands for an object that is no more, so that no other will ever be equal to it."""
+    if isinstance(made, tuple):
+        return any(map(is_gone, made))
+    return isinstance(made, Same) and made.value() is None
 
 
 def key(value: Any, depth: int = 0) -> Any:
@@ -54,20 +83,15 @@ def key(value: Any, depth: int = 0) -> Any:
         return type(value), tuple([(key(k, depth + 1), key(v, depth + 1)) for k, v in content(value)])
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
         return value.shape, str(value.dtype), value.tobytes()
-    if depth < DEPTH and is_plain(value):
-        return Same(value), tuple([(k, key(v, depth + 1)) for k, v in vars(value).items()])
+    if is_array(value):
+        return type(value), bytes(value)
+    if depth < DEPTH and (is_plain(value) or slots(type(value))):
+        own = [*(vars(value).items() if is_plain(value) else ()), *(content(value) if slots(type(value)) else ())]
+        return Same(value), tuple([(k, key(v, depth + 1)) for k, v in own])
+    if depth < DEPTH and (parts := parts_of(value)):
+        named = Same(value.__func__) if isinstance(value, types.MethodType) else getattr(value, "__name__", None)
+        return type(value), named, tuple([key(v, depth + 1) for v in parts])
     return Same(value)
-
-
-def is_plain(value: object) -> bool:
-    """Whether `value` is an object whose state is its attributes, such as a configuration; not one of torch's or
-    Python's own.
-    """
-    special = (type, nn.Module, types.ModuleType, types.FunctionType, types.MethodType)
-    library = type(value).__module__.partition(".")[0]
-    if library == "torch" or library in sys.stdlib_module_names or isinstance(value, special):
-        return False
-    return type(getattr(value, "__dict__", None)) is dict
 
 
 _LASTING = (*PRIMITIVE, Number, enum.Enum, range, type(Ellipsis), type, types.ModuleType, types.BuiltinFunctionType)
@@ -92,13 +116,16 @@ _INNER = frozenset(k for k in vars(nn.Module()) if k not in ("training", "_param
 
 def composite(module: nn.Module) -> frozenset[str]:
     """The names of attributes that hold containers or plain objects, which are compared by what is in them."""
-    kinds = (list, tuple, dict, set, frozenset, deque)
-    return frozenset(k for k, v in vars(module).items() if k not in SKIPPED and (isinstance(v, kinds) or is_plain(v)))
+    return frozenset(
+        k
+        for k, v in vars(module).items()
+        if k not in SKIPPED and (is_container(v) or is_plain(v) or isinstance(v, PARTS))
+    )
 
 
 def lasting(value: Any) -> bool:
     """Whether an attribute with `value` is the same while it holds that object, and no tensor, which others free."""
-    contained = isinstance(value, (Tensor, *CONTAINERS, tuple, frozenset)) or type(value).__module__ == "numpy"
+    contained = isinstance(value, (Tensor, *PARTS)) or is_container(value) or type(value).__module__ == "numpy"
     return not contained and not is_plain(value)
 
 
@@ -197,7 +224,7 @@ class Snapshot:
             for m in modules
         ]
         named = [(i, k, vars(m)[k]) for i, m in enumerate(modules) for k in composite(m)]
-        held = [(i, k, held_within([v], is_plain)) for i, k, v in named]
+        held = [(i, k, held_within([v])) for i, k, v in named]
         return Snapshot(modules, tables, [_contents(m) for m in modules], held)
 
     def changed(self) -> tuple[int, str] | None:
@@ -245,11 +272,6 @@ def held(tables: Iterable[dict[str, Any]]) -> Held:
     return [(v, content(v)) for v in values if is_container(v)]
 
 
-def held_deep(values: Iterable[Any]) -> Held:
-    """The containers among `values`, in each other and in the attributes of plain objects, with what is in them."""
-    return held_within(values, is_plain)
-
-
 def _contents(module: nn.Module) -> dict[str, Any]:
     return {k: key(v) for k, v in vars(module).items() if is_container(v) and k not in SKIPPED}
 
@@ -262,7 +284,7 @@ def left_alone(tree: Any, error: Exception) -> Generator[None]:
     """
     leaves, spec = pytree.tree_flatten(tree)
     others = [x for x in leaves if not isinstance(x, Tensor)]
-    before, containers = key(others), held_within(others, is_plain)
+    before, containers = key(others), held_within(others)
     try:
         yield
         now, spec_now = pytree.tree_flatten(tree)

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from revfx.containers import CONTAINERS, put_back
-from revfx.fingerprint import held_deep, key
+from revfx.containers import CONTAINERS, held_within, is_plain, parts_of, put_back, slots
+from revfx.fingerprint import is_users, key
+from revfx.sources import StandIn, asks
 
 
 _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
@@ -36,24 +37,29 @@ class Outside:
     names: set[str] = field(default_factory=set[str])
 
     @staticmethod
-    def of(modules: Iterable[nn.Module], forward: Any) -> Outside:
-        """What `forward` and the methods and function attributes of `modules` may read."""
+    def of(modules: Iterable[nn.Module], forward: Any, given: Iterable[Any] = ()) -> Outside:
+        """What `forward`, called with what is `given`, and methods and function attributes of `modules` may read."""
         found, seen = Outside(), set[int]()
-        kinds: set[type] = set()
+        own, values = list(modules), list(given)
+        owners = {id(c): c for module in own for c in _classes(module)}
         stack: list[Any] = [getattr(forward, "func", forward)]
-        for module in modules:
-            kinds.update(c for c in type(module).__mro__ if _followed(c))
-            stack.extend(v for v in vars(module).values() if isinstance(v, _CODE))
-        stack.extend(v for c in kinds for v in vars(c).values() if isinstance(v, _CODE))
+        stack.extend(v for c in owners.values() for v in vars(c).values() if isinstance(v, _CODE))
+        values.extend(v for module in own for k, v in vars(module).items() if is_users(k))
+        parts = [part for v in values for part in parts_of(v)]
+        values += [*parts, *(part for v in parts for part in parts_of(v))]
+        stack.extend(v for v in values if isinstance(v, _CODE))
+        owners.update((id(c), c) for v in values for c in _classes(v))
         while stack:
             for function in _functions(stack.pop()):
                 if id(function) not in seen and _followed(function):
                     seen.add(id(function))
-                    stack.extend(found._add(function, kinds))
+                    stack.extend(found._add(function, owners))
+            if not stack:  # what one function names may be looked up in what another one has at hand
+                stack.extend(v for o in owners.values() for v in found._looked_up(o) if isinstance(v, _CODE))
         return found
 
-    def _add(self, function: types.FunctionType, kinds: set[type]) -> list[Any]:
-        """Further functions, after noting what `function` names."""
+    def _add(self, function: types.FunctionType, owners: dict[int, Any]) -> list[Any]:
+        """Further functions, after noting what `function` names, and the `owners` of further names among it."""
         names = set(_names(function.__code__))
         self.names |= names
         values = [self._note(function.__globals__, n) for n in names if n in function.__globals__]
@@ -62,9 +68,16 @@ class Outside:
         for cell in function.__closure__ or ():
             self.cells[id(cell)] = cell
         values += [_content(cell) for cell in function.__closure__ or ()]
-        owners = [v for v in values if isinstance(v, (type, types.ModuleType)) and _followed(v)]
-        values += [self._note(vars(o), n, o) for o in (*owners, *kinds) for n in names if n in vars(o)]
+        owners.update((id(v), v) for v in values if isinstance(v, types.ModuleType) and _followed(v))
+        owners.update((id(c), c) for v in values for c in _classes(v))
         return [v for v in values if isinstance(v, _CODE)]
+
+    def _looked_up(self, owner: type | types.ModuleType) -> list[Any]:
+        """What was not noted before of the values that any of the names has in a class or a module."""
+        kind = owner if isinstance(owner, type) else None
+        table = vars(owner)
+        fresh = [n for n in self.names if n in table and (id(table if kind is None else kind), n) not in self.named]
+        return [self._note(table, n, owner) for n in fresh]
 
     def _note(self, table: Mapping[str, Any], name: str, owner: type | types.ModuleType | None = None) -> Any:
         kind = owner if isinstance(owner, type) else None
@@ -81,11 +94,15 @@ class Outside:
         values = [*map(_content, self.cells.values()), *self.defaults.values()]
         return tuple([key(t.get(n)) for t, n, _ in self.named.values()] + [key(v) for v in values])
 
-    def noted(self) -> Callable[[], None]:
-        """A function that puts back the values, and what is now in the containers and plain objects among them."""
-        containers = held_deep(v for table in self.tables() for v in table.values())
+    def noted(self, without_sources: bool = False) -> Callable[[], None]:
+        """A function that puts back the values, and what is now in the containers and plain objects among them; until
+        then iterators and the like may be replaced by what raises when it is asked.
+        """
+        containers = held_within(v for table in self.tables() for v in table.values())
         named = [(t, n, kind, t.get(n, _ABSENT)) for t, n, kind in self.named.values()]
         cells = [(c, _content(c)) for c in self.cells.values()]
+        if without_sources:
+            self._replace_sources()
 
         def back() -> None:
             put_back(containers)
@@ -98,6 +115,16 @@ class Outside:
 
         return back
 
+    def _replace_sources(self) -> None:
+        for table, name, kind in self.named.values():
+            if asks(table.get(name)):
+                _set(table, name, kind, StandIn(table[name]))
+        for cell in self.cells.values():
+            if asks(_content(cell)):
+                cell.cell_contents = StandIn(cell.cell_contents)
+        for item in (v for table in self.tables() for v in table.values() if is_plain(v)):
+            vars(item).update({k: StandIn(v) for k, v in vars(item).items() if asks(v)})
+
 
 _ABSENT = object()
 
@@ -107,6 +134,14 @@ def _set(table: Any, name: str, kind: type | None, value: Any) -> None:
         table[name] = value
     else:
         setattr(kind, name, value)
+
+
+def _classes(value: Any) -> list[type]:
+    """The user's classes in which attributes of `value` are looked up that are not its own."""
+    if not isinstance(value, (type, nn.Module)) and not is_plain(value) and not slots(type(value)):
+        return []
+    kind = value if isinstance(value, type) else type(value)
+    return [c for c in kind.__mro__ if _followed(c)]
 
 
 def _followed(item: Any) -> bool:

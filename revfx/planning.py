@@ -124,11 +124,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded."""
+    """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded, and whether
+    `torch.compile` may do better then.
+    """
 
     plan: Plan | None
     refusals: tuple[Refusal, ...]
     untraceable: bool = False
+    compiles: bool = True
 
 
 def make_plan(
@@ -151,7 +154,7 @@ def make_plan(
     except Untraceable as e:
         name = fingerprint.name_of(root)
         refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)
-        return Outcome(None, (*search.refusals.values(), refusal), untraceable=True)
+        return Outcome(None, (*search.refusals.values(), refusal), untraceable=True, compiles=e.compiles)
 
 
 class _Search:
@@ -278,7 +281,7 @@ class _Search:
         ]
         tied = [(self._place(*a), self._place(*b)) for a, b in captured.tied]
         own, whole = self._readable(captured)
-        outside = Outside.of(own, self.forward)
+        outside = Outside.of(own, self.forward, pytree.tree_leaves((self.args, self.kwargs)))
         composite = [(m, fingerprint.composite(m)) for m in own]
         readers: list[tuple[nn.Module, frozenset[str] | None, frozenset[str]]]
         readers = [(m, None, names - captured.reads.of(m, names)) for m, names in composite]

@@ -5,6 +5,7 @@ A trainer hangs itself on the module that it trains, and changes at every step.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from revfx import _torch
+from revfx.sources import refuse_sources
 
 
 _OURS = ("torch", "revfx")  # they look into tables of attributes on behalf of whoever reads one
@@ -31,14 +33,22 @@ class Reads:
 
 @contextmanager
 def noting_reads() -> Generator[Reads]:
-    """A context in which every read of an attribute of any module is noted; one at a time."""
+    """A context in which every read of an attribute of any module is noted; one at a time.
+
+    Raises:
+        Untraceable: an attribute holds something that gives something else each time it is asked.
+    """
+    thread = threading.get_ident()
     reads, before = Reads(), vars(nn.Module).get("__getattribute__")
     plain: Any = before or object.__getattribute__
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
         if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             reads.noted.add((id(self), name))
-        return plain(self, name)
+        value = plain(self, name)
+        if name != "__dict__" and threading.get_ident() == thread:
+            refuse_sources([value], f"reads `{name}`:")
+        return value
 
     setattr(nn.Module, "__getattribute__", __getattribute__)  # noqa: B010 (a checker would take it for the class's own)
     try:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from revfx import _torch
-from revfx.containers import Held as Contents, content, differ, is_container, put_back
+from revfx.containers import Held as Contents, content, differ, is_container, is_plain, put_back
 from revfx.errors import RegenerationError
-from revfx.fingerprint import is_plain, is_users
+from revfx.fingerprint import is_users
 from revfx.trees import data_address
 
 

@@ -7,13 +7,13 @@ from revfx.ambient import where_raised
 
 
 class Untraceable(Exception):
-    """The forward can't be recorded: `reason`, `where` (the user's file and line), and the `path` of the module at
-    fault.
+    """The forward can't be recorded: `reason`, `where` (the user's file and line), the `path` of the module at fault,
+    and whether `torch.compile` captures what it does (`compiles`).
     """
 
-    def __init__(self, reason: str, where: str = "", path: str | None = None) -> None:
+    def __init__(self, reason: str, where: str = "", path: str | None = None, compiles: bool = True) -> None:
         super().__init__(reason)
-        self.reason, self.where, self.path = reason, where, path
+        self.reason, self.where, self.path, self.compiles = reason, where, path, compiles
 
 
 def untraceable(error: Exception, path: str) -> Untraceable:
@@ -27,7 +27,8 @@ def untraceable(error: Exception, path: str) -> Untraceable:
         link.__traceback__ = None  # a frame that knows the error, as one of a `with` may, would else keep itself alive
         link = link.__cause__ or link.__context__
     if isinstance(error, Untraceable):
-        return Untraceable(error.reason, error.where or where, path if error.path is None else error.path)
+        path = path if error.path is None else error.path
+        return Untraceable(error.reason, error.where or where, path, error.compiles)
     if isinstance(error, _torch.DATA_DEPENDENT):
         return Untraceable("its Python code depends on the values of a tensor", where, path)
     text = str(error).splitlines()[0] if str(error) else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +81,13 @@ def mlps(count: int, width: int = 4, out: int | None = None) -> nn.ModuleList:
     return nn.ModuleList(mlp(width, out) for _ in range(count))
 
 
-class Unseen:
-    """A list that a re-run of f finds as it is, not as it was: nothing shows that this object holds something."""
-
-    __slots__ = ("values",)
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
+def unseen() -> Any:
+    """An object with a queue of `values`, which a re-run of f finds as it is, not as it was: nothing looks into objects
+    of Python's own.
+    """
+    item: Any = string.Formatter()
+    item.values = deque[Any]()
+    return item
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

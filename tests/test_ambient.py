@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WAYS, Unseen, block, both, fp64 as fp64, leaf, lines, loss_of, mlp, relative_error
+from helpers import WAYS, block, both, fp64 as fp64, leaf, lines, loss_of, mlp, relative_error, unseen
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -75,7 +75,7 @@ def test_settings_of_the_forward_hold_where_it_is_run_again(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_message_says_what_was_saved_otherwise(way: str, fp64: None) -> None:
-    narrow = Unseen()
+    narrow = unseen()
     fs, gs = (
         [lambda x: (x.to(torch.float32 if narrow.values else x.dtype).exp() * 0.1).to(x.dtype)] * 3,
         [mlp() for _ in range(3)],

@@ -11,7 +11,6 @@ import torch
 from helpers import (
     WAYS,
     Pair,
-    Unseen,
     assert_like_lines,
     block,
     both,
@@ -21,6 +20,7 @@ from helpers import (
     loss_of,
     mlp,
     relative_error,
+    unseen,
 )
 from torch import Tensor, nn
 
@@ -393,7 +393,7 @@ def test_integer_and_complex_streams_work_where_nothing_needs_a_gradient(way: st
 @ways
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_function_that_saves_other_tensors_when_run_again_raises(way: str, layer: int) -> None:
-    calls = Unseen()
+    calls = unseen()
 
     def moody(x: Tensor) -> Tensor:
         calls.values.append(1)
@@ -409,7 +409,7 @@ def test_a_function_that_saves_other_tensors_when_run_again_raises(way: str, lay
 @ways
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_function_that_returns_another_shape_when_run_again_raises(way: str, rows: int) -> None:
-    calls = Unseen()
+    calls = unseen()
 
     def moody(x: Tensor) -> Tensor:
         calls.values.append(1)

@@ -13,7 +13,6 @@ import torch
 from helpers import (
     WAYS,
     Pair,
-    Unseen,
     assert_like_lines,
     assert_same,
     block,
@@ -26,6 +25,7 @@ from helpers import (
     mlps,
     outcome,
     relative_error,
+    unseen,
 )
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -277,7 +277,7 @@ class Failing(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
         self.inner = mlp()
-        self.fails = Unseen()
+        self.fails = unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.dropout(self.norm(x), 0.3)
@@ -385,7 +385,7 @@ def test_a_module_that_remembers_its_output_does_not_keep_the_state_of_older_cal
 
 @ways
 def test_regenerated_values_are_freed_with_the_backward_that_asked_for_them(way: str) -> None:
-    made = Unseen()
+    made = unseen()
 
     def f(x: Tensor) -> Tensor:
         h = torch.tanh(x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Unseen
+from helpers import unseen
 from torch import Tensor, nn
 from torch.fx import Node
 from zoo import ZOO, Additive
@@ -45,7 +45,7 @@ class Counts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.calls = nn.Linear(WIDTH, WIDTH), Unseen()
+        self.linear, self.calls = nn.Linear(WIDTH, WIDTH), unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.values.append(1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Unseen
+from helpers import unseen
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import (
@@ -267,7 +267,7 @@ def test_a_users_rule_that_does_not_say_what_is_added_is_refused() -> None:
 
 
 def test_a_function_that_does_not_repeat_itself_is_caught_by_the_checksum() -> None:
-    calls = Unseen()
+    calls = unseen()
 
     def noisy(t: Tensor) -> Tensor:
         calls.values.append(1)

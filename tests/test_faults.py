@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from faults import KINDS, Busy, Called, Dispatched, Left, Own, around, busy
-from helpers import TOLERANCE, Unseen, fp64 as fp64, leaf, loss_of, mlps, relative_error
+from helpers import TOLERANCE, fp64 as fp64, leaf, loss_of, mlps, relative_error, unseen
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ways import BUILD, Plain
@@ -137,7 +137,7 @@ class Fails(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.norm, self.raises = nn.Linear(4, 4), nn.BatchNorm1d(4), Unseen()
+        self.inner, self.norm, self.raises = nn.Linear(4, 4), nn.BatchNorm1d(4), unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.norm(self.inner(x)))

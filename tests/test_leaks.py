@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Unseen, fp64 as fp64, leaf, loss_of, mlps
+from helpers import fp64 as fp64, leaf, loss_of, mlps, unseen
 from torch import Tensor, nn
 from ways import BUILD
 
@@ -62,7 +62,7 @@ class Fails(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.armed = nn.Linear(4, 4), Unseen()
+        self.linear, self.armed = nn.Linear(4, 4), unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.linear(x))

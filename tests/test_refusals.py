@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Unseen
+from helpers import unseen
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import Additive, D, Pairs, mlp
@@ -229,7 +229,7 @@ class WritesWhenArmed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.armed = Unseen()
+        self.armed = unseen()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.armed.values:
