@@ -163,6 +163,16 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def in_cached_parameters() -> bool:
+    """Whether `torch.nn.utils.parametrize.cached()` is active."""
+    return torch.nn.utils.parametrize._cache_enabled > 0
+
+
 def in_functorch_transform() -> bool:
     """Whether a torch.func transform is active; saved-tensor hooks are not supported there."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -10,6 +10,7 @@ from argparse import Namespace
 from array import array
 from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ Held = list[tuple[Any, list[Any]]]  # containers, each with what was in it
 
 def is_container(value: object) -> bool:
     """Whether something else may be put into `value`: also numbers into an array, or values into an object's slots."""
-    return isinstance(value, (*CONTAINERS, CellType)) or is_array(value) or bool(slots(type(value)))
+    return isinstance(value, (*CONTAINERS, CellType, ContextVar)) or is_array(value) or bool(slots(type(value)))
 
 
 def is_array(value: object) -> bool:
@@ -42,8 +43,11 @@ def is_array(value: object) -> bool:
 @functools.lru_cache(maxsize=4096)
 def slots(kind: type) -> tuple[str, ...]:
     """The names of the slots of a class; none of torch's and Python's own."""
-    if is_librarys(kind) or issubclass(kind, (*CONTAINERS, tuple, Tensor, nn.Module)):
-        return ()
+    return () if is_librarys(kind) or issubclass(kind, (*CONTAINERS, tuple, Tensor, nn.Module)) else slot_names(kind)
+
+
+def slot_names(kind: type) -> tuple[str, ...]:
+    """The names of the slots of any class, as they are looked up from outside."""
     named = [(c.__name__.lstrip("_"), vars(c).get("__slots__", ())) for c in kind.__mro__]
     found = [(c, n) for c, names in named for n in ((names,) if isinstance(names, str) else names)]
     private = [f"_{c}{n}" if n.startswith("__") and not n.endswith("__") else n for c, n in found]
@@ -69,15 +73,15 @@ def is_plain(value: object) -> bool:
 
 
 def parts_of(value: Any) -> Iterable[Any]:
-    """What is in a tuple or a frozen set, and what a method or a partial function is called with; nothing else can be
-    put there.
-    """
+    """What is in a tuple or a frozen set, and what a function knows or is called with: that can't be replaced."""
     if isinstance(value, (tuple, frozenset)):
         return value
     if isinstance(value, METHODS) and not isinstance(value.__self__, (ModuleType, type)):
         return (value.__self__,)
     if isinstance(value, functools.partial):
         return value.func, *value.args, value.keywords, *value.keywords.values()
+    if isinstance(value, FunctionType):
+        return *(value.__closure__ or ()), vars(value)
     return ()
 
 
@@ -85,9 +89,9 @@ def content(container: Any) -> list[Any]:
     """What a list or a set holds, or a dict as pairs; a cell holds one thing, or none."""
     if type(container) is dict:
         return list(container.items())
-    if isinstance(container, CellType):
-        with contextlib.suppress(ValueError):
-            return [container.cell_contents]
+    if isinstance(container, (CellType, ContextVar)):
+        with contextlib.suppress(ValueError, LookupError):
+            return [container.cell_contents if isinstance(container, CellType) else container.get()]
         return []
     if is_array(container):
         return [container.tobytes() if hasattr(container, "tobytes") else bytes(container)]
@@ -134,14 +138,14 @@ def put_back(containers: Held) -> None:
             continue
         if is_array(container):
             _write(container, then[0])
-            continue
-        if slots(type(container)):
+        elif slots(type(container)):
             _set(container, dict(then))
-            continue
-        kind = kind_of(container)
-        if kind is CellType:
+        elif isinstance(container, CellType):
             _fill(container, then)
+        elif isinstance(container, ContextVar):
+            container.set(*then) if then else None
         else:
+            kind = kind_of(container)
             kind.clear(container)
             if issubclass(kind, dict):
                 for k, v in then:
@@ -175,7 +179,7 @@ def _fill(cell: CellType, then: list[Any]) -> None:
 
 def kind_of(container: Any) -> Any:
     """The built-in class of a container: a subclass may make something else of a look-up (a new object each time)."""
-    return next(kind for kind in (OrderedDict, *CONTAINERS, CellType) if isinstance(container, kind))
+    return next(kind for kind in (OrderedDict, *CONTAINERS) if isinstance(container, kind))
 
 
 def _flat(items: list[Any]) -> list[Any]:

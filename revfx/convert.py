@@ -4,20 +4,24 @@ activations.
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from revfx import _torch, fingerprint
 from revfx.ambient import ambient_state
+from revfx.containers import slot_names
 from revfx.convert_dynamo import Compiled
-from revfx.errors import NotReversibleError, Refusal, RevfxWarning
+from revfx.errors import NotReversibleError, Refusal, RevfxError, RevfxWarning
 from revfx.mode import can_store, runs_plain, storing
 from revfx.passes.grid import checked_exact
 from revfx.passes.plan import checked_every
@@ -218,7 +222,8 @@ class Conversion:
     def _convert_parts(self, model: nn.Module) -> None:
         """None; where the root can't be recorded, its largest sub-modules are converted in its place."""
         self.parts_converted = True
-        vars(model)["_modules"] = {name: _part(m, self.options) for name, m in _torch.children(model).items()}
+        own = {**vars(model), "_modules": {n: _part(m, self.options) for n, m in _torch.children(model).items()}}
+        object.__setattr__(model, "__dict__", own)  # the model that this was made of keeps its own
 
     def _tries_compiled(self) -> bool:
         """Whether `torch.compile` may capture what could not be recorded; it is asked once."""
@@ -291,68 +296,148 @@ class Conversion:
 
 
 class Reversible(nn.Module):
-    """Base of the classes of converted models; `model.revfx` tells what was found: `.code`, `.plans`, `.refusals`."""
+    """Base of the classes of converted models; `model.revfx` tells what was found: `.code`, `.plans`, `.refusals`.
+
+    An object of such a class and the model that it was made of have one table of attributes: what knows that model,
+    such as methods bound to it, lambdas and hooks, sees what becomes of this one. An object that others make of the
+    class (`type(model)()`) runs plainly.
+    """
 
     _revfx_base: type[nn.Module]
+    _revfx: tuple[Conversion, nn.Module]  # with the model that it was made of; a slot
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """None; the model's own class may register what is derived from it, or refuse it."""
 
     @property
     def revfx(self) -> Conversion:
         """What the conversion knows about this model."""
-        return vars(self)["_revfx"]
+        conversion = _conversion(self)
+        if conversion is None:
+            raise RevfxError(f"this {type(self).__name__} was made by its class and not by `convert`; it runs plainly.")
+        return conversion
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """None; plans look at the numbers of the weights again."""
         super()._load_from_state_dict(*args, **kwargs)
-        for plan in self.revfx.plans:
+        conversion = _conversion(self)
+        for plan in () if conversion is None else conversion.plans:
             plan.weights.due = True
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """One of the replicas that `nn.DataParallel` makes at every step."""
+        replica = super()._replicate_for_data_parallel()
+        if (known := _known(self)) is not None:
+            object.__setattr__(replica, "_revfx", known)
+        return replica
 
     def __repr__(self) -> str:
         """The model's own text, and the rewritten programs."""
-        return f"{super().__repr__()}\n{self.revfx.code}"
+        conversion = _conversion(self)
+        return super().__repr__() + ("" if conversion is None else f"\n{conversion.code}")
+
+    def __copy__(self) -> Any:
+        """The converted copy of the model, which is made by its own rules."""
+        return _adopt(object.__new__(type(self)), copy.copy(unconverted(self)), _options(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as the model's own class and its state; plans are made again at the first call."""
-        state = {k: v for k, v in self.__getstate__().items() if k != "_revfx"}
-        conversion = self.revfx
-        return _restore, (self._revfx_base, conversion.options, conversion.own_forward), state
+        """Pickled and deeply copied as the model itself, by its own rules, and the options; plans are made again at the
+        first call.
+        """
+        plain = unconverted(self)
+        if isinstance(plain, GraphModule):  # its class can't be found by name
+            return _reversible, (plain, _options(self))
+        return _unfilled, (self._revfx_base, "forward" in vars(plain)), (plain, _options(self))
+
+    def __setstate__(self, state: Any) -> None:
+        """None; takes what `__reduce_ex__` gives."""
+        _adopt(self, *state)
+
+
+def _deepcopy(self: Reversible, memo: dict[int, Any]) -> Any:
+    made = memo[id(self)] = object.__new__(type(self))  # sub-modules may know it
+    return _adopt(made, copy.deepcopy(unconverted(self), memo), _options(self))
+
+
+def _known(module: Reversible) -> tuple[Conversion, nn.Module] | None:
+    try:
+        return object.__getattribute__(module, "_revfx")  # the model's own `__getattr__` may ask another model
+    except AttributeError:
+        return None
+
+
+def _conversion(module: Reversible) -> Conversion | None:
+    known = _known(module)
+    return None if known is None else known[0]
+
+
+def _options(module: Reversible) -> Options | None:
+    conversion = _conversion(module)
+    return None if conversion is None else conversion.options
 
 
 @functools.cache
-def _class_for(base: type[nn.Module]) -> type[Any]:
+def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
+    """The class of converted models of class `base`; `patched` ones have a forward of their own among their attributes.
+
+    It goes by the name of the model's own class, which others look things up by, and write into checkpoints.
+    """
+
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.revfx.call(self, args, kwargs)
+        conversion = None if torch.compiler.is_compiling() else _conversion(self)
+        return base.forward(self, *args, **kwargs) if conversion is None else conversion.call(self, args, kwargs)
 
-    # It goes by the name of the model's own class, which others look things up by, and write into checkpoints.
+    def found(self: Any) -> Any:
+        own: Any = vars(self)["forward"]
+        conversion = None if torch.compiler.is_compiling() else _conversion(self)
+        if conversion is None or own is not conversion.own_forward:  # patched once more
+            return own
+        return functools.wraps(own)(lambda *args, **kwargs: conversion.call(self, args, kwargs))
+
+    def replaced(self: Any, forward: Any) -> None:
+        vars(self)["forward"] = forward
+
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (Reversible, base), {"forward": forward, "_revfx_base": base, **names})
+    members: dict[str, Any] = {"forward": property(found, replaced) if patched else forward, "_revfx_base": base}
+    if hasattr(base, "__deepcopy__"):  # else there is none: a wrapper with a `__getattr__` would take it for its own
+        members["__deepcopy__"] = _deepcopy
+    kind: Any = type(base)  # neither it nor the base shall register the class
+    make = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+    return make(kind, base.__name__, (Reversible, base), {**members, **names, "__slots__": ("_revfx",)})
 
 
-def _reversible(model: nn.Module, options: Options) -> Any:
-    converted = object.__new__(_class_for(type(model)))
-    converted.__dict__.update(vars(model))
-    own = converted.__dict__.pop("forward", None)
-    converted.__dict__["_revfx"] = Conversion(own, options)
-    _torch.share_fsdp_state(model, converted)
-    return converted
+def _reversible(model: nn.Module, options: Options | None) -> Any:
+    return _adopt(_unfilled(type(model), "forward" in vars(model)), model, options)
+
+
+def _unfilled(base: type[nn.Module], patched: bool) -> Any:
+    return object.__new__(_class_for(base, patched))
+
+
+def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
+    """`made`, which is `plain` from now on; converted, if there are `options`."""
+    object.__setattr__(made, "__dict__", vars(plain))
+    for name in slot_names(type(plain)):
+        if hasattr(plain, name):
+            object.__setattr__(made, name, getattr(plain, name))
+    if options is not None:
+        object.__setattr__(made, "_revfx", (Conversion(vars(plain).get("forward"), options), plain))
+    _torch.share_fsdp_state(plain, made)
+    return made
 
 
 def unconverted(model: nn.Module) -> nn.Module:
     """The model that a converted one was made of, which shares everything with it; other modules as they are."""
     if not isinstance(model, Reversible):
         return model
+    known = _known(model)
+    if known is not None and vars(known[1]) is vars(model):
+        return known[1]
     plain = object.__new__(model._revfx_base)  # pyright: ignore[reportPrivateUsage]
-    plain.__dict__.update({k: v for k, v in vars(model).items() if k != "_revfx"})
-    if model.revfx.own_forward is not None:
-        plain.__dict__["forward"] = model.revfx.own_forward
+    object.__setattr__(plain, "__dict__", vars(model))
     _torch.share_fsdp_state(model, plain)
     return plain
-
-
-def _restore(base: type[nn.Module], options: Options, own_forward: Any) -> Any:
-    restored = object.__new__(_class_for(base))
-    restored.__dict__["_revfx"] = Conversion(own_forward, options)
-    return restored
 
 
 def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
@@ -362,10 +447,10 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
     if module is None or isinstance(module, (Reversible, torch.jit.ScriptModule)) or _torch.has_hooks(module):
         return module
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        copy = object.__new__(type(module))
-        copy.__dict__.update(vars(module))
-        copy.__dict__["_modules"] = {name: _part(m, options) for name, m in _torch.children(module).items()}
-        return copy
+        twin = object.__new__(type(module))
+        twin.__dict__.update(vars(module))
+        twin.__dict__["_modules"] = {name: _part(m, options) for name, m in _torch.children(module).items()}
+        return twin
     if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
         return module
     return (

@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
@@ -34,7 +35,7 @@ from revfx.containers import (
 )  # fmt: skip
 
 
-PARTS = (tuple, frozenset, functools.partial, *METHODS)
+PARTS = (tuple, frozenset, functools.partial, types.FunctionType, *METHODS)
 PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -85,6 +86,11 @@ def key(value: Any, depth: int = 0) -> Any:
         return value.shape, str(value.dtype), value.tobytes()
     if is_array(value):
         return type(value), bytes(value)
+    if isinstance(value, ContextVar):
+        return Same(value), key(value.get(None), depth + 1)
+    if isinstance(value, types.FunctionType):
+        changes = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items(), *vars(value).items()
+        return Same(value), Same(value.__code__), key(changes, depth + 1)
     if depth < DEPTH and (is_plain(value) or slots(type(value))):
         own = [*(vars(value).items() if is_plain(value) else ()), *(content(value) if slots(type(value)) else ())]
         return Same(value), tuple([(k, key(v, depth + 1)) for k, v in own])
@@ -132,19 +138,20 @@ def lasting(value: Any) -> bool:
 def attributes(
     module: nn.Module, names: frozenset[str] | None = None, without: frozenset[str] = frozenset()
 ) -> tuple[Any, ...]:
-    """What may be read of one module: plain attributes (of these `names`, less those `without`), children, the tensors
-    it has, whether it has hooks.
+    """What may be read of one module: its forward, plain attributes (of these `names`, less those `without`), children,
+    the tensors it has, whether it has hooks.
     """
     d = vars(module)
     named = [k for k in d if k not in SKIPPED and (names is None or k in names)]
     plain = tuple([(k, key(d[k])) for k in named if k not in without])
     children = tuple([(k, Same(v)) for k, v in _torch.children(module).items()])
     tensors = tuple([(k, key(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items())])
-    return type(module), plain, children, tensors, _torch.has_hooks(module)
+    kind = getattr(type(module), "_revfx_base", type(module))
+    return kind, getattr(kind, "forward", None), plain, children, tensors, _torch.has_hooks(module)
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-SKIPPED = _INNER | {*_TABLES, "_revfx"}
+SKIPPED = _INNER | {*_TABLES}
 
 
 def is_users(name: str) -> bool:

@@ -56,8 +56,10 @@ def runs_plain(inputs: Iterable[Tensor]) -> bool:
 def can_store(inputs: Iterable[Tensor]) -> bool:
     """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func or tracers, not on fake
     inputs or on "meta", where there is no memory to save, and not in MKL-DNN's layout, which tracers take for strided.
+    Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what weights are computed to: a re-run
+    would have neither.
     """
-    if _torch.in_jit() or _torch.in_functorch_transform():
+    if _torch.in_jit() or _torch.in_functorch_transform() or _torch.in_forward_mode() or _torch.in_cached_parameters():
         return False
     return _simulating.get() or not any(_torch.is_fake(t) or t.is_meta or t.is_mkldnn for t in inputs)
 

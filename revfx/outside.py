@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from revfx.containers import CONTAINERS, held_within, is_plain, parts_of, put_back, slots
+from revfx.containers import CONTAINERS, content, held_within, is_plain, parts_of, put_back, slots
 from revfx.fingerprint import is_users, key
 from revfx.sources import StandIn, asks
 
 
 _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
+MOST = 256  # entries of a table in which functions are looked for
 _CODE = (types.FunctionType, types.MethodType, property, staticmethod, classmethod)
 
 
@@ -41,25 +42,25 @@ class Outside:
         """What `forward`, called with what is `given`, and methods and function attributes of `modules` may read."""
         found, seen = Outside(), set[int]()
         own, values = list(modules), list(given)
-        owners = {id(c): c for module in own for c in _classes(module)}
+        shared = {id(c): c for module in own for c in _classes(module)}
         stack: list[Any] = [getattr(forward, "func", forward)]
-        stack.extend(v for c in owners.values() for v in vars(c).values() if isinstance(v, _CODE))
+        stack.extend(v for c in shared.values() for v in vars(c).values() if isinstance(v, _CODE))
         values.extend(v for module in own for k, v in vars(module).items() if is_users(k))
-        parts = [part for v in values for part in parts_of(v)]
-        values += [*parts, *(part for v in parts for part in parts_of(v))]
+        values += _within(values)
         stack.extend(v for v in values if isinstance(v, _CODE))
-        owners.update((id(c), c) for v in values for c in _classes(v))
+        shared.update((id(c), c) for v in values for c in _classes(v))
         while stack:
             for function in _functions(stack.pop()):
                 if id(function) not in seen and _followed(function):
                     seen.add(id(function))
-                    stack.extend(found._add(function, owners))
-            if not stack:  # what one function names may be looked up in what another one has at hand
-                stack.extend(v for o in owners.values() for v in found._looked_up(o) if isinstance(v, _CODE))
+                    stack.extend(found._add(function, shared))
+            if not stack:  # what one function names may be looked up in the class of what another one has at hand
+                looked_up = found._look_up(found.names | {"forward"}, shared.values())
+                stack.extend(v for v in looked_up if isinstance(v, _CODE))
         return found
 
-    def _add(self, function: types.FunctionType, owners: dict[int, Any]) -> list[Any]:
-        """Further functions, after noting what `function` names, and the `owners` of further names among it."""
+    def _add(self, function: types.FunctionType, shared: dict[int, type]) -> list[Any]:
+        """Further functions, after noting what `function` names, and classes of which it has objects at hand."""
         names = set(_names(function.__code__))
         self.names |= names
         values = [self._note(function.__globals__, n) for n in names if n in function.__globals__]
@@ -68,20 +69,21 @@ class Outside:
         for cell in function.__closure__ or ():
             self.cells[id(cell)] = cell
         values += [_content(cell) for cell in function.__closure__ or ()]
-        owners.update((id(v), v) for v in values if isinstance(v, types.ModuleType) and _followed(v))
-        owners.update((id(c), c) for v in values for c in _classes(v))
+        looked_in = list[Any]((*values, *(sys.modules[n] for n in names if n in sys.modules)))  # it may import them
+        while looked_in:  # as in `package.module.function`
+            values += (looked_in := self._look_up(names, _spaces(looked_in)))
+        values += _within(values)
+        shared.update((id(c), c) for v in values for c in _classes(v))
         return [v for v in values if isinstance(v, _CODE)]
 
-    def _looked_up(self, owner: type | types.ModuleType) -> list[Any]:
-        """What was not noted before of the values that any of the names has in a class or a module."""
-        kind = owner if isinstance(owner, type) else None
-        table = vars(owner)
-        fresh = [n for n in self.names if n in table and (id(table if kind is None else kind), n) not in self.named]
-        return [self._note(table, n, owner) for n in fresh]
+    def _look_up(self, names: Iterable[str], owners: Iterable[Any]) -> list[Any]:
+        """What was not noted before of the values that `names` have in some classes and modules."""
+        places = [(n, o) for o in owners for n in names if n in vars(o) and (_place(o), n) not in self.named]
+        return [self._note(vars(o), n, o) for n, o in places]
 
     def _note(self, table: Mapping[str, Any], name: str, owner: type | types.ModuleType | None = None) -> Any:
         kind = owner if isinstance(owner, type) else None
-        self.named[id(table if kind is None else kind), name] = (table, name, kind)  # a class's table is made anew
+        self.named[id(table) if owner is None else _place(owner), name] = (table, name, kind)
         return table[name]
 
     def tables(self) -> list[dict[str, Any]]:
@@ -134,6 +136,28 @@ def _set(table: Any, name: str, kind: type | None, value: Any) -> None:
         table[name] = value
     else:
         setattr(kind, name, value)
+
+
+def _place(owner: Any) -> int:
+    return id(owner if isinstance(owner, type) else vars(owner))  # a class's table is made anew
+
+
+def _spaces(values: Iterable[Any]) -> list[Any]:
+    """The user's modules and classes among `values`."""
+    return [v for v in values if isinstance(v, (type, types.ModuleType)) and _followed(v)]
+
+
+def _within(values: Iterable[Any]) -> list[Any]:
+    """What the values hold, and what that holds: functions are kept in tables, and methods know their objects."""
+    level = list(values)
+    found = [part for v in level for part in parts_of(v)]
+    level += found
+    for _ in range(2):
+        inside = [content(vars(v) if is_plain(v) else v) for v in level if is_plain(v) or isinstance(v, CONTAINERS)]
+        items = (item for items in inside if len(items) <= MOST for item in items)
+        level = [x for item in items for x in (item if type(item) is tuple else (item,))]
+        found += (level := level + [part for v in level for part in parts_of(v)])
+    return found
 
 
 def _classes(value: Any) -> list[type]:

@@ -6,7 +6,8 @@ A trainer hangs itself on the module that it trains, and changes at every step.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+import weakref
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +21,25 @@ _OURS = ("torch", "revfx")  # they look into tables of attributes on behalf of w
 
 
 class Reads:
-    """The attributes that were read: pairs of a module's address and a name."""
+    """The attributes that were read: pairs of the address of a module's table and a name."""
 
     def __init__(self) -> None:
         self.noted: set[tuple[int, str]] = set()
+        self.modules: dict[int, weakref.ref[nn.Module]] = {}  # by the address of its table
+
+    def elsewhere(self, known: Iterable[nn.Module]) -> list[tuple[nn.Module, frozenset[str]]]:
+        """Modules that are none of the `known`, such as a parent that one has in a list, and what was read of them."""
+        tables = {id(vars(m)) for m in known}
+        found = [
+            (table, m) for table, there in self.modules.items() if table not in tables if (m := there()) is not None
+        ]
+        return [(m, frozenset(n for t, n in self.noted if t == table)) for table, m in found]
 
     def of(self, module: nn.Module, names: frozenset[str]) -> frozenset[str]:
         """Those of `names` that were read of `module`; all, where its whole table was asked for."""
-        whole = (id(module), "__dict__") in self.noted
-        return frozenset(n for n in names if whole or (id(module), n) in self.noted)
+        table = id(vars(module))
+        whole = (table, "__dict__") in self.noted
+        return frozenset(n for n in names if whole or (table, n) in self.noted)
 
 
 @contextmanager
@@ -44,7 +55,10 @@ def noting_reads() -> Generator[Reads]:
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
         if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
-            reads.noted.add((id(self), name))
+            table = id(plain(self, "__dict__"))
+            reads.noted.add((table, name))
+            if table not in reads.modules:
+                reads.modules[table] = weakref.ref(self)
         value = plain(self, name)
         if name != "__dict__" and threading.get_ident() == thread:
             refuse_sources([value], f"reads `{name}`:")

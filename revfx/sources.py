@@ -1,5 +1,5 @@
-"""Objects that give something else each time they are asked, which no recording may do: they can't be put back, or
-compared with what they were.
+"""Objects that give something else each time they are asked (optimizers: at each step), which no recording may do: they
+can't be put back, or compared with what they were.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from revfx.containers import content, is_array, is_container, is_plain, parts_of
 from revfx.untraceable import Untraceable
 
 
-_DRAWN = (random.Random, queue.Queue, queue.SimpleQueue)
+_KINDS = (Iterator, random.Random, queue.Queue, queue.SimpleQueue, Optimizer, LRScheduler)
 
 
 def refuse_sources(values: Iterable[Any], what: str, depth: int = 1) -> None:
@@ -75,7 +78,9 @@ def asks(value: Any) -> bool:
 
 
 def is_source(value: Any) -> bool:
-    """Whether `value` is an iterator, a random generator, a file or a queue, none of the user's own classes."""
+    """Whether `value` is an iterator, a random generator, a file, a queue, or what steps with the training; none of the
+    user's own classes.
+    """
     if not _may_be(type(value)):
         return False
     shared = (random.random.__self__, getattr(sys.modules.get("numpy.random"), "_rand", None))  # noted elsewhere
@@ -84,7 +89,7 @@ def is_source(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _may_be(kind: type) -> bool:
-    return issubclass(kind, (*_DRAWN, Iterator)) or kind.__module__.startswith("numpy.random")
+    return issubclass(kind, _KINDS) or kind.__module__.startswith("numpy.random")
 
 
 def _held(value: Any) -> list[Any]:
