@@ -144,8 +144,9 @@ class Samples:
                 continue
             text = (
                 f"`{self.program.values[v].name}`, regenerated for {where}, is off by {error:.1e} (relative): the"
-                f" functions of this region amplify rounding errors too much to be inverted in {before.dtype}. Use a"
-                " wider dtype for the streams, `exact=True`, or anchors (`anchor_every`), or keep the activations with"
+                f" functions of this region amplify rounding errors too much to be inverted in {before.dtype}, or give"
+                " something else when they run again (`revfx.testing.check_inverse` tells). Use a wider dtype for the"
+                " streams, `exact=True`, or anchors (`anchor_every`), or keep the activations with"
                 " `revfx.testing.store_activations()`."
             )
             if error > max(limit, numerics.GARBAGE):

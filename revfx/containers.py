@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 
 DEPTH = 8  # how far containers and objects are followed
+MANY = 256  # entries of a container that is not looked through for functions and the like
 LARGE = 2**20  # bytes of an array that nobody compares at every call
 CONTAINERS = (list, dict, set, deque)
 METHODS = (MethodType, BuiltinMethodType, MethodWrapperType)

@@ -88,9 +88,9 @@ def key(value: Any, depth: int = 0) -> Any:
         return type(value), bytes(value)
     if isinstance(value, ContextVar):
         return Same(value), key(value.get(None), depth + 1)
-    if isinstance(value, types.FunctionType):
-        changes = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items(), *vars(value).items()
-        return Same(value), Same(value.__code__), key(changes, depth + 1)
+    if depth < DEPTH and isinstance(value, types.FunctionType):
+        named = *enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items(), *vars(value).items()
+        return Same(value), Same(value.__code__), tuple([(k, key(v, depth + 1)) for k, v in named])
     if depth < DEPTH and (is_plain(value) or slots(type(value))):
         own = [*(vars(value).items() if is_plain(value) else ()), *(content(value) if slots(type(value)) else ())]
         return Same(value), tuple([(k, key(v, depth + 1)) for k, v in own])

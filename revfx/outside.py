@@ -15,13 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from revfx.containers import CONTAINERS, content, held_within, is_plain, parts_of, put_back, slots
+from revfx.containers import CONTAINERS, MANY, content, held_within, is_plain, parts_of, put_back, slots
 from revfx.fingerprint import is_users, key
 from revfx.sources import StandIn, asks
 
 
 _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
-MOST = 256  # entries of a table in which functions are looked for
 _CODE = (types.FunctionType, types.MethodType, property, staticmethod, classmethod)
 
 
@@ -53,14 +52,15 @@ class Outside:
             for function in _functions(stack.pop()):
                 if id(function) not in seen and _followed(function):
                     seen.add(id(function))
-                    stack.extend(found._add(function, shared))
+                    stack.extend(found._add(function))
             if not stack:  # what one function names may be looked up in the class of what another one has at hand
-                looked_up = found._look_up(found.names | {"forward"}, shared.values())
-                stack.extend(v for v in looked_up if isinstance(v, _CODE))
+                known = len(found.named)
+                values = found._look_up(found.names, shared.values())
+                stack.extend(v for v in values if isinstance(v, _CODE) and len(found.named) > known)
         return found
 
-    def _add(self, function: types.FunctionType, shared: dict[int, type]) -> list[Any]:
-        """Further functions, after noting what `function` names, and classes of which it has objects at hand."""
+    def _add(self, function: types.FunctionType) -> list[Any]:
+        """Further functions, after noting what `function` names."""
         names = set(_names(function.__code__))
         self.names |= names
         values = [self._note(function.__globals__, n) for n in names if n in function.__globals__]
@@ -69,17 +69,17 @@ class Outside:
         for cell in function.__closure__ or ():
             self.cells[id(cell)] = cell
         values += [_content(cell) for cell in function.__closure__ or ()]
-        looked_in = list[Any]((*values, *(sys.modules[n] for n in names if n in sys.modules)))  # it may import them
-        while looked_in:  # as in `package.module.function`
-            values += (looked_in := self._look_up(names, _spaces(looked_in)))
-        values += _within(values)
-        shared.update((id(c), c) for v in values for c in _classes(v))
-        return [v for v in values if isinstance(v, _CODE)]
+        spaces = _spaces((*values, *(sys.modules[n] for n in names if n in sys.modules)))  # it may import them
+        looked_in = set[int]()
+        while spaces:  # as in `package.module.function`
+            looked_in.update(map(id, spaces))
+            values += (inside := self._look_up(names, spaces))
+            spaces = [s for s in _spaces(inside) if id(s) not in looked_in]
+        return [v for v in (*values, *_within(values)) if isinstance(v, _CODE)]
 
     def _look_up(self, names: Iterable[str], owners: Iterable[Any]) -> list[Any]:
-        """What was not noted before of the values that `names` have in some classes and modules."""
-        places = [(n, o) for o in owners for n in names if n in vars(o) and (_place(o), n) not in self.named]
-        return [self._note(vars(o), n, o) for n, o in places]
+        """The values that `names` have in some classes and modules."""
+        return [self._note(vars(o), n, o) for o in owners for n in names if n in vars(o)]
 
     def _note(self, table: Mapping[str, Any], name: str, owner: type | types.ModuleType | None = None) -> Any:
         kind = owner if isinstance(owner, type) else None
@@ -143,8 +143,9 @@ def _place(owner: Any) -> int:
 
 
 def _spaces(values: Iterable[Any]) -> list[Any]:
-    """The user's modules and classes among `values`."""
-    return [v for v in values if isinstance(v, (type, types.ModuleType)) and _followed(v)]
+    """The user's modules and classes among `values`, and the classes of objects."""
+    modules = [v for v in values if isinstance(v, types.ModuleType) and _followed(v)]
+    return [*modules, *(c for v in values for c in _classes(v))]
 
 
 def _within(values: Iterable[Any]) -> list[Any]:
@@ -154,7 +155,7 @@ def _within(values: Iterable[Any]) -> list[Any]:
     level += found
     for _ in range(2):
         inside = [content(vars(v) if is_plain(v) else v) for v in level if is_plain(v) or isinstance(v, CONTAINERS)]
-        items = (item for items in inside if len(items) <= MOST for item in items)
+        items = (item for items in inside if len(items) <= MANY for item in items)
         level = [x for item in items for x in (item if type(item) is tuple else (item,))]
         found += (level := level + [part for v in level for part in parts_of(v)])
     return found

@@ -286,7 +286,7 @@ class _Search:
         readers: list[tuple[nn.Module, frozenset[str] | None, frozenset[str]]]
         readers = [(m, None, names - captured.reads.of(m, names)) for m, names in composite]
         readers += [(m, frozenset(outside.names), frozenset[str]()) for m in whole]
-        readers += [(m, names, frozenset[str]()) for m, names in captured.reads.elsewhere((*own, *whole))]
+        readers += [(m, names, frozenset[str]()) for m, names in captured.reads.elsewhere(self.root.modules())]
         state = [(weakref.ref(m), n, without, fingerprint.attributes(m, n, without)) for m, n, without in readers]
         return Plan(
             lowered, captured, segments(lowered.program, regions),

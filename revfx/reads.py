@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from revfx import _torch
+from revfx.fingerprint import is_users
 from revfx.sources import refuse_sources
 
 
@@ -60,7 +61,7 @@ def noting_reads() -> Generator[Reads]:
             if table not in reads.modules:
                 reads.modules[table] = weakref.ref(self)
         value = plain(self, name)
-        if name != "__dict__" and threading.get_ident() == thread:
+        if is_users(name) and name != "__dict__" and threading.get_ident() == thread:
             refuse_sources([value], f"reads `{name}`:")
         return value
 

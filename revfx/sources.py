@@ -15,7 +15,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from revfx.containers import content, is_array, is_container, is_plain, parts_of
+from revfx.containers import MANY, content, is_array, is_container, is_plain, parts_of
 from revfx.untraceable import Untraceable
 
 
@@ -96,4 +96,6 @@ def _held(value: Any) -> list[Any]:
     if is_array(value):
         return []
     inside = (*(vars(value).items() if is_plain(value) else ()), *(content(value) if is_container(value) else ()))
+    if len(inside) > MANY:
+        return []
     return [x for item in inside for x in (item if type(item) is tuple else (item,))] + list(parts_of(value))

@@ -16,7 +16,7 @@ import revfx
 
 PACKAGE = {
     "__init__": "from outside_pkg import config, helpers",
-    "config": "SCALE = 1.0",
+    "config": "SCALE, OTHER = 1.0, 1.0",
     "helpers": """
         SCALE = 1.0
         def scale(): return SCALE
@@ -50,6 +50,9 @@ PACKAGE = {
             def by(self): return SCALE
         class Dotted(Net):
             def by(self): return outside_pkg.config.SCALE
+        class DottedTwice(Net):
+            def by(self): return outside_pkg.config.OTHER * self.once()
+            def once(self): return outside_pkg.config.SCALE
         class DottedFunction(Net):
             def by(self): return outside_pkg.helpers.scale()
         class Alias(Net):
@@ -73,8 +76,9 @@ PACKAGE = {
     """,
 }
 PLACES = {  # where the number lies that each of them reads
-    "Named": "models", "Dotted": "config", "DottedFunction": "helpers", "Alias": "helpers", "Local": "config",
-    "LocalModule": "config", "Function": "helpers", "Method": "helpers", "Attribute": "helpers", "Table": "models",
+    "Named": "models", "Dotted": "config", "DottedTwice": "config", "DottedFunction": "helpers", "Alias": "helpers",
+    "Local": "config", "LocalModule": "config", "Function": "helpers", "Method": "helpers", "Attribute": "helpers",
+    "Table": "models",
 }  # fmt: skip
 
 
