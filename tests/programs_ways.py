@@ -83,6 +83,9 @@ def by_backend(program: Program, inner: str = "aot_eager") -> Verdict:
     return Verdict(verdict.kind, verdict.text, any(r.regions for r in found))
 
 
+PARTS = "This view is the output of a function that returns multiple views"
+
+
 def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict:
     """The verdict on `got`; where a compiler differs from plain also without revfx, each value may be as it is there or
     over its eager kernels. It may save copies, so that a write to something, for which plain raises, does no harm.
@@ -94,6 +97,8 @@ def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict
         unwritten = run(replace(program, way="once"), plain, plain)
         if compare(Run(got.steps[:1], []), Run(unwritten.steps[:1], []), allowed, eps).kind != "failure":
             return Verdict("right in spite of a write")
+        if inner == "inductor" and PARTS in verdict.text:  # what a loss reads beside the graph: README, Limits
+            return Verdict("part of an input returned")
     for kernels in dict.fromkeys(("aot_eager", inner)) if inner is not None and verdict.kind == "failure" else ():
         stock, _ = _compiled(program, kernels, OPTIONS[kernels] or None)
         if compare(stock, want, allowed, eps).kind == "failure":
