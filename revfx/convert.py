@@ -11,6 +11,7 @@ import warnings
 from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -222,8 +223,11 @@ class Conversion:
     def _convert_parts(self, model: nn.Module) -> None:
         """None; where the root can't be recorded, its largest sub-modules are converted in its place."""
         self.parts_converted = True
-        own = {**vars(model), "_modules": {n: _part(m, self.options) for n, m in _torch.children(model).items()}}
-        object.__setattr__(model, "__dict__", own)  # the model that this was made of keeps its own
+        was, parts = unconverted(model), {n: _part(m, self.options) for n, m in _torch.children(model).items()}
+        own = {**vars(model), "_modules": parts}  # the model that this was made of keeps its own
+        bound = {k: v for k, v in own.items() if isinstance(v, MethodType) and v.__self__ is was}
+        own.update({k: MethodType(v.__func__, model) for k, v in bound.items()})
+        object.__setattr__(model, "__dict__", own)
 
     def _tries_compiled(self) -> bool:
         """Whether `torch.compile` may capture what could not be recorded; it is asked once."""

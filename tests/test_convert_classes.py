@@ -84,6 +84,31 @@ def test_what_is_bound_to_the_model_sees_what_becomes_of_it(make: Callable[[], n
     assert model.revfx.kept_cuts > 0
 
 
+class Branches(nn.Module):
+    """A model that can't be recorded, of whose sub-modules one has couplings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = Net(), 1.0
+        self.by = self.scaled
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by(self.net(x)) if float(x.detach().sum()) < 1e9 else x
+
+
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+def test_methods_of_a_model_whose_parts_are_converted_see_what_becomes_of_it() -> None:
+    plain: Any = Branches()
+    model: Any = revfx.convert(copy.deepcopy(plain), capture="fx")
+    for scale in (1.0, 3.0):
+        plain.scale = model.scale = scale
+        assert_alike(model, plain)
+    assert model.net.revfx.kept_cuts > 0
+
+
 def test_the_model_and_its_conversion_have_one_state() -> None:
     plain: Any = Net()
     model: Any = revfx.convert(plain)

@@ -15,7 +15,7 @@ from helpers import fp64 as fp64, leaf, loss_of, mlps, unseen
 from torch import Tensor, nn
 from ways import BUILD
 
-from revfx.convert import MOST_PLANS
+from revfx.convert import MOST_PLANS, convert
 from revfx.testing import store_activations
 
 
@@ -187,3 +187,38 @@ def test_models_that_are_converted_and_dropped_leave_nothing(way: str) -> None:
     assert now[0] <= tensors
     assert now[1] <= objects + 20
     assert now[2] <= memory + 4 * MIB
+
+
+class Batch:
+    """A batch that is an object."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(4, 8)
+
+
+class OfBatch(nn.Module):
+    """Couplings of what is in such a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fs = mlps(3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        a, b = batch.x.chunk(2, -1)
+        for f in self.fs:
+            a, b = b + f(a), a
+        return a * b
+
+
+@pytest.mark.parametrize("capture", ["fx", "auto"])
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+def test_batches_that_are_objects_are_let_go(capture: str) -> None:
+    model, batches = convert(OfBatch(), capture=capture), list[weakref.ref[Tensor]]()
+    batch = Batch()
+    for _ in range(2 * MOST_PLANS):
+        batch = Batch()
+        model(batch).sum().backward()
+        batches.append(weakref.ref(batch.x))
+    del batch
+    gc.collect()
+    assert not any(there() is not None for there in batches)
