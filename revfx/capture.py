@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 from revfx import _torch, sharding
 from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where
 from revfx.caches import let_go, of_their_own
-from revfx.containers import DEPTH
 from revfx.fingerprint import Seen, Snapshot, lasts, left_alone, structure
 from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
@@ -100,12 +99,13 @@ def _recorded(
     before, drawn = Snapshot.of([m for _, m in watched]), [*generators(), torchs_generator()]
     outside = Outside.of([m for _, m in watched], forward, given)
     recorder.lasting.update(id(v) for table in outside.tables() for v in table.values())
-    put_outside_back = Outside.of(root.modules(), forward, given).noted(without_sources=True)
-    read = outside.state()
+    put_outside_back = (everywhere := Outside.of(root.modules(), forward, given)).noted()
     try:
+        everywhere.replace_sources()
+        read = outside.state()
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
         with intercepted(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
-            refuse_sources(given, "is given", DEPTH)
+            refuse_sources(given, "is given")
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
             with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                 result = forward(*fake_args, **fake_kwargs)

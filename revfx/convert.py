@@ -43,8 +43,8 @@ def convert(
 ) -> nn.Module:
     """A module that computes what `model` does, with activation memory that does not grow with depth in its regions.
 
-    It is the same model seen through another class: parameters, buffers, sub-modules and hooks are shared by
-    identity, `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the model's own. At
+    It is the same model seen through another class: all attributes are shared, with parameters, buffers, sub-modules
+    and hooks; `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the model's own. At
     its first call for given shapes, dtypes, `requires_grad` and training state the forward is recorded on fake
     tensors, regions whose values can be derived from their outputs are looked for, and from then on their activations
     are freed in the forward and regenerated, layer by layer, during the backward: `x1 = y1 - f(x2)` where the model

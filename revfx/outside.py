@@ -96,15 +96,11 @@ class Outside:
         values = [*map(_content, self.cells.values()), *self.defaults.values()]
         return tuple([key(t.get(n)) for t, n, _ in self.named.values()] + [key(v) for v in values])
 
-    def noted(self, without_sources: bool = False) -> Callable[[], None]:
-        """A function that puts back the values, and what is now in the containers and plain objects among them; until
-        then iterators and the like may be replaced by what raises when it is asked.
-        """
+    def noted(self) -> Callable[[], None]:
+        """A function that puts back the values, and what is now in the containers and plain objects among them."""
         containers = held_within(v for table in self.tables() for v in table.values())
         named = [(t, n, kind, t.get(n, _ABSENT)) for t, n, kind in self.named.values()]
         cells = [(c, _content(c)) for c in self.cells.values()]
-        if without_sources:
-            self._replace_sources()
 
         def back() -> None:
             put_back(containers)
@@ -117,7 +113,8 @@ class Outside:
 
         return back
 
-    def _replace_sources(self) -> None:
+    def replace_sources(self) -> None:
+        """None; where iterators and the like were, there is from now on what raises when it is asked."""
         for table, name, kind in self.named.values():
             if asks(table.get(name)):
                 _set(table, name, kind, StandIn(table[name]))

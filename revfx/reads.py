@@ -62,7 +62,7 @@ def noting_reads() -> Generator[Reads]:
                 reads.modules[table] = weakref.ref(self)
         value = plain(self, name)
         if is_users(name) and name != "__dict__" and threading.get_ident() == thread:
-            refuse_sources([value], f"reads `{name}`:")
+            refuse_sources([value], f"reads `{name}`:", depth=1)
         return value
 
     setattr(nn.Module, "__getattribute__", __getattribute__)  # noqa: B010 (a checker would take it for the class's own)

@@ -15,14 +15,14 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from revfx.containers import MANY, content, is_array, is_container, is_plain, parts_of
+from revfx.containers import DEPTH, MANY, content, is_array, is_container, is_plain, parts_of
 from revfx.untraceable import Untraceable
 
 
 _KINDS = (Iterator, random.Random, queue.Queue, queue.SimpleQueue, Optimizer, LRScheduler)
 
 
-def refuse_sources(values: Iterable[Any], what: str, depth: int = 1) -> None:
+def refuse_sources(values: Iterable[Any], what: str, depth: int = DEPTH) -> None:
     """None, where there is no source among `values`, of which a forward does `what`, nor in what they hold, `depth`
     levels deep.
 
