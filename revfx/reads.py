@@ -58,7 +58,7 @@ def noting_reads() -> Generator[Reads]:
         if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             table = id(plain(self, "__dict__"))
             reads.noted.add((table, name))
-            if table not in reads.modules:
+            if table not in reads.modules and threading.get_ident() == thread:
                 reads.modules[table] = weakref.ref(self)
         value = plain(self, name)
         if is_users(name) and name != "__dict__" and threading.get_ident() == thread:

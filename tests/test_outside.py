@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,3 +119,19 @@ def test_a_forward_that_is_replaced_in_its_class_is_seen(package: str) -> None:
     before = model(x)
     models.Named.forward = lambda self, x: -models.Net.forward(self, x)
     assert torch.equal(model(x), -before)
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("hung", ["tuple", "table", "object"])
+def test_a_number_of_a_module_that_is_not_registered_is_seen(package: str, hung: str) -> None:
+    models: Any = __import__(f"{package}.models", fromlist=["models"])
+    parent = torch.nn.Module()
+    by = {"tuple": lambda self: self.up[0].n, "table": lambda self: self.up.n, "object": lambda self: self.up.it.n}
+    plain: Any = type("Child", (models.Net,), {"by": by[hung]})()
+    vars(plain)["up"] = {"tuple": (parent,), "table": parent, "object": SimpleNamespace(it=parent)}[hung]
+    model: Any = revfx.convert(plain)
+    x = torch.randn(5, 8)
+    for n in (1.0, 3.0):
+        vars(parent)["n"] = n
+        assert torch.equal(model(x), plain(x))
+    assert [len(p.regions) for p in model.revfx.plans] == [1, 1]
