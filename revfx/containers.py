@@ -103,6 +103,14 @@ def content(container: Any) -> list[Any]:
     return [(k, dict.__getitem__(container, k)) for k in inside] if issubclass(kind, dict) else inside
 
 
+def inside(value: Any) -> list[Any]:
+    """What a value holds and knows, entries of dicts as keys and values; nothing of arrays and of large containers."""
+    if is_array(value):
+        return []
+    own = (*(vars(value).items() if is_plain(value) else ()), *(content(value) if is_container(value) else ()))
+    return [*(_flat([*own]) if len(own) <= MANY else ()), *parts_of(value)]
+
+
 def held_within(values: Iterable[Any]) -> Held:
     """The containers among `values` and in each other, and the attributes of plain objects."""
     found: dict[int, tuple[Any, list[Any]]] = {}
@@ -147,7 +155,8 @@ def put_back(containers: Held) -> None:
             container.set(*then) if then else None
         else:
             kind = kind_of(container)
-            kind.clear(container)
+            if not issubclass(kind, dict) or [*map(id, kind.__iter__(container))] != [id(k) for k, _ in then]:
+                kind.clear(container)
             if issubclass(kind, dict):
                 for k, v in then:
                     kind.__setitem__(container, k, v)

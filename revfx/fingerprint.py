@@ -32,7 +32,7 @@ from revfx.containers import (
     parts_of,
     put_back,
     slots,
-)  # fmt: skip
+)
 
 
 PARTS = (tuple, frozenset, functools.partial, types.FunctionType, *METHODS)
@@ -72,7 +72,7 @@ def key(value: Any, depth: int = 0) -> Any:
     """A hashable that changes when `value` does.
 
     Numbers and strings by value and type (1, 1.0 and True differ, as do 0.0 and -0.0), tensors by shape and type (their
-    data is read anew), containers, arrays and plain objects by content, others by identity.
+    data is read anew), containers, arrays, functions and plain objects by content, others by identity.
     """
     if isinstance(value, PRIMITIVE):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from revfx.containers import CONTAINERS, MANY, content, held_within, is_plain, parts_of, put_back, slots
+from revfx.containers import CONTAINERS, held_within, inside, is_plain, put_back, slots
 from revfx.fingerprint import is_users, key
 from revfx.sources import StandIn, asks
 
@@ -147,14 +147,9 @@ def _spaces(values: Iterable[Any]) -> list[Any]:
 
 def _within(values: Iterable[Any]) -> list[Any]:
     """What the values hold, and what that holds: functions are kept in tables, and methods know their objects."""
-    level = list(values)
-    found = [part for v in level for part in parts_of(v)]
-    level += found
-    for _ in range(2):
-        inside = [content(vars(v) if is_plain(v) else v) for v in level if is_plain(v) or isinstance(v, CONTAINERS)]
-        items = (item for items in inside if len(items) <= MANY for item in items)
-        level = [x for item in items for x in (item if type(item) is tuple else (item,))]
-        found += (level := level + [part for v in level for part in parts_of(v)])
+    found, level = list[Any](), list(values)
+    for _ in range(3):
+        found += (level := [x for v in level for x in inside(v)])
     return found
 
 

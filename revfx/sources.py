@@ -15,7 +15,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from revfx.containers import DEPTH, MANY, content, is_array, is_container, is_plain, parts_of
+from revfx.containers import DEPTH, inside, is_container, is_plain, parts_of
 from revfx.untraceable import Untraceable
 
 
@@ -36,7 +36,7 @@ def refuse_sources(values: Iterable[Any], what: str, depth: int = DEPTH) -> None
                 raise _refusal(value, what)
         fresh = [v for v in level if id(v) not in seen] if further else []
         seen.update(map(id, fresh))
-        level = [x for v in fresh for x in _held(v)]
+        level = [x for v in fresh for x in inside(v)]
 
 
 class StandIn:
@@ -90,12 +90,3 @@ def is_source(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _may_be(kind: type) -> bool:
     return issubclass(kind, _KINDS) or kind.__module__.startswith("numpy.random")
-
-
-def _held(value: Any) -> list[Any]:
-    if is_array(value):
-        return []
-    inside = (*(vars(value).items() if is_plain(value) else ()), *(content(value) if is_container(value) else ()))
-    if len(inside) > MANY:
-        return []
-    return [x for item in inside for x in (item if type(item) is tuple else (item,))] + list(parts_of(value))

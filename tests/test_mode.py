@@ -25,7 +25,7 @@ class Couplings(nn.Module):
         super().__init__()
         self.fs = nn.ModuleList(mlp(4) for _ in range(3))
         for f in self.fs:
-            parametrizations.weight_norm(f[0])  # type: ignore[index]
+            parametrizations.weight_norm(f.get_submodule("0"))
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
