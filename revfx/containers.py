@@ -15,6 +15,7 @@ from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodW
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,6 +23,7 @@ DEPTH = 8  # how far containers and objects are followed
 MANY = 256  # entries of a container that is not looked through for functions and the like
 LARGE = 2**20  # bytes of an array that nobody compares at every call
 CONTAINERS = (list, dict, set, deque)
+PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 METHODS = (MethodType, BuiltinMethodType, MethodWrapperType)
 HOLDERS = (Namespace, SimpleNamespace, UserDict, UserList, ChainMap, threading.local, WeakKeyDictionary)
 Held = list[tuple[Any, list[Any]]]  # containers, each with what was in it
@@ -105,10 +107,15 @@ def content(container: Any) -> list[Any]:
 
 def inside(value: Any) -> list[Any]:
     """What a value holds and knows, entries of dicts as keys and values; nothing of arrays and of large containers."""
-    if is_array(value):
+    if _holds_nothing(type(value)) or is_array(value):
         return []
     own = (*(vars(value).items() if is_plain(value) else ()), *(content(value) if is_container(value) else ()))
     return [*(_flat([*own]) if len(own) <= MANY else ()), *parts_of(value)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _holds_nothing(kind: type) -> bool:
+    return kind in (*PRIMITIVE, Tensor, nn.Parameter) or issubclass(kind, (type, ModuleType, nn.Module))
 
 
 def held_within(values: Iterable[Any]) -> Held:

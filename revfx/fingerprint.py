@@ -22,6 +22,7 @@ from revfx import _torch, sharding
 from revfx.containers import (
     DEPTH,
     METHODS,
+    PRIMITIVE,
     Held,
     content,
     differ,
@@ -36,7 +37,6 @@ from revfx.containers import (
 
 
 PARTS = (tuple, frozenset, functools.partial, types.FunctionType, *METHODS)
-PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Same:

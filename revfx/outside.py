@@ -77,9 +77,9 @@ class Outside:
             spaces = [s for s in _spaces(inside) if id(s) not in looked_in]
         return [v for v in (*values, *_within(values)) if isinstance(v, _CODE)]
 
-    def _look_up(self, names: Iterable[str], owners: Iterable[Any]) -> list[Any]:
+    def _look_up(self, names: set[str], owners: Iterable[Any]) -> list[Any]:
         """The values that `names` have in some classes and modules."""
-        return [self._note(vars(o), n, o) for o in owners for n in names if n in vars(o)]
+        return [self._note(vars(o), n, o) for o in owners for n in names & vars(o).keys()]
 
     def _note(self, table: Mapping[str, Any], name: str, owner: type | types.ModuleType | None = None) -> Any:
         kind = owner if isinstance(owner, type) else None
