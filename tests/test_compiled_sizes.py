@@ -103,8 +103,7 @@ class Images(nn.Module):
         return torch.cat([a, b], -1)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("resized", RESIZED)
+@pytest.mark.parametrize("resized, exact", [*((name, False) for name in RESIZED), ("enlarged", True)])
 def test_images_whose_size_is_not_fixed(resized: str, exact: bool) -> None:
     model = Images(RESIZED[resized])
     options: Any = {"inner": "aot_eager", "exact": exact}

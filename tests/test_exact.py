@@ -85,8 +85,11 @@ def assert_bitwise(model: Callable[..., Any], inputs: Sequence[Any], autocast: b
 CHAINS: dict[str, Callable[[int], nn.Module]] = {"additive": Additive, "affine": Affine, "momentum": Momentum}
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("depth", [10, 100])  # 1,000: `python tests/measure.py exact`, and by blocks below
+# 1,000: `python tests/measure.py exact`, and by blocks below
+DEPTHS = pytest.mark.parametrize("depth, autocast", [(10, False), (10, True), (100, True)])
+
+
+@DEPTHS
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_gradient_of_a_chain_is_the_same_to_the_bit(name: str, depth: int, autocast: bool) -> None:
     model = CHAINS[name](depth)
@@ -95,8 +98,7 @@ def test_every_gradient_of_a_chain_is_the_same_to_the_bit(name: str, depth: int,
     assert converted.revfx.kept_cuts == 2, "the first and the last"
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("depth", [10, 100])
+@DEPTHS
 def test_every_gradient_of_a_transformer_with_dropout_is_the_same_to_the_bit(depth: int, autocast: bool) -> None:
     converted: Any = revfx.convert(WithDropout(depth), exact=True)
     assert_bitwise(converted, tokens(2), autocast)
@@ -113,8 +115,7 @@ class WithDropout(Transformer):
                 setattr(self, name, nn.ModuleList(nn.Sequential(m, nn.Dropout(0.1)) for m in child))
 
 
-@pytest.mark.parametrize("depth", [10, 1000])
-@pytest.mark.parametrize("way", ["rev_block", "RevBlock"])
+@pytest.mark.parametrize("way, depth", [("RevBlock", 10), ("rev_block", 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, "autocast"], ids=str)
 def test_blocks_are_the_same_to_the_bit(way: str, depth: int, dtype: Any) -> None:
     block = revfx.RevBlock(lambda: nn.Sequential(mlp(), nn.Dropout(0.1)), mlp, depth, exact=True)

@@ -99,7 +99,7 @@ def trained(convert: Callable[[nn.Module], Any], place: str, kind: str) -> list[
 
 
 PLACES = ("argument", "attribute", "list", "closure", "global", "object")
-CASES = [(k, p) for k in SOURCES for p in PLACES if p in PLACES[:2] or k in ("generator", "its method", "default_rng")]
+CASES = [(k, p) for k in SOURCES for p in PLACES if p == "attribute" or k in ("generator", "its method")]
 
 
 @pytest.mark.parametrize("kind, place", CASES)
