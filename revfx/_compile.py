@@ -21,6 +21,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
@@ -99,10 +100,14 @@ def merged_once(gm: fx.GraphModule) -> Generator[None]:
 
 
 def min_cut_partition(
-    gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    gm: fx.GraphModule, joint_inputs: Sequence[object], regenerates: bool, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward and the backward graph, as torch's own partitioner splits `gm`."""
-    return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+    """The forward and the backward graph, as torch's own partitioner splits `gm`; where that already `regenerates` what
+    it reads, nothing is recomputed beyond that on behalf of a budget.
+    """
+    whole: dict[str, Any] = {"activation_memory_budget": 1.0, "aggressive_recomputation": False} if regenerates else {}
+    with functorch_config.patch(whole):
+        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
 
 def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
@@ -165,6 +170,20 @@ def mode_options(mode: str) -> Mapping[str, Any]:
 def is_inductor_option(name: str) -> bool:
     """Whether inductor has a setting of this name."""
     return name in inductor_config.get_config_copy()
+
+
+WRAPPED = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
+
+
+def partitioned_by_revfx() -> bool:
+    """Whether the program that dynamo traces now goes to a backend of revfx's, or to inductor with its partitioner."""
+    compilers: list[Any] = [InstructionTranslator.current_tx().output.compiler_fn]
+    for compiler in compilers:  # wrappers first
+        inner = [getattr(compiler, name, None) for name in WRAPPED]
+        compilers += [c for c in inner if c is not None and c not in compilers]
+    partitioners = [getattr(c, "config", {}).get("custom_partitioner_fn") for c in compilers]
+    found = (*compilers, *partitioners, inductor_config.custom_partitioner_fn)
+    return any((getattr(f, "__module__", None) or "").partition(".")[0] == "revfx" for f in found)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.block_compiled import compiled_chain
 from revfx.calls import Call, Slot
+from revfx.coupling import Function, apply, couple, plain
 from revfx.errors import NotReversibleError
-from revfx.executor import RegionPlan, run_region, store_region
-from revfx.mode import can_store, runs_plain
+from revfx.executor import RegionPlan, run_region
+from revfx.mode import can_store, runs_plain, store_region
 from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
 from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
@@ -30,7 +31,6 @@ from revfx.passes.regions import Region, climb
 from revfx.surroundings import reads_of
 
 
-Function = Callable[..., Tensor]
 Functions = Function | Sequence[Function] | nn.ModuleList
 
 
@@ -83,7 +83,7 @@ def rev_block(
     k = checked_exact(exact)
     floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
     if num_layers == 0 or not floating:
-        return _plain(x1, x2, layers, sides)
+        return plain(x1, x2, layers, sides)
     if k is None:
         return _chain(x1, x2, layers, sides, is_training, None, anchor_every)
     dtypes = x1.dtype, x2.dtype
@@ -104,17 +104,17 @@ def _chain(
     """(y1, y2), with streams on the grid 2^-k where k is given."""
     if torch.compiler.is_compiling():
         if is_training and k is None:
-            return compiled_chain(x1, x2, layers, sides, _plain, anchor_every)
-        return _plain(x1, x2, layers, sides, k)
+            return compiled_chain(x1, x2, layers, sides, anchor_every)
+        return plain(x1, x2, layers, sides, k)
     leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
-    plain = not is_training or runs_plain((x1, x2, *leaves))
-    if plain and (k is None or not can_store((x1, x2, *leaves))):
-        return _plain(x1, x2, layers, sides, k)
+    storing = not is_training or runs_plain((x1, x2, *leaves))
+    if storing and (k is None or not can_store((x1, x2, *leaves))):
+        return plain(x1, x2, layers, sides, k)
     side_tensors, side_slots = _number_sides(sides, first=2)
     plan = _plan(len(layers), _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), k, anchor_every)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
     calls = _calls(layers, side_slots, len(env), k)
-    if plain:
+    if storing:
         store_region(plan, calls, env)
     else:
         run_region(plan, calls, env)
@@ -163,8 +163,8 @@ class RevBlock(nn.Module):
             y1, y2 = to_grid(y1, k), to_grid(y2, k)
             layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
         for layer, (f, g) in reversed(list(enumerate(layers))):
-            y2 = _couple(y2, _apply(g, y1, g_side), "g", layer, k, sign=-1)
-            y1 = _couple(y1, _apply(f, y2, f_side), "f", layer, k, sign=-1)
+            y2 = couple(y2, apply(g, y1, g_side), "g", layer, k, sign=-1)
+            y1 = couple(y1, apply(f, y2, f_side), "f", layer, k, sign=-1)
         return y1.to(dtypes[0]), y2.to(dtypes[1])
 
     def extra_repr(self) -> str:
@@ -262,10 +262,6 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
 
 
 # --- the computation
-def _apply(function: Function, x: Tensor, side: Any) -> Tensor:
-    return function(x) if side is None else function(x, side)
-
-
 def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
     """`function` as it is outside of an exact block: of a stream of dtype `reads`, added to one of dtype `adds`."""
     if carrier(reads) == reads and carrier(adds) == adds:
@@ -280,37 +276,6 @@ def _narrowed(function: Function, reads: torch.dtype, dtype: torch.dtype, x: Ten
             f"a function of a coupling returned {h.dtype} for a stream of {dtype}: it must keep the dtype."
         )
     return h
-
-
-def _couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign: int = 1) -> Tensor:
-    """`x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype; h is rounded to
-    the grid 2^-k where k is given.
-    """
-    if not isinstance(h, Tensor):
-        raise TypeError(f"`{name}` of layer {layer} returned a {type(h).__name__}; it must return one tensor.")
-    if h.shape != x.shape:
-        raise ValueError(
-            f"`{name}` of layer {layer} returned shape {tuple(h.shape)}, but the stream that it is added to has shape"
-            f" {tuple(x.shape)}: a coupling must keep the shape."
-        )
-    if h.device != x.device:
-        raise ValueError(f"`{name}` of layer {layer} returned a tensor on {h.device}, but its stream is on {x.device}.")
-    if torch.promote_types(h.dtype, x.dtype) != x.dtype:
-        raise ValueError(
-            f"`{name}` of layer {layer} returned {h.dtype}, which would turn its stream from {x.dtype} into"
-            f" {torch.promote_types(h.dtype, x.dtype)}: a coupling must keep the dtype."
-        )
-    h = h if k is None else to_grid(h, k)
-    return x + h if sign > 0 else x - h
-
-
-def _plain(
-    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any], k: int | None = None
-) -> tuple[Tensor, Tensor]:
-    for layer, (f, g) in enumerate(layers):
-        x1 = _couple(x1, _apply(f, x2, sides[0]), "f", layer, k)
-        x2 = _couple(x2, _apply(g, x1, sides[1]), "g", layer, k)
-    return x1, x2
 
 
 # --- the program of a block, for the executor
@@ -400,7 +365,7 @@ def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first:
             several = isinstance(slots[i], (list, tuple, dict))
             fn = functools.partial(_leaving_alone, function, f"`{name}` of layer {layer}") if several else function
             calls.append(Call(f"{name} of layer {layer}", fn, args))
-            calls.append(Call(f"add of layer {layer}", _couple, (Slot(streams[i]), Slot(at), name, layer, k)))
+            calls.append(Call(f"add of layer {layer}", couple, (Slot(streams[i]), Slot(at), name, layer, k)))
             streams[i] = at + 1
             at += 2
     return calls

@@ -1,10 +1,12 @@
 """`rev_block` while `torch.compile` traces it.
 
-Saved-tensor hooks can't be traced. Layers whose functions are built of modules known to draw nothing, write nothing
-and read no tensor but their own parameters, buffers and arguments become one autograd.Function with explicit tensors,
-whose backward inverts: one for all of them, since the compiler merges a recomputed g(y1) with the forward's, and so
-keeps what the last layer of every Function needs. Layers of other modules, which may draw, are checkpointed one by
-one, keeping their two inputs; functions that are no modules, and modules with hooks, stay plain.
+A backend of revfx's finds the couplings in plain code. For others: saved-tensor hooks can't be traced. Layers whose
+functions are built of smooth modules known to draw nothing, write nothing and read no tensor but their own parameters,
+buffers and arguments become one autograd.Function with explicit tensors, whose backward inverts: one for all of them,
+since the compiler merges a recomputed g(y1) with the forward's, and so keeps what the last layer of every Function
+needs. Layers that may draw, or tell numbers apart as relu does, which rounding would show, and streams in half
+precision are checkpointed one by one, keeping their two inputs. Whatever else, which a second run might change, is
+plain: functions that are no modules, modules with hooks, code that sets attributes.
 
 What decides is part of the traced program, so that the compiled code is guarded by all that it depends on.
 """
@@ -22,61 +24,63 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from revfx import _torch
+from revfx.coupling import Function, Pair, apply, couple, plain
+from revfx.passes.plan import SAMPLE, drifted
+from revfx.stateless import leaves_nothing
 
 
-Function = Callable[..., Tensor]
-Pair = tuple[Function, Function]
-Plain = Callable[[Tensor, Tensor, Sequence[Pair], tuple[Any, Any]], tuple[Tensor, Tensor]]
 Call = tuple[Callable[[Tensor, Sequence[Tensor]], Tensor], list[int]]  # what to call, and which held tensors it reads
 
 PLAIN, CHECKPOINTED, SAVED = 0, 1, 2
+REMEDY = "give `rev_block` an `anchor_every`, compile with backend='revfx', or call with `is_training=False`"
 
 
 def compiled_chain(
-    x1: Tensor,
-    x2: Tensor,
-    layers: Sequence[Pair],
-    sides: tuple[Any, Any],
-    plain: Plain,
-    anchor_every: int | None = None,
+    x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any], anchor_every: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(y1, y2) of the chain, each run of layers saved, checkpointed, or computed by `plain`, whichever it allows.
+    """(y1, y2) of the chain, each run of layers saved, checkpointed, or plain, whichever it allows.
 
     What lies between two runs is kept; no run is longer than `anchor_every` layers.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _transformed():
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _left_plain():
         return plain(x1, x2, layers, sides)
+    most = SAVED if x1.dtype in PRECISE and x2.dtype in PRECISE else CHECKPOINTED
     runs: list[tuple[int, list[Pair]]] = []
     for pair in layers:
-        level = min(_level(pair[0]), _level(pair[1]))
+        level = min(_level(pair[0]), _level(pair[1]), most)
         if not runs or runs[-1][0] != level or len(runs[-1][1]) == anchor_every:
             runs.append((level, []))
         runs[-1][1].append(pair)
     for level, run in runs:
         if level == SAVED:
-            x1, x2 = _saved(x1, x2, run, sides, plain)
+            x1, x2 = _saved(x1, x2, run, sides)
         elif level == CHECKPOINTED:
             for pair in run:
-                x1, x2 = checkpoint(_one_layer(pair, sides, plain), x1, x2, use_reentrant=False)
+                x1, x2 = checkpoint(_one_layer(pair, sides), x1, x2, use_reentrant=False)
         else:
             x1, x2 = plain(x1, x2, run, sides)
     return x1, x2
 
 
+PRECISE = (torch.float32, torch.float64)
+
+
 @_torch.constant_when_compiled
-def _transformed() -> bool:
-    """Whether a torch.func transform is active: a constant, since Dynamo guards on the transforms around a program."""
-    return _torch.in_functorch_transform()
+def _left_plain() -> bool:
+    """Whether revfx's partitioner will find the couplings, or what is around can't be traced with what would be put in
+    their place: torch.func transforms, on which dynamo guards, and hooks on saved tensors.
+    """
+    from revfx import _compile
+
+    return _torch.in_functorch_transform() or _torch.has_saved_tensors_hooks() or _compile.partitioned_by_revfx()
 
 
-def _one_layer(pair: Pair, sides: tuple[Any, Any], plain: Plain) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _one_layer(pair: Pair, sides: tuple[Any, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return lambda x1, x2: plain(x1, x2, [pair], sides)
 
 
 # --- the chain as one autograd.Function
-def _saved(
-    x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any], plain: Plain
-) -> tuple[Tensor, Tensor]:
+def _saved(x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
     held: list[Tensor] = []  # without duplicates: Dynamo refuses the same tensor twice
     numbers: dict[Tensor, int] = {}
     given = [_hold_side(side, held, numbers) for side in sides]
@@ -86,10 +90,45 @@ def _saved(
     device = x1.device.type
     cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
-    def chain(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        return plain(x1, x2, layers, sides)
+    def chain(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return _looked_at(x1, x2, layers, sides)
 
     return _Chain.apply(chain, calls, cast, x1.view_as(x1), x2.view_as(x2), *held)  # views: x1 may be x2, or be held
+
+
+def _looked_at(
+    x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(y1, y2), and samples of the pair behind the first layer, the lowest that the backward solves for; raises where a
+    sum has lost the digits of a stream that it is to give back.
+    """
+    samples: list[Tensor] = []
+    for layer, (f, g) in enumerate(layers):
+        h = apply(f, x2, sides[0])
+        y1 = couple(x1, h, "f", layer)
+        k = apply(g, y1, sides[1])
+        y2 = couple(x2, k, "g", layer)
+        if layer:
+            sums = [[t.detach() for t in of] for of in ((x1, h, y1), (x2, k, y2))]
+            lost = [_lost(y - h, x, x, y) for x, h, y in sums]
+            torch.ops.aten._assert_async.msg(
+                ~(lost[0] | lost[1]), f"revfx: layer {layer} of a rev_block adds so much that digits are lost: {REMEDY}"
+            )
+        elif len(layers) > 1:
+            samples = [_sample(y1), _sample(y2)]
+        x1, x2 = y1, y2
+    return x1, x2, samples
+
+
+def _lost(now: Tensor, before: Tensor, image: Tensor, end: Tensor) -> Tensor:
+    """Whether a stream that is computed back from `end` is more than 1 % off; not where that is not finite, as in steps
+    that a gradient scaler leaves out.
+    """
+    return drifted(now, before, image) & torch.isfinite(end.norm())
+
+
+def _sample(t: Tensor) -> Tensor:
+    return t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLE)].clone()
 
 
 def _hold(tensor: Tensor, held: list[Tensor], numbers: dict[Tensor, int]) -> int:
@@ -134,7 +173,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        chain: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        chain: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, list[Tensor]]],
         calls: list[tuple[Call, Call]],
         cast: tuple[str, torch.dtype, bool],
         x1: Tensor,
@@ -142,8 +181,9 @@ class _Chain(torch.autograd.Function):
         *held: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(y1, y2), by the functions themselves: swapping their parameters would make every intermediate an output."""
-        y1, y2 = chain(x1, x2)
-        ctx.save_for_backward(y1, y2, x2, *held)
+        y1, y2, samples = chain(x1, x2)
+        ctx.save_for_backward(y1, y2, x2, *samples, *held)
+        ctx.samples = len(samples)
         ctx.calls = calls
         ctx.cast = cast
         return y1, y2
@@ -152,13 +192,29 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, d1: Tensor, d2: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradients of x1, x2 and of every held tensor that needs one."""
         y1, y2, x2, *held = ctx.saved_tensors
+        samples, held = held[: ctx.samples], held[ctx.samples :]
+        ends = y1, y2
         needs = ctx.needs_input_grad[5:]
         grads: list[Tensor | None] = [None] * len(held)
         for layer, (f, g) in reversed(list(enumerate(ctx.calls))):
+            if layer == 0 and samples:
+                _compare((y1, y2), samples, ends, d1)
             y2, d1 = _undo(g, y1, y2, d1, d2, held, needs, grads, ctx.cast)
             y2 = y2 if layer else x2  # a given stream may hold exact zeros, where rounding would flip a relu
             y1, d2 = _undo(f, y2, y1, d2, d1, held, needs, grads, ctx.cast)
         return None, None, None, d1, d2, *grads
+
+
+def _compare(
+    now: tuple[Tensor, Tensor], before: Sequence[Tensor], ends: tuple[Tensor, Tensor], tangent: Tensor
+) -> None:
+    """None; raises where a stream came back more than 1 % off."""
+    lost = [_lost(_sample(x), then, _sample(y), _sample(y)) for x, then, y in zip(now, before, ends, strict=True)]
+    # of the forward alone nothing here depends but on the tangent: else the compiler would look there
+    ok = ~(lost[0] | lost[1]) | tangent.reshape(-1)[:1].isnan().any()
+    torch.ops.aten._assert_async.msg(
+        ok, f"revfx: streams of a rev_block came back more than 1 % off, by rounding: {REMEDY}"
+    )
 
 
 def _undo(
@@ -196,9 +252,13 @@ def _named(namespace: Any, names: str) -> frozenset[Any]:
     return frozenset(getattr(namespace, n) for n in names.split() if hasattr(namespace, n))
 
 
-FUNCTIONS = _named(torch, "tanh sigmoid relu sin cos exp neg abs square sqrt rsqrt erf erfc atan") | _named(
-    F, "relu gelu silu elu selu softplus leaky_relu mish tanh sigmoid hardtanh hardswish relu6 celu logsigmoid softsign"
+SMOOTH = _named(torch, "tanh sigmoid sin cos exp neg square erf erfc atan") | _named(
+    F, "gelu silu elu softplus mish tanh sigmoid celu logsigmoid softsign"
 )
+FUNCTIONS = SMOOTH | _named(torch, "relu abs sqrt rsqrt") | _named(F, "relu selu leaky_relu hardtanh hardswish relu6")
+KINKED = _named(
+    nn, "ReLU ReLU6 LeakyReLU PReLU ELU SELU Softshrink Hardshrink Hardtanh Hardswish Hardsigmoid"
+)  # their slopes tell numbers apart
 FRESH = _named(  # never return their input
     nn,
     "Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d LayerNorm GroupNorm RMSNorm",
@@ -219,10 +279,19 @@ PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 def _level(function: Any) -> int:
     """How the layer of one function may be computed: SAVED, CHECKPOINTED or PLAIN."""
     if not isinstance(function, nn.Module):
-        return SAVED if any(function is known for known in FUNCTIONS) else PLAIN
+        if any(function is known for known in SMOOTH):
+            return SAVED
+        return CHECKPOINTED if any(function is known for known in FUNCTIONS) else PLAIN
     if _torch.has_global_module_hooks() or getattr(function, "inplace", False):
         return PLAIN
-    return min(_part_level(part) for part in function.modules())
+    parts = list(function.modules())
+    if any(type(p) in NORMS and p.training for p in parts) and not all(_is_torchs(type(p)) for p in parts):
+        return PLAIN  # where a graph ends in the user's code, statistics would be updated twice
+    return min(_part_level(part) for part in parts)
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
 
 
 def _part_level(part: Any) -> int:
@@ -237,15 +306,17 @@ def _part_level(part: Any) -> int:
     if not _writes_fresh_only(part, kind is nn.Sequential):
         return PLAIN
     if kind in PURE:
-        return SAVED
+        return CHECKPOINTED if kind in KINKED else SAVED
     if kind in DROPS:
         return CHECKPOINTED if part.training and part.p > 0 else SAVED
     if kind in NORMS:
         return CHECKPOINTED if part.training and part.running_mean is not None else SAVED
     if kind is nn.MultiheadAttention:
         return CHECKPOINTED if part.training and part.dropout > 0 else SAVED
-    theirs = not kind.__module__.startswith("torch.")  # the user's may draw: a checkpoint is right either way
-    return CHECKPOINTED if theirs else PLAIN
+    if _is_torchs(kind):
+        return PLAIN
+    numbers = [k for k, v in own.items() if v is None or isinstance(v, (bool, int, float, str))]
+    return CHECKPOINTED if leaves_nothing(kind, (*numbers, *slots[0], *slots[1], *slots[2])) else PLAIN
 
 
 def _writes_fresh_only(part: nn.Module, in_order: bool) -> bool:

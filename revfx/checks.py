@@ -113,11 +113,15 @@ class Checksums:
 
 
 class Samples:
-    """A few elements of some cuts, by which is seen how far rounding went until they came back."""
+    """A few elements of some cuts, by which is seen how far rounding went until they came back, and of some results.
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    `eps` is that of the narrowest dtype that autocast uses, or 0.
+    """
+
+    def __init__(self, program: Program, eps: float) -> None:
+        self.program, self.eps = program, eps
         self.samples: dict[int, dict[int, Tensor]] = {}
+        self.results: dict[int, list[Tensor]] = {}
         self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
@@ -131,15 +135,38 @@ class Samples:
         theirs = {v: values[y] for v, y in images.items() if v in self.samples[cut] and y in values}
         self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
 
-    def compare(self, cut: int, values: Mapping[int, Tensor], where: str, eps: float, warn: bool) -> bool:
-        """Whether a value drifted so far that it was warned of; `eps` is that of the narrowest dtype around, or 0.
+    def note_results(self, op: int, results: Sequence[Tensor]) -> None:
+        """None; `results` are what operation `op` gave in the forward, which nothing that comes back depends on."""
+        self.results[op] = [numerics.sample(t) for t in results]
+
+    def compare_results(self, op: int, results: Sequence[Tensor], name: str) -> None:
+        """None.
+
+        Raises:
+            RegenerationError: `op` gave something else when it was run again.
+        """
+        for before, now in zip(self.results.get(op, ()), results, strict=False):
+            if numerics.drift(now, before) > max(self._limit(before), numerics.GARBAGE):
+                raise RegenerationError(
+                    f"{name} gave something else when it was run again for the backward: it depends on what has changed"
+                    " since and nothing puts back, such as an attribute of a function or of a class, a cache that was"
+                    " filled, or a sub-module that was replaced. Keep its activations with"
+                    " `revfx.testing.store_activations()`."
+                )
+
+    def _limit(self, before: Tensor) -> float:
+        eps = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
+        return numerics.DRIFT * max(self.eps, eps) ** 0.5
+
+    def compare(self, cut: int, values: Mapping[int, Tensor], where: str, warn: bool) -> bool:
+        """Whether a value drifted so far that it was warned of.
 
         Raises:
             RegenerationError: a value is off by more than 1 %.
         """
         for v, before in self.samples.get(cut, {}).items():
             error = numerics.drift(values[v], before, self.scales[cut].get(v))
-            limit = numerics.DRIFT * max(eps, torch.finfo(before.dtype).eps) ** 0.5 if error else 0.0
+            limit = self._limit(before)
             if error <= limit:
                 continue
             text = (

@@ -269,7 +269,7 @@ class Conversion:
         leaves, _ = _torch.flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         plain = runs_plain(tensors)
-        store = plain and (storing() or (self.options.exact is not None and can_store(tensors)))
+        store = plain and (storing() or self.options.exact is not None) and can_store(tensors)
         if (plain and not store) or _torch.has_global_module_hooks():
             return forward(*args, **kwargs)
         if self.options.capture == "dynamo" and self.compiled is None:

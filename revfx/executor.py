@@ -137,7 +137,7 @@ class RegionRun:
         self.kept: Env = {}
         self.unchanged: set[int] = set()
         self.versions: list[tuple[int, Tensor, int]] = []
-        self.ranges, self.checksums, self.samples = Ranges(program), Checksums(program), Samples(program)
+        self.ranges, self.checksums = Ranges(program), Checksums(program)
         self.returns = numerics.Returns(program, region)
         watch = watching.get()
         self.watch = watch(self) if watch is not None else None
@@ -145,6 +145,8 @@ class RegionRun:
         devices = ["cpu"] if device is None else ["cpu", device.type]
         self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
         self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
+        eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
+        self.samples = Samples(program, eps)
         self.random, self.settings = Random.now(device), settings()
         self.lock = threading.RLock()
         self.current: int | None = None
@@ -176,12 +178,15 @@ class RegionRun:
                 asked, lost = numerics.asked_of(step) | sums.held, False
                 lower = {v: env[v] for v in step.entry} if asked or sums.after else {}
                 sampled = numerics.is_checked(number, len(region.steps))
+                unseen = anchored or all(a.head in self.kept for a in step.arcs)  # nothing that comes back tells of it
                 if sampled:
                     self.samples.note(number, self._regenerated(step, env))
                 if self.plan.exact and number - 1 in self.kept_cuts:  # the last one of a stretch to come back
                     self.checksums.note(number, self._regenerated(step, env))
                 for index in range(step.start, step.stop):
                     outs = self._call(index, env)
+                    if unseen and program.ops[index].opaque:
+                        self.samples.note_results(index, outs)
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
                         env[v] = t
                         self._note(v, t)
@@ -408,8 +413,7 @@ class RegionRun:
         """None; warns, or raises, where the regenerated cut is not what it was."""
         where = self._place(cut)
         self.checksums.compare(cut, self.values, where)
-        eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
-        if self.samples.compare(cut, self.values, where, eps, warn=not self.plan.warned):
+        if self.samples.compare(cut, self.values, where, warn=not self.plan.warned):
             self.plan.warned = True
 
     def _execute(self, instruction: Instruction, env: Env, kept: Env) -> None:
@@ -474,6 +478,7 @@ class RegionRun:
                 " flip, or depends on state that changed since. Keep its activations with"
                 " `revfx.testing.store_activations()`, or make it deterministic."
             )
+        self.samples.compare_results(index, outs, f"`{call.name}` ({op.where or 'unknown place'})")
         if capture:
             self.captures[index] = [*saved]
         saved.clear()
@@ -486,15 +491,3 @@ def _unpack(handle: Handle) -> Tensor:
 
 def _never() -> Tensor:
     raise RegenerationError("the graph of a re-run is never differentiated")
-
-
-def store_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
-    """None; the same operations with ordinary autograd storage."""
-    region, ranges = plan.region, Ranges(plan.program)
-    for v in region.entry:
-        ranges.note(v, env[v])
-    for index in range(region.start, region.stop):
-        for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
-            env[v] = t
-            ranges.note(v, t)
-    ranges.close()

@@ -16,6 +16,11 @@ from revfx import _torch
 recording = threading.local()  # its `recorder` is that of this thread
 
 
+def is_recording() -> bool:
+    """Whether a forward is being recorded on this thread."""
+    return getattr(recording, "recorder", None) is not None
+
+
 @contextmanager
 def intercepted() -> Generator[None]:
     """A context in which modules, autograd functions and the generator's state tell this thread's recorder, if any."""

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
+from revfx.checks import Ranges
+from revfx.intercept import is_recording
+
+
+if TYPE_CHECKING:
+    from revfx.calls import Call
+    from revfx.executor import RegionPlan
 
 
 _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
@@ -53,13 +61,27 @@ def runs_plain(inputs: Iterable[Tensor]) -> bool:
     return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
 
 
+def store_region(plan: RegionPlan, calls: Sequence[Call], env: dict[int, Tensor]) -> None:
+    """None; the operations of a region with ordinary autograd storage."""
+    region, ranges = plan.region, Ranges(plan.program)
+    for v in region.entry:
+        ranges.note(v, env[v])
+    for index in range(region.start, region.stop):
+        for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
+            env[v] = t
+            ranges.note(v, t)
+    ranges.close()
+
+
 def can_store(inputs: Iterable[Tensor]) -> bool:
-    """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func or tracers, not on fake
-    inputs or on "meta", where there is no memory to save, and not in MKL-DNN's layout, which tracers take for strided.
-    Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what weights are computed to: a re-run
-    would have neither.
+    """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func or tracers, revfx's own
+    among them, not on fake inputs or on "meta", where there is no memory to save, and not in MKL-DNN's layout, which
+    tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what weights
+    are computed to: a re-run would have neither.
     """
-    if _torch.in_jit() or _torch.in_functorch_transform() or _torch.in_forward_mode() or _torch.in_cached_parameters():
+    if is_recording() or _torch.in_jit() or _torch.in_functorch_transform():
+        return False
+    if _torch.in_forward_mode() or _torch.in_cached_parameters():
         return False
     return _simulating.get() or not any(_torch.is_fake(t) or t.is_meta or t.is_mkldnn for t in inputs)
 

@@ -121,7 +121,7 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
                 reasons = "\n  ".join(map(str, report.refusals[:8])) or "no operation is inverted"
                 raise NotReversibleError(f"a compiled graph is left as it was:\n  {reasons}")
             gm.recompile()
-            halves = _compile.min_cut_partition(gm, joint_inputs, **kwargs)
+            halves = _compile.min_cut_partition(gm, joint_inputs, bool(report.regions), **kwargs)
         save_bases(halves[0].graph, halves[1].graph, kwargs["num_fwd_outputs"])
         for half in halves:
             half.recompile()

@@ -17,8 +17,8 @@ from revfx.ambient import ambience
 from revfx.calls import Call, Slot
 from revfx.capture import Capture, capture
 from revfx.errors import Refusal
-from revfx.executor import RegionPlan, run_region, store_region
-from revfx.mode import without_hooks
+from revfx.executor import RegionPlan, run_region
+from revfx.mode import store_region, without_hooks
 from revfx.outside import Outside
 from revfx.passes._torch import outside_modes
 from revfx.passes.arcs import Lowered, lower

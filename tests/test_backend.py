@@ -13,6 +13,7 @@ from compiled import fresh as fresh
 from helpers import TOLERANCE, leaf, loss_of, mlps, relative_error
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
 
 import revfx
@@ -188,6 +189,19 @@ def test_inductor_gets_its_mode_and_its_options(monkeypatch: pytest.MonkeyPatch,
 
 
 # --- what is found is told
+SETTINGS = ({"activation_memory_budget": 0.0}, {"activation_memory_budget": 0.3}, {"aggressive_recomputation": True})
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_what_torch_would_recompute_besides_is_left(fp64: None, setting: dict[str, Any]) -> None:
+    model, x = Couplings(), leaf(ROWS, 8)
+    wanted = [x, *model.parameters()]
+    with functorch_config.patch(setting), reports() as found:
+        got = torch.autograd.grad(loss_of(torch.compile(model, backend="revfx", options=EAGER)(x)), wanted)
+    assert found[0].regions
+    assert relative_error(got, torch.autograd.grad(loss_of(model(x)), wanted)) < TOLERANCE
+
+
 def test_reports_has_one_entry_for_each_graph_compiled_inside_it() -> None:
     model, x = Couplings(), leaf(ROWS, 8)
     compiled = torch.compile(model, backend="revfx", options=EAGER)

@@ -154,7 +154,9 @@ def patched() -> nn.Module:
         (lambda: torch.tanh, SAVED),
         (lambda: dropping().eval(), SAVED),
         (lambda: nn.BatchNorm1d(4).eval(), SAVED),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), SAVED),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), CHECKPOINTED),
+        (lambda: torch.relu, CHECKPOINTED),
+        (lambda: nn.ELU(), CHECKPOINTED),
         (dropping, CHECKPOINTED),
         (lambda: nn.BatchNorm1d(4), CHECKPOINTED),
         (Residual, CHECKPOINTED),
@@ -243,8 +245,9 @@ def test_a_closure_over_a_tensor_gets_its_gradient_from_plain_code() -> None:
 
 
 def test_exact_zeros_in_a_given_stream_keep_their_side_of_a_relu() -> None:
-    fs = [nn.Sequential(nn.ReLU(), nn.Linear(4, 4)) for _ in range(2)]
-    assert_block_compiles(fs, mlps(2), [leaf(3, 4), leaf(3, 4).detach().relu().requires_grad_()])
+    fs = [nn.Sequential(nn.ReLU(), nn.Linear(4, 4), nn.ReLU()) for _ in range(6)]
+    zeros = leaf(16, 4).detach().relu().requires_grad_()
+    assert_block_compiles(fs, fs, [zeros, zeros], CHECKPOINTED)
 
 
 @pytest.mark.parametrize("make", [mlp, Attention])

@@ -3,6 +3,7 @@
 # pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.parametrizations import spectral_norm
 
+import revfx
 from revfx import RevBlock, RevfxError
 
 
@@ -396,3 +398,55 @@ def test_regenerated_values_are_freed_with_the_backward_that_asked_for_them(way:
     for _ in range(2):
         loss.backward(retain_graph=True)
         assert len(made.values) > 8 and all(ref.expired() for ref in made.values)
+
+
+# --- state that nothing puts back
+def counts_on_itself() -> Callable[[Tensor], Tensor]:
+    layer = nn.Linear(4, 4)
+
+    def f(x: Tensor) -> Tensor:
+        vars(f)["k"] += 1
+        return layer(x * vars(f)["k"]).tanh()
+
+    vars(f)["k"] = 0
+    return f
+
+
+def counts_in_its_class() -> nn.Module:
+    class Counting(nn.Linear):
+        k = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            type(self).k += 1
+            return super().forward(input * self.k)
+
+    return Counting(4, 4)
+
+
+def draws_for_a_cache() -> Callable[[Tensor], Tensor]:
+    drop = nn.Dropout(0.5)
+
+    @functools.lru_cache
+    def noise() -> Tensor:
+        return torch.rand(4)
+
+    return lambda x: drop(x * noise())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("make", [counts_on_itself, counts_in_its_class, draws_for_a_cache])
+def test_what_gives_something_else_when_it_runs_again_raises(make: Callable[[], Any], depth: int) -> None:
+    fs, gs = [make() for _ in range(depth)], mlps(depth)
+    y1, y2 = revfx.rev_block(leaf(64, 4), leaf(64, 4), fs, gs, depth)
+    with pytest.raises(RevfxError, match="something else when"):
+        (y1.sin().sum() + y2.sum()).backward()
+
+
+@pytest.mark.parametrize("which", ["f", "g"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_part_that_is_replaced_before_the_backward_raises(depth: int, which: str) -> None:
+    block = RevBlock(mlp, mlp, depth)
+    y1, y2 = block(leaf(64, 4), leaf(64, 4))
+    block.get_submodule(f"{which}.0").add_module("0", nn.Linear(4, 6))
+    with pytest.raises(RevfxError, match=r"of layer 0` .* gave something else when it was run again"):
+        (y1.sin().sum() + y2.sum()).backward()

@@ -72,3 +72,39 @@ def test_steps_that_a_rerun_could_not_repeat(step: Callable[[nn.Module, Tensor],
         value = step(either, x)
         found.append([value, *(p.grad.clone() for p in plain.parameters() if p.grad is not None)])
     torch.testing.assert_close(found[1], found[0])
+
+
+class Holding(nn.Module):
+    """Couplings of a stream with what a converted part gives, from the stream or from a weight of its own."""
+
+    def __init__(self, part: nn.Module, given: bool) -> None:
+        super().__init__()
+        self.part, self.given, self.fs = part, given, nn.ModuleList(mlp(8) for _ in range(3))
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f in self.fs:
+            a, b = b + f(self.part(a) if self.given else self.part()), a
+        return torch.cat([a, b], -1)
+
+
+class FromWeight(Couplings):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        return super().forward(self.weight if x is None else x)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_converted_part_of_a_model_whose_first_call_stores(given: bool, exact: bool) -> None:
+    model = Holding(revfx.convert(FromWeight(), exact=exact), given)
+    converted, x = revfx.convert(model, exact=exact), torch.randn(5, 16)
+    with revfx.testing.store_activations():
+        stored = converted(x)
+    torch.testing.assert_close(converted(x), stored, rtol=0, atol=0)
+    with revfx.testing.store_activations():
+        torch.testing.assert_close(stored, model(x), rtol=1e-3 if exact else 1e-12, atol=1e-3 if exact else 1e-12)
