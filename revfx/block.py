@@ -66,7 +66,8 @@ def rev_block(
             streams are in half precision, so that the backward computes the very bits back: gradients are then bitwise
             those of ordinary storage (`is_training=False`). Below 1024 (2^(24-k)) only, in float32. See `convert`.
         anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
-            grows with num_layers / anchor_every, and rounding only from one to the next.
+            grows with num_layers / anchor_every, and rounding only from one to the next. In a model compiled with
+            `backend="revfx"` the backend's option of this name says so.
 
     Raises:
         RangeError: with `exact`, a stream leaves the range of the grid, or is not finite (not looked at by

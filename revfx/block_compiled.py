@@ -316,7 +316,8 @@ def _part_level(part: Any) -> int:
     if _is_torchs(kind):
         return PLAIN
     numbers = [k for k, v in own.items() if v is None or isinstance(v, (bool, int, float, str))]
-    return CHECKPOINTED if leaves_nothing(kind, (*numbers, *slots[0], *slots[1], *slots[2])) else PLAIN
+    others = [k for k in own if k not in numbers]
+    return CHECKPOINTED if leaves_nothing(kind, (*numbers, *slots[0], *slots[1], *slots[2]), (*others,)) else PLAIN
 
 
 def _writes_fresh_only(part: nn.Module, in_order: bool) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import dis
-import functools
 import inspect
 import math
 import types
@@ -28,7 +27,8 @@ BUILTINS = frozenset(
     (abs, bool, dict, enumerate, float, int, isinstance, len, list, max, min, pow, range, round, sum, super, tuple, zip)
 )
 PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
-CODE = (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)
+CODE = (type, types.FunctionType, types.BuiltinFunctionType)
+LIBRARIES = ("torch", "math")
 # Functions of torch that write to arguments without a name that says so, draw from generators, or set something.
 SETS = frozenset(
     """batch_norm instance_norm embedding embedding_bag register_hook backward seed manual_seed numpy item tolist
@@ -38,13 +38,10 @@ GIVEN = frozenset(("out", "inplace", "generator"))  # arguments by which a funct
 
 
 @_torch.constant_when_compiled
-def leaves_nothing(kind: type[nn.Module], own: tuple[str, ...]) -> bool:
-    """Whether the forward of a module class is such code; `own` are the names of its parts, tensors and numbers."""
-    return _leaves_nothing(kind, own)
-
-
-@functools.lru_cache(maxsize=1024)
-def _leaves_nothing(kind: type[nn.Module], own: tuple[str, ...]) -> bool:
+def leaves_nothing(kind: type[nn.Module], own: tuple[str, ...], others: tuple[str, ...] = ()) -> bool:
+    """Whether the forward of a module class is such code; `own` are the names of the module's parts, tensors and
+    numbers, `others` those of what else it has.
+    """
     hooks = ("__call__", "__getattr__", "__getattribute__", "_call_impl")
     if any(getattr(kind, name) is not getattr(nn.Module, name) for name in hooks):
         return False
@@ -56,8 +53,11 @@ def _leaves_nothing(kind: type[nn.Module], own: tuple[str, ...]) -> bool:
         seen.add(id(function))
         if not isinstance(function, types.FunctionType) or set(function.__code__.co_freevars) - {"__class__"}:
             return False
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        if not all(isinstance(d, PLAIN) for d in defaults):
+            return False
         for code in _codes(function.__code__):
-            found = _named(code, function, kind, own)
+            found = _named(code, function, kind, own, others)
             if found is None:
                 return False
             todo += found
@@ -71,7 +71,9 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _named(code: types.CodeType, function: types.FunctionType, kind: type, own: Collection[str]) -> list[Any] | None:
+def _named(
+    code: types.CodeType, function: types.FunctionType, kind: type, own: Collection[str], others: Collection[str]
+) -> list[Any] | None:
     """The user's functions that some code calls; None where it may leave something behind."""
     texts = {t for c in code.co_consts for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, str)}
     if GIVEN & texts:
@@ -84,14 +86,13 @@ def _named(code: types.CodeType, function: types.FunctionType, kind: type, own: 
         if op == "STORE_DEREF" and name in code.co_freevars:
             return None
         if op in ("LOAD_GLOBAL", "LOAD_NAME"):
-            value = function.__globals__.get(name, getattr(builtins, name, None))
+            called = _called(function.__globals__.get(name, getattr(builtins, name, None)))
         elif op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR") and name not in own:
-            value = inspect.getattr_static(kind, name, None) if not hasattr(nn.Module, name) else None
-            if value is None and not _is_torchs(name):
-                return None
+            value = inspect.getattr_static(kind, name, None)
+            theirs = value is None or value is inspect.getattr_static(nn.Module, name, None)
+            called = None if name in others else _called(value) if not theirs else [] if _is_torchs(name) else None
         else:
             continue
-        called = _called(value)
         if called is None:
             return None
         found += called
@@ -104,8 +105,10 @@ def _called(value: Any) -> list[Any] | None:
         return [value.__func__]
     if isinstance(value, property):
         return [value.fget]
-    if isinstance(value, PLAIN) or (isinstance(value, CODE) and _library(value) in ("torch", "math")):
-        return []
+    if isinstance(value, PLAIN) or isinstance(value, types.ModuleType):
+        return [] if isinstance(value, PLAIN) or _library(value) in LIBRARIES else None
+    if isinstance(value, CODE) and _library(value) in LIBRARIES:
+        return None if _writes(value.__name__) else []
     if isinstance(value, types.FunctionType):
         return [value]
     return [] if isinstance(value, CODE) and value in BUILTINS else None
@@ -122,6 +125,9 @@ def _library(code: Any) -> str:
 
 def _is_torchs(name: str) -> bool:
     """Whether an attribute is one of tensors or of torch, and none that writes."""
-    if name in SETS or name.startswith("set_") or (name.endswith("_") and not name.endswith("__")):
-        return False
-    return any(hasattr(place, name) for place in (Tensor, torch, F, nn, math, torch.fft, torch.linalg, torch.special))
+    places = (Tensor, torch, F, nn, math, torch.fft, torch.linalg, torch.special)
+    return not _writes(name) and any(hasattr(place, name) for place in places)
+
+
+def _writes(name: str) -> bool:
+    return name in SETS or name.startswith("set_") or (name.endswith("_") and not name.endswith("__"))

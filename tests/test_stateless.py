@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm, gelu
+from torch.nn.init import zeros_
 
 from revfx.stateless import leaves_nothing
 
@@ -98,6 +100,9 @@ def global_name(self: Any, x: Tensor) -> Tensor:
         (lambda self, x: F.relu(x, inplace=True), False),
         (lambda self, x: x * next(self.buffer), False),
         (lambda self, x: print(x), False),
+        (lambda self, x: zeros_(self.buffer), False),
+        (lambda self, x: batch_norm(x, None, None, training=True), False),
+        (lambda self, x: gelu(x), True),
         (lambda self, x: setattr(self, "scale", 1.0), False),
         (lambda self, x: torch.manual_seed(0), False),
         (in_place, False),
@@ -108,6 +113,22 @@ def global_name(self: Any, x: Tensor) -> Tensor:
 )
 def test_what_is_proven_about_a_forward(forward: Callable[..., Any], expected: bool) -> None:
     assert leaves_nothing(of(forward), OWN) == expected
+
+
+def test_what_is_known_of_attributes_goes_before_their_names() -> None:
+    forward = lambda self, x: self.gelu(x)  # noqa: E731
+    assert leaves_nothing(of(forward), OWN)
+    assert not leaves_nothing(of(forward), OWN, ("gelu",))
+    assert not leaves_nothing(of(forward, gelu=Base()), OWN)
+    assert not leaves_nothing(of(forward, gelu=lambda self, x: self.count(x)), OWN)
+    assert not leaves_nothing(of(lambda self, x: self.float(x), float=lambda self, x: self.count(x)), OWN)
+
+
+def test_defaults_that_may_be_written_to_are_not_known() -> None:
+    def forward(self: Any, x: Tensor, seen: Any = []) -> Tensor:  # noqa: B006
+        return x * len(seen)
+
+    assert not leaves_nothing(of(forward), OWN)
 
 
 def test_a_class_that_changes_how_attributes_or_calls_are_found_is_not_known() -> None:
