@@ -31,8 +31,10 @@ DOORS: dict[str, dict[str, Any]] = {
 STOCK: dict[str, dict[str, Any] | None] = {"inductor": {"options": {"cpp.simdlen": 1}}, "aot_eager": None}
 # Inductor takes half a minute for the four compilations of one flow: one of each library.
 BY_INDUCTOR = ("FrEIA one-sided", "normflows affine, swap")
+# Of these others have the same operations, and more.
+LIKE_OTHERS = ("FrEIA NICE", "FrEIA RNVP", "FrEIA GLOW", "normflows affine, swap", "normflows sigmoid_inv, swap")
 CASES = (
-    [(name, "aot_eager") for name in FLOWS]
+    [pytest.param(name, "aot_eager", marks=pytest.mark.deep if name in LIKE_OTHERS else ()) for name in FLOWS]
     + [pytest.param(name, "inductor", marks=pytest.mark.deep) for name in BY_INDUCTOR[1:]]
     + [(BY_INDUCTOR[0], "inductor")]
 )
