@@ -172,7 +172,7 @@ def is_inductor_option(name: str) -> bool:
     return name in inductor_config.get_config_copy()
 
 
-WRAPPED = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
+WRAPPED = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "__wrapped__", "func", "__self__")
 
 
 def partitioned_by_revfx() -> bool:
@@ -181,7 +181,8 @@ def partitioned_by_revfx() -> bool:
     for compiler in compilers:  # wrappers first
         inner = [getattr(compiler, name, None) for name in WRAPPED]
         compilers += [c for c in inner if c is not None and c not in compilers]
-    partitioners = [getattr(c, "config", {}).get("custom_partitioner_fn") for c in compilers]
+    settings = [c for c in (getattr(compiler, "config", None) for compiler in compilers) if isinstance(c, dict)]
+    partitioners = [c.get("custom_partitioner_fn") for c in settings]
     found = (*compilers, *partitioners, inductor_config.custom_partitioner_fn)
     return any((getattr(f, "__module__", None) or "").partition(".")[0] == "revfx" for f in found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from compiled import fresh as fresh
 from helpers import TOLERANCE, leaf, mlp, relative_error
 from torch import Tensor, nn
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import revfx
 from revfx import RevBlock
+from revfx.backend import revfx as revfx_backend
 from revfx.partitioner import reports
 
 
@@ -152,6 +155,20 @@ def test_the_backend_finds_a_block_as_it_finds_lines(given: dict[str, Any]) -> N
     assert [[region.steps for region in report.regions] for report in found] == [[16], [16]]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+BACKEND = functools.partial(revfx_backend, options={"inner": "aot_eager"})
+
+
+@pytest.mark.parametrize(
+    "backend", [BACKEND, DDPOptimizer(2**30, BACKEND).compile_fn], ids=["partial", "by buckets of DDP"]
+)
+def test_a_wrapped_backend_finds_a_block(backend: Any) -> None:
+    block, inputs = RevBlock(mlp, mlp, 2).float(), [leaf(8, 4).detach().float().requires_grad_() for _ in range(2)]
+    with reports() as found:
+        got = gradients(torch.compile(block, backend=backend), block, *inputs)
+    assert relative_error(got, gradients(written_out(block), block, *inputs)) < 1e-5
+    assert any(report.regions for report in found)
 
 
 def test_inductor_with_the_partitioner_finds_a_block() -> None:
