@@ -25,6 +25,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext
 from torch._inductor import config as inductor_config, list_mode_options
 from torch._inductor.codecache import BypassFxGraphCache as BypassCache
 from torch._inductor.compile_fx import compile_fx
@@ -128,12 +129,23 @@ def run_by_eager_kernels(
 ) -> Callable[..., Any]:
     """The function that runs `gm`'s forward and backward graphs, as `partition` splits them, by eager kernels."""
     compiler = aot_autograd(
-        fw_compiler=boxed_nop,
+        fw_compiler=_eager_forward,
         bw_compiler=_eager_backward,
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )
     return compiler(gm, list(inputs))
+
+
+def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The forward; of the tensors that it saves the backward gets none to write to, which eager kernels would not, and
+    which would bar any later backward from keeping the graph.
+    """
+    metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
+    if metadata is not None and metadata.bw_donated_idxs:
+        metadata.bw_donated_idxs.clear()
+    run: Any = boxed_nop(gm, inputs)
+    return run
 
 
 def _eager_backward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

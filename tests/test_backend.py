@@ -189,6 +189,17 @@ def test_inductor_gets_its_mode_and_its_options(monkeypatch: pytest.MonkeyPatch,
 
 
 # --- what is found is told
+def test_a_later_backward_may_keep_the_graph_over_eager_kernels(fp64: None) -> None:
+    model, x = Couplings(), leaf(ROWS, 8)
+    call = torch.compile(model, backend="revfx", options=EAGER)
+    loss_of(call(x)).backward()
+    wanted = [x, *model.parameters()]
+    loss = loss_of(call(x))
+    first, second = torch.autograd.grad(loss, wanted, retain_graph=True), torch.autograd.grad(loss, wanted)
+    assert relative_error(first, second) == 0.0
+    assert relative_error(first, torch.autograd.grad(loss_of(model(x)), wanted)) < TOLERANCE
+
+
 SETTINGS = ({"activation_memory_budget": 0.0}, {"activation_memory_budget": 0.3}, {"aggressive_recomputation": True})
 
 
