@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx
-from torch._dynamo import config as dynamo_config
+from torch._dynamo import config as dynamo_config, symbolic_convert
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
@@ -188,8 +187,15 @@ WRAPPED = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "__
 
 
 def partitioned_by_revfx() -> bool:
-    """Whether the program that dynamo traces now goes to a backend of revfx's, or to inductor with its partitioner."""
-    compilers: list[Any] = [InstructionTranslator.current_tx().output.compiler_fn]
+    """Whether the program that dynamo traces now goes to a backend of revfx's, or to inductor with its partitioner.
+
+    Raises:
+        LookupError: it traces none: where a graph ended, Python runs what was taken for traced.
+    """
+    tracing = getattr(symbolic_convert.tls, "current_tx", None)
+    if tracing is None:
+        raise LookupError("no program is traced")
+    compilers: list[Any] = [tracing.output.compiler_fn]
     for compiler in compilers:  # wrappers first
         inner = [getattr(compiler, name, None) for name in WRAPPED]
         compilers += [c for c in inner if c is not None and c not in compilers]

@@ -68,11 +68,16 @@ PRECISE = (torch.float32, torch.float64)
 @_torch.constant_when_compiled
 def _left_plain() -> bool:
     """Whether revfx's partitioner will find the couplings, or what is around can't be traced with what would be put in
-    their place: torch.func transforms, on which dynamo guards, and hooks on saved tensors.
+    their place: torch.func transforms, on which dynamo guards, and hooks on saved tensors. Nor is anything put there
+    where the functions end the graph.
     """
     from revfx import _compile
 
-    return _torch.in_functorch_transform() or _torch.has_saved_tensors_hooks() or _compile.partitioned_by_revfx()
+    try:
+        found = _compile.partitioned_by_revfx()
+    except LookupError:
+        return True
+    return found or _torch.in_functorch_transform() or _torch.has_saved_tensors_hooks()
 
 
 def _one_layer(pair: Pair, sides: tuple[Any, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

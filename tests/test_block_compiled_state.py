@@ -205,3 +205,37 @@ def test_hooks_on_saved_tensors_around_the_first_call(around: str) -> None:
     want = gradients(written_out(block), block, *inputs)
     assert relative_error(gradients(call, block, *inputs), want) < TOLERANCE
     assert relative_error(gradients(block, block, *inputs), want) < TOLERANCE  # hooks can still be set
+
+
+class Branching(nn.Module):
+    """A layer that looks at a value, which ends the graph, and counts how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.count = nn.Linear(4, 4), nn.BatchNorm1d(4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.layer(x))
+        if h.sum() > 1e9:
+            h = h * 2
+        self.count += 1
+        return h.tanh()
+
+
+@ways
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where a graph ends
+@pytest.mark.parametrize("inside", ["alone", "in a model", "by anchors"])
+def test_functions_that_end_the_graph(inside: str, way: str) -> None:
+    block = RevBlock(Branching, nn.Tanh, 3, anchor_every=2 if inside == "by anchors" else None)
+    plain, inputs = copy.deepcopy(block), (leaf(5, 4), leaf(5, 4))
+    lines, call = written_out(plain), block
+    if inside == "in a model":
+        call = torch.compile(lambda a, b: block(a.sin(), b), **WAYS[way])
+        want = gradients(lambda a, b: lines(a.sin(), b), plain, *inputs)
+    else:
+        call = torch.compile(block, **WAYS[way])
+        want = gradients(lines, plain, *inputs)
+    assert relative_error(gradients(call, block, *inputs), want) < TOLERANCE
+    for a, b in zip(block.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert [m.count for m in block.modules() if isinstance(m, Branching)] == [1, 1, 1]
