@@ -6,7 +6,7 @@ buffers and arguments become one autograd.Function with explicit tensors, whose 
 since the compiler merges a recomputed g(y1) with the forward's, and so keeps what the last layer of every Function
 needs. Layers that may draw, or tell numbers apart as relu does, which rounding would show, and streams in half
 precision are checkpointed one by one, keeping their two inputs. Whatever else, which a second run might change, is
-plain: functions that are no modules, modules with hooks, code that sets attributes.
+plain: functions that are no modules, modules with hooks, classes of the user's.
 
 What decides is part of the traced program, so that the compiled code is guarded by all that it depends on.
 """
@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from revfx import _torch
 from revfx.coupling import Function, Pair, apply, couple, plain
 from revfx.passes.plan import SAMPLE, drifted
-from revfx.stateless import leaves_nothing
 
 
 Call = tuple[Callable[[Tensor, Sequence[Tensor]], Tensor], list[int]]  # what to call, and which held tensors it reads
@@ -115,7 +114,7 @@ def _looked_at(
         y2 = couple(x2, k, "g", layer)
         if layer:
             sums = [[t.detach() for t in of] for of in ((x1, h, y1), (x2, k, y2))]
-            lost = [_lost(y - h, x, x, y) for x, h, y in sums]
+            lost = [_lost(y - h, x, y) for x, h, y in sums]
             torch.ops.aten._assert_async.msg(
                 ~(lost[0] | lost[1]), f"revfx: layer {layer} of a rev_block adds so much that digits are lost: {REMEDY}"
             )
@@ -125,11 +124,11 @@ def _looked_at(
     return x1, x2, samples
 
 
-def _lost(now: Tensor, before: Tensor, image: Tensor, end: Tensor) -> Tensor:
+def _lost(now: Tensor, before: Tensor, end: Tensor) -> Tensor:
     """Whether a stream that is computed back from `end` is more than 1 % off; not where that is not finite, as in steps
     that a gradient scaler leaves out.
     """
-    return drifted(now, before, image) & torch.isfinite(end.norm())
+    return drifted(now, before, before) & torch.isfinite(end.norm())
 
 
 def _sample(t: Tensor) -> Tensor:
@@ -187,7 +186,7 @@ class _Chain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """(y1, y2), by the functions themselves: swapping their parameters would make every intermediate an output."""
         y1, y2, samples = chain(x1, x2)
-        ctx.save_for_backward(y1, y2, x2, *samples, *held)
+        ctx.save_for_backward(y1.clone(), y2.clone(), x2, *samples, *held)  # the outputs may be written to
         ctx.samples = len(samples)
         ctx.calls = calls
         ctx.cast = cast
@@ -203,7 +202,7 @@ class _Chain(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(held)
         for layer, (f, g) in reversed(list(enumerate(ctx.calls))):
             if layer == 0 and samples:
-                _compare((y1, y2), samples, ends, d1)
+                _compare((y1, y2), samples, ends, d1)  # of all the lowest, where rounding has grown most
             y2, d1 = _undo(g, y1, y2, d1, d2, held, needs, grads, ctx.cast)
             y2 = y2 if layer else x2  # a given stream may hold exact zeros, where rounding would flip a relu
             y1, d2 = _undo(f, y2, y1, d2, d1, held, needs, grads, ctx.cast)
@@ -214,7 +213,7 @@ def _compare(
     now: tuple[Tensor, Tensor], before: Sequence[Tensor], ends: tuple[Tensor, Tensor], tangent: Tensor
 ) -> None:
     """None; raises where a stream came back more than 1 % off."""
-    lost = [_lost(_sample(x), then, _sample(y), _sample(y)) for x, then, y in zip(now, before, ends, strict=True)]
+    lost = [_lost(_sample(x), then, _sample(y)) for x, then, y in zip(now, before, ends, strict=True)]
     # of the forward alone nothing here depends but on the tangent: else the compiler would look there
     ok = ~(lost[0] | lost[1]) | tangent.reshape(-1)[:1].isnan().any()
     torch.ops.aten._assert_async.msg(
@@ -289,14 +288,7 @@ def _level(function: Any) -> int:
         return CHECKPOINTED if any(function is known for known in FUNCTIONS) else PLAIN
     if _torch.has_global_module_hooks() or getattr(function, "inplace", False):
         return PLAIN
-    parts = list(function.modules())
-    if any(type(p) in NORMS and p.training for p in parts) and not all(_is_torchs(type(p)) for p in parts):
-        return PLAIN  # where a graph ends in the user's code, statistics would be updated twice
-    return min(_part_level(part) for part in parts)
-
-
-def _is_torchs(kind: type) -> bool:
-    return kind.__module__.startswith("torch.")
+    return min(_part_level(part) for part in function.modules())
 
 
 def _part_level(part: Any) -> int:
@@ -318,11 +310,7 @@ def _part_level(part: Any) -> int:
         return CHECKPOINTED if part.training and part.running_mean is not None else SAVED
     if kind is nn.MultiheadAttention:
         return CHECKPOINTED if part.training and part.dropout > 0 else SAVED
-    if _is_torchs(kind):
-        return PLAIN
-    numbers = [k for k, v in own.items() if v is None or isinstance(v, (bool, int, float, str))]
-    others = [k for k in own if k not in numbers]
-    return CHECKPOINTED if leaves_nothing(kind, (*numbers, *slots[0], *slots[1], *slots[2]), (*others,)) else PLAIN
+    return PLAIN  # the user's code may leave something behind, which a second run would do again
 
 
 def _writes_fresh_only(part: nn.Module, in_order: bool) -> bool:

@@ -121,7 +121,7 @@ class Samples:
     def __init__(self, program: Program, eps: float) -> None:
         self.program, self.eps = program, eps
         self.samples: dict[int, dict[int, Tensor]] = {}
-        self.results: dict[int, list[Tensor]] = {}
+        self.results: dict[int, tuple[bool, Sequence[Tensor]]] = {}
         self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
@@ -135,9 +135,11 @@ class Samples:
         theirs = {v: values[y] for v, y in images.items() if v in self.samples[cut] and y in values}
         self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
 
-    def note_results(self, op: int, results: Sequence[Tensor]) -> None:
-        """None; `results` are what operation `op` gave in the forward, which nothing that comes back depends on."""
-        self.results[op] = [numerics.sample(t) for t in results]
+    def note_results(self, op: int, results: Sequence[Tensor], kept: bool) -> None:
+        """None; `results` are what operation `op` gave in the forward, which nothing that comes back depends on; `kept`
+        says whether its inputs are, so that rounding is no reason for others.
+        """
+        self.results[op] = kept, [numerics.sample(t) for t in results]
 
     def compare_results(self, op: int, results: Sequence[Tensor], name: str) -> None:
         """None.
@@ -145,8 +147,9 @@ class Samples:
         Raises:
             RegenerationError: `op` gave something else when it was run again.
         """
-        for before, now in zip(self.results.get(op, ()), results, strict=False):
-            if numerics.drift(now, before) > max(self._limit(before), numerics.GARBAGE):
+        kept, samples = self.results.get(op, (True, ()))
+        for before, now in zip(samples, results, strict=False):
+            if numerics.drift(now, before) > max(0.0 if kept else self._limit(before), numerics.GARBAGE):
                 raise RegenerationError(
                     f"{name} gave something else when it was run again for the backward: it depends on what has changed"
                     " since and nothing puts back, such as an attribute of a function or of a class, a cache that was"

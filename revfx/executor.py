@@ -186,7 +186,7 @@ class RegionRun:
                 for index in range(step.start, step.stop):
                     outs = self._call(index, env)
                     if unseen and program.ops[index].opaque:
-                        self.samples.note_results(index, outs)
+                        self.samples.note_results(index, outs, all(v in self.kept for v in program.ops[index].ins))
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
                         env[v] = t
                         self._note(v, t)

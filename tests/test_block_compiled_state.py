@@ -48,6 +48,11 @@ class Written(Stateful):
         return self.scaled(x, self.mean)
 
 
+class Inherited(Written):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class Rebound(Stateful):
     def forward(self, x: Tensor) -> Tensor:
         self.mean = self.mean * 0.5 + x.detach().mean(0)
@@ -84,7 +89,7 @@ def gradients(call: Callable[..., tuple[Tensor, Tensor]], block: nn.Module, *inp
 
 
 @ways
-@pytest.mark.parametrize("kind", [Written, Rebound, Counting, Listing])
+@pytest.mark.parametrize("kind", [Written, Rebound, Counting, Listing, Inherited])
 def test_what_functions_keep_is_written_once_and_read_as_it_was(kind: type[Stateful], way: str) -> None:
     block = RevBlock(kind, kind, 2)
     plain = copy.deepcopy(block)
@@ -205,6 +210,24 @@ def test_hooks_on_saved_tensors_around_the_first_call(around: str) -> None:
     want = gradients(written_out(block), block, *inputs)
     assert relative_error(gradients(call, block, *inputs), want) < TOLERANCE
     assert relative_error(gradients(block, block, *inputs), want) < TOLERANCE  # hooks can still be set
+
+
+@pytest.mark.parametrize(
+    "write", [lambda y: y.mul_(1.01), lambda y: y.relu_(), lambda y: y[0].zero_()], ids=["scaled", "relu", "a row"]
+)
+def test_outputs_that_are_written_to_in_the_same_graph(write: Callable[[Tensor], Any]) -> None:
+    block, inputs = RevBlock(mlp, mlp, 3), (leaf(5, 4), leaf(5, 4))
+
+    def written(of: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+        def call(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            y1, y2 = of(a, b)
+            write(y2)
+            return y1, y2
+
+        return call
+
+    got = gradients(torch.compile(written(block), backend="aot_eager"), block, *inputs)
+    assert relative_error(got, gradients(written(written_out(block)), block, *inputs)) < TOLERANCE
 
 
 class Branching(nn.Module):

@@ -450,3 +450,16 @@ def test_a_part_that_is_replaced_before_the_backward_raises(depth: int, which: s
     block.get_submodule(f"{which}.0").add_module("0", nn.Linear(4, 6))
     with pytest.raises(RevfxError, match=r"of layer 0` .* gave something else when it was run again"):
         (y1.sin().sum() + y2.sum()).backward()
+
+
+def test_random_numbers_of_a_generator_of_its_own_raise_under_autocast_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(4, 4).float()
+
+    def f(x: Tensor) -> Tensor:
+        return layer(x) * torch.rand(4, generator=generator, dtype=torch.float32)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y1, y2 = revfx.rev_block(leaf(64, 4).float(), leaf(64, 4).float(), f, mlp().float(), 1)
+    with pytest.raises(RevfxError, match="something else when"):
+        (y1.sin().sum() + y2.sum()).backward()
