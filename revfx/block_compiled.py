@@ -97,7 +97,10 @@ def _saved(x1: Tensor, x2: Tensor, layers: Sequence[Pair], sides: tuple[Any, Any
     def chain(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         return _looked_at(x1, x2, layers, sides)
 
-    return _Chain.apply(chain, calls, cast, x1.view_as(x1), x2.view_as(x2), *held)  # views: x1 may be x2, or be held
+    weights = [isinstance(t, nn.Parameter) for t in held]
+    return _Chain.apply(
+        chain, calls, cast, weights, x1.view_as(x1), x2.view_as(x2), *held
+    )  # views: x1 may be x2, or held
 
 
 def _looked_at(
@@ -180,13 +183,16 @@ class _Chain(torch.autograd.Function):
         chain: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, list[Tensor]]],
         calls: list[tuple[Call, Call]],
         cast: tuple[str, torch.dtype, bool],
+        weights: list[bool],
         x1: Tensor,
         x2: Tensor,
         *held: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(y1, y2), by the functions themselves: swapping their parameters would make every intermediate an output."""
         y1, y2, samples = chain(x1, x2)
-        ctx.save_for_backward(y1.clone(), y2.clone(), x2, *samples, *held)  # the outputs may be written to
+        # what is saved is read as it is when the graph ends: all that may be written to until then is copied
+        own = [t if is_weight else t.clone() for t, is_weight in zip(held, weights, strict=True)]
+        ctx.save_for_backward(y1.clone(), y2.clone(), x2.clone(), *samples, *own)
         ctx.samples = len(samples)
         ctx.calls = calls
         ctx.cast = cast
@@ -198,7 +204,7 @@ class _Chain(torch.autograd.Function):
         y1, y2, x2, *held = ctx.saved_tensors
         samples, held = held[: ctx.samples], held[ctx.samples :]
         ends = y1, y2
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         grads: list[Tensor | None] = [None] * len(held)
         for layer, (f, g) in reversed(list(enumerate(ctx.calls))):
             if layer == 0 and samples:
@@ -206,7 +212,7 @@ class _Chain(torch.autograd.Function):
             y2, d1 = _undo(g, y1, y2, d1, d2, held, needs, grads, ctx.cast)
             y2 = y2 if layer else x2  # a given stream may hold exact zeros, where rounding would flip a relu
             y1, d2 = _undo(f, y2, y1, d2, d1, held, needs, grads, ctx.cast)
-        return None, None, None, d1, d2, *grads
+        return None, None, None, None, d1, d2, *grads
 
 
 def _compare(

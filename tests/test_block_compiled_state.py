@@ -231,6 +231,24 @@ def test_outputs_that_are_written_to_in_the_same_graph(write: Callable[[Tensor],
     assert relative_error(got, gradients(written(written_out(block)), block, *inputs)) < TOLERANCE
 
 
+def test_inputs_that_are_written_to_in_the_same_graph() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = RevBlock(lambda: nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), mlp, 3)
+
+        def forward(self, a: Tensor, b: Tensor, plain: bool = False) -> tuple[Tensor, Tensor]:
+            a, b = a * 1.0, b * 1.0
+            y1, y2 = written_out(self.front)(a, b) if plain else self.front(a, b)
+            a.mul_(3.0)
+            b.mul_(2.0)
+            return y1 + b, y2 + a
+
+    model, inputs = Shifted(), (leaf(5, 4), leaf(5, 4))
+    want = gradients(functools.partial(model, plain=True), model.front, *inputs)
+    assert relative_error(gradients(torch.compile(model, backend="aot_eager"), model.front, *inputs), want) < TOLERANCE
+
+
 class Branching(nn.Module):
     """A layer that looks at a value, which ends the graph, and counts how often."""
 
