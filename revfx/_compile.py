@@ -12,6 +12,7 @@ import re
 import types
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -183,26 +184,41 @@ def is_inductor_option(name: str) -> bool:
     return name in inductor_config.get_config_copy()
 
 
-WRAPPED = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "__wrapped__", "func", "__self__")
+Partition = Callable[[int | None, Sequence[Any]], CustomPartitionerFn]  # for `anchor_every`, and a graph's inputs
 
 
-def partitioned_by_revfx() -> bool:
-    """Whether the program that dynamo traces now goes to a backend of revfx's, or to inductor with its partitioner.
+def partition_traced(partition: Partition, anchor_every: int | None) -> None:
+    """None; if inductor compiles what dynamo traces now, this says how it is split, unless the user chose that.
 
-    Raises:
-        LookupError: it traces none: where a graph ended, Python runs what was taken for traced.
+    Asked for several times, the least `anchor_every` counts. Nothing where no program is traced: when a graph ended,
+    Python runs what was taken for traced.
     """
     tracing = getattr(symbolic_convert.tls, "current_tx", None)
     if tracing is None:
-        raise LookupError("no program is traced")
-    compilers: list[Any] = [tracing.output.compiler_fn]
-    for compiler in compilers:  # wrappers first
-        inner = [getattr(compiler, name, None) for name in WRAPPED]
-        compilers += [c for c in inner if c is not None and c not in compilers]
-    settings = [c for c in (getattr(compiler, "config", None) for compiler in compilers) if isinstance(c, dict)]
-    partitioners = [c.get("custom_partitioner_fn") for c in settings]
-    found = (*compilers, *partitioners, inductor_config.custom_partitioner_fn)
-    return any((getattr(f, "__module__", None) or "").partition(".")[0] == "revfx" for f in found)
+        return
+    compiler = tracing.output.compiler_fn
+    asked = [anchor_every, compiler.anchor_every] if isinstance(compiler, _Partitioned) else [anchor_every]
+    compiler = compiler.compiler if isinstance(compiler, _Partitioned) else compiler
+    least = min((n for n in asked if n is not None), default=None)
+    tracing.output.compiler_fn = _Partitioned(compiler, partition, least)
+
+
+@dataclass(frozen=True)
+class _Partitioned:
+    """A compiler of dynamo's, whatever is wrapped around it, in which inductor has a partitioner."""
+
+    compiler: Any
+    partition: Partition
+    anchor_every: int | None
+
+    @property
+    def __name__(self) -> str:  # what errors call it
+        return getattr(self.compiler, "__name__", type(self.compiler).__name__)
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        chosen: Any = inductor_config.custom_partitioner_fn
+        with inductor_config.patch(custom_partitioner_fn=chosen or self.partition(self.anchor_every, inputs)):
+            return self.compiler(gm, inputs, **kwargs)
 
 
 @contextlib.contextmanager

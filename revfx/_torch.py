@@ -178,11 +178,6 @@ def in_functorch_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def has_saved_tensors_hooks() -> bool:
-    """Whether a `saved_tensors_hooks` is active."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def constant_when_compiled(function: _F) -> _F:
     """`function`, whose result is a constant of a compiled program.
 

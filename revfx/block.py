@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.block_compiled import compiled_chain
 from revfx.calls import Call, Slot
 from revfx.coupling import Function, apply, couple, plain
 from revfx.errors import NotReversibleError
@@ -67,7 +66,8 @@ def rev_block(
             those of ordinary storage (`is_training=False`). Below 1024 (2^(24-k)) only, in float32. See `convert`.
         anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
             grows with num_layers / anchor_every, and rounding only from one to the next. In a model compiled with
-            `backend="revfx"` the backend's option of this name says so.
+            `backend="revfx"` the backend's option of this name says so; in one compiled by inductor the least of all
+            blocks in a graph counts.
 
     Raises:
         RangeError: with `exact`, a stream leaves the range of the grid, or is not finite (not looked at by
@@ -105,7 +105,7 @@ def _chain(
     """(y1, y2), with streams on the grid 2^-k where k is given."""
     if torch.compiler.is_compiling():
         if is_training and k is None:
-            return compiled_chain(x1, x2, layers, sides, anchor_every)
+            _partition(anchor_every)
         return plain(x1, x2, layers, sides, k)
     leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
     storing = not is_training or runs_plain((x1, x2, *leaves))
@@ -121,6 +121,18 @@ def _chain(
         run_region(plan, calls, env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
+
+
+@_torch.constant_when_compiled
+def _partition(anchor_every: int | None) -> None:
+    """None; has inductor free the couplings of the program that is traced now, as the backend "revfx" does."""
+    from revfx import _compile
+    from revfx.partitioner import ReversiblePartitioner
+
+    def partition(every: int | None, inputs: Sequence[Any]) -> ReversiblePartitioner:
+        return ReversiblePartitioner("store", anchor_every=every).knowing(inputs)
+
+    _compile.partition_traced(partition, anchor_every)
 
 
 class RevBlock(nn.Module):
