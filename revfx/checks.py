@@ -150,10 +150,11 @@ class Samples:
         kept, samples = self.results.get(op, (True, ()))
         for before, now in zip(samples, results, strict=False):
             if numerics.drift(now, before) > max(0.0 if kept else self._limit(before), numerics.GARBAGE):
+                rounds = "" if kept else "amplifies rounding (as normalising what is constant does), or "
                 raise RegenerationError(
-                    f"{name} gave something else when it was run again for the backward: it depends on what has changed"
-                    " since and nothing puts back, such as an attribute of a function or of a class, a cache that was"
-                    " filled, or a sub-module that was replaced. Keep its activations with"
+                    f"{name} gave something else when it was run again for the backward: it {rounds}depends on what has"
+                    " changed since and nothing puts back, such as an attribute of a function or of a class, a cache"
+                    " that was filled, or a sub-module that was replaced. Keep its activations with"
                     " `revfx.testing.store_activations()`."
                 )
 

@@ -34,6 +34,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, images, schedule
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
+from revfx.sides import Sides
 from revfx.surroundings import Random, Surroundings, noted
 
 
@@ -75,8 +76,8 @@ class RegionPlan:
     """A region of a program, with the schedules made for it so far (one per step, direction and need).
 
     `anchors` are the cuts that are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the
-    number of cuts that the latest forward kept; `warned` is set once drift was warned of, and `warning` is what the
-    first run has to say.
+    number of cuts that the latest forward kept, `calls` that of forwards; `warned` is set once drift was warned of, and
+    `warning` is what the first run has to say.
     """
 
     program: Program
@@ -90,6 +91,7 @@ class RegionPlan:
     warned: bool = False
     warning: str | None = None
     exact: bool = False
+    calls: int = 0
     sums: list[Sums] = field(default_factory=list[Sums])
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
     if plan.warning is not None:
         warning, plan.warning = plan.warning, None
         warnings.warn(warning, RevfxWarning, stacklevel=2)
+    plan.calls += 1
     run = RegionRun(plan, calls, env)
     run.forward(env)
     plan.kept = len(run.kept_cuts)
@@ -147,6 +150,7 @@ class RegionRun:
         self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
         eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
         self.samples = Samples(program, eps)
+        self.sides = Sides(plan.calls & (plan.calls - 1) == 0, [program.values[v].dtype for v in region.entry], eps)
         self.random, self.settings = Random.now(device), settings()
         self.lock = threading.RLock()
         self.current: int | None = None
@@ -240,7 +244,7 @@ class RegionRun:
         around = noted(call.name, (call.fn, call.args, call.kwargs)) if op.opaque else contextlib.nullcontext()
         self.current = index
         try:
-            with around as surroundings:
+            with around as surroundings, self.sides.noted(index):
                 outs = call.invoke(env)
         finally:
             self.current = None
@@ -446,6 +450,7 @@ class RegionRun:
     def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
         """The outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
         op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
+        name = f"`{call.name}` ({op.where or 'unknown place'})"
         if not op.opaque and not capture and not self.casts and not torch.is_autocast_enabled("cpu"):
             return [t.detach() for t in call.invoke(env)]  # arithmetic or layout: nothing around it matters
         inputs = {v: leaf(env[v], self.layout[v][2]) for v in op.ins}
@@ -469,16 +474,17 @@ class RegionRun:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(_torch.uncompiled(pack), _torch.uncompiled(unpack)))
+            stack.enter_context(self.sides.compared(index, name))
             outs = [sharding.arrived(t.detach()) for t in call.invoke(inputs)]
         shapes = [self.layout[v][0] for v in op.outs], [tuple(t.shape) for t in outs]
         if (change := changed(self.saved_meta.get(index, []), metas, *shapes)) is not None:
             raise RegenerationError(
-                f"`{call.name}` ({op.where or 'unknown place'}) did not return the same shapes and save the same"
+                f"{name} did not return the same shapes and save the same"
                 f" tensors when it was run again for the backward: {change}. It branches on values that rounding can"
                 " flip, or depends on state that changed since. Keep its activations with"
                 " `revfx.testing.store_activations()`, or make it deterministic."
             )
-        self.samples.compare_results(index, outs, f"`{call.name}` ({op.where or 'unknown place'})")
+        self.samples.compare_results(index, outs, name)
         if capture:
             self.captures[index] = [*saved]
         saved.clear()
