@@ -181,9 +181,9 @@ def is_checked(cut: int, steps: int) -> bool:
     return cut % max(CHECK_EVERY, steps // MOST_CHECKS) == 1
 
 
-def sample(t: Tensor) -> Tensor:
+def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
     """A copy of some elements of `t`, evenly spread over all its dimensions."""
-    return some_of(t.detach(), SAMPLE).clone()
+    return some_of(t.detach(), most).clone()
 
 
 def images(step: Step) -> dict[int, int]:

@@ -82,6 +82,9 @@ def _beyond(program: Program, v: int, size: float, k: int) -> str:
     )
 
 
+FEW = 16  # elements of what autograd saved
+
+
 class Checksums:
     """Of the lowest cut of each stretch that is regenerated, what its values add up to."""
 
@@ -121,7 +124,7 @@ class Samples:
     def __init__(self, program: Program, eps: float) -> None:
         self.program, self.eps = program, eps
         self.samples: dict[int, dict[int, Tensor]] = {}
-        self.results: dict[int, tuple[bool, Sequence[Tensor]]] = {}
+        self.results: dict[int, tuple[bool, Sequence[Tensor | None]]] = {}
         self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
@@ -135,28 +138,27 @@ class Samples:
         theirs = {v: values[y] for v, y in images.items() if v in self.samples[cut] and y in values}
         self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
 
-    def note_results(self, op: int, results: Sequence[Tensor], kept: bool) -> None:
-        """None; `results` are what operation `op` gave in the forward, which nothing that comes back depends on; `kept`
-        says whether its inputs are, so that rounding is no reason for others.
+    def note_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor | None], kept: bool) -> None:
+        """None; `results` are what operation `op` gave in the forward, which nothing that comes back depends on, and
+        `saved` what autograd saved of it, but for values and weights: a change that a normalisation hides is seen in
+        what this reads. `kept` says whether its inputs are, so that rounding is no reason for others.
         """
-        self.results[op] = kept, [numerics.sample(t) for t in results]
+        self.results[op] = kept, [numerics.sample(t) for t in results] + [_sample(t) for t in saved]
 
-    def compare_results(self, op: int, results: Sequence[Tensor], name: str) -> None:
+    def compare_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor], name: str) -> None:
         """None.
 
         Raises:
             RegenerationError: `op` gave something else when it was run again.
         """
         kept, samples = self.results.get(op, (True, ()))
-        for before, now in zip(samples, results, strict=False):
-            if numerics.drift(now, before) > max(0.0 if kept else self._limit(before), numerics.GARBAGE):
-                rounds = "" if kept else "amplifies rounding (as normalising what is constant does), or "
-                raise RegenerationError(
-                    f"{name} gave something else when it was run again for the backward: it {rounds}depends on what has"
-                    " changed since and nothing puts back, such as an attribute of a function or of a class, a cache"
-                    " that was filled, or a sub-module that was replaced. Keep its activations with"
-                    " `revfx.testing.store_activations()`."
-                )
+        again = *((t, numerics.SAMPLE) for t in results), *((t, FEW) for t in saved)
+        for before, (t, most) in zip(samples, again, strict=False):
+            if before is None:
+                continue
+            error = numerics.drift(numerics.sample(t, most), before)
+            if error > max(0.0 if kept else self._limit(before), numerics.GARBAGE):
+                raise RegenerationError(_otherwise(name, error, kept))
 
     def _limit(self, before: Tensor) -> float:
         eps = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
@@ -169,7 +171,7 @@ class Samples:
             RegenerationError: a value is off by more than 1 %.
         """
         for v, before in self.samples.get(cut, {}).items():
-            error = numerics.drift(values[v], before, self.scales[cut].get(v))
+            error = numerics.drift(numerics.sample(values[v]), before, self.scales[cut].get(v))
             limit = self._limit(before)
             if error <= limit:
                 continue
@@ -186,3 +188,23 @@ class Samples:
                 warnings.warn(text, RevfxWarning, stacklevel=2)
                 return True
         return False
+
+
+def _sample(t: Tensor | None) -> Tensor | None:
+    """A few elements of a floating-point tensor that is no weight, nor a view of one."""
+    if t is None or t.layout != torch.strided or not t.is_floating_point():
+        return None
+    own = t if t._base is None else t._base
+    return None if isinstance(own, torch.nn.Parameter) else numerics.sample(t, FEW)
+
+
+def _otherwise(name: str, error: float, kept: bool) -> str:
+    """What is said of an operation that did something else when it was run again."""
+    rounds = "" if kept else " the functions of this region amplify rounding errors too much to be inverted, or"
+    wider = "" if kept else " use a wider dtype for the streams, `exact=True`, or anchors (`anchor_every`), or"
+    return (
+        f"{name} did something else when it was run again for the backward, which is off by {error:.1e} (relative):"
+        f"{rounds} it depends on what has changed since and nothing puts back, such as an attribute of a function or of"
+        " a class, a cache that was filled, or a sub-module that was replaced. Make it depend on its inputs alone,"
+        f"{wider} keep its activations with `revfx.testing.store_activations()`."
+    )

@@ -150,7 +150,7 @@ class RegionRun:
         self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
         eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
         self.samples = Samples(program, eps)
-        self.sides = Sides(plan.calls & (plan.calls - 1) == 0, [program.values[v].dtype for v in region.entry], eps)
+        self.sides = Sides(0 if plan.exact else plan.calls, [program.values[v].dtype for v in region.entry], eps)
         self.random, self.settings = Random.now(device), settings()
         self.lock = threading.RLock()
         self.current: int | None = None
@@ -188,9 +188,7 @@ class RegionRun:
                 if self.plan.exact and number - 1 in self.kept_cuts:  # the last one of a stretch to come back
                     self.checksums.note(number, self._regenerated(step, env))
                 for index in range(step.start, step.stop):
-                    outs = self._call(index, env)
-                    if unseen and program.ops[index].opaque:
-                        self.samples.note_results(index, outs, all(v in self.kept for v in program.ops[index].ins))
+                    outs = self._call(index, env, unseen or self.sides.watched)
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
                         env[v] = t
                         self._note(v, t)
@@ -237,7 +235,7 @@ class RegionRun:
         if not self.program.values[v].source:
             self.returns.remember(v, kept)
 
-    def _call(self, index: int, env: Env) -> tuple[Tensor, ...]:
+    def _call(self, index: int, env: Env, sampled: bool) -> tuple[Tensor, ...]:
         op, call = self.program.ops[index], self.calls[index]
         data = [v for v in op.ins if v in env]
         before = [_torch.version(env[v]) for v in data]
@@ -273,6 +271,9 @@ class RegionRun:
                     f" {planned.dtype}{list(planned.shape)} was planned; does a hook change its output?"
                 )
         self._settle(index, fresh, {**{v: env[v] for v in data}, **dict(zip(op.outs, outs, strict=True))})
+        if sampled and op.opaque:
+            saved = [t if handle.value is None else None for handle, t in fresh]
+            self.samples.note_results(index, outs, saved, all(v in self.kept for v in op.ins))
         return outs
 
     def _pack(self, t: Tensor) -> Handle:
@@ -484,7 +485,8 @@ class RegionRun:
                 " flip, or depends on state that changed since. Keep its activations with"
                 " `revfx.testing.store_activations()`, or make it deterministic."
             )
-        self.samples.compare_results(index, outs, name)
+        if self.watch is None:  # which compares all itself
+            self.samples.compare_results(index, outs, saved, name)
         if capture:
             self.captures[index] = [*saved]
         saved.clear()

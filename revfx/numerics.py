@@ -28,7 +28,14 @@ from revfx.passes.numbers import (
     unchanged,
     uniform,
 )
-from revfx.passes.plan import GARBAGE as GARBAGE, MARGIN, amplification, is_checked as is_checked, sample as sample_of
+from revfx.passes.plan import (
+    GARBAGE as GARBAGE,
+    MARGIN,
+    SAMPLE as SAMPLE,
+    amplification,
+    is_checked as is_checked,
+    sample as sample_of,
+)
 from revfx.passes.program import Arc, Program
 from revfx.passes.regions import Region
 from revfx.passes.unchanged import scales
@@ -41,22 +48,21 @@ MOST = 1 << 14  # numbers of a region that are looked for later
 DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned of, whatever made the error grow
 
 
-def sample(t: Tensor) -> Tensor:
-    """A copy of some elements of what this process holds of `t`."""
-    return sample_of(sharding.piece(t))
+def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
+    """A copy of about `most` elements of what this process holds of `t`."""
+    return sample_of(sharding.piece(t), most)
 
 
 def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
-    """|now - before| / |before| over the sample `before`, or over `image` where that is larger: the norm of a sample of
-    what it was computed back from. 0 where `before` was not finite, or is not floating point.
+    """|now - before| / |before| of two samples, or over `image` where that is larger: the norm of a sample of what it
+    was computed back from. 0 where `before` was not finite, or is not floating point.
     """
     if not before.is_floating_point() or before.numel() == 0 or _torch.is_fake(before):
         return 0.0
     scale = before.norm() if image is None else torch.maximum(before.norm(), image)
-    after = sample(now)
-    if after.shape != before.shape:  # a DTensor that came back spread in another way
+    if now.shape != before.shape:  # a DTensor that came back spread in another way
         return 0.0
-    error, scale = torch.stack(((after - before).norm(), scale)).tolist()
+    error, scale = torch.stack(((now - before).norm(), scale)).tolist()
     if not math.isfinite(scale):
         return 0.0
     return math.inf if math.isnan(error) else error / scale if scale else error

@@ -93,11 +93,12 @@ def _sides(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
 class Sides:
     """Those of the operations inside the functions of one call of a region; none where it is not `watched`.
 
-    `dtypes` are those of the streams, `eps` that of the narrowest dtype that autocast uses, or 0.
+    `calls` says the how many-th call it is, 0 for none; `dtypes` are those of the streams, `eps` that of the narrowest
+    dtype that autocast uses, or 0.
     """
 
-    def __init__(self, watched: bool, dtypes: Iterable[torch.dtype], eps: float) -> None:
-        self.watched = watched
+    def __init__(self, calls: int, dtypes: Iterable[torch.dtype], eps: float) -> None:
+        self.watched = calls > 0 and calls & (calls - 1) == 0
         eps = max(eps, *(torch.finfo(d).eps for d in dtypes if d.is_floating_point), 0.0)
         self.most = FEW + 4 * eps**0.5
         self.seen: dict[int, list[tuple[str, Taken]]] = {}

@@ -33,7 +33,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.parametrizations import spectral_norm
 
 import revfx
-from revfx import RevBlock, RevfxError
+from revfx import RevBlock, RevfxError, rev_block
 
 
 ways = pytest.mark.parametrize("way", WAYS)
@@ -448,7 +448,7 @@ def test_a_part_that_is_replaced_before_the_backward_raises(depth: int, which: s
     block = RevBlock(mlp, mlp, depth)
     y1, y2 = block(leaf(64, 4), leaf(64, 4))
     block.get_submodule(f"{which}.0").add_module("0", nn.Linear(4, 6))
-    with pytest.raises(RevfxError, match=r"of layer 0` .* gave something else when it was run again"):
+    with pytest.raises(RevfxError, match=r"of layer 0` .* did something else when it was run again"):
         (y1.sin().sum() + y2.sum()).backward()
 
 
@@ -463,3 +463,21 @@ def test_random_numbers_of_a_generator_of_its_own_raise_under_autocast_too() -> 
         y1, y2 = revfx.rev_block(leaf(64, 4).float(), leaf(64, 4).float(), f, mlp().float(), 1)
     with pytest.raises(RevfxError, match="something else when"):
         (y1.sin().sum() + y2.sum()).backward()
+
+
+def test_a_change_that_a_normalisation_hides_from_what_functions_give() -> None:
+    class Scaled(nn.Module):
+        by = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x * type(self).by))
+
+    fs = [Scaled() for _ in range(6)]
+    y1, y2 = rev_block(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), fs, fs, 6)
+    Scaled.by = 1.5
+    with pytest.raises(RevfxError, match=r"of layer 5` .* did something else when it was run again"):
+        (y1.sum() + y2.sum()).backward()

@@ -66,7 +66,7 @@ def test_every_operation_has_a_sample() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_that_stands_on_its_kink(name: str) -> None:
     compares, at = OPERATIONS[name]
-    sides = Sides(True, [torch.float32], 0.0)
+    sides = Sides(1, [torch.float32], 0.0)
     ties = torch.where(torch.arange(N * D).view(N, D) % 3 == 0, at, 77.77)
     noise = 4e-7 * max(abs(at), 1.0) * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     with sides.noted(0):
@@ -81,7 +81,7 @@ def test_an_operation_that_stands_on_its_kink(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_rounding_moves_nothing_across_a_kink_elsewhere(name: str) -> None:
     compares, _ = OPERATIONS[name]
-    sides = Sides(True, [torch.float32], 0.0)
+    sides = Sides(1, [torch.float32], 0.0)
     x = 3 * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     with sides.noted(0):
         compares(x)
