@@ -36,6 +36,12 @@ def torchs_generator() -> RandomState:
     return "torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()
 
 
+def drew(before: list[RandomState], now: list[RandomState]) -> str | None:
+    """The first of some generators that has gone on, or was seeded, since it was noted; None where none has."""
+    both = zip(before, now, strict=False)  # NumPy may have been imported meanwhile
+    return next((name for (name, *_, then), (*_, state) in both if state != then), None)
+
+
 def restore(states: list[RandomState]) -> None:
     """None; the generators go on from these states."""
     for _, set_state, state, _ in states:

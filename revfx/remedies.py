@@ -25,7 +25,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ("neither an argument nor a parameter", "use `register_buffer`"),
     ("has hooks", "take the hooks off this module, or put them on the modules inside"),
     ("permutation", "keep the permutation in a buffer"),
-    ("generator of its own", "draw from the default generator"),
+    ("draws from", "draw from torch's default generator"),
     ("no inverse rule", "give it one by `revfx.register_inverse`, or move it into the function of a coupling"),
     ("has no inverse", "move it into the function that is added to the other stream"),
     ("custom operator", "call it inside the function that is added to the other stream"),
