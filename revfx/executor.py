@@ -27,7 +27,7 @@ from revfx.calls import Call
 from revfx.cancellation import NOTHING, Sums, sums_of
 from revfx.checks import Checksums, Ranges, Samples, changed
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
-from revfx.layout import ALIGNED, identity, leaf, placed
+from revfx.layout import ALIGNED, identity, leaf, placed, restrided
 from revfx.mode import without_hooks
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step
@@ -132,7 +132,7 @@ class RegionRun:
         self.captured_ops: dict[int, set[int]] = {}
         self.layout: dict[int, tuple[tuple[int, ...], tuple[int, ...], bool]] = {}
         self.offsets: dict[int, int] = {}
-        self.spread: dict[int, tuple[Any, ...] | None] = {}
+        self.spread: dict[int, sharding.Spread | None] = {}
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
         self.unchanged: set[int] = set()
@@ -216,7 +216,7 @@ class RegionRun:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
         if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and t.data_ptr() % ALIGNED:
             self.offsets[v] = t.data_ptr() % ALIGNED
-        self.spread[v] = sharding.placements(t)
+        self.spread[v] = sharding.spread_of(t)
         self.ranges.note(v, t)
         if self.watch is not None:
             self.watch.made(self, v, t)
@@ -437,11 +437,7 @@ class RegionRun:
         shape, stride, _ = self.layout[v]
         if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
             return placed(t, shape, stride, self.offsets.get(v, 0))
-        if t.layout != torch.strided or t.stride() == stride or not _torch.is_plain(t):
-            return sharding.spread(t, self.spread[v])
-        if 0 in stride or tuple(t.shape) != shape:
-            return t.reshape(shape)
-        return torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+        return restrided(sharding.spread(t, self.spread[v]), shape, stride)
 
     def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
         """The outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
