@@ -148,6 +148,17 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the numbers of `tensor`: itself, or those that one of a class with its own ways wraps; none
+    where it doesn't say which.
+    """
+    ordinary = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    if ordinary or is_fake(tensor) or is_dtensor(tensor):
+        return [tensor]
+    names: list[str] = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    return [part for name in names for part in parts(getattr(tensor, name))]
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that two live tensors share exactly when they share memory."""
     return tensor.untyped_storage()._cdata
