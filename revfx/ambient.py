@@ -63,13 +63,14 @@ def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
             yield
 
 
-Settings = tuple[torch.dtype, tuple[bool, ...]]
+Settings = tuple[torch.dtype, tuple[bool, ...], _torch.Modes]
 
 
 def settings() -> Settings:
-    """What is set for the whole process: the default dtype, and which kernels attention may take."""
+    """What is set around a region: the default dtype, which kernels attention may take, and the user's modes."""
     cuda: Any = torch.backends.cuda
-    return torch.get_default_dtype(), tuple([getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in _ATTENTION])
+    kernels = tuple([getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in _ATTENTION])
+    return torch.get_default_dtype(), kernels, _torch.modes()
 
 
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
@@ -84,13 +85,14 @@ def settings_of(then: Settings) -> Generator[None]:
         return
     _set(then)
     try:
-        yield
+        with _torch.modes_of(then[2]):
+            yield
     finally:
         _set(now)
 
 
 def _set(to: Settings) -> None:
-    dtype, enabled = to
+    dtype, enabled, _ = to
     torch.set_default_dtype(dtype)
     for kernel, on in zip(_ATTENTION, enabled, strict=True):
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)

@@ -144,7 +144,7 @@ class RegionRun:
         self.device = device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
         devices = ["cpu"] if device is None else ["cpu", device.type]
         self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
-        self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
+        self.casts = device is not None or any(_torch.modes()) or any(enabled for _, enabled, _ in self.autocast)
         eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
         self.samples = Samples(program, eps)
         self.random, self.settings = Random.now(device), settings()
@@ -442,7 +442,8 @@ class RegionRun:
     def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
         """The outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
         op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
-        if not op.opaque and not capture and not self.casts and not torch.is_autocast_enabled("cpu"):
+        casts = self.casts or torch.is_autocast_enabled("cpu") or any(_torch.modes())
+        if not op.opaque and not capture and not casts:
             return [t.detach() for t in call.invoke(env)]  # arithmetic or layout: nothing around it matters
         inputs = {v: leaf(env[v], self.layout[v][2]) for v in op.ins}
         saved: list[Tensor] = []
