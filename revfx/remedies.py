@@ -12,6 +12,10 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ("bounded away from zero", "bound the factor: `exp(tanh(s))`, or `sigmoid(s) + 0.1`"),
     ("the factor is", "leave out the product, or use a factor that is not zero"),
     ("exact zeros", "let the function end in something that makes no exact zeros, such as a linear layer"),
+    (
+        "may tell its numbers",
+        "start with a layer that mixes the data, such as a linear layer, or let the function that is named do so first",
+    ),
     ("injective", "move it into the function that is added to the other stream"),
     ("saturates", "move it into the function that is added to the other stream"),
     ("loses bits", "keep each stream in one dtype, and cast inside the functions"),
