@@ -382,4 +382,6 @@ def _told(
 
 def _reason(by: Made) -> str:
     where = by.key.meta.get("where") if isinstance(by.key, fx.Node) else None
-    return f"`{by.name}`{f' ({where})' if where else ''} may tell its numbers from those that an inverse returns"
+    owner = getattr(by.key.target, "__self__", None) if isinstance(by.key, fx.Node) else None
+    name = owner.__name__ if isinstance(owner, type) else by.name  # an autograd function's `apply`
+    return f"`{name}`{f' ({where})' if where else ''} may tell its numbers from those that an inverse returns"

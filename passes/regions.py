@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.cuts import Step, Stuck, find_step, live_before
@@ -57,12 +57,14 @@ class Walk:
 
 
 def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
-    """The regions of a program in order, and the stuck points between them (nearest the end first).
+    """The regions of a program in order, and the stuck points between them (nearest the end first); where there are no
+    regions at all, also what would have had to be kept.
 
     A region must free more bytes than it keeps, unless `all_pay` says that this is known.
     """
     regions: list[Region] = []
     stuck: list[Stuck] = []
+    kept: list[Stuck] = []
     stop, retries, reruns = len(program.ops), RETRIES, RERUNS
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
     while stop > 0:
@@ -70,6 +72,8 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
         region = _region(program, walk, all_pay)
         if walk.stuck.stop > 0:
             stuck.append(walk.stuck)
+        if region is None:
+            kept.extend(_kept_instead(program, walk))
         if region is not None:
             regions.append(region)
             stop, live = region.start, dict.fromkeys(region.entry)
@@ -88,7 +92,21 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
             reruns -= bool(walk.steps)
             stop -= 1
             live = live_before(program, live, stop)
-    return tuple(reversed(regions)), tuple(stuck)
+    return tuple(reversed(regions)), tuple(stuck if regions else (*stuck, *_each_once(program, kept)))
+
+
+def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
+    """Where the steps of a walk have to keep what an inverse would give back if it did not round."""
+    for step in walk.steps:
+        for i in range(step.start, step.stop):
+            for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.head in step.saved):
+                yield Stuck(i, i + 1, (arc.head,), f"`{program.values[arc.head].name}` has to be kept: {arc.barred}")
+
+
+def _each_once(program: Program, found: Iterable[Stuck]) -> tuple[Stuck, ...]:
+    """The last of those in the same line of code, nearest the end first."""
+    last = {program.ops[s.start].where: s for s in sorted(found, key=lambda s: s.start)}
+    return tuple(sorted(last.values(), key=lambda s: -s.start))
 
 
 def _reruns_all(walk: Walk) -> bool:

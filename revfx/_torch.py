@@ -10,10 +10,11 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import overrides
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     in_kernel_invocation_manager,
 )
-from torch.utils import _pytree as pytree
+from torch.utils import _python_dispatch, _pytree as pytree
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -146,6 +147,17 @@ def is_fake(value: object) -> bool:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is an ordinary one, or a fake one that stands for such; not of a subclass with its own ways."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the numbers of `tensor`: itself, or those that one of a class with its own ways wraps; none
+    where it doesn't say which.
+    """
+    ordinary = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    if ordinary or is_fake(tensor) or is_dtensor(tensor):
+        return [tensor]
+    names: list[str] = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    return [part for name in names for part in parts(getattr(tensor, name))]
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -323,6 +335,64 @@ def fsdp_in_use() -> bool:
 def no_torch_function() -> Any:
     """A context in which torch functions run without modes or subclass hooks."""
     return torch._C.DisableTorchFunction()
+
+
+Modes = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+def modes() -> Modes:
+    """The function modes and the dispatch modes that are on and may change what is computed.
+
+    Dispatch modes of torch's own, and revfx's, count, look on or trace.
+    """
+    return tuple(overrides._get_current_function_mode_stack()), tuple(m for m in _dispatched() if not _looks_on(m))
+
+
+def _dispatched() -> list[Any]:
+    """The dispatch modes that are on, but for those below all others, with which torch traces."""
+    found = _python_dispatch._get_current_dispatch_mode_stack()
+    return [m for m in found if getattr(m, "_mode_key", None) is None]
+
+
+def _looks_on(mode: object) -> bool:
+    return type(mode).__module__.partition(".")[0] in ("torch", "revfx")
+
+
+@contextlib.contextmanager
+def modes_of(then: Modes) -> Generator[None]:
+    """A context with the modes that `modes` noted; those that look on stay as they are, below them.
+
+    What their classes do when they are entered, such as counting from zero, is left out.
+    """
+    if modes() == then:
+        yield
+        return
+    functions, dispatched = overrides._get_current_function_mode_stack(), _dispatched()
+    entered: list[Any] = []
+    try:
+        for _ in functions:
+            overrides._pop_mode()
+        for _ in dispatched:
+            _python_dispatch._pop_mode()
+        for mode in filter(_looks_on, dispatched):
+            _python_dispatch._push_mode(mode)
+        for mode in then[0]:
+            overrides._push_mode(mode)
+        for mode in then[1]:
+            _python_dispatch.TorchDispatchMode.__enter__(mode)
+            entered.append(mode)
+        yield
+    finally:
+        for mode in reversed(entered):
+            _python_dispatch.TorchDispatchMode.__exit__(mode, None, None, None)
+        for _ in overrides._get_current_function_mode_stack():
+            overrides._pop_mode()
+        for _ in _dispatched():
+            _python_dispatch._pop_mode()
+        for mode in functions:
+            overrides._push_mode(mode)
+        for mode in dispatched:
+            _python_dispatch._push_mode(mode)
 
 
 _LEAF = pytree.tree_structure(0)

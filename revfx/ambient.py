@@ -36,6 +36,12 @@ def torchs_generator() -> RandomState:
     return "torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()
 
 
+def drew(before: list[RandomState], now: list[RandomState]) -> str | None:
+    """The first of some generators that has gone on, or was seeded, since it was noted; None where none has."""
+    both = zip(before, now, strict=False)  # NumPy may have been imported meanwhile
+    return next((name for (name, *_, then), (*_, state) in both if state != then), None)
+
+
 def restore(states: list[RandomState]) -> None:
     """None; the generators go on from these states."""
     for _, set_state, state, _ in states:
@@ -57,13 +63,14 @@ def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
             yield
 
 
-Settings = tuple[torch.dtype, tuple[bool, ...]]
+Settings = tuple[torch.dtype, tuple[bool, ...], _torch.Modes]
 
 
 def settings() -> Settings:
-    """What is set for the whole process: the default dtype, and which kernels attention may take."""
+    """What is set around a region: the default dtype, which kernels attention may take, and the user's modes."""
     cuda: Any = torch.backends.cuda
-    return torch.get_default_dtype(), tuple([getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in _ATTENTION])
+    kernels = tuple([getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in _ATTENTION])
+    return torch.get_default_dtype(), kernels, _torch.modes()
 
 
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
@@ -78,13 +85,14 @@ def settings_of(then: Settings) -> Generator[None]:
         return
     _set(then)
     try:
-        yield
+        with _torch.modes_of(then[2]):
+            yield
     finally:
         _set(now)
 
 
 def _set(to: Settings) -> None:
-    dtype, enabled = to
+    dtype, enabled, _ = to
     torch.set_default_dtype(dtype)
     for kernel, on in zip(_ATTENTION, enabled, strict=True):
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)

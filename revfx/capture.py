@@ -23,20 +23,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
-from revfx.ambient import ambience, ambient_state, generators, restore, torchs_generator, where
+from revfx.ambient import ambience, ambient_state, drew, generators, restore, torchs_generator, where
 from revfx.caches import let_go, of_their_own
 from revfx.fingerprint import Seen, Snapshot, lasts, left_alone, structure
 from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
 from revfx.outside import Outside
-from revfx.passes.atoms import CERTAIN, Levels, may_be_continuous
 from revfx.passes.facts import GENERIC, is_mask
-from revfx.passes.kinks import Inside, Made, look_inside, made_by
 from revfx.passes.numbers import is_generic
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
 from revfx.sources import refuse_sources
-from revfx.trees import address, meta, tensors
+from revfx.trail import Trail
+from revfx.trees import meta, tensors
 from revfx.untraceable import Untraceable, untraceable
 from revfx.whole import Spot, Written
 
@@ -68,6 +67,7 @@ EFFECTS = frozenset(
     "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
 )
 LOST = "which a recorded graph would not repeat"
+OWN_GENERATOR = "a generator of its own"
 GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 _lock = threading.Lock()
 
@@ -114,9 +114,8 @@ def _recorded(
             raise Untraceable(f"its forward sets `{changed[1]}`, {LOST}", path=watched[changed[0]][0])
         if outside.state() != read:
             raise Untraceable(f"its forward changes a global or a variable that it closes over, {LOST}")
-        for (name, *_, then), (*_, now) in zip(drawn, [*generators(), torchs_generator()], strict=True):
-            if now != then:
-                raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
+        if (name := drew(drawn, [*generators(), torchs_generator()])) is not None:
+            raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
         with _torch.no_torch_function():
             return replace(recorder.finish(result), reads=reads)
     except MemoryError:  # says nothing of the forward
@@ -155,8 +154,9 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
-        self.levels, self.trail, self.own = Levels(), list[Made](), set[int]()
+        self.trail = Trail()
         self.suspended = 0
+        self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
         self.generation: dict[int, int] = {}
         self.born: dict[int, int] = {}  # when memory was first seen, counted in such
         self.hooked: tuple[int, str] = (-1, "")  # the latest module with hooks, and when its call ended
@@ -207,7 +207,7 @@ class _Recorder(TorchFunctionMode):
                 warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
                 fake = self.fakes[id(t)] = _torch.to_fake(self.fake, t, self.computed_in.get(id(t)))
             if self._is_generic(t):
-                self.own.add(id(fake))
+                self.trail.own.add(id(fake))
         return fake
 
     def _is_generic(self, t: Tensor) -> bool:
@@ -245,7 +245,7 @@ class _Recorder(TorchFunctionMode):
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
         if (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
             node.meta["constant"] = t
-        node.meta["facts"] = (GENERIC,) if id(fake) in self.own else ()
+        node.meta["facts"] = (GENERIC,) if id(fake) in self.trail.own else ()
         self._name(node, fake)
         self.attributes[node] = (path, name)
 
@@ -310,7 +310,8 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = self._convert(args), self._convert(kwargs or {})
         if self.suspended:
             out = func(*args, **kwargs)
-            self._follow_atoms(op_name(func.__self__ if op_name(func) == "__get__" else func), args, kwargs, out)
+            self.drew = OWN_GENERATOR if _draws((args, kwargs)) else self.drew
+            self.trail.follow(op_name(func.__self__ if op_name(func) == "__get__" else func), args, kwargs, out)
             return out
         name = op_name(func)
         if name in EFFECTS:
@@ -340,8 +341,8 @@ class _Recorder(TorchFunctionMode):
         node.meta.update(meta, where=where(), opaque=meta.get("opaque", False), scope=self.stack[-1])
         if (ambient := ambient_state()) != self.ambient:
             node.meta["ambient"] = ambient
-        if any(isinstance(x, torch.Generator) for x in pytree.tree_leaves((args, kwargs))):
-            node.meta["barrier"] = "it draws from a generator of its own, whose state is not tracked"
+        if (drawn := OWN_GENERATOR if _draws((args, kwargs)) else meta.get("drew")) is not None:
+            node.meta["barrier"] = f"it draws from {drawn}, whose state is not tracked"
         if mutated:
             node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
             node.meta["unseen"] = not torch.is_grad_enabled() and any(t.requires_grad for t in mutated)
@@ -394,14 +395,6 @@ class _Recorder(TorchFunctionMode):
             raise Untraceable(f"it passes on a {type(tree).__name__} that it made, which a recorded graph would keep")
         return tree
 
-    def _follow_atoms(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        read = [(id(t), t, self.levels.of.get(id(t), CERTAIN)) for t in tensors((args, kwargs))]
-        for t in tensors(out):
-            self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, address)
-            level = self.levels.of[id(t)] = self.levels.of[id(t)] if may_be_continuous(t) else CERTAIN
-            self.trail.append(made_by(id(t), name, level, read, (args, kwargs), t))
-            self.alive += (t, args, kwargs)  # else another could get its id
-
     # --- calls of sub-modules and autograd functions
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.suspended:
@@ -428,13 +421,13 @@ class _Recorder(TorchFunctionMode):
                 out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
                 self.hooked = (len(self.born), path) if hooked else self.hooked
                 return out
-        self.trail = []
+        self.trail.begin()
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}")):
             out = self._run_whole(module, args, kwargs)
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            numbers = self._numbers(leaves, out)
+            numbers = {**self.trail.numbers(leaves, out), "drew": self.drew}
             odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
             if odd:
                 raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}")
@@ -444,22 +437,15 @@ class _Recorder(TorchFunctionMode):
             self.hooked = (len(self.born), path) if hooked else self.hooked
             return out
 
-    def _numbers(self, leaves: list[Any], out: Any) -> dict[str, Any]:
-        """What is known of the numbers that a module takes and gives, by what ran in it: see `revfx.passes.kinks`."""
-        made = [id(t) for t in tensors(out)]
-        return {
-            "atoms": max((self.levels.of.get(k, CERTAIN) for k in made), default=CERTAIN),
-            "inside": look_inside(self.trail, self.own, [id(x) for x in leaves], made),
-        }
-
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `module` returns on fakes; what its Python code leaves behind is undone."""
-        before, drawn = Snapshot.of(list(module.modules())), generators()
+        before, drawn, self.drew = Snapshot.of(list(module.modules())), generators(), None
         self.suspended += 1
         try:
             return sharding.run(module, args, kwargs)
         finally:
             self.suspended -= 1
+            self.drew = drew(drawn, generators()) or self.drew
             self.written |= before.written()
             before.restore()
             restore(drawn)
@@ -480,21 +466,21 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         if self.suspended:
             out = apply(function, *args, **kwargs)
-            read = [id(t) for t in tensors((args, kwargs))]
-            levels = tuple(self.levels.of.get(k, CERTAIN) for k in read)
-            for t in tensors(out):  # its backward may tell numbers apart
-                level = self.levels.of.get(id(t), CERTAIN)
-                self.trail.append(Made(id(t), function.__name__, level, tuple(read), levels, inside=Inside()))
-                self.alive += (t, args, kwargs)
+            self.trail.follow_function(function.__name__, args, kwargs, out)
             return out
         with _torch.no_torch_function():
             args, kwargs = self._convert(args), self._convert(kwargs)
             versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
-        self.suspended += 1
+        self.suspended, self.drew = self.suspended + 1, None
         try:
             out = apply(function, *args, **kwargs)
         finally:
             self.suspended -= 1
         with _torch.no_torch_function():
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            return self.record("call_function", function.apply, args, kwargs, out, mutated, opaque=True)
+            more = {"opaque": True, "drew": self.drew}
+            return self.record("call_function", function.apply, args, kwargs, out, mutated, **more)
+
+
+def _draws(tree: Any) -> bool:
+    return any(isinstance(x, torch.Generator) for x in pytree.tree_leaves(tree))

@@ -27,7 +27,7 @@ from revfx.calls import Call
 from revfx.cancellation import NOTHING, Sums, sums_of
 from revfx.checks import Checksums, Ranges, Samples, changed
 from revfx.errors import NotReversibleError, RegenerationError, RevfxWarning
-from revfx.layout import ALIGNED, identity, leaf, placed
+from revfx.layout import ALIGNED, identity, leaf, placed, restrided
 from revfx.mode import without_hooks
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step
@@ -135,7 +135,7 @@ class RegionRun:
         self.captured_ops: dict[int, set[int]] = {}
         self.layout: dict[int, tuple[tuple[int, ...], tuple[int, ...], bool]] = {}
         self.offsets: dict[int, int] = {}
-        self.spread: dict[int, tuple[Any, ...] | None] = {}
+        self.spread: dict[int, sharding.Spread | None] = {}
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
         self.unchanged: set[int] = set()
@@ -147,7 +147,7 @@ class RegionRun:
         self.device = device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
         devices = ["cpu"] if device is None else ["cpu", device.type]
         self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
-        self.casts = device is not None or any(enabled for _, enabled, _ in self.autocast)
+        self.casts = device is not None or any(_torch.modes()) or any(enabled for _, enabled, _ in self.autocast)
         eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
         self.samples = Samples(program, eps)
         self.sides = Sides(0 if plan.exact else plan.calls, [program.values[v].dtype for v in region.entry], eps)
@@ -218,7 +218,7 @@ class RegionRun:
         self.layout[v] = (tuple(t.shape), t.stride() if t.layout == torch.strided else (), t.requires_grad)
         if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and t.data_ptr() % ALIGNED:
             self.offsets[v] = t.data_ptr() % ALIGNED
-        self.spread[v] = sharding.placements(t)
+        self.spread[v] = sharding.spread_of(t)
         self.ranges.note(v, t)
         if self.watch is not None:
             self.watch.made(self, v, t)
@@ -442,17 +442,14 @@ class RegionRun:
         shape, stride, _ = self.layout[v]
         if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
             return placed(t, shape, stride, self.offsets.get(v, 0))
-        if t.layout != torch.strided or t.stride() == stride or not _torch.is_plain(t):
-            return sharding.spread(t, self.spread[v])
-        if 0 in stride or tuple(t.shape) != shape:
-            return t.reshape(shape)
-        return torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+        return restrided(sharding.spread(t, self.spread[v]), shape, stride)
 
     def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
         """The outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
         op, call, surroundings = self.program.ops[index], self.calls[index], self.surroundings.get(index)
         name = f"`{call.name}` ({op.where or 'unknown place'})"
-        if not op.opaque and not capture and not self.casts and not torch.is_autocast_enabled("cpu"):
+        casts = self.casts or torch.is_autocast_enabled("cpu") or any(_torch.modes())
+        if not op.opaque and not capture and not casts:
             return [t.detach() for t in call.invoke(env)]  # arithmetic or layout: nothing around it matters
         inputs = {v: leaf(env[v], self.layout[v][2]) for v in op.ins}
         saved: list[Tensor] = []

@@ -33,6 +33,17 @@ def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: i
     return room.as_strided(shape, stride, first).copy_(t.reshape(shape))
 
 
+def restrided(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """`t` with given strides, as far as tensors of its class can have them."""
+    if t.layout != torch.strided or t.stride() == stride:
+        return t
+    if not _torch.is_plain(t):
+        return t.contiguous() if stride == torch.empty(shape, device="meta").stride() else t
+    if 0 in stride or tuple(t.shape) != shape:
+        return t.reshape(shape)
+    return torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+
+
 def leaf(t: Tensor, requires_grad: bool) -> Tensor:
     """`t` without its history, requiring a gradient as it is said."""
     leaf = t.detach()

@@ -50,7 +50,8 @@ DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned
 
 def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
     """A copy of about `most` elements of what this process holds of `t`."""
-    return sample_of(sharding.piece(t), most)
+    found = [sample_of(sharding.piece(part), most) for part in _torch.parts(sharding.arrived(t))]
+    return found[0] if len(found) == 1 else torch.cat([torch.empty(0, device=t.device), *(s.flatten() for s in found)])
 
 
 def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
@@ -249,7 +250,13 @@ def _holds_atoms(t: Tensor) -> bool:
     """
     if _torch.is_fake(t):
         return False
-    t = t.detach()
+    found = _torch.parts(sharding.arrived(t.detach()))
+    return not found or any(map(_atoms_of, found))
+
+
+def _atoms_of(t: Tensor) -> bool:
+    if not (t.is_floating_point() or t.is_complex()):  # what a class with its own ways makes of it can't be known
+        return True
     made, chance = made_numbers(t) if t.is_floating_point() else (torch.zeros_like(torch.count_nonzero(t)), 0.0)
     others, found = sharding.numbers(torch.count_nonzero(t), made)
     return t.numel() - others > ZEROS * torch.finfo(t.dtype).eps * t.numel() or found > chance

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
+from revfx.layout import restrided
 
 
 # --- tensors
@@ -22,11 +24,47 @@ def placements(tensor: Any) -> tuple[Any, ...] | None:
     return tensor.placements if _torch.is_dtensor(tensor) else None
 
 
-def spread(tensor: Any, like: tuple[Any, ...] | None) -> Any:
-    """`tensor`, spread over the processes as `like` says; partial sums, which are no place to put one, as they are."""
-    if like is None or tensor.placements == like or any(p.is_partial() for p in like):
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a DTensor is spread over the processes, and its strides: those of the whole, and of what this one holds."""
+
+    placements: tuple[Any, ...]
+    stride: tuple[int, ...]
+    held_shape: tuple[int, ...]
+    held_stride: tuple[int, ...]
+
+
+def spread_of(tensor: Any) -> Spread | None:
+    """How a DTensor is spread; None for any other tensor."""
+    found = placements(tensor)
+    if found is None:
+        return None
+    held = _held(tensor)
+    return Spread(found, tensor.stride(), tuple(held.shape), held.stride())
+
+
+def spread(tensor: Any, like: Spread | None) -> Any:
+    """`tensor`, spread over the processes as `like` says, with its strides; partial sums, which are no place to put
+    one, as they are.
+    """
+    if like is None:
         return tensor
-    return tensor.redistribute(placements=like)
+    if tensor.placements != like.placements:
+        if any(p.is_partial() for p in like.placements):
+            return tensor
+        tensor = tensor.redistribute(placements=like.placements)
+    held = _held(tensor)
+    if (tensor.stride(), held.stride()) == (like.stride, like.held_stride) or tuple(held.shape) != like.held_shape:
+        return tensor
+    held = restrided(held, like.held_shape, like.held_stride)
+    whole = {"shape": tensor.shape, "stride": like.stride}
+    return type(tensor).from_local(held, tensor.device_mesh, tensor.placements, run_check=False, **whole)
+
+
+def _held(tensor: Any) -> Tensor:
+    """What this process holds of a DTensor, without its history."""
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def piece(tensor: Any) -> Tensor:

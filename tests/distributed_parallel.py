@@ -52,6 +52,13 @@ class Spread(nn.Module):
         return self.model(distribute_tensor(x, self.mesh, [self.placement])).full_tensor()
 
 
+class Tokens(Spread):
+    """As `Spread`, of three dimensions: the last stream comes back as a part of what is kept, with its strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(0, (2, -1))).flatten(0, 1)
+
+
 class Rows(nn.Module):
     """A model that is given some rows in each process, and whose output is put together."""
 
@@ -84,11 +91,21 @@ def with_sharded_dtensors(model: nn.Module) -> nn.Module:
     return Spread(distribute_module(model, mesh), mesh, Shard(0))
 
 
+def with_tokens(placement: Any) -> Place:
+    def place(model: nn.Module) -> nn.Module:
+        mesh = mesh_of_all()
+        return Tokens(distribute_module(model, mesh), mesh, placement)
+
+    return place
+
+
 TENSOR: dict[str, Place] = {
     "rows and columns": in_rows_and_columns,
     "streams in sequence": in_sequence,
     "streams of whole DTensors": with_whole_dtensors,
     "streams of sharded DTensors": with_sharded_dtensors,
+    "three dimensions, whole": with_tokens(Replicate()),
+    "three dimensions, sharded": with_tokens(Shard(0)),
 }
 
 

@@ -12,8 +12,11 @@ from helpers import WAYS, block, both, fp64 as fp64, leaf, lines, loss_of, mlp, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from revfx import RevfxError
+from revfx import RevfxError, _torch
 from revfx.ambient import settings
 from revfx.checks import changed
 
@@ -45,10 +48,48 @@ def single() -> Generator[None]:
         torch.set_default_dtype(torch.float64)
 
 
+class InFunctions(TorchFunctionMode):
+    """Simulates a layer of low precision."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out + (out.detach().bfloat16().to(out.dtype) - out.detach()) if func is F.linear else out
+
+
+class InOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.bfloat16().to(out.dtype) if func is torch.ops.aten.addmm.default else out
+
+
+class Products(nn.Module):
+    """Few operations, which are layout and arithmetic but for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(0, 1)).view(x.shape) * 0.5
+
+
+SETTINGS = {
+    "sdpa": (Attention, lambda: sdpa_kernel(SDPBackend.MATH)),
+    "dtype": (Scaled, single),
+    "function mode": (Products, InFunctions),
+    "dispatch mode": (Products, InOperators),
+    "both": (Products, lambda: both_of(InFunctions(), InOperators())),
+}
+
+
+@contextmanager
+def both_of(*modes: Any) -> Generator[None]:
+    with modes[0], modes[1]:
+        yield
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("make", "around"), [(Attention, lambda: sdpa_kernel(SDPBackend.MATH)), (Scaled, single)], ids=["sdpa", "dtype"]
-)
+@pytest.mark.parametrize(("make", "around"), SETTINGS.values(), ids=SETTINGS)
 def test_settings_of_the_forward_hold_where_it_is_run_again(
     way: str, make: Callable[[], nn.Module], around: Callable[[], Any], fp64: None
 ) -> None:
@@ -69,8 +110,48 @@ def test_settings_of_the_forward_hold_where_it_is_run_again(
             assert settings() == there != before, "they are put back"
         return found
 
+    assert relative_error(step(lines(fs, gs), True), step(lines(fs, gs), False)) > 1e-9 or make is Attention
     for inside in (True, False):
         assert relative_error(step(block(way, fs, gs), inside), step(lines(fs, gs), inside)) < 1e-9
+
+
+class Counts(TorchDispatchMode):
+    """Counts from zero each time that it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __enter__(self) -> Any:
+        self.products = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def products(call: Callable[..., Any], mode: Callable[[], Any], x: list[Tensor]) -> list[Any]:
+    """How many products, or what they cost, modes count around the forward, the backward and both."""
+    with mode() as forward:
+        loss = loss_of(call(*x))
+    with mode() as backward:
+        loss.backward()
+    with mode() as around:
+        loss_of(call(*x)).backward()
+    return [m.products if isinstance(m, Counts) else m.get_total_flops() for m in (forward, backward, around)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", [Counts, lambda: FlopCounterMode(display=False)], ids=["a user's", "torch's"])
+def test_modes_that_count_are_entered_once_and_see_what_is_run_again(
+    way: str, mode: Callable[[], Any], fp64: None
+) -> None:
+    fs, gs = (nn.ModuleList(mlp() for _ in range(3)) for _ in range(2))
+    x = [leaf(5, 4), leaf(5, 4)]
+    plain, again = products(lines(fs, gs), mode, x), products(block(way, fs, gs), mode, x)
+    assert again[2] == plain[0] * 2 + plain[1] == again[0] + again[1]
+    assert _torch.modes() == ((), ())
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,17 +7,20 @@ import inspect
 import io
 import pickle
 import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from helpers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import Additive, CatSplit, D, Pairs, TwoStages, mlp
 
 import revfx
-from revfx.errors import RevfxWarning
-from revfx.testing import assert_same_grads, store_activations
+from revfx.errors import NotReversibleError, RevfxWarning
+from revfx.testing import assert_same_grads, gradients, store_activations
 
 
 def _x(n: int = 6) -> Tensor:
@@ -239,6 +242,46 @@ def test_draws_from_pythons_random_are_never_baked_in() -> None:
     got = [converted(x) for _ in range(4)]
     random.seed(3)
     assert all(torch.equal(g, model(x)) for g in got)
+
+
+OWN = torch.Generator()
+DRAWS: dict[str, Callable[[], Any]] = {
+    "Python's `random`": random.random,
+    "`numpy.random`": lambda: float(numpy.random.rand()),
+    "a generator of its own": lambda: torch.rand((), generator=OWN),
+}
+
+
+class ScalesAtRandom(nn.Module):
+    def __init__(self, draw: Callable[[], Any] | None) -> None:
+        super().__init__()
+        self.inner, self.draw = mlp(), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if self.draw is None else self.inner(x) * (0.5 + self.draw())
+
+
+def _seed() -> None:
+    random.seed(3)
+    numpy.random.seed(3)
+    OWN.manual_seed(3)
+
+
+@pytest.mark.parametrize("generator", DRAWS)
+def test_function_that_draws_from_a_generator_that_is_not_put_back_lies_in_no_region(generator: str) -> None:
+    model = Additive(24)
+    for number in range(24):
+        model.f[number] = ScalesAtRandom(DRAWS[generator] if number == 12 else None)
+    converted: Any = revfx.convert(model)
+    x = _x()
+    _seed()
+    expected = [*gradients(model, [x]).values()]
+    _seed()
+    assert relative_error([*gradients(converted, [x]).values()], expected) < 1e-4
+    assert [len(p.regions) for p in converted.revfx.plans] == [2]
+    assert any(f"it draws from {generator}, whose state is not tracked" in r.reason for r in converted.revfx.refusals)
+    with pytest.raises(NotReversibleError, match="draws from"):
+        revfx.convert(model, strict=True)(_x())
 
 
 class Straight(torch.autograd.Function):

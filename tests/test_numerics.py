@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from helpers import loss_of
+from helpers import lines, loss_of, relative_error
 from torch import Tensor, nn
-from zoo import Additive, AffineExp, D
+from torch.testing._internal.two_tensor import TwoTensor
+from zoo import Additive, AffineExp, D, mlp
 
 import revfx
 from revfx.cancellation import loses
@@ -153,3 +154,26 @@ def test_only_sums_are_looked_at() -> None:
     with watched(lambda run: Look()):
         revfx.convert(Products(4))(torch.randn(6, 2 * D, requires_grad=True))
     assert seen and all("(add)" in text for text in seen)
+
+
+class Rectified(nn.Sequential):
+    """Tells zero from what is near it, and gives zeros."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU(), nn.Linear(D, D), nn.ReLU())
+
+
+@pytest.mark.parametrize("kind", [mlp, Rectified])
+def test_streams_that_wrap_several_tensors_are_looked_at_in_each(kind: Callable[[], nn.Module]) -> None:
+    functions = nn.ModuleList(kind() for _ in range(8))
+    x = torch.randn(4, D, dtype=torch.float64)
+
+    def gradients(block: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+        streams = [TwoTensor(t, 2 * t.relu()).requires_grad_() for t in (x, x.flip(0))]
+        functions.double().zero_grad()
+        torch.stack([y.sin().sum() for y in block(*streams)]).sum().backward()
+        grads: list[Any] = [t.grad for t in (*streams, *functions.parameters())]
+        return [part for g in grads for part in ((g.a, g.b) if isinstance(g, TwoTensor) else (g,))]
+
+    got = gradients(lambda a, b: revfx.rev_block(a, b, functions[:4], functions[4:], 4))
+    assert relative_error(got, gradients(lines(functions[:4], functions[4:]))) < 1e-9
