@@ -140,7 +140,7 @@ class Samples:
 
     def note_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor | None], kept: bool) -> None:
         """None; `results` are what operation `op` gave in the forward, which nothing that comes back depends on, and
-        `saved` what autograd saved of it, but for values and weights: a change that a normalisation hides is seen in
+        `saved` what autograd saved of it, None for values: a change that a normalisation hides is seen in
         what this reads. `kept` says whether its inputs are, so that rounding is no reason for others.
         """
         self.results[op] = kept, [numerics.sample(t) for t in results] + [_sample(t) for t in saved]
@@ -191,11 +191,10 @@ class Samples:
 
 
 def _sample(t: Tensor | None) -> Tensor | None:
-    """A few elements of a floating-point tensor that is no weight, nor a view of one."""
-    if t is None or t.layout != torch.strided or not t.is_floating_point():
+    """A few elements of what was computed in the operation: no buffer, which threads share, and no view of a weight."""
+    if t is None or t.layout != torch.strided or t.grad_fn is None or isinstance(t._base, torch.nn.Parameter):
         return None
-    own = t if t._base is None else t._base
-    return None if isinstance(own, torch.nn.Parameter) else numerics.sample(t, FEW)
+    return numerics.sample(t, FEW)
 
 
 def _otherwise(name: str, error: float, kept: bool) -> str:
@@ -205,6 +204,6 @@ def _otherwise(name: str, error: float, kept: bool) -> str:
     return (
         f"{name} did something else when it was run again for the backward, which is off by {error:.1e} (relative):"
         f"{rounds} it depends on what has changed since and nothing puts back, such as an attribute of a function or of"
-        " a class, a cache that was filled, or a sub-module that was replaced. Make it depend on its inputs alone,"
+        " a class, a cache that was filled, a sub-module that was replaced, or a weight written to uncounted. Make it depend on its inputs alone,"
         f"{wider} keep its activations with `revfx.testing.store_activations()`."
     )
