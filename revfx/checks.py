@@ -204,6 +204,7 @@ def _otherwise(name: str, error: float, kept: bool) -> str:
     return (
         f"{name} did something else when it was run again for the backward, which is off by {error:.1e} (relative):"
         f"{rounds} it depends on what has changed since and nothing puts back, such as an attribute of a function or of"
-        " a class, a cache that was filled, a sub-module that was replaced, or a weight written to uncounted. Make it depend on its inputs alone,"
+        " a class, a cache that was filled, a sub-module that was replaced, or a weight written to uncounted. Make it"
+        " depend on its inputs alone,"
         f"{wider} keep its activations with `revfx.testing.store_activations()`."
     )
