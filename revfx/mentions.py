@@ -8,16 +8,17 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
 _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
-# what runs when an object is made, copied, printed or let go, not when it is used
+# what runs when an object is made, changed, copied, printed or let go, not when it is read or called
 _MAKING = frozenset(
     f"__{n}__"
     for n in (
         *("init", "new", "post_init", "init_subclass", "set_name", "class_getitem", "del", "repr", "str", "dir"),
-        *("copy", "deepcopy", "replace", "reduce", "reduce_ex", "getstate", "setstate"),
+        *("copy", "deepcopy", "replace", "reduce", "reduce_ex", "getstate", "setstate", "setattr", "delattr"),
     )
 )
 _KNOWN = 4096  # pieces of code
@@ -73,6 +74,17 @@ def is_followed(item: Any) -> bool:
     """Whether a function, class or module is none of Python's own, torch's, NumPy's or revfx's."""
     module = item.__name__ if isinstance(item, types.ModuleType) else getattr(item, "__module__", None)
     return (module or "builtins").partition(".")[0] not in _LIBRARIES
+
+
+def is_installed(item: Any) -> bool:
+    """Whether a function, class or module lies in an installed package: nobody's to change."""
+    return _lies_in_packages(item.__name__ if isinstance(item, types.ModuleType) else item.__module__ or "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _lies_in_packages(module: str) -> bool:
+    file: str = getattr(sys.modules.get(module), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -28,7 +28,7 @@ from revfx.containers import (
     put_back,
 )
 from revfx.fingerprint import SKIPPED, is_users
-from revfx.mentions import classes, functions, is_followed, mentions, unasked
+from revfx.mentions import classes, functions, is_followed, is_installed, mentions, unasked
 from revfx.trees import data_address
 
 
@@ -160,7 +160,8 @@ def reads_of(function: Any) -> Reads:
 @dataclass(slots=True)
 class _Walk:
     """The state of one walk: `queue` is what was met (where it hangs, by which key, and what), `long` the containers
-    that wait; `owners` are the classes and Python modules in which `names` are looked up.
+    that wait; `owners` are the classes and Python modules in which `names` are looked up, each with whether none was
+    yet, and `looked` are the names that were in those.
     """
 
     found: Reads = field(default_factory=Reads)
@@ -169,8 +170,8 @@ class _Walk:
     seen: set[int] = field(default_factory=set[int])
     sharded: set[int] = field(default_factory=set[int])
     names: set[str] = field(default_factory=set[str])
-    owners: dict[int, tuple[Any, set[str]]] = field(default_factory=dict[int, tuple[Any, set[str]]])
-    looked: tuple[int, int] = (0, 0)  # at how many names in how many owners
+    owners: dict[int, tuple[Any, bool]] = field(default_factory=dict[int, tuple[Any, bool]])
+    looked: set[str] = field(default_factory=set[str])
     room: int = MOST
     codes: int = CODES
 
@@ -240,35 +241,36 @@ class _Walk:
         self.found.contents.append((container, held))
         pairs: Any = held if isinstance(container, dict) else enumerate(held)
         where = container if isinstance(container, (dict, list)) else None
-        self.queue.extend([(where, k, v) for k, v in pairs if type(v) not in PLAIN])
+        self.queue.extend([(where, k, v) for k, v in pairs if type(v) not in PLAIN and not _is_theirs(v)])
 
     # --- what code names
     def _own(self, owner: Any) -> None:
         for o in (owner,) if isinstance(owner, types.ModuleType) else classes(owner):
             if id(o) not in self.owners and is_followed(o):
-                self.owners[id(o)] = o, set()
+                self.owners[id(o)] = o, True
 
     def _look_up(self) -> bool:
         """Whether names stand for something in a class or Python module that was not met before."""
-        looked, before = (len(self.names), len(self.owners)), len(self.queue)
-        if looked == self.looked:
-            return False
-        self.looked = looked
-        for owner, known in self.owners.values():
-            table = vars(owner)
-            fresh = ((self.names & table.keys()) | (unasked(owner) if isinstance(owner, type) else set())) - known
-            known |= fresh
+        before, named = len(self.queue), self.names - self.looked
+        self.looked |= named
+        for address, (owner, is_new) in [*self.owners.items()]:
+            table, names = vars(owner), self.names if is_new else named
+            fresh = names & table.keys() if names else set[str]()
+            if is_new:
+                self.owners[address] = owner, False
+                fresh |= unasked(owner) if isinstance(owner, type) else set()
             values = {n: table[n] for n in fresh}
             if isinstance(owner, type):
                 self.found.classes.extend([(owner, n, v) for n, v in values.items() if not _has_graph(v)])
+                self._meet(None, values)
             elif values:
                 self.found.names.append((table, values))
-            self._meet(values)
+                self._meet(table, values)
         return len(self.queue) > before
 
-    def _meet(self, named: Names) -> None:
-        """None; what code names is followed, but for what libraries made."""
-        self.queue.extend([(None, "", v) for v in named.values() if type(v) not in PLAIN and _leads_on(v)])
+    def _meet(self, table: Names | None, named: Names) -> None:
+        """None; what code names in a `table` of globals, or in a class, is followed, but for what libraries made."""
+        self.queue.extend([(None, "", v) for v in named.values() if type(v) not in PLAIN and _leads_on(v, table)])
 
     def _function(self, function: types.FunctionType) -> list[Any]:
         """What a function closes over, and its defaults; what its code names is noted."""
@@ -281,7 +283,7 @@ class _Walk:
         read = {n: known[n] for n in named.globals if n in known}
         if read:
             self.found.names.append((known, read))
-            self._meet(read)
+            self._meet(known, read)
         self.names |= named.attributes
         for n in named.imports:
             if (module := sys.modules.get(n)) is not None:
@@ -331,9 +333,19 @@ def _has_graph(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_leaf
 
 
-def _leads_on(value: Any) -> bool:
-    followed = isinstance(value, (Tensor, nn.Module, tuple, type, types.ModuleType, *FUNCTIONS, *METHODS))
-    return followed or is_container(value) or not is_librarys(type(value))
+def _is_theirs(value: Any) -> bool:
+    return isinstance(value, types.FunctionType) and is_installed(value)
+
+
+def _leads_on(value: Any, table: Names | None) -> bool:
+    """Whether what is named in `table` is followed: installed packages are not looked through from module to module."""
+    if isinstance(value, types.FunctionType):
+        return table is None or value.__globals__ is table or not _is_theirs(value)
+    if isinstance(value, (type, types.ModuleType)):
+        return not is_installed(value)
+    return isinstance(value, (Tensor, nn.Module, tuple, *FUNCTIONS, *METHODS)) or (
+        is_container(value) or not is_librarys(type(value))
+    )
 
 
 # By module, and whether it trains, the names of its frozen parameters that a first call wrote to: codebooks that are

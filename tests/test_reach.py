@@ -13,12 +13,13 @@ from typing import Any, cast
 import pytest
 import torch
 from helpers import TOLERANCE, fp64 as fp64, leaf, loss_of, mlp, relative_error
+from pytest import approx
 from torch import Tensor, nn
 from ways import BUILD, Plain
 
 import revfx
 from revfx.errors import RegenerationError
-from revfx.reach import LONG, MOST, reads_of
+from revfx.reach import CODES, LONG, MOST, reads_of
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -266,3 +267,22 @@ def test_a_block_whose_f_holds_many_words() -> None:
         return torch.autograd.grad(loss_of(y), [x, *f.parameters(), *g.parameters()])
 
     assert relative_error(run(True), run(False)) < TOLERANCE
+
+
+# --- code
+def _approximately(x: Any) -> Any:
+    return approx(x)
+
+
+def test_installed_packages_are_not_looked_through_from_module_to_module() -> None:
+    read = [id(table) for table, _ in reads_of(_approximately).names]
+    assert read == [id(globals())] and approx.__globals__ is not globals()
+
+
+def _scaled(k: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * NUMBER * k
+
+
+def test_the_code_of_so_many_functions_is_looked_at() -> None:
+    functions = tuple(_scaled(k) for k in range(2 * CODES))
+    assert len(reads_of((torch.sin, functions)).names) == CODES
