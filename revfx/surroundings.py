@@ -3,9 +3,9 @@
 Parameters, buffers and tensors that a function closes over are noted with their version and address, and compared
 before the re-run: autograd's own check does not see them under saved-tensor hooks. Buffers that the call may write
 are cloned, and the re-run works on the clones, so that it reads what the forward read and leaves what the forward
-left; likewise attributes of modules, `training` among them, variables that a function closes over, globals that it
-names, and what lists, dicts, sets and plain objects in all these hold. The random state is kept only for calls that
-draw.
+left; likewise attributes of modules, `training` among them, hooks, variables that a function closes over, globals and
+attributes of classes that it names, and what containers and plain objects in all these hold. The random state is kept
+only for calls that draw. What is noted is found by `reach`.
 """
 
 from __future__ import annotations
