@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -262,6 +263,26 @@ def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs more than its forward, or its forward was replaced on the instance."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
+
+
+_call_tables = operator.itemgetter(
+    *("_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+
+
+def call_tables(module: torch.nn.Module) -> list[dict[Any, Any]]:
+    """The tables that say what a call of `module` runs, its sub-modules and hooks, as far as there is something in
+    them.
+    """
+    tables = _call_tables(vars(module))
+    return [t for t in tables if t and isinstance(t, dict)] if any(tables) else []
+
+
+def hook_tables() -> list[dict[Any, Any]]:
+    """The tables of hooks that run for every nn.Module, as far as there is something in them."""
+    m = torch.nn.modules.module
+    return [t for t in (m._global_forward_pre_hooks, m._global_forward_hooks) if t]
 
 
 def hooks(module: torch.nn.Module) -> list[Any]:

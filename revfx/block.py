@@ -27,7 +27,7 @@ from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
 from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, climb
-from revfx.surroundings import reads_of
+from revfx.reach import reads_of
 
 
 Functions = Function | Sequence[Function] | nn.ModuleList

@@ -172,9 +172,9 @@ def put_back(containers: Held) -> None:
 
 
 def _write(numbers: Any, then: bytes) -> None:
-    if isinstance(numbers, (bytearray, array)):
-        del numbers[:]
-        numbers.extend(then) if isinstance(numbers, bytearray) else numbers.frombytes(then)
+    if isinstance(numbers, (bytearray, array)):  # a slice of the same length stays in place, also where views are on it
+        values: Any = then if isinstance(numbers, bytearray) else array(numbers.typecode, then)
+        numbers[:] = values
     elif numbers.flags.writeable:
         numbers[...] = sys.modules["numpy"].frombuffer(then, numbers.dtype).reshape(numbers.shape)
 

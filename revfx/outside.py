@@ -17,10 +17,10 @@ from torch import nn
 
 from revfx.containers import CONTAINERS, held_within, inside, is_plain, put_back, slots
 from revfx.fingerprint import is_users, key
+from revfx.mentions import functions, is_followed
 from revfx.sources import StandIn, asks
 
 
-_LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
 _CODE = (types.FunctionType, types.MethodType, property, staticmethod, classmethod)
 
 
@@ -49,8 +49,8 @@ class Outside:
         stack.extend(v for v in values if isinstance(v, _CODE))
         shared.update((id(c), c) for v in values for c in _classes(v))
         while stack:
-            for function in _functions(stack.pop()):
-                if id(function) not in seen and _followed(function):
+            for function in functions(stack.pop()):
+                if id(function) not in seen and is_followed(function):
                     seen.add(id(function))
                     stack.extend(found._add(function))
             if not stack:  # what one function names may be looked up in the class of what another one has at hand
@@ -141,7 +141,7 @@ def _place(owner: Any) -> int:
 
 def _spaces(values: Iterable[Any]) -> list[Any]:
     """The user's modules and classes among `values`, and the classes of objects."""
-    modules = [v for v in values if isinstance(v, types.ModuleType) and _followed(v)]
+    modules = [v for v in values if isinstance(v, types.ModuleType) and is_followed(v)]
     return [*modules, *(c for v in values for c in _classes(v))]
 
 
@@ -158,22 +158,7 @@ def _classes(value: Any) -> list[type]:
     if not isinstance(value, (type, nn.Module)) and not is_plain(value) and not slots(type(value)):
         return []
     kind = value if isinstance(value, type) else type(value)
-    return [c for c in kind.__mro__ if _followed(c)]
-
-
-def _followed(item: Any) -> bool:
-    module = item.__name__ if isinstance(item, types.ModuleType) else getattr(item, "__module__", None)
-    return (module or "builtins").partition(".")[0] not in _LIBRARIES
-
-
-def _functions(item: Any) -> Iterator[types.FunctionType]:
-    """The plain functions in a method, property or decorated function."""
-    if isinstance(item, types.FunctionType):
-        yield item
-    elif isinstance(item, property):
-        yield from (f for f in (item.fget, item.fset) if isinstance(f, types.FunctionType))
-    elif isinstance(item, (types.MethodType, staticmethod, classmethod)):
-        yield from _functions(item.__func__)
+    return [c for c in kind.__mro__ if is_followed(c)]
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
