@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _beyond(program: Program, v: int, size: float, k: int) -> str:
     )
 
 
-FEW = 16  # elements of what autograd saved
+FEW = 4  # elements of what autograd saved
 
 
 class Checksums:
@@ -124,7 +125,7 @@ class Samples:
     def __init__(self, program: Program, eps: float) -> None:
         self.program, self.eps = program, eps
         self.samples: dict[int, dict[int, Tensor]] = {}
-        self.results: dict[int, tuple[bool, Sequence[Tensor | None]]] = {}
+        self.results: dict[int, tuple[bool, Sequence[Tensor], Sequence[Tensor | None]]] = {}
         self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
@@ -139,11 +140,11 @@ class Samples:
         self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
 
     def note_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor | None], kept: bool) -> None:
-        """None; `results` are what operation `op` gave in the forward, which nothing that comes back depends on, and
+        """None; `results` are what operation `op` gave in the forward, where nothing that comes back depends on it, and
         `saved` what autograd saved of it, None for values: a change that a normalisation hides is seen in
         what this reads. `kept` says whether its inputs are, so that rounding is no reason for others.
         """
-        self.results[op] = kept, [numerics.sample(t) for t in results] + [_sample(t) for t in saved]
+        self.results[op] = kept, [numerics.sample(t) for t in results], [_sample(t) for t in saved]
 
     def compare_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor], name: str) -> None:
         """None.
@@ -151,9 +152,8 @@ class Samples:
         Raises:
             RegenerationError: `op` gave something else when it was run again.
         """
-        kept, samples = self.results.get(op, (True, ()))
-        again = *((t, numerics.SAMPLE) for t in results), *((t, FEW) for t in saved)
-        for before, (t, most) in zip(samples, again, strict=False):
+        kept, given, read = self.results.get(op, (True, (), ()))
+        for before, t, most in (*zip(given, results, repeat(numerics.SAMPLE)), *zip(read, saved, repeat(FEW))):
             if before is None:
                 continue
             error = numerics.drift(numerics.sample(t, most), before)

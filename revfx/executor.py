@@ -188,7 +188,7 @@ class RegionRun:
                 if self.plan.exact and number - 1 in self.kept_cuts:  # the last one of a stretch to come back
                     self.checksums.note(number, self._regenerated(step, env))
                 for index in range(step.start, step.stop):
-                    outs = self._call(index, env, unseen or self.sides.watched)
+                    outs = self._call(index, env, unseen)
                     for v, t in zip(program.ops[index].outs, outs, strict=True):
                         env[v] = t
                         self._note(v, t)
@@ -235,7 +235,7 @@ class RegionRun:
         if not self.program.values[v].source:
             self.returns.remember(v, kept)
 
-    def _call(self, index: int, env: Env, sampled: bool) -> tuple[Tensor, ...]:
+    def _call(self, index: int, env: Env, unseen: bool) -> tuple[Tensor, ...]:
         op, call = self.program.ops[index], self.calls[index]
         data = [v for v in op.ins if v in env]
         before = [_torch.version(env[v]) for v in data]
@@ -271,9 +271,9 @@ class RegionRun:
                     f" {planned.dtype}{list(planned.shape)} was planned; does a hook change its output?"
                 )
         self._settle(index, fresh, {**{v: env[v] for v in data}, **dict(zip(op.outs, outs, strict=True))})
-        if sampled and op.opaque:
+        if op.opaque and (unseen or self.sides.watched):
             saved = [t if handle.value is None else None for handle, t in fresh]
-            self.samples.note_results(index, outs, saved, all(v in self.kept for v in op.ins))
+            self.samples.note_results(index, outs if unseen else (), saved, all(v in self.kept for v in op.ins))
         return outs
 
     def _pack(self, t: Tensor) -> Handle:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revfx.errors import RegenerationError
 from revfx.passes import names
 from revfx.passes._torch import is_real, outside_modes
+from revfx.passes.grid import packed, unpacked
 from revfx.passes.numbers import some_of
 
 
@@ -36,8 +37,13 @@ def _shrunk(x: Any, at: float = 0.5) -> Taken:
     return x > at, x < -at
 
 
+def _odd(x: Any) -> Taken:
+    """Whether whole numbers are odd: a step to the next one shows."""
+    return (x.remainder(2) == 1,)
+
+
 def _cast(x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Taken:
-    return () if dtype is None or dtype.is_floating_point or dtype.is_complex else (x.trunc(),)
+    return () if dtype is None or dtype.is_floating_point or dtype.is_complex else _odd(x.trunc())
 
 
 SIDES: Mapping[str, Callable[..., Taken]] = {
@@ -48,13 +54,13 @@ SIDES: Mapping[str, Callable[..., Taken]] = {
     "clamp_max": lambda x, max: (x <= max,),
     **dict.fromkeys("hardswish hardsigmoid".split(), lambda x: (x > -3, x < 3)),
     **dict.fromkeys("softshrink hardshrink".split(), _shrunk),
-    **dict.fromkeys("remainder fmod floor_divide".split(), lambda a, b: (torch.floor(a / b),)),
+    **dict.fromkeys("remainder fmod floor_divide".split(), lambda a, b: _odd(torch.floor(a / b))),
     "hardtanh": lambda x, low=-1, high=1: (x > low, x < high),
     "threshold": lambda x, at, _: (x > at,),
-    "floor": lambda x: (x.floor(),),
-    "ceil": lambda x: (x.ceil(),),
-    "round": lambda x, **how: (x.round(**how),),
-    "trunc": lambda x: (x.trunc(),),
+    "floor": lambda x: _odd(x.floor()),
+    "ceil": lambda x: _odd(x.ceil()),
+    "round": lambda x, *, decimals=0: _odd((x * 10.0**decimals).round()),
+    "trunc": lambda x: _odd(x.trunc()),
     "_to_copy": _cast,
 }
 
@@ -111,8 +117,10 @@ class Sides:
             return
         with _Mode() as mode:
             yield
-        if mode.seen:
-            self.seen[op] = mode.seen
+        with outside_modes():
+            seen = [(kind, tuple([packed(side, 1) for side in sides])) for kind, sides in mode.seen]
+        if seen:
+            self.seen[op] = seen
 
     @contextlib.contextmanager
     def compared(self, op: int, name: str) -> Generator[None]:
@@ -131,11 +139,17 @@ class Sides:
             return  # what it compares depends on its numbers, or was kept since
         for (kind, then), (_, now) in zip(before, mode.seen, strict=True):
             with outside_modes():
-                moved = max(int((a != b).sum()) if a.shape == b.shape else 0 for a, b in zip(then, now, strict=True))
-            if moved > CHANCE + self.most * then[0].numel():
+                moved = max(_moved(a, b) for a, b in zip(then, now, strict=True))
+            if moved > CHANCE + self.most * now[0].numel():
                 raise RegenerationError(
                     f"{name}: `{kind}` compares numbers that differ by rounding alone, so that gradients would be"
-                    f" wrong: {moved} of the {then[0].numel()} looked at stood on another side when it was run again"
+                    f" wrong: {moved} of the {now[0].numel()} looked at stood on another side when it was run again"
                     " for the backward. Use `exact=True`, or keep its activations with"
                     " `revfx.testing.store_activations()`."
                 )
+
+
+def _moved(then: Tensor, now: Tensor) -> int:
+    """How many elements stand elsewhere than when they were packed; 0 where they are others."""
+    same = then.shape == packed(now, 1).shape
+    return int((unpacked(then, 1, now).bool() != now).sum()) if same else 0

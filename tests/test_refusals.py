@@ -314,20 +314,20 @@ class Moody(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = mlp()
+        self.inner, self.mood = mlp(), unseen()
+        self.mood.good = True
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inner(x)
-        calls = self.__dict__.setdefault("calls", [])
-        calls.append(1)
-        return torch.tanh(h) if len(calls) % 2 else h
+        return torch.tanh(h) if self.mood.good else h
 
 
 def test_function_that_saves_other_tensors_in_the_rerun_raises(fp64: None) -> None:
     model = Additive(DEPTH)
-    model.f[1] = Moody()
+    moody = Moody()
+    model.f[1] = moody
     out = revfx.convert(model)(torch.randn(6, 2 * D, requires_grad=True))
-    model.f[1].__dict__["calls"] = [1] * (2 if len(model.f[1].__dict__.get("calls", [])) % 2 == 0 else 1)
+    moody.mood.good = False
     with pytest.raises(revfx.RevfxError, match="save the same tensors"):
         out.sin().sum().backward()
 
