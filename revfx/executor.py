@@ -150,7 +150,8 @@ class RegionRun:
         self.casts = device is not None or any(_torch.modes()) or any(enabled for _, enabled, _ in self.autocast)
         eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
         self.samples = Samples(program, eps)
-        self.sides = Sides(0 if plan.exact else plan.calls, [program.values[v].dtype for v in region.entry], eps)
+        dtypes = [program.values[v].dtype for v in region.entry]
+        self.sides = Sides(0 if plan.exact else plan.calls, len(region.steps), dtypes, eps)
         self.random, self.settings = Random.now(device), settings()
         self.lock = threading.RLock()
         self.current: int | None = None
@@ -242,7 +243,7 @@ class RegionRun:
         around = noted(call.name, (call.fn, call.args, call.kwargs)) if op.opaque else contextlib.nullcontext()
         self.current = index
         try:
-            with around as surroundings, self.sides.noted(index):
+            with around as surroundings, self.sides.noted(index, self.plan.step_of[index]):
                 outs = call.invoke(env)
         finally:
             self.current = None
@@ -271,7 +272,7 @@ class RegionRun:
                     f" {planned.dtype}{list(planned.shape)} was planned; does a hook change its output?"
                 )
         self._settle(index, fresh, {**{v: env[v] for v in data}, **dict(zip(op.outs, outs, strict=True))})
-        if op.opaque and (unseen or self.sides.watched):
+        if op.opaque and (unseen or self.sides.watches(self.plan.step_of[index])):
             saved = [t if handle.value is None else None for handle, t in fresh]
             self.samples.note_results(index, outs if unseen else (), saved, all(v in self.kept for v in op.ins))
         return outs

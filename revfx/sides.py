@@ -23,6 +23,7 @@ from revfx.passes.grid import packed, unpacked
 from revfx.passes.numbers import some_of
 
 
+MOST = 1024  # steps of a region, evenly spread, so that memory stays flat
 SAMPLE = 256  # elements of each operation
 CHANCE, FEW = 2, 0.01  # the number, and the share, of them that may come to stand elsewhere; in half precision more do
 
@@ -97,22 +98,26 @@ def _sides(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
 
 
 class Sides:
-    """Those of the operations inside the functions of one call of a region; none where it is not `watched`.
+    """Those of the operations inside the functions of one call of a region, in as many of its steps as it `watches`.
 
     `calls` says the how many-th call it is, 0 for none; `dtypes` are those of the streams, `eps` that of the narrowest
     dtype that autocast uses, or 0.
     """
 
-    def __init__(self, calls: int, dtypes: Iterable[torch.dtype], eps: float) -> None:
-        self.watched = calls > 0 and calls & (calls - 1) == 0
+    def __init__(self, calls: int, steps: int, dtypes: Iterable[torch.dtype], eps: float) -> None:
+        self.every = max(1, steps // MOST) if calls > 0 and calls & (calls - 1) == 0 else 0
         eps = max(eps, *(torch.finfo(d).eps for d in dtypes if d.is_floating_point), 0.0)
         self.most = FEW + 4 * eps**0.5
         self.seen: dict[int, list[tuple[str, Taken]]] = {}
 
+    def watches(self, step: int) -> bool:
+        """Whether a step's functions are looked into."""
+        return self.every > 0 and step % self.every == 0
+
     @contextlib.contextmanager
-    def noted(self, op: int) -> Generator[None]:
-        """Within, operation `op` runs in the forward."""
-        if not self.watched:
+    def noted(self, op: int, step: int) -> Generator[None]:
+        """Within, operation `op` of a step runs in the forward."""
+        if not self.watches(step):
             yield
             return
         with _Mode() as mode:

@@ -66,10 +66,10 @@ def test_every_operation_has_a_sample() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_that_stands_on_its_kink(name: str) -> None:
     compares, at = OPERATIONS[name]
-    sides = Sides(1, [torch.float32], 0.0)
+    sides = Sides(1, 1, [torch.float32], 0.0)
     ties = torch.where(torch.arange(N * D).view(N, D) % 3 == 0, at, 77.77)
     noise = 4e-7 * max(abs(at), 1.0) * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
-    with sides.noted(0):
+    with sides.noted(0, 0):
         compares(ties)
     with sides.compared(0, "`f`"):
         compares(ties)
@@ -81,9 +81,9 @@ def test_an_operation_that_stands_on_its_kink(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_rounding_moves_nothing_across_a_kink_elsewhere(name: str) -> None:
     compares, _ = OPERATIONS[name]
-    sides = Sides(1, [torch.float32], 0.0)
+    sides = Sides(1, 1, [torch.float32], 0.0)
     x = 3 * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
-    with sides.noted(0):
+    with sides.noted(0, 0):
         compares(x)
     with sides.compared(0, "`f`"):
         compares(x * (1 + 1e-6))
@@ -155,7 +155,7 @@ def test_the_first_calls_are_watched_and_then_fewer() -> None:
 
     def noting(self: revfx.executor.RegionRun, *args: object) -> None:
         plans(self, *args)
-        watched.append(self.sides.watched)
+        watched.append(self.sides.watches(1))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(revfx.executor.RegionRun, "__init__", noting)
@@ -163,3 +163,8 @@ def test_the_first_calls_are_watched_and_then_fewer() -> None:
             x = torch.randn(2, 3, requires_grad=True)
             revfx.rev_block(x, torch.randn(2, 3), layers[0], layers[1], 3)
     assert watched == [True, True, False, True, False, False, False, True, False]
+
+
+def test_of_many_steps_some_are_watched() -> None:
+    found = [sum(map(Sides(4, steps, [torch.float32], 0.0).watches, range(steps))) for steps in (6, 1024, 20_000)]
+    assert found == [6, 1024, 1053]
