@@ -239,7 +239,11 @@ def test_what_a_rule_made_is_not_found_when_the_rule_was_taken_away(door: Door) 
 TURNED, OTHER, TWICE = [7, 6, 5, 4, 3, 2, 1, 0], [3, 1, 2, 0, 7, 6, 4, 5], [0, 0, 1, 2, 3, 4, 5, 6]
 MASK, SHADES = [0.0, 1.0] * 4, [0.2, 0.8] * 4
 of_both_facts = pytest.mark.parametrize(
-    ("build", "values", "others", "none"), [(Permuted, TURNED, OTHER, TWICE), (Masked, MASK, MASK[::-1], SHADES)]
+    ("build", "values", "others", "none"),
+    [
+        (Permuted, TURNED, OTHER, TWICE),
+        pytest.param(Masked, MASK, MASK[::-1], SHADES, marks=pytest.mark.deep),
+    ],
 )
 
 

@@ -177,6 +177,7 @@ def test_inductor_sees_the_numbers_that_the_forward_drew(kinds: tuple[str, ...])
     check(couplings(*kinds), "inductor")
 
 
+@pytest.mark.deep  # as do the tests of whole models
 def test_inductor_with_the_random_numbers_of_eager_is_as_eager() -> None:
     check(couplings(*FUSED), "inductor", fallback_random=True)
 
@@ -268,7 +269,7 @@ def wide(depth: int) -> Plain:
     return Plain([function() for _ in range(depth)], [function() for _ in range(depth)]).float()
 
 
-@pytest.mark.parametrize("way", ["inductor, fallback_random", "aot_eager"])
+@pytest.mark.parametrize("way", [pytest.param("inductor, fallback_random", marks=pytest.mark.deep), "aot_eager"])
 def test_peak_memory_does_not_grow_with_depth(way: str) -> None:
     inner, _, option = way.partition(", ")
     options = {option: True} if option else {}

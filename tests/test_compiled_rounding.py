@@ -107,7 +107,9 @@ class Saturated(Pairs):
         return torch.cat([a, b], -1)
 
 
-@pytest.mark.parametrize("make", [lambda: Contracting(-5.0), Saturated], ids=["exp", "bounded"])
+@pytest.mark.parametrize(
+    "make", [lambda: Contracting(-5.0), pytest.param(Saturated, marks=pytest.mark.deep)], ids=["exp", "bounded"]
+)
 def test_contraction_raises_in_the_forward_or_is_stored(make: Callable[[], nn.Module]) -> None:
     model, x = make().float(), torch.randn(64, 2 * D, dtype=torch.float32, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"rounding grows too much .*'unbounded': 'store'"):

@@ -103,7 +103,15 @@ class Images(nn.Module):
         return torch.cat([a, b], -1)
 
 
-@pytest.mark.parametrize("resized, exact", [*((name, False) for name in RESIZED), ("enlarged", True)])
+@pytest.mark.parametrize(
+    "resized, exact",
+    [
+        ("flattened", False),
+        ("pooled", False),
+        ("enlarged", True),
+        *(pytest.param(name, False, marks=pytest.mark.deep) for name in ("enlarged", "cropped")),
+    ],
+)
 def test_images_whose_size_is_not_fixed(resized: str, exact: bool) -> None:
     model = Images(RESIZED[resized])
     options: Any = {"inner": "aot_eager", "exact": exact}

@@ -32,12 +32,13 @@ STOCK: dict[str, dict[str, Any] | None] = {"inductor": {"options": {"cpp.simdlen
 # Inductor takes half a minute for the four compilations of one flow: one of each library.
 BY_INDUCTOR = ("FrEIA one-sided", "normflows affine, swap")
 # Of these others have the same operations, and more.
-LIKE_OTHERS = ("FrEIA NICE", "FrEIA RNVP", "FrEIA GLOW", "normflows affine, swap", "normflows sigmoid_inv, swap")
-CASES = (
-    [pytest.param(name, "aot_eager", marks=pytest.mark.deep if name in LIKE_OTHERS else ()) for name in FLOWS]
-    + [pytest.param(name, "inductor", marks=pytest.mark.deep) for name in BY_INDUCTOR[1:]]
-    + [(BY_INDUCTOR[0], "inductor")]
+LIKE_OTHERS = (
+    *("FrEIA NICE", "FrEIA RNVP", "FrEIA GLOW", "FrEIA GIN", "normflows affine, swap", "normflows sigmoid, shuffle"),
+    *("normflows sigmoid_inv, swap", "normflows class-conditional"),
 )
+CASES = [pytest.param(name, "aot_eager", marks=pytest.mark.deep if name in LIKE_OTHERS else ()) for name in FLOWS] + [
+    pytest.param(name, "inductor", marks=pytest.mark.deep) for name in BY_INDUCTOR
+]
 
 # What a message says of each, and the library's file that it points to.
 MATRIX = "multiplies by a matrix that need not be invertible"
