@@ -89,12 +89,18 @@ class _Mode(TorchDispatchMode):
 def _sides(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
     """On which sides some elements of the operands stand; nothing of integers, and where numbers can't be read."""
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    if not all(is_real(t) and t.numel() for t in tensors) or not any(t.is_floating_point() for t in tensors):
+    if not all(map(_can_be_read, tensors)) or not any(t.is_floating_point() for t in tensors):
         return ()
     with outside_modes():  # which would count or trace this
         wholes = torch.broadcast_tensors(*tensors)
         some = {id(t): some_of(whole, SAMPLE) for t, whole in zip(tensors, wholes, strict=True)}
         return SIDES[name](*(some.get(id(a), a) for a in args), **{k: some.get(id(a), a) for k, a in kwargs.items()})
+
+
+def _can_be_read(t: Tensor) -> bool:
+    """Whether elements of `t` can be taken and compared."""
+    plain = is_real(t) and t.layout == torch.strided and not t.is_nested and not t.is_quantized
+    return plain and t.numel() > 0 and not t.is_complex() and (not t.is_floating_point() or t.dtype.itemsize > 1)
 
 
 class Sides:

@@ -89,6 +89,30 @@ def test_rounding_moves_nothing_across_a_kink_elsewhere(name: str) -> None:
         compares(x * (1 + 1e-6))
 
 
+@pytest.mark.parametrize(
+    "compares",
+    [
+        lambda x: torch.complex(x, x) == x,
+        lambda x: torch.complex(x, x).abs(),
+        lambda x: torch.relu(x.relu().to_sparse()),
+        lambda x: torch.nested.nested_tensor([*x]).relu(),
+        lambda x: x.to(torch.float8_e4m3fn).float().to(torch.float8_e5m2).to(torch.float32),
+        lambda x: torch.relu(x[:0]) + torch.relu(x.to("meta")).shape[0],
+        lambda x: torch.relu(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
+        lambda x: torch.vmap(torch.relu)(x).clamp(None, x.amax()),
+        lambda x: (x > 0) == (x.long() > 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize.*")
+def test_numbers_that_can_not_be_read_are_left_alone(compares: Compares) -> None:
+    sides, x = Sides(1, 1, [torch.float32], 0.0), torch.randn(N, D)
+    with sides.noted(0, 0):
+        compares(x)
+    with sides.compared(0, "`f`"):
+        compares(x)
+
+
 class TwoWays(nn.Module):
     """Compares a stream with what it was, by numbers that are computed in two ways; one layer adds zeros."""
 
