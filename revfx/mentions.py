@@ -97,7 +97,7 @@ def classes(kind: type) -> tuple[type, ...]:
 @functools.lru_cache(maxsize=4096)
 def unasked(kind: type) -> frozenset[str]:
     """The methods of a class that run though no code names them: `forward`, and operators."""
-    named = [n for n, v in vars(kind).items() if isinstance(v, types.FunctionType)]
+    named = [n for n, v in vars(kind).items() if isinstance(v, (types.FunctionType, staticmethod, classmethod))]
     return frozenset(n for n in named if n == "forward" or (n[:2] == n[-2:] == "__" and n not in _MAKING))
 
 

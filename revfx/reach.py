@@ -32,7 +32,7 @@ from revfx.mentions import classes, functions, is_followed, is_installed, mentio
 from revfx.trees import data_address
 
 
-MOST = 10_000  # entries of containers that are noted; longer containers are not
+MOST = 1_000  # entries of containers that are noted; longer containers are not
 LONG = 64  # entries of a container that waits until all else was looked at
 CODES = 500  # functions whose code is looked at
 PLAIN = (bool, int, float, str, type(None))

@@ -56,6 +56,19 @@ class OfMeta(metaclass=Meta):
     pass
 
 
+class Scaling(torch.autograd.Function):
+    by = 1.0
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.by = Scaling.by
+        return h * Scaling.by
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * ctx.by
+
+
 NUMBER, LIST, TENSOR = 1.0, [1.0], torch.ones(4)
 OBJECT, SPACE, NAMESPACE = Item(), types.SimpleNamespace(v=1.0), argparse.Namespace(v=1.0)
 EASY, LONGER = Easy(v=1.0), WithList([1.0])
@@ -76,7 +89,7 @@ def _reset() -> None:
     known = globals()
     known["NUMBER"], LIST[0], OBJECT.own, SPACE.v, NAMESPACE.v = 1.0, 1.0, 1.0, 1.0, 1.0
     EASY["v"], LONGER[0], USER["v"], VIEWED[0], BYTES[0] = 1.0, 1.0, 1.0, 1.0, 1
-    vars(SETTINGS)["v"], vars(with_attribute)["v"], Item.value, Meta.of_meta = 1.0, 1.0, 1.0, 1.0
+    vars(SETTINGS)["v"], vars(with_attribute)["v"], Item.value, Meta.of_meta, Scaling.by = 1.0, 1.0, 1.0, 1.0, 1.0
     known["act"] = lambda h: h * 1.0
     Reader.kind, Reader.helped = 1.0, _helped
     TENSOR.fill_(1.0)
@@ -159,6 +172,7 @@ READ: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object]]]
     "added module": (lambda f, h: h, lambda f: f.m.append(nn.Linear(4, 4))),
     "of a function": (lambda f, h: h * with_attribute(), lambda f: vars(with_attribute).update(v=2.0)),
     "Python module": (lambda f, h: h * SETTINGS.v, lambda f: setattr(SETTINGS, "v", 2.0)),
+    "autograd function": (lambda f, h: cast(Tensor, Scaling.apply(h)), lambda f: setattr(Scaling, "by", 2.0)),
     "hook": (lambda f, h: h, lambda f: f.m[0].register_forward_hook(lambda m, i, o: o * 2.0)),
     "hook before": (lambda f, h: h, lambda f: f.m[0].register_forward_pre_hook(lambda m, i: (i[0] * 2.0,))),
 }
@@ -260,7 +274,7 @@ def test_the_longest_are_looked_at_last() -> None:
 def test_a_block_whose_f_holds_many_words() -> None:
     def run(training: bool) -> Any:
         torch.manual_seed(0)
-        f, g, x = Long(2000), mlp(), leaf(5, 4)
+        f, g, x = Long(MOST // 2), mlp(), leaf(5, 4)
         y = revfx.rev_block(x, x * 2.0, f, g, is_training=training)
         f.items[0].own = 2.0
         f.words["w1"] = f.words.pop("w2")
