@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,9 +119,26 @@ def _chain(
     if storing:
         store_region(plan, calls, env)
     else:
+        plan.calls = _earlier_calls(layers[0][0], plan.calls)
         run_region(plan, calls, env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
+
+
+_begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def _earlier_calls(first: Any, else_: int) -> int:
+    """How many calls of blocks began with that function: what ties there are is up to it, and blocks of equal shapes
+    share their plan. `else_` where it can't be told.
+    """
+    key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
+    try:
+        number = _begun.get(key, 0)
+        _begun[key] = number + 1
+    except TypeError:  # not hashable, or not to be referred to weakly
+        return else_
+    return number
 
 
 @_torch.constant_when_compiled

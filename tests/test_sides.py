@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -172,21 +173,39 @@ def test_ordinary_kinks_stand_where_they_stood(dtype: torch.dtype) -> None:
     assert all(p.grad is not None for p in block.parameters())
 
 
-def test_the_first_calls_are_watched_and_then_fewer() -> None:
+def watched_calls(blocks: Sequence[revfx.RevBlock], times: int) -> list[bool]:
+    """Whether the functions of each call were looked into, of all blocks in turn."""
     watched: list[bool] = []
-    layers = [nn.Linear(3, 3) for _ in range(2)]
-    plans = revfx.executor.RegionRun.__init__  # what a call is made of
+    made = revfx.executor.RegionRun.__init__
 
-    def noting(self: revfx.executor.RegionRun, *args: object) -> None:
-        plans(self, *args)
+    def noting(self: revfx.executor.RegionRun, *args: Any) -> None:
+        made(self, *args)
         watched.append(self.sides.watches(1))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(revfx.executor.RegionRun, "__init__", noting)
-        for _ in range(9):
-            x = torch.randn(2, 3, requires_grad=True)
-            revfx.rev_block(x, torch.randn(2, 3), layers[0], layers[1], 3)
-    assert watched == [True, True, False, True, False, False, False, True, False]
+        for _ in range(times):
+            for block in blocks:
+                block(torch.randn(2, 3, requires_grad=True), torch.randn(2, 3))
+    return watched
+
+
+def test_the_first_calls_are_watched_and_then_fewer() -> None:
+    block = revfx.RevBlock(lambda: nn.Linear(3, 3), torch.tanh, 3)
+    assert watched_calls([block], 9) == [True, True, False, True, False, False, False, True, False]
+
+
+def test_blocks_of_equal_shapes_are_watched_apart() -> None:
+    blocks = [revfx.RevBlock(lambda: nn.Linear(3, 3), torch.tanh, 2) for _ in range(5)]
+    assert watched_calls(blocks, 3) == [*[True] * 10, *[False] * 5]
+
+
+def test_functions_that_are_made_anew_are_known_by_their_code() -> None:
+    plain = [lambda x: x * 0.5 for _ in range(3)]
+    found: list[bool] = []
+    for f in plain:
+        found += watched_calls([revfx.RevBlock([f], [f], 1)], 1)
+    assert found == [True, True, False]
 
 
 def test_of_many_steps_some_are_watched() -> None:
