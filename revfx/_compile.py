@@ -196,9 +196,10 @@ def partition_traced(partition: Partition, anchor_every: int | None) -> None:
     tracing = getattr(symbolic_convert.tls, "current_tx", None)
     if tracing is None:
         return
-    compiler = tracing.output.compiler_fn
-    asked = [anchor_every, compiler.anchor_every] if isinstance(compiler, _Partitioned) else [anchor_every]
-    compiler = compiler.compiler if isinstance(compiler, _Partitioned) else compiler
+    compiler, asked = tracing.output.compiler_fn, [anchor_every]
+    if isinstance(compiler, _Partitioned):
+        asked.append(compiler.anchor_every)
+        compiler = compiler.compiler
     least = min((n for n in asked if n is not None), default=None)
     tracing.output.compiler_fn = _Partitioned(compiler, partition, least)
 

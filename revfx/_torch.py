@@ -437,8 +437,3 @@ def _spec(tree: Any, leaves: list[Any]) -> pytree.TreeSpec:
 def in_jit() -> bool:
     """Whether TorchScript is tracing."""
     return torch.jit.is_tracing()
-
-
-def slots(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The parameters, buffers and children of a module by name, with None where a name is registered but empty."""
-    return module._parameters, module._buffers, module._modules

@@ -141,8 +141,8 @@ class Samples:
 
     def note_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor | None], kept: bool) -> None:
         """None; `results` are what operation `op` gave in the forward, where nothing that comes back depends on it, and
-        `saved` what autograd saved of it, None for values: a change that a normalisation hides is seen in
-        what this reads. `kept` says whether its inputs are, so that rounding is no reason for others.
+        `saved` what autograd saved of it, None for values: a change that a normalisation hides is seen in what this
+        reads. `kept` says whether its inputs are, so that rounding is no reason for others.
         """
         self.results[op] = kept, [numerics.sample(t) for t in results], [_sample(t) for t in saved]
 
@@ -150,7 +150,7 @@ class Samples:
         """None.
 
         Raises:
-            RegenerationError: `op` gave something else when it was run again.
+            RegenerationError: `op` did something else when it was run again.
         """
         kept, given, read = self.results.get(op, (True, (), ()))
         for before, t, most in (*zip(given, results, repeat(numerics.SAMPLE)), *zip(read, saved, repeat(FEW))):
@@ -205,6 +205,5 @@ def _otherwise(name: str, error: float, kept: bool) -> str:
         f"{name} did something else when it was run again for the backward, which is off by {error:.1e} (relative):"
         f"{rounds} it depends on what has changed since and nothing puts back, such as an attribute of a function or of"
         " a class, a cache that was filled, a sub-module that was replaced, or a weight written to uncounted. Make it"
-        " depend on its inputs alone,"
-        f"{wider} keep its activations with `revfx.testing.store_activations()`."
+        f" depend on its inputs alone,{wider} keep its activations with `revfx.testing.store_activations()`."
     )

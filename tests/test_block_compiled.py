@@ -87,7 +87,10 @@ def test_a_block_asks_for_the_partitioner(wrap: Callable[[Any], Any]) -> None:
 
 def test_several_blocks_ask_for_the_least_anchor_every() -> None:
     blocks = [RevBlock(mlp, mlp, 2, anchor_every=n) for n in (5, None, 2, 4)]
-    call: Call = lambda a, b: functools.reduce(lambda streams, block: block(*streams), blocks, (a, b))  # noqa: E731
+
+    def call(a: Tensor, b: Tensor) -> Pair:
+        return functools.reduce(lambda streams, block: block(*streams), blocks, (a, b))
+
     assert [p.options.anchor_every for p in partitioners(call, *pair())] == [2]
 
 

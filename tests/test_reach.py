@@ -65,8 +65,8 @@ class Scaling(torch.autograd.Function):
         return h * Scaling.by
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad * ctx.by
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.by
 
 
 NUMBER, LIST, TENSOR = 1.0, [1.0], torch.ones(4)
