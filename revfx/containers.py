@@ -12,13 +12,14 @@ from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 
+_T = TypeVar("_T")
 DEPTH = 8  # how far containers and objects are followed
 MANY = 256  # entries of a container that is not looked through for functions and the like
 LARGE = 2**20  # bytes of an array that nobody compares at every call
@@ -31,19 +32,33 @@ Held = list[tuple[Any, list[Any]]]  # containers, each with what was in it
 
 def is_container(value: object) -> bool:
     """Whether something else may be put into `value`: also numbers into an array, or values into an object's slots."""
-    return isinstance(value, (*CONTAINERS, CellType, ContextVar)) or is_array(value) or bool(slots(type(value)))
+    return issubclass(type(value), (*CONTAINERS, CellType, ContextVar)) or is_array(value) or bool(slots(type(value)))
 
 
-def is_array(value: object) -> bool:
+def is_array(value: Any) -> bool:
     """Whether `value` is a bytearray or an array of Python's or NumPy's, of numbers; not a large one, which is data."""
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
+    if numpy is not None and issubclass(type(value), numpy.ndarray):
         found: Any = value
         return not found.dtype.hasobject and found.nbytes <= LARGE
-    return isinstance(value, (bytearray, array)) and len(value) <= LARGE
+    return issubclass(type(value), (bytearray, array)) and len(value) <= LARGE
 
 
-@functools.lru_cache(maxsize=4096)
+def by_class(ask: Callable[[type], _T]) -> Callable[[type], _T]:
+    """`ask`, with what it answered of most classes kept."""
+    cached = functools.lru_cache(maxsize=4096)(ask)
+
+    @functools.wraps(ask)
+    def asked(kind: type) -> _T:
+        try:
+            return cached(kind)
+        except TypeError:  # a class of one that has no hash
+            return ask(kind)
+
+    return asked
+
+
+@by_class
 def slots(kind: type) -> tuple[str, ...]:
     """The names of the slots of a class; none of torch's and Python's own."""
     return () if is_librarys(kind) or issubclass(kind, (*CONTAINERS, tuple, Tensor, nn.Module)) else slot_names(kind)
@@ -57,12 +72,12 @@ def slot_names(kind: type) -> tuple[str, ...]:
     return tuple(n for n in private if n not in ("__dict__", "__weakref__"))
 
 
-@functools.lru_cache(maxsize=4096)
+@by_class
 def is_librarys(kind: type) -> bool:
     """Whether a class is torch's or one of Python's own, which are not looked into; but for those that hold what others
     put there.
     """
-    library = kind.__module__.partition(".")[0]
+    library = str(kind.__module__).partition(".")[0]
     return library in ("torch", "revfx") or (library in sys.stdlib_module_names and not issubclass(kind, HOLDERS))
 
 
@@ -70,20 +85,23 @@ def is_plain(value: object) -> bool:
     """Whether `value` is an object whose state is its attributes, such as a configuration; not one of torch's or
     Python's own.
     """
-    if is_librarys(type(value)) or isinstance(value, (type, nn.Module, ModuleType, FunctionType, MethodType)):
+    if is_librarys(type(value)) or issubclass(type(value), (type, nn.Module, ModuleType, FunctionType, MethodType)):
         return False
-    return type(getattr(value, "__dict__", None)) is dict
+    try:
+        return type(value.__dict__) is dict
+    except Exception:  # of the user's: also what raises when it is asked
+        return False
 
 
 def parts_of(value: Any) -> Iterable[Any]:
     """What is in a tuple or a frozen set, and what a function knows or is called with: that can't be replaced."""
-    if isinstance(value, (tuple, frozenset)):
+    if issubclass(type(value), (tuple, frozenset)):
         return value
-    if isinstance(value, METHODS) and not isinstance(value.__self__, (ModuleType, type)):
+    if issubclass(type(value), METHODS) and not isinstance(value.__self__, (ModuleType, type)):
         return (value.__self__,)
-    if isinstance(value, functools.partial):
+    if issubclass(type(value), functools.partial):
         return value.func, *value.args, value.keywords, *value.keywords.values()
-    if isinstance(value, FunctionType):
+    if issubclass(type(value), FunctionType):
         return *(value.__closure__ or ()), vars(value)
     return ()
 
@@ -113,7 +131,7 @@ def inside(value: Any) -> list[Any]:
     return [*(_flat([*own]) if len(own) <= MANY else ()), *parts_of(value)]
 
 
-@functools.lru_cache(maxsize=4096)
+@by_class
 def _holds_nothing(kind: type) -> bool:
     return kind in (*PRIMITIVE, Tensor, nn.Parameter) or issubclass(kind, (type, ModuleType, nn.Module))
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from revfx.containers import by_class
+
 
 _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "revfx"})
 # what runs when an object is made, changed, copied, printed or let go, not when it is read or called
@@ -21,13 +23,15 @@ _MAKING = frozenset(
         *("copy", "deepcopy", "replace", "reduce", "reduce_ex", "getstate", "setstate", "setattr", "delattr"),
     )
 )
+CACHED: Any = type(functools.cache(len))  # what `lru_cache` makes of a function
+_CALLED = (types.FunctionType, staticmethod, classmethod, functools.partialmethod, CACHED)
 _KNOWN = 4096  # pieces of code
 
 
 @dataclass(frozen=True, slots=True)
 class Mentions:
     """The names that code, and code inside it, has of globals, of modules that it imports, and of attributes; among
-    these are texts that may be names, as `getattr` takes them.
+    these are texts that may be names, as `getattr` and `import_module` take them.
     """
 
     globals: tuple[str, ...] = ()
@@ -52,11 +56,13 @@ def mentions(code: types.CodeType) -> Mentions:
 
 def _read(code: types.CodeType) -> Mentions:
     named = {(_kind(i.opname), i.argval) for i in dis.get_instructions(code) if i.opcode in dis.hasname}
-    texts = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    texts = {c for c in code.co_consts if isinstance(c, str) and c.replace(".", "").isidentifier()}
     inner = [mentions(c) for c in code.co_consts if isinstance(c, types.CodeType)]
     of_globals = {n for kind, n in named if kind == "global"}
     imports = {n for kind, n in named if kind == "import" and n}
     attributes = {n for kind, n in named if kind == "attribute"}
+    if "globals" in of_globals:
+        of_globals |= texts
     return Mentions(
         tuple(sorted(of_globals.union(*(m.globals for m in inner)))),
         tuple(sorted(imports.union(*(m.imports for m in inner)))),
@@ -72,13 +78,19 @@ def _kind(operation: str) -> str:
 
 def is_followed(item: Any) -> bool:
     """Whether a function, class or module is none of Python's own, torch's, NumPy's or revfx's."""
-    module = item.__name__ if isinstance(item, types.ModuleType) else getattr(item, "__module__", None)
-    return (module or "builtins").partition(".")[0] not in _LIBRARIES
+    return any(name.partition(".")[0] not in _LIBRARIES for name in _modules_of(item))
 
 
 def is_installed(item: Any) -> bool:
     """Whether a function, class or module lies in an installed package: nobody's to change."""
-    return _lies_in_packages(item.__name__ if isinstance(item, types.ModuleType) else item.__module__ or "")
+    return all(map(_lies_in_packages, _modules_of(item)))
+
+
+def _modules_of(item: Any) -> tuple[str, ...]:
+    """Where it was defined, "" where unknown; of a function, which decorators name after another, also its globals."""
+    named = item.__name__ if isinstance(item, types.ModuleType) else getattr(item, "__module__", None)
+    names = (item.__globals__.get("__name__"), named) if isinstance(item, types.FunctionType) else (named,)
+    return tuple(n if isinstance(n, str) else "" for n in names)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,17 +99,17 @@ def _lies_in_packages(module: str) -> bool:
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
-@functools.lru_cache(maxsize=4096)
+@by_class
 def classes(kind: type) -> tuple[type, ...]:
     """The user's classes in which attributes of a `kind`, and of what is of it, are looked up."""
     of_classes: type = type(kind)
     return tuple(c for c in (*kind.__mro__, *of_classes.__mro__) if is_followed(c))
 
 
-@functools.lru_cache(maxsize=4096)
+@by_class
 def unasked(kind: type) -> frozenset[str]:
     """The methods of a class that run though no code names them: `forward`, and operators."""
-    named = [n for n, v in vars(kind).items() if isinstance(v, (types.FunctionType, staticmethod, classmethod))]
+    named = [n for n, v in vars(kind).items() if isinstance(v, _CALLED)]
     return frozenset(n for n in named if n == "forward" or (n[:2] == n[-2:] == "__" and n not in _MAKING))
 
 
@@ -107,7 +119,9 @@ def functions(item: Any) -> Iterator[types.FunctionType]:
         yield item
     elif isinstance(item, property):
         yield from (f for f in (item.fget, item.fset) if isinstance(f, types.FunctionType))
-    elif isinstance(item, functools.cached_property):
+    elif isinstance(item, (functools.cached_property, functools.partialmethod)):
         yield from functions(vars(item)["func"])
+    elif isinstance(item, CACHED):
+        yield from functions(vars(item)["__wrapped__"])
     elif isinstance(item, (types.MethodType, staticmethod, classmethod)):
         yield from functions(item.__func__)

@@ -43,10 +43,10 @@ class Outside:
         own, values = list(modules), list(given)
         shared = {id(c): c for module in own for c in _classes(module)}
         stack: list[Any] = [getattr(forward, "func", forward)]
-        stack.extend(v for c in shared.values() for v in vars(c).values() if isinstance(v, _CODE))
+        stack.extend(v for c in shared.values() for v in vars(c).values() if issubclass(type(v), _CODE))
         values.extend(v for module in own for k, v in vars(module).items() if is_users(k))
         values += _within(values)
-        stack.extend(v for v in values if isinstance(v, _CODE))
+        stack.extend(v for v in values if issubclass(type(v), _CODE))
         shared.update((id(c), c) for v in values for c in _classes(v))
         while stack:
             for function in functions(stack.pop()):
@@ -56,7 +56,7 @@ class Outside:
             if not stack:  # what one function names may be looked up in the class of what another one has at hand
                 known = len(found.named)
                 values = found._look_up(found.names, shared.values())
-                stack.extend(v for v in values if isinstance(v, _CODE) and len(found.named) > known)
+                stack.extend(v for v in values if issubclass(type(v), _CODE) and len(found.named) > known)
         return found
 
     def _add(self, function: types.FunctionType) -> list[Any]:
@@ -65,7 +65,7 @@ class Outside:
         self.names |= names
         values = [self._note(function.__globals__, n) for n in names if n in function.__globals__]
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        self.defaults.update((id(v), v) for v in defaults if isinstance(v, CONTAINERS))
+        self.defaults.update((id(v), v) for v in defaults if issubclass(type(v), CONTAINERS))
         for cell in function.__closure__ or ():
             self.cells[id(cell)] = cell
         values += [_content(cell) for cell in function.__closure__ or ()]
@@ -75,7 +75,7 @@ class Outside:
             looked_in.update(map(id, spaces))
             values += (inside := self._look_up(names, spaces))
             spaces = [s for s in _spaces(inside) if id(s) not in looked_in]
-        return [v for v in (*values, *_within(values)) if isinstance(v, _CODE)]
+        return [v for v in (*values, *_within(values)) if issubclass(type(v), _CODE)]
 
     def _look_up(self, names: set[str], owners: Iterable[Any]) -> list[Any]:
         """The values that `names` have in some classes and modules."""
@@ -141,7 +141,7 @@ def _place(owner: Any) -> int:
 
 def _spaces(values: Iterable[Any]) -> list[Any]:
     """The user's modules and classes among `values`, and the classes of objects."""
-    modules = [v for v in values if isinstance(v, types.ModuleType) and is_followed(v)]
+    modules = [v for v in values if issubclass(type(v), types.ModuleType) and is_followed(v)]
     return [*modules, *(c for v in values for c in _classes(v))]
 
 
@@ -155,9 +155,9 @@ def _within(values: Iterable[Any]) -> list[Any]:
 
 def _classes(value: Any) -> list[type]:
     """The user's classes in which attributes of `value` are looked up that are not its own."""
-    if not isinstance(value, (type, nn.Module)) and not is_plain(value) and not slots(type(value)):
+    if not issubclass(type(value), (type, nn.Module)) and not is_plain(value) and not slots(type(value)):
         return []
-    kind = value if isinstance(value, type) else type(value)
+    kind = value if issubclass(type(value), type) else type(value)
     return [c for c in kind.__mro__ if is_followed(c)]
 
 

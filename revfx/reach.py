@@ -10,6 +10,7 @@ import functools
 import sys
 import types
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from revfx.containers import (
     put_back,
 )
 from revfx.fingerprint import SKIPPED, is_users
-from revfx.mentions import classes, functions, is_followed, is_installed, mentions, unasked
+from revfx.mentions import CACHED, classes, functions, is_followed, is_installed, mentions, unasked
 from revfx.trees import data_address
 
 
@@ -38,7 +39,7 @@ CODES = 500  # functions whose code is looked at
 PLAIN = (bool, int, float, str, type(None))
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 IMMUTABLE = (int, float, complex, str, bytes, type(None), types.BuiltinFunctionType)
-METHODS = (property, staticmethod, classmethod, functools.cached_property)
+METHODS = (property, staticmethod, classmethod, functools.cached_property, functools.partialmethod, CACHED)
 ABSENT = object()
 ELSEWHERE = object()  # in place of a tensor, which is noted by itself: its graph may lead to the state that holds this
 SHARDED = -1  # in place of the size of a table that FSDP2 changes by design
@@ -81,14 +82,17 @@ def _hold(holder: Any, key: Any, tensor: Tensor, clone: bool) -> Held:
 
 @dataclass(slots=True)
 class Reads:
-    """What a call may read: tensors, what names stand for in tables and classes, and what containers hold.
+    """What a call may read: tensors, what names stand for, and what containers hold.
 
-    `modules` are all that were met, each with its own attributes and how many entries its table has.
+    `names` are those of tables of globals; `owners` the classes, with all they have, and Python modules, with what is
+    `mentioned` anywhere; `modules` are all that were met, each with its own attributes and how many entries its table
+    has.
     """
 
     tensors: list[Held] = field(default_factory=list[Held])
     names: list[tuple[Names, Names]] = field(default_factory=list[tuple[Names, Names]])
-    classes: list[tuple[type, str, Any]] = field(default_factory=list[tuple[type, str, Any]])
+    owners: list[tuple[Any, Names]] = field(default_factory=list[tuple[Any, Names]])
+    mentioned: set[str] = field(default_factory=set[str])
     modules: list[tuple[nn.Module, Names, int]] = field(default_factory=list[tuple[nn.Module, Names, int]])
     contents: Contents = field(default_factory=list[tuple[Any, list[Any]]])
 
@@ -108,17 +112,26 @@ class Reads:
         return (
             any(size not in (SHARDED, len(vars(m))) or _others(vars(m), then) for m, then, size in self.modules)
             or any(_others(now, then) for now, then in self.names)
-            or any(_other(vars(c).get(n, ABSENT), v) for c, n, v in self.classes)
+            or any(self._added(owner, then) or _others(vars(owner), then) for owner, then in self.owners)
             or differ(self.all_contents())
         )
 
     def now(self, differs: bool) -> Reads:
         """The same places, as they are now; without tensors and modules."""
         if not differs:
-            return Reads(names=self.names, classes=self.classes, contents=self.contents)
+            return Reads(names=self.names, owners=self.owners, contents=self.contents)
         names = [(table, {k: table.get(k, ABSENT) for k in then}) for table, then in self.names]
-        classes = [(c, n, vars(c).get(n, ABSENT)) for c, n, _ in self.classes]
-        return Reads(names=names, classes=classes, contents=[(c, content(c)) for c, _ in self.all_contents()])
+        owners = [(o, {k: vars(o).get(k, ABSENT) for k in self._all(o, then)}) for o, then in self.owners]
+        contents = [(c, content(c)) for c, _ in self.all_contents()]
+        return Reads(names=names, owners=owners, mentioned=self.mentioned, contents=contents)
+
+    def _added(self, owner: Any, then: Names) -> list[str]:
+        """The names that an owner has since then; not modules, as an import does not put them there a second time."""
+        table = vars(owner)
+        return [n for n in self.mentioned & table.keys() - then.keys() if type(table[n]) is not types.ModuleType]
+
+    def _all(self, owner: Any, then: Names) -> list[str]:
+        return [*then, *self._added(owner, then)]
 
     def put_back(self) -> None:
         """None; all is as it was; but for tensors, which are the caller's business."""
@@ -129,12 +142,11 @@ class Reads:
                 for k in [k for k in table if k not in then and is_users(k)]:
                     del table[k]
         for table, then in self.names:
-            table.update({k: v for k, v in then.items() if v is not ABSENT})
-            for k in [k for k, v in then.items() if v is ABSENT]:
-                table.pop(k, None)
-        for kind, name, value in self.classes:
-            if vars(kind).get(name, ABSENT) is not value:
-                type.__delattr__(kind, name) if value is ABSENT else type.__setattr__(kind, name, value)
+            for k, v in then.items():
+                _assign(table, k, v)
+        for owner, then in self.owners:
+            for k in self._all(owner, then):
+                _assign(owner, k, then.get(k, ABSENT))
         put_back(self.all_contents())
 
 
@@ -142,9 +154,27 @@ def _other(now: Any, then: Any) -> bool:
     return now is not then and not (type(then) in PLAIN and type(now) in PLAIN and now == then)
 
 
-def _others(now: Names, then: Names) -> bool:
+def _others(now: Mapping[str, Any], then: Names) -> bool:
     changed = ((now.get(k, ABSENT), v) for k, v in then.items() if now.get(k, ABSENT) is not v)
-    return any(v is not ELSEWHERE and _other(is_now, v) for is_now, v in changed)
+    return any(_other(is_now, v) and not _stays(is_now, v) for is_now, v in changed)
+
+
+def _stays(now: Any, then: Any) -> bool:
+    return then is ELSEWHERE or (then is ABSENT and type(now) is types.ModuleType)
+
+
+def _assign(owner: Any, name: str, value: Any) -> None:
+    """None; a class, a module or a table of globals has `value` by that name, or nothing where it is absent."""
+    table = owner if isinstance(owner, dict) else vars(owner)
+    now = table.get(name, ABSENT)
+    if now is value or _stays(now, value):
+        return
+    if isinstance(owner, type):
+        type.__delattr__(owner, name) if value is ABSENT else type.__setattr__(owner, name, value)
+    elif value is ABSENT:
+        del table[name]
+    else:
+        table[name] = value
 
 
 def reads_of(function: Any) -> Reads:
@@ -160,8 +190,8 @@ def reads_of(function: Any) -> Reads:
 @dataclass(slots=True)
 class _Walk:
     """The state of one walk: `queue` is what was met (where it hangs, by which key, and what), `long` the containers
-    that wait; `owners` are the classes and Python modules in which `names` are looked up, each with whether none was
-    yet, and `looked` are the names that were in those.
+    that wait; `owners` are the classes and Python modules in which names are looked up, each with whether none was
+    yet, and with what was found; `looked` are the names that were looked up.
     """
 
     found: Reads = field(default_factory=Reads)
@@ -169,8 +199,7 @@ class _Walk:
     long: list[Any] = field(default_factory=list[Any])
     seen: set[int] = field(default_factory=set[int])
     sharded: set[int] = field(default_factory=set[int])
-    names: set[str] = field(default_factory=set[str])
-    owners: dict[int, tuple[Any, bool]] = field(default_factory=dict[int, tuple[Any, bool]])
+    owners: dict[int, tuple[Any, bool, Names]] = field(default_factory=dict[int, tuple[Any, bool, Names]])
     looked: set[str] = field(default_factory=set[str])
     room: int = MOST
     codes: int = CODES
@@ -183,18 +212,25 @@ class _Walk:
         while at < len(self.queue) or self._look_up() or self._open_long():
             for holder, key, item in self.queue[at:]:
                 at += 1
-                if not isinstance(item, IMMUTABLE) and id(item) not in self.seen:
+                if not issubclass(type(item), IMMUTABLE) and id(item) not in self.seen:
                     self.seen.add(id(item))
                     self.queue.extend([(None, "", x) for x in self._visit(holder, key, item)])
 
     def _visit(self, holder: Any, key: Any, item: Any) -> list[Any]:
         """What can be met from `item`, after noting what it holds."""
-        if isinstance(item, nn.Module):
+        if issubclass(type(item), nn.Module):
             return self._module(item)
-        if isinstance(item, Tensor):
+        if issubclass(type(item), Tensor):
             written = holder is not None and not isinstance(item, nn.Parameter) and not item.requires_grad
             self.found.tensors.append(_hold(holder, key, item, clone=written))
             return []
+        try:
+            return self._object(item)
+        except Exception:  # of the user's: a dead `weakref.proxy`, an attribute that can't be asked for
+            return []
+
+    def _object(self, item: Any) -> list[Any]:
+        """What can be met from what is no module and no tensor."""
         if isinstance(item, functools.partial):
             return [item.func, item.args, item.keywords]
         if isinstance(item, types.FunctionType):
@@ -247,25 +283,25 @@ class _Walk:
     def _own(self, owner: Any) -> None:
         for o in (owner,) if isinstance(owner, types.ModuleType) else classes(owner):
             if id(o) not in self.owners and is_followed(o):
-                self.owners[id(o)] = o, True
+                whole = vars(o).copy() if isinstance(o, type) else {}
+                then = {k: ELSEWHERE if _has_graph(v) else v for k, v in whole.items()}
+                self.owners[id(o)] = o, True, then
+                self.found.owners.append((o, then))
 
     def _look_up(self) -> bool:
         """Whether names stand for something in a class or Python module that was not met before."""
-        before, named = len(self.queue), self.names - self.looked
+        before, mentioned = len(self.queue), self.found.mentioned
+        named = mentioned - self.looked
         self.looked |= named
-        for address, (owner, is_new) in [*self.owners.items()]:
-            table, names = vars(owner), self.names if is_new else named
-            fresh = names & table.keys() if names else set[str]()
-            if is_new:
-                self.owners[address] = owner, False
-                fresh |= unasked(owner) if isinstance(owner, type) else set()
-            values = {n: table[n] for n in fresh}
+        for address, (owner, is_new, then) in [*self.owners.items()]:
+            table = vars(owner)
+            fresh = (mentioned if is_new else named) & table.keys()
             if isinstance(owner, type):
-                self.found.classes.extend([(owner, n, v) for n, v in values.items() if not _has_graph(v)])
-                self._meet(None, values)
-            elif values:
-                self.found.names.append((table, values))
+                self._meet(None, {n: table[n] for n in (fresh | unasked(owner) if is_new else fresh)})
+            else:
+                then.update(values := {n: table[n] for n in fresh})
                 self._meet(table, values)
+            self.owners[address] = owner, False, then
         return len(self.queue) > before
 
     def _meet(self, table: Names | None, named: Names) -> None:
@@ -280,18 +316,18 @@ class _Walk:
         cells = [c for c in function.__closure__ or () if not _is_empty(c)]
         self.found.contents.extend([(c, content(c)) for c in cells])
         known, named = function.__globals__, mentions(function.__code__)
-        read = {n: known[n] for n in named.globals if n in known}
-        if read:
+        if named.globals:
+            read = {n: known.get(n, ABSENT) for n in named.globals}
             self.found.names.append((known, read))
             self._meet(known, read)
-        self.names |= named.attributes
-        for n in named.imports:
+        self.found.mentioned |= named.attributes
+        for n in (*named.imports, *named.attributes):
             if (module := sys.modules.get(n)) is not None:
                 self._own(module)
         further = [c.cell_contents for c in cells]
         if function.__defaults__ or function.__kwdefaults__:
             further += [*(function.__defaults__ or ()), function.__kwdefaults__]
-        return [*further, function.__dict__] if function.__dict__ else further
+        return [*further, function.__dict__]
 
     # --- modules
     def _module(self, module: nn.Module) -> list[Any]:
@@ -316,27 +352,45 @@ class _Walk:
         for key, value in names.items():
             if type(value) in PLAIN:
                 pass
-            elif isinstance(value, Tensor):
+            elif issubclass(type(value), Tensor):
                 found.tensors.append(_hold(table, key, value, clone=True))
                 names[key] = ELSEWHERE
-            elif isinstance(value, FUNCTIONS) or (
-                own and (isinstance(value, (tuple, type)) or is_container(value) or is_plain(value))
-            ):
+            elif issubclass(type(value), FUNCTIONS) or (own and _may_change(value)):
                 further.append(value)
         plain = names if own else {k: v for k, v in names.items() if type(v) in PLAIN}
         found.modules.append((module, plain, len(table) if own else SHARDED))
         found.contents.extend([(t, content(t)) for t in _torch.call_tables(module)])
-        return [*further, *_torch.hooks(module)]
+        return [*further, getattr(type(module), "forward", None), *_torch.hooks(module)]
 
 
 def _has_graph(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
+    return issubclass(type(value), Tensor) and not value.is_leaf
 
 
 def _is_theirs(value: Any) -> bool:
-    return isinstance(value, types.FunctionType) and is_installed(value)
+    return type(value) is types.FunctionType and is_installed(value)
 
 
+def _if_it_says(ask: Callable[..., bool]) -> Callable[..., bool]:
+    """`ask`, but False of an object that raises when it is looked at."""
+
+    @functools.wraps(ask)
+    def asked(*of: Any) -> bool:
+        try:
+            return ask(*of)
+        except Exception:
+            return False
+
+    return asked
+
+
+@_if_it_says
+def _may_change(value: Any) -> bool:
+    """Whether what a module has as an attribute is looked through."""
+    return isinstance(value, (tuple, type)) or is_container(value) or is_plain(value)
+
+
+@_if_it_says
 def _leads_on(value: Any, table: Names | None) -> bool:
     """Whether what is named in `table` is followed: installed packages are not looked through from module to module."""
     if isinstance(value, types.FunctionType):

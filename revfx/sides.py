@@ -153,9 +153,10 @@ class Sides:
                 moved = max(_moved(a, b) for a, b in zip(then, now, strict=True))
             if moved > CHANCE + self.most * now[0].numel():
                 raise RegenerationError(
-                    f"{name}: `{kind}` compares numbers that differ by rounding alone, so that gradients would be"
-                    f" wrong: {moved} of the {now[0].numel()} looked at stood on another side when it was run again"
-                    " for the backward. Use `exact=True`, or keep its activations with"
+                    f"{name}: `{kind}` compares numbers that rounding moves to its other side: {moved} of the"
+                    f" {now[0].numel()} looked at stood elsewhere when it was run again for the backward, so that"
+                    " gradients would be wrong. They are equal but for rounding, or the layers before amplify it. Use"
+                    " `exact=True` or anchors (`anchor_every`), or keep its activations with"
                     " `revfx.testing.store_activations()`."
                 )
 

@@ -4,7 +4,6 @@ can't be put back, or compared with what they were.
 
 from __future__ import annotations
 
-import functools
 import queue
 import random
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from revfx.containers import DEPTH, inside, is_container, is_plain, parts_of
+from revfx.containers import DEPTH, by_class, inside, is_container, is_plain, parts_of
 from revfx.untraceable import Untraceable
 
 
@@ -87,6 +86,6 @@ def is_source(value: Any) -> bool:
     return not is_plain(value) and not is_container(value) and all(value is not s for s in shared)
 
 
-@functools.lru_cache(maxsize=4096)
+@by_class
 def _may_be(kind: type) -> bool:
-    return issubclass(kind, _KINDS) or kind.__module__.startswith("numpy.random")
+    return issubclass(kind, _KINDS) or str(kind.__module__).startswith("numpy.random")

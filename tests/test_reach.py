@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import operator
+import sys
 import types
+import weakref
 from array import array
 from collections import UserDict
 from collections.abc import Callable, Iterator
@@ -74,7 +78,11 @@ OBJECT, SPACE, NAMESPACE = Item(), types.SimpleNamespace(v=1.0), argparse.Namesp
 EASY, LONGER = Easy(v=1.0), WithList([1.0])
 USER, VIEWED, BYTES = UserDict(v=1.0), array("d", [1.0]), bytearray(b"\x01")
 VIEWS = memoryview(VIEWED), memoryview(BYTES)
-SETTINGS: Any = types.ModuleType("settings")
+SETTINGS: Any = types.ModuleType("settings_")
+sys.modules["settings_"] = SETTINGS
+BY_NAME = operator.attrgetter("value")
+WRITTEN: Any = {}
+exec("def written():\n    return number[0]", WRITTEN)
 
 
 def act(h: Tensor) -> Tensor:
@@ -92,12 +100,35 @@ def _reset() -> None:
     vars(SETTINGS)["v"], vars(with_attribute)["v"], Item.value, Meta.of_meta, Scaling.by = 1.0, 1.0, 1.0, 1.0, 1.0
     known["act"] = lambda h: h * 1.0
     Reader.kind, Reader.helped = 1.0, _helped
+    WRITTEN["number"] = [1.0]
+    for owner, name in ((known, "LATER"), (vars(SETTINGS), "later"), (vars(with_attribute), "later")):
+        owner.pop(name, None)
+    for kind in (Reader, Parent, Item):
+        if "later" in vars(kind):
+            delattr(kind, "later")
     TENSOR.fill_(1.0)
     OBJECT.tensor.fill_(1.0)
 
 
 def _helped(self: Any) -> float:
     return NUMBER
+
+
+@functools.lru_cache(1)
+def _cached() -> float:
+    return NUMBER
+
+
+def _forget(f: Any) -> None:
+    globals()["NUMBER"] = 2.0
+    _cached.cache_clear()
+
+
+def _later() -> float:
+    try:
+        return globals()["LATER"]
+    except KeyError:
+        return 1.0
 
 
 class Parent(nn.Module):
@@ -128,6 +159,11 @@ class Reader(Parent):
 
     def added(self) -> Tensor:
         return TENSOR
+
+    def _times(self, by: float) -> float:
+        return NUMBER * by
+
+    once = functools.partialmethod(_times, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.use(self, self.m(x))
@@ -173,6 +209,25 @@ READ: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object]]]
     "of a function": (lambda f, h: h * with_attribute(), lambda f: vars(with_attribute).update(v=2.0)),
     "Python module": (lambda f, h: h * SETTINGS.v, lambda f: setattr(SETTINGS, "v", 2.0)),
     "autograd function": (lambda f, h: cast(Tensor, Scaling.apply(h)), lambda f: setattr(Scaling, "by", 2.0)),
+    "class, later": (lambda f, h: h * getattr(f, "later", 1.0), lambda f: setattr(Reader, "later", 2.0)),
+    "its base, later": (lambda f, h: h * getattr(f, "later", 1.0), lambda f: setattr(Parent, "later", 2.0)),
+    "its class, later": (lambda f, h: h * getattr(OBJECT, "later", 1.0), lambda f: setattr(Item, "later", 2.0)),
+    "global, later": (lambda f, h: h * _later(), _set("LATER", 2.0)),
+    "module, later": (lambda f, h: h * getattr(SETTINGS, "later", 1.0), lambda f: setattr(SETTINGS, "later", 2.0)),
+    "function, later": (
+        lambda f, h: h * getattr(with_attribute, "later", 1.0),
+        lambda f: setattr(with_attribute, "later", 2.0),
+    ),
+    "made-up name": (lambda f, h: h * getattr(Item, f"val{'ue'}"), lambda f: setattr(Item, "value", 2.0)),
+    "attrgetter": (lambda f, h: h * BY_NAME(Item), lambda f: setattr(Item, "value", 2.0)),
+    "partial method": (lambda f, h: h * f.once(), _set("NUMBER", 2.0)),
+    "cached function": (lambda f, h: h * _cached(), _forget),
+    "table of globals": (lambda f, h: h * globals()["NUMBER"], _set("NUMBER", 2.0)),
+    "executed text": (lambda f, h: h * WRITTEN["written"](), lambda f: WRITTEN.update(number=[2.0])),
+    "module by name": (
+        lambda f, h: h * importlib.import_module("settings_").v,
+        lambda f: setattr(SETTINGS, "v", 2.0),
+    ),
     "hook": (lambda f, h: h, lambda f: f.m[0].register_forward_hook(lambda m, i, o: o * 2.0)),
     "hook before": (lambda f, h: h, lambda f: f.m[0].register_forward_pre_hook(lambda m, i: (i[0] * 2.0,))),
 }
@@ -235,6 +290,68 @@ def test_what_f_counts_in_a_class_and_on_a_function_is_counted_once(way: str) ->
     counted = Item.value
     assert relative_error(gradients(way, _counts, lambda f: None), want) < TOLERANCE
     assert (way == "convert" or Item.value == counted) and Item.value == with_attribute()
+
+
+def _makes(x: Tensor) -> Tensor:
+    global LATER
+    LATER = globals().get("LATER", 0) + 1
+    owners: list[Any] = [Item, SETTINGS, with_attribute]
+    for owner in owners:
+        owner.later = getattr(owner, "later", 0) + 1
+    return torch.tanh(x)
+
+
+def test_names_that_f_makes_are_as_its_calls_in_the_forward_left_them() -> None:
+    y = revfx.rev_block(leaf(5, 4), leaf(5, 4), _makes, torch.sin, 3)
+    loss_of(y).backward()
+    assert LATER == 3 and all(vars(o)["later"] == 3 for o in (Item, SETTINGS, with_attribute))
+
+
+class Unlike(type):
+    __hash__: Any = None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+class Shy:
+    __module__: Any = None
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Unmeasured(list[int]):
+    def __len__(self) -> int:
+        raise RuntimeError("how long?")
+
+
+def _dead() -> Any:
+    return weakref.proxy(Item())
+
+
+STRANGE: dict[str, Callable[[], Any]] = {
+    "dead proxy": _dead,
+    "unhashable class": lambda: Unlike("C", (), {}),
+    "of an unhashable class": lambda: Unlike("C", (), {})(),
+    "raises when asked": Shy,
+    "length that raises": Unmeasured,
+    "scripted": lambda: torch.jit.script(nn.ReLU()),
+}
+
+
+@ways
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("where", [lambda x: x, lambda x: [x], lambda x: {"a": (x,)}], ids=["itself", "list", "dict"])
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_can_not_be_looked_at_does_no_harm(way: str, name: str, where: Callable[[Any], Any]) -> None:
+    strange = where(STRANGE[name]())
+
+    def use(f: Any, h: Tensor) -> Tensor:
+        return h * (1.0 if strange is f else NUMBER)
+
+    want = gradients("plain", use, _set("NUMBER", 2.0))
+    assert relative_error(gradients(way, use, _set("NUMBER", 2.0)), want) < TOLERANCE
 
 
 @ways
