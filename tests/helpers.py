@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,12 @@ def fp64() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+def deep_but(kept: Container[Any], cases: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: the `cases` (tuples where it has several parameters), those not `kept` for deep runs."""
+    whole = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [pytest.param(*values, marks=() if case in kept else pytest.mark.deep) for case, values in whole]
 
 
 def lines(fs: Any, gs: Any) -> Block:

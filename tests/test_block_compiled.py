@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled import fresh as fresh
-from helpers import TOLERANCE, leaf, mlp, mlps, relative_error
+from helpers import TOLERANCE, deep_but, leaf, mlp, mlps, relative_error
 from torch import Tensor, nn
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._inductor import config as inductor_config
@@ -136,7 +136,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", deep_but(("dropout", "batch norm", "a class of the user's"), KINDS))
 def test_inductor_frees_a_block_and_gives_the_gradients_of_the_lines(kind: str) -> None:
     block = RevBlock(KINDS[kind], KINDS[kind], 2)
     plain, inputs = copy.deepcopy(block), pair(8)

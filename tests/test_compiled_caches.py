@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE, fp64, leaf, loss_of, relative_error
+from helpers import TOLERANCE, deep_but, fp64, leaf, loss_of, relative_error
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -44,6 +44,7 @@ def partitioner(**options: Any) -> dict[str, Any]:
 
 
 both_doors = pytest.mark.parametrize("door", [backend, partitioner])
+partitioners_door = pytest.mark.parametrize("door", deep_but((partitioner,), (backend, partitioner)))
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +215,7 @@ def sinh(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(node.args[0], lambda y: y.sinh())
 
 
-@both_doors
+@partitioners_door
 @pytest.mark.usefixtures("rules_as_they_were")
 def test_a_rule_of_the_user_goes_past_the_caches(door: Door) -> None:
     model, x = Couplings(torch.asinh), leaf(ROWS, 8)
@@ -271,7 +272,7 @@ def test_a_partitioner_by_itself_sees_no_values_and_so_relies_on_none(
         assert compiled(model, x, **partitioner()) == (HIT, [])
 
 
-@both_doors
+@partitioners_door
 def test_numbers_in_the_program_are_part_of_it(door: Door) -> None:
     model, x = Permuted(TURNED), leaf(ROWS, 8)
     for order, found in [(TURNED, (MISS, [1])), (OTHER, (MISS, [1])), (TWICE, (MISS, [0])), (TURNED, (HIT, []))]:

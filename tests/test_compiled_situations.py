@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
-from helpers import TOLERANCE, leaf, loss_of, mlp, mlps, relative_error
+from helpers import TOLERANCE, deep_but, leaf, loss_of, mlp, mlps, relative_error
 from test_refusals import ATOMS, NOTHING_FOUND, Chain, ReluInTheMiddle, Unclamped, UsedElsewhere, tiling
 from torch import Tensor, nn
 from zoo import Additive, D
@@ -107,9 +107,7 @@ def test_a_block_and_a_loss_function_compile_by_themselves() -> None:
     assert [len(report.regions) for report in found] == [1]
 
 
-@pytest.mark.parametrize(
-    "mode", ["max-autotune-no-cudagraphs", pytest.param("reduce-overhead", marks=pytest.mark.deep)]
-)
+@pytest.mark.parametrize("mode", deep_but((), ["max-autotune-no-cudagraphs", "reduce-overhead"]))
 def test_modes_of_inductor(mode: str) -> None:
     model = Chained()
     with reports() as found:
@@ -340,8 +338,7 @@ def test_exact_zeros_under_inductor(make: Callable[[], nn.Module]) -> None:
     [
         ("aot_eager", torch.float32),
         ("aot_eager", torch.float64),
-        ("inductor", torch.float32),
-        pytest.param("inductor", torch.float64, marks=pytest.mark.deep),
+        *deep_but((), [("inductor", torch.float32), ("inductor", torch.float64)]),
     ],
 )
 def test_exp_that_underflows_raises_or_is_stored(inner: str, dtype: torch.dtype) -> None:

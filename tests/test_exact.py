@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import unseen
+from helpers import deep_but, unseen
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import (
@@ -116,7 +116,11 @@ class WithDropout(Transformer):
 
 
 @pytest.mark.parametrize("way, depth", [("RevBlock", 10), ("rev_block", 1000)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    deep_but((torch.float32, "autocast"), (torch.float32, torch.float64, torch.bfloat16, "autocast")),
+    ids=str,
+)
 def test_blocks_are_the_same_to_the_bit(way: str, depth: int, dtype: Any) -> None:
     block = revfx.RevBlock(lambda: nn.Sequential(mlp(), nn.Dropout(0.1)), mlp, depth, exact=True)
     autocast = dtype == "autocast"

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import deep_but
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO
@@ -23,7 +24,7 @@ def square(output: Tensor) -> Tensor:
     return output.square().mean()
 
 
-@pytest.mark.parametrize("depth", [4, 16])
+@pytest.mark.parametrize("depth", deep_but((16,), (4, 16)))
 @pytest.mark.parametrize("bench", MODELS.values(), ids=MODELS)
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(bench: BenchModel, depth: int) -> None:
     model, inputs = bench.make(depth), bench.inputs(max(1, bench.batch // 8))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import deep_but
 from torch import Tensor, nn
 from zoo import ZOO, Additive, Momentum, Pairs
 
@@ -98,7 +99,7 @@ class Contracting(Pairs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("depth", [12, 50, 200, 400])
+@pytest.mark.parametrize("depth", deep_but((12, 400), (12, 50, 200, 400)))
 @pytest.mark.parametrize("kind", [Momentum, Contracting])
 def test_contracting_steps_keep_cuts_and_gradients_stay_within_tolerance(
     kind: type[nn.Module], depth: int, dtype: torch.dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE, relative_error
+from helpers import TOLERANCE, deep_but, relative_error
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -25,6 +25,7 @@ SHALLOW, DEEP = 4, ALL_DEEP or 6
 DEEPER = {"dropout": 12, "transformer": 8}
 TWICE = ("momentum",)
 BY_INDUCTOR = ("dropout",)
+MEASURED = ("in place", "affine exp", "momentum", "leapfrog", "slices", "dropout", "conv+BN", "transformer")
 ROWS, MANY_ROWS = 8, 1024
 Options = dict[str, str | int | bool | Callable[..., object]]
 QUICK: Options = {"fallback_random": True, "cpp.simdlen": 1}  # the numbers of eager, and code that compiles fast
@@ -91,7 +92,7 @@ def test_gradients_are_plain_autograds(name: str) -> None:
         assert any(report.regions for report in found)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", deep_but(MEASURED, ZOO))
 def test_memory_is_flat_and_single_precision_as_good_as_torchs(name: str) -> None:
     torch.manual_seed(0)
     deep = ALL_DEEP or DEEPER.get(name, DEEP)
