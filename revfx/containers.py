@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 import threading
 from argparse import Namespace
@@ -11,9 +12,10 @@ from array import array
 from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType, SimpleNamespace
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -152,17 +154,61 @@ def held_within(values: Iterable[Any]) -> Held:
     return list(found.values())
 
 
+@dataclass(frozen=True, slots=True)
+class _Graphed:
+    """In place of a tensor with a graph, which may lead to what notes it: it, while others hold it, and its numbers."""
+
+    of: ref[Tensor]
+    numbers: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """In place of a tuple of a `kind` in which there are such tensors."""
+
+    kind: type
+    parts: tuple[Any, ...]
+
+
+def kept(value: Any) -> Any:
+    """`value`, or what stands for it in a note that must not keep graphs alive."""
+    if issubclass(type(value), Tensor):
+        return value if value.is_leaf else _Graphed(ref(value), value.detach().requires_grad_())
+    if issubclass(type(value), tuple):
+        parts = tuple(map(kept, value))
+        return value if all(map(operator.is_, parts, value)) else _Parts(type(value), parts)
+    return value
+
+
+def given_back(value: Any) -> Any:
+    """What `kept` was given, in other tuples; of tensors that nobody holds any more the numbers."""
+    if type(value) is _Graphed:
+        tensor = value.of()
+        return value.numbers if tensor is None else tensor
+    return tuple.__new__(value.kind, map(given_back, value.parts)) if type(value) is _Parts else value
+
+
+def same(now: Any, then: Any) -> bool:
+    """Whether `now` is what was `kept` then."""
+    if type(then) is _Graphed:
+        return now is then.of()
+    if type(then) is _Parts:
+        return type(now) is then.kind and len(now) == len(then.parts) and all(map(same, now, then.parts))
+    return now is then or (type(now) is bytes and now == then)
+
+
+def noted(container: Any) -> tuple[Any, list[Any]]:
+    """A container, and what it holds, as it may be kept."""
+    return container, [tuple(map(kept, x)) if type(x) is tuple else kept(x) for x in content(container)]
+
+
 def differ(containers: Held, equal: Callable[[Any, Any], bool] = lambda a, b: False) -> bool:
     """Whether one of the containers holds something else than it held: another object, and not one that is `equal`."""
     for container, then in containers:
         now, before = _flat(content(container)), _flat(then)
-        if len(now) != len(before) or not all(_same(a, b) or equal(a, b) for a, b in zip(now, before, strict=True)):
+        if len(now) != len(before) or not all(same(a, b) or equal(a, b) for a, b in zip(now, before, strict=True)):
             return True
     return False
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is bytes and a == b)
 
 
 def put_back(containers: Held) -> None:
@@ -170,6 +216,7 @@ def put_back(containers: Held) -> None:
     for container, then in containers:
         if not differ([(container, then)]):
             continue
+        then = [tuple(map(given_back, x)) if type(x) is tuple else given_back(x) for x in then]
         if is_array(container):
             _write(container, then[0])
         elif slots(type(container)):

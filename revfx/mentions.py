@@ -113,6 +113,11 @@ def unasked(kind: type) -> frozenset[str]:
     return frozenset(n for n in named if n == "forward" or (n[:2] == n[-2:] == "__" and n not in _MAKING))
 
 
+def misses(cached: Any) -> int:
+    """How often a function that keeps its results was run."""
+    return cached.cache_info().misses
+
+
 def functions(item: Any) -> Iterator[types.FunctionType]:
     """The plain functions in a method, property or decorated function."""
     if isinstance(item, types.FunctionType):

@@ -17,7 +17,7 @@ from torch import nn
 
 from revfx.containers import CONTAINERS, held_within, inside, is_plain, put_back, slots
 from revfx.fingerprint import is_users, key
-from revfx.mentions import functions, is_followed
+from revfx.mentions import CACHED, functions, is_followed, misses
 from revfx.sources import StandIn, asks
 
 
@@ -97,13 +97,19 @@ class Outside:
         return tuple([key(t.get(n)) for t, n, _ in self.named.values()] + [key(v) for v in values])
 
     def noted(self) -> Callable[[], None]:
-        """A function that puts back the values, and what is now in the containers and plain objects among them."""
-        containers = held_within(v for table in self.tables() for v in table.values())
+        """A function that puts back the values, and what is now in the containers and plain objects among them; caches
+        that were filled since are emptied.
+        """
+        values = [v for table in self.tables() for v in table.values()]
+        containers, caches = held_within(values), [(v, misses(v)) for v in values if issubclass(type(v), CACHED)]
         named = [(t, n, kind, t.get(n, _ABSENT)) for t, n, kind in self.named.values()]
         cells = [(c, _content(c)) for c in self.cells.values()]
 
         def back() -> None:
             put_back(containers)
+            for cached, before in caches:  # what filled one is not put back alone: it may have set up more
+                if misses(cached) != before:
+                    cached.cache_clear()
             for table, name, kind, value in named:
                 if table.get(name, _ABSENT) is not value:
                     _set(table, name, kind, value)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -23,17 +24,23 @@ from revfx.containers import (
     Held as Contents,
     content,
     differ,
+    given_back,
+    is_array,
     is_container,
     is_librarys,
     is_plain,
+    kept,
+    noted,
     put_back,
+    same,
 )
 from revfx.fingerprint import SKIPPED, is_users
-from revfx.mentions import CACHED, classes, functions, is_followed, is_installed, mentions, unasked
+from revfx.mentions import CACHED, classes, functions, is_followed, is_installed, mentions, misses, unasked
 from revfx.trees import data_address
 
 
-MOST = 1_000  # entries of containers that are noted; longer containers are not
+MOST = 1_000  # entries of containers that are noted, and KiB of arrays; longer ones are not
+COPIED = 2**24  # bytes of tensors in containers that are copied, as the call may write to them
 LONG = 64  # entries of a container that waits until all else was looked at
 CODES = 500  # functions whose code is looked at
 PLAIN = (bool, int, float, str, type(None))
@@ -86,7 +93,7 @@ class Reads:
 
     `names` are those of tables of globals; `owners` the classes, with all they have, and Python modules, with what is
     `mentioned` anywhere; `modules` are all that were met, each with its own attributes and how many entries its table
-    has.
+    has; `caches` are functions that keep results.
     """
 
     tensors: list[Held] = field(default_factory=list[Held])
@@ -95,6 +102,33 @@ class Reads:
     mentioned: set[str] = field(default_factory=set[str])
     modules: list[tuple[nn.Module, Names, int]] = field(default_factory=list[tuple[nn.Module, Names, int]])
     contents: Contents = field(default_factory=list[tuple[Any, list[Any]]])
+    caches: list[Any] = field(default_factory=list[Any])
+    done_once: int = 0
+
+    def begin(self) -> None:
+        """None; the call begins now."""
+        self.done_once = self._done_once()
+
+    def end(self) -> None:
+        """None; the call has ended. If it imported something, or filled a cache, the names and entries that it added
+        stay: that is not done a second time.
+        """
+        if self._done_once() == self.done_once:
+            return
+        for table, then in self.names:
+            then.update({k: kept(table[k]) for k, v in then.items() if v is ABSENT and k in table})
+        for owner, then in self.owners:
+            then.update({k: kept(vars(owner)[k]) for k in self._added(owner, then)})
+        for container, then in self.contents:
+            _, now = noted(container)
+            if isinstance(container, dict):
+                known = {id(k) for k, _ in then}
+                then.extend([(k, v) for k, v in now if id(k) not in known])
+            elif isinstance(container, list) and not differ([(container[: len(then)], then)]):
+                then.extend(now[len(then) :])
+
+    def _done_once(self) -> int:
+        return len(sys.modules) + sum(map(misses, self.caches))
 
     @property
     def cloned(self) -> bool:
@@ -119,7 +153,7 @@ class Reads:
     def now(self, differs: bool) -> Reads:
         """The same places, as they are now; without tensors and modules."""
         if not differs:
-            return Reads(names=self.names, owners=self.owners, contents=self.contents)
+            return Reads(names=self.names, owners=self.owners, mentioned=self.mentioned, contents=self.contents)
         names = [(table, {k: table.get(k, ABSENT) for k in then}) for table, then in self.names]
         owners = [(o, {k: vars(o).get(k, ABSENT) for k in self._all(o, then)}) for o, then in self.owners]
         contents = [(c, content(c)) for c, _ in self.all_contents()]
@@ -137,7 +171,7 @@ class Reads:
         """None; all is as it was; but for tensors, which are the caller's business."""
         for module, then, size in self.modules:
             table = vars(module)
-            table.update({k: v for k, v in then.items() if v is not ELSEWHERE})
+            table.update({k: given_back(v) for k, v in then.items() if v is not ELSEWHERE})
             if size != SHARDED:
                 for k in [k for k in table if k not in then and is_users(k)]:
                     del table[k]
@@ -151,7 +185,7 @@ class Reads:
 
 
 def _other(now: Any, then: Any) -> bool:
-    return now is not then and not (type(then) in PLAIN and type(now) in PLAIN and now == then)
+    return not same(now, then) and not (type(then) in PLAIN and type(now) in PLAIN and now == then)
 
 
 def _others(now: Mapping[str, Any], then: Names) -> bool:
@@ -167,10 +201,15 @@ def _assign(owner: Any, name: str, value: Any) -> None:
     """None; a class, a module or a table of globals has `value` by that name, or nothing where it is absent."""
     table = owner if isinstance(owner, dict) else vars(owner)
     now = table.get(name, ABSENT)
-    if now is value or _stays(now, value):
+    if same(now, value) or _stays(now, value):
         return
+    value = given_back(value)
     if isinstance(owner, type):
-        type.__delattr__(owner, name) if value is ABSENT else type.__setattr__(owner, name, value)
+        change, given = (type.__delattr__, ()) if value is ABSENT else (type.__setattr__, (value,))
+        try:
+            change(owner, name, *given)  # also where the class's own class forbids it
+        except TypeError:  # that is one of C's, as ctypes has
+            delattr(owner, name) if value is ABSENT else setattr(owner, name, value)
     elif value is ABSENT:
         del table[name]
     else:
@@ -202,6 +241,7 @@ class _Walk:
     owners: dict[int, tuple[Any, bool, Names]] = field(default_factory=dict[int, tuple[Any, bool, Names]])
     looked: set[str] = field(default_factory=set[str])
     room: int = MOST
+    copied: int = 0
     codes: int = CODES
 
     def follow(self, function: Any) -> None:
@@ -222,7 +262,9 @@ class _Walk:
             return self._module(item)
         if issubclass(type(item), Tensor):
             written = holder is not None and not isinstance(item, nn.Parameter) and not item.requires_grad
-            self.found.tensors.append(_hold(holder, key, item, clone=written))
+            if written and item.layout == torch.strided:
+                self.copied += item.nbytes
+            self.found.tensors.append(_hold(holder, key, item, clone=written and self.copied <= COPIED))
             return []
         try:
             return self._object(item)
@@ -243,6 +285,7 @@ class _Walk:
             self._own(item)
             return []
         if isinstance(item, METHODS):
+            self.found.caches.extend([item] if isinstance(item, CACHED) else [])
             return [*functions(item)]
         tables = [item] if is_container(item) else []
         if is_plain(item):
@@ -256,7 +299,7 @@ class _Walk:
         return [v for v in own if isinstance(v, (Tensor, nn.Module, list, tuple, dict))]
 
     def _open(self, container: Any) -> None:
-        size = len(container) if isinstance(container, CONTAINERS) else 0
+        size = _size(container)
         if size > LONG and size <= self.room:
             self.long.append(container)
         elif size <= self.room:
@@ -266,15 +309,15 @@ class _Walk:
         """Whether there was a long container that there is room for."""
         while self.long:
             container = self.long.pop(0)
-            if len(container) <= self.room:
+            if _size(container) <= self.room:
                 self._note(container)
                 return True
         return False
 
     def _note(self, container: Any) -> None:
         held = content(container)
-        self.room -= len(held)
-        self.found.contents.append((container, held))
+        self.room -= max(len(held), _size(container))
+        self.found.contents.append(noted(container))
         pairs: Any = held if isinstance(container, dict) else enumerate(held)
         where = container if isinstance(container, (dict, list)) else None
         self.queue.extend([(where, k, v) for k, v in pairs if type(v) not in PLAIN and not _is_theirs(v)])
@@ -284,7 +327,7 @@ class _Walk:
         for o in (owner,) if isinstance(owner, types.ModuleType) else classes(owner):
             if id(o) not in self.owners and is_followed(o):
                 whole = vars(o).copy() if isinstance(o, type) else {}
-                then = {k: ELSEWHERE if _has_graph(v) else v for k, v in whole.items()}
+                then = {k: kept(v) for k, v in whole.items()}
                 self.owners[id(o)] = o, True, then
                 self.found.owners.append((o, then))
 
@@ -299,7 +342,8 @@ class _Walk:
             if isinstance(owner, type):
                 self._meet(None, {n: table[n] for n in (fresh | unasked(owner) if is_new else fresh)})
             else:
-                then.update(values := {n: table[n] for n in fresh})
+                values = {n: table[n] for n in fresh}
+                then.update({n: kept(v) for n, v in values.items()})
                 self._meet(table, values)
             self.owners[address] = owner, False, then
         return len(self.queue) > before
@@ -314,17 +358,19 @@ class _Walk:
             return []
         self.codes -= 1
         cells = [c for c in function.__closure__ or () if not _is_empty(c)]
-        self.found.contents.extend([(c, content(c)) for c in cells])
+        self.found.contents.extend(map(noted, cells))
         known, named = function.__globals__, mentions(function.__code__)
         if named.globals:
             read = {n: known.get(n, ABSENT) for n in named.globals}
-            self.found.names.append((known, read))
+            self.found.names.append((known, {n: kept(v) for n, v in read.items()}))
             self._meet(known, read)
         self.found.mentioned |= named.attributes
-        for n in (*named.imports, *named.attributes):
-            if (module := sys.modules.get(n)) is not None:
-                self._own(module)
         further = [c.cell_contents for c in cells]
+        for n in (*named.imports, *named.attributes):
+            if isinstance(module := sys.modules.get(n), types.ModuleType):
+                self._own(module)
+            elif module is not None:
+                further.append(module)
         if function.__defaults__ or function.__kwdefaults__:
             further += [*(function.__defaults__ or ()), function.__kwdefaults__]
         return [*further, function.__dict__]
@@ -357,14 +403,17 @@ class _Walk:
                 names[key] = ELSEWHERE
             elif issubclass(type(value), FUNCTIONS) or (own and _may_change(value)):
                 further.append(value)
-        plain = names if own else {k: v for k, v in names.items() if type(v) in PLAIN}
+        plain = {k: kept(v) for k, v in names.items() if own or type(v) in PLAIN}
         found.modules.append((module, plain, len(table) if own else SHARDED))
         found.contents.extend([(t, content(t)) for t in _torch.call_tables(module)])
         return [*further, getattr(type(module), "forward", None), *_torch.hooks(module)]
 
 
-def _has_graph(value: Any) -> bool:
-    return issubclass(type(value), Tensor) and not value.is_leaf
+def _size(container: Any) -> int:
+    """How many entries it counts for."""
+    if is_array(container):
+        return getattr(container, "nbytes", len(container)) >> 10
+    return len(container) if isinstance(container, CONTAINERS) else 0
 
 
 def _is_theirs(value: Any) -> bool:

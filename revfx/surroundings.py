@@ -65,6 +65,7 @@ class Surroundings:
 
     def settle(self) -> None:
         """None; called after the forward call: clones of large buffers that it did not write are let go."""
+        self.reads.end()
         for h in self.reads.tensors:
             if h.clone is None:
                 h.by_itself = _torch.version(h.tensor) != h.version
@@ -130,12 +131,23 @@ class Surroundings:
             if self.random is not None:
                 self.random.restore()
             yield
+        except Exception as error:
+            if differs and hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(_NOTE.format(self.name))
+            raise
         finally:
             try:
                 put_all_back()
             except BaseException:  # an interrupt: what is put back twice is as what is put back once
                 put_all_back()
                 raise
+
+
+_NOTE = (
+    "revfx: raised when `{}` was run again for the backward, with all that it reads put back as it was before it ran"
+    " first. What it sets up once (a registry, a library, a cache) should be there before: call it under"
+    " `torch.no_grad()` once."
+)
 
 
 def _why(name: str, h: Held) -> str:
@@ -165,5 +177,6 @@ def noted(name: str, function: Any) -> Generator[Surroundings]:
         if not reads.cloned:
             stack.close()
         surroundings = Surroundings(name, reads)
+        reads.begin()
         yield surroundings
         surroundings.settle()
