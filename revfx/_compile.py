@@ -38,6 +38,7 @@ from revfx.passes.sizes import muted
 
 
 __all__ = ["BypassCache", "CustomPartitionerFn", "RestartAnalysis"]
+_NUMBERED = "revfx_numbered"  # an attribute of inductor's schedulers
 MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after that
 
 
@@ -52,22 +53,34 @@ def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ..
 
 
 def fuse_neighbours_only(key: str) -> None:
-    """None; from now on, on this thread, inductor fuses no nodes whose numbers `node.meta[key]` differ by more than 1.
+    """None; in graphs with nodes that have a number `node.meta[key]`, inductor fuses from now on none whose numbers
+    differ by more than 1, nor others where it would forget their order.
 
-    Nodes without one are fused as before, but not where it would forget their order.
+    On whatever thread it compiles them: a backward is compiled by the one that runs it first.
     """
-    now: Any = V.choices
-    if getattr(now, "revfx_key", None) == key:
+    kind: Any = type(V.choices)
+    theirs = kind.can_fuse
+    if getattr(theirs, "revfx_key", None) == key:
         return
 
     def can_fuse(scheduler: Any, a: Any, b: Any, *args: Any) -> bool:
-        numbers = [n for node in (*a.get_nodes(), *b.get_nodes()) if (n := _number(node, key)) is not None]
-        near = not numbers or max(numbers) - min(numbers) <= 1
-        return near and not _forgets_order(scheduler, a, b) and now.can_fuse(scheduler, a, b, *args)
+        if _has_numbers(scheduler, key):
+            numbers = [n for node in (*a.get_nodes(), *b.get_nodes()) if (n := _number(node, key)) is not None]
+            if (numbers and max(numbers) - min(numbers) > 1) or _forgets_order(scheduler, a, b):
+                return False
+        return theirs(scheduler, a, b, *args)
 
-    apart: Any = object.__new__(type("Neighbours", (type(now),), {"can_fuse": staticmethod(can_fuse)}))
-    vars(apart).update(vars(now), revfx_key=key)
-    V.set_choices_handler(apart)
+    vars(can_fuse)["revfx_key"] = key
+    kind.can_fuse = staticmethod(can_fuse)
+
+
+def _has_numbers(scheduler: Any, key: str) -> bool:
+    """Whether the graph that is scheduled has numbered nodes."""
+    known = vars(scheduler)
+    if _NUMBERED not in known:
+        nodes = [n for node in scheduler.nodes for n in node.get_nodes()]
+        known[_NUMBERED] = any(_number(n, key) is not None for n in nodes)
+    return known[_NUMBERED]
 
 
 def _forgets_order(scheduler: Any, a: Any, b: Any) -> bool:

@@ -114,7 +114,7 @@ def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
         warnings.warn(warning, RevfxWarning, stacklevel=2)
     plan.calls += 1
     run = RegionRun(plan, calls, env)
-    run.forward(env)
+    _torch.uncompiled(run.forward)(env)  # as the re-run will be
     plan.kept = len(run.kept_cuts)
     return run
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TOLERANCE, relative_error
 from torch import Tensor, nn
+from torch._inductor.virtualized import V
 
-from revfx.testing import assert_same_grads
+from revfx import _compile
 
 
 class Unfolds(nn.Module):
@@ -40,10 +45,49 @@ class Unfolds(nn.Module):
         return a, still + (1 - part) * (b + self.f[3](still)), windows
 
 
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """By a backward that runs on a thread of its own, as on a GPU: that compiles it."""
+    loss = torch.stack([t.square().sum() for t in model(x)]).sum()
+    with ThreadPoolExecutor(1) as pool:
+        return list(pool.submit(torch.autograd.grad, loss, [x, *model.parameters()]).result())
+
+
 @pytest.mark.usefixtures("fp64")
 def test_nothing_is_read_before_it_is_written() -> None:
     """pytorch/pytorch#185509: gradients of the stem were off by half, without a word."""
     model, x = Unfolds(), torch.randn(3, 4, 2, 2, requires_grad=True)
     compiled = copy.deepcopy(model)
     compiled.compile(backend="revfx", options={"cpp.simdlen": 1, "unbounded": "store"})
-    assert_same_grads(compiled, model, [x])
+    assert relative_error(gradients(compiled, x), gradients(model, x)) < TOLERANCE
+
+
+class Node:
+    """Of inductor's scheduler, that computes nodes of a graph with these numbers."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.node, self.group, self.read_writes = self, 0, SimpleNamespace(reads=())
+        self.origins = [SimpleNamespace(meta={"n": n}) for n in numbers] or [SimpleNamespace(meta={})]
+
+    def get_nodes(self) -> list[Node]:
+        return [self]
+
+    def get_origins(self) -> list[Any]:
+        return self.origins
+
+
+def test_neighbours_are_fused_on_any_thread_and_in_other_graphs_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: Any = type(V.choices)
+    monkeypatch.setattr(kind, "can_fuse", staticmethod(lambda *nodes: True))
+    _compile.fuse_neighbours_only("n")
+    patched = kind.can_fuse
+    _compile.fuse_neighbours_only("n")
+    assert kind.can_fuse is patched
+    numbered, other = (SimpleNamespace(nodes=nodes, mutation_renames={}) for nodes in ([Node(1)], [Node()]))
+
+    def fused(scheduler: Any, a: Node, b: Node) -> bool:
+        return V.choices.can_fuse(scheduler, cast(Any, a), cast(Any, b), 0)
+
+    with ThreadPoolExecutor(1) as pool:
+        for run in (lambda *args: fused(*args), lambda *args: pool.submit(fused, *args).result()):
+            assert run(numbered, Node(1), Node(2)) and run(numbered, Node(), Node(7))
+            assert not run(numbered, Node(1), Node(3)) and run(other, Node(1), Node(3))
