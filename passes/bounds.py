@@ -81,6 +81,14 @@ def _reciprocal(a: Interval) -> Interval:
     return Interval(nonzero=a.nonzero)  # also from 0 upwards: a zero may have a sign
 
 
+def _square(a: Interval) -> Interval:
+    return Interval(a.least**2, a.most**2, a.nonzero)
+
+
+def _sum(a: Interval) -> Interval:
+    return Interval(0.0 if a.low >= 0 else -math.inf, 0.0 if a.high <= 0 else math.inf)
+
+
 def _within(low: float, high: float) -> Callable[[Interval], Interval]:
     return lambda a: Interval(low, high)
 
@@ -104,6 +112,11 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "atan": _within(-math.pi / 2, math.pi / 2),
     "erf": _within(-1.0, 1.0),
     "abs": _abs,
+    "square": _square,
+    "mean": lambda a: a,
+    "sum": _sum,
+    "var": _within(0.0, math.inf),
+    "std": _within(0.0, math.inf),
     "neg": _neg,
     "reciprocal": _reciprocal,
     "__neg__": _neg,
@@ -226,8 +239,13 @@ def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
     if name == "softplus" and (len(node.args) > 1 or node.kwargs):
         beta = node.args[1] if len(node.args) > 1 else node.kwargs.get("beta", 1)
         return Interval(0.0, math.inf, True) if isinstance(beta, (int, float)) and beta > 0 else UNKNOWN
+    first, *others = node.args or (None,)
+    if isinstance(first, fx.Node) and name == "getitem" and _bare(first) in ("var_mean", "std_mean"):
+        return Interval(0.0) if others == [0] else UNKNOWN
+    if (name == "pow" and others == [2]) or (name == "mul" and others == [first]):
+        return _square(of(first))
     if name in MOVES and node.args:
-        return of(node.args[0])
+        return of(first)
     if name in UNARY and node.args:
         return UNARY[name](of(node.args[0]))
     if name in BINARY and len(node.args) == 2 and not node.kwargs:

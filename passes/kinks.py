@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from revfx.passes import names
 from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
+from revfx.passes.bounds import Interval, bounds
 from revfx.passes.facts import GENERIC
 from revfx.passes.moved import Moved, elsewhere
 from revfx.passes.ties import NO_TIE, Tie
@@ -128,8 +130,8 @@ class Inside:
 class Made:
     """A value `name(*operands)`, with the levels of atoms of both; `numbers` are those among the other arguments.
 
-    `rounds`: whole numbers, made of others. `inside`: for a call that is looked into elsewhere, what it is like. `tie`:
-    whether operands equal each other in places.
+    `rounds`: whole numbers, made of others. `away`: of an operand that stays away from zero. `inside`: for a call that
+    is looked into elsewhere, what it is like. `tie`: whether operands equal each other in places.
     """
 
     key: Hashable
@@ -139,6 +141,7 @@ class Made:
     levels: tuple[int, ...]
     numbers: tuple[float, ...] = ()
     rounds: bool = False
+    away: bool = False
     inside: Inside | None = None
     tie: Tie = NO_TIE
 
@@ -279,6 +282,8 @@ def _bends(m: Made) -> int:
         return m.inside.bends
     if m.rounds:
         return ANY
+    if m.away and m.bare in AT_ZERO:
+        return NEVER
     if m.bare in SMOOTH or m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT or m.bare in names.PRODUCTS:
         return NEVER
     if "backward" in m.bare:  # what its forward tells apart
@@ -352,7 +357,7 @@ def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Mov
 
 
 def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Made]:
-    made: list[Made] = []
+    made, between = list[Made](), bounds(graph)
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
@@ -365,8 +370,14 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
         else:
             args, result = (node.args, node.kwargs), node.meta.get("val")
             one = made_by(node, op_name(node.target), levels[node], operands, args, result)
-            made.append(replace(one, tie=node.meta["tie"]))
+            away = all(_stays_away(n.meta.get("val"), between[n]) for n in one.operands if isinstance(n, fx.Node))
+            made.append(replace(one, tie=node.meta["tie"], away=away))
     return made
+
+
+def _stays_away(val: Any, between: Interval) -> bool:
+    """Whether a value is so far from zero that rounding changes its root little: by the epsilon of a norm, say."""
+    return isinstance(val, Tensor) and between.least >= torch.finfo(val.dtype).eps
 
 
 def _told(
