@@ -82,7 +82,7 @@ def _reciprocal(a: Interval) -> Interval:
 
 
 def _square(a: Interval) -> Interval:
-    return Interval(a.least**2, a.most**2, a.nonzero)
+    return Interval(a.least * a.least, a.most * a.most, a.nonzero)
 
 
 def _sum(a: Interval) -> Interval:
@@ -113,7 +113,7 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "erf": _within(-1.0, 1.0),
     "abs": _abs,
     "square": _square,
-    "mean": lambda a: a,
+    "mean": _sum,
     "sum": _sum,
     "var": _within(0.0, math.inf),
     "std": _within(0.0, math.inf),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ UNARY_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardtanh": F.hardtanh, "hardsigmoid": F.hardsigmoid, "softmax": functools.partial(torch.softmax, dim=-1),
     "softsign": F.softsign, "sin": torch.sin, "cos": torch.cos, "atan": torch.atan, "erf": torch.erf,
     "abs": torch.abs, "neg": torch.neg, "__neg__": torch.neg, "reciprocal": torch.reciprocal,
+    "square": torch.square, "mean": torch.mean, "sum": torch.sum, "var": functools.partial(torch.var, correction=0),
+    "std": functools.partial(torch.std, correction=0),
 }  # fmt: skip
 BINARY_OPS: dict[str, Callable[[Any, Any], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "rsub": torch.rsub, "__rsub__": torch.rsub, "mul": torch.mul, "div": torch.div,
@@ -179,6 +182,16 @@ def test_a_factor_that_cancels_in_its_dtype_is_not_bounded() -> None:
     steps = (lambda p, x: p.call(torch.clamp, x, 1e8 + 3, 1e8 + 4), lambda p, x: p.call(torch.sub, x, 1e8))
     assert least_after(*steps) == 0
     assert least_after(*steps, dtype=torch.float64) == 3
+
+
+@pytest.mark.parametrize("spread", [
+    lambda p, x: p.call(operator.getitem, p.call(torch.var_mean, x), 0),
+    lambda p, x: p.call(torch.mean, p.call(torch.pow, x, 2)),
+    lambda p, x: p.call(torch.mean, p.call(torch.mul, x, x)),
+])  # fmt: skip
+def test_a_spread_and_an_epsilon_stay_away_from_zero(spread: Callable[[Program, fx.Node], fx.Node]) -> None:
+    assert least_after(spread, lambda p, x: p.call(torch.add, x, 1e-5)) == pytest.approx(1e-5)
+    assert least_after(spread) == least_after(lambda p, x: p.call(torch.mul, x, p.data(torch.ones(3)))) == 0
 
 
 def test_a_limit_below_the_smallest_number_of_its_dtype_bounds_nothing() -> None:

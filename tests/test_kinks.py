@@ -42,6 +42,12 @@ def by_backend(model: nn.Module, **options: Any) -> nn.Module:
 
 
 # --- the analysis
+def normed(a: Tensor, eps: float) -> Tensor:
+    """As inductor spells `layer_norm`."""
+    variance, mean = torch.var_mean(a, -1, correction=0, keepdim=True)
+    return (a - mean) * torch.rsqrt(variance + eps)
+
+
 SUMS: dict[str, tuple[Sum, bool]] = {  # under relu: whether that may be nearer to zero than rounding
     "data": (lambda x, h, w: x + h, False),
     "dropped": (lambda x, h, w: x + F.dropout(h, 0.5), False),
@@ -96,6 +102,10 @@ USES: dict[str, tuple[Use, bool]] = {  # of x + dropout(h): whether it tells the
     "largest": (lambda a: a.max(0).values, True),
     "maximum": (lambda a: torch.maximum(a, a.flip(0)), True),
     "sums": (lambda a: torch.relu(a.sum(-1)), True),
+    "norm, spelled out": (lambda a: normed(a, 1e-5), False),
+    "norm, spelled out, then a bend": (lambda a: torch.relu(normed(a, 1e-5)), True),
+    "norm, spelled out, without an epsilon to speak of": (lambda a: normed(a, 1e-20), True),
+    "root mean square": (lambda a: a * torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + 1e-6), False),
 }
 
 
