@@ -199,7 +199,21 @@ def same(now: Any, then: Any) -> bool:
 
 def noted(container: Any) -> tuple[Any, list[Any]]:
     """A container, and what it holds, as it may be kept."""
-    return container, [tuple(map(kept, x)) if type(x) is tuple else kept(x) for x in content(container)]
+    return container, _kept(content(container))
+
+
+def _kept(items: list[Any]) -> list[Any]:
+    return [tuple(map(kept, x)) if type(x) is tuple else kept(x) for x in items]
+
+
+def adopt(container: Any, then: list[Any]) -> None:
+    """None; what was added to a dict or list since `then` is taken for what was there."""
+    now = content(container)
+    if issubclass(type(container), dict):
+        known = {id(k) for k, _ in then}
+        then.extend(_kept([pair for pair in now if id(pair[0]) not in known]))
+    elif issubclass(type(container), list) and not differ([(now[: len(then)], then)]):
+        then.extend(_kept(now[len(then) :]))
 
 
 def differ(containers: Held, equal: Callable[[Any, Any], bool] = lambda a, b: False) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from revfx.containers import CONTAINERS, held_within, inside, is_plain, put_back, slots
+from revfx.containers import CONTAINERS, adopt, held_within, inside, is_plain, put_back, slots
 from revfx.fingerprint import is_users, key
 from revfx.mentions import CACHED, functions, is_followed, misses
 from revfx.sources import StandIn, asks
@@ -104,8 +104,13 @@ class Outside:
         containers, caches = held_within(values), [(v, misses(v)) for v in values if issubclass(type(v), CACHED)]
         named = [(t, n, kind, t.get(n, _ABSENT)) for t, n, kind in self.named.values()]
         cells = [(c, _content(c)) for c in self.cells.values()]
+        imported = len(sys.modules)
 
         def back() -> None:
+            if len(sys.modules) != imported:  # what an import added is not added a second time
+                for container, then in containers:
+                    adopt(container, then)
+                named[:] = [n for n in named if n[-1] is not _ABSENT]
             put_back(containers)
             for cached, before in caches:  # what filled one is not put back alone: it may have set up more
                 if misses(cached) != before:

@@ -22,6 +22,7 @@ from revfx import _torch
 from revfx.containers import (
     CONTAINERS,
     Held as Contents,
+    adopt,
     content,
     differ,
     given_back,
@@ -120,12 +121,7 @@ class Reads:
         for owner, then in self.owners:
             then.update({k: kept(vars(owner)[k]) for k in self._added(owner, then)})
         for container, then in self.contents:
-            _, now = noted(container)
-            if isinstance(container, dict):
-                known = {id(k) for k, _ in then}
-                then.extend([(k, v) for k, v in now if id(k) not in known])
-            elif isinstance(container, list) and not differ([(container[: len(then)], then)]):
-                then.extend(now[len(then) :])
+            adopt(container, then)
 
     def _done_once(self) -> int:
         return len(sys.modules) + sum(map(misses, self.caches))
