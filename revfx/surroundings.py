@@ -25,7 +25,27 @@ from revfx.reach import Held, Reads, frozen_written, reads_of
 
 
 _swapping = threading.RLock()  # two threads that put the same module's buffers back must not overlap
+PATIENCE = 300.0  # seconds
 ALWAYS_KEPT = 4096  # elements; a clone of a buffer this small is kept without comparing
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Generator[None]:
+    """A context in which no other thread calls a function with buffers.
+
+    Raises:
+        RegenerationError: one does so for so long that it may be waiting for this thread.
+    """
+    if not _swapping.acquire(timeout=PATIENCE):
+        raise RegenerationError(
+            f"`{name}` has waited {PATIENCE:g} seconds for another thread in which a function with buffers runs. If that"
+            " waits for this one, as for a thread that it has started, neither would ever end: call the blocks inside"
+            " of it in its own thread."
+        )
+    try:
+        yield
+    finally:
+        _swapping.release()
 
 
 @dataclass(slots=True)
@@ -88,7 +108,7 @@ class Surroundings:
             RegenerationError: a tensor that the call read was written, or its storage swapped, since.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_swapping)  # what another re-run has put back is not how things are
+            stack.enter_context(_alone(self.name))  # what another re-run has put back is not how things are
             differs = self.reads.differ()
             if not differs and self.random is None and not self.reads.cloned:
                 stack.close()
@@ -172,7 +192,7 @@ def noted(name: str, function: Any) -> Generator[Surroundings]:
     Where it may write to buffers, no re-run in another thread puts others in their place meanwhile.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_swapping)
+        stack.enter_context(_alone(name))
         reads = reads_of(function)
         if not reads.cloned:
             stack.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ways import BUILD, Plain
 
 import revfx
+from revfx import surroundings
 from revfx.errors import NotReversibleError, RegenerationError
 
 
@@ -271,6 +273,20 @@ def test_an_embedding_that_scales_its_rows(way: str) -> None:
 
 
 # --- what can't be put back is said
+def test_a_function_that_waits_for_a_thread_which_waits_for_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "PATIENCE", 0.2)
+    inner = revfx.RevBlock(lambda: nn.Sequential(mlp(), nn.BatchNorm1d(4)), mlp, 1)
+
+    def f(x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return norm(pool.submit(inner, x, x).result()[0])
+
+    norm = nn.BatchNorm1d(4)
+    with pytest.raises(RegenerationError, match="has waited 0.2 seconds for another thread"):
+        revfx.rev_block(leaf(5, 4), leaf(5, 4), f, torch.sin, 1)
+    loss_of(revfx.rev_block(leaf(5, 4), leaf(5, 4), norm, torch.sin, 1)).backward()
+
+
 def test_what_f_writes_to_where_it_can_not_be_put_back_is_named() -> None:
     def train(call: Any, f: nn.Module) -> None:
         loss_of(call(leaf(5, 8))).backward()
