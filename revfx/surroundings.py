@@ -38,9 +38,9 @@ def _alone(name: str) -> Generator[None]:
     """
     if not _swapping.acquire(timeout=PATIENCE):
         raise RegenerationError(
-            f"`{name}` has waited {PATIENCE:g} seconds for another thread in which a function with buffers runs. If that"
-            " waits for this one, as for a thread that it has started, neither would ever end: call the blocks inside"
-            " of it in its own thread."
+            f"`{name}` has waited {PATIENCE:g} seconds for another thread in which a function with buffers runs. If"
+            " that waits for this one, as for a thread that it has started, neither would ever end: call the blocks"
+            " inside of it in its own thread."
         )
     try:
         yield

@@ -263,11 +263,11 @@ def assert_trains(model: nn.Module, plain: nn.Module, steps: int = 2) -> None:
     assert type(plain(x)) is Tensor
 
 
-LIKE_OTHERS = [global_list, hidden_deque, default_list, in_a_pair]
+LIKE_OTHERS = [global_list, hidden_deque, default_list, in_a_pair, global_deep, computed_property]
 
 
 @pytest.mark.parametrize("table", deep_but([t for t in TABLES if t not in LIKE_OTHERS], TABLES), ids=NAMES)
-@pytest.mark.parametrize("kind", [InF, InRoot])
+@pytest.mark.parametrize("kind", deep_but((InRoot,), (InF, InRoot)))
 def test_convert_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     model = kind(table)
     assert_trains(revfx.convert(model), model)
