@@ -349,11 +349,11 @@ class _Walk:
         self.queue.extend([(None, "", v) for v in named.values() if type(v) not in PLAIN and _leads_on(v, table)])
 
     def _function(self, function: types.FunctionType) -> list[Any]:
-        """What a function closes over, and its defaults; what its code names is noted."""
-        if self.codes == 0 or not is_followed(function):
-            return []
-        self.codes -= 1
+        """What a function closes over, and its defaults; what its code names is noted, unless it is a library's."""
         cells = [c for c in function.__closure__ or () if not _is_empty(c)]
+        if self.codes == 0 or not is_followed(function):
+            return [c.cell_contents for c in cells]  # it may be wrapped around the user's
+        self.codes -= 1
         self.found.contents.extend(map(noted, cells))
         known, named = function.__globals__, mentions(function.__code__)
         if named.globals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import gc
@@ -144,6 +145,44 @@ def test_what_f_reads_is_seen_where_something_stands_for_a_module(
     monkeypatch.setitem(sys.modules, "missing_package", stub)
     scale[0] = 1.0
     assert relative_error(trained(way, use, change, 3), want) < TOLERANCE
+
+
+# --- behind functions of libraries
+class InContext(nn.Module):
+    """Of which a part with state is called inside a context, and so behind a function of the plan's."""
+
+    def __init__(self, context: Callable[[], Any]) -> None:
+        super().__init__()
+        self.context, self.stem = context, nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+        self.f = nn.ModuleList([mlp() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        with self.context():
+            h = self.stem(a)
+        b = b + h
+        for f in self.f:
+            a, b = b, a + f(b)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("context", [lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad])
+def test_statistics_of_a_part_inside_a_context_are_counted_once(context: Callable[[], Any]) -> None:
+    model, x = InContext(context), leaf(6, 8)
+    converted: Any = revfx.convert(copy.deepcopy(model))
+    for _ in range(2):
+        for m in (model, converted):
+            m(x).square().sum().backward()
+    assert converted.revfx.plans[0].regions
+    for ours, plain in zip(converted.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_statistics_behind_a_librarys_decorator_are_counted_once() -> None:
+    norm = nn.BatchNorm1d(4)
+    f: Any = torch.enable_grad()(norm.forward)
+    loss_of(revfx.rev_block(leaf(5, 4), leaf(5, 4), f, torch.sin, 3)).backward()
+    assert norm.num_batches_tracked == 3
 
 
 # --- graphs that f keeps
