@@ -78,7 +78,12 @@ def _kind(operation: str) -> str:
 
 def is_followed(item: Any) -> bool:
     """Whether a function, class or module is none of Python's own, torch's, NumPy's or revfx's."""
-    return any(name.partition(".")[0] not in _LIBRARIES for name in _modules_of(item))
+    return any(map(is_users_name, _modules_of(item)))
+
+
+def is_users_name(module: str) -> bool:
+    """Whether a module of that name is none of Python's own, torch's, NumPy's or revfx's."""
+    return module.partition(".")[0] not in _LIBRARIES
 
 
 def is_installed(item: Any) -> bool:

@@ -36,7 +36,17 @@ from revfx.containers import (
     same,
 )
 from revfx.fingerprint import SKIPPED, is_users
-from revfx.mentions import CACHED, classes, functions, is_followed, is_installed, mentions, misses, unasked
+from revfx.mentions import (
+    CACHED,
+    classes,
+    functions,
+    is_followed,
+    is_installed,
+    is_users_name,
+    mentions,
+    misses,
+    unasked,
+)
 from revfx.trees import data_address
 
 
@@ -104,17 +114,20 @@ class Reads:
     modules: list[tuple[nn.Module, Names, int]] = field(default_factory=list[tuple[nn.Module, Names, int]])
     contents: Contents = field(default_factory=list[tuple[Any, list[Any]]])
     caches: list[Any] = field(default_factory=list[Any])
-    done_once: int = 0
+    loaded: int = 0
+    missed: int = 0
 
     def begin(self) -> None:
         """None; the call begins now."""
-        self.done_once = self._done_once()
+        self.loaded, self.missed = len(sys.modules), sum(map(misses, self.caches))
 
     def end(self) -> None:
-        """None; the call has ended. If it imported something, or filled a cache, the names and entries that it added
-        stay: that is not done a second time.
+        """None; the call has ended. If it imported something of the user's, or filled a cache, the names and entries
+        that it added stay: that is not done a second time.
         """
-        if self._done_once() == self.done_once:
+        grown = len(sys.modules) > self.loaded
+        imported = [*sys.modules][self.loaded :] if grown else []
+        if not any(map(is_users_name, imported)) and sum(map(misses, self.caches)) == self.missed:
             return
         for table, then in self.names:
             then.update({k: kept(table[k]) for k, v in then.items() if v is ABSENT and k in table})
@@ -122,9 +135,6 @@ class Reads:
             then.update({k: kept(vars(owner)[k]) for k in self._added(owner, then)})
         for container, then in self.contents:
             adopt(container, then)
-
-    def _done_once(self) -> int:
-        return len(sys.modules) + sum(map(misses, self.caches))
 
     @property
     def cloned(self) -> bool:
