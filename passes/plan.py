@@ -96,6 +96,11 @@ SAMPLE = 64  # elements of each value
 GARBAGE = 1e-2  # a regenerated cut that is off by more raises
 
 
+def precision(dtype: torch.dtype) -> float:
+    """The relative distance of neighbouring numbers, real or complex; 0 for whole numbers and truth values."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+
+
 def tolerance_of(dtype: torch.dtype, tolerance: float | None) -> float:
     """What a relative error may grow to: as given, or the square root of the dtype's eps."""
     return torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
@@ -155,8 +160,8 @@ def anchors(
     growth: dict[int, float] = {}
     asked = asked_for(steps, every)
     for j, step in enumerate(steps):
-        dtypes = [program.values[v].dtype for v in step.exit if program.values[v].dtype.is_floating_point]
-        eps = max((torch.finfo(d).eps for d in dtypes), default=0.0)
+        dtypes = [d for v in step.exit if precision(d := program.values[v].dtype)]
+        eps = max(map(precision, dtypes), default=0.0)
         most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
         if j in asked or (store and any(_may_miss(a, most) for a in step.arcs)):
             kept.add(j)

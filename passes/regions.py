@@ -128,18 +128,45 @@ def climb(program: Program, stop: int, live: tuple[int, ...], side: frozenset[in
 
 
 def _walk(program: Program, stop: int, live: tuple[int, ...]) -> Walk:
-    steps, stuck = climb(program, stop, live, frozenset())
-    side: frozenset[int] = frozenset()
-    while stuck.stop > 0 and stuck.barrier is None:
+    found = _climb_across(program, stop, live, frozenset())
+    steps = [*found.steps]
+    while found.stuck.stop > 0 and found.stuck.barrier is None:
         top = steps[-1].entry if steps else live
-        for candidates in _side_candidates(program, stuck, side):
-            more, then = climb(program, stuck.stop, top, side | candidates)
-            if _pays(program, more, candidates):
-                steps, stuck, side = steps + more, then, side | candidates
+        for candidates in _side_candidates(program, found.stuck, found.side):
+            more = _climb_across(program, found.stuck.stop, top, found.side | candidates)
+            if _pays(program, more.steps, more.side - found.side):
+                steps, found = [*steps, *more.steps], more
                 break
         else:
             break
+    return Walk(tuple(steps), found.side, found.stuck)
+
+
+def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> Walk:
+    """All steps upwards from one cut with given side inputs, and with further ones that follow from sources alone (a
+    slice of a table, a mask), where these would be read on either side of cuts and make for more of them.
+
+    Nothing tells of such a value but what makes it: a step that reads it goes up to there, past every coupling between.
+    """
+    steps, stuck = climb(program, stop, live, side)
+    shared = _shared_constants(program, steps) - side
+    if shared:
+        with_all, _ = climb(program, stop, live, side | shared)
+        across = shared.intersection(v for s in with_all for v in s.entry)
+        more, then = climb(program, stop, live, side | across)
+        if _inverting(more) > _inverting(steps) and _pays(program, more, across):
+            steps, stuck, side = more, then, side | across
     return Walk(tuple(steps), side, stuck)
+
+
+def _shared_constants(program: Program, steps: Iterable[Step]) -> frozenset[int]:
+    """Values that are made in the steps, follow from sources alone, and are read by several operations."""
+    made = (v for s in steps for i in range(s.start, s.stop) for v in program.ops[i].outs)
+    return frozenset(v for v in made if program.constant[v] and len(program.users[v]) > 1)
+
+
+def _inverting(steps: Iterable[Step]) -> int:
+    return sum(s.inverts for s in steps)
 
 
 def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:

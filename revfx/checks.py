@@ -14,6 +14,7 @@ from torch import Tensor
 from revfx import _torch, numerics
 from revfx.errors import RangeError, RegenerationError, RevfxWarning
 from revfx.passes.grid import checksum, limit
+from revfx.passes.plan import precision
 from revfx.passes.program import Program
 
 
@@ -129,8 +130,10 @@ class Samples:
         self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
-        """None; `values` are those of cut `cut` as the forward made them; what lies on a grid has a checksum."""
-        rounding = {v: t for v, t in values.items() if self.program.values[v].grid is None}
+        """None; `values` are those of cut `cut` as the forward made them; what lies on a grid has a checksum, and whole
+        numbers and masks are moved, not rounded.
+        """
+        rounding = {v: t for v, t in values.items() if self.program.values[v].grid is None and precision(t.dtype)}
         self.samples[cut] = {v: numerics.sample(t) for v, t in rounding.items()}
         self.scales[cut] = {}
 
@@ -161,8 +164,7 @@ class Samples:
                 raise RegenerationError(_otherwise(name, error, kept))
 
     def _limit(self, before: Tensor) -> float:
-        eps = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
-        return numerics.DRIFT * max(self.eps, eps) ** 0.5
+        return numerics.DRIFT * max(self.eps, precision(before.dtype)) ** 0.5
 
     def compare(self, cut: int, values: Mapping[int, Tensor], where: str, warn: bool) -> bool:
         """Whether a value drifted so far that it was warned of.

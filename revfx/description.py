@@ -15,7 +15,7 @@ from revfx.passes.arcs import Lowered
 from revfx.passes.closure import Derivation, Forward, Invert
 from revfx.passes.cuts import Step
 from revfx.passes.formula import formula
-from revfx.passes.plan import amplification
+from revfx.passes.plan import amplification, precision
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.passes.rewrite import Segment
@@ -106,7 +106,7 @@ def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) 
         if j in kept_cuts or not rounding:
             continue
         dtypes = [program.values[a.head].dtype for a in rounding]
-        eps = max(torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex)
+        eps = max(map(precision, dtypes))
         worst = max(worst, eps / 4 * rounded**0.5 * max(growth.values(), default=1.0))
     return worst
 

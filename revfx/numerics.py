@@ -34,6 +34,7 @@ from revfx.passes.plan import (
     SAMPLE as SAMPLE,
     amplification,
     is_checked as is_checked,
+    precision,
     sample as sample_of,
 )
 from revfx.passes.program import Arc, Program
@@ -56,9 +57,9 @@ def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
 
 def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
     """|now - before| / |before| of two samples, or over `image` where that is larger: the norm of a sample of what it
-    was computed back from. 0 where `before` was not finite, or is not floating point.
+    was computed back from. 0 where `before` was not finite, or holds whole numbers.
     """
-    if not before.is_floating_point() or before.numel() == 0 or _torch.is_fake(before):
+    if not precision(before.dtype) or before.numel() == 0 or _torch.is_fake(before):
         return 0.0
     scale = before.norm() if image is None else torch.maximum(before.norm(), image)
     if now.shape != before.shape:  # a DTensor that came back spread in another way
@@ -104,7 +105,7 @@ class Growth:
         if replayed or not step.arcs:
             self.growth = {} if replayed else {v: self.growth.get(v, 1.0) for v in step.exit}
             return False, False
-        eps = max((torch.finfo(env[v].dtype).eps for v in step.exit if env[v].is_floating_point()), default=0.0)
+        eps = max((precision(env[v].dtype) for v in step.exit), default=0.0)
         tolerance = self.tolerance if self.tolerance is not None else eps**0.5
         measured: dict[tuple[int, bool], float] = {}
         for arc in step.arcs:

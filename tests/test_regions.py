@@ -1,0 +1,92 @@
+"""What follows from parameters and constants alone, and is read along the depth, is kept: regions do not end at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compiled import QUIET, compiled, fresh as fresh
+from helpers import assert_same, fp64 as fp64, leaf, outcome
+from torch import Tensor, nn
+from zoo import mlp
+
+import revfx
+from revfx.testing import measure_memory
+
+
+pytestmark = QUIET
+BATCH, LENGTH, D = 64, 6, 8
+Table = Callable[["Behind"], Tensor]
+
+
+class Behind(nn.Module):
+    """Couplings behind a stem that can't be inverted, which read a table that is made behind it, too."""
+
+    def __init__(self, table: Table, depth: int, again: bool = False) -> None:
+        super().__init__()
+        self.table, self.again, self.stem = table, again, nn.Linear(D, D)
+        self.positions = nn.Parameter(torch.randn(LENGTH + 1, D))
+        self.embedding = nn.Embedding(LENGTH, D)
+        self.register_buffer("ids", torch.arange(LENGTH), persistent=False)
+        self.f, self.g = (nn.ModuleList(mlp(D) for _ in range(depth)) for _ in "fg")
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.stem(x), self.stem(x.flip(0))
+        p = self.table(self)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b + p)
+            b = b + g(a * x if self.again else a) * p
+        return torch.cat([a, b], -1)
+
+
+class Window(Behind):
+    """The same with a mask that is made anew for each coupling, from the one before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = b = self.stem(x)
+        mask = torch.eye(LENGTH, dtype=torch.bool)
+        for f, g in zip(self.f, self.g, strict=True):
+            mask = mask | mask.roll(1, 0)
+            a = a + f((b @ b.mT).masked_fill(~mask, -1e9).softmax(-1) @ b)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+TABLES: dict[str, Table] = {
+    "slice": lambda m: m.positions[:LENGTH],
+    "computed": lambda m: m.positions[:LENGTH].relu(),
+    "embedding": lambda m: m.embedding(m.ids),
+    "no parameter": lambda _: torch.arange(LENGTH * D).view(LENGTH, D) * 0.01,
+    "expanded": lambda m: m.positions[:LENGTH].expand(BATCH, -1, -1),
+}
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    **{name: lambda depth, table=table: Behind(table, depth) for name, table in TABLES.items()},
+    "input read again": lambda depth: Behind(TABLES["slice"], depth, again=True),
+    "mask of each layer": lambda depth: Window(TABLES["slice"], depth),
+}
+
+
+def peak(call: Any, x: Tensor) -> int:
+    call(x)  # plans are made, and code is compiled
+    return measure_memory(lambda: call(x).square().mean()).peak
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_table_made_behind_the_stem_costs_no_region(name: str) -> None:
+    grown = {"plain": 0, "revfx": 0}
+    x = torch.randn(BATCH, LENGTH, D)
+    for depth, sign in ((3, -1), (9, 1)):
+        model = MODELS[name](depth)
+        grown["plain"] += sign * peak(model, x)
+        grown["revfx"] += sign * peak(revfx.convert(model), x)
+    assert grown["revfx"] < 0.03 * grown["plain"]
+
+
+@pytest.mark.parametrize("way", ["convert", "aot_eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_plain_autograd(name: str, way: str) -> None:
+    model, x = MODELS[name](3), leaf(BATCH, LENGTH, D)
+    call = revfx.convert(model) if way == "convert" else compiled(model, way)
+    assert_same(outcome(call, [x], model), outcome(model, [x], model))
