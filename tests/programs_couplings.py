@@ -271,6 +271,29 @@ def sided(d: Draft) -> None:
     d.emit(f"{u} = {u} + {f}({v}, {side})")
 
 
+def along(d: Draft) -> None:
+    """A mask, whole numbers or a table that goes along with the streams, and is moved or made anew at each coupling."""
+    u, v = d.two()
+    name = d.pick([n for n in ("gate", "table") if n in d.values] or ["gate"])
+    if name not in d.values:
+        made = (
+            f"{v}.detach() > 0",
+            f"({v}.detach() * 3).long()",
+            f"torch.ones({v}.shape, dtype=torch.bool).triu()",
+            f"torch.arange({v}.numel()).view({v}.shape)",
+            f"torch.complex({v}, {v})",
+            f"torch.cat([{v} > 0, {v} < 0])[:{v}.shape[0]]",
+        )
+        d.emit(f"gate = {d.pick(made)}")
+    else:
+        changes = ("roll(1, 0)", "flip(-1)", "roll((1, 1), (0, -1))", "clone()", "relu()", "contiguous()")
+        texts = [f"{name} = {name}.{change}" for change in changes]
+        texts += [f"{name} = torch.cat([{name}[:1], {name}[1:]])", f"{name} = {name} | {name}.roll(1, 0)"]
+        d.emit(d.pick((*texts, f"{name} = torch.cat([{name}[..., 1:], {name}[..., :1]], -1)")))
+    read = f"{name}[..., :1]" + (".real" if name in d.values and d.values[name].is_complex() else "")
+    d.emit(d.pick((f"{u} = {u} + {d.function(v, u)} * {read}", f"{u} = {u} + {d.function(v, u)} + 0.1 * {read}")))
+
+
 def blocks(d: Draft) -> None:
     """`rev_block` in the model, or what it computes."""
     u, v = d.two()
@@ -294,6 +317,6 @@ def blocks(d: Draft) -> None:
 
 COUPLINGS: tuple[Kind, ...] = (
     additive, additive, affine, affine, conditioner, momentum, leapfrog, midpoint, masked, differences, swapped, moved,
-    joined, stacked, as_module, in_modules, looped, sided, blocks,
+    joined, stacked, as_module, in_modules, looped, sided, along, blocks,
 )  # fmt: skip
 BLOCKS: tuple[Kind, ...] = (blocks, blocks, blocks, blocks, additive, joined)

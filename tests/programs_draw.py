@@ -85,10 +85,27 @@ def _enter(d: Draft) -> None:
         if d.chance(1, 2) and d.layout != "images":
             width = d.width("side")
             d.emit(f"side = torch.tanh({d.member(f'nn.Linear({width}, {width})')}(side))")
+    if d.chance(1, 4):
+        _table(d)
     if d.chance(1, 6):
         d.add_input("index", 1, "whole", False)
     if d.chance(1, 8):
         d.add_input("flags", widths[0], "boolean", False)
+
+
+def _table(d: Draft) -> None:
+    """What follows from parameters and constants alone, and is read at any depth."""
+    n, more = d.width(d.streams[0]), ", 1, 1" * (d.layout == "images")
+    weight = d.member(f"nn.Parameter(torch.randn(2, {n}{more}))", "w")
+    made = (
+        f"{weight}[:1]",
+        f"{weight}[:1].tanh()",
+        f"torch.arange({n}).view(1, {n}{more}) * 0.1",
+        f"F.embedding(torch.zeros(1, dtype=torch.long), {weight})",
+        f"{weight}.sum(0, keepdim=True).expand({d.streams[0]}.shape)",
+    )
+    if d.emit(f"table = {d.pick(made)}"):
+        d.sides.append("table")
 
 
 def _stem(d: Draft) -> None:
