@@ -315,6 +315,13 @@ def autocast_state(device: str) -> tuple[bool, Any]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
+def in_autocast() -> bool:
+    """Whether this runs inside a context of autocast, on or off."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth > 1
+
+
 def is_fsdp(module: torch.nn.Module) -> bool:
     """Whether `fully_shard` was applied to `module` (FSDP2 swaps its parameters' storage around every call)."""
     return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)

@@ -6,7 +6,7 @@ import contextlib
 import random
 import sys
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,18 @@ def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast("cpu", dtype=cpu[1], enabled=cpu[0]):
         with torch.autocast("cuda", dtype=cuda[1], enabled=cuda[0]) if torch.cuda.is_available() else ExitStack():
             yield
+
+
+@contextmanager
+def autocast_of(states: Sequence[tuple[str, bool, torch.dtype]], cached: bool) -> Generator[None]:
+    """A context with autocast as it was for each device type, and `cached` as whether it kept what it cast: compiled
+    functions are guarded by that. Not inside another one, whose end would be that of what every re-run casts.
+    """
+    cached = cached and not (any(enabled for _, enabled, _ in states) and _torch.in_autocast())
+    with ExitStack() as stack:
+        for device, enabled, dtype in states:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
+        yield
 
 
 Settings = tuple[torch.dtype, tuple[bool, ...], _torch.Modes]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch, numerics, sharding
-from revfx.ambient import settings, settings_of
+from revfx.ambient import autocast_of, settings, settings_of
 from revfx.calls import Call
 from revfx.cancellation import NOTHING, Sums, sums_of
 from revfx.checks import Checksums, Ranges, Samples, changed
@@ -147,6 +147,7 @@ class RegionRun:
         self.device = device = next((t.device for t in env.values() if t.device.type != "cpu"), None)
         devices = ["cpu"] if device is None else ["cpu", device.type]
         self.autocast = [(d, *_torch.autocast_state(d)) for d in devices]
+        self.cached = torch.is_autocast_cache_enabled()
         self.casts = device is not None or any(_torch.modes()) or any(enabled for _, enabled, _ in self.autocast)
         eps = max((torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled), default=0.0)
         self.samples = Samples(program, eps)
@@ -468,9 +469,7 @@ class RegionRun:
             if surroundings is not None:
                 stack.enter_context(surroundings.restored())
             stack.enter_context(settings_of(self.settings))
-            # a cache would hold every re-run's casts until the outermost exit
-            for device, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            stack.enter_context(autocast_of(self.autocast, self.cached))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(_torch.uncompiled(pack), _torch.uncompiled(unpack)))
             stack.enter_context(self.sides.compared(index, name))

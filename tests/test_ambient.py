@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from compiled import QUIET
 from helpers import WAYS, block, both, fp64 as fp64, leaf, lines, loss_of, mlp, relative_error, unseen
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from revfx import RevfxError, _torch
 from revfx.ambient import settings
 from revfx.checks import changed
+from revfx.testing import measure_memory
 
 
 class Attention(nn.Module):
@@ -113,6 +115,47 @@ def test_settings_of_the_forward_hold_where_it_is_run_again(
     assert relative_error(step(lines(fs, gs), True), step(lines(fs, gs), False)) > 1e-9 or make is Attention
     for inside in (True, False):
         assert relative_error(step(block(way, fs, gs), inside), step(lines(fs, gs), inside)) < 1e-9
+
+
+@QUIET
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("half", [False, True], ids=["no autocast", "autocast"])
+@pytest.mark.parametrize("way", WAYS)
+def test_functions_compiled_by_themselves_are_compiled_once(way: str, half: bool, cached: bool) -> None:
+    torch.compiler.reset()
+    x, functions, counters = leaf(2, 5, 4, dtype=torch.float32), [Products().float() for _ in "fg"], [0, 0]
+
+    def counting(number: int) -> Callable[..., Any]:
+        def backend(gm: Any, _: Any) -> Any:
+            counters[number] += 1
+            return gm.forward
+
+        return backend
+
+    for number, f in enumerate(functions):
+        f.compile(backend=counting(number))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=cached):
+        loss = loss_of(block(way, functions[:1] * 3, functions[1:] * 3)(x, x))
+    loss.backward()
+    assert counters == [1, 1], "the re-run finds what the forward compiled"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_casts_of_streams_are_let_go_after_each_re_run(inside: bool) -> None:
+    torch.set_default_dtype(torch.float32)  # fp64 is not cast
+    x, f, g = leaf(256, 64, dtype=torch.float32), *(nn.Linear(64, 64) for _ in "fg")
+    for p in (*f.parameters(), *g.parameters()):
+        nn.init.normal_(p, std=1e-3)
+
+    def peak(depth: int) -> int:
+        def step() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss_of(block("rev_block", [f] * depth, [g] * depth)(x, x))
+
+        with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
+            return measure_memory(step).peak
+
+    assert peak(16) == pytest.approx(peak(4), abs=x.nbytes / 4)
 
 
 class Counts(TorchDispatchMode):
