@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from revfx.passes.closure import Invert
 from revfx.passes.cuts import Step, Stuck, find_step, live_before
 from revfx.passes.program import Program
 
@@ -143,13 +145,13 @@ def _walk(program: Program, stop: int, live: tuple[int, ...]) -> Walk:
 
 
 def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> Walk:
-    """All steps upwards from one cut with given side inputs, and with further ones that follow from sources alone (a
-    slice of a table, a mask), where these would be read on either side of cuts and make for more of them.
+    """All steps upwards from one cut with given side inputs, and with those that are `_shared` where they make for more
+    steps.
 
     Nothing tells of such a value but what makes it: a step that reads it goes up to there, past every coupling between.
     """
     steps, stuck = climb(program, stop, live, side)
-    shared = _shared_constants(program, steps) - side
+    shared = frozenset(v for s in steps for v in _shared(program, s, side))
     if shared:
         with_all, _ = climb(program, stop, live, side | shared)
         across = shared.intersection(v for s in with_all for v in s.entry)
@@ -159,10 +161,16 @@ def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: froz
     return Walk(tuple(steps), side, stuck)
 
 
-def _shared_constants(program: Program, steps: Iterable[Step]) -> frozenset[int]:
-    """Values that are made in the steps, follow from sources alone, and are read by several operations."""
-    made = (v for s in steps for i in range(s.start, s.stop) for v in program.ops[i].outs)
-    return frozenset(v for v in made if program.constant[v] and len(program.users[v]) > 1)
+def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]:
+    """Values that a step makes of sources (a slice of a table, a mask), of side inputs and of what stays alive (a
+    condition made of the model's input, where that is returned), and that are read before and after an inverse.
+    """
+    inverted = sorted(d.op for d in step.derive if isinstance(d, Invert) and not d.arc.exact)
+    alive = side.union(v for v in step.entry if v in step.exit)
+    for v in _recomputable(program, [step], alive) - alive if inverted else ():
+        users = program.users[v]
+        if users and bisect_right(inverted, users[0]) < bisect_left(inverted, users[-1]):
+            yield v
 
 
 def _inverting(steps: Iterable[Step]) -> int:

@@ -41,6 +41,18 @@ class Behind(nn.Module):
         return torch.cat([a, b], -1)
 
 
+class Conditioned(Behind):
+    """The same with a condition that is made of the input behind the stem, where the input is added to the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = b = self.stem(x)
+        c = torch.tanh(self.stem(x.flip(1)))
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b + c)
+            b = b + g(a * c)
+        return torch.cat([a + x, b + x], -1)
+
+
 class Window(Behind):
     """The same with a mask that is made anew for each coupling, from the one before."""
 
@@ -64,6 +76,7 @@ TABLES: dict[str, Table] = {
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     **{name: lambda depth, table=table: Behind(table, depth) for name, table in TABLES.items()},
     "input read again": lambda depth: Behind(TABLES["slice"], depth, again=True),
+    "condition": lambda depth: Conditioned(TABLES["slice"], depth),
     "mask of each layer": lambda depth: Window(TABLES["slice"], depth),
 }
 
