@@ -27,6 +27,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ("values of a tensor", "use `torch.where` for the branch, or `convert(model, capture='dynamo')`"),
     ("nowhere registered", "use `register_buffer`"),
     ("neither an argument nor a parameter", "use `register_buffer`"),
+    ("its forward sets `", "set it before: in `__init__`, by `register_buffer`, or in a call under `torch.no_grad()`"),
     ("has hooks", "take the hooks off this module, or put them on the modules inside"),
     ("permutation", "keep the permutation in a buffer"),
     ("draws from", "draw from torch's default generator"),
