@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.closure import Invert
@@ -145,19 +145,25 @@ def _walk(program: Program, stop: int, live: tuple[int, ...]) -> Walk:
 
 
 def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> Walk:
-    """All steps upwards from one cut with given side inputs, and with those that are `_shared` where they make for more
-    steps.
+    """All steps upwards from one cut with given side inputs, and with those that are `_shared` within the largest step
+    where it takes less memory to keep them.
 
     Nothing tells of such a value but what makes it: a step that reads it goes up to there, past every coupling between.
     """
     steps, stuck = climb(program, stop, live, side)
-    shared = frozenset(v for s in steps for v in _shared(program, s, side))
-    if shared:
-        with_all, _ = climb(program, stop, live, side | shared)
+    while inverting := [s for s in steps if s.inverts]:
+        largest = max(inverting, key=lambda s: _made(program, s.start, s.stop))
+        shared = frozenset(_shared(program, largest, side))
+        with_all = climb(program, largest.stop, largest.exit, side | shared)[0] if shared else []
         across = shared.intersection(v for s in with_all for v in s.entry)
-        more, then = climb(program, stop, live, side | across)
-        if _inverting(more) > _inverting(steps) and _pays(program, more, across):
-            steps, stuck, side = more, then, side | across
+        if not across:
+            break
+        more, then = climb(program, largest.stop, largest.exit, side | across)
+        instead = [*(s for s in steps if s.start >= largest.stop), *more]
+        takes = _taken(program, steps, side, largest.start)
+        if not _pays(program, more, across) or _taken(program, instead, side | across, largest.start) >= takes:
+            break
+        steps, stuck, side = instead, then, side | across
     return Walk(tuple(steps), side, stuck)
 
 
@@ -173,8 +179,13 @@ def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]
             yield v
 
 
-def _inverting(steps: Iterable[Step]) -> int:
-    return sum(s.inverts for s in steps)
+def _taken(program: Program, steps: Sequence[Step], side: frozenset[int], start: int) -> int:
+    """Bytes of what is kept, of the largest step, and of what lies above the steps from `start` on."""
+    kept = [*side, *(v for s in steps for v in s.saved)]
+    storage = {program.values[v].storage for v in kept}
+    inverting = [s for s in steps if s.inverts]
+    above = _made(program, start, min(s.start for s in inverting), storage)
+    return program.nbytes(kept) + above + max(_made(program, s.start, s.stop, storage) for s in inverting)
 
 
 def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:
@@ -234,14 +245,14 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     )
     kept = (*steps[0].entry, *steps[-1].exit, *saved, *side)
     kept_storage = {program.values[v].storage for v in kept}
-    freed = [_made(program, s, kept_storage) for s in steps]
+    freed = [_made(program, s.start, s.stop, kept_storage) for s in steps]
     kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
     if not pays and freed_bytes - max(freed) <= kept_bytes:
         return None  # one step is alive at a time: that much plain checkpointing saves too
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
 
 
-def _made(program: Program, step: Step, kept_storage: set[int]) -> int:
-    """Bytes that the operations of a step make, besides what is kept."""
-    outs = [program.values[v] for i in range(step.start, step.stop) for v in program.ops[i].outs]
-    return sum({v.storage: v.nbytes for v in outs if v.storage not in kept_storage}.values())
+def _made(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:
+    """Bytes that operations start..stop-1 make, besides the storage that is kept."""
+    outs = [program.values[v] for i in range(start, stop) for v in program.ops[i].outs]
+    return sum({v.storage: v.nbytes for v in outs if v.storage not in kept}.values())
