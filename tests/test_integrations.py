@@ -172,10 +172,11 @@ class Trained:
     def assert_like_in_bfloat16(self, other: Trained) -> None:
         """Nearly: a stream in fp32 that is off by its last bit may enter f rounded to the next number in bfloat16.
 
-        The gradients of plain training move by 3e-4 where the embedding is off by its last bit.
+        The gradients of plain training move by 3e-4 where the embedding is off by its last bit, by how much the losses
+        do depends on the CPU.
         """
         assert self.losses[0] == other.losses[0]
-        assert self.losses == pytest.approx(other.losses, rel=1e-4)
+        assert self.losses == pytest.approx(other.losses, rel=3e-4)
         whole = [torch.cat([t.flatten() for t in trained.weights.values()]) for trained in (self, other)]
         assert relative_error(*whole) < 1e-4
 
