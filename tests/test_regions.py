@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from compiled import QUIET, compiled, fresh as fresh
-from helpers import assert_same, fp64 as fp64, leaf, outcome
+from helpers import assert_same, deep_but, fp64 as fp64, leaf, outcome
 from torch import Tensor, nn
 from zoo import mlp
 
@@ -97,8 +98,13 @@ def test_a_table_made_behind_the_stem_costs_no_region(name: str) -> None:
     assert grown["revfx"] < 0.03 * grown["plain"]
 
 
-@pytest.mark.parametrize("way", ["convert", "aot_eager"])
-@pytest.mark.parametrize("name", MODELS)
+COMPILED = [(name, "aot_eager") for name in ("slice", "condition", "mask of each layer")]
+CONVERTED = [(name, "convert") for name in MODELS]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), deep_but([*CONVERTED, *COMPILED], itertools.product(MODELS, ("convert", "aot_eager")))
+)
 def test_gradients_are_those_of_plain_autograd(name: str, way: str) -> None:
     model, x = MODELS[name](3), leaf(BATCH, LENGTH, D)
     call = revfx.convert(model) if way == "convert" else compiled(model, way)
