@@ -25,7 +25,17 @@ from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.kinks import generic
 from revfx.passes.numbers import mean_size, nearest
-from revfx.passes.plan import MARGIN, amplification, drifted, images, larger, sample, schedule, tolerance_of
+from revfx.passes.plan import (
+    MARGIN,
+    amplification,
+    drifted,
+    images,
+    larger,
+    precision,
+    sample,
+    schedule,
+    tolerance_of,
+)
 from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
@@ -449,7 +459,7 @@ def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> A
 
 
 def _has_precision(node: fx.Node) -> bool:
-    return node.meta["val"].is_floating_point() or node.meta["val"].is_complex()
+    return precision(node.meta["val"].dtype) > 0
 
 
 def _zeros_of(t: Tensor) -> Tensor:
