@@ -9,9 +9,9 @@ which numbers a value takes with positive probability. A sum of two such values 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -63,9 +63,9 @@ SHAPED = frozenset(
 # What is zero elsewhere than its operand, and what adds up several numbers of it.
 MOVES_NUMBERS = frozenset(
     """exp exp2 log log2 log10 logit cos cosh acos acosh atan2 sinc sigmoid log_sigmoid logsigmoid softplus glu
-    erfc erfcx lgamma digamma polygamma mvlgamma softmax _softmax log_softmax _log_softmax softmin logsumexp
-    logaddexp logaddexp2 rsqrt reciprocal __rpow__ float_power hypot var std var_mean std_mean norm vector_norm
-    linalg_norm linalg_vector_norm prod cumprod logcumsumexp cosine_similarity pairwise_distance normalize
+    erfc erfcx lgamma digamma polygamma mvlgamma softmax _softmax _safe_softmax log_softmax _log_softmax softmin
+    logsumexp logaddexp logaddexp2 rsqrt reciprocal __rpow__ float_power hypot var std var_mean std_mean norm
+    vector_norm linalg_norm linalg_vector_norm prod cumprod logcumsumexp cosine_similarity pairwise_distance normalize
     local_response_norm cdist pdist dist det logdet slogdet inverse inv pinv matrix_exp matrix_power cholesky
     eigh svd qr solve solve_triangular lstsq cov corrcoef mse_loss cross_entropy nll_loss kl_div
     binary_cross_entropy binary_cross_entropy_with_logits gaussian_nll_loss i0 i0e i1 i1e ndtr log_ndtr xlogy
@@ -210,7 +210,7 @@ def kinks(
 
 
 def _least(told: Iterable[Told]) -> Told:
-    return min(told, key=itemgetter(0), default=(NEVER, None))
+    return min(told, key=operator.itemgetter(0), default=(NEVER, None))
 
 
 def _kind(m: Made, operands: list[int], rows: int) -> int:
@@ -359,7 +359,7 @@ def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Mov
 def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Made]:
     made, between = list[Made](), bounds(graph)
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method", "call_module"):
+        if node.op not in ("call_function", "call_method", "call_module") or _is_drawn(node):
             continue
         operands = [(n, n.meta.get("val"), levels[n]) for n in node.all_input_nodes]
         if node.op == "call_module" or node.meta.get("opaque", False):
@@ -373,6 +373,12 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
             away = all(_stays_away(n.meta.get("val"), between[n]) for n in one.operands if isinstance(n, fx.Node))
             made.append(replace(one, tie=node.meta["tie"], away=away))
     return made
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Whether a value is the mask that a dropout gives besides its result: no number of its operand is told by it."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and op_name(source.target) == "native_dropout" and node.args[1] == 1
 
 
 def _stays_away(val: Any, between: Interval) -> bool:

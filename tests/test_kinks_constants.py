@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import fresh as fresh
-from helpers import TOLERANCE, relative_error
+from compiled import check, fresh as fresh, inverted
+from helpers import TOLERANCE, leaf, relative_error
 from test_kinks import ODD, WAYS, Used
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,6 +123,40 @@ def test_relu_of_data_that_dropout_leaves_is_no_reason_to_keep_them() -> None:
     assert "save       add" not in str(revfx.explain(Used(torch.relu), torch.randn(8, 2 * D)))
 
 
+# --- rows to which attention adds nothing
+def written_out(x: Tensor) -> Tensor:
+    """Causal attention of one head, with dropout."""
+    after = torch.ones(x.shape[-2], x.shape[-2]).triu(1).bool()
+    scores = (x @ x.transpose(-1, -2)).masked_fill(after, -torch.inf)
+    return F.dropout(scores.softmax(-1), 0.5) @ x
+
+
+def by_torch(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.5)
+
+
+class Attending(nn.Module):
+    """Couplings of which half add nothing to a sample's first row: its only weight is dropped."""
+
+    def __init__(self, attend: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.attend, self.norms = attend, nn.ModuleList(nn.LayerNorm(D) for _ in range(6))
+        self.out = nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for norm, out in zip(self.norms, self.out, strict=True):
+            a, b = b, a + out(self.attend(norm(b)))
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("attend", [by_torch, written_out])
+def test_attention_with_dropout_tells_no_numbers_apart(attend: Callable[[Tensor], Tensor]) -> None:
+    report = check(Attending(attend), "aot_eager", leaf(3, 5, 2 * D))
+    assert inverted(report) == 6 - 2
+
+
+# --- parameters
 def test_parameters_with_a_pattern_are_no_generic_ones() -> None:
     w = torch.randn(64, 64)
     assert is_generic(nn.Parameter(w))
