@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
-from programs import Couple, Program, blocked, blocked_exactly, build, written_out
+from programs import Couple, Program, arguments, blocked, blocked_exactly, build, written_out
 from programs_check import Verdict, compare, conditioning, nearer
 from programs_steps import Run, run
+from torch._dynamo import explain
 from torch._functorch import config as functorch_config
 
 from revfx.convert import Reversible, convert
@@ -83,6 +85,7 @@ def by_backend(program: Program, inner: str = "aot_eager") -> Verdict:
     return Verdict(verdict.kind, verdict.text, any(r.regions for r in found))
 
 
+KEPT = "has been modified by an inplace operation"
 PARTS = "This view is the output of a function that returns multiple views"
 
 
@@ -99,6 +102,8 @@ def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict
             return Verdict("right in spite of a write")
         if inner == "inductor" and PARTS in verdict.text:  # what a loss reads beside the graph: README, Limits
             return Verdict("part of an input returned")
+    if verdict.kind == "failure" and inner is not None and KEPT in verdict.text and _writes_across_graphs(program):
+        return Verdict("raised: an input that a graph keeps is written to by a later one")  # README, Limits
     for kernels in dict.fromkeys(("aot_eager", inner)) if inner is not None and verdict.kind == "failure" else ():
         stock, _ = _compiled(program, kernels, OPTIONS[kernels] or None)
         if compare(stock, want, allowed, eps).kind == "failure":
@@ -106,6 +111,16 @@ def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict
             if theirs.kind != "failure":
                 return Verdict("stock differs", verdict.text)
     return theirs
+
+
+def _writes_across_graphs(program: Program) -> bool:
+    """Whether the model writes to an input, and is captured in several graphs."""
+    if not any(re.search(rf"\b{i.name}\.\w+_\(", program.source) for i in program.inputs):
+        return False
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.compiler.reset()
+        return explain(build(program))(*arguments(program, 0)[1]).graph_count > 1
 
 
 def rounding(program: Program) -> float:
