@@ -73,6 +73,7 @@ MOVES_NUMBERS = frozenset(
 )
 # Weighted means, and so a constant of a constant.
 ATTENTION = frozenset(n for n in names.MIXERS if "attention" in n and n != "multi_head_attention_forward")
+DRAWING = ATTENTION | {"native_dropout"}
 ADDS_UP = ATTENTION | frozenset(
     """sum nansum mean nanmean cumsum diff trapezoid trapz cumulative_trapezoid gradient avg_pool1d avg_pool2d
     avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
@@ -376,9 +377,15 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
 
 
 def _is_drawn(node: fx.Node) -> bool:
-    """Whether a value is the mask that a dropout gives besides its result: no number of its operand is told by it."""
+    """Whether a value is what a dropout or an attention gives of its random numbers (a mask, a seed, a state of the
+    generator) besides its result: it tells nothing of the operand's numbers.
+    """
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and op_name(source.target) == "native_dropout" and node.args[1] == 1
+    return (
+        isinstance(source, fx.Node)
+        and op_name(source.target) in DRAWING
+        and not may_be_continuous(node.meta.get("val"))
+    )
 
 
 def _stays_away(val: Any, between: Interval) -> bool:

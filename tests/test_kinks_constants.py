@@ -11,10 +11,15 @@ from compiled import check, fresh as fresh, inverted
 from helpers import TOLERANCE, leaf, relative_error
 from test_kinks import ODD, WAYS, Used
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from zoo import D
 
 import revfx
+from revfx.passes.atoms import atoms
+from revfx.passes.kinks import told_apart
+from revfx.passes.moved import directions_of, moved
 from revfx.passes.numbers import follow_none, is_generic
 from revfx.testing import assert_same_grads
 
@@ -154,6 +159,27 @@ class Attending(nn.Module):
 def test_attention_with_dropout_tells_no_numbers_apart(attend: Callable[[Tensor], Tensor]) -> None:
     report = check(Attending(attend), "aot_eager", leaf(3, 5, 2 * D))
     assert inverted(report) == 6 - 2
+
+
+aten = torch.ops.aten
+ON_GPU: dict[str, Callable[[Tensor], Any]] = {
+    "efficient": lambda a: aten._scaled_dot_product_efficient_attention(a, a, a, None, True, 0.5, True),
+    "flash": lambda a: aten._scaled_dot_product_flash_attention(a, a, a, 0.5, True),
+    "cudnn": lambda a: aten._scaled_dot_product_cudnn_attention(a, a, a, None, True, 0.5, True),
+}
+
+
+@pytest.mark.parametrize("kernel", ON_GPU)
+def test_seeds_that_attention_on_a_gpu_returns_tell_none_either(kernel: str) -> None:
+    def function(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        a = x + F.dropout(h, 0.5)
+        return a, ON_GPU[kernel](a)[0]
+
+    with FakeTensorMode():
+        x, h = (torch.empty(2, 4, 8, 16, device="cuda", dtype=torch.float16) for _ in range(2))
+    graph = make_fx(function)(x, h).graph
+    stream = next(n for n in graph.nodes if n.op == "output").all_input_nodes[0]
+    assert stream not in told_apart(graph, atoms(graph), moved(graph, directions_of))
 
 
 # --- parameters
