@@ -80,8 +80,10 @@ def nearer(got: Run, one: Run, other: Run) -> Run:
 
 
 def _nearer(got: Any, one: Any, other: Any) -> Any:
+    if alike(got, other):  # where both are no numbers, too
+        return other
     if alike(got, one) or not isinstance(got, Tensor) or not isinstance(other, Tensor) or got.shape != other.shape:
-        return other if alike(got, other) else one
+        return one
     return one if isinstance(one, Tensor) and error_between([got], [one]) <= error_between([got], [other]) else other
 
 
