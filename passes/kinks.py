@@ -9,9 +9,9 @@ which numbers a value takes with positive probability. A sum of two such values 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -73,7 +73,6 @@ MOVES_NUMBERS = frozenset(
 )
 # Weighted means, and so a constant of a constant.
 ATTENTION = frozenset(n for n in names.MIXERS if "attention" in n and n != "multi_head_attention_forward")
-DRAWING = ATTENTION | {"native_dropout"}
 ADDS_UP = ATTENTION | frozenset(
     """sum nansum mean nanmean cumsum diff trapezoid trapz cumulative_trapezoid gradient avg_pool1d avg_pool2d
     avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
@@ -96,6 +95,8 @@ REPEATS = frozenset(
     _upsample_nearest_exact2d _upsample_nearest_exact3d reflection_pad1d reflection_pad2d reflection_pad3d
     replication_pad1d replication_pad2d replication_pad3d""".split()
 )
+# Whose results that are no numbers come of a comparison, or of the generator: no rounding of an operand.
+MASKS_AND_SEEDS = COMPARED | SIGNS | NOWHERE | ATTENTION
 # Zero where an element is the mean of its group, as all of a constant row or channel are.
 NORMS = frozenset(
     """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
@@ -211,7 +212,7 @@ def kinks(
 
 
 def _least(told: Iterable[Told]) -> Told:
-    return min(told, key=operator.itemgetter(0), default=(NEVER, None))
+    return min(told, key=itemgetter(0), default=(NEVER, None))
 
 
 def _kind(m: Made, operands: list[int], rows: int) -> int:
@@ -320,9 +321,15 @@ def made_by(
     given = (*args[0], *args[1].values())
     numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))
     rounds = args[1].get("rounding_mode") is not None or (
-        bool(read) and not may_be_continuous(result) and name not in COMPARED | SIGNS | NOWHERE
+        bool(read) and not may_be_continuous(result) and _giver(name, args[0]) not in MASKS_AND_SEEDS
     )
     return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
+
+
+def _giver(name: str, args: Sequence[Any]) -> str:
+    """The name of the operation that made a value; of one out of several results, that of what gave them all."""
+    source = args[0] if name == "getitem" else None
+    return op_name(source.target) if isinstance(source, fx.Node) and source.op == "call_function" else name
 
 
 def told_apart(
@@ -360,7 +367,7 @@ def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Mov
 def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Made]:
     made, between = list[Made](), bounds(graph)
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method", "call_module") or _is_drawn(node):
+        if node.op not in ("call_function", "call_method", "call_module"):
             continue
         operands = [(n, n.meta.get("val"), levels[n]) for n in node.all_input_nodes]
         if node.op == "call_module" or node.meta.get("opaque", False):
@@ -374,18 +381,6 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
             away = all(_stays_away(n.meta.get("val"), between[n]) for n in one.operands if isinstance(n, fx.Node))
             made.append(replace(one, tie=node.meta["tie"], away=away))
     return made
-
-
-def _is_drawn(node: fx.Node) -> bool:
-    """Whether a value is what a dropout or an attention gives of its random numbers (a mask, a seed, a state of the
-    generator) besides its result: it tells nothing of the operand's numbers.
-    """
-    source = node.args[0] if node.target is operator.getitem else None
-    return (
-        isinstance(source, fx.Node)
-        and op_name(source.target) in DRAWING
-        and not may_be_continuous(node.meta.get("val"))
-    )
 
 
 def _stays_away(val: Any, between: Interval) -> bool:

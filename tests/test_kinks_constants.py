@@ -18,10 +18,11 @@ from zoo import D
 
 import revfx
 from revfx.passes.atoms import atoms
-from revfx.passes.kinks import told_apart
+from revfx.passes.kinks import NEVER, told_apart
 from revfx.passes.moved import directions_of, moved
 from revfx.passes.numbers import follow_none, is_generic
 from revfx.testing import assert_same_grads
+from revfx.trail import Trail
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
@@ -180,6 +181,10 @@ def test_seeds_that_attention_on_a_gpu_returns_tell_none_either(kernel: str) -> 
     graph = make_fx(function)(x, h).graph
     stream = next(n for n in graph.nodes if n.op == "output").all_input_nodes[0]
     assert stream not in told_apart(graph, atoms(graph), moved(graph, directions_of))
+
+    trail, given = Trail(), graph.find_nodes(op="placeholder")[0].meta["val"]  # in eager mode, within a module
+    trail.follow(f"_scaled_dot_product_{kernel}_attention", (given,), {}, out := ON_GPU[kernel](given))
+    assert {inside.bends for inside in trail.numbers([given], out[0])["inside"]} == {NEVER}
 
 
 # --- parameters
