@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE, leaf, loss_of, relative_error
+from helpers import DEEP, TOLERANCE, leaf, loss_of, relative_error
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,7 +17,7 @@ from revfx.passes.partition import Report
 
 
 BOTH = ("inductor", "aot_eager")
-INNERS = BOTH if os.environ.get("REVFX_DEEP") else ("aot_eager",)  # compiling C++ takes most of the time there is
+INNERS = BOTH if DEEP else ("aot_eager",)  # compiling C++ takes most of the time there is
 ROWS, WIDTH = 6, 4  # of one stream
 # Dynamo looks at `.grad` of inputs that are no leaves.
 QUIET = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

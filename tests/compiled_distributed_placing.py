@@ -5,7 +5,6 @@ In a module of its own, which the spawned processes can import.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from compiled_distributed_models import DEPTH, blocks, chain, sums_between_chains, sums_in_couplings, with_unused
 from distributed_models import chain_of
 from distributed_parallel import in_rows_and_columns
-from helpers import TOLERANCE
+from helpers import DEEP, TOLERANCE
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -77,7 +76,7 @@ def wide_chain() -> nn.Module:
 
 
 BOTH_ORDERS = {"DDP, then compiled": ddp_first, "compiled, then DDP": compiled_first}
-ORDERS = BOTH_ORDERS if os.environ.get("REVFX_DEEP") else {"DDP, then compiled": ddp_first}  # each takes half a minute
+ORDERS = BOTH_ORDERS if DEEP else {"DDP, then compiled": ddp_first}  # each takes half a minute
 BUCKETS: dict[str, tuple[int, tuple[int, ...]]] = {
     "default buckets": (DEFAULT_BUCKET, (1,)),
     "four functions a bucket": (4 * FUNCTION, (1, 1)),

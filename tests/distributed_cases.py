@@ -16,7 +16,7 @@ import torch.distributed as dist
 from distributed_models import Result, Task, blocks, chain, chain_of, inputs, model_of, train
 from distributed_parallel import PIPELINES, TENSOR, pipelined, tensor_and_data, unwaited
 from distributed_state import STATE
-from helpers import loss_of
+from helpers import DEEP, loss_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +30,8 @@ from revfx.testing import Memory, measure_memory
 
 Case = Callable[[Build, int, int], Result]
 Key = tuple[str, str, str]  # kind, case, way
-OWN = tuple(way for way in WAYS if way != "checkpoint")
+# `rev_block` with DDP only, except in deep runs: it differs from `RevBlock` in where the parameters live alone
+OWN = ("convert", "rev_block", "RevBlock") if DEEP else ("convert", "RevBlock")
 SAME_KEYS = ("convert", "rev_block")  # as the plain model
 
 
@@ -193,7 +194,7 @@ IN_ONE = ("tiny buckets",)  # of DDP: what one process runs
 IN_FOUR = {  # what four processes run
     "DDP": ("tiny buckets", "uneven inputs"),
     "FSDP": ("whole", "f and g each"),
-    "pipeline": ("1F1B", "interleaved, without bubbles"),
+    "pipeline": ("1F1B", "interleaved, without bubbles") if DEEP else ("1F1B",),
 }
 
 
@@ -203,7 +204,7 @@ def _cases(world: int) -> dict[tuple[str, str], tuple[Case, tuple[str, ...]]]:
     if world < 4:
         found |= {("DDP", name): (_ddp(*DDP[name]), WAYS) for name in (IN_ONE if world == 1 else DDP)}
     if world == 2:
-        found |= {("FSDP", name): (case, WAYS) for name, (case, _) in FSDP.items()}
+        found |= {("FSDP", name): (case, OWN) for name, (case, _) in FSDP.items()}
         found |= {("blocks", name): (case, OWN) for name, case in BLOCKS.items()}
         found |= {("converted last", name): (case, ("plain",)) for name, case in LAST.items()}
         found |= {("mixed", name): (case, OWN) for name, case in MIXED.items()}

@@ -120,7 +120,7 @@ def tensor_and_data(build: Build, rank: int, world: int) -> Result:
 
 
 # --- pipelines
-MICROBATCHES = 8
+MICROBATCHES = 4
 PIPELINES: dict[str, Any] = {
     "GPipe": ScheduleGPipe,
     "1F1B": Schedule1F1B,

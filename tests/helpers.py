@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import string
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from revfx.mode import store_activations
 
 
 TOLERANCE = 1e-9  # relative, in fp64
+DEEP = bool(os.environ.get("REVFX_DEEP"))  # whether this is a run of what is left out otherwise, too
 WAYS = ("rev_block", "RevBlock")
 Pair = tuple[Tensor, Tensor]
 Block = Callable[..., Pair]

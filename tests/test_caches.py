@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import gc
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -263,11 +264,13 @@ def assert_trains(model: nn.Module, plain: nn.Module, steps: int = 2) -> None:
     assert type(plain(x)) is Tensor
 
 
-LIKE_OTHERS = [global_list, hidden_deque, default_list, in_a_pair, global_deep, computed_property]
+LIKE_OTHERS = [global_list, hidden_deque, default_list, in_a_pair, global_deep, computed_property, global_object]
 
 
-@pytest.mark.parametrize("table", deep_but([t for t in TABLES if t not in LIKE_OTHERS], TABLES), ids=NAMES)
-@pytest.mark.parametrize("kind", deep_but((InRoot,), (InF, InRoot)))
+SOME = [*((InF, t) for t in TABLES if t not in LIKE_OTHERS), (InRoot, global_name)]
+
+
+@pytest.mark.parametrize("kind, table", deep_but(SOME, itertools.product((InF, InRoot), TABLES)))
 def test_convert_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     model = kind(table)
     assert_trains(revfx.convert(model), model)

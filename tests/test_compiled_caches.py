@@ -43,8 +43,9 @@ def partitioner(**options: Any) -> dict[str, Any]:
     return {"options": {"custom_partitioner_fn": revfx.ReversiblePartitioner(**own), **options}}
 
 
-both_doors = pytest.mark.parametrize("door", [backend, partitioner])
-partitioners_door = pytest.mark.parametrize("door", deep_but((partitioner,), (backend, partitioner)))
+DOORS = (backend, partitioner)
+both_doors = pytest.mark.parametrize("door", DOORS)
+backends_door, partitioners_door = (pytest.mark.parametrize("door", deep_but((door,), DOORS)) for door in DOORS)
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +161,7 @@ def test_the_same_program_hits(door: Door) -> None:
         assert compiled(Couplings(), x, **door()) == (HIT, [])  # other weights, another partitioner
 
 
-OPTIONS: list[dict[str, Any]] = [{"unbounded": "store"}, {"tolerance": 1e-3}, {"strict": True}, {"max_fusion_size": 9}]
+OPTIONS: list[dict[str, Any]] = [{"unbounded": "store"}, {"tolerance": 1e-3}, {"max_fusion_size": 9}]
 
 
 @both_doors
@@ -180,7 +181,7 @@ from torch._dynamo.utils import counters
 import revfx
 
 torch._inductor.config.compile_threads = torch._inductor.config.cpp.simdlen = 1
-functions, order = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), torch.arange(7, -1, -1)
+functions, order = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), torch.arange(7, -1, -1)
 
 def couplings(x):
     for f in functions:
@@ -275,7 +276,7 @@ def test_a_partitioner_by_itself_sees_no_values_and_so_relies_on_none(
 @partitioners_door
 def test_numbers_in_the_program_are_part_of_it(door: Door) -> None:
     model, x = Permuted(TURNED), leaf(ROWS, 8)
-    for order, found in [(TURNED, (MISS, [1])), (OTHER, (MISS, [1])), (TWICE, (MISS, [0])), (TURNED, (HIT, []))]:
+    for order, found in [(TURNED, (MISS, [1])), (TWICE, (MISS, [0])), (TURNED, (HIT, []))]:
         model.order = order
         assert compiled(model, x, **door()) == found
 
@@ -292,7 +293,7 @@ def test_a_function_out_of_the_cache_checks_its_permutation() -> None:
         function(x)
 
 
-@both_doors
+@backends_door
 def test_a_function_out_of_the_cache_checks_its_factors(door: Door) -> None:
     model, x = Scaling(), leaf(ROWS, 8)
     assert [compiled(model, x, **door())[0] for _ in range(2)] == [MISS, HIT]

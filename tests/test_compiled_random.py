@@ -115,8 +115,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 # Compiling C++ takes long: inductor gets several kinds in one model.
-FUSED = ("nn.Dropout", "rows", "checkpoint", "attention with dropout")
-BY_KERNELS = ("alpha", "rrelu", "Dropout2d", "uniform_", "bernoulli", "attention")
+FUSED = ("nn.Dropout", "rows") * 2
+BY_KERNELS = (
+    "checkpoint", "attention with dropout", "alpha", "rrelu", "Dropout2d", "uniform_", "bernoulli", "attention",
+)  # fmt: skip
 
 
 def couplings(*kinds: str) -> Plain:

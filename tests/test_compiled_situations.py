@@ -12,7 +12,7 @@ import pytest
 import torch
 from compiled import INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
 from helpers import TOLERANCE, deep_but, leaf, loss_of, mlp, mlps, relative_error
-from test_refusals import ATOMS, NOTHING_FOUND, Chain, ReluInTheMiddle, Unclamped, UsedElsewhere, tiling
+from test_refusals import ATOMS, NOTHING_FOUND, Chain, ReluInTheMiddle, Unclamped, UsedElsewhere, ZeroImages, tiling
 from torch import Tensor, nn
 from zoo import Additive, D
 
@@ -80,7 +80,7 @@ def test_sizes_that_change_need_one_graph() -> None:
 
 
 def test_sizes_that_change_under_inductor() -> None:
-    model = Chained()
+    model = Additive(2)
     run = torch.compile(model, backend="revfx", dynamic=True, options={"cpp.simdlen": 1})
     with reports() as found:
         for rows in (5, 9):
@@ -271,14 +271,14 @@ class Blocked(nn.Module):
         return torch.cat(self.block(*x.chunk(2, -1)), -1)
 
 
-@pytest.mark.parametrize("make", [mlp, OfTheUser])
+@pytest.mark.parametrize("make", deep_but((OfTheUser,), (mlp, OfTheUser)))
 def test_rev_block_is_flat_in_a_compiled_model(make: Callable[[int], nn.Module]) -> None:
     model, x = Blocked(DEPTH, make), leaf(ROWS, 2 * WIDTH)
     twin = copy.deepcopy(model)
     assert relative_error(gradients(compiled(model, "aot_eager"), model, x), gradients(twin, twin, x)) < TOLERANCE
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
     x, peaks = leaf(1024, 32), dict[tuple[str, int], int]()
-    for depth in (3, 9):
+    for depth in (3, 6):
         for way in ("plain", "revfx"):
             torch.compiler.reset()
             model = Blocked(depth, make, 16)
@@ -288,7 +288,7 @@ def test_rev_block_is_flat_in_a_compiled_model(make: Callable[[int], nn.Module])
                 model.zero_grad()
                 theirs = sum(p.nbytes for p in model.parameters())
                 peaks[way, depth] = measure_memory(lambda run=run: run(x).square().mean()).peak - theirs
-    assert peaks["revfx", 9] - peaks["revfx", 3] < 0.03 * (peaks["plain", 9] - peaks["plain", 3])
+    assert peaks["revfx", 6] - peaks["revfx", 3] < 0.03 * (peaks["plain", 6] - peaks["plain", 3])
 
 
 # --- what can't be inverted, or not safely
@@ -315,6 +315,10 @@ def test_what_has_no_inverse_under_inductor() -> None:
     assert right(compiled(model, "inductor"), model, leaf(ROWS, 2 * D))
 
 
+def two_layers() -> nn.Module:
+    return ZeroImages(2)
+
+
 @pytest.mark.parametrize("make", ATOMS)
 def test_exact_zeros_are_never_given_back_by_a_rounding_inverse(make: Callable[[], nn.Module]) -> None:
     x = torch.relu(torch.randn(64, 2 * D)).requires_grad_()
@@ -324,7 +328,7 @@ def test_exact_zeros_are_never_given_back_by_a_rounding_inverse(make: Callable[[
     assert found[0].regions or make is ReluInTheMiddle, "still found, where it is worth what is kept"
 
 
-@pytest.mark.parametrize("make", [ATOMS[0], *(pytest.param(make, marks=pytest.mark.deep) for make in ATOMS[1:4])])
+@pytest.mark.parametrize("make", deep_but((two_layers,), (two_layers, *ATOMS[:4])))
 def test_exact_zeros_under_inductor(make: Callable[[], nn.Module]) -> None:
     x = torch.relu(torch.randn(64, 2 * D)).requires_grad_()
     model = make()

@@ -104,7 +104,7 @@ class Averages(Branches):
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("shape", [(1,), pytest.param((), marks=pytest.mark.deep)])
 @pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
 def test_what_is_written_to_a_buffer_is_not_lost(shape: tuple[int, ...], capture: str) -> None:
     model, x = Averages(2, torch.zeros(shape, dtype=torch.float64)), leaf(8, 32)
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_depth(capture: str) -> None:
     growth: list[int] = []
     for make in (lambda m: m, lambda m: quietly(m, capture)):
         peaks: list[int] = []
-        for depth in (4, 8):
+        for depth in (3, 6):
             model = make(Branches(depth))
             model(x).square().mean().backward()
             model.zero_grad()
@@ -165,7 +165,7 @@ def test_it_is_the_same_module_from_outside(capture: str) -> None:
         assert_like(model, converted, x)
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("capture", deep_but(("auto",), CAPTURES))
 def test_a_second_derivative_raises_and_names_the_way_out(capture: str) -> None:
     model, x = Branches(4), leaf(8, 32)
     converted = quietly(model, capture)
@@ -178,7 +178,7 @@ def test_a_second_derivative_raises_and_names_the_way_out(capture: str) -> None:
     assert relative_error(*seconds) < TOLERANCE
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("capture", deep_but(("auto",), CAPTURES))
 def test_hooks_put_on_children_later_run(capture: str) -> None:
     model, x = Branches(4), leaf(8, 32)
     converted = quietly(model, capture)

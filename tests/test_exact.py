@@ -86,11 +86,12 @@ CHAINS: dict[str, Callable[[int], nn.Module]] = {"additive": Additive, "affine":
 
 
 # 1,000: `python tests/measure.py exact`, and by blocks below
-DEPTHS = pytest.mark.parametrize("depth, autocast", [(10, False), (10, True), (100, True)])
+CASES = [(10, False), (10, True), (100, True)]
+DEPTHS = pytest.mark.parametrize("depth, autocast", CASES)
+EACH = [(name, *case) for name in CHAINS for case in CASES]
 
 
-@DEPTHS
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name, depth, autocast", deep_but([c for c in EACH if c[:2] != ("affine", 100)], EACH))
 def test_every_gradient_of_a_chain_is_the_same_to_the_bit(name: str, depth: int, autocast: bool) -> None:
     model = CHAINS[name](depth)
     converted: Any = revfx.convert(model, exact=True)
@@ -115,7 +116,7 @@ class WithDropout(Transformer):
                 setattr(self, name, nn.ModuleList(nn.Sequential(m, nn.Dropout(0.1)) for m in child))
 
 
-@pytest.mark.parametrize("way, depth", [("RevBlock", 10), ("rev_block", 1000)])
+@pytest.mark.parametrize("way, depth", [("RevBlock", 10), ("rev_block", 500)])
 @pytest.mark.parametrize(
     "dtype",
     deep_but((torch.float32, "autocast"), (torch.float32, torch.float64, torch.bfloat16, "autocast")),

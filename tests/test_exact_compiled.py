@@ -18,10 +18,8 @@ from revfx.testing import measure_memory, store_activations
 
 
 pytestmark = QUIET
-BITWISE = (
-    "in place", "affine exp", "half per block", "leapfrog", "four streams", "channel shuffle", "two stages",
-    "transformer",
-)  # fmt: skip
+BITWISE = ("affine exp", "half per block", "four streams", "two stages")
+LIKE_OTHERS = ("in place", "leapfrog", "channel shuffle", "transformer")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +52,7 @@ def same(got: Sequence[Any], want: Sequence[Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", BITWISE)
+@pytest.mark.parametrize("name", deep_but(BITWISE, (*BITWISE, *LIKE_OTHERS)))
 def test_over_eager_kernels_it_is_what_eager_mode_gives(name: str) -> None:
     make, inputs_of = ZOO[name]
     model, inputs = make(4), inputs_of(4)
@@ -68,7 +66,7 @@ def test_over_eager_kernels_it_is_what_eager_mode_gives(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "autocast"),
     deep_but(
-        [("momentum", True), ("transformer", True)],
+        [("momentum", True)],
         [("momentum", False), ("momentum", True), ("conv+BN", True), ("transformer", True), ("dropout", False)],
     ),
 )
@@ -98,7 +96,7 @@ def test_bits_are_kept_of_any_number_of_rows() -> None:
     """How far the bits are padded to whole bytes is a remainder of the size, which is not fixed."""
     model = Leaking()
     options: Any = {"inner": "aot_eager", "exact": True}
-    for rows in (4, 5, 7):
+    for rows in (4, 5):
         inputs = [torch.randn(rows, 4) for _ in range(2)]
         torch.compiler.reset()
         want = gradients(compiled(model), model, inputs)
@@ -148,8 +146,8 @@ def test_memory_is_flat_for_additive_couplings_and_a_bit_per_element_for_momentu
         call = compiled(ZOO[name][0](depth))
         return measure_memory(lambda: sum((t.square().mean() for t in _tuple(call(x))), torch.zeros(()))).kept
 
-    assert kept("additive", 12) - kept("additive", 4) <= 8 * 64
-    assert kept("momentum", 12) - kept("momentum", 4) <= 8 * (x.numel() / 8 + 128)
+    assert kept("additive", 8) - kept("additive", 4) <= 4 * 64
+    assert kept("momentum", 8) - kept("momentum", 4) <= 4 * (x.numel() / 8 + 128)
 
 
 def _tuple(out: Any) -> tuple[Tensor, ...]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from faults import KINDS, Busy, Called, Dispatched, Left, Own, around, busy
-from helpers import TOLERANCE, fp64 as fp64, leaf, loss_of, mlps, relative_error, unseen
+from helpers import DEEP, TOLERANCE, fp64 as fp64, leaf, loss_of, mlps, relative_error, unseen
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ways import BUILD, Plain
@@ -23,7 +22,6 @@ from revfx.convert import Reversible
 WAYS = ("convert", "rev_block", "RevBlock")
 ways = pytest.mark.parametrize("way", WAYS)
 DEPTH, SEED = 2, 3
-DEEP = bool(os.environ.get("REVFX_DEEP"))
 Mode = type[Dispatched] | type[Called]
 
 

@@ -20,7 +20,7 @@ from revfx.passes.partition import Report
 from revfx.testing import measure_memory
 
 
-SHALLOW, DEEP, ROWS = 3, int(os.environ.get("REVFX_DEEP", "6")), 1024
+SHALLOW, DEEP, ROWS = 3, int(os.environ.get("REVFX_DEEP", "5")), 1024
 GROWTH = 0.05  # of what the same compiler grows by without revfx
 EAGER: dict[str, Any] = {"backend": "revfx", "options": {"inner": "aot_eager"}}
 DOORS: dict[str, dict[str, Any]] = {
@@ -34,7 +34,8 @@ BY_INDUCTOR = ("FrEIA one-sided", "normflows affine, swap")
 # Of these others have the same operations, and more.
 LIKE_OTHERS = (
     *("FrEIA NICE", "FrEIA RNVP", "FrEIA GLOW", "FrEIA GIN", "normflows affine, swap", "normflows sigmoid, shuffle"),
-    *("normflows sigmoid_inv, swap", "normflows class-conditional"),
+    *("normflows sigmoid_inv, swap", "normflows class-conditional", "normflows channel and channel_inv"),
+    "FrEIA GLOW, images",
 )
 CASES = [pytest.param(name, "aot_eager", marks=pytest.mark.deep if name in LIKE_OTHERS else ()) for name in FLOWS] + [
     pytest.param(name, "inductor", marks=pytest.mark.deep) for name in BY_INDUCTOR

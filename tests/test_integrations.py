@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import deep_but
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -220,7 +221,7 @@ def train_by_transformers(model: nn.Module, folder: Path, resume: bool = False, 
     return Trained.of([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulated"])
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, pytest.param({}, marks=pytest.mark.deep)])
 def test_transformers_trainer_takes_a_converted_model(tmp_path: Path, options: dict[str, Any]) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     plain, converted = twins(LanguageModel)
@@ -270,7 +271,7 @@ def bert(transformers: Any) -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
-@pytest.mark.parametrize("make", [gpt2, bert])
+@pytest.mark.parametrize("make", deep_but((gpt2,), (gpt2, bert)))
 def test_residual_transformer_is_trained_as_before_and_the_reason_is_said(
     make: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
@@ -388,8 +389,9 @@ def train_by_accelerate(model: nn.Module, folder: Path, precision: str, every: i
     return Trained.of(losses, model)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "every"), deep_but((("no", 1), ("bf16", 2)), [("no", 1), ("no", 2), ("bf16", 1), ("bf16", 2)])
+)
 def test_accelerate_prepares_a_converted_model(precision: str, every: int, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     if precision == "bf16":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import fresh as fresh
+from helpers import deep_but
 from test_kinks import by_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -178,7 +179,10 @@ def test_gradients_of_streams_of_data_that_come_back(off: str) -> None:
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
-@pytest.mark.parametrize("off", [name for name in OFF if name.endswith("by a copy")])
+COPIES = [name for name in OFF if name.endswith("by a copy")]
+
+
+@pytest.mark.parametrize("off", deep_but(("by a copy", "in one row, by a copy"), COPIES))
 def test_compiled_streams_of_data_that_come_back(off: str) -> None:
     x = torch.cat([few(), torch.randn(N, D)], -1)
     model = TakenOff(off)
