@@ -26,6 +26,7 @@ from revfx.passes.facts import Facts, annotate, constants
 from revfx.passes.kinks import numberless, told_apart, trusting
 from revfx.passes.moved import directions_of, moved
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
+from revfx.passes.unread import of_its_shape
 from revfx.rules import Inverse
 
 
@@ -118,33 +119,14 @@ def _known(
     return annotate(joint, {p: of[i] for p, i in inputs.items() if i is not None and i in of}, joint.owning_module)
 
 
-aten = torch.ops.aten
-LIKE: Mapping[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {  # what only reads a shape, and how to say it without
-    "zeros_like": (aten.full.default, lambda *args: (0,)),
-    "ones_like": (aten.full.default, lambda *args: (1,)),
-    "full_like": (aten.full.default, lambda a, value, *args: (value,)),
-    "new_zeros": (aten.full.default, lambda *args: (0,)),
-    "new_ones": (aten.full.default, lambda *args: (1,)),
-    "new_full": (aten.full.default, lambda a, size, value, *args: (value,)),
-    "rand_like": (aten.rand.default, lambda *args: ()),
-    "randn_like": (aten.randn.default, lambda *args: ()),
-}
-
-
 def _read_no_shapes(joint: fx.Graph) -> None:
-    """None; what reads of a tensor no more than its shape does not read it any more, lest that look like a use."""
+    """None; what reads of a tensor no more than its shape does not read it any more."""
     for node in joint.nodes:
-        val: Any = node.meta.get("val")
-        way = LIKE.get(_torch.packet_name(node.target)) if node.op == "call_function" else None
-        if way is None or not is_strided(val) or not fixed(val.shape) or not val.is_contiguous():
-            continue
-        if node.kwargs.get("generator") is not None:  # its own numbers are not the default generator's
-            continue
-        target, rest = way
-        more = rest(*node.args)
-        if all(isinstance(value, (bool, int, float)) for value in more):
-            node.target, node.args = target, (list(val.shape), *more)
-            node.kwargs = {"dtype": val.dtype, "device": val.device, "pin_memory": False}
+        name = _torch.packet_name(node.target) if node.op == "call_function" else ""
+        told = of_its_shape(name, node.args, node.kwargs, node.meta.get("val"))
+        if told is not None and node.all_input_nodes:
+            node.target, node.args = getattr(torch.ops.aten, told[0]).default, told[1]
+            node.kwargs = {**told[2], "pin_memory": False}
 
 
 SMALL = 1024  # bytes of a constant that are not worth computing again

@@ -31,6 +31,7 @@ from revfx.intercept import intercepted, recording
 from revfx.outside import Outside
 from revfx.passes.facts import GENERIC, is_mask
 from revfx.passes.numbers import is_generic
+from revfx.passes.unread import of_its_shape
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
 from revfx.sources import refuse_sources
@@ -325,6 +326,9 @@ class _Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
+        told = of_its_shape(name, args, kwargs, out) if _torch.is_plain(out) else None
+        if told is not None:
+            return self.record("call_function", getattr(torch, told[0]), told[1], told[2], out, mutated)
         return self.record(
             "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,21 @@ from torch import Tensor, fx
 from revfx.rules import op_name
 
 
+aten = torch.ops.aten
 FUNCTIONAL = frozenset(
-    "add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt".split()
+    """add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt
+    floor ceil round trunc""".split()
 )
+# What fills a tensor, with one number or with such as are drawn, and the form that draws the same ones. By name there
+# is none, or another: `h.bernoulli()` takes the values of h for probabilities, and `h.bernoulli_()` does not read them.
+FILLING: Mapping[str, Any] = {
+    "fill_": aten.fill.Scalar,
+    "zero_": aten.zero.default,
+    "bernoulli_": aten.bernoulli.p,
+    "uniform_": aten.uniform.default,
+    "normal_": aten.normal_functional.default,
+    "exponential_": aten.exponential.default,
+}
 
 
 def functionalise(graph: fx.Graph) -> None:
@@ -46,7 +59,8 @@ def _why_not(
     if len(written) != 1 or not node.args or node.args[0] is not written[0]:
         return "it writes in place to something other than its first operand"
     functional = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
-    if not functional and node.kwargs.get("inplace") is not True:
+    fills = name in FILLING and node.all_input_nodes == written  # of numbers, no tensor says with what
+    if not functional and not fills and node.kwargs.get("inplace") is not True:
         return "it writes in place, and has no functional form"
     if node.meta.get("unseen"):
         return "it writes in place, without gradients, to a value that has one"
@@ -73,7 +87,9 @@ def _dtype_differs(node: fx.Node, operand: fx.Node) -> bool:
 
 
 def _make_functional(node: fx.Node) -> None:
-    if node.op == "call_method":
+    if op_name(node.target) in FILLING:
+        node.op, node.target = "call_function", FILLING[op_name(node.target)]
+    elif node.op == "call_method":
         node.target = str(node.target).rstrip("_")
     elif node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
