@@ -29,6 +29,7 @@ from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, climb
 from revfx.reach import reads_of
+from revfx.traced import free_couplings
 
 
 Functions = Function | Sequence[Function] | nn.ModuleList
@@ -106,7 +107,7 @@ def _chain(
     """(y1, y2), with streams on the grid 2^-k where k is given."""
     if torch.compiler.is_compiling():
         if is_training and k is None:
-            _partition(anchor_every)
+            free_couplings(anchor_every)
         return plain(x1, x2, layers, sides, k)
     leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
     storing = not is_training or runs_plain((x1, x2, *leaves))
@@ -139,18 +140,6 @@ def _earlier_calls(first: Any, else_: int) -> int:
     except TypeError:  # not hashable, or not to be referred to weakly
         return else_
     return number
-
-
-@_torch.constant_when_compiled
-def _partition(anchor_every: int | None) -> None:
-    """None; has inductor free the couplings of the program that is traced now, as the backend "revfx" does."""
-    from revfx import _compile
-    from revfx.partitioner import ReversiblePartitioner
-
-    def partition(every: int | None, inputs: Sequence[Any]) -> ReversiblePartitioner:
-        return ReversiblePartitioner("store", anchor_every=every).knowing(inputs)
-
-    _compile.partition_traced(partition, anchor_every)
 
 
 class RevBlock(nn.Module):

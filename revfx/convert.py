@@ -27,6 +27,7 @@ from revfx.mode import can_store, runs_plain, storing
 from revfx.passes.grid import checked_exact
 from revfx.passes.plan import checked_every
 from revfx.planning import Outcome, Plan, make_plan
+from revfx.traced import free_couplings_of
 
 
 MOST_PLANS = 64  # per model; a model called with ever new shapes runs plainly after that
@@ -389,6 +390,8 @@ def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            free_couplings_of(self)
         conversion = None if torch.compiler.is_compiling() else _conversion(self)
         return base.forward(self, *args, **kwargs) if conversion is None else conversion.call(self, args, kwargs)
 

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import functools
 import gc
-import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -265,12 +264,10 @@ def assert_trains(model: nn.Module, plain: nn.Module, steps: int = 2) -> None:
 
 
 LIKE_OTHERS = [global_list, hidden_deque, default_list, in_a_pair, global_deep, computed_property, global_object]
-
-
 SOME = [*((InF, t) for t in TABLES if t not in LIKE_OTHERS), (InRoot, global_name)]
 
 
-@pytest.mark.parametrize("kind, table", deep_but(SOME, itertools.product((InF, InRoot), TABLES)))
+@pytest.mark.parametrize("kind, table", deep_but(SOME, [(kind, table) for kind in (InF, InRoot) for table in TABLES]))
 def test_convert_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     model = kind(table)
     assert_trains(revfx.convert(model), model)

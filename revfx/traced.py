@@ -1,0 +1,27 @@
+"""What couplings ask for where `torch.compile` traces them: they run as lines there, and are to be freed all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from revfx import _torch
+
+
+@_torch.constant_when_compiled
+def free_couplings(anchor_every: int | None) -> None:
+    """None; has inductor free the couplings of the program that is traced now, as the backend "revfx" does."""
+    from revfx import _compile
+    from revfx.partitioner import ReversiblePartitioner
+
+    def partition(every: int | None, inputs: Sequence[Any]) -> ReversiblePartitioner:
+        return ReversiblePartitioner("store", anchor_every=every).knowing(inputs)
+
+    _compile.partition_traced(partition, anchor_every)
+
+
+def free_couplings_of(model: Any) -> None:
+    """None; as `free_couplings` for a converted model, unless it was to be exact: inductor rounds as it likes."""
+    known = getattr(model, "_revfx", None)
+    if known is not None and known[0].options.exact is None:
+        free_couplings(known[0].options.anchor_every)
