@@ -18,7 +18,7 @@ from ways import Build, Plain
 from revfx.testing import Memory
 
 
-DEPTH, ROWS, STEPS = 3, 6, 3
+DEPTH, ROWS, STEPS = 3, 6, 2
 Gradients = list[Tensor | None]
 
 

@@ -86,12 +86,12 @@ CHAINS: dict[str, Callable[[int], nn.Module]] = {"additive": Additive, "affine":
 
 
 # 1,000: `python tests/measure.py exact`, and by blocks below
-CASES = [(10, False), (10, True), (100, True)]
+CASES = [(10, False), (10, True), (50, True)]
 DEPTHS = pytest.mark.parametrize("depth, autocast", CASES)
 EACH = [(name, *case) for name in CHAINS for case in CASES]
 
 
-@pytest.mark.parametrize("name, depth, autocast", deep_but([c for c in EACH if c[:2] != ("affine", 100)], EACH))
+@pytest.mark.parametrize("name, depth, autocast", deep_but([c for c in EACH if c[:2] != ("affine", 50)], EACH))
 def test_every_gradient_of_a_chain_is_the_same_to_the_bit(name: str, depth: int, autocast: bool) -> None:
     model = CHAINS[name](depth)
     converted: Any = revfx.convert(model, exact=True)
@@ -208,8 +208,8 @@ def test_additive_couplings_keep_nothing_more() -> None:
 
 def test_momentum_keeps_a_bit_and_affine_couplings_two_per_element() -> None:
     elements = 64 * 2 * D
-    assert growth(Momentum, 4, 24, exact=True) <= elements / 8 + 64
-    assert growth(Affine, 4, 24, exact=True) <= elements / 4 + 128, (
+    assert growth(Momentum, 4, 16, exact=True) <= elements / 8 + 64
+    assert growth(Affine, 4, 16, exact=True) <= elements / 4 + 128, (
         "two bits for a, one for b, of half as many elements"
     )
 
