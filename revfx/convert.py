@@ -392,7 +392,8 @@ def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             free_couplings_of(self)
-        conversion = None if torch.compiler.is_compiling() else _conversion(self)
+            return base.forward(self, *args, **kwargs)
+        conversion = _conversion(self)
         return base.forward(self, *args, **kwargs) if conversion is None else conversion.call(self, args, kwargs)
 
     def found(self: Any) -> Any:

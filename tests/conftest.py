@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 from programs_report import Reporter
@@ -21,6 +22,7 @@ if OWN_KERNELS:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="revfx-tests-")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles eight programs first to try what works
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the workers are as many as the cores already
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # the collector runs as seldom as is said below
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 import torch  # noqa: E402  (it reads these)
@@ -72,6 +74,12 @@ def pytest_collection_finish() -> None:
     and compiling makes many.
     """
     gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_runtestloop() -> None:
+    """None; of each graph torch writes texts for its logs, and it times guards, which nobody reads here."""
+    vars(import_module("torch._dynamo.guards"))["profile_guard_manager"] = lambda *args: 0.0
+    setattr(torch.fx.GraphModule, "print_readable", lambda *args, **options: "")  # noqa: B010
 
 
 def pytest_unconfigure() -> None:

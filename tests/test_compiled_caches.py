@@ -174,6 +174,11 @@ def test_other_options_miss(door: Door) -> None:
         assert compiled(model, x, **door(**options)) == (HIT, [])
 
 
+def test_every_option_of_the_partitioner_is_part_of_the_key() -> None:
+    options: list[dict[str, Any]] = [{}, {"strict": True}, {"exact": True}, {"anchor_every": 2}, *OPTIONS[:2]]
+    assert len({revfx.ReversiblePartitioner(**given).uuid() for given in options}) == len(options)
+
+
 PROGRAM = """
 import torch
 from torch import nn
