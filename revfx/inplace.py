@@ -16,8 +16,9 @@ FUNCTIONAL = frozenset(
     """add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt
     floor ceil round trunc""".split()
 )
-# What fills a tensor, with one number or with such as are drawn, and the form that draws the same ones. By name there
-# is none, or another: `h.bernoulli()` takes the values of h for probabilities, and `h.bernoulli_()` does not read them.
+# What fills a new tensor, with one number or with such as are drawn, and the form that draws the same ones. By name
+# there is none, or another: `h.bernoulli()` takes the values of h for probabilities, which `h.bernoulli_()` does not read.
+# Not all of these have a derivative, so what they fill must never need one.
 FILLING: Mapping[str, Any] = {
     "fill_": aten.fill.Scalar,
     "zero_": aten.zero.default,
@@ -59,7 +60,8 @@ def _why_not(
     if len(written) != 1 or not node.args or node.args[0] is not written[0]:
         return "it writes in place to something other than its first operand"
     functional = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
-    fills = name in FILLING and node.all_input_nodes == written  # of numbers, no tensor says with what
+    # no tensor says with what, and it was made of none
+    fills = name in FILLING and node.all_input_nodes == written and not written[0].all_input_nodes
     if not functional and not fills and node.kwargs.get("inplace") is not True:
         return "it writes in place, and has no functional form"
     if node.meta.get("unseen"):

@@ -78,8 +78,9 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtestloop() -> None:
     """None; of each graph torch writes texts for its logs, and it times guards, which nobody reads here."""
-    vars(import_module("torch._dynamo.guards"))["profile_guard_manager"] = lambda *args: 0.0
-    setattr(torch.fx.GraphModule, "print_readable", lambda *args, **options: "")  # noqa: B010
+    patch = pytest.MonkeyPatch()
+    patch.setattr(import_module("torch._dynamo.guards"), "profile_guard_manager", lambda *args: 0.0)
+    patch.setattr(torch.fx.GraphModule, "print_readable", lambda *args, **options: "")
 
 
 def pytest_unconfigure() -> None:

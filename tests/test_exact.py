@@ -85,7 +85,7 @@ def assert_bitwise(model: Callable[..., Any], inputs: Sequence[Any], autocast: b
 CHAINS: dict[str, Callable[[int], nn.Module]] = {"additive": Additive, "affine": Affine, "momentum": Momentum}
 
 
-# 1,000: `python tests/measure.py exact`, and by blocks below
+# 1,000: `python tests/measure.py exact`; 500 by blocks below
 CASES = [(10, False), (10, True), (50, True)]
 DEPTHS = pytest.mark.parametrize("depth, autocast", CASES)
 EACH = [(name, *case) for name in CHAINS for case in CASES]

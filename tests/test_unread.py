@@ -119,6 +119,23 @@ def test_streams_that_are_filled_and_read_elsewhere_are_left_alone(write: Make) 
 
 
 @refused
+@pytest.mark.parametrize("name", ["bernoulli_", "uniform_", "normal_", "exponential_", "fill_", "zero_"])
+def test_what_has_a_gradient_is_filled_in_place(name: str) -> None:
+    """Functional forms of some have no derivative."""
+
+    class Filled(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f, g in zip(self.f, self.g, strict=True):
+                a = a + getattr(f(b) * 2, name)(*([0.5] if name == "fill_" else []))
+                b = b + g(a)
+            return torch.cat([a, b], -1)
+
+    model = Filled(torch.ones_like)
+    assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [leaf(8, 8)])
+
+
+@refused
 def test_probabilities_of_each_value_are_read() -> None:
     model = Scaled(lambda a: torch.empty_like(a).bernoulli_(torch.full_like(a, 0.5)))
     assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [leaf(8, 8)])
