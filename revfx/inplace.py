@@ -17,7 +17,7 @@ FUNCTIONAL = frozenset(
     floor ceil round trunc""".split()
 )
 # What fills a new tensor, with one number or with such as are drawn, and the form that draws the same ones. By name
-# there is none, or another: `h.bernoulli()` takes the values of h for probabilities, which `h.bernoulli_()` does not read.
+# there is none, or another: `h.bernoulli()` takes the values of h for probabilities, `h.bernoulli_()` reads none.
 # Not all of these have a derivative, so what they fill must never need one.
 FILLING: Mapping[str, Any] = {
     "fill_": aten.fill.Scalar,
