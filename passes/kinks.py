@@ -326,6 +326,11 @@ def made_by(
     return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
 
 
+def name_alone(name: str, number: int) -> str:
+    """The name of the operation that gives one of several results alone; the same one where there is none."""
+    return "mean" if name in ("var_mean", "std_mean") and number == 1 else name
+
+
 def _giver(name: str, args: Sequence[Any]) -> str:
     """The name of the operation that made a value; of one out of several results, that of what gave them all."""
     source = args[0] if name == "getitem" else None
@@ -369,18 +374,28 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
-        operands = [(n, n.meta.get("val"), levels[n]) for n in node.all_input_nodes]
+        call, name = _call_of(node)
+        operands = [(n, n.meta.get("val"), levels[n]) for n in call.all_input_nodes]
         if node.op == "call_module" or node.meta.get("opaque", False):
             read = [(n, level) for n, val, level in operands if may_be_continuous(val)]
             keys, theirs = tuple(n for n, _ in read), tuple(level for _, level in read)
             inside = node.meta.get("inside", (Inside(),) * 3)[rows]
             made.append(Made(node, str(node.target), levels[node], keys, theirs, inside=inside, tie=node.meta["tie"]))
         else:
-            args, result = (node.args, node.kwargs), node.meta.get("val")
-            one = made_by(node, op_name(node.target), levels[node], operands, args, result)
+            args, result = (call.args, call.kwargs), node.meta.get("val")
+            one = made_by(node, name, levels[node], operands, args, result)
             away = all(_stays_away(n.meta.get("val"), between[n]) for n in one.operands if isinstance(n, fx.Node))
             made.append(replace(one, tie=node.meta["tie"], away=away))
     return made
+
+
+def _call_of(node: fx.Node) -> tuple[fx.Node, str]:
+    """The call that a node stands for, and under which name: of what gives a mean among others, that of a mean."""
+    source, name = node.args[0] if node.args else None, op_name(node.target)
+    if name == "getitem" and isinstance(source, fx.Node) and isinstance(node.args[1], int):
+        alone = name_alone(giver := _giver(name, node.args), node.args[1])
+        return (node, name) if alone == giver else (source, alone)
+    return node, name
 
 
 def _stays_away(val: Any, between: Interval) -> bool:

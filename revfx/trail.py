@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from revfx.passes.atoms import CERTAIN, Levels, may_be_continuous
-from revfx.passes.kinks import Inside, Made, look_inside, made_by
+from revfx.passes.kinks import Inside, Made, look_inside, made_by, name_alone
 from revfx.trees import address, tensors
 
 
@@ -29,10 +29,10 @@ class Trail:
     def follow(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """None; the operation `name` gave `out`."""
         read = [(id(t), t, self.levels.of.get(id(t), CERTAIN)) for t in tensors((args, kwargs))]
-        for t in tensors(out):
+        for i, t in enumerate(tensors(out)):
             self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, address)
             level = self.levels.of[id(t)] = self.levels.of[id(t)] if may_be_continuous(t) else CERTAIN
-            self.made.append(made_by(id(t), name, level, read, (args, kwargs), t))
+            self.made.append(made_by(id(t), name_alone(name, i), level, read, (args, kwargs), t))
             self.alive += (t, args, kwargs)
 
     def follow_function(self, name: str, args: Any, kwargs: Any, out: Any) -> None:

@@ -60,6 +60,8 @@ SUMS: dict[str, tuple[Sum, bool]] = {  # under relu: whether that may be nearer 
     "rounded, and mixed with data": (lambda x, h, w: x + (h * 3.3).round() @ x, True),
     "rounded, and mixed by signs": (lambda x, h, w: x + (h * 3.3).round() @ w.sign(), True),
     "rounded, to a stem": (lambda x, h, w: (x @ w) + (h * 3.3).round(), False),
+    "normed, to a stem": (lambda x, h, w: (x @ w) + normed(h, 1e-5), False),
+    "rounded and normed, to a stem": (lambda x, h, w: (x @ w) + normed((h * 3.3).round(), 1e-5), True),
     "rounded, to rows of a table": (lambda x, h, w: w[x.int()[0]] + (h * 3.3).round(), False),
     "straight through": (lambda x, h, w: x + (h + (h.round() - h).detach()), True),
     "whole numbers": (lambda x, h, w: x + h.int() / 3.3, True),
