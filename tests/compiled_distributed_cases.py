@@ -18,7 +18,7 @@ import torch.distributed as dist
 from compiled import BOTH, INNERS
 from compiled_distributed_models import STEPS, inputs, update
 from compiled_distributed_placing import CASES, COLLECTIVES, Case, Options
-from helpers import loss_of
+from helpers import DEEP, loss_of
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
@@ -30,7 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from revfx.partitioner import reports
 
 
-BY_INDUCTOR = ("DDP, then compiled, default buckets", "blocks sharded, all compiled", "between chains")
+BY_INDUCTOR = (
+    "DDP, then compiled, default buckets",
+    *(("blocks sharded, all compiled", "between chains") if DEEP else ()),
+)
 FIRST_BUCKET = "_DEFAULT_FIRST_BUCKET_BYTES"  # DDP's optimizer takes no bucket smaller than that
 STOCK = "stock"  # the way that is not revfx's, but torch's own "aot_eager"
 WARNINGS = (  # torch's own, whatever the backend

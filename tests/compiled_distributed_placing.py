@@ -13,7 +13,7 @@ import torch
 from compiled_distributed_models import DEPTH, blocks, chain, sums_between_chains, sums_in_couplings, with_unused
 from distributed_models import chain_of
 from distributed_parallel import in_rows_and_columns
-from helpers import DEEP, TOLERANCE
+from helpers import DEEP, TOLERANCE, quick_but
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -77,11 +77,14 @@ def wide_chain() -> nn.Module:
 
 BOTH_ORDERS = {"DDP, then compiled": ddp_first, "compiled, then DDP": compiled_first}
 ORDERS = BOTH_ORDERS if DEEP else {"DDP, then compiled": ddp_first}  # each takes half a minute
-BUCKETS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "default buckets": (DEFAULT_BUCKET, (1,)),
-    "four functions a bucket": (4 * FUNCTION, (1, 1)),
-    "one function a bucket": (1, (0,) * 2 * DEPTH),
-}
+BUCKETS: dict[str, tuple[int, tuple[int, ...]]] = quick_but(
+    ("one function a bucket",),
+    {
+        "default buckets": (DEFAULT_BUCKET, (1,)),
+        "four functions a bucket": (4 * FUNCTION, (1, 1)),
+        "one function a bucket": (1, (0,) * 2 * DEPTH),
+    },
+)
 DDP: dict[str, Case] = {
     **{
         f"{order}, {buckets}": Case(
@@ -103,19 +106,22 @@ DDP: dict[str, Case] = {
     "gradients as views of buckets": Case(ddp_first(gradient_as_bucket_view=True), (1,)),
 }
 IN_FLOAT32 = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float64)
-FSDP: dict[str, Case] = {
-    # of three blocks the first has an input that needs no gradient; the others share a graph
-    "blocks sharded, then compiled": Case(lambda m, options: compile_blocks(shard(m), options), (1, 1), blocks),
-    "blocks compiled, then sharded": Case(lambda m, options: shard(compile_blocks(m, options)), (1, 1), blocks),
-    "blocks sharded, all compiled": Case(lambda m, options: whole_compiled(shard(m), options), (1, 1), blocks),
-    "sharded as one, all compiled": Case(lambda m, options: whole_compiled(sharded(m), options), (1,), blocks),
-    "blocks kept unsharded": Case(
-        lambda m, options: compile_blocks(shard(m, reshard_after_forward=False), options), (1, 1), blocks
-    ),
-    "blocks in float32": Case(
-        lambda m, options: compile_blocks(shard(m, mp_policy=IN_FLOAT32), options), (1, 1), blocks, tolerance=1e-5
-    ),
-}
+FSDP: dict[str, Case] = quick_but(
+    ("blocks compiled, then sharded", "blocks kept unsharded"),
+    {
+        # of three blocks the first has an input that needs no gradient; the others share a graph
+        "blocks sharded, then compiled": Case(lambda m, options: compile_blocks(shard(m), options), (1, 1), blocks),
+        "blocks compiled, then sharded": Case(lambda m, options: shard(compile_blocks(m, options)), (1, 1), blocks),
+        "blocks sharded, all compiled": Case(lambda m, options: whole_compiled(shard(m), options), (1, 1), blocks),
+        "sharded as one, all compiled": Case(lambda m, options: whole_compiled(sharded(m), options), (1,), blocks),
+        "blocks kept unsharded": Case(
+            lambda m, options: compile_blocks(shard(m, reshard_after_forward=False), options), (1, 1), blocks
+        ),
+        "blocks in float32": Case(
+            lambda m, options: compile_blocks(shard(m, mp_policy=IN_FLOAT32), options), (1, 1), blocks, tolerance=1e-5
+        ),
+    },
+)
 COLLECTIVES: dict[str, Case] = {
     "between chains": Case(whole_compiled, (2,), sums_between_chains),
     # what a collective gives is never computed again, so nothing can be computed back

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed_models import Gradients, Result, chain_of, inputs, train, update
-from helpers import loss_of
+from helpers import loss_of, quick_but
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -99,14 +99,17 @@ def with_tokens(placement: Any) -> Place:
     return place
 
 
-TENSOR: dict[str, Place] = {
-    "rows and columns": in_rows_and_columns,
-    "streams in sequence": in_sequence,
-    "streams of whole DTensors": with_whole_dtensors,
-    "streams of sharded DTensors": with_sharded_dtensors,
-    "three dimensions, whole": with_tokens(Replicate()),
-    "three dimensions, sharded": with_tokens(Shard(0)),
-}
+TENSOR: dict[str, Place] = quick_but(
+    ("streams of whole DTensors", "three dimensions, whole"),
+    {
+        "rows and columns": in_rows_and_columns,
+        "streams in sequence": in_sequence,
+        "streams of whole DTensors": with_whole_dtensors,
+        "streams of sharded DTensors": with_sharded_dtensors,
+        "three dimensions, whole": with_tokens(Replicate()),
+        "three dimensions, sharded": with_tokens(Shard(0)),
+    },
+)
 
 
 def tensor_and_data(build: Build, rank: int, world: int) -> Result:
@@ -121,12 +124,15 @@ def tensor_and_data(build: Build, rank: int, world: int) -> Result:
 
 # --- pipelines
 MICROBATCHES = 4
-PIPELINES: dict[str, Any] = {
-    "GPipe": ScheduleGPipe,
-    "1F1B": Schedule1F1B,
-    "interleaved 1F1B": ScheduleInterleaved1F1B,
-    "interleaved, without bubbles": ScheduleInterleavedZeroBubble,  # gradients of inputs, and later of weights
-}
+PIPELINES: dict[str, Any] = quick_but(
+    ("GPipe", "interleaved 1F1B"),
+    {
+        "GPipe": ScheduleGPipe,
+        "1F1B": Schedule1F1B,
+        "interleaved 1F1B": ScheduleInterleaved1F1B,
+        "interleaved, without bubbles": ScheduleInterleavedZeroBubble,  # gradients of inputs, and later of weights
+    },
+)
 
 
 def stages_of(schedule: str, rank: int, world: int) -> list[int]:

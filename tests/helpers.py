@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import string
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from revfx.mode import store_activations
 TOLERANCE = 1e-9  # relative, in fp64
 DEEP = bool(os.environ.get("REVFX_DEEP"))  # whether this is a run of what is left out otherwise, too
 WAYS = ("rev_block", "RevBlock")
+Case = TypeVar("Case")
 Pair = tuple[Tensor, Tensor]
 Block = Callable[..., Pair]
 Wrap = Callable[[Any], Callable[..., Any]]
@@ -41,6 +42,11 @@ def deep_but(kept: Container[Any], cases: Iterable[Any]) -> list[Any]:
     """Parameters of a test: the `cases` (tuples where it has several parameters), those not `kept` for deep runs."""
     whole = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
     return [pytest.param(*values, marks=() if case in kept else pytest.mark.deep) for case, values in whole]
+
+
+def quick_but(left_out: Container[str], cases: Mapping[str, Case]) -> dict[str, Case]:
+    """The `cases` of several that run together in processes, without those `left_out` in a run that is not deep."""
+    return {name: case for name, case in cases.items() if DEEP or name not in left_out}
 
 
 def lines(fs: Any, gs: Any) -> Block:

@@ -264,17 +264,17 @@ def assert_trains(model: nn.Module, plain: nn.Module, steps: int = 2) -> None:
 
 
 LIKE_OTHERS = [global_list, hidden_deque, default_list, in_a_pair, global_deep, computed_property, global_object]
+ALL = [(kind, table) for kind in (InF, InRoot) for table in TABLES]
 SOME = [*((InF, t) for t in TABLES if t not in LIKE_OTHERS), (InRoot, global_name)]
 
 
-@pytest.mark.parametrize("kind, table", deep_but(SOME, [(kind, table) for kind in (InF, InRoot) for table in TABLES]))
+@pytest.mark.parametrize("kind, table", deep_but(SOME, ALL))
 def test_convert_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     model = kind(table)
     assert_trains(revfx.convert(model), model)
 
 
-@pytest.mark.parametrize("table", TABLES, ids=NAMES)
-@pytest.mark.parametrize("kind", [InF, pytest.param(InRoot, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("kind, table", deep_but(SOME[::2], ALL))
 def test_explain_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     model, x = kind(table), torch.randn(3, 8)
     revfx.explain(model, x)

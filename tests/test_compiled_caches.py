@@ -164,7 +164,7 @@ def test_the_same_program_hits(door: Door) -> None:
 OPTIONS: list[dict[str, Any]] = [{"unbounded": "store"}, {"tolerance": 1e-3}, {"max_fusion_size": 9}]
 
 
-@both_doors
+@partitioners_door
 def test_other_options_miss(door: Door) -> None:
     model, x = Couplings(), leaf(ROWS, 8)
     assert compiled(model, x, backend="inductor") == (MISS, [])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import fresh as fresh
-from helpers import fp64 as fp64, mlp, relative_error
+from helpers import deep_but, fp64 as fp64, mlp, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,7 +66,7 @@ def check(model: Numbers, sizes: list[tuple[int, int]], dynamic: bool | None = N
     assert not model.before or all(report.regions for report in found)
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("before", deep_but((True,), (False, True)))
 @pytest.mark.parametrize("step", OF_SIZES)
 def test_sizes_that_are_not_fixed(step: str, before: bool) -> None:
     check(Numbers(OF_SIZES[step], before), [(6, 1), (8, 1), (5, 1)], dynamic=True)
@@ -103,15 +103,14 @@ class Images(nn.Module):
         return torch.cat([a, b], -1)
 
 
-LARGER_OR_SMALLER = (("enlarged", True), ("enlarged", False), ("cropped", False))
+OTHER_SIZES = (("flattened", False), ("enlarged", True), ("enlarged", False), ("cropped", False))
 
 
 @pytest.mark.parametrize(
     "resized, exact",
     [
-        ("flattened", False),
         ("pooled", False),
-        *(pytest.param(*case, marks=pytest.mark.deep) for case in LARGER_OR_SMALLER),
+        *(pytest.param(*case, marks=pytest.mark.deep) for case in OTHER_SIZES),
     ],
 )
 def test_images_whose_size_is_not_fixed(resized: str, exact: bool) -> None:

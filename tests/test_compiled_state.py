@@ -141,7 +141,8 @@ NORMS = ["BatchNorm1d", "BatchNorm2d", "spectral_norm", "InstanceNorm"]
 OTHERS = [k for k in WRITING if k not in NORMS]  # an even number
 
 
-@pytest.mark.parametrize("kinds", [NORMS, pytest.param(OTHERS, marks=pytest.mark.deep)], ids=["norms", "others"])
+@pytest.mark.deep
+@pytest.mark.parametrize("kinds", [NORMS, OTHERS], ids=["norms", "others"])
 def test_buffers_under_inductor(kinds: Sequence[str]) -> None:
     report = check(Plain([WRITING[k]() for k in kinds[::2]], [WRITING[k]() for k in kinds[1::2]]), "inductor")
     assert inverted(report) >= len(kinds) - 2, report.refusals

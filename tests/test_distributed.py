@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_cases import BLOCKS, DDP, FSDP, IN_FOUR, IN_ONE, LAST, MEMORY, MIXED, OWN, SAME_KEYS, Key, work
+from distributed_cases import BLOCKS, DDP, FSDP, IN_FOUR, IN_ONE, LAST, MEMORY, MIXED, OF_DDP, OWN, SAME_KEYS, Key, work
 from distributed_models import Gradients, Result, Task, blocks, chain_of, reference
 from distributed_parallel import PIPELINES, TENSOR, pipeline_reference, stages_of
 from distributed_state import STATE
 from helpers import TOLERANCE, relative_error
 from processes import run_in_processes
 from torch import distributed
-from ways import WAYS, Plain
+from ways import Plain
 
 
 pytestmark = [
@@ -58,7 +58,7 @@ def check(results: Results, world: int, key: Key, task: Task, plain: Key | None 
 
 
 # --- DDP
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", OF_DDP)
 @pytest.mark.parametrize(("world", "case"), [*((1, case) for case in IN_ONE), *((2, case) for case in DDP)])
 def test_ddp_gives_the_average_of_the_plain_gradients(results: Results, world: int, case: str, way: str) -> None:
     check(results, world, ("DDP", case, way), DDP[case][1])

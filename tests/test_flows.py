@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flows import FLOWS, IRREVERSIBLE, Program
-from helpers import TOLERANCE, relative_error
+from helpers import TOLERANCE, deep_but, relative_error
 from torch import Tensor, nn
 
 from revfx.errors import Refusal
@@ -35,7 +35,8 @@ BY_INDUCTOR = ("FrEIA one-sided", "normflows affine, swap")
 LIKE_OTHERS = (
     *("FrEIA NICE", "FrEIA RNVP", "FrEIA GLOW", "FrEIA GIN", "normflows affine, swap", "normflows sigmoid, shuffle"),
     *("normflows sigmoid_inv, swap", "normflows class-conditional", "normflows channel and channel_inv"),
-    "FrEIA GLOW, images",
+    *("FrEIA GLOW, images", "FrEIA conditional affine", "FrEIA i-RevNet sampling", "normflows constants"),
+    "normflows additive, swap",
 )
 CASES = [pytest.param(name, "aot_eager", marks=pytest.mark.deep if name in LIKE_OTHERS else ()) for name in FLOWS] + [
     pytest.param(name, "inductor", marks=pytest.mark.deep) for name in BY_INDUCTOR
@@ -63,6 +64,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "normflows checkerboard": ("index", "reshape.py", "can't be known to be a permutation"),
     "normflows Glow": ("convolution", "mixing.py", MAP),
 }
+
+OF_EACH_REASON = (
+    *("FrEIA all in one", "FrEIA fixed 1x1 convolution", "FrEIA i-RevNet sampling by convolution", "FrEIA sigmoid"),
+    *("normflows LU", "normflows checkerboard"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +138,7 @@ def test_a_flow_keeps_nothing_per_block_and_has_the_plain_gradients(name: str, i
 
 @pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # normflows calls it
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, where a graph ends
-@pytest.mark.parametrize("name", IRREVERSIBLE)
+@pytest.mark.parametrize("name", deep_but(OF_EACH_REASON, IRREVERSIBLE))
 def test_what_can_not_be_inverted_is_refused_with_its_operation_and_place(name: str) -> None:
     op, file, reason = REFUSED[name]
     measured = Measured(IRREVERSIBLE[name], 2, EAGER, fullgraph=False)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 import revfx
-from revfx.bench_models import MODELS, BenchModel
+from revfx.bench_models import MODELS
 from revfx.explain import total
 from revfx.scratch import scratch
 from revfx.simulation import Simulation
@@ -25,20 +25,21 @@ def square(output: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("depth", deep_but((16,), (4, 16)))
-@pytest.mark.parametrize("bench", MODELS.values(), ids=MODELS)
-def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(bench: BenchModel, depth: int) -> None:
+@pytest.mark.parametrize("name", deep_but(("revnet", "transformer"), MODELS))
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(name: str, depth: int) -> None:
+    bench = MODELS[name]
     model, inputs = bench.make(depth), bench.inputs(max(1, bench.batch // 8))
     found = revfx.explain(model, *inputs, loss=bench.loss)
     ways = {"plain": model, "revfx": revfx.convert(model), "checkpoint": revfx.convert(model, anchor_every=1)}
-    for name, way in ways.items():
-        seen, usage = measure_memory(lambda way=way: bench.loss(way(*inputs))), found.way(name)
+    for way, call in ways.items():
+        seen, usage = measure_memory(lambda call=call: bench.loss(call(*inputs))), found.way(way)
         assert usage is not None and usage.peak is not None and usage.kept is not None
-        assert abs(usage.peak / seen.peak - 1) < 0.1, (name, usage.peak, seen.peak)
-        assert abs(usage.kept / seen.kept - 1) < 0.1, (name, usage.kept, seen.kept)
+        assert abs(usage.peak / seen.peak - 1) < 0.1, (way, usage.peak, seen.peak)
+        assert abs(usage.kept / seen.kept - 1) < 0.1, (way, usage.kept, seen.kept)
     assert [r.kept_cuts for r in found.regions] == [2]
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", deep_but([*ZOO][::2], ZOO))
 def test_the_zoo_is_predicted_as_well(name: str) -> None:
     make, inputs = ZOO[name]
     model, x = make(6), inputs(64)

@@ -98,7 +98,7 @@ class Contracting(Pairs):
         return torch.cat([a, b], -1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", deep_but((torch.float64,), (torch.float64, torch.float32)))
 @pytest.mark.parametrize("depth", deep_but((12, 200), (12, 50, 200, 400)))
 @pytest.mark.parametrize("kind", [Momentum, Contracting])
 def test_contracting_steps_keep_cuts_and_gradients_stay_within_tolerance(

@@ -23,7 +23,11 @@ from revfx.testing import measure_memory
 ALL_DEEP = int(os.environ.get("REVFX_DEEP", "0"))
 SHALLOW, DEEP = 4, ALL_DEEP or 6
 BY_INDUCTOR = ("additive",)
-MEASURED = ("affine exp", "momentum", "slices", "additive", "conv+BN")
+MEASURED = ("momentum", "additive", "conv+BN")
+OF_EACH_SORT = (
+    *("in place", "affine exp", "momentum", "four streams", "cat/split per block", "slices", "masked by where"),
+    *("side inputs", "shared weights", "two stages", "transformer"),
+)
 ROWS, MANY_ROWS = 8, 1024
 Options = dict[str, str | int | bool | Callable[..., object]]
 QUICK: Options = {"fallback_random": True, "cpp.simdlen": 1}  # the numbers of eager, and code that compiles fast
@@ -77,7 +81,7 @@ def trained(compiler: Compile, model: nn.Module, inputs: Sequence[Tensor]) -> tu
     return found, measure_memory(lambda: loss(run, inputs)).peak - theirs
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", deep_but(OF_EACH_SORT, ZOO))
 def test_gradients_are_plain_autograds(name: str) -> None:
     torch.manual_seed(0)
     model, inputs = ZOO[name][0](SHALLOW).double(), inputs_of(name, ROWS, torch.float64)
