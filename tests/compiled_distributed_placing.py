@@ -85,26 +85,29 @@ BUCKETS: dict[str, tuple[int, tuple[int, ...]]] = quick_but(
         "one function a bucket": (1, (0,) * 2 * DEPTH),
     },
 )
-DDP: dict[str, Case] = {
-    **{
-        f"{order}, {buckets}": Case(
-            place(**({} if size == DEFAULT_BUCKET else {"bucket_cap_mb": size / MIB})), regions, bucket=size
-        )
-        for order, place in ORDERS.items()
-        for buckets, (size, regions) in BUCKETS.items()
+DDP: dict[str, Case] = quick_but(
+    ("compiled, then DDP, in buckets", "static graph", "gradients as views of buckets"),
+    {
+        **{
+            f"{order}, {buckets}": Case(
+                place(**({} if size == DEFAULT_BUCKET else {"bucket_cap_mb": size / MIB})), regions, bucket=size
+            )
+            for order, place in ORDERS.items()
+            for buckets, (size, regions) in BUCKETS.items()
+        },
+        **{
+            f"{order}, small buckets, not split": Case(place(bucket_cap_mb=1 / MIB), (1,), bucket=1, optimize_ddp=False)
+            for order, place in ORDERS.items()
+        },
+        "compiled, then DDP, in buckets": Case(
+            compiled_first(bucket_cap_mb=4 * FUNCTION / MIB), (1, 1), bucket=4 * FUNCTION
+        ),
+        "unused parameters": Case(ddp_first(find_unused_parameters=True), (1,), with_unused),
+        "static graph": Case(ddp_first(static_graph=True), (1,)),
+        "accumulation": Case(ddp_first(), (1,), accumulate=True),
+        "gradients as views of buckets": Case(ddp_first(gradient_as_bucket_view=True), (1,)),
     },
-    **{
-        f"{order}, small buckets, not split": Case(place(bucket_cap_mb=1 / MIB), (1,), bucket=1, optimize_ddp=False)
-        for order, place in ORDERS.items()
-    },
-    "compiled, then DDP, in buckets": Case(
-        compiled_first(bucket_cap_mb=4 * FUNCTION / MIB), (1, 1), bucket=4 * FUNCTION
-    ),
-    "unused parameters": Case(ddp_first(find_unused_parameters=True), (1,), with_unused),
-    "static graph": Case(ddp_first(static_graph=True), (1,)),
-    "accumulation": Case(ddp_first(), (1,), accumulate=True),
-    "gradients as views of buckets": Case(ddp_first(gradient_as_bucket_view=True), (1,)),
-}
+)
 IN_FLOAT32 = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float64)
 FSDP: dict[str, Case] = quick_but(
     ("blocks compiled, then sharded", "blocks kept unsharded"),

@@ -53,6 +53,7 @@ def test_a_quick_run_compares_what_is_there(here: Callable[..., int], capsys: py
         assert "log-determinant" in rows["flow", "rev_block"]["notes"][0]
 
 
+@pytest.mark.deep
 def test_figures_are_written_and_printed_by_a_process_with_an_allocator_that_keeps(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

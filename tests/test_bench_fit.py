@@ -56,6 +56,7 @@ def test_a_search_goes_on_from_what_is_known_and_ends_when_told_to() -> None:
 
 
 # --- child processes
+@pytest.mark.deep
 def test_larger_batches_fit_where_activations_are_not_kept() -> None:
     plain, ours = (largest(replace(QUESTION, way=way)) for way in ("plain", "convert"))
     for fit in (plain, ours):

@@ -382,6 +382,7 @@ def peak_of(depth: int, training: bool) -> int:
     return measure_memory(loss).peak - sum(p.numel() * p.element_size() for p in module.parameters())
 
 
+@pytest.mark.deep
 def test_memory_does_not_grow_with_depth() -> None:
     growth = {training: peak_of(6, training) - peak_of(3, training) for training in (True, False)}
     assert growth[True] < 0.05 * growth[False], growth

@@ -275,7 +275,8 @@ def wide(depth: int) -> Plain:
     return Plain([function() for _ in range(depth)], [function() for _ in range(depth)]).float()
 
 
-@pytest.mark.parametrize("way", [pytest.param("inductor, fallback_random", marks=pytest.mark.deep), "aot_eager"])
+@pytest.mark.deep
+@pytest.mark.parametrize("way", ["inductor, fallback_random", "aot_eager"])
 def test_peak_memory_does_not_grow_with_depth(way: str) -> None:
     inner, _, option = way.partition(", ")
     options = {option: True} if option else {}

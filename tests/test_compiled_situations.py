@@ -108,7 +108,8 @@ def test_a_block_and_a_loss_function_compile_by_themselves() -> None:
     assert [len(report.regions) for report in found] == [1]
 
 
-@pytest.mark.parametrize("mode", deep_but((), ["max-autotune-no-cudagraphs", "reduce-overhead"]))
+@pytest.mark.deep
+@pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
 def test_modes_of_inductor(mode: str) -> None:
     model = Chained()
     with reports() as found:
@@ -272,7 +273,8 @@ class Blocked(nn.Module):
         return torch.cat(self.block(*x.chunk(2, -1)), -1)
 
 
-@pytest.mark.parametrize("make", deep_but((OfTheUser,), (mlp, OfTheUser)))
+@pytest.mark.deep
+@pytest.mark.parametrize("make", [mlp, OfTheUser])
 def test_rev_block_is_flat_in_a_compiled_model(make: Callable[[int], nn.Module]) -> None:
     model, x = Blocked(DEPTH, make), leaf(ROWS, 2 * WIDTH)
     twin = copy.deepcopy(model)
@@ -329,7 +331,8 @@ def test_exact_zeros_are_never_given_back_by_a_rounding_inverse(make: Callable[[
     assert found[0].regions or make is ReluInTheMiddle, "still found, where it is worth what is kept"
 
 
-@pytest.mark.parametrize("make", deep_but((), (two_layers, *ATOMS[:4])))
+@pytest.mark.deep
+@pytest.mark.parametrize("make", [two_layers, *ATOMS[:4]])
 def test_exact_zeros_under_inductor(make: Callable[[], nn.Module]) -> None:
     x = torch.relu(torch.randn(64, 2 * D)).requires_grad_()
     model = make()

@@ -115,7 +115,8 @@ def test_what_is_written_to_a_buffer_is_not_lost(shape: tuple[int, ...], capture
     assert torch.equal(converted.average, model.average)
 
 
-@pytest.mark.parametrize("capture", deep_but(("auto",), CAPTURES))
+@pytest.mark.deep
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_memory_does_not_grow_with_depth(capture: str) -> None:
     x = leaf(1024, 32)
     growth: list[int] = []

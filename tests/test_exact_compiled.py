@@ -63,12 +63,10 @@ def test_over_eager_kernels_it_is_what_eager_mode_gives(name: str) -> None:
     assert found[0].regions and all(r.kept_cuts == 2 for r in found[0].regions)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("name", "autocast"),
-    deep_but(
-        (),
-        [("momentum", False), ("momentum", True), ("conv+BN", True), ("transformer", True), ("dropout", False)],
-    ),
+    [("momentum", False), ("momentum", True), ("conv+BN", True), ("transformer", True), ("dropout", False)],
 )
 def test_it_is_what_keeping_every_cut_gives(name: str, autocast: bool) -> None:
     make, inputs_of = ZOO[name]
@@ -138,6 +136,7 @@ def test_under_inductor_it_is_equal_to_rounding_or_raises() -> None:
     assert found[0].regions
 
 
+@pytest.mark.deep
 def test_memory_is_flat_for_additive_couplings_and_a_bit_per_element_for_momentum() -> None:
     x = torch.randn(256, 2 * D, requires_grad=True)
 

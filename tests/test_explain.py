@@ -215,6 +215,7 @@ def test_saving(found: Explanation, tmp_path: Path) -> None:
         found.save(tmp_path / "x.png")
 
 
+@pytest.mark.deep
 def test_hundreds_of_couplings_are_explained() -> None:
     found = revfx.explain(Net(100), torch.randn(4, 16))
     assert found.couplings == 200 and len(str(found).splitlines()) < 40

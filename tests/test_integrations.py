@@ -237,6 +237,7 @@ def test_transformers_trainer_takes_a_converted_model(tmp_path: Path, options: d
     assert_same_weights(resumed.weights, got.weights, 1e-9)
 
 
+@pytest.mark.deep
 def test_transformers_trainer_in_bfloat16(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     plain, converted = twins(LanguageModel)
@@ -390,7 +391,7 @@ def train_by_accelerate(model: nn.Module, folder: Path, precision: str, every: i
 
 
 @pytest.mark.parametrize(
-    ("precision", "every"), deep_but((("no", 1), ("bf16", 2)), [("no", 1), ("no", 2), ("bf16", 1), ("bf16", 2)])
+    ("precision", "every"), deep_but((("bf16", 2),), [("no", 1), ("no", 2), ("bf16", 1), ("bf16", 2)])
 )
 def test_accelerate_prepares_a_converted_model(precision: str, every: int, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")

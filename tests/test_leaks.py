@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fp64 as fp64, leaf, loss_of, mlps, unseen
+from helpers import deep_but, fp64 as fp64, leaf, loss_of, mlps, unseen
 from torch import Tensor, nn
 from ways import BUILD
 
@@ -21,6 +21,7 @@ from revfx.testing import store_activations
 
 WAYS = ("convert", "rev_block")  # a `RevBlock` calls `rev_block`
 ways = pytest.mark.parametrize("way", WAYS)
+convert_alone = pytest.mark.parametrize("way", deep_but(("convert",), WAYS))
 MIB = 2**20
 
 
@@ -129,7 +130,7 @@ def test_a_thousand_steps_however_they_end_leave_nothing(way: str) -> None:
     assert_flat(Steps(way), first=80, then=920)
 
 
-@ways
+@convert_alone
 def test_new_shapes_at_every_step_make_a_bounded_number_of_plans(way: str) -> None:
     model: Any = BUILD[way](mlps(2), mlps(2))
 
@@ -172,7 +173,7 @@ def test_model_that_is_let_go_is_freed_at_once(way: str) -> None:
     assert not any(item is not None for item in alive)
 
 
-@ways
+@convert_alone
 def test_models_that_are_converted_and_dropped_leave_nothing(way: str) -> None:
     """What a forward was recorded on was once held by its own history, where no collector looks."""
 

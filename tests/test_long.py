@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import compiled, fresh as fresh, inverted
-from helpers import fp64 as fp64, relative_error
+from helpers import deep_but, fp64 as fp64, relative_error
 from torch import Tensor, nn
 from ways import Blocked, Plain
 
@@ -58,22 +58,25 @@ def assert_flat(call: Any, model: nn.Module, layers: int, first: bool = False) -
     assert memory.peak < 0.03 * plain + 128 * STREAM, memory
 
 
-def test_ten_thousand_couplings_of_a_block() -> None:
-    model = Blocked(*functions(5_000))
-    assert_flat(model, model, 5_000, first=True)
+@pytest.mark.parametrize("layers", deep_but((2_000,), (2_000, 5_000)))
+def test_thousands_of_couplings_of_a_block(layers: int) -> None:
+    model = Blocked(*functions(layers))
+    assert_flat(model, model, layers, first=True)
 
 
-def test_two_thousand_couplings_of_a_converted_model() -> None:
-    model = Plain(*functions(1_000))
+@pytest.mark.parametrize("layers", deep_but((400,), (400, 1_000)))
+def test_thousands_of_couplings_of_a_converted_model(layers: int) -> None:
+    model = Plain(*functions(layers))
     call: Any = convert(model)
-    assert_flat(call, model, 1_000)
+    assert_flat(call, model, layers)
     (plan,) = call.revfx.plans
-    assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) > 1_990
+    assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) > 2 * layers - 10
 
 
 @pytest.mark.usefixtures("fresh")
-def test_two_hundred_couplings_of_a_compiled_model() -> None:
-    model = Plain(*functions(100))
+@pytest.mark.parametrize("layers", deep_but((40,), (40, 100)))
+def test_hundreds_of_couplings_of_a_compiled_model(layers: int) -> None:
+    model = Plain(*functions(layers))
     with reports() as found:
-        assert_flat(compiled(model, "aot_eager"), model, 100)
-    assert sum(map(inverted, found)) > 190
+        assert_flat(compiled(model, "aot_eager"), model, layers)
+    assert sum(map(inverted, found)) > 2 * layers - 10

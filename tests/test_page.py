@@ -235,6 +235,7 @@ def test_a_browser_sorts_by_numbers_and_by_names(tmp_path: Path) -> None:
     assert rows(visit(tmp_path / "y.html", tmp_path / "profile").document)[0] == [f"v_{i}" for i in range(12)]
 
 
+@pytest.mark.deep
 def test_thousands_of_values_are_searched_at_once(tmp_path: Path) -> None:
     source = page(Explanation("Net", (), (region(MOST_ROWS),), ()))
     timed = """<script>
