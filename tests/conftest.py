@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fuzz: long runs of random programs, left out unless selected by `-m fuzz`")
-    config.addinivalue_line("markers", "deep: compiles much; left out unless REVFX_DEEP is set")
+    config.addinivalue_line("markers", "deep: compiles or measures for long; left out unless REVFX_DEEP is set")
     if config.option.programs_seed is None:  # once, before the options go to the workers
         config.option.programs_seed = random.randrange(10**6)
     config.pluginmanager.register(Reporter(config))
