@@ -264,7 +264,7 @@ KEEP_NOTHING: dict[str, Callable[[int], nn.Module]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*couplings in a row")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", deep_but((torch.float32,), (torch.float64, torch.float32, torch.bfloat16)))
 @pytest.mark.parametrize("name", KEEP_NOTHING)
 def test_ordinary_streams_keep_as_many_cuts_at_any_depth(name: str, dtype: torch.dtype) -> None:
     kept: list[int] = []

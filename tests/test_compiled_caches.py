@@ -45,7 +45,7 @@ def partitioner(**options: Any) -> dict[str, Any]:
 
 DOORS = (backend, partitioner)
 both_doors = pytest.mark.parametrize("door", DOORS)
-backends_door, partitioners_door = (pytest.mark.parametrize("door", deep_but((door,), DOORS)) for door in DOORS)
+backends_door = pytest.mark.parametrize("door", deep_but((backend,), DOORS))
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,8 @@ def test_the_same_program_hits(door: Door) -> None:
 OPTIONS: list[dict[str, Any]] = [{"unbounded": "store"}, {"max_fusion_size": 9}]
 
 
-@partitioners_door
+@pytest.mark.deep
+@both_doors
 def test_other_options_miss(door: Door) -> None:
     model, x = Couplings(), leaf(ROWS, 8)
     assert compiled(model, x, backend="inductor") == (MISS, [])
@@ -223,7 +224,8 @@ def sinh(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(node.args[0], lambda y: y.sinh())
 
 
-@partitioners_door
+@pytest.mark.deep
+@both_doors
 @pytest.mark.usefixtures("rules_as_they_were")
 def test_a_rule_of_the_user_goes_past_the_caches(door: Door) -> None:
     model, x = Couplings(torch.asinh), leaf(ROWS, 8)

@@ -53,6 +53,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("fp64")
+@pytest.mark.deep
 def test_nothing_is_read_before_it_is_written() -> None:
     """pytorch/pytorch#185509: gradients of the stem were off by half, without a word."""
     model, x = Unfolds(), torch.randn(3, 4, 2, 2, requires_grad=True)

@@ -103,15 +103,10 @@ class Images(nn.Module):
         return torch.cat([a, b], -1)
 
 
-OTHER_SIZES = (("flattened", False), ("enlarged", True), ("enlarged", False), ("cropped", False))
-
-
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "resized, exact",
-    [
-        ("pooled", False),
-        *(pytest.param(*case, marks=pytest.mark.deep) for case in OTHER_SIZES),
-    ],
+    [("flattened", False), ("pooled", False), ("enlarged", True), ("enlarged", False), ("cropped", False)],
 )
 def test_images_whose_size_is_not_fixed(resized: str, exact: bool) -> None:
     model = Images(RESIZED[resized])

@@ -146,7 +146,8 @@ def test_auto_prefers_the_sub_modules_where_the_regions_lie_in_them() -> None:
     assert converted.inner.revfx.plans[0].regions
 
 
-@pytest.mark.parametrize("capture", deep_but(("auto",), CAPTURES))
+@pytest.mark.deep
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_it_is_the_same_module_from_outside(capture: str) -> None:
     model, x = Branches(4), leaf(8, 32)
     converted = quietly(model, capture)

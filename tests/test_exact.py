@@ -87,6 +87,7 @@ CHAINS: dict[str, Callable[[int], nn.Module]] = {"additive": Additive, "affine":
 
 # 1,000: `python tests/measure.py exact`; 500 by blocks below
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BLOCKS = [("RevBlock", 10), ("rev_block", 50), ("rev_block", 500)]
 CASES = [(10, False), (10, True), (50, True)]
 EACH = [(name, *case) for name in CHAINS for case in CASES]
 
@@ -116,7 +117,7 @@ class WithDropout(Transformer):
                 setattr(self, name, nn.ModuleList(nn.Sequential(m, nn.Dropout(0.1)) for m in child))
 
 
-@pytest.mark.parametrize("way, depth", [("RevBlock", 10), ("rev_block", 500)])
+@pytest.mark.parametrize("way, depth", deep_but(BLOCKS[:2], BLOCKS))
 @pytest.mark.parametrize(
     "dtype",
     deep_but(("autocast",), (torch.float32, torch.float64, torch.bfloat16, "autocast")),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from faults import KINDS, Busy, Called, Dispatched, Left, Own, around, busy
-from helpers import DEEP, TOLERANCE, fp64 as fp64, leaf, loss_of, mlps, relative_error, unseen
+from helpers import DEEP, TOLERANCE, deep_but, fp64 as fp64, leaf, loss_of, mlps, relative_error, unseen
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ways import BUILD, Plain
@@ -114,7 +114,7 @@ def test_what_raises_at_any_operation_of_a_step_comes_through_and_leaves_nothing
     attack.check_the_next_step()
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, Own])
+@pytest.mark.parametrize("kind", deep_but((KeyboardInterrupt,), (KeyboardInterrupt, MemoryError, Own)))
 def test_what_raises_while_the_forward_is_recorded_comes_through_and_leaves_nothing(kind: type[BaseException]) -> None:
     """A fault of another kind, such as a KeyError, is the forward's own, and raised again when that runs."""
     model, x = built("convert"), leaf(6, 8)

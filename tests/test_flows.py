@@ -38,6 +38,7 @@ LIKE_OTHERS = (
     *("FrEIA GLOW, images", "FrEIA conditional affine", "FrEIA i-RevNet sampling", "normflows constants"),
     "normflows additive, swap",
     "FrEIA GLOW, context",
+    "normflows masked",
 )
 CASES = [pytest.param(name, "aot_eager", marks=pytest.mark.deep if name in LIKE_OTHERS else ()) for name in FLOWS] + [
     pytest.param(name, "inductor", marks=pytest.mark.deep) for name in BY_INDUCTOR

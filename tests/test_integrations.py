@@ -272,7 +272,8 @@ def bert(transformers: Any) -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
-@pytest.mark.parametrize("make", deep_but((gpt2,), (gpt2, bert)))
+@pytest.mark.deep
+@pytest.mark.parametrize("make", [gpt2, bert])
 def test_residual_transformer_is_trained_as_before_and_the_reason_is_said(
     make: Callable[..., nn.Module], tmp_path: Path
 ) -> None:

@@ -165,13 +165,13 @@ def test_gradients_of_streams_of_data(use: str) -> None:
         assert_same_of_all_data(Streams(add, USES[use]))
 
 
-@pytest.mark.parametrize("then", THEN)
+@pytest.mark.parametrize("then", deep_but([*THEN][::2], THEN))
 def test_gradients_of_streams_of_data_that_are_moved_and_scaled(then: str) -> None:
     for use in ("less data", "a batch norm", "sorted"):
         assert_same_of_all_data(Streams(ADDS["a layer"], USES[use], then=THEN[then]))
 
 
-@pytest.mark.parametrize("off", OFF)
+@pytest.mark.parametrize("off", deep_but([*OFF][1::2], OFF))
 def test_gradients_of_streams_of_data_that_come_back(off: str) -> None:
     for seed in range(8):  # in some an element equals the mean of its row
         torch.manual_seed(seed)

@@ -125,7 +125,7 @@ class Steps:
             self.train()
 
 
-@ways
+@convert_alone
 def test_a_thousand_steps_however_they_end_leave_nothing(way: str) -> None:
     assert_flat(Steps(way), first=80, then=920)
 

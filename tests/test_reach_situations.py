@@ -18,7 +18,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE, fp64 as fp64, leaf, loss_of, mlp, relative_error
+from helpers import TOLERANCE, deep_but, fp64 as fp64, leaf, loss_of, mlp, relative_error
 from torch import Tensor, nn
 from ways import BUILD, Plain
 
@@ -210,7 +210,7 @@ KEPT: list[Tensor] = []
 
 @ways
 @pytest.mark.parametrize("backward", [True, False])
-@pytest.mark.parametrize("use", [_in_a_list, _in_a_dict, _in_a_tuple])
+@pytest.mark.parametrize("use", deep_but((_in_a_list,), (_in_a_list, _in_a_dict, _in_a_tuple)))
 def test_graphs_that_f_keeps_are_let_go_with_what_holds_them(
     way: str, use: Any, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
