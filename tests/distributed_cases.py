@@ -32,7 +32,7 @@ Case = Callable[[Build, int, int], Result]
 Key = tuple[str, str, str]  # kind, case, way
 # `rev_block` in deep runs alone: it differs from `RevBlock` in where the parameters live
 OWN = ("convert", "rev_block", "RevBlock") if DEEP else ("convert", "RevBlock")
-OF_DDP = WAYS if DEEP else OWN
+OF_DDP, OF_MEMORY = (WAYS, OWN) if DEEP else (OWN, ("convert",))
 SAME_KEYS = ("convert", "rev_block")  # as the plain model
 
 
@@ -221,7 +221,7 @@ def _cases(world: int) -> dict[tuple[str, str], tuple[Case, tuple[str, ...]]]:
         found |= {("tensor", name): (_tensor(place), OWN) for name, place in TENSOR.items()}
         found |= {("pipeline", name): (pipelined(schedule), OWN) for name, schedule in PIPELINES.items()}
         found |= {("state", name): (case, SAME_KEYS) for name, case in STATE.items()}
-        found |= {("memory", name): (case, OWN) for name, case in MEMORY.items()}
+        found |= {("memory", name): (case, OF_MEMORY) for name, case in MEMORY.items()}
     if world == 4:
         found |= {("DDP", name): (_ddp(*DDP[name]), OWN) for name in IN_FOUR["DDP"]}
         found |= {("FSDP", name): (FSDP[name][0], OWN) for name in IN_FOUR["FSDP"]}

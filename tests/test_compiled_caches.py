@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE, deep_but, fp64, leaf, loss_of, relative_error
+from helpers import TOLERANCE, fp64, leaf, loss_of, relative_error
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -45,7 +45,6 @@ def partitioner(**options: Any) -> dict[str, Any]:
 
 DOORS = (backend, partitioner)
 both_doors = pytest.mark.parametrize("door", DOORS)
-backends_door = pytest.mark.parametrize("door", deep_but((backend,), DOORS))
 
 
 @pytest.fixture(autouse=True)
@@ -303,7 +302,8 @@ def test_a_function_out_of_the_cache_checks_its_permutation() -> None:
         function(x)
 
 
-@backends_door
+@pytest.mark.deep
+@both_doors
 def test_a_function_out_of_the_cache_checks_its_factors(door: Door) -> None:
     model, x = Scaling(), leaf(ROWS, 8)
     assert [compiled(model, x, **door())[0] for _ in range(2)] == [MISS, HIT]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
-from helpers import DEEP, TOLERANCE, Outcome, deep_but, leaf, outcome, relative_error
+from helpers import TOLERANCE, Outcome, deep_but, leaf, outcome, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -115,7 +115,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 # Compiling C++ takes long: inductor gets several kinds in one model.
-FUSED = ("nn.Dropout", "rows") * (2 if DEEP else 1)
+FUSED = ("nn.Dropout", "rows") * 2
 LIKE_OTHERS = (
     *("F.dropout", "nothing dropped", "alpha", "rrelu", "bernoulli", "bernoulli_", "uniform", "integers", "gumbel"),
     "attention",

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_cases import BLOCKS, DDP, FSDP, IN_FOUR, IN_ONE, LAST, MEMORY, MIXED, OF_DDP, OWN, SAME_KEYS, Key, work
+from distributed_cases import (
+    BLOCKS,
+    DDP,
+    FSDP,
+    IN_FOUR,
+    IN_ONE,
+    LAST,
+    MEMORY,
+    MIXED,
+    OF_DDP,
+    OF_MEMORY,
+    OWN,
+    SAME_KEYS,
+    Key,
+    work,
+)
 from distributed_models import Gradients, Result, Task, blocks, chain_of, reference
 from distributed_parallel import PIPELINES, TENSOR, pipeline_reference, stages_of
 from distributed_state import STATE
@@ -164,7 +179,7 @@ def test_checkpoints_move_between_plain_and_converted_models(results: Results, c
 
 
 # --- memory
-@pytest.mark.parametrize("way", OWN)
+@pytest.mark.parametrize("way", OF_MEMORY)
 @pytest.mark.parametrize("case", MEMORY)
 def test_activations_are_not_kept(results: Results, case: str, way: str) -> None:
     """Of eight layers; what FSDP2 gathers and what collectives write to is the same with and without revfx."""

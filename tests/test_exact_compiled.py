@@ -121,6 +121,7 @@ def test_convert_by_dynamo_and_a_block_inside_a_compiled_model() -> None:
         assert same(gradients(torch.compile(block, fullgraph=True, **door), block, x), want)
 
 
+@pytest.mark.deep
 def test_under_inductor_it_is_equal_to_rounding_or_raises() -> None:
     model, inputs = Additive(3), vectors(4)
     with store_activations():

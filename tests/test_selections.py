@@ -52,7 +52,7 @@ BY_CONVERT = [(select, "convert") for select in SELECT]
 CASES = [*BY_CONVERT, *((select, "aot_eager") for select in ("amax", "topk", "max of all"))]
 
 
-@pytest.mark.parametrize("on", [False, True], ids=["returned", "read one layer on"])
+@pytest.mark.parametrize("on", deep_but((True,), (False, True)), ids=["returned", "read one layer on"])
 @pytest.mark.parametrize("read", READ)
 @pytest.mark.parametrize("select, way", deep_but([*BY_CONVERT, ("amax", "aot_eager")], CASES))
 def test_gradients_are_plain_autograds(select: str, way: str, read: str, on: bool) -> None:

@@ -25,8 +25,8 @@ SHALLOW, DEEP = 4, ALL_DEEP or 6
 BY_INDUCTOR = ("additive",)
 MEASURED = ("momentum", "additive", "conv+BN")
 OF_EACH_SORT = (
-    *("in place", "affine exp", "momentum", "four streams", "cat/split per block", "slices", "masked by where"),
-    *("side inputs", "shared weights", "two stages", "transformer"),
+    *("affine exp", "momentum", "four streams", "cat/split per block", "masked by where", "side inputs", "two stages"),
+    "transformer",
 )
 ROWS, MANY_ROWS = 8, 1024
 Options = dict[str, str | int | bool | Callable[..., object]]
