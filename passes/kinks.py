@@ -385,7 +385,7 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
             args, result = (call.args, call.kwargs), node.meta.get("val")
             one = made_by(node, name, levels[node], operands, args, result)
             away = all(_stays_away(n.meta.get("val"), between[n]) for n in one.operands if isinstance(n, fx.Node))
-            made.append(replace(one, tie=node.meta["tie"], away=away))
+            made.append(replace(one, tie=call.meta["tie"], away=away))
     return made
 
 
