@@ -326,7 +326,7 @@ def made_by(
     return Made(key, name, level, tuple(k for k, _ in read), tuple(n for _, n in read), numbers, rounds)
 
 
-def name_alone(name: str, number: int) -> str:
+def name_alone(name: str, number: Any) -> str:
     """The name of the operation that gives one of several results alone; the same one where there is none."""
     return "mean" if name in ("var_mean", "std_mean") and number == 1 else name
 
@@ -392,9 +392,11 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
 def _call_of(node: fx.Node) -> tuple[fx.Node, str]:
     """The call that a node stands for, and under which name: of what gives a mean among others, that of a mean."""
     source, name = node.args[0] if node.args else None, op_name(node.target)
-    if name == "getitem" and isinstance(source, fx.Node) and isinstance(node.args[1], int):
-        alone = name_alone(giver := _giver(name, node.args), node.args[1])
-        return (node, name) if alone == giver else (source, alone)
+    if name == "getitem" and isinstance(source, fx.Node):
+        giver = _giver(name, node.args)
+        alone = name_alone(giver, node.args[1])
+        if alone != giver:
+            return source, alone
     return node, name
 
 

@@ -59,13 +59,13 @@ def assert_flat(call: Any, model: nn.Module, layers: int, first: bool = False) -
 
 
 @pytest.mark.parametrize("layers", deep_but((2_000,), (2_000, 5_000)))
-def test_thousands_of_couplings_of_a_block(layers: int) -> None:
+def test_a_block_of_many_couplings(layers: int) -> None:
     model = Blocked(*functions(layers))
     assert_flat(model, model, layers, first=True)
 
 
 @pytest.mark.parametrize("layers", deep_but((400,), (400, 1_000)))
-def test_thousands_of_couplings_of_a_converted_model(layers: int) -> None:
+def test_a_converted_model_of_many_couplings(layers: int) -> None:
     model = Plain(*functions(layers))
     call: Any = convert(model)
     assert_flat(call, model, layers)
@@ -75,7 +75,7 @@ def test_thousands_of_couplings_of_a_converted_model(layers: int) -> None:
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("layers", deep_but((40,), (40, 100)))
-def test_hundreds_of_couplings_of_a_compiled_model(layers: int) -> None:
+def test_a_compiled_model_of_many_couplings(layers: int) -> None:
     model = Plain(*functions(layers))
     with reports() as found:
         assert_flat(compiled(model, "aot_eager"), model, layers)
