@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -68,6 +67,11 @@ class FakeMode(FakeTensorMode):
     def alive(self) -> list[torch.Tensor]:
         """The tensors that somebody holds."""
         return list({id(t): t for r in self.made if (t := r()) is not None}.values())
+
+
+def forget_shapes() -> None:
+    """Clear what torch remembers of operations on fake tensors, which grows with every new shape."""
+    FakeTensorMode.cache_clear()
 
 
 def fake_mode() -> FakeMode:
@@ -200,22 +204,61 @@ def constant_when_compiled(function: _F) -> _F:
     return function
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which runs plainly where a function that `torch.compile` made calls it.
+def uncompiled(function: _F) -> _F:
+    """Return `function`, marked so that `torch.compile` leaves it, and all that it calls, as they are.
 
-    As `torch.compiler.disable`, but cheap to make, and without importing the compiler: before something else has, there
-    are no such functions.
+    As `torch.compiler.disable`, but without importing the compiler, and at no cost per call.
     """
-    return function if "torch._dynamo" not in sys.modules else functools.partial(_plainly(), function)
+    if function.__code__ not in _uncompiled:
+        frames: Any = torch._C._dynamo.eval_frame
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+        _uncompiled.add(function.__code__)
+    return function
 
 
-@functools.cache
-def _plainly() -> Callable[..., Any]:
-    return torch.compiler.disable(_call)
+_uncompiled: set[Any] = set()
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+# --- what decides which kernel runs, and how it rounds
+_C: Any = torch._C
+_FP32 = [(b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")] + [("generic", "all")]
+_SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, _C._set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled),
+    (_C._get_mkldnn_deterministic, _C._set_mkldnn_deterministic),
+    (_C._get_cudnn_enabled, _C._set_cudnn_enabled),
+    (_C._get_cudnn_benchmark, _C._set_cudnn_benchmark),
+    (_C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
+    (_C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
+    (_C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
+    (_C._get_math_sdp_enabled, _C._set_sdp_use_math),
+    (_C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
+    (_C._get_overrideable_sdp_enabled, _C._set_sdp_use_overrideable),
+    (_C._get_sdp_priority_order, _C._set_sdp_priority_order),
+    *(
+        (
+            functools.partial(_C._get_fp32_precision_getter, b, op),
+            functools.partial(_C._set_fp32_precision_setter, b, op),
+        )
+        for b, op in _FP32
+    ),
+]
+
+
+def kernel_settings() -> tuple[Any, ...]:
+    """Return the default dtype, the number of threads, and what is set for oneDNN, cuDNN, TF32 and attention."""
+    return tuple([tuple(v) if isinstance(v := get(), list) else v for get, _ in _SETTINGS])
+
+
+def set_kernels(now: tuple[Any, ...], to: tuple[Any, ...]) -> None:
+    """Set what `kernel_settings` noted as `to`, where it differs from what it notes `now`."""
+    for (_, set_to), is_now, value in zip(_SETTINGS, now, to, strict=True):
+        if is_now != value:
+            set_to(list(value) if isinstance(value, tuple) else value)
 
 
 def has_global_module_hooks() -> bool:
@@ -263,26 +306,6 @@ def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs more than its forward, or its forward was replaced on the instance."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
-
-
-_call_tables = operator.itemgetter(
-    *("_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-)
-
-
-def call_tables(module: torch.nn.Module) -> list[dict[Any, Any]]:
-    """The tables that say what a call of `module` runs, its sub-modules and hooks, as far as there is something in
-    them.
-    """
-    tables = _call_tables(vars(module))
-    return [t for t in tables if t and isinstance(t, dict)] if any(tables) else []
-
-
-def hook_tables() -> list[dict[Any, Any]]:
-    """The tables of hooks that run for every nn.Module, as far as there is something in them."""
-    m = torch.nn.modules.module
-    return [t for t in (m._global_forward_pre_hooks, m._global_forward_hooks) if t]
 
 
 def hooks(module: torch.nn.Module) -> list[Any]:
@@ -421,6 +444,22 @@ def modes_of(then: Modes) -> Generator[None]:
             overrides._push_mode(mode)
         for mode in dispatched:
             _python_dispatch._push_mode(mode)
+
+
+class no_modes:
+    """A context, to be entered any number of times, in which the user's function and dispatch modes see nothing."""
+
+    def __init__(self) -> None:
+        self.stacks: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(no_torch_function())
+        stack.enter_context(_python_dispatch._disable_current_modes())
+        self.stacks.append(stack)
+
+    def __exit__(self, *_: object) -> None:
+        self.stacks.pop().close()
 
 
 _LEAF = pytree.tree_structure(0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, what sets its 
 
 
 def generators() -> list[RandomState]:
-    """The random generators of Python and numpy, as they are."""
+    """Return the random generators of Python and numpy, as they are."""
     python = random.getstate()
     found: list[RandomState] = [("Python's `random`", random.setstate, python, python)]
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -31,42 +33,71 @@ def generators() -> list[RandomState]:
 
 
 def torchs_generator() -> RandomState:
-    """The default generator of torch for the CPU, as it is."""
+    """Return the default generator of torch for the CPU, as it is."""
     state = torch.get_rng_state()
     return "torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()
 
 
 def drew(before: list[RandomState], now: list[RandomState]) -> str | None:
-    """The first of some generators that has gone on, or was seeded, since it was noted; None where none has."""
+    """Return the first of some generators that has gone on, or was seeded, since it was noted; None where none has."""
     both = zip(before, now, strict=False)  # NumPy may have been imported meanwhile
     return next((name for (name, *_, then), (*_, state) in both if state != then), None)
 
 
 def restore(states: list[RandomState]) -> None:
-    """None; the generators go on from these states."""
+    """Make the generators go on from these states."""
     for _, set_state, state, _ in states:
         set_state(state)
 
 
-def ambient_state() -> tuple[Any, ...]:
-    """Grad mode, autocast and default dtype: what a `with` in the forward changes for the operations inside it."""
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    return grad, _torch.autocast_state("cpu"), _torch.autocast_state("cuda"), dtype
+@functools.cache
+def device_types() -> tuple[str, ...]:
+    """Return the types of device that operations may run on here: the CPU, and the accelerator torch was built for."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
-@contextmanager
-def ambience(ambient: tuple[Any, ...]) -> Generator[None]:
-    """A context with the grad mode and autocast state that `ambient_state` noted."""
-    grad, cpu, cuda, _ = ambient
-    with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast("cpu", dtype=cpu[1], enabled=cpu[0]):
-        with torch.autocast("cuda", dtype=cuda[1], enabled=cuda[0]) if torch.cuda.is_available() else ExitStack():
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def autocast_states(devices: Iterable[str]) -> Autocast:
+    """Return for each type of device whether autocast is on, and to which dtype."""
+    return tuple([(d, *_torch.autocast_state(d)) for d in devices])
+
+
+@dataclass(frozen=True)
+class Ambience:
+    """What a `with` around operations changes for them: grad mode, autocast, and the kernels' settings."""
+
+    grad: bool
+    autocast: Autocast
+    settings: tuple[Any, ...]
+
+    @staticmethod
+    def now() -> Ambience:
+        """Return what is set now."""
+        return Ambience(torch.is_grad_enabled(), autocast_states(device_types()), _torch.kernel_settings())
+
+    @contextmanager
+    def entered(self) -> Generator[None]:
+        """Return a context in which this is set; gradients stay off where they are."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad and torch.is_grad_enabled()))
+            stack.enter_context(kernels_of(self.settings))
+            for device, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
             yield
 
 
+def ambient_state() -> tuple[Any, ...]:
+    """Return what of the surroundings of a call a plan is made for: grad mode, autocast, default dtype."""
+    return torch.is_grad_enabled(), autocast_states(device_types()), torch.get_default_dtype()
+
+
 @contextmanager
-def autocast_of(states: Sequence[tuple[str, bool, torch.dtype]], cached: bool) -> Generator[None]:
-    """A context with autocast as it was for each device type, and `cached` as whether it kept what it cast: compiled
-    functions are guarded by that. Not inside another one, whose end would be that of what every re-run casts.
+def autocast_of(states: Autocast, cached: bool) -> Generator[None]:
+    """Return a context with autocast as it was for each device type, and `cached` as whether it kept what it cast:
+    compiled functions are guarded by that. Not inside another one, whose end would be that of what every re-run casts.
     """
     cached = cached and not (any(enabled for _, enabled, _ in states) and _torch.in_autocast())
     with ExitStack() as stack:
@@ -75,43 +106,30 @@ def autocast_of(states: Sequence[tuple[str, bool, torch.dtype]], cached: bool) -
         yield
 
 
-Settings = tuple[torch.dtype, tuple[bool, ...], _torch.Modes]
+Settings = tuple[tuple[Any, ...], _torch.Modes]
 
 
 def settings() -> Settings:
-    """What is set around a region: the default dtype, which kernels attention may take, and the user's modes."""
-    cuda: Any = torch.backends.cuda
-    kernels = tuple([getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in _ATTENTION])
-    return torch.get_default_dtype(), kernels, _torch.modes()
-
-
-_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+    """Return what is set around a region: the kernels' settings, and the user's modes."""
+    return _torch.kernel_settings(), _torch.modes()
 
 
 @contextmanager
-def settings_of(then: Settings) -> Generator[None]:
-    """A context with the settings that `settings` noted."""
-    now = settings()
+def kernels_of(then: tuple[Any, ...]) -> Generator[None]:
+    """Return a context with the kernels' settings that were noted."""
+    now = _torch.kernel_settings()
     if now == then:
         yield
         return
-    _set(then)
+    _torch.set_kernels(now, then)
     try:
-        with _torch.modes_of(then[2]):
-            yield
+        yield
     finally:
-        _set(now)
-
-
-def _set(to: Settings) -> None:
-    dtype, enabled, _ = to
-    torch.set_default_dtype(dtype)
-    for kernel, on in zip(_ATTENTION, enabled, strict=True):
-        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)
+        _torch.set_kernels(then, now)
 
 
 def where() -> str:
-    """The user's file and line from which this was reached."""
+    """Return the user's file and line from which this was reached."""
     frame = _torch.caller()
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_ROOTS) and not frame.f_code.co_filename.startswith("<"):
@@ -121,6 +139,6 @@ def where() -> str:
 
 
 def where_raised(error: BaseException) -> str:
-    """The user's file and line nearest to where `error` was raised."""
+    """Return the user's file and line nearest to where `error` was raised."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOTS)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -28,7 +28,7 @@ from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
 from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, climb
-from revfx.reach import reads_of
+from revfx.state import Reach
 from revfx.traced import free_couplings
 
 
@@ -114,32 +114,35 @@ def _chain(
     if storing and (k is None or not can_store((x1, x2, *leaves))):
         return plain(x1, x2, layers, sides, k)
     side_tensors, side_slots = _number_sides(sides, first=2)
-    plan = _plan(len(layers), _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), k, anchor_every)
+    shapes = len(layers), _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), k
+    plan = _plan_of(layers[0][0], shapes, anchor_every)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
     calls = _calls(layers, side_slots, len(env), k)
     if storing:
         store_region(plan, calls, env)
     else:
-        plan.calls = _earlier_calls(layers[0][0], plan.calls)
         run_region(plan, calls, env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
 
 
-_begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[Any, dict[Any, RegionPlan]] = weakref.WeakKeyDictionary()
 
 
-def _earlier_calls(first: Any, else_: int) -> int:
-    """How many calls of blocks began with that function: what ties there are is up to it, and blocks of equal shapes
-    share their plan. `else_` where it can't be told.
+def _plan_of(first: Any, shapes: Shapes, anchor_every: int | None) -> RegionPlan:
+    """Return the plan of the chains that begin with a function, which counts their calls, and warns once for them; one
+    of its own where nothing can be known of the function later.
     """
     key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
     try:
-        number = _begun.get(key, 0)
-        _begun[key] = number + 1
+        mine = _plans.setdefault(key, {})
     except TypeError:  # not hashable, or not to be referred to weakly
-        return else_
-    return number
+        mine = {}
+    plan = mine.get((shapes, anchor_every))
+    if plan is None:  # `setdefault`: another thread may have made one meanwhile
+        made = RegionPlan(*_program(*shapes), anchor_every=anchor_every and 2 * anchor_every)  # f's and g's step
+        plan = mine.setdefault((shapes, anchor_every), made)
+    return plan
 
 
 class RevBlock(nn.Module):
@@ -271,9 +274,7 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
     if not wrong or not torch.is_grad_enabled():
         return
     tensors = [x1, x2, *(t for s in sides for t in pytree.tree_leaves(s) if isinstance(t, Tensor))]
-    if any(t.requires_grad for t in tensors) or any(
-        h.tensor.requires_grad for pair in layers for fn in pair for h in reads_of(fn).tensors
-    ):
+    if any(t.requires_grad for t in tensors) or Reach(layers).needs_grad():
         name, x = wrong[0]
         raise TypeError(
             f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."
@@ -300,6 +301,7 @@ def _narrowed(function: Function, reads: torch.dtype, dtype: torch.dtype, x: Ten
 
 # --- the program of a block, for the executor
 Meta = tuple[tuple[int, ...], torch.dtype, int]
+Shapes = tuple[int, Meta, Meta, tuple[int, ...], int | None]
 
 
 def _meta(x: Tensor) -> Meta:
@@ -333,10 +335,8 @@ def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(
-    num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, int], k: int | None, anchor_every: int | None
-) -> RegionPlan:
-    """The plan of a whole chain; depends on shapes and dtypes alone, so it is made once."""
+def _program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int | None) -> tuple[Program, Region]:
+    """Return the program of a whole chain and its only region; they depend on shapes and dtypes alone."""
     values = [Value(n, *m, storage=i, given=True, grid=k) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
     for i in range(sum(sides)):
         values.append(Value(f"side_{i}", (), torch.float32, 0, storage=len(values), source=True))
@@ -359,7 +359,7 @@ def _plan(
     steps.reverse()
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
     region = Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0)
-    return RegionPlan(program, region, anchor_every=anchor_every and 2 * anchor_every)  # f's and g's step
+    return program, region
 
 
 def _leaving_alone(function: Function, name: str, x: Tensor, side: Any) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+
+from revfx.state import Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +19,7 @@ class Slot:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """`fn(*args, **kwargs)`; `outs` are the paths to its tensors in what it returns (one empty path: the result
     itself).
@@ -27,6 +30,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     outs: tuple[tuple[Any, ...], ...] = ((),)
+
+    @cached_property
+    def reach(self) -> Reach:
+        """What the function, and the arguments that are no values of the program, can see."""
+        return Reach((self.fn, self.args, self.kwargs))
 
     def invoke(self, env: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
         """The output tensors, with the values taken from `env`."""

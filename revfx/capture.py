@@ -23,22 +23,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
-from revfx.ambient import ambience, ambient_state, drew, generators, restore, torchs_generator, where
-from revfx.caches import let_go, of_their_own
-from revfx.fingerprint import Seen, Snapshot, lasts, left_alone, structure
+from revfx.ambient import Ambience, drew, generators, restore, torchs_generator, where
+from revfx.effects import Snapshot, lasts, left_alone, let_go, of_their_own
+from revfx.guards import AttributeReads, GlobalReads, gives_anew, name_of, noting_reads
 from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
-from revfx.outside import Outside
+from revfx.memo import Seen, structure
 from revfx.passes.facts import GENERIC, is_mask
 from revfx.passes.numbers import is_generic
 from revfx.passes.unread import of_its_shape
-from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
-from revfx.sources import refuse_sources
 from revfx.trail import Trail
 from revfx.trees import meta, tensors
 from revfx.untraceable import Untraceable, untraceable
-from revfx.whole import Spot, Written
+
+
+Spot = tuple[str, str]  # where a tensor hangs: the path of a module, and a name
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Capture:
     attributes: dict[fx.Node, Spot]
     opened: frozenset[str]
     tied: tuple[tuple[Spot, Spot], ...] = ()
-    written: Written = frozenset()
+    written: frozenset[tuple[type, str]] = frozenset()
     generic: tuple[Spot, ...] = ()
-    reads: Reads = field(default_factory=Reads)
+    reads: AttributeReads = field(default_factory=AttributeReads)
 
 
 EFFECTS = frozenset(
@@ -95,28 +95,28 @@ def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
 def _recorded(
     recorder: _Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]
 ) -> Capture | Untraceable:
-    watched = [(path, m) for path, m in root.named_modules() if path == "" or path in opened]
-    given = pytree.tree_leaves((args, kwargs))
-    before, drawn = Snapshot.of([m for _, m in watched]), [*generators(), torchs_generator()]
-    outside = Outside.of([m for _, m in watched], forward, given)
-    recorder.lasting.update(id(v) for table in outside.tables() for v in table.values())
-    put_outside_back = (everywhere := Outside.of(root.modules(), forward, given)).noted()
+    modules, given = [*root.named_modules()], pytree.tree_leaves((args, kwargs))
+    watched = {i: path for i, (path, _) in enumerate(modules) if path == "" or path in opened}
+    before, drawn = Snapshot([m for _, m in modules]), [*generators(), torchs_generator()]
+    read = GlobalReads([forward, *(type(modules[i][1]).forward for i in watched)])
     try:
-        everywhere.replace_sources()
-        read = outside.state()
+        if any(map(gives_anew, given)):
+            raise Untraceable("it is given an iterator, which gives something else every time")
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
-        with intercepted(), noting_reads() as reads, ambience(ambient_state()), recorder.active():
-            refuse_sources(given, "is given")
+        with intercepted(), recorder.ambient.entered(), noting_reads(recorder.sees) as reads, recorder.active():
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
             with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                 result = forward(*fake_args, **fake_kwargs)
-        changed = before.changed()
-        if changed is not None:
-            raise Untraceable(f"its forward sets `{changed[1]}`, {LOST}", path=watched[changed[0]][0])
-        if outside.state() != read:
-            raise Untraceable(f"its forward changes a global or a variable that it closes over, {LOST}")
+        for i, name in before.changes():
+            if i in watched:
+                what = f"{name_of(modules[i][1])}.{name}"
+                raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i])
+        if (name := read.changed()) is not None:
+            raise Untraceable(f"its forward changes {name}, {LOST}")
         if (name := drew(drawn, [*generators(), torchs_generator()])) is not None:
             raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
+        if Ambience.now() != recorder.ambient:
+            raise Untraceable(f"its forward changes how kernels compute and leaves it so, {LOST}")
         with _torch.no_torch_function():
             return replace(recorder.finish(result), reads=reads)
     except MemoryError:  # says nothing of the forward
@@ -124,8 +124,9 @@ def _recorded(
     except Exception as e:
         return untraceable(e, recorder.stack[-1])  # not raised from `e`, whose frames hold fake tensors
     finally:
+        _torch.set_kernels(_torch.kernel_settings(), recorder.ambient.settings)
         before.restore()
-        put_outside_back()
+        read.put_back()
         restore(drawn)
         of_their_own(recorder.graph, recorder.fake)
 
@@ -163,7 +164,7 @@ class _Recorder(TorchFunctionMode):
         self.hooked: tuple[int, str] = (-1, "")  # the latest module with hooks, and when its call ended
         self.inputs: list[int] = []
         self.memo: dict[Any, Seen | None] = {}
-        self.ambient = ambient_state()
+        self.ambient = Ambience.now()
         self.stack: list[str] = [""]
         self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes
         self.computed_in = sharding.computed_in(root.modules())
@@ -177,6 +178,10 @@ class _Recorder(TorchFunctionMode):
                 yield
         finally:
             recording.recorder = None
+
+    def sees(self) -> bool:
+        """Return whether the code that runs is recorded, and not that of a module called whole."""
+        return self.suspended == 0
 
     def forget(self) -> frozenset[int]:
         """The ids of the fake tensors that were recorded; they are no longer held here."""
@@ -343,7 +348,7 @@ class _Recorder(TorchFunctionMode):
         node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
         node = self.graph.create_node(kind, target, node_args, node_kwargs)
         node.meta.update(meta, where=where(), opaque=meta.get("opaque", False), scope=self.stack[-1])
-        if (ambient := ambient_state()) != self.ambient:
+        if (ambient := Ambience.now()) != self.ambient:
             node.meta["ambient"] = ambient
         if (drawn := OWN_GENERATOR if _draws((args, kwargs)) else meta.get("drew")) is not None:
             node.meta["barrier"] = f"it draws from {drawn}, whose state is not tracked"
@@ -418,7 +423,7 @@ class _Recorder(TorchFunctionMode):
             leaves, spec = pytree.tree_flatten((args, kwargs))
             generic = tuple(map(self._is_generic, module.parameters()))
             hooked = any(map(_torch.hooks, module.modules()))
-            key = (structure(module), hooked, generic, str(spec), tuple(map(meta, leaves)), ambient_state())
+            key = (structure(module), hooked, generic, str(spec), tuple(map(meta, leaves)), Ambience.now())
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)
             if seen is not None:
@@ -443,7 +448,7 @@ class _Recorder(TorchFunctionMode):
 
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `module` returns on fakes; what its Python code leaves behind is undone."""
-        before, drawn, self.drew = Snapshot.of(list(module.modules())), generators(), None
+        before, drawn, self.drew = Snapshot([*module.modules()]), generators(), None
         self.suspended += 1
         try:
             return sharding.run(module, args, kwargs)

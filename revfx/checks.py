@@ -167,29 +167,29 @@ class Samples:
         return numerics.DRIFT * max(self.eps, precision(before.dtype)) ** 0.5
 
     def compare(self, cut: int, values: Mapping[int, Tensor], where: str, warn: bool) -> bool:
-        """Whether a value drifted so far that it was warned of.
+        """Return whether a value drifted so far that it was warned of.
 
         Raises:
             RegenerationError: a value is off by more than 1 %.
         """
-        for v, before in self.samples.get(cut, {}).items():
-            error = numerics.drift(numerics.sample(values[v]), before, self.scales[cut].get(v))
-            limit = self._limit(before)
-            if error <= limit:
-                continue
-            text = (
-                f"`{self.program.values[v].name}`, regenerated for {where}, is off by {error:.1e} (relative): the"
-                f" functions of this region amplify rounding errors too much to be inverted in {before.dtype}, or give"
-                " something else when they run again (`revfx.testing.check_inverse` tells). Use a wider dtype for the"
-                " streams, `exact=True`, or anchors (`anchor_every`), or keep the activations with"
-                " `revfx.testing.store_activations()`."
-            )
-            if error > max(limit, numerics.GARBAGE):
-                raise RegenerationError(text)
-            if warn:
-                warnings.warn(text, RevfxWarning, stacklevel=2)
-                return True
-        return False
+        before = self.samples.get(cut, {})
+        errors = {v: numerics.drift(numerics.sample(values[v]), t, self.scales[cut].get(v)) for v, t in before.items()}
+        off = {v: error for v, error in errors.items() if error > self._limit(before[v])}
+        if not off:
+            return False
+        worst = max(off, key=lambda v: off[v] / max(self._limit(before[v]), numerics.GARBAGE))
+        text = (
+            f"`{self.program.values[worst].name}`, regenerated for {where}, is off by {off[worst]:.1e} (relative): the"
+            f" functions of this region amplify rounding errors too much to be inverted in {before[worst].dtype}, or"
+            " give something else when they run again (`revfx.testing.check_inverse` tells). Use a wider dtype for the"
+            " streams, `exact=True`, or anchors (`anchor_every`), or keep the activations with"
+            " `revfx.testing.store_activations()`."
+        )
+        if off[worst] > max(self._limit(before[worst]), numerics.GARBAGE):
+            raise RegenerationError(text)
+        if warn:
+            warnings.warn(text, RevfxWarning, stacklevel=2)
+        return warn
 
 
 def _sample(t: Tensor | None) -> Tensor | None:

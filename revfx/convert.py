@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from revfx import _torch, fingerprint
+from revfx import _torch
 from revfx.ambient import ambient_state
-from revfx.containers import slot_names
 from revfx.convert_dynamo import Compiled
 from revfx.errors import NotReversibleError, Refusal, RevfxError, RevfxWarning
+from revfx.guards import ATOMS, is_gone, key, name_of
 from revfx.mode import can_store, runs_plain, storing
 from revfx.passes.grid import checked_exact
 from revfx.passes.plan import checked_every
@@ -30,7 +30,7 @@ from revfx.planning import Outcome, Plan, make_plan
 from revfx.traced import free_couplings_of
 
 
-MOST_PLANS = 64  # per model; a model called with ever new shapes runs plainly after that
+MOST_PLANS = 32  # per model; the oldest one makes room for a new one
 
 
 def convert(
@@ -126,19 +126,18 @@ class Conversion:
 
     def __init__(self, forward: Callable[..., Any] | None, options: Options) -> None:
         self.own_forward, self.options = forward, options
-        self.outcomes: dict[Any, list[tuple[Any, Outcome]]] = {}
+        self.outcomes: list[tuple[Any, Any, Outcome]] = []  # with the kind of call, and the objects it was given
         self.lock = threading.RLock()
         self.warned: set[str] = set()
         self.parts_converted = False
         self.compiled: Compiled | None = None
         self.pending: Outcome | None = None
         self.compiled_tried = False
-        self.dropped = 0
 
     @property
     def plans(self) -> list[Plan]:
         """The plans made so far."""
-        return [o.plan for found in self.outcomes.values() for _, o in found if o.plan is not None]
+        return [o.plan for *_, o in self.outcomes if o.plan is not None]
 
     @property
     def kept_cuts(self) -> int:
@@ -150,7 +149,7 @@ class Conversion:
     def refusals(self) -> list[Refusal]:
         """What was left as it was, and why."""
         compiled = [] if self.compiled is None else self.compiled.refusals
-        recorded = [r for found in self.outcomes.values() for _, o in found for r in o.refusals]
+        recorded = [r for *_, o in self.outcomes for r in o.refusals]
         return list(dict.fromkeys((*recorded, *compiled)))
 
     @property
@@ -166,39 +165,33 @@ class Conversion:
         return functools.partial(type(model)._revfx_base.forward, model)  # type: ignore[union-attr]
 
     def prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
-        """The outcome for calls like this one, made now if there is none."""
+        """Return the outcome for calls like this one, made now if there is none."""
         leaves, spec = _torch.flatten((args, kwargs))
-        key = (_call_key(leaves), spec, ambient_state())
+        call = (_call_key(leaves), spec, ambient_state())
+        objects = tuple([(i, key(x)) for i, x in enumerate(leaves) if not isinstance(x, (*ATOMS, Tensor))])
         with self.lock:
-            outcome = self._known(key, model)
-            if outcome is None:
-                self._drop_gone()
-                if self.dropped + sum(len(o) for o in self.outcomes.values()) >= MOST_PLANS:
-                    return Outcome(None, (Refusal(f"called in more than {MOST_PLANS} ways", type(model).__name__, ""),))
-                options = self.options
-                outcome = make_plan(model, self.forward(model), args, kwargs, options.anchor_every, options.exact)
-                self._report(model, outcome)
-                self.outcomes.setdefault(key, []).append((self._state(model), outcome))
+            why = "the shapes, types or values of its arguments" if self.outcomes else None
+            for known, given, outcome in reversed(self.outcomes):
+                if known == call and (outcome.plan is None or given == objects):
+                    if (why := outcome.stale()) is None:
+                        return outcome
+            self.outcomes = [(c, given, o) for c, given, o in self.outcomes if not is_gone(given)]
+            if len(self.outcomes) >= MOST_PLANS:
+                del self.outcomes[0]
+                _torch.forget_shapes()
+                self._warn(
+                    f"`convert({name_of(model)})`: its forward is recorded again and again, now as {why} changed. Only"
+                    f" the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor: an"
+                    " argument or a buffer."
+                )
+            options = self.options
+            outcome = make_plan(model, self.forward(model), args, kwargs, options.anchor_every, options.exact)
+            self._report(model, outcome)
+            self.outcomes.append((call, objects, outcome))
             return outcome
 
-    def _drop_gone(self) -> None:
-        """None; lets go of what was made for arguments that are no more, such as a batch that is an object."""
-        for key in [k for k in self.outcomes if fingerprint.is_gone(k)]:
-            self.dropped += len(self.outcomes.pop(key))
-
-    def _known(self, key: Any, model: nn.Module) -> Outcome | None:
-        for state, outcome in self.outcomes.get(key, ()):
-            if outcome.plan.valid() if outcome.plan is not None else state == self._state(model):
-                return outcome
-        return None
-
-    @staticmethod
-    def _state(model: nn.Module) -> Any:
-        """What a model is left as it was for: objects and lists on it, such as a trainer, need not stay the same."""
-        return fingerprint.attributes(model, without=fingerprint.composite(model))
-
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
-        name = fingerprint.name_of(model)
+        name = name_of(model)
         if outcome.untraceable and outcome.compiles and self._tries_compiled():
             self.pending, self.compiled = outcome, self._compile(model)
             return
@@ -236,7 +229,7 @@ class Conversion:
 
     def _compile(self, model: nn.Module) -> Compiled:
         self.compiled_tried = True
-        own, name, options = self.own_forward, fingerprint.name_of(model), self.options
+        own, name, options = self.own_forward, name_of(model), self.options
         forward = type(model)._revfx_base.forward if own is None else own  # type: ignore[union-attr]
         return Compiled(name, forward, options.anchor_every, options.exact)
 
@@ -258,7 +251,7 @@ class Conversion:
         elif compiled.found:
             reasons = "\n  ".join(str(r) for r in recorded.refusals[:8])
             self._warn(
-                f"`convert({fingerprint.name_of(model)})`: captured by `torch.compile` (see `capture`), as its forward"
+                f"`convert({name_of(model)})`: captured by `torch.compile` (see `capture`), as its forward"
                 f" can't be recorded:\n  {reasons}"
             )
 
@@ -293,8 +286,7 @@ class Conversion:
     def _forget(self, refused: Outcome) -> None:
         """None; a call that raised, recorded and for real, tells nothing of the next one, which is recorded again."""
         with self.lock:
-            for found in self.outcomes.values():
-                found[:] = [(state, outcome) for state, outcome in found if outcome is not refused]
+            self.outcomes = [found for found in self.outcomes if found[-1] is not refused]
             if self.pending is refused:
                 self.pending = self.compiled = None
                 self.compiled_tried = False
@@ -426,13 +418,21 @@ def _unfilled(base: type[nn.Module], patched: bool) -> Any:
 def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
     """`made`, which is `plain` from now on; converted, if there are `options`."""
     object.__setattr__(made, "__dict__", vars(plain))
-    for name in slot_names(type(plain)):
+    for name in _slots(type(plain)):
         if hasattr(plain, name):
             object.__setattr__(made, name, getattr(plain, name))
     if options is not None:
         object.__setattr__(made, "_revfx", (Conversion(vars(plain).get("forward"), options), plain))
     _torch.share_fsdp_state(plain, made)
     return made
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    """Return the names of the slots of a class, as they are looked up from outside."""
+    named = [(c.__name__.lstrip("_"), vars(c).get("__slots__", ())) for c in kind.__mro__]
+    found = [(c, n) for c, names in named for n in ((names,) if isinstance(names, str) else names)]
+    private = [f"_{c}{n}" if n.startswith("__") and not n.endswith("__") else n for c, n in found]
+    return tuple(n for n in private if n not in ("__dict__", "__weakref__"))
 
 
 def unconverted(model: nn.Module) -> nn.Module:
@@ -469,15 +469,17 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
 
 
 def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
-    """Shapes, dtypes, layout and `requires_grad` of tensors, which of them share memory; other arguments by value."""
-    key: list[Any] = []
+    """Return shapes, dtypes, layout and `requires_grad` of tensors, which of them share memory; other arguments by
+    value, or of objects by class.
+    """
+    found: list[Any] = []
     memory: dict[int, int] = {}
     same: dict[int, int] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor):
             strided = x.layout == torch.strided and not x.is_nested
             shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
-            key.append(
+            found.append(
                 (
                     None if x.is_nested else tuple(x.shape),
                     x.stride() if strided else x.layout,
@@ -491,5 +493,5 @@ def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
                 )
             )
         else:
-            key.append(fingerprint.key(x))
-    return tuple(key)
+            found.append(key(x) if isinstance(x, ATOMS) else type(x))
+    return tuple(found)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch, fingerprint
+from revfx import _torch
 from revfx.convert import Options, Reversible, convert, unconverted
 from revfx.description import describe, neighbours, op_names, scope_of, types_of
 from revfx.drift import Drift, drift
 from revfx.errors import RevfxError
 from revfx.executor import RegionRun, Watch
 from revfx.explanation import Explanation, RegionInfo, Usage
+from revfx.guards import name_of
 from revfx.inspection import watched
 from revfx.measuring import device_of, measured
 from revfx.numerics import DRIFT
@@ -79,7 +80,7 @@ def explain(
         ways, found, more = _measured(model, options, args, kwargs, loss or total, ways)
         notes = (*notes, *more)
     return Explanation(
-        model=fingerprint.name_of(model), inputs=types_of((args, kwargs)), regions=regions,
+        model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
         refusals=outcome.refusals, ways=ways, drift=found, advice=_advice(regions, ways, found), notes=notes,
     )  # fmt: skip
 

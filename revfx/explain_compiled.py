@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revfx import _compile, fingerprint, partitioner
+from revfx import _compile, partitioner
 from revfx.convert import unconverted
 from revfx.convert_dynamo import with_own_code
 from revfx.description import describe, types_of
 from revfx.explanation import Explanation, GraphInfo, Usage, short
+from revfx.guards import name_of
 from revfx.measuring import device_of, measured
 from revfx.passes.partition import Report
 
@@ -32,7 +33,7 @@ def explain_compiled(
         _compiled(own, {"backend": "revfx", "options": {"inner": "aot_eager"}})(*args, **kwargs)
     graphs = tuple(_graph(number, report) for number, report in enumerate(reports))
     return Explanation(
-        model=fingerprint.name_of(model), inputs=types_of((args, kwargs)),
+        model=name_of(model), inputs=types_of((args, kwargs)),
         regions=tuple(r for graph in graphs for r in graph.regions),
         refusals=tuple(dict.fromkeys(r for report in reports for r in report.refusals)),
         ways=_measured(own, args, kwargs, loss) if measure else (),

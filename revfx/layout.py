@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,14 +11,18 @@ from revfx import _torch
 ALIGNED = 64  # bytes: matrix products of other addresses may round otherwise
 
 
-def identity(t: Tensor) -> tuple[Any, ...] | None:
-    """What tells two live tensors apart: address, shape, strides, dtype, and whether it stands for its conjugate or
-    negative.
-    """
-    if not _torch.is_plain(t) or t.layout != torch.strided or t.numel() == 0:
-        return None
-    address = (_torch.storage_key(t), t.storage_offset()) if _torch.is_fake(t) else t.data_ptr()
-    return address, tuple(t.shape), t.stride(), t.dtype, t.is_conj(), t.is_neg()
+def address(t: Tensor) -> int:
+    """Return where a tensor's elements lie; 0 of those without any, and of classes that do not tell."""
+    if not _torch.is_plain(t) or t.layout != torch.strided:
+        return 0
+    # of a fake tensor there is no address: storages tell
+    return _torch.storage_key(t) + t.storage_offset() if _torch.is_fake(t) else t.data_ptr()
+
+
+def same_view(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors at one address are the same elements in the same order."""
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return alike and a.numel() > 0 and a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
 
 
 def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:

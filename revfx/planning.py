@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch, fingerprint
-from revfx.ambient import ambience
+from revfx import _torch
+from revfx.ambient import Ambience
 from revfx.calls import Call, Slot
 from revfx.capture import Capture, capture
 from revfx.errors import Refusal
 from revfx.executor import RegionPlan, run_region
+from revfx.guards import GlobalReads, ModuleGuard, Weights, module_guards, name_of
 from revfx.mode import store_region, without_hooks
-from revfx.outside import Outside
 from revfx.passes._torch import outside_modes
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
@@ -31,7 +31,6 @@ from revfx.passes.sizes import muted
 from revfx.rules import has_rule, op_name
 from revfx.trees import data_address
 from revfx.untraceable import Untraceable
-from revfx.whole import Part, Weights, parts
 
 
 Forward = Callable[..., Any]
@@ -53,10 +52,9 @@ class Place:
 class Plan:
     """How to run one model on arguments of given shapes.
 
-    `state` holds the modules whose Python code was recorded, with what that code may have read (attributes of these
-    names, less objects and containers that it did not read), `parts` what lies inside modules called whole; the
-    plan is valid while they are as they were. It belongs to the model, and refers to the model's modules weakly: a
-    model that is let go is freed at once.
+    `guards` are the modules that the recorded code read, and those inside of what it calls whole, `globals` what else
+    it read; the plan is valid while they are as they were. It belongs to the model, and refers to the model's modules
+    weakly: a model that is let go is freed at once.
     """
 
     lowered: Lowered
@@ -67,27 +65,24 @@ class Plan:
     sources: tuple[tuple[int, Place], ...]
     constants: tuple[tuple[Tensor, int, int | None, Place], ...]
     tied: tuple[tuple[Place, Place], ...]
-    state: tuple[tuple[weakref.ref[nn.Module], frozenset[str] | None, frozenset[str], Any], ...]
-    outside: tuple[Outside, Any]
-    parts: tuple[Part, ...]
+    guards: list[ModuleGuard]
+    globals: GlobalReads
     weights: Weights
 
-    def valid(self) -> bool:
-        """Whether the recorded code would do the same now."""
-        return (
-            all(
-                (m := module()) is not None and fingerprint.attributes(m, names, without) == key
-                for module, names, without, key in self.state
-            )
-            and self.outside[0].state() == self.outside[1]
-            and all(place.tensor() is other.tensor() for place, other in self.tied)
-            and all(
-                place.tensor() is t and _torch.version(t) == version and data_address(t) == address
-                for t, version, address, place in self.constants
-            )
-            and all(part.same() for part in self.parts)
-            and self.weights.stand()
-        )
+    def changed(self) -> str | None:
+        """Return what changed since the code was recorded, that it may read; None where nothing did."""
+        for guard in self.guards:
+            if (name := guard.changed()) is not None:
+                return name
+        if (name := self.globals.changed()) is not None:
+            return name
+        for place, other in self.tied:
+            if place.tensor() is not other.tensor():
+                return f"`{place.name}`, which was `{other.name}` too"
+        for t, version, address, place in self.constants:
+            if place.tensor() is not t or _torch.version(t) != version or data_address(t) != address:
+                return f"the numbers in `{place.name}`"
+        return None if self.weights.stand() else "the pattern of its weights"
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
         """The model's result for flattened arguments; with `store`, with ordinary autograd storage."""
@@ -125,13 +120,19 @@ class Plan:
 @dataclass(frozen=True)
 class Outcome:
     """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded, and whether
-    `torch.compile` may do better then.
+    `torch.compile` may do better then. `guard`: how the root was where there is no plan.
     """
 
     plan: Plan | None
     refusals: tuple[Refusal, ...]
     untraceable: bool = False
     compiles: bool = True
+    guard: ModuleGuard | None = None
+
+    def stale(self) -> str | None:
+        """Return what changed since then; None where nothing did that may lead to another outcome."""
+        found = self.guard if self.plan is None else self.plan
+        return None if found is None else found.changed()
 
 
 def make_plan(
@@ -152,9 +153,10 @@ def make_plan(
         with without_hooks(), outside_modes(), muted(_torch.FAKE_LOGGER):
             return search.run()
     except Untraceable as e:
-        name = fingerprint.name_of(root)
+        name = name_of(root)
         refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)
-        return Outcome(None, (*search.refusals.values(), refusal), untraceable=True, compiles=e.compiles)
+        refusals = (*search.refusals.values(), refusal)
+        return Outcome(None, refusals, untraceable=True, compiles=e.compiles, guard=_modes_of(root))
 
 
 class _Search:
@@ -185,7 +187,7 @@ class _Search:
         if regions and self.exact is not None:
             captured, lowered, regions = self._on_grid(captured, lowered, regions, self.exact)
         if not regions:
-            return Outcome(None, refusals)
+            return Outcome(None, refusals, guard=_modes_of(self.root))
         return Outcome(self._plan(captured, lowered, regions), refusals)
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
@@ -281,24 +283,24 @@ class _Search:
         ]
         tied = [(self._place(*a), self._place(*b)) for a, b in captured.tied]
         own, whole = self._readable(captured)
-        outside = Outside.of(own, self.forward, pytree.tree_leaves((self.args, self.kwargs)))
-        composite = [(m, fingerprint.composite(m)) for m in own]
-        readers: list[tuple[nn.Module, frozenset[str] | None, frozenset[str]]]
-        readers = [(m, None, names - captured.reads.of(m, names)) for m, names in composite]
-        readers += [(m, frozenset(outside.names), frozenset[str]()) for m in whole]
-        readers += [(m, names, frozenset[str]()) for m, names in captured.reads.elsewhere(self.root.modules())]
-        state = [(weakref.ref(m), n, without, fingerprint.attributes(m, n, without)) for m, n, without in readers]
         return Plan(
             lowered, captured, segments(lowered.program, regions),
             {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
-            tuple((t, _torch.version(t), data_address(t), place) for t, place in guarded), tuple(tied), tuple(state),
-            (outside, outside.state()), parts(whole, captured.reads, captured.written),
+            tuple((t, _torch.version(t), data_address(t), place) for t, place in guarded), tuple(tied),
+            module_guards(own, whole, captured.reads, captured.written),
+            GlobalReads([self.forward, *(type(m).forward for m in own), *captured.reads.functions()]),
             Weights((self.modules[path], name) for path, name in captured.generic),
         )  # fmt: skip
 
     def _place(self, path: str, name: str) -> Place:
         return Place(weakref.ref(self.modules[path]), name)
+
+
+def _modes_of(root: nn.Module) -> ModuleGuard:
+    """Return a guard for what a model that is left as it was may be switched by; numbers that it counts are none."""
+    switches = [k for k, v in vars(root).items() if isinstance(v, (bool, str, type(None)))]
+    return ModuleGuard(root, switches, frozenset(), opened=False)
 
 
 def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:
@@ -365,9 +367,9 @@ def _slots(tree: Any, index: dict[fx.Node, int]) -> Any:
     return tree
 
 
-def _within(fn: Callable[..., Any], ambient: tuple[Any, ...]) -> Callable[..., Any]:
+def _within(fn: Callable[..., Any], ambient: Ambience) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with ambience(ambient):
+        with ambient.entered():
             return fn(*args, **kwargs)
 
     return call

@@ -121,11 +121,8 @@ class Sides:
         return self.every > 0 and step % self.every == 0
 
     @contextlib.contextmanager
-    def noted(self, op: int, step: int) -> Generator[None]:
-        """Within, operation `op` of a step runs in the forward."""
-        if not self.watches(step):
-            yield
-            return
+    def noted(self, op: int) -> Generator[None]:
+        """Return a context in which operation `op` runs in the forward, and is looked into."""
         with _Mode() as mode:
             yield
         with outside_modes():

@@ -22,10 +22,9 @@ from torch.utils.flop_counter import flop_registry
 
 from revfx import _torch
 from revfx.ambient import generators, restore
-from revfx.caches import none_left
-from revfx.fingerprint import Snapshot
+from revfx.effects import Snapshot, none_left
+from revfx.guards import GlobalReads
 from revfx.mode import simulating, uncollected
-from revfx.outside import Outside
 from revfx.passes._torch import draws
 from revfx.passes.sizes import muted
 from revfx.scratch import scratch
@@ -115,8 +114,8 @@ class Simulation:
     def world(self) -> Generator[tuple[Any, Any]]:
         """A context that gives fake arguments; afterwards the model is as it was, as are Python's random numbers."""
         modules = list(self.model.modules())
-        before, drawn, state = Snapshot.of(modules), generators(), torch.get_rng_state()
-        put_outside_back = Outside.of(modules, self.model.forward).noted()
+        before, drawn, state = Snapshot(modules), generators(), torch.get_rng_state()
+        read = GlobalReads(type(m).forward for m in modules)
         try:
             for table in _tables(modules):
                 for name, t in table.items():
@@ -125,7 +124,7 @@ class Simulation:
             yield pytree.tree_map(lambda x: self._fake(x) if isinstance(x, Tensor) else x, self.given)
         finally:
             before.restore()
-            put_outside_back()
+            read.put_back()
             restore(drawn)
             torch.set_rng_state(state)
 

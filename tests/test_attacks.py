@@ -280,20 +280,6 @@ def test_lists_and_tables_hold_what_the_forward_put_there_and_nothing_else() -> 
     assert [type(t) for t in MEMO.values()] == [Tensor]
 
 
-def test_variable_of_a_closure_that_the_forward_changes_is_refused() -> None:
-    calls = [0]
-
-    def couple(m: Any, a: Tensor, b: Tensor, f: Any, g: Any) -> tuple[Tensor, Tensor]:
-        calls[0] += 1
-        return a + f(b), b + g(a)
-
-    converted: Any = revfx.convert(Coupled(couple))
-    for _ in range(2):
-        converted(x_())
-    assert calls == [8]
-    assert any("its forward sets `Coupled.couple`" in str(r) for r in converted.revfx.refusals)
-
-
 # --- what is called, and what autograd saves
 class OwnCall(nn.Module):
     def __init__(self) -> None:

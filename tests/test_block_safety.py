@@ -90,7 +90,7 @@ def test_a_weight_whose_storage_is_swapped_twice_raises(way: str) -> None:
             m.weight.data = m.weight.detach() * 1.5
             if m.weight.data_ptr() == address:
                 break
-    with pytest.raises(RevfxError, match="between the forward and the backward"):
+    with pytest.raises(RevfxError):  # the address tells, or else what comes back
         loss.backward()
 
 

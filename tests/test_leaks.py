@@ -131,6 +131,7 @@ def test_a_thousand_steps_however_they_end_leave_nothing(way: str) -> None:
 
 
 @convert_alone
+@pytest.mark.filterwarnings("ignore:.*is recorded again and again")
 def test_new_shapes_at_every_step_make_a_bounded_number_of_plans(way: str) -> None:
     model: Any = BUILD[way](mlps(2), mlps(2))
 

@@ -147,7 +147,7 @@ def test_only_sums_are_looked_at() -> None:
 
     class Look:
         def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
-            seen[:] = [a.text for s in run.plan.sums for arcs in s.after.values() for a in arcs if a.sums]
+            seen[:] = [a.text for s in run.plan.steps for arcs in s.sums.after.values() for a in arcs if a.sums]
 
         def regenerated(self, run: RegionRun, derivation: Any, value: int, tensor: Tensor) -> None: ...
 

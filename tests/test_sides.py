@@ -70,7 +70,7 @@ def test_an_operation_that_stands_on_its_kink(name: str) -> None:
     sides = Sides(1, 1, [torch.float32], 0.0)
     ties = torch.where(torch.arange(N * D).view(N, D) % 3 == 0, at, 77.77)
     noise = 4e-7 * max(abs(at), 1.0) * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
-    with sides.noted(0, 0):
+    with sides.noted(0):
         compares(ties)
     with sides.compared(0, "`f`"):
         compares(ties)
@@ -84,7 +84,7 @@ def test_rounding_moves_nothing_across_a_kink_elsewhere(name: str) -> None:
     compares, _ = OPERATIONS[name]
     sides = Sides(1, 1, [torch.float32], 0.0)
     x = 3 * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
-    with sides.noted(0, 0):
+    with sides.noted(0):
         compares(x)
     with sides.compared(0, "`f`"):
         compares(x * (1 + 1e-6))
@@ -108,7 +108,7 @@ def test_rounding_moves_nothing_across_a_kink_elsewhere(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*quantize.*")
 def test_numbers_that_can_not_be_read_are_left_alone(compares: Compares) -> None:
     sides, x = Sides(1, 1, [torch.float32], 0.0), torch.randn(N, D)
-    with sides.noted(0, 0):
+    with sides.noted(0):
         compares(x)
     with sides.compared(0, "`f`"):
         compares(x)

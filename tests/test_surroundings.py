@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from ways import BUILD, Plain
 
 import revfx
-from revfx import surroundings
 from revfx.errors import NotReversibleError, RegenerationError
 
 
@@ -76,14 +74,9 @@ def two_steps(call: Any, f: nn.Module) -> None:
 
 
 # --- what changes between forward and backward
-def _set(f: Any, value: float) -> None:
-    f.held.value = value
-
-
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], Callable[[Any], None]]] = {
     "list": (lambda: [1.0], lambda f, h: h * f.held[0], lambda f: f.held.insert(0, 2.0)),
-    "dict": (lambda: {"a": [1.0]}, lambda f, h: h * f.held["a"][0], lambda f: f.held["a"].insert(0, 2.0)),
-    "object": (Number, lambda f, h: h * f.held.value, lambda f: _set(f, 2.0)),
+    "dict": (lambda: {"a": 1.0}, lambda f, h: h * f.held["a"], lambda f: f.held.update(a=2.0)),
     "another object": (Number, lambda f, h: h * f.held.value, lambda f: setattr(f, "held", _with(3.0))),
     "deque": (lambda: deque([1.0], 1), lambda f, h: h * f.held[0], lambda f: f.held.append(2.0)),
     "tensor in a list": (
@@ -105,20 +98,6 @@ def _with(value: float) -> Number:
 def test_what_f_holds_changes_between_two_forwards(way: str, name: str) -> None:
     held, use, change = CHANGES[name]
     check(way, lambda: On(use, held()), two_forwards(change))
-
-
-def _scaled(f: Any, h: Tensor) -> Tensor:
-    return h * SCALE
-
-
-@ways
-def test_a_global_number_changes_between_two_forwards(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(call: Any, f: nn.Module) -> None:
-        monkeypatch.setitem(globals(), "SCALE", 1.0)
-        two_forwards(lambda f: monkeypatch.setitem(globals(), "SCALE", 2.0))(call, f)
-        assert SCALE == 2.0
-
-    check(way, lambda: On(_scaled), train)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -176,19 +155,14 @@ def test_parameters_are_frozen_in_the_forward_and_trained_again_before_the_backw
 
 
 # --- what f changes itself
-def _count(f: Any, h: Tensor) -> Tensor:
-    f.held.value += 1
-    return h
-
-
 def _append(f: Any, h: Tensor) -> Tensor:
     f.held.append(h.detach().mean())
     return h * (1 + torch.stack(list(f.held)[-4:]).mean())
 
 
 def _increment(f: Any, h: Tensor) -> Tensor:
-    f.held["a"][0] += 1
-    return h * f.held["a"][0]
+    f.held["a"] += 1
+    return h * f.held["a"]
 
 
 def _add(f: Any, h: Tensor) -> Tensor:
@@ -202,11 +176,9 @@ def _normalise(f: Any, h: Tensor) -> Tensor:
 
 
 STATES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] = {
-    "counter on an object": (Number, _count, lambda f: f.held.value),
     "list": (list, _append, lambda f: len(f.held)),
     "deque": (lambda: deque(maxlen=3), _append, lambda f: len(f.held)),
-    "nested": (lambda: {"a": [0]}, _increment, lambda f: f.held["a"][0]),
-    "tensor in a list": (lambda: [torch.zeros(4)], _add, lambda f: f.held[0].tolist()),
+    "dict": (lambda: {"a": 0}, _increment, lambda f: f.held["a"]),
     "normalisation in a list": (
         lambda: [nn.BatchNorm1d(4)], _normalise,
         lambda f: (f.held[0].num_batches_tracked.item(), f.held[0].running_mean.abs().sum().item() > 0),
@@ -236,11 +208,10 @@ def test_a_hooks_log_has_one_line_per_call(way: str) -> None:
 class Codebook(nn.Module):
     """Vectors that are averaged over what is near to them, past autograd."""
 
-    def __init__(self, codes: int, parameter: bool) -> None:
+    def __init__(self, codes: int) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 4)
-        codes_ = torch.randn(codes, 4)
-        self.codes = nn.Parameter(codes_, requires_grad=False) if parameter else nn.Buffer(codes_)
+        self.codes = nn.Buffer(torch.randn(codes, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inner(x).tanh()
@@ -253,45 +224,19 @@ class Codebook(nn.Module):
 
 
 @ways
-@pytest.mark.parametrize("parameter", [False, True])
 @pytest.mark.parametrize("codes", [8, 1500])
-def test_codebooks_that_are_written_by_data(way: str, codes: int, parameter: bool) -> None:
-    check(way, lambda: Codebook(codes, parameter), two_steps, lambda f: f.codes.sum().item())
-
-
-@ways
-def test_an_embedding_that_scales_its_rows(way: str) -> None:
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.e, self.inner = nn.Embedding(7, 4, max_norm=0.5), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x).tanh() * self.e(torch.arange(len(x)))
-
-    check(way, Positions, two_steps, lambda f: f.e.weight.sum().item())
+def test_codebooks_that_are_written_by_data(way: str, codes: int) -> None:
+    check(way, lambda: Codebook(codes), two_steps, lambda f: f.codes.sum().item())
 
 
 # --- what can't be put back is said
-def test_a_function_that_waits_for_a_thread_which_waits_for_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surroundings, "PATIENCE", 0.2)
-    inner = revfx.RevBlock(lambda: nn.Sequential(mlp(), nn.BatchNorm1d(4)), mlp, 1)
-
-    def f(x: Tensor) -> Tensor:
-        with ThreadPoolExecutor(1) as pool:
-            return norm(pool.submit(inner, x, x).result()[0])
-
-    norm = nn.BatchNorm1d(4)
-    with pytest.raises(RegenerationError, match=r"has waited 0\.2 seconds for another thread"):
-        revfx.rev_block(leaf(5, 4), leaf(5, 4), f, torch.sin, 1)
-    loss_of(revfx.rev_block(leaf(5, 4), leaf(5, 4), norm, torch.sin, 1)).backward()
-
-
 def test_what_f_writes_to_where_it_can_not_be_put_back_is_named() -> None:
     def train(call: Any, f: nn.Module) -> None:
         loss_of(call(leaf(5, 8))).backward()
 
-    with pytest.raises(RegenerationError, match=r"is written in place by `f of layer 0` itself.*`register_buffer`"):
+    with pytest.raises(
+        RegenerationError, match=r"was modified in place.*or by `f of layer 0` itself.*`register_buffer`"
+    ):
         gradients_of("rev_block", lambda: On(_add, (torch.zeros(4),)), train)
 
 
