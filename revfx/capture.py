@@ -24,8 +24,9 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch, sharding
 from revfx.ambient import Ambience, drew, generators, restore, torchs_generator, where
+from revfx.carried import Carried, carried
 from revfx.effects import Snapshot, lasts, left_alone, let_go, of_their_own
-from revfx.guards import AttributeReads, GlobalReads, gives_anew, name_of, noting_reads
+from revfx.guards import ATOMS, AttributeReads, GlobalReads, gives_anew, name_of, noting_reads
 from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
 from revfx.memo import Seen, structure
@@ -45,7 +46,8 @@ Spot = tuple[str, str]  # where a tensor hangs: the path of a module, and a name
 class Capture:
     """A recorded forward: the graph, where its inputs come from, and how its result is put together.
 
-    `inputs` are positions among the flattened arguments; `outputs` holds nodes and constants, `spec` their structure.
+    `inputs` are positions among the flattened arguments; `outputs` holds nodes, constants and objects to be made anew,
+    `spec` their structure.
     `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
     held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read,
     `written` those that modules called whole set; `generic` says where the parameters hang that were taken for such.
@@ -68,6 +70,7 @@ EFFECTS = frozenset(
     "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
 )
 LOST = "which a recorded graph would not repeat"
+KEPT = "which a recorded graph would keep"
 OWN_GENERATOR = "a generator of its own"
 GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 _lock = threading.Lock()
@@ -281,14 +284,12 @@ class _Recorder(TorchFunctionMode):
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 outputs.append(self._node(self._convert(leaf)))
-            elif isinstance(leaf, (int, float, str, bool, complex, torch.dtype, torch.device, type(None))):
+            elif isinstance(leaf, ATOMS):
                 outputs.append(leaf)
             else:
-                raise Untraceable(
-                    f"it returns a {type(leaf).__name__}, which is not a tensor or a container of tensors"
-                )
+                outputs.append(carried(leaf, lambda t: self._node(self._convert(t)), self.lasting))
         self._refuse_unseen_functions()
-        self.graph.output(tuple(outputs))
+        self.graph.output(tuple(o.tensors if isinstance(o, Carried) else o for o in outputs))
         functionalise(self.graph)
         self.graph.lint()
         read = set(self.attributes.values())
@@ -401,7 +402,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(tree, slice):
             return slice(*(self._to_nodes(x) for x in (tree.start, tree.stop, tree.step)))
         if not lasts(tree, self.lasting):
-            raise Untraceable(f"it passes on a {type(tree).__name__} that it made, which a recorded graph would keep")
+            raise Untraceable(f"it passes on a {type(tree).__name__} that it made, {KEPT}")
         return tree
 
     # --- calls of sub-modules and autograd functions
@@ -421,6 +422,9 @@ class _Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             args, kwargs = self._convert(args), self._convert(kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
+            made = next((x for x in leaves if not isinstance(x, Tensor) and not lasts(x, self.lasting)), None)
+            if made is not None:
+                raise Untraceable(f"`{path}` is given a {type(made).__name__} that its caller made, {KEPT}", opens=path)
             generic = tuple(map(self._is_generic, module.parameters()))
             hooked = any(map(_torch.hooks, module.modules()))
             key = (structure(module), hooked, generic, str(spec), tuple(map(meta, leaves)), Ambience.now())
@@ -431,7 +435,7 @@ class _Recorder(TorchFunctionMode):
                 self.hooked = (len(self.born), path) if hooked else self.hooked
                 return out
         self.trail.begin()
-        with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}")):
+        with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
             out = self._run_whole(module, args, kwargs)
         with _torch.no_torch_function():
             out = self._fakes_of(out)
@@ -439,7 +443,8 @@ class _Recorder(TorchFunctionMode):
             numbers = {**self.trail.numbers(leaves, out), "drew": self.drew}
             odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
             if odd:
-                raise Untraceable(f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}")
+                text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
+                raise Untraceable(text, opens=path)
             if not mutated:
                 self.memo[key] = Seen.of(out, [t for t, _ in versions], numbers)
             out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, **numbers)

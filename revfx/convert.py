@@ -132,6 +132,7 @@ class Conversion:
         self.parts_converted = False
         self.compiled: Compiled | None = None
         self.pending: Outcome | None = None
+        self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
         self.compiled_tried = False
 
     @property
@@ -217,7 +218,7 @@ class Conversion:
     def _convert_parts(self, model: nn.Module) -> None:
         """None; where the root can't be recorded, its largest sub-modules are converted in its place."""
         self.parts_converted = True
-        was, parts = unconverted(model), {n: _part(m, self.options) for n, m in _torch.children(model).items()}
+        was, parts = unconverted(model), _parts(_torch.children(model), self.options)
         own = {**vars(model), "_modules": parts}  # the model that this was made of keeps its own
         bound = {k: v for k, v in own.items() if isinstance(v, MethodType) and v.__self__ is was}
         own.update({k: MethodType(v.__func__, model) for k, v in bound.items()})
@@ -275,9 +276,13 @@ class Conversion:
                 return outcome.plan.run(leaves, store=plain)
         compiled = self.compiled
         try:
-            if compiled is None or store:
-                return forward(*args, **kwargs)
-            return self._call_compiled(compiled, model, args, kwargs)
+            if compiled is not None and not store:
+                return self._call_compiled(compiled, model, args, kwargs)
+            result = forward(*args, **kwargs)
+            if outcome is not None and self.place is not None:  # a part that holds no region itself
+                table, name = self.place
+                table[name] = unconverted(model)
+            return result
         except BaseException:
             if outcome is not None and outcome.untraceable:
                 self._forget(outcome)
@@ -448,6 +453,15 @@ def unconverted(model: nn.Module) -> nn.Module:
     return plain
 
 
+def _parts(children: dict[str, nn.Module | None], options: Options) -> dict[str, nn.Module | None]:
+    """Return a table of sub-modules with what `_part` makes of them, which know their place in it."""
+    table = {name: _part(m, options) for name, m in children.items()}
+    for name, part in table.items():
+        if part is not children[name] and isinstance(part, Reversible):
+            part.revfx.place = table, name
+    return table
+
+
 def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
     """A sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a
     container.
@@ -457,7 +471,7 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         twin = object.__new__(type(module))
         twin.__dict__.update(vars(module))
-        twin.__dict__["_modules"] = {name: _part(m, options) for name, m in _torch.children(module).items()}
+        twin.__dict__["_modules"] = _parts(_torch.children(module), options)
         return twin
     if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
         return module

@@ -36,7 +36,7 @@ def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign:
         )
     if h.device != x.device:
         raise ValueError(f"`{name}` of layer {layer} returned a tensor on {h.device}, but its stream is on {x.device}.")
-    if torch.promote_types(h.dtype, x.dtype) != x.dtype:
+    if h.dtype != x.dtype and torch.promote_types(h.dtype, x.dtype) != x.dtype:
         raise ValueError(
             f"`{name}` of layer {layer} returned {h.dtype}, which would turn its stream from {x.dtype} into"
             f" {torch.promote_types(h.dtype, x.dtype)}: a coupling must keep the dtype."

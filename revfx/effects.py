@@ -27,6 +27,7 @@ from revfx.state import is_users
 
 
 CONTAINERS = (list, dict, set, deque)
+LONG = 10_000  # entries of a container that is data, and not noted
 DEPTH = 6  # how far containers and objects that a forward is given are followed
 Held = list[tuple[Any, tuple[Any, ...]]]  # containers, each with what was in it
 
@@ -44,7 +45,7 @@ def held_by(values: Iterable[Any], depth: int = DEPTH) -> Held:
     found: dict[int, tuple[Any, tuple[Any, ...]]] = {}
     level = [*values]
     for _ in range(depth):
-        tables = [t for v in level if (t := v if isinstance(v, CONTAINERS) else vars(v) if is_plain(v) else None)]
+        tables = [t for v in level if (t := _table(v)) is not None and len(t) <= LONG]
         inner = [x for v in level if isinstance(v, tuple) for x in v]
         for t in tables:
             if id(t) not in found:
@@ -52,6 +53,10 @@ def held_by(values: Iterable[Any], depth: int = DEPTH) -> Held:
                 inner += found[id(t)][1]
         level = [x for x in inner if not isinstance(x, (*ATOMS, Tensor))]
     return [*found.values()]
+
+
+def _table(value: Any) -> Any:
+    return value if isinstance(value, CONTAINERS) else vars(value) if is_plain(value) else None
 
 
 def differs(container: Any, then: tuple[Any, ...]) -> bool:
@@ -81,7 +86,7 @@ class Snapshot:
             (i, k, held)
             for i, m in enumerate(modules)
             for k, v in vars(m).items()
-            if is_users(k) and (held := held_by([v], 2))
+            if is_users(k) and (held := held_by([v], 4))
         ]
 
     def changes(self) -> Generator[tuple[int, str]]:

@@ -193,7 +193,8 @@ class RegionRun:
         dtypes = [program.values[v].dtype for v in region.entry]
         self.sides = Sides(0 if plan.exact else number, len(region.steps), dtypes, eps)
         self.looks = number & (number - 1) == 0
-        self.random = Random(self.devices)
+        with self.quiet:
+            self.random = Random(self.devices)
         self.lock = threading.RLock()
         self.current: int | None = None
         self.fresh: list[tuple[Handle, Tensor]] = []

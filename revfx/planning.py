@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from revfx import _torch
 from revfx.ambient import Ambience
 from revfx.calls import Call, Slot
 from revfx.capture import Capture, capture
+from revfx.carried import Carried
 from revfx.errors import Refusal
 from revfx.executor import RegionPlan, run_region
 from revfx.guards import GlobalReads, ModuleGuard, Weights, module_guards, name_of
@@ -108,8 +109,13 @@ class Plan:
                     for v in (*op.ins, *op.outs):
                         if last[v] <= i and not program.values[v].source:
                             env.pop(v, None)
-        out = [env[self.lowered.index[o]] if isinstance(o, fx.Node) else o for o in self.captured.outputs]
+        out = [self._given_back(o, env) for o in self.captured.outputs]
         return pytree.tree_unflatten(out, self.captured.spec)
+
+    def _given_back(self, output: Any, env: Mapping[int, Tensor]) -> Any:
+        if isinstance(output, Carried):
+            return output.made([env[self.lowered.index[n]] for n in output.tensors])
+        return env[self.lowered.index[output]] if isinstance(output, fx.Node) else output
 
     @property
     def code(self) -> str:
@@ -172,11 +178,10 @@ class _Search:
         self.refusals: dict[str, Refusal] = {}
 
     def run(self) -> Outcome:
-        opened: frozenset[str] = frozenset()
-        found = self._find(opened)
+        found, opened = self._find_opening(frozenset())
         while more := self._outside(found, opened):
             try:
-                found, opened = self._find(opened | more), opened | more
+                found, opened = self._find_opening(opened | more)
             except Untraceable as e:
                 self._close(e, more)
         if found[2]:
@@ -189,6 +194,17 @@ class _Search:
         if not regions:
             return Outcome(None, refusals, guard=_modes_of(self.root))
         return Outcome(self._plan(captured, lowered, regions), refusals)
+
+    def _find_opening(self, opened: frozenset[str]) -> tuple[Any, frozenset[str]]:
+        """Return what is found with those modules open, and with others whose own code has to be seen for it."""
+        while True:
+            try:
+                return self._find(opened), opened
+            except Untraceable as e:
+                if e.opens is None or e.opens in opened or e.opens in self.closed or not self._openable(e.opens):
+                    raise
+                kind = type(self.modules[e.opens])  # what is said of one will be said of the others
+                opened |= {p for p, m in self.modules.items() if type(m) is kind and p and self._openable(p)}
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
         captured = capture(self.root, self.forward, self.args, self.kwargs, opened)
@@ -205,6 +221,8 @@ class _Search:
         put_on_grid(lowered, regions, k, _insert)
         outputs: Any = next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0]
         lowered = lower(captured.graph, self.modules.__getitem__, exact=True)
+        pairs = zip(captured.outputs, outputs, strict=True)
+        outputs = tuple(replace(was, tensors=now) if isinstance(was, Carried) else now for was, now in pairs)
         return replace(captured, outputs=outputs), lowered, find_regions(lowered.program, all_pay=True)[0]
 
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
@@ -257,11 +275,9 @@ class _Search:
                 needed.update(paths if i in inverted else ())
         if opened <= needed:
             return found
-        kept = opened & needed
-        again = self._find(kept)
+        again, kept = self._find_opening(opened & needed)
         while lost := self._outside(again, kept) & opened & inside:  # a region begins or ends in their midst
-            kept |= lost
-            again = self._find(kept)
+            again, kept = self._find_opening(kept | lost)
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
     def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -8,12 +8,15 @@ from revfx.ambient import where_raised
 
 class Untraceable(Exception):
     """The forward can't be recorded: `reason`, `where` (the user's file and line), the `path` of the module at fault,
-    and whether `torch.compile` captures what it does (`compiles`).
+    whether `torch.compile` captures what it does (`compiles`), and whether it may be recorded where the module `opens`,
+    so that its own code is seen.
     """
 
-    def __init__(self, reason: str, where: str = "", path: str | None = None, compiles: bool = True) -> None:
+    def __init__(
+        self, reason: str, where: str = "", path: str | None = None, compiles: bool = True, opens: str | None = None
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.where, self.path, self.compiles = reason, where, path, compiles
+        self.reason, self.where, self.path, self.compiles, self.opens = reason, where, path, compiles, opens
 
 
 def untraceable(error: Exception, path: str) -> Untraceable:
@@ -28,7 +31,7 @@ def untraceable(error: Exception, path: str) -> Untraceable:
         link = link.__cause__ or link.__context__
     if isinstance(error, Untraceable):
         path = path if error.path is None else error.path
-        return Untraceable(error.reason, error.where or where, path, error.compiles)
+        return Untraceable(error.reason, error.where or where, path, error.compiles, error.opens)
     if isinstance(error, _torch.DATA_DEPENDENT):
         return Untraceable("its Python code depends on the values of a tensor", where, path)
     text = str(error).splitlines()[0] if str(error) else ""
