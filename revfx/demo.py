@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import revfx
 from revfx.bench_models import RevNet
-from revfx.explanation import size
+from revfx.explanation_data import size
 from revfx.progress import bar
 from revfx.testing import gradients, measure_memory, relative_error
 

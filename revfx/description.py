@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revfx.explanation import RegionInfo, ValueLine
+from revfx.explanation_data import RegionInfo, ValueLine
 from revfx.passes.arcs import Lowered
 from revfx.passes.closure import Derivation, Forward, Invert
 from revfx.passes.cuts import Step

@@ -21,7 +21,8 @@ from revfx.description import describe, neighbours, op_names, scope_of, types_of
 from revfx.drift import Drift, drift
 from revfx.errors import RevfxError
 from revfx.executor import RegionRun, Watch
-from revfx.explanation import Explanation, RegionInfo, Usage
+from revfx.explanation import Explanation
+from revfx.explanation_data import RegionInfo, Usage
 from revfx.inspection import watched
 from revfx.measuring import device_of, measured
 from revfx.numerics import DRIFT

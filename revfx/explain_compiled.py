@@ -15,7 +15,8 @@ from revfx import _compile, fingerprint, partitioner
 from revfx.convert import unconverted
 from revfx.convert_dynamo import with_own_code
 from revfx.description import describe, types_of
-from revfx.explanation import Explanation, GraphInfo, Usage, short
+from revfx.explanation import Explanation
+from revfx.explanation_data import GraphInfo, Usage, short
 from revfx.measuring import device_of, measured
 from revfx.passes.partition import Report
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revfx.explanation import Usage
+from revfx.explanation_data import Usage
 from revfx.testing import measure_memory
 
 

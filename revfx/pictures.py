@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import html
 import math
-import re
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import Refusal
-from revfx.explanation import LISTED, Explanation, RegionInfo, short, size
+from revfx.explanation_data import LISTED, Findings, RegionInfo, alike, counted, short, size
 from revfx.figures import PALETTE, picture, printable
 from revfx.pictures_layout import SOLVED, Frame, Layout, Node, layout
 from revfx.pictures_memory import has_timeline as has_timeline, memory_svg as memory_svg
@@ -36,7 +34,7 @@ MEANING = {
 }  # fmt: skip
 
 
-def graph_svg(e: Explanation) -> str:
+def graph_svg(e: Findings) -> str:
     """The regions of a model as SVG: every value by what the backward does with it, layers that come again once.
 
     Raises:
@@ -56,7 +54,7 @@ def graph_svg(e: Explanation) -> str:
             part.draw(_Pen(axes, width, y, tips))
             y += part.height
 
-    title = f"What revfx finds in {e.model}: {summary(e)}"
+    title = f"What revfx finds in {e.model}: {e.summary}"
     return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
 
 
@@ -66,20 +64,6 @@ def _with_tips(svg: str, tips: dict[str, str]) -> str:
         mark = f'<g id="graph-{name}">'
         svg = svg.replace(mark, f"{mark}\n<title>{html.escape(printable(text))}</title>", 1)
     return svg
-
-
-def all_regions(e: Explanation) -> tuple[RegionInfo, ...]:
-    """The regions of a model; of a compiled one, those of all its graphs."""
-    return e.regions or tuple(r for g in e.graphs for r in g.regions)
-
-
-def summary(e: Explanation) -> str:
-    """What was found, in a few words."""
-    found = all_regions(e)
-    if not found:
-        return "nothing reversible was found"
-    graphs = f" in {counted(len(e.graphs), 'graph')}" if e.graphs else ""
-    return f"{counted(len(found), 'reversible region')}{graphs}, {counted(sum(r.couplings for r in found), 'coupling')}"
 
 
 # --- from top to bottom
@@ -93,8 +77,8 @@ class _Part:
         raise NotImplementedError
 
 
-def _parts(e: Explanation) -> Iterator[_Part]:
-    regions = all_regions(e)
+def _parts(e: Findings) -> Iterator[_Part]:
+    regions = e.all_regions
     yield _Title(e)
     left = MOST_NODES
     shown = regions[:MOST_REGIONS]
@@ -172,13 +156,13 @@ class _Title(_Part):
 
     height = 1.5
 
-    def __init__(self, e: Explanation) -> None:
+    def __init__(self, e: Findings) -> None:
         self.e = e
 
     def draw(self, pen: _Pen) -> None:
-        e, regions = self.e, all_regions(self.e)
+        e, regions = self.e, self.e.all_regions
         pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
-        pen.text(MARGIN, 0.6, summary(e), 9, "muted")
+        pen.text(MARGIN, 0.6, e.summary, 9, "muted")
         kinds = ("save", "invert", "recompute", "outside") if regions else ("outside",)
         for number, kind in enumerate(kinds):
             x, y = MARGIN + 0.19 + number % 3 * 2.25, 0.94 + number // 3 * 0.26
@@ -330,18 +314,7 @@ class _Region(_Part):
         pen.line(points, "revfx" if solved else "outside-edge", solved)
 
 
-def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:
-    """Refusals that differ in the numbers of their values only, each once, and how many there are of it."""
-    bare = (Refusal(re.sub(r"_\d+`", "`", r.reason), r.op, r.where) for r in refusals)
-    return list(Counter(bare).items())
-
-
 def clipped(text: str, most: int) -> str:
     """A text of at most so many characters: what is too much is left out of its middle."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
-
-
-def counted(number: int, what: str) -> str:
-    """`2 regions`, `1 region`."""
-    return f"{number:,} {what}" + "s" * (number != 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from revfx.explanation import RegionInfo, ValueLine, folded
+from revfx.explanation_data import RegionInfo, ValueLine, folded
 
 
 READS, SOLVED = "reads", "solved"  # kinds of edges

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import RevfxError
-from revfx.explanation import Explanation, Usage, size
+from revfx.explanation_data import Findings, Usage, size
 from revfx.figures import PALETTE, picture
 from revfx.simulation import Timeline
 
@@ -22,12 +22,12 @@ ENLARGED = 4  # how many times more the plain step takes before revfx's is drawn
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def has_timeline(e: Explanation) -> bool:
+def has_timeline(e: Findings) -> bool:
     """Whether there is something for `memory_svg` to draw."""
     return any(u.timeline is not None and u.timeline.live for u in e.ways)
 
 
-def memory_svg(e: Explanation) -> str:
+def memory_svg(e: Findings) -> str:
     """What one training step holds after each of its operations, as SVG: plainly, and with revfx.
 
     Raises:
