@@ -15,6 +15,7 @@ from revfx.bench_models import BenchModel
 from revfx.bench_results import Row
 from revfx.bench_ways import Inputs, Way, why_not
 from revfx.errors import RevfxWarning
+from revfx.inspection import doubled
 from revfx.testing import measure_memory, relative_error
 
 
@@ -129,7 +130,7 @@ def reference_of(bench: BenchModel, depth: int, batch: int, device: str) -> Refe
     model, inputs = bench.make(depth).to(device), _inputs(bench, batch, device)
     bench.loss(model(*inputs)).backward()
     double = bench.make(depth).to(device, torch.float64)
-    bench.loss(double(*_doubled(inputs))).backward()
+    bench.loss(double(*doubled(inputs))).backward()
     gradients = {name: p.grad for name, p in double.named_parameters() if p.grad is not None}
     reference = Reference(gradients, 0.0, _buffers(model))
     return replace(reference, error=_error(model, reference))
@@ -158,7 +159,7 @@ def _judged(row: Row, bench: BenchModel, way: Way, device: str, reference: Refer
     """The row, and where its error is large whether that is rounding: in fp64 it is none to speak of then."""
     if row.error is not None and row.error <= max(SUSPECT, TIMES_PLAIN * reference.error):
         return row
-    model, inputs = bench.make(row.depth).to(device, torch.float64), _doubled(_inputs(bench, row.batch, device))
+    model, inputs = bench.make(row.depth).to(device, torch.float64), doubled(_inputs(bench, row.batch, device))
     built = way.build(bench, model, inputs)
     model.zero_grad()
     bench.loss(built.call(*inputs)).backward()
@@ -180,10 +181,6 @@ def _error(model: nn.Module, reference: Reference) -> float:
             return error
         worst = max(worst, error)
     return worst
-
-
-def _doubled(inputs: Inputs) -> Inputs:
-    return tuple(t.double() if t.is_floating_point() else t for t in inputs)
 
 
 def _timed(c: Candidate, device: str) -> float:

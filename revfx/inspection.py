@@ -1,10 +1,10 @@
-"""Runs regions forwards, inverts each step from the original values, and compares what comes out with what went in."""
+"""What checks of models stand on: regions that run forwards and are inverted by steps, gradients, ordinary storage."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from revfx.capture import capture
 from revfx.errors import RevfxError
 from revfx.executor import Env, RegionRun, Watch, watching
+from revfx.mode import store_activations
 from revfx.passes.arcs import lower
 from revfx.passes.closure import Derivation
 from revfx.planning import call_of
@@ -32,19 +33,23 @@ def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
     In the dtype of the model and once more in fp64, on a copy.
     """
     errors = _round_trip(model, inputs)
-    floating = [
-        t
-        for t in (*model.parameters(), *pytree.tree_leaves(list(inputs)))
-        if isinstance(t, Tensor) and t.is_floating_point()
-    ]
+    floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if _floating(t)]
     if any(t.dtype != torch.float64 for t in floating):
-        double = pytree.tree_map(_double, list(inputs))
-        errors |= _round_trip(copy.deepcopy(model).double(), double)
+        errors |= _round_trip(copy.deepcopy(model).double(), doubled(list(inputs)))
     return errors
 
 
-def _double(t: Any) -> Any:
-    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+def doubled(tree: Any) -> Any:
+    """Return nested arguments with their floating-point tensors in fp64, as leaves that need a gradient as before."""
+
+    def double(t: Any) -> Any:
+        return t.detach().double().requires_grad_(t.requires_grad) if _floating(t) else t
+
+    return pytree.tree_map(double, tree)
+
+
+def _floating(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
 
 
 class Originals:
@@ -123,3 +128,67 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
         reasons = "; ".join(reason for o in program.ops for _, reason in o.refused) or "the rule yields nothing"
         raise RevfxError(f"`check_inverse`: no operand can be solved for: {reasons}")
     return {a.text: relative_error(a.solve(*(env[v] for v in a.tail)), env[a.head]) for a in arcs}
+
+
+# --- gradients
+def gradients(
+    model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None, seed: int = 0
+) -> dict[str, Tensor | None]:
+    """By name, the gradients of `loss(model(*inputs))` with respect to the inputs that need one and all parameters.
+
+    Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
+    Parameters of `torch.compile(model)` have the names that they have in `model`.
+    """
+    leaves, spec = pytree.tree_flatten(list(inputs))
+    fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+    wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
+    if isinstance(model, nn.Module):
+        named = model.named_parameters()
+        wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
+    with _seeded(seed):
+        value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
+        if not wanted:
+            return {}
+        return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))
+
+
+def stored(model: Callable[..., Any]) -> Callable[..., Any]:
+    """`model` with ordinary autograd storage: the reference for `assert_same_grads`."""
+    if not isinstance(model, nn.Module):
+        return _stored_call(model)
+    return _Stored(model)
+
+
+class _Stored(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's own."""
+        return self.__dict__["model"].named_parameters(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result, with ordinary storage."""
+        with store_activations():
+            return self.__dict__["model"](*args, **kwargs)
+
+
+def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with store_activations():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _sine(output: Any) -> Tensor:
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return sum((t.sin().sum() for t in leaves), torch.zeros(()))

@@ -8,11 +8,13 @@ would not fit is counted as well. What kernels allocate within themselves is cou
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,11 @@ from revfx.caches import none_left
 from revfx.fingerprint import Snapshot
 from revfx.mode import simulating, uncollected
 from revfx.outside import Outside
-from revfx.passes._torch import draws
+from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted
-from revfx.scratch import scratch
-from revfx.shapes import Shapes
+
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +185,105 @@ def _tables(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
     """Where modules hold tensors."""
     for m in modules:
         yield from (_torch.parameters(m), _torch.buffers(m), vars(m))
+
+
+# --- what operations give, remembered by the shapes that they are given
+class Result(NamedTuple):
+    """A tensor's place in memory, which is its own or, where `shared`, that of the operation's only operand."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    shared: bool
+
+
+class Shapes:
+    """Runs operations on fake tensors; of two that are alike the second one is not looked into.
+
+    torch remembers results by shapes as well, but looking them up there takes most of a simulated step: it is made for
+    symbolic shapes and for subclasses, which a simulation does not have.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        self.mode = mode
+        self.seen: dict[Any, Result | tuple[Result, ...] | None] = {}
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of `func(*args, **kwargs)`."""
+        tensors = list[Tensor]()
+        known, key = _only_makes(func), None
+        if known:
+            key = func, *(_key(a, tensors) for a in args), *((k, _key(a, tensors)) for k, a in kwargs.items())
+            known = all(_torch.is_plain_fake(t) and t.layout == torch.strided for t in tensors)
+        found = self.seen.get(key) if known else None
+        if found is None:
+            out = func(*args, **kwargs)
+            if known and key not in self.seen:
+                self.seen[key] = _result(out, tensors)
+            return out
+        return self._made(found, tensors) if isinstance(found, Result) else tuple(self._made(r, tensors) for r in found)
+
+    def _made(self, result: Result, tensors: list[Tensor]) -> Tensor:
+        return _torch.fake(self.mode, *result[:5], tensors[0] if result.shared else None)
+
+
+@functools.cache
+def _only_makes(func: Any) -> bool:
+    """Whether an operation is one of torch's own that writes to none of its arguments."""
+    return _torch.is_overload(func) and func.namespace == "aten" and not writes(func)
+
+
+def _key(a: Any, tensors: list[Tensor]) -> Any:
+    """What of an argument the shapes of a result depend on; its tensors are added to `tensors`."""
+    if isinstance(a, Tensor):
+        tensors.append(a)
+        if a.layout != torch.strided:
+            return None
+        return a.shape, a.stride(), a.storage_offset(), a.dtype, a.device, a.is_conj(), a.is_neg()
+    if isinstance(a, (tuple, list)):
+        return tuple(_key(x, tensors) for x in a)
+    return type(a), a
+
+
+def _result(out: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(out, (tuple, list)):
+        found = [_result(t, tensors) for t in out]
+        return tuple(found) if all(isinstance(r, Result) for r in found) else None
+    if not _torch.is_plain_fake(out) or out.layout != torch.strided or out.is_conj() or out.is_neg():
+        return None
+    shared = any(_torch.storage_key(t) == _torch.storage_key(out) for t in tensors)
+    if shared and (len(tensors) > 1 or out is tensors[0]):
+        return None
+    return Result(out.shape, out.stride(), out.storage_offset(), out.dtype, out.device, shared)
+
+
+# --- what some CPU kernels allocate within themselves, seen in torch 2.13's memory events
+# oneDNN's convolutions copy their operands into blocks of as many channels as a register holds numbers, and BatchNorm's
+# backward makes one more tensor of its input's size. Elsewhere nothing is known, which counts as nothing.
+def scratch(func: Any, args: Any, out: Any) -> int:
+    """Bytes beyond operands and results that running an operator takes at most, as far as known."""
+    count = KNOWN.get(func.overloadpacket)
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    return count(args, out) if count is not None and first is not None and first.device.type == "cpu" else 0
+
+
+def _block() -> int:
+    """How many channels lie side by side: 16, and half of it where registers have 256 bits."""
+    return 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+
+
+def _blocked(t: Tensor) -> int:
+    """Bytes of a tensor (N, C, ...) in blocks of channels; those of images, of few channels, are used as they are."""
+    channels = t.shape[1]
+    if channels < 4 or not torch.backends.mkldnn.is_available():
+        return 0
+    return t.numel() // channels * math.ceil(channels / _block()) * _block() * t.element_size()
+
+
+KNOWN: Mapping[Any, Callable[[Any, Any], int]] = {
+    aten.convolution: lambda args, out: _blocked(out),
+    aten.convolution_backward: lambda args, out: _blocked(args[0]) + _blocked(args[1]),
+    aten.native_batch_norm_backward: lambda args, out: args[1].numel() * args[1].element_size(),
+}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,22 @@ from torch.utils import _pytree as pytree
 from revfx import rules
 from revfx.block import RevBlock
 from revfx.convert import Reversible
-from revfx.drift import Drift as Drift, drift as drift
 from revfx.errors import RevfxError
-from revfx.inspection import directions, relative_error as relative_error, round_trip
+from revfx.inspection import (
+    directions,
+    gradients as gradients,
+    relative_error as relative_error,
+    round_trip,
+    stored as stored,
+)
 from revfx.mode import store_activations as store_activations
+
+
+if TYPE_CHECKING:
+    from revfx.drift import Drift as Drift, drift as drift
+
+
+_LATER = ("Drift", "drift")  # imported at their first use: few programs ask, and they draw pictures
 
 
 @dataclass(frozen=True)
@@ -29,27 +42,6 @@ class Memory:
 
     kept: int
     peak: int
-
-
-def gradients(
-    model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None, seed: int = 0
-) -> dict[str, Tensor | None]:
-    """By name, the gradients of `loss(model(*inputs))` with respect to the inputs that need one and all parameters.
-
-    Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
-    Parameters of `torch.compile(model)` have the names that they have in `model`.
-    """
-    leaves, spec = pytree.tree_flatten(list(inputs))
-    fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
-    wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
-    if isinstance(model, nn.Module):
-        named = model.named_parameters()
-        wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
-    with _seeded(seed):
-        value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
-        if not wanted:
-            return {}
-        return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))
 
 
 def assert_same_grads(
@@ -97,36 +89,6 @@ def assert_same_grads(
         raise AssertionError(
             f"the gradient of `{worst[1]}` is off by {worst[0]:.2e} (relative), more than {worst[2]:.0e}"
         )
-
-
-def stored(model: Callable[..., Any]) -> Callable[..., Any]:
-    """`model` with ordinary autograd storage: the reference for `assert_same_grads`."""
-    if not isinstance(model, nn.Module):
-        return _stored_call(model)
-    return _Stored(model)
-
-
-class _Stored(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["model"] = model
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own."""
-        return self.__dict__["model"].named_parameters(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result, with ordinary storage."""
-        with store_activations():
-            return self.__dict__["model"](*args, **kwargs)
-
-
-def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with store_activations():
-            return function(*args, **kwargs)
-
-    return call
 
 
 def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
@@ -217,13 +179,11 @@ def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:
     return Memory(kept, torch.cuda.max_memory_allocated(device) - before)
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Generator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module("revfx.drift"), name)
+    raise AttributeError(f"module 'revfx.testing' has no attribute {name!r}")
 
 
-def _sine(output: Any) -> Tensor:
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return sum((t.sin().sum() for t in leaves), torch.zeros(()))
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
