@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ import torch
 
 from revfx import bench_plot, bench_report
 from revfx.bench_fit import Question, largest
-from revfx.bench_measure import Tick, measure_size, measure_steps
+from revfx.bench_measure import measure_size, measure_steps
 from revfx.bench_models import MODELS
 from revfx.bench_options import Options, UsageError, add_arguments as add_arguments, command_of, options_of
 from revfx.bench_results import Fit, Report, Row, this_machine
 from revfx.bench_ways import WAYS
 from revfx.errors import RevfxError
+from revfx.progress import bar
 
 
 # glibc reads the first two when a process starts, torch the others
@@ -90,7 +90,7 @@ def measured(options: Options) -> Report:
     elif options.sweep is not None:
         rows = _sweep(options)
     else:
-        with _progress(len(options.models) * (len(options.ways) + options.rounds + 1)) as tick:
+        with bar(len(options.models) * (len(options.ways) + options.rounds + 1)) as tick:
             for name in options.models:
                 ways = [WAYS[w] for w in options.ways]
                 depth, batch = options.sizes(name)
@@ -101,7 +101,7 @@ def measured(options: Options) -> Report:
 
 def _sweep(options: Options) -> list[Row]:
     rows: list[Row] = []
-    with _progress(sum(len(options.swept(m)) for m in options.models) * len(options.ways)) as tick:
+    with bar(sum(len(options.swept(m)) for m in options.models) * len(options.ways)) as tick:
         for name in options.models:
             depth, batch = options.sizes(name)
             for way in options.ways:
@@ -114,7 +114,7 @@ def _sweep(options: Options) -> list[Row]:
 
 def _fits(options: Options, memory: int) -> list[Fit]:
     fits: list[Fit] = []
-    with _progress(len(options.models) * len(options.ways) * 2) as tick:
+    with bar(len(options.models) * len(options.ways) * 2) as tick:
         for name in options.models:
             depth, batch = options.sizes(name)
             for way in options.ways:
@@ -123,30 +123,6 @@ def _fits(options: Options, memory: int) -> list[Fit]:
                     threads, seconds = torch.get_num_threads(), options.seconds
                     fits.append(largest(Question(name, way, sweep, other, memory, options.device, threads, seconds)))
     return fits
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Generator[Tick]:
-    """A context with a function to call before each of `total` things, which shows a bar where there is a terminal."""
-    tqdm = _tqdm() if sys.stderr.isatty() else None
-    if tqdm is None:
-        yield lambda text: None
-        return
-    with tqdm(total=total, file=sys.stderr, leave=False) as bar:
-
-        def tick(text: str) -> None:
-            bar.set_description(text)
-            bar.update()
-
-        yield tick
-
-
-def _tqdm() -> Callable[..., Any] | None:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm
 
 
 def _options(text: str) -> Options:

@@ -14,8 +14,8 @@ import torch
 
 from revfx.bench_fit import data_bytes
 from revfx.bench_models import MODELS
-from revfx.bench_plot import figure_class
 from revfx.bench_ways import WAYS
+from revfx.figures import figure_class
 
 
 UNITS: Mapping[str, int] = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -160,7 +160,7 @@ def _check_together(o: Options) -> None:
         if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"`--{name} {path}`: there is no such folder.")
     if o.plot is not None:
-        figure_class()
+        figure_class("`--plot`")
     if o.memory is not None and kind == "cpu":
         data_bytes()
 

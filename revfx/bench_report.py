@@ -66,7 +66,7 @@ def as_csv(report: Report) -> str:
 
 def as_json(report: Report) -> str:
     """Everything, in bytes and seconds."""
-    return json.dumps(report.as_dict(), indent=1)
+    return json.dumps(asdict(report), indent=1)
 
 
 # --- tables

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -107,10 +106,6 @@ class Report:
     def found(self) -> tuple[Row, ...] | tuple[Fit, ...]:
         """Rows or fits, whichever there are."""
         return self.fits or self.rows
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return asdict(self)
 
 
 def this_machine(device: str) -> Machine:

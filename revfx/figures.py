@@ -39,10 +39,15 @@ def figure(who: str, width: float, height: float) -> Figure:
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    return _figure_class(who)(figsize=(width, height), layout="constrained")
+    return figure_class(who)(figsize=(width, height), layout="constrained")
 
 
-def _figure_class(who: str) -> type[Figure]:
+def figure_class(who: str) -> type[Figure]:
+    """Return matplotlib's `Figure`.
+
+    Raises:
+        RevfxError: matplotlib is not installed; `who` asks.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -63,7 +68,7 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    _figure_class(who)
+    figure_class(who)
     import matplotlib
     from matplotlib import style
 
