@@ -39,8 +39,9 @@ ENVIRONMENT = {
 
 
 def main(args: argparse.Namespace) -> int:
-    """The exit status: 0; 1 if one of revfx's own ways, or plain autograd, raised or gave wrong gradients; 2 if the
-    arguments make no sense.
+    """Run the command and return its exit status.
+
+    0; 1 if one of revfx's own ways, or plain autograd, raised or gave wrong gradients; 2 for arguments without sense.
     """
     try:
         options = options_of(args)
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(options: Options) -> int:
-    """The exit status, after measuring in this process and printing and writing what was asked for."""
+    """Measure in this process, print and write what was asked for, and return the exit status."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     alone = options.json == "-"
@@ -82,7 +83,7 @@ def _write(path: str, text: str) -> None:
 
 
 def measured(options: Options) -> Report:
-    """The report of what the options ask for."""
+    """Return the report of what the options ask for."""
     rows: list[Row] = []
     fits: list[Fit] = []
     if options.memory is not None:
@@ -126,7 +127,7 @@ def _fits(options: Options, memory: int) -> list[Fit]:
 
 
 def _options(text: str) -> Options:
-    """What `main` passes to its child process."""
+    """Read the options that `main` passes to its child process."""
     given: dict[str, Any] = json.loads(text)
     given |= {name: tuple(given[name]) for name in ("models", "ways", "at")}
     return Options(**given)

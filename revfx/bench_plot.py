@@ -17,7 +17,7 @@ STYLES = {name: {"color": f"C{i % 10}", "marker": "osv^D*P<X>hd"[i % 12]} for i,
 
 
 def plot(report: Report, path: str | Path) -> None:
-    """None; draws peaks over step times, peaks over sizes, or the largest sizes that fit, as `path` says by its ending.
+    """Draw peaks over step times or sizes, or the largest sizes that fit, into a file of the kind that `path` ends in.
 
     Raises:
         RevfxError: matplotlib is not installed.

@@ -62,7 +62,7 @@ class Row:
 
 
 def size_of(row: Row, sweep: str | None) -> int:
-    """What a sweep of that kind changes: the depth or the batch."""
+    """Return what a sweep of that kind changes: the depth or the batch."""
     return row.depth if sweep == "depth" else row.batch
 
 
@@ -109,7 +109,7 @@ class Report:
 
 
 def this_machine(device: str) -> Machine:
-    """The machine that this runs on."""
+    """Return the machine that this runs on."""
     gpu = device.startswith("cuda")
     processor = torch.cuda.get_device_name(device) if gpu else _cpu()
     return Machine(

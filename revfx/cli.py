@@ -23,7 +23,7 @@ exit status: 0 if all went well, 1 if nothing reversible was found or something 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of a command: 0, 1 (it failed, or nothing reversible was found) or 2 (wrong arguments)."""
+    """Run a command and return its exit status: 0, 1 (failed, or nothing reversible found) or 2 (wrong arguments)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its start and stop
     parser = _parser()
     args = parser.parse_args(argv)

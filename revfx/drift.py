@@ -68,7 +68,7 @@ class Drift:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """None; draws the errors over the steps, from the last to the first, as `path` says by its ending.
+        """Draw the errors over the steps, from the last to the first, into a file of the kind that `path` ends in.
 
         Raises:
             RevfxError: matplotlib is not installed.
@@ -89,7 +89,7 @@ class Drift:
 def drift(
     model: Callable[..., Any], *inputs: Any, gradients: bool = False, loss: Callable[[Any], Tensor] | None = None
 ) -> Drift:
-    """How far every regenerated value of `model(*inputs)` is off, and on request every gradient.
+    """Measure how far every regenerated value of `model(*inputs)` is off, and on request every gradient.
 
     A module is copied first, so its buffers stay as they are; random numbers are put back. The forward's values are all
     held for a while, as plain training does.
@@ -114,7 +114,7 @@ def drift(
 
 
 def _of_region(region: int, run: RegionRun, originals: Env) -> list[StepDrift]:
-    """By value of each cut, the last cut first."""
+    """Return the drift of each value of each cut, the last cut first."""
     found: list[StepDrift] = []
     known: Env = {}
     for number in range(len(run.region.steps) - 1, -1, -1):

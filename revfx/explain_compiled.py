@@ -24,7 +24,7 @@ from revfx.passes.partition import Report
 def explain_compiled(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], measure: bool
 ) -> Explanation:
-    """What the backend finds in each graph of `model(*args, **kwargs)`, which runs forwards once, on a copy.
+    """Explain what the backend finds in each graph of `model(*args, **kwargs)`, which runs forwards once, on a copy.
 
     With `measure` a few steps are trained too, eagerly, under inductor, and under inductor with revfx.
     """
@@ -47,7 +47,7 @@ def _graph(number: int, report: Report) -> GraphInfo:
 
 
 def _compiled(model: nn.Module, door: Mapping[str, Any]) -> Callable[..., Any]:
-    """`model`, compiled apart from everything that was compiled before."""
+    """Compile `model`, apart from everything that was compiled before."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -69,7 +69,7 @@ def _measured(
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """A context that leaves random numbers as they are, and says nothing of the compiler's warnings."""
+    """Open a context that leaves random numbers as they are, and says nothing of the compiler's warnings."""
     quiet = warnings.catch_warnings(), _compile.capturing()
     with torch.enable_grad(), torch.random.fork_rng(), quiet[0], quiet[1]:
         warnings.simplefilter("ignore")

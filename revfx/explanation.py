@@ -69,7 +69,7 @@ def _lines(e: Explanation) -> Iterator[str]:
 
 
 def remedies(refusals: Iterable[Refusal]) -> tuple[str, ...]:
-    """What can be done about some refusals, each once."""
+    """Return what can be done about some refusals, each once."""
     return tuple(dict.fromkeys(text for r in refusals if (text := remedy(r.reason)) is not None))
 
 
@@ -90,7 +90,7 @@ def _regions(regions: Iterable[RegionInfo]) -> Iterator[str]:
 
 
 def table(ways: Sequence[Usage]) -> Iterator[str]:
-    """The lines of a table of ways; columns that nobody has are left out."""
+    """Yield the lines of a table of ways; columns that nobody has are left out."""
     rows = {u.way: cells(u) for u in ways}
     shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows.values())]
     yield f"  {'':12}" + "".join(f"{COLUMNS[i]:>15}" for i in shown)

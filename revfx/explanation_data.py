@@ -156,12 +156,12 @@ def _plain(step: Any) -> dict[str, Any]:
 
 
 def short(where: str) -> str:
-    """A file and line without the folders: `model.py:41`."""
+    """Return a file and line without the folders: `model.py:41`."""
     return os.path.basename(where) if where else "unknown place"
 
 
 def size(nbytes: float) -> str:
-    """A number of bytes for people, in powers of 1024."""
+    """Format a number of bytes for people, in powers of 1024."""
     for unit in ("B", "KiB", "MiB"):
         if abs(nbytes) < 1024:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -170,7 +170,7 @@ def size(nbytes: float) -> str:
 
 
 def count(n: float) -> str:
-    """A number of operations for people: `1.34 G`."""
+    """Format a number of operations for people: `1.34 G`."""
     for unit in ("", " k", " M", " G"):
         if abs(n) < 1000:
             return f"{n:.3g}{unit}"
@@ -179,7 +179,7 @@ def count(n: float) -> str:
 
 
 def folded(values: Sequence[ValueLine]) -> Iterator[tuple[list[ValueLine], int]]:
-    """The lines of some steps, and how often they come in a row: with the same types and lines of code."""
+    """Yield the lines of some steps, and how often they come in a row: with the same types and lines of code."""
     steps = [list(lines) for _, lines in itertools.groupby(values, key=lambda line: line.step)]
     looks = [tuple((v.type, v.action, v.where) for v in lines) for lines in steps]
     at = 0
@@ -192,7 +192,7 @@ def folded(values: Sequence[ValueLine]) -> Iterator[tuple[list[ValueLine], int]]
 
 
 def _repeats(looks: Sequence[object], at: int, period: int) -> int:
-    """How often the next `period` items come in a row."""
+    """Return how often the next `period` items come in a row."""
     times, block = 1, looks[at : at + period]
     while len(block) == period and looks[at + times * period : at + (times + 1) * period] == block:
         times += 1
@@ -214,7 +214,7 @@ COLUMNS = ("kept", "peak", "FLOPs", "measured kept", "measured peak", "seconds")
 
 
 def cells(u: Usage) -> tuple[str, ...]:
-    """One way's figures as text, "" where there is none."""
+    """Return one way's figures as text, "" where there is none."""
     sizes = [u.kept, u.peak, u.measured_kept, u.measured_peak]
     kept, peak, measured_kept, measured_peak = ("" if n is None else size(n) for n in sizes)
     flops = "" if u.flops is None else count(u.flops)

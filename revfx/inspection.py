@@ -21,14 +21,14 @@ from revfx.planning import call_of
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in fp64 (the plain norm of `got` where `want` is zero); NaN where either has a NaN."""
+    """Return |got - want| / |want| in fp64 (the norm of `got` where `want` is zero); NaN where either has a NaN."""
     g, w = got.detach().double(), want.detach().double()
     scale = w.norm().item()
     return ((g - w).norm().item() / scale) if scale else g.norm().item()
 
 
 def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
-    """By step and value, the relative error of one inversion, for every region that `model(*inputs)` runs.
+    """Return the relative error of one inversion by step and value, for every region that `model(*inputs)` runs.
 
     In the dtype of the model and once more in fp64, on a copy.
     """
@@ -59,16 +59,16 @@ class Originals:
         self.values: Env = {}
 
     def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
-        """None; takes a copy."""
+        """Keep a copy."""
         self.values[value] = tensor.detach().clone()
 
     def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
-        """None."""
+        """Do nothing."""
 
 
 @contextlib.contextmanager
 def watched(watch: Callable[[RegionRun], Watch]) -> Generator[None]:
-    """A context in which every region that runs forwards gets a `watch`."""
+    """Open a context in which every region that runs forwards gets a `watch`."""
     token = watching.set(watch)
     try:
         yield
@@ -77,7 +77,7 @@ def watched(watch: Callable[[RegionRun], Watch]) -> Generator[None]:
 
 
 def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[RegionRun, Env]]:
-    """The regions that `model(*inputs)` runs, in order, with copies of all their values.
+    """Run `model(*inputs)` and return its regions, in order, with copies of all their values.
 
     Raises:
         RevfxError: there is none; `who` asks.
@@ -110,7 +110,7 @@ def _round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
 
 
 def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
-    """By direction, the relative error of solving one operation for each of its operands.
+    """Return the relative error of solving one operation for each of its operands, by direction.
 
     Raises:
         RevfxError: its rule yields no direction for these operands; the reasons are given.
@@ -134,7 +134,7 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
 def gradients(
     model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None, seed: int = 0
 ) -> dict[str, Tensor | None]:
-    """By name, the gradients of `loss(model(*inputs))` with respect to the inputs that need one and all parameters.
+    """Return, by name, the gradients of `loss(model(*inputs))` for all parameters and the inputs that need one.
 
     Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
     Parameters of `torch.compile(model)` have the names that they have in `model`.
@@ -153,7 +153,7 @@ def gradients(
 
 
 def stored(model: Callable[..., Any]) -> Callable[..., Any]:
-    """`model` with ordinary autograd storage: the reference for `assert_same_grads`."""
+    """Return `model` with ordinary autograd storage: the reference for `assert_same_grads`."""
     if not isinstance(model, nn.Module):
         return _stored_call(model)
     return _Stored(model)
@@ -165,11 +165,11 @@ class _Stored(nn.Module):
         self.__dict__["model"] = model
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own."""
+        """Return the model's own."""
         return self.__dict__["model"].named_parameters(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result, with ordinary storage."""
+        """Run the model with ordinary storage."""
         with store_activations():
             return self.__dict__["model"](*args, **kwargs)
 

@@ -24,7 +24,7 @@ def measured(
     loss: Callable[[Any], Tensor],
     device: str = "cpu",
 ) -> tuple[Usage, ...]:
-    """By way, the bytes that `loss(way(*args, **kwargs))` and its backward take, and the median of their seconds."""
+    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take."""
     steps = {name: _step(way, args, kwargs, loss) for name, way in ways.items()}
     memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
     spent: dict[str, list[float]] = {name: [] for name in steps}
@@ -46,6 +46,6 @@ def _step(way: Callable[..., Any], args: Any, kwargs: Any, loss: Callable[[Any],
 
 
 def device_of(model: nn.Module) -> str:
-    """The device of a model's first parameter, as `measure_memory` takes it."""
+    """Return the device of a model's first parameter, as `measure_memory` takes it."""
     first = next((p.device for p in model.parameters()), torch.device("cpu"))
     return str(first)

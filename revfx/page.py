@@ -30,7 +30,7 @@ LOOKS = Path(__file__).parent / "data"  # `page.css`, and the one script: the se
 
 
 def page(e: Findings) -> str:
-    """A whole page: figures, pictures, refusals, and a table of all values that can be searched and sorted.
+    """Return a whole page: figures, pictures, refusals, and a table of all values that can be searched and sorted.
 
     `page.html#search=invert` opens it with a search.
 
@@ -63,7 +63,7 @@ body {{ margin: 0 }}</style>
 
 
 def fragment(e: Findings) -> str:
-    """What a notebook shows: a page without its table of values; without matplotlib also without pictures."""
+    """Return what a notebook shows: a page without its table of values; without matplotlib also without pictures."""
     try:
         drawn = _pictures(e)
     except RevfxError:
@@ -73,7 +73,7 @@ def fragment(e: Findings) -> str:
 
 
 def _content(e: Findings, drawn: str, heading: str) -> Iterator[str]:
-    """All but the table of values."""
+    """Yield all but the table of values."""
     inputs = f"({', '.join(e.inputs)})"
     yield f'<header><{heading} class="title">{text(e.model)}<small>{text(inputs)}</small></{heading}>'
     yield f'<p class="lead">{text(e.summary.capitalize())}.</p></header>'
@@ -82,7 +82,7 @@ def _content(e: Findings, drawn: str, heading: str) -> Iterator[str]:
 
 
 def _pictures(e: Findings) -> str:
-    """The pictures of a page.
+    """Draw the pictures of a page.
 
     Raises:
         RevfxError: matplotlib is not installed.
@@ -111,20 +111,20 @@ def _file(name: str) -> str:
 
 
 def _style(scope: str) -> str:
-    """The colours as variables of `scope`, and the rules that use them."""
+    """Return the colours as variables of `scope`, and the rules that use them."""
     light, dark = (";".join(f"--{name}:{colour}" for name, colour in c.items()) for c in (PALETTE, DARK))
     rules = _file("page.css")
     return f"\n{scope} {{ {light} }}\n@media (prefers-color-scheme: dark) {{ {scope} {{ {dark} }} }}\n{rules}"
 
 
 def text(words: object) -> str:
-    """Text as a page shows it: nothing that it holds is a tag or ends an attribute."""
+    """Escape text for a page: nothing that it holds is a tag or ends an attribute."""
     return html.escape(printable(str(words)))
 
 
 # --- figures
 def cards(e: Findings) -> Iterator[str]:
-    """The figures that matter most, plain against revfx: measured ones where there are any."""
+    """Yield the figures that matter most, plain against revfx: measured ones where there are any."""
     plain, ours = e.way("plain"), e.way("revfx")
     if plain is None or ours is None:
         return
@@ -153,7 +153,7 @@ def _card(name: str, plain: str, ours: str, ratio: str) -> str:
 
 
 def usage(e: Findings) -> Iterator[str]:
-    """The table of what a training step takes, each figure with what it is of the plain one."""
+    """Yield the table of what a training step takes, each figure with what it is of the plain one."""
     if not e.ways:
         return
     rows = {u.way: (cells(u), _numbers(u)) for u in e.ways}
@@ -184,14 +184,14 @@ def _ratio(number: float | None, plain: float | None) -> str:
 
 # --- what was found
 def listed(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """A section with a list, if there is anything in it."""
+    """Yield a section with a list, if there is anything in it."""
     items = "".join(f"<li>{text(line)}</li>" for line in lines)
     if items:
         yield f'<section class="{title.lower()}"><h2>{title}</h2><ul>{items}</ul></section>'
 
 
 def regions(found: Sequence[RegionInfo]) -> Iterator[str]:
-    """The regions as a table."""
+    """Yield the regions as a table."""
     if not found:
         return
     names = ("region", "module", "lines", "couplings", "kind", "streams", "keeps", "regenerates", "drift about")
@@ -219,13 +219,13 @@ def _number(is_one: bool) -> str:
 
 
 def graph_breaks(e: Findings) -> Iterator[str]:
-    """The graphs of a compiled model, and why each of them ended."""
+    """Yield the graphs of a compiled model, and why each of them ended."""
     yield from listed("Graphs", (f"graph {g.number}: {counted(len(g.regions), 'region')}" for g in e.graphs))
     yield from listed("Graph breaks", e.breaks)
 
 
 def refusals(e: Findings) -> Iterator[str]:
-    """What was left as it was, why, and what can be done about it."""
+    """Yield what was left as it was, why, and what can be done about it."""
     if not e.refusals:
         return
     found = alike(e.refusals)
@@ -249,7 +249,7 @@ def _remedy(reason: str) -> str:
 
 
 def _code(words: str) -> str:
-    """Text in which what stands between backticks is code."""
+    """Escape text in which what stands between backticks is code."""
     pieces = words.split("`")
     if len(pieces) % 2 == 0:
         return text(words)
@@ -261,7 +261,7 @@ HEADS = ("name", "type", "action", "how", "where", "bytes", "region", "step")
 
 
 def values(e: Findings) -> Iterator[str]:
-    """The table of all values, with a box to search it."""
+    """Yield the table of all values, with a box to search it."""
     lines = [(n, v) for n, r in enumerate(e.all_regions) for v in (*r.entry, *r.values)]
     if not lines:
         return

@@ -35,7 +35,7 @@ MEANING = {
 
 
 def graph_svg(e: Findings) -> str:
-    """The regions of a model as SVG: every value by what the backward does with it, layers that come again once.
+    """Draw a model's regions as SVG: every value by what the backward does with it, layers that come again once.
 
     Raises:
         RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
@@ -59,7 +59,7 @@ def graph_svg(e: Findings) -> str:
 
 
 def _with_tips(svg: str, tips: dict[str, str]) -> str:
-    """Titles, which a browser shows when the pointer rests on the part."""
+    """Add titles, which a browser shows when the pointer rests on the part."""
     for name, text in tips.items():
         mark = f'<g id="graph-{name}">'
         svg = svg.replace(mark, f"{mark}\n<title>{html.escape(printable(text))}</title>", 1)
@@ -73,7 +73,7 @@ class _Part:
     width, height = 0.0, 0.0
 
     def draw(self, pen: _Pen) -> None:
-        """None; draws it below where the pen is."""
+        """Draw it below where the pen is."""
         raise NotImplementedError
 
 
@@ -107,12 +107,12 @@ class _Pen:
         self.axes, self.width, self.top, self.tips = axes, width, top, tips
 
     def text(self, x: float, y: float, text: str, points: float = 8, colour: str = "ink", **options: Any) -> None:
-        """None; the text stands at x, its middle at y."""
+        """Write text at x, its middle at y."""
         options = {"va": "center", "ha": "left", "color": PALETTE[colour], "parse_math": False, **options}
         self.axes.text(x, self.top + y, printable(text), fontsize=points, **options)
 
     def box(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", **options: Any) -> None:
-        """None; a box whose middle is (x, y)."""
+        """Draw a box whose middle is (x, y)."""
         from matplotlib.patches import FancyBboxPatch
 
         corner = x - width / 2, self.top + y - height / 2
@@ -126,7 +126,7 @@ class _Pen:
         self.axes.add_patch(patch)
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> None:
-        """None; a line through the points with round corners, and a head at the last."""
+        """Draw a line through the points with round corners, and a head at the last."""
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path
 
@@ -145,7 +145,7 @@ class _Pen:
 
 
 def _towards(corner: tuple[float, float], to: tuple[float, float], far: float = 0.09) -> tuple[float, float]:
-    """The point where a round corner begins, half-way at the most."""
+    """Return the point where a round corner begins, half-way at the most."""
     dx, dy = to[0] - corner[0], to[1] - corner[1]
     part = min(0.5, far / max(math.hypot(dx, dy), far))
     return corner[0] + dx * part, corner[1] + dy * part
@@ -236,7 +236,7 @@ class _Region(_Part):
         self.height = HEAD + found.rows * STEP + GAP * (2 if found.left_out else 1)
 
     def place(self, pen: _Pen, node: Node) -> tuple[float, float]:
-        """The middle of a node."""
+        """Return the middle of a node."""
         left = (pen.width - self.span) / 2
         return left + (node.x - self.found.columns[0]) * COLUMN, HEAD + (node.row + 0.5) * STEP
 
@@ -272,7 +272,7 @@ class _Region(_Part):
                      ha="center", style="italic")  # fmt: skip
 
     def frame(self, pen: _Pen, frame: Frame) -> None:
-        """None; a box around what comes again, with how often it does."""
+        """Draw a box around what comes again, with how often it does."""
         top, bottom = HEAD + frame.first * STEP + 0.05, HEAD + (frame.last + 1) * STEP - 0.05
         width = min(self.span + BOX + 0.7, pen.width - 2 * MARGIN - 0.3)
         pen.box(
@@ -289,7 +289,7 @@ class _Region(_Part):
         self, pen: _Pen, start: Node, end: Node, a: tuple[float, float], b: tuple[float, float], kind: str,
         cells: set[tuple[float, int]],
     ) -> None:  # fmt: skip
-        """None; an arrow, down for what is read and up for what is solved, beside each other."""
+        """Draw an arrow, down for what is read and up for what is solved, beside each other."""
         solved = kind == SOLVED
         aside, bend = (0.14, 0.68) if solved else (-0.14, 0.36)  # so that the two kinds don't lie on each other
         down = 1 if start.row < end.row else -1
@@ -315,6 +315,6 @@ class _Region(_Part):
 
 
 def clipped(text: str, most: int) -> str:
-    """A text of at most so many characters: what is too much is left out of its middle."""
+    """Shorten a text to at most so many characters by leaving out some of its middle."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"

@@ -23,12 +23,12 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
 def has_timeline(e: Findings) -> bool:
-    """Whether there is something for `memory_svg` to draw."""
+    """Return whether there is something for `memory_svg` to draw."""
     return any(u.timeline is not None and u.timeline.live for u in e.ways)
 
 
 def memory_svg(e: Findings) -> str:
-    """What one training step holds after each of its operations, as SVG: plainly, and with revfx.
+    """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx.
 
     Raises:
         RevfxError: the explanation has no timeline; matplotlib is not installed (`pip install 'revfx[viz]'`).
@@ -67,13 +67,13 @@ def _peak(u: Usage) -> int:
 
 
 def _split(u: Usage) -> float:
-    """Which part of the picture's width the forward takes."""
+    """Return which part of the picture's width the forward takes."""
     t = u.timeline
     return 0.5 if t is None else min(max(t.backward / len(t.live), 0.15), 0.85)
 
 
 def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
-    """None; draws live bytes over the operations, and writes down the peaks."""
+    """Draw live bytes over the operations, and label the peaks."""
     highest = max(1, *(_peak(u) for u in ways))
     unit, scale = next((name, n) for name, n in UNITS if highest >= n)
     split = _split(ways[-1])
@@ -104,7 +104,7 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
 
 
 def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
-    """The line of a timeline, each phase at its own part of the width, with the most of what falls into one point."""
+    """Return the line of a timeline: each phase has its part of the width, a point is the most that falls into it."""
     xs, ys = [0.0], [0.0]
     for values, start, stop in ((t.live[: t.backward], 0.0, split), (t.live[t.backward :], split, 1.0)):
         columns = min(len(values), max(1, int(COLUMNS * (stop - start))))
@@ -116,7 +116,7 @@ def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
 
 
 def _frame(axes: Axes, t: Timeline | None) -> None:
-    """None; what lies around the lines: the backward's begin, where steps of regions begin, plain axes."""
+    """Draw what lies around the lines: the backward's begin, where steps of regions begin, plain axes."""
     axes.set_xlim(0, 1)
     axes.set_xticks([])
     axes.tick_params(labelsize=8, colors=PALETTE["ink"])

@@ -109,7 +109,7 @@ _table: dict[object, Rule] = {}
 
 
 def register_inverse(*ops: object) -> Callable[[Rule], Rule]:
-    """A decorator that registers a rule for `ops`: functions, tensor method names, module classes or aten overloads.
+    """Register a rule, by a decorator, for `ops`: functions, tensor method names, module classes or aten overloads.
 
     Raises:
         RevfxError: one of `ops` has a rule already.
@@ -126,34 +126,34 @@ def register_inverse(*ops: object) -> Callable[[Rule], Rule]:
 
 
 def registered() -> dict[object, Rule]:
-    """A copy of the whole table."""
+    """Return a copy of the whole table."""
     return dict(_table)
 
 
 def unregister_inverse(*ops: object) -> None:
-    """None; `ops` have no rule any more (what a test or a notebook cell that registers again needs)."""
+    """Take the rules of `ops` out of the table, as a test or a notebook cell that registers again needs."""
     for op in ops:
         _table.pop(op, None)
 
 
 def has_foreign() -> bool:
-    """Whether the table is not the one that comes with revfx: rules were added, taken away or replaced."""
+    """Return whether the table is not the one that comes with revfx: rules were added, taken away or replaced."""
     return _table != _ours
 
 
 def has_rule(op: object) -> bool:
-    """Whether `op` (in one of the spellings that `register_inverse` takes) has a rule."""
+    """Return whether `op` (in one of the spellings that `register_inverse` takes) has a rule."""
     return op in _table
 
 
 def rule_for(node: fx.Node, module: torch.nn.Module | None = None) -> Rule | None:
-    """The rule for a node, or None; `module` is what a call_module node calls."""
+    """Return the rule for a node, or None; `module` is what a call_module node calls."""
     key = type(module) if node.op == "call_module" else node.target
     return _table.get(key)
 
 
 def op_name(op: object) -> str:
-    """The bare name of an operation, the same for function, method, operator and aten overload: `add`, `relu`."""
+    """Return the bare name of an operation, the same for function, method, operator and overload: `add`, `relu`."""
     if isinstance(op, str):
         return op
     if _torch.is_overload(op):
@@ -162,7 +162,7 @@ def op_name(op: object) -> str:
 
 
 def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
-    """The node's arguments in the order `names` then `defaults`, whether they were given by position or by name."""
+    """Return a node's arguments in the order `names` then `defaults`, whether given by position or by name."""
     values: list[Any] = []
     for i, name in enumerate((*names, *defaults)):
         if i < len(node.args):
@@ -178,7 +178,7 @@ def _is_number(value: Any) -> bool:
 
 
 def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
-    """`alpha * value` as a number that can be subtracted, without a copy where alpha is 1; truth values are not one.
+    """Return `alpha * value` as something to subtract (no truth values), without a copy where alpha is 1.
 
     It is multiplied in `dtype`, that of the result: in a narrower one the product would be rounded.
     """
@@ -189,14 +189,15 @@ def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
 
 
 def nothing(*given: Any) -> float:
-    """The `rest` of an operation that only multiplies."""
+    """Return the `rest` of an operation that only multiplies."""
     return 0.0
 
 
 # --- arithmetic: y = a + alpha*b and its relatives
 def _scaled_by_a_tensor(*operands: Any) -> Iterator[Direction]:
-    """Refusals, where a number that scales an operand is held by a tensor (`alpha=` or `value=` take one of no
-    dimensions, and so does the old order `torch.add(a, alpha, b)`).
+    """Yield refusals where a tensor holds the number that scales an operand.
+
+    `alpha=` and `value=` take one of no dimensions, and so does the old order `torch.add(a, alpha, b)`.
     """
     for operand in operands:
         yield NoInverse(operand, "a tensor stands where a number scales an operand")
@@ -344,7 +345,7 @@ def cast(node: fx.Node) -> Iterator[Direction]:
 
 
 def meta(node: Any) -> Tensor:
-    """The fake tensor that stands for a node's result: shape, dtype, strides, device, no data."""
+    """Return the fake tensor that stands for a node's result: shape, dtype, strides, device, no data."""
     return node.meta["val"]
 
 
@@ -382,7 +383,7 @@ NOT_INJECTIVE = {
 
 
 def why_none(name: str) -> str:
-    """Why an operation without a rule can't be inverted, as the end of a sentence that starts with its name."""
+    """Return why an operation without a rule can't be inverted, as the end of a sentence that starts with its name."""
     if name == "pow":
         return "is not injective (an even power loses the sign)"
     return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")

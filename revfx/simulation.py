@@ -70,11 +70,11 @@ class Ledger(TorchDispatchMode):
         self.marks: list[tuple[int, str]] = []
 
     def mark(self, text: str) -> None:
-        """None; names the place that the step has come to."""
+        """Mark the place that the step has come to."""
         self.marks.append((len(self.live), text))
 
     def enter(self, t: Tensor, counted: bool = True) -> None:
-        """None; from now on the memory of `t` is known, and if it is `counted` it is held until it is let go.
+        """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go.
 
         Fake tensors of sparse layouts have no memory.
         """
@@ -116,7 +116,7 @@ class Simulation:
 
     @contextlib.contextmanager
     def world(self) -> Generator[tuple[Any, Any]]:
-        """A context that gives fake arguments; afterwards the model is as it was, as are Python's random numbers."""
+        """Open a context that gives fake arguments; after it the model and Python's random numbers are as before."""
         modules = list(self.model.modules())
         before, drawn, state = Snapshot.of(modules), generators(), torch.get_rng_state()
         put_outside_back = Outside.of(modules, self.model.forward).noted()
@@ -133,7 +133,7 @@ class Simulation:
             torch.set_rng_state(state)
 
     def _fake(self, t: Tensor) -> Tensor:
-        """The fake of a real tensor; one with a gradient already, as it has after the first step of a training."""
+        """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
         if id(t) not in self.fakes:
             fake = _torch.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
             if isinstance(t, nn.Parameter):
@@ -150,7 +150,7 @@ class Simulation:
         loss: Callable[[Any], Tensor],
         around: Callable[[Ledger], AbstractContextManager[Any]] | None = None,
     ) -> Timeline:
-        """What `loss(run(*args, **kwargs))` and its backward hold; both happen within `around(ledger)`.
+        """Return what `loss(run(*args, **kwargs))` and its backward hold; both run within `around(ledger)`.
 
         Raises:
             Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
@@ -182,7 +182,7 @@ class Simulation:
 
 
 def _tables(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
-    """Where modules hold tensors."""
+    """Yield the tables in which modules hold tensors."""
     for m in modules:
         yield from (_torch.parameters(m), _torch.buffers(m), vars(m))
 
@@ -211,7 +211,7 @@ class Shapes:
         self.seen: dict[Any, Result | tuple[Result, ...] | None] = {}
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of `func(*args, **kwargs)`."""
+        """Return the result of `func(*args, **kwargs)`."""
         tensors = list[Tensor]()
         known, key = _only_makes(func), None
         if known:
@@ -231,12 +231,12 @@ class Shapes:
 
 @functools.cache
 def _only_makes(func: Any) -> bool:
-    """Whether an operation is one of torch's own that writes to none of its arguments."""
+    """Return whether an operation is one of torch's own that writes to none of its arguments."""
     return _torch.is_overload(func) and func.namespace == "aten" and not writes(func)
 
 
 def _key(a: Any, tensors: list[Tensor]) -> Any:
-    """What of an argument the shapes of a result depend on; its tensors are added to `tensors`."""
+    """Return what of an argument a result's shapes depend on, and add its tensors to `tensors`."""
     if isinstance(a, Tensor):
         tensors.append(a)
         if a.layout != torch.strided:
@@ -263,19 +263,19 @@ def _result(out: Any, tensors: list[Tensor]) -> Any:
 # oneDNN's convolutions copy their operands into blocks of as many channels as a register holds numbers, and BatchNorm's
 # backward makes one more tensor of its input's size. Elsewhere nothing is known, which counts as nothing.
 def scratch(func: Any, args: Any, out: Any) -> int:
-    """Bytes beyond operands and results that running an operator takes at most, as far as known."""
+    """Return the bytes beyond operands and results that running an operator takes at most, as far as known."""
     count = KNOWN.get(func.overloadpacket)
     first = next((a for a in args if isinstance(a, Tensor)), None)
     return count(args, out) if count is not None and first is not None and first.device.type == "cpu" else 0
 
 
 def _block() -> int:
-    """How many channels lie side by side: 16, and half of it where registers have 256 bits."""
+    """Return how many channels lie side by side: 16, and half of it where registers have 256 bits."""
     return 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
 
 
 def _blocked(t: Tensor) -> int:
-    """Bytes of a tensor (N, C, ...) in blocks of channels; those of images, of few channels, are used as they are."""
+    """Return the bytes of a tensor (N, C, ...) in blocks of channels; images, of few channels, are used as they are."""
     channels = t.shape[1]
     if channels < 4 or not torch.backends.mkldnn.is_available():
         return 0

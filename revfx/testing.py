@@ -53,7 +53,7 @@ def assert_same_grads(
     rtol: float | None = None,
     seed: int = 0,
 ) -> None:
-    """None, if both give the same gradients for every input and parameter: same names, dtypes, shapes and values.
+    """Raise unless both give the same gradients for every input and parameter: names, dtypes, shapes and values.
 
     Args:
         model, reference: modules (or functions) of the same inputs; pass the model itself and
@@ -92,7 +92,7 @@ def assert_same_grads(
 
 
 def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
-    """By layer, the relative error of each value that one step back gives, in the given dtype and in fp64.
+    """Return the relative error of each value that one step back gives, by layer, in the given dtype and in fp64.
 
     `target` is a converted model, a `RevBlock`, or the operation of a rule in the table (then `inputs` are its
     operands, and every direction that the rule yields is solved and compared).
@@ -132,13 +132,13 @@ class _Operation(nn.Module):
         self.op = op() if isinstance(op, type) else op
 
     def forward(self, first: Any, *rest: Any) -> Any:
-        """`op(first, *rest)`."""
+        """Return `op(first, *rest)`."""
         first = first.clone() if isinstance(first, Tensor) else first
         return getattr(first, self.op)(*rest) if isinstance(self.op, str) else self.op(first, *rest)
 
 
 def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: bool = True) -> Memory:
-    """Bytes that `step()` (which returns a scalar loss) keeps after the forward, and the peak through its backward.
+    """Measure the bytes that `step()`, which returns a scalar loss, keeps after the forward, and the peak of the step.
 
     Counted from what was allocated before the call; gradients of parameters count unless they exist already (they do
     after the warm-up run). On CPU the bytes are those of `torch.profiler`'s memory events, exact and repeatable; on
