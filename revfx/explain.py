@@ -22,13 +22,12 @@ from revfx.drift import Drift, drift
 from revfx.errors import RevfxError
 from revfx.executor import RegionRun, Watch
 from revfx.explanation import Explanation
-from revfx.explanation_data import RegionInfo, Usage
-from revfx.inspection import watched
-from revfx.measuring import device_of, measured
+from revfx.explanation_data import RegionInfo, Timeline, Usage
+from revfx.inspection import is_floating, watched
 from revfx.numerics import DRIFT
 from revfx.planning import Outcome, Plan, make_plan
 from revfx.progress import stage
-from revfx.simulation import Ledger, Simulation, Timeline
+from revfx.simulation import Ledger, Simulation, device_of, measured
 
 
 Loss = Callable[[Any], Tensor]
@@ -87,7 +86,7 @@ def explain(
 
 def total(output: Any) -> Tensor:
     """Return the sum of all floating-point tensors of a model's output."""
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    leaves = [t for t in pytree.tree_leaves(output) if is_floating(t)]
     differentiable = [t.sum() for t in leaves if t.requires_grad]
     if not differentiable:
         raise RevfxError("no output of the model needs a gradient, so there is no training step to be explained.")

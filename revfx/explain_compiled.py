@@ -17,8 +17,8 @@ from revfx.convert_dynamo import with_own_code
 from revfx.description import describe, types_of
 from revfx.explanation import Explanation
 from revfx.explanation_data import GraphInfo, Usage, short
-from revfx.measuring import device_of, measured
 from revfx.passes.partition import Report
+from revfx.simulation import device_of, measured
 
 
 def explain_compiled(

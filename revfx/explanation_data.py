@@ -14,7 +14,6 @@ from typing import Any
 from revfx.drift import Drift
 from revfx.errors import Refusal
 from revfx.remedies import remedy
-from revfx.simulation import Timeline
 
 
 LISTED = 12  # refusals, and different steps of a region, that are shown
@@ -70,6 +69,28 @@ class RegionInfo:
     entry: tuple[ValueLine, ...] = ()
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What one training step holds, in bytes beyond what was there before it, after each of its operations.
+
+    `live[i]` is what is alive after operation i, `backward` the number of the first operation of the backward, `kept`
+    what is alive when it begins. `marks` are places on the way: (operation, text). `flops` counts floating-point
+    operations of matrix products, convolutions and attention, forward and backward, as
+    `torch.utils.flop_counter` does.
+    """
+
+    live: tuple[int, ...]
+    backward: int
+    kept: int
+    flops: int
+    marks: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are alive at once."""
+        return max(self.live, default=0)
 
 
 @dataclass(frozen=True, slots=True)

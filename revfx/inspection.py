@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
     In the dtype of the model and once more in fp64, on a copy.
     """
     errors = _round_trip(model, inputs)
-    floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if _floating(t)]
+    floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if is_floating(t)]
     if any(t.dtype != torch.float64 for t in floating):
         errors |= _round_trip(copy.deepcopy(model).double(), doubled(list(inputs)))
     return errors
@@ -43,12 +43,13 @@ def doubled(tree: Any) -> Any:
     """Return nested arguments with their floating-point tensors in fp64, as leaves that need a gradient as before."""
 
     def double(t: Any) -> Any:
-        return t.detach().double().requires_grad_(t.requires_grad) if _floating(t) else t
+        return t.detach().double().requires_grad_(t.requires_grad) if is_floating(t) else t
 
     return pytree.tree_map(double, tree)
 
 
-def _floating(t: Any) -> bool:
+def is_floating(t: Any) -> TypeGuard[Tensor]:
+    """Return whether something is a tensor of floating-point numbers."""
     return isinstance(t, Tensor) and t.is_floating_point()
 
 
@@ -190,5 +191,5 @@ def _seeded(seed: int) -> Generator[None]:
 
 
 def _sine(output: Any) -> Tensor:
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    leaves = [t for t in pytree.tree_leaves(output) if is_floating(t)]
     return sum((t.sin().sum() for t in leaves), torch.zeros(()))

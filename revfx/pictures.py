@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import Refusal
@@ -67,37 +68,37 @@ def _with_tips(svg: str, tips: dict[str, str]) -> str:
 
 
 # --- from top to bottom
+@dataclass(frozen=True)
 class _Part:
-    """A stripe of the picture: how much it takes, and how it is drawn."""
+    """A stripe of the picture: how it is drawn below where a pen is, and the room that it takes."""
 
-    width, height = 0.0, 0.0
-
-    def draw(self, pen: _Pen) -> None:
-        """Draw it below where the pen is."""
-        raise NotImplementedError
+    draw: Callable[[_Pen], None]
+    height: float
+    width: float = 0.0
 
 
 def _parts(e: Findings) -> Iterator[_Part]:
     regions = e.all_regions
-    yield _Title(e)
+    yield _title(e)
     left = MOST_NODES
     shown = regions[:MOST_REGIONS]
     for number, region in enumerate(shown):
         if region.before:
-            yield _Outside(region.before, followed=True)
+            yield _outside(region.before, followed=True)
         found = layout(region, min(left, MOST_IN_REGION))
         left = max(0, left - len(found.nodes))
         following = regions[number + 1].before if region is not regions[-1] else region.after
-        yield _Region(number, region, found, followed=region is not shown[-1] or bool(following))
+        drawn = _Region(number, region, found, followed=region is not shown[-1] or bool(following))
+        yield _Part(drawn.draw, drawn.height, drawn.width)
     if len(regions) > MOST_REGIONS:
-        yield _Note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
+        yield _note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
     elif regions and regions[-1].after:
-        yield _Outside(regions[-1].after, followed=False)
+        yield _outside(regions[-1].after, followed=False)
     if not regions:
         found = alike(e.refusals)[::-1]
-        yield from (_Refused(refusal, times) for refusal, times in found[:LISTED])
+        yield from (_refused(refusal, times) for refusal, times in found[:LISTED])
         if len(found) > LISTED:
-            yield _Note(f"{counted(len(found) - LISTED, 'more refusal')} not drawn")
+            yield _note(f"{counted(len(found) - LISTED, 'more refusal')} not drawn")
 
 
 class _Pen:
@@ -151,81 +152,61 @@ def _towards(corner: tuple[float, float], to: tuple[float, float], far: float = 
     return corner[0] + dx * part, corner[1] + dy * part
 
 
-class _Title(_Part):
-    """What model it is, and the legend."""
+def _title(e: Findings) -> _Part:
+    """Return what model it is, and the legend."""
 
-    height = 1.5
-
-    def __init__(self, e: Findings) -> None:
-        self.e = e
-
-    def draw(self, pen: _Pen) -> None:
-        e, regions = self.e, self.e.all_regions
+    def draw(pen: _Pen) -> None:
         pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
         pen.text(MARGIN, 0.6, e.summary, 9, "muted")
-        kinds = ("save", "invert", "recompute", "outside") if regions else ("outside",)
-        for number, kind in enumerate(kinds):
+        for number, kind in enumerate(MARKS if e.all_regions else ("outside",)):
             x, y = MARGIN + 0.19 + number % 3 * 2.25, 0.94 + number // 3 * 0.26
             pen.box(x, y, 0.36, 0.18, kind)
             pen.text(x, y, MARKS[kind], 7, f"{kind}-edge", ha="center")
-            name = f"{kind}: " if kind != "outside" else ""
-            pen.text(x + 0.26, y, f"{name}{MEANING[kind]}", 7.5)
-        if regions:
+            pen.text(x + 0.26, y, f"{kind}: " * (kind != "outside") + MEANING[kind], 7.5)
+        if e.all_regions:
             for x, colour, words in ((2.25, "outside-edge", "forward"), (4.5, "revfx", "solved from, backward")):
                 pen.line(((MARGIN + x, 1.2), (MARGIN + x + 0.37, 1.2)), colour, colour == "revfx")
                 pen.text(MARGIN + x + 0.45, 1.2, words, 7.5)
 
-
-class _Note(_Part):
-    """A line of text."""
-
-    height = 0.4
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def draw(self, pen: _Pen) -> None:
-        pen.text(pen.width / 2, 0.2, self.text, 8, "muted", ha="center", style="italic")
+    return _Part(draw, 1.5)
 
 
-class _Outside(_Part):
-    """Operations between regions."""
+def _note(text: str) -> _Part:
+    return _Part(lambda pen: pen.text(pen.width / 2, 0.2, text, 8, "muted", ha="center", style="italic"), 0.4)
 
-    height = 0.34 + GAP
 
-    def __init__(self, names: Sequence[str], followed: bool) -> None:
-        told = " → ".join(names) if len(names) <= 6 else " → ".join((*names[:3], "…", *names[-2:]))
-        self.text, self.followed = clipped(told, 96), followed
+def _outside(names: Sequence[str], followed: bool) -> _Part:
+    """Return operations between regions."""
+    tall = 0.34
+    told = clipped(" → ".join(names if len(names) <= 6 else (*names[:3], "…", *names[-2:])), 96)
 
-    def draw(self, pen: _Pen) -> None:
-        x, tall = pen.width / 2, self.height - GAP
+    def draw(pen: _Pen) -> None:
+        x = pen.width / 2
         pen.box(x, tall / 2, pen.width - 2 * MARGIN, tall, "outside")
-        pen.text(x, tall / 2, self.text, 7.5, ha="center")
-        if self.followed:
-            pen.line(((x, tall), (x, self.height)), "outside-edge")
+        pen.text(x, tall / 2, told, 7.5, ha="center")
+        if followed:
+            pen.line(((x, tall), (x, tall + GAP)), "outside-edge")
+
+    return _Part(draw, tall + GAP)
 
 
-class _Refused(_Part):
-    """An operation that was left as it was, and why; in so many places alike."""
+def _refused(refusal: Refusal, times: int) -> _Part:
+    """Return an operation that was left as it was, and why; in so many places alike."""
+    where = short(refusal.where)
 
-    height = TALL + 0.14
-
-    def __init__(self, refusal: Refusal, times: int) -> None:
-        self.op, self.where, self.reason = refusal.op, short(refusal.where), refusal.reason
-        self.times = times
-
-    def draw(self, pen: _Pen) -> None:
+    def draw(pen: _Pen) -> None:
         x = MARGIN + BOX / 2
-        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{self.where}: {self.op}: {self.reason}")
-        pen.text(x, TALL / 2 - 0.08, clipped(self.op, 20), 8, ha="center", weight="bold")
-        pen.text(x, TALL / 2 + 0.1, clipped(self.where, 26), 6.8, "muted", ha="center")
-        if self.times > 1:
-            pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {self.times:,}", 10, weight="bold")
-        lines = textwrap.wrap(self.reason, 62)[:3]
-        pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(lines), 8)
+        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{where}: {refusal.op}: {refusal.reason}")
+        pen.text(x, TALL / 2 - 0.08, clipped(refusal.op, 20), 8, ha="center", weight="bold")
+        pen.text(x, TALL / 2 + 0.1, clipped(where, 26), 6.8, "muted", ha="center")
+        if times > 1:
+            pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {times:,}", 10, weight="bold")
+        pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(textwrap.wrap(refusal.reason, 62)[:3]), 8)
+
+    return _Part(draw, TALL + 0.14)
 
 
-class _Region(_Part):
+class _Region:
     """The values of a region."""
 
     def __init__(self, number: int, region: RegionInfo, found: Layout, followed: bool) -> None:
@@ -241,6 +222,7 @@ class _Region(_Part):
         return left + (node.x - self.found.columns[0]) * COLUMN, HEAD + (node.row + 0.5) * STEP
 
     def draw(self, pen: _Pen) -> None:
+        """Draw the region, its values and what they are made from."""
         r, found = self.region, self.found
         bottom = self.height - GAP
         pen.box(

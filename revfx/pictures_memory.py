@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import RevfxError
-from revfx.explanation_data import Findings, Usage, size
+from revfx.explanation_data import Findings, Timeline, Usage, size
 from revfx.figures import PALETTE, picture
-from revfx.simulation import Timeline
 
 
 if TYPE_CHECKING:

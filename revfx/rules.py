@@ -183,36 +183,23 @@ def meta(node: Any) -> Tensor:
 
 
 # --- operations that have no inverse, with the words a refusal uses
-NOT_INJECTIVE = {
-    "relu": "maps all negative numbers to 0",
-    "gelu": "is not monotone",
-    "silu": "is not monotone",
-    "mish": "is not monotone",
-    "leaky_relu": "has a kink that rounding can cross",
-    "square": "loses the sign",
-    "abs": "loses the sign",
-    "sin": "is periodic",
-    "cos": "is periodic",
-    "tanh": "saturates: it is not invertible in floating point",
-    "sigmoid": "saturates: it is not invertible in floating point",
-    "max_pool2d": "keeps only the maxima",
-    "max_pool2d_with_indices": "keeps only the maxima",
-    "dropout": "drops elements",
-    "batch_norm": "removes mean and scale, which the output does not hold",
-    "layer_norm": "removes mean and scale, which the output does not hold",
-    "clamp": "maps everything beyond its limits to them",
-    "linear": "multiplies by a matrix that need not be invertible",
-    "matmul": "multiplies by a matrix that need not be invertible",
-    "conv2d": "is a linear map that need not be invertible",
-    "conv1d": "is a linear map that need not be invertible",
-    "convolution": "is a linear map that need not be invertible",
-    "mm": "multiplies by a matrix that need not be invertible",
-    "addmm": "multiplies by a matrix that need not be invertible",
-    "bmm": "multiplies by a matrix that need not be invertible",
-    "native_dropout": "drops elements",
-    "native_layer_norm": "removes mean and scale, which the output does not hold",
-    "_native_batch_norm_legit_functional": "removes mean and scale, which the output does not hold",
+_WHY = {
+    "maps all negative numbers to 0": "relu",
+    "is not monotone": "gelu silu mish",
+    "has a kink that rounding can cross": "leaky_relu",
+    "loses the sign": "square abs",
+    "is periodic": "sin cos",
+    "saturates: it is not invertible in floating point": "tanh sigmoid",
+    "keeps only the maxima": "max_pool2d max_pool2d_with_indices",
+    "drops elements": "dropout native_dropout",
+    "removes mean and scale, which the output does not hold": (
+        "batch_norm layer_norm native_layer_norm _native_batch_norm_legit_functional"
+    ),
+    "maps everything beyond its limits to them": "clamp",
+    "multiplies by a matrix that need not be invertible": "linear matmul mm addmm bmm",
+    "is a linear map that need not be invertible": "conv1d conv2d convolution",
 }
+NOT_INJECTIVE = {name: reason for reason, names in _WHY.items() for name in names.split()}
 
 
 def why_none(name: str) -> str:

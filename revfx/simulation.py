@@ -2,7 +2,8 @@
 
 The step runs as it is, the user's Python code, autograd and the executor of regions included; a ledger above all
 operations notes what each result takes and when it is let go. Nothing is computed and nothing allocated, so a step that
-would not fit is counted as well. What kernels allocate within themselves is counted where it is known.
+would not fit is counted as well. What kernels allocate within themselves is counted where it is known. Beside it stands
+what real steps take: memory from the allocator's events, and time in turns.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import statistics
+import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,36 +27,17 @@ from torch.utils.flop_counter import flop_registry
 from revfx import _torch
 from revfx.ambient import generators, restore
 from revfx.caches import none_left
+from revfx.explanation_data import Timeline, Usage
 from revfx.fingerprint import Snapshot
 from revfx.mode import simulating, uncollected
 from revfx.outside import Outside
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted
+from revfx.testing import measure_memory
 
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """What one training step holds, in bytes beyond what was there before it, after each of its operations.
-
-    `live[i]` is what is alive after operation i, `backward` the number of the first operation of the backward, `kept`
-    what is alive when it begins. `marks` are places on the way: (operation, text). `flops` counts floating-point
-    operations of matrix products, convolutions and attention, forward and backward, as
-    `torch.utils.flop_counter` does.
-    """
-
-    live: tuple[int, ...]
-    backward: int
-    kept: int
-    flops: int
-    marks: tuple[tuple[int, str], ...] = ()
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that are alive at once."""
-        return max(self.live, default=0)
+REPEATS = 5  # steps of each way that are timed
 
 
 class Ledger(TorchDispatchMode):
@@ -287,3 +270,38 @@ KNOWN: Mapping[Any, Callable[[Any, Any], int]] = {
     aten.convolution_backward: lambda args, out: _blocked(args[0]) + _blocked(args[1]),
     aten.native_batch_norm_backward: lambda args, out: args[1].numel() * args[1].element_size(),
 }
+
+
+# --- on real tensors
+def measured(
+    ways: Mapping[str, Callable[..., Any]],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any], Tensor],
+    device: str = "cpu",
+) -> tuple[Usage, ...]:
+    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take."""
+    steps = {name: _step(way, args, kwargs, loss) for name, way in ways.items()}
+    memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(REPEATS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step().backward()
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            spent[name].append(time.perf_counter() - start)
+    return tuple(
+        Usage(name, measured_kept=memory[name].kept, measured_peak=memory[name].peak, seconds=statistics.median(s))
+        for name, s in spent.items()
+    )
+
+
+def _step(way: Callable[..., Any], args: Any, kwargs: Any, loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
+    return lambda: loss(way(*args, **kwargs))
+
+
+def device_of(model: nn.Module) -> str:
+    """Return the device of a model's first parameter, as `measure_memory` takes it."""
+    first = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return str(first)

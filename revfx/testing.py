@@ -20,6 +20,7 @@ from revfx.errors import RevfxError
 from revfx.inspection import (
     directions,
     gradients as gradients,
+    is_floating,
     relative_error as relative_error,
     round_trip,
     stored as stored,
@@ -71,24 +72,21 @@ def assert_same_grads(
     worst: tuple[float, str, float] = (0.0, "", 0.0)
     for name, w in want.items():
         g = got[name]
-        if (g is None) != (w is None):
-            raise AssertionError(
-                f"the gradient of `{name}` is {'missing' if g is None else 'there'}, unlike the reference's"
-            )
         if g is None or w is None:
+            if g is not w:
+                there = "missing" if g is None else "there"
+                raise AssertionError(f"the gradient of `{name}` is {there}, unlike the reference's")
             continue
         if g.dtype != w.dtype or g.shape != w.shape:
-            raise AssertionError(
-                f"the gradient of `{name}` is {g.dtype}{list(g.shape)}, the reference's {w.dtype}{list(w.shape)}"
-            )
+            types = f"{g.dtype}{list(g.shape)}, the reference's {w.dtype}{list(w.shape)}"
+            raise AssertionError(f"the gradient of `{name}` is {types}")
         limit = rtol if rtol is not None else {torch.float64: 1e-9, torch.float32: 1e-4}.get(w.dtype, 5e-2)
         error = relative_error(g, w)
         if not error <= limit and (not worst[1] or error / limit > worst[0] / worst[2]):
             worst = (error, name, limit)
-    if worst[1]:
-        raise AssertionError(
-            f"the gradient of `{worst[1]}` is off by {worst[0]:.2e} (relative), more than {worst[2]:.0e}"
-        )
+    error, name, limit = worst
+    if name:
+        raise AssertionError(f"the gradient of `{name}` is off by {error:.2e} (relative), more than {limit:.0e}")
 
 
 def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
@@ -106,19 +104,11 @@ def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[
     elif not isinstance(target, nn.Module) and rules.has_rule(target):
         errors = directions(_Operation(target), inputs)
     else:
-        raise RevfxError(
-            f"`check_inverse`: {target!r} is neither a converted model, a `RevBlock`, nor an operation with a rule."
-        )
+        what = "neither a converted model, a `RevBlock`, nor an operation with a rule"
+        raise RevfxError(f"`check_inverse`: {target!r} is {what}.")
     worst = max(errors, key=lambda name: errors[name], default=None)
-    eps = max(
-        (
-            torch.finfo(t.dtype).eps
-            for t in pytree.tree_leaves(inputs)
-            if isinstance(t, Tensor) and t.is_floating_point()
-        ),
-        default=0,
-    )
-    limit = rtol if rtol is not None else 1e3 * eps
+    dtypes = [t.dtype for t in pytree.tree_leaves(inputs) if is_floating(t)]
+    limit = rtol if rtol is not None else 1e3 * max((torch.finfo(d).eps for d in dtypes), default=0)
     if worst is not None and not errors[worst] <= limit:
         raise AssertionError(f"the inverse is off by {errors[worst]:.2e} (relative), more than {limit:.0e}, at {worst}")
     return errors
