@@ -90,17 +90,17 @@ def _checkpoint(bench: BenchModel, model: Chain, inputs: Inputs) -> Built:
 _numbers = itertools.count()
 
 
-def compiled(model: nn.Module, **door: Any) -> Call:
+def compiled(model: nn.Module, **compile_kwargs: Any) -> Call:
     """Compile `model` with these arguments of `torch.compile`, apart from all other calls.
 
-    Dynamo keeps what it compiled by code object, and finds there what another door or setting has left.
+    Dynamo keeps what it compiled by code object, and finds there what another backend or setting has left.
     """
 
     def forward(*inputs: Tensor) -> Any:
         return model(*inputs)
 
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
-    return torch.compile(types.FunctionType(code, globals(), None, None, forward.__closure__), **door)
+    return torch.compile(types.FunctionType(code, globals(), None, None, forward.__closure__), **compile_kwargs)
 
 
 def _inductor(bench: BenchModel, model: Chain, inputs: Inputs) -> Built:

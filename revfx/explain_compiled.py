@@ -30,7 +30,7 @@ def explain_compiled(
     """
     own = unconverted(copy.deepcopy(model))
     with _compile.graph_breaks() as breaks, partitioner.reports() as reports, _quiet():
-        _compiled(own, {"backend": "revfx", "options": {"inner": "aot_eager"}})(*args, **kwargs)
+        _compiled(own, backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
     graphs = tuple(_graph(number, report) for number, report in enumerate(reports))
     return Explanation(
         model=fingerprint.name_of(model), inputs=types_of((args, kwargs)),
@@ -46,13 +46,9 @@ def _graph(number: int, report: Report) -> GraphInfo:
     return GraphInfo(number, tuple(describe(program, region, cuts, {}, "") for program, region, cuts in report.details))
 
 
-def _compiled(model: nn.Module, door: Mapping[str, Any]) -> Callable[..., Any]:
+def _compiled(model: nn.Module, **compile_kwargs: Any) -> Callable[..., Any]:
     """Compile `model`, apart from everything that was compiled before."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    return torch.compile(with_own_code(call), **door)
+    return torch.compile(with_own_code(model), **compile_kwargs)
 
 
 def _measured(
@@ -60,8 +56,8 @@ def _measured(
 ) -> tuple[Usage, ...]:
     ways: dict[str, Callable[..., Any]] = {
         "plain": model,
-        "inductor": _compiled(model, {}),
-        "revfx": _compiled(model, {"backend": "revfx"}),
+        "inductor": _compiled(model),
+        "revfx": _compiled(model, backend="revfx"),
     }
     with _quiet():
         return measured(ways, args, kwargs, loss, device_of(model))
