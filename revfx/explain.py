@@ -144,18 +144,15 @@ def _predicted(
         leaves, _ = pytree.tree_flatten((args, kwargs))
         return plan.run(leaves, store=False)
 
-    def watch(ledger: Ledger) -> Callable[[RegionRun], Watch]:
-        def look(run: RegionRun) -> Watch:
-            runs.append(run)
-            return _Marks(ledger, len(runs) - 1)
-
-        return look
-
     regions, sizes = list[RegionInfo](), list[tuple[int, int]]()
 
     @contextlib.contextmanager
     def around(ledger: Ledger) -> Generator[None]:
-        with watched(watch(ledger)):
+        def watch(run: RegionRun) -> Watch:
+            runs.append(run)
+            return _Marks(ledger, len(runs) - 1)
+
+        with watched(watch):
             yield
         for r in runs:  # they are not kept any longer: they hold fake tensors
             regions.append(_described(plan, r))
@@ -210,11 +207,8 @@ def _measured(
         stage("measuring")
         seen = measured(models, args, kwargs, loss, device_of(own))
         found, notes = _drift(ours, args, kwargs)
-    both = (
-        replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline)
-        for u in seen
-        for p in (predicted.get(u.way, u),)
-    )
+    pairs = [(u, predicted.get(u.way, u)) for u in seen]
+    both = (replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)
     return tuple(both), found, notes
 
 

@@ -50,7 +50,7 @@ def memory_svg(e: Findings) -> str:
             last.set_title("revfx alone, enlarged", loc="left", fontsize=8.5, color=PALETTE["revfx"])
         for axes in rows[:, 0]:
             _frame(axes, (ours or both[0]).timeline)
-        split = _split(both[-1])
+        split = _split(both[-1].timeline)
         for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
             last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
                           ha="center", va="top", fontsize=9, color=PALETTE["ink"])  # fmt: skip
@@ -65,9 +65,8 @@ def _peak(u: Usage) -> int:
     return u.timeline.peak if u.timeline else 0
 
 
-def _split(u: Usage) -> float:
+def _split(t: Timeline | None) -> float:
     """Return which part of the picture's width the forward takes."""
-    t = u.timeline
     return 0.5 if t is None else min(max(t.backward / len(t.live), 0.15), 0.85)
 
 
@@ -75,7 +74,7 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
     """Draw live bytes over the operations, and label the peaks."""
     highest = max(1, *(_peak(u) for u in ways))
     unit, scale = next((name, n) for name, n in UNITS if highest >= n)
-    split = _split(ways[-1])
+    split = _split(ways[-1].timeline)
     for u in ways:
         if u.timeline is None:
             continue
@@ -127,7 +126,7 @@ def _frame(axes: Axes, t: Timeline | None) -> None:
         spine.set_color(PALETTE["outside-edge"])
     if t is None:
         return
-    split = min(max(t.backward / len(t.live), 0.15), 0.85)
+    split = _split(t)
     axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
     steps = [at for at, _ in t.marks]
     for at in steps[:: 1 + len(steps) // TICKS]:
