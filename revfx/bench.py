@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ import torch
 
 from revfx import bench_plot, bench_report
 from revfx.bench_fit import Question, largest
-from revfx.bench_measure import Tick, measure_size, measure_steps
+from revfx.bench_measure import measure_size, measure_steps
 from revfx.bench_models import MODELS
 from revfx.bench_options import Options, UsageError, add_arguments as add_arguments, command_of, options_of
 from revfx.bench_results import Fit, Report, Row, this_machine
 from revfx.bench_ways import WAYS
 from revfx.errors import RevfxError
+from revfx.progress import bar
 
 
 # glibc reads the first two when a process starts, torch the others
@@ -39,8 +39,9 @@ ENVIRONMENT = {
 
 
 def main(args: argparse.Namespace) -> int:
-    """The exit status: 0; 1 if one of revfx's own ways, or plain autograd, raised or gave wrong gradients; 2 if the
-    arguments make no sense.
+    """Run the command and return its exit status.
+
+    0; 1 if one of revfx's own ways, or plain autograd, raised or gave wrong gradients; 2 for arguments without sense.
     """
     try:
         options = options_of(args)
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(options: Options) -> int:
-    """The exit status, after measuring in this process and printing and writing what was asked for."""
+    """Measure in this process, print and write what was asked for, and return the exit status."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     alone = options.json == "-"
@@ -82,7 +83,7 @@ def _write(path: str, text: str) -> None:
 
 
 def measured(options: Options) -> Report:
-    """The report of what the options ask for."""
+    """Return the report of what the options ask for."""
     rows: list[Row] = []
     fits: list[Fit] = []
     if options.memory is not None:
@@ -90,7 +91,7 @@ def measured(options: Options) -> Report:
     elif options.sweep is not None:
         rows = _sweep(options)
     else:
-        with _progress(len(options.models) * (len(options.ways) + options.rounds + 1)) as tick:
+        with bar(len(options.models) * (len(options.ways) + options.rounds + 1)) as tick:
             for name in options.models:
                 ways = [WAYS[w] for w in options.ways]
                 depth, batch = options.sizes(name)
@@ -101,7 +102,7 @@ def measured(options: Options) -> Report:
 
 def _sweep(options: Options) -> list[Row]:
     rows: list[Row] = []
-    with _progress(sum(len(options.swept(m)) for m in options.models) * len(options.ways)) as tick:
+    with bar(sum(len(options.swept(m)) for m in options.models) * len(options.ways)) as tick:
         for name in options.models:
             depth, batch = options.sizes(name)
             for way in options.ways:
@@ -114,7 +115,7 @@ def _sweep(options: Options) -> list[Row]:
 
 def _fits(options: Options, memory: int) -> list[Fit]:
     fits: list[Fit] = []
-    with _progress(len(options.models) * len(options.ways) * 2) as tick:
+    with bar(len(options.models) * len(options.ways) * 2) as tick:
         for name in options.models:
             depth, batch = options.sizes(name)
             for way in options.ways:
@@ -125,32 +126,8 @@ def _fits(options: Options, memory: int) -> list[Fit]:
     return fits
 
 
-@contextlib.contextmanager
-def _progress(total: int) -> Generator[Tick]:
-    """A context with a function to call before each of `total` things, which shows a bar where there is a terminal."""
-    tqdm = _tqdm() if sys.stderr.isatty() else None
-    if tqdm is None:
-        yield lambda text: None
-        return
-    with tqdm(total=total, file=sys.stderr, leave=False) as bar:
-
-        def tick(text: str) -> None:
-            bar.set_description(text)
-            bar.update()
-
-        yield tick
-
-
-def _tqdm() -> Callable[..., Any] | None:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm
-
-
 def _options(text: str) -> Options:
-    """What `main` passes to its child process."""
+    """Read the options that `main` passes to its child process."""
     given: dict[str, Any] = json.loads(text)
     given |= {name: tuple(given[name]) for name in ("models", "ways", "at")}
     return Options(**given)

@@ -50,7 +50,7 @@ class Question:
 def search(
     fits: Callable[[int], bool], low: int, high: int | None, enough: Callable[[], bool]
 ) -> tuple[int, int | None]:
-    """The largest size found to fit, and the smallest found not to, if any.
+    """Return the largest size found to fit, and the smallest found not to, if any.
 
     Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION`.
 
@@ -70,7 +70,7 @@ def search(
 
 
 def largest(question: Question) -> Fit:
-    """The answer of a child process, or of several one after the other, where they die."""
+    """Return the answer of a child process, or of several one after the other, where they die."""
     q = question
     fit = Fit(q.model, q.way, q.sweep, q.other, q.memory)
     reason = why_not(WAYS[q.way], MODELS[q.model])
@@ -104,7 +104,7 @@ class Said:
 
 
 def ask(question: Question, low: int, high: int | None) -> Said:
-    """What a child process tells that looks between a size that fits and one that does not."""
+    """Ask a child process, which looks between a size that fits and one that does not."""
     command = [sys.executable, "-m", "revfx.bench_fit", json.dumps([asdict(question), low, high])]
     # every large block is a mapping of its own, which goes back to the system when it is freed
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "KINETO_LOG_LEVEL": "99"}
@@ -127,7 +127,7 @@ def ask(question: Question, low: int, high: int | None) -> Said:
 
 # --- in the child
 def _answer(question: Question, low: int, high: int | None) -> None:
-    """None; tells what it tries and finds, a line each."""
+    """Print what is tried and found, a line each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(question.threads)
 
@@ -163,7 +163,7 @@ def _fits(question: Question, size: int) -> bool:
 
 
 def of_memory(e: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, is a want of memory."""
+    """Return whether an error, or one that caused it, is a want of memory."""
     while e is not None:
         if isinstance(e, MemoryError | torch.OutOfMemoryError) or any(word in str(e).lower() for word in WANTS):
             return True
@@ -172,7 +172,7 @@ def of_memory(e: BaseException | None) -> bool:
 
 
 def _train(question: Question, depth: int, batch: int) -> None:
-    """None; one training step at that size."""
+    """Train one step at that size."""
     bench = MODELS[question.model]
     model = bench.make(depth).to(question.device)
     inputs = tuple(t.to(question.device) for t in bench.inputs(batch))
@@ -183,7 +183,7 @@ def _train(question: Question, depth: int, batch: int) -> None:
 
 
 def _limit(memory: int, device: str) -> None:
-    """None; from now on this process gets so many bytes more than it has."""
+    """Limit this process to so many bytes more than it has now."""
     if device != "cpu":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.empty_cache()
@@ -197,7 +197,7 @@ def _limit(memory: int, device: str) -> None:
 
 
 def data_bytes() -> int:
-    """Bytes of this process that a limit on its data segment counts: the heap, and private mappings.
+    """Return the bytes of this process that a limit on its data segment counts: the heap, and private mappings.
 
     Raises:
         RevfxError: the system is not Linux, or does not tell.

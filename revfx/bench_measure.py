@@ -15,6 +15,7 @@ from revfx.bench_models import BenchModel
 from revfx.bench_results import Row
 from revfx.bench_ways import Inputs, Way, why_not
 from revfx.errors import RevfxWarning
+from revfx.inspection import doubled
 from revfx.testing import measure_memory, relative_error
 
 
@@ -47,7 +48,7 @@ class Reference:
 def measure_steps(
     bench: BenchModel, ways: Sequence[Way], depth: int, batch: int, rounds: int, device: str, tick: Tick
 ) -> list[Row]:
-    """By way, in the given order: memory, gradients and times of training steps of one model.
+    """Measure memory, gradients and times of training steps of one model, by way, in the given order.
 
     Args:
         bench: the model.
@@ -83,7 +84,7 @@ def measure_steps(
 
 
 def measure_size(bench: BenchModel, way: Way, depth: int, batch: int, device: str) -> Row:
-    """The memory of one way at one size, without times and gradients."""
+    """Measure the memory of one way at one size, without times and gradients."""
     found = prepare(bench, way, depth, batch, device)
     return found if isinstance(found, Row) else found.row
 
@@ -91,7 +92,7 @@ def measure_size(bench: BenchModel, way: Way, depth: int, batch: int, device: st
 def prepare(
     bench: BenchModel, way: Way, depth: int, batch: int, device: str, reference: Reference | None = None
 ) -> Candidate | Row:
-    """The candidate with its memory and, given a reference, its gradients' error; a row that says why there is none."""
+    """Return a candidate with its memory and, given a reference, its error, or a row that says why there is none."""
     row = Row(bench.name, way.name, depth, batch)
     reason = why_not(way, bench)
     if reason is not None:
@@ -125,18 +126,18 @@ def prepare(
 
 
 def reference_of(bench: BenchModel, depth: int, batch: int, device: str) -> Reference:
-    """What plain autograd gives at these sizes."""
+    """Return what plain autograd gives at these sizes."""
     model, inputs = bench.make(depth).to(device), _inputs(bench, batch, device)
     bench.loss(model(*inputs)).backward()
     double = bench.make(depth).to(device, torch.float64)
-    bench.loss(double(*_doubled(inputs))).backward()
+    bench.loss(double(*doubled(inputs))).backward()
     gradients = {name: p.grad for name, p in double.named_parameters() if p.grad is not None}
     reference = Reference(gradients, 0.0, _buffers(model))
     return replace(reference, error=_error(model, reference))
 
 
 def _with_memory(row: Row, way: Way, step: Step, device: str) -> Row:
-    """The row with its bytes; there are gradients already, so that those of the step are added to them and freed.
+    """Return the row with its bytes; there are gradients already, so those of the step are added to them and freed.
 
     But a compiled backward holds all the new ones until it ends: they are subtracted. Its peak may have been before it
     had them all, so that what was kept for it is the least that it can be.
@@ -147,7 +148,7 @@ def _with_memory(row: Row, way: Way, step: Step, device: str) -> Row:
 
 
 def _compared(row: Row, model: nn.Module, reference: Reference) -> Row:
-    """The row with its error, and with what is to be said of buffers; the error is NaN where there is no gradient."""
+    """Return the row with its error, NaN where a gradient is missing, and with notes about buffers."""
     after = _buffers(model)
     other = [n for n, t in reference.buffers.items() if not torch.allclose(after[n], t, rtol=1e-3, atol=1e-5)]
     notes = [f"a step changes {len(other)} buffers otherwise than plain's (`{other[0]}`)"] if other else []
@@ -155,10 +156,10 @@ def _compared(row: Row, model: nn.Module, reference: Reference) -> Row:
 
 
 def _judged(row: Row, bench: BenchModel, way: Way, device: str, reference: Reference) -> Row:
-    """The row, and where its error is large whether that is rounding: in fp64 it is none to speak of then."""
+    """Return the row and, where its error is large, whether that is rounding: then there is none in fp64."""
     if row.error is not None and row.error <= max(SUSPECT, TIMES_PLAIN * reference.error):
         return row
-    model, inputs = bench.make(row.depth).to(device, torch.float64), _doubled(_inputs(bench, row.batch, device))
+    model, inputs = bench.make(row.depth).to(device, torch.float64), doubled(_inputs(bench, row.batch, device))
     built = way.build(bench, model, inputs)
     model.zero_grad()
     bench.loss(built.call(*inputs)).backward()
@@ -170,7 +171,7 @@ def _judged(row: Row, bench: BenchModel, way: Way, device: str, reference: Refer
 
 
 def _error(model: nn.Module, reference: Reference) -> float:
-    """The worst relative error of a gradient, NaN if one is missing or has a NaN."""
+    """Return the worst relative error of a gradient, NaN if one is missing or has a NaN."""
     parameters = dict(model.named_parameters())
     worst = 0.0
     for name, want in reference.gradients.items():
@@ -182,12 +183,8 @@ def _error(model: nn.Module, reference: Reference) -> float:
     return worst
 
 
-def _doubled(inputs: Inputs) -> Inputs:
-    return tuple(t.double() if t.is_floating_point() else t for t in inputs)
-
-
 def _timed(c: Candidate, device: str) -> float:
-    """Seconds of one step."""
+    """Return the seconds that one step takes."""
     c.model.zero_grad()
     _wait(device)
     start = time.perf_counter()

@@ -29,15 +29,15 @@ class Chain(nn.Module):
         self.blocks, self.axis = nn.ModuleList(blocks), axis
 
     def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The first state."""
+        """Return the first state."""
         raise NotImplementedError
 
     def leave(self, *state: Tensor) -> Any:
-        """The output, of the last state."""
+        """Return the output, of the last state."""
         raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The output."""
+        """Return the output."""
         state = self.enter(*inputs)
         for block in self.blocks:
             state = block(*state)
@@ -52,14 +52,14 @@ class Coupling(nn.Module):
         self.f, self.g = f, g
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Both streams after the block."""
+        """Return both streams after the block."""
         a = a + self.f(b)
         return a, b + self.g(a)
 
 
 # --- coupling MLP
 def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
-    """Two linear layers with a GELU between them."""
+    """Return two linear layers with a GELU between them."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
 
 
@@ -71,17 +71,17 @@ class CouplingMlp(Chain):
         self.stem, self.head = nn.Linear(features, 2 * width), nn.Linear(2 * width, features)
 
     def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Two streams (B, width)."""
+        """Return two streams (B, width)."""
         return self.stem(inputs[0]).chunk(2, -1)
 
     def leave(self, *state: Tensor) -> Tensor:
-        """(B, features)."""
+        """Return (B, features)."""
         return self.head(torch.cat(state, -1))
 
 
 # --- convolutional RevNet
 def convolutions(c: int) -> nn.Sequential:
-    """Two convolutions with BatchNorm, a SiLU between them.
+    """Return two convolutions with BatchNorm, a SiLU between them.
 
     With a ReLU one input that rounding takes across zero shows as 1e-2 in the gradient of a narrow layer, in whatever
     computes it in another order (`torch.compile` too), and nothing smaller could be told.
@@ -98,11 +98,11 @@ class RevNet(Chain):
         self.stem, self.head = nn.Conv2d(3, 2 * channels, 3, padding=1), nn.Linear(2 * channels, classes)
 
     def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Two streams (B, channels, H, W)."""
+        """Return two streams (B, channels, H, W)."""
         return self.stem(inputs[0]).chunk(2, 1)
 
     def leave(self, *state: Tensor) -> Tensor:
-        """Logits (B, classes)."""
+        """Return logits (B, classes)."""
         return self.head(torch.cat(state, 1).mean((2, 3)))
 
 
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         self.norm, self.qkv, self.out, self.heads = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d), heads
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d)."""
+        """Return (B, T, d)."""
         n, t, d = x.shape
         q, k, v = self.qkv(self.norm(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -132,13 +132,13 @@ class Transformer(Chain):
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
 
     def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Two streams (B, T, d), which start as the same."""
+        """Return two streams (B, T, d), which start as the same."""
         (tokens,) = inputs
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         return x, x
 
     def leave(self, *state: Tensor) -> Tensor:
-        """Logits (B, T, vocabulary)."""
+        """Return logits (B, T, vocabulary)."""
         a, b = state
         return self.head(self.norm(a + b))
 
@@ -155,7 +155,7 @@ class Affine(nn.Module):
                 p.mul_(0.1)
 
     def forward(self, x1: Tensor, x2: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both halves, and the log-determinant (B,) so far."""
+        """Return both halves, and the log-determinant (B,) so far."""
         s, t = self.first(x2).chunk(2, -1)
         s = torch.tanh(s)
         x1, log_det = x1 * torch.exp(s) + t, log_det + s.sum(-1)
@@ -171,13 +171,13 @@ class Flow(Chain):
         super().__init__([Affine(width, hidden) for _ in range(depth)])
 
     def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Two halves (B, width) and a log-determinant (B,) of zeros."""
+        """Return two halves (B, width) and a log-determinant (B,) of zeros."""
         (x,) = inputs
         x1, x2 = x.chunk(2, -1)
         return x1, x2, torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
 
     def leave(self, *state: Tensor) -> Tensor:
-        """Log-densities (B,) under a normal distribution of the outputs, in nats."""
+        """Return log-densities (B,) under a normal distribution of the outputs, in nats."""
         x1, x2, log_det = state
         z = torch.cat([x1, x2], -1)
         return log_det - 0.5 * (z * z + math.log(2 * math.pi)).sum(-1)
@@ -192,7 +192,7 @@ class Force(nn.Module):
         self.net = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
     def forward(self, q: Tensor) -> Tensor:
-        """(B, n)."""
+        """Return (B, n)."""
         lengths = F.pad(q, (1, 1)).diff(dim=-1)
         return self.net(torch.stack([lengths[..., :-1], lengths[..., 1:]], -1)).squeeze(-1)
 
@@ -205,7 +205,7 @@ class Leap(nn.Module):
         self.force, self.h = force, h
 
     def forward(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, a step later."""
+        """Return both, a step later."""
         p = p + self.h * self.force(q)
         return p, q + self.h * p
 
@@ -219,12 +219,12 @@ class Springs(Chain):
         self.push = nn.Parameter(torch.randn(masses))
 
     def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Momenta, the same learned push for all, and displacements."""
+        """Return momenta, the same learned push for all, and displacements."""
         (q,) = inputs
         return self.push.expand_as(q), q
 
     def leave(self, *state: Tensor) -> Tensor:
-        """The last displacements."""
+        """Return the last displacements."""
         return state[1]
 
 
@@ -236,7 +236,7 @@ class Kick(nn.Module):
         self.force, self.h = force, h
 
     def forward(self, q: Tensor) -> Tensor:
-        """(B, n)."""
+        """Return (B, n)."""
         return self.h * self.force(q)
 
 
@@ -248,7 +248,7 @@ class Drift(nn.Module):
         self.h = h
 
     def forward(self, p: Tensor) -> Tensor:
-        """(B, n)."""
+        """Return (B, n)."""
         return self.h * p
 
 
@@ -282,7 +282,7 @@ class BenchModel:
     otherwise: str = ""
 
     def make(self, depth: int) -> Chain:
-        """The model, with the same weights in every call; the generator of random numbers is left as it was."""
+        """Build the model, with the same weights in every call; torch's random generator is left as it was."""
         return _seeded(lambda: self.build(depth))
 
 
@@ -305,7 +305,7 @@ def _mean_square(output: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor) -> Tensor:
-    """The cross-entropy with classes that are given round-robin."""
+    """Return the cross-entropy with classes that are given round-robin."""
     rows = logits.flatten(0, -2)
     return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device) % rows.shape[-1])
 

@@ -14,8 +14,8 @@ import torch
 
 from revfx.bench_fit import data_bytes
 from revfx.bench_models import MODELS
-from revfx.bench_plot import figure_class
 from revfx.bench_ways import WAYS
+from revfx.figures import figure_class
 
 
 UNITS: Mapping[str, int] = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -49,13 +49,13 @@ class Options:
     markdown: bool = False
 
     def sizes(self, model: str) -> tuple[int, int]:
-        """The depth and the batch for a model."""
+        """Return the depth and the batch for a model."""
         bench = MODELS[model]
         depth, batch = (QUICK_DEPTH, max(2, bench.batch // QUICK_BATCH)) if self.quick else (bench.depth, bench.batch)
         return self.depth or depth, self.batch or batch
 
     def swept(self, model: str) -> tuple[int, ...]:
-        """The depths or batches of a sweep."""
+        """Return the depths or batches of a sweep."""
         if self.sweep is None or self.at:
             return self.at
         _, batch = self.sizes(model)
@@ -64,7 +64,7 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None; gives `parser` the options of `revfx bench`."""
+    """Add the options of `revfx bench` to `parser`."""
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", help=f"of {', '.join(MODELS)} (default: all)")
     add("--ways", nargs="+", metavar="NAME", help=f"of {', '.join(WAYS)} (default: all; plain is always among them)")
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """The arguments, checked; compiled ways are left out of quick runs, sweeps and searches unless they are named.
+    """Check the arguments; compiled ways are left out of quick runs, sweeps and searches unless they are named.
 
     Raises:
         UsageError: one of them makes no sense, here.
@@ -120,7 +120,7 @@ def _default_ways(short: bool) -> tuple[str, ...]:
 def _known(
     what: str, asked: Iterable[str] | None, default: Iterable[str], known: Iterable[str] = ()
 ) -> tuple[str, ...]:
-    """The names that were asked for, each once, in a fixed order."""
+    """Return the names that were asked for, each once, in a fixed order."""
     known = list(known or default)
     if asked is None:
         return tuple(default)
@@ -132,7 +132,7 @@ def _known(
 
 
 def parse_size(text: str) -> int:
-    """Bytes, of a text such as 512MiB or 1.5GiB.
+    """Return the bytes that a text such as 512MiB or 1.5GiB stands for.
 
     Raises:
         UsageError: it is none.
@@ -160,13 +160,13 @@ def _check_together(o: Options) -> None:
         if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"`--{name} {path}`: there is no such folder.")
     if o.plot is not None:
-        figure_class()
+        figure_class("`--plot`")
     if o.memory is not None and kind == "cpu":
         data_bytes()
 
 
 def command_of(o: Options) -> str:
-    """The command line that asks for this."""
+    """Return the command line that asks for this."""
     default = Options(
         tuple(MODELS),
         _default_ways(bool(o.quick or o.sweep or o.memory)),

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from revfx.bench_models import MODELS
 from revfx.bench_results import Fit, Report, Row, size_of
 from revfx.bench_ways import WAYS
-from revfx.errors import RevfxError
+from revfx.figures import figure
 
 
 MIB = 2**20
 STYLES = {name: {"color": f"C{i % 10}", "marker": "osv^D*P<X>hd"[i % 12]} for i, name in enumerate(WAYS)}
 
 
-def figure_class() -> Callable[..., Any]:
-    """Matplotlib's `Figure`.
-
-    Raises:
-        RevfxError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise RevfxError("`--plot` needs matplotlib: pip install 'revfx[bench]'") from e
-    return Figure
-
-
 def plot(report: Report, path: str | Path) -> None:
-    """None; draws peaks over step times, peaks over sizes, or the largest sizes that fit, as `path` says by its ending.
+    """Draw peaks over step times or sizes, or the largest sizes that fit, into a file of the kind that `path` ends in.
 
     Raises:
         RevfxError: matplotlib is not installed.
     """
     names = list(dict.fromkeys(r.model for r in report.found))
-    figure = figure_class()(figsize=(5.5 * max(1, len(names)), 4.5), layout="constrained")
+    fig = figure("`--plot`", 5.5 * max(1, len(names)), 4.5)
     for i, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), i + 1, title=MODELS[name].title)
+        axes = fig.add_subplot(1, len(names), i + 1, title=MODELS[name].title)
         if report.fits:
             _draw_fits(axes, [f for f in report.fits if f.model == name])
         elif report.sweep:
@@ -47,7 +34,7 @@ def plot(report: Report, path: str | Path) -> None:
             _draw_steps(axes, [r for r in report.rows if r.model == name])
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    figure.savefig(path)
+    fig.savefig(path)
 
 
 def _draw_steps(axes: Any, rows: Sequence[Row]) -> None:

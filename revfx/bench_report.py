@@ -27,13 +27,13 @@ class Table:
 
 
 def tables(report: Report) -> tuple[Table, ...]:
-    """One table per model, in the order of the report."""
+    """Return one table per model, in the order of the report."""
     make: Callable[[Report, str], Table] = _fit_table if report.fits else _sweep_table if report.sweep else _step_table
     return tuple(make(report, name) for name in dict.fromkeys(r.model for r in report.found))
 
 
 def text(report: Report) -> str:
-    """The report as plain text."""
+    """Format the report as plain text."""
     parts = [f"{report.machine}\n{report.command}"]
     for t in tables(report):
         lines = [[cell.replace("`", "") for cell in row] for row in (t.head, *t.rows)]
@@ -45,7 +45,7 @@ def text(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The report as Markdown, for a README."""
+    """Format the report as Markdown, for a README."""
     parts: list[str] = []
     for t in tables(report):
         rows = [t.head, ("---", *["---:"] * (len(t.head) - 1)), *t.rows]
@@ -55,7 +55,7 @@ def markdown(report: Report) -> str:
 
 
 def as_csv(report: Report) -> str:
-    """A line for each row or fit, in bytes and seconds, under the names of their fields."""
+    """Format the report as CSV: a line for each row or fit, in bytes and seconds, under the names of their fields."""
     out = io.StringIO()
     plain = [{**asdict(r), "notes": "; ".join(r.notes)} for r in report.found]
     writer = csv.DictWriter(out, list(plain[0]) if plain else ["model"], lineterminator="\n")
@@ -65,8 +65,8 @@ def as_csv(report: Report) -> str:
 
 
 def as_json(report: Report) -> str:
-    """Everything, in bytes and seconds."""
-    return json.dumps(report.as_dict(), indent=1)
+    """Format the whole report as JSON, in bytes and seconds."""
+    return json.dumps(asdict(report), indent=1)
 
 
 # --- tables
@@ -116,7 +116,7 @@ def _fit_table(report: Report, name: str) -> Table:
 
 
 def _notes(found: Sequence[Row | Fit]) -> tuple[str, ...]:
-    """Each note once, after the ways that it is about."""
+    """Return each note once, after the ways that it is about."""
     notes = dict.fromkeys(note for r in found for note in r.notes)
     about = {n: dict.fromkeys(WAYS[r.way].title for r in found if n in r.notes) for n in notes}
     return tuple(f"{', '.join(titles)}: {note}" for note, titles in about.items())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -63,7 +62,7 @@ class Row:
 
 
 def size_of(row: Row, sweep: str | None) -> int:
-    """What a sweep of that kind changes: the depth or the batch."""
+    """Return what a sweep of that kind changes: the depth or the batch."""
     return row.depth if sweep == "depth" else row.batch
 
 
@@ -108,13 +107,9 @@ class Report:
         """Rows or fits, whichever there are."""
         return self.fits or self.rows
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return asdict(self)
-
 
 def this_machine(device: str) -> Machine:
-    """The machine that this runs on."""
+    """Return the machine that this runs on."""
     gpu = device.startswith("cuda")
     processor = torch.cuda.get_device_name(device) if gpu else _cpu()
     return Machine(

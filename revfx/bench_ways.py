@@ -57,7 +57,7 @@ class Way:
 
 
 def why_not(way: Way, bench: BenchModel) -> str | None:
-    """Why this way can't train this model; None if it can."""
+    """Return why this way can't train this model, or None if it can."""
     if way.additive and bench.couplings is None:
         return f"it takes additive couplings on two streams only: {bench.otherwise}"
     if way.library and not _installed(way.library):
@@ -90,17 +90,17 @@ def _checkpoint(bench: BenchModel, model: Chain, inputs: Inputs) -> Built:
 _numbers = itertools.count()
 
 
-def compiled(model: nn.Module, **door: Any) -> Call:
-    """`model`, compiled by one door of `torch.compile`, apart from all others.
+def compiled(model: nn.Module, **compile_kwargs: Any) -> Call:
+    """Compile `model` with these arguments of `torch.compile`, apart from all other calls.
 
-    Dynamo keeps what it compiled by code object, and finds there what another door or setting has left.
+    Dynamo keeps what it compiled by code object, and finds there what another backend or setting has left.
     """
 
     def forward(*inputs: Tensor) -> Any:
         return model(*inputs)
 
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
-    return torch.compile(types.FunctionType(code, globals(), None, None, forward.__closure__), **door)
+    return torch.compile(types.FunctionType(code, globals(), None, None, forward.__closure__), **compile_kwargs)
 
 
 def _inductor(bench: BenchModel, model: Chain, inputs: Inputs) -> Built:
@@ -124,7 +124,7 @@ def _lowest_budget(bench: BenchModel, model: Chain, inputs: Inputs) -> Built:
 
 # --- libraries of reversible layers: each takes the two streams side by side in one tensor
 def _between(model: Chain, run: Call, axis: int | None = None) -> Built:
-    """The model with its chain of blocks run by `run`, from streams that lie side by side to the same."""
+    """Return the model with its chain of blocks run by `run`, from streams that lie side by side to the same."""
     along = model.axis if axis is None else axis
 
     def call(*inputs: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Objects that a forward makes and returns, such as a cache of keys and values: made anew around the tensors of a run."""
+"""Objects that a forward makes and returns, such as a cache of keys and values: made anew around a run's tensors."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ exit status: 0 if all went well, 1 if nothing reversible was found or something 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of a command: 0, 1 (it failed, or nothing reversible was found) or 2 (wrong arguments)."""
+    """Run a command and return its exit status: 0, 1 (failed, or nothing reversible found) or 2 (wrong arguments)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its start and stop
     parser = _parser()
     args = parser.parse_args(argv)
@@ -78,25 +78,18 @@ Run = Callable[[argparse.Namespace], int]
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> Run:
-    parser.add_argument(
-        "model",
-        metavar="FILE.py:FACTORY",
-        help="a file, and in it a module, a class of modules, or a function that returns a module, or (module, inputs)",
-    )
-    parser.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="SHAPE[:DTYPE]",
-        help="the shape of one tensor argument, such as 8,3,32,32 or 16,64:int64; repeat it for further arguments",
-    )
-    parser.add_argument("--dtype", default="float32", help="of inputs that don't say theirs (default: float32)")
-    parser.add_argument("--measure", action="store_true", help="also train a few real steps and measure them")
-    parser.add_argument("--backend", choices=["revfx"], help="of torch.compile: the regions of each of its graphs")
-    parser.add_argument("--exact", action="store_true", help="with convert(exact=True)")
-    parser.add_argument("--anchor-every", type=int, metavar="K", help="with convert(anchor_every=K)")
-    parser.add_argument("--save", metavar="PATH", help="write a page (.html), the graph (.svg) or the data (.json)")
-    parser.add_argument("--json", action="store_true", help="print the data as JSON, and nothing else")
+    add = parser.add_argument
+    model = "a file, and in it a module, a class of modules, or a function that returns a module, or (module, inputs)"
+    add("model", metavar="FILE.py:FACTORY", help=model)
+    shape = "the shape of one tensor argument, such as 8,3,32,32 or 16,64:int64; repeat it for further arguments"
+    add("--input", action="append", default=[], metavar="SHAPE[:DTYPE]", help=shape)
+    add("--dtype", default="float32", help="of inputs that don't say theirs (default: float32)")
+    add("--measure", action="store_true", help="also train a few real steps and measure them")
+    add("--backend", choices=["revfx"], help="of torch.compile: the regions of each of its graphs")
+    add("--exact", action="store_true", help="with convert(exact=True)")
+    add("--anchor-every", type=int, metavar="K", help="with convert(anchor_every=K)")
+    add("--save", metavar="PATH", help="write a page (.html), the graph (.svg) or the data (.json)")
+    add("--json", action="store_true", help="print the data as JSON, and nothing else")
     return _explain
 
 
@@ -124,13 +117,12 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> Run:
-    parser.add_argument("--epochs", type=int, default=4, help="default: 4")
-    parser.add_argument("--depth", type=int, default=8, help="couplings of convolutions (default: 8)")
-    parser.add_argument("--exact", action="store_true", help="gradients that are bitwise those of stored activations")
-    parser.add_argument(
-        "--save", default="revfx-demo.html", metavar="PATH", help="the page to write (default: revfx-demo.html)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+    add = parser.add_argument
+    add("--epochs", type=int, default=4, help="default: 4")
+    add("--depth", type=int, default=8, help="couplings of convolutions (default: 8)")
+    add("--exact", action="store_true", help="gradients that are bitwise those of stored activations")
+    add("--save", default="revfx-demo.html", metavar="PATH", help="the page to write (default: revfx-demo.html)")
+    add("--json", action="store_true", help="print the result as JSON, and nothing else")
 
     def run(args: argparse.Namespace) -> int:
         from revfx.demo import demo
@@ -144,8 +136,4 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> Run:
     from revfx import bench
 
     bench.add_arguments(parser)
-
-    def run(args: argparse.Namespace) -> int:
-        return bench.main(args)
-
-    return run
+    return bench.main

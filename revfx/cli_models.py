@@ -18,7 +18,7 @@ from revfx.errors import RevfxError, WrongArguments
 
 
 def load(spec: str, shapes: Sequence[str], dtype: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The module that `FILE.py:FACTORY` names, and its inputs: of the given shapes, or those that the factory returns.
+    """Return the module that `FILE.py:FACTORY` names and its inputs, of the given shapes or from the factory.
 
     Raises:
         WrongArguments: no such file or name, or something that is no module; a wrong shape or dtype.
@@ -39,7 +39,7 @@ def load(spec: str, shapes: Sequence[str], dtype: str) -> tuple[nn.Module, tuple
 
 
 def tensor(text: str, dtype: str) -> Tensor:
-    """An input for `8,3,32,32` or `16,64:int64`: normal random numbers, zeros where they are whole.
+    """Return an input for `8,3,32,32` or `16,64:int64`: normal random numbers, zeros where they are whole.
 
     Raises:
         WrongArguments: it is no shape, or no dtype.
@@ -76,14 +76,14 @@ def _module(file: Path) -> ModuleType:
 
 
 def _free(file: Path) -> bool:
-    """Whether a file can be imported under its own name without standing in another module's place."""
+    """Return whether a file can be imported under its own name without taking another module's place."""
     name = file.stem
     return not (name in sys.modules or name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None)
 
 
 def _after_standard_library() -> int:
-    """The place in `sys.path` after the standard library, which what lies beside a model must not replace: torch
-    imports much of it late.
+    """Return the place in `sys.path` after the standard library, so that what torch imports late of it is not taken
+    from beside a model.
     """
     folders = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     folders |= {os.path.join(f, "lib-dynload") for f in folders}

@@ -16,7 +16,7 @@ from revfx.passes.closure import Derivation, Forward
 
 @contextlib.contextmanager
 def check_regeneration(rtol: float | None = None) -> Generator[None]:
-    """A context whose forwards keep every value of a region, and whose backwards compare each regenerated one with it.
+    """Open a context whose forwards keep every value of a region, and whose backwards compare what they regenerate.
 
     The backward may come later. What this finds: an f that does not compute the same when it is run again, a rule of
     the user's that is no inverse, a write in place that nothing saw. It is for `convert`, `rev_block` and `RevBlock` in
@@ -40,7 +40,7 @@ class _Checks(Originals):
         self.rtol = rtol
 
     def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
-        """None; compares."""
+        """Compare a regenerated value with what the forward made."""
         before = self.values.get(value)
         if before is None:
             return

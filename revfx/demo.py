@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import revfx
 from revfx.bench_models import RevNet
-from revfx.explanation import size
+from revfx.explanation_data import size
 from revfx.progress import bar
 from revfx.testing import gradients, measure_memory, relative_error
 
@@ -38,7 +38,7 @@ class Trained:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (N, 3, 8, 8) and labels to train with, then to test with: every fourth of 1,797 scans."""
+    """Return images (N, 3, 8, 8) and labels to train with, then to test with: every fourth of 1,797 scans."""
     held = torch.load(DIGITS, weights_only=True)
     x, y = held["images"].float().div(16).unsqueeze(1).expand(-1, 3, -1, -1), held["labels"].long()
     test = torch.arange(len(x)) % 4 == 0
@@ -46,13 +46,13 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make(depth: int) -> nn.Module:
-    """The model of one seed; `depth` couplings, each of two residual functions."""
+    """Return the model of one seed: `depth` couplings, each of two residual functions."""
     torch.manual_seed(0)
     return RevNet(depth, channels=16)
 
 
 def demo(epochs: int, depth: int, exact: bool, save: str, as_json: bool) -> int:
-    """0 if both runs learn the digits and the converted one takes less memory, else 1; prints a table.
+    """Train, print a table, and return 0 if both runs learn the digits and the converted one takes less memory, else 1.
 
     `save` is the page to write: .html, .svg or .json.
     """
@@ -90,7 +90,7 @@ class Run:
         self.losses: list[float] = []
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """None; one step of gradient descent."""
+        """Take one step of gradient descent."""
         start = time.perf_counter()
         loss = F.cross_entropy(self.model(x), y)
         self.optimizer.zero_grad()
@@ -102,13 +102,13 @@ class Run:
 
     @torch.no_grad()
     def test(self, x: Tensor, y: Tensor) -> None:
-        """None; notes the share of digits that are named rightly."""
+        """Record the share of digits that are named rightly."""
         self.model.eval()
         self.right.append((self.model(x).argmax(1) == y).float().mean().item())
         self.model.train()
 
     def result(self, epoch: int) -> Trained:
-        """What came of it; an epoch has so many steps."""
+        """Return what came of it; an epoch has so many steps."""
         loss, seconds = statistics.mean(self.losses[-epoch:]), statistics.median(self.spent)
         return Trained(self.memory.kept, self.memory.peak, seconds, tuple(self.right), loss)
 
@@ -116,7 +116,7 @@ class Run:
 def train(
     models: dict[str, nn.Module], x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, epochs: int, advance: Any
 ) -> dict[str, Trained]:
-    """By name, what training took and came to; the models take their steps in turn, on the same batches."""
+    """Train all models, which take their steps in turn on the same batches, and return what came of each, by name."""
     steps = len(x) // BATCH
     runs = {name: Run(model, x[:BATCH], y[:BATCH], epochs * steps) for name, model in models.items()}
     order = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ def train(
 
 
 def max_difference(converted: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The largest relative difference between gradients with regenerated activations and with stored ones."""
+    """Return the largest relative difference between gradients with regenerated activations and with stored ones."""
     got = gradients(converted, [x], lambda out: F.cross_entropy(out, y))
     want = gradients(revfx.testing.stored(converted), [x], lambda out: F.cross_entropy(out, y))
     pairs = [(got[name], w) for name, w in want.items()]
@@ -139,7 +139,7 @@ def max_difference(converted: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def table(runs: dict[str, Trained], apart: float, images: int, depth: int) -> str:
-    """The result as text."""
+    """Format the result as text."""
     plain, ours = runs["plain"], runs["revfx"]
     lines = [f"a RevNet of {depth} couplings, {len(plain.right)} epochs of {images} handwritten digits"]
     lines.append(f"{'':28}{'plain':>14}{'revfx':>14}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revfx.explanation import RegionInfo, ValueLine
+from revfx.explanation_data import RegionInfo, ValueLine
 from revfx.passes.arcs import Lowered
 from revfx.passes.closure import Derivation, Forward, Invert
 from revfx.passes.cuts import Step
@@ -23,7 +23,7 @@ from revfx.rules import op_name
 
 
 def type_name(dtype: torch.dtype, shape: Sequence[object]) -> str:
-    """A type as `f32[8,256]`."""
+    """Format a type as `f32[8,256]`."""
     name = str(dtype).removeprefix("torch.")
     for long, letter in (("bfloat", "bf"), ("float", "f"), ("complex", "c"), ("uint", "u"), ("int", "i")):
         if name.startswith(long):
@@ -33,7 +33,7 @@ def type_name(dtype: torch.dtype, shape: Sequence[object]) -> str:
 
 
 def types_of(tree: Any) -> tuple[str, ...]:
-    """The types of all tensors in nested arguments, and the other leaves as they are written."""
+    """Return the types of all tensors in nested arguments, and the other leaves as they are written."""
     leaves = pytree.tree_leaves(tree)
     return tuple(_type_of(x) if isinstance(x, Tensor) else repr(x)[:40] for x in leaves)
 
@@ -45,8 +45,10 @@ def _type_of(t: Tensor) -> str:
 def describe(
     program: Program, region: Region, kept_cuts: Collection[int], names: Mapping[int, str], module: str
 ) -> RegionInfo:
-    """A region in words; `kept_cuts` numbers the cuts that are kept, `names` says what operations are called where
-    that is not their own name, `module` whose code the region lies in.
+    """Describe a region in words.
+
+    `kept_cuts` numbers the cuts that are kept, `names` says what operations are called where that is not their own
+    name, `module` whose code the region lies in.
     """
     steps = region.steps
     inverting = [s for s in steps if s.inverts or s.saved]
@@ -72,7 +74,7 @@ def describe(
 
 
 def _kind(steps: Sequence[Step]) -> str:
-    """The usual name of the couplings, by what their inverses divide by."""
+    """Return the usual name of the couplings, by what their inverses divide by."""
     arcs = [a for s in steps for a in s.arcs if not a.exact]
     kinds: list[str] = []
     if any(a.factor is None for a in arcs):
@@ -87,14 +89,15 @@ def _kind(steps: Sequence[Step]) -> str:
 
 
 def _anchored(program: Program, region: Region, kept_cuts: Collection[int]) -> int:
-    """Bytes of the cuts inside of a region that are kept."""
+    """Return the bytes of the cuts inside of a region that are kept."""
     inner = {v for j in kept_cuts if 0 < j < len(region.steps) for v in region.steps[j].entry}
     return program.nbytes(tuple(inner - {*region.entry, *region.exit, *region.side, *region.saved}))
 
 
 def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> float:
-    """About what the relative error of a regenerated cut comes to: roundings add up as a random walk, a quarter of eps
-    each, and grow by what inverses amplify; 0 where nothing rounds.
+    """Estimate the relative error of a regenerated cut; 0 where nothing rounds.
+
+    Roundings add up as a random walk, a quarter of eps each, and grow by what inverses amplify.
     """
     worst, growth, rounded = 0.0, dict[int, float](), 0
     for j in range(len(steps) - 1, -1, -1):
@@ -135,7 +138,7 @@ def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: 
 
 
 def _entry(program: Program, region: Region) -> Iterator[ValueLine]:
-    """The values from before a region that its operations read: they are kept."""
+    """Yield the values from before a region that its operations read: they are kept."""
     read = dict.fromkeys(v for op in program.ops[region.start : region.stop] for v in program.data(op.ins))
     for v in read:
         value, made = program.values[v], program.made_at[v]
@@ -149,7 +152,7 @@ def _names(program: Program, values: Sequence[int]) -> tuple[str, ...]:
 
 
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
-    """How the backward, which goes through the steps from the last to the first, comes by each value."""
+    """Return how the backward, which goes from the last step to the first, comes by each value."""
     found: dict[int, Derivation] = {}
     for number in range(len(steps) - 1, -1, -1):
         step = steps[number]
@@ -169,7 +172,7 @@ def _call(program: Program, index: int, name: str) -> str:
 
 
 def scope_of(lowered: Lowered, region: Region) -> str:
-    """The path of the innermost module whose code holds a whole region."""
+    """Return the path of the innermost module whose code holds a whole region."""
     scopes = [
         str(n.meta["scope"]).split(".") for n in lowered.op_nodes[region.start : region.stop] if "scope" in n.meta
     ]
@@ -178,7 +181,7 @@ def scope_of(lowered: Lowered, region: Region) -> str:
 
 
 def neighbours(lowered: Lowered, cut: Sequence[Segment], region: Region) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the operations between a region and the one before it, and between it and the next."""
+    """Return the names of the operations between a region and the one before it, and between it and the next."""
     names = op_names(lowered)
     outside = [s for s in cut if s.region is None]
     before = (range(s.start, s.stop) for s in outside if s.stop == region.start)
@@ -187,5 +190,5 @@ def neighbours(lowered: Lowered, cut: Sequence[Segment], region: Region) -> tupl
 
 
 def op_names(lowered: Lowered) -> dict[int, str]:
-    """What operations are called in a recorded program: modules by their path."""
+    """Return what operations are called in a recorded program: modules by their path."""
     return {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(lowered.op_nodes)}

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from revfx.errors import RevfxError
 from revfx.executor import Env, RegionRun
 from revfx.figures import figure
-from revfx.inspection import originals_of, relative_error
+from revfx.inspection import doubled, gradients as gradients_of, originals_of, relative_error, stored
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Drift:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """None; draws the errors over the steps, from the last to the first, as `path` says by its ending.
+        """Draw the errors over the steps, from the last to the first, into a file of the kind that `path` ends in.
 
         Raises:
             RevfxError: matplotlib is not installed.
@@ -90,7 +89,7 @@ class Drift:
 def drift(
     model: Callable[..., Any], *inputs: Any, gradients: bool = False, loss: Callable[[Any], Tensor] | None = None
 ) -> Drift:
-    """How far every regenerated value of `model(*inputs)` is off, and on request every gradient.
+    """Measure how far every regenerated value of `model(*inputs)` is off, and on request every gradient.
 
     A module is copied first, so its buffers stay as they are; random numbers are put back. The forward's values are all
     held for a while, as plain training does.
@@ -115,7 +114,7 @@ def drift(
 
 
 def _of_region(region: int, run: RegionRun, originals: Env) -> list[StepDrift]:
-    """By value of each cut, the last cut first."""
+    """Return the drift of each value of each cut, the last cut first."""
     found: list[StepDrift] = []
     known: Env = {}
     for number in range(len(run.region.steps) - 1, -1, -1):
@@ -133,21 +132,15 @@ def _of_region(region: int, run: RegionRun, originals: Env) -> list[StepDrift]:
 def _of_gradients(
     model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None
 ) -> tuple[GradientDrift, ...]:
-    from revfx.testing import gradients, stored
-
     def measured(m: Callable[..., Any], of: Sequence[Any]) -> dict[str, Tensor | None]:
-        return gradients(copy.deepcopy(m) if isinstance(m, nn.Module) else m, of, loss)
+        return gradients_of(copy.deepcopy(m) if isinstance(m, nn.Module) else m, of, loss)
 
     ours, plain = measured(model, inputs), measured(stored(model), inputs)
     double = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
-    exact = measured(stored(double), pytree.tree_map(_double, list(inputs)))
+    exact = measured(stored(double), doubled(list(inputs)))
     found: list[GradientDrift] = []
     for name, got in ours.items():
         p, e = plain[name], exact[name]
         if got is not None and p is not None and e is not None:
             found.append(GradientDrift(name, relative_error(got, p), relative_error(p, e), relative_error(got, e)))
     return tuple(found)
-
-
-def _double(t: Any) -> Any:
-    return t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t

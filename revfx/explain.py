@@ -21,14 +21,14 @@ from revfx.description import describe, neighbours, op_names, scope_of, types_of
 from revfx.drift import Drift, drift
 from revfx.errors import RevfxError
 from revfx.executor import RegionRun, Watch
-from revfx.explanation import Explanation, RegionInfo, Usage
+from revfx.explanation import Explanation
+from revfx.explanation_data import RegionInfo, Timeline, Usage
 from revfx.guards import name_of
-from revfx.inspection import watched
-from revfx.measuring import device_of, measured
+from revfx.inspection import is_floating, watched
 from revfx.numerics import DRIFT
 from revfx.planning import Outcome, Plan, make_plan
 from revfx.progress import stage
-from revfx.simulation import Ledger, Simulation, Timeline
+from revfx.simulation import Ledger, Simulation, device_of, measured
 
 
 Loss = Callable[[Any], Tensor]
@@ -42,7 +42,7 @@ def explain(
     loss: Loss | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """What revfx finds in `model(*args, **kwargs)`: regions, refusals, and what a training step takes.
+    """Explain what revfx finds in `model(*args, **kwargs)`: regions, refusals, and what a training step takes.
 
     The model is looked at, and a training step of it counted, on fake tensors: nothing is computed, nothing is
     allocated, and the model stays as it is; a model that does not fit into memory can be explained on the "meta" device
@@ -86,8 +86,8 @@ def explain(
 
 
 def total(output: Any) -> Tensor:
-    """The sum of all floating-point tensors of a model's output."""
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    """Return the sum of all floating-point tensors of a model's output."""
+    leaves = [t for t in pytree.tree_leaves(output) if is_floating(t)]
     differentiable = [t.sum() for t in leaves if t.requires_grad]
     if not differentiable:
         raise RevfxError("no output of the model needs a gradient, so there is no training step to be explained.")
@@ -103,12 +103,12 @@ class _Marks:
         self.at: tuple[str, int] | None = None
 
     def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
-        """None; the forward made a value."""
+        """Record the step in which the forward made a value."""
         self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
         self._come(run, run.program.made_at[value], "forward")
 
     def regenerated(self, run: RegionRun, derivation: Any, value: int, tensor: Tensor) -> None:
-        """None; the backward made a value again."""
+        """Record the step in which the backward made a value again."""
         self._come(run, derivation.op, "backward")
 
     def _come(self, run: RegionRun, op: int, direction: str) -> None:
@@ -127,7 +127,7 @@ def _predicted(
     loss: Loss,
     measure: bool,
 ) -> tuple[tuple[Usage, ...], tuple[RegionInfo, ...], tuple[str, ...]]:
-    """What a step takes plainly, checkpointed and with regions; the regions; what could not be found out."""
+    """Return what a step takes plainly, checkpointed and with regions; the regions; what could not be found out."""
     simulation = Simulation(model, args, kwargs)
     try:
         stage("counting a plain step")
@@ -145,18 +145,15 @@ def _predicted(
         leaves, _ = pytree.tree_flatten((args, kwargs))
         return plan.run(leaves, store=False)
 
-    def watch(ledger: Ledger) -> Callable[[RegionRun], Watch]:
-        def look(run: RegionRun) -> Watch:
-            runs.append(run)
-            return _Marks(ledger, len(runs) - 1)
-
-        return look
-
     regions, sizes = list[RegionInfo](), list[tuple[int, int]]()
 
     @contextlib.contextmanager
     def around(ledger: Ledger) -> Generator[None]:
-        with watched(watch(ledger)):
+        def watch(run: RegionRun) -> Watch:
+            runs.append(run)
+            return _Marks(ledger, len(runs) - 1)
+
+        with watched(watch):
             yield
         for r in runs:  # they are not kept any longer: they hold fake tensors
             regions.append(_described(plan, r))
@@ -174,7 +171,7 @@ def _predicted(
 
 
 def _described(plan: Plan, run: RegionRun) -> RegionInfo:
-    """A region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
+    """Describe a region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
     kept = frozenset(run.kept_cuts)
     if run.program is plan.lowered.program:
         found = describe(run.program, run.region, kept, op_names(plan.lowered), scope_of(plan.lowered, run.region))
@@ -188,7 +185,7 @@ def _usage(way: str, t: Timeline) -> Usage:
 
 
 def _cuts(run: RegionRun) -> int:
-    """Bytes of the cuts that a checkpoint around every coupling would keep and the region does not."""
+    """Return the bytes of the cuts that a checkpoint around every coupling would keep and the region does not."""
     program = run.program
     theirs = {v for j in run.kept_cuts for v in run.kept_cuts[j]} | run.kept.keys()
     held = {program.values[v].storage for v in theirs}
@@ -200,7 +197,7 @@ def _cuts(run: RegionRun) -> int:
 def _measured(
     model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage]
 ) -> tuple[tuple[Usage, ...], Drift | None, tuple[str, ...]]:
-    """The ways with what they were seen to take, the drift, and what could not be measured."""
+    """Return the ways with what they were seen to take, the drift, and what could not be measured."""
     own = unconverted(copy.deepcopy(model))
     exact = False if options.exact is None else options.exact
     ours = convert(own, exact=exact, anchor_every=options.anchor_every)
@@ -211,11 +208,8 @@ def _measured(
         stage("measuring")
         seen = measured(models, args, kwargs, loss, device_of(own))
         found, notes = _drift(ours, args, kwargs)
-    both = (
-        replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline)
-        for u in seen
-        for p in (predicted.get(u.way, u),)
-    )
+    pairs = [(u, predicted.get(u.way, u)) for u in seen]
+    both = (replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)
     return tuple(both), found, notes
 
 
@@ -248,6 +242,6 @@ def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift |
 
 
 def _every(regions: Sequence[RegionInfo], worst: float, limit: float) -> int:
-    """How many couplings apart anchors bring the drift down to the limit, where it grows as a root of the depth."""
+    """Return how many couplings apart anchors keep the drift within the limit, if it grows as a root of the depth."""
     deepest = max((r.couplings for r in regions), default=1)
     return max(1, int(deepest * (limit / worst) ** 2)) if math.isfinite(worst) else 1

@@ -15,22 +15,23 @@ from revfx import _compile, partitioner
 from revfx.convert import unconverted
 from revfx.convert_dynamo import with_own_code
 from revfx.description import describe, types_of
-from revfx.explanation import Explanation, GraphInfo, Usage, short
+from revfx.explanation import Explanation
+from revfx.explanation_data import GraphInfo, Usage, short
 from revfx.guards import name_of
-from revfx.measuring import device_of, measured
 from revfx.passes.partition import Report
+from revfx.simulation import device_of, measured
 
 
 def explain_compiled(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], measure: bool
 ) -> Explanation:
-    """What the backend finds in each graph of `model(*args, **kwargs)`, which runs forwards once, on a copy.
+    """Explain what the backend finds in each graph of `model(*args, **kwargs)`, which runs forwards once, on a copy.
 
     With `measure` a few steps are trained too, eagerly, under inductor, and under inductor with revfx.
     """
     own = unconverted(copy.deepcopy(model))
     with _compile.graph_breaks() as breaks, partitioner.reports() as reports, _quiet():
-        _compiled(own, {"backend": "revfx", "options": {"inner": "aot_eager"}})(*args, **kwargs)
+        _compiled(own, backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
     graphs = tuple(_graph(number, report) for number, report in enumerate(reports))
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)),
@@ -46,13 +47,9 @@ def _graph(number: int, report: Report) -> GraphInfo:
     return GraphInfo(number, tuple(describe(program, region, cuts, {}, "") for program, region, cuts in report.details))
 
 
-def _compiled(model: nn.Module, door: Mapping[str, Any]) -> Callable[..., Any]:
-    """`model`, compiled apart from everything that was compiled before."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    return torch.compile(with_own_code(call), **door)
+def _compiled(model: nn.Module, **compile_kwargs: Any) -> Callable[..., Any]:
+    """Compile `model`, apart from everything that was compiled before."""
+    return torch.compile(with_own_code(model), **compile_kwargs)
 
 
 def _measured(
@@ -60,8 +57,8 @@ def _measured(
 ) -> tuple[Usage, ...]:
     ways: dict[str, Callable[..., Any]] = {
         "plain": model,
-        "inductor": _compiled(model, {}),
-        "revfx": _compiled(model, {"backend": "revfx"}),
+        "inductor": _compiled(model),
+        "revfx": _compiled(model, backend="revfx"),
     }
     with _quiet():
         return measured(ways, args, kwargs, loss, device_of(model))
@@ -69,7 +66,7 @@ def _measured(
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """A context that leaves random numbers as they are, and says nothing of the compiler's warnings."""
+    """Open a context that leaves random numbers as they are, and says nothing of the compiler's warnings."""
     quiet = warnings.catch_warnings(), _compile.capturing()
     with torch.enable_grad(), torch.random.fork_rng(), quiet[0], quiet[1]:
         warnings.simplefilter("ignore")

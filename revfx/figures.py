@@ -34,15 +34,20 @@ DARK = {
 
 
 def figure(who: str, width: float, height: float) -> Figure:
-    """An empty figure of so many inches, for `who` asks for it ("`Drift.plot`").
+    """Return an empty figure of so many inches; `who` ("`Drift.plot`") asks for it.
 
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    return _figure_class(who)(figsize=(width, height), layout="constrained")
+    return figure_class(who)(figsize=(width, height), layout="constrained")
 
 
-def _figure_class(who: str) -> type[Figure]:
+def figure_class(who: str) -> type[Figure]:
+    """Return matplotlib's `Figure`.
+
+    Raises:
+        RevfxError: matplotlib is not installed; `who` asks.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -51,19 +56,19 @@ def _figure_class(who: str) -> type[Figure]:
 
 
 def printable(text: str) -> str:
-    """Text without the characters that no page or picture can hold, such as those that steer a terminal."""
+    """Replace the characters that no page or picture can hold, such as those that steer a terminal."""
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
 
 def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    """What `draw` puts on a figure of `size` inches, as SVG whose text is text: the same bytes for the same drawing.
+    """Return what `draw` puts on a figure of `size` inches, as SVG with text as text: the same bytes each time.
 
     `name` is what the parts of the picture are called by, since a page may hold several; `title` says what it shows.
 
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    _figure_class(who)
+    figure_class(who)
     import matplotlib
     from matplotlib import style
 
@@ -78,13 +83,13 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
 
 
 def _tidied(tag: str, name: str) -> str:
-    """A tag whose names are the picture's own, with coordinates of two decimals."""
+    """Return a tag whose names are the picture's own, with coordinates of two decimals."""
     tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
     return re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), tag)
 
 
 def themed(picture: str) -> str:
-    """An SVG to put into a page: without its prologue, and with its colours as variables of the page."""
+    """Return an SVG to put into a page: without its prologue, its colours as variables of the page."""
     picture = picture[picture.index("<svg") :]
     picture = re.sub(r"<metadata>.*?</metadata>\s*", "", picture, flags=re.DOTALL)
     for name, colour in PALETTE.items():

@@ -1,11 +1,11 @@
-"""Runs regions forwards, inverts each step from the original values, and compares what comes out with what went in."""
+"""What checks of models stand on: regions that run forwards and are inverted by steps, gradients, ordinary storage."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,37 +14,43 @@ from torch.utils import _pytree as pytree
 from revfx.capture import capture
 from revfx.errors import RevfxError
 from revfx.executor import Env, RegionRun, Watch, watching
+from revfx.mode import store_activations
 from revfx.passes.arcs import lower
 from revfx.passes.closure import Derivation
 from revfx.planning import call_of
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in fp64 (the plain norm of `got` where `want` is zero); NaN where either has a NaN."""
+    """Return |got - want| / |want| in fp64 (the norm of `got` where `want` is zero); NaN where either has a NaN."""
     g, w = got.detach().double(), want.detach().double()
     scale = w.norm().item()
     return ((g - w).norm().item() / scale) if scale else g.norm().item()
 
 
 def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
-    """By step and value, the relative error of one inversion, for every region that `model(*inputs)` runs.
+    """Return the relative error of one inversion by step and value, for every region that `model(*inputs)` runs.
 
     In the dtype of the model and once more in fp64, on a copy.
     """
     errors = _round_trip(model, inputs)
-    floating = [
-        t
-        for t in (*model.parameters(), *pytree.tree_leaves(list(inputs)))
-        if isinstance(t, Tensor) and t.is_floating_point()
-    ]
+    floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if is_floating(t)]
     if any(t.dtype != torch.float64 for t in floating):
-        double = pytree.tree_map(_double, list(inputs))
-        errors |= _round_trip(copy.deepcopy(model).double(), double)
+        errors |= _round_trip(copy.deepcopy(model).double(), doubled(list(inputs)))
     return errors
 
 
-def _double(t: Any) -> Any:
-    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+def doubled(tree: Any) -> Any:
+    """Return nested arguments with their floating-point tensors in fp64, as leaves that need a gradient as before."""
+
+    def double(t: Any) -> Any:
+        return t.detach().double().requires_grad_(t.requires_grad) if is_floating(t) else t
+
+    return pytree.tree_map(double, tree)
+
+
+def is_floating(t: Any) -> TypeGuard[Tensor]:
+    """Return whether something is a tensor of floating-point numbers."""
+    return isinstance(t, Tensor) and t.is_floating_point()
 
 
 class Originals:
@@ -54,16 +60,16 @@ class Originals:
         self.values: Env = {}
 
     def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
-        """None; takes a copy."""
+        """Keep a copy."""
         self.values[value] = tensor.detach().clone()
 
     def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
-        """None."""
+        """Do nothing."""
 
 
 @contextlib.contextmanager
 def watched(watch: Callable[[RegionRun], Watch]) -> Generator[None]:
-    """A context in which every region that runs forwards gets a `watch`."""
+    """Open a context in which every region that runs forwards gets a `watch`."""
     token = watching.set(watch)
     try:
         yield
@@ -72,7 +78,7 @@ def watched(watch: Callable[[RegionRun], Watch]) -> Generator[None]:
 
 
 def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[RegionRun, Env]]:
-    """The regions that `model(*inputs)` runs, in order, with copies of all their values.
+    """Run `model(*inputs)` and return its regions, in order, with copies of all their values.
 
     Raises:
         RevfxError: there is none; `who` asks.
@@ -105,7 +111,7 @@ def _round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
 
 
 def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
-    """By direction, the relative error of solving one operation for each of its operands.
+    """Return the relative error of solving one operation for each of its operands, by direction.
 
     Raises:
         RevfxError: its rule yields no direction for these operands; the reasons are given.
@@ -123,3 +129,67 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
         reasons = "; ".join(reason for o in program.ops for _, reason in o.refused) or "the rule yields nothing"
         raise RevfxError(f"`check_inverse`: no operand can be solved for: {reasons}")
     return {a.text: relative_error(a.solve(*(env[v] for v in a.tail)), env[a.head]) for a in arcs}
+
+
+# --- gradients
+def gradients(
+    model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None, seed: int = 0
+) -> dict[str, Tensor | None]:
+    """Return, by name, the gradients of `loss(model(*inputs))` for all parameters and the inputs that need one.
+
+    Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
+    Parameters of `torch.compile(model)` have the names that they have in `model`.
+    """
+    leaves, spec = pytree.tree_flatten(list(inputs))
+    fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+    wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
+    if isinstance(model, nn.Module):
+        named = model.named_parameters()
+        wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
+    with _seeded(seed):
+        value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
+        if not wanted:
+            return {}
+        return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))
+
+
+def stored(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `model` with ordinary autograd storage: the reference for `assert_same_grads`."""
+    if not isinstance(model, nn.Module):
+        return _stored_call(model)
+    return _Stored(model)
+
+
+class _Stored(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the model's own."""
+        return self.__dict__["model"].named_parameters(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with ordinary storage."""
+        with store_activations():
+            return self.__dict__["model"](*args, **kwargs)
+
+
+def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with store_activations():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _sine(output: Any) -> Tensor:
+    leaves = [t for t in pytree.tree_leaves(output) if is_floating(t)]
+    return sum((t.sin().sum() for t in leaves), torch.zeros(()))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-import re
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import Refusal
-from revfx.explanation import LISTED, Explanation, RegionInfo, short, size
+from revfx.explanation_data import LISTED, Findings, RegionInfo, alike, counted, short, size
 from revfx.figures import PALETTE, picture, printable
 from revfx.pictures_layout import SOLVED, Frame, Layout, Node, layout
 from revfx.pictures_memory import has_timeline as has_timeline, memory_svg as memory_svg
@@ -36,8 +35,8 @@ MEANING = {
 }  # fmt: skip
 
 
-def graph_svg(e: Explanation) -> str:
-    """The regions of a model as SVG: every value by what the backward does with it, layers that come again once.
+def graph_svg(e: Findings) -> str:
+    """Draw a model's regions as SVG: every value by what the backward does with it, layers that come again once.
 
     Raises:
         RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
@@ -56,64 +55,50 @@ def graph_svg(e: Explanation) -> str:
             part.draw(_Pen(axes, width, y, tips))
             y += part.height
 
-    title = f"What revfx finds in {e.model}: {summary(e)}"
+    title = f"What revfx finds in {e.model}: {e.summary}"
     return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
 
 
 def _with_tips(svg: str, tips: dict[str, str]) -> str:
-    """Titles, which a browser shows when the pointer rests on the part."""
+    """Add titles, which a browser shows when the pointer rests on the part."""
     for name, text in tips.items():
         mark = f'<g id="graph-{name}">'
         svg = svg.replace(mark, f"{mark}\n<title>{html.escape(printable(text))}</title>", 1)
     return svg
 
 
-def all_regions(e: Explanation) -> tuple[RegionInfo, ...]:
-    """The regions of a model; of a compiled one, those of all its graphs."""
-    return e.regions or tuple(r for g in e.graphs for r in g.regions)
-
-
-def summary(e: Explanation) -> str:
-    """What was found, in a few words."""
-    found = all_regions(e)
-    if not found:
-        return "nothing reversible was found"
-    graphs = f" in {counted(len(e.graphs), 'graph')}" if e.graphs else ""
-    return f"{counted(len(found), 'reversible region')}{graphs}, {counted(sum(r.couplings for r in found), 'coupling')}"
-
-
 # --- from top to bottom
+@dataclass(frozen=True)
 class _Part:
-    """A stripe of the picture: how much it takes, and how it is drawn."""
+    """A stripe of the picture: how it is drawn below where a pen is, and the room that it takes."""
 
-    width, height = 0.0, 0.0
-
-    def draw(self, pen: _Pen) -> None:
-        """None; draws it below where the pen is."""
-        raise NotImplementedError
+    draw: Callable[[_Pen], None]
+    height: float
+    width: float = 0.0
 
 
-def _parts(e: Explanation) -> Iterator[_Part]:
-    regions = all_regions(e)
-    yield _Title(e)
+def _parts(e: Findings) -> Iterator[_Part]:
+    regions = e.all_regions
+    yield _title(e)
     left = MOST_NODES
     shown = regions[:MOST_REGIONS]
     for number, region in enumerate(shown):
         if region.before:
-            yield _Outside(region.before, followed=True)
+            yield _outside(region.before, followed=True)
         found = layout(region, min(left, MOST_IN_REGION))
         left = max(0, left - len(found.nodes))
         following = regions[number + 1].before if region is not regions[-1] else region.after
-        yield _Region(number, region, found, followed=region is not shown[-1] or bool(following))
+        drawn = _Region(number, region, found, followed=region is not shown[-1] or bool(following))
+        yield _Part(drawn.draw, drawn.height, drawn.width)
     if len(regions) > MOST_REGIONS:
-        yield _Note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
+        yield _note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
     elif regions and regions[-1].after:
-        yield _Outside(regions[-1].after, followed=False)
+        yield _outside(regions[-1].after, followed=False)
     if not regions:
         found = alike(e.refusals)[::-1]
-        yield from (_Refused(refusal, times) for refusal, times in found[:LISTED])
+        yield from (_refused(refusal, times) for refusal, times in found[:LISTED])
         if len(found) > LISTED:
-            yield _Note(f"{counted(len(found) - LISTED, 'more refusal')} not drawn")
+            yield _note(f"{counted(len(found) - LISTED, 'more refusal')} not drawn")
 
 
 class _Pen:
@@ -123,12 +108,12 @@ class _Pen:
         self.axes, self.width, self.top, self.tips = axes, width, top, tips
 
     def text(self, x: float, y: float, text: str, points: float = 8, colour: str = "ink", **options: Any) -> None:
-        """None; the text stands at x, its middle at y."""
+        """Write text at x, its middle at y."""
         options = {"va": "center", "ha": "left", "color": PALETTE[colour], "parse_math": False, **options}
         self.axes.text(x, self.top + y, printable(text), fontsize=points, **options)
 
     def box(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", **options: Any) -> None:
-        """None; a box whose middle is (x, y)."""
+        """Draw a box whose middle is (x, y)."""
         from matplotlib.patches import FancyBboxPatch
 
         corner = x - width / 2, self.top + y - height / 2
@@ -142,7 +127,7 @@ class _Pen:
         self.axes.add_patch(patch)
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> None:
-        """None; a line through the points with round corners, and a head at the last."""
+        """Draw a line through the points with round corners, and a head at the last."""
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path
 
@@ -161,87 +146,67 @@ class _Pen:
 
 
 def _towards(corner: tuple[float, float], to: tuple[float, float], far: float = 0.09) -> tuple[float, float]:
-    """The point where a round corner begins, half-way at the most."""
+    """Return the point where a round corner begins, half-way at the most."""
     dx, dy = to[0] - corner[0], to[1] - corner[1]
     part = min(0.5, far / max(math.hypot(dx, dy), far))
     return corner[0] + dx * part, corner[1] + dy * part
 
 
-class _Title(_Part):
-    """What model it is, and the legend."""
+def _title(e: Findings) -> _Part:
+    """Return what model it is, and the legend."""
 
-    height = 1.5
-
-    def __init__(self, e: Explanation) -> None:
-        self.e = e
-
-    def draw(self, pen: _Pen) -> None:
-        e, regions = self.e, all_regions(self.e)
+    def draw(pen: _Pen) -> None:
         pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
-        pen.text(MARGIN, 0.6, summary(e), 9, "muted")
-        kinds = ("save", "invert", "recompute", "outside") if regions else ("outside",)
-        for number, kind in enumerate(kinds):
+        pen.text(MARGIN, 0.6, e.summary, 9, "muted")
+        for number, kind in enumerate(MARKS if e.all_regions else ("outside",)):
             x, y = MARGIN + 0.19 + number % 3 * 2.25, 0.94 + number // 3 * 0.26
             pen.box(x, y, 0.36, 0.18, kind)
             pen.text(x, y, MARKS[kind], 7, f"{kind}-edge", ha="center")
-            name = f"{kind}: " if kind != "outside" else ""
-            pen.text(x + 0.26, y, f"{name}{MEANING[kind]}", 7.5)
-        if regions:
+            pen.text(x + 0.26, y, f"{kind}: " * (kind != "outside") + MEANING[kind], 7.5)
+        if e.all_regions:
             for x, colour, words in ((2.25, "outside-edge", "forward"), (4.5, "revfx", "solved from, backward")):
                 pen.line(((MARGIN + x, 1.2), (MARGIN + x + 0.37, 1.2)), colour, colour == "revfx")
                 pen.text(MARGIN + x + 0.45, 1.2, words, 7.5)
 
-
-class _Note(_Part):
-    """A line of text."""
-
-    height = 0.4
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def draw(self, pen: _Pen) -> None:
-        pen.text(pen.width / 2, 0.2, self.text, 8, "muted", ha="center", style="italic")
+    return _Part(draw, 1.5)
 
 
-class _Outside(_Part):
-    """Operations between regions."""
+def _note(text: str) -> _Part:
+    return _Part(lambda pen: pen.text(pen.width / 2, 0.2, text, 8, "muted", ha="center", style="italic"), 0.4)
 
-    height = 0.34 + GAP
 
-    def __init__(self, names: Sequence[str], followed: bool) -> None:
-        told = " → ".join(names) if len(names) <= 6 else " → ".join((*names[:3], "…", *names[-2:]))
-        self.text, self.followed = clipped(told, 96), followed
+def _outside(names: Sequence[str], followed: bool) -> _Part:
+    """Return operations between regions."""
+    tall = 0.34
+    told = clipped(" → ".join(names if len(names) <= 6 else (*names[:3], "…", *names[-2:])), 96)
 
-    def draw(self, pen: _Pen) -> None:
-        x, tall = pen.width / 2, self.height - GAP
+    def draw(pen: _Pen) -> None:
+        x = pen.width / 2
         pen.box(x, tall / 2, pen.width - 2 * MARGIN, tall, "outside")
-        pen.text(x, tall / 2, self.text, 7.5, ha="center")
-        if self.followed:
-            pen.line(((x, tall), (x, self.height)), "outside-edge")
+        pen.text(x, tall / 2, told, 7.5, ha="center")
+        if followed:
+            pen.line(((x, tall), (x, tall + GAP)), "outside-edge")
+
+    return _Part(draw, tall + GAP)
 
 
-class _Refused(_Part):
-    """An operation that was left as it was, and why; in so many places alike."""
+def _refused(refusal: Refusal, times: int) -> _Part:
+    """Return an operation that was left as it was, and why; in so many places alike."""
+    where = short(refusal.where)
 
-    height = TALL + 0.14
-
-    def __init__(self, refusal: Refusal, times: int) -> None:
-        self.op, self.where, self.reason = refusal.op, short(refusal.where), refusal.reason
-        self.times = times
-
-    def draw(self, pen: _Pen) -> None:
+    def draw(pen: _Pen) -> None:
         x = MARGIN + BOX / 2
-        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{self.where}: {self.op}: {self.reason}")
-        pen.text(x, TALL / 2 - 0.08, clipped(self.op, 20), 8, ha="center", weight="bold")
-        pen.text(x, TALL / 2 + 0.1, clipped(self.where, 26), 6.8, "muted", ha="center")
-        if self.times > 1:
-            pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {self.times:,}", 10, weight="bold")
-        lines = textwrap.wrap(self.reason, 62)[:3]
-        pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(lines), 8)
+        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{where}: {refusal.op}: {refusal.reason}")
+        pen.text(x, TALL / 2 - 0.08, clipped(refusal.op, 20), 8, ha="center", weight="bold")
+        pen.text(x, TALL / 2 + 0.1, clipped(where, 26), 6.8, "muted", ha="center")
+        if times > 1:
+            pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {times:,}", 10, weight="bold")
+        pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(textwrap.wrap(refusal.reason, 62)[:3]), 8)
+
+    return _Part(draw, TALL + 0.14)
 
 
-class _Region(_Part):
+class _Region:
     """The values of a region."""
 
     def __init__(self, number: int, region: RegionInfo, found: Layout, followed: bool) -> None:
@@ -252,11 +217,12 @@ class _Region(_Part):
         self.height = HEAD + found.rows * STEP + GAP * (2 if found.left_out else 1)
 
     def place(self, pen: _Pen, node: Node) -> tuple[float, float]:
-        """The middle of a node."""
+        """Return the middle of a node."""
         left = (pen.width - self.span) / 2
         return left + (node.x - self.found.columns[0]) * COLUMN, HEAD + (node.row + 0.5) * STEP
 
     def draw(self, pen: _Pen) -> None:
+        """Draw the region, its values and what they are made from."""
         r, found = self.region, self.found
         bottom = self.height - GAP
         pen.box(
@@ -288,7 +254,7 @@ class _Region(_Part):
                      ha="center", style="italic")  # fmt: skip
 
     def frame(self, pen: _Pen, frame: Frame) -> None:
-        """None; a box around what comes again, with how often it does."""
+        """Draw a box around what comes again, with how often it does."""
         top, bottom = HEAD + frame.first * STEP + 0.05, HEAD + (frame.last + 1) * STEP - 0.05
         width = min(self.span + BOX + 0.7, pen.width - 2 * MARGIN - 0.3)
         pen.box(
@@ -305,7 +271,7 @@ class _Region(_Part):
         self, pen: _Pen, start: Node, end: Node, a: tuple[float, float], b: tuple[float, float], kind: str,
         cells: set[tuple[float, int]],
     ) -> None:  # fmt: skip
-        """None; an arrow, down for what is read and up for what is solved, beside each other."""
+        """Draw an arrow, down for what is read and up for what is solved, beside each other."""
         solved = kind == SOLVED
         aside, bend = (0.14, 0.68) if solved else (-0.14, 0.36)  # so that the two kinds don't lie on each other
         down = 1 if start.row < end.row else -1
@@ -330,18 +296,7 @@ class _Region(_Part):
         pen.line(points, "revfx" if solved else "outside-edge", solved)
 
 
-def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:
-    """Refusals that differ in the numbers of their values only, each once, and how many there are of it."""
-    bare = (Refusal(re.sub(r"_\d+`", "`", r.reason), r.op, r.where) for r in refusals)
-    return list(Counter(bare).items())
-
-
 def clipped(text: str, most: int) -> str:
-    """A text of at most so many characters: what is too much is left out of its middle."""
+    """Shorten a text to at most so many characters by leaving out some of its middle."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
-
-
-def counted(number: int, what: str) -> str:
-    """`2 regions`, `1 region`."""
-    return f"{number:,} {what}" + "s" * (number != 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from revfx.explanation import RegionInfo, ValueLine, folded
+from revfx.explanation_data import RegionInfo, ValueLine, folded
 
 
 READS, SOLVED = "reads", "solved"  # kinds of edges
@@ -74,7 +74,7 @@ class _Block:
 
 
 def layout(region: RegionInfo, most: int) -> Layout:
-    """Where to draw the values of a region, of which `most` are drawn, after folding."""
+    """Return where to draw the values of a region, of which `most` are drawn, after folding."""
     blocks = [_Block(region.entry, region.entry, 1)] if region.entry else []
     node_of: dict[str, int] = {line.name: i for i, line in enumerate(region.entry)}
     drawn, at, left_out = len(region.entry), 0, 0
@@ -101,7 +101,7 @@ def layout(region: RegionInfo, most: int) -> Layout:
 
 
 def spanned(first: str, last: str) -> str:
-    """A name for all from the first to the last: `add_{1…9}`."""
+    """Return a name for all from the first to the last: `add_{1…9}`."""
     parts, others = re.split(r"(\d+)", first), re.split(r"(\d+)", last)
     if first == last:
         return first
@@ -111,7 +111,7 @@ def spanned(first: str, last: str) -> str:
 
 
 def _edges(blocks: Sequence[_Block], node_of: Mapping[str, int]) -> list[tuple[int, int, str]]:
-    """What a layer reads comes from above its frame, so the first one is asked; what it is solved from, from below."""
+    """Return the edges: what a layer reads, by the first of a frame (it lies above), what solves it, by the last."""
     found: dict[tuple[int, int, str], None] = {}
     node = 0
     for block in blocks:
@@ -124,7 +124,7 @@ def _edges(blocks: Sequence[_Block], node_of: Mapping[str, int]) -> list[tuple[i
 
 # --- columns
 def _columns(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) -> list[float]:
-    """The column of each node."""
+    """Return the column of each node."""
     lanes = _lanes(lines, edges)
     xs = [float(lanes.get(i, 0)) for i in range(len(lines))]
     inner = nx.Graph()
@@ -140,7 +140,7 @@ def _columns(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) 
 
 
 def _lanes(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) -> dict[int, int]:
-    """The lane of each value that is not of a function's inside: one for all that follow from each other."""
+    """Return the lane of each value that is not inside a function: one for all that follow from each other."""
     solved: dict[int, list[int]] = {}
     for a, b, kind in edges:
         if kind == SOLVED:
@@ -175,7 +175,7 @@ def _lanes(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) ->
 def _rows(
     blocks: Sequence[_Block], edges: Sequence[tuple[int, int, str]], xs: Sequence[float]
 ) -> tuple[list[int], tuple[Frame, ...]]:
-    """The row of each node, block under block: below all that it reads, and alone in its column there."""
+    """Return the row of each node, block under block: below all that it reads, and alone in its column there."""
     rows: list[int] = []
     frames: list[Frame] = []
     top = at = 0

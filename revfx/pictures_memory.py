@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import RevfxError
-from revfx.explanation import Explanation, Usage, size
+from revfx.explanation_data import Findings, Timeline, Usage, size
 from revfx.figures import PALETTE, picture
-from revfx.simulation import Timeline
 
 
 if TYPE_CHECKING:
@@ -22,13 +21,13 @@ ENLARGED = 4  # how many times more the plain step takes before revfx's is drawn
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def has_timeline(e: Explanation) -> bool:
-    """Whether there is something for `memory_svg` to draw."""
+def has_timeline(e: Findings) -> bool:
+    """Return whether there is something for `memory_svg` to draw."""
     return any(u.timeline is not None and u.timeline.live for u in e.ways)
 
 
-def memory_svg(e: Explanation) -> str:
-    """What one training step holds after each of its operations, as SVG: plainly, and with revfx.
+def memory_svg(e: Findings) -> str:
+    """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx.
 
     Raises:
         RevfxError: the explanation has no timeline; matplotlib is not installed (`pip install 'revfx[viz]'`).
@@ -51,7 +50,7 @@ def memory_svg(e: Explanation) -> str:
             last.set_title("revfx alone, enlarged", loc="left", fontsize=8.5, color=PALETTE["revfx"])
         for axes in rows[:, 0]:
             _frame(axes, (ours or both[0]).timeline)
-        split = _split(both[-1])
+        split = _split(both[-1].timeline)
         for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
             last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
                           ha="center", va="top", fontsize=9, color=PALETTE["ink"])  # fmt: skip
@@ -66,17 +65,16 @@ def _peak(u: Usage) -> int:
     return u.timeline.peak if u.timeline else 0
 
 
-def _split(u: Usage) -> float:
-    """Which part of the picture's width the forward takes."""
-    t = u.timeline
+def _split(t: Timeline | None) -> float:
+    """Return which part of the picture's width the forward takes."""
     return 0.5 if t is None else min(max(t.backward / len(t.live), 0.15), 0.85)
 
 
 def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
-    """None; draws live bytes over the operations, and writes down the peaks."""
+    """Draw live bytes over the operations, and label the peaks."""
     highest = max(1, *(_peak(u) for u in ways))
     unit, scale = next((name, n) for name, n in UNITS if highest >= n)
-    split = _split(ways[-1])
+    split = _split(ways[-1].timeline)
     for u in ways:
         if u.timeline is None:
             continue
@@ -104,7 +102,7 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
 
 
 def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
-    """The line of a timeline, each phase at its own part of the width, with the most of what falls into one point."""
+    """Return the line of a timeline: each phase has its part of the width, a point is the most that falls into it."""
     xs, ys = [0.0], [0.0]
     for values, start, stop in ((t.live[: t.backward], 0.0, split), (t.live[t.backward :], split, 1.0)):
         columns = min(len(values), max(1, int(COLUMNS * (stop - start))))
@@ -116,7 +114,7 @@ def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
 
 
 def _frame(axes: Axes, t: Timeline | None) -> None:
-    """None; what lies around the lines: the backward's begin, where steps of regions begin, plain axes."""
+    """Draw what lies around the lines: the backward's begin, where steps of regions begin, plain axes."""
     axes.set_xlim(0, 1)
     axes.set_xticks([])
     axes.tick_params(labelsize=8, colors=PALETTE["ink"])
@@ -128,7 +126,7 @@ def _frame(axes: Axes, t: Timeline | None) -> None:
         spine.set_color(PALETTE["outside-edge"])
     if t is None:
         return
-    split = min(max(t.backward / len(t.live), 0.15), 0.85)
+    split = _split(t)
     axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
     steps = [at for at, _ in t.marks]
     for at in steps[:: 1 + len(steps) // TICKS]:

@@ -13,7 +13,7 @@ _listener: ContextVar[Callable[[str], None] | None] = ContextVar("revfx_progress
 
 
 def stage(text: str) -> None:
-    """None; says what is done next, to whoever shows it."""
+    """Announce what is done next, to whoever shows it."""
     listener = _listener.get()
     if listener is not None:
         listener(text)
@@ -21,7 +21,7 @@ def stage(text: str) -> None:
 
 @contextlib.contextmanager
 def bar(total: int, text: str = "") -> Generator[Callable[..., Any]]:
-    """A context with a bar of `total` steps on stderr; it gives a function, to be called after each of them.
+    """Open a context with a bar of `total` steps on stderr; it gives a function, to be called after each of them.
 
     A stage that is announced inside is a step too.
     """

@@ -40,5 +40,5 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 
 
 def remedy(reason: str) -> str | None:
-    """What to do about a refusal, or None where nothing general can be said."""
+    """Return what to do about a refusal, or None where nothing general can be said."""
     return next((advice for words, advice in REMEDIES if words in reason), None)

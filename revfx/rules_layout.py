@@ -22,22 +22,22 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 
 def _first(node: fx.Node) -> Any:
-    """The tensor that the operation is applied to, by position or by name."""
+    """Return the tensor that the operation is applied to, by position or by name."""
     return node.args[0] if node.args else next(node.kwargs[name] for name in TENSOR if name in node.kwargs)
 
 
 def _second(node: fx.Node) -> Any:
-    """The argument after the tensor, by position or by name."""
+    """Return the argument after the tensor, by position or by name."""
     return node.args[1] if len(node.args) > 1 else next(v for k, v in node.kwargs.items() if k not in TENSOR)
 
 
 def _ints(args: Sequence[Any]) -> list[int]:
-    """Dimensions given as `f(x, 1, 2)` or `f(x, (1, 2))`."""
+    """Return dimensions given as `f(x, 1, 2)` or `f(x, (1, 2))`."""
     return list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
 
 
 def _dims(node: fx.Node) -> list[int]:
-    """The dimensions that an operation is given after its tensor; none for one without dimensions."""
+    """Return the dimensions that an operation is given after its tensor; none for one without dimensions."""
     given: Any = node.kwargs.get("dims", ())
     return _ints(node.args[1:]) if len(node.args) > 1 else _ints([given])
 
@@ -146,7 +146,7 @@ def cat(node: fx.Node) -> Iterator[Direction]:
 
 
 def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor]) -> Direction:
-    """The direction to one of the tensors put together: bitwise, unless that changed its dtype."""
+    """Return the direction to one of the tensors put together: bitwise, unless that changed its dtype."""
     if meta(part).dtype != meta(node).dtype:
         return NoInverse(part, f"it is turned into {meta(node).dtype} when it is put together with others")
     return Inverse(part, by, exact=True)
@@ -269,8 +269,9 @@ def index_select(node: fx.Node) -> Iterator[Direction]:
 
 
 def permuted(a: fx.Node, dim: int, index: fx.Node) -> Iterator[Direction]:
-    """Whether indexing `a` along `dim` is a permutation: as the values say, or as is known of them; whoever plans must
-    guard both.
+    """Yield the inverse of indexing `a` along `dim`, if its values are a permutation, or are known to be one.
+
+    Whoever plans must guard both.
     """
     values = index.meta.get("constant")
     size = _shape(a)[dim]

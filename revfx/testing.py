@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,23 @@ from torch.utils import _pytree as pytree
 from revfx import rules
 from revfx.block import RevBlock
 from revfx.convert import Reversible
-from revfx.drift import Drift as Drift, drift as drift
 from revfx.errors import RevfxError
-from revfx.inspection import directions, relative_error as relative_error, round_trip
+from revfx.inspection import (
+    directions,
+    gradients as gradients,
+    is_floating,
+    relative_error as relative_error,
+    round_trip,
+    stored as stored,
+)
 from revfx.mode import store_activations as store_activations
+
+
+if TYPE_CHECKING:
+    from revfx.drift import Drift as Drift, drift as drift
+
+
+_LATER = ("Drift", "drift")  # imported at their first use: few programs ask, and they draw pictures
 
 
 @dataclass(frozen=True)
@@ -31,27 +45,6 @@ class Memory:
     peak: int
 
 
-def gradients(
-    model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None, seed: int = 0
-) -> dict[str, Tensor | None]:
-    """By name, the gradients of `loss(model(*inputs))` with respect to the inputs that need one and all parameters.
-
-    Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
-    Parameters of `torch.compile(model)` have the names that they have in `model`.
-    """
-    leaves, spec = pytree.tree_flatten(list(inputs))
-    fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
-    wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
-    if isinstance(model, nn.Module):
-        named = model.named_parameters()
-        wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
-    with _seeded(seed):
-        value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
-        if not wanted:
-            return {}
-        return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))
-
-
 def assert_same_grads(
     model: Callable[..., Any],
     reference: Callable[..., Any],
@@ -61,7 +54,7 @@ def assert_same_grads(
     rtol: float | None = None,
     seed: int = 0,
 ) -> None:
-    """None, if both give the same gradients for every input and parameter: same names, dtypes, shapes and values.
+    """Raise unless both give the same gradients for every input and parameter: names, dtypes, shapes and values.
 
     Args:
         model, reference: modules (or functions) of the same inputs; pass the model itself and
@@ -79,58 +72,25 @@ def assert_same_grads(
     worst: tuple[float, str, float] = (0.0, "", 0.0)
     for name, w in want.items():
         g = got[name]
-        if (g is None) != (w is None):
-            raise AssertionError(
-                f"the gradient of `{name}` is {'missing' if g is None else 'there'}, unlike the reference's"
-            )
         if g is None or w is None:
+            if g is not w:
+                there = "missing" if g is None else "there"
+                raise AssertionError(f"the gradient of `{name}` is {there}, unlike the reference's")
             continue
         if g.dtype != w.dtype or g.shape != w.shape:
-            raise AssertionError(
-                f"the gradient of `{name}` is {g.dtype}{list(g.shape)}, the reference's {w.dtype}{list(w.shape)}"
-            )
+            types = f"{g.dtype}{list(g.shape)}, the reference's {w.dtype}{list(w.shape)}"
+            raise AssertionError(f"the gradient of `{name}` is {types}")
         limit = rtol if rtol is not None else {torch.float64: 1e-9, torch.float32: 1e-4}.get(w.dtype, 5e-2)
         error = relative_error(g, w)
         if not error <= limit and (not worst[1] or error / limit > worst[0] / worst[2]):
             worst = (error, name, limit)
-    if worst[1]:
-        raise AssertionError(
-            f"the gradient of `{worst[1]}` is off by {worst[0]:.2e} (relative), more than {worst[2]:.0e}"
-        )
-
-
-def stored(model: Callable[..., Any]) -> Callable[..., Any]:
-    """`model` with ordinary autograd storage: the reference for `assert_same_grads`."""
-    if not isinstance(model, nn.Module):
-        return _stored_call(model)
-    return _Stored(model)
-
-
-class _Stored(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["model"] = model
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own."""
-        return self.__dict__["model"].named_parameters(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result, with ordinary storage."""
-        with store_activations():
-            return self.__dict__["model"](*args, **kwargs)
-
-
-def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with store_activations():
-            return function(*args, **kwargs)
-
-    return call
+    error, name, limit = worst
+    if name:
+        raise AssertionError(f"the gradient of `{name}` is off by {error:.2e} (relative), more than {limit:.0e}")
 
 
 def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
-    """By layer, the relative error of each value that one step back gives, in the given dtype and in fp64.
+    """Return the relative error of each value that one step back gives, by layer, in the given dtype and in fp64.
 
     `target` is a converted model, a `RevBlock`, or the operation of a rule in the table (then `inputs` are its
     operands, and every direction that the rule yields is solved and compared).
@@ -144,19 +104,11 @@ def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[
     elif not isinstance(target, nn.Module) and rules.has_rule(target):
         errors = directions(_Operation(target), inputs)
     else:
-        raise RevfxError(
-            f"`check_inverse`: {target!r} is neither a converted model, a `RevBlock`, nor an operation with a rule."
-        )
+        what = "neither a converted model, a `RevBlock`, nor an operation with a rule"
+        raise RevfxError(f"`check_inverse`: {target!r} is {what}.")
     worst = max(errors, key=lambda name: errors[name], default=None)
-    eps = max(
-        (
-            torch.finfo(t.dtype).eps
-            for t in pytree.tree_leaves(inputs)
-            if isinstance(t, Tensor) and t.is_floating_point()
-        ),
-        default=0,
-    )
-    limit = rtol if rtol is not None else 1e3 * eps
+    dtypes = [t.dtype for t in pytree.tree_leaves(inputs) if is_floating(t)]
+    limit = rtol if rtol is not None else 1e3 * max((torch.finfo(d).eps for d in dtypes), default=0)
     if worst is not None and not errors[worst] <= limit:
         raise AssertionError(f"the inverse is off by {errors[worst]:.2e} (relative), more than {limit:.0e}, at {worst}")
     return errors
@@ -170,13 +122,13 @@ class _Operation(nn.Module):
         self.op = op() if isinstance(op, type) else op
 
     def forward(self, first: Any, *rest: Any) -> Any:
-        """`op(first, *rest)`."""
+        """Return `op(first, *rest)`."""
         first = first.clone() if isinstance(first, Tensor) else first
         return getattr(first, self.op)(*rest) if isinstance(self.op, str) else self.op(first, *rest)
 
 
 def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: bool = True) -> Memory:
-    """Bytes that `step()` (which returns a scalar loss) keeps after the forward, and the peak through its backward.
+    """Measure the bytes that `step()`, which returns a scalar loss, keeps after the forward, and the peak of the step.
 
     Counted from what was allocated before the call; gradients of parameters count unless they exist already (they do
     after the warm-up run). On CPU the bytes are those of `torch.profiler`'s memory events, exact and repeatable; on
@@ -217,13 +169,11 @@ def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:
     return Memory(kept, torch.cuda.max_memory_allocated(device) - before)
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Generator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module("revfx.drift"), name)
+    raise AttributeError(f"module 'revfx.testing' has no attribute {name!r}")
 
 
-def _sine(output: Any) -> Tensor:
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return sum((t.sin().sum() for t in leaves), torch.zeros(()))
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

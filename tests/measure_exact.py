@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exact import Affine, WithDropout, gradients
 from measure import Couplings
-from test_exact import Affine, WithDropout, gradients
 from torch import Tensor, nn
 from zoo import Additive, D, Momentum, tokens, vectors
 

@@ -154,7 +154,7 @@ def test_what_makes_no_sense_is_said_at_once(words: str, says: str, capsys: pyte
 def test_what_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert bench.main(parsed("--plot", "out.svg")) == 2
-    assert capsys.readouterr().err == "revfx bench: `--plot` needs matplotlib: pip install 'revfx[bench]'\n"
+    assert capsys.readouterr().err == "revfx bench: `--plot` needs matplotlib: pip install 'revfx[viz]'\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(parsed("--device", "cuda")) == 2
     assert "this torch sees no GPU" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_pictures(report: Report, tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(RevfxError, match=r"`--plot` needs matplotlib: pip install 'revfx\[bench\]'"):
+    with pytest.raises(RevfxError, match=r"`--plot` needs matplotlib: pip install 'revfx\[viz\]'"):
         bench_plot.plot(STEPS, "unused.svg")
 
 

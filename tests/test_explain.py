@@ -15,7 +15,8 @@ from zoo import ZOO
 
 import revfx
 from revfx.description import type_name
-from revfx.explanation import Explanation, ValueLine, count, folded, size
+from revfx.explanation import Explanation
+from revfx.explanation_data import ValueLine, count, folded, size
 from revfx.passes.formula import Term
 from revfx.remedies import remedy
 

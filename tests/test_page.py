@@ -15,10 +15,10 @@ from zoo import Transformer
 
 import revfx
 from revfx.errors import Refusal, RevfxError
-from revfx.explanation import Explanation, GraphInfo, RegionInfo, Usage, ValueLine
+from revfx.explanation import Explanation
+from revfx.explanation_data import GraphInfo, RegionInfo, Usage, ValueLine
 from revfx.figures import DARK, PALETTE
-from revfx.page import fragment, page
-from revfx.page_parts import MOST_REFUSALS, MOST_ROWS
+from revfx.page import MOST_REFUSALS, MOST_ROWS, fragment, page
 
 
 ODD = "</script><img src=x onerror=alert(1)>\"'&`$"

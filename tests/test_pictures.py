@@ -15,12 +15,12 @@ from zoo import AffineExp, Momentum, Transformer, TwoStages, images
 
 import revfx
 from revfx.errors import Refusal, RevfxError
-from revfx.explanation import Explanation, RegionInfo, Usage, ValueLine
+from revfx.explanation import Explanation
+from revfx.explanation_data import RegionInfo, Timeline, Usage, ValueLine, alike
 from revfx.figures import PALETTE
-from revfx.pictures import MOST_IN_REGION, MOST_REGIONS, alike, clipped, graph_svg, memory_svg
+from revfx.pictures import MOST_IN_REGION, MOST_REGIONS, clipped, graph_svg, memory_svg
 from revfx.pictures_layout import READS, SOLVED, Layout, layout, spanned
 from revfx.pictures_memory import thinned
-from revfx.simulation import Timeline
 
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -20,7 +20,8 @@ from zoo import Additive, D
 
 import revfx
 from revfx.cli import main
-from revfx.explanation import Explanation, RegionInfo, ValueLine
+from revfx.explanation import Explanation
+from revfx.explanation_data import RegionInfo, ValueLine
 from revfx.page import page
 from revfx.pictures import graph_svg
 

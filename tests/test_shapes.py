@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.shapes import Shapes
+from revfx.simulation import Shapes
 
 
 aten: Any = torch.ops.aten

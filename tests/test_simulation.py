@@ -15,8 +15,7 @@ from zoo import ZOO
 import revfx
 from revfx.bench_models import MODELS
 from revfx.explain import total
-from revfx.scratch import scratch
-from revfx.simulation import Simulation
+from revfx.simulation import Simulation, scratch
 from revfx.testing import measure_memory
 
 
