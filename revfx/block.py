@@ -22,12 +22,13 @@ from revfx import _torch
 from revfx.calls import Call, Slot
 from revfx.coupling import Function, apply, couple, plain
 from revfx.errors import NotReversibleError
-from revfx.executor import RegionPlan, run_region
+from revfx.executor import run_region
 from revfx.mode import can_store, runs_plain, store_region
 from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
 from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, climb
+from revfx.region_plan import RegionPlan
 from revfx.state import Reach
 from revfx.traced import free_couplings
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from revfx.errors import RegenerationError
-from revfx.executor import RegionRun
 from revfx.inspection import Originals, relative_error, watched
 from revfx.passes.closure import Derivation, Forward
+from revfx.regeneration import Regeneration
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ class _Checks(Originals):
         super().__init__()
         self.rtol = rtol
 
-    def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
+    def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
         """Compare a regenerated value with what the forward made."""
         before = self.values.get(value)
         if before is None:
@@ -58,12 +58,12 @@ class _Checks(Originals):
             raise RegenerationError(_text(run, derivation, value, f"is off by {error:.1e} (relative)"))
 
 
-def _eps(run: RegionRun, t: Tensor) -> float:
+def _eps(run: Regeneration, t: Tensor) -> float:
     dtypes = [t.dtype, *(dtype for _, enabled, dtype in run.autocast if enabled)]
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _text(run: RegionRun, derivation: Derivation, value: int, what: str) -> str:
+def _text(run: Regeneration, derivation: Derivation, value: int, what: str) -> str:
     op, call = run.program.ops[derivation.op], run.calls[derivation.op]
     step = run.plan.step_of[derivation.op]
     how = (

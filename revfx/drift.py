@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from revfx.errors import RevfxError
-from revfx.executor import Env, RegionRun
 from revfx.figures import figure
 from revfx.inspection import doubled, gradients as gradients_of, originals_of, relative_error, stored
+from revfx.regeneration import Regeneration
+from revfx.region_plan import Env
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def drift(
     return Drift(tuple(steps), _of_gradients(model, inputs, loss) if gradients else ())
 
 
-def _of_region(region: int, run: RegionRun, originals: Env) -> list[StepDrift]:
+def _of_region(region: int, run: Regeneration, originals: Env) -> list[StepDrift]:
     """Return the drift of each value of each cut, the last cut first."""
     found: list[StepDrift] = []
     known: Env = {}

@@ -20,7 +20,6 @@ from revfx.convert import Options, Reversible, convert, unconverted
 from revfx.description import describe, neighbours, op_names, scope_of, types_of
 from revfx.drift import Drift, drift
 from revfx.errors import RevfxError
-from revfx.executor import RegionRun, Watch
 from revfx.explanation import Explanation
 from revfx.explanation_data import RegionInfo, Timeline, Usage
 from revfx.guards import name_of
@@ -28,6 +27,8 @@ from revfx.inspection import is_floating, watched
 from revfx.numerics import DRIFT
 from revfx.planning import Outcome, Plan, make_plan
 from revfx.progress import stage
+from revfx.regeneration import Regeneration
+from revfx.region_plan import Watch
 from revfx.simulation import Ledger, Simulation, device_of, measured
 
 
@@ -102,16 +103,16 @@ class _Marks:
         self.ledger, self.region = ledger, region
         self.at: tuple[str, int] | None = None
 
-    def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
+    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
         """Record the step in which the forward made a value."""
         self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
         self._come(run, run.program.made_at[value], "forward")
 
-    def regenerated(self, run: RegionRun, derivation: Any, value: int, tensor: Tensor) -> None:
+    def regenerated(self, run: Regeneration, derivation: Any, value: int, tensor: Tensor) -> None:
         """Record the step in which the backward made a value again."""
         self._come(run, derivation.op, "backward")
 
-    def _come(self, run: RegionRun, op: int, direction: str) -> None:
+    def _come(self, run: Regeneration, op: int, direction: str) -> None:
         at = direction, run.plan.step_of.get(op, -1)
         if at != self.at and at[1] >= 0:
             self.at = at
@@ -136,7 +137,7 @@ def _predicted(
         if not (measure or isinstance(e, (*_torch.DATA_DEPENDENT, _torch.NO_FAKE))):
             raise
         return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
-    plan, runs = outcome.plan, list[RegionRun]()
+    plan, runs = outcome.plan, list[Regeneration]()
     ways = [_usage("plain", plain)]
     if plan is None:
         return tuple(ways), (), ()
@@ -149,7 +150,7 @@ def _predicted(
 
     @contextlib.contextmanager
     def around(ledger: Ledger) -> Generator[None]:
-        def watch(run: RegionRun) -> Watch:
+        def watch(run: Regeneration) -> Watch:
             runs.append(run)
             return _Marks(ledger, len(runs) - 1)
 
@@ -170,7 +171,7 @@ def _predicted(
     return (*ways, checkpoint, usage), tuple(regions), ()
 
 
-def _described(plan: Plan, run: RegionRun) -> RegionInfo:
+def _described(plan: Plan, run: Regeneration) -> RegionInfo:
     """Describe a region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
     kept = frozenset(run.kept_cuts)
     if run.program is plan.lowered.program:
@@ -184,7 +185,7 @@ def _usage(way: str, t: Timeline) -> Usage:
     return Usage(way, t.kept, t.peak, t.flops, timeline=t)
 
 
-def _cuts(run: RegionRun) -> int:
+def _cuts(run: Regeneration) -> int:
     """Return the bytes of the cuts that a checkpoint around every coupling would keep and the region does not."""
     program = run.program
     theirs = {v for j in run.kept_cuts for v in run.kept_cuts[j]} | run.kept.keys()

@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 
 from revfx.capture import capture
 from revfx.errors import RevfxError
-from revfx.executor import Env, RegionRun, Watch, watching
 from revfx.mode import store_activations
 from revfx.passes.arcs import lower
 from revfx.passes.closure import Derivation
 from revfx.planning import call_of
+from revfx.regeneration import Regeneration
+from revfx.region_plan import Env, Watch, watching
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -59,16 +60,16 @@ class Originals:
     def __init__(self) -> None:
         self.values: Env = {}
 
-    def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
+    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
         """Keep a copy."""
         self.values[value] = tensor.detach().clone()
 
-    def regenerated(self, run: RegionRun, derivation: Derivation, value: int, tensor: Tensor) -> None:
+    def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
         """Do nothing."""
 
 
 @contextlib.contextmanager
-def watched(watch: Callable[[RegionRun], Watch]) -> Generator[None]:
+def watched(watch: Callable[[Regeneration], Watch]) -> Generator[None]:
     """Open a context in which every region that runs forwards gets a `watch`."""
     token = watching.set(watch)
     try:
@@ -77,15 +78,15 @@ def watched(watch: Callable[[RegionRun], Watch]) -> Generator[None]:
         watching.reset(token)
 
 
-def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[RegionRun, Env]]:
+def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[Regeneration, Env]]:
     """Run `model(*inputs)` and return its regions, in order, with copies of all their values.
 
     Raises:
         RevfxError: there is none; `who` asks.
     """
-    found: list[tuple[RegionRun, Env]] = []
+    found: list[tuple[Regeneration, Env]] = []
 
-    def watch(run: RegionRun) -> Watch:
+    def watch(run: Regeneration) -> Watch:
         originals = Originals()
         found.append((run, originals.values))
         return originals

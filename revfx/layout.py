@@ -16,7 +16,7 @@ def address(t: Tensor) -> int:
     if not _torch.is_plain(t) or t.layout != torch.strided:
         return 0
     # of a fake tensor there is no address: storages tell
-    return _torch.storage_key(t) + t.storage_offset() if _torch.is_fake(t) else t.data_ptr()
+    return _torch.storage_key(t) + int(t.storage_offset()) if _torch.is_fake(t) else t.data_ptr()
 
 
 def same_view(a: Tensor, b: Tensor) -> bool:

@@ -19,7 +19,7 @@ from revfx.intercept import is_recording
 
 if TYPE_CHECKING:
     from revfx.calls import Call
-    from revfx.executor import RegionPlan
+    from revfx.region_plan import RegionPlan
 
 
 _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)

@@ -18,7 +18,7 @@ from revfx.calls import Call, Slot
 from revfx.capture import Capture, capture
 from revfx.carried import Carried
 from revfx.errors import Refusal
-from revfx.executor import RegionPlan, run_region
+from revfx.executor import run_region
 from revfx.guards import GlobalReads, ModuleGuard, Weights, module_guards, name_of
 from revfx.mode import store_region, without_hooks
 from revfx.passes._torch import outside_modes
@@ -29,6 +29,7 @@ from revfx.passes.exact import exact_regions, put_on_grid
 from revfx.passes.regions import Region, find_regions
 from revfx.passes.rewrite import Segment, segments, text
 from revfx.passes.sizes import muted
+from revfx.region_plan import RegionPlan
 from revfx.rules import has_rule, op_name
 from revfx.trees import data_address
 from revfx.untraceable import Untraceable

@@ -139,7 +139,7 @@ class Reach:
                 self.buffers.append((m, _written.setdefault(m, _Written())))
             if (parameters := _torch.parameters(m)) and id(m) not in swapped:  # FSDP2 gathers them for each call
                 self.parameters.append(parameters)
-                lazy = next((name for name, p in parameters.items() if is_lazy(p)), None)
+                lazy = next((name for name, p in parameters.items() if p is not None and is_lazy(p)), None)
                 if lazy is not None:
                     raise ValueError(
                         f"`{lazy}` of a {type(m).__name__} is not initialised yet: a lazy module can't be run again as"

@@ -24,7 +24,8 @@ from ways import BUILD, WAYS, Build, Plain, functions_of
 
 from revfx import block, convert, planning
 from revfx.calls import Call
-from revfx.executor import RegionPlan, run_region
+from revfx.executor import run_region
+from revfx.region_plan import RegionPlan
 from revfx.testing import Memory, measure_memory
 
 

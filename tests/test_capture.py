@@ -232,14 +232,15 @@ class ReturnsACache(Additive):
 def test_object_that_the_forward_makes_and_returns_holds_the_tensors_of_its_call() -> None:
     model = ReturnsACache(Attends)
     converted: Any = revfx.convert(model, capture="fx")
+    x, caches = x_(), list[Keys]()
     for _ in range(2):
-        x = x_()
         (y, cache), (expected, made) = converted(x), model(x)
+        caches.append(cache)
         assert torch.equal(y, expected) and type(cache) is Keys and cache.kind == "dynamic"
         for mine, theirs in zip(cache.layers, made.layers, strict=True):
             assert torch.equal(mine["keys"], theirs["keys"])
         y.sin().sum().backward()
-    assert len(converted.revfx.plans) == 1 and cache.layers is not converted(x)[1].layers
+    assert len(converted.revfx.plans) == 1 and caches[0].layers is not caches[1].layers
 
 
 class Collects(Additive):

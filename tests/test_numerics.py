@@ -16,9 +16,9 @@ from zoo import Additive, AffineExp, D, mlp
 import revfx
 from revfx.cancellation import loses
 from revfx.errors import RevfxWarning
-from revfx.executor import RegionRun
 from revfx.inspection import watched
 from revfx.passes.program import Arc
+from revfx.regeneration import Regeneration
 from revfx.testing import assert_same_grads, measure_memory
 
 
@@ -146,10 +146,10 @@ def test_only_sums_are_looked_at() -> None:
     seen: list[str] = []
 
     class Look:
-        def made(self, run: RegionRun, value: int, tensor: Tensor) -> None:
+        def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
             seen[:] = [a.text for s in run.plan.steps for arcs in s.sums.after.values() for a in arcs if a.sums]
 
-        def regenerated(self, run: RegionRun, derivation: Any, value: int, tensor: Tensor) -> None: ...
+        def regenerated(self, run: Regeneration, derivation: Any, value: int, tensor: Tensor) -> None: ...
 
     with watched(lambda run: Look()):
         revfx.convert(Products(4))(torch.randn(6, 2 * D, requires_grad=True))

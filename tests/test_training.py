@@ -23,7 +23,8 @@ from revfx import NotReversibleError, block, planning
 from revfx.calls import Call
 from revfx.convert import Reversible
 from revfx.errors import RevfxWarning
-from revfx.executor import RegionPlan, RegionRun, run_region
+from revfx.executor import RegionRun, run_region
+from revfx.region_plan import RegionPlan
 
 
 importlib.import_module("situations_programs")  # fills the rest of the table
