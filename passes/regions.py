@@ -247,9 +247,12 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     kept_storage = {program.values[v].storage for v in kept}
     freed = [_made(program, s.start, s.stop, kept_storage) for s in steps]
     kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
-    # Of what runs again without an inverse, as in a checkpoint, only the step below counts: its exit is regenerated.
-    inverting = freed[max(0, trusted[0] - 1 - low) : trusted[-1] - low + 1]
-    if not pays and sum(inverting) - max(inverting) <= kept_bytes:
+    # Of what runs again though nothing is inverted or kept, as in a checkpoint, the step below alone counts, whose exit
+    # is regenerated.
+    by_inverses = [
+        f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or steps[i - low].saved
+    ]
+    if not pays and sum(by_inverses) - max(by_inverses) <= kept_bytes:
         return None  # one step is alive at a time: that much plain checkpointing saves too
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
 

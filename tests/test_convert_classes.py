@@ -253,7 +253,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Flat(nn.Module):
-    """Five couplings that can be traced."""
+    """Three couplings that can be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,8 +261,6 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
-        a = a + self.f(b)
-        b = b + self.g(a)
         a = a + self.f(b)
         b = b + self.g(a)
         return torch.cat([a + self.f(b), b], -1)

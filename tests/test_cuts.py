@@ -23,7 +23,7 @@ LARGE = 1e4  # in fp32 a sum with it has an absolute error of 5e-4
 class Coupled(nn.Module):
     """Couplings whose first streams stay known, as parts of the input are; `kept`: so is one in the middle."""
 
-    def __init__(self, kept: bool, depth: int = 8) -> None:
+    def __init__(self, kept: bool, depth: int = 4) -> None:
         super().__init__()
         self.kept, self.layers = kept, nn.ModuleList(nn.Linear(D, D) for _ in range(depth))
         for p in self.parameters():
@@ -34,7 +34,7 @@ class Coupled(nn.Module):
         more: list[Tensor] = []
         for i, f in enumerate(self.layers):
             a, b = b, a + torch.tanh(f(b))
-            if self.kept and i == len(self.layers) // 2 - 1:
+            if self.kept and i == 1:
                 more = [a, b]
         return (a, b, *more)
 
@@ -50,7 +50,7 @@ def gradients(model: nn.Module, call: Any, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("way", ["convert", *INNERS])
 def test_small_addends_of_large_streams_keep_their_digits(way: str, kept: bool) -> None:
     torch.manual_seed(0)
-    model, x = Coupled(kept, 8 if way == "convert" else 4).float(), LARGE * torch.randn(16, 2 * D, dtype=torch.float32)
+    model, x = Coupled(kept).float(), LARGE * torch.randn(16, 2 * D, dtype=torch.float32)
     exact = copy.deepcopy(model).double()
     want = gradients(exact, exact, x.double())
     call: Any = revfx.convert(model, capture="fx") if way == "convert" else None
