@@ -58,14 +58,14 @@ class FakeMode(FakeTensorMode):
         return out
 
     def note(self, t: torch.Tensor) -> None:
-        """None; `t` was made."""
+        """Note that `t` was made."""
         if len(self.made) > self.room:
             self.made = [r for r in self.made if r() is not None]
             self.room = 4096 + 2 * len(self.made)
         self.made.append(weakref.ref(t))
 
     def alive(self) -> list[torch.Tensor]:
-        """The tensors that somebody holds."""
+        """Return the tensors that somebody holds."""
         return list({id(t): t for r in self.made if (t := r()) is not None}.values())
 
 
@@ -75,19 +75,21 @@ def forget_shapes() -> None:
 
 
 def fake_mode() -> FakeMode:
-    """A new mode for fake tensors."""
+    """Return a new mode for fake tensors."""
     return FakeMode()
 
 
 def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> list[torch.Tensor]:
-    """Fake tensors of `target` in the same memory as `fakes`, to which they do not lead: leaves without a history."""
+    """Return fake tensors of `target` in the same memory as `fakes`, to which they do not lead: leaves without a
+    history.
+    """
     with torch.no_grad(), in_kernel_invocation_manager(source):
         bare = [(t.detach(), t.requires_grad, getattr(t, "fake_device", t.device)) for t in fakes]
     return [FakeTensor(target, meta, device).requires_grad_(needs) for meta, needs, device in bare]
 
 
 def ran_unseen(tensor: torch.Tensor) -> bool:
-    """Whether an autograd function made `tensor`, and may have done so by an `apply` that was looked up before
+    """Return whether an autograd function made `tensor`, and may have done so by an `apply` that was looked up before
     `BELOW_APPLY.apply` was replaced: then its forward was seen instead.
     """
     compiled = BELOW_APPLY is torch.autograd.Function
@@ -95,8 +97,8 @@ def ran_unseen(tensor: torch.Tensor) -> bool:
 
 
 def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces the
-    processes hold.
+    """Return a fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces
+    the processes hold.
 
     Raises:
         NO_FAKE: tensors of this kind have no fake ones.
@@ -121,7 +123,7 @@ def fake(
     device: torch.device,
     base: torch.Tensor | None,
 ) -> torch.Tensor:
-    """A fake tensor of such a shape, in memory of its own or in that of `base`."""
+    """Return a fake tensor of such a shape, in memory of its own or in that of `base`."""
     with in_kernel_invocation_manager(mode):
         if base is None:
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
@@ -134,29 +136,31 @@ def fake(
 
 
 def is_plain_fake(value: object) -> bool:
-    """Whether `value` is a fake tensor that stands for nothing known, such as a number."""
+    """Return whether `value` is a fake tensor that stands for nothing known, such as a number."""
     return type(value) is FakeTensor and value.constant is None
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether `value` is a DTensor, which stands for pieces that several processes hold."""
+    """Return whether `value` is a DTensor, which stands for pieces that several processes hold."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(value, distributed.DTensor)
 
 
 def is_fake(value: object) -> bool:
-    """Whether `value` is a fake tensor."""
+    """Return whether `value` is a fake tensor."""
     return isinstance(value, FakeTensor)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is an ordinary one, or a fake one that stands for such; not of a subclass with its own ways."""
+    """Return whether `tensor` is an ordinary one, or a fake one that stands for such; not of a subclass with its own
+    ways.
+    """
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the numbers of `tensor`: itself, or those that one of a class with its own ways wraps; none
-    where it doesn't say which.
+    """Return the tensors that hold the numbers of `tensor`: itself, or those that one of a class with its own ways
+    wraps; none where it doesn't say which.
     """
     ordinary = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
     if ordinary or is_fake(tensor) or is_dtensor(tensor):
@@ -166,37 +170,37 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """A number that two live tensors share exactly when they share memory."""
+    """Return a number that two live tensors share exactly when they share memory."""
     return tensor.untyped_storage()._cdata
 
 
 def graph_task_id() -> int:
-    """The number of the backward pass that runs on this thread; -1 outside any."""
+    """Return the number of the backward pass that runs on this thread; -1 outside any."""
     return torch._C._current_graph_task_id()
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """None; `callback` runs when the backward pass that runs on this thread has ended."""
+    """Have `callback` run when the backward pass that runs on this thread has ended."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open."""
+    """Return whether a level of forward-mode differentiation is open."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def in_cached_parameters() -> bool:
-    """Whether `torch.nn.utils.parametrize.cached()` is active."""
+    """Return whether `torch.nn.utils.parametrize.cached()` is active."""
     return torch.nn.utils.parametrize._cache_enabled > 0
 
 
 def in_functorch_transform() -> bool:
-    """Whether a torch.func transform is active; saved-tensor hooks are not supported there."""
+    """Return whether a torch.func transform is active; saved-tensor hooks are not supported there."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def constant_when_compiled(function: _F) -> _F:
-    """`function`, whose result is a constant of a compiled program.
+    """Return `function`, whose result is a constant of a compiled program.
 
     As `torch.compiler.assume_constant_result`, which takes a second: it imports the compiler.
     """
@@ -262,7 +266,7 @@ def set_kernels(now: tuple[Any, ...], to: tuple[Any, ...]) -> None:
 
 
 def has_global_module_hooks() -> bool:
-    """Whether hooks are registered that run for every nn.Module."""
+    """Return whether hooks are registered that run for every nn.Module."""
     m = torch.nn.modules.module
     return bool(
         m._global_forward_hooks
@@ -273,43 +277,43 @@ def has_global_module_hooks() -> bool:
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """The module's own table of parameters, to read and to write."""
+    """Return the module's own table of parameters, to read and to write."""
     return module._parameters
 
 
 def buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
-    """The module's own table of buffers, to read and to write."""
+    """Return the module's own table of buffers, to read and to write."""
     return module._buffers
 
 
 def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
-    """The module's own table of sub-modules, to read."""
+    """Return the module's own table of sub-modules, to read."""
     return module._modules
 
 
 def caller() -> Any:
-    """The stack frame of the function that called this function's caller."""
+    """Return the stack frame of the function that called this function's caller."""
     return sys._getframe(2)
 
 
 def is_overload(op: object) -> bool:
-    """Whether `op` is an overload of an aten (or custom) operator."""
+    """Return whether `op` is an overload of an aten (or custom) operator."""
     return isinstance(op, torch._ops.OpOverload)
 
 
 def packet_name(overload: Any) -> str:
-    """The bare name of an operator overload: `add` of `aten.add.Tensor`."""
+    """Return the bare name of an operator overload: `add` of `aten.add.Tensor`."""
     return overload.overloadpacket.__name__
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether calling `module` runs more than its forward, or its forward was replaced on the instance."""
+    """Return whether calling `module` runs more than its forward, or its forward was replaced on the instance."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
 
 
 def hooks(module: torch.nn.Module) -> list[Any]:
-    """What runs before and after a module's forward, but for torch's own."""
+    """Return what runs before and after a module's forward, but for torch's own."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     if not before and not after:
         return []
@@ -323,46 +327,46 @@ def _is_torchs(function: Any) -> bool:
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often `tensor` was written in place; 0 for inference tensors, which do not count."""
+    """Return how often `tensor` was written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def uncounted_writes(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[None]:
-    """A context whose writes to these tensors autograd does not count."""
+    """Return a context whose writes to these tensors autograd does not count."""
     context: Any = torch.autograd._unsafe_preserve_version_counter(tensors)
     return context
 
 
 def autocast_state(device: str) -> tuple[bool, Any]:
-    """Whether autocast is on for a device type, and to which dtype."""
+    """Return whether autocast is on for a device type, and to which dtype."""
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def in_autocast() -> bool:
-    """Whether this runs inside a context of autocast, on or off."""
+    """Return whether this runs inside a context of autocast, on or off."""
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return depth > 1
 
 
 def is_fsdp(module: torch.nn.Module) -> bool:
-    """Whether `fully_shard` was applied to `module` (FSDP2 swaps its parameters' storage around every call)."""
+    """Return whether `fully_shard` was applied to `module` (FSDP2 swaps its parameters' storage around every call)."""
     return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
 
 
 def fsdp_policy(module: Any) -> Any:
-    """The `MixedPrecisionPolicy` that `fully_shard` was given for `module`."""
+    """Return the `MixedPrecisionPolicy` that `fully_shard` was given for `module`."""
     return module._get_fsdp_state()._mp_policy
 
 
 def fsdp_parameters(module: Any) -> list[torch.Tensor]:
-    """The sharded parameters that `fully_shard` gathers when `module` is called."""
+    """Return the sharded parameters that `fully_shard` gathers when `module` is called."""
     groups = module._get_fsdp_state()._fsdp_param_groups
     return [p.sharded_param for group in groups for p in group.fsdp_params]
 
 
 def share_fsdp_state(module: Any, twin: torch.nn.Module) -> None:
-    """None; what `fully_shard` knows of `module` it knows of `twin` too, which has the same parameters and hooks: the
+    """Make what `fully_shard` knows of `module` known of `twin` too, which has the same parameters and hooks: the
     methods that it adds, such as `set_requires_gradient_sync`, ask for it.
     """
     if is_fsdp(module):
@@ -372,7 +376,7 @@ def share_fsdp_state(module: Any, twin: torch.nn.Module) -> None:
 
 
 def fsdp_in_use() -> bool:
-    """Whether `fully_shard` was applied to anything in this process: then storages of parameters come and go by
+    """Return whether `fully_shard` was applied to anything in this process: then storages of parameters come and go by
     design.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -384,7 +388,7 @@ def fsdp_in_use() -> bool:
 
 
 def no_torch_function() -> Any:
-    """A context in which torch functions run without modes or subclass hooks."""
+    """Return a context in which torch functions run without modes or subclass hooks."""
     return torch._C.DisableTorchFunction()
 
 
@@ -392,7 +396,7 @@ Modes = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 def modes() -> Modes:
-    """The function modes and the dispatch modes that are on and may change what is computed.
+    """Return the function modes and the dispatch modes that are on and may change what is computed.
 
     Dispatch modes of torch's own, and revfx's, count, look on or trace.
     """
@@ -400,7 +404,7 @@ def modes() -> Modes:
 
 
 def _dispatched() -> list[Any]:
-    """The dispatch modes that are on, but for those below all others, with which torch traces."""
+    """Return the dispatch modes that are on, but for those below all others, with which torch traces."""
     found = _python_dispatch._get_current_dispatch_mode_stack()
     return [m for m in found if getattr(m, "_mode_key", None) is None]
 
@@ -411,7 +415,7 @@ def _looks_on(mode: object) -> bool:
 
 @contextlib.contextmanager
 def modes_of(then: Modes) -> Generator[None]:
-    """A context with the modes that `modes` noted; those that look on stay as they are, below them.
+    """Return a context with the modes that `modes` noted; those that look on stay as they are, below them.
 
     What their classes do when they are entered, such as counting from zero, is left out.
     """
@@ -466,7 +470,9 @@ _LEAF = pytree.tree_structure(0)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """As `pytree.tree_flatten`, which at every call leaves the garbage collector a function that refers to itself."""
+    """Return what `pytree.tree_flatten` does, which at every call leaves the garbage collector a function that refers
+    to itself.
+    """
     leaves: list[Any] = []
     return leaves, _spec(tree, leaves)
 
@@ -481,5 +487,5 @@ def _spec(tree: Any, leaves: list[Any]) -> pytree.TreeSpec:
 
 
 def in_jit() -> bool:
-    """Whether TorchScript is tracing."""
+    """Return whether TorchScript is tracing."""
     return torch.jit.is_tracing()

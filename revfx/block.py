@@ -49,7 +49,7 @@ def rev_block(
     exact: bool | int = False,
     anchor_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
+    """Return (y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
 
     Forward, per layer: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; the backward computes `x2 = y2 - g(y1)`,
     `x1 = y1 - f(x2)`, up to rounding. x1 and x2 may have different shapes as long as f maps x2 to x1's and g maps y1 to
@@ -105,7 +105,7 @@ def _chain(
     k: int | None,
     anchor_every: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y1, y2), with streams on the grid 2^-k where k is given."""
+    """Return (y1, y2), with streams on the grid 2^-k where k is given."""
     if torch.compiler.is_compiling():
         if is_training and k is None:
             free_couplings(anchor_every)
@@ -172,7 +172,7 @@ class RevBlock(nn.Module):
     def forward(
         self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """(y1, y2); see `rev_block`."""
+        """Return (y1, y2); see `rev_block`."""
         sides, exact = (f_side_input, g_side_input), False if self.exact is None else self.exact
         every = self.anchor_every
         return rev_block(x1, x2, self.f, self.g, self.num_layers, *sides, exact=exact, anchor_every=every)
@@ -180,7 +180,9 @@ class RevBlock(nn.Module):
     def inverse(
         self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """(x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, with ordinary storage."""
+        """Return (x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, with ordinary storage.
+        
+        """
         f_side, g_side = _side(f_side_input), _side(g_side_input)
         layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.exact
         if k is not None:
@@ -192,7 +194,7 @@ class RevBlock(nn.Module):
         return y1.to(dtypes[0]), y2.to(dtypes[1])
 
     def extra_repr(self) -> str:
-        """The number of couplings, for `print`."""
+        """Return the number of couplings, for `print`."""
         given = {"exact": self.exact, "anchor_every": self.anchor_every}
         return ", ".join([f"num_layers={self.num_layers}", *(f"{n}={v}" for n, v in given.items() if v is not None)])
 
@@ -221,7 +223,7 @@ def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
 
 
 def _per_layer(name: str, f: Any, num_layers: int) -> Any:
-    """The functions of all layers, in a ModuleList where they are modules."""
+    """Return the functions of all layers, in a ModuleList where they are modules."""
     functions: list[Any]
     if isinstance(f, (list, tuple, nn.ModuleList)):
         functions = list(_sequence(name, f, num_layers))
@@ -285,7 +287,9 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
 
 # --- the computation
 def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
-    """`function` as it is outside of an exact block: of a stream of dtype `reads`, added to one of dtype `adds`."""
+    """Return `function` as it is outside of an exact block: of a stream of dtype `reads`, added to one of dtype `adds`.
+    
+    """
     if carrier(reads) == reads and carrier(adds) == adds:
         return function
     return functools.partial(_narrowed, function, reads, adds)
@@ -310,7 +314,7 @@ def _meta(x: Tensor) -> Meta:
 
 
 def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]], list[Any]]:
-    """Per side input its tensors, and the structure with each tensor's value index in its place."""
+    """Return per side input its tensors, and the structure with each tensor's value index in its place."""
     tensors: list[list[Tensor]] = []
     slots: list[Any] = []
     at = first
@@ -364,7 +368,7 @@ def _program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int
 
 
 def _leaving_alone(function: Function, name: str, x: Tensor, side: Any) -> Any:
-    """What a function gives that gets lists and dicts of its own: what it put in them would be lost."""
+    """Return what a function gives that gets lists and dicts of its own: what it put in them would be lost."""
     leaves, spec = _torch.flatten(side)
     result = function(x, side)
     now, spec_now = _torch.flatten(side)

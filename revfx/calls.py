@@ -33,18 +33,18 @@ class Call:
 
     @cached_property
     def reach(self) -> Reach:
-        """What the function, and the arguments that are no values of the program, can see."""
+        """Return what the function, and the arguments that are no values of the program, can see."""
         return Reach((self.fn, self.args, self.kwargs))
 
     def invoke(self, env: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-        """The output tensors, with the values taken from `env`."""
+        """Return the output tensors, with the values taken from `env`."""
         kwargs = {k: fill(v, env) for k, v in self.kwargs.items()} if self.kwargs else {}
         result = self.fn(*[fill(a, env) for a in self.args], **kwargs)
         return tuple(_at(result, path) for path in self.outs)
 
 
 def fill(tree: Any, env: Mapping[int, Tensor]) -> Any:
-    """A nested structure with every `Slot` replaced by its value."""
+    """Return a nested structure with every `Slot` replaced by its value."""
     if isinstance(tree, Slot):
         return env[tree.index]
     if isinstance(tree, tuple):

@@ -32,7 +32,7 @@ class Sums:
     held: frozenset[int]
 
     def lose(self, index: int, env: Mapping[int, Tensor], kept: Mapping[int, Tensor], tolerance: float | None) -> bool:
-        """Whether an inverse that can be tried after operation `index` loses digits that its head had."""
+        """Return whether an inverse that can be tried after operation `index` loses digits that its head had."""
         for arc in self.after.get(index, ()):
             head, *tail = (env[v] if v in env else kept[v] for v in (arc.head, *arc.tail))
             if loses(arc, head, tail, tolerance):
@@ -44,7 +44,7 @@ NOTHING = Sums({}, frozenset())
 
 
 def sums_of(program: Program, step: Step) -> Sums:
-    """The sums that are undone when a step is inverted."""
+    """Return the sums that are undone when a step is inverted."""
     after: dict[int, tuple[Arc, ...]] = {}
     held: set[int] = set()
     for arc in (d.arc for d in step.derive if isinstance(d, Invert)):
@@ -56,8 +56,8 @@ def sums_of(program: Program, step: Step) -> Sums:
 
 
 def loses(arc: Arc, head: Tensor, tail: list[Tensor], tolerance: float | None) -> bool:
-    """Whether `arc` gives an element of its head back with an error that is too large, next to the element and to what
-    elements of the head usually are; not looked for in DTensors.
+    """Return whether `arc` gives an element of its head back with an error that is too large, next to the element and
+    to what elements of the head usually are; not looked for in DTensors.
     """
     if head.numel() == 0 or _torch.is_fake(head) or not all(_torch.is_plain(t) for t in (head, *tail)):
         return False

@@ -77,7 +77,7 @@ _lock = threading.Lock()
 
 
 def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]) -> Capture:
-    """The recorded `forward(*args, **kwargs)` of `root`.
+    """Return the recorded `forward(*args, **kwargs)` of `root`.
 
     Raises:
         Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
@@ -187,7 +187,7 @@ class _Recorder(TorchFunctionMode):
         return self.suspended == 0
 
     def forget(self) -> frozenset[int]:
-        """The ids of the fake tensors that were recorded; they are no longer held here."""
+        """Return the ids of the fake tensors that were recorded; they are no longer held here."""
         recorded = frozenset(self.nodes)
         vars(self).clear()
         return recorded
@@ -226,7 +226,7 @@ class _Recorder(TorchFunctionMode):
         return self.generic[id(t)]
 
     def _convert(self, tree: Any) -> Any:
-        """`tree` with every real tensor replaced by its fake."""
+        """Return `tree` with every real tensor replaced by its fake."""
         if isinstance(tree, Tensor):
             fake = self._to_fake(tree)
             if fake is not tree and id(fake) not in self.nodes and not self.suspended:
@@ -260,7 +260,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def _ahead(self) -> Generator[None]:
-        """Attributes are read before everything else: in the graph they are sources."""
+        """Return a context that puts nodes before all others: attributes are sources in the graph."""
         first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         if first is None:
             yield
@@ -278,7 +278,7 @@ class _Recorder(TorchFunctionMode):
         self.alive.append(fake)
 
     def finish(self, result: Any) -> Capture:
-        """The capture, once the forward has returned `result`."""
+        """Return the capture, once the forward has returned `result`."""
         leaves, spec = pytree.tree_flatten(result)
         outputs: list[Any] = []
         for leaf in leaves:
@@ -342,7 +342,7 @@ class _Recorder(TorchFunctionMode):
     def record(
         self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any
     ) -> Any:
-        """`out`, after adding the node that makes it (unless it makes no tensor and changes none)."""
+        """Return `out`, after adding the node that makes it (unless it makes no tensor and changes none)."""
         made = tensors(out)
         if not mutated and not meta.get("opaque") and all(id(t) in self.nodes for t in made):
             return out
@@ -369,7 +369,7 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def _refuse_writes(self, nodes: list[fx.Node]) -> None:
-        """None; hooks don't run here, so that what their module returned may be any tensor that was there."""
+        """Refuse writes to what hooks, which don't run here, may have replaced by any tensor that was there."""
         then, path = self.hooked
         if any(self.born[n.meta["storage"][0]] < then for n in nodes):
             raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
@@ -452,7 +452,7 @@ class _Recorder(TorchFunctionMode):
             return out
 
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """What `module` returns on fakes; what its Python code leaves behind is undone."""
+        """Return what `module` returns on fakes; what its Python code leaves behind is undone."""
         before, drawn, self.drew = Snapshot([*module.modules()]), generators(), None
         self.suspended += 1
         try:

@@ -26,12 +26,12 @@ class Ranges:
         self.extremes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def note(self, v: int, t: Tensor) -> None:
-        """None; `t` is value `v`."""
+        """Note that `t` is value `v`."""
         if self.program.values[v].grid is not None and t.numel() and not _torch.is_fake(t):
             self.extremes[v] = torch.aminmax(t.detach())  # NaN if any element is
 
     def close(self) -> None:
-        """None.
+        """Raise where a value has left its grid.
 
         Raises:
             RangeError: a value has left the grid, or is not finite.
@@ -53,7 +53,8 @@ Metas = Sequence[tuple[Any, ...]]  # a shape and a dtype each
 
 
 def changed(saved: Metas, again: Metas, returned: Metas, returned_again: Metas) -> str | None:
-    """What a call did otherwise when it was run again: in the tensors that it saved, or in the shapes that it returned.
+    """Return what a call did otherwise when it was run again: in the tensors that it saved, or in the shapes that it
+    returned.
 
     None where it did the same.
     """
@@ -95,14 +96,14 @@ class Checksums:
         self.sums: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
-        """None; `values` are those of cut `cut` as the forward made them."""
+        """Note the `values` of cut `cut` as the forward made them."""
         of = {v: t for v, t in values.items() if self.program.values[v].grid is not None and not _torch.is_fake(t)}
         found = {v: checksum(t) for v, t in of.items()}
         if found:
             self.sums[cut] = found
 
     def compare(self, cut: int, values: Mapping[int, Tensor], where: str) -> None:
-        """None.
+        """Compare checksums of a cut with those of the forward.
 
         Raises:
             RegenerationError: a value came back with other bits.
@@ -130,7 +131,7 @@ class Samples:
         self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
-        """None; `values` are those of cut `cut` as the forward made them; what lies on a grid has a checksum, and whole
+        """Note the `values` of cut `cut` as the forward made them; what lies on a grid has a checksum, and whole
         numbers and masks are moved, not rounded.
         """
         rounding = {v: t for v, t in values.items() if self.program.values[v].grid is None and precision(t.dtype)}
@@ -138,19 +139,19 @@ class Samples:
         self.scales[cut] = {}
 
     def rescale(self, cut: int, images: Mapping[int, int], values: Mapping[int, Tensor]) -> None:
-        """None; `values` holds what values of the cut will be computed back from, and `images` says which is whose."""
+        """Note the `values` that those of the cut will be computed back from; `images` says which is whose."""
         theirs = {v: values[y] for v, y in images.items() if v in self.samples[cut] and y in values}
         self.scales[cut] = {v: numerics.sample(t).norm() for v, t in theirs.items()}
 
     def note_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor | None], kept: bool) -> None:
-        """None; `results` are what operation `op` gave in the forward, where nothing that comes back depends on it, and
+        """Note `results`, what operation `op` gave in the forward, where nothing that comes back depends on it, and
         `saved` what autograd saved of it, None for values: a change that a normalisation hides is seen in what this
         reads. `kept` says whether its inputs are, so that rounding is no reason for others.
         """
         self.results[op] = kept, [numerics.sample(t) for t in results], [_sample(t) for t in saved]
 
     def compare_results(self, op: int, results: Sequence[Tensor], saved: Sequence[Tensor], name: str) -> None:
-        """None.
+        """Compare what an operation gave when it ran again.
 
         Raises:
             RegenerationError: `op` did something else when it was run again.
@@ -193,14 +194,16 @@ class Samples:
 
 
 def _sample(t: Tensor | None) -> Tensor | None:
-    """A few elements of what was computed in the operation: no buffer, which threads share, and no view of a weight."""
+    """Return a few elements of what was computed in the operation: no buffer, which threads share, and no view of a
+    weight.
+    """
     if t is None or t.layout != torch.strided or t.grad_fn is None or isinstance(t._base, torch.nn.Parameter):
         return None
     return numerics.sample(t, FEW)
 
 
 def _otherwise(name: str, error: float, kept: bool) -> str:
-    """What is said of an operation that did something else when it was run again."""
+    """Return what is said of an operation that did something else when it was run again."""
     rounds = "" if kept else " the functions of this region amplify rounding errors too much to be inverted, or"
     wider = "" if kept else " use a wider dtype for the streams, `exact=True`, or anchors (`anchor_every`), or"
     return (

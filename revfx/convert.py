@@ -42,7 +42,8 @@ def convert(
     exact: bool | int = False,
     anchor_every: int | None = None,
 ) -> nn.Module:
-    """A module that computes what `model` does, with activation memory that does not grow with depth in its regions.
+    """Return a module that computes what `model` does, with activation memory that does not grow with depth in its
+    regions.
 
     It is the same model seen through another class: all attributes are shared, with parameters, buffers, sub-modules
     and hooks; `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the model's own. At
@@ -137,30 +138,32 @@ class Conversion:
 
     @property
     def plans(self) -> list[Plan]:
-        """The plans made so far."""
+        """Return the plans made so far."""
         return [o.plan for *_, o in self.outcomes if o.plan is not None]
 
     @property
     def kept_cuts(self) -> int:
-        """How many cuts the latest forward kept in its regions: two per region, and those that numerics demanded."""
+        """Return how many cuts the latest forward kept in its regions: two per region, and those that numerics
+        demanded.
+        """
         compiled = 0 if self.compiled is None else self.compiled.kept_cuts
         return compiled + sum(r.kept for p in self.plans for r in p.regions.values())
 
     @property
     def refusals(self) -> list[Refusal]:
-        """What was left as it was, and why."""
+        """Return what was left as it was, and why."""
         compiled = [] if self.compiled is None else self.compiled.refusals
         recorded = [r for *_, o in self.outcomes for r in o.refusals]
         return list(dict.fromkeys((*recorded, *compiled)))
 
     @property
     def code(self) -> str:
-        """The rewritten programs as readable text."""
+        """Return the rewritten programs as readable text."""
         compiled = [] if self.compiled is None or not self.compiled.graphs else [self.compiled.code]
         return "\n\n".join([*(p.code for p in self.plans), *compiled]) or "(no plan yet: it is made at the first call)"
 
     def forward(self, model: nn.Module) -> Callable[..., Any]:
-        """The model's own forward."""
+        """Return the model's own forward."""
         if self.own_forward is not None:
             return self.own_forward
         return functools.partial(type(model)._revfx_base.forward, model)  # type: ignore[union-attr]
@@ -216,7 +219,7 @@ class Conversion:
             warnings.warn(text, RevfxWarning, stacklevel=7)
 
     def _convert_parts(self, model: nn.Module) -> None:
-        """None; where the root can't be recorded, its largest sub-modules are converted in its place."""
+        """Convert the largest sub-modules in the place of a root that can't be recorded."""
         self.parts_converted = True
         was, parts = unconverted(model), _parts(_torch.children(model), self.options)
         own = {**vars(model), "_modules": parts}  # the model that this was made of keeps its own
@@ -225,7 +228,7 @@ class Conversion:
         object.__setattr__(model, "__dict__", own)
 
     def _tries_compiled(self) -> bool:
-        """Whether `torch.compile` may capture what could not be recorded; it is asked once."""
+        """Return whether `torch.compile` may capture what could not be recorded; it is asked once."""
         return self.options.capture == "auto" and not self.compiled_tried and not _torch.fsdp_in_use()
 
     def _compile(self, model: nn.Module) -> Compiled:
@@ -244,7 +247,7 @@ class Conversion:
         return result
 
     def _decide(self, model: nn.Module, compiled: Compiled, recorded: Outcome) -> None:
-        """None; keeps `compiled` where it frees what the sub-modules alone would not: they give up less."""
+        """Keep `compiled` where it frees what the sub-modules alone would not: they give up less."""
         self.pending = None
         if not compiled.in_own_code and not self.options.strict:
             self.compiled = None
@@ -257,7 +260,7 @@ class Conversion:
             )
 
     def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """What the model's forward returns for these arguments."""
+        """Return what the model's forward returns for these arguments."""
         forward = self.forward(model)
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
@@ -289,7 +292,9 @@ class Conversion:
             raise
 
     def _forget(self, refused: Outcome) -> None:
-        """None; a call that raised, recorded and for real, tells nothing of the next one, which is recorded again."""
+        """Forget a call that raised, recorded and for real: it tells nothing of the next one, which is recorded again.
+        
+        """
         with self.lock:
             self.outcomes = [found for found in self.outcomes if found[-1] is not refused]
             if self.pending is refused:
@@ -309,42 +314,42 @@ class Reversible(nn.Module):
     _revfx: tuple[Conversion, nn.Module]  # with the model that it was made of; a slot
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """None; the model's own class may register what is derived from it, or refuse it."""
+        """Do nothing: the model's own class may register what is derived from it, or refuse it."""
 
     @property
     def revfx(self) -> Conversion:
-        """What the conversion knows about this model."""
+        """Return what the conversion knows about this model."""
         conversion = _conversion(self)
         if conversion is None:
             raise RevfxError(f"this {type(self).__name__} was made by its class and not by `convert`; it runs plainly.")
         return conversion
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """None; plans look at the numbers of the weights again."""
+        """Load, and have plans look at the numbers of the weights again."""
         super()._load_from_state_dict(*args, **kwargs)
         conversion = _conversion(self)
         for plan in () if conversion is None else conversion.plans:
             plan.weights.due = True
 
     def _replicate_for_data_parallel(self) -> Any:
-        """One of the replicas that `nn.DataParallel` makes at every step."""
+        """Return one of the replicas that `nn.DataParallel` makes at every step."""
         replica = super()._replicate_for_data_parallel()
         if (known := _known(self)) is not None:
             object.__setattr__(replica, "_revfx", known)
         return replica
 
     def __repr__(self) -> str:
-        """The model's own text, and the rewritten programs."""
+        """Return the model's own text, and the rewritten programs."""
         conversion = _conversion(self)
         return super().__repr__() + ("" if conversion is None else f"\n{conversion.code}")
 
     def __copy__(self) -> Any:
-        """The converted copy of the model, which is made by its own rules."""
+        """Return the converted copy of the model, which is made by its own rules."""
         return _adopt(object.__new__(type(self)), copy.copy(unconverted(self)), _options(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled and deeply copied as the model itself, by its own rules, and the options; plans are made again at the
-        first call.
+        """Return how it is pickled and deeply copied: as the model, by its own rules, and the options; plans are made
+        again at the first call.
         """
         plain = unconverted(self)
         if isinstance(plain, GraphModule):  # its class can't be found by name
@@ -352,7 +357,7 @@ class Reversible(nn.Module):
         return _unfilled, (self._revfx_base, "forward" in vars(plain)), (plain, _options(self))
 
     def __setstate__(self, state: Any) -> None:
-        """None; takes what `__reduce_ex__` gives."""
+        """Take what `__reduce_ex__` gives."""
         _adopt(self, *state)
 
 
@@ -380,7 +385,8 @@ def _options(module: Reversible) -> Options | None:
 
 @functools.cache
 def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
-    """The class of converted models of class `base`; `patched` ones have a forward of their own among their attributes.
+    """Return the class of converted models of class `base`; `patched` ones have a forward of their own among their
+    attributes.
 
     It goes by the name of the model's own class, which others look things up by, and write into checkpoints.
     """
@@ -421,7 +427,7 @@ def _unfilled(base: type[nn.Module], patched: bool) -> Any:
 
 
 def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
-    """`made`, which is `plain` from now on; converted, if there are `options`."""
+    """Return `made`, which is `plain` from now on; converted, if there are `options`."""
     object.__setattr__(made, "__dict__", vars(plain))
     for name in _slots(type(plain)):
         if hasattr(plain, name):
@@ -441,7 +447,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def unconverted(model: nn.Module) -> nn.Module:
-    """The model that a converted one was made of, which shares everything with it; other modules as they are."""
+    """Return the model that a converted one was made of, which shares everything with it; other modules as they are."""
     if not isinstance(model, Reversible):
         return model
     known = _known(model)
@@ -463,7 +469,7 @@ def _parts(children: dict[str, nn.Module | None], options: Options) -> dict[str,
 
 
 def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
-    """A sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a
+    """Return a sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a
     container.
     """
     if module is None or isinstance(module, (Reversible, torch.jit.ScriptModule)) or _torch.has_hooks(module):

@@ -63,33 +63,33 @@ class Compiled:
 
     @property
     def found(self) -> bool:
-        """Whether any graph so far has a reversible region."""
+        """Return whether any graph so far has a reversible region."""
         return any(graph.regions for graph in self.graphs)
 
     @property
     def found_nothing(self) -> bool:
-        """Whether a call was captured, and no graph so far has a reversible region."""
+        """Return whether a call was captured, and no graph so far has a reversible region."""
         return bool(self.plain_in) and not self.found
 
     @property
     def refusals(self) -> list[Refusal]:
-        """What was left as it was, and why."""
+        """Return what was left as it was, and why."""
         why = "`torch.compile` captured no graph of it that has a gradient; TORCH_LOGS=graph_breaks says why"
         nothing = [Refusal(why, self.name, "")] if self.plain_in and not self.graphs and not self.failures else []
         return list(dict.fromkeys((*nothing, *self.failures, *(r for graph in self.graphs for r in graph.refusals))))
 
     @property
     def kept_cuts(self) -> int:
-        """How many cuts the graphs keep in their regions."""
+        """Return how many cuts the graphs keep in their regions."""
         return sum(region.kept_cuts for graph in self.graphs for region in graph.regions)
 
     @property
     def code(self) -> str:
-        """The regions of every graph as readable text."""
+        """Return the regions of every graph as readable text."""
         return "\n".join(f"# graph {i}\n{_text(graph)}" for i, graph in enumerate(self.graphs))
 
     def call(self, model: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
-        """What `function(*args, **kwargs)` returns; `model` is the one whose forward it is."""
+        """Return what `function(*args, **kwargs)` returns; `model` is the one whose forward it is."""
         mode = (model.training, ambient_state())
         if mode in self.plain_in or not _trains(model, args, kwargs):
             return self.function(*args, **kwargs)
@@ -106,7 +106,7 @@ class Compiled:
         return result
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The function that runs one graph that dynamo captured."""
+        """Return the function that runs one graph that dynamo captured."""
         from revfx import backend, partitioner
 
         plain = torch.compiler.disable(_uncompiled(gm).forward)
@@ -131,7 +131,9 @@ class Compiled:
 
 
 def _compiler() -> types.ModuleType:
-    """`revfx._compile`, imported late: it takes a second, and warnings of the compiler's own are none of the user's."""
+    """Return `revfx._compile`, imported late: it takes a second, and warnings of the compiler's own are none of the
+    user's.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from revfx import _compile
@@ -139,7 +141,7 @@ def _compiler() -> types.ModuleType:
 
 
 def _uncompiled(gm: fx.GraphModule) -> fx.GraphModule:
-    """`gm` as plain autograd can run it: a checkpoint in it draws the same random numbers again.
+    """Return `gm` as plain autograd can run it: a checkpoint in it draws the same random numbers again.
 
     As dynamo captures it, it leaves them to the compiler, and would draw others: a wrong gradient and no error.
     """
@@ -167,7 +169,7 @@ def _checkpoint(part: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls `function`, with a code object that no other has.
+    """Return a function that calls `function`, with a code object that no other has.
 
     Dynamo keeps what it compiles with the code object: models of one class would share its limit of recompilations, and
     keep each other's graphs alive.
@@ -180,20 +182,23 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _trains(model: nn.Module, args: Sequence[Any], kwargs: Any) -> bool:
-    """Whether anything that is known to go in requires a gradient."""
+    """Return whether anything that is known to go in requires a gradient."""
     leaves = (x for x in pytree.tree_leaves((tuple(args[1:]), kwargs)) if isinstance(x, Tensor))
     return any(p.requires_grad for p in model.parameters()) or any(x.requires_grad for x in leaves)
 
 
 def _in_own_code(graph: fx.Graph, where: str) -> bool:
-    """Whether the line at `where` (file:line) is one of the compiled function itself, not of a module that it calls."""
+    """Return whether the line at `where` (file:line) is one of the compiled function itself, not of a module that it
+    calls.
+    """
     file, _, line = where.rpartition(":")
     place = f'File "{file}", line {line},'
     return any(place in (n.stack_trace or "") for n in graph.nodes if not n.meta.get("nn_module_stack"))
 
 
 def _written_wrongly(graph: fx.Graph) -> str | None:
-    """Why an input without gradient, which the graph writes to in place, is none that the compiler does right by.
+    """Return why an input without gradient, which the graph writes to in place, is none that the compiler does right
+    by.
 
     torch's partitioner holds one that is also read to be there in the backward, and computes again from it what was
     computed before the write, with a wrong gradient and no error. And what is written to a single number in float64 is
@@ -223,7 +228,9 @@ _OPERATORS = frozenset("iadd isub imul itruediv ipow".split())
 
 
 def _statistics(graph: fx.Graph) -> frozenset[int]:
-    """The places among a graph's inputs of the running statistics that normalisations update, and nothing else does."""
+    """Return the places among a graph's inputs of the running statistics that normalisations update, and nothing else
+    does.
+    """
     updates = {n: updated_statistics(op_name(n.target), n.args, n.kwargs) for n in graph.nodes}
     written = {x for found in updates.values() for x in found}
     inputs = enumerate(n for n in graph.nodes if n.op == "placeholder")
@@ -231,7 +238,7 @@ def _statistics(graph: fx.Graph) -> frozenset[int]:
 
 
 def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int] = ()) -> Callable[..., Any]:
-    """`compiled`, whose backward first makes sure that it may run.
+    """Return `compiled`, whose backward first makes sure that it may run.
 
     Its updates of the inputs `uncounted` are not counted by autograd, as those by plain normalisations are not: graphs
     that run plainly may have saved these.
@@ -253,7 +260,7 @@ def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int]
 
 
 def _check(name: str, leaves: Sequence[tuple[weakref.ref[Tensor], int | None]], grad: Tensor) -> None:
-    """None; `grad` reaches a compiled graph, whose backward is about to regenerate its activations.
+    """Check that a compiled graph, whose backward `grad` is about to reach, may regenerate its activations.
 
     Raises:
         RevfxError: the backward is itself to be differentiated, or would read other parameters than the forward did.

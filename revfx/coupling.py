@@ -16,13 +16,13 @@ Pair = tuple[Function, Function]
 
 
 def apply(function: Function, x: Tensor, side: Any) -> Tensor:
-    """What a function of a coupling gives, which takes its side input only where there is one."""
+    """Return what a function of a coupling gives, which takes its side input only where there is one."""
     return function(x) if side is None else function(x, side)
 
 
 def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign: int = 1) -> Tensor:
-    """`x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype; h is rounded to
-    the grid 2^-k where k is given.
+    """Return `x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype; h is
+    rounded to the grid 2^-k where k is given.
 
     Raises:
         TypeError, ValueError: h is none of that; the text names the function and the layer.
@@ -48,7 +48,7 @@ def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign:
 def plain(
     x1: Tensor, x2: Tensor, layers: Iterable[Pair], sides: tuple[Any, Any], k: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(y1, y2) of the chain."""
+    """Return (y1, y2) of the chain."""
     for layer, (f, g) in enumerate(layers):
         x1 = couple(x1, apply(f, x2, sides[0]), "f", layer, k)
         x2 = couple(x2, apply(g, x1, sides[1]), "g", layer, k)

@@ -113,7 +113,7 @@ class RegionRun(Regeneration):
             env.pop(v, None)
 
     def _regenerated(self, step: Step, env: Env) -> Env:
-        """What the backward makes of a step's entry, as the forward made it."""
+        """Return what the backward makes of a step's entry, as the forward made it."""
         return {v: env[v] for v in step.entry if v not in self.kept}
 
     def _note(self, v: int, t: Tensor) -> None:
@@ -134,7 +134,7 @@ class RegionRun(Regeneration):
                 self._keep(into, v, env[v])
 
     def _keep(self, into: Env, v: int, t: Tensor) -> None:
-        """Holds an alias without autograd history: holding the tensor itself would make a cycle through the graph."""
+        """Hold an alias without autograd history: holding the tensor itself would make a cycle through the graph."""
         kept = into[v] = t.detach().clone() if self.program.values[v].written else t.detach()
         self.versions.append((v, kept, _torch.version(kept)))
         if not self.program.values[v].source:

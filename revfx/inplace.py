@@ -30,7 +30,7 @@ FILLING: Mapping[str, Any] = {
 
 
 def functionalise(graph: fx.Graph) -> None:
-    """None; in-place nodes whose operand has no other reader become out of place, the others get `meta["barrier"]`.
+    """Make in-place nodes whose operand has no other reader work out of place; give the others `meta["barrier"]`.
 
     A write can be seen by an input, a parameter or attribute that shares the memory, and by any other value in that
     memory that is read afterwards.
@@ -101,7 +101,7 @@ def _make_functional(node: fx.Node) -> None:
 
 
 def updated_statistics(name: str, args: Any, kwargs: Any) -> list[Any]:
-    """The running statistics that a call of `batch_norm` or `instance_norm` is given and writes to."""
+    """Return the running statistics that a call of `batch_norm` or `instance_norm` is given and writes to."""
     if name not in ("batch_norm", "instance_norm"):
         return []
     flag = "training" if name == "batch_norm" else "use_input_stats"

@@ -17,13 +17,15 @@ recording = threading.local()  # its `recorder` is that of this thread
 
 
 def is_recording() -> bool:
-    """Whether a forward is being recorded on this thread."""
+    """Return whether a forward is being recorded on this thread."""
     return getattr(recording, "recorder", None) is not None
 
 
 @contextmanager
 def intercepted() -> Generator[None]:
-    """A context in which modules, autograd functions and the generator's state tell this thread's recorder, if any."""
+    """Return a context in which modules, autograd functions and the generator's state tell this thread's recorder, if
+    any.
+    """
     call_module, init = nn.Module.__call__, nn.Module.__init__
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

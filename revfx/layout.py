@@ -26,7 +26,9 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
-    """`t` with given strides and an address that is `offset` bytes beyond an aligned one: kernels round by it."""
+    """Return `t` with given strides and an address that is `offset` bytes beyond an aligned one: kernels round by it.
+    
+    """
     if t.stride() == stride and t.data_ptr() % ALIGNED == offset:
         return t
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
@@ -36,7 +38,7 @@ def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: i
 
 
 def restrided(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """`t` with given strides, as far as tensors of its class can have them."""
+    """Return `t` with given strides, as far as tensors of its class can have them."""
     if t.layout != torch.strided or t.stride() == stride:
         return t
     if not _torch.is_plain(t):
@@ -47,6 +49,6 @@ def restrided(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Ten
 
 
 def leaf(t: Tensor, requires_grad: bool) -> Tensor:
-    """`t` without its history, requiring a gradient as it is said."""
+    """Return `t` without its history, requiring a gradient as it is said."""
     leaf = t.detach()
     return leaf.requires_grad_() if requires_grad and (leaf.is_floating_point() or leaf.is_complex()) else leaf

@@ -28,7 +28,8 @@ _simulating: ContextVar[bool] = ContextVar("revfx_simulating", default=False)
 
 @contextlib.contextmanager
 def store_activations() -> Generator[None]:
-    """A context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary storage.
+    """Return a context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary
+    storage.
 
     The oracle of every test of revfx, and the way out where a region can't be regenerated.
     """
@@ -41,7 +42,9 @@ def store_activations() -> Generator[None]:
 
 @contextlib.contextmanager
 def simulating() -> Generator[None]:
-    """A context in which regions run on fake tensors as they would on real ones, where no value can be asked for."""
+    """Return a context in which regions run on fake tensors as they would on real ones, where no value can be asked
+    for.
+    """
     token = _simulating.set(True)
     try:
         yield
@@ -50,19 +53,19 @@ def simulating() -> Generator[None]:
 
 
 def storing() -> bool:
-    """Whether `store_activations` is active."""
+    """Return whether `store_activations` is active."""
     return _storing.get()
 
 
 def runs_plain(inputs: Iterable[Tensor]) -> bool:
-    """Whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing, inputs
-    without data.
+    """Return whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing,
+    inputs without data.
     """
     return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
 
 
 def store_region(plan: RegionPlan, calls: Sequence[Call], env: dict[int, Tensor]) -> None:
-    """None; the operations of a region with ordinary autograd storage."""
+    """Run the operations of a region with ordinary autograd storage."""
     region, ranges = plan.region, Ranges(plan.program)
     for v in region.entry:
         ranges.note(v, env[v])
@@ -74,10 +77,10 @@ def store_region(plan: RegionPlan, calls: Sequence[Call], env: dict[int, Tensor]
 
 
 def can_store(inputs: Iterable[Tensor]) -> bool:
-    """Whether a plan may run on these inputs, if with ordinary storage: not under torch.func or tracers, revfx's own
-    among them, not on fake inputs or on "meta", where there is no memory to save, and not in MKL-DNN's layout, which
-    tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what weights
-    are computed to: a re-run would have neither.
+    """Return whether a plan may run on these inputs, if with ordinary storage: not under torch.func or tracers, revfx's
+    own among them, not on fake inputs or on "meta", where there is no memory to save, and not in MKL-DNN's layout,
+    which tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what
+    weights are computed to: a re-run would have neither.
     """
     if is_recording() or _torch.in_jit() or _torch.in_functorch_transform():
         return False
@@ -88,7 +91,7 @@ def can_store(inputs: Iterable[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def without_hooks() -> Generator[None]:
-    """A context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does.
+    """Return a context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does.
 
     An operation's result, packed as it is, would be held by its own history, for ever: a cycle through autograd's
     graph, where Python's collector can't look.
@@ -99,7 +102,8 @@ def without_hooks() -> Generator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Generator[None]:
-    """A context without garbage collection: while a graph grows, all that it finds are the graph's own cycles, alive.
+    """Return a context without garbage collection: while a graph grows, all that it finds are the graph's own cycles,
+    alive.
 
     At 200 layers of a transformer it took a third of the rewrite; the same goes for autograd on fake tensors.
     """

@@ -50,14 +50,14 @@ DRIFT = 16.0  # times sqrt(eps): a regenerated cut that is off by more is warned
 
 
 def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
-    """A copy of about `most` elements of what this process holds of `t`."""
+    """Return a copy of about `most` elements of what this process holds of `t`."""
     found = [sample_of(sharding.piece(part), most) for part in _torch.parts(sharding.arrived(t))]
     return found[0] if len(found) == 1 else torch.cat([torch.empty(0, device=t.device), *(s.flatten() for s in found)])
 
 
 def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
-    """|now - before| / |before| of two samples, or over `image` where that is larger: the norm of a sample of what it
-    was computed back from. 0 where `before` was not finite, or holds whole numbers.
+    """Return |now - before| / |before| of two samples, or over `image` where that is larger: the norm of a sample of
+    what it was computed back from. 0 where `before` was not finite, or holds whole numbers.
     """
     if not precision(before.dtype) or before.numel() == 0 or _torch.is_fake(before):
         return 0.0
@@ -71,7 +71,7 @@ def drift(now: Tensor, before: Tensor, image: Tensor | None = None) -> float:
 
 
 def asked_of(step: Step) -> set[int]:
-    """The values that are looked at when a step ends: measured factors, and what may have atoms."""
+    """Return the values that are looked at when a step ends: measured factors, and what may have atoms."""
     factors = {int(a.factor or 0) for a in step.arcs if a.measured}
     return factors.union(*((a.head, a.tail[0]) for a in step.arcs if a.suspect))
 
@@ -96,7 +96,8 @@ class Growth:
     def close(
         self, step: Step, env: Mapping[int, Tensor], lower: Mapping[int, Tensor], replayed: bool, lost: bool = False
     ) -> tuple[bool, bool]:
-        """(the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted anyway.
+        """Return (the step must not be inverted, the cut after it must be kept); `replayed` steps are never inverted
+        anyway.
 
         `env` holds the values after the step and those that are `asked_of` it, `lower` those of its entry. `lost`: the
         step holds a sum that can't be undone (see `revfx.cancellation`).
@@ -127,7 +128,7 @@ class Growth:
         return False, False
 
     def _stays_clean(self, step: Step, held: Mapping[int, Tensor]) -> bool:
-        """Whether every suspect head of the step holds no atoms, or was left unchanged."""
+        """Return whether every suspect head of the step holds no atoms, or was left unchanged."""
         good = True
         parts: dict[int, list[int]] = {}
         for arc in step.arcs:
@@ -163,7 +164,9 @@ class Growth:
         return good
 
     def _adds_freshly(self, arc: Arc, held: Mapping[int, Tensor]) -> bool:
-        """Whether what an arc's operation adds holds no number of the data anywhere, and is no part of the head."""
+        """Return whether what an arc's operation adds holds no number of the data anywhere, and is no part of the head.
+        
+        """
         added = held.get(arc.tail[1]) if len(arc.tail) == 2 else None
         seen = added is not None and added.shape == held[arc.head].shape
         return (arc.fresh or (seen and (arc.tail[1] in self.changed or arc.tail[1] in self.clean))) and not arc.cancels
@@ -183,17 +186,17 @@ class Returns:
         self.found: set[int] = set()
 
     def remember(self, value: int, t: Tensor) -> None:
-        """None; until the forward ends the numbers of `value`, which is `t`, are among those that were there before."""
+        """Add the numbers of `value`, which is `t`, to those that were there before, until the forward ends."""
         if self.matter and _can_be_read(t, whole=True) and self.before.numel() < MOST:
             numbers = magnitudes(t.detach()).cpu() / self.scales.get(value, 1.0)
             self.before = torch.cat([self.before, numbers]).sort().values
 
     def forget(self) -> None:
-        """None; nothing is looked for any more."""
+        """Look for nothing any more."""
         self.matter, self.before = False, self.before[:0].clone()
 
     def note(self, value: int, head: Tensor, after: Tensor | None) -> bool:
-        """Whether `value`, which is `after` and was made of `head`, does."""
+        """Return whether `value`, which is `after` and was made of `head`, does."""
         if after is None or not self.before.numel() or not (_can_be_read(head) and _can_be_read(after)):
             return False
         if not after.numel():
@@ -205,12 +208,12 @@ class Returns:
 
 
 def _may_return(arc: Arc) -> bool:
-    """Whether an arc's result may hold again what its head once held, and that matters."""
+    """Return whether an arc's result may hold again what its head once held, and that matters."""
     return arc.suspect and arc.told is not None and not arc.follows
 
 
 def _can_be_read(t: Tensor, whole: bool = False) -> bool:
-    """Whether numbers are looked for in `t`, which may be `whole` ones; not in DTensors."""
+    """Return whether numbers are looked for in `t`, which may be `whole` ones; not in DTensors."""
     right = t.is_floating_point() or (whole and not t.is_complex())
     return right and _torch.is_plain(t) and not _torch.is_fake(t)
 
@@ -222,7 +225,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _changes_all(arc: Arc, head: Tensor, after: Tensor | None) -> bool:
-    """Whether a step leaves as they were no more elements of a value than chance has it."""
+    """Return whether a step leaves as they were no more elements of a value than chance has it."""
     if after is None or not _can_be_read(head):
         return True
     if (head.shape, head.dtype) != (after.shape, after.dtype):
@@ -232,7 +235,7 @@ def _changes_all(arc: Arc, head: Tensor, after: Tensor | None) -> bool:
 
 
 def _repeats(t: Tensor, changed: bool) -> bool:
-    """Whether more elements of `t` equal others than chance has it.
+    """Return whether more elements of `t` equal others than chance has it.
 
     Where it was `changed` some are equal as the same was computed for them, as at the borders of an image. Then only a
     row or channel that holds one number counts, of which a normalisation makes zeros.
@@ -246,8 +249,8 @@ def _repeats(t: Tensor, changed: bool) -> bool:
 
 
 def _holds_atoms(t: Tensor) -> bool:
-    """Whether more elements of `t` than chance has it are exactly zero, or other numbers that data are made of, which a
-    function of which nothing is known may tell from their neighbours.
+    """Return whether more elements of `t` than chance has it are exactly zero, or other numbers that data are made of,
+    which a function of which nothing is known may tell from their neighbours.
     """
     if _torch.is_fake(t):
         return False
@@ -264,7 +267,7 @@ def _atoms_of(t: Tensor) -> bool:
 
 
 def _measure(factor: Tensor, reciprocal: bool) -> tuple[float, float]:
-    """(root mean square of 1/|c|, smallest |c|) of c = factor, or of c = 1/factor."""
+    """Return (root mean square of 1/|c|, smallest |c|) of c = factor, or of c = 1/factor."""
     if factor.numel() == 0:
         return 1.0, 1.0
     f = factor.detach().abs().to(torch.float64 if factor.dtype == torch.float64 else torch.float32)

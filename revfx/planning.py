@@ -46,7 +46,7 @@ class Place:
     name: str
 
     def tensor(self) -> Any:
-        """What hangs there now; None where the module is gone."""
+        """Return what hangs there now; None where the module is gone."""
         return getattr(self.module(), self.name, None)
 
 
@@ -87,7 +87,7 @@ class Plan:
         return None if self.weights.stand() else "the pattern of its weights"
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
-        """The model's result for flattened arguments; with `store`, with ordinary autograd storage."""
+        """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage."""
         program, last = self.lowered.program, self.lowered.program.last_use
         env: dict[int, Tensor] = {
             i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)
@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def code(self) -> str:
-        """The rewritten program, with what the backward does with each value of a region."""
+        """Return the rewritten program, with what the backward does with each value of a region."""
         return text(self.lowered, self.segments)
 
 
@@ -150,7 +150,7 @@ def make_plan(
     anchor_every: int | None = None,
     exact: int | None = None,
 ) -> Outcome:
-    """The plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
+    """Return the plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
 
     Its regions keep the cut before every `anchor_every` couplings, and compute on the grid 2^-exact.
     """
@@ -218,7 +218,7 @@ class _Search:
     def _on_grid(
         self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...], k: int
     ) -> tuple[Capture, Lowered, tuple[Region, ...]]:
-        """The same forward with its regions on a grid."""
+        """Return the same forward with its regions on a grid."""
         put_on_grid(lowered, regions, k, _insert)
         outputs: Any = next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0]
         lowered = lower(captured.graph, self.modules.__getitem__, exact=True)
@@ -227,7 +227,7 @@ class _Search:
         return replace(captured, outputs=outputs), lowered, find_regions(lowered.program, all_pay=True)[0]
 
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
-        """The whole sub-modules outside any region that may be opened."""
+        """Return the whole sub-modules outside any region that may be opened."""
         _, lowered, regions, _ = found
         inside = [False] * len(lowered.op_nodes)
         for r in regions:
@@ -253,7 +253,7 @@ class _Search:
         return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
 
     def _close(self, error: Untraceable, more: frozenset[str]) -> None:
-        """Leaves whole the module at fault and its like; all that was just opened where it can't be told which it
+        """Leave whole the module at fault and its like; all that was just opened where it can't be told which it
         was.
         """
         at_fault = [error.path] if error.path is not None and error.path in more else list(more)
@@ -265,7 +265,7 @@ class _Search:
         self.refusals[name] = Refusal(f"`{name}` stays whole: {error.reason}", name, error.where)
 
     def _close_again(self, found: Any, opened: frozenset[str]) -> Any:
-        """The same regions with only those modules open whose insides the backward needs to see."""
+        """Return the same regions with only those modules open whose insides the backward needs to see."""
         _, lowered, regions, _ = found
         needed, inside = set[str](), set[str]()
         for r in regions:
@@ -282,7 +282,9 @@ class _Search:
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
     def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The modules that the recorded code may have read: those that are not called whole, and those that are."""
+        """Return the modules that the recorded code may have read: those that are not called whole, and those that are.
+        
+        """
         whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
         found: dict[str, nn.Module] = {}
         for path, module in self.modules.items():  # parents come first; what is inside a whole one is not read
@@ -321,7 +323,7 @@ def _modes_of(root: nn.Module) -> ModuleGuard:
 
 
 def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:
-    """A new node that calls `function`, described as `like` is."""
+    """Return a new node that calls `function`, described as `like` is."""
     vals = [a.meta["val"] for a in args]
     with before.graph.inserting_before(before):
         node = before.graph.call_function(function, tuple(args))
@@ -332,7 +334,7 @@ def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.
 
 
 def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> Call:
-    """How operation `i` of a lowered graph is run."""
+    """Return how operation `i` of a lowered graph is run."""
     node, op, index = lowered.op_nodes[i], lowered.program.ops[i], lowered.index
     if node.op == "call_module":
         fn: Any = functools.partial(nn.Module.__call__, module_of(str(node.target)))  # an override of it was recorded
@@ -355,13 +357,13 @@ def _inverted(regions: Sequence[Region]) -> int:
 
 
 def _prefixes(scope: str) -> list[str]:
-    """The paths of the modules that enclose an operation of that scope."""
+    """Return the paths of the modules that enclose an operation of that scope."""
     parts = scope.split(".")
     return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
 def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
-    """The keys that lead from what `root` returns to the value `node`."""
+    """Return the keys that lead from what `root` returns to the value `node`."""
     keys: list[Any] = []
     while node is not root:
         keys.append(node.args[1])

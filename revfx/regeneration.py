@@ -76,14 +76,16 @@ class Regeneration:
         self.captures: dict[int, list[Tensor | None]] = {}
 
     def invert(self, number: int, exit: Env) -> Env:
-        """The entry of step `number`, derived from given values of its exit; empty where its entry is kept instead."""
+        """Return the entry of step `number`, derived from given values of its exit; empty where its entry is kept
+        instead.
+        """
         if number in self.kept_cuts:
             return {}
         with self._as_in_the_forward():
             return dict(self._run_step(number, dict(exit), replay=False, target=False))
 
     def fetch(self, handle: Handle) -> Tensor:
-        """The tensor that a handle stands for, regenerated where it is not there."""
+        """Return the tensor that a handle stands for, regenerated where it is not there."""
         if handle.op == self.current:  # the operation differentiates within itself
             return self.fresh[handle.k][1].detach()
         if handle.spoilt:
@@ -109,8 +111,8 @@ class Regeneration:
             return tensor
 
     def _look_up(self, handle: Handle) -> Tensor | None:
-        """The tensor if it is there; what was captured is handed out once, so that it can be freed as soon as it was
-        used.
+        """Return the tensor if it is there; what was captured is handed out once, so that it can be freed as soon as it
+        was used.
         """
         if handle.value is not None:
             v = handle.value
@@ -171,7 +173,9 @@ class Regeneration:
                 yield
 
     def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
-        """The regenerated values of one step; with `target` also those that autograd asks for, and its captures."""
+        """Return the regenerated values of one step; with `target` also those that autograd asks for, and its captures.
+        
+        """
         step = self.region.steps[number]
         kept = self.kept if not step.again else {v: t for v, t in self.kept.items() if v not in step.again}
         wanted: set[int] = set() if replay else {v for v in step.entry if v not in kept}
@@ -195,7 +199,7 @@ class Regeneration:
         return self.values
 
     def _compare(self, cut: int) -> None:
-        """None; warns, or raises, where the regenerated cut is not what it was."""
+        """Warn, or raise, where the regenerated cut is not what it was."""
         where = self._place(cut)
         self.checksums.compare(cut, self.values, where)
         if self.samples.compare(cut, self.values, where, warn=not self.plan.warned):

@@ -30,11 +30,11 @@ class Watch(Protocol):
     """What looks on while one run of a region goes on."""
 
     def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
-        """Called with every value that the forward reads or makes."""
+        """Look at a value that the forward reads or makes."""
         ...
 
     def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
-        """Called with every value that the backward derives, before anything reads it."""
+        """Look at a value that the backward derives, before anything reads it."""
         ...
 
 

@@ -20,7 +20,7 @@ from revfx.layout import restrided
 
 # --- tensors
 def placements(tensor: Any) -> tuple[Any, ...] | None:
-    """How a DTensor is spread over the processes; None for any other tensor."""
+    """Return how a DTensor is spread over the processes; None for any other tensor."""
     return tensor.placements if _torch.is_dtensor(tensor) else None
 
 
@@ -35,7 +35,7 @@ class Spread:
 
 
 def spread_of(tensor: Any) -> Spread | None:
-    """How a DTensor is spread; None for any other tensor."""
+    """Return how a DTensor is spread; None for any other tensor."""
     found = placements(tensor)
     if found is None:
         return None
@@ -44,8 +44,8 @@ def spread_of(tensor: Any) -> Spread | None:
 
 
 def spread(tensor: Any, like: Spread | None) -> Any:
-    """`tensor`, spread over the processes as `like` says, with its strides; partial sums, which are no place to put
-    one, as they are.
+    """Return `tensor`, spread over the processes as `like` says, with its strides; partial sums, which are no place to
+    put one, as they are.
     """
     if like is None:
         return tensor
@@ -62,13 +62,13 @@ def spread(tensor: Any, like: Spread | None) -> Any:
 
 
 def _held(tensor: Any) -> Tensor:
-    """What this process holds of a DTensor, without its history."""
+    """Return what this process holds of a DTensor, without its history."""
     with torch.no_grad():
         return tensor.to_local()
 
 
 def piece(tensor: Any) -> Tensor:
-    """What this process holds of a DTensor, and nothing of one in partial sums; any other tensor itself."""
+    """Return what this process holds of a DTensor, and nothing of one in partial sums; any other tensor itself."""
     found = placements(tensor)
     if found is None:
         return tensor
@@ -77,13 +77,13 @@ def piece(tensor: Any) -> Tensor:
 
 
 def numbers(*scalars: Tensor) -> list[float]:
-    """The values of scalars; of DTensors, those of the whole, the same in every process."""
+    """Return the values of scalars; of DTensors, those of the whole, the same in every process."""
     stacked: Any = torch.stack(scalars)
     return (stacked if placements(stacked) is None else stacked.full_tensor()).tolist()
 
 
 def arrived(tensor: Any) -> Tensor:
-    """`tensor`, after the collective that makes it, if one does: what nobody waits for is never freed."""
+    """Return `tensor`, after the collective that makes it, if one does: what nobody waits for is never freed."""
     collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is None:
         return tensor
@@ -96,7 +96,7 @@ def arrived(tensor: Any) -> Tensor:
 
 # --- FSDP2's mixed precision: dtypes in which a sharded module computes, though its parameters are held in another
 def casts(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """The dtypes to which FSDP2 casts what goes into `module` and what comes out; None where it doesn't."""
+    """Return the dtypes to which FSDP2 casts what goes into `module` and what comes out; None where it doesn't."""
     policy = _torch.fsdp_policy(module) if _torch.is_fsdp(module) else None
     if policy is None:
         return None, None
@@ -104,14 +104,14 @@ def casts(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
 
 
 def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What the forward of `module` gives, without hooks but with FSDP2's casts."""
+    """Return what the forward of `module` gives, without hooks but with FSDP2's casts."""
     before, after = casts(module)
     args, kwargs = _cast((args, kwargs), before)
     return _cast(module.forward(*args, **kwargs), after)
 
 
 def computed_in(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
-    """For the address of each parameter, sharded by FSDP2, of `modules` the dtype that it is gathered in."""
+    """Return for the address of each parameter, sharded by FSDP2, of `modules` the dtype that it is gathered in."""
     return {id(p): dtype for m in modules if _torch.is_fsdp(m) for p, dtype in _gathered(m)}
 
 

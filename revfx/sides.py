@@ -39,7 +39,7 @@ def _shrunk(x: Any, at: float = 0.5) -> Taken:
 
 
 def _odd(x: Any) -> Taken:
-    """Whether whole numbers are odd: a step to the next one shows."""
+    """Return whether whole numbers are odd: a step to the next one shows."""
     return (x.remainder(2) == 1,)
 
 
@@ -75,7 +75,7 @@ class _Mode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """True: what is compiled inside a function stays so, and is not looked into."""
+        """Return True: what is compiled inside a function stays so, and is not looked into."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +87,9 @@ class _Mode(TorchDispatchMode):
 
 
 def _sides(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
-    """On which sides some elements of the operands stand; nothing of integers, and where numbers can't be read."""
+    """Return on which sides some elements of the operands stand; nothing of integers, and where numbers can't be read.
+    
+    """
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if not all(map(_can_be_read, tensors)) or not any(t.is_floating_point() for t in tensors):
         return ()
@@ -98,7 +100,7 @@ def _sides(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
 
 
 def _can_be_read(t: Tensor) -> bool:
-    """Whether elements of `t` can be taken and compared."""
+    """Return whether elements of `t` can be taken and compared."""
     plain = is_real(t) and t.layout == torch.strided and not t.is_nested and not t.is_quantized
     return plain and t.numel() > 0 and not t.is_complex() and (not t.is_floating_point() or t.dtype.itemsize > 1)
 
@@ -117,7 +119,7 @@ class Sides:
         self.seen: dict[int, list[tuple[str, Taken]]] = {}
 
     def watches(self, step: int) -> bool:
-        """Whether a step's functions are looked into."""
+        """Return whether a step's functions are looked into."""
         return self.every > 0 and step % self.every == 0
 
     @contextlib.contextmanager
@@ -132,7 +134,7 @@ class Sides:
 
     @contextlib.contextmanager
     def compared(self, op: int, name: str) -> Generator[None]:
-        """Within, operation `op` runs again.
+        """Return a context in which operation `op` runs again.
 
         Raises:
             RegenerationError: more elements stand on another side than rounding moves by chance.
@@ -159,6 +161,6 @@ class Sides:
 
 
 def _moved(then: Tensor, now: Tensor) -> int:
-    """How many elements stand elsewhere than when they were packed; 0 where they are others."""
+    """Return how many elements stand elsewhere than when they were packed; 0 where they are others."""
     same = then.shape == packed(now, 1).shape
     return int((unpacked(then, 1, now).bool() != now).sum()) if same else 0

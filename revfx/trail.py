@@ -23,11 +23,11 @@ class Trail:
         self.alive: list[Any] = []  # else another could get an id
 
     def begin(self) -> None:
-        """None; another call begins."""
+        """Begin with another call."""
         self.made = []
 
     def follow(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        """None; the operation `name` gave `out`."""
+        """Note that the operation `name` gave `out`."""
         read = [(id(t), t, self.levels.of.get(id(t), CERTAIN)) for t in tensors((args, kwargs))]
         for i, t in enumerate(tensors(out)):
             self.levels.note(id(t), name, [level for _, _, level in read], args, kwargs, address)
@@ -36,7 +36,7 @@ class Trail:
             self.alive += (t, args, kwargs)
 
     def follow_function(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        """None; an autograd function gave `out`: its backward may tell numbers apart."""
+        """Note that an autograd function gave `out`: its backward may tell numbers apart."""
         read = [id(t) for t in tensors((args, kwargs))]
         levels = tuple(self.levels.of.get(k, CERTAIN) for k in read)
         for t in tensors(out):
@@ -45,7 +45,7 @@ class Trail:
             self.alive += (t, args, kwargs)
 
     def numbers(self, given: list[Any], out: Any) -> dict[str, Any]:
-        """What the call that took the leaves `given` and gave `out` does with numbers, for its node's `meta`."""
+        """Return what the call that took the leaves `given` and gave `out` does with numbers, for its node's `meta`."""
         made = [id(t) for t in tensors(out)]
         return {
             "atoms": max((self.levels.of.get(k, CERTAIN) for k in made), default=CERTAIN),

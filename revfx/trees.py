@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in tuples, lists, dicts and slices."""
+    """Return the tensors in tuples, lists, dicts and slices."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, (list, tuple)):
@@ -22,17 +22,17 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def address(x: Any) -> int | None:
-    """What stands for a tensor; None for anything else."""
+    """Return what stands for a tensor; None for anything else."""
     return id(x) if isinstance(x, Tensor) else None
 
 
 def data_address(t: Tensor) -> int | None:
-    """Where a tensor's numbers lie; None for subclasses and layouts that do not tell."""
+    """Return where a tensor's numbers lie; None for subclasses and layouts that do not tell."""
     return t.data_ptr() if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided else None
 
 
 def meta(x: Any) -> Any:
-    """A key that two arguments share for which a module gives the like: of a tensor all but its numbers."""
+    """Return a key that two arguments share for which a module gives the like: of a tensor all but its numbers."""
     if isinstance(x, Tensor):
         return tuple(x.shape), x.stride() if x.layout == torch.strided else None, x.dtype, x.device, x.requires_grad
     return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)

@@ -20,7 +20,7 @@ class Untraceable(Exception):
 
 
 def untraceable(error: Exception, path: str) -> Untraceable:
-    """Why a forward can't be recorded that raised `error` in the module at `path`.
+    """Return why a forward can't be recorded that raised `error` in the module at `path`.
 
     The frames in which it was raised are let go, with the tensors in them.
     """
