@@ -31,6 +31,7 @@ from revfx.inplace import functionalise, updated_statistics
 from revfx.intercept import intercepted, recording
 from revfx.memo import Seen, structure
 from revfx.passes.facts import GENERIC, is_mask
+from revfx.passes.names import PRODUCTS, SUMS, bare
 from revfx.passes.numbers import is_generic
 from revfx.passes.unread import of_its_shape
 from revfx.rules import op_name
@@ -76,14 +77,22 @@ GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 _lock = threading.Lock()
 
 
-def capture(root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]) -> Capture:
-    """Return the recorded `forward(*args, **kwargs)` of `root`.
+def capture(
+    root: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    opened: frozenset[str],
+    carried: frozenset[Spot] = frozenset(),
+) -> Capture:
+    """Return the recorded `forward(*args, **kwargs)` of `root`, with the numbers that are attributes at `carried` as
+    inputs.
 
     Raises:
         Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
     """
     with _lock:
-        recorder = _Recorder(root, opened)
+        recorder = _Recorder(root, opened, carried)
         try:
             found = _recorded(recorder, root, forward, args, kwargs, opened)
         finally:
@@ -106,7 +115,8 @@ def _recorded(
         if any(map(gives_anew, given)):
             raise Untraceable("it is given an iterator, which gives something else every time")
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
-        with intercepted(), recorder.ambient.entered(), noting_reads(recorder.sees) as reads, recorder.active():
+        noting = noting_reads(recorder.sees, recorder.numbers)
+        with intercepted(), recorder.ambient.entered(), noting as reads, recorder.active():
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
             with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                 result = forward(*fake_args, **fake_kwargs)
@@ -135,7 +145,7 @@ def _recorded(
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, root: nn.Module, opened: frozenset[str]) -> None:
+    def __init__(self, root: nn.Module, opened: frozenset[str], carried: frozenset[Spot]) -> None:
         super().__init__()
         self.opened = opened
         self.graph = fx.Graph()
@@ -154,6 +164,12 @@ class _Recorder(TorchFunctionMode):
                 if t is not None:
                     first = self.real.setdefault(id(t), (t, path, name))[1:]
                     self.tied += [((path, name), first)] if first != (path, name) else []
+        self.numbers: dict[tuple[int, str], Tensor] = {}
+        for path, name in carried:
+            module = root.get_submodule(path)
+            self.numbers[id(module), name] = t = torch.tensor(getattr(module, name), dtype=torch.float64)
+            self.real[id(t)] = t, path, name
+        self.of_numbers = {id(t) for t in self.numbers.values()}  # they, and what is computed of them alone
         self.fakes: dict[int, Tensor] = {}
         self.generic, self.written = dict[int, bool](), set[tuple[type, str]]()
         self.nodes: dict[int, fx.Node] = {}
@@ -252,7 +268,9 @@ class _Recorder(TorchFunctionMode):
         qualified = f"{path}.{name}" if path else name
         with self._ahead():
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
-        if (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
+        if id(t) in self.of_numbers:
+            self.of_numbers.add(id(fake))
+        elif (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
             node.meta["constant"] = t
         node.meta["facts"] = (GENERIC,) if id(fake) in self.trail.own else ()
         self._name(node, fake)
@@ -332,12 +350,26 @@ class _Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
+        if self.of_numbers:
+            self._follow_numbers(name, tensors((args, kwargs)), out)
         told = of_its_shape(name, args, kwargs, out) if _torch.is_plain(out) else None
         if told is not None:
             return self.record("call_function", getattr(torch, told[0]), told[1], told[2], out, mutated)
         return self.record(
             "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
         )
+
+    def _follow_numbers(self, name: str, operands: list[Tensor], out: Any) -> None:
+        """Note what is computed of carried numbers alone, and refuse what would not compute with a tensor what it
+        computes with a number.
+        """
+        others = [t for t in operands if id(t) not in self.of_numbers]
+        if len(others) == len(operands):
+            return
+        same = bare(name) in SUMS | PRODUCTS and all(t.is_floating_point() and t.dim() for t in others)
+        if not same:
+            raise Untraceable(f"`{name}` reads a number of the model that changes from call to call")
+        self.of_numbers.update(id(t) for t in tensors(out) if not others)
 
     def record(
         self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any

@@ -20,9 +20,10 @@ from torch.fx import GraphModule
 
 from revfx import _torch
 from revfx.ambient import ambient_state
+from revfx.capture import Spot
 from revfx.convert_dynamo import Compiled
 from revfx.errors import NotReversibleError, Refusal, RevfxError, RevfxWarning
-from revfx.guards import ATOMS, is_gone, key, name_of
+from revfx.guards import ATOMS, Change, is_gone, key, name_of
 from revfx.mode import can_store, runs_plain, storing
 from revfx.passes.grid import checked_exact
 from revfx.passes.plan import checked_every
@@ -130,6 +131,7 @@ class Conversion:
         self.outcomes: list[tuple[Any, Any, Outcome]] = []  # with the kind of call, and the objects it was given
         self.lock = threading.RLock()
         self.warned: set[str] = set()
+        self.carried, self.constant = frozenset[Spot](), frozenset[Spot]()  # numbers that change: inputs, or not
         self.parts_converted = False
         self.compiled: Compiled | None = None
         self.pending: Outcome | None = None
@@ -174,25 +176,40 @@ class Conversion:
         call = (_call_key(leaves), spec, ambient_state())
         objects = tuple([(i, key(x)) for i, x in enumerate(leaves) if not isinstance(x, (*ATOMS, Tensor))])
         with self.lock:
-            why = "the shapes, types or values of its arguments" if self.outcomes else None
+            why = Change("the shapes, types or values of its arguments")
             for known, given, outcome in reversed(self.outcomes):
                 if known == call and (outcome.plan is None or given == objects):
-                    if (why := outcome.stale()) is None:
+                    change = outcome.stale()
+                    if change is None:
                         return outcome
+                    why = change
             self.outcomes = [(c, given, o) for c, given, o in self.outcomes if not is_gone(given)]
             if len(self.outcomes) >= MOST_PLANS:
                 del self.outcomes[0]
                 _torch.forget_shapes()
                 self._warn(
-                    f"`convert({name_of(model)})`: its forward is recorded again and again, now as {why} changed. Only"
-                    f" the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor: an"
-                    " argument or a buffer."
+                    f"`convert({name_of(model)})`: its forward is recorded again and again, now as {why.text} changed."
+                    f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"
+                    " an argument or a buffer."
                 )
             options = self.options
-            outcome = make_plan(model, self.forward(model), args, kwargs, options.anchor_every, options.exact)
+            make = functools.partial(
+                make_plan, model, self.forward(model), args, kwargs, options.anchor_every, options.exact
+            )
+            outcome = make(self._carries(model, why))
+            if outcome.plan is None and self.carried:
+                self.carried, self.constant = frozenset[Spot](), self.constant | self.carried
+                outcome = make(self.carried)
             self._report(model, outcome)
             self.outcomes.append((call, objects, outcome))
             return outcome
+
+    def _carries(self, model: nn.Module, change: Change) -> frozenset[Spot]:
+        """Return where a fraction hangs that changed, if it may be an input of plans instead of a constant."""
+        if isinstance(getattr(change.module, change.name, None), float):
+            found = {(path, change.name) for path, m in model.named_modules() if m is change.module}
+            self.carried |= found - self.constant
+        return self.carried
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
         name = name_of(model)
@@ -292,8 +309,8 @@ class Conversion:
             raise
 
     def _forget(self, refused: Outcome) -> None:
-        """Forget a call that raised, recorded and for real: it tells nothing of the next one, which is recorded again.
-        
+        """Forget a call that raised, recorded and for real: it tells nothing of the next one, which is recorded
+        again.
         """
         with self.lock:
             self.outcomes = [found for found in self.outcomes if found[-1] is not refused]

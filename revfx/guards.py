@@ -9,10 +9,10 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,14 @@ def name_of(module: nn.Module) -> str:
     return getattr(type(module), "_revfx_base", type(module)).__name__
 
 
+class Change(NamedTuple):
+    """What is not as it was, and where it is a number that recorded code read of a module, which one."""
+
+    text: str
+    module: nn.Module | None = None
+    name: str = ""
+
+
 # --- modules
 class ModuleGuard:
     """One module as it was: its class and forward, the attributes of some names, its children, hooks, and the shapes of
@@ -115,24 +123,24 @@ class ModuleGuard:
         self.tensors = _tensors(module, unset)
         self.hooked = _torch.has_hooks(module)
 
-    def changed(self) -> str | None:
-        """Return the name of what is not as it was; None where all is."""
+    def changed(self) -> Change | None:
+        """Return what is not as it was; None where all is."""
         module = self.ref()
         if module is None:
-            return "a module that is gone"
+            return Change("a module that is gone")
         table = vars(module)
         now = map(table.get, self.names)
         if not all(map(is_, now, self.values)) and (name := self._other(table)) is not None:
-            return f"{name_of(module)}.{name}"
+            return Change(f"{name_of(module)}.{name}", module if self.opened else None, name)
         for name, then in self.others:
             if key(table.get(name)) != then:
-                return f"{name_of(module)}.{name}"
+                return Change(f"{name_of(module)}.{name}")
         if _kind(module) != self.kind or _torch.has_hooks(module) != self.hooked:
-            return f"the class or the hooks of a {name_of(module)}"
+            return Change(f"the class or the hooks of a {name_of(module)}")
         if _children(module) != self.children or _tensors(module, self.unset) != self.tensors:
-            return f"the sub-modules or the tensors of a {name_of(module)}"
+            return Change(f"the sub-modules or the tensors of a {name_of(module)}")
         others = (k for k, then in self.elsewhere.items() if k in table or _of_class(module, k) != then)
-        return next((f"{name_of(module)}.{k}" for k in others), None)
+        return next((Change(f"{name_of(module)}.{k}") for k in others), None)
 
     def _other(self, table: dict[str, Any]) -> str | None:
         part = key if self.opened else _coarse
@@ -223,8 +231,9 @@ class AttributeReads:
 
 
 @contextmanager
-def noting_reads(active: Callable[[], bool]) -> Generator[AttributeReads]:
-    """Return a context in which reads of attributes of modules by this thread are noted, while it is `active`.
+def noting_reads(active: Callable[[], bool], numbers: Mapping[tuple[int, str], Tensor]) -> Generator[AttributeReads]:
+    """Return a context in which reads of attributes of modules by this thread are noted, while it is `active`; those of
+    `numbers`, which are no part of what is recorded, give a tensor.
 
     Raises:
         Untraceable: an attribute holds something that gives something else each time it is asked.
@@ -235,6 +244,8 @@ def noting_reads(active: Callable[[], bool]) -> Generator[AttributeReads]:
     def __getattribute__(self: nn.Module, name: str) -> Any:
         if threading.get_ident() != thread or not active():
             return plain(self, name)
+        if (id(self), name) in numbers:
+            return numbers[id(self), name]
         # torch looks into the table on behalf of whoever reads one attribute
         if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             reads.note(self, name)

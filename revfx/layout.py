@@ -26,8 +26,8 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
-    """Return `t` with given strides and an address that is `offset` bytes beyond an aligned one: kernels round by it.
-    
+    """Return `t` with given strides and an address that is `offset` bytes beyond an aligned one: kernels round by
+    it.
     """
     if t.stride() == stride and t.data_ptr() % ALIGNED == offset:
         return t

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.ambient import Ambience
 from revfx.calls import Call, Slot
-from revfx.capture import Capture, capture
+from revfx.capture import Capture, Spot, capture
 from revfx.carried import Carried
 from revfx.errors import Refusal
 from revfx.executor import run_region
-from revfx.guards import GlobalReads, ModuleGuard, Weights, module_guards, name_of
+from revfx.guards import Change, GlobalReads, ModuleGuard, Weights, module_guards, name_of
 from revfx.mode import store_region, without_hooks
 from revfx.passes._torch import outside_modes
 from revfx.passes.arcs import Lowered, lower
@@ -46,8 +46,9 @@ class Place:
     name: str
 
     def tensor(self) -> Any:
-        """Return what hangs there now; None where the module is gone."""
-        return getattr(self.module(), self.name, None)
+        """Return what hangs there now, a number as a tensor; None where the module is gone."""
+        found = getattr(self.module(), self.name, None)
+        return torch.tensor(found, dtype=torch.float64) if isinstance(found, float) else found
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,20 @@ class Plan:
     globals: GlobalReads
     weights: Weights
 
-    def changed(self) -> str | None:
+    def changed(self) -> Change | None:
         """Return what changed since the code was recorded, that it may read; None where nothing did."""
         for guard in self.guards:
-            if (name := guard.changed()) is not None:
-                return name
+            if (change := guard.changed()) is not None:
+                return change
         if (name := self.globals.changed()) is not None:
-            return name
+            return Change(name)
         for place, other in self.tied:
             if place.tensor() is not other.tensor():
-                return f"`{place.name}`, which was `{other.name}` too"
+                return Change(f"`{place.name}`, which was `{other.name}` too")
         for t, version, address, place in self.constants:
             if place.tensor() is not t or _torch.version(t) != version or data_address(t) != address:
-                return f"the numbers in `{place.name}`"
-        return None if self.weights.stand() else "the pattern of its weights"
+                return Change(f"the numbers in `{place.name}`")
+        return None if self.weights.stand() else Change("the pattern of its weights")
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
         """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage."""
@@ -136,7 +137,7 @@ class Outcome:
     compiles: bool = True
     guard: ModuleGuard | None = None
 
-    def stale(self) -> str | None:
+    def stale(self) -> Change | None:
         """Return what changed since then; None where nothing did that may lead to another outcome."""
         found = self.guard if self.plan is None else self.plan
         return None if found is None else found.changed()
@@ -149,12 +150,14 @@ def make_plan(
     kwargs: Any,
     anchor_every: int | None = None,
     exact: int | None = None,
+    carried: frozenset[Spot] = frozenset(),
 ) -> Outcome:
     """Return the plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
 
-    Its regions keep the cut before every `anchor_every` couplings, and compute on the grid 2^-exact.
+    Its regions keep the cut before every `anchor_every` couplings, and compute on the grid 2^-exact. The numbers that
+    are attributes at `carried` are inputs of the plan.
     """
-    search = _Search(root, forward, args, kwargs, anchor_every, exact)
+    search = _Search(root, forward, args, kwargs, anchor_every, exact, carried)
     try:
         # the fake forward may run inside another region, and under modes that count or change what runs
         with without_hooks(), outside_modes(), muted(_torch.FAKE_LOGGER):
@@ -170,9 +173,16 @@ class _Search:
     """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
 
     def __init__(
-        self, root: nn.Module, forward: Forward, args: Any, kwargs: Any, anchor_every: int | None, exact: int | None
+        self,
+        root: nn.Module,
+        forward: Forward,
+        args: Any,
+        kwargs: Any,
+        anchor_every: int | None,
+        exact: int | None,
+        carried: frozenset[Spot],
     ) -> None:
-        self.anchor_every, self.exact = anchor_every, exact
+        self.anchor_every, self.exact, self.carried = anchor_every, exact, carried
         self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
         self.modules = dict(root.named_modules(remove_duplicate=True))
         self.closed: set[str] = set()
@@ -208,7 +218,7 @@ class _Search:
                 opened |= {p for p, m in self.modules.items() if type(m) is kind and p and self._openable(p)}
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
-        captured = capture(self.root, self.forward, self.args, self.kwargs, opened)
+        captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried)
         lowered = lower(captured.graph, self.modules.__getitem__)
         if self.exact is None:
             return (captured, lowered, *find_regions(lowered.program))
@@ -282,8 +292,8 @@ class _Search:
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
     def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Return the modules that the recorded code may have read: those that are not called whole, and those that are.
-        
+        """Return the modules that the recorded code may have read: those that are not called whole, and those that
+        are.
         """
         whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
         found: dict[str, nn.Module] = {}

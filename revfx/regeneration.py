@@ -173,8 +173,8 @@ class Regeneration:
                 yield
 
     def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
-        """Return the regenerated values of one step; with `target` also those that autograd asks for, and its captures.
-        
+        """Return the regenerated values of one step; with `target` also those that autograd asks for, and its
+        captures.
         """
         step = self.region.steps[number]
         kept = self.kept if not step.again else {v: t for v, t in self.kept.items() if v not in step.again}

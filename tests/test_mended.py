@@ -72,8 +72,30 @@ def test_a_global_with_the_name_of_an_attribute_is_none_of_the_models(recorded: 
     assert len(recorded) == once and len(converted.revfx.plans) == 1
 
 
+def test_an_annealed_attribute_is_an_input_of_the_plan(recorded: list[int]) -> None:
+    model, x = Stepped().float(), torch.randn(64, 8, dtype=torch.float32, requires_grad=True)
+    converted: Any = revfx.convert(model)
+    for k in range(8):
+        model.temperature = 0.9**k
+        if k == 2:
+            once = len(recorded)
+        y, expected = converted(x), model(x)
+        assert torch.equal(y, expected)
+        got, want = (torch.autograd.grad(t.sin().sum(), [x, *model.parameters()]) for t in (y, expected))
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w)
+    assert len(recorded) == once and len(converted.revfx.plans) == 2  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+class Powers(Stepped):
+    """Reads its number where a tensor would not do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) ** max(1.0, self.temperature)
+
+
 def test_an_annealed_attribute_never_switches_couplings_off() -> None:
-    model, x = Stepped(), leaf(64, 8)
+    model, x = Powers(), leaf(64, 8)
     converted: Any = revfx.convert(model)
     kept = measure_memory(lambda: converted(x).square().mean()).kept
     with warnings.catch_warnings(record=True) as said:
@@ -84,7 +106,7 @@ def test_an_annealed_attribute_never_switches_couplings_off() -> None:
     assert measure_memory(lambda: converted(x).square().mean()).kept <= 1.1 * kept
     assert len(converted.revfx.plans) == MOST_PLANS, "the newest ones"
     told = [str(w.message) for w in said if issubclass(w.category, RevfxWarning)]
-    assert len(told) == 1 and "recorded again and again, now as Stepped.temperature changed" in told[0]
+    assert len(told) == 1 and "recorded again and again, now as Powers.temperature changed" in told[0]
     assert_same_grads(converted, model, [x])
 
 
