@@ -17,13 +17,15 @@ from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
-from revfx.passes.kinks import OF_SUMS, Apart, numberless, told_apart
+from revfx.passes.kinks import CERTAIN_ZEROS, OF_SUMS, numberless, told_apart
 from revfx.passes.masks import masked_arcs
 from revfx.passes.moved import directions_of, moved
-from revfx.passes.names import PRODUCTS, SUMS, SUMS_WITH_PRODUCT, bare
-from revfx.passes.program import HUGE, ORDINARY, Arc, Op, Program, Value
+from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
+
+
+HIDDEN = "what is added to it may be so large that its digits are lost, as next to a mask of -1e9"
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,11 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
-    told: Mapping[fx.Node, Apart] | None = None,
-    fresh: Collection[fx.Node] = (),
+    barred: Mapping[fx.Node, str] | None = None,
 ) -> Lowered:
     """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
 
-    `told`: what tells the numbers of nodes apart, where nobody can look at these before an inverse is decided on;
-    `fresh`: the nodes that hold none there.
+    `barred`: why no inverse that rounds may give nodes back, where nobody can look at their numbers while it runs.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
@@ -65,7 +65,7 @@ def lower(
     `grid`, `kept` and `directions` (what its rule would yield). A node whose result is a tuple and the getitem
     nodes that take it apart become one operation with several outputs.
     """
-    lowered = _Lowering(graph, module_of, sources, told, fresh).run()
+    lowered = _Lowering(graph, module_of, sources, barred).run()
     if not exact:
         return lowered
     ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
@@ -88,17 +88,16 @@ class _Lowering:
         graph: fx.Graph,
         module_of: Callable[[str], torch.nn.Module] | None,
         sources: Collection[fx.Node],
-        told: Mapping[fx.Node, Apart] | None,
-        fresh: Collection[fx.Node],
+        barred: Mapping[fx.Node, str] | None,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
-        self.atoms, self.bounds = atoms(graph), bounds(graph)
-        self.looks = told is None
+        self.bounds, self.barred = bounds(graph), barred
         self.directions: dict[fx.Node, list[Direction]] = {}
-        moves = moved(graph, self._directions) if told is None else []
-        self.told_apart = told_apart(graph, self.atoms, moves, OF_SUMS) if told is None else told
-        self.perhaps_told = told_apart(graph, self.atoms, moves) if told is None else told
-        self.numberless = numberless(graph, self.atoms) if told is None else fresh
+        if barred is None:
+            self.atoms, moves = atoms(graph), moved(graph, self._directions)
+            self.told_apart = told_apart(graph, self.atoms, moves, OF_SUMS)
+            self.perhaps_told = told_apart(graph, self.atoms, moves)
+        self.numberless = numberless(graph, self.atoms) if barred is None else frozenset[fx.Node]()
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -241,41 +240,20 @@ class _Lowering:
             follows=bool(given) and all(self._follows(g, inverse.solves) for g in given),
         )  # fmt: skip
         if rounds and arc.sums:
-            own = HUGE if has_huge(node, y.dtype) else ORDINARY
-            arc = replace(arc, addend=max(own, *(g.meta.get("addend", ORDINARY) for g in given), ORDINARY))
+            arc = replace(arc, huge=has_huge(node, y.dtype) or any(g.meta.get("huge", False) for g in given))
         return self._trusted(arc, inverse.solves) if rounds else arc
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
         """An arc that rounds, with what is known against it for the sake of its head."""
+        if self.barred is not None:
+            return replace(arc, barred=self.barred.get(head, HIDDEN if arc.huge else None))
         atoms, told, perhaps = self.atoms[head], self.told_apart.get(head), self.perhaps_told.get(head)
         if atoms == CERTAIN:
-            return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
+            return replace(arc, barred=CERTAIN_ZEROS)
         if atoms == NONE and perhaps is None:
             return arc
-        # compiled graphs look for numbers of the data, and not for those that cancel whatever they are
-        unseen = not self.looks and (head in self.numberless or self._mixes_data(head))
-        barred = told.text if told and (atoms > RARE or unseen or told.tied) else None
+        barred = told.text if told and (atoms > RARE or told.tied) else None
         return replace(arc, suspect=True, told=perhaps and perhaps.text, apart=told is not None, barred=barred)
-
-    def _mixes_data(self, node: fx.Node) -> bool:
-        """Whether elements of a node come from a sum of several values that may hold numbers of the data, of which none
-        is left to see.
-        """
-        todo, seen = [node], set[fx.Node]()
-        while todo:
-            n = todo.pop()
-            if n in seen or n.op in ("placeholder", "get_attr"):
-                continue
-            seen.add(n)
-            tensors = [x for x in n.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
-            name = bare(op_name(n.target))
-            if self._takes_apart(n) or _moves(self._directions(n)) or (name in PRODUCTS and len(tensors) == 1):
-                todo += n.all_input_nodes
-            elif name in SUMS | SUMS_WITH_PRODUCT:
-                held = [x for x in tensors if not self._is_fresh(x, n)]
-                if len(held) > 1 or len(tensors) == 1 or n.meta.get("cancels", False):
-                    return True
-        return False
 
     def _is_fresh(self, added: fx.Node, node: fx.Node) -> bool:
         """Whether what is added to a node holds no number of the data, for any element of the sum."""

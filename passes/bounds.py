@@ -106,6 +106,8 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "hardtanh": _within(-1.0, 1.0),
     "hardsigmoid": _within(0.0, 1.0),
     "softmax": _within(0.0, 1.0),
+    "_softmax": _within(0.0, 1.0),
+    "_safe_softmax": _within(0.0, 1.0),
     "softsign": _within(-1.0, 1.0),
     "sin": _within(-1.0, 1.0),
     "cos": _within(-1.0, 1.0),

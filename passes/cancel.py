@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from revfx.passes import _torch
 from revfx.passes.numbers import some_of
 
 
@@ -23,8 +22,6 @@ def size_of(x: Tensor) -> Tensor:
     A few huge elements don't change it, as they do the root mean square, nor many tiny ones, as they do the median.
     """
     size = some_of(x, SAMPLE).abs()
-    if not _torch.is_real(x):  # in a graph, whose sizes may be symbols
-        return size.sort().values[9 * size.shape[0] // 10 :].amin()
     above = max(1, math.floor((1 - USUAL) * size.numel()))
     return size.topk(above, sorted=False).values.amin()  # `kthvalue` is not deterministic on GPUs
 

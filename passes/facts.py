@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
-from revfx.passes.numbers import follow_none, is_generic, is_huge
+from revfx.passes.numbers import is_generic, is_huge
 from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
@@ -74,12 +74,10 @@ def _is_binary(b: Tensor) -> Tensor:
 TESTS: Mapping[str, Callable[..., Tensor]] = {
     PERMUTATION: _is_permutation,
     BINARY: _is_binary,
-    GENERIC: follow_none,
 }
 WORDS = {
     PERMUTATION: "an index is no permutation",
     BINARY: "a mask does not hold zeros and ones only",
-    GENERIC: "the numbers of a parameter follow a pattern",
 }
 
 

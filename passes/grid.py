@@ -237,17 +237,6 @@ def unpacked(planes: Tensor, bits: int, like: Tensor) -> Tensor:
     return (flat << _numbers(bits, planes).view(-1, 1)).sum(0, dtype=torch.uint8).view(like.shape)
 
 
-def packed_rows(mask: Tensor) -> Tensor:
-    """Truth values, eight of a row to a byte: uint8 [..., ceil(row / 8)]; only the size of a row need be known."""
-    rows = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (rows << _numbers(8, rows)).sum(-1, dtype=torch.uint8)
-
-
-def unpacked_rows(planes: Tensor, row: int) -> Tensor:
-    """What `packed_rows` packed, as uint8."""
-    return ((planes.unsqueeze(-1) >> _numbers(8, planes)) & 1).flatten(-2)[..., :row]
-
-
 def _numbers(n: int, like: Tensor) -> Tensor:
     return torch.arange(n, dtype=torch.uint8, device=like.device)
 

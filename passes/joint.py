@@ -23,7 +23,7 @@ from revfx.passes.addends import addends
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
-from revfx.passes.kinks import numberless, told_apart, trusting
+from revfx.passes.kinks import barred
 from revfx.passes.moved import directions_of, moved
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.passes.unread import of_its_shape
@@ -40,16 +40,13 @@ class Forward:
     """What forward outputs need: the joint graph's `nodes`, their program, and which of them stands for what.
 
     `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
-    written after the forward; `trusting` nodes that may be computed back only while generic parameters stay generic;
-    `numberless` ones hold no numbers of the data.
+    written after the forward.
     """
 
     lowered: Lowered
     nodes: frozenset[fx.Node]
     origin: dict[fx.Node, fx.Node]
     mutated: frozenset[fx.Node]
-    trusting: frozenset[fx.Node]
-    numberless: frozenset[fx.Node]
 
     def value_node(self, value: int) -> fx.Node:
         """The joint graph's node for a value."""
@@ -83,17 +80,14 @@ def forward_half(
     for node in known:
         node.meta["facts"] = known[node]
     huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
-    levels = atoms(joint)
-    moves = moved(joint, directions_of)
-    told = told_apart(joint, levels, moves)  # also by a backward of the user's own
-    fresh = numberless(joint, levels, [p for i, p in enumerate(primals) if i in static] if facts is None else ())
+    apart = barred(joint, atoms(joint), moved(joint, directions_of))  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
         if node in used:
             copy[node] = new = half.node_copy(node, copy.get)
             _annotate(node, new)
-            new.meta["addend"] = huge[node]
+            new.meta["huge"] = node in huge
             if node in constant:
                 new.meta["constant"] = constant[node]
     for new in half.nodes:
@@ -101,11 +95,11 @@ def forward_half(
             new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
-    theirs = {copy[n]: by for n, by in told.items() if n in copy}
-    lowered = lower(half, sources=sources, exact=exact, told=theirs, fresh={copy[n] for n in fresh if n in copy})
+    theirs = {copy[n]: why for n, why in apart.items() if n in copy}
+    lowered = lower(half, sources=sources, exact=exact, barred=theirs)
     origin = {new: old for old, new in copy.items()}
     written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
-    return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels, moves), fresh)
+    return Forward(lowered, frozenset(nodes), origin, written_later)
 
 
 def _known(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes import names
-from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
+from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, RARE, may_be_continuous
 from revfx.passes.bounds import Interval, bounds
 from revfx.passes.facts import GENERIC
 from revfx.passes.moved import Moved, elsewhere
@@ -110,6 +110,7 @@ ONE_ADDED = frozenset("addmm addmv addbmm baddbmm".split())  # the first operand
 TWO_MIXED = frozenset(n for n in MIXERS if n.startswith("conv") or n == "linear")  # and a third one added
 BENT = AT_ZERO | SIGNS | ELSEWHERE
 ALIKE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE
+CERTAIN_ZEROS = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
 SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | NORMS) - BENT
 # What bends, for each element by itself.
 SINGLY = (AT_ZERO | SIGNS | COMPARED) - frozenset("norm vector_norm linalg_norm linalg_vector_norm".split())
@@ -348,10 +349,9 @@ def told_apart(
     return _told(_made(graph, levels, rows), frozenset(generic(graph)), moves, rows)
 
 
-def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int], own: Iterable[fx.Node] = ()) -> frozenset[fx.Node]:
-    """The nodes that hold no number but zero with positive probability, given that parameters and `own` are generic."""
-    theirs = frozenset((*generic(graph), *own))
-    found, _ = kinks(_made(graph, levels, NO_ROWS), theirs, NO_ROWS)
+def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
+    """The nodes that hold no number but zero with positive probability, given that parameters are generic."""
+    found, _ = kinks(_made(graph, levels, NO_ROWS), frozenset(generic(graph)), NO_ROWS)
     return frozenset(n for n, kind in found.items() if kind == ZERO and isinstance(n, fx.Node))
 
 
@@ -360,13 +360,29 @@ def generic(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if GENERIC in n.meta.get("facts", ())]
 
 
-def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved]) -> frozenset[fx.Node]:
-    """The nodes with atoms that nothing tells apart only as generic parameters are there."""
-    own = frozenset(generic(graph))
-    if not own:
-        return frozenset()
-    made = _made(graph, levels, OF_NORMS)
-    return frozenset(n for n in _told(made, (), moves).keys() - _told(made, own, moves).keys() if levels[n] > NONE)
+def barred(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved]) -> dict[fx.Node, str]:
+    """Return why a rounding inverse may not give nodes back, where nobody can look at their numbers first.
+
+    Made of exact zeros, or told apart; what is zero by chance alone (RARE) counts as if it never were.
+    """
+    seldom = {n: NONE if level == RARE else level for n, level in levels.items()}
+    made, own = _made(graph, seldom, OF_NORMS), frozenset(generic(graph))
+    zeros = {n: by for n, by in _zeros_told(made, moves).items() if levels[n] == PERHAPS}
+    told = {**{n: _reason(by) for n, by in zeros.items()}, **{n: a.text for n, a in _told(made, own, moves).items()}}
+    return {**told, **{n: CERTAIN_ZEROS for n, level in levels.items() if level == CERTAIN}}
+
+
+def _zeros_told(made: Sequence[Made], moves: Sequence[Moved]) -> dict[fx.Node, Made]:
+    """Return what tells zeros of nodes from tiny numbers, in themselves or in what has zeros since they have some."""
+    told: dict[Hashable, dict[Hashable, Told]] = {}  # by reader
+    for m in reversed(made):
+        by = m if _bends(m) < NEVER else next((by for _, by in told.get(m.key, {}).values()), None)
+        if by is not None and (by is m or m.level >= PERHAPS):
+            for k in m.operands:
+                told.setdefault(k, {})[m.key] = (ZERO, by)
+    found = {k: by for k, theirs in told.items() for _, by in theirs.values()}
+    found.update((k, by) for k, (_, by) in elsewhere(moves, told))
+    return {k: by for k, by in found.items() if by is not None and isinstance(k, fx.Node)}
 
 
 def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Made]:

@@ -151,7 +151,7 @@ def _spread(
 def _with_more(arc: Arc, then: Arc | None) -> Arc:
     """What is to be said of two inverses in a row, at most one of which divides."""
     said = arc if arc.factor is not None or then is None else then
-    return replace(said, addend=max(arc.addend, then.addend if then is not None else 0))
+    return replace(said, huge=arc.huge or (then is not None and then.huge))
 
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
@@ -178,10 +178,10 @@ def _join(
     if outside.factor is not None:  # at most one of them divides
         rounding = outside.rounding
     values = tuple(index[n] for n in tail)
+    huge = any(half.rounding.huge for half in (inside, outside) if half.rounding is not None)
     made = Arc(
-        index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True, assumes=_binary(
-            index, mask
-        ),
+        index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True, huge=huge,
+        assumes=_binary(index, mask),
     )  # fmt: skip
     if rounding is not None:
         made = replace(
@@ -191,7 +191,6 @@ def _join(
             reciprocal=rounding.reciprocal,
             least=rounding.least,
             typical=rounding.typical,
-            addend=max(half.rounding.addend for half in (inside, outside) if half.rounding is not None),
         )
     return min(inside.at, outside.at), (made,)
 

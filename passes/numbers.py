@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from revfx.passes.sizes import as_number
 BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
-FEW = 128  # and in every run of a compiled graph
 FAR = 256  # times what rounding does: a number that was moved less may be near to where it was by chance
 BESIDE = 1.0618  # what numbers are multiplied by to see how many of their size are met by chance
 MANY = 1 << 13  # elements of a stream among which equal ones are looked for
@@ -53,23 +51,6 @@ def unchanged(t: Tensor, before: Tensor, factor: float = 1.0) -> Tensor:
 def is_more(found: Tensor, t: Tensor, share: float = REPEATED) -> Tensor:
     """Whether more elements of `t` are `found` than a share of `share * eps` that has them by chance."""
     return torch.count_nonzero(found) > by_chance(t, share, REPEATED)
-
-
-def loses_numbers(t: Tensor, after: Tensor, sums: Sequence[tuple[Tensor, Tensor, float]], others: bool) -> Tensor:
-    """Whether `t` holds numbers of data that a step changes, after which no rounding inverse need return them.
-
-    Those are what `sums` (a result, what was added to, and its factor) left as they were, of which `t` is one or moves
-    the elements; where there are `others`, the ones that data are made of.
-    """
-    changed = (t != after if after.shape == t.shape else torch.ones_like(t, dtype=torch.bool)) & (t != 0)
-    lost = torch.zeros((), dtype=torch.bool, device=t.device)
-    for result, before, factor in sums:
-        same = unchanged(result, before, factor)
-        lost = lost | (is_more(same & changed, t) if result is t else is_more(same, result) & changed.any())
-    if not others:
-        return lost
-    found, chance = shared_numbers(t)
-    return lost | is_more(are_made(t) & changed, t, BY_CHANCE) | ((found > chance) & changed.any())
 
 
 def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
@@ -182,33 +163,19 @@ def is_generic(t: Tensor) -> bool:
     if not _torch.is_real(t):
         return True
     with torch.no_grad(), _torch.outside_modes():
-        seen = _some(t.detach(), SAMPLE)
-        return bool(_patternless(seen[None]).all()) and not bool(_balanced(t.detach()))
+        return _patternless(_some(t.detach())) and not bool(_balanced(t.detach()))
 
 
-def follow_none(*parameters: Tensor) -> Tensor:
-    """Whether the numbers of all of these follow no pattern, but for zeros (`is_generic`), as a tensor."""
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in parameters:
-        alike.setdefault((p.dtype, p.device), []).append(p.detach())
-    ok = [_patternless(torch.stack([_some(t, FEW) for t in same])).all() for same in alike.values()]
-    ok += [~_balanced(p.detach()) for p in parameters if p.dim() > 2]
-    return torch.stack([t.to(parameters[0].device) for t in ok]).all()
+def _some(t: Tensor) -> Tensor:
+    """Some numbers of a tensor, spread over it."""
+    return t.reshape(-1)[:: max(1, -(-t.numel() // SAMPLE))]
 
 
-def _some(t: Tensor, most: int) -> Tensor:
-    """So many numbers of a tensor, spread over it; zeros where it has no more."""
-    stride = max(1, -(-as_number(t.numel()) // SAMPLE)) * (SAMPLE // most)  # of few those that are among more
-    seen = t.reshape(-1)[::stride][:most]
-    return torch.nn.functional.pad(seen, (0, most - seen.shape[0]))
-
-
-def _patternless(rows: Tensor) -> Tensor:
-    """Which rows hold few numbers that data are made of, and few more than once, but for zeros."""
-    s = rows.sort(-1).values
-    size, new = torch.count_nonzero(s, -1), (s != 0) & (s != s.roll(1, -1))
-    chance = BY_CHANCE * torch.finfo(s.dtype).eps * size + (size / 8).clamp(max=REPEATED) * (s.dtype != torch.float64)
-    return (torch.count_nonzero(are_made(s), -1) <= chance) & (4 * torch.count_nonzero(new, -1) >= size)
+def _patternless(t: Tensor) -> bool:
+    """Whether `t` holds few numbers that data are made of, and few more than once, but for zeros."""
+    s = t[t != 0].sort().values
+    found, chance = made_numbers(s)
+    return bool(found <= chance) and 4 * s.unique_consecutive().numel() >= s.numel()
 
 
 def _balanced(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step, needed
 from revfx.passes.numbers import some_of
-from revfx.passes.program import HUGE, Arc, Program
+from revfx.passes.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,7 @@ def anchors(
     """The cuts inside a region to keep since rounding would grow too much, going by what is known without running.
 
     Cut j lies before step j. Of factors that are data a typical magnitude is assumed; with `store` the smallest that
-    they may have, and the entry of a step whose factor may reach zero, or which may hold numbers that something tells
-    from those near to them, is kept as well. `every`: see `asked_for`.
+    they may have, and the entry of a step whose factor may reach zero is kept as well. `every`: see `asked_for`.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
@@ -163,7 +162,7 @@ def anchors(
         dtypes = [d for v in step.exit if precision(d := program.values[v].dtype)]
         eps = max(map(precision, dtypes), default=0.0)
         most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
-        if j in asked or (store and any(_may_miss(a, most) for a in step.arcs)):
+        if j in asked or (store and any(a.measured and a.least < most for a in step.arcs)):
             kept.add(j)
             growth = {}
             continue
@@ -174,11 +173,6 @@ def anchors(
             kept.add(j + 1)
             growth = {}
     return frozenset(kept - {0})  # which is kept anyway
-
-
-def _may_miss(arc: Arc, most: float) -> bool:
-    """Whether a run may show that the arc's inverse can't be used, for a factor, numbers of the data or huge ones."""
-    return (arc.measured and arc.least < most) or (arc.suspect and arc.told is not None) or arc.addend == HUGE
 
 
 def is_checked(cut: int, steps: int) -> bool:

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.addends import lost_text, remembers
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
-from revfx.passes.facts import GENERIC, check
-from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
+from revfx.passes.facts import check
+from revfx.passes.grid import checksum
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
-from revfx.passes.kinks import generic
 from revfx.passes.numbers import mean_size, nearest
 from revfx.passes.plan import (
     MARGIN,
@@ -40,8 +38,7 @@ from revfx.passes.program import Arc
 from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
-from revfx.passes.sizes import as_number, fixed, same_strides, tensors_of
-from revfx.passes.unchanged import loses
+from revfx.passes.sizes import as_number, same_strides, tensors_of
 
 
 aten = torch.ops.aten
@@ -128,7 +125,6 @@ class Regenerator:
         program, steps, ops = self.program, region.steps, frozenset(ops)
         self._keep((*region.exit, *region.saved, *region.side))
         self._limit_growth(steps, cuts)
-        kept = {*region.entry, *region.saved, *region.side, *(v for j in cuts for v in steps[j].entry)}
         cuts_since: list[Cut] = []  # regenerated since the last kept one
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
@@ -150,7 +146,7 @@ class Regenerator:
                     self._rerun(do.run.op, known)
                     self.step_of[self.tuples[do.run.op]] = self._step
                 else:
-                    self._invert(do.run.op, do.run.arc, kept)
+                    self._invert(do.run.op, do.run.arc)
                     self.step_of[self.values[do.run.arc.head]] = self._step
             if replay:
                 self._stretches.append(cuts_since)
@@ -264,34 +260,17 @@ class Regenerator:
         self.stands[node], self._states[node] = result, state
         return state
 
-    def _invert(self, op: int, arc: Arc, kept: Collection[int]) -> None:
-        node, head = self.forward.op_node(op), self.forward.value_node(arc.head)
+    def _invert(self, op: int, arc: Arc) -> None:
+        node = self.forward.op_node(op)
         if arc.measured:
             self._guard(op, arc)
         if arc.assumes is not None:
             self._hold(op, [self._own(self.forward.value_node(arc.assumes[0]))], arc.assumes[1])
-        if arc.suspect and head in self.forward.trusting:
-            self._hold(op, generic(self.joint), GENERIC)
-        if arc.suspect and arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
-            self._hold_apart(op, arc, arc.told, kept)
-        if arc.addend:
-            self._hold_digits(op, arc)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
-            found = self.recorder.record(arc.solve, tail, BACKWARD, node)
-            if arc.suspect:
-                found = self.recorder.record(_fill_zeros, [found, self._zeros(head)], BACKWARD, node)
-        self.values[arc.head] = found
+            self.values[arc.head] = self.recorder.record(arc.solve, tail, BACKWARD, node)
 
     # --- what only the run can tell
-    def _zeros(self, head: fx.Node) -> fx.Node:
-        """Where the forward's value is exactly zero, which a rounding inverse would not give back."""
-        head = self.stands.get(head, head)
-        with self._behind(head):
-            mask = self.recorder.record(_zeros_of, [head], FORWARD, head)
-        self.kept.add(mask)
-        return mask
-
     def _guard(self, op: int, arc: Arc) -> None:
         own = self._own(self.forward.value_node(int(arc.factor or 0)))
         least = tolerance_of(self.program.values[arc.head].dtype, self.options.tolerance)
@@ -358,33 +337,6 @@ class Regenerator:
         test, message = check(fact, own.name, self.program.ops[op].where)
         with self._behind(own):
             self._assert(self.recorder.record(test, nodes, FORWARD, own), message, FORWARD)
-
-    def _hold_apart(self, op: int, arc: Arc, told: str, kept: Collection[int]) -> None:
-        """None; checks in the forward that a step changes no numbers of data that something tells apart."""
-        value, after = arc.head, self._own(self.forward.value_node(arc.tail[0]))
-        own = self._own(self.forward.value_node(value))
-        if (own, told) in self._held:
-            return
-        self._held.add((own, told))
-        message = (
-            f"revfx: `{self.program.values[value].name}`, which goes into the coupling at {self.program.ops[op].where},"
-            f" holds numbers of the data that nothing was added to, and {told}; compile with options={{'unbounded': "
-            "'store'} or use `revfx.convert` (capture='fx'), which keep them"
-        )
-        read, lost = loses(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless, kept)
-        nodes = [own, after, *(self._own(self.forward.value_node(v)) for v in read)]
-        with self._behind(after):
-            ok = self.recorder.record(lambda *t: ~lost(*t), nodes, FORWARD, own)
-            self._assert(ok, message, FORWARD)
-
-    def _hold_digits(self, op: int, arc: Arc) -> None:
-        """None; checks in the forward that a sum of which a part may be huge can be undone."""
-        message = lost_text(self.program.values[arc.head].name, self.program.ops[op].where, arc.addend)
-        read = [self._own(self.forward.value_node(v)) for v in (arc.head, *arc.tail)]
-        last = next(n for n in reversed(self.joint.nodes) if n in read)
-        with self._behind(last):
-            test = functools.partial(remembers, arc, self.options.tolerance)
-            self._assert(self.recorder.record(test, read, FORWARD, last), message, FORWARD)
 
     def check(self, alive: Collection[fx.Node]) -> None:
         """None; compares samples of regenerated values with the forward's: of the lowest cut, where rounding has grown
@@ -460,22 +412,6 @@ def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> A
 
 def _has_precision(node: fx.Node) -> bool:
     return precision(node.meta["val"].dtype) > 0
-
-
-def _zeros_of(t: Tensor) -> Tensor:
-    """Which elements of `t` are exactly zero, eight to a byte; one, where no row has a fixed size."""
-    mask = t == 0
-    if fixed(t.shape):
-        return packed(mask, 1)
-    return packed_rows(mask) if t.dim() and fixed(t.shape[-1:]) else mask
-
-
-def _fill_zeros(t: Tensor, zeros: Tensor) -> Tensor:
-    """`t` with exact zeros where `_zeros_of` saw them."""
-    if zeros.dtype == torch.uint8:
-        bits = unpacked(zeros, 1, t) if fixed(t.shape) else unpacked_rows(zeros, t.shape[-1])
-        zeros = bits.to(torch.bool)
-    return t.masked_fill(zeros, 0)
 
 
 def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
