@@ -9,12 +9,39 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental import symbolic_shapes
 from torch.utils import _python_dispatch
 
+from revfx.errors import RegenerationError
+
 
 GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv.error_on_new_guards` raises
+
+
+# What compiled graphs check. A custom operator, as no compiler fuses one: what an assertion in a kernel of many threads
+# throws ends the process. It is said to write its argument, since whatever writes is kept though nothing reads it; and
+# to be unsafe in CUDA graphs, since it waits for the device.
+_OPERATORS = torch.library.Library("revfx", "FRAGMENT")
+_OPERATORS.define("check(Tensor(a!) ok, str[] messages) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+def _check(ok: Tensor, messages: Sequence[str]) -> None:
+    for good, message in zip(ok.tolist(), messages, strict=True):
+        if not good:
+            raise RegenerationError(message)
+
+
+_OPERATORS.impl("check", _check, "CompositeExplicitAutograd")
+torch.library.register_fake("revfx::check", lambda ok, messages: None, lib=_OPERATORS)  # pyright: ignore
+
+
+def add_check(graph: fx.Graph, ok: fx.Node, messages: Sequence[str], meta: Mapping[str, Any]) -> fx.Node:
+    """Add to the end of a graph that a run raises, for the first element of `ok` that is false, its message."""
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(torch.ops.revfx.check.default, (ok, list(messages)))
+    node.meta.update(meta, val=None)
+    return node
 
 
 def is_overload(target: Any) -> bool:

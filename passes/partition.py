@@ -210,7 +210,9 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
         joint.erase_node(node)
     alive = ancestors(new.output.all_input_nodes)
     new.check(alive)
+    new.check_ranges()
     new.whole_steps(alive)
+    checks = new.raise_at_the_end()
     for node in new.kept:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -220,7 +222,7 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
     placed = forward.nodes | after_tangents(nodes)
     tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in placed}
     late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
-    order = list(pulled([n for n in nodes if n not in late], new.attached))
+    order = list(pulled([n for n in nodes if n not in late or n in checks], new.attached))
     for node in order[:-1]:
         new.output.prepend(node)
     _erase(joint, order)  # what nothing reads

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.passes import _torch
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
-from revfx.passes.grid import checksum
+from revfx.passes.grid import checksum, limit
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.numbers import mean_size, nearest
 from revfx.passes.plan import (
@@ -96,6 +97,7 @@ class Regenerator:
         self.stands: dict[fx.Node, fx.Node] = {}
         self._states: dict[fx.Node, fx.Node] = {}
         self._before: dict[fx.Node, fx.Node] = {}
+        self._flags: dict[fx.Node, tuple[str, str]] = {}
         self._guarded: set[tuple[fx.Node, bool, float]] = set()
         self._held: set[tuple[fx.Node, str]] = set()
         self._laid_out: dict[int, fx.Node] = {}
@@ -126,6 +128,7 @@ class Regenerator:
         self._keep((*region.exit, *region.saved, *region.side))
         self._limit_growth(steps, cuts)
         cuts_since: list[Cut] = []  # regenerated since the last kept one
+        origins: dict[int, int] = {}  # also of what a step passes on
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
             self._step += 1
@@ -153,7 +156,8 @@ class Regenerator:
                 cuts_since = []
             else:
                 made_here = {v: self.values[v] for v in step.entry if v in self.values}
-                cuts_since.append((made_here, images(step), program.ops[step.start].where))
+                origins.update(images(step))
+                cuts_since.append((made_here, dict(origins), program.ops[step.start].where))
 
     def node(self, value: int) -> fx.Node:
         """What stands for a value in the backward: its regenerated node, or the forward's own."""
@@ -265,7 +269,7 @@ class Regenerator:
         if arc.measured:
             self._guard(op, arc)
         if arc.assumes is not None:
-            self._hold(op, [self._own(self.forward.value_node(arc.assumes[0]))], arc.assumes[1])
+            self._hold(op, *arc.assumes)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
             self.values[arc.head] = self.recorder.record(arc.solve, tail, BACKWARD, node)
@@ -284,8 +288,7 @@ class Regenerator:
         )
         test: Callable[[Tensor], Tensor] = lambda c: ~(nearest(c, arc.reciprocal) < least)  # noqa: E731
         with self._behind(own):
-            ok = self.recorder.record(test, [own], FORWARD, own)
-            self._assert(ok, message, FORWARD)
+            self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
 
     def _limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
         """None; where factors that are data may let rounding grow too much between two kept cuts, every run measures
@@ -325,18 +328,17 @@ class Regenerator:
         last = max(sizes, key=lambda n: order[n])
         test: Callable[..., Tensor] = lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most  # noqa: E731
         with self._behind(last):
-            ok = self.recorder.record(test, sizes, FORWARD, last)
-            self._assert(ok, message, FORWARD)
+            self._flag(self.recorder.record(test, sizes, FORWARD, last), message, FORWARD)
 
-    def _hold(self, op: int, nodes: Sequence[fx.Node], fact: str) -> None:
-        """None; checks in the forward that a fact still holds of nodes."""
-        own = nodes[0]
+    def _hold(self, op: int, value: int, fact: str) -> None:
+        """Check in every run that a fact still holds of a value."""
+        own = self._own(self.forward.value_node(value))
         if (own, fact) in self._held:
             return
         self._held.add((own, fact))
         test, message = check(fact, own.name, self.program.ops[op].where)
         with self._behind(own):
-            self._assert(self.recorder.record(test, nodes, FORWARD, own), message, FORWARD)
+            self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
 
     def check(self, alive: Collection[fx.Node]) -> None:
         """None; compares samples of regenerated values with the forward's: of the lowest cut, where rounding has grown
@@ -376,7 +378,7 @@ class Regenerator:
             self.kept.update(samples)
             with self.joint.inserting_before(self.output):
                 ok = self.recorder.record(lambda a, b, c: ~drifted(sample(a), b, c), [now, *samples], BACKWARD, now)
-                self.attached[now] = [self._assert(ok, message, BACKWARD)]
+                self.attached[now] = [self._flag(ok, message, BACKWARD)]
 
     def _compare_bits(self, v: int, now: fx.Node, where: str) -> None:
         message = (
@@ -390,16 +392,54 @@ class Regenerator:
         self.kept.add(before)
         with self.joint.inserting_before(self.output):
             ok = self.recorder.record(lambda a, b: checksum(a) == b, [now, before], BACKWARD, now)
-            self.attached[now] = [self._assert(ok, message, BACKWARD)]
+            self.attached[now] = [self._flag(ok, message, BACKWARD)]
+
+    def check_ranges(self) -> None:
+        """Check in every run that no value leaves the grid, and that all of those that lie on it are finite."""
+        for v, value in enumerate(self.program.values):
+            if value.grid is None:
+                continue
+            node, most = self._own(self.forward.value_node(v)), limit(value.dtype, value.grid)
+            where = self.program.ops[self.program.made_at[v]].where
+            message = (
+                f"revfx: exact={value.grid}: a value at {where or 'an unknown place'} is not finite or not below "
+                f"{most:.4g}, where a grid of steps 2^-{value.grid} has room in {value.dtype}; use a smaller `exact`, "
+                "scale the activations down, or do without"
+            )
+            with self._behind(node):
+                ok = self.recorder.record(lambda t, most=most: t.abs().amax() < most, [node], FORWARD, node)
+                self._flag(ok, message, FORWARD)
 
     def _behind(self, node: fx.Node) -> AbstractContextManager[None]:
         """A context in which nodes come right behind another one; behind all inputs where that is one."""
         return self.joint.inserting_before(self._first if node.op == "placeholder" else node.next)
 
-    def _assert(self, ok: fx.Node, message: str, tag: str) -> fx.Node:
-        node = self.joint.call_function(aten._assert_async.msg, (ok, message))
-        node.meta = {"val": None, "partitioner_tag": tag}
-        return node
+    def _flag(self, ok: fx.Node, message: str, half: str) -> fx.Node:
+        """Note that the backward raises with this message if `ok`, which a `half` of the graph computes, is false."""
+        self._flags[ok] = half, message
+        return ok
+
+    def raise_at_the_end(self) -> list[fx.Node]:
+        """Return the checks, one for each device, that end the backward: no gradient is handed out before them.
+
+        Those of the forward are made there too, so that nothing in it waits for a device.
+        """
+        checks: list[fx.Node] = []
+        flags = {n: (n.meta["val"].device, *self._flags[n]) for n in self.joint.nodes if n in self._flags}
+        for device in dict.fromkeys(device for device, *_ in flags.values()):
+            parts, texts = list[fx.Node](), list[str]()
+            for half in (FORWARD, BACKWARD):
+                found = {n: text for n, (where, *said, text) in flags.items() if (where, *said) == (device, half)}
+                if found:
+                    with self.joint.inserting_before(self.output):
+                        parts.append(self.recorder.record(lambda *t: torch.stack(t), [*found], half, next(iter(found))))
+                    texts += found.values()
+                    self.kept.update(parts if half == FORWARD else ())
+            with self.joint.inserting_before(self.output):
+                # a copy of what the forward saved, as the check is said to write it
+                ok = self.recorder.record(lambda *t: torch.cat(t).clone(), parts, BACKWARD, parts[0])
+            checks.append(_torch.add_check(self.joint, ok, texts, {"partitioner_tag": BACKWARD}))
+        return checks
 
 
 def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> Any:
