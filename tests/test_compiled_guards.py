@@ -16,7 +16,8 @@ from compiled import QUIET, fresh as fresh
 from helpers import deep_but
 from torch import Tensor, nn
 
-from revfx.errors import RegenerationError
+from revfx import _compile
+from revfx.errors import RegenerationError, RevfxWarning
 from revfx.partitioner import ReversiblePartitioner
 
 
@@ -219,3 +220,29 @@ def test_nothing_is_checked_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> N
     assert (len(forward), len(backward)) == (0, 1)
     assert torch.Tag.cudagraph_unsafe in check.tags
     assert not [n for half in halves for n in half.graph.nodes if "_assert_async" in str(n.target)]
+
+
+# --- torch's budget, where it draws random numbers a second time
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.dropout(layer(x).relu(), 0.5)
+        return x
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5])
+def test_a_graph_with_dropout_does_not_follow_a_budget(budget: float) -> None:
+    """Its gradients were those of other random numbers (pytorch/pytorch#190717)."""
+    model, x = Dropping(), torch.randn(ROWS, WIDTH, requires_grad=True)
+    compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"})
+    found: list[Any] = []
+    warned = pytest.warns(RevfxWarning, match=rf"`activation_memory_budget` of {budget}")
+    with _compile.memory_budget(budget), warned:
+        for call in compiled, model:
+            torch.manual_seed(1)
+            found.append(torch.autograd.grad(call(x).sin().sum(), [x, *model.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
