@@ -63,7 +63,7 @@ def _level(node: fx.Node, found: Mapping[fx.Node, int], within: Mapping[fx.Node,
 
 
 def has_huge(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether an argument of a node is a number next to which ordinary ones lose digits."""
+    """Return whether an argument of a node is a number next to which ordinary ones lose digits."""
     numbers = [
         x for x in (*node.args, *node.kwargs.values()) if isinstance(x, (int, float)) and not isinstance(x, bool)
     ]
@@ -73,7 +73,7 @@ def has_huge(node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def hides(dtype: torch.dtype) -> float:
-    """The size of a number next to which a number of size 1 loses half of its digits."""
+    """Return the size of a number next to which a number of size 1 loses half of its digits."""
     return torch.finfo(dtype).eps ** -0.5
 
 

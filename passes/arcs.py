@@ -54,7 +54,8 @@ def lower(
     exact: bool = False,
     barred: Mapping[fx.Node, str] | None = None,
 ) -> Lowered:
-    """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
+    """Return the program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that
+    round.
 
     `barred`: why no inverse that rounds may give nodes back, where nobody can look at their numbers while it runs.
 
@@ -205,7 +206,7 @@ class _Lowering:
         )
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
-        """The arc of one direction, or why its domain does not hold."""
+        """Return the arc of one direction, or why its domain does not hold."""
         a, y = inverse.solves.meta["val"], node.meta["val"]
         if not isinstance(y, Tensor):
             return "the result is not one tensor"
@@ -244,7 +245,7 @@ class _Lowering:
         return self._trusted(arc, inverse.solves) if rounds else arc
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
-        """An arc that rounds, with what is known against it for the sake of its head."""
+        """Return an arc that rounds, with what is known against it for the sake of its head."""
         if self.barred is not None:
             return replace(arc, barred=self.barred.get(head, HIDDEN if arc.huge else None))
         atoms, told, perhaps = self.atoms[head], self.told_apart.get(head), self.perhaps_told.get(head)
@@ -256,11 +257,11 @@ class _Lowering:
         return replace(arc, suspect=True, told=perhaps and perhaps.text, apart=told is not None, barred=barred)
 
     def _is_fresh(self, added: fx.Node, node: fx.Node) -> bool:
-        """Whether what is added to a node holds no number of the data, for any element of the sum."""
+        """Return whether what is added to a node holds no number of the data, for any element of the sum."""
         return added in self.numberless and same_shape(added.meta["val"], node.meta["val"])
 
     def _follows(self, node: fx.Node, of: fx.Node) -> bool:
-        """Whether a node is made of what another one holds."""
+        """Return whether a node is made of what another one holds."""
         todo, seen, first = [node], set[fx.Node](), self.index[of]
         while todo:
             n = todo.pop()
@@ -272,7 +273,7 @@ class _Lowering:
         return False
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
-        """The exact form of an operation that is solved for one operand, or why there is none."""
+        """Return the exact form of an operation that is solved for one operand, or why there is none."""
         if node.op == "call_module":
             return "it is a module, which is called as it is"
         if inverse.rest is None:
@@ -296,7 +297,7 @@ class _Lowering:
         return made
 
     def _factor(self, inverse: Inverse, dtype: torch.dtype) -> _Factor | str:
-        """What the solved operand was multiplied by, or why it may be zero."""
+        """Return what the solved operand was multiplied by, or why it may be zero."""
         f = inverse.factor
         if f is None:
             return _Factor(None)
@@ -315,8 +316,8 @@ class _Lowering:
         return _Factor(None) if interval.least >= 1 else _Factor(self.index[f], True, interval.least, interval.typical)
 
     def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, tuple[Arc, ...]]]:
-        """Arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation that
-        makes one of the parts.
+        """Yield arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation
+        that makes one of the parts.
         """
         tiles: dict[tuple[int, int], list[tuple[int, int, Tile]]] = {}
         patches: list[tuple[int, int, Patch]] = []
@@ -358,7 +359,7 @@ class _Lowering:
 
 
 def _normal(dtype: torch.dtype) -> tuple[float, float]:
-    """The smallest and the largest magnitude of a dtype's normal numbers."""
+    """Return the smallest and the largest magnitude of a dtype's normal numbers."""
     if not dtype.is_floating_point and not dtype.is_complex:
         return 1, torch.iinfo(dtype).max
     return torch.finfo(dtype).tiny, torch.finfo(dtype).max
@@ -377,7 +378,7 @@ def _taken(t: Tile) -> Callable[..., Tensor]:
 
 
 def _filled(by: Callable[..., Tensor], constants: dict[int, Any]) -> Callable[..., Tensor]:
-    """`by` with the operands that are plain numbers put in their places."""
+    """Return `by` with the operands that are plain numbers put in their places."""
 
     def solve(y: Tensor, *given: Tensor) -> Tensor:
         rest = iter(given)
@@ -392,14 +393,16 @@ def _filled_rest(rest: Callable[..., Any], constants: dict[int, Any]) -> Callabl
 
 
 def _moves(directions: list[Direction]) -> bool:
-    """Whether an operation's rule only moves elements of its operands."""
+    """Return whether an operation's rule only moves elements of its operands."""
     return bool(directions) and all(
         isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions
     )
 
 
 def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
-    """Indices of ranges that together hit each of 0..size-1 once, longest first from each start; None if none do."""
+    """Return indices of ranges that together hit each of 0..size-1 once, longest first from each start; None if none
+    do.
+    """
     chosen: list[int] = []
     covered = [False] * size
     for want in range(size):
@@ -420,7 +423,7 @@ def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
 
 
 def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[range, bool], ...]) -> Callable[..., Tensor]:
-    """The function that puts parts together; functional, since it is traced into compiled graphs as well."""
+    """Return the function that puts parts together; functional, since it is traced into compiled graphs as well."""
     in_order = all(index.step == 1 or len(index) == 1 for index, _ in parts)  # an exact cover has them sorted
 
     def solve(*tensors: Tensor) -> Tensor:

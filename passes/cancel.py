@@ -17,7 +17,8 @@ ROUNDING = 16  # times eps: what an inverse that loses nothing may be off by
 
 
 def size_of(x: Tensor) -> Tensor:
-    """A magnitude that most elements of `x` stay below, going by some of them; NaN or 0 where that can't be told.
+    """Return a magnitude that most elements of `x` stay below, going by some of them; NaN or 0 where that can't be
+    told.
 
     A few huge elements don't change it, as they do the root mean square, nor many tiny ones, as they do the median.
     """
@@ -27,7 +28,7 @@ def size_of(x: Tensor) -> Tensor:
 
 
 def is_lost(back: Tensor, x: Tensor, limit: float) -> Tensor:
-    """Whether `back` misses an element of `x` by more than `limit`, relative to it and to `x` as it usually is.
+    """Return whether `back` misses an element of `x` by more than `limit`, relative to it and to `x` as it usually is.
 
     One that is not finite has to come back as it was. A single element may come out better than its error's bound by
     luck, so of what an inverse gives `LUCK` times less is asked.

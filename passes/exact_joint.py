@@ -23,8 +23,8 @@ Found = tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]
 def exact_forward(
     joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None, k: int, recorder: Recorder
 ) -> Found:
-    """The forward half of `joint` once its regions compute on the grid 2^-k, the regions, and, of the program as it was
-    written, where the search for them got stuck.
+    """Return the forward half of `joint` once its regions compute on the grid 2^-k, the regions, and, of the program as
+    it was written, where the search for them got stuck.
     """
     forward = forward_half(joint, num_outputs, static, facts)
     lowered = forward.lowered

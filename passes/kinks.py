@@ -178,7 +178,7 @@ def kinks(
     given: int = ANY,
     moves: Sequence[Moved] = (),
 ) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
-    """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart.
+    """Return, by key, the kind of each value that is made, in order, and for each operand what tells its numbers apart.
 
     `own` are generic parameters. What they mix has no numbers, and normalised values have none, but for `rows`.
     Operands from elsewhere are `given`. What tells a value apart tells those apart from which it is put together again,
@@ -255,12 +255,12 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
 
 
 def _added(kind: int) -> int:
-    """The kind of a sum of several numbers of a value."""
+    """Return the kind of a sum of several numbers of a value."""
     return SUM if kind > OWN else kind
 
 
 def _shifts(m: Made, others: list[int]) -> bool:
-    """Whether zero is elsewhere in an operand than in the result."""
+    """Return whether zero is elsewhere in an operand than in the result."""
     if m.inside is not None:
         return True
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
@@ -269,18 +269,18 @@ def _shifts(m: Made, others: list[int]) -> bool:
 
 
 def _sees_ties(m: Made) -> bool:
-    """Whether it brings elements together that equal each other in places."""
+    """Return whether it brings elements together that equal each other in places."""
     across = m.bare in ADDS_UP or m.bare in MIXERS or (_bends(m) < NEVER and m.bare not in SINGLY)
     return m.tie.meets or (m.tie.within and across)
 
 
 def _makes_of_ties(m: Made) -> bool:
-    """Whether the result holds numbers, such as zero or one, where elements equal each other."""
+    """Return whether the result holds numbers, such as zero or one, where elements equal each other."""
     return _sees_ties(m) and m.bare not in PLAIN
 
 
 def _bends(m: Made) -> int:
-    """The lowest kind of an operand that the operation tells apart."""
+    """Return the lowest kind of an operand that the operation tells apart."""
     if m.inside is not None:
         return m.inside.bends
     if m.rounds:
@@ -303,7 +303,7 @@ def _bends(m: Made) -> int:
 def look_inside(
     made: Sequence[Made], own: Container[Hashable], given: Collection[Hashable], result: Collection[Hashable]
 ) -> tuple[Inside, ...]:
-    """What a call is like that makes `made` of `given`, by where rows of zeros are reckoned with."""
+    """Return what a call is like that makes `made` of `given`, by where rows of zeros are reckoned with."""
 
     def seen(rows: int) -> Inside:
         found = [(kind, *kinks(made, own, rows, kind)) for kind in range(NEVER)]
@@ -317,7 +317,9 @@ def look_inside(
 def made_by(
     key: Hashable, name: str, level: int, operands: Iterable[tuple[Hashable, Any, int]], args: Any, result: Any
 ) -> Made:
-    """The record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of atoms."""
+    """Return the record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of
+    atoms.
+    """
     read = [(k, n) for k, t, n in operands if may_be_continuous(t) and names.bare(name) not in SHAPED]
     given = (*args[0], *args[1].values())
     numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))
@@ -328,12 +330,12 @@ def made_by(
 
 
 def name_alone(name: str, number: Any) -> str:
-    """The name of the operation that gives one of several results alone; the same one where there is none."""
+    """Return the name of the operation that gives one of several results alone; the same one where there is none."""
     return "mean" if name in ("var_mean", "std_mean") and number == 1 else name
 
 
 def _giver(name: str, args: Sequence[Any]) -> str:
-    """The name of the operation that made a value; of one out of several results, that of what gave them all."""
+    """Return the name of the operation that made a value; of one out of several results, that of what gave them all."""
     source = args[0] if name == "getitem" else None
     return op_name(source.target) if isinstance(source, fx.Node) and source.op == "call_function" else name
 
@@ -341,7 +343,8 @@ def _giver(name: str, args: Sequence[Any]) -> str:
 def told_apart(
     graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved], rows: int = OF_NORMS
 ) -> dict[fx.Node, Apart]:
-    """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
+    """Return why no rounding inverse may give back nodes that hold numbers which something tells from others near to
+    them.
 
     `levels` says which have atoms, `moves` what is put together of what. A call of a module says in `meta` what it is
     like `inside`, by each of `rows`.
@@ -350,13 +353,13 @@ def told_apart(
 
 
 def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
-    """The nodes that hold no number but zero with positive probability, given that parameters are generic."""
+    """Return the nodes that hold no number but zero with positive probability, given that parameters are generic."""
     found, _ = kinks(_made(graph, levels, NO_ROWS), frozenset(generic(graph)), NO_ROWS)
     return frozenset(n for n, kind in found.items() if kind == ZERO and isinstance(n, fx.Node))
 
 
 def generic(graph: fx.Graph) -> list[fx.Node]:
-    """The parameters of a graph whose numbers follow no pattern."""
+    """Return the parameters of a graph whose numbers follow no pattern."""
     return [n for n in graph.nodes if GENERIC in n.meta.get("facts", ())]
 
 
@@ -406,7 +409,7 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
 
 
 def _call_of(node: fx.Node) -> tuple[fx.Node, str]:
-    """The call that a node stands for, and under which name: of what gives a mean among others, that of a mean."""
+    """Return the call that a node stands for, and its name: of what gives a mean among others, that of a mean."""
     source, name = node.args[0] if node.args else None, op_name(node.target)
     if name == "getitem" and isinstance(source, fx.Node):
         giver = _giver(name, node.args)
@@ -417,7 +420,7 @@ def _call_of(node: fx.Node) -> tuple[fx.Node, str]:
 
 
 def _stays_away(val: Any, between: Interval) -> bool:
-    """Whether a value is so far from zero that rounding changes its root little: by the epsilon of a norm, say."""
+    """Return whether a value is so far from zero that rounding changes its root little: by a norm's epsilon, say."""
     return isinstance(val, Tensor) and between.least >= torch.finfo(val.dtype).eps
 
 

@@ -213,10 +213,12 @@ class Program:
         return found
 
     def data(self, values: Sequence[int]) -> list[int]:
-        """Those of `values` that are neither sources nor kept, in order, each once."""
+        """Return those of `values` that are neither sources nor kept, in order, each once."""
         return [v for v in dict.fromkeys(values) if not (self.values[v].source or self.values[v].kept)]
 
     def nbytes(self, values: Sequence[int]) -> int:
-        """Bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at all."""
+        """Return bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at
+        all.
+        """
         held = {x.storage: x.nbytes for x in (self.values[v] for v in values) if not (x.source or x.given)}
         return sum(held.values())

@@ -105,7 +105,7 @@ class Regenerator:
         self._step = 0
 
     def region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
-        """None; regenerates the `wanted` values and what the operations `ops` return, cut after cut from the exit.
+        """Regenerate the `wanted` values and what the operations `ops` return, cut after cut from the exit.
 
         Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j.
 
@@ -160,7 +160,7 @@ class Regenerator:
                 cuts_since.append((made_here, dict(origins), program.ops[step.start].where))
 
     def node(self, value: int) -> fx.Node:
-        """What stands for a value in the backward: its regenerated node, or the forward's own."""
+        """Return what stands for a value in the backward: its regenerated node, or the forward's own."""
         if value in self.values:
             return self.values[value]
         return self._own(self.forward.value_node(value))
@@ -173,7 +173,7 @@ class Regenerator:
         self.kept.update(self._own(self.forward.value_node(v)) for v in values)
 
     def _as_it_was(self, primal: fx.Node) -> fx.Node:
-        """A copy, made in the forward, of an input that the step updates in place."""
+        """Return a copy, made in the forward, of an input that the step updates in place."""
         if primal not in self._before:
             with self._behind(primal):
                 held = self.recorder.record(lambda t: t.clone(), [primal], FORWARD, primal)
@@ -226,7 +226,7 @@ class Regenerator:
         return self.laid_out(self.index[node]) if node in self.index else self._own(node)
 
     def laid_out(self, value: int) -> fx.Node:
-        """As `node`, with the forward's order of dimensions in memory, which views and kernels rely on."""
+        """Return what `node` does, in the forward's order of dimensions in memory, which views and kernels rely on."""
         found, like = self.node(value), self.forward.value_node(value)
         if value not in self.values or value in self._laid_out:
             return self._laid_out.get(value, found)
@@ -244,7 +244,7 @@ class Regenerator:
         again.meta["partitioner_tag"] = BACKWARD
 
     def _state(self, node: fx.Node) -> fx.Node:
-        """The node of the generator state that a random operation drew from; makes the forward return it."""
+        """Return the node of the generator state that a random operation drew from; makes the forward return it."""
         if node in self._states:
             return self._states[node]
         target: Any = node.target
@@ -291,8 +291,8 @@ class Regenerator:
             self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
 
     def _limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
-        """None; where factors that are data may let rounding grow too much between two kept cuts, every run measures
-        whether they do, and raises.
+        """Measure in every run whether factors that are data let rounding grow too much between two kept cuts, and
+        raise then.
         """
         stretch: list[Step] = []
         for j, step in enumerate([*steps, None]):
@@ -341,8 +341,8 @@ class Regenerator:
             self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
 
     def check(self, alive: Collection[fx.Node]) -> None:
-        """None; compares samples of regenerated values with the forward's: of the lowest cut, where rounding has grown
-        most, that the backward reads. `alive` holds the nodes that something needs.
+        """Compare samples of regenerated values with the forward's: of the lowest cut, where rounding has grown most,
+        that the backward reads. `alive` holds the nodes that something needs.
         """
         for stretch in self._stretches:
             for cut, origins, where in reversed(stretch):
@@ -352,7 +352,7 @@ class Regenerator:
                     break
 
     def whole_steps(self, alive: Collection[fx.Node]) -> None:
-        """None; when anything of a step is regenerated so is its entry, which takes the place of its exit."""
+        """Regenerate the entry of a step, which takes the place of its exit, whenever anything of it is regenerated."""
         entries: dict[int, list[fx.Node]] = {}
         for node, step in self.step_of.items():
             if node in alive and any(self.step_of.get(u, step) > step for u in node.users):
@@ -411,7 +411,7 @@ class Regenerator:
                 self._flag(ok, message, FORWARD)
 
     def _behind(self, node: fx.Node) -> AbstractContextManager[None]:
-        """A context in which nodes come right behind another one; behind all inputs where that is one."""
+        """Return a context in which nodes come right behind another one; behind all inputs where that is one."""
         return self.joint.inserting_before(self._first if node.op == "placeholder" else node.next)
 
     def _flag(self, ok: fx.Node, message: str, half: str) -> fx.Node:
@@ -443,7 +443,7 @@ class Regenerator:
 
 
 def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> Any:
-    """What a rounding error of 1 has grown to over some steps."""
+    """Return what a rounding error of 1 has grown to over some steps."""
     growth: dict[int, Any] = {}
     for step in steps:
         growth = amplification(step, growth, measured)
@@ -455,7 +455,8 @@ def _has_precision(node: fx.Node) -> bool:
 
 
 def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
-    """The order of dimensions in which `t` must be laid out so that it can be viewed as `like` can; None: it can now.
+    """Return the order of dimensions in which `t` must be laid out so that it can be viewed as `like` can; None: it can
+    now.
 
     `like` may be a part of a larger tensor; then the dense layout with its order of dimensions does as well.
     """

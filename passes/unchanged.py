@@ -6,7 +6,7 @@ from revfx.passes.program import Arc, Program
 
 
 def scales(program: Program, start: int, stop: int) -> dict[int, float]:
-    """By value, the magnitude of what it was multiplied by since operation `start`, where that is other than 1."""
+    """Return the magnitudes of what values were multiplied by since operation `start`, where other than 1."""
     found: dict[int, float] = {}
     for op in program.ops[start:stop]:
         for head, factor, made in (
@@ -20,5 +20,5 @@ def scales(program: Program, start: int, stop: int) -> dict[int, float]:
 
 
 def _factor(arc: Arc) -> float:
-    """What the head is multiplied by; 1 where only the run knows."""
+    """Return what the head is multiplied by; 1 where only the run knows."""
     return 1.0 if arc.measured else float(arc.factor or 1.0)
