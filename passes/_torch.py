@@ -34,6 +34,7 @@ def _check(ok: Tensor, messages: Sequence[str]) -> None:
 
 _OPERATORS.impl("check", _check, "CompositeExplicitAutograd")
 torch.library.register_fake("revfx::check", lambda ok, messages: None, lib=_OPERATORS)
+fx.node.has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd traces the backward once more
 
 
 def add_check(graph: fx.Graph, ok: fx.Node, messages: Sequence[str], meta: Mapping[str, Any]) -> fx.Node:

@@ -15,6 +15,7 @@ import torch
 from compiled import QUIET, fresh as fresh
 from helpers import deep_but
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 from revfx import _compile
 from revfx.errors import RegenerationError, RevfxWarning
@@ -204,6 +205,16 @@ def test_no_gradient_is_handed_out(kind: type[Guarded], dynamic: bool) -> None:
     with pytest.raises(RegenerationError, match=GUARDS[kind]):
         out.sum().backward()
     assert all(t.grad is None for t in (x, *model.parameters()))
+
+
+@pytest.mark.parametrize("kind", deep_but([Factor], [Factor, Drift]))
+def test_compiled_autograd_drops_no_check(kind: type[Guarded]) -> None:
+    """It traces the backward once more, and there an operator that only writes what nothing reads would be gone."""
+    _, _, out = spoilt(kind, inner="aot_eager")
+    traced = torch.compile(backend="aot_eager")
+    with pytest.raises(RegenerationError, match=GUARDS[kind]):
+        with compiled_autograd._enable(traced):  # pyright: ignore[reportPrivateUsage]
+            out.sum().backward()
 
 
 def test_nothing_is_checked_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
