@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.node import has_side_effect
 from torch.utils import _python_dispatch
 
 from revfx.errors import RegenerationError
@@ -34,7 +35,7 @@ def _check(ok: Tensor, messages: Sequence[str]) -> None:
 
 _OPERATORS.impl("check", _check, "CompositeExplicitAutograd")
 torch.library.register_fake("revfx::check", lambda ok, messages: None, lib=_OPERATORS)
-fx.node.has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd traces the backward once more
+has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd traces the backward once more
 
 
 def add_check(graph: fx.Graph, ok: fx.Node, messages: Sequence[str], meta: Mapping[str, Any]) -> fx.Node:

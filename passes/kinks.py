@@ -1,10 +1,11 @@
 """Which values a rounding inverse must not give back, since an operation tells the numbers that they hold from others.
 
-Zeros are counted, or put back where they were (see `revfx.passes.atoms`). But a stream that starts as whole numbers,
-and to which dropout adds nothing in places, holds these numbers there, and `floor(1 - 1e-16)` is 0. So it is followed
-upwards where operations jump or bend: only at zero, as relu, or elsewhere, as floor, hardtanh and `>= 1`; and downwards
-which numbers a value takes with positive probability. A sum of two such values may come as near to zero as rounding
-(0.1 + 0.2 - 0.3 is 6e-17), which relu tells from zero; so may what a normalisation makes of constant rows.
+Zeros are counted (see `revfx.passes.atoms`), or, in compiled graphs, kept where something sees them. But a stream that
+starts as whole numbers, and to which dropout adds nothing in places, holds these numbers there, and `floor(1 - 1e-16)`
+is 0. So it is followed upwards where operations jump or bend: only at zero, as relu, or elsewhere, as floor, hardtanh
+and `>= 1`; and downwards which numbers a value takes with positive probability. A sum of two such values may come as
+near to zero as rounding (0.1 + 0.2 - 0.3 is 6e-17), which relu tells from zero; so may what a normalisation makes of
+constant rows.
 """
 
 from __future__ import annotations
