@@ -25,8 +25,8 @@ from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
 from revfx.passes.kinks import barred
 from revfx.passes.moved import directions_of, moved
+from revfx.passes.shape_only import of_its_shape
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
-from revfx.passes.unread import of_its_shape
 from revfx.rules import Inverse
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
 from revfx.passes import _torch
+from revfx.passes.borders import store_borders
 from revfx.passes.diagnose import diagnose
 from revfx.passes.exact_joint import exact_forward
 from revfx.passes.facts import Facts
@@ -33,7 +34,6 @@ from revfx.passes.joint import (
 )
 from revfx.passes.plan import anchors, deep_in_half_precision
 from revfx.passes.program import Program
-from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
 from revfx.passes.regenerate import Options, Regenerator
 from revfx.passes.regions import Region, find_regions
@@ -114,7 +114,7 @@ def rewrite(
         _rewire(joint, forward, regenerator, readers)
         if options.stored is not None:
             for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
-                realise(step_of, regenerator.kept, options.stored)
+                store_borders(step_of, regenerator.kept, options.stored)
     return Report(tuple(reversed(found)), refusals, tuple(warnings), tuple(reversed(details)))
 
 

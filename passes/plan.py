@@ -191,7 +191,7 @@ def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
     return some_of(t.detach(), most).clone()
 
 
-def images(step: Step) -> dict[int, int]:
+def inverted_from(step: Step) -> dict[int, int]:
     """Return, for each value of the step's entry that is inverted, the one of its exit that this starts from."""
     above = {a.head: a.tail[0] for a in step.arcs}
     found: dict[int, int] = {}

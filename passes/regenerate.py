@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes import _torch
+from revfx.passes.borders import Stored
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
@@ -28,7 +29,7 @@ from revfx.passes.plan import (
     MARGIN,
     amplification,
     drifted,
-    images,
+    inverted_from,
     larger,
     precision,
     sample,
@@ -36,7 +37,6 @@ from revfx.passes.plan import (
     tolerance_of,
 )
 from revfx.passes.program import Arc
-from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, same_strides, tensors_of
@@ -60,7 +60,7 @@ class Options:
     `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps. Before
     every `anchor_every` couplings a cut is kept in any case. `decompositions` says how the graph spells operators.
     `exact`: regions compute on the grid 2^-exact, and what is regenerated must be bit for bit what it was. `stored` is
-    an identity that an inner compiler which fuses does not look through (see `revfx.passes.realise`).
+    an identity that an inner compiler which fuses does not look through (see `revfx.passes.borders`).
     """
 
     unbounded: str = "assert"
@@ -156,7 +156,7 @@ class Regenerator:
                 cuts_since = []
             else:
                 made_here = {v: self.values[v] for v in step.entry if v in self.values}
-                origins.update(images(step))
+                origins.update(inverted_from(step))
                 cuts_since.append((made_here, dict(origins), program.ops[step.start].where))
 
     def node(self, value: int) -> fx.Node:

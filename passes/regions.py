@@ -116,7 +116,7 @@ def _reruns_all(walk: Walk) -> bool:
     return walk.steps[-1].start == 0 and not any(s.inverts for s in walk.steps)
 
 
-def climb(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:
+def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:
     """Return all steps upwards from one cut with given side inputs, and what stopped the next one."""
     steps: list[Step] = []
     while stop > 0:
@@ -150,15 +150,15 @@ def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: froz
 
     Nothing tells of such a value but what makes it: a step that reads it goes up to there, past every coupling between.
     """
-    steps, stuck = climb(program, stop, live, side)
+    steps, stuck = extend(program, stop, live, side)
     while inverting := [s for s in steps if s.inverts]:
         largest = max(inverting, key=lambda s: _made(program, s.start, s.stop))
         shared = frozenset(_shared(program, largest, side))
-        with_all = climb(program, largest.stop, largest.exit, side | shared)[0] if shared else []
+        with_all = extend(program, largest.stop, largest.exit, side | shared)[0] if shared else []
         across = shared.intersection(v for s in with_all for v in s.entry)
         if not across:
             break
-        more, then = climb(program, largest.stop, largest.exit, side | across)
+        more, then = extend(program, largest.stop, largest.exit, side | across)
         instead = [*(s for s in steps if s.start >= largest.stop), *more]
         takes = _taken(program, steps, side, largest.start)
         if not _pays(program, more, across) or _taken(program, instead, side | across, largest.start) >= takes:

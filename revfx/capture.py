@@ -31,7 +31,7 @@ from revfx.intercept import intercepted, recording
 from revfx.outside import Outside
 from revfx.passes.facts import GENERIC, is_mask
 from revfx.passes.numbers import is_generic
-from revfx.passes.unread import of_its_shape
+from revfx.passes.shape_only import of_its_shape
 from revfx.reads import Reads, noting_reads
 from revfx.rules import op_name
 from revfx.sources import refuse_sources

@@ -31,7 +31,7 @@ from revfx.layout import ALIGNED, identity, leaf, placed, restrided
 from revfx.mode import without_hooks
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step
-from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, images, schedule
+from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, inverted_from, schedule
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.sides import Sides
@@ -205,7 +205,7 @@ class RegionRun:
                 if growing or number == len(region.steps) - 1:
                     self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
                 if sampled:
-                    self.samples.rescale(number, images(step), env)
+                    self.samples.rescale(number, inverted_from(step), env)
                 for v in asked:
                     if last[v] < step.stop:
                         env.pop(v, None)

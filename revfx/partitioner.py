@@ -21,11 +21,11 @@ from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.mode import uncollected
 from revfx.passes.aliases import save_bases
+from revfx.passes.borders import STEP
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.grid import checked_exact
 from revfx.passes.partition import Report, rewrite
 from revfx.passes.plan import checked_every
-from revfx.passes.realise import STEP
 from revfx.passes.regenerate import Options
 
 

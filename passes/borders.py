@@ -27,7 +27,7 @@ POLICY = ("recompute", "ac_graph_id")  # keys by which torch's partitioner is to
 Stored = tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]
 
 
-def realise(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], stored: Stored) -> None:
+def store_borders(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], stored: Stored) -> None:
     """Mark nodes with the step that `step_of` tells, and store what crosses one, except the `spared` nodes.
 
     `stored` is an operator, an identity that the compiler does not look through, and its further arguments for a value.
