@@ -9,42 +9,73 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.node import has_side_effect
 from torch.utils import _python_dispatch
+
+from revfx.errors import RegenerationError
 
 
 GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv.error_on_new_guards` raises
 
 
+# What compiled graphs check. A custom operator, as no compiler fuses one: what an assertion in a kernel of many threads
+# throws ends the process. It is said to write its argument, since whatever writes is kept though nothing reads it; and
+# to be unsafe in CUDA graphs, since it waits for the device.
+_OPERATORS = torch.library.Library("revfx", "FRAGMENT")
+_OPERATORS.define("check(Tensor(a!) ok, str[] messages) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+def _check(ok: Tensor, messages: Sequence[str]) -> None:
+    for good, message in zip(ok.tolist(), messages, strict=True):
+        if not good:
+            raise RegenerationError(message)
+
+
+_OPERATORS.impl("check", _check, "CompositeExplicitAutograd")
+torch.library.register_fake("revfx::check", lambda ok, messages: None, lib=_OPERATORS)
+has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd traces the backward once more
+
+
+def add_check(graph: fx.Graph, ok: fx.Node, messages: Sequence[str], meta: Mapping[str, Any]) -> fx.Node:
+    """Add to the end of a graph that a run raises, for the first element of `ok` that is false, its message."""
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(torch.ops.revfx.check.default, (ok, list(messages)))
+    node.meta.update(meta, val=None)
+    return node
+
+
 def is_overload(target: Any) -> bool:
-    """Whether a node calls an operator overload."""
+    """Return whether a node calls an operator overload."""
     return isinstance(target, torch._ops.OpOverload)
 
 
 def packet_name(target: Any) -> str:
-    """The bare name of an operator overload; the empty string of anything else."""
+    """Return the bare name of an operator overload; the empty string of anything else."""
     return target.overloadpacket.__name__ if is_overload(target) else ""
 
 
 def argument_names(target: Any) -> list[str]:
-    """The names of an operator overload's arguments, in order."""
+    """Return the names of an operator overload's arguments, in order."""
     return [a.name for a in target._schema.arguments]
 
 
 def writes(target: Any) -> bool:
-    """Whether an operator overload writes one of its arguments."""
+    """Return whether an operator overload writes one of its arguments."""
     return target._schema.is_mutable
 
 
 def is_pure(target: Any) -> bool:
-    """Whether an operator of torch's own computes the same result whenever it is called."""
+    """Return whether an operator of torch's own computes the same result whenever it is called."""
     drawn = torch.Tag.nondeterministic_seeded in target.tags
     return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
 
 
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether calling an operator overload takes random numbers; attention without dropout says so, and does not."""
+    """Return whether calling an operator overload takes random numbers; attention without dropout says so, and does
+    not.
+    """
     if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     if "scaled_dot_product" not in packet_name(target):
@@ -55,28 +86,30 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def may_alias(target: Any) -> bool:
-    """Whether an operator may return memory of its arguments; `_unsafe_view` does so though its schema denies it."""
+    """Return whether an operator may return memory of its arguments; `_unsafe_view` does so though its schema denies
+    it.
+    """
     if packet_name(target) == "_unsafe_view":
         return True
     return is_overload(target) and any(r.alias_info is not None for r in target._schema.returns)
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that two live tensors share exactly when they share memory."""
+    """Return a number that two live tensors share exactly when they share memory."""
     return tensor.untyped_storage()._cdata
 
 
 def plain_input(placeholder: Any) -> int | None:
-    """Which input of the compiled function a joint graph's placeholder is; None where it was made from others."""
+    """Return which input of the compiled function a joint graph's placeholder is; None where it was made of others."""
     desc = placeholder.meta.get("desc")
     return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
 
 
 def is_real(t: Tensor) -> bool:
-    """Whether a parameter has values that this process may look at: not fake, meta or spread over others."""
+    """Return whether a parameter has values that this process may look at: not fake, meta or spread over others."""
     return type(t) in (Tensor, nn.Parameter) and not t.is_meta
 
 
 def outside_modes() -> AbstractContextManager[Any]:
-    """A context in which real tensors can be computed with, though a graph is traced around."""
+    """Return a context in which real tensors can be computed with, though a graph is traced around."""
     return _python_dispatch._disable_current_modes()

@@ -1,8 +1,8 @@
 """Which values of a compiled graph may be so large that a stream loses its digits next to them.
 
-What a network computes is of ordinary size: such sums are not looked at, which would take a pass over every stream. Of
-masks this can't be said: they hold -1e9, the lowest number or -inf, as a buffer, as a number in the program, or as an
-input. Whatever follows from them is followed, up to where a function is bounded.
+What a network computes is of ordinary size. Of masks this can't be said: they hold -1e9, the lowest number or -inf, as
+a buffer, as a number in the program, or as an input. Whatever follows from them is followed, up to where a function is
+bounded; a stream that such a value is added to is kept.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes.bounds import Interval, bounds
-from revfx.passes.cancel import is_lost, size_of
 from revfx.passes.facts import HUGE as SEEN
 from revfx.passes.names import MIXERS, SUMS, bare
-from revfx.passes.plan import tolerance_of
-from revfx.passes.program import GIVEN, HUGE, ORDINARY, Arc
 from revfx.rules import op_name
 
 
+ORDINARY, GIVEN, HUGE = 0, 1, 2  # as networks compute it; an input of the step, or a multiple of one; a mask
 # Of these an argument that is a number is one that elements of the result may be, or are multiplied by.
 VALUED = frozenset("full full_like fill mul div add sub rsub masked_fill where scalar_tensor constant_pad_nd".split())
 NORMALISED = frozenset(
@@ -31,9 +29,9 @@ NORMALISED = frozenset(
 )  # `exp`: of a mask it is 0
 
 
-def addends(graph: fx.Graph, inputs: Collection[fx.Node], facts: Mapping[fx.Node, Sequence[str]]) -> dict[fx.Node, int]:
-    """For every node of a graph whether its value is ORDINARY, GIVEN (an input of the step, or a multiple of one, of
-    which nothing is known) or HUGE, as far as that follows from numbers in the program and from `facts`.
+def addends(graph: fx.Graph, inputs: Collection[fx.Node], facts: Mapping[fx.Node, Sequence[str]]) -> frozenset[fx.Node]:
+    """Return the nodes of a graph whose values may be huge, as far as that follows from numbers in the program and from
+    `facts`: also `inputs` of the step, of which nothing is known, until they are mixed.
     """
     found: dict[fx.Node, int] = {}
     within = bounds(graph)
@@ -44,7 +42,7 @@ def addends(graph: fx.Graph, inputs: Collection[fx.Node], facts: Mapping[fx.Node
             found[node] = GIVEN if node in inputs and _floating(node) else ORDINARY
         else:
             found[node] = _level(node, found, within) if node.op == "call_function" else ORDINARY
-    return found
+    return frozenset(n for n, level in found.items() if level > ORDINARY)
 
 
 def _level(node: fx.Node, found: Mapping[fx.Node, int], within: Mapping[fx.Node, Interval]) -> int:
@@ -65,7 +63,7 @@ def _level(node: fx.Node, found: Mapping[fx.Node, int], within: Mapping[fx.Node,
 
 
 def has_huge(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether an argument of a node is a number next to which ordinary ones lose digits."""
+    """Return whether an argument of a node is a number next to which ordinary ones lose digits."""
     numbers = [
         x for x in (*node.args, *node.kwargs.values()) if isinstance(x, (int, float)) and not isinstance(x, bool)
     ]
@@ -75,27 +73,10 @@ def has_huge(node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def hides(dtype: torch.dtype) -> float:
-    """The size of a number next to which a number of size 1 loses half of its digits."""
+    """Return the size of a number next to which a number of size 1 loses half of its digits."""
     return torch.finfo(dtype).eps ** -0.5
 
 
 def _floating(node: fx.Node) -> bool:
     val = node.meta.get("val")
     return isinstance(val, Tensor) and val.is_floating_point()
-
-
-def remembers(arc: Arc, tolerance: float | None, x: Tensor, *tail: Tensor) -> Tensor:
-    """Whether an arc gives its head `x` back from `tail` with its digits."""
-    limit = tolerance_of(x.dtype, tolerance)
-    fits = torch.finfo(x.dtype).eps * tail[0].abs().amax() <= limit * size_of(x)
-    return fits | ~is_lost(arc.solve(*tail), x, limit)
-
-
-def lost_text(name: str, where: str, addend: int) -> str:
-    """What a run says where an arc does not."""
-    remedy = "'unbounded': 'store'" if addend == HUGE else "'anchor_every': 1"
-    return (
-        f"revfx: `{name}`, which goes into the coupling at {where}, can't be computed back: what is added to it is so "
-        f"large that its digits are lost, as next to a mask of -1e9; compile with options={{{remedy}}}, which keeps "
-        "it, or use `revfx.convert` (capture='fx')"
-    )

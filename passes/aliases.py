@@ -18,8 +18,8 @@ from revfx.passes.sizes import tensors_of
 
 
 def save_bases(forward: fx.Graph, backward: fx.Graph, num_outputs: int) -> None:
-    """None; rewrites the halves of a joint graph, of whose forward's results the first `num_outputs` are outputs, and
-    the others are saved for the backward, whose placeholders go by their names.
+    """Rewrite the halves of a joint graph, of whose forward's results the first `num_outputs` are outputs, and the
+    others are saved for the backward, whose placeholders go by their names.
     """
     results = list(output_args(forward))
     outputs = {n for n in results[:num_outputs] if isinstance(n, fx.Node)}
@@ -62,8 +62,8 @@ def save_bases(forward: fx.Graph, backward: fx.Graph, num_outputs: int) -> None:
 
 
 def _views(node: fx.Node, outputs: Collection[fx.Node], given: Container[str]) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The input or output in whose memory `node` lies, and the operations, in order, that take it of that; (None, [])
-    if there is none, or these need more than the backward is `given`.
+    """Return the input or output in whose memory `node` lies, and the operations, in order, that take it of that;
+    (None, []) if there is none, or these need more than the backward is `given`.
     """
     path = [node]
     found: tuple[fx.Node | None, list[fx.Node]] = None, []
@@ -77,12 +77,12 @@ def _views(node: fx.Node, outputs: Collection[fx.Node], given: Container[str]) -
 
 
 def _memory(node: fx.Node) -> set[int]:
-    """The storages that a node's tensors lie in."""
+    """Return the storages that a node's tensors lie in."""
     return {_torch.storage_key(t) for t in tensors_of(node.meta.get("val")) if t.layout == torch.strided}
 
 
 def _unwatched(node: fx.Node) -> bool:
-    """Whether a function of the user's keeps a tensor where autograd looks for no writes (`ctx.x = x`)."""
+    """Return whether a function of the user's keeps a tensor where autograd looks for no writes (`ctx.x = x`)."""
     return bool(node.meta.get("saved_tensor_with_no_vc_check"))
 
 
@@ -91,11 +91,11 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _is_copyable(placeholder: fx.Node) -> bool:
-    """Whether nothing in the backward goes by the strides of what it is given."""
+    """Return whether nothing in the backward goes by the strides of what it is given."""
     return not any(u.target is torch.ops.aten.as_strided.default for u in placeholder.users)
 
 
 def _is_dense(node: fx.Node) -> bool:
-    """Whether a copy of a node's tensor has its strides."""
+    """Return whether a copy of a node's tensor has its strides."""
     t = node.meta["val"]
     return isinstance(t, torch.Tensor) and t.clone().stride() == t.stride()

@@ -17,13 +17,15 @@ from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
-from revfx.passes.kinks import OF_SUMS, Apart, numberless, told_apart
+from revfx.passes.kinks import CERTAIN_ZEROS, OF_SUMS, numberless, told_apart
 from revfx.passes.masks import masked_arcs
 from revfx.passes.moved import directions_of, moved
-from revfx.passes.names import PRODUCTS, SUMS, SUMS_WITH_PRODUCT, bare
-from revfx.passes.program import HUGE, ORDINARY, Arc, Op, Program, Value
+from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
+
+
+HIDDEN = "what is added to it may be so large that its digits are lost, as next to a mask of -1e9"
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,12 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     exact: bool = False,
-    told: Mapping[fx.Node, Apart] | None = None,
-    fresh: Collection[fx.Node] = (),
+    barred: Mapping[fx.Node, str] | None = None,
 ) -> Lowered:
-    """The program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that round.
+    """Return the program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that
+    round.
 
-    `told`: what tells the numbers of nodes apart, where nobody can look at these before an inverse is decided on;
-    `fresh`: the nodes that hold none there.
+    `barred`: why no inverse that rounds may give nodes back, where nobody can look at their numbers while it runs.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
@@ -65,7 +66,7 @@ def lower(
     `grid`, `kept` and `directions` (what its rule would yield). A node whose result is a tuple and the getitem
     nodes that take it apart become one operation with several outputs.
     """
-    lowered = _Lowering(graph, module_of, sources, told, fresh).run()
+    lowered = _Lowering(graph, module_of, sources, barred).run()
     if not exact:
         return lowered
     ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
@@ -88,17 +89,16 @@ class _Lowering:
         graph: fx.Graph,
         module_of: Callable[[str], torch.nn.Module] | None,
         sources: Collection[fx.Node],
-        told: Mapping[fx.Node, Apart] | None,
-        fresh: Collection[fx.Node],
+        barred: Mapping[fx.Node, str] | None,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
-        self.atoms, self.bounds = atoms(graph), bounds(graph)
-        self.looks = told is None
+        self.bounds, self.barred = bounds(graph), barred
         self.directions: dict[fx.Node, list[Direction]] = {}
-        moves = moved(graph, self._directions) if told is None else []
-        self.told_apart = told_apart(graph, self.atoms, moves, OF_SUMS) if told is None else told
-        self.perhaps_told = told_apart(graph, self.atoms, moves) if told is None else told
-        self.numberless = numberless(graph, self.atoms) if told is None else fresh
+        if barred is None:
+            self.atoms, moves = atoms(graph), moved(graph, self._directions)
+            self.told_apart = told_apart(graph, self.atoms, moves, OF_SUMS)
+            self.perhaps_told = told_apart(graph, self.atoms, moves)
+        self.numberless = numberless(graph, self.atoms) if barred is None else frozenset[fx.Node]()
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -206,7 +206,7 @@ class _Lowering:
         )
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
-        """The arc of one direction, or why its domain does not hold."""
+        """Return the arc of one direction, or why its domain does not hold."""
         a, y = inverse.solves.meta["val"], node.meta["val"]
         if not isinstance(y, Tensor):
             return "the result is not one tensor"
@@ -241,48 +241,27 @@ class _Lowering:
             follows=bool(given) and all(self._follows(g, inverse.solves) for g in given),
         )  # fmt: skip
         if rounds and arc.sums:
-            own = HUGE if has_huge(node, y.dtype) else ORDINARY
-            arc = replace(arc, addend=max(own, *(g.meta.get("addend", ORDINARY) for g in given), ORDINARY))
+            arc = replace(arc, huge=has_huge(node, y.dtype) or any(g.meta.get("huge", False) for g in given))
         return self._trusted(arc, inverse.solves) if rounds else arc
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
-        """An arc that rounds, with what is known against it for the sake of its head."""
+        """Return an arc that rounds, with what is known against it for the sake of its head."""
+        if self.barred is not None:
+            return replace(arc, barred=self.barred.get(head, HIDDEN if arc.huge else None))
         atoms, told, perhaps = self.atoms[head], self.told_apart.get(head), self.perhaps_told.get(head)
         if atoms == CERTAIN:
-            return replace(arc, barred="it can hold exact zeros, which a rounding inverse would return as +-1e-17")
+            return replace(arc, barred=CERTAIN_ZEROS)
         if atoms == NONE and perhaps is None:
             return arc
-        # compiled graphs look for numbers of the data, and not for those that cancel whatever they are
-        unseen = not self.looks and (head in self.numberless or self._mixes_data(head))
-        barred = told.text if told and (atoms > RARE or unseen or told.tied) else None
+        barred = told.text if told and (atoms > RARE or told.tied) else None
         return replace(arc, suspect=True, told=perhaps and perhaps.text, apart=told is not None, barred=barred)
 
-    def _mixes_data(self, node: fx.Node) -> bool:
-        """Whether elements of a node come from a sum of several values that may hold numbers of the data, of which none
-        is left to see.
-        """
-        todo, seen = [node], set[fx.Node]()
-        while todo:
-            n = todo.pop()
-            if n in seen or n.op in ("placeholder", "get_attr"):
-                continue
-            seen.add(n)
-            tensors = [x for x in n.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
-            name = bare(op_name(n.target))
-            if self._takes_apart(n) or _moves(self._directions(n)) or (name in PRODUCTS and len(tensors) == 1):
-                todo += n.all_input_nodes
-            elif name in SUMS | SUMS_WITH_PRODUCT:
-                held = [x for x in tensors if not self._is_fresh(x, n)]
-                if len(held) > 1 or len(tensors) == 1 or n.meta.get("cancels", False):
-                    return True
-        return False
-
     def _is_fresh(self, added: fx.Node, node: fx.Node) -> bool:
-        """Whether what is added to a node holds no number of the data, for any element of the sum."""
+        """Return whether what is added to a node holds no number of the data, for any element of the sum."""
         return added in self.numberless and same_shape(added.meta["val"], node.meta["val"])
 
     def _follows(self, node: fx.Node, of: fx.Node) -> bool:
-        """Whether a node is made of what another one holds."""
+        """Return whether a node is made of what another one holds."""
         todo, seen, first = [node], set[fx.Node](), self.index[of]
         while todo:
             n = todo.pop()
@@ -294,7 +273,7 @@ class _Lowering:
         return False
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
-        """The exact form of an operation that is solved for one operand, or why there is none."""
+        """Return the exact form of an operation that is solved for one operand, or why there is none."""
         if node.op == "call_module":
             return "it is a module, which is called as it is"
         if inverse.rest is None:
@@ -318,7 +297,7 @@ class _Lowering:
         return made
 
     def _factor(self, inverse: Inverse, dtype: torch.dtype) -> _Factor | str:
-        """What the solved operand was multiplied by, or why it may be zero."""
+        """Return what the solved operand was multiplied by, or why it may be zero."""
         f = inverse.factor
         if f is None:
             return _Factor(None)
@@ -337,8 +316,8 @@ class _Lowering:
         return _Factor(None) if interval.least >= 1 else _Factor(self.index[f], True, interval.least, interval.typical)
 
     def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, tuple[Arc, ...]]]:
-        """Arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation that
-        makes one of the parts.
+        """Yield arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation
+        that makes one of the parts.
         """
         tiles: dict[tuple[int, int], list[tuple[int, int, Tile]]] = {}
         patches: list[tuple[int, int, Patch]] = []
@@ -380,7 +359,7 @@ class _Lowering:
 
 
 def _normal(dtype: torch.dtype) -> tuple[float, float]:
-    """The smallest and the largest magnitude of a dtype's normal numbers."""
+    """Return the smallest and the largest magnitude of a dtype's normal numbers."""
     if not dtype.is_floating_point and not dtype.is_complex:
         return 1, torch.iinfo(dtype).max
     return torch.finfo(dtype).tiny, torch.finfo(dtype).max
@@ -399,7 +378,7 @@ def _taken(t: Tile) -> Callable[..., Tensor]:
 
 
 def _filled(by: Callable[..., Tensor], constants: dict[int, Any]) -> Callable[..., Tensor]:
-    """`by` with the operands that are plain numbers put in their places."""
+    """Return `by` with the operands that are plain numbers put in their places."""
 
     def solve(y: Tensor, *given: Tensor) -> Tensor:
         rest = iter(given)
@@ -414,14 +393,16 @@ def _filled_rest(rest: Callable[..., Any], constants: dict[int, Any]) -> Callabl
 
 
 def _moves(directions: list[Direction]) -> bool:
-    """Whether an operation's rule only moves elements of its operands."""
+    """Return whether an operation's rule only moves elements of its operands."""
     return bool(directions) and all(
         isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions
     )
 
 
 def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
-    """Indices of ranges that together hit each of 0..size-1 once, longest first from each start; None if none do."""
+    """Return indices of ranges that together hit each of 0..size-1 once, longest first from each start; None if none
+    do.
+    """
     chosen: list[int] = []
     covered = [False] * size
     for want in range(size):
@@ -442,7 +423,7 @@ def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
 
 
 def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[range, bool], ...]) -> Callable[..., Tensor]:
-    """The function that puts parts together; functional, since it is traced into compiled graphs as well."""
+    """Return the function that puts parts together; functional, since it is traced into compiled graphs as well."""
     in_order = all(index.step == 1 or len(index) == 1 for index, _ in parts)  # an exact cover has them sorted
 
     def solve(*tensors: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ NONE, RARE, PERHAPS, CERTAIN = 0, 1, 2, 3
 
 
 def has_atoms(name: str, operands: Iterable[int]) -> int:
-    """NONE, RARE or PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such operands.
+    """Return NONE, RARE or PERHAPS (zeros are counted at run time) or CERTAIN atoms in what `name` gives for such
+    operands.
 
     A number that is added, or multiplied by, moves atoms to where nothing is counted.
     """
@@ -81,7 +82,8 @@ class Levels:
         keyed: Any,
         alike: Mapping[Any, Hashable] = MappingProxyType({}),
     ) -> int:
-        """The level of a new value `name(*args)`; `keyed` gives the key of an argument that is a tensor, else None.
+        """Return the level of a new value `name(*args)`; `keyed` gives the key of an argument that is a tensor, else
+        None.
 
         Values that are `alike` equal each other in places, where one may take the other off.
         """
@@ -107,7 +109,7 @@ class Levels:
         return level
 
     def _linear(self, bare: str, args: tuple[Any, ...], kwargs: Any, keyed: Any) -> list[Terms] | None:
-        """The multiples of values that an operation adds up, one sum for each of its operands; None: it doesn't."""
+        """Return the multiples of values that an operation adds up, one sum for each operand; None: it doesn't."""
         signs = LINEAR.get(bare)
         if signs is None:
             by = factor(bare, args)
@@ -131,7 +133,7 @@ LINEAR = dict.fromkeys(("add", "__add__", "__radd__", "__iadd__", "iadd"), (1, 1
 
 
 def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable, float]]:
-    """By value, the sum of its multiples, and of their magnitudes."""
+    """Return, by value, the sum of its multiples, and of their magnitudes."""
     total: dict[Hashable, float] = {}
     size: dict[Hashable, float] = {}
     for part in terms:
@@ -141,7 +143,7 @@ def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable
 
 
 def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For every node of a graph whether its value may have atoms; inputs, sources and unseen insides have.
+    """Return, for every node of a graph, whether its value may have atoms; inputs, sources and unseen insides have.
 
     A part of what was put together has those of the parts that it overlaps. Marks sums of which parts cancel, what is
     computed twice being one part, and notes each node's `Tie`.
@@ -181,12 +183,14 @@ def atoms(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def may_be_continuous(value: Any) -> bool:
-    """Whether a value is no tensor of whole numbers or truth values, all of whose values are atoms."""
+    """Return whether a value is no tensor of whole numbers or truth values, all of whose values are atoms."""
     return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
 
 
 def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, range]]]) -> dict[fx.Node, bool]:
-    """Of a node that is taken of what was `put` together, the parts that it overlaps, and whether it is all of one."""
+    """Return, of a node that is taken of what was `put` together, the parts that it overlaps, and whether it is all of
+    one.
+    """
     taken = node
     number: Any = 0  # or the key, where the whole is a dict
     source: Any = node.args[0] if node.args else None

@@ -106,6 +106,8 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "hardtanh": _within(-1.0, 1.0),
     "hardsigmoid": _within(0.0, 1.0),
     "softmax": _within(0.0, 1.0),
+    "_softmax": _within(0.0, 1.0),
+    "_safe_softmax": _within(0.0, 1.0),
     "softsign": _within(-1.0, 1.0),
     "sin": _within(-1.0, 1.0),
     "cos": _within(-1.0, 1.0),
@@ -146,7 +148,7 @@ ULPS = 8  # by which other functions may miss the nearest number
 
 
 def bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
-    """For every node of a graph, the interval in which all its elements lie, as floating point computes them.
+    """Return, for every node of a graph, the interval in which all its elements lie, as floating point computes them.
 
     Elements that are not a number lie in none.
     """
@@ -171,7 +173,9 @@ def _dtype(node: Any) -> torch.dtype | None:
 
 
 def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Interval:
-    """The interval that rounding leaves of one in exact arithmetic; UNKNOWN where whole numbers wrap around, or may."""
+    """Return the interval that rounding leaves of one in exact arithmetic; UNKNOWN where whole numbers wrap around, or
+    may.
+    """
     if exact == UNKNOWN or dtype is None or dtype.is_complex:
         return exact if dtype is None else UNKNOWN
     name = _bare(node)
@@ -189,7 +193,9 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
 
 
 def _rounded(a: Interval, dtype: torch.dtype | None, ulps: int) -> Interval:
-    """An interval with room for rounding: none at ends that the dtype holds and that are met exactly, as 0 and 1."""
+    """Return an interval with room for rounding: none at ends that the dtype holds and that are met exactly, as 0 and
+    1.
+    """
     if dtype is None or not dtype.is_floating_point:
         return a
     info = torch.finfo(dtype)

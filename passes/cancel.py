@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from revfx.passes import _torch
 from revfx.passes.numbers import some_of
 
 
@@ -18,19 +17,18 @@ ROUNDING = 16  # times eps: what an inverse that loses nothing may be off by
 
 
 def size_of(x: Tensor) -> Tensor:
-    """A magnitude that most elements of `x` stay below, going by some of them; NaN or 0 where that can't be told.
+    """Return a magnitude that most elements of `x` stay below, going by some of them; NaN or 0 where that can't be
+    told.
 
     A few huge elements don't change it, as they do the root mean square, nor many tiny ones, as they do the median.
     """
     size = some_of(x, SAMPLE).abs()
-    if not _torch.is_real(x):  # in a graph, whose sizes may be symbols
-        return size.sort().values[9 * size.shape[0] // 10 :].amin()
     above = max(1, math.floor((1 - USUAL) * size.numel()))
     return size.topk(above, sorted=False).values.amin()  # `kthvalue` is not deterministic on GPUs
 
 
 def is_lost(back: Tensor, x: Tensor, limit: float) -> Tensor:
-    """Whether `back` misses an element of `x` by more than `limit`, relative to it and to `x` as it usually is.
+    """Return whether `back` misses an element of `x` by more than `limit`, relative to it and to `x` as it usually is.
 
     One that is not finite has to come back as it was. A single element may come out better than its error's bound by
     luck, so of what an inverse gives `LUCK` times less is asked.

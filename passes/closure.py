@@ -51,11 +51,11 @@ class Closure:
         return value in self._known or v.source or v.kept
 
     def add(self, index: int) -> list[int]:
-        """The values that become known, in order, when operation `index` is added."""
+        """Return the values that become known, in order, when operation `index` is added."""
         return self.add_all((index,))
 
     def add_all(self, indices: Iterable[int]) -> list[int]:
-        """The values that become known, in order, when some operations are added at once.
+        """Return the values that become known, in order, when some operations are added at once.
 
         One chain of operations runs after the other: side by side their values would be there at the same time.
         """
@@ -101,7 +101,7 @@ class Closure:
 
 
 def _rank(derivation: Derivation) -> int:
-    """Which derivations come first: those that give the bits of the forward, then those that round."""
+    """Return which derivations come first: those that give the bits of the forward, then those that round."""
     if isinstance(derivation, Forward):
         return 0
     return 3 if derivation.arc.barred is not None else 1 if derivation.arc.exact else 2

@@ -61,7 +61,7 @@ class Stuck:
 
 
 def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, None]:
-    """The live set before operation `index`, from the one after it; ordered."""
+    """Return the live set before operation `index`, from the one after it; ordered."""
     op = program.ops[index]
     before = {v: None for v in live if v not in op.outs}
     before.update(dict.fromkeys(program.data(op.ins)))
@@ -71,7 +71,7 @@ def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, 
 def find_step(
     program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int = PATIENCE
 ) -> Step | Stuck:
-    """The step that ends at the cut before operation `stop`, or why there is none."""
+    """Return the step that ends at the cut before operation `stop`, or why there is none."""
     closure = Closure(program, (*exit, *side))
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
@@ -140,7 +140,7 @@ def _step(
 
 
 def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
-    """Whether a cut before `start` would hold both a selected value and what it was selected from.
+    """Return whether a cut before `start` would hold both a selected value and what it was selected from.
 
     Operations below the cut may compare them, so they must be regenerated together.
     """
@@ -158,7 +158,8 @@ def _closure(program: Program, start: int, stop: int, known: Iterable[int], trus
 
 
 def _may_give_way(program: Program, derivation: Derivation, start: int) -> bool:
-    """Whether a derivation is an inverse of which the head is made in the step, so that it may be computed again.
+    """Return whether a derivation is an inverse of which the head is made in the step, so that it may be computed
+    again.
 
     The search meets what reads a value before what makes it, and so solves for it first.
     """
@@ -166,7 +167,9 @@ def _may_give_way(program: Program, derivation: Derivation, start: int) -> bool:
 
 
 def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:
-    """Those of `order` that deriving `wanted` takes, in the same order; a barred inverse counts as a saved value."""
+    """Return those of `order` that deriving `wanted` takes, in the same order; a barred inverse counts as a saved
+    value.
+    """
     made: dict[int, int] = {}
     order = list(order)
     for i, d in enumerate(order):

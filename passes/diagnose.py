@@ -12,7 +12,7 @@ from revfx.passes.program import Program
 
 
 def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
-    """The root causes of a stuck cut, each with the operation and the user's file and line.
+    """Return the root causes of a stuck cut, each with the operation and the user's file and line.
 
     Values that are unknown and the unknown values that each of their arcs would need form a graph. Its condensation
     has sinks: a value that no arc gives (its readers have no inverse for it), or a cycle (a value that is needed to
@@ -36,7 +36,9 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
 
 
 def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
-    """Edges from each unknown value to the unknown values that its inverse arcs inside the tried operations need."""
+    """Return edges from each unknown value to the unknown values that its inverse arcs inside the tried operations
+    need.
+    """
     window = range(stuck.start, stuck.stop)
     graph: nx.DiGraph[int] = nx.DiGraph()
     todo = list(stuck.unknown)
@@ -72,7 +74,7 @@ def _lost(program: Program, stuck: Stuck, value: int) -> list[Refusal]:
 
 
 def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
-    """A value that would have to be solved from something computed from itself: `y = x + f(x)`.
+    """Return a value that would have to be solved from something computed from itself: `y = x + f(x)`.
 
     Unless all of them pass through one that nothing gives back: then they form a loop only because of that.
     """
@@ -96,7 +98,7 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
 
 
 def _waist(program: Program, stuck: Stuck, members: set[int]) -> int | None:
-    """The last of `members` that no inverse gives and that is read when none made before it is read any more.
+    """Return the last of `members` that no inverse gives and that is read when none made before it is read any more.
 
     What is read below the tried operations is known.
     """

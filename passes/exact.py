@@ -29,7 +29,8 @@ Insert = Callable[[fx.Node, Callable[..., Tensor], Sequence[fx.Node], fx.Node], 
 
 
 def exact_regions(program: Program, carries: bool = True) -> tuple[Program, tuple[Region, ...], tuple[Stuck, ...]]:
-    """The program with those arcs only that can be undone bit for bit, its regions, and where the search got stuck.
+    """Return the program with those arcs only that can be undone bit for bit, its regions, and where the search got
+    stuck.
 
     Of each operation one arc that rounds is left at most: the one by which a region reaches its cuts. `carries`:
     streams in half precision may be carried in float32.
@@ -48,7 +49,7 @@ def exact_regions(program: Program, carries: bool = True) -> tuple[Program, tupl
 
 
 def _why_not(program: Program, index: int, arc: Arc, carries: bool) -> str | None:
-    """Why an arc has no exact form, or None."""
+    """Return why an arc has no exact form, or None."""
     half = _is_half(program.values[arc.head].dtype)
     if half and not carries:
         return "no exact inverse: half precision has no room for a grid"
@@ -62,7 +63,9 @@ def _why_not(program: Program, index: int, arc: Arc, carries: bool) -> str | Non
 
 
 def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> Program:
-    """The program without the arcs for which there is a reason; the others have no rounding left to be barred for."""
+    """Return the program without the arcs for which there is a reason; the others have no rounding left to be barred
+    for.
+    """
 
     def limited(i: int, op: Op) -> Op:
         reasons = [why_not(i, a) for a in op.arcs]
@@ -80,7 +83,7 @@ def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> 
 
 
 def put_on_grid(lowered: Lowered, regions: Sequence[Region], k: int, insert: Insert) -> None:
-    """None; makes the graph that `lowered` came from compute the exact forward on the grid 2^-k.
+    """Make the graph that `lowered` came from compute the exact forward on the grid 2^-k.
 
     `lowered` holds what `exact_regions` gave. `insert(before, function, arguments, like)` adds a node, described as
     `like` is. New nodes carry their own rules as `meta["directions"]`, by which the graph is to be lowered again.
@@ -100,7 +103,7 @@ class _Rewrite:
         self.readers: set[fx.Node] = set()  # of what lies on the grid, as it is carried
 
     def region(self, region: Region) -> set[int]:
-        """The values of a region that now lie on the grid."""
+        """Return the values of a region that now lie on the grid."""
         program, must = self.program, _on_grid(self.program, region)
         nodes = self.lowered.op_nodes[region.start : region.stop]
         order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -165,7 +168,7 @@ class _Rewrite:
         return new
 
     def cast(self, v: int) -> None:
-        """None; all but the readers that take what is carried get the dtype that the value had.
+        """Give all readers but those that take what is carried the dtype that the value had.
 
         Each casts for itself: a cast that several share would be one more value that lives across cuts.
         """
@@ -177,12 +180,12 @@ class _Rewrite:
 
 
 def _sequence(node: fx.Node) -> int | None:
-    """The number that autograd gave to an operation and to its backward, where a graph holds both."""
+    """Return the number that autograd gave to an operation and to its backward, where a graph holds both."""
     return node.meta.get("seq_nr")
 
 
 def _on_grid(program: Program, region: Region) -> set[int]:
-    """The values that must lie on the grid: what a used arc gives or starts from, and what that was moved from."""
+    """Return the values that must lie on the grid: what a used arc gives or starts from, and what that moved from."""
     must: set[int] = set()
     for d in (d for s in region.steps for d in s.derive if isinstance(d, Invert)):
         must.update((d.arc.head, *(d.arc.tail if d.arc.exact else d.arc.tail[:1])))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
-from revfx.passes.numbers import follow_none, is_generic, is_huge
+from revfx.passes.numbers import is_generic, is_huge
 from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
@@ -31,8 +31,8 @@ Facts = tuple[tuple[int, str], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """What holds of which of these inputs: pairs of its number and PERMUTATION, BINARY, GENERIC (`is_generic`) or HUGE
-    (`is_huge`).
+    """Return what holds of which of these inputs: pairs of its number and PERMUTATION, BINARY, GENERIC (`is_generic`)
+    or HUGE (`is_huge`).
     """
     tensors = [(i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor)]
     return tuple((i, fact) for i, t in tensors for fact in (*_facts(t), *_of_numbers(t)))
@@ -54,7 +54,7 @@ def _facts(t: Tensor) -> tuple[str, ...]:
 
 
 def is_mask(t: Tensor) -> bool:
-    """Whether a tensor holds zeros and ones, some of each, and nothing else."""
+    """Return whether a tensor holds zeros and ones, some of each, and nothing else."""
     return BINARY in _facts(t)
 
 
@@ -74,17 +74,15 @@ def _is_binary(b: Tensor) -> Tensor:
 TESTS: Mapping[str, Callable[..., Tensor]] = {
     PERMUTATION: _is_permutation,
     BINARY: _is_binary,
-    GENERIC: follow_none,
 }
 WORDS = {
     PERMUTATION: "an index is no permutation",
     BINARY: "a mask does not hold zeros and ones only",
-    GENERIC: "the numbers of a parameter follow a pattern",
 }
 
 
 def check(fact: str, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
-    """The test of a fact, and what a run says where it fails."""
+    """Return the test of a fact, and what a run says where it fails."""
     return TESTS[fact], (
         f"revfx: {WORDS[fact]} (`{name}`, at {where}), unlike when this model was compiled, so what was computed with "
         "it can't be computed back; call `torch.compiler.reset()` after changing such a tensor"
@@ -93,7 +91,8 @@ def check(fact: str, name: str, where: str) -> tuple[Callable[..., Tensor], str]
 
 # --- facts of the nodes of a graph
 def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any) -> dict[fx.Node, tuple[str, ...]]:
-    """The facts of a graph's nodes that follow from those `known` of its inputs and from what tensors `owner` holds.
+    """Return the facts of a graph's nodes that follow from those `known` of its inputs and from what tensors `owner`
+    holds.
 
     They are hints: what relies on one checks the very node.
     """
@@ -111,7 +110,7 @@ def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any
 
 
 def constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
-    """The values of nodes that follow from numbers alone, such as the index that a `roll` is spelled with.
+    """Return the values of nodes that follow from numbers alone, such as the index that a `roll` is spelled with.
 
     Of whole numbers and booleans only, and of no more than `LIMIT` of them.
     """
@@ -153,7 +152,7 @@ class Masks:
 
 
 def masks(graph: fx.Graph) -> Masks:
-    """The masks of a graph: booleans, values that are known to be binary, and what turns them round."""
+    """Return the masks of a graph: booleans, values that are known to be binary, and what turns them round."""
     of: dict[fx.Node, Mask] = {}
     zero: dict[fx.Node, frozenset[tuple[fx.Node, bool]]] = {}
     for node in graph.nodes:
@@ -168,7 +167,7 @@ def masks(graph: fx.Graph) -> Masks:
 
 
 def bare(node: fx.Node) -> str:
-    """An operation's name without what tells in-place and operator spellings apart: `mul` of `__imul__`."""
+    """Return an operation's name without what tells in-place and operator spellings apart: `mul` of `__imul__`."""
     name = op_name(node.target).strip("_")
     return name[1:] if name in ("iadd", "radd", "isub", "imul", "rmul") else name
 
@@ -202,7 +201,7 @@ def _is_one(x: Any) -> bool:
 def _zero(
     node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, frozenset[tuple[fx.Node, bool]]]
 ) -> frozenset[tuple[fx.Node, bool]]:
-    """Where a node is zero: a product where a factor is, a sum where both are."""
+    """Return where a node is zero: a product where a factor is, a sum where both are."""
     nowhere: frozenset[tuple[fx.Node, bool]] = frozenset()
     if node.op not in ("call_function", "call_method"):
         return nowhere

@@ -86,7 +86,7 @@ def _arguments(args: Any, kwargs: Mapping[str, Any]) -> str:
 
 
 def formula(program: Program, arc: Arc, names: Mapping[int, str]) -> str:
-    """`x1 <- y1 - f(x2)` for an arc; `names` says what else than their own names values are called."""
+    """Return `x1 <- y1 - f(x2)` for an arc; `names` says what else than their own names values are called."""
 
     def name(v: int) -> str:
         return names.get(v, program.values[v].name)

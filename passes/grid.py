@@ -27,7 +27,7 @@ MOST_BITS = 8  # kept per element: factors down to 1/256
 
 
 def checked_exact(exact: Any) -> int | None:
-    """The k of the grid 2^-k that `exact` asks for: None for False, `DEFAULT` for True.
+    """Return the k of the grid 2^-k that `exact` asks for: None for False, `DEFAULT` for True.
 
     Raises:
         ValueError: it is neither a bool nor a whole number from 1 to `FINEST`.
@@ -40,27 +40,27 @@ def checked_exact(exact: Any) -> int | None:
 
 
 def carrier(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a stream has between its couplings: half precision has no room for a grid."""
+    """Return the dtype that a stream has between its couplings: half precision has no room for a grid."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def limit(dtype: torch.dtype, k: int) -> float:
-    """What numbers on the grid 2^-k must stay below, in magnitude; float64 leaves room for products."""
+    """Return what numbers on the grid 2^-k must stay below, in magnitude; float64 leaves room for products."""
     return math.ldexp(1.0, (40 if dtype == torch.float64 else 24) - k)
 
 
 def units(t: Tensor, k: int) -> Tensor:
-    """`t` in units of the grid, rounded to whole ones; no gradient."""
+    """Return `t` in units of the grid, rounded to whole ones; no gradient."""
     return (t.detach().to(carrier(t.dtype)) * math.ldexp(1.0, k)).round()
 
 
 def rounded(t: Tensor, k: int) -> Tensor:
-    """`t` rounded to the grid 2^-k, in the dtype that carries it; no gradient."""
+    """Return `t` rounded to the grid 2^-k, in the dtype that carries it; no gradient."""
     return units(t, k) * math.ldexp(1.0, -k)
 
 
 def straight(plain: Tensor, value: Tensor) -> Tensor:
-    """`value`, a rounding of `plain`, with the gradient of `plain`; zeros are positive."""
+    """Return `value`, a rounding of `plain`, with the gradient of `plain`; zeros are positive."""
     return plain + (value - plain).detach()
 
 
@@ -75,11 +75,11 @@ class ToGrid:
         return "to_grid"
 
     def __call__(self, t: Tensor) -> Tensor:
-        """`t` on the grid."""
+        """Return `t` on the grid."""
         return to_grid(t, self.k)
 
     def value(self, t: Tensor) -> Tensor:
-        """`t` on the grid, without a gradient; zeros are positive, as an inverse gives them."""
+        """Return `t` on the grid, without a gradient; zeros are positive, as an inverse gives them."""
         return rounded(t, self.k) + 0.0
 
 
@@ -94,12 +94,12 @@ class Cast:
         return "cast"
 
     def __call__(self, t: Tensor) -> Tensor:
-        """`t` in the dtype."""
+        """Return `t` in the dtype."""
         return t.to(self.dtype)
 
 
 def to_grid(t: Tensor, k: int) -> Tensor:
-    """`t` rounded to the grid 2^-k, in the dtype that carries it; denormals become zero."""
+    """Return `t` rounded to the grid 2^-k, in the dtype that carries it; denormals become zero."""
     wide = t.to(carrier(t.dtype))
     return straight(wide, rounded(wide, k))
 
@@ -135,13 +135,13 @@ class Coupling:
         return 0 if self.least >= 1 else math.ceil(math.log2(math.ceil(1 / max(self.least, 2.0**-60))))
 
     def __call__(self, x: Tensor, *given: Tensor) -> Tensor:
-        """y, differentiable."""
+        """Return y, differentiable."""
         y = self._scaled(x, *given)
         return y if self.rest is None else y + to_grid(_tensor(self.rest(*given), x), self.k)
 
     def parts(self, given: int) -> list[tuple[Coupling, tuple[int, ...]]]:
-        """The multiplication and the addition, each with a result of its own that must stay in range, and the numbers
-        of those of the `given` operands that it reads.
+        """Return the multiplication and the addition, each with a result of its own that must stay in range, and the
+        numbers of those of the `given` operands that it reads.
         """
         every = tuple(range(given))
         if not self.scales or self.rest is None:
@@ -151,12 +151,12 @@ class Coupling:
         return [(product, factor), (replace(self, scale=1.0, by=None, reciprocal=False, least=1.0), every)]
 
     def value(self, x: Tensor, *given: Tensor) -> Tensor:
-        """y, without a gradient."""
+        """Return y, without a gradient."""
         y = self._product(x, given)
         return y if self.rest is None else y + rounded(_tensor(self.rest(*given), x), self.k)
 
     def inverse(self, y: Tensor, *given: Tensor) -> Tensor:
-        """x from y and, where `bits` is not 0, what `index` gave as the last operand."""
+        """Return x from y and, where `bits` is not 0, what `index` gave as the last operand."""
         index = given[-1] if self.bits else None
         given = given[:-1] if self.bits else given
         y = self._less_rest(y, given)
@@ -167,7 +167,7 @@ class Coupling:
         return (x * math.ldexp(1.0, -self.k) + 0.0).to(y.dtype)
 
     def index(self, x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
-        """Which of the preimages of y x is, packed: uint8 of shape [bits, ceil(elements / 8)]."""
+        """Return which of the preimages of y x is, packed: uint8 of shape [bits, ceil(elements / 8)]."""
         lowest = self._lowest(self._less_rest(y.detach(), given), given)
         return packed(units(x, self.k).double() - lowest, self.bits)
 
@@ -187,7 +187,7 @@ class Coupling:
         return straight(plain, self._product(x, given))
 
     def _product(self, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
-        """c*x on the grid, without a gradient."""
+        """Return c*x on the grid, without a gradient."""
         if not self.scales:
             return x.detach() if self.scale == 1 else 0.0 - x.detach()
         factor, sign = self._factor(x, given)
@@ -195,7 +195,7 @@ class Coupling:
         return (nearest * math.ldexp(1.0, -self.k) + 0.0).to(x.dtype)
 
     def _factor(self, x: Tensor, given: tuple[Tensor, ...]) -> tuple[Any, Any]:
-        """|c|, or its reciprocal where the operand is a divisor, and the sign of c."""
+        """Return |c|, or its reciprocal where the operand is a divisor, and the sign of c."""
         if self.by is None:
             c = self.scale if x.dtype == torch.float64 else struct.unpack("f", struct.pack("f", self.scale))[0]
             return abs(c), math.copysign(1.0, c)
@@ -207,11 +207,11 @@ class Coupling:
         return torch.where(beyond, math.nan, size), sign  # which the range check sees
 
     def _times(self, x: Tensor, factor: Any) -> Tensor:
-        """The whole number nearest to |c|*x, the upper one of two."""
+        """Return the whole number nearest to |c|*x, the upper one of two."""
         return ((x / factor if self.reciprocal else x * factor) + 0.5).floor()
 
     def _lowest(self, u: Tensor, given: tuple[Tensor, ...]) -> Tensor:
-        """The lowest x whose product is u, in units of the grid: division's guess, put right by one."""
+        """Return the lowest x whose product is u, in units of the grid: division's guess, put right by one."""
         factor, sign = self._factor(u, given)
         u = units(u, self.k).double() * sign
         guess = ((u - 0.5) * factor if self.reciprocal else (u - 0.5) / factor).ceil()
@@ -224,7 +224,9 @@ def _tensor(x: Any, like: Tensor) -> Tensor:
 
 
 def packed(index: Tensor, bits: int) -> Tensor:
-    """The lowest `bits` bits of whole numbers, in planes of one bit per element: uint8 [bits, ceil(elements / 8)]."""
+    """Return the lowest `bits` bits of whole numbers, in planes of one bit per element: uint8 [bits, ceil(elements /
+    8)].
+    """
     flat = index.reshape(-1).to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(1, -1, 8)
     planes = (flat >> _numbers(bits, flat).view(-1, 1, 1)) & 1
@@ -232,20 +234,9 @@ def packed(index: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(planes: Tensor, bits: int, like: Tensor) -> Tensor:
-    """The whole numbers that `packed` packed, uint8 in the shape of `like`."""
+    """Return the whole numbers that `packed` packed, uint8 in the shape of `like`."""
     flat = ((planes.unsqueeze(-1) >> _numbers(8, planes)) & 1).view(bits, -1)[:, : like.numel()]
     return (flat << _numbers(bits, planes).view(-1, 1)).sum(0, dtype=torch.uint8).view(like.shape)
-
-
-def packed_rows(mask: Tensor) -> Tensor:
-    """Truth values, eight of a row to a byte: uint8 [..., ceil(row / 8)]; only the size of a row need be known."""
-    rows = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (rows << _numbers(8, rows)).sum(-1, dtype=torch.uint8)
-
-
-def unpacked_rows(planes: Tensor, row: int) -> Tensor:
-    """What `packed_rows` packed, as uint8."""
-    return ((planes.unsqueeze(-1) >> _numbers(8, planes)) & 1).flatten(-2)[..., :row]
 
 
 def _numbers(n: int, like: Tensor) -> Tensor:
@@ -253,7 +244,7 @@ def _numbers(n: int, like: Tensor) -> Tensor:
 
 
 def checksum(t: Tensor) -> Tensor:
-    """A number (int64) that differs, but for chance, between tensors that differ in any bit or in the order of
+    """Return a number (int64) that differs, but for chance, between tensors that differ in any bit or in the order of
     elements; zeros of either sign are the same.
     """
     t = t.detach() + 0.0

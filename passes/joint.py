@@ -23,10 +23,10 @@ from revfx.passes.addends import addends
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
-from revfx.passes.kinks import numberless, told_apart, trusting
+from revfx.passes.kinks import barred
 from revfx.passes.moved import directions_of, moved
+from revfx.passes.shape_only import of_its_shape
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
-from revfx.passes.unread import of_its_shape
 from revfx.rules import Inverse
 
 
@@ -40,30 +40,27 @@ class Forward:
     """What forward outputs need: the joint graph's `nodes`, their program, and which of them stands for what.
 
     `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
-    written after the forward; `trusting` nodes that may be computed back only while generic parameters stay generic;
-    `numberless` ones hold no numbers of the data.
+    written after the forward.
     """
 
     lowered: Lowered
     nodes: frozenset[fx.Node]
     origin: dict[fx.Node, fx.Node]
     mutated: frozenset[fx.Node]
-    trusting: frozenset[fx.Node]
-    numberless: frozenset[fx.Node]
 
     def value_node(self, value: int) -> fx.Node:
-        """The joint graph's node for a value."""
+        """Return the joint graph's node for a value."""
         return self.origin[self.lowered.value_nodes[value]]
 
     def op_node(self, op: int) -> fx.Node:
-        """The joint graph's node for an operation."""
+        """Return the joint graph's node for an operation."""
         return self.origin[self.lowered.op_nodes[op]]
 
 
 def forward_half(
     joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None = None, exact: bool = False
 ) -> Forward:
-    """The forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
+    """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
     `facts` says what was seen of the values of the compiled function's inputs; None: nobody looked, and those that are
     static count as generic parameters in what is added to streams. `exact`: see `lower`.
@@ -83,17 +80,14 @@ def forward_half(
     for node in known:
         node.meta["facts"] = known[node]
     huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
-    levels = atoms(joint)
-    moves = moved(joint, directions_of)
-    told = told_apart(joint, levels, moves)  # also by a backward of the user's own
-    fresh = numberless(joint, levels, [p for i, p in enumerate(primals) if i in static] if facts is None else ())
+    apart = barred(joint, atoms(joint), moved(joint, directions_of))  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
         if node in used:
             copy[node] = new = half.node_copy(node, copy.get)
             _annotate(node, new)
-            new.meta["addend"] = huge[node]
+            new.meta["huge"] = node in huge
             if node in constant:
                 new.meta["constant"] = constant[node]
     for new in half.nodes:
@@ -101,17 +95,17 @@ def forward_half(
             new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
-    theirs = {copy[n]: by for n, by in told.items() if n in copy}
-    lowered = lower(half, sources=sources, exact=exact, told=theirs, fresh={copy[n] for n in fresh if n in copy})
+    theirs = {copy[n]: why for n, why in apart.items() if n in copy}
+    lowered = lower(half, sources=sources, exact=exact, barred=theirs)
     origin = {new: old for old, new in copy.items()}
     written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
-    return Forward(lowered, frozenset(nodes), origin, written_later, trusting(joint, levels, moves), fresh)
+    return Forward(lowered, frozenset(nodes), origin, written_later)
 
 
 def _known(
     joint: fx.Graph, primals: Sequence[fx.Node], static: Collection[int], facts: Facts
 ) -> dict[fx.Node, tuple[str, ...]]:
-    """What is known of the values of nodes; nothing of a model's own inputs, which differ from step to step."""
+    """Return what is known of the values of nodes; nothing of a model's own inputs, which differ from step to step."""
     of: dict[int, list[str]] = {}
     for number, fact in facts:
         of.setdefault(number, []).append(fact)
@@ -120,7 +114,7 @@ def _known(
 
 
 def _read_no_shapes(joint: fx.Graph) -> None:
-    """None; what reads of a tensor no more than its shape does not read it any more."""
+    """Replace what reads of a tensor no more than its shape by what does not read it."""
     for node in joint.nodes:
         name = _torch.packet_name(node.target) if node.op == "call_function" else ""
         told = of_its_shape(name, node.args, node.kwargs, node.meta.get("val"))
@@ -139,7 +133,7 @@ def _sources(
     mutated: Collection[Any],
     ahead: Collection[fx.Node],
 ) -> set[fx.Node]:
-    """What the backward can read at little cost: parameters and buffers, what follows from them alone and is not
+    """Return what the backward can read at little cost: parameters and buffers, what follows from them alone and is not
     larger than they are (views, casts, masks turned round), what is filled with a number, inductor's seeds, and masks
     that are drawn once for several readers.
     """
@@ -169,7 +163,7 @@ def _nbytes(val: Any) -> int:
 
 
 def mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """The primals that are written from what the forward graph returns, when it has returned."""
+    """Return the primals that are written from what the forward graph returns, when it has returned."""
     output = next(n for n in reversed(joint.nodes) if n.op == "output")
     of = (getattr(d, "mutated_input", None) for d in output.meta.get("desc", ()))
     theirs = [t for t in of if t is not None]
@@ -177,34 +171,34 @@ def mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx
 
 
 def is_strided(val: Any) -> bool:
-    """Whether a node's result is one tensor that has memory of its own or another's."""
+    """Return whether a node's result is one tensor that has memory of its own or another's."""
     return isinstance(val, torch.Tensor) and val.layout == torch.strided
 
 
 def is_tangent(node: fx.Node) -> bool:
-    """Whether a node is a gradient that comes into the backward."""
+    """Return whether a node is a gradient that comes into the backward."""
     return node.op == "placeholder" and str(node.target).startswith("tangents")
 
 
 def output_args(graph: fx.Graph) -> Sequence[Any]:
-    """What the graph returns, flat."""
+    """Return what the graph returns, flat."""
     node = next(n for n in reversed(graph.nodes) if n.op == "output")
     returned = node.args[0]
     return returned if isinstance(returned, (list, tuple)) else [returned]
 
 
 def op_named(node: fx.Node, name: str) -> bool:
-    """Whether a node calls the operator of this name, in whatever namespace."""
+    """Return whether a node calls the operator of this name, in whatever namespace."""
     return _torch.packet_name(node.target) == name
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether running a node again would give other random numbers."""
+    """Return whether running a node again would give other random numbers."""
     return _torch.is_overload(node.target) and _torch.draws(node.target, node.args, node.kwargs)
 
 
 def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] | None = None) -> set[fx.Node]:
-    """`nodes`, and everything that they are computed from; `inputs` says what a node reads."""
+    """Return `nodes`, and everything that they are computed from; `inputs` says what a node reads."""
     found: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
@@ -216,7 +210,7 @@ def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.
 
 
 def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that depend on a gradient coming in."""
+    """Return the nodes that depend on a gradient coming in."""
     found: set[fx.Node] = set()
     for node in nodes:
         if is_tangent(node) or not found.isdisjoint(node.all_input_nodes):
@@ -225,21 +219,23 @@ def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, None]:
-    """Those of the nodes `ahead` that the backward reads."""
+    """Return those of the nodes `ahead` that the backward reads."""
     later = [n for n in joint.nodes if n not in ahead and n.op != "output" and n.meta.get("partitioner_tag") != FORWARD]
     later = [n for n in later if n.target is not torch.ops.aten.copy_.default]
     return {n: None for node in later for n in node.all_input_nodes if n in ahead}
 
 
 def stateless_inputs(node: fx.Node) -> list[fx.Node]:
-    """What the results of a node that a backward reads depend on: not on running statistics that are only updated."""
+    """Return what the results of a node that a backward reads depend on: not on running statistics that are only
+    updated.
+    """
     if node.target is torch.ops.aten._native_batch_norm_legit_functional.default and node.args[5]:
         return [n for n in node.args[:3] if isinstance(n, fx.Node)]
     return node.all_input_nodes
 
 
 def _annotate(node: fx.Node, new: fx.Node) -> None:
-    """None; notes what `lower` reads: where the node was written, what memory its value lives in, what bars it."""
+    """Note what `lower` reads: where the node was written, what memory its value lives in, what bars it."""
     val: Any = node.meta.get("val")
     new.meta["where"] = _where(node.meta.get("stack_trace"))
     if is_strided(val):
@@ -257,7 +253,7 @@ def _copied(inverse: Inverse, copy: Mapping[fx.Node, fx.Node]) -> Inverse:
 
 
 def _barrier(node: fx.Node) -> str | None:
-    """Why an operation can't be run again, or None."""
+    """Return why an operation can't be run again, or None."""
     target: Any = node.target
     val = node.meta.get("val")
     if isinstance(val, NUMBERS) or getattr(target, "__module__", None) == "_operator":
@@ -284,7 +280,7 @@ def _barrier(node: fx.Node) -> str | None:
 
 @functools.cache
 def _where(trace: str | None) -> str:
-    """The user's file and line out of a stack trace: `model.py:41`."""
+    """Return the user's file and line out of a stack trace: `model.py:41`."""
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
     theirs = [p for p in places if "/torch/" not in p[0] and "/revfx/" not in p[0]] or places
     return f"{theirs[-1][0]}:{theirs[-1][1]}" if theirs else ""

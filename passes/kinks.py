@@ -1,10 +1,11 @@
 """Which values a rounding inverse must not give back, since an operation tells the numbers that they hold from others.
 
-Zeros are counted, or put back where they were (see `revfx.passes.atoms`). But a stream that starts as whole numbers,
-and to which dropout adds nothing in places, holds these numbers there, and `floor(1 - 1e-16)` is 0. So it is followed
-upwards where operations jump or bend: only at zero, as relu, or elsewhere, as floor, hardtanh and `>= 1`; and downwards
-which numbers a value takes with positive probability. A sum of two such values may come as near to zero as rounding
-(0.1 + 0.2 - 0.3 is 6e-17), which relu tells from zero; so may what a normalisation makes of constant rows.
+Zeros are counted (see `revfx.passes.atoms`), or, in compiled graphs, kept where something sees them. But a stream that
+starts as whole numbers, and to which dropout adds nothing in places, holds these numbers there, and `floor(1 - 1e-16)`
+is 0. So it is followed upwards where operations jump or bend: only at zero, as relu, or elsewhere, as floor, hardtanh
+and `>= 1`; and downwards which numbers a value takes with positive probability. A sum of two such values may come as
+near to zero as rounding (0.1 + 0.2 - 0.3 is 6e-17), which relu tells from zero; so may what a normalisation makes of
+constant rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes import names
-from revfx.passes.atoms import NONE, PERHAPS, RARE, may_be_continuous
+from revfx.passes.atoms import CERTAIN, NONE, PERHAPS, RARE, may_be_continuous
 from revfx.passes.bounds import Interval, bounds
 from revfx.passes.facts import GENERIC
 from revfx.passes.moved import Moved, elsewhere
@@ -110,6 +111,7 @@ ONE_ADDED = frozenset("addmm addmv addbmm baddbmm".split())  # the first operand
 TWO_MIXED = frozenset(n for n in MIXERS if n.startswith("conv") or n == "linear")  # and a third one added
 BENT = AT_ZERO | SIGNS | ELSEWHERE
 ALIKE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE
+CERTAIN_ZEROS = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
 SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | NORMS) - BENT
 # What bends, for each element by itself.
 SINGLY = (AT_ZERO | SIGNS | COMPARED) - frozenset("norm vector_norm linalg_norm linalg_vector_norm".split())
@@ -177,7 +179,7 @@ def kinks(
     given: int = ANY,
     moves: Sequence[Moved] = (),
 ) -> tuple[dict[Hashable, int], dict[Hashable, Told]]:
-    """By key the kind of each value that is made, in order, and for each operand what tells its numbers apart.
+    """Return, by key, the kind of each value that is made, in order, and for each operand what tells its numbers apart.
 
     `own` are generic parameters. What they mix has no numbers, and normalised values have none, but for `rows`.
     Operands from elsewhere are `given`. What tells a value apart tells those apart from which it is put together again,
@@ -254,12 +256,12 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
 
 
 def _added(kind: int) -> int:
-    """The kind of a sum of several numbers of a value."""
+    """Return the kind of a sum of several numbers of a value."""
     return SUM if kind > OWN else kind
 
 
 def _shifts(m: Made, others: list[int]) -> bool:
-    """Whether zero is elsewhere in an operand than in the result."""
+    """Return whether zero is elsewhere in an operand than in the result."""
     if m.inside is not None:
         return True
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
@@ -268,18 +270,18 @@ def _shifts(m: Made, others: list[int]) -> bool:
 
 
 def _sees_ties(m: Made) -> bool:
-    """Whether it brings elements together that equal each other in places."""
+    """Return whether it brings elements together that equal each other in places."""
     across = m.bare in ADDS_UP or m.bare in MIXERS or (_bends(m) < NEVER and m.bare not in SINGLY)
     return m.tie.meets or (m.tie.within and across)
 
 
 def _makes_of_ties(m: Made) -> bool:
-    """Whether the result holds numbers, such as zero or one, where elements equal each other."""
+    """Return whether the result holds numbers, such as zero or one, where elements equal each other."""
     return _sees_ties(m) and m.bare not in PLAIN
 
 
 def _bends(m: Made) -> int:
-    """The lowest kind of an operand that the operation tells apart."""
+    """Return the lowest kind of an operand that the operation tells apart."""
     if m.inside is not None:
         return m.inside.bends
     if m.rounds:
@@ -302,7 +304,7 @@ def _bends(m: Made) -> int:
 def look_inside(
     made: Sequence[Made], own: Container[Hashable], given: Collection[Hashable], result: Collection[Hashable]
 ) -> tuple[Inside, ...]:
-    """What a call is like that makes `made` of `given`, by where rows of zeros are reckoned with."""
+    """Return what a call is like that makes `made` of `given`, by where rows of zeros are reckoned with."""
 
     def seen(rows: int) -> Inside:
         found = [(kind, *kinks(made, own, rows, kind)) for kind in range(NEVER)]
@@ -316,7 +318,9 @@ def look_inside(
 def made_by(
     key: Hashable, name: str, level: int, operands: Iterable[tuple[Hashable, Any, int]], args: Any, result: Any
 ) -> Made:
-    """The record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of atoms."""
+    """Return the record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of
+    atoms.
+    """
     read = [(k, n) for k, t, n in operands if may_be_continuous(t) and names.bare(name) not in SHAPED]
     given = (*args[0], *args[1].values())
     numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))
@@ -327,12 +331,12 @@ def made_by(
 
 
 def name_alone(name: str, number: Any) -> str:
-    """The name of the operation that gives one of several results alone; the same one where there is none."""
+    """Return the name of the operation that gives one of several results alone; the same one where there is none."""
     return "mean" if name in ("var_mean", "std_mean") and number == 1 else name
 
 
 def _giver(name: str, args: Sequence[Any]) -> str:
-    """The name of the operation that made a value; of one out of several results, that of what gave them all."""
+    """Return the name of the operation that made a value; of one out of several results, that of what gave them all."""
     source = args[0] if name == "getitem" else None
     return op_name(source.target) if isinstance(source, fx.Node) and source.op == "call_function" else name
 
@@ -340,7 +344,8 @@ def _giver(name: str, args: Sequence[Any]) -> str:
 def told_apart(
     graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved], rows: int = OF_NORMS
 ) -> dict[fx.Node, Apart]:
-    """Why no rounding inverse may give back nodes that hold numbers which something tells from others near to them.
+    """Return why no rounding inverse may give back nodes that hold numbers which something tells from others near to
+    them.
 
     `levels` says which have atoms, `moves` what is put together of what. A call of a module says in `meta` what it is
     like `inside`, by each of `rows`.
@@ -348,25 +353,40 @@ def told_apart(
     return _told(_made(graph, levels, rows), frozenset(generic(graph)), moves, rows)
 
 
-def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int], own: Iterable[fx.Node] = ()) -> frozenset[fx.Node]:
-    """The nodes that hold no number but zero with positive probability, given that parameters and `own` are generic."""
-    theirs = frozenset((*generic(graph), *own))
-    found, _ = kinks(_made(graph, levels, NO_ROWS), theirs, NO_ROWS)
+def numberless(graph: fx.Graph, levels: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
+    """Return the nodes that hold no number but zero with positive probability, given that parameters are generic."""
+    found, _ = kinks(_made(graph, levels, NO_ROWS), frozenset(generic(graph)), NO_ROWS)
     return frozenset(n for n, kind in found.items() if kind == ZERO and isinstance(n, fx.Node))
 
 
 def generic(graph: fx.Graph) -> list[fx.Node]:
-    """The parameters of a graph whose numbers follow no pattern."""
+    """Return the parameters of a graph whose numbers follow no pattern."""
     return [n for n in graph.nodes if GENERIC in n.meta.get("facts", ())]
 
 
-def trusting(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved]) -> frozenset[fx.Node]:
-    """The nodes with atoms that nothing tells apart only as generic parameters are there."""
-    own = frozenset(generic(graph))
-    if not own:
-        return frozenset()
-    made = _made(graph, levels, OF_NORMS)
-    return frozenset(n for n in _told(made, (), moves).keys() - _told(made, own, moves).keys() if levels[n] > NONE)
+def barred(graph: fx.Graph, levels: Mapping[fx.Node, int], moves: Sequence[Moved]) -> dict[fx.Node, str]:
+    """Return why a rounding inverse may not give nodes back, where nobody can look at their numbers first.
+
+    Made of exact zeros, or told apart; what is zero by chance alone (RARE) counts as if it never were.
+    """
+    seldom = {n: NONE if level == RARE else level for n, level in levels.items()}
+    made, own = _made(graph, seldom, OF_NORMS), frozenset(generic(graph))
+    zeros = {n: by for n, by in _zeros_told(made, moves).items() if levels[n] == PERHAPS}
+    told = {**{n: _reason(by) for n, by in zeros.items()}, **{n: a.text for n, a in _told(made, own, moves).items()}}
+    return {**told, **{n: CERTAIN_ZEROS for n, level in levels.items() if level == CERTAIN}}
+
+
+def _zeros_told(made: Sequence[Made], moves: Sequence[Moved]) -> dict[fx.Node, Made]:
+    """Return what tells zeros of nodes from tiny numbers, in themselves or in what has zeros since they have some."""
+    told: dict[Hashable, dict[Hashable, Told]] = {}  # by reader
+    for m in reversed(made):
+        by = m if _bends(m) < NEVER else next((by for _, by in told.get(m.key, {}).values()), None)
+        if by is not None and (by is m or m.level >= PERHAPS):
+            for k in m.operands:
+                told.setdefault(k, {})[m.key] = (ZERO, by)
+    found = {k: by for k, theirs in told.items() for _, by in theirs.values()}
+    found.update((k, by) for k, (_, by) in elsewhere(moves, told))
+    return {k: by for k, by in found.items() if by is not None and isinstance(k, fx.Node)}
 
 
 def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Made]:
@@ -390,7 +410,7 @@ def _made(graph: fx.Graph, levels: Mapping[fx.Node, int], rows: int) -> list[Mad
 
 
 def _call_of(node: fx.Node) -> tuple[fx.Node, str]:
-    """The call that a node stands for, and under which name: of what gives a mean among others, that of a mean."""
+    """Return the call that a node stands for, and its name: of what gives a mean among others, that of a mean."""
     source, name = node.args[0] if node.args else None, op_name(node.target)
     if name == "getitem" and isinstance(source, fx.Node):
         giver = _giver(name, node.args)
@@ -401,7 +421,7 @@ def _call_of(node: fx.Node) -> tuple[fx.Node, str]:
 
 
 def _stays_away(val: Any, between: Interval) -> bool:
-    """Whether a value is so far from zero that rounding changes its root little: by the epsilon of a norm, say."""
+    """Return whether a value is so far from zero that rounding changes its root little: by a norm's epsilon, say."""
     return isinstance(val, Tensor) and between.least >= torch.finfo(val.dtype).eps
 
 

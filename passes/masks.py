@@ -55,7 +55,7 @@ def masked_arcs(
     arc_of: ArcOf,
     directions_of: DirectionsOf,
 ) -> Iterator[tuple[int, tuple[Arc, ...]]]:
-    """Arcs whose tail holds parts of their head under a mask, each with the first operation that it involves.
+    """Yield arcs whose tail holds parts of their head under a mask, each with the first operation that it involves.
 
     `trusted` gives an arc that rounds with what is known against it for the sake of its head.
     """
@@ -87,7 +87,7 @@ UNSAID = object()  # the rest of a sum that is not simply its other addend
 
 
 def _masked(node: fx.Node, directions_of: DirectionsOf, known: Masks) -> Iterator[Masked]:
-    """What a node holds under masks: as its rule says, and as products and sums with masks of zeros and ones say."""
+    """Yield what a node holds under masks: as its rule says, and as products and sums with masks of 0 and 1 say."""
     for m in directions_of(node):
         if isinstance(m, Masked) and isinstance(m.mask, fx.Node):
             mask = known.of.get(m.mask, Mask(m.mask, True))
@@ -120,7 +120,7 @@ def _spread(
     directions_of: DirectionsOf,
     halves: dict[tuple[fx.Node, fx.Node], list[Half]],
 ) -> None:
-    """Notes what is known of half of `whole`, and of what it was made from by elementwise operations or the same
+    """Note what is known of half of `whole`, and of what it was made from by elementwise operations or the same
     mask.
     """
     y = known.tail[0]
@@ -149,13 +149,13 @@ def _spread(
 
 
 def _with_more(arc: Arc, then: Arc | None) -> Arc:
-    """What is to be said of two inverses in a row, at most one of which divides."""
+    """Return what is to be said of two inverses in a row, at most one of which divides."""
     said = arc if arc.factor is not None or then is None else then
-    return replace(said, addend=max(arc.addend, then.addend if then is not None else 0))
+    return replace(said, huge=arc.huge or (then is not None and then.huge))
 
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
-    """Whether the inverse works on each element alone: all that rounds does; of the exact ones only a sign."""
+    """Return whether the inverse works on each element alone: all that rounds does; of the exact ones only a sign."""
     return isinstance(inverse.solves, fx.Node) and (not inverse.exact or node.target in ("neg", torch.neg))
 
 
@@ -178,10 +178,10 @@ def _join(
     if outside.factor is not None:  # at most one of them divides
         rounding = outside.rounding
     values = tuple(index[n] for n in tail)
+    huge = any(half.rounding.huge for half in (inside, outside) if half.rounding is not None)
     made = Arc(
-        index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True, assumes=_binary(
-            index, mask
-        ),
+        index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True, huge=huge,
+        assumes=_binary(index, mask),
     )  # fmt: skip
     if rounding is not None:
         made = replace(
@@ -191,13 +191,12 @@ def _join(
             reciprocal=rounding.reciprocal,
             least=rounding.least,
             typical=rounding.typical,
-            addend=max(half.rounding.addend for half in (inside, outside) if half.rounding is not None),
         )
     return min(inside.at, outside.at), (made,)
 
 
 def _binary(index: Mapping[fx.Node, int], mask: fx.Node) -> tuple[int, str] | None:
-    """What an arc through a mask relies on: that its values are zeros and ones."""
+    """Return what an arc through a mask relies on: that its values are zeros and ones."""
     return None if mask.meta["val"].dtype == torch.bool else (index[mask], BINARY)
 
 

@@ -35,7 +35,9 @@ class Moved:
 
 
 def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direction]:
-    """What a node's rule yields; nothing where that depends on a size that is not fixed. `module`: what it calls."""
+    """Return what a node's rule yields; nothing where that depends on a size that is not fixed. `module`: what it
+    calls.
+    """
     if "directions" in node.meta:
         return list(node.meta["directions"])
     rule = rule_for(node, module)
@@ -47,7 +49,7 @@ def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direct
 
 
 def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]]) -> list[Moved]:
-    """Each single move of elements of a value of the graph to where they lie again, in its order."""
+    """Return each single move of elements of a value of the graph to where they lie again, in its order."""
     found: list[Moved] = []
     for node in graph.nodes:
         parts = joined(node)
@@ -63,7 +65,8 @@ def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]])
 def elsewhere(
     moves: Iterable[Moved], told: Mapping[Hashable, Mapping[Hashable, _Told]]
 ) -> Iterator[tuple[fx.Node, _Told]]:
-    """What is `told` of values, by value and reader, of the nodes that hold the same elements after one or more moves.
+    """Yield what is `told` of values, by value and reader, of the nodes that hold the same elements after one or more
+    moves.
 
     A reader that is itself a move says nothing of what it makes, nor of elements that it doesn't take.
     """
@@ -86,7 +89,7 @@ def elsewhere(
 
 
 def joined(node: fx.Node) -> list[tuple[fx.Node, int, range]]:
-    """The operands that a node puts one behind another: each with the dimension, and where it lies along it."""
+    """Return the operands that a node puts one behind another: each with the dimension, and where it lies along it."""
     if op_name(node.target) not in ("cat", "concat", "concatenate"):
         return []
     parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
@@ -105,14 +108,14 @@ def joined(node: fx.Node) -> list[tuple[fx.Node, int, range]]:
 
 
 def _whole(direction: Direction) -> Any:
-    """What an exact inverse gives, or what a part is taken of."""
+    """Return what an exact inverse gives, or what a part is taken of."""
     if isinstance(direction, Inverse):
         return direction.solves if direction.exact else None
     return None if isinstance(direction, NoInverse) else direction.whole
 
 
 def _results(node: fx.Node, direction: Direction) -> Iterable[fx.Node]:
-    """The nodes that hold what a direction of a node is about."""
+    """Return the nodes that hold what a direction of a node is about."""
     if isinstance(node.meta.get("val"), Tensor):
         return [node]
     part = direction.part if isinstance(direction, Tile) else None
@@ -121,5 +124,5 @@ def _results(node: fx.Node, direction: Direction) -> Iterable[fx.Node]:
 
 
 def _meet(a: Place | None, b: Place | None) -> bool:
-    """Whether two parts of a value may have elements in common."""
+    """Return whether two parts of a value may have elements in common."""
     return a is None or b is None or a[0] != b[0] or any(i in b[1] for i in a[1])

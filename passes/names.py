@@ -99,12 +99,12 @@ CHOICES = frozenset("where lerp maximum minimum fmax fmin".split())
 
 
 def bare(name: str) -> str:
-    """The name of an operation, without what marks it as one in place."""
+    """Return the name of an operation, without what marks it as one in place."""
     return name if name.endswith("__") else name.rstrip("_")
 
 
 def factor(name: str, args: tuple[Any, ...]) -> float | None:
-    """The number that an operation multiplies its only tensor by; None: it does something else."""
+    """Return the number that an operation multiplies its only tensor by; None: it does something else."""
     if name in SAME or name == "getattr":
         return 1.0 if name != "getattr" or args[1:] == ("data",) else None
     if name in ("neg", "negative", "__neg__"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,62 +17,45 @@ from revfx.passes.sizes import as_number
 BY_CHANCE = 256
 REPEATED = 4  # times eps: the share of elements that equal another value by chance; and this many in any case
 SAMPLE = 1024  # elements of a parameter that are looked at
-FEW = 128  # and in every run of a compiled graph
 FAR = 256  # times what rounding does: a number that was moved less may be near to where it was by chance
 BESIDE = 1.0618  # what numbers are multiplied by to see how many of their size are met by chance
 MANY = 1 << 13  # elements of a stream among which equal ones are looked for
 
 
 def are_made(t: Tensor) -> Tensor:
-    """Where `t` is a number that data are made of, other than zero: multiples of 1/8 or 0.1 up to 8, and whole numbers
-    up to 256.
+    """Return where `t` is a number that data are made of, other than zero: multiples of 1/8 or 0.1 up to 8, and whole
+    numbers up to 256.
     """
     size, fine = t.abs(), t * 40
     return (((fine == fine.round()) & (size <= 8)) | ((t == t.round()) & (size <= 256))) & (t != 0)
 
 
 def made_numbers(t: Tensor) -> tuple[Tensor, float]:
-    """(how many elements of `t` are numbers that data are made of, other than zero; how many may be by chance)."""
+    """Return (how many elements of `t` are numbers that data are made of, but zero; how many may be by chance)."""
     return torch.count_nonzero(are_made(t)), by_chance(t, BY_CHANCE, REPEATED)
 
 
 def by_chance(t: Tensor, share: float, more: float) -> float:
-    """How many elements of `t` may have a property that a share of `share * eps` has by chance."""
+    """Return how many elements of `t` may have a property that a share of `share * eps` has by chance."""
     size = as_number(t.numel())
     return share * torch.finfo(t.dtype).eps * size + min(more, size / 8) * (t.dtype != torch.float64)
 
 
 def unchanged(t: Tensor, before: Tensor, factor: float = 1.0) -> Tensor:
-    """Where `t = +-factor * before + ...` is other than zero, and as if nothing was added."""
+    """Return where `t = +-factor * before + ...` is other than zero, and as if nothing was added."""
     size, was = t.abs(), before.abs() if factor == 1 else factor * before.abs()
     same = size == was if factor == 1 else (size - was).abs() <= 4 * torch.finfo(t.dtype).eps * was
     return same & (t != 0)
 
 
 def is_more(found: Tensor, t: Tensor, share: float = REPEATED) -> Tensor:
-    """Whether more elements of `t` are `found` than a share of `share * eps` that has them by chance."""
+    """Return whether more elements of `t` are `found` than a share of `share * eps` that has them by chance."""
     return torch.count_nonzero(found) > by_chance(t, share, REPEATED)
 
 
-def loses_numbers(t: Tensor, after: Tensor, sums: Sequence[tuple[Tensor, Tensor, float]], others: bool) -> Tensor:
-    """Whether `t` holds numbers of data that a step changes, after which no rounding inverse need return them.
-
-    Those are what `sums` (a result, what was added to, and its factor) left as they were, of which `t` is one or moves
-    the elements; where there are `others`, the ones that data are made of.
-    """
-    changed = (t != after if after.shape == t.shape else torch.ones_like(t, dtype=torch.bool)) & (t != 0)
-    lost = torch.zeros((), dtype=torch.bool, device=t.device)
-    for result, before, factor in sums:
-        same = unchanged(result, before, factor)
-        lost = lost | (is_more(same & changed, t) if result is t else is_more(same, result) & changed.any())
-    if not others:
-        return lost
-    found, chance = shared_numbers(t)
-    return lost | is_more(are_made(t) & changed, t, BY_CHANCE) | ((found > chance) & changed.any())
-
-
 def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
-    """(how many elements of `t` other than zero equal the one before along some dimension; how many may by chance).
+    """Return (how many elements of `t` other than zero equal the one before along some dimension; how many may by
+    chance).
 
     Constant rows, channels and patches do; a normalisation makes zeros of them.
     """
@@ -86,7 +68,7 @@ def repeated_numbers(t: Tensor) -> tuple[Tensor, float]:
 
 
 def shared_numbers(t: Tensor) -> tuple[Tensor, float]:
-    """(how many of some elements of `t` other than zero equal another one; how many may by chance).
+    """Return (how many of some elements of `t` other than zero equal another one; how many may by chance).
 
     In data of few levels, as k/255, most do.
     """
@@ -97,20 +79,20 @@ def shared_numbers(t: Tensor) -> tuple[Tensor, float]:
 
 
 def magnitudes(t: Tensor) -> Tensor:
-    """The magnitudes of some elements of `t`, in order."""
+    """Return the magnitudes of some elements of `t`, in order."""
     return _wide(some_of(t, MANY)).abs().sort().values
 
 
 def sizes(now: Tensor, before: Tensor) -> Tensor:
-    """The magnitudes of some elements of `now`, and of those of `before` of which they were made, as two rows."""
+    """Return the magnitudes of some elements of `now`, and of those of `before` that they were made of, as two rows."""
     size = some_of(now, SAMPLE).abs()
     made_of = some_of(before, SAMPLE).abs() if before.shape == now.shape else before.abs().amax().expand_as(size)
     return _wide(torch.stack((size, made_of)))
 
 
 def come_back(once: Tensor, sizes: Tensor, eps: float, scale: float = 1.0) -> Tensor:
-    """Whether values are there again whose magnitudes were `once`, times `scale` and but for rounding, going by the
-    `sizes` of some elements.
+    """Return whether values are there again whose magnitudes were `once`, times `scale` and but for rounding, going by
+    the `sizes` of some elements.
 
     Not where hardly anything was added to them. About as many as other numbers of their size meet do so by chance.
     """
@@ -128,7 +110,9 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def some_of(t: Tensor, most: int) -> Tensor:
-    """Some elements of `t`, evenly spread over all its dimensions; of a real tensor no more than these are copied."""
+    """Return some elements of `t`, evenly spread over all its dimensions; of a real tensor no more than these are
+    copied.
+    """
     n = as_number(t.numel())
     stride = max(1, n // most)
     while math.gcd(stride, n) > 1:  # else it might see one column only
@@ -142,25 +126,27 @@ def _places(n: int, stride: int, device: torch.device) -> Tensor:
 
 
 def uniform(t: Tensor) -> Tensor:
-    """Whether a row along the last dimension, or a channel (the second or last one), holds one number all over."""
+    """Return whether a row along the last dimension, or a channel (the second or last), holds one number all over."""
     groups = (t.flatten(0, -2), t.transpose(0, 1).flatten(1), t.transpose(0, -1).flatten(1)) if t.dim() > 1 else ()
     found = [(g == g[:, :1]).all(1).any() for g in groups or (t.reshape(1, -1),) if g.shape[1] > 1]
     return torch.stack([torch.zeros((), dtype=torch.bool, device=t.device), *found]).any()
 
 
 def mean_size(reciprocal: bool, c: Tensor) -> Tensor:
-    """The root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average over the elements."""
+    """Return the root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average over the
+    elements.
+    """
     c = c.detach().to(torch.float64 if c.dtype == torch.float64 else torch.float32)
     return (c if reciprocal else c.reciprocal()).square().mean().sqrt()
 
 
 def nearest(c: Tensor, reciprocal: bool) -> Tensor:
-    """The smallest magnitude of c, or of 1/c."""
+    """Return the smallest magnitude of c, or of 1/c."""
     return c.abs().amax().reciprocal() if reciprocal else c.abs().amin()
 
 
 def is_huge(t: Tensor) -> bool:
-    """Whether `t`, which is no parameter, holds a number next to which one of size 1 loses half of its digits."""
+    """Return whether `t`, no parameter, holds a number next to which one of size 1 loses half of its digits."""
     if isinstance(t, nn.Parameter) or not t.is_floating_point() or t.layout != torch.strided or not t.numel():
         return False
     if type(t) is not Tensor or t.is_meta:
@@ -170,7 +156,7 @@ def is_huge(t: Tensor) -> bool:
 
 
 def is_generic(t: Tensor) -> bool:
-    """Whether `t` is a parameter whose numbers follow no pattern, as random or trained ones do, but for zeros.
+    """Return whether `t` is a parameter whose numbers follow no pattern, as random or trained ones do, but for zeros.
 
     Unlike in a kernel of ones, an identity or a blur, no sum of data with such factors is zero, or a number of the
     data, by more than chance. One whose values are not at hand (on fake tensors, sharded) counts as such.
@@ -182,37 +168,23 @@ def is_generic(t: Tensor) -> bool:
     if not _torch.is_real(t):
         return True
     with torch.no_grad(), _torch.outside_modes():
-        seen = _some(t.detach(), SAMPLE)
-        return bool(_patternless(seen[None]).all()) and not bool(_balanced(t.detach()))
+        return _patternless(_some(t.detach())) and not bool(_balanced(t.detach()))
 
 
-def follow_none(*parameters: Tensor) -> Tensor:
-    """Whether the numbers of all of these follow no pattern, but for zeros (`is_generic`), as a tensor."""
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in parameters:
-        alike.setdefault((p.dtype, p.device), []).append(p.detach())
-    ok = [_patternless(torch.stack([_some(t, FEW) for t in same])).all() for same in alike.values()]
-    ok += [~_balanced(p.detach()) for p in parameters if p.dim() > 2]
-    return torch.stack([t.to(parameters[0].device) for t in ok]).all()
+def _some(t: Tensor) -> Tensor:
+    """Return some numbers of a tensor, spread over it."""
+    return t.reshape(-1)[:: max(1, -(-t.numel() // SAMPLE))]
 
 
-def _some(t: Tensor, most: int) -> Tensor:
-    """So many numbers of a tensor, spread over it; zeros where it has no more."""
-    stride = max(1, -(-as_number(t.numel()) // SAMPLE)) * (SAMPLE // most)  # of few those that are among more
-    seen = t.reshape(-1)[::stride][:most]
-    return torch.nn.functional.pad(seen, (0, most - seen.shape[0]))
-
-
-def _patternless(rows: Tensor) -> Tensor:
-    """Which rows hold few numbers that data are made of, and few more than once, but for zeros."""
-    s = rows.sort(-1).values
-    size, new = torch.count_nonzero(s, -1), (s != 0) & (s != s.roll(1, -1))
-    chance = BY_CHANCE * torch.finfo(s.dtype).eps * size + (size / 8).clamp(max=REPEATED) * (s.dtype != torch.float64)
-    return (torch.count_nonzero(are_made(s), -1) <= chance) & (4 * torch.count_nonzero(new, -1) >= size)
+def _patternless(t: Tensor) -> bool:
+    """Return whether `t` holds few numbers that data are made of, and few more than once, but for zeros."""
+    s = t[t != 0].sort().values
+    found, chance = made_numbers(s)
+    return bool(found <= chance) and 4 * s.unique_consecutive().numel() >= s.numel()
 
 
 def _balanced(t: Tensor) -> Tensor:
-    """Whether many kernels of a convolution add up to zero, so that they make zeros of blank patches."""
+    """Return whether many kernels of a convolution add up to zero, so that they make zeros of blank patches."""
     found = torch.zeros((), dtype=torch.bool, device=t.device)
     for dims in (range(2, t.dim()), range(1, t.dim())) if t.dim() > 2 else ():
         total, size = t.sum(tuple(dims)).abs(), t.abs().sum(tuple(dims))

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
 from revfx.passes import _torch
+from revfx.passes.borders import store_borders
 from revfx.passes.diagnose import diagnose
 from revfx.passes.exact_joint import exact_forward
 from revfx.passes.facts import Facts
@@ -33,7 +34,6 @@ from revfx.passes.joint import (
 )
 from revfx.passes.plan import anchors, deep_in_half_precision
 from revfx.passes.program import Program
-from revfx.passes.realise import realise
 from revfx.passes.record import Recorder, Unrecordable, pulled
 from revfx.passes.regenerate import Options, Regenerator
 from revfx.passes.regions import Region, find_regions
@@ -71,8 +71,8 @@ def rewrite(
     options: Options,
     facts: Facts | None = None,
 ) -> Report:
-    """What was found in `joint`, which is rewritten in place; without a region it stays as it is, but for what would be
-    wrong: reads of inputs that the step updates.
+    """Return what was found in `joint`, which is rewritten in place; without a region it stays as it is, but for what
+    would be wrong: reads of inputs that the step updates.
 
     `facts` is what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in
     every run.
@@ -114,12 +114,12 @@ def rewrite(
         _rewire(joint, forward, regenerator, readers)
         if options.stored is not None:
             for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
-                realise(step_of, regenerator.kept, options.stored)
+                store_borders(step_of, regenerator.kept, options.stored)
     return Report(tuple(reversed(found)), refusals, tuple(warnings), tuple(reversed(details)))
 
 
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
-    """None; of an input that the step writes, what the backward needs is read from a copy made at the start.
+    """Let the backward read what it needs of an input that the step writes from a copy made at the start.
 
     The backward runs after the write; torch would let it compute from what the input holds then.
     """
@@ -146,7 +146,7 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
 
 
 def _readers(joint: fx.Graph, forward: Forward) -> dict[fx.Node, list[fx.Node]]:
-    """For each node of the forward half, the nodes of the backward that read it."""
+    """Return, for each node of the forward half, the nodes of the backward that read it."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in joint.nodes:
         update = _torch.is_overload(node.target) and _torch.writes(node.target)
@@ -161,7 +161,9 @@ def _readers(joint: fx.Graph, forward: Forward) -> dict[fx.Node, list[fx.Node]]:
 def _wanted(
     forward: Forward, region: Region, readers: Mapping[fx.Node, Sequence[fx.Node]]
 ) -> tuple[dict[int, None], list[int]]:
-    """The values made in a region that the backward reads, and the operations whose tuples it takes apart itself."""
+    """Return the values made in a region that the backward reads, and the operations whose tuples it takes apart
+    itself.
+    """
     program = forward.lowered.program
     again = {v for step in region.steps for v in step.again}
     kept = {*region.exit, *region.entry, *region.saved, *region.side} - again
@@ -176,7 +178,7 @@ def _wanted(
 
 
 def _uncheckpoint(forward: Forward, region: Region) -> None:
-    """None; takes back torch's marks of what a checkpoint of the user's would compute again: the region does so."""
+    """Take back torch's marks of what a checkpoint of the user's would compute again: the region does so."""
     program = forward.lowered.program
     for i in range(region.start, region.stop):
         for node in (forward.op_node(i), *map(forward.value_node, program.ops[i].outs)):
@@ -185,7 +187,7 @@ def _uncheckpoint(forward: Forward, region: Region) -> None:
 
 
 def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list[int]:
-    """Per step, the bytes of what the backward reads and need not be kept."""
+    """Return per step, the bytes of what the backward reads and need not be kept."""
     program = forward.lowered.program
     freed: list[int] = []
     for step in region.steps:
@@ -195,7 +197,7 @@ def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list
 
 
 def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
-    """None; the backward reads what was regenerated, and nodes stand where they are first needed."""
+    """Let the backward read what was regenerated, and put nodes where they are first needed."""
     for v in list(new.values):
         for reader in readers.get(forward.value_node(v), ()):
             reader.replace_input_with(forward.value_node(v), new.laid_out(v))
@@ -210,7 +212,9 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
         joint.erase_node(node)
     alive = ancestors(new.output.all_input_nodes)
     new.check(alive)
+    new.check_ranges()
     new.whole_steps(alive)
+    checks = new.raise_at_the_end()
     for node in new.kept:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -220,14 +224,14 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
     placed = forward.nodes | after_tangents(nodes)
     tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in placed}
     late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
-    order = list(pulled([n for n in nodes if n not in late], new.attached))
+    order = list(pulled([n for n in nodes if n not in late or n in checks], new.attached))
     for node in order[:-1]:
         new.output.prepend(node)
     _erase(joint, order)  # what nothing reads
 
 
 def _steps_forward(forward: Forward, regions: Sequence[Region]) -> dict[fx.Node, int]:
-    """In which step each operation of a region runs, and gives its values; numbered in program order."""
+    """Return in which step each operation of a region runs, and gives its values; numbered in program order."""
     steps = sorted((s for r in regions for s in r.steps), key=lambda s: s.start)
     found: dict[fx.Node, int] = {}
     for number, step in enumerate(steps):
@@ -238,7 +242,7 @@ def _steps_forward(forward: Forward, regions: Sequence[Region]) -> dict[fx.Node,
 
 
 def _steps_backward(joint: fx.Graph, forward: Forward, new: Regenerator) -> dict[fx.Node, int]:
-    """For each node of the backward the latest step that regenerated anything before it."""
+    """Return, for each node of the backward, the latest step that regenerated anything before it."""
     found: dict[fx.Node, int] = {}
     number = 0
     for node in joint.nodes:
@@ -250,7 +254,7 @@ def _steps_backward(joint: fx.Graph, forward: Forward, new: Regenerator) -> dict
 
 
 def _claim(joint: fx.Graph, node: fx.Node) -> None:
-    """None; makes torch count `node` to the forward, though no output needs it: by an assertion that checks nothing.
+    """Make torch count `node` to the forward, though no output needs it: by an assertion that checks nothing.
 
     Of a node that it doesn't count to the forward the partitioner ignores that it must be saved.
     """
@@ -260,7 +264,7 @@ def _claim(joint: fx.Graph, node: fx.Node) -> None:
 
 
 def _erase(joint: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """None; takes away what was added to the graph since it held `nodes`."""
+    """Take away what was added to the graph since it held `nodes`."""
     old = set(nodes)
     for node in [n for n in reversed(joint.nodes) if n not in old]:
         joint.erase_node(node)

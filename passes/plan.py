@@ -12,7 +12,7 @@ from torch import Tensor
 from revfx.passes.closure import Derivation, Forward
 from revfx.passes.cuts import Step, needed
 from revfx.passes.numbers import some_of
-from revfx.passes.program import HUGE, Arc, Program
+from revfx.passes.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Instruction:
 def schedule(
     program: Program, step: Step, known: Iterable[int], replay: bool, wanted: frozenset[int], captured: frozenset[int]
 ) -> tuple[Instruction, ...]:
-    """The instructions that make `wanted` and run every operation of `captured` once, from the `known` values.
+    """Return the instructions that make `wanted` and run every operation of `captured` once, from the `known` values.
 
     With `replay` the step's entry is known and everything runs forwards; else its exit is and the entry is derived.
     """
@@ -60,19 +60,20 @@ def _makes(program: Program, derivation: Derivation) -> tuple[int, ...]:
 
 
 def _without(program: Program, order: Sequence[Derivation], have: set[int]) -> list[Derivation]:
-    """`order` less the derivations that give nothing new."""
+    """Return `order` less the derivations that give nothing new."""
     return [d for d in order if any(v not in have for v in _makes(program, d))]
 
 
 def larger(a: Any, b: Any) -> Any:
-    """The larger of two numbers, one of which may be a tensor of one element."""
+    """Return the larger of two numbers, one of which may be a tensor of one element."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.maximum(a, b)
     return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
 def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[tuple[int, bool], Any]) -> dict[int, Any]:
-    """How large a rounding error of 1 at the last kept cut has grown, per value of the step, from that of its entry.
+    """Return how large a rounding error of 1 at the last kept cut has grown, per value of the step, from that of its
+    entry.
 
     Along each stream an inverse multiplies the error by 1/|factor| (as declared, or as measured while the forward
     ran). One that amplifies also adds a rounding of its own: over n steps of amplification a that sums to (a^n -
@@ -97,17 +98,17 @@ GARBAGE = 1e-2  # a regenerated cut that is off by more raises
 
 
 def precision(dtype: torch.dtype) -> float:
-    """The relative distance of neighbouring numbers, real or complex; 0 for whole numbers and truth values."""
+    """Return the relative distance of neighbouring numbers, real or complex; 0 for whole numbers and truth values."""
     return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 def tolerance_of(dtype: torch.dtype, tolerance: float | None) -> float:
-    """What a relative error may grow to: as given, or the square root of the dtype's eps."""
+    """Return what a relative error may grow to: as given, or the square root of the dtype's eps."""
     return torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
 
 
 def checked_every(every: int | None) -> int | None:
-    """`every`, a number of steps between anchors, or None.
+    """Return `every`, a number of steps between anchors, or None.
 
     Raises:
         ValueError: it is no positive number.
@@ -118,7 +119,7 @@ def checked_every(every: int | None) -> int | None:
 
 
 def asked_for(steps: Sequence[Step], every: int | None) -> frozenset[int]:
-    """The cuts, each before the step of its number, that are anchors by the user's wish: one for every so many
+    """Return the cuts, each before the step of its number, that are anchors by the user's wish: one for every so many
     couplings, which are the steps that are inverted, or would be if their entry were not kept for another reason.
     """
     couplings = [j for j, step in enumerate(steps) if step.inverts or step.saved]
@@ -129,7 +130,9 @@ DEEP = 16  # couplings of streams in half precision that are inverted in a row
 
 
 def deep_in_half_precision(program: Program, steps: Sequence[Step], cuts: Collection[int]) -> str | None:
-    """A warning, where more than `DEEP` couplings between two kept cuts have streams in half precision; else None."""
+    """Return a warning, where more than `DEEP` couplings between two kept cuts have streams in half precision; else
+    None.
+    """
     row = most = 0
     dtype: torch.dtype | None = None
     for j, step in enumerate(steps):
@@ -150,11 +153,11 @@ def deep_in_half_precision(program: Program, steps: Sequence[Step], cuts: Collec
 def anchors(
     program: Program, steps: Sequence[Step], tolerance: float | None, store: bool, every: int | None = None
 ) -> frozenset[int]:
-    """The cuts inside a region to keep since rounding would grow too much, going by what is known without running.
+    """Return the cuts inside a region to keep since rounding would grow too much, going by what is known without
+    running.
 
     Cut j lies before step j. Of factors that are data a typical magnitude is assumed; with `store` the smallest that
-    they may have, and the entry of a step whose factor may reach zero, or which may hold numbers that something tells
-    from those near to them, is kept as well. `every`: see `asked_for`.
+    they may have, and the entry of a step whose factor may reach zero is kept as well. `every`: see `asked_for`.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
@@ -163,7 +166,7 @@ def anchors(
         dtypes = [d for v in step.exit if precision(d := program.values[v].dtype)]
         eps = max(map(precision, dtypes), default=0.0)
         most = max((tolerance_of(d, tolerance) for d in dtypes), default=1.0)
-        if j in asked or (store and any(_may_miss(a, most) for a in step.arcs)):
+        if j in asked or (store and any(a.measured and a.least < most for a in step.arcs)):
             kept.add(j)
             growth = {}
             continue
@@ -176,23 +179,20 @@ def anchors(
     return frozenset(kept - {0})  # which is kept anyway
 
 
-def _may_miss(arc: Arc, most: float) -> bool:
-    """Whether a run may show that the arc's inverse can't be used, for a factor, numbers of the data or huge ones."""
-    return (arc.measured and arc.least < most) or (arc.suspect and arc.told is not None) or arc.addend == HUGE
-
-
 def is_checked(cut: int, steps: int) -> bool:
-    """Whether a sample of a cut is kept: of the lowest, and of evenly spaced ones, so many at most in any region."""
+    """Return whether a sample of a cut is kept: of the lowest, and of evenly spaced ones, so many at most in any
+    region.
+    """
     return cut % max(CHECK_EVERY, steps // MOST_CHECKS) == 1
 
 
 def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
-    """A copy of some elements of `t`, evenly spread over all its dimensions."""
+    """Return a copy of some elements of `t`, evenly spread over all its dimensions."""
     return some_of(t.detach(), most).clone()
 
 
-def images(step: Step) -> dict[int, int]:
-    """For each value of the step's entry that is inverted, the one of its exit that this starts from."""
+def inverted_from(step: Step) -> dict[int, int]:
+    """Return, for each value of the step's entry that is inverted, the one of its exit that this starts from."""
     above = {a.head: a.tail[0] for a in step.arcs}
     found: dict[int, int] = {}
     for v in step.entry:
@@ -205,7 +205,8 @@ def images(step: Step) -> dict[int, int]:
 
 
 def drifted(now: Tensor, before: Tensor, image: Tensor) -> Tensor:
-    """Whether |now - before| > 1 % of the larger of |before| and |image|, what it was computed back from, as a tensor.
+    """Return whether |now - before| > 1 % of the larger of |before| and |image|, what it was computed back from, as a
+    tensor.
 
     A difference of two large numbers that is zero comes back as their rounding. Not where `before` was not finite.
     """
@@ -214,6 +215,6 @@ def drifted(now: Tensor, before: Tensor, image: Tensor) -> Tensor:
 
 
 def type_text(program: Program, value: int) -> str:
-    """A value's dtype and shape in the form `float32[8, 256]`."""
+    """Return a value's dtype and shape in the form `float32[8, 256]`."""
     v = program.values[value]
     return f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}"

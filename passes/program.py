@@ -16,9 +16,6 @@ import torch
 from revfx.passes.grid import Coupling
 
 
-ORDINARY, GIVEN, HUGE = 0, 1, 2  # what is added: as networks compute it, an input of the step, a mask of huge numbers
-
-
 @dataclass(frozen=True, slots=True)
 class Value:
     """One value: its name, shape, dtype, size in bytes, and what is known of its memory.
@@ -57,10 +54,10 @@ class Arc:
     `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: a value, and what its
     elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
     for bit, or why there is none; `grid` says that the arc is the inverse of one. `sums`: something was added to the
-    head, next to which its digits may be lost; `addend` says how large, for where the run can't be asked. `fresh`: what
-    was added holds no number of the data, so the result holds none but where it equals the head; it may, whatever the
-    head holds, where parts of the sum cancel (`cancels`), or where it takes off what was added before, which what
-    `follows` from the head does not.
+    head, next to which its digits may be lost; `huge`: it may be so large that they are. `fresh`: what was added holds
+    no number of the data, so the result holds none but where it equals the head; it may, whatever the head holds, where
+    parts of the sum cancel (`cancels`), or where it takes off what was added before, which what `follows` from the head
+    does not.
     """
 
     head: int
@@ -82,7 +79,7 @@ class Arc:
     coupling: Coupling | str = "its rule does not say what the operation adds"
     grid: bool = False
     sums: bool = True
-    addend: int = ORDINARY
+    huge: bool = False
     fresh: bool = True
     cancels: bool = False
     follows: bool = False
@@ -216,10 +213,12 @@ class Program:
         return found
 
     def data(self, values: Sequence[int]) -> list[int]:
-        """Those of `values` that are neither sources nor kept, in order, each once."""
+        """Return those of `values` that are neither sources nor kept, in order, each once."""
         return [v for v in dict.fromkeys(values) if not (self.values[v].source or self.values[v].kept)]
 
     def nbytes(self, values: Sequence[int]) -> int:
-        """Bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at all."""
+        """Return bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at
+        all.
+        """
         held = {x.storage: x.nbytes for x in (self.values[v] for v in values) if not (x.source or x.given)}
         return sum(held.values())

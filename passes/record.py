@@ -38,7 +38,7 @@ class Recorder:
                 self.symbols.setdefault(str(val.node.expr), node)
 
     def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], tag: str | None, like: fx.Node) -> fx.Node:
-        """The node of `by(*tail)`; new nodes carry the partitioner's `tag` and tell where `like` was written."""
+        """Return the node of `by(*tail)`; new nodes carry the partitioner's `tag` and tell where `like` was written."""
         meta = {"partitioner_tag": tag, **{k: like.meta[k] for k in KEPT if k in like.meta}}
         fakes = [n.meta["val"] for n in tail]
         with torch.no_grad(), fakes[0].fake_mode:
@@ -50,7 +50,7 @@ class Recorder:
         return mode.nodes[id(result)]
 
     def symbol(self, size: torch.SymInt | torch.SymFloat) -> fx.Node | float:
-        """The node that holds a symbolic number; computed from others where there is none."""
+        """Return the node that holds a symbolic number; computed from others where there is none."""
         return self._size(size.node.expr)
 
     def _size(self, expr: Any) -> fx.Node | float:
@@ -139,7 +139,7 @@ class _Mode(TorchDispatchMode):
 
 
 def pulled(nodes: Sequence[fx.Node], attached: Mapping[fx.Node, Sequence[fx.Node]]) -> Iterator[fx.Node]:
-    """`nodes` in their order, each after what it reads, which is taken as late as that allows.
+    """Yield `nodes` in their order, each after what it reads, which is taken as late as that allows.
 
     Whatever is `attached` to a node comes right after it.
     """

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.addends import lost_text, remembers
+from revfx.passes import _torch
+from revfx.passes.borders import Stored
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
-from revfx.passes.facts import GENERIC, check
-from revfx.passes.grid import checksum, packed, packed_rows, unpacked, unpacked_rows
+from revfx.passes.facts import check
+from revfx.passes.grid import checksum, limit
 from revfx.passes.joint import BACKWARD, FORWARD, Forward, draws
-from revfx.passes.kinks import generic
 from revfx.passes.numbers import mean_size, nearest
 from revfx.passes.plan import (
     MARGIN,
     amplification,
     drifted,
-    images,
+    inverted_from,
     larger,
     precision,
     sample,
@@ -37,11 +37,9 @@ from revfx.passes.plan import (
     tolerance_of,
 )
 from revfx.passes.program import Arc
-from revfx.passes.realise import Stored
 from revfx.passes.record import Recorder, Unrecordable
 from revfx.passes.regions import Region
-from revfx.passes.sizes import as_number, fixed, same_strides, tensors_of
-from revfx.passes.unchanged import loses
+from revfx.passes.sizes import as_number, same_strides, tensors_of
 
 
 aten = torch.ops.aten
@@ -62,7 +60,7 @@ class Options:
     `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps. Before
     every `anchor_every` couplings a cut is kept in any case. `decompositions` says how the graph spells operators.
     `exact`: regions compute on the grid 2^-exact, and what is regenerated must be bit for bit what it was. `stored` is
-    an identity that an inner compiler which fuses does not look through (see `revfx.passes.realise`).
+    an identity that an inner compiler which fuses does not look through (see `revfx.passes.borders`).
     """
 
     unbounded: str = "assert"
@@ -99,6 +97,7 @@ class Regenerator:
         self.stands: dict[fx.Node, fx.Node] = {}
         self._states: dict[fx.Node, fx.Node] = {}
         self._before: dict[fx.Node, fx.Node] = {}
+        self._flags: dict[fx.Node, tuple[str, str]] = {}
         self._guarded: set[tuple[fx.Node, bool, float]] = set()
         self._held: set[tuple[fx.Node, str]] = set()
         self._laid_out: dict[int, fx.Node] = {}
@@ -106,7 +105,7 @@ class Regenerator:
         self._step = 0
 
     def region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
-        """None; regenerates the `wanted` values and what the operations `ops` return, cut after cut from the exit.
+        """Regenerate the `wanted` values and what the operations `ops` return, cut after cut from the exit.
 
         Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j.
 
@@ -128,8 +127,8 @@ class Regenerator:
         program, steps, ops = self.program, region.steps, frozenset(ops)
         self._keep((*region.exit, *region.saved, *region.side))
         self._limit_growth(steps, cuts)
-        kept = {*region.entry, *region.saved, *region.side, *(v for j in cuts for v in steps[j].entry)}
         cuts_since: list[Cut] = []  # regenerated since the last kept one
+        origins: dict[int, int] = {}  # also of what a step passes on
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
             self._step += 1
@@ -150,17 +149,18 @@ class Regenerator:
                     self._rerun(do.run.op, known)
                     self.step_of[self.tuples[do.run.op]] = self._step
                 else:
-                    self._invert(do.run.op, do.run.arc, kept)
+                    self._invert(do.run.op, do.run.arc)
                     self.step_of[self.values[do.run.arc.head]] = self._step
             if replay:
                 self._stretches.append(cuts_since)
                 cuts_since = []
             else:
                 made_here = {v: self.values[v] for v in step.entry if v in self.values}
-                cuts_since.append((made_here, images(step), program.ops[step.start].where))
+                origins.update(inverted_from(step))
+                cuts_since.append((made_here, dict(origins), program.ops[step.start].where))
 
     def node(self, value: int) -> fx.Node:
-        """What stands for a value in the backward: its regenerated node, or the forward's own."""
+        """Return what stands for a value in the backward: its regenerated node, or the forward's own."""
         if value in self.values:
             return self.values[value]
         return self._own(self.forward.value_node(value))
@@ -173,7 +173,7 @@ class Regenerator:
         self.kept.update(self._own(self.forward.value_node(v)) for v in values)
 
     def _as_it_was(self, primal: fx.Node) -> fx.Node:
-        """A copy, made in the forward, of an input that the step updates in place."""
+        """Return a copy, made in the forward, of an input that the step updates in place."""
         if primal not in self._before:
             with self._behind(primal):
                 held = self.recorder.record(lambda t: t.clone(), [primal], FORWARD, primal)
@@ -226,7 +226,7 @@ class Regenerator:
         return self.laid_out(self.index[node]) if node in self.index else self._own(node)
 
     def laid_out(self, value: int) -> fx.Node:
-        """As `node`, with the forward's order of dimensions in memory, which views and kernels rely on."""
+        """Return what `node` does, in the forward's order of dimensions in memory, which views and kernels rely on."""
         found, like = self.node(value), self.forward.value_node(value)
         if value not in self.values or value in self._laid_out:
             return self._laid_out.get(value, found)
@@ -244,7 +244,7 @@ class Regenerator:
         again.meta["partitioner_tag"] = BACKWARD
 
     def _state(self, node: fx.Node) -> fx.Node:
-        """The node of the generator state that a random operation drew from; makes the forward return it."""
+        """Return the node of the generator state that a random operation drew from; makes the forward return it."""
         if node in self._states:
             return self._states[node]
         target: Any = node.target
@@ -264,34 +264,17 @@ class Regenerator:
         self.stands[node], self._states[node] = result, state
         return state
 
-    def _invert(self, op: int, arc: Arc, kept: Collection[int]) -> None:
-        node, head = self.forward.op_node(op), self.forward.value_node(arc.head)
+    def _invert(self, op: int, arc: Arc) -> None:
+        node = self.forward.op_node(op)
         if arc.measured:
             self._guard(op, arc)
         if arc.assumes is not None:
-            self._hold(op, [self._own(self.forward.value_node(arc.assumes[0]))], arc.assumes[1])
-        if arc.suspect and head in self.forward.trusting:
-            self._hold(op, generic(self.joint), GENERIC)
-        if arc.suspect and arc.told is not None and self.program.values[arc.head].dtype.is_floating_point:
-            self._hold_apart(op, arc, arc.told, kept)
-        if arc.addend:
-            self._hold_digits(op, arc)
+            self._hold(op, *arc.assumes)
         tail = [self.node(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
-            found = self.recorder.record(arc.solve, tail, BACKWARD, node)
-            if arc.suspect:
-                found = self.recorder.record(_fill_zeros, [found, self._zeros(head)], BACKWARD, node)
-        self.values[arc.head] = found
+            self.values[arc.head] = self.recorder.record(arc.solve, tail, BACKWARD, node)
 
     # --- what only the run can tell
-    def _zeros(self, head: fx.Node) -> fx.Node:
-        """Where the forward's value is exactly zero, which a rounding inverse would not give back."""
-        head = self.stands.get(head, head)
-        with self._behind(head):
-            mask = self.recorder.record(_zeros_of, [head], FORWARD, head)
-        self.kept.add(mask)
-        return mask
-
     def _guard(self, op: int, arc: Arc) -> None:
         own = self._own(self.forward.value_node(int(arc.factor or 0)))
         least = tolerance_of(self.program.values[arc.head].dtype, self.options.tolerance)
@@ -305,12 +288,11 @@ class Regenerator:
         )
         test: Callable[[Tensor], Tensor] = lambda c: ~(nearest(c, arc.reciprocal) < least)  # noqa: E731
         with self._behind(own):
-            ok = self.recorder.record(test, [own], FORWARD, own)
-            self._assert(ok, message, FORWARD)
+            self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
 
     def _limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
-        """None; where factors that are data may let rounding grow too much between two kept cuts, every run measures
-        whether they do, and raises.
+        """Measure in every run whether factors that are data let rounding grow too much between two kept cuts, and
+        raise then.
         """
         stretch: list[Step] = []
         for j, step in enumerate([*steps, None]):
@@ -346,49 +328,21 @@ class Regenerator:
         last = max(sizes, key=lambda n: order[n])
         test: Callable[..., Tensor] = lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most  # noqa: E731
         with self._behind(last):
-            ok = self.recorder.record(test, sizes, FORWARD, last)
-            self._assert(ok, message, FORWARD)
+            self._flag(self.recorder.record(test, sizes, FORWARD, last), message, FORWARD)
 
-    def _hold(self, op: int, nodes: Sequence[fx.Node], fact: str) -> None:
-        """None; checks in the forward that a fact still holds of nodes."""
-        own = nodes[0]
+    def _hold(self, op: int, value: int, fact: str) -> None:
+        """Check in every run that a fact still holds of a value."""
+        own = self._own(self.forward.value_node(value))
         if (own, fact) in self._held:
             return
         self._held.add((own, fact))
         test, message = check(fact, own.name, self.program.ops[op].where)
         with self._behind(own):
-            self._assert(self.recorder.record(test, nodes, FORWARD, own), message, FORWARD)
-
-    def _hold_apart(self, op: int, arc: Arc, told: str, kept: Collection[int]) -> None:
-        """None; checks in the forward that a step changes no numbers of data that something tells apart."""
-        value, after = arc.head, self._own(self.forward.value_node(arc.tail[0]))
-        own = self._own(self.forward.value_node(value))
-        if (own, told) in self._held:
-            return
-        self._held.add((own, told))
-        message = (
-            f"revfx: `{self.program.values[value].name}`, which goes into the coupling at {self.program.ops[op].where},"
-            f" holds numbers of the data that nothing was added to, and {told}; compile with options={{'unbounded': "
-            "'store'} or use `revfx.convert` (capture='fx'), which keep them"
-        )
-        read, lost = loses(self.program, value, lambda v: self.forward.value_node(v) in self.forward.numberless, kept)
-        nodes = [own, after, *(self._own(self.forward.value_node(v)) for v in read)]
-        with self._behind(after):
-            ok = self.recorder.record(lambda *t: ~lost(*t), nodes, FORWARD, own)
-            self._assert(ok, message, FORWARD)
-
-    def _hold_digits(self, op: int, arc: Arc) -> None:
-        """None; checks in the forward that a sum of which a part may be huge can be undone."""
-        message = lost_text(self.program.values[arc.head].name, self.program.ops[op].where, arc.addend)
-        read = [self._own(self.forward.value_node(v)) for v in (arc.head, *arc.tail)]
-        last = next(n for n in reversed(self.joint.nodes) if n in read)
-        with self._behind(last):
-            test = functools.partial(remembers, arc, self.options.tolerance)
-            self._assert(self.recorder.record(test, read, FORWARD, last), message, FORWARD)
+            self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
 
     def check(self, alive: Collection[fx.Node]) -> None:
-        """None; compares samples of regenerated values with the forward's: of the lowest cut, where rounding has grown
-        most, that the backward reads. `alive` holds the nodes that something needs.
+        """Compare samples of regenerated values with the forward's: of the lowest cut, where rounding has grown most,
+        that the backward reads. `alive` holds the nodes that something needs.
         """
         for stretch in self._stretches:
             for cut, origins, where in reversed(stretch):
@@ -398,7 +352,7 @@ class Regenerator:
                     break
 
     def whole_steps(self, alive: Collection[fx.Node]) -> None:
-        """None; when anything of a step is regenerated so is its entry, which takes the place of its exit."""
+        """Regenerate the entry of a step, which takes the place of its exit, whenever anything of it is regenerated."""
         entries: dict[int, list[fx.Node]] = {}
         for node, step in self.step_of.items():
             if node in alive and any(self.step_of.get(u, step) > step for u in node.users):
@@ -424,7 +378,7 @@ class Regenerator:
             self.kept.update(samples)
             with self.joint.inserting_before(self.output):
                 ok = self.recorder.record(lambda a, b, c: ~drifted(sample(a), b, c), [now, *samples], BACKWARD, now)
-                self.attached[now] = [self._assert(ok, message, BACKWARD)]
+                self.attached[now] = [self._flag(ok, message, BACKWARD)]
 
     def _compare_bits(self, v: int, now: fx.Node, where: str) -> None:
         message = (
@@ -438,20 +392,58 @@ class Regenerator:
         self.kept.add(before)
         with self.joint.inserting_before(self.output):
             ok = self.recorder.record(lambda a, b: checksum(a) == b, [now, before], BACKWARD, now)
-            self.attached[now] = [self._assert(ok, message, BACKWARD)]
+            self.attached[now] = [self._flag(ok, message, BACKWARD)]
+
+    def check_ranges(self) -> None:
+        """Check in every run that no value leaves the grid, and that all of those that lie on it are finite."""
+        for v, value in enumerate(self.program.values):
+            if value.grid is None:
+                continue
+            node, most = self._own(self.forward.value_node(v)), limit(value.dtype, value.grid)
+            where = self.program.ops[self.program.made_at[v]].where
+            message = (
+                f"revfx: exact={value.grid}: a value at {where or 'an unknown place'} is not finite or not below "
+                f"{most:.4g}, where a grid of steps 2^-{value.grid} has room in {value.dtype}; use a smaller `exact`, "
+                "scale the activations down, or do without"
+            )
+            with self._behind(node):
+                ok = self.recorder.record(lambda t, most=most: t.abs().amax() < most, [node], FORWARD, node)
+                self._flag(ok, message, FORWARD)
 
     def _behind(self, node: fx.Node) -> AbstractContextManager[None]:
-        """A context in which nodes come right behind another one; behind all inputs where that is one."""
+        """Return a context in which nodes come right behind another one; behind all inputs where that is one."""
         return self.joint.inserting_before(self._first if node.op == "placeholder" else node.next)
 
-    def _assert(self, ok: fx.Node, message: str, tag: str) -> fx.Node:
-        node = self.joint.call_function(aten._assert_async.msg, (ok, message))
-        node.meta = {"val": None, "partitioner_tag": tag}
-        return node
+    def _flag(self, ok: fx.Node, message: str, half: str) -> fx.Node:
+        """Note that the backward raises with this message if `ok`, which a `half` of the graph computes, is false."""
+        self._flags[ok] = half, message
+        return ok
+
+    def raise_at_the_end(self) -> list[fx.Node]:
+        """Return the checks, one for each device, that end the backward: no gradient is handed out before them.
+
+        Those of the forward are made there too, so that nothing in it waits for a device.
+        """
+        checks: list[fx.Node] = []
+        flags = {n: (n.meta["val"].device, *self._flags[n]) for n in self.joint.nodes if n in self._flags}
+        for device in dict.fromkeys(device for device, *_ in flags.values()):
+            parts, texts = list[fx.Node](), list[str]()
+            for half in (FORWARD, BACKWARD):
+                found = {n: text for n, (where, *said, text) in flags.items() if (where, *said) == (device, half)}
+                if found:
+                    with self.joint.inserting_before(self.output):
+                        parts.append(self.recorder.record(lambda *t: torch.stack(t), [*found], half, next(iter(found))))
+                    texts += found.values()
+                    self.kept.update(parts if half == FORWARD else ())
+            with self.joint.inserting_before(self.output):
+                # a copy of what the forward saved, as the check is said to write it
+                ok = self.recorder.record(lambda *t: torch.cat(t).clone(), parts, BACKWARD, parts[0])
+            checks.append(_torch.add_check(self.joint, ok, texts, {"partitioner_tag": BACKWARD}))
+        return checks
 
 
 def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> Any:
-    """What a rounding error of 1 has grown to over some steps."""
+    """Return what a rounding error of 1 has grown to over some steps."""
     growth: dict[int, Any] = {}
     for step in steps:
         growth = amplification(step, growth, measured)
@@ -462,24 +454,9 @@ def _has_precision(node: fx.Node) -> bool:
     return precision(node.meta["val"].dtype) > 0
 
 
-def _zeros_of(t: Tensor) -> Tensor:
-    """Which elements of `t` are exactly zero, eight to a byte; one, where no row has a fixed size."""
-    mask = t == 0
-    if fixed(t.shape):
-        return packed(mask, 1)
-    return packed_rows(mask) if t.dim() and fixed(t.shape[-1:]) else mask
-
-
-def _fill_zeros(t: Tensor, zeros: Tensor) -> Tensor:
-    """`t` with exact zeros where `_zeros_of` saw them."""
-    if zeros.dtype == torch.uint8:
-        bits = unpacked(zeros, 1, t) if fixed(t.shape) else unpacked_rows(zeros, t.shape[-1])
-        zeros = bits.to(torch.bool)
-    return t.masked_fill(zeros, 0)
-
-
 def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
-    """The order of dimensions in which `t` must be laid out so that it can be viewed as `like` can; None: it can now.
+    """Return the order of dimensions in which `t` must be laid out so that it can be viewed as `like` can; None: it can
+    now.
 
     `like` may be a part of a larger tensor; then the dense layout with its order of dimensions does as well.
     """

@@ -59,8 +59,8 @@ class Walk:
 
 
 def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
-    """The regions of a program in order, and the stuck points between them (nearest the end first); where there are no
-    regions at all, also what would have had to be kept.
+    """Return the regions of a program in order, and the stuck points between them (nearest the end first); where there
+    are no regions at all, also what would have had to be kept.
 
     A region must free more bytes than it keeps, unless `all_pay` says that this is known.
     """
@@ -98,7 +98,7 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
 
 
 def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
-    """Where the steps of a walk have to keep what an inverse would give back if it did not round."""
+    """Yield where the steps of a walk have to keep what an inverse would give back if it did not round."""
     for step in walk.steps:
         for i in range(step.start, step.stop):
             for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.head in step.saved):
@@ -106,18 +106,18 @@ def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
 
 
 def _each_once(program: Program, found: Iterable[Stuck]) -> tuple[Stuck, ...]:
-    """The last of those in the same line of code, nearest the end first."""
+    """Return the last of those in the same line of code, nearest the end first."""
     last = {program.ops[s.start].where: s for s in sorted(found, key=lambda s: s.start)}
     return tuple(sorted(last.values(), key=lambda s: -s.start))
 
 
 def _reruns_all(walk: Walk) -> bool:
-    """Whether a walk only runs everything again from an input that is read below it, as a target may be."""
+    """Return whether a walk only runs everything again from an input that is read below it, as a target may be."""
     return walk.steps[-1].start == 0 and not any(s.inverts for s in walk.steps)
 
 
-def climb(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:
-    """All steps upwards from one cut with given side inputs, and what stopped the next one."""
+def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:
+    """Return all steps upwards from one cut with given side inputs, and what stopped the next one."""
     steps: list[Step] = []
     while stop > 0:
         patience = max(200, 5 * (steps[-1].stop - steps[-1].start)) if steps else 200
@@ -145,20 +145,20 @@ def _walk(program: Program, stop: int, live: tuple[int, ...]) -> Walk:
 
 
 def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> Walk:
-    """All steps upwards from one cut with given side inputs, and with those that are `_shared` within the largest step
-    where it takes less memory to keep them.
+    """Return all steps upwards from one cut with given side inputs, and with those that are `_shared` within the
+    largest step where it takes less memory to keep them.
 
     Nothing tells of such a value but what makes it: a step that reads it goes up to there, past every coupling between.
     """
-    steps, stuck = climb(program, stop, live, side)
+    steps, stuck = extend(program, stop, live, side)
     while inverting := [s for s in steps if s.inverts]:
         largest = max(inverting, key=lambda s: _made(program, s.start, s.stop))
         shared = frozenset(_shared(program, largest, side))
-        with_all = climb(program, largest.stop, largest.exit, side | shared)[0] if shared else []
+        with_all = extend(program, largest.stop, largest.exit, side | shared)[0] if shared else []
         across = shared.intersection(v for s in with_all for v in s.entry)
         if not across:
             break
-        more, then = climb(program, largest.stop, largest.exit, side | across)
+        more, then = extend(program, largest.stop, largest.exit, side | across)
         instead = [*(s for s in steps if s.start >= largest.stop), *more]
         takes = _taken(program, steps, side, largest.start)
         if not _pays(program, more, across) or _taken(program, instead, side | across, largest.start) >= takes:
@@ -168,7 +168,7 @@ def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: froz
 
 
 def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]:
-    """Values that a step makes of sources (a slice of a table, a mask), of side inputs and of what stays alive (a
+    """Yield values that a step makes of sources (a slice of a table, a mask), of side inputs and of what stays alive (a
     condition made of the model's input, where that is returned), and that are read before and after an inverse.
     """
     inverted = sorted(d.op for d in step.derive if isinstance(d, Invert) and not d.arc.exact)
@@ -180,7 +180,7 @@ def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]
 
 
 def _taken(program: Program, steps: Sequence[Step], side: frozenset[int], start: int) -> int:
-    """Bytes of what is kept, of the largest step, and of what lies above the steps from `start` on."""
+    """Return bytes of what is kept, of the largest step, and of what lies above the steps from `start` on."""
     kept = [*side, *(v for s in steps for v in s.saved)]
     storage = {program.values[v].storage for v in kept}
     inverting = [s for s in steps if s.inverts]
@@ -189,8 +189,8 @@ def _taken(program: Program, steps: Sequence[Step], side: frozenset[int], start:
 
 
 def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:
-    """Sets of values worth trying as side inputs: read repeatedly above the stuck cut, each alone, then the long-
-    lived ones.
+    """Return sets of values worth trying as side inputs: read repeatedly above the stuck cut, each alone, then the
+    long- lived ones.
     """
     readers = {v: [u for u in program.users[v] if u < stuck.stop] for v in stuck.unknown if v not in side}
     several = sorted((v for v, u in readers.items() if len(u) >= 2), key=lambda v: -len(readers[v]))
@@ -201,7 +201,7 @@ def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> li
 
 
 def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool:
-    """Whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it.
+    """Return whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it.
 
     What running forwards from `side` alone gives does not count: that is checkpointing, which needs no inverse.
     """
@@ -219,7 +219,7 @@ def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool
 
 
 def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int]) -> set[int]:
-    """`side`, and what the operations of `steps` (last one first) give from it and from sources."""
+    """Return `side`, and what the operations of `steps` (last one first) give from it and from sources."""
     known = set(side)
     for i in range(steps[-1].start, steps[0].stop) if steps else ():
         op = program.ops[i]
@@ -229,8 +229,8 @@ def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int])
 
 
 def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
-    """The region that a walk found, trimmed of steps that invert nothing at both ends; None where it would not pay, if
-    that is not known already.
+    """Return the region that a walk found, trimmed of steps that invert nothing at both ends; None where it would not
+    pay, if that is not known already.
     """
     steps = list(reversed(walk.steps))
     trusted = [i for i, s in enumerate(steps) if s.inverts]
@@ -249,15 +249,13 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
     # Of what runs again though nothing is inverted or kept, as in a checkpoint, the step below alone counts, whose exit
     # is regenerated.
-    by_inverses = [
-        f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or steps[i - low].saved
-    ]
+    by_inverses = [f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or steps[i - low].saved]
     if not pays and sum(by_inverses) - max(by_inverses) <= kept_bytes:
         return None  # one step is alive at a time: that much plain checkpointing saves too
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
 
 
 def _made(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:
-    """Bytes that operations start..stop-1 make, besides the storage that is kept."""
+    """Return bytes that operations start..stop-1 make, besides the storage that is kept."""
     outs = [program.values[v] for i in range(start, stop) for v in program.ops[i].outs]
     return sum({v.storage: v.nbytes for v in outs if v.storage not in kept}.values())

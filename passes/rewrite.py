@@ -24,7 +24,7 @@ class Segment:
 
 
 def segments(program: Program, regions: Sequence[Region]) -> tuple[Segment, ...]:
-    """The whole program as segments in order."""
+    """Return the whole program as segments in order."""
     cut: list[Segment] = []
     at = 0
     for region in regions:
@@ -38,7 +38,7 @@ def segments(program: Program, regions: Sequence[Region]) -> tuple[Segment, ...]
 
 
 def text(lowered: Lowered, cut: Sequence[Segment]) -> str:
-    """The program as Python-like lines; in a region each says what the backward does with the value."""
+    """Return the program as Python-like lines; in a region each says what the backward does with the value."""
     program = lowered.program
     lines: list[str] = []
     for number, segment in enumerate(cut):
@@ -74,7 +74,7 @@ def _line(lowered: Lowered, index: int) -> str:
 
 
 def _index(value: object) -> str:
-    """An index as it is written between brackets: `..., :8`."""
+    """Return an index as it is written between brackets: `..., :8`."""
     if isinstance(value, tuple):
         return ", ".join(_index(v) for v in value)
     if isinstance(value, slice):

@@ -20,36 +20,36 @@ NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def as_number(size: Any) -> int:
-    """A size as a plain number: of a symbolic one the value that the program was traced with, without a guard."""
+    """Return a size as a plain number: of a symbolic one the value that the program was traced with; no guard."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.has_hint() else 0
     return int(size)
 
 
 def fixed(sizes: Iterable[Any]) -> bool:
-    """Whether all of `sizes` are plain numbers, none of them a symbol."""
+    """Return whether all of `sizes` are plain numbers, none of them a symbol."""
     return all(isinstance(n, int) for n in sizes)
 
 
 def tensors_of(val: Any) -> list[Any]:
-    """The tensors of a node's result, which may be one itself."""
+    """Return the tensors of a node's result, which may be one itself."""
     return [val] if isinstance(val, Tensor) else [t for t in pytree.tree_leaves(val) if isinstance(t, Tensor)]
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:
-    """Whether two shapes are equal for every value of the symbols in them."""
+    """Return whether two shapes are equal for every value of the symbols in them."""
     return statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
 
 
 def same_strides(a: Any, b: Any) -> bool:
-    """Whether two sequences of numbers are equal for every value of the symbols in them."""
+    """Return whether two sequences of numbers are equal for every value of the symbols in them."""
     return statically_known_true(sym_eq(tuple(a), tuple(b)))
 
 
 @contextlib.contextmanager
 def no_new_guards(node: fx.Node) -> Generator[None]:
-    """A context that ends early, without an error, where something in it depends on a size that is not fixed, of the
-    node's result or among what it reads, for which a node stands that can't be computed with.
+    """Return a context that ends early, without an error, where something in it depends on a size that is not fixed, of
+    the node's result or among what it reads, for which a node stands that can't be computed with.
     """
     env = next((e for t in tensors_of(node.meta["val"]) if (e := _shape_env(t)) is not None), None)
     if env is None:
@@ -63,7 +63,7 @@ def no_new_guards(node: fx.Node) -> Generator[None]:
 
 @contextlib.contextmanager
 def muted(name: str) -> Generator[None]:
-    """A context in which the logger of this name says nothing."""
+    """Return a context in which the logger of this name says nothing."""
     log, nothing = logging.getLogger(name), _Nothing()  # one of its own, as such contexts may lie in each other
     log.addFilter(nothing)
     try:

@@ -68,7 +68,7 @@ class Numbering:
     _rows: set[fx.Node] = field(default_factory=set[fx.Node])  # zero in whole rows, as what they mix may be
 
     def note(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool], copied: fx.Node | None = None) -> None:
-        """None; numbers a node, after its operands, of which each `has_atoms` or not; what is `copied` is its like."""
+        """Number a node, after its operands, of which each `has_atoms` or not; what is `copied` is its like."""
         self._at[node] = len(self._at)
         if copied is not None:
             for numbers in (self.exact, self.alike, self._meant, self._made, self._core, self._root):
@@ -90,7 +90,9 @@ class Numbering:
             self._rows.add(node)
 
     def ties(self, vanishing: Collection[Hashable]) -> dict[fx.Node, Tie]:
-        """By node what is known of it, once all are numbered; `vanishing` are sums that are zero where parts cancel."""
+        """Return, by node, what is known of it, once all are numbered; `vanishing` are sums that are zero where parts
+        cancel.
+        """
         values, made = defaultdict[fx.Node, set[fx.Node]](set), defaultdict[fx.Node, set[fx.Node]](set)
         for node, first in self._meant.items():
             values[self.alike[node]].add(first)
@@ -115,12 +117,12 @@ class Numbering:
         return found
 
     def _meet(self, called: Mapping[fx.Node, fx.Node], operands: Collection[fx.Node]) -> bool:
-        """Whether two of the operands are one by what they are `called`, and not by what they are."""
+        """Return whether two of the operands are one by what they are `called`, and not by what they are."""
         apart = {self._core[n]: called[n] for n in operands}
         return len(set(apart.values())) < len(apart)
 
     def _same(self, node: fx.Node, has_atoms: Callable[[fx.Node], bool]) -> fx.Node | None:
-        """What a result equals in places, up to a factor; None where it is a value of its own."""
+        """Return what a result equals in places, up to a factor; None where it is a value of its own."""
         name = _name(node)
         operands = [n for n in node.all_input_nodes if is_tensor(n) and n.meta["val"].dtype != torch.bool]
         alike = [self.alike[n] for n in operands]
@@ -145,14 +147,14 @@ class Numbering:
 
 
 def _taken_of(node: fx.Node) -> fx.Node:
-    """What a value is a part of; itself where it is none."""
+    """Return what a value is a part of; itself where it is none."""
     while _name(node) in TAKES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def _along_rows(node: fx.Node) -> bool:
-    """Whether values are joined along the first dimension, across which layers mix nothing."""
+    """Return whether values are joined along the first dimension, across which layers mix nothing."""
     name, ndim = _name(node), node.meta["val"].ndim
     at = 2 if name in WRITES else 1
     dim = node.kwargs.get("dim", node.args[at] if len(node.args) > at else 0)
@@ -164,7 +166,7 @@ def _name(node: fx.Node) -> str:
 
 
 def is_tensor(x: Any) -> bool:
-    """Whether an argument is a node of a tensor."""
+    """Return whether an argument is a node of a tensor."""
     return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)
 
 
@@ -173,7 +175,9 @@ def _holds_tensors(node: fx.Node) -> bool:
 
 
 def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
-    """What a node computes of which values: alike for nodes that give the same numbers, or draw random ones alike."""
+    """Return what a node computes of which values: alike for nodes that give the same numbers, or draw random ones
+    alike.
+    """
     args: Any = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
     if _name(node) in COMMUTE and len(args[0]) == 2 and not args[1]:  # without a factor of one of them
         args = sorted(map(repr, args[0])), args[1]
@@ -181,7 +185,7 @@ def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashab
 
 
 def _as_meant(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
-    """What a node computes of which values; of one value in whatever words and along whatever dimensions."""
+    """Return what a node computes of which values; of one value in whatever words and along whatever dimensions."""
     name, operands = _name(node), [first[n] for n in node.all_input_nodes]
     if name in RESHAPES:
         return "view", str(node.meta["val"].shape), operands[0]

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 
 from revfx._torch import FAKE_LOGGER
+from revfx.errors import RevfxWarning
+from revfx.passes.joint import draws
 from revfx.passes.sizes import muted
 
 
@@ -116,11 +119,24 @@ def merged_once(gm: fx.GraphModule) -> Generator[None]:
 def min_cut_partition(
     gm: fx.GraphModule, joint_inputs: Sequence[object], regenerates: bool, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward and the backward graph, as torch's own partitioner splits `gm`; where that already `regenerates` what
-    it reads, nothing is recomputed beyond that on behalf of a budget.
+    """Return the forward and the backward graph, as torch's own partitioner splits `gm`.
+
+    Where that already `regenerates` what it reads, nothing is recomputed beyond that on behalf of a budget; nor where
+    it draws random numbers, since for a budget torch draws them a second time (pytorch/pytorch#190717).
     """
-    whole: dict[str, Any] = {"activation_memory_budget": 1.0, "aggressive_recomputation": False} if regenerates else {}
-    with functorch_config.patch(whole):
+    whole: dict[str, Any] = {"activation_memory_budget": 1.0}
+    budget = functorch_config.activation_memory_budget
+    changed = {**whole, "aggressive_recomputation": False} if regenerates else {}
+    if not regenerates and budget < 1 and any(map(draws, gm.graph.nodes)):
+        changed = whole
+        warnings.warn(
+            "a compiled graph draws random numbers, as dropout does: torch's `activation_memory_budget` of "
+            f"{budget} is not followed in it, as gradients would be those of other random numbers. Use "
+            "`torch.utils.checkpoint` for what is to be computed again.",
+            RevfxWarning,
+            stacklevel=2,
+        )
+    with functorch_config.patch(changed):
         return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
 

@@ -27,7 +27,7 @@ from revfx.mode import can_store, runs_plain, store_region
 from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
 from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
-from revfx.passes.regions import Region, climb
+from revfx.passes.regions import Region, extend
 from revfx.region_plan import RegionPlan
 from revfx.state import Reach
 from revfx.traced import free_couplings
@@ -360,7 +360,7 @@ def _program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int
             ops.append(Op("add", (x, h), (y,), arcs, where=where, opaque=False))
             streams[i] = y
     program = Program(tuple(values), tuple(ops), (streams[0], streams[1]))
-    steps, _ = climb(program, len(ops), (streams[0], streams[1]), frozenset())
+    steps, _ = extend(program, len(ops), (streams[0], streams[1]), frozenset())
     steps.reverse()
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
     region = Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0)

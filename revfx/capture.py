@@ -33,7 +33,7 @@ from revfx.memo import Seen, structure
 from revfx.passes.facts import GENERIC, is_mask
 from revfx.passes.names import PRODUCTS, SUMS, bare
 from revfx.passes.numbers import is_generic
-from revfx.passes.unread import of_its_shape
+from revfx.passes.shape_only import of_its_shape
 from revfx.rules import op_name
 from revfx.trail import Trail
 from revfx.trees import meta, tensors

@@ -22,7 +22,7 @@ from revfx.calls import Call
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.layout import ALIGNED, address, same_view
 from revfx.passes.cuts import Step
-from revfx.passes.plan import images
+from revfx.passes.plan import inverted_from
 from revfx.regeneration import Regeneration, unpack
 from revfx.region_plan import Env, Handle, RegionPlan, StepPlan
 from revfx.state import CallState, Random
@@ -108,7 +108,7 @@ class RegionRun(Regeneration):
             if growing or number == len(self.plan.steps) - 1:
                 self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
             if plan.sampled:
-                self.samples.rescale(number, images(step), env)
+                self.samples.rescale(number, inverted_from(step), env)
         for v in plan.late:
             env.pop(v, None)
 

@@ -21,11 +21,11 @@ from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.mode import uncollected
 from revfx.passes.aliases import save_bases
+from revfx.passes.borders import STEP
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.grid import checked_exact
 from revfx.passes.partition import Report, rewrite
 from revfx.passes.plan import checked_every
-from revfx.passes.realise import STEP
 from revfx.passes.regenerate import Options
 
 
@@ -55,9 +55,8 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
 
     Args:
         unbounded: what to do with couplings whose factor may underflow, such as `exp(s)`: "assert" checks the factor in
-            every forward, and what rounding grows to by all factors between two kept cuts, and raises where it is too
-            much; "store" keeps the inputs of couplings where it might be. So with numbers of the data that a coupling
-            may leave as they are, where an operation tells these from others.
+            every step, and what rounding grows to by all factors between two kept cuts, and raises in the backward
+            where it is too much; "store" keeps the inputs of couplings where it might be.
         tolerance: what rounding may grow to between two kept cuts (relative); None: sqrt(eps) of the dtype.
         exact: make what is regenerated equal to the forward's bit for bit, by rounding what couplings add to multiples
             of 2^-14 (2^-k for `exact=k`), see `revfx.convert`. Under inductor, whose kernels in the backward may round

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_kinks import traced
 from torch import Tensor, nn
+from torch.nn import functional as F
 from zoo import D, Pairs
 
 import revfx
+from revfx.passes.atoms import atoms
+from revfx.passes.kinks import barred
+from revfx.passes.moved import directions_of, moved
 from revfx.testing import assert_same_grads
 
 
@@ -86,3 +91,35 @@ def test_blank_parts_of_an_image_that_convolutions_reach_one_after_the_other() -
     x[:, :, 6:9, 6:9] = torch.randn(2, 4, 3, 3)
     model = Images()
     assert_same_grads(revfx.convert(model), model, [x.requires_grad_()])
+
+
+# --- compiled graphs, in which nobody looks
+Sum = Callable[[Tensor, Tensor, Tensor], Tensor]  # of a stream, of what a linear layer gives, and a parameter
+Use = Callable[[Tensor], Tensor]
+KEPT: dict[str, tuple[Sum, Use, bool]] = {  # a stream; what reads it; whether it is kept where nobody looks at it
+    "zeros by chance": (lambda x, h, w: x + h, torch.relu, False),
+    "zeros by chance, and numbers": (lambda x, h, w: x + h, F.hardtanh, False),
+    "zeros": (lambda x, h, w: h.relu(), torch.exp, True),
+    "zeros of two": (lambda x, h, w: h.relu() + (h @ w).relu(), torch.relu, True),
+    "zeros of two that nothing sees": (lambda x, h, w: h.relu() + (h @ w).relu(), torch.exp, False),
+    "zeros of two that are mixed": (lambda x, h, w: h.relu() + (h @ w).relu(), lambda a: (a @ a).relu(), False),
+    "zeros of two, scaled": (lambda x, h, w: h.relu() + (h @ w).relu(), lambda a: (2 * a).abs(), True),
+    "zeros of two in a product": (lambda x, h, w: h.relu() + (h @ w).relu(), lambda a: (a * a.exp()).sign(), True),
+    "zeros of two, taken apart": (lambda x, h, w: h.relu() + (h @ w).relu(), lambda a: a.chunk(2)[0].relu(), True),
+    "numbers that dropout leaves": (lambda x, h, w: x + F.dropout(h, 0.5), F.hardtanh, True),
+    "zeros that dropout leaves": (lambda x, h, w: x + F.dropout(h, 0.5), torch.relu, True),
+    "dropout in a language model": (lambda x, h, w: x + F.dropout(h, 0.5), lambda a: F.layer_norm(a, (4,)), False),
+    "a sum with zeros": (lambda x, h, w: x + h.relu(), lambda a: a @ a, False),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_compiled_graphs_keep(name: str) -> None:
+    make, use, expected = KEPT[name]
+
+    def function(x: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        a = make(x, h, w)
+        return a, use(a)
+
+    graph, stream = traced(function)
+    assert (stream in barred(graph, atoms(graph), moved(graph, directions_of))) is expected

@@ -22,6 +22,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 UNARY_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp, "sigmoid": torch.sigmoid, "softplus": F.softplus, "tanh": torch.tanh, "relu": torch.relu,
     "hardtanh": F.hardtanh, "hardsigmoid": F.hardsigmoid, "softmax": functools.partial(torch.softmax, dim=-1),
+    "_softmax": lambda x: torch.ops.aten._softmax(x, -1, False),
+    "_safe_softmax": lambda x: torch.ops.aten._safe_softmax(x, -1),
     "softsign": F.softsign, "sin": torch.sin, "cos": torch.cos, "atan": torch.atan, "erf": torch.erf,
     "abs": torch.abs, "neg": torch.neg, "__neg__": torch.neg, "reciprocal": torch.reciprocal,
     "square": torch.square, "mean": torch.mean, "sum": torch.sum, "var": functools.partial(torch.var, correction=0),

@@ -299,7 +299,7 @@ def test_a_function_out_of_the_cache_checks_its_permutation() -> None:
     assert isinstance(model.order, Tensor)
     model.order.copy_(torch.tensor(TWICE))
     with pytest.raises(RuntimeError, match=rf"an index is no permutation \(.*, at .*{__name__}\.py:\d+\)"):
-        function(x)
+        loss_of(function(x)).backward()
 
 
 @pytest.mark.deep
@@ -312,4 +312,4 @@ def test_a_function_out_of_the_cache_checks_its_factors(door: Door) -> None:
         for bias in (p for name, p in model.named_parameters() if name.endswith("bias")):
             bias.sub_(80.0)
     with pytest.raises(RuntimeError, match=rf"a factor of the coupling at .*{__name__}\.py:\d+ came nearer to 0"):
-        function(x)
+        loss_of(function(x)).backward()

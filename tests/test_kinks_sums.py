@@ -183,12 +183,8 @@ COPIES = [name for name in OFF if name.endswith("by a copy")]
 
 
 @pytest.mark.parametrize("off", deep_but(("in one row, by a copy",), COPIES))
-def test_compiled_streams_of_data_that_come_back(off: str) -> None:
-    x = torch.cat([few(), torch.randn(N, D)], -1)
-    model = TakenOff(off)
-    with pytest.raises(RuntimeError, match="holds numbers of the data"):
-        by_backend(model)(x)
-    assert_same_grads(by_backend(model, unbounded="store"), model, [x.requires_grad_()])
+def test_compiled_streams_of_data_that_no_copy_takes_off(off: str) -> None:
+    x = torch.cat([few(), torch.randn(N, D)], -1).requires_grad_()
     model = TakenOff(off, alike=False)
     assert_same_grads(by_backend(model), model, [x])
 
@@ -349,28 +345,22 @@ def test_gradients_of_data_of_few_levels_without_equal_neighbours() -> None:
         assert_same_grads(revfx.convert(copy.deepcopy(model)), model, [x])
 
 
-@pytest.mark.parametrize("use", ["less data", "less twice other data", "a batch norm"])
+@pytest.mark.parametrize("use", ["less data", "less twice other data"])
 @pytest.mark.parametrize("add", deep_but(("a layer", "data"), ("a layer", "data", "half of data", "a mean")))
 def test_compiled_streams_of_data(add: str, use: str) -> None:
-    assert_right_or_raises(lambda: Streams(ADDS[add], USES[use], at=0))
+    assert_compiled_streams_are_right(lambda: Streams(ADDS[add], USES[use], at=0))
 
 
 @pytest.mark.parametrize("then", deep_but(("rolled", "halved"), THEN))
 def test_compiled_streams_of_data_that_are_moved_and_scaled(then: str) -> None:
-    assert_right_or_raises(lambda: Streams(ADDS["a layer"], USES["less data"], then=THEN[then]))
+    assert_compiled_streams_are_right(lambda: Streams(ADDS["a layer"], USES["less data"], then=THEN[then]))
 
 
-def assert_right_or_raises(make: Callable[[], nn.Module]) -> None:
+def assert_compiled_streams_are_right(make: Callable[[], nn.Module]) -> None:
     for parts in ((few, many, few), (many, torch.zeros, few)):
         torch.manual_seed(1)
         x, model = data(parts), make()
-        compiled = by_backend(model)
-        try:
-            compiled(x)
-        except RuntimeError as error:
-            assert "holds numbers of the data" in str(error)
-        else:
-            assert_same_grads(compiled, model, [x])
+        assert_same_grads(by_backend(model), model, [x])
 
 
 @pytest.mark.parametrize("use", USES)

@@ -216,21 +216,12 @@ def test_weights_with_a_pattern_that_are_loaded_make_another_plan(through: str) 
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)])
-def test_weights_with_a_pattern_that_are_loaded_after_compiling_raise(inner: str) -> None:
+def test_compiled_graphs_see_that_weights_have_a_pattern(inner: str) -> None:
     model = additive(Kernel)
-    options: Any = {"inner": inner, **({"fallback_random": True} if inner == "inductor" else {})}
-    compiled = torch.compile(model, backend="revfx", options=options)
-    x = (torch.tensor([97, 98, 99, 101, 103, 104])[torch.randint(0, 6, (40, 2 * D))] / 255.0).requires_grad_()
-    for _ in range(2):
-        assert_same_grads(compiled, model, [x])
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(0.9)
     model.load_state_dict(_differences(model.state_dict()))
-    with pytest.raises(RuntimeError, match=r"parameter follow a pattern .*, unlike when this model was compiled"):
-        compiled(x)
-    torch.compiler.reset()
-    assert_same_grads(compiled, model, [x])
+    options: Any = {"inner": inner, **({"fallback_random": True} if inner == "inductor" else {})}
+    x = (torch.tensor([97, 98, 99, 101, 103, 104])[torch.randint(0, 6, (40, 2 * D))] / 255.0).requires_grad_()
+    assert_same_grads(torch.compile(model, backend="revfx", options=options), model, [x])
 
 
 # --- hooks, which don't run while a forward is recorded

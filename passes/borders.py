@@ -27,8 +27,8 @@ POLICY = ("recompute", "ac_graph_id")  # keys by which torch's partitioner is to
 Stored = tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]
 
 
-def realise(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], stored: Stored) -> None:
-    """None; marks nodes with the step that `step_of` tells, and stores what crosses one, except the `spared` nodes.
+def store_borders(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], stored: Stored) -> None:
+    """Mark nodes with the step that `step_of` tells, and store what crosses one, except the `spared` nodes.
 
     `stored` is an operator, an identity that the compiler does not look through, and its further arguments for a value.
     """
@@ -46,7 +46,7 @@ def realise(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], stored:
 
 
 def _crosses(node: fx.Node, step_of: Mapping[fx.Node, int], views: Collection[fx.Node]) -> bool:
-    """Whether a tensor is read in a later step, itself or through views."""
+    """Return whether a tensor is read in a later step, itself or through views."""
     val = node.meta.get("val")
     return isinstance(val, Tensor) and fixed(val.shape) and _read_later(node, step_of[node], step_of, views)
 
@@ -56,6 +56,6 @@ def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int], views:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether a value is made of another's memory, as the operator says (of a part of a split, the split)."""
+    """Return whether a value is made of another's memory, as the operator says (of a part of a split, the split)."""
     maker = node.args[0] if node.target is getitem else node
     return isinstance(maker, fx.Node) and _torch.may_alias(maker.target)

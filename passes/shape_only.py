@@ -17,7 +17,8 @@ DRAWN: Mapping[str, str] = {"rand_like": "rand", "randn_like": "randn"}
 
 
 def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> tuple[str, Any, dict[str, Any]] | None:
-    """The name, arguments and options of what makes a tensor like `made` of its shape alone; None where nothing does.
+    """Return the name, arguments and options of what makes a tensor like `made` of its shape alone; None where nothing
+    does.
 
     `y = randn_like(a)` is `y = randn(shape of y)`: the same numbers where y is contiguous, and the generator torch's.
     """
