@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -489,3 +490,24 @@ def _spec(tree: Any, leaves: list[Any]) -> pytree.TreeSpec:
 def in_jit() -> bool:
     """Return whether TorchScript is tracing."""
     return torch.jit.is_tracing()
+
+
+def data_address(t: torch.Tensor) -> int | None:
+    """Return where a tensor's numbers lie; None for subclasses and layouts that do not tell."""
+    return t.data_ptr() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided else None
+
+
+@contextlib.contextmanager
+def uncollected() -> Generator[None]:
+    """Return a context without garbage collection: while a graph grows, all that it finds are the graph's own cycles,
+    alive.
+
+    At 200 layers of a transformer it took a third of the rewrite; the same goes for autograd on fake tensors.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

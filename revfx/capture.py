@@ -27,11 +27,12 @@ from revfx.ambient import Ambience, drew, generators, restore, torchs_generator,
 from revfx.carried import Carried, carried
 from revfx.effects import Snapshot, lasts, left_alone, let_go, of_their_own
 from revfx.guards import ATOMS, AttributeReads, GlobalReads, gives_anew, name_of, noting_reads
-from revfx.inplace import functionalise, updated_statistics
-from revfx.intercept import intercepted, recording
+from revfx.inplace import functionalise
+from revfx.intercept import intercepted
 from revfx.memo import Seen, structure
+from revfx.mode import recording
 from revfx.passes.facts import GENERIC, is_mask
-from revfx.passes.names import PRODUCTS, SUMS, bare
+from revfx.passes.names import PRODUCTS, SUMS, bare, updated_statistics
 from revfx.passes.numbers import is_generic
 from revfx.passes.shape_only import of_its_shape
 from revfx.rules import op_name

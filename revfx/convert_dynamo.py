@@ -25,9 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from revfx import _torch
 from revfx.ambient import ambient_state
 from revfx.errors import Refusal, RevfxError
-from revfx.inplace import updated_statistics
+from revfx.passes.names import updated_statistics
 from revfx.rules import op_name
-from revfx.trees import data_address
 
 
 if TYPE_CHECKING:
@@ -248,7 +247,7 @@ def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int]
     def run(*args: Any) -> Any:
         own = {id(x) for x in args}
         leaves = [] if _torch.fsdp_in_use() else [x for x in args if type(x) in (Tensor, nn.Parameter) and x.is_leaf]
-        check = functools.partial(_check, name, [(weakref.ref(x), data_address(x)) for x in leaves])
+        check = functools.partial(_check, name, [(weakref.ref(x), _torch.data_address(x)) for x in leaves])
         with _torch.uncounted_writes(tuple(args[i] for i in uncounted)):
             results = compiled(*args)
         for y in results:
@@ -272,7 +271,7 @@ def _check(name: str, leaves: Sequence[tuple[weakref.ref[Tensor], int | None]], 
         )
     for ref, address in leaves:
         leaf = ref()
-        if leaf is not None and data_address(leaf) != address:
+        if leaf is not None and _torch.data_address(leaf) != address:
             raise RevfxError(
                 f"`convert({name})`: a parameter, buffer or input of shape {list(leaf.shape)} was modified in place"
                 f" (its `.data` was replaced) between forward and backward, which would regenerate other activations."

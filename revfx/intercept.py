@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revfx import _torch
-
-
-recording = threading.local()  # its `recorder` is that of this thread
-
-
-def is_recording() -> bool:
-    """Return whether a forward is being recorded on this thread."""
-    return getattr(recording, "recorder", None) is not None
+from revfx.mode import recording
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -14,7 +14,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
 from revfx.checks import Ranges
-from revfx.intercept import is_recording
 
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from revfx.region_plan import RegionPlan
 
 
+recording = threading.local()  # its `recorder` is that of this thread, if any
 _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
 _simulating: ContextVar[bool] = ContextVar("revfx_simulating", default=False)
 
@@ -82,7 +82,7 @@ def can_store(inputs: Iterable[Tensor]) -> bool:
     which tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what
     weights are computed to: a re-run would have neither.
     """
-    if is_recording() or _torch.in_jit() or _torch.in_functorch_transform():
+    if getattr(recording, "recorder", None) is not None or _torch.in_jit() or _torch.in_functorch_transform():
         return False
     if _torch.in_forward_mode() or _torch.in_cached_parameters():
         return False
@@ -98,19 +98,3 @@ def without_hooks() -> Generator[None]:
     """
     with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
         yield
-
-
-@contextlib.contextmanager
-def uncollected() -> Generator[None]:
-    """Return a context without garbage collection: while a graph grows, all that it finds are the graph's own cycles,
-    alive.
-
-    At 200 layers of a transformer it took a third of the rewrite; the same goes for autograd on fake tensors.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

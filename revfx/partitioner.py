@@ -19,7 +19,6 @@ from torch import fx
 import revfx
 from revfx import _compile, passes, rules
 from revfx.errors import NotReversibleError, RevfxWarning
-from revfx.mode import uncollected
 from revfx.passes.aliases import save_bases
 from revfx.passes.borders import STEP
 from revfx.passes.facts import Facts, facts_of
@@ -108,7 +107,7 @@ class ReversiblePartitioner(_compile.CustomPartitionerFn):
         """The forward and the backward graph, with `options` as the inner compiler needs them."""
         static = kwargs.get("static_lifetime_input_indices") or ()
         with _compile.merged_once(gm):
-            with uncollected():
+            with _torch.uncollected():
                 report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
             for listener in _listeners.get():
                 listener.append(report)

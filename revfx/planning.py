@@ -31,7 +31,6 @@ from revfx.passes.rewrite import Segment, segments, text
 from revfx.passes.sizes import muted
 from revfx.region_plan import RegionPlan
 from revfx.rules import has_rule, op_name
-from revfx.trees import data_address
 from revfx.untraceable import Untraceable
 
 
@@ -83,7 +82,7 @@ class Plan:
             if place.tensor() is not other.tensor():
                 return Change(f"`{place.name}`, which was `{other.name}` too")
         for t, version, address, place in self.constants:
-            if place.tensor() is not t or _torch.version(t) != version or data_address(t) != address:
+            if place.tensor() is not t or _torch.version(t) != version or _torch.data_address(t) != address:
                 return Change(f"the numbers in `{place.name}`")
         return None if self.weights.stand() else Change("the pattern of its weights")
 
@@ -316,7 +315,7 @@ class _Search:
             lowered, captured, segments(lowered.program, regions),
             {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
-            tuple((t, _torch.version(t), data_address(t), place) for t, place in guarded), tuple(tied),
+            tuple((t, _torch.version(t), _torch.data_address(t), place) for t, place in guarded), tuple(tied),
             module_guards(own, whole, captured.reads, captured.written),
             GlobalReads([self.forward, *(type(m).forward for m in own), *captured.reads.functions()]),
             Weights((self.modules[path], name) for path, name in captured.generic),

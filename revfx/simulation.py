@@ -29,7 +29,7 @@ from revfx.ambient import generators, restore
 from revfx.effects import Snapshot, none_left
 from revfx.explanation_data import Timeline, Usage
 from revfx.guards import GlobalReads
-from revfx.mode import simulating, uncollected
+from revfx.mode import simulating
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted
 from revfx.testing import measure_memory
@@ -151,7 +151,7 @@ class Simulation:
     ) -> Timeline:
         ledger = Ledger(self.shapes)
         quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
-        with quiet, uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
+        with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
             for _, fake in self.fakes.values():
                 ledger.enter(fake, counted=False)
                 if fake.grad is not None:

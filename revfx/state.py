@@ -27,7 +27,6 @@ from torch.nn.parameter import is_lazy
 
 from revfx import _torch
 from revfx.errors import RegenerationError
-from revfx.trees import data_address
 
 
 DEPTH = 4  # how far containers, closures and plain objects are followed to modules and tensors
@@ -314,7 +313,7 @@ class CallState:
 
         try:
             for table, name, t, version, address, needs in self.versions:
-                if _torch.version(t) != version or (data_address(t) != address and not moves):
+                if _torch.version(t) != version or (_torch.data_address(t) != address and not moves):
                     raise RegenerationError(self._changed(name))
                 if t.requires_grad != needs:
                     turned.append((t, needs))
@@ -363,7 +362,7 @@ def _detached(value: Any) -> Any:
 
 
 def _version(table: dict[str, Any] | None, name: str, t: Tensor) -> Version:
-    return table, name, t, _torch.version(t), data_address(t), t.requires_grad
+    return table, name, t, _torch.version(t), _torch.data_address(t), t.requires_grad
 
 
 def _wrote(buffer: Tensor, version: int, copy: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -24,11 +24,6 @@ def tensors(tree: Any) -> list[Tensor]:
 def address(x: Any) -> int | None:
     """Return what stands for a tensor; None for anything else."""
     return id(x) if isinstance(x, Tensor) else None
-
-
-def data_address(t: Tensor) -> int | None:
-    """Return where a tensor's numbers lie; None for subclasses and layouts that do not tell."""
-    return t.data_ptr() if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided else None
 
 
 def meta(x: Any) -> Any:
