@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 import revfx
-from revfx import _compile, passes, rules
+from revfx import _compile, _torch, passes, rules
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.passes.aliases import save_bases
 from revfx.passes.borders import STEP
