@@ -96,7 +96,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> Run:
 def _explain(args: argparse.Namespace) -> int:
     import revfx
     from revfx.cli_models import load
-    from revfx.progress import bar
+    from revfx.report.progress import bar
 
     if args.save and not args.save.endswith((".html", ".svg", ".json")):
         raise WrongArguments(f"--save {args.save}: the name must end in .html, .svg or .json")
@@ -133,7 +133,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> Run:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> Run:
-    from revfx import bench
+    from revfx.bench import command as bench
 
     bench.add_arguments(parser)
     return bench.main

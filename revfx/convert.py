@@ -20,14 +20,14 @@ from torch.fx import GraphModule
 
 from revfx import _torch
 from revfx.ambient import ambient_state
-from revfx.capture import Spot
-from revfx.convert_dynamo import Compiled
+from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
+from revfx.capture.recorder import Spot
+from revfx.capture.search import Outcome, Plan, make_plan
+from revfx.compiled.dynamo import Compiled
+from revfx.eager.modes import can_store, runs_plain, storing
 from revfx.errors import NotReversibleError, Refusal, RevfxError, RevfxWarning
-from revfx.guards import ATOMS, Change, is_gone, key, name_of
-from revfx.mode import can_store, runs_plain, storing
 from revfx.passes.grid import checked_exact
 from revfx.passes.plan import checked_every
-from revfx.planning import Outcome, Plan, make_plan
 from revfx.traced import free_couplings_of
 
 

@@ -8,10 +8,10 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
+from revfx.eager.regeneration import Regeneration
 from revfx.errors import RegenerationError
 from revfx.inspection import Originals, relative_error, watched
 from revfx.passes.closure import Derivation, Forward
-from revfx.regeneration import Regeneration
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import revfx
-from revfx.bench_models import RevNet
-from revfx.explanation_data import size
-from revfx.progress import bar
+from revfx.bench.models import RevNet
+from revfx.report.data import size
+from revfx.report.progress import bar
 from revfx.testing import gradients, measure_memory, relative_error
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx.capture import capture
+from revfx.capture.recorder import capture
+from revfx.capture.search import call_of
+from revfx.eager.modes import store_activations
+from revfx.eager.regeneration import Regeneration
+from revfx.eager.region_plan import Env, Watch, watching
 from revfx.errors import RevfxError
-from revfx.mode import store_activations
 from revfx.passes.arcs import lower
 from revfx.passes.closure import Derivation
-from revfx.planning import call_of
-from revfx.regeneration import Regeneration
-from revfx.region_plan import Env, Watch, watching
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import rules
-from revfx.block import RevBlock
 from revfx.convert import Reversible
+from revfx.eager.block import RevBlock
+from revfx.eager.modes import store_activations as store_activations
 from revfx.errors import RevfxError
 from revfx.inspection import (
     directions,
@@ -25,11 +26,10 @@ from revfx.inspection import (
     round_trip,
     stored as stored,
 )
-from revfx.mode import store_activations as store_activations
 
 
 if TYPE_CHECKING:
-    from revfx.drift import Drift as Drift, drift as drift
+    from revfx.report.drift import Drift as Drift, drift as drift
 
 
 _LATER = ("Drift", "drift")  # imported at their first use: few programs ask, and they draw pictures
@@ -171,7 +171,7 @@ def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(importlib.import_module("revfx.drift"), name)
+        return getattr(importlib.import_module("revfx.report.drift"), name)
     raise AttributeError(f"module 'revfx.testing' has no attribute {name!r}")
 
 

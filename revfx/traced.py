@@ -11,13 +11,13 @@ from revfx import _torch
 @_torch.constant_when_compiled
 def free_couplings(anchor_every: int | None) -> None:
     """None; has inductor free the couplings of the program that is traced now, as the backend "revfx" does."""
-    from revfx import _compile
-    from revfx.partitioner import ReversiblePartitioner
+    from revfx.compiled import _inductor
+    from revfx.compiled.partitioner import ReversiblePartitioner
 
     def partition(every: int | None, inputs: Sequence[Any]) -> ReversiblePartitioner:
         return ReversiblePartitioner("store", anchor_every=every).knowing(inputs)
 
-    _compile.partition_traced(partition, anchor_every)
+    _inductor.partition_traced(partition, anchor_every)
 
 
 def free_couplings_of(model: Any) -> None:

@@ -1,0 +1,277 @@
+"""The rewrite of a joint graph: reversible regions of its forward are regenerated where the backward reads them.
+
+What follows is torch's: its min-cut partitioner splits the rewritten graph. Regenerated nodes must be in the backward;
+they are put right before their first use, so that one layer's are freed before the next one's are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from revfx.errors import Refusal
+from revfx.passes import _torch
+from revfx.passes.diagnose import diagnose
+from revfx.passes.facts import Facts
+from revfx.passes.joint.borders import store_borders
+from revfx.passes.joint.exact import exact_forward
+from revfx.passes.joint.forward import (
+    BACKWARD,
+    FORWARD,
+    Forward,
+    after_tangents,
+    ancestors,
+    forward_half,
+    is_tangent,
+    mutated_outside,
+    output_args,
+    read_later,
+    stateless_inputs,
+)
+from revfx.passes.joint.record import Recorder, Unrecordable, pulled
+from revfx.passes.joint.regenerate import Options, Regenerator
+from revfx.passes.plan import anchors, deep_in_half_precision
+from revfx.passes.program import Program
+from revfx.passes.regions import Region, find_regions
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A region of a compiled graph: where it lies, how many steps, the cuts kept and the bytes not kept."""
+
+    where: tuple[str, str]
+    steps: int
+    inverted: int
+    kept_cuts: int
+    kept_bytes: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of one graph: its regions, and what was left to torch and why.
+
+    `details` holds the program, and of each region its steps and the cuts that are kept.
+    """
+
+    regions: tuple[Found, ...]
+    refusals: tuple[Refusal, ...]
+    warnings: tuple[str, ...] = ()
+    details: tuple[tuple[Program, Region, frozenset[int]], ...] = ()
+
+
+def rewrite(
+    joint: fx.Graph,
+    num_outputs: int,
+    static: Collection[int],
+    options: Options,
+    facts: Facts | None = None,
+) -> Report:
+    """Return what was found in `joint`, which is rewritten in place; without a region it stays as it is, but for what
+    would be wrong: reads of inputs that the step updates.
+
+    `facts` is what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in
+    every run.
+    """
+    recorder = Recorder(joint, options.decompositions)
+    _pin_updates(joint, num_outputs, recorder)
+    if options.exact is None:
+        forward = forward_half(joint, num_outputs, static, facts)
+        regions, stuck = find_regions(forward.lowered.program)
+        written = forward.lowered.program
+    else:
+        forward, regions, stuck, written = exact_forward(joint, num_outputs, static, facts, options.exact, recorder)
+    program = forward.lowered.program
+    refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(written, s)))
+    readers = _readers(joint, forward)
+    regenerator = Regenerator(joint, forward, recorder, options)
+    found: list[Found] = []
+    warnings: list[str] = []
+    done: list[Region] = []
+    details: list[tuple[Program, Region, frozenset[int]]] = []
+    for region in reversed(regions):
+        wanted, ops = _wanted(forward, region, readers)
+        freed = _freed(forward, region, wanted)
+        if options.exact is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
+            continue
+        cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
+        try:
+            regenerator.region(region, wanted, ops, cuts)
+        except Unrecordable as error:
+            refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
+            continue
+        _uncheckpoint(forward, region)
+        found.append(_found(forward, region, cuts, sum(freed)))
+        if warning := deep_in_half_precision(program, region.steps, cuts):
+            warnings.append(warning)
+        done.append(region)
+        details.append((program, region, cuts))
+    if found:
+        _rewire(joint, forward, regenerator, readers)
+        if options.stored is not None:
+            for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
+                store_borders(step_of, regenerator.kept, options.stored)
+    return Report(tuple(reversed(found)), refusals, tuple(warnings), tuple(reversed(details)))
+
+
+def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
+    """Let the backward read what it needs of an input that the step writes from a copy made at the start.
+
+    The backward runs after the write; torch would let it compute from what the input holds then.
+    """
+    outputs = [n for n in output_args(joint)[:num_outputs] if isinstance(n, fx.Node)]
+    primals = [n for n in joint.nodes if n.op == "placeholder" and not is_tangent(n)]
+    updates = {n: n.args[0] for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
+    updated = {*updates.values(), *mutated_outside(joint, primals)}
+    written = [p for p in primals if p in updated]
+    if not written:
+        return
+    late = after_tangents(joint.nodes)
+    ahead = ancestors([*outputs, *(n.args[1] for n in updates if n.args[1] not in late)])
+    read = read_later(joint, ahead)
+    needed = ancestors(read, stateless_inputs)
+    first = next(n for n in joint.nodes if n.op != "placeholder")
+    for p in written:
+        if p in needed:
+            with joint.inserting_before(first):
+                copy = recorder.record(lambda t: t.clone(), [p], FORWARD, p)
+            copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            copy.meta["copy_of"] = p
+            for user in [u for u in p.users if u is not copy and u not in updates and u.op != "output"]:
+                user.replace_input_with(p, copy)
+
+
+def _readers(joint: fx.Graph, forward: Forward) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node of the forward half, the nodes of the backward that read it."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in joint.nodes:
+        update = _torch.is_overload(node.target) and _torch.writes(node.target)
+        if node in forward.nodes or node.op == "output" or node.meta.get("partitioner_tag") == FORWARD or update:
+            continue
+        for n in node.all_input_nodes:
+            if n in forward.nodes:
+                readers.setdefault(n, []).append(node)
+    return readers
+
+
+def _wanted(
+    forward: Forward, region: Region, readers: Mapping[fx.Node, Sequence[fx.Node]]
+) -> tuple[dict[int, None], list[int]]:
+    """Return the values made in a region that the backward reads, and the operations whose tuples it takes apart
+    itself.
+    """
+    program = forward.lowered.program
+    again = {v for step in region.steps for v in step.again}
+    kept = {*region.exit, *region.entry, *region.saved, *region.side} - again
+    wanted: dict[int, None] = {}
+    ops: list[int] = []
+    for i in range(region.start, region.stop):
+        wanted.update(dict.fromkeys(v for v in program.ops[i].outs if forward.value_node(v) in readers))
+        if not program.ops[i].outs or forward.op_node(i) is not forward.value_node(program.ops[i].outs[0]):
+            if forward.op_node(i) in readers:
+                ops.append(i)
+    return {v: None for v in wanted if v not in kept}, ops
+
+
+def _uncheckpoint(forward: Forward, region: Region) -> None:
+    """Take back torch's marks of what a checkpoint of the user's would compute again: the region does so."""
+    program = forward.lowered.program
+    for i in range(region.start, region.stop):
+        for node in (forward.op_node(i), *map(forward.value_node, program.ops[i].outs)):
+            for mark in ("recompute", "ac_graph_id"):
+                node.meta.pop(mark, None)
+
+
+def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list[int]:
+    """Return per step, the bytes of what the backward reads and need not be kept."""
+    program = forward.lowered.program
+    freed: list[int] = []
+    for step in region.steps:
+        outs = {v for i in range(step.start, step.stop) for v in program.ops[i].outs}
+        freed.append(program.nbytes([v for v in outs if v in wanted and not program.constant[v]]))
+    return freed
+
+
+def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+    """Let the backward read what was regenerated, and put nodes where they are first needed."""
+    for v in list(new.values):
+        for reader in readers.get(forward.value_node(v), ()):
+            reader.replace_input_with(forward.value_node(v), new.laid_out(v))
+    for op, node in new.tuples.items():
+        for reader in readers.get(forward.op_node(op), ()):
+            reader.replace_input_with(forward.op_node(op), node)
+    for node, result in new.stands.items():
+        node.replace_all_uses_with(result)
+        if node in new.kept:
+            new.kept.remove(node)
+            new.kept.add(result)
+        joint.erase_node(node)
+    alive = ancestors(new.output.all_input_nodes)
+    new.check(alive)
+    new.check_ranges()
+    new.whole_steps(alive)
+    checks = new.raise_at_the_end()
+    for node in new.kept:
+        if node.op != "placeholder":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            if node not in forward.nodes:
+                _claim(joint, node)
+    nodes = list(joint.nodes)
+    placed = forward.nodes | after_tangents(nodes)
+    tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in placed}
+    late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
+    order = list(pulled([n for n in nodes if n not in late or n in checks], new.attached))
+    for node in order[:-1]:
+        new.output.prepend(node)
+    _erase(joint, order)  # what nothing reads
+
+
+def _steps_forward(forward: Forward, regions: Sequence[Region]) -> dict[fx.Node, int]:
+    """Return in which step each operation of a region runs, and gives its values; numbered in program order."""
+    steps = sorted((s for r in regions for s in r.steps), key=lambda s: s.start)
+    found: dict[fx.Node, int] = {}
+    for number, step in enumerate(steps):
+        for i in range(step.start, step.stop):
+            values = (forward.value_node(v) for v in forward.lowered.program.ops[i].outs)
+            found.update(dict.fromkeys((forward.op_node(i), *values), number))
+    return found
+
+
+def _steps_backward(joint: fx.Graph, forward: Forward, new: Regenerator) -> dict[fx.Node, int]:
+    """Return, for each node of the backward, the latest step that regenerated anything before it."""
+    found: dict[fx.Node, int] = {}
+    number = 0
+    for node in joint.nodes:
+        number = max(number, new.step_of.get(node, 0))
+        theirs = node in forward.nodes or node.meta.get("partitioner_tag") == FORWARD
+        if node.op == "call_function" and not theirs:
+            found[node] = number
+    return found
+
+
+def _claim(joint: fx.Graph, node: fx.Node) -> None:
+    """Make torch count `node` to the forward, though no output needs it: by an assertion that checks nothing.
+
+    Of a node that it doesn't count to the forward the partitioner ignores that it must be saved.
+    """
+    with joint.inserting_before(node.next):
+        assertion = joint.call_function(torch.ops.aten._assert_tensor_metadata.default, (node,))
+    assertion.meta = {"val": None, "partitioner_tag": FORWARD}
+
+
+def _erase(joint: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Take away what was added to the graph since it held `nodes`."""
+    old = set(nodes)
+    for node in [n for n in reversed(joint.nodes) if n not in old]:
+        joint.erase_node(node)
+
+
+def _found(forward: Forward, region: Region, cuts: frozenset[int], freed: int) -> Found:
+    program = forward.lowered.program
+    where = (program.ops[region.start].where, program.ops[region.stop - 1].where)
+    inverted = sum(s.inverts for s in region.steps)
+    return Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, freed)

@@ -1,0 +1,1 @@
+"""`revfx bench`: revfx and what else there is, on the same models."""

@@ -1,0 +1,214 @@
+"""`revfx bench --memory`: the largest model, or batch, that one way trains in so much memory.
+
+Each question is put to a child process with a limit on its data segment, in which an allocation that has no room left
+raises; on CUDA the limit is the caching allocator's. The child tells what fitted as it goes on, so that one that the
+system, or a library that can't cope, ends has answered as well: what it was trying does not fit.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from revfx.bench.models import MODELS
+from revfx.bench.results import Fit
+from revfx.bench.ways import WAYS, why_not
+from revfx.errors import RevfxError
+
+
+MOST = 65536  # what is not looked beyond
+RESOLUTION = 32  # the largest is found to this part of itself
+WANTS = ("memory", "alloc", "could not create a primitive")  # what errors say that come of it; the last is oneDNN's
+DEATHS = 12  # of child processes, until the rest of the search is given up
+
+
+@dataclass(frozen=True)
+class Question:
+    """How large can it be? `other` is the size that stays: of the batch where `sweep` is "depth", and vice versa."""
+
+    model: str
+    way: str
+    sweep: str
+    other: int
+    memory: int
+    device: str
+    threads: int
+    seconds: float
+
+
+def search(
+    fits: Callable[[int], bool], low: int, high: int | None, enough: Callable[[], bool]
+) -> tuple[int, int | None]:
+    """Return the largest size found to fit, and the smallest found not to, if any.
+
+    Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION`.
+
+    Args:
+        fits: whether a size fits.
+        low: a size that is known to fit, or 0.
+        high: one that is known not to, if there is any.
+        enough: whether to stop with what there is.
+    """
+    while high is None and low < MOST and not enough():
+        size = max(1, 2 * low)
+        low, high = (size, None) if fits(size) else (low, size)
+    while high is not None and high - low > max(1, low // RESOLUTION) and not enough():
+        size = (low + high) // 2
+        low, high = (size, high) if fits(size) else (low, size)
+    return low, high
+
+
+def largest(question: Question) -> Fit:
+    """Return the answer of a child process, or of several one after the other, where they die."""
+    q = question
+    fit = Fit(q.model, q.way, q.sweep, q.other, q.memory)
+    reason = why_not(WAYS[q.way], MODELS[q.model])
+    if reason is not None:
+        return replace(fit, notes=(reason,))
+    fit = replace(fit, largest=0)
+    for _ in range(DEATHS):
+        said = ask(q, fit.largest or 0, fit.over)
+        for size, fitted in said.tried:
+            fit = replace(fit, largest=size) if fitted else replace(fit, over=size)
+        if said.raised:
+            return replace(fit, notes=(*fit.notes, said.raised), failed=True)
+        if said.ended:
+            return fit
+        if said.trying is None:
+            return replace(fit, notes=(*fit.notes, "a process died before it tried anything"), failed=True)
+        fit = replace(fit, over=said.trying, notes=("a process that tried more died",))
+        if said.trying <= 1:
+            return fit
+    return fit
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a child process told: sizes that did or did not fit, what it was trying when it died, if it did."""
+
+    tried: tuple[tuple[int, bool], ...]
+    trying: int | None = None
+    ended: bool = False
+    raised: str = ""
+
+
+def ask(question: Question, low: int, high: int | None) -> Said:
+    """Ask a child process, which looks between a size that fits and one that does not."""
+    command = [sys.executable, "-m", "revfx.bench.fit", json.dumps([asdict(question), low, high])]
+    # every large block is a mapping of its own, which goes back to the system when it is freed
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "KINETO_LOG_LEVEL": "99"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    tried: list[tuple[int, bool]] = []
+    trying: int | None = None
+    for line in done.stdout.splitlines():
+        kind, *values = json.loads(line)
+        if kind == "trying":
+            trying = values[0]
+        elif kind == "tried":
+            tried.append((values[0], values[1]))
+            trying = None
+        elif kind == "ended":
+            return Said(tuple(tried), ended=True)
+        else:
+            return Said(tuple(tried), raised=values[0])
+    return Said(tuple(tried), trying)
+
+
+# --- in the child
+def _answer(question: Question, low: int, high: int | None) -> None:
+    """Print what is tried and found, a line each."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(question.threads)
+
+    def fits(size: int) -> bool:
+        _tell("trying", size)
+        _limit(question.memory, question.device)  # anew, as kernels made for one size are held at the next
+        fitted = _fits(question, size)
+        gc.collect()
+        _tell("tried", size, fitted)
+        return fitted
+
+    try:
+        _train(question, 1, MODELS[question.model].batch)  # what kernels hold for good is there before the limit
+        end = time.monotonic() + question.seconds
+        search(fits, low, high, lambda: time.monotonic() > end)
+        _tell("ended")
+    except Exception as e:
+        _tell("raised", f"raises {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+
+
+def _tell(*what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def _fits(question: Question, size: int) -> bool:
+    try:
+        _train(question, *((size, question.other) if question.sweep == "depth" else (question.other, size)))
+        return True
+    except Exception as e:
+        if of_memory(e):
+            return False
+        raise
+
+
+def of_memory(e: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, is a want of memory."""
+    while e is not None:
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or any(word in str(e).lower() for word in WANTS):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def _train(question: Question, depth: int, batch: int) -> None:
+    """Train one step at that size."""
+    bench = MODELS[question.model]
+    model = bench.make(depth).to(question.device)
+    inputs = tuple(t.to(question.device) for t in bench.inputs(batch))
+    built = WAYS[question.way].build(bench, model, inputs)
+    bench.loss(built.call(*inputs)).backward()
+    if question.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _limit(memory: int, device: str) -> None:
+    """Limit this process to so many bytes more than it has now."""
+    if device != "cpu":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.empty_cache()
+        share = (torch.cuda.memory_reserved(device) + memory) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        return
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + memory, most))
+
+
+def data_bytes() -> int:
+    """Return the bytes of this process that a limit on its data segment counts: the heap, and private mappings.
+
+    Raises:
+        RevfxError: the system is not Linux, or does not tell.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    raise RevfxError("`--memory` on a CPU needs Linux, where a process can be given a limit on its data segment.")
+
+
+if __name__ == "__main__":
+    _question, _low, _high = json.loads(sys.argv[1])
+    _answer(Question(**_question), _low, _high)

@@ -1,0 +1,66 @@
+"""What a module gave on fake arguments, so that another one of the same structure need not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.capture.guards import key
+from revfx.eager import dtensor
+from revfx.eager.state import is_users
+
+
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """Return a key that two modules share when running them on fake tensors gives the same: class, attributes, shapes,
+    children.
+    """
+    d = vars(module)
+    plain = tuple((k, key(v)) for k, v in d.items() if is_users(k))
+    tensors = tuple(
+        (k, None if t is None else (tuple(t.shape), t.dtype, t.device, t.requires_grad))
+        for table in (_torch.parameters(module), _torch.buffers(module))
+        for k, t in table.items()
+    )
+    children = tuple((k, None if m is None else structure(m)) for k, m in _torch.children(module).items())
+    return type(module), dtensor.casts(module), plain, tensors, children
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a module gave on fake arguments: enough to make the like for another module of the same structure."""
+
+    metas: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    numbers: Mapping[str, Any]
+
+    @staticmethod
+    def of(out: Any, inputs: list[Tensor], numbers: Mapping[str, Any]) -> Seen | None:
+        """Return what a module gave; None where results share memory with arguments or each other."""
+        leaves, spec = pytree.tree_flatten(out)
+        made = [t for t in leaves if isinstance(t, Tensor)]
+        if any(t.layout != torch.strided for t in (*made, *inputs)):
+            return None
+        if any(t.requires_grad and t.clone().stride() != t.stride() for t in made):
+            return None
+        keys = [_torch.storage_key(t) for t in made]
+        if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
+            return None
+        metas = [
+            None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves
+        ]
+        return Seen(tuple(metas), spec, numbers)
+
+    def fresh(self) -> Any:
+        """Return new fake results."""
+        made = [
+            None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=m[3], requires_grad=m[4])
+            for m in self.metas
+        ]
+        made = [t.clone() if t is not None and t.requires_grad else t for t in made]  # a leaf could not be written to
+        return pytree.tree_unflatten(made, self.spec)

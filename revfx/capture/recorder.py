@@ -1,0 +1,534 @@
+"""Records a forward as an fx graph: it runs once on fake tensors, which have shapes and strides but no data.
+
+Sub-modules stay whole unless they are named in `opened`. Unlike symbolic tracing with proxies the user's code sees
+tensors: shapes are numbers, in-place operators stay in place, chunks can be iterated, and code that asks for a value
+that is not there says so. Python code of what is opened runs at capture and not afterwards, so whatever it would leave
+behind (attributes, hooks, draws from Python's generator) makes it untraceable, and what it read is part of the key.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.ambient import Ambience, drew, generators, restore, torchs_generator, where
+from revfx.capture.carried import Carried, carried
+from revfx.capture.effects import Snapshot, lasts, left_alone, let_go, of_their_own
+from revfx.capture.guards import ATOMS, AttributeReads, GlobalReads, gives_anew, name_of, noting_reads
+from revfx.capture.inplace import functionalise
+from revfx.capture.memo import Seen, structure
+from revfx.capture.patches import intercepted
+from revfx.capture.trail import Trail
+from revfx.capture.untraceable import Untraceable, untraceable
+from revfx.eager import dtensor
+from revfx.eager.modes import recording
+from revfx.eager.trees import meta, tensors
+from revfx.passes.facts import GENERIC, is_mask
+from revfx.passes.names import PRODUCTS, SUMS, bare, updated_statistics
+from revfx.passes.numbers import is_generic
+from revfx.passes.shape_only import of_its_shape
+from revfx.rules import op_name
+
+
+Spot = tuple[str, str]  # where a tensor hangs: the path of a module, and a name
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A recorded forward: the graph, where its inputs come from, and how its result is put together.
+
+    `inputs` are positions among the flattened arguments; `outputs` holds nodes, constants and objects to be made anew,
+    `spec` their structure.
+    `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
+    held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read,
+    `written` those that modules called whole set; `generic` says where the parameters hang that were taken for such.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[int, ...]
+    outputs: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    attributes: dict[fx.Node, Spot]
+    opened: frozenset[str]
+    tied: tuple[tuple[Spot, Spot], ...] = ()
+    written: frozenset[tuple[type, str]] = frozenset()
+    generic: tuple[Spot, ...] = ()
+    reads: AttributeReads = field(default_factory=AttributeReads)
+
+
+EFFECTS = frozenset(
+    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
+    "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
+)
+LOST = "which a recorded graph would not repeat"
+KEPT = "which a recorded graph would keep"
+OWN_GENERATOR = "a generator of its own"
+GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
+_lock = threading.Lock()
+
+
+def capture(
+    root: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    opened: frozenset[str],
+    carried: frozenset[Spot] = frozenset(),
+) -> Capture:
+    """Return the recorded `forward(*args, **kwargs)` of `root`, with the numbers that are attributes at `carried` as
+    inputs.
+
+    Raises:
+        Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
+    """
+    with _lock:
+        recorder = _Recorder(root, opened, carried)
+        try:
+            found = _recorded(recorder, root, forward, args, kwargs, opened)
+        finally:
+            left = let_go(recorder.fake, recorder.forget())
+        if isinstance(found, Untraceable):
+            raise found
+        if left is not None:
+            raise Untraceable(f"its forward leaves a tensor in {left}, {LOST}")
+        return found
+
+
+def _recorded(
+    recorder: _Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]
+) -> Capture | Untraceable:
+    modules, given = [*root.named_modules()], pytree.tree_leaves((args, kwargs))
+    watched = {i: path for i, (path, _) in enumerate(modules) if path == "" or path in opened}
+    before, drawn = Snapshot([m for _, m in modules]), [*generators(), torchs_generator()]
+    read = GlobalReads([forward, *(type(modules[i][1]).forward for i in watched)])
+    try:
+        if any(map(gives_anew, given)):
+            raise Untraceable("it is given an iterator, which gives something else every time")
+        # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
+        noting = noting_reads(recorder.sees, recorder.numbers)
+        with intercepted(), recorder.ambient.entered(), noting as reads, recorder.active():
+            fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
+            with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
+                result = forward(*fake_args, **fake_kwargs)
+        for i, name in before.changes():
+            if i in watched:
+                what = f"{name_of(modules[i][1])}.{name}"
+                raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i])
+        if (name := read.changed()) is not None:
+            raise Untraceable(f"its forward changes {name}, {LOST}")
+        if (name := drew(drawn, [*generators(), torchs_generator()])) is not None:
+            raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
+        if Ambience.now() != recorder.ambient:
+            raise Untraceable(f"its forward changes how kernels compute and leaves it so, {LOST}")
+        with _torch.no_torch_function():
+            return replace(recorder.finish(result), reads=reads)
+    except MemoryError:  # says nothing of the forward
+        raise
+    except Exception as e:
+        return untraceable(e, recorder.stack[-1])  # not raised from `e`, whose frames hold fake tensors
+    finally:
+        _torch.set_kernels(_torch.kernel_settings(), recorder.ambient.settings)
+        before.restore()
+        read.put_back()
+        restore(drawn)
+        of_their_own(recorder.graph, recorder.fake)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, root: nn.Module, opened: frozenset[str], carried: frozenset[Spot]) -> None:
+        super().__init__()
+        self.opened = opened
+        self.graph = fx.Graph()
+        self.fake = _torch.fake_mode()
+        self.paths: dict[int, str] = {}
+        self.real: dict[int, tuple[Tensor, str, str]] = {}
+        self.tied: list[tuple[Spot, Spot]] = []
+        for path, module in root.named_modules(remove_duplicate=True):
+            self.paths[id(module)] = path
+            named = {
+                **_torch.parameters(module),
+                **_torch.buffers(module),
+                **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)},
+            }
+            for name, t in named.items():
+                if t is not None:
+                    first = self.real.setdefault(id(t), (t, path, name))[1:]
+                    self.tied += [((path, name), first)] if first != (path, name) else []
+        self.numbers: dict[tuple[int, str], Tensor] = {}
+        for path, name in carried:
+            module = root.get_submodule(path)
+            self.numbers[id(module), name] = t = torch.tensor(getattr(module, name), dtype=torch.float64)
+            self.real[id(t)] = t, path, name
+        self.of_numbers = {id(t) for t in self.numbers.values()}  # they, and what is computed of them alone
+        self.fakes: dict[int, Tensor] = {}
+        self.generic, self.written = dict[int, bool](), set[tuple[type, str]]()
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []
+        self.attributes: dict[fx.Node, tuple[str, str]] = {}
+        self.trail = Trail()
+        self.suspended = 0
+        self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
+        self.generation: dict[int, int] = {}
+        self.born: dict[int, int] = {}  # when memory was first seen, counted in such
+        self.hooked: tuple[int, str] = (-1, "")  # the latest module with hooks, and when its call ended
+        self.inputs: list[int] = []
+        self.memo: dict[Any, Seen | None] = {}
+        self.ambient = Ambience.now()
+        self.stack: list[str] = [""]
+        self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes
+        self.computed_in = dtensor.computed_in(root.modules())
+        self.lasting = {id(v) for m in root.modules() for v in vars(m).values()}  # objects that it does not
+
+    @contextmanager
+    def active(self) -> Generator[None]:
+        recording.recorder = self
+        try:
+            with self.fake, self:
+                yield
+        finally:
+            recording.recorder = None
+
+    def sees(self) -> bool:
+        """Return whether the code that runs is recorded, and not that of a module called whole."""
+        return self.suspended == 0
+
+    def forget(self) -> frozenset[int]:
+        """Return the ids of the fake tensors that were recorded; they are no longer held here."""
+        recorded = frozenset(self.nodes)
+        vars(self).clear()
+        return recorded
+
+    # --- inputs, attributes and results
+    def fake_inputs(self, tree: Any) -> Any:
+        with _torch.no_torch_function():
+            leaves, spec = pytree.tree_flatten(tree)
+            self.lasting.update(map(id, leaves))
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    known = id(leaf) in self.fakes
+                    leaves[i] = self._to_fake(leaf)
+                    if not known and id(leaf) not in self.real:
+                        self._name(self.graph.placeholder(f"input_{len(self.inputs)}"), leaves[i])
+                        self.inputs.append(i)
+            return pytree.tree_unflatten(leaves, spec)
+
+    def _to_fake(self, t: Tensor) -> Tensor:
+        if _torch.is_fake(t):
+            return t
+        fake = self.fakes.get(id(t))
+        if fake is None:
+            self.alive.append(t)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
+                fake = self.fakes[id(t)] = _torch.to_fake(self.fake, t, self.computed_in.get(id(t)))
+            if self._is_generic(t):
+                self.trail.own.add(id(fake))
+        return fake
+
+    def _is_generic(self, t: Tensor) -> bool:
+        if id(t) not in self.generic:
+            self.generic[id(t)] = is_generic(t)
+            self.alive.append(t)
+        return self.generic[id(t)]
+
+    def _convert(self, tree: Any) -> Any:
+        """Return `tree` with every real tensor replaced by its fake."""
+        if isinstance(tree, Tensor):
+            fake = self._to_fake(tree)
+            if fake is not tree and id(fake) not in self.nodes and not self.suspended:
+                self._attribute(tree, fake)
+            return fake
+        if isinstance(tree, (list, tuple)) and any(isinstance(x, (Tensor, list, tuple, dict, slice)) for x in tree):
+            items = [self._convert(x) for x in tree]
+            return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        if isinstance(tree, dict) and tree:
+            items = {k: self._convert(v) for k, v in tree.items()}
+            if type(tree) is dict or any(items[k] is not v for k, v in tree.items()):
+                return items
+        return tree  # a dict of another class, such as what a Hugging Face model returns, stays what it is
+
+    def _attribute(self, t: Tensor, fake: Tensor) -> None:
+        known = self.real.get(id(t))
+        if known is None:
+            raise Untraceable(
+                "it reads a tensor that is neither an argument nor a parameter, buffer or attribute of the model (a"
+                " global, or one kept in a container or in an object that it is given); use `register_buffer`"
+            )
+        _, path, name = known
+        qualified = f"{path}.{name}" if path else name
+        with self._ahead():
+            node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
+        if id(t) in self.of_numbers:
+            self.of_numbers.add(id(fake))
+        elif (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
+            node.meta["constant"] = t
+        node.meta["facts"] = (GENERIC,) if id(fake) in self.trail.own else ()
+        self._name(node, fake)
+        self.attributes[node] = (path, name)
+
+    @contextmanager
+    def _ahead(self) -> Generator[None]:
+        """Return a context that puts nodes before all others: attributes are sources in the graph."""
+        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        if first is None:
+            yield
+        else:
+            with self.graph.inserting_before(first):
+                yield
+
+    def _name(self, node: fx.Node, fake: Tensor) -> None:
+        key = _torch.storage_key(fake) if fake.layout == torch.strided else id(fake)
+        node.meta.update(val=fake, storage=(key, self.generation.get(key, 0)), where=node.meta.get("where", ""))
+        if fake.layout == torch.strided:
+            node.meta["storage_nbytes"] = fake.untyped_storage().nbytes()
+        self.nodes[id(fake)] = node
+        self.born.setdefault(key, len(self.born) if node.op.startswith("call") else -1)
+        self.alive.append(fake)
+
+    def finish(self, result: Any) -> Capture:
+        """Return the capture, once the forward has returned `result`."""
+        leaves, spec = pytree.tree_flatten(result)
+        outputs: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                outputs.append(self._node(self._convert(leaf)))
+            elif isinstance(leaf, ATOMS):
+                outputs.append(leaf)
+            else:
+                outputs.append(carried(leaf, lambda t: self._node(self._convert(t)), self.lasting))
+        self._refuse_unseen_functions()
+        self.graph.output(tuple(o.tensors if isinstance(o, Carried) else o for o in outputs))
+        functionalise(self.graph)
+        self.graph.lint()
+        read = set(self.attributes.values())
+        tied = tuple(pair for pair in self.tied if pair[1] in read)
+        generic = tuple(self.real[k][1:] for k, yes in self.generic.items() if yes and k in self.real)
+        sources = tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied
+        return Capture(self.graph, *sources, frozenset(self.written), generic)
+
+    def _refuse_unseen_functions(self) -> None:
+        for t in self.alive:
+            node = self.nodes.get(id(t)) if isinstance(t, Tensor) and _torch.ran_unseen(t) else None
+            while node is not None and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+                node = node.args[0]
+            if node is not None and node.op in ("call_function", "call_method") and not node.meta.get("opaque"):
+                raise Untraceable("it calls an autograd function's `apply` that was looked up before the forward ran")
+
+    def _node(self, fake: Tensor) -> fx.Node:
+        node = self.nodes.get(id(fake))
+        if node is None:
+            raise Untraceable("it uses a tensor made by something that can't be recorded")
+        return node
+
+    # --- recording
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = self._convert(args), self._convert(kwargs or {})
+        if self.suspended:
+            out = func(*args, **kwargs)
+            self.drew = OWN_GENERATOR if _draws((args, kwargs)) else self.drew
+            self.trail.follow(op_name(func.__self__ if op_name(func) == "__get__" else func), args, kwargs, out)
+            return out
+        name = op_name(func)
+        if name in EFFECTS:
+            raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat")
+        if name == "__get__":
+            name = func.__self__.__name__
+            out = func(*args, **kwargs)
+            return self.record("call_function", getattr, (args[0], name), {}, out, [])
+        method = getattr(torch.Tensor, name, None) == func
+        versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
+        out = func(*args, **kwargs)
+        mutated = [t for t, v in versions if _torch.version(t) != v]
+        mutated += updated_statistics(name, args, kwargs)
+        if self.of_numbers:
+            self._follow_numbers(name, tensors((args, kwargs)), out)
+        told = of_its_shape(name, args, kwargs, out) if _torch.is_plain(out) else None
+        if told is not None:
+            return self.record("call_function", getattr(torch, told[0]), told[1], told[2], out, mutated)
+        return self.record(
+            "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
+        )
+
+    def _follow_numbers(self, name: str, operands: list[Tensor], out: Any) -> None:
+        """Note what is computed of carried numbers alone, and refuse what would not compute with a tensor what it
+        computes with a number.
+        """
+        others = [t for t in operands if id(t) not in self.of_numbers]
+        if len(others) == len(operands):
+            return
+        same = bare(name) in SUMS | PRODUCTS and all(t.is_floating_point() and t.dim() for t in others)
+        if not same:
+            raise Untraceable(f"`{name}` reads a number of the model that changes from call to call")
+        self.of_numbers.update(id(t) for t in tensors(out) if not others)
+
+    def record(
+        self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any
+    ) -> Any:
+        """Return `out`, after adding the node that makes it (unless it makes no tensor and changes none)."""
+        made = tensors(out)
+        if not mutated and not meta.get("opaque") and all(id(t) in self.nodes for t in made):
+            return out
+        node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
+        node = self.graph.create_node(kind, target, node_args, node_kwargs)
+        node.meta.update(meta, where=where(), opaque=meta.get("opaque", False), scope=self.stack[-1])
+        if (ambient := Ambience.now()) != self.ambient:
+            node.meta["ambient"] = ambient
+        if (drawn := OWN_GENERATOR if _draws((args, kwargs)) else meta.get("drew")) is not None:
+            node.meta["barrier"] = f"it draws from {drawn}, whose state is not tracked"
+        if mutated:
+            node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
+            node.meta["unseen"] = not torch.is_grad_enabled() and any(t.requires_grad for t in mutated)
+            self._refuse_writes(node.meta["mutates"])
+            for t in mutated:
+                key = _torch.storage_key(t)
+                self.generation[key] = self.generation.get(key, 0) + 1
+        if isinstance(out, Tensor):
+            self._name(node, out)
+        else:
+            node.meta["val"] = out
+            self.alive.append(out)
+            self._take_apart(node, out)
+        return out
+
+    def _refuse_writes(self, nodes: list[fx.Node]) -> None:
+        """Refuse writes to what hooks, which don't run here, may have replaced by any tensor that was there."""
+        then, path = self.hooked
+        if any(self.born[n.meta["storage"][0]] < then for n in nodes):
+            raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
+
+    def _take_apart(self, node: fx.Node, out: Any) -> None:
+        items = enumerate(out) if isinstance(out, (tuple, list)) else out.items() if isinstance(out, dict) else ()
+        for key, item in items:
+            if not isinstance(item, (Tensor, tuple, list, dict)):
+                continue
+            part = self.graph.call_function(operator.getitem, (node, key))
+            part.meta["where"] = node.meta["where"]
+            if isinstance(item, Tensor):
+                if id(item) not in self.nodes:
+                    self._name(part, item)
+                else:
+                    part.meta["val"] = item
+                    part.meta["storage"] = self.nodes[id(item)].meta["storage"]
+            else:
+                part.meta["val"] = item
+                self._take_apart(part, item)
+
+    def _to_nodes(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return self._node(tree)
+        if isinstance(tree, (list, tuple)):
+            items = [self._to_nodes(x) for x in tree]
+            return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        if type(tree) in (dict, OrderedDict):
+            return {k: self._to_nodes(v) for k, v in tree.items()}
+        if isinstance(tree, slice):
+            return slice(*(self._to_nodes(x) for x in (tree.start, tree.stop, tree.step)))
+        if not lasts(tree, self.lasting):
+            raise Untraceable(f"it passes on a {type(tree).__name__} that it made, {KEPT}")
+        return tree
+
+    # --- calls of sub-modules and autograd functions
+    def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.suspended:
+            return dtensor.run(module, args, kwargs)
+        path = self.paths.get(id(module))
+        if path is None and id(module) in self.made and type(module).__module__.startswith("torch."):
+            return module.forward(*args, **kwargs)  # `CrossEntropyLoss()(x, y)`: what it does is this code's choice
+        if path is None:
+            raise Untraceable(f"it calls a {type(module).__name__} that is not registered as a sub-module")
+        if path in self.opened:
+            self.stack.append(path)
+            out = module.forward(*args, **kwargs)
+            self.stack.pop()  # not in a finally: after an error it tells where it happened
+            return out
+        with _torch.no_torch_function():
+            args, kwargs = self._convert(args), self._convert(kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            made = next((x for x in leaves if not isinstance(x, Tensor) and not lasts(x, self.lasting)), None)
+            if made is not None:
+                raise Untraceable(f"`{path}` is given a {type(made).__name__} that its caller made, {KEPT}", opens=path)
+            generic = tuple(map(self._is_generic, module.parameters()))
+            hooked = any(map(_torch.hooks, module.modules()))
+            key = (structure(module), hooked, generic, str(spec), tuple(map(meta, leaves)), Ambience.now())
+            versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
+            seen = self.memo.get(key)
+            if seen is not None:
+                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
+                self.hooked = (len(self.born), path) if hooked else self.hooked
+                return out
+        self.trail.begin()
+        with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
+            out = self._run_whole(module, args, kwargs)
+        with _torch.no_torch_function():
+            out = self._fakes_of(out)
+            mutated = [t for t, v in versions if _torch.version(t) != v]
+            numbers = {**self.trail.numbers(leaves, out), "drew": self.drew}
+            odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
+            if odd:
+                text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
+                raise Untraceable(text, opens=path)
+            if not mutated:
+                self.memo[key] = Seen.of(out, [t for t, _ in versions], numbers)
+            out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, **numbers)
+            self.hooked = (len(self.born), path) if hooked else self.hooked
+            return out
+
+    def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return what `module` returns on fakes; what its Python code leaves behind is undone."""
+        before, drawn, self.drew = Snapshot([*module.modules()]), generators(), None
+        self.suspended += 1
+        try:
+            return dtensor.run(module, args, kwargs)
+        finally:
+            self.suspended -= 1
+            self.drew = drew(drawn, generators()) or self.drew
+            self.written |= before.written()
+            before.restore()
+            restore(drawn)
+
+    def _fakes_of(self, out: Any) -> Any:
+        self.suspended += 1
+        try:
+            return self._convert(out)
+        finally:
+            self.suspended -= 1
+
+    def set_rng_state(self) -> None:  # what `fork_rng` ends with
+        if not self.suspended:
+            raise Untraceable(f"its forward sets the state of torch's generator, {LOST}")
+
+    def call_function(
+        self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if self.suspended:
+            out = apply(function, *args, **kwargs)
+            self.trail.follow_function(function.__name__, args, kwargs, out)
+            return out
+        with _torch.no_torch_function():
+            args, kwargs = self._convert(args), self._convert(kwargs)
+            versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
+        self.suspended, self.drew = self.suspended + 1, None
+        try:
+            out = apply(function, *args, **kwargs)
+        finally:
+            self.suspended -= 1
+        with _torch.no_torch_function():
+            mutated = [t for t, v in versions if _torch.version(t) != v]
+            more = {"opaque": True, "drew": self.drew}
+            return self.record("call_function", function.apply, args, kwargs, out, mutated, **more)
+
+
+def _draws(tree: Any) -> bool:
+    return any(isinstance(x, torch.Generator) for x in pytree.tree_leaves(tree))

@@ -1,0 +1,403 @@
+"""From a model and its arguments to a plan: capture coarsely, look for regions, open what lies outside them, repeat."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.ambient import Ambience
+from revfx.capture.carried import Carried
+from revfx.capture.guards import Change, GlobalReads, ModuleGuard, Weights, module_guards, name_of
+from revfx.capture.recorder import Capture, Spot, capture
+from revfx.capture.untraceable import Untraceable
+from revfx.eager.calls import Call, Slot
+from revfx.eager.executor import run_region
+from revfx.eager.modes import store_region, without_hooks
+from revfx.eager.region_plan import RegionPlan
+from revfx.errors import Refusal
+from revfx.passes._torch import outside_modes
+from revfx.passes.arcs import Lowered, lower
+from revfx.passes.closure import Invert
+from revfx.passes.diagnose import diagnose
+from revfx.passes.exact import exact_regions, put_on_grid
+from revfx.passes.regions import Region, find_regions
+from revfx.passes.segments import Segment, segments, text
+from revfx.passes.sizes import muted
+from revfx.rules import has_rule, op_name
+
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor hangs: a module, and the name of its attribute."""
+
+    module: weakref.ref[nn.Module]
+    name: str
+
+    def tensor(self) -> Any:
+        """Return what hangs there now, a number as a tensor; None where the module is gone."""
+        found = getattr(self.module(), self.name, None)
+        return torch.tensor(found, dtype=torch.float64) if isinstance(found, float) else found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one model on arguments of given shapes.
+
+    `guards` are the modules that the recorded code read, and those inside of what it calls whole, `globals` what else
+    it read; the plan is valid while they are as they were. It belongs to the model, and refers to the model's modules
+    weakly: a model that is let go is freed at once.
+    """
+
+    lowered: Lowered
+    captured: Capture
+    segments: tuple[Segment, ...]
+    regions: dict[int, RegionPlan]
+    calls: tuple[Call, ...]
+    sources: tuple[tuple[int, Place], ...]
+    constants: tuple[tuple[Tensor, int, int | None, Place], ...]
+    tied: tuple[tuple[Place, Place], ...]
+    guards: list[ModuleGuard]
+    globals: GlobalReads
+    weights: Weights
+
+    def changed(self) -> Change | None:
+        """Return what changed since the code was recorded, that it may read; None where nothing did."""
+        for guard in self.guards:
+            if (change := guard.changed()) is not None:
+                return change
+        if (name := self.globals.changed()) is not None:
+            return Change(name)
+        for place, other in self.tied:
+            if place.tensor() is not other.tensor():
+                return Change(f"`{place.name}`, which was `{other.name}` too")
+        for t, version, address, place in self.constants:
+            if place.tensor() is not t or _torch.version(t) != version or _torch.data_address(t) != address:
+                return Change(f"the numbers in `{place.name}`")
+        return None if self.weights.stand() else Change("the pattern of its weights")
+
+    def run(self, leaves: Sequence[Any], store: bool) -> Any:
+        """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage."""
+        program, last = self.lowered.program, self.lowered.program.last_use
+        env: dict[int, Tensor] = {
+            i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)
+        }
+        for index, place in self.sources:
+            env[index] = place.tensor()
+        for segment in self.segments:
+            if segment.region is not None and not store:
+                live = {v: t for v, t in env.items() if last[v] >= segment.start or program.values[v].source}
+                del env
+                run_region(self.regions[segment.start], self.calls, live)
+                env = live
+            elif segment.region is not None:
+                store_region(self.regions[segment.start], self.calls, env)
+            else:
+                for i in range(segment.start, segment.stop):
+                    op = program.ops[i]
+                    for v, t in zip(op.outs, self.calls[i].invoke(env), strict=True):
+                        env[v] = t
+                    for v in (*op.ins, *op.outs):
+                        if last[v] <= i and not program.values[v].source:
+                            env.pop(v, None)
+        out = [self._given_back(o, env) for o in self.captured.outputs]
+        return pytree.tree_unflatten(out, self.captured.spec)
+
+    def _given_back(self, output: Any, env: Mapping[int, Tensor]) -> Any:
+        if isinstance(output, Carried):
+            return output.made([env[self.lowered.index[n]] for n in output.tensors])
+        return env[self.lowered.index[output]] if isinstance(output, fx.Node) else output
+
+    @property
+    def code(self) -> str:
+        """Return the rewritten program, with what the backward does with each value of a region."""
+        return text(self.lowered, self.segments)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded, and whether
+    `torch.compile` may do better then. `guard`: how the root was where there is no plan.
+    """
+
+    plan: Plan | None
+    refusals: tuple[Refusal, ...]
+    untraceable: bool = False
+    compiles: bool = True
+    guard: ModuleGuard | None = None
+
+    def stale(self) -> Change | None:
+        """Return what changed since then; None where nothing did that may lead to another outcome."""
+        found = self.guard if self.plan is None else self.plan
+        return None if found is None else found.changed()
+
+
+def make_plan(
+    root: nn.Module,
+    forward: Forward,
+    args: Any,
+    kwargs: Any,
+    anchor_every: int | None = None,
+    exact: int | None = None,
+    carried: frozenset[Spot] = frozenset(),
+) -> Outcome:
+    """Return the plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
+
+    Its regions keep the cut before every `anchor_every` couplings, and compute on the grid 2^-exact. The numbers that
+    are attributes at `carried` are inputs of the plan.
+    """
+    search = _Search(root, forward, args, kwargs, anchor_every, exact, carried)
+    try:
+        # the fake forward may run inside another region, and under modes that count or change what runs
+        with without_hooks(), outside_modes(), muted(_torch.FAKE_LOGGER):
+            return search.run()
+    except Untraceable as e:
+        name = name_of(root)
+        refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)
+        refusals = (*search.refusals.values(), refusal)
+        return Outcome(None, refusals, untraceable=True, compiles=e.compiles, guard=_modes_of(root))
+
+
+class _Search:
+    """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        forward: Forward,
+        args: Any,
+        kwargs: Any,
+        anchor_every: int | None,
+        exact: int | None,
+        carried: frozenset[Spot],
+    ) -> None:
+        self.anchor_every, self.exact, self.carried = anchor_every, exact, carried
+        self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
+        self.modules = dict(root.named_modules(remove_duplicate=True))
+        self.closed: set[str] = set()
+        self.refusals: dict[str, Refusal] = {}
+
+    def run(self) -> Outcome:
+        found, opened = self._find_opening(frozenset())
+        while more := self._outside(found, opened):
+            try:
+                found, opened = self._find_opening(opened | more)
+            except Untraceable as e:
+                self._close(e, more)
+        if found[2]:
+            found = self._close_again(found, opened)
+        captured, lowered, regions, stuck = found
+        reasons = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
+        refusals = tuple(dict.fromkeys((*self.refusals.values(), *reasons)))
+        if regions and self.exact is not None:
+            captured, lowered, regions = self._on_grid(captured, lowered, regions, self.exact)
+        if not regions:
+            return Outcome(None, refusals, guard=_modes_of(self.root))
+        return Outcome(self._plan(captured, lowered, regions), refusals)
+
+    def _find_opening(self, opened: frozenset[str]) -> tuple[Any, frozenset[str]]:
+        """Return what is found with those modules open, and with others whose own code has to be seen for it."""
+        while True:
+            try:
+                return self._find(opened), opened
+            except Untraceable as e:
+                if e.opens is None or e.opens in opened or e.opens in self.closed or not self._openable(e.opens):
+                    raise
+                kind = type(self.modules[e.opens])  # what is said of one will be said of the others
+                opened |= {p for p, m in self.modules.items() if type(m) is kind and p and self._openable(p)}
+
+    def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
+        captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried)
+        lowered = lower(captured.graph, self.modules.__getitem__)
+        if self.exact is None:
+            return (captured, lowered, *find_regions(lowered.program))
+        program, regions, stuck = exact_regions(lowered.program)
+        return captured, replace(lowered, program=program), regions, stuck
+
+    def _on_grid(
+        self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...], k: int
+    ) -> tuple[Capture, Lowered, tuple[Region, ...]]:
+        """Return the same forward with its regions on a grid."""
+        put_on_grid(lowered, regions, k, _insert)
+        outputs: Any = next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0]
+        lowered = lower(captured.graph, self.modules.__getitem__, exact=True)
+        pairs = zip(captured.outputs, outputs, strict=True)
+        outputs = tuple(replace(was, tensors=now) if isinstance(was, Carried) else now for was, now in pairs)
+        return replace(captured, outputs=outputs), lowered, find_regions(lowered.program, all_pay=True)[0]
+
+    def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
+        """Return the whole sub-modules outside any region that may be opened."""
+        _, lowered, regions, _ = found
+        inside = [False] * len(lowered.op_nodes)
+        for r in regions:
+            inside[r.start : r.stop] = [True] * (r.stop - r.start)
+        paths = {
+            str(n.target)
+            for n, covered in zip(lowered.op_nodes, inside, strict=True)
+            if n.op == "call_module" and not covered
+        }
+        return frozenset(p for p in paths - self.closed - opened if self._openable(p))
+
+    def _openable(self, path: str) -> bool:
+        module = self.modules[path]
+        reason = None
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = "it is a ScriptModule"
+        elif _torch.has_hooks(module) and any(True for _ in module.children()):
+            reason = "it has hooks, which run only when it is called whole"
+        if reason is not None:
+            self.closed.add(path)
+            self.refusals[path] = Refusal(f"`{path}` stays whole: {reason}", path, "")
+        builtin = type(module).__module__.startswith("torch.") and not isinstance(module, (nn.Sequential, *LAYOUT))
+        return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
+
+    def _close(self, error: Untraceable, more: frozenset[str]) -> None:
+        """Leave whole the module at fault and its like; all that was just opened where it can't be told which it
+        was.
+        """
+        at_fault = [error.path] if error.path is not None and error.path in more else list(more)
+        kinds = {type(self.modules[p]) for p in at_fault}
+        for path in more:
+            if type(self.modules[path]) in kinds:
+                self.closed.add(path)
+        name = at_fault[0]
+        self.refusals[name] = Refusal(f"`{name}` stays whole: {error.reason}", name, error.where)
+
+    def _close_again(self, found: Any, opened: frozenset[str]) -> Any:
+        """Return the same regions with only those modules open whose insides the backward needs to see."""
+        _, lowered, regions, _ = found
+        needed, inside = set[str](), set[str]()
+        for r in regions:
+            inverted = {d.op for s in r.steps for d in s.derive if isinstance(d, Invert)}
+            for i in range(r.start, r.stop):
+                paths = _prefixes(str(lowered.op_nodes[i].meta["scope"]))
+                inside.update(paths)
+                needed.update(paths if i in inverted else ())
+        if opened <= needed:
+            return found
+        again, kept = self._find_opening(opened & needed)
+        while lost := self._outside(again, kept) & opened & inside:  # a region begins or ends in their midst
+            again, kept = self._find_opening(kept | lost)
+        return again if _inverted(again[2]) >= _inverted(regions) else found
+
+    def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Return the modules that the recorded code may have read: those that are not called whole, and those that
+        are.
+        """
+        whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
+        found: dict[str, nn.Module] = {}
+        for path, module in self.modules.items():  # parents come first; what is inside a whole one is not read
+            parent = path.rpartition(".")[0]
+            if path == "" or (parent in found and parent not in whole):
+                found[path] = module
+        return [m for p, m in found.items() if p not in whole], [m for p, m in found.items() if p in whole]
+
+    def _plan(self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...]) -> Plan:
+        sources = [(lowered.index[n], self._place(*at)) for n, at in captured.attributes.items()]
+        guarded = [
+            (n.meta["constant"], self._place(*at))
+            for n, at in captured.attributes.items()
+            if "constant" in n.meta and n.users
+        ]
+        tied = [(self._place(*a), self._place(*b)) for a, b in captured.tied]
+        own, whole = self._readable(captured)
+        return Plan(
+            lowered, captured, segments(lowered.program, regions),
+            {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
+            tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
+            tuple((t, _torch.version(t), _torch.data_address(t), place) for t, place in guarded), tuple(tied),
+            module_guards(own, whole, captured.reads, captured.written),
+            GlobalReads([self.forward, *(type(m).forward for m in own), *captured.reads.functions()]),
+            Weights((self.modules[path], name) for path, name in captured.generic),
+        )  # fmt: skip
+
+    def _place(self, path: str, name: str) -> Place:
+        return Place(weakref.ref(self.modules[path]), name)
+
+
+def _modes_of(root: nn.Module) -> ModuleGuard:
+    """Return a guard for what a model that is left as it was may be switched by; numbers that it counts are none."""
+    switches = [k for k, v in vars(root).items() if isinstance(v, (bool, str, type(None)))]
+    return ModuleGuard(root, switches, frozenset(), opened=False)
+
+
+def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:
+    """Return a new node that calls `function`, described as `like` is."""
+    vals = [a.meta["val"] for a in args]
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(function, tuple(args))
+    node.meta = {key: like.meta[key] for key in ("where", "scope", "ambient") if key in like.meta}
+    with torch.no_grad(), vals[0].fake_mode:
+        node.meta["val"] = function(*vals)
+    return node
+
+
+def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> Call:
+    """Return how operation `i` of a lowered graph is run."""
+    node, op, index = lowered.op_nodes[i], lowered.program.ops[i], lowered.index
+    if node.op == "call_module":
+        fn: Any = functools.partial(nn.Module.__call__, module_of(str(node.target)))  # an override of it was recorded
+    elif node.op == "call_method":
+        fn = getattr(torch.Tensor, str(node.target))
+    else:
+        fn = node.target
+    if "ambient" in node.meta:
+        fn = _within(fn, node.meta["ambient"])
+    name = str(node.target) if node.op == "call_module" else op_name(node.target)
+    args, kwargs = _slots(node.args, index), _slots(node.kwargs, index)
+    return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
+
+
+LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+
+
+def _inverted(regions: Sequence[Region]) -> int:
+    return sum(s.inverts for r in regions for s in r.steps)
+
+
+def _prefixes(scope: str) -> list[str]:
+    """Return the paths of the modules that enclose an operation of that scope."""
+    parts = scope.split(".")
+    return [".".join(parts[: k + 1]) for k in range(len(parts))]
+
+
+def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
+    """Return the keys that lead from what `root` returns to the value `node`."""
+    keys: list[Any] = []
+    while node is not root:
+        keys.append(node.args[1])
+        node = node.args[0]  # type: ignore[assignment]
+    return tuple(reversed(keys))
+
+
+def _slots(tree: Any, index: dict[fx.Node, int]) -> Any:
+    if isinstance(tree, fx.Node):
+        return Slot(index[tree])
+    if isinstance(tree, tuple):
+        items = [_slots(x, index) for x in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [_slots(x, index) for x in tree]
+    if isinstance(tree, dict):
+        return {k: _slots(v, index) for k, v in tree.items()}
+    if isinstance(tree, slice):
+        return slice(_slots(tree.start, index), _slots(tree.stop, index), _slots(tree.step, index))
+    return tree
+
+
+def _within(fn: Callable[..., Any], ambient: Ambience) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ambient.entered():
+            return fn(*args, **kwargs)
+
+    return call

@@ -1,0 +1,297 @@
+# pyright: reportPrivateUsage=false
+"""Every use of private API of torch's compiler, in one place. Read in torch 2.13 and 2.15.
+
+Importing this module imports torch's compiler (about a second), so nothing does before a model is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition
+from torch import Tensor, fx
+from torch._dynamo import config as dynamo_config, symbolic_convert
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
+from torch._dynamo.utils import counters, graph_break_reasons
+from torch._functorch import config as functorch_config
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config, list_mode_options
+from torch._inductor.codecache import BypassFxGraphCache as BypassCache
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+
+from revfx._torch import FAKE_LOGGER
+from revfx.errors import RevfxWarning
+from revfx.passes.joint.forward import draws
+from revfx.passes.sizes import muted
+
+
+__all__ = ["BypassCache", "CustomPartitionerFn", "RestartAnalysis"]
+_NUMBERED = "revfx_numbered"  # an attribute of inductor's schedulers
+MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after that
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """The operators that inductor spells by others, and how."""
+    return select_decomp_table()
+
+
+def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]:
+    """An identity whose result inductor stores rather than computes anew for each reader; its arguments for a value."""
+    return torch.ops.prims.inductor_force_stride_order.default, lambda t: (t.stride(),)
+
+
+def fuse_neighbours_only(key: str) -> None:
+    """None; in graphs with nodes that have a number `node.meta[key]`, inductor fuses from now on none whose numbers
+    differ by more than 1, nor others where it would forget their order.
+
+    On whatever thread it compiles them: a backward is compiled by the one that runs it first.
+    """
+    kind: Any = type(V.choices)
+    theirs = kind.can_fuse
+    if getattr(theirs, "revfx_key", None) == key:
+        return
+
+    def can_fuse(scheduler: Any, a: Any, b: Any, *args: Any) -> bool:
+        if _has_numbers(scheduler, key):
+            numbers = [n for node in (*a.get_nodes(), *b.get_nodes()) if (n := _number(node, key)) is not None]
+            if (numbers and max(numbers) - min(numbers) > 1) or _forgets_order(scheduler, a, b):
+                return False
+        return theirs(scheduler, a, b, *args)
+
+    vars(can_fuse)["revfx_key"] = key
+    kind.can_fuse = staticmethod(can_fuse)
+
+
+def _has_numbers(scheduler: Any, key: str) -> bool:
+    """Whether the graph that is scheduled has numbered nodes."""
+    known = vars(scheduler)
+    if _NUMBERED not in known:
+        nodes = [n for node in scheduler.nodes for n in node.get_nodes()]
+        known[_NUMBERED] = any(_number(n, key) is not None for n in nodes)
+    return known[_NUMBERED]
+
+
+def _forgets_order(scheduler: Any, a: Any, b: Any) -> bool:
+    """Whether fused nodes would be taken for readers of a buffer as it was before something is written into it.
+
+    torch 2.13 gives one of them the other's loops on the CPU, and then forgets after which write it comes: silently
+    wrong gradients, also without revfx (pytorch/pytorch#185509).
+    """
+    nodes, written = (*a.get_nodes(), *b.get_nodes()), set(scheduler.mutation_renames.values())
+    loops = {getattr(n, "group", None) for n in nodes}
+    return len(loops) > 1 and any(d.name in written for n in nodes for d in n.read_writes.reads)
+
+
+def _number(node: Any, key: str) -> int | None:
+    """The largest number of the graph's nodes that a node of inductor's scheduler computes."""
+    origins = node.node.get_origins() if node.node is not None else ()
+    return max((o.meta[key] for o in origins if key in o.meta), default=None)
+
+
+@contextlib.contextmanager
+def merged_once(gm: fx.GraphModule) -> Generator[None]:
+    """A context before which equal nodes of `gm` are merged, and in which the partitioner does not do so again.
+
+    It would merge what is regenerated with the forward's.
+    """
+    gm.graph.eliminate_dead_code()
+    if functorch_config.cse:
+        gm.graph = fx_graph_cse(gm.graph)
+    with functorch_config.patch(cse=False):
+        yield
+
+
+def min_cut_partition(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], regenerates: bool, **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Return the forward and the backward graph, as torch's own partitioner splits `gm`.
+
+    Where that already `regenerates` what it reads, nothing is recomputed beyond that on behalf of a budget; nor where
+    it draws random numbers, since for a budget torch draws them a second time (pytorch/pytorch#190717).
+    """
+    whole: dict[str, Any] = {"activation_memory_budget": 1.0}
+    budget = functorch_config.activation_memory_budget
+    changed = {**whole, "aggressive_recomputation": False} if regenerates else {}
+    if not regenerates and budget < 1 and any(map(draws, gm.graph.nodes)):
+        changed = whole
+        warnings.warn(
+            "a compiled graph draws random numbers, as dropout does: torch's `activation_memory_budget` of "
+            f"{budget} is not followed in it, as gradients would be those of other random numbers. Use "
+            "`torch.utils.checkpoint` for what is to be computed again.",
+            RevfxWarning,
+            stacklevel=2,
+        )
+    with functorch_config.patch(changed):
+        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+
+def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function that inductor compiles `gm` to, forward and backward, under changed settings."""
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches))
+    return compiled
+
+
+@contextlib.contextmanager
+def memory_budget(budget: float) -> Generator[None]:
+    """A context in which torch's partitioner keeps at most that share of what it would keep for the backward."""
+    with functorch_config.patch(activation_memory_budget=budget):
+        yield
+
+
+def run_by_eager_kernels(
+    gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function that runs `gm`'s forward and backward graphs, as `partition` splits them, by eager kernels."""
+    compiler = aot_autograd(
+        fw_compiler=_eager_forward,
+        bw_compiler=_eager_backward,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
+    return compiler(gm, list(inputs))
+
+
+def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The forward; of the tensors that it saves the backward gets none to write to, which eager kernels would not, and
+    which would bar any later backward from keeping the graph.
+    """
+    metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
+    if metadata is not None and metadata.bw_donated_idxs:
+        metadata.bw_donated_idxs.clear()
+    run: Any = boxed_nop(gm, inputs)
+    return run
+
+
+def _eager_backward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    run: Any = boxed_nop(gm, inputs)
+    if not isinstance(run, types.FunctionType):  # what the caches of compiled graphs take
+        return run
+
+    def backward(args: list[Any]) -> Any:
+        return _Regenerating(gm).boxed_run(args) if torch._C._is_any_autocast_enabled() else run(args)
+
+    vars(backward)["_boxed_call"] = True  # it empties `args`
+    return backward
+
+
+class _Regenerating(fx.Interpreter):
+    """Runs a backward graph under the caller's autocast, as plain autograd does, but for what it regenerates.
+
+    That was traced with its casts, and in the forward no others were made.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        """What the node gives."""
+        with (
+            contextlib.nullcontext() if n.meta.get("partitioner_tag") == "is_backward" else torch._C._DisableAutocast()
+        ):
+            return super().run_node(n)
+
+
+def mode_options(mode: str) -> Mapping[str, Any]:
+    """Inductor's settings for a mode of `torch.compile`."""
+    return list_mode_options(mode)
+
+
+def is_inductor_option(name: str) -> bool:
+    """Whether inductor has a setting of this name."""
+    return name in inductor_config.get_config_copy()
+
+
+Partition = Callable[[int | None, Sequence[Any]], CustomPartitionerFn]  # for `anchor_every`, and a graph's inputs
+
+
+def partition_traced(partition: Partition, anchor_every: int | None) -> None:
+    """None; if inductor compiles what dynamo traces now, this says how it is split, unless the user chose that.
+
+    Asked for several times, the least `anchor_every` counts. Nothing where no program is traced: when a graph ended,
+    Python runs what was taken for traced.
+    """
+    tracing = getattr(symbolic_convert.tls, "current_tx", None)
+    if tracing is None:
+        return
+    compiler, asked = tracing.output.compiler_fn, [anchor_every]
+    if isinstance(compiler, _Partitioned):
+        asked.append(compiler.anchor_every)
+        compiler = compiler.compiler
+    least = min((n for n in asked if n is not None), default=None)
+    tracing.output.compiler_fn = _Partitioned(compiler, partition, least)
+
+
+@dataclass(frozen=True)
+class _Partitioned:
+    """A compiler of dynamo's, whatever is wrapped around it, in which inductor has a partitioner."""
+
+    compiler: Any
+    partition: Partition
+    anchor_every: int | None
+
+    @property
+    def __name__(self) -> str:  # what errors call it
+        return getattr(self.compiler, "__name__", type(self.compiler).__name__)
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        chosen: Any = inductor_config.custom_partitioner_fn
+        with inductor_config.patch(custom_partitioner_fn=chosen or self.partition(self.anchor_every, inputs)):
+            return self.compiler(gm, inputs, **kwargs)
+
+
+@contextlib.contextmanager
+def graph_breaks() -> Generator[list[tuple[str, str]]]:
+    """A context that gives a list; when it ends that holds why graphs of dynamo ended: (reason, file:line)."""
+    found: list[tuple[str, str]] = []
+    before, skipped = len(graph_break_reasons), Counter(counters["unimplemented"])
+    try:
+        yield found
+    finally:
+        for reason in graph_break_reasons[before:]:
+            place = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+            found.append((reason.reason.splitlines()[0], place))
+        for text in Counter(counters["unimplemented"]) - skipped:
+            frame = re.search(r"frame skipped: \w+ \((.*) line (\d+)\)", text)
+            if frame is not None:
+                reason = f"{text.splitlines()[0]} in a loop, so that all of this function runs plainly"
+                found.append((reason, f"{frame[1]}:{frame[2]}"))
+
+
+# What says, in pages of traceback, that something can't be captured and runs plainly; if it raises there too, that is
+# what the user sees. One also tells how to avoid that `.item()` ends a graph.
+NO_NEWS = ("torch._dynamo.convert_frame", "torch._dynamo.variables.tensor", FAKE_LOGGER)
+
+
+@contextlib.contextmanager
+def capturing() -> Generator[None]:
+    """A context in which functions given to `torch.compile` run plainly where they can't be captured, whatever the user
+    set for compilations of their own.
+
+    They are captured again when hooks are put on a module, and up to `MOST_GRAPHS` times.
+    """
+    with dynamo_config.patch(
+        suppress_errors=True,
+        error_on_recompile=False,
+        fail_on_recompile_limit_hit=False,
+        recompile_limit=MOST_GRAPHS,
+        accumulated_recompile_limit=16 * MOST_GRAPHS,
+        skip_nnmodule_hook_guards=False,
+        allow_unspec_int_on_nn_module=True,
+        optimize_ddp=False,
+    ):
+        with contextlib.ExitStack() as stack:
+            for name in () if "TORCH_LOGS" in os.environ else NO_NEWS:
+                stack.enter_context(muted(name))
+            yield

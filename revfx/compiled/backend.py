@@ -1,0 +1,61 @@
+"""The backend of `torch.compile(model, backend="revfx")`, which torch finds by its entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from revfx.compiled import _inductor
+from revfx.compiled.partitioner import ReversiblePartitioner
+
+
+OWN = ("unbounded", "tolerance", "strict", "anchor_every", "exact")
+
+
+def revfx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The compiled function of `gm`, whose reversible regions keep no activations for the backward.
+
+    Args:
+        gm: what dynamo captured.
+        example_inputs: its inputs.
+        mode: a mode of `torch.compile`, for inductor.
+        options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; `unbounded`, `tolerance`,
+            `strict`, `anchor_every`, `exact`: see `ReversiblePartitioner`; everything else is a setting of inductor, as
+            without `backend`.
+
+    Raises:
+        ValueError: an unknown option.
+        NotReversibleError: `strict` was given and a graph is left as it was.
+    """
+    given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    inner = given.pop("inner", "inductor")
+    partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given}).knowing(
+        example_inputs
+    )
+    if inner not in ("inductor", "aot_eager"):
+        raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
+    unknown = [name for name in given if not _inductor.is_inductor_option(name)]
+    if unknown:
+        raise ValueError(
+            f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them."
+        )
+    if inner == "aot_eager":
+        if given or mode is not None:
+            raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
+        return _inductor.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
+    if "custom_partitioner_fn" in given:
+        raise ValueError(
+            "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."
+        )
+    if partitioner.options.exact is not None:
+        given = {"emulate_precision_casts": True, **given}  # else a fused kernel keeps more bits than a lone one
+    patches = {**(_inductor.mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
+    return _inductor.compile_by_inductor(gm, example_inputs, patches)

@@ -1,0 +1,165 @@
+"""`ReversiblePartitioner`: torch's min-cut partitioner on a joint graph whose reversible regions are regenerated."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import logging
+import warnings
+from collections.abc import Generator, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+import revfx
+from revfx import _torch, passes, rules
+from revfx.compiled import _inductor
+from revfx.errors import NotReversibleError, RevfxWarning
+from revfx.passes.facts import Facts, facts_of
+from revfx.passes.grid import checked_exact
+from revfx.passes.joint.aliases import save_bases
+from revfx.passes.joint.borders import STEP
+from revfx.passes.joint.regenerate import Options
+from revfx.passes.joint.rewrite import Report, rewrite
+from revfx.passes.plan import checked_every
+
+
+LOGGED = 3  # refusals of one graph in the log
+_log = logging.getLogger("revfx")
+_listeners: ContextVar[tuple[list[Report], ...]] = ContextVar("revfx_reports", default=())
+
+
+@contextlib.contextmanager
+def reports() -> Generator[list[Report]]:
+    """A context that gives a list of what was found in each graph compiled inside it (not of graphs out of a cache)."""
+    found: list[Report] = []
+    token = _listeners.set((*_listeners.get(), found))
+    try:
+        yield found
+    finally:
+        _listeners.reset(token)
+
+
+class ReversiblePartitioner(_inductor.CustomPartitionerFn):
+    """A partitioner for `torch.compile(model, options={"custom_partitioner_fn": ReversiblePartitioner()})`.
+
+    It finds runs of reversible couplings in the joint graph, regenerates their activations in the backward from their
+    last ones, and lets `min_cut_rematerialization_partition` split the result. A graph without any is split as torch
+    would have. Of what is saved and lies in the memory of an input or output, writes raise before the backward. The
+    logger "revfx" says at the level INFO what became of each graph.
+
+    Args:
+        unbounded: what to do with couplings whose factor may underflow, such as `exp(s)`: "assert" checks the factor in
+            every step, and what rounding grows to by all factors between two kept cuts, and raises in the backward
+            where it is too much; "store" keeps the inputs of couplings where it might be.
+        tolerance: what rounding may grow to between two kept cuts (relative); None: sqrt(eps) of the dtype.
+        exact: make what is regenerated equal to the forward's bit for bit, by rounding what couplings add to multiples
+            of 2^-14 (2^-k for `exact=k`), see `revfx.convert`. Under inductor, whose kernels in the backward may round
+            otherwise, a run in which it is not equal raises.
+        anchor_every: keep the cut before every so many couplings of a region as well; None: only where `tolerance`
+            demands it.
+        strict: raise NotReversibleError for a graph that is left as it was, with the reason.
+    """
+
+    def __init__(
+        self,
+        unbounded: str = "assert",
+        tolerance: float | None = None,
+        strict: bool = False,
+        anchor_every: int | None = None,
+        exact: bool | int = False,
+    ) -> None:
+        if unbounded not in ("assert", "store"):
+            raise ValueError(f"`unbounded={unbounded!r}` is not known; use 'assert' or 'store'.")
+        if tolerance is not None and not (isinstance(tolerance, float) and 0 < tolerance < 1):
+            raise ValueError(f"`tolerance={tolerance!r}` must be a float between 0 and 1, or None.")
+        if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"`strict={strict!r}` must be True or False.")
+        self.options = Options(unbounded, tolerance, checked_every(anchor_every), checked_exact(exact))
+        self.strict = strict
+        self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
+
+    def knowing(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
+        """A partitioner that knows what the values of a graph's inputs tell, as far as real tensors are at hand."""
+        other = copy.copy(self)
+        other.facts = facts_of(inputs)
+        return other
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The forward and the backward graph, for inductor."""
+        _inductor.fuse_neighbours_only(STEP)
+        options = replace(self.options, decompositions=_inductor.inductor_decompositions(), stored=_inductor.stored())
+        return self.partition(gm, joint_inputs, options, **kwargs)
+
+    def partition(
+        self,
+        gm: fx.GraphModule,
+        joint_inputs: Sequence[object],
+        options: Options | None = None,
+        **kwargs: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The forward and the backward graph, with `options` as the inner compiler needs them."""
+        static = kwargs.get("static_lifetime_input_indices") or ()
+        with _inductor.merged_once(gm):
+            with _torch.uncollected():
+                report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
+            for listener in _listeners.get():
+                listener.append(report)
+            for warning in report.warnings:
+                warnings.warn(f"a compiled graph: {warning}", RevfxWarning, stacklevel=2)
+            if _log.isEnabledFor(logging.INFO):
+                _log.info("a compiled graph: %s", _line(report))
+            if self.strict and not report.regions:
+                reasons = "\n  ".join(map(str, report.refusals[:8])) or "no operation is inverted"
+                raise NotReversibleError(f"a compiled graph is left as it was:\n  {reasons}")
+            gm.recompile()
+            halves = _inductor.min_cut_partition(gm, joint_inputs, bool(report.regions), **kwargs)
+        save_bases(halves[0].graph, halves[1].graph, kwargs["num_fwd_outputs"])
+        for half in halves:
+            half.recompile()
+        return halves
+
+    def uuid(self) -> str:
+        """What the compile caches are keyed with: this package's files, options and facts, and no rules but its own."""
+        if rules.has_foreign():
+            raise _inductor.BypassCache("revfx: rules were registered by the user")
+        return f"{_files()}-{self.options}-{self.strict}-{self.facts}"
+
+
+def _line(report: Report) -> str:
+    """What the log says of one graph."""
+    found = [
+        f"{r.where[0]} .. {r.where[1]}: {r.steps} steps, {_size(r.freed_bytes)} freed, {_size(r.kept_bytes)} kept in "
+        f"{r.kept_cuts} cuts"
+        for r in report.regions
+    ]
+    left = [str(r) for r in report.refusals[:LOGGED]]
+    if len(report.refusals) > LOGGED:
+        left.append(f"and {len(report.refusals) - LOGGED} more")
+    return f"reversible: {'; '.join(found) or 'nothing'}" + (f" | left as it was: {'; '.join(left)}" if left else "")
+
+
+def _size(nbytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} MiB"
+
+
+@functools.cache
+def _files() -> str:
+    """A hash of the package's files; `passes` lies elsewhere in a source tree."""
+    digest = hashlib.sha256(revfx.__version__.encode())
+    for package in (revfx, passes):
+        for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,396 @@
+"""`rev_block` and `RevBlock`: additive couplings that the user writes out, after `tf.contrib.layers.rev_block`.
+
+Layer i: `y1 = x1 + f_i(x2)`, `y2 = x2 + g_i(y1)`; its inverse: `x2 = y2 - g_i(y1)`, `x1 = y1 - f_i(x2)`. Only the last
+(y1, y2) is kept for the backward, besides the inputs. Gomez et al., "The Reversible Residual Network: Backpropagation
+Without Storing Activations", NeurIPS 2017, https://arxiv.org/abs/1707.04585.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.eager.calls import Call, Slot
+from revfx.eager.coupling import Function, apply, couple, plain
+from revfx.eager.executor import run_region
+from revfx.eager.modes import can_store, runs_plain, store_region
+from revfx.eager.region_plan import RegionPlan
+from revfx.eager.state import Reach
+from revfx.errors import NotReversibleError
+from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
+from revfx.passes.plan import checked_every
+from revfx.passes.program import Arc, Op, Program, Value
+from revfx.passes.regions import Region, extend
+from revfx.traced import free_couplings
+
+
+Functions = Function | Sequence[Function] | nn.ModuleList
+
+
+def rev_block(
+    x1: Tensor,
+    x2: Tensor,
+    f: Functions,
+    g: Functions,
+    num_layers: int = 1,
+    f_side_input: Any = None,
+    g_side_input: Any = None,
+    is_training: bool = True,
+    *,
+    exact: bool | int = False,
+    anchor_every: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
+
+    Forward, per layer: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; the backward computes `x2 = y2 - g(y1)`,
+    `x1 = y1 - f(x2)`, up to rounding. x1 and x2 may have different shapes as long as f maps x2 to x1's and g maps y1 to
+    x2's.
+
+    Args:
+        x1, x2: floating-point tensors.
+        f, g: a callable used in every layer (one module shares its weights over all layers; see `RevBlock` for new
+            weights per layer), or a sequence of `num_layers` callables. They may close over tensors, which get their
+            gradients, and draw random numbers, which are drawn again alike.
+        num_layers: the number of couplings; 0 returns (x1, x2).
+        f_side_input, g_side_input: None, or anything (usually a list) that f (g) gets as its second argument in every
+            layer; tensors in it may need gradients. Empty containers count as None.
+        is_training: False computes the same with ordinary autograd storage.
+        exact: round x1, x2 and what f and g return to multiples of 2^-14 (2^-k for `exact=k`), in float32 where the
+            streams are in half precision, so that the backward computes the very bits back: gradients are then bitwise
+            those of ordinary storage (`is_training=False`). Below 1024 (2^(24-k)) only, in float32. See `convert`.
+        anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
+            grows with num_layers / anchor_every, and rounding only from one to the next. In a model compiled with
+            `backend="revfx"` the backend's option of this name says so; in one compiled by inductor the least of all
+            blocks in a graph counts.
+
+    Raises:
+        RangeError: with `exact`, a stream leaves the range of the grid, or is not finite (not looked at by
+            `torch.compile`, where an exact chain has ordinary storage unless `backend="revfx"` finds it).
+        ValueError: a wrong `exact` or `anchor_every`; a sequence of the wrong length; f or g changes the shape, dtype
+            or device of its stream.
+        TypeError: x1 or x2 is not floating point while a gradient is needed, or nested, or sparse.
+        NotReversibleError: f or g writes to its input in place.
+    """
+    layers = _layers(f, g, num_layers)
+    sides = (_side(f_side_input), _side(g_side_input))
+    _check_streams(x1, x2, layers, sides)
+    checked_every(anchor_every)
+    k = checked_exact(exact)
+    floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
+    if num_layers == 0 or not floating:
+        return plain(x1, x2, layers, sides)
+    if k is None:
+        return _chain(x1, x2, layers, sides, is_training, None, anchor_every)
+    dtypes = x1.dtype, x2.dtype
+    layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
+    y1, y2 = _chain(to_grid(x1, k), to_grid(x2, k), layers, sides, is_training, k, anchor_every)
+    return y1.to(dtypes[0]), y2.to(dtypes[1])
+
+
+def _chain(
+    x1: Tensor,
+    x2: Tensor,
+    layers: list[tuple[Function, Function]],
+    sides: tuple[Any, Any],
+    is_training: bool,
+    k: int | None,
+    anchor_every: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Return (y1, y2), with streams on the grid 2^-k where k is given."""
+    if torch.compiler.is_compiling():
+        if is_training and k is None:
+            free_couplings(anchor_every)
+        return plain(x1, x2, layers, sides, k)
+    leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
+    storing = not is_training or runs_plain((x1, x2, *leaves))
+    if storing and (k is None or not can_store((x1, x2, *leaves))):
+        return plain(x1, x2, layers, sides, k)
+    side_tensors, side_slots = _number_sides(sides, first=2)
+    shapes = len(layers), _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), k
+    plan = _plan_of(layers[0][0], shapes, anchor_every)
+    env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
+    calls = _calls(layers, side_slots, len(env), k)
+    if storing:
+        store_region(plan, calls, env)
+    else:
+        run_region(plan, calls, env)
+    y1, y2 = plan.program.outputs
+    return env[y1], env[y2]
+
+
+_plans: weakref.WeakKeyDictionary[Any, dict[Any, RegionPlan]] = weakref.WeakKeyDictionary()
+
+
+def _plan_of(first: Any, shapes: Shapes, anchor_every: int | None) -> RegionPlan:
+    """Return the plan of the chains that begin with a function, which counts their calls, and warns once for them; one
+    of its own where nothing can be known of the function later.
+    """
+    key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
+    try:
+        mine = _plans.setdefault(key, {})
+    except TypeError:  # not hashable, or not to be referred to weakly
+        mine = {}
+    plan = mine.get((shapes, anchor_every))
+    if plan is None:  # `setdefault`: another thread may have made one meanwhile
+        made = RegionPlan(*_program(*shapes), anchor_every=anchor_every and 2 * anchor_every)  # f's and g's step
+        plan = mine.setdefault((shapes, anchor_every), made)
+    return plan
+
+
+class RevBlock(nn.Module):
+    """A chain of additive couplings as a module; calling it gives (y1, y2), `inverse` gives (x1, x2) back.
+
+    Forward, per layer: `y1 = x1 + f_i(x2)`, `y2 = x2 + g_i(y1)`; inverse: `x2 = y2 - g_i(y1)`, `x1 = y1 - f_i(x2)`.
+
+    Args:
+        f, g: what each layer applies, with weights of its own per layer: a zero-argument factory (a class or function
+            that returns a module), called once per layer; or a module, used in the first layer, deep-copied and
+            re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of `num_layers`
+            modules or functions, used as it is; or a function of x without weights, used in every layer.
+        num_layers: the number of couplings.
+        exact, anchor_every: see `rev_block`. An exact block's `inverse` gives x1 and x2 back as they were rounded, bit
+            for bit, unless they are in half precision.
+    """
+
+    def __init__(
+        self, f: Any, g: Any, num_layers: int = 1, *, exact: bool | int = False, anchor_every: int | None = None
+    ) -> None:
+        super().__init__()
+        self.num_layers, self.exact, self.anchor_every = num_layers, checked_exact(exact), checked_every(anchor_every)
+        self.f = _per_layer("f", f, num_layers)
+        self.g = _per_layer("g", g, num_layers)
+
+    def forward(
+        self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (y1, y2); see `rev_block`."""
+        sides, exact = (f_side_input, g_side_input), False if self.exact is None else self.exact
+        every = self.anchor_every
+        return rev_block(x1, x2, self.f, self.g, self.num_layers, *sides, exact=exact, anchor_every=every)
+
+    def inverse(
+        self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, with ordinary
+        storage.
+        """
+        f_side, g_side = _side(f_side_input), _side(g_side_input)
+        layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.exact
+        if k is not None:
+            y1, y2 = to_grid(y1, k), to_grid(y2, k)
+            layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
+        for layer, (f, g) in reversed(list(enumerate(layers))):
+            y2 = couple(y2, apply(g, y1, g_side), "g", layer, k, sign=-1)
+            y1 = couple(y1, apply(f, y2, f_side), "f", layer, k, sign=-1)
+        return y1.to(dtypes[0]), y2.to(dtypes[1])
+
+    def extra_repr(self) -> str:
+        """Return the number of couplings, for `print`."""
+        given = {"exact": self.exact, "anchor_every": self.anchor_every}
+        return ", ".join([f"num_layers={self.num_layers}", *(f"{n}={v}" for n, v in given.items() if v is not None)])
+
+
+# --- arguments
+def _layers(f: Functions, g: Functions, num_layers: int) -> list[tuple[Function, Function]]:
+    if num_layers < 0:
+        raise ValueError(f"`num_layers` must be at least 0, not {num_layers}.")
+    return list(zip(_sequence("f", f, num_layers), _sequence("g", g, num_layers), strict=True))
+
+
+def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
+    if isinstance(f, (list, tuple, nn.ModuleList)):
+        functions: list[Any] = list(f)
+        if len(functions) != num_layers:
+            raise ValueError(
+                f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one"
+                " function for all layers, or one per layer."
+            )
+    else:
+        functions = [f] * num_layers
+    for layer, function in enumerate(functions):
+        if not callable(function):
+            raise TypeError(f"`{name}` of layer {layer} is a {type(function).__name__}, which can't be called.")
+    return functions
+
+
+def _per_layer(name: str, f: Any, num_layers: int) -> Any:
+    """Return the functions of all layers, in a ModuleList where they are modules."""
+    functions: list[Any]
+    if isinstance(f, (list, tuple, nn.ModuleList)):
+        functions = list(_sequence(name, f, num_layers))
+    elif isinstance(f, nn.Module):
+        functions = [f, *(_fresh(f) for _ in range(num_layers - 1))][:num_layers]
+    elif not callable(f):
+        raise TypeError(f"`{name}` is a {type(f).__name__}, which can't be called.")
+    elif isinstance(f, type) or _takes_nothing(f):
+        functions = [f() for _ in range(num_layers)]
+        wrong = next((m for m in functions if not isinstance(m, nn.Module)), None)
+        if wrong is not None:
+            raise TypeError(
+                f"`{name}` is called without arguments to make each layer's module; it returned a"
+                f" {type(wrong).__name__}."
+            )
+    else:
+        functions = [f] * num_layers
+    return nn.ModuleList(functions) if all(isinstance(m, nn.Module) for m in functions) else functions
+
+
+def _takes_nothing(f: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(f).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _fresh(module: nn.Module) -> nn.Module:
+    fresh = copy.deepcopy(module)
+    for part in fresh.modules():
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return fresh
+
+
+def _side(side: Any) -> Any:
+    return None if side is None or (isinstance(side, (list, tuple, dict)) and not side) else side
+
+
+def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Function]], sides: tuple[Any, Any]) -> None:
+    streams = ("x1", x1), ("x2", x2)
+    for name, x in streams:
+        if x.is_nested or x.layout != torch.strided:
+            raise TypeError(
+                f"`{name}` is {'a nested tensor' if x.is_nested else x.layout}; a reversible block needs dense streams:"
+                f" {'padded ones, or the values of a jagged tensor' if x.is_nested else f'`{name}.to_dense()`'}."
+            )
+    wrong = [(n, x) for n, x in streams if not x.is_floating_point()]
+    if not wrong or not torch.is_grad_enabled():
+        return
+    tensors = [x1, x2, *(t for s in sides for t in pytree.tree_leaves(s) if isinstance(t, Tensor))]
+    if any(t.requires_grad for t in tensors) or Reach(layers).needs_grad():
+        name, x = wrong[0]
+        raise TypeError(
+            f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."
+            f" Convert it (`{name}.float()`), or call it under `torch.no_grad()`."
+        )
+
+
+# --- the computation
+def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
+    """Return `function` as it is outside of an exact block: of a stream of dtype `reads`, added to one of dtype
+    `adds`.
+    """
+    if carrier(reads) == reads and carrier(adds) == adds:
+        return function
+    return functools.partial(_narrowed, function, reads, adds)
+
+
+def _narrowed(function: Function, reads: torch.dtype, dtype: torch.dtype, x: Tensor, *side: Any) -> Any:
+    h: Any = function(x.to(reads), *side)
+    if isinstance(h, Tensor) and torch.promote_types(h.dtype, dtype) != dtype:
+        raise ValueError(
+            f"a function of a coupling returned {h.dtype} for a stream of {dtype}: it must keep the dtype."
+        )
+    return h
+
+
+# --- the program of a block, for the executor
+Meta = tuple[tuple[int, ...], torch.dtype, int]
+Shapes = tuple[int, Meta, Meta, tuple[int, ...], int | None]
+
+
+def _meta(x: Tensor) -> Meta:
+    return tuple(x.shape), x.dtype, x.numel() * x.element_size()
+
+
+def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]], list[Any]]:
+    """Return per side input its tensors, and the structure with each tensor's value index in its place."""
+    tensors: list[list[Tensor]] = []
+    slots: list[Any] = []
+    at = first
+    for side in sides:
+        leaves, spec = _torch.flatten(side)
+        mine = [t for t in leaves if isinstance(t, Tensor)]
+        numbers = iter(range(at, at + len(mine)))
+        slots.append(pytree.tree_unflatten([Slot(next(numbers)) if isinstance(t, Tensor) else t for t in leaves], spec))
+        tensors.append(mine)
+        at += len(mine)
+    return tensors, slots
+
+
+UNKNOWN = "its functions may tell numbers apart"
+
+
+def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> tuple[Arc, ...]:
+    barred = "the block's input is kept anyway" if given else None
+    if k is None:  # h is made of the other stream, to which something made of x was added
+        return (Arc(x, (y, h), torch.sub, False, barred, suspect=not given, told=UNKNOWN, text=text, follows=True),)
+    solve = Coupling("add", k, rest=lambda h: h).inverse
+    return (Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=True),)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int | None) -> tuple[Program, Region]:
+    """Return the program of a whole chain and its only region; they depend on shapes and dtypes alone."""
+    values = [Value(n, *m, storage=i, given=True, grid=k) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
+    for i in range(sum(sides)):
+        values.append(Value(f"side_{i}", (), torch.float32, 0, storage=len(values), source=True))
+    side = (tuple(range(2, 2 + sides[0])), tuple(range(2 + sides[0], 2 + sum(sides))))
+    ops: list[Op] = []
+    streams, metas = [0, 1], (x1, x2)
+    for layer in range(num_layers):
+        for i, name in enumerate("fg"):
+            x, other = streams[i], streams[1 - i]
+            h, y = len(values), len(values) + 1
+            values.append(Value(f"{name}{layer}", *metas[i], storage=h))
+            values.append(Value(f"y{i + 1}_{layer}", *metas[i], storage=y, grid=k))
+            where = f"layer {layer}"
+            ops.append(Op(f"{name}[{layer}]", (other, *side[i]), (h,), where=where))
+            arcs = _add_arcs(x, h, y, f"x{i + 1} <- y{i + 1} - {name}{layer}", layer == 0, k)
+            ops.append(Op("add", (x, h), (y,), arcs, where=where, opaque=False))
+            streams[i] = y
+    program = Program(tuple(values), tuple(ops), (streams[0], streams[1]))
+    steps, _ = extend(program, len(ops), (streams[0], streams[1]), frozenset())
+    steps.reverse()
+    saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
+    region = Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0)
+    return program, region
+
+
+def _leaving_alone(function: Function, name: str, x: Tensor, side: Any) -> Any:
+    """Return what a function gives that gets lists and dicts of its own: what it put in them would be lost."""
+    leaves, spec = _torch.flatten(side)
+    result = function(x, side)
+    now, spec_now = _torch.flatten(side)
+    if spec_now != spec or any(a is not b for a, b in zip(leaves, now, strict=True)):
+        raise NotReversibleError(
+            f"{name} writes to a list or dict in its side input; layers get copies of these, so what it puts there"
+            " would be lost. Let it write to something that it closes over, or call with `is_training=False`."
+        )
+    return result
+
+
+def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int, k: int | None) -> list[Call]:
+    calls: list[Call] = []
+    streams, at = [0, 1], first
+    for layer, pair in enumerate(layers):
+        for i, function in enumerate(pair):
+            name = "fg"[i]
+            args = (Slot(streams[1 - i]),) if slots[i] is None else (Slot(streams[1 - i]), slots[i])
+            several = isinstance(slots[i], (list, tuple, dict))
+            fn = functools.partial(_leaving_alone, function, f"`{name}` of layer {layer}") if several else function
+            calls.append(Call(f"{name} of layer {layer}", fn, args))
+            calls.append(Call(f"add of layer {layer}", couple, (Slot(streams[i]), Slot(at), name, layer, k)))
+            streams[i] = at + 1
+            at += 2
+    return calls

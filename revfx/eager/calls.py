@@ -1,0 +1,65 @@
+"""How an operation of a program is run: a callable, with the program's values in the places of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from revfx.eager.state import Reach
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of value `index` among a call's arguments."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """`fn(*args, **kwargs)`; `outs` are the paths to its tensors in what it returns (one empty path: the result
+    itself).
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    outs: tuple[tuple[Any, ...], ...] = ((),)
+
+    @cached_property
+    def reach(self) -> Reach:
+        """Return what the function, and the arguments that are no values of the program, can see."""
+        return Reach((self.fn, self.args, self.kwargs))
+
+    def invoke(self, env: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """Return the output tensors, with the values taken from `env`."""
+        kwargs = {k: fill(v, env) for k, v in self.kwargs.items()} if self.kwargs else {}
+        result = self.fn(*[fill(a, env) for a in self.args], **kwargs)
+        return tuple(_at(result, path) for path in self.outs)
+
+
+def fill(tree: Any, env: Mapping[int, Tensor]) -> Any:
+    """Return a nested structure with every `Slot` replaced by its value."""
+    if isinstance(tree, Slot):
+        return env[tree.index]
+    if isinstance(tree, tuple):
+        items = [fill(x, env) for x in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [fill(x, env) for x in tree]
+    if isinstance(tree, dict):
+        return {k: fill(v, env) for k, v in tree.items()}
+    if isinstance(tree, slice):
+        return slice(fill(tree.start, env), fill(tree.stop, env), fill(tree.step, env))
+    return tree
+
+
+def _at(result: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        result = result[key]
+    return result

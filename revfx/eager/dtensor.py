@@ -1,0 +1,128 @@
+"""What torch.distributed does to what revfx looks at: DTensors, collectives under way, the casts of FSDP2.
+
+Nothing here imports torch.distributed: what was not imported is not in use.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.eager.layout import restrided
+
+
+# --- tensors
+def placements(tensor: Any) -> tuple[Any, ...] | None:
+    """Return how a DTensor is spread over the processes; None for any other tensor."""
+    return tensor.placements if _torch.is_dtensor(tensor) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a DTensor is spread over the processes, and its strides: those of the whole, and of what this one holds."""
+
+    placements: tuple[Any, ...]
+    stride: tuple[int, ...]
+    held_shape: tuple[int, ...]
+    held_stride: tuple[int, ...]
+
+
+def spread_of(tensor: Any) -> Spread | None:
+    """Return how a DTensor is spread; None for any other tensor."""
+    found = placements(tensor)
+    if found is None:
+        return None
+    held = _held(tensor)
+    return Spread(found, tensor.stride(), tuple(held.shape), held.stride())
+
+
+def spread(tensor: Any, like: Spread | None) -> Any:
+    """Return `tensor`, spread over the processes as `like` says, with its strides; partial sums, which are no place to
+    put one, as they are.
+    """
+    if like is None:
+        return tensor
+    if tensor.placements != like.placements:
+        if any(p.is_partial() for p in like.placements):
+            return tensor
+        tensor = tensor.redistribute(placements=like.placements)
+    held = _held(tensor)
+    if (tensor.stride(), held.stride()) == (like.stride, like.held_stride) or tuple(held.shape) != like.held_shape:
+        return tensor
+    held = restrided(held, like.held_shape, like.held_stride)
+    whole = {"shape": tensor.shape, "stride": like.stride}
+    return type(tensor).from_local(held, tensor.device_mesh, tensor.placements, run_check=False, **whole)
+
+
+def _held(tensor: Any) -> Tensor:
+    """Return what this process holds of a DTensor, without its history."""
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def piece(tensor: Any) -> Tensor:
+    """Return what this process holds of a DTensor, and nothing of one in partial sums; any other tensor itself."""
+    found = placements(tensor)
+    if found is None:
+        return tensor
+    local = tensor.to_local()
+    return local[:0].reshape(-1) if any(p.is_partial() for p in found) else local
+
+
+def numbers(*scalars: Tensor) -> list[float]:
+    """Return the values of scalars; of DTensors, those of the whole, the same in every process."""
+    stacked: Any = torch.stack(scalars)
+    return (stacked if placements(stacked) is None else stacked.full_tensor()).tolist()
+
+
+def arrived(tensor: Any) -> Tensor:
+    """Return `tensor`, after the collective that makes it, if one does: what nobody waits for is never freed."""
+    collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
+    if collectives is None:
+        return tensor
+    held = tensor if placements(tensor) is None else tensor.to_local()
+    if isinstance(held, collectives.AsyncCollectiveTensor):
+        whole = held.trigger_wait()
+        return whole if held is tensor else tensor
+    return tensor
+
+
+# --- FSDP2's mixed precision: dtypes in which a sharded module computes, though its parameters are held in another
+def casts(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Return the dtypes to which FSDP2 casts what goes into `module` and what comes out; None where it doesn't."""
+    policy = _torch.fsdp_policy(module) if _torch.is_fsdp(module) else None
+    if policy is None:
+        return None, None
+    return policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype
+
+
+def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return what the forward of `module` gives, without hooks but with FSDP2's casts."""
+    before, after = casts(module)
+    args, kwargs = _cast((args, kwargs), before)
+    return _cast(module.forward(*args, **kwargs), after)
+
+
+def computed_in(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
+    """Return for the address of each parameter, sharded by FSDP2, of `modules` the dtype that it is gathered in."""
+    return {id(p): dtype for m in modules if _torch.is_fsdp(m) for p, dtype in _gathered(m)}
+
+
+def _gathered(module: nn.Module) -> Iterator[tuple[Tensor, torch.dtype]]:
+    policy = _torch.fsdp_policy(module)
+    for p in _torch.fsdp_parameters(module):
+        if policy.param_dtype is not None and p.is_floating_point():
+            yield p, policy.param_dtype
+
+
+def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return tree
+    return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)

@@ -1,0 +1,229 @@
+"""Runs a region: its real operations under saved-tensor hooks that free what autograd would keep and regenerate it.
+
+Forward: every tensor that autograd packs becomes a handle (operation, k). Of the values only the region's last cut, its
+first cut, side inputs and the cuts that numerics demand stay alive. Backward: the first unpack out of a step drops
+everything of the step after it, regenerates this one from the cut above it (each operation once, its saved tensors
+captured as it runs) and hands the tensors out. After `torch.utils.checkpoint(use_reentrant=False)`, which keeps each
+step's input where this derives it from its output.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revfx import _torch
+from revfx.eager import dtensor, numerics
+from revfx.eager.calls import Call
+from revfx.eager.layout import ALIGNED, address, same_view
+from revfx.eager.regeneration import Regeneration, unpack
+from revfx.eager.region_plan import Env, Handle, RegionPlan, StepPlan
+from revfx.eager.state import CallState, Random
+from revfx.errors import NotReversibleError, RevfxWarning
+from revfx.passes.cuts import Step
+from revfx.passes.plan import inverted_from
+
+
+def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
+    """Run the region's operations on the values in `env`, which then holds its last cut, and return the run's state.
+
+    Raises:
+        NotReversibleError: an operation wrote to its input in place, or returned another shape or dtype than planned.
+    """
+    if plan.warning is not None:
+        warning, plan.warning = plan.warning, None
+        warnings.warn(warning, RevfxWarning, stacklevel=2)
+    run = RegionRun(plan, calls, env, next(plan.calls))
+    run.forward(env)
+    plan.kept = len(run.kept_cuts)
+    return run
+
+
+class RegionRun(Regeneration):
+    """The forward of one call of a region, which keeps what its backward starts from."""
+
+    @_torch.uncompiled  # as the re-run will be
+    def forward(self, env: Env) -> None:
+        """Run the region's operations on `env`, and keep what the plan and the numerics say."""
+        program, region, last = self.program, self.region, self.program.last_use
+        with self.quiet:
+            for v in env:
+                self._note(v, env[v])
+            self._keep_all(self.kept, [v for v in env if program.values[v].source and last[v] >= region.start], env)
+            self._keep_all(self.kept, (*region.side, *region.saved, *region.entry), env)
+        self.kept_cuts[0] = {v: self.kept[v] for v in region.entry if v in self.kept}
+        growth = numerics.Growth(self.plan.tolerance, self.returns)
+        self.unchanged = growth.unchanged
+        held = {*region.saved, *region.side}
+
+        @_torch.uncompiled
+        def pack(t: Tensor) -> Handle:
+            assert self.current is not None, "autograd saved a tensor outside an operation"
+            handle = Handle(self.current, len(self.fresh), self, _torch.version(t))
+            self.fresh.append((handle, t))
+            return handle
+
+        with saved_tensors_hooks(pack, unpack):
+            for number, plan in enumerate(self.plan.steps):
+                self._run_forward(number, plan, env, growth, held)
+        with self.quiet:
+            self.ranges.close()
+        self.returns.forget()
+
+    def _run_forward(self, number: int, plan: StepPlan, env: Env, growth: numerics.Growth, held: set[int]) -> None:
+        step, asked = plan.step, plan.asked
+        with self.quiet:
+            if plan.anchored:
+                self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
+            lower = {v: env[v] for v in step.entry} if asked or plan.sums.after else {}
+            unseen = plan.anchored or all(a.head in self.kept for a in step.arcs)  # nothing that comes back tells of it
+            if plan.sampled:
+                self.samples.note(number, self._regenerated(step, env))
+            if self.plan.exact and number - 1 in self.kept_cuts:  # the last one of a stretch to come back
+                self.checksums.note(number, self._regenerated(step, env))
+        lost = False
+        for at, index in enumerate(range(step.start, step.stop)):
+            made = self.program.ops[index].outs
+            outs = self._call(index, env, unseen, plan.exits[at])
+            with self.quiet:
+                for v, t in zip(made, outs, strict=True):
+                    env[v] = t
+                    self._note(v, t)
+                if held:
+                    self._keep_all(self.kept, [v for v in made if v in held], env)
+                lost = lost or (self.looks and plan.sums.lose(index, env, self.kept, self.plan.tolerance))
+            for v in plan.dead[at]:
+                env.pop(v, None)
+        if lost:
+            self.plan.lossy.add(number)
+        with self.quiet:
+            lost = number in self.plan.lossy
+            unsafe, growing = growth.close(step, env, lower, replayed=number == 0 or plan.anchored, lost=lost)
+            if unsafe:
+                self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
+            if growing or number == len(self.plan.steps) - 1:
+                self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
+            if plan.sampled:
+                self.samples.rescale(number, inverted_from(step), env)
+        for v in plan.late:
+            env.pop(v, None)
+
+    def _regenerated(self, step: Step, env: Env) -> Env:
+        """Return what the backward makes of a step's entry, as the forward made it."""
+        return {v: env[v] for v in step.entry if v not in self.kept}
+
+    def _note(self, v: int, t: Tensor) -> None:
+        strided = t.layout == torch.strided
+        self.layout[v] = (tuple(t.shape), t.stride() if strided else (), t.requires_grad)
+        if type(t) is not Tensor:
+            self.spread[v] = dtensor.spread_of(t)
+        elif self.plan.exact and strided and t.data_ptr() % ALIGNED:
+            self.offsets[v] = t.data_ptr() % ALIGNED
+        if self.plan.exact:
+            self.ranges.note(v, t)
+        if self.watch is not None:
+            self.watch.made(self, v, t)
+
+    def _keep_all(self, into: Env, values: Iterable[int], env: Env) -> None:
+        for v in values:
+            if v in env:
+                self._keep(into, v, env[v])
+
+    def _keep(self, into: Env, v: int, t: Tensor) -> None:
+        """Hold an alias without autograd history: holding the tensor itself would make a cycle through the graph."""
+        kept = into[v] = t.detach().clone() if self.program.values[v].written else t.detach()
+        self.versions.append((v, kept, _torch.version(kept)))
+        if not self.program.values[v].source:
+            self.returns.remember(v, kept)
+
+    def _call(self, index: int, env: Env, unseen: bool, exits: tuple[int, ...]) -> tuple[Tensor, ...]:
+        op, call = self.program.ops[index], self.calls[index]
+        outs = self._called(index, env) if op.opaque else self._invoke(call, index, env)
+        fresh, self.fresh = self.fresh, []
+        for t in outs:
+            if not isinstance(t, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"`{call.name}` returned a {type(t).__name__}; it must return one tensor.")
+        for v, t in zip(op.outs, outs, strict=True) if exits else ():
+            planned = self.program.values[v]
+            if v in exits and (t.shape != planned.shape or t.dtype != planned.dtype):
+                raise NotReversibleError(
+                    f"`{call.name}` ({op.where or 'unknown place'}) returned {t.dtype}{list(t.shape)} where"
+                    f" {planned.dtype}{list(planned.shape)} was planned; does a hook change its output?"
+                )
+        if fresh:
+            read = [(v, env[v]) for v in op.ins if v in env]
+            self._settle(index, fresh, [*read, *zip(op.outs, outs, strict=True)])
+        if op.opaque and (unseen or self.sides.watches(self.plan.step_of[index])):
+            with self.quiet:
+                saved = [t if handle.value is None else None for handle, t in fresh]
+                kept = all(v in self.kept for v in op.ins)
+                self.samples.note_results(index, outs if unseen else (), saved, kept)
+        return outs
+
+    def _invoke(self, call: Call, index: int, env: Env) -> tuple[Tensor, ...]:
+        self.current = index
+        try:
+            return call.invoke(env)
+        except BaseException:
+            self.fresh = []
+            raise
+        finally:
+            self.current = None
+
+    def _called(self, index: int, env: Env) -> tuple[Tensor, ...]:
+        """Return what a function of the user's gives, after noting what the call depends on."""
+        op, call = self.program.ops[index], self.calls[index]
+        data = [env[v] for v in op.ins if v in env]
+        versions = [_torch.version(t) for t in data]
+        with self.quiet:
+            state, returned = CallState(call.name, call.reach), False
+        try:
+            if self.sides.watches(self.plan.step_of[index]):
+                with self.sides.noted(index):
+                    outs = self._invoke(call, index, env)
+            else:
+                outs = self._invoke(call, index, env)
+            returned = True
+        finally:
+            with self.quiet:
+                state.settle(returned)
+        self.states[index] = state
+        with self.quiet:
+            now = Random(self.devices)
+            if not now.same(self.random):
+                state.random, self.random = self.random, now
+        for t, version in zip(data, versions, strict=True):
+            if _torch.version(t) != version:
+                raise NotReversibleError(
+                    f"`{call.name}` ({op.where or 'unknown place'}) writes to its input in place, so the value that"
+                    " the next operations read can't be regenerated. Let it work on a copy (`x.clone()`)."
+                )
+        return outs
+
+    def _settle(self, index: int, fresh: list[tuple[Handle, Tensor]], candidates: list[tuple[int, Tensor]]) -> None:
+        """Make each new handle a value where it is one; the tensors were alive until now, so addresses are unique.
+
+        A result that outlives the step is not taken for one: what is kept of it would not be the result of what is
+        regenerated, and a backward such as `amax`'s compares the two.
+        """
+        step = self.plan.step_of[index]
+        outs, exit = self.program.ops[index].outs, self.region.steps[step].exit
+        known: dict[int, list[tuple[int, Tensor]]] = {}
+        for v, t in candidates:
+            if (at := address(t)) and not (v in outs and v in exit):
+                known.setdefault(at, []).append((v, t))
+        metas: list[tuple[Any, ...]] = []
+        for handle, t in fresh:
+            metas.append((t.shape, t.dtype))
+            handle.spoilt = _torch.version(t) != handle.version
+            handle.value = next((v for v, other in known.get(address(t), ()) if same_view(t, other)), None)
+            if handle.value is not None:
+                self.wanted.setdefault(step, set()).add(handle.value)
+            else:
+                self.captured_ops.setdefault(step, set()).add(index)
+        self.saved_meta[index] = metas

@@ -1,0 +1,100 @@
+"""When a reversible region runs as plain code: nothing to differentiate, a tracer at work, or the user asked for it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Iterable, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revfx import _torch
+from revfx.eager.checks import Ranges
+
+
+if TYPE_CHECKING:
+    from revfx.eager.calls import Call
+    from revfx.eager.region_plan import RegionPlan
+
+
+recording = threading.local()  # its `recorder` is that of this thread, if any
+_storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
+_simulating: ContextVar[bool] = ContextVar("revfx_simulating", default=False)
+
+
+@contextlib.contextmanager
+def store_activations() -> Generator[None]:
+    """Return a context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary
+    storage.
+
+    The oracle of every test of revfx, and the way out where a region can't be regenerated.
+    """
+    token = _storing.set(True)
+    try:
+        yield
+    finally:
+        _storing.reset(token)
+
+
+@contextlib.contextmanager
+def simulating() -> Generator[None]:
+    """Return a context in which regions run on fake tensors as they would on real ones, where no value can be asked
+    for.
+    """
+    token = _simulating.set(True)
+    try:
+        yield
+    finally:
+        _simulating.reset(token)
+
+
+def storing() -> bool:
+    """Return whether `store_activations` is active."""
+    return _storing.get()
+
+
+def runs_plain(inputs: Iterable[Tensor]) -> bool:
+    """Return whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing,
+    inputs without data.
+    """
+    return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
+
+
+def store_region(plan: RegionPlan, calls: Sequence[Call], env: dict[int, Tensor]) -> None:
+    """Run the operations of a region with ordinary autograd storage."""
+    region, ranges = plan.region, Ranges(plan.program)
+    for v in region.entry:
+        ranges.note(v, env[v])
+    for index in range(region.start, region.stop):
+        for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
+            env[v] = t
+            ranges.note(v, t)
+    ranges.close()
+
+
+def can_store(inputs: Iterable[Tensor]) -> bool:
+    """Return whether a plan may run on these inputs, if with ordinary storage: not under torch.func or tracers, revfx's
+    own among them, not on fake inputs or on "meta", where there is no memory to save, and not in MKL-DNN's layout,
+    which tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what
+    weights are computed to: a re-run would have neither.
+    """
+    if getattr(recording, "recorder", None) is not None or _torch.in_jit() or _torch.in_functorch_transform():
+        return False
+    if _torch.in_forward_mode() or _torch.in_cached_parameters():
+        return False
+    return _simulating.get() or not any(_torch.is_fake(t) or t.is_meta or t.is_mkldnn for t in inputs)
+
+
+@contextlib.contextmanager
+def without_hooks() -> Generator[None]:
+    """Return a context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does.
+
+    An operation's result, packed as it is, would be held by its own history, for ever: a cycle through autograd's
+    graph, where Python's collector can't look.
+    """
+    with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+        yield

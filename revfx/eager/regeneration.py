@@ -1,0 +1,297 @@
+"""The backward of a region: its values regenerated step by step, each operation run once again as it ran first."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revfx import _torch
+from revfx.ambient import autocast_of, autocast_states, kernels_of, settings
+from revfx.eager import dtensor, numerics
+from revfx.eager.calls import Call
+from revfx.eager.checks import Checksums, Ranges, Samples, changed
+from revfx.eager.layout import leaf, placed, restrided
+from revfx.eager.region_plan import Env, Handle, RegionPlan, watching
+from revfx.eager.sides import Sides
+from revfx.eager.state import CallState, Random
+from revfx.errors import RegenerationError
+from revfx.passes.closure import Forward
+from revfx.passes.plan import Instruction, schedule
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+class Regeneration:
+    """One call of a region: what it kept, and the values regenerated for the step that the backward is in.
+
+    Cut c lies before step c; step s goes from cut s to cut s+1. State belongs to the call, so the same module may be
+    called several times, from several threads.
+    """
+
+    def __init__(self, plan: RegionPlan, calls: Sequence[Call], env: Env, number: int = 1) -> None:
+        program, region = plan.program, plan.region
+        self.plan, self.program, self.region, self.calls = plan, program, region, calls
+        self.states: dict[int, CallState] = {}
+        self.saved_meta: dict[int, list[tuple[Any, ...]]] = {}
+        self.wanted: dict[int, set[int]] = {}
+        self.captured_ops: dict[int, set[int]] = {}
+        self.layout: dict[int, tuple[tuple[int, ...], tuple[int, ...], bool]] = {}
+        self.offsets: dict[int, int] = {}
+        self.spread: dict[int, dtensor.Spread | None] = {}
+        self.kept_cuts: dict[int, Env] = {}
+        self.kept: Env = {}
+        self.unchanged: set[int] = set()
+        self.versions: list[tuple[int, Tensor, int]] = []
+        self.ranges, self.checksums = Ranges(program), Checksums(program)
+        self.returns = numerics.Returns(program, region)
+        watch = watching.get()
+        self.watch = watch(self) if watch is not None else None
+        self.devices = dict.fromkeys(t.device for t in env.values() if t.device.type != "cpu")
+        self.autocast = autocast_states(dict.fromkeys(("cpu", *(d.type for d in self.devices))))
+        self.cached = torch.is_autocast_cache_enabled()
+        self.settings = settings()
+        casting = [torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled]
+        self.casts = bool(self.devices or casting)
+        self.quiet = _torch.no_modes() if any(self.settings[1]) else _AS_IT_IS  # for what is none of the user's
+        eps = max(casting, default=0.0)
+        self.samples = Samples(program, eps)
+        dtypes = [program.values[v].dtype for v in region.entry]
+        self.sides = Sides(0 if plan.exact else number, len(region.steps), dtypes, eps)
+        self.looks = number & (number - 1) == 0
+        with self.quiet:
+            self.random = Random(self.devices)
+        self.lock = threading.RLock()
+        self.current: int | None = None
+        self.fresh: list[tuple[Handle, Tensor]] = []
+        self.task: int | None = None
+        self.differs = True  # whether the kernels' settings are others than in the forward
+        self.active: int | None = None
+        self.values: Env = {}
+        self.captures: dict[int, list[Tensor | None]] = {}
+
+    def invert(self, number: int, exit: Env) -> Env:
+        """Return the entry of step `number`, derived from given values of its exit; empty where its entry is kept
+        instead.
+        """
+        if number in self.kept_cuts:
+            return {}
+        with self._as_in_the_forward():
+            return dict(self._run_step(number, dict(exit), replay=False, target=False))
+
+    def fetch(self, handle: Handle) -> Tensor:
+        """Return the tensor that a handle stands for, regenerated where it is not there."""
+        if handle.op == self.current:  # the operation differentiates within itself
+            return self.fresh[handle.k][1].detach()
+        if handle.spoilt:
+            raise RegenerationError(
+                f"a tensor that `{self.calls[handle.op].name}` needs for its gradient was modified by an inplace"
+                " operation in it, after autograd had saved it. Plain autograd refuses this too."
+            )
+        with self.lock:
+            task = _torch.graph_task_id()
+            if task != self.task:
+                self._forget()
+                self._check_versions()
+                self.task = task
+                self.differs = _torch.kernel_settings() != self.settings[0]
+                if task != -1:
+                    _torch.at_end_of_backward(self._forget)
+            step = self.plan.step_of[handle.op]
+            tensor = self._look_up(handle) if self.active == step else None
+            if tensor is None:
+                self._regenerate(step)
+                tensor = self._look_up(handle)
+            assert tensor is not None
+            return tensor
+
+    def _look_up(self, handle: Handle) -> Tensor | None:
+        """Return the tensor if it is there; what was captured is handed out once, so that it can be freed as soon as it
+        was used.
+        """
+        if handle.value is not None:
+            v = handle.value
+            return self.values[v] if v in self.values else self.kept.get(v)
+        captured = self.captures.get(handle.op)
+        if captured is None:
+            return None
+        tensor, captured[handle.k] = captured[handle.k], None
+        return tensor
+
+    def _forget(self) -> None:
+        with self.lock:
+            self.task = self.active = None
+            self.values, self.captures = {}, {}
+
+    def _check_versions(self) -> None:
+        for v, t, version in self.versions:
+            if _torch.version(t) != version:
+                raise RegenerationError(
+                    f"`{self.program.values[v].name}`, which the region {self._where()} keeps to regenerate its"
+                    " activations, was modified in place between the forward and the backward. Work on a copy"
+                    " (`y.clone()`), or keep the activations with `revfx.testing.store_activations()`."
+                )
+
+    def _where(self) -> str:
+        return f"at {self._place(0)}"
+
+    def _place(self, step: int) -> str:
+        return self.program.ops[self.region.steps[step].start].where or "an unknown place"
+
+    def _regenerate(self, step: int) -> None:
+        """Make the values and captures of `step`, from the regenerated cut above it or the nearest kept one."""
+        active, self.captures = self.active, {}
+        try:
+            with self._as_in_the_forward():
+                if step in self.kept_cuts:
+                    self._run_step(step, dict(self.kept_cuts[step]), replay=True, target=True)
+                else:
+                    above = min(c for c in self.kept_cuts if c > step)
+                    if active is not None and step < active < above:
+                        above, known = active, self.values
+                    else:
+                        known = dict(self.kept_cuts[above])
+                    self.values = {}
+                    for s in range(above - 1, step - 1, -1):
+                        known = self._run_step(s, known, replay=False, target=s == step)
+                        self._compare(s)
+        except BaseException:
+            self.active, self.values, self.captures = None, {}, {}
+            raise
+        self.active = step
+
+    @contextlib.contextmanager
+    def _as_in_the_forward(self) -> Generator[None]:
+        """Return a context for regeneration: the forward's kernels, and none of the user's modes."""
+        with kernels_of(self.settings[0]) if self.differs else _AS_IT_IS, torch.no_grad():
+            with _torch.no_modes() if any(_torch.modes()) else _AS_IT_IS:
+                yield
+
+    def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
+        """Return the regenerated values of one step; with `target` also those that autograd asks for, and its
+        captures.
+        """
+        step = self.region.steps[number]
+        kept = self.kept if not step.again else {v: t for v, t in self.kept.items() if v not in step.again}
+        wanted: set[int] = set() if replay else {v for v in step.entry if v not in kept}
+        captured: set[int] = set()
+        if target:
+            wanted |= {v for v in self.wanted.get(number, ()) if v not in kept}
+            captured = self.captured_ops.get(number, captured)
+        base = step.entry if replay else [v for v in step.exit if v not in step.again]
+        key = (number, replay, frozenset(wanted), frozenset(captured))
+        instructions = self.plan.schedules.get(key)
+        if instructions is None:
+            have = {*base, *kept}
+            instructions = schedule(self.program, step, have, replay, frozenset(wanted), frozenset(captured))
+            self.plan.schedules[key] = instructions
+        env = {**kept, **{v: known[v] for v in base if v in known}}
+        known.clear()  # the caller's reference too: what is used up here is freed here
+        self.values = {}
+        for instruction in instructions:
+            self._execute(instruction, env, kept)
+        self.values = {v: env[v] for v in wanted}
+        return self.values
+
+    def _compare(self, cut: int) -> None:
+        """Warn, or raise, where the regenerated cut is not what it was."""
+        where = self._place(cut)
+        self.checksums.compare(cut, self.values, where)
+        if self.samples.compare(cut, self.values, where, warn=not self.plan.warned):
+            self.plan.warned = True
+
+    def _execute(self, instruction: Instruction, env: Env, kept: Env) -> None:
+        d = instruction.run
+        if isinstance(d, Forward):
+            made = zip(self.program.ops[d.op].outs, self._rerun(d.op, env, instruction.capture), strict=True)
+        else:
+            tail = [env[v] for v in d.arc.tail]
+            made = [(d.arc.head, tail[0] if d.arc.head in self.unchanged else d.arc.solve(*tail))]
+        for v, t in made:
+            if v not in kept:
+                env[v] = self._as_it_was(v, t)
+                if self.watch is not None:
+                    self.watch.regenerated(self, d, v, env[v])
+        for v in instruction.drop:
+            if v not in kept:
+                env.pop(v, None)
+
+    def _as_it_was(self, v: int, t: Tensor) -> Tensor:
+        """Return `t` with the strides that the value had in the forward: kernels and what they save depend on them."""
+        shape, stride, _ = self.layout[v]
+        if type(t) is Tensor and not self.plan.exact and (t.stride() == stride or t.layout != torch.strided):
+            return t
+        if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
+            return placed(t, shape, stride, self.offsets.get(v, 0))
+        return restrided(dtensor.spread(t, self.spread.get(v)), shape, stride)
+
+    def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
+        """Return the outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
+        op, call, state = self.program.ops[index], self.calls[index], self.states.get(index)
+        modes = any(self.settings[1])
+        caching = torch.is_autocast_cache_enabled() != self.cached  # compiled functions are guarded by it
+        casts = self.casts or caching or torch.is_autocast_enabled("cpu")
+        if not (op.opaque or capture or casts or modes):
+            return [t.detach() for t in call.invoke(env)]  # arithmetic or layout: nothing around it matters
+        inputs = {v: leaf(env[v], self.layout[v][2]) for v in op.ins}
+        saved: list[Tensor] = []
+        metas: list[tuple[Any, ...]] = []
+
+        @_torch.uncompiled
+        def pack(t: Tensor) -> int:
+            saved.append(t.detach())
+            metas.append((t.shape, t.dtype))
+            return len(saved) - 1
+
+        @_torch.uncompiled
+        def unpack(k: int) -> Tensor:  # only an operation that differentiates within itself asks for it
+            return saved[k] if saved else _never()
+
+        undo = None if state is None else state.put_back()
+        try:
+            with contextlib.ExitStack() as stack:
+                if modes:
+                    stack.enter_context(_torch.modes_of(self.settings[1]))
+                if casts:
+                    stack.enter_context(autocast_of(self.autocast, self.cached))
+                if index in self.sides.seen:
+                    stack.enter_context(self.sides.compared(index, self._named(index)))
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(saved_tensors_hooks(pack, unpack))
+                outs = [dtensor.arrived(t.detach()) for t in call.invoke(inputs)]
+        finally:
+            if undo is not None:
+                undo()
+        shapes = [self.layout[v][0] for v in op.outs], [t.shape for t in outs]
+        if (change := changed(self.saved_meta.get(index, []), metas, *shapes)) is not None:
+            raise RegenerationError(
+                f"{self._named(index)} did not return the same shapes and save the same"
+                f" tensors when it was run again for the backward: {change}. It branches on values that rounding can"
+                " flip, or depends on state that changed since. Keep its activations with"
+                " `revfx.testing.store_activations()`, or make it deterministic."
+            )
+        if self.watch is None and index in self.samples.results:  # a watch compares all itself
+            self.samples.compare_results(index, outs, saved, self._named(index))
+        if capture:
+            self.captures[index] = [*saved]
+        saved.clear()
+        return outs
+
+    def _named(self, index: int) -> str:
+        return f"`{self.calls[index].name}` ({self.program.ops[index].where or 'unknown place'})"
+
+
+@_torch.uncompiled
+def unpack(handle: Handle) -> Tensor:
+    """Return the tensor that a handle stands for."""
+    return handle.state.fetch(handle)
+
+
+def _never() -> Tensor:
+    raise RegenerationError("the graph of a re-run is never differentiated")

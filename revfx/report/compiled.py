@@ -1,0 +1,73 @@
+"""`explain(model, ..., backend="revfx")`: the regions of each graph that `torch.compile` makes, and why graphs end."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revfx.capture.guards import name_of
+from revfx.compiled import _inductor, partitioner
+from revfx.compiled.dynamo import with_own_code
+from revfx.convert import unconverted
+from revfx.passes.joint.rewrite import Report
+from revfx.report.data import GraphInfo, Usage, short
+from revfx.report.describe import describe, types_of
+from revfx.report.explanation import Explanation
+from revfx.report.simulate import device_of, measured
+
+
+def explain_compiled(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], measure: bool
+) -> Explanation:
+    """Explain what the backend finds in each graph of `model(*args, **kwargs)`, which runs forwards once, on a copy.
+
+    With `measure` a few steps are trained too, eagerly, under inductor, and under inductor with revfx.
+    """
+    own = unconverted(copy.deepcopy(model))
+    with _inductor.graph_breaks() as breaks, partitioner.reports() as reports, _quiet():
+        _compiled(own, backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
+    graphs = tuple(_graph(number, report) for number, report in enumerate(reports))
+    return Explanation(
+        model=name_of(model), inputs=types_of((args, kwargs)),
+        regions=tuple(r for graph in graphs for r in graph.regions),
+        refusals=tuple(dict.fromkeys(r for report in reports for r in report.refusals)),
+        ways=_measured(own, args, kwargs, loss) if measure else (),
+        graphs=graphs, breaks=tuple(dict.fromkeys(f"{short(where)}: {reason}" for reason, where in breaks)),
+        notes=() if reports else ("`torch.compile` made no graph that has a gradient.",),
+    )  # fmt: skip
+
+
+def _graph(number: int, report: Report) -> GraphInfo:
+    return GraphInfo(number, tuple(describe(program, region, cuts, {}, "") for program, region, cuts in report.details))
+
+
+def _compiled(model: nn.Module, **compile_kwargs: Any) -> Callable[..., Any]:
+    """Compile `model`, apart from everything that was compiled before."""
+    return torch.compile(with_own_code(model), **compile_kwargs)
+
+
+def _measured(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor]
+) -> tuple[Usage, ...]:
+    ways: dict[str, Callable[..., Any]] = {
+        "plain": model,
+        "inductor": _compiled(model),
+        "revfx": _compiled(model, backend="revfx"),
+    }
+    with _quiet():
+        return measured(ways, args, kwargs, loss, device_of(model))
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Open a context that leaves random numbers as they are, and says nothing of the compiler's warnings."""
+    quiet = warnings.catch_warnings(), _inductor.capturing()
+    with torch.enable_grad(), torch.random.fork_rng(), quiet[0], quiet[1]:
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,242 @@
+"""What `explain` finds, as frozen data, and how its numbers and places are written for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from revfx.errors import Refusal
+from revfx.report.drift import Drift
+from revfx.report.remedies import remedy
+
+
+LISTED = 12  # refusals, and different steps of a region, that are shown
+LONGEST_PERIOD = 16  # steps that are repeated together, such as all those of one layer
+
+
+@dataclass(frozen=True, slots=True)
+class ValueLine:
+    """One value of a region: its type (`f32[8,256]`), what the backward does with it ("invert", "recompute" or
+    "save"), how, the user's line, the step of the region that it is made in, and its size in bytes.
+
+    `reads` names the values that its operation reads in the forward, `solved` those that the backward solves it from,
+    the result that the inverse starts from first; parameters and constants are left out.
+    """
+
+    name: str
+    type: str
+    action: str
+    how: str
+    where: str
+    step: int
+    nbytes: int
+    reads: tuple[str, ...] = ()
+    solved: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.action:9}  {self.how}  {short(self.where)}"
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """One reversible region: whose code it lies in (`module`), its first and last line, what `kind` of couplings and
+    how many, in how many steps; the types of the `streams` between them; the names of the values that are `kept` for
+    the backward to start from, and what the first cut, the last one, side inputs and saved values take (bytes); how
+    many cuts are kept, and what is regenerated (bytes). `drift`: what the relative error of the lowest regenerated
+    cut comes to, as far as can be said beforehand. `values` are those made in the region, `entry` those made before it
+    that it reads (in step -1); `before` and `after` name the operations between this region and its neighbours.
+    """
+
+    module: str
+    first: str
+    last: str
+    kind: str
+    couplings: int
+    steps: int
+    streams: tuple[str, ...]
+    kept: tuple[str, ...]
+    kept_bytes: int
+    kept_cuts: int
+    freed_bytes: int
+    drift: float
+    values: tuple[ValueLine, ...] = ()
+    entry: tuple[ValueLine, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What one training step holds, in bytes beyond what was there before it, after each of its operations.
+
+    `live[i]` is what is alive after operation i, `backward` the number of the first operation of the backward, `kept`
+    what is alive when it begins. `marks` are places on the way: (operation, text). `flops` counts floating-point
+    operations of matrix products, convolutions and attention, forward and backward, as
+    `torch.utils.flop_counter` does.
+    """
+
+    live: tuple[int, ...]
+    backward: int
+    kept: int
+    flops: int
+    marks: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are alive at once."""
+        return max(self.live, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a training step takes in one way of running it, in bytes beyond what was there before: `kept` after the
+    forward, `peak` of the whole step, both predicted; and measured, with the seconds it took. `flops` of forward and
+    backward.
+    """
+
+    way: str
+    kept: int | None = None
+    peak: int | None = None
+    flops: int | None = None
+    measured_kept: int | None = None
+    measured_peak: int | None = None
+    seconds: float | None = None
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInfo:
+    """One graph that `torch.compile` made: its number and the regions in it."""
+
+    number: int
+    regions: tuple[RegionInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What revfx finds in a model, what it saves and what it costs.
+
+    `inputs` are the types of the arguments, `refusals` what is left as it was and why, `ways` what a step takes
+    plainly, with a checkpoint around every coupling, and with revfx. `drift` is measured on request. Of a compiled
+    model `graphs` holds the regions of each graph, and `breaks` why one ended. `advice` says what else to do, `notes`
+    what could not be found out.
+    """
+
+    model: str
+    inputs: tuple[str, ...]
+    regions: tuple[RegionInfo, ...]
+    refusals: tuple[Refusal, ...]
+    ways: tuple[Usage, ...] = ()
+    drift: Drift | None = None
+    graphs: tuple[GraphInfo, ...] = ()
+    breaks: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def couplings(self) -> int:
+        """How many couplings are inverted."""
+        return sum(r.couplings for r in self.regions)
+
+    @property
+    def all_regions(self) -> tuple[RegionInfo, ...]:
+        """The regions of a model; of a compiled one, those of all its graphs."""
+        return self.regions or tuple(r for g in self.graphs for r in g.regions)
+
+    @property
+    def summary(self) -> str:
+        """What was found, in a few words."""
+        found = self.all_regions
+        if not found:
+            return "nothing reversible was found"
+        graphs = f" in {counted(len(self.graphs), 'graph')}" if self.graphs else ""
+        couplings = counted(sum(r.couplings for r in found), "coupling")
+        return f"{counted(len(found), 'reversible region')}{graphs}, {couplings}"
+
+    def way(self, name: str) -> Usage | None:
+        """Return what a step takes in the way of this name ("plain", "checkpoint", "revfx"), if it was asked."""
+        return next((u for u in self.ways if u.way == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the data as nested dicts, lists, strings and numbers; sizes in bytes."""
+        found = dataclasses.asdict(dataclasses.replace(self, drift=None))
+        found["drift"] = None if self.drift is None else [_plain(s) for s in self.drift.steps]
+        for refusal in found["refusals"]:
+            refusal["remedy"] = remedy(refusal["reason"])
+        return found
+
+
+def _plain(step: Any) -> dict[str, Any]:
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(step).items()}
+
+
+def short(where: str) -> str:
+    """Return a file and line without the folders: `model.py:41`."""
+    return os.path.basename(where) if where else "unknown place"
+
+
+def size(nbytes: float) -> str:
+    """Format a number of bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def count(n: float) -> str:
+    """Format a number of operations for people: `1.34 G`."""
+    for unit in ("", " k", " M", " G"):
+        if abs(n) < 1000:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g} T"
+
+
+def folded(values: Sequence[ValueLine]) -> Iterator[tuple[list[ValueLine], int]]:
+    """Yield the lines of some steps, and how often they come in a row: with the same types and lines of code."""
+    steps = [list(lines) for _, lines in itertools.groupby(values, key=lambda line: line.step)]
+    looks = [tuple((v.type, v.action, v.where) for v in lines) for lines in steps]
+    at = 0
+    while at < len(steps):
+        times = {p: _repeats(looks, at, p) for p in range(1, LONGEST_PERIOD + 1)}
+        period = max(times, key=lambda p: (times[p] * p if times[p] * p > 2 and times[p] > 1 else 0, -p))
+        again = times[period] if times[period] * period > 2 else 1
+        yield [line for lines in steps[at : at + period] for line in lines], again
+        at += period * again
+
+
+def _repeats(looks: Sequence[object], at: int, period: int) -> int:
+    """Return how often the next `period` items come in a row."""
+    times, block = 1, looks[at : at + period]
+    while len(block) == period and looks[at + times * period : at + (times + 1) * period] == block:
+        times += 1
+    return times
+
+
+def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:
+    """Return refusals that differ in the numbers of their values only, each once, with how many there are of it."""
+    bare = (Refusal(re.sub(r"_\d+`", "`", r.reason), r.op, r.where) for r in refusals)
+    return list(Counter(bare).items())
+
+
+def counted(number: int, what: str) -> str:
+    """Return `2 regions`, `1 region`."""
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
+COLUMNS = ("kept", "peak", "FLOPs", "measured kept", "measured peak", "seconds")
+
+
+def cells(u: Usage) -> tuple[str, ...]:
+    """Return one way's figures as text, "" where there is none."""
+    sizes = [u.kept, u.peak, u.measured_kept, u.measured_peak]
+    kept, peak, measured_kept, measured_peak = ("" if n is None else size(n) for n in sizes)
+    flops = "" if u.flops is None else count(u.flops)
+    return kept, peak, flops, measured_kept, measured_peak, "" if u.seconds is None else f"{u.seconds:.3f}"

@@ -1,0 +1,194 @@
+"""A region in words: what kind of couplings it is made of, and what becomes of each of its values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from revfx.passes.arcs import Lowered
+from revfx.passes.closure import Derivation, Forward, Invert
+from revfx.passes.cuts import Step
+from revfx.passes.formula import formula
+from revfx.passes.plan import amplification, precision
+from revfx.passes.program import Program
+from revfx.passes.regions import Region
+from revfx.passes.segments import Segment
+from revfx.report.data import RegionInfo, ValueLine
+from revfx.rules import op_name
+
+
+def type_name(dtype: torch.dtype, shape: Sequence[object]) -> str:
+    """Format a type as `f32[8,256]`."""
+    name = str(dtype).removeprefix("torch.")
+    for long, letter in (("bfloat", "bf"), ("float", "f"), ("complex", "c"), ("uint", "u"), ("int", "i")):
+        if name.startswith(long):
+            name = letter + name.removeprefix(long)
+            break
+    return f"{name}[{','.join(map(str, shape))}]"
+
+
+def types_of(tree: Any) -> tuple[str, ...]:
+    """Return the types of all tensors in nested arguments, and the other leaves as they are written."""
+    leaves = pytree.tree_leaves(tree)
+    return tuple(_type_of(x) if isinstance(x, Tensor) else repr(x)[:40] for x in leaves)
+
+
+def _type_of(t: Tensor) -> str:
+    return type_name(t.dtype, "?" * t.dim() if t.is_nested else t.shape)
+
+
+def describe(
+    program: Program, region: Region, kept_cuts: Collection[int], names: Mapping[int, str], module: str
+) -> RegionInfo:
+    """Describe a region in words.
+
+    `kept_cuts` numbers the cuts that are kept, `names` says what operations are called where that is not their own
+    name, `module` whose code the region lies in.
+    """
+    steps = region.steps
+    inverting = [s for s in steps if s.inverts or s.saved]
+    exit = [program.values[v] for v in region.exit]
+    return RegionInfo(
+        module=module,
+        first=program.ops[region.start].where,
+        last=program.ops[region.stop - 1].where,
+        kind=_kind(steps),
+        couplings=len(inverting),
+        steps=len(steps),
+        streams=tuple(type_name(v.dtype, v.shape) for v in exit),
+        kept=tuple(
+            program.values[v].name for v in dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
+        ),
+        kept_bytes=region.kept_bytes + _anchored(program, region, kept_cuts),
+        kept_cuts=len({*kept_cuts, 0, len(steps)}),
+        freed_bytes=region.freed_bytes,
+        drift=_drift(program, steps, kept_cuts),
+        values=tuple(_lines(program, region, kept_cuts, names)),
+        entry=tuple(_entry(program, region)),
+    )
+
+
+def _kind(steps: Sequence[Step]) -> str:
+    """Return the usual name of the couplings, by what their inverses divide by."""
+    arcs = [a for s in steps for a in s.arcs if not a.exact]
+    kinds: list[str] = []
+    if any(a.factor is None for a in arcs):
+        kinds.append("additive")
+    if any(a.measured for a in arcs):
+        kinds.append("affine")
+    scales = sorted({abs(a.factor) for a in arcs if a.factor is not None and not a.measured})
+    kinds.extend(f"scaled by {s:.3g}" for s in scales[:3])
+    if any(a.grid for a in arcs):
+        kinds.append("exact")
+    return ", ".join(kinds) or "layout"
+
+
+def _anchored(program: Program, region: Region, kept_cuts: Collection[int]) -> int:
+    """Return the bytes of the cuts inside of a region that are kept."""
+    inner = {v for j in kept_cuts if 0 < j < len(region.steps) for v in region.steps[j].entry}
+    return program.nbytes(tuple(inner - {*region.entry, *region.exit, *region.side, *region.saved}))
+
+
+def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> float:
+    """Estimate the relative error of a regenerated cut; 0 where nothing rounds.
+
+    Roundings add up as a random walk, a quarter of eps each, and grow by what inverses amplify.
+    """
+    worst, growth, rounded = 0.0, dict[int, float](), 0
+    for j in range(len(steps) - 1, -1, -1):
+        if j + 1 in kept_cuts or j + 1 == len(steps):
+            growth, rounded = {}, 0
+        rounding = [a for a in steps[j].arcs if not (a.exact or a.grid)]
+        rounded += bool(rounding)
+        growth = amplification(steps[j], growth, {a.scaled_by: 1 / a.typical for a in rounding if a.measured})
+        if j in kept_cuts or not rounding:
+            continue
+        dtypes = [program.values[a.head].dtype for a in rounding]
+        eps = max(map(precision, dtypes))
+        worst = max(worst, eps / 4 * rounded**0.5 * max(growth.values(), default=1.0))
+    return worst
+
+
+def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: Mapping[int, str]) -> list[ValueLine]:
+    saved = {*region.exit, *region.saved, *region.side}
+    saved.update(v for j in kept_cuts if j < len(region.steps) for v in region.steps[j].entry)
+    first = _first_derivations(program, region.steps, kept_cuts)
+    calls = {i: _call(program, i, names.get(i, program.ops[i].name)) for i in range(region.start, region.stop)}
+    opaque = {v: calls[i] for i in calls if program.ops[i].opaque for v in program.ops[i].outs[:1]}
+    barred = {a.head: a.barred for i in calls for a in program.ops[i].arcs if a.barred}
+    found: list[ValueLine] = []
+    for number, step in enumerate(region.steps):
+        for i in range(step.start, step.stop):
+            for v in program.ops[i].outs:
+                value, way = program.values[v], first.get(v)
+                inverse = way.arc if isinstance(way, Invert) and v not in saved else None
+                action = "save" if v in saved else "recompute" if inverse is None else "invert"
+                how = f"{value.name} <- {calls[i]}" if inverse is None else formula(program, inverse, opaque)
+                how += f": {barred[v]}" if v in region.saved and v in barred else ""
+                kind, where = type_name(value.dtype, value.shape), program.ops[i].where
+                reads = _names(program, program.ops[i].ins)
+                solved = () if inverse is None else _names(program, inverse.tail)
+                found.append(ValueLine(value.name, kind, action, how, where, number, value.nbytes, reads, solved))
+    return found
+
+
+def _entry(program: Program, region: Region) -> Iterator[ValueLine]:
+    """Yield the values from before a region that its operations read: they are kept."""
+    read = dict.fromkeys(v for op in program.ops[region.start : region.stop] for v in program.data(op.ins))
+    for v in read:
+        value, made = program.values[v], program.made_at[v]
+        if made < region.start:
+            kind, where = type_name(value.dtype, value.shape), program.ops[made].where if made >= 0 else ""
+            yield ValueLine(value.name, kind, "save", f"{value.name}, from before the region", where, -1, value.nbytes)
+
+
+def _names(program: Program, values: Sequence[int]) -> tuple[str, ...]:
+    return tuple(program.values[v].name for v in program.data(values))
+
+
+def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
+    """Return how the backward, which goes from the last step to the first, comes by each value."""
+    found: dict[int, Derivation] = {}
+    for number in range(len(steps) - 1, -1, -1):
+        step = steps[number]
+        if number in kept_cuts or number == 0:
+            continue  # runs forwards from its kept entry
+        for d in step.derive:
+            for v in program.ops[d.op].outs if isinstance(d, Forward) else (d.arc.head,):
+                if v not in step.exit:
+                    found.setdefault(v, d)
+    return found
+
+
+def _call(program: Program, index: int, name: str) -> str:
+    return (
+        f"{name}({', '.join(program.values[v].name for v in program.ops[index].ins if not program.values[v].source)})"
+    )
+
+
+def scope_of(lowered: Lowered, region: Region) -> str:
+    """Return the path of the innermost module whose code holds a whole region."""
+    scopes = [
+        str(n.meta["scope"]).split(".") for n in lowered.op_nodes[region.start : region.stop] if "scope" in n.meta
+    ]
+    levels = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*scopes, strict=False))
+    return ".".join(names[0] for names in levels)
+
+
+def neighbours(lowered: Lowered, cut: Sequence[Segment], region: Region) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the operations between a region and the one before it, and between it and the next."""
+    names = op_names(lowered)
+    outside = [s for s in cut if s.region is None]
+    before = (range(s.start, s.stop) for s in outside if s.stop == region.start)
+    after = (range(s.start, s.stop) for s in outside if s.start == region.stop)
+    return tuple(names[i] for r in before for i in r), tuple(names[i] for r in after for i in r)
+
+
+def op_names(lowered: Lowered) -> dict[int, str]:
+    """Return what operations are called in a recorded program: modules by their path."""
+    return {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(lowered.op_nodes)}

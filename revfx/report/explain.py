@@ -1,0 +1,248 @@
+"""`explain`: what revfx finds in a model, what that saves and what it costs, before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.capture.guards import name_of
+from revfx.capture.search import Outcome, Plan, make_plan
+from revfx.convert import Options, Reversible, convert, unconverted
+from revfx.eager.numerics import DRIFT
+from revfx.eager.regeneration import Regeneration
+from revfx.eager.region_plan import Watch
+from revfx.errors import RevfxError
+from revfx.inspection import is_floating, watched
+from revfx.report.data import RegionInfo, Timeline, Usage
+from revfx.report.describe import describe, neighbours, op_names, scope_of, types_of
+from revfx.report.drift import Drift, drift
+from revfx.report.explanation import Explanation
+from revfx.report.progress import stage
+from revfx.report.simulate import Ledger, Simulation, device_of, measured
+
+
+Loss = Callable[[Any], Tensor]
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    measure: bool = False,
+    backend: str | None = None,
+    loss: Loss | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Explain what revfx finds in `model(*args, **kwargs)`: regions, refusals, and what a training step takes.
+
+    The model is looked at, and a training step of it counted, on fake tensors: nothing is computed, nothing is
+    allocated, and the model stays as it is; a model that does not fit into memory can be explained on the "meta" device
+    or with smaller arguments. What kernels allocate within themselves is not counted.
+
+    Args:
+        model: a plain model (what would `convert` do?) or a converted one (with the options that it has).
+        args, kwargs: its arguments.
+        measure: also train a few real steps, on a copy of the model, and measure memory, time and drift.
+        backend: "revfx" for what `torch.compile(model, backend="revfx")` finds in each of its graphs; the model is
+            captured by one real forward, on a copy.
+        loss: from the model's output to a scalar; default the sum of all its floating-point tensors.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: an unknown `backend`.
+        Exception: whatever the model raises for these arguments; on fake tensors, unless real steps are measured too,
+            and unless it asks for a value that is not there.
+    """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"`explain` takes an nn.Module, not a {type(model).__name__}; wrap the function in a module.")
+    if backend not in (None, "revfx"):
+        raise ValueError(f"`backend={backend!r}` is not known; use 'revfx', or leave it out.")
+    if backend is not None:
+        from revfx.report.compiled import explain_compiled
+
+        return explain_compiled(model, args, kwargs, loss or total, measure)
+    options = model.revfx.options if isinstance(model, Reversible) else Options("fx", False)
+    forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
+    stage("looking for regions")
+    outcome = make_plan(model, forward, args, kwargs, options.anchor_every, options.exact)
+    ways, regions, notes = _predicted(model, forward, outcome, args, kwargs, loss or total, measure)
+    found: Drift | None = None
+    if measure:
+        ways, found, more = _measured(model, options, args, kwargs, loss or total, ways)
+        notes = (*notes, *more)
+    return Explanation(
+        model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
+        refusals=outcome.refusals, ways=ways, drift=found, advice=_advice(regions, ways, found), notes=notes,
+    )  # fmt: skip
+
+
+def total(output: Any) -> Tensor:
+    """Return the sum of all floating-point tensors of a model's output."""
+    leaves = [t for t in pytree.tree_leaves(output) if is_floating(t)]
+    differentiable = [t.sum() for t in leaves if t.requires_grad]
+    if not differentiable:
+        raise RevfxError("no output of the model needs a gradient, so there is no training step to be explained.")
+    return functools.reduce(torch.add, differentiable)
+
+
+# --- predicted
+class _Marks:
+    """Notes where on the way of a simulated step each step of a region begins, in both directions."""
+
+    def __init__(self, ledger: Ledger, region: int) -> None:
+        self.ledger, self.region = ledger, region
+        self.at: tuple[str, int] | None = None
+
+    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
+        """Record the step in which the forward made a value."""
+        self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
+        self._come(run, run.program.made_at[value], "forward")
+
+    def regenerated(self, run: Regeneration, derivation: Any, value: int, tensor: Tensor) -> None:
+        """Record the step in which the backward made a value again."""
+        self._come(run, derivation.op, "backward")
+
+    def _come(self, run: Regeneration, op: int, direction: str) -> None:
+        at = direction, run.plan.step_of.get(op, -1)
+        if at != self.at and at[1] >= 0:
+            self.at = at
+            self.ledger.mark(f"{direction} {self.region} {at[1]}")
+
+
+def _predicted(
+    model: nn.Module,
+    forward: Callable[..., Any],
+    outcome: Outcome,
+    args: Any,
+    kwargs: Any,
+    loss: Loss,
+    measure: bool,
+) -> tuple[tuple[Usage, ...], tuple[RegionInfo, ...], tuple[str, ...]]:
+    """Return what a step takes plainly, checkpointed and with regions; the regions; what could not be found out."""
+    simulation = Simulation(model, args, kwargs)
+    try:
+        stage("counting a plain step")
+        plain = simulation.step(forward, loss)
+    except Exception as e:
+        if not (measure or isinstance(e, (*_torch.DATA_DEPENDENT, _torch.NO_FAKE))):
+            raise
+        return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
+    plan, runs = outcome.plan, list[Regeneration]()
+    ways = [_usage("plain", plain)]
+    if plan is None:
+        return tuple(ways), (), ()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, _ = pytree.tree_flatten((args, kwargs))
+        return plan.run(leaves, store=False)
+
+    regions, sizes = list[RegionInfo](), list[tuple[int, int]]()
+
+    @contextlib.contextmanager
+    def around(ledger: Ledger) -> Generator[None]:
+        def watch(run: Regeneration) -> Watch:
+            runs.append(run)
+            return _Marks(ledger, len(runs) - 1)
+
+        with watched(watch):
+            yield
+        for r in runs:  # they are not kept any longer: they hold fake tensors
+            regions.append(_described(plan, r))
+            sizes.append((_cuts(r), max((r.program.nbytes(s.entry) for s in r.region.steps), default=0)))
+        runs.clear()
+
+    stage("counting a step with regions")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a run that does not take place
+        ours = simulation.step(run, loss, around)
+    cuts, one = sum(c for c, _ in sizes), max((size for _, size in sizes), default=0)
+    usage = _usage("revfx", ours)
+    checkpoint = Usage("checkpoint", ours.kept + cuts, ours.peak + max(0, cuts - one), ours.flops)
+    return (*ways, checkpoint, usage), tuple(regions), ()
+
+
+def _described(plan: Plan, run: Regeneration) -> RegionInfo:
+    """Describe a region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
+    kept = frozenset(run.kept_cuts)
+    if run.program is plan.lowered.program:
+        found = describe(run.program, run.region, kept, op_names(plan.lowered), scope_of(plan.lowered, run.region))
+        before, after = neighbours(plan.lowered, plan.segments, run.region)
+        return replace(found, before=before, after=after)
+    return describe(run.program, run.region, kept, {i: c.name for i, c in enumerate(run.calls)}, "rev_block")
+
+
+def _usage(way: str, t: Timeline) -> Usage:
+    return Usage(way, t.kept, t.peak, t.flops, timeline=t)
+
+
+def _cuts(run: Regeneration) -> int:
+    """Return the bytes of the cuts that a checkpoint around every coupling would keep and the region does not."""
+    program = run.program
+    theirs = {v for j in run.kept_cuts for v in run.kept_cuts[j]} | run.kept.keys()
+    held = {program.values[v].storage for v in theirs}
+    more = {v for s in run.region.steps if s.inverts for v in s.entry if program.values[v].storage not in held}
+    return program.nbytes(tuple(more))
+
+
+# --- measured
+def _measured(
+    model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage]
+) -> tuple[tuple[Usage, ...], Drift | None, tuple[str, ...]]:
+    """Return the ways with what they were seen to take, the drift, and what could not be measured."""
+    own = unconverted(copy.deepcopy(model))
+    exact = False if options.exact is None else options.exact
+    ours = convert(own, exact=exact, anchor_every=options.anchor_every)
+    models = {"plain": own, "checkpoint": convert(own, exact=exact, anchor_every=1), "revfx": ours}
+    predicted = {u.way: u for u in ways}
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        stage("measuring")
+        seen = measured(models, args, kwargs, loss, device_of(own))
+        found, notes = _drift(ours, args, kwargs)
+    pairs = [(u, predicted.get(u.way, u)) for u in seen]
+    both = (replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)
+    return tuple(both), found, notes
+
+
+def _drift(converted: nn.Module, args: Any, kwargs: Any) -> tuple[Drift | None, tuple[str, ...]]:
+    try:
+        return drift(functools.partial(converted, **kwargs) if kwargs else converted, *args), ()
+    except RevfxError as e:
+        return None, (f"drift was not measured: {e}",)
+
+
+# --- advice
+def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift | None) -> tuple[str, ...]:
+    said: list[str] = []
+    worst = max((r.drift for r in regions), default=0.0)
+    if found is not None:
+        worst = max((s.error for s in found.steps), default=0.0)
+    limit = DRIFT * torch.finfo(torch.float32).eps ** 0.5
+    if not worst <= limit:
+        half = any(s.startswith(("bf16", "f16")) for r in regions for s in r.streams)
+        streams = "keep the streams in float32 (autocast may run the functions in half precision), or " if half else ""
+        said.append(
+            f"regenerated values are off by about {worst:.0e} ({'predicted' if found is None else 'measured'}):"
+            f" {streams}use `exact=True`, or `anchor_every={_every(regions, worst, limit)}`, which keeps more."
+        )
+    usage = {u.way: u for u in ways}
+    plain, ours = usage.get("plain"), usage.get("revfx")
+    if regions and plain and ours and plain.peak and ours.peak and ours.peak > 0.8 * plain.peak:
+        said.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
+    return tuple(said)
+
+
+def _every(regions: Sequence[RegionInfo], worst: float, limit: float) -> int:
+    """Return how many couplings apart anchors keep the drift within the limit, if it grows as a root of the depth."""
+    deepest = max((r.couplings for r in regions), default=1)
+    return max(1, int(deepest * (limit / worst) ** 2)) if math.isfinite(worst) else 1

@@ -1,0 +1,200 @@
+"""Where the values of a region lie in a picture of it: what flows on lies in lanes, functions lie between lanes.
+
+A value that the backward solves from another lies in that one's lane, so that a coupling looks as in textbooks: streams
+run straight down, and a function goes from one to the other. Layers that come again and again are laid out once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from revfx.report.data import RegionInfo, ValueLine, folded
+
+
+READS, SOLVED = "reads", "solved"  # kinds of edges
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A value in a picture, at column `x` (streams at whole numbers, functions at halves) and `row`.
+
+    `name` stands for all values of layers that are drawn once: `add_{1…9}`.
+    """
+
+    name: str
+    line: ValueLine
+    x: float
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Rows `first` to `last`, which come `times` in a row."""
+
+    first: int
+    last: int
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The nodes of a region, edges between them (from, to, kind), and the frames of what is drawn once; of its values
+    `left_out` are not drawn.
+    """
+
+    nodes: tuple[Node, ...]
+    edges: tuple[tuple[int, int, str], ...]
+    frames: tuple[Frame, ...]
+    left_out: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return max((n.row for n in self.nodes), default=-1) + 1
+
+    @property
+    def columns(self) -> tuple[float, float]:
+        """The first and the last column."""
+        xs = [n.x for n in self.nodes] or [0.0]
+        return min(xs), max(xs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Values that are drawn once: those of the first layer and of the last, which a frame stands for `times`."""
+
+    first: tuple[ValueLine, ...]
+    last: tuple[ValueLine, ...]
+    times: int
+
+
+def layout(region: RegionInfo, most: int) -> Layout:
+    """Return where to draw the values of a region, of which `most` are drawn, after folding."""
+    blocks = [_Block(region.entry, region.entry, 1)] if region.entry else []
+    node_of: dict[str, int] = {line.name: i for i, line in enumerate(region.entry)}
+    drawn, at, left_out = len(region.entry), 0, 0
+    for lines, times in folded(region.values):
+        block = region.values[at : at + len(lines) * times]
+        at += len(block)
+        if left_out or drawn + len(lines) > most:
+            left_out += len(block)
+            continue
+        node_of.update((line.name, drawn + i % len(lines)) for i, line in enumerate(block))
+        drawn += len(lines)
+        one = _Block(tuple(lines), block[-len(lines) :], times)
+        if times == 1 and blocks and blocks[-1].times == 1 and drawn > len(lines) + len(region.entry):
+            before = blocks.pop()
+            one = _Block((*before.first, *lines), (*before.last, *lines), 1)
+        blocks.append(one)
+    edges = _edges(blocks, node_of)
+    lines = [line for b in blocks for line in b.first]
+    xs = _columns(lines, edges)
+    rows, frames = _rows(blocks, edges, xs)
+    names = [spanned(a.name, z.name) for b in blocks for a, z in zip(b.first, b.last, strict=True)]
+    nodes = (Node(*one) for one in zip(names, lines, xs, rows, strict=True))
+    return Layout(tuple(nodes), tuple(edges), frames, left_out)
+
+
+def spanned(first: str, last: str) -> str:
+    """Return a name for all from the first to the last: `add_{1…9}`."""
+    parts, others = re.split(r"(\d+)", first), re.split(r"(\d+)", last)
+    if first == last:
+        return first
+    if len(parts) != len(others):
+        return f"{first} … {last}"
+    return "".join(a if a == b else f"{{{a}…{b}}}" for a, b in zip(parts, others, strict=True))
+
+
+def _edges(blocks: Sequence[_Block], node_of: Mapping[str, int]) -> list[tuple[int, int, str]]:
+    """Return the edges: what a layer reads, by the first of a frame (it lies above), what solves it, by the last."""
+    found: dict[tuple[int, int, str], None] = {}
+    node = 0
+    for block in blocks:
+        for first, last in zip(block.first, block.last, strict=True):
+            for names, kind in ((first.reads, READS), (last.solved, SOLVED)):
+                found.update(((node_of[n], node, kind), None) for n in names if node_of.get(n, node) != node)
+            node += 1
+    return list(found)
+
+
+# --- columns
+def _columns(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) -> list[float]:
+    """Return the column of each node."""
+    lanes = _lanes(lines, edges)
+    xs = [float(lanes.get(i, 0)) for i in range(len(lines))]
+    inner = nx.Graph()
+    inner.add_nodes_from(i for i in range(len(lines)) if i not in lanes)
+    inner.add_edges_from((a, b) for a, b, kind in edges if kind == READS and a not in lanes and b not in lanes)
+    for function in nx.connected_components(inner):
+        beside = {lanes[a] for a, b, kind in edges if kind == READS and b in function and a in lanes}
+        beside |= {lanes[b] for a, b, kind in edges if kind == READS and a in function and b in lanes}
+        middle = sum(beside) / len(beside) if beside else 0
+        for i in function:
+            xs[i] = math.floor(middle) + 0.5
+    return xs
+
+
+def _lanes(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) -> dict[int, int]:
+    """Return the lane of each value that is not inside a function: one for all that follow from each other."""
+    solved: dict[int, list[int]] = {}
+    for a, b, kind in edges:
+        if kind == SOLVED:
+            solved.setdefault(b, []).append(a)
+    # what is solved from the first cut is what a function gave, not what flows on
+    streams = [
+        i for i, line in enumerate(lines)
+        if line.action != "recompute" and not any(lines[a].step < 0 for a in solved.get(i, ()))
+    ]  # fmt: skip
+    next_of: dict[int, int] = {}
+    links = [(i, solved[i][0]) for i in reversed(streams) if i in solved]
+    links += [(a, b) for a, b, kind in edges if kind == READS]
+    for upper, lower in links:
+        free = upper not in next_of and lower not in next_of.values()
+        if upper < lower and free and upper in streams and lower in streams:
+            next_of[upper] = lower
+    last_read = {a: max(b for other, b, _ in edges if other == a) for a, _, _ in edges}
+    lanes: dict[int, int] = {}
+    taken: list[int] = []  # by lane, the last node that needs it
+    for first in (i for i in streams if i not in next_of.values()):
+        chain = [first]
+        while chain[-1] in next_of:
+            chain.append(next_of[chain[-1]])
+        start = -1 if lines[first].step < 0 else first
+        lane = next((k for k, last in enumerate(taken) if last < start), len(taken))
+        taken[lane : lane + 1] = [max(chain[-1], last_read.get(chain[-1], 0))]
+        lanes.update(dict.fromkeys(chain, lane))
+    return lanes
+
+
+# --- rows
+def _rows(
+    blocks: Sequence[_Block], edges: Sequence[tuple[int, int, str]], xs: Sequence[float]
+) -> tuple[list[int], tuple[Frame, ...]]:
+    """Return the row of each node, block under block: below all that it reads, and alone in its column there."""
+    rows: list[int] = []
+    frames: list[Frame] = []
+    top = at = 0
+    for block in blocks:
+        mine = range(at, at + len(block.first))
+        graph = nx.DiGraph()
+        graph.add_nodes_from(mine)
+        graph.add_edges_from((a, b) for a, b, kind in edges if kind == READS and a in mine and b in mine)
+        taken: set[tuple[float, int]] = set()
+        row_of: dict[int, int] = {}
+        for generation, nodes in enumerate(nx.topological_generations(graph)):
+            for i in sorted(nodes):
+                row = top + max([generation, *(row_of[a] - top + 1 for a in graph.predecessors(i))])
+                while (xs[i], row) in taken:
+                    row += 1
+                taken.add((xs[i], row))
+                row_of[i] = row
+        rows.extend(row_of[i] for i in mine)
+        if block.times > 1:
+            frames.append(Frame(top, max(row_of.values()), block.times))
+        top, at = max(row_of.values(), default=top - 1) + 1, at + len(block.first)
+    return rows, tuple(frames)

@@ -1,0 +1,147 @@
+"""Memory over time of one training step, plain against revfx, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from revfx.errors import RevfxError
+from revfx.report.data import Findings, Timeline, Usage, size
+from revfx.report.figures import PALETTE, picture
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+COLUMNS = 400  # points of a line; each shows the most of the operations that fall into it
+TICKS = 80  # steps of regions that are marked
+ENLARGED = 4  # how many times more the plain step takes before revfx's is drawn again, enlarged
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
+
+def has_timeline(e: Findings) -> bool:
+    """Return whether there is something for `memory_svg` to draw."""
+    return any(u.timeline is not None and u.timeline.live for u in e.ways)
+
+
+def memory_svg(e: Findings) -> str:
+    """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx.
+
+    Raises:
+        RevfxError: the explanation has no timeline; matplotlib is not installed (`pip install 'revfx[viz]'`).
+    """
+    plain, ours = (w if w and w.timeline and w.timeline.live else None for w in (e.way("plain"), e.way("revfx")))
+    both = [u for u in (plain, ours) if u is not None]
+    if not both:
+        raise RevfxError("`memory_svg`: this explanation holds no timeline of a step.")
+    enlarged = plain and ours and _peak(plain) > ENLARGED * _peak(ours)
+
+    def draw(fig: Figure) -> None:
+        rows: Any = fig.subplots(2 if enlarged else 1, 1, sharex=True, squeeze=False,
+                                 gridspec_kw={"height_ratios": [3, 2] if enlarged else [1]})  # fmt: skip
+        top, last = rows[0][0], rows[-1][0]
+        _lines(top, both, e.way("checkpoint"))
+        top.set_title(f"Memory of one training step: {e.model}", loc="left", fontsize=10.5, weight="bold",
+                      color=PALETTE["ink"], parse_math=False)  # fmt: skip
+        if enlarged and ours:
+            _lines(last, [ours], None)
+            last.set_title("revfx alone, enlarged", loc="left", fontsize=8.5, color=PALETTE["revfx"])
+        for axes in rows[:, 0]:
+            _frame(axes, (ours or both[0]).timeline)
+        split = _split(both[-1].timeline)
+        for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
+            last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
+                          ha="center", va="top", fontsize=9, color=PALETTE["ink"])  # fmt: skip
+        last.set_xlabel(_caption(both), fontsize=7.5, color=PALETTE["muted"], labelpad=18)
+
+    told = "; ".join(f"{u.way}: at most {size(_peak(u))}" for u in both)
+    height = 4.4 if enlarged else 3.1
+    return picture("`memory_svg`", "memory", f"Memory of one training step of {e.model}: {told}", (7, height), draw)
+
+
+def _peak(u: Usage) -> int:
+    return u.timeline.peak if u.timeline else 0
+
+
+def _split(t: Timeline | None) -> float:
+    """Return which part of the picture's width the forward takes."""
+    return 0.5 if t is None else min(max(t.backward / len(t.live), 0.15), 0.85)
+
+
+def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
+    """Draw live bytes over the operations, and label the peaks."""
+    highest = max(1, *(_peak(u) for u in ways))
+    unit, scale = next((name, n) for name, n in UNITS if highest >= n)
+    split = _split(ways[-1].timeline)
+    for u in ways:
+        if u.timeline is None:
+            continue
+        xs, ys = thinned(u.timeline, split)
+        colour = PALETTE["revfx" if u.way == "revfx" else "plain"]
+        ys = [y / scale for y in ys]
+        axes.fill_between(xs, ys, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(xs, ys, color=colour, linewidth=1.5, solid_joinstyle="round")
+        top = max(ys)
+        x = xs[ys.index(top)]
+        axes.plot([x], [top], "o", color=colour, markersize=4)
+        axes.annotate(
+            f"{u.way} {size(_peak(u))}", (x, top), (-7 if x > 0.4 else 7, 6), textcoords="offset points",
+            ha="right" if x > 0.4 else "left", fontsize=9, weight="bold", color=colour,
+        )  # fmt: skip
+    if checkpoint is not None and checkpoint.peak is not None:
+        y = checkpoint.peak / scale
+        axes.axhline(y, color=PALETTE["muted"], linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(
+            f"checkpoint, at most {size(checkpoint.peak)}", (0.7, y), (0, 2.5), textcoords="offset points",
+            ha="center", fontsize=7.5, color=PALETTE["muted"],
+        )  # fmt: skip
+    axes.set_ylim(0, 1.2 * highest / scale)
+    axes.set_ylabel(unit, fontsize=8.5, color=PALETTE["ink"])
+
+
+def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
+    """Return the line of a timeline: each phase has its part of the width, a point is the most that falls into it."""
+    xs, ys = [0.0], [0.0]
+    for values, start, stop in ((t.live[: t.backward], 0.0, split), (t.live[t.backward :], split, 1.0)):
+        columns = min(len(values), max(1, int(COLUMNS * (stop - start))))
+        for c in range(columns):
+            these = values[c * len(values) // columns : (c + 1) * len(values) // columns]
+            xs.append(start + (stop - start) * (c + 1) / columns)
+            ys.append(float(max(these)))
+    return xs, ys
+
+
+def _frame(axes: Axes, t: Timeline | None) -> None:
+    """Draw what lies around the lines: the backward's begin, where steps of regions begin, plain axes."""
+    axes.set_xlim(0, 1)
+    axes.set_xticks([])
+    axes.tick_params(labelsize=8, colors=PALETTE["ink"])
+    axes.set_facecolor(PALETTE["paper"])
+    axes.grid(axis="y", color=PALETTE["faint"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(PALETTE["outside-edge"])
+    if t is None:
+        return
+    split = _split(t)
+    axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
+    steps = [at for at, _ in t.marks]
+    for at in steps[:: 1 + len(steps) // TICKS]:
+        axes.axvline(_place(t, at, split), 0, 0.035, color=PALETTE["outside-edge"], linewidth=0.7)
+
+
+def _place(t: Timeline, operation: int, split: float) -> float:
+    if operation < t.backward:
+        return split * operation / max(1, t.backward)
+    return split + (1 - split) * (operation - t.backward) / max(1, len(t.live) - t.backward)
+
+
+def _caption(ways: Sequence[Usage]) -> str:
+    times = [(u.way, u.timeline) for u in ways if u.timeline]
+    counts = ", ".join(f"{t.backward:,} + {len(t.live) - t.backward:,} ({way})" for way, t in times)
+    scaled = "; each phase drawn at the same length" * (len(times) > 1)
+    ticks = "; ticks: couplings begin" * any(t.marks for _, t in times)
+    return f"operations of the step: {counts}{scaled}\nbeyond parameters and their gradients{ticks}"

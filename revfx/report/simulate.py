@@ -1,0 +1,306 @@
+"""A training step on fake tensors, which have shapes but no data: what it would hold in memory and compute.
+
+The step runs as it is, the user's Python code, autograd and the executor of regions included; a ledger above all
+operations notes what each result takes and when it is let go. Nothing is computed and nothing allocated, so a step that
+would not fit is counted as well. What kernels allocate within themselves is counted where it is known. Beside it stands
+what real steps take: memory from the allocator's events, and time in turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from revfx import _torch
+from revfx.ambient import generators, restore
+from revfx.capture.effects import Snapshot, none_left
+from revfx.capture.guards import GlobalReads
+from revfx.eager.modes import simulating
+from revfx.passes._torch import draws, writes
+from revfx.passes.sizes import muted
+from revfx.report.data import Timeline, Usage
+from revfx.testing import measure_memory
+
+
+aten = torch.ops.aten
+REPEATS = 5  # steps of each way that are timed
+
+
+class Ledger(TorchDispatchMode):
+    """Notes the memory of every result, and what it takes to compute it."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.held: dict[int, int] = {}
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.now = self.flops = 0
+        self.live: list[int] = []
+        self.marks: list[tuple[int, str]] = []
+
+    def mark(self, text: str) -> None:
+        """Mark the place that the step has come to."""
+        self.marks.append((len(self.live), text))
+
+    def enter(self, t: Tensor, counted: bool = True) -> None:
+        """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go.
+
+        Fake tensors of sparse layouts have no memory.
+        """
+        if t.layout != torch.strided:
+            return
+        storage = t.untyped_storage()
+        key = _torch.storage_key(t)
+        if key not in self.held:
+            self.held[key] = storage.nbytes() if counted else 0
+            self.now += self.held[key]
+            self.alive[key] = weakref.ref(storage, lambda _: self._leave(key))
+
+    def _leave(self, key: int) -> None:
+        del self.alive[key]
+        self.now -= self.held.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self.shapes.run(func, args, kwargs or {})
+        for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
+            if isinstance(t, Tensor):
+                self.enter(t)
+        if draws(func, args, kwargs or {}):
+            torch.rand(())  # so that the generator's state changes, as it would
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        self.live.append(self.now + scratch(func, args, out))
+        return out
+
+
+class Simulation:
+    """A model and its arguments in a world without data: the model holds fake tensors while `world` is entered."""
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.model, self.given = model, (args, kwargs)
+        self.mode = _torch.fake_mode()
+        self.shapes = Shapes(self.mode)
+        self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextlib.contextmanager
+    def world(self) -> Generator[tuple[Any, Any]]:
+        """Open a context that gives fake arguments; after it the model and Python's random numbers are as before."""
+        modules = list(self.model.modules())
+        before, drawn, state = Snapshot(modules), generators(), torch.get_rng_state()
+        read = GlobalReads(type(m).forward for m in modules)
+        try:
+            for table in _tables(modules):
+                for name, t in table.items():
+                    if isinstance(t, Tensor):
+                        table[name] = self._fake(t)
+            yield pytree.tree_map(lambda x: self._fake(x) if isinstance(x, Tensor) else x, self.given)
+        finally:
+            before.restore()
+            read.put_back()
+            restore(drawn)
+            torch.set_rng_state(state)
+
+    def _fake(self, t: Tensor) -> Tensor:
+        """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
+        if id(t) not in self.fakes:
+            fake = _torch.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
+            if isinstance(t, nn.Parameter):
+                fake = nn.Parameter(fake, t.requires_grad)
+                if t.requires_grad:
+                    with self.mode, torch.no_grad():
+                        fake.grad = torch.empty_like(fake)
+            self.fakes[id(t)] = t, fake
+        return self.fakes[id(t)][1]
+
+    def step(
+        self,
+        run: Callable[..., Any],
+        loss: Callable[[Any], Tensor],
+        around: Callable[[Ledger], AbstractContextManager[Any]] | None = None,
+    ) -> Timeline:
+        """Return what `loss(run(*args, **kwargs))` and its backward hold; both run within `around(ledger)`.
+
+        Raises:
+            Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
+        """
+        with none_left(self.mode):
+            try:
+                return self._step(run, loss, around)
+            finally:
+                self.fakes.clear()
+
+    def _step(
+        self,
+        run: Callable[..., Any],
+        loss: Callable[[Any], Tensor],
+        around: Callable[[Ledger], AbstractContextManager[Any]] | None,
+    ) -> Timeline:
+        ledger = Ledger(self.shapes)
+        quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
+        with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
+            for _, fake in self.fakes.values():
+                ledger.enter(fake, counted=False)
+                if fake.grad is not None:
+                    ledger.enter(fake.grad, counted=False)
+            with around(ledger) if around else contextlib.nullcontext(), ledger:
+                value = loss(run(*args, **kwargs))
+                kept, backward = ledger.now, len(ledger.live)
+                value.backward()
+        return Timeline(tuple(ledger.live), backward, kept, ledger.flops, tuple(ledger.marks))
+
+
+def _tables(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
+    """Yield the tables in which modules hold tensors."""
+    for m in modules:
+        yield from (_torch.parameters(m), _torch.buffers(m), vars(m))
+
+
+# --- what operations give, remembered by the shapes that they are given
+class Result(NamedTuple):
+    """A tensor's place in memory, which is its own or, where `shared`, that of the operation's only operand."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    shared: bool
+
+
+class Shapes:
+    """Runs operations on fake tensors; of two that are alike the second one is not looked into.
+
+    torch remembers results by shapes as well, but looking them up there takes most of a simulated step: it is made for
+    symbolic shapes and for subclasses, which a simulation does not have.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        self.mode = mode
+        self.seen: dict[Any, Result | tuple[Result, ...] | None] = {}
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of `func(*args, **kwargs)`."""
+        tensors = list[Tensor]()
+        known, key = _only_makes(func), None
+        if known:
+            key = func, *(_key(a, tensors) for a in args), *((k, _key(a, tensors)) for k, a in kwargs.items())
+            known = all(_torch.is_plain_fake(t) and t.layout == torch.strided for t in tensors)
+        found = self.seen.get(key) if known else None
+        if found is None:
+            out = func(*args, **kwargs)
+            if known and key not in self.seen:
+                self.seen[key] = _result(out, tensors)
+            return out
+        return self._made(found, tensors) if isinstance(found, Result) else tuple(self._made(r, tensors) for r in found)
+
+    def _made(self, result: Result, tensors: list[Tensor]) -> Tensor:
+        return _torch.fake(self.mode, *result[:5], tensors[0] if result.shared else None)
+
+
+@functools.cache
+def _only_makes(func: Any) -> bool:
+    """Return whether an operation is one of torch's own that writes to none of its arguments."""
+    return _torch.is_overload(func) and func.namespace == "aten" and not writes(func)
+
+
+def _key(a: Any, tensors: list[Tensor]) -> Any:
+    """Return what of an argument a result's shapes depend on, and add its tensors to `tensors`."""
+    if isinstance(a, Tensor):
+        tensors.append(a)
+        if a.layout != torch.strided:
+            return None
+        return a.shape, a.stride(), a.storage_offset(), a.dtype, a.device, a.is_conj(), a.is_neg()
+    if isinstance(a, (tuple, list)):
+        return tuple(_key(x, tensors) for x in a)
+    return type(a), a
+
+
+def _result(out: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(out, (tuple, list)):
+        found = [_result(t, tensors) for t in out]
+        return tuple(found) if all(isinstance(r, Result) for r in found) else None
+    if not _torch.is_plain_fake(out) or out.layout != torch.strided or out.is_conj() or out.is_neg():
+        return None
+    shared = any(_torch.storage_key(t) == _torch.storage_key(out) for t in tensors)
+    if shared and (len(tensors) > 1 or out is tensors[0]):
+        return None
+    return Result(out.shape, out.stride(), out.storage_offset(), out.dtype, out.device, shared)
+
+
+# --- what some CPU kernels allocate within themselves, seen in torch 2.13's memory events
+# oneDNN's convolutions copy their operands into blocks of as many channels as a register holds numbers, and BatchNorm's
+# backward makes one more tensor of its input's size. Elsewhere nothing is known, which counts as nothing.
+def scratch(func: Any, args: Any, out: Any) -> int:
+    """Return the bytes beyond operands and results that running an operator takes at most, as far as known."""
+    count = KNOWN.get(func.overloadpacket)
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    return count(args, out) if count is not None and first is not None and first.device.type == "cpu" else 0
+
+
+def _block() -> int:
+    """Return how many channels lie side by side: 16, and half of it where registers have 256 bits."""
+    return 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+
+
+def _blocked(t: Tensor) -> int:
+    """Return the bytes of a tensor (N, C, ...) in blocks of channels; images, of few channels, are used as they are."""
+    channels = t.shape[1]
+    if channels < 4 or not torch.backends.mkldnn.is_available():
+        return 0
+    return t.numel() // channels * math.ceil(channels / _block()) * _block() * t.element_size()
+
+
+KNOWN: Mapping[Any, Callable[[Any, Any], int]] = {
+    aten.convolution: lambda args, out: _blocked(out),
+    aten.convolution_backward: lambda args, out: _blocked(args[0]) + _blocked(args[1]),
+    aten.native_batch_norm_backward: lambda args, out: args[1].numel() * args[1].element_size(),
+}
+
+
+# --- on real tensors
+def measured(
+    ways: Mapping[str, Callable[..., Any]],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any], Tensor],
+    device: str = "cpu",
+) -> tuple[Usage, ...]:
+    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take."""
+    steps = {name: _step(way, args, kwargs, loss) for name, way in ways.items()}
+    memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(REPEATS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step().backward()
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            spent[name].append(time.perf_counter() - start)
+    return tuple(
+        Usage(name, measured_kept=memory[name].kept, measured_peak=memory[name].peak, seconds=statistics.median(s))
+        for name, s in spent.items()
+    )
+
+
+def _step(way: Callable[..., Any], args: Any, kwargs: Any, loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
+    return lambda: loss(way(*args, **kwargs))
+
+
+def device_of(model: nn.Module) -> str:
+    """Return the device of a model's first parameter, as `measure_memory` takes it."""
+    first = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return str(first)

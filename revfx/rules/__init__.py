@@ -1,0 +1,215 @@
+"""The table of inverse rules: from an operation to every direction in which it can be solved.
+
+A rule is a generator over an fx node. For each operand that the result determines it yields an `Inverse` (the operand
+is a function of the result and other operands) or a `Tile` (the result is a part of the operand, which is known once
+its parts tile it), and for an operand that it can't solve a `NoInverse` with the reason:
+
+    @register_inverse(torch.add, "add", operator.add)
+    def _(node):
+        a, b, alpha = arguments(node, "input", "other", alpha=1)
+        yield Inverse(a, lambda y, b: y - alpha * b, (b,))
+
+A rule states the algebra. What makes it sound (the solved operand has the result's shape and keeps its dtype, `a is
+not b`, a factor is bounded away from zero) is checked once, for all rules, by `revfx.passes.arcs`.
+
+Spellings: functions are registered as themselves, tensor methods by name, modules by class; overloads of aten beside
+them, for compiled graphs. The rules themselves live beside this file, in `revfx.rules.arithmetic` and others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from revfx import _torch
+from revfx.errors import RevfxError
+
+
+Scalar = (int, float)
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Inverse:
+    """`solves = by(result, *given)`.
+
+    `exact` inverses move or relabel elements and give the very bits; the others round. `factor` (a number or an
+    operand) is what the solved operand was multiplied by, or divided by where `reciprocal`: it must not reach zero, and
+    rounding errors grow by its reciprocal. `rest` says what the operation adds to the product, as a function of `given`
+    (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
+    the inverse of such a form.
+    """
+
+    solves: Any
+    by: Callable[..., Tensor]
+    given: tuple[Any, ...] = ()
+    exact: bool = False
+    factor: Any = None
+    reciprocal: bool = False
+    rest: Callable[..., Any] | None = None
+    grid: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Output `part` of the operation is `whole` restricted to `index` along `dim`; `squeezed`: that dim is gone."""
+
+    whole: Any
+    dim: int
+    index: range
+    part: int = 0
+    squeezed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """The result is `whole` but for `index` along `dim`, where something else was written.
+
+    Another operation's `Tile` of `whole` with the same index completes it.
+    """
+
+    whole: Any
+    dim: int
+    index: range
+    squeezed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """The result is `whole` where `mask` is `value` (True or False), and `other` elsewhere.
+
+    Two results that hold the two halves of `whole` give it back; and of two that hold the same half, each gives the
+    other, given what fills the other's rest.
+    """
+
+    whole: Any
+    mask: Any
+    value: bool
+    other: Any
+
+
+@dataclass(frozen=True, slots=True)
+class NoInverse:
+    """The result does not determine `solves`; `reason` is shown to the user."""
+
+    solves: Any
+    reason: str
+
+
+Direction = Inverse | Tile | Patch | Masked | NoInverse
+Rule = Callable[[fx.Node], Iterator[Direction]]
+
+_table: dict[object, Rule] = {}
+
+
+def register_inverse(*ops: object) -> Callable[[Rule], Rule]:
+    """Register a rule, by a decorator, for `ops`: functions, tensor method names, module classes or aten overloads.
+
+    Raises:
+        RevfxError: one of `ops` has a rule already.
+    """
+
+    def decorate(rule: Rule) -> Rule:
+        for op in ops:
+            if op in _table:
+                raise RevfxError(f"`register_inverse`: `{op_name(op)}` has a rule already ({_table[op].__module__}).")
+        _table.update(dict.fromkeys(ops, rule))
+        return rule
+
+    return decorate
+
+
+def registered() -> dict[object, Rule]:
+    """Return a copy of the whole table."""
+    return dict(_table)
+
+
+def unregister_inverse(*ops: object) -> None:
+    """Take the rules of `ops` out of the table, as a test or a notebook cell that registers again needs."""
+    for op in ops:
+        _table.pop(op, None)
+
+
+def has_foreign() -> bool:
+    """Return whether the table is not the one that comes with revfx: rules were added, taken away or replaced."""
+    return _table != _ours
+
+
+def has_rule(op: object) -> bool:
+    """Return whether `op` (in one of the spellings that `register_inverse` takes) has a rule."""
+    return op in _table
+
+
+def rule_for(node: fx.Node, module: torch.nn.Module | None = None) -> Rule | None:
+    """Return the rule for a node, or None; `module` is what a call_module node calls."""
+    key = type(module) if node.op == "call_module" else node.target
+    return _table.get(key)
+
+
+def op_name(op: object) -> str:
+    """Return the bare name of an operation, the same for function, method, operator and overload: `add`, `relu`."""
+    if isinstance(op, str):
+        return op
+    if _torch.is_overload(op):
+        return _torch.packet_name(op)
+    return getattr(op, "__name__", type(op).__name__)
+
+
+def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
+    """Return a node's arguments in the order `names` then `defaults`, whether given by position or by name."""
+    values: list[Any] = []
+    for i, name in enumerate((*names, *defaults)):
+        if i < len(node.args):
+            values.append(node.args[i])
+        else:
+            fallback = node.kwargs.get("self", defaults.get(name)) if name == "input" else defaults.get(name)
+            values.append(node.kwargs.get(name, fallback))
+    return values
+
+
+def nothing(*given: Any) -> float:
+    """Return the `rest` of an operation that only multiplies."""
+    return 0.0
+
+
+def meta(node: Any) -> Tensor:
+    """Return the fake tensor that stands for a node's result: shape, dtype, strides, device, no data."""
+    return node.meta["val"]
+
+
+# --- operations that have no inverse, with the words a refusal uses
+_WHY = {
+    "maps all negative numbers to 0": "relu",
+    "is not monotone": "gelu silu mish",
+    "has a kink that rounding can cross": "leaky_relu",
+    "loses the sign": "square abs",
+    "is periodic": "sin cos",
+    "saturates: it is not invertible in floating point": "tanh sigmoid",
+    "keeps only the maxima": "max_pool2d max_pool2d_with_indices",
+    "drops elements": "dropout native_dropout",
+    "removes mean and scale, which the output does not hold": (
+        "batch_norm layer_norm native_layer_norm _native_batch_norm_legit_functional"
+    ),
+    "maps everything beyond its limits to them": "clamp",
+    "multiplies by a matrix that need not be invertible": "linear matmul mm addmm bmm",
+    "is a linear map that need not be invertible": "conv1d conv2d convolution",
+}
+NOT_INJECTIVE = {name: reason for reason, names in _WHY.items() for name in names.split()}
+
+
+def why_none(name: str) -> str:
+    """Return why an operation without a rule can't be inverted, as the end of a sentence that starts with its name."""
+    if name == "pow":
+        return "is not injective (an even power loses the sign)"
+    return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")
+
+
+importlib.import_module("revfx.rules.arithmetic")  # they fill the table
+importlib.import_module("revfx.rules.layout")
+importlib.import_module("revfx.rules.decomposed")
+_ours = dict(_table)

@@ -1,0 +1,178 @@
+"""Inverse rules of arithmetic and of casts: sums, products, and what is spelled in one operation of both."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from revfx.rules import Direction, Inverse, Masked, NoInverse, Scalar, arguments, aten, meta, nothing, register_inverse
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Scalar) and not isinstance(value, bool)
+
+
+def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
+    """Return `alpha * value` as something to subtract (no truth values), without a copy where alpha is 1.
+
+    It is multiplied in `dtype`, that of the result: in a narrower one the product would be rounded.
+    """
+    if dtype is not None and alpha != 1 and isinstance(value, Tensor):
+        value = value.to(dtype)
+    truth = value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(value, bool)
+    return value if alpha == 1 and not truth else alpha * value
+
+
+# --- arithmetic: y = a + alpha*b and its relatives
+def _scaled_by_a_tensor(*operands: Any) -> Iterator[Direction]:
+    """Yield refusals where a tensor holds the number that scales an operand.
+
+    `alpha=` and `value=` take one of no dimensions, and so does the old order `torch.add(a, alpha, b)`.
+    """
+    for operand in operands:
+        yield NoInverse(operand, "a tensor stands where a number scales an operand")
+
+
+@register_inverse(
+    torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd,
+    aten.add.Tensor, aten.add.Scalar,
+)  # fmt: skip
+def add(node: fx.Node) -> Iterator[Direction]:
+    """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
+    a, b, alpha = arguments(node, "input", "other", alpha=1)
+    if isinstance(alpha, fx.Node):
+        yield from _scaled_by_a_tensor(a, b)
+        return
+    yield Inverse(a, lambda y, b: y - scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, alpha))
+    yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
+
+
+@register_inverse(
+    torch.sub, torch.subtract, "sub", "sub_", "subtract", "__sub__", "__isub__", operator.sub, operator.isub,
+    aten.sub.Tensor, aten.sub.Scalar,
+)  # fmt: skip
+def sub(node: fx.Node) -> Iterator[Direction]:
+    """`y = a - alpha*b`; `a = y + alpha*b`, `b = (a - y)/alpha`."""
+    a, b, alpha = arguments(node, "input", "other", alpha=1)
+    if isinstance(alpha, fx.Node):
+        yield from _scaled_by_a_tensor(a, b)
+        return
+    yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
+    yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
+
+
+@register_inverse(torch.rsub, "__rsub__", aten.rsub.Tensor, aten.rsub.Scalar)
+def rsub(node: fx.Node) -> Iterator[Direction]:
+    """`y = b - alpha*a`; `a = (b - y)/alpha`, `b = y + alpha*a`."""
+    a, b, alpha = arguments(node, "input", "other", alpha=1)
+    if isinstance(alpha, fx.Node):
+        yield from _scaled_by_a_tensor(a, b)
+        return
+    yield Inverse(a, lambda y, b: b - y if alpha == 1 else (b - y) / alpha, (b,), factor=-alpha, rest=lambda b: b)
+    yield Inverse(b, lambda y, a: y + scaled(a, alpha, y.dtype), (a,), rest=lambda a: scaled(a, -alpha))
+
+
+@register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default)
+def neg(node: fx.Node) -> Iterator[Direction]:
+    """`y = -a`; `a = -y`."""
+    (a,) = arguments(node, "input")
+    yield Inverse(a, lambda y: -y, exact=True, factor=-1, rest=nothing)
+
+
+@register_inverse(
+    torch.mul, torch.multiply, "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", operator.mul,
+    operator.imul, aten.mul.Tensor, aten.mul.Scalar,
+)  # fmt: skip
+def mul(node: fx.Node) -> Iterator[Direction]:
+    """`y = a*b`; `a = y/b`, `b = y/a`, each where the other factor is bounded away from zero."""
+    a, b = arguments(node, "input", "other")
+    yield Inverse(a, lambda y, b: y / b, (b,), factor=b, rest=nothing)
+    yield Inverse(b, lambda y, a: y / a, (a,), factor=a, rest=nothing)
+
+
+@register_inverse(
+    torch.div, torch.divide, torch.true_divide, "div", "div_", "divide", "true_divide", "__truediv__",
+    operator.truediv, aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode,
+)  # fmt: skip
+def div(node: fx.Node) -> Iterator[Direction]:
+    """`y = a/b`; `a = y*b`."""
+    a, b, rounding = arguments(node, "input", "other", rounding_mode=None)
+    if rounding is not None:
+        yield NoInverse(a, f"division with rounding_mode={rounding!r} loses the remainder")
+        return
+    yield Inverse(a, lambda y, b: y * b, (b,), factor=b, reciprocal=True, rest=nothing)
+
+
+@register_inverse(torch.addcmul, "addcmul", "addcmul_", aten.addcmul.default)
+def addcmul(node: fx.Node) -> Iterator[Direction]:
+    """`y = a + value*b*c`; `a = y - value*b*c`."""
+    a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
+    if isinstance(value, fx.Node):
+        yield from _scaled_by_a_tensor(a)
+        return
+    yield Inverse(
+        a, lambda y, b, c: torch.addcmul(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b * c, value)
+    )
+
+
+@register_inverse(torch.addcdiv, "addcdiv", "addcdiv_", aten.addcdiv.default)
+def addcdiv(node: fx.Node) -> Iterator[Direction]:
+    """`y = a + value*b/c`; `a = y - value*b/c`."""
+    a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
+    if isinstance(value, fx.Node):
+        yield from _scaled_by_a_tensor(a)
+        return
+    yield Inverse(
+        a, lambda y, b, c: torch.addcdiv(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b / c, value)
+    )
+
+
+@register_inverse(torch.lerp, "lerp", "lerp_", aten.lerp.Scalar, aten.lerp.Tensor)
+def lerp(node: fx.Node) -> Iterator[Direction]:
+    """`y = (1-w)*a + w*b` for a number w; `a = (y - w*b)/(1-w)`, `b = (y - (1-w)*a)/w`."""
+    a, b, w = arguments(node, "input", "end", "weight")
+    if not _is_number(w):
+        yield NoInverse(a, "lerp with a tensor weight is not bounded away from zero")
+        yield NoInverse(b, "lerp with a tensor weight is not bounded away from zero")
+        return
+    yield Inverse(a, lambda y, b: (y - w * b) / (1 - w), (b,), factor=1 - w, rest=lambda b: w * b)
+    yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w, rest=lambda a: (1 - w) * a)
+
+
+@register_inverse(torch.where, "where", aten.where.self)
+def where(node: fx.Node) -> Iterator[Direction]:
+    """`y = where(m, a, b)`: a where m holds, b elsewhere; what m does not select of either is not in y."""
+    if len(node.args) != 3:
+        return
+    mask, a, b = node.args if node.op == "call_function" else (node.args[1], node.args[0], node.args[2])
+    yield NoInverse(a, "`where` drops the elements that its mask does not select")
+    yield NoInverse(b, "`where` drops the elements that its mask selects")
+    yield Masked(a, mask, True, b)
+    yield Masked(b, mask, False, a)
+
+
+# --- casts
+WIDER = {
+    torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
+    torch.float16: (torch.float16, torch.float32, torch.float64),
+    torch.float32: (torch.float32, torch.float64),
+    torch.float64: (torch.float64,),
+}
+
+
+@register_inverse(
+    "to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu",
+    aten._to_copy.default, torch.ops.prims.convert_element_type.default,
+)  # fmt: skip
+def cast(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits."""
+    (a,) = arguments(node, "input")
+    before, after = meta(a), meta(node)
+    if after.dtype in WIDER.get(before.dtype, ()):
+        yield Inverse(a, lambda y: y.to(before.dtype).to(before.device), exact=True)
+    else:
+        yield NoInverse(a, f"the cast from {before.dtype} to {after.dtype} loses bits")

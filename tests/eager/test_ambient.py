@@ -1,0 +1,221 @@
+"""What is set for the whole process, and otherwise in the forward than in the backward; what a re-run did otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from compiled import QUIET
+from helpers import WAYS, block, both, fp64 as fp64, leaf, lines, loss_of, mlp, relative_error, unseen
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from revfx import RevfxError, _torch
+from revfx.ambient import settings
+from revfx.eager.checks import changed
+from revfx.testing import measure_memory
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.qkv(x)[:, None].chunk(3, -1))[:, 0]
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * torch.tensor([0.1] * 4)
+
+
+@contextmanager
+def single() -> Generator[None]:
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float64)
+
+
+class InFunctions(TorchFunctionMode):
+    """Simulates a layer of low precision."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out + (out.detach().bfloat16().to(out.dtype) - out.detach()) if func is F.linear else out
+
+
+class InOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.bfloat16().to(out.dtype) if func is torch.ops.aten.addmm.default else out
+
+
+class Products(nn.Module):
+    """Few operations, which are layout and arithmetic but for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(0, 1)).view(x.shape) * 0.5
+
+
+SETTINGS = {
+    "sdpa": (Attention, lambda: sdpa_kernel(SDPBackend.MATH)),
+    "dtype": (Scaled, single),
+    "function mode": (Products, InFunctions),
+    "dispatch mode": (Products, InOperators),
+    "both": (Products, lambda: both_of(InFunctions(), InOperators())),
+}
+
+
+@contextmanager
+def both_of(*modes: Any) -> Generator[None]:
+    with modes[0], modes[1]:
+        yield
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("make", "around"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_the_forward_hold_where_it_is_run_again(
+    way: str, make: Callable[[], nn.Module], around: Callable[[], Any], fp64: None
+) -> None:
+    fs, gs = (nn.ModuleList(make() for _ in range(3)) for _ in range(2))
+    x = [leaf(2, 5, 4), leaf(2, 5, 4)]
+    wanted = [*x, *both(fs, gs).parameters()]
+
+    def step(call: Callable[..., Any], inside: bool) -> Any:
+        if inside:
+            with around():
+                loss = loss_of(call(*x))
+            return torch.autograd.grad(loss, wanted)
+        loss = loss_of(call(*x))
+        before = settings()
+        with around():
+            there = settings()
+            found = torch.autograd.grad(loss, wanted)
+            assert settings() == there != before, "they are put back"
+        return found
+
+    assert relative_error(step(lines(fs, gs), True), step(lines(fs, gs), False)) > 1e-9 or make is Attention
+    for inside in (True, False):
+        assert relative_error(step(block(way, fs, gs), inside), step(lines(fs, gs), inside)) < 1e-9
+
+
+@QUIET
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("half", [False, True], ids=["no autocast", "autocast"])
+@pytest.mark.parametrize("way", WAYS)
+def test_functions_compiled_by_themselves_are_compiled_once(way: str, half: bool, cached: bool) -> None:
+    torch.compiler.reset()
+    x, functions, counters = leaf(2, 5, 4, dtype=torch.float32), [Products().float() for _ in "fg"], [0, 0]
+
+    def counting(number: int) -> Callable[..., Any]:
+        def backend(gm: Any, _: Any) -> Any:
+            counters[number] += 1
+            return gm.forward
+
+        return backend
+
+    for number, f in enumerate(functions):
+        f.compile(backend=counting(number))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=cached):
+        loss = loss_of(block(way, functions[:1] * 3, functions[1:] * 3)(x, x))
+    loss.backward()
+    assert counters == [1, 1], "the re-run finds what the forward compiled"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_casts_of_streams_are_let_go_after_each_re_run(inside: bool) -> None:
+    torch.set_default_dtype(torch.float32)  # fp64 is not cast
+    x, f, g = leaf(256, 64, dtype=torch.float32), *(nn.Linear(64, 64) for _ in "fg")
+    for p in (*f.parameters(), *g.parameters()):
+        nn.init.normal_(p, std=1e-3)
+
+    def peak(depth: int) -> int:
+        def step() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss_of(block("rev_block", [f] * depth, [g] * depth)(x, x))
+
+        with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
+            return measure_memory(step).peak
+
+    assert peak(16) == pytest.approx(peak(4), abs=x.nbytes / 4)
+
+
+class Counts(TorchDispatchMode):
+    """Counts from zero each time that it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __enter__(self) -> Any:
+        self.products = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def products(call: Callable[..., Any], mode: Callable[[], Any], x: list[Tensor]) -> list[Any]:
+    """How many products, or what they cost, modes count around the forward, the backward and both."""
+    with mode() as forward:
+        loss = loss_of(call(*x))
+    with mode() as backward:
+        loss.backward()
+    with mode() as around:
+        loss_of(call(*x)).backward()
+    return [m.products if isinstance(m, Counts) else m.get_total_flops() for m in (forward, backward, around)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", [Counts, lambda: FlopCounterMode(display=False)], ids=["a user's", "torch's"])
+def test_modes_that_count_are_entered_once_and_see_what_is_run_again(
+    way: str, mode: Callable[[], Any], fp64: None
+) -> None:
+    fs, gs = (nn.ModuleList(mlp() for _ in range(3)) for _ in range(2))
+    x = [leaf(5, 4), leaf(5, 4)]
+    plain, again = products(lines(fs, gs), mode, x), products(block(way, fs, gs), mode, x)
+    assert again[2] == plain[0] * 2 + plain[1] == again[0] + again[1]
+    assert _torch.modes() == ((), ())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_message_says_what_was_saved_otherwise(way: str, fp64: None) -> None:
+    narrow = unseen()
+    fs, gs = (
+        [lambda x: (x.to(torch.float32 if narrow.values else x.dtype).exp() * 0.1).to(x.dtype)] * 3,
+        [mlp() for _ in range(3)],
+    )
+    loss = loss_of(block(way, fs, gs)(leaf(5, 4), leaf(5, 4)))
+    narrow.values.append(True)
+    with pytest.raises(
+        RevfxError, match=r"of \d+ saved, number 1 was torch.float64\[5, 4\].* is torch.float32\[5, 4\]"
+    ):
+        loss.backward()
+
+
+def test_first_change_is_told() -> None:
+    saved, other = [((2, 3), torch.float32), ((4,), torch.int64)], [((2, 3), torch.float32), ((5,), torch.int64)]
+    assert changed(saved, saved, [(2,)], [(2,)]) is None
+    assert changed(saved, saved[:1], [(2,)], [(2,)]) == "2 saved in the forward, 1 now"
+    text = "of 2 saved, number 2 was torch.int64[4] in the forward and is torch.int64[5] now"
+    assert changed(saved, other, [(2,)], [(2,)]) == text
+    assert changed(saved, saved, [(2,)], [(3,)]) == "it returned the shape [2] in the forward and [3] now"

@@ -1,0 +1,139 @@
+"""Which folder imports which, where torch's private API is used, and how long a file is."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+
+BOTTOM = {"_torch", "errors", "ambient"}
+# What the files of a folder, or a file of the package's own folder, may import besides their own folder.
+MAY: dict[str, set[str]] = {
+    "_torch": set(),
+    "errors": set(),
+    "ambient": {"_torch"},
+    "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
+    "rules": BOTTOM,
+    "passes": {"errors", "rules"},
+    "passes.joint": {"errors", "rules", "passes"},
+    "eager": {*BOTTOM, "passes", "traced"},
+    "capture": {*BOTTOM, "rules", "passes", "eager"},
+    "compiled": {*BOTTOM, "rules", "passes", "passes.joint"},
+}
+MAY["convert"] = {*BOTTOM, "traced", "passes", "eager", "capture", "compiled"}
+MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
+MAY["debug"] = {*MAY["inspection"], "inspection"}
+MAY["testing"] = {*MAY["debug"], "rules", "convert"}
+MAY["report"] = {*MAY["testing"], "compiled", "passes.joint", "testing"}
+MAY["bench"] = {*MAY["report"], "report"}
+MAY["cli_models"] = {"errors"}
+MAY["demo"] = MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["bench"], "bench", "demo", "cli", "cli_models"}
+# Of the passes, the eager mode takes the data that they make, what it costs to run, and the arithmetic of grids.
+PROGRAMS = {"_torch", "closure", "cuts", "grid", "plan", "program", "regions", "schedule"}
+# What `__init__` and the command line import only when it is used: most programs never ask for a report.
+LATER = {"report", "bench", "demo"}
+ASK_LATER = {"", "__main__", "cli", "debug", "testing"}
+# Imports against the direction, each with its reason.
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("revfx.eager.cancellation", "revfx.passes.cancel"): "what runs measure of numbers",
+    ("revfx.eager.numerics", "revfx.passes.numbers"): "what runs measure of numbers",
+    ("revfx.eager.numerics", "revfx.passes.unchanged"): "what runs measure of numbers",
+    ("revfx.eager.sides", "revfx.passes.names"): "which operations have kinks",
+    ("revfx.eager.sides", "revfx.passes.numbers"): "what runs measure of numbers",
+}
+PRIVATE = ("torch._C", "torch._subclasses", "torch._functorch", "torch._dynamo", "torch._inductor", "functorch")
+TESTS = Path(__file__).parent
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """The files of the package by the names of their modules; `passes` lies elsewhere in a source tree."""
+    found: dict[str, Path] = {}
+    for package in ("revfx", "revfx.passes"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.submodule_search_locations is not None
+        folder = Path(next(iter(spec.submodule_search_locations)))
+        for file in sorted(folder.rglob("*.py")):
+            parts = (package, *file.relative_to(folder).with_suffix("").parts)
+            found[".".join(part for part in parts if part != "__init__")] = file
+    return found
+
+
+def folder_of(module: str) -> str:
+    """The folder of a module, without `revfx`; of a file in the package's own folder its name, of `revfx` itself ""."""
+    parts = module.split(".")[1:]
+    folders = parts if modules()[module].name == "__init__.py" else parts[:-1]
+    return ".".join(folders or parts)
+
+
+def imports(module: str) -> Iterator[tuple[str, bool, int]]:
+    """What a module imports of the package as it runs: its name, whether a call waits for it, and the line."""
+
+    def walk(node: ast.AST, called: bool) -> Iterator[tuple[str, bool, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+                continue  # for checkers alone
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, called, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module is not None:
+                names = [f"{child.module}.{alias.name}" for alias in child.names]
+                yield from ((n if n in modules() else child.module, called, child.lineno) for n in names)
+            yield from walk(child, called or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+    found = dict.fromkeys(walk(ast.parse(modules()[module].read_text()), False))
+    return ((name, called, line) for name, called, line in found if name.partition(".")[0] == "revfx")
+
+
+@pytest.mark.parametrize("folder", sorted({folder_of(m) for m in modules()}), ids=lambda f: f or "revfx")
+def test_imports_go_one_way(folder: str) -> None:
+    against: list[str] = []
+    for module in (m for m in modules() if folder_of(m) == folder):
+        for name, called, line in imports(module):
+            target = folder_of(name)
+            right = target == folder or target in MAY[folder] or name == "revfx"
+            if folder == "eager" and target == "passes":
+                right = name.rpartition(".")[2] in PROGRAMS
+            if target in LATER and folder in ASK_LATER:
+                right = called
+            if not right and (module, name) not in EXCEPTIONS:
+                against.append(f"{module}:{line} imports {name}{' when called' if called else ''}")
+    assert not against, "\n".join(against)
+
+
+def test_no_exception_is_left_that_nothing_needs() -> None:
+    found = {(module, name) for module in modules() for name, *_ in imports(module)}
+    assert set(EXCEPTIONS) <= found
+
+
+def test_every_folder_has_its_place() -> None:
+    assert {folder_of(m) for m in modules()} == set(MAY)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Also where an import waits for a call: two files that need each other are one, or stand on a third."""
+    graph = nx.DiGraph((m, name) for m in modules() for name, *_ in imports(m) if name != "revfx")
+    circles = [" -> ".join(circle) for circle in nx.simple_cycles(graph)]
+    assert not circles, "\n".join(circles)
+
+
+def test_private_torch_api_is_used_in_three_modules() -> None:
+    users: set[str] = set()
+    for module, file in modules().items():
+        text = file.read_text()
+        names = [n.module or "" for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)]
+        names += [a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names]
+        if any(name.startswith(PRIVATE) for name in names) or re.search(r"torch\._(C|ops|dynamo)", text):
+            users.add(module)
+    assert users == {"revfx._torch", "revfx.compiled._inductor", "revfx.passes._torch"}
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    for file in (*modules().values(), *TESTS.rglob("*.py")):
+        assert len(file.read_text().splitlines()) <= 500, file
