@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import rules
-from revfx.convert import Reversible
+from revfx.converted import Reversible
 from revfx.eager.block import RevBlock
 from revfx.eager.modes import store_activations as store_activations
 from revfx.errors import RevfxError

@@ -27,11 +27,13 @@ MAY: dict[str, set[str]] = {
     "capture": {*BOTTOM, "rules", "passes", "eager"},
     "compiled": {*BOTTOM, "rules", "passes", "passes.joint"},
 }
-MAY["convert"] = {*BOTTOM, "traced", "passes", "eager", "capture", "compiled"}
+MAY["conversion"] = {*BOTTOM, "passes", "eager", "capture", "compiled"}
+MAY["converted"] = {*BOTTOM, "conversion", "traced"}
+MAY["convert"] = {*BOTTOM, "passes", "conversion", "converted"}
 MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
-MAY["testing"] = {*MAY["debug"], "rules", "convert"}
-MAY["report"] = {*MAY["testing"], "compiled", "passes.joint", "testing"}
+MAY["testing"] = {*MAY["debug"], "rules", "convert", "converted"}
+MAY["report"] = {*MAY["testing"], "conversion", "compiled", "passes.joint", "testing"}
 MAY["bench"] = {*MAY["report"], "report"}
 MAY["cli_models"] = {"errors"}
 MAY["demo"] = MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["bench"], "bench", "demo", "cli", "cli_models"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from revfx.capture.guards import name_of
 from revfx.compiled import _inductor, partitioner
 from revfx.compiled.dynamo import with_own_code
-from revfx.convert import unconverted
+from revfx.converted import unconverted
 from revfx.passes.joint.rewrite import Report
 from revfx.report.data import GraphInfo, Usage, short
 from revfx.report.describe import describe, types_of

@@ -18,7 +18,9 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.capture.guards import name_of
 from revfx.capture.search import Outcome, Plan, make_plan
-from revfx.convert import Options, Reversible, convert, unconverted
+from revfx.conversion import Options
+from revfx.convert import convert
+from revfx.converted import Reversible, unconverted
 from revfx.eager.numerics import DRIFT
 from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import Watch

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ways import BUILD
 
 from revfx import convert
-from revfx.convert import Reversible
+from revfx.converted import Reversible
 from revfx.errors import RevfxWarning
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zoo import Additive, D, Pairs, mlp
 
 import revfx
-from revfx.convert import Conversion
+from revfx.conversion import Conversion
 from revfx.errors import RevfxWarning
 from revfx.testing import assert_same_grads, gradients, relative_error
 

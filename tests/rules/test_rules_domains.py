@@ -19,7 +19,7 @@ import revfx
 from revfx import rules
 from revfx.capture.recorder import capture
 from revfx.capture.search import call_of
-from revfx.convert import Reversible
+from revfx.converted import Reversible
 from revfx.errors import RevfxWarning
 from revfx.passes.arcs import lower
 from revfx.rules import op_name

@@ -15,7 +15,8 @@ from torch._dynamo import explain
 from torch._functorch import config as functorch_config
 
 from revfx.compiled.partitioner import reports
-from revfx.convert import Reversible, convert
+from revfx.convert import convert
+from revfx.converted import Reversible
 from revfx.testing import store_activations
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import BUILD, Plain
 
 import revfx
-from revfx.convert import Reversible
+from revfx.converted import Reversible
 
 
 WAYS = ("convert", "rev_block", "RevBlock")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import revfx
-from revfx.convert import Reversible
+from revfx.converted import Reversible
 from revfx.errors import RevfxWarning
 from revfx.testing import measure_memory, relative_error
 

@@ -15,7 +15,8 @@ from helpers import deep_but, fp64 as fp64, leaf, loss_of, mlps, unseen
 from torch import Tensor, nn
 from ways import BUILD
 
-from revfx.convert import MOST_PLANS, convert
+from revfx.conversion import MOST_PLANS
+from revfx.convert import convert
 from revfx.testing import store_activations
 
 

@@ -20,7 +20,7 @@ from ways import BUILD
 import revfx
 from revfx import _torch
 from revfx.capture import search
-from revfx.convert import MOST_PLANS
+from revfx.conversion import MOST_PLANS
 from revfx.eager import executor
 from revfx.eager.checks import Samples
 from revfx.eager.state import Random

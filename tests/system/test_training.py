@@ -21,7 +21,7 @@ from ways import BUILD, WAYS, Build
 
 from revfx import NotReversibleError
 from revfx.capture import search
-from revfx.convert import Reversible
+from revfx.converted import Reversible
 from revfx.eager import block
 from revfx.eager.calls import Call
 from revfx.eager.executor import RegionRun, run_region

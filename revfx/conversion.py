@@ -1,0 +1,264 @@
+"""What a converted model knows: its plans, when they are made and made again, and what was left as it was."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revfx import _torch
+from revfx.ambient import ambient_state
+from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
+from revfx.capture.recorder import Spot
+from revfx.capture.search import Outcome, Plan, make_plan
+from revfx.compiled.dynamo import Compiled
+from revfx.eager.modes import can_store, runs_plain, storing
+from revfx.errors import NotReversibleError, Refusal, RevfxWarning
+
+
+MOST_PLANS = 32  # per model; the oldest one makes room for a new one
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `convert` was asked for; `part` is set for the sub-modules of a model that can't be recorded."""
+
+    capture: str
+    strict: bool
+    part: bool = False
+    anchor_every: int | None = None
+    exact: int | None = None
+
+
+class Conversion:
+    """What a converted model knows: its options, and one outcome per kind of call.
+
+    `compiled` stands in for outcomes where `torch.compile` captures the forward; `pending` is the outcome of a root
+    that could not be recorded, until one call through `compiled` has shown whether that does better.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any] | None,
+        options: Options,
+        convert_parts: Callable[[nn.Module, Options], None],
+        unconverted: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        self.own_forward, self.options = forward, options
+        self.convert_parts, self.unconverted = convert_parts, unconverted
+        self.outcomes: list[tuple[Any, Any, Outcome]] = []  # with the kind of call, and the objects it was given
+        self.lock = threading.RLock()
+        self.warned: set[str] = set()
+        self.carried, self.constant = frozenset[Spot](), frozenset[Spot]()  # numbers that change: inputs, or not
+        self.parts_converted = False
+        self.compiled: Compiled | None = None
+        self.pending: Outcome | None = None
+        self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
+        self.compiled_tried = False
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Return the plans made so far."""
+        return [o.plan for *_, o in self.outcomes if o.plan is not None]
+
+    @property
+    def kept_cuts(self) -> int:
+        """Return how many cuts the latest forward kept in its regions: two per region, and those that numerics
+        demanded.
+        """
+        compiled = 0 if self.compiled is None else self.compiled.kept_cuts
+        return compiled + sum(r.kept for p in self.plans for r in p.regions.values())
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Return what was left as it was, and why."""
+        compiled = [] if self.compiled is None else self.compiled.refusals
+        recorded = [r for *_, o in self.outcomes for r in o.refusals]
+        return list(dict.fromkeys((*recorded, *compiled)))
+
+    @property
+    def code(self) -> str:
+        """Return the rewritten programs as readable text."""
+        compiled = [] if self.compiled is None or not self.compiled.graphs else [self.compiled.code]
+        return "\n\n".join([*(p.code for p in self.plans), *compiled]) or "(no plan yet: it is made at the first call)"
+
+    def forward(self, model: nn.Module) -> Callable[..., Any]:
+        """Return the model's own forward."""
+        if self.own_forward is not None:
+            return self.own_forward
+        return functools.partial(type(model)._revfx_base.forward, model)  # type: ignore[union-attr]
+
+    def prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
+        """Return the outcome for calls like this one, made now if there is none."""
+        leaves, spec = _torch.flatten((args, kwargs))
+        call = (_call_key(leaves), spec, ambient_state())
+        objects = tuple([(i, key(x)) for i, x in enumerate(leaves) if not isinstance(x, (*ATOMS, Tensor))])
+        with self.lock:
+            why = Change("the shapes, types or values of its arguments")
+            for known, given, outcome in reversed(self.outcomes):
+                if known == call and (outcome.plan is None or given == objects):
+                    change = outcome.stale()
+                    if change is None:
+                        return outcome
+                    why = change
+            self.outcomes = [(c, given, o) for c, given, o in self.outcomes if not is_gone(given)]
+            if len(self.outcomes) >= MOST_PLANS:
+                del self.outcomes[0]
+                _torch.forget_shapes()
+                self._warn(
+                    f"`convert({name_of(model)})`: its forward is recorded again and again, now as {why.text} changed."
+                    f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"
+                    " an argument or a buffer."
+                )
+            options = self.options
+            make = functools.partial(
+                make_plan, model, self.forward(model), args, kwargs, options.anchor_every, options.exact
+            )
+            outcome = make(self._carries(model, why))
+            if outcome.plan is None and self.carried:
+                self.carried, self.constant = frozenset[Spot](), self.constant | self.carried
+                outcome = make(self.carried)
+            self._report(model, outcome)
+            self.outcomes.append((call, objects, outcome))
+            return outcome
+
+    def _carries(self, model: nn.Module, change: Change) -> frozenset[Spot]:
+        """Return where a fraction hangs that changed, if it may be an input of plans instead of a constant."""
+        if isinstance(getattr(change.module, change.name, None), float):
+            found = {(path, change.name) for path, m in model.named_modules() if m is change.module}
+            self.carried |= found - self.constant
+        return self.carried
+
+    def _report(self, model: nn.Module, outcome: Outcome) -> None:
+        name = name_of(model)
+        if outcome.untraceable and outcome.compiles and self._tries_compiled():
+            self.pending, self.compiled = outcome, self._compile(model)
+            return
+        reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
+        if self.options.strict and (outcome.plan is None or outcome.refusals):
+            node = outcome.refusals[0].op if outcome.refusals else None
+            raise NotReversibleError(f"`convert({name}, strict=True)`: left as it was:\n  {reasons}", node)
+        if outcome.untraceable and not self.parts_converted:
+            self.parts_converted = True
+            self.convert_parts(model, self.options)
+        if outcome.plan is None and not self.options.part:
+            what = (
+                "only its sub-modules are looked at"
+                if outcome.untraceable
+                else "nothing reversible was found, so it runs as it was"
+            )
+            self._warn(f"`convert({name})`: {what}:\n  {reasons}")
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warned and not self.options.part:
+            self.warned.add(text)
+            warnings.warn(text, RevfxWarning, stacklevel=7)
+
+    def _tries_compiled(self) -> bool:
+        """Return whether `torch.compile` may capture what could not be recorded; it is asked once."""
+        return self.options.capture == "auto" and not self.compiled_tried and not _torch.fsdp_in_use()
+
+    def _compile(self, model: nn.Module) -> Compiled:
+        self.compiled_tried = True
+        own, name, options = self.own_forward, name_of(model), self.options
+        forward = type(model)._revfx_base.forward if own is None else own  # type: ignore[union-attr]
+        return Compiled(name, forward, options.anchor_every, options.exact)
+
+    def _call_compiled(self, compiled: Compiled, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        result = compiled.call(model, (model, *args) if self.own_forward is None else args, kwargs)
+        with self.lock:
+            if self.pending is not None and (compiled.found or compiled.found_nothing):
+                self._decide(model, compiled, self.pending)
+            if compiled is self.compiled and compiled.found_nothing:
+                self._report(model, Outcome(None, tuple(compiled.refusals)))
+        return result
+
+    def _decide(self, model: nn.Module, compiled: Compiled, recorded: Outcome) -> None:
+        """Keep `compiled` where it frees what the sub-modules alone would not: they give up less."""
+        self.pending = None
+        if not compiled.in_own_code and not self.options.strict:
+            self.compiled = None
+            self._report(model, recorded)
+        elif compiled.found:
+            reasons = "\n  ".join(str(r) for r in recorded.refusals[:8])
+            self._warn(
+                f"`convert({name_of(model)})`: captured by `torch.compile` (see `capture`), as its forward"
+                f" can't be recorded:\n  {reasons}"
+            )
+
+    def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return what the model's forward returns for these arguments."""
+        forward = self.forward(model)
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        leaves, _ = _torch.flatten((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        plain = runs_plain(tensors)
+        store = plain and (storing() or self.options.exact is not None) and can_store(tensors)
+        if (plain and not store) or _torch.has_global_module_hooks():
+            return forward(*args, **kwargs)
+        if self.options.capture == "dynamo" and self.compiled is None:
+            self.compiled = self._compile(model)
+        outcome = None
+        if self.compiled is None:
+            outcome = self.prepare(model, args, kwargs)
+            if outcome.plan is not None:
+                return outcome.plan.run(leaves, store=plain)
+        compiled = self.compiled
+        try:
+            if compiled is not None and not store:
+                return self._call_compiled(compiled, model, args, kwargs)
+            result = forward(*args, **kwargs)
+            if outcome is not None and self.place is not None:  # a part that holds no region itself
+                table, name = self.place
+                table[name] = self.unconverted(model)
+            return result
+        except BaseException:
+            if outcome is not None and outcome.untraceable:
+                self._forget(outcome)
+            raise
+
+    def _forget(self, refused: Outcome) -> None:
+        """Forget a call that raised, recorded and for real: it tells nothing of the next one, which is recorded
+        again.
+        """
+        with self.lock:
+            self.outcomes = [found for found in self.outcomes if found[-1] is not refused]
+            if self.pending is refused:
+                self.pending = self.compiled = None
+                self.compiled_tried = False
+
+
+def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
+    """Return shapes, dtypes, layout and `requires_grad` of tensors, which of them share memory; other arguments by
+    value, or of objects by class.
+    """
+    found: list[Any] = []
+    memory: dict[int, int] = {}
+    same: dict[int, int] = {}
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor):
+            strided = x.layout == torch.strided and not x.is_nested
+            shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
+            found.append(
+                (
+                    None if x.is_nested else tuple(x.shape),
+                    x.stride() if strided else x.layout,
+                    x.dtype,
+                    x.device,
+                    x.requires_grad,
+                    type(x),
+                    x.is_conj(),
+                    shared,
+                    same.setdefault(id(x), i),
+                )
+            )
+        else:
+            found.append(key(x) if isinstance(x, ATOMS) else type(x))
+    return tuple(found)

@@ -1,0 +1,215 @@
+"""The classes of converted models: the same model, attributes and name and all, whose calls go through its plans."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from abc import ABCMeta
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from revfx import _torch
+from revfx.conversion import Conversion, Options
+from revfx.errors import RevfxError
+from revfx.traced import free_couplings_of
+
+
+class Reversible(nn.Module):
+    """Base of the classes of converted models; `model.revfx` tells what was found: `.code`, `.plans`, `.refusals`.
+
+    An object of such a class and the model that it was made of have one table of attributes: what knows that model,
+    such as methods bound to it, lambdas and hooks, sees what becomes of this one. An object that others make of the
+    class (`type(model)()`) runs plainly.
+    """
+
+    _revfx_base: type[nn.Module]
+    _revfx: tuple[Conversion, nn.Module]  # with the model that it was made of; a slot
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Do nothing: the model's own class may register what is derived from it, or refuse it."""
+
+    @property
+    def revfx(self) -> Conversion:
+        """Return what the conversion knows about this model."""
+        conversion = _conversion(self)
+        if conversion is None:
+            raise RevfxError(f"this {type(self).__name__} was made by its class and not by `convert`; it runs plainly.")
+        return conversion
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load, and have plans look at the numbers of the weights again."""
+        super()._load_from_state_dict(*args, **kwargs)
+        conversion = _conversion(self)
+        for plan in () if conversion is None else conversion.plans:
+            plan.weights.due = True
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Return one of the replicas that `nn.DataParallel` makes at every step."""
+        replica = super()._replicate_for_data_parallel()
+        if (known := _known(self)) is not None:
+            object.__setattr__(replica, "_revfx", known)
+        return replica
+
+    def __repr__(self) -> str:
+        """Return the model's own text, and the rewritten programs."""
+        conversion = _conversion(self)
+        return super().__repr__() + ("" if conversion is None else f"\n{conversion.code}")
+
+    def __copy__(self) -> Any:
+        """Return the converted copy of the model, which is made by its own rules."""
+        return _adopt(object.__new__(type(self)), copy.copy(unconverted(self)), _options(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return how it is pickled and deeply copied: as the model, by its own rules, and the options; plans are made
+        again at the first call.
+        """
+        plain = unconverted(self)
+        if isinstance(plain, GraphModule):  # its class can't be found by name
+            return reversible, (plain, _options(self))
+        return _unfilled, (self._revfx_base, "forward" in vars(plain)), (plain, _options(self))
+
+    def __setstate__(self, state: Any) -> None:
+        """Take what `__reduce_ex__` gives."""
+        _adopt(self, *state)
+
+
+def _deepcopy(self: Reversible, memo: dict[int, Any]) -> Any:
+    made = memo[id(self)] = object.__new__(type(self))  # sub-modules may know it
+    return _adopt(made, copy.deepcopy(unconverted(self), memo), _options(self))
+
+
+def _known(module: Reversible) -> tuple[Conversion, nn.Module] | None:
+    try:
+        return object.__getattribute__(module, "_revfx")  # the model's own `__getattr__` may ask another model
+    except AttributeError:
+        return None
+
+
+def _conversion(module: Reversible) -> Conversion | None:
+    known = _known(module)
+    return None if known is None else known[0]
+
+
+def _options(module: Reversible) -> Options | None:
+    conversion = _conversion(module)
+    return None if conversion is None else conversion.options
+
+
+@functools.cache
+def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
+    """Return the class of converted models of class `base`; `patched` ones have a forward of their own among their
+    attributes.
+
+    It goes by the name of the model's own class, which others look things up by, and write into checkpoints.
+    """
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            free_couplings_of(self)
+            return base.forward(self, *args, **kwargs)
+        conversion = _conversion(self)
+        return base.forward(self, *args, **kwargs) if conversion is None else conversion.call(self, args, kwargs)
+
+    def found(self: Any) -> Any:
+        own: Any = vars(self)["forward"]
+        conversion = None if torch.compiler.is_compiling() else _conversion(self)
+        if conversion is None or own is not conversion.own_forward:  # patched once more
+            return own
+        return functools.wraps(own)(lambda *args, **kwargs: conversion.call(self, args, kwargs))
+
+    def replaced(self: Any, forward: Any) -> None:
+        vars(self)["forward"] = forward
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    members: dict[str, Any] = {"forward": property(found, replaced) if patched else forward, "_revfx_base": base}
+    if hasattr(base, "__deepcopy__"):  # else there is none: a wrapper with a `__getattr__` would take it for its own
+        members["__deepcopy__"] = _deepcopy
+    kind: Any = type(base)  # neither it nor the base shall register the class
+    make = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+    return make(kind, base.__name__, (Reversible, base), {**members, **names, "__slots__": ("_revfx",)})
+
+
+def reversible(model: nn.Module, options: Options | None) -> Any:
+    return _adopt(_unfilled(type(model), "forward" in vars(model)), model, options)
+
+
+def _unfilled(base: type[nn.Module], patched: bool) -> Any:
+    return object.__new__(_class_for(base, patched))
+
+
+def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
+    """Return `made`, which is `plain` from now on; converted, if there are `options`."""
+    object.__setattr__(made, "__dict__", vars(plain))
+    for name in _slots(type(plain)):
+        if hasattr(plain, name):
+            object.__setattr__(made, name, getattr(plain, name))
+    if options is not None:
+        conversion = Conversion(vars(plain).get("forward"), options, convert_parts, unconverted)
+        object.__setattr__(made, "_revfx", (conversion, plain))
+    _torch.share_fsdp_state(plain, made)
+    return made
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    """Return the names of the slots of a class, as they are looked up from outside."""
+    named = [(c.__name__.lstrip("_"), vars(c).get("__slots__", ())) for c in kind.__mro__]
+    found = [(c, n) for c, names in named for n in ((names,) if isinstance(names, str) else names)]
+    private = [f"_{c}{n}" if n.startswith("__") and not n.endswith("__") else n for c, n in found]
+    return tuple(n for n in private if n not in ("__dict__", "__weakref__"))
+
+
+def unconverted(model: nn.Module) -> nn.Module:
+    """Return the model that a converted one was made of, which shares everything with it; other modules as they are."""
+    if not isinstance(model, Reversible):
+        return model
+    known = _known(model)
+    if known is not None and vars(known[1]) is vars(model):
+        return known[1]
+    plain = object.__new__(model._revfx_base)  # pyright: ignore[reportPrivateUsage]
+    object.__setattr__(plain, "__dict__", vars(model))
+    _torch.share_fsdp_state(model, plain)
+    return plain
+
+
+def convert_parts(model: nn.Module, options: Options) -> None:
+    """Convert the largest sub-modules in the place of a root that can't be recorded."""
+    was, parts = unconverted(model), _parts(_torch.children(model), options)
+    own = {**vars(model), "_modules": parts}  # the model that this was made of keeps its own
+    bound = {k: v for k, v in own.items() if isinstance(v, MethodType) and v.__self__ is was}
+    own.update({k: MethodType(v.__func__, model) for k, v in bound.items()})
+    object.__setattr__(model, "__dict__", own)
+
+
+def _parts(children: dict[str, nn.Module | None], options: Options) -> dict[str, nn.Module | None]:
+    """Return a table of sub-modules with what `_part` makes of them, which know their place in it."""
+    table = {name: _part(m, options) for name, m in children.items()}
+    for name, part in table.items():
+        if part is not children[name] and isinstance(part, Reversible):
+            part.revfx.place = table, name
+    return table
+
+
+def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
+    """Return a sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a
+    container.
+    """
+    if module is None or isinstance(module, (Reversible, torch.jit.ScriptModule)) or _torch.has_hooks(module):
+        return module
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        twin = object.__new__(type(module))
+        twin.__dict__.update(vars(module))
+        twin.__dict__["_modules"] = _parts(_torch.children(module), options)
+        return twin
+    if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
+        return module
+    return (
+        reversible(module, replace(options, strict=False, part=True))
+        if any(True for _ in module.children())
+        else module
+    )
