@@ -10,26 +10,16 @@ import contextlib
 import functools
 import gc
 import sys
-import weakref
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import torch
 from torch import overrides
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    in_kernel_invocation_manager,
-)
+from torch._subclasses import FakeTensor
 from torch.utils import _python_dispatch, _pytree as pytree
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-FAKE_LOGGER = "torch._subclasses.fake_tensor"  # it logs what operators on fake tensors raise
-DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
-NO_FAKE = UnsupportedFakeTensorException
 
 
 # What `autograd.Function.apply` calls in turn, whoever looked that up, and whenever (`mine = Mine.apply`).
@@ -40,105 +30,12 @@ BELOW_APPLY: Any = (
 )
 
 
-class FakeMode(FakeTensorMode):
-    """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands.
-
-    It knows which of the tensors made under it are alive.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-        self.made: list[weakref.ref[torch.Tensor]] = []
-        self.room = 4096
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs or {})
-        for t in (out,) if isinstance(out, FakeTensor) else out if isinstance(out, (tuple, list)) else ():
-            if isinstance(t, FakeTensor):
-                self.note(t)
-        return out
-
-    def note(self, t: torch.Tensor) -> None:
-        """Note that `t` was made."""
-        if len(self.made) > self.room:
-            self.made = [r for r in self.made if r() is not None]
-            self.room = 4096 + 2 * len(self.made)
-        self.made.append(weakref.ref(t))
-
-    def alive(self) -> list[torch.Tensor]:
-        """Return the tensors that somebody holds."""
-        return list({id(t): t for r in self.made if (t := r()) is not None}.values())
-
-
-def forget_shapes() -> None:
-    """Clear what torch remembers of operations on fake tensors, which grows with every new shape."""
-    FakeTensorMode.cache_clear()
-
-
-def fake_mode() -> FakeMode:
-    """Return a new mode for fake tensors."""
-    return FakeMode()
-
-
-def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> list[torch.Tensor]:
-    """Return fake tensors of `target` in the same memory as `fakes`, to which they do not lead: leaves without a
-    history.
-    """
-    with torch.no_grad(), in_kernel_invocation_manager(source):
-        bare = [(t.detach(), t.requires_grad, getattr(t, "fake_device", t.device)) for t in fakes]
-    return [FakeTensor(target, meta, device).requires_grad_(needs) for meta, needs, device in bare]
-
-
 def ran_unseen(tensor: torch.Tensor) -> bool:
     """Return whether an autograd function made `tensor`, and may have done so by an `apply` that was looked up before
     `BELOW_APPLY.apply` was replaced: then its forward was seen instead.
     """
     compiled = BELOW_APPLY is torch.autograd.Function
     return compiled and isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction)
-
-
-def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces
-    the processes hold.
-
-    Raises:
-        NO_FAKE: tensors of this kind have no fake ones.
-    """
-    if tensor.is_nested:
-        raise NO_FAKE("a nested tensor has no fake one")
-    if not is_dtensor(tensor):
-        fake = mode.from_tensor(tensor)
-        mode.note(fake)
-        return fake
-    with mode:
-        whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
-        return whole.requires_grad_(tensor.requires_grad)
-
-
-def fake(
-    mode: FakeMode,
-    shape: torch.Size,
-    stride: tuple[int, ...],
-    offset: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    base: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return a fake tensor of such a shape, in memory of its own or in that of `base`."""
-    with in_kernel_invocation_manager(mode):
-        if base is None:
-            empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        else:
-            empty = torch.empty(0, dtype=dtype, device="meta")
-            empty.set_(base.untyped_storage(), offset, shape, stride)
-    made = FakeTensor(mode, empty, device)
-    mode.note(made)
-    return made
-
-
-def is_plain_fake(value: object) -> bool:
-    """Return whether `value` is a fake tensor that stands for nothing known, such as a number."""
-    return type(value) is FakeTensor and value.constant is None
 
 
 def is_dtensor(value: object) -> bool:

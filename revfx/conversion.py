@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revfx import _torch
+from revfx import _fake, _torch
 from revfx.ambient import ambient_state
+from revfx.capture.data import Spot
 from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
-from revfx.capture.recorder import Spot
 from revfx.capture.search import Outcome, Plan, make_plan
 from revfx.compiled.dynamo import Compiled
 from revfx.eager.modes import can_store, runs_plain, storing
@@ -110,7 +110,7 @@ class Conversion:
             self.outcomes = [(c, given, o) for c, given, o in self.outcomes if not is_gone(given)]
             if len(self.outcomes) >= MOST_PLANS:
                 del self.outcomes[0]
-                _torch.forget_shapes()
+                _fake.forget_shapes()
                 self._warn(
                     f"`convert({name_of(model)})`: its forward is recorded again and again, now as {why.text} changed."
                     f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"

@@ -13,10 +13,11 @@ import networkx as nx
 import pytest
 
 
-BOTTOM = {"_torch", "errors", "ambient"}
+BOTTOM = {"_fake", "_torch", "errors", "ambient"}
 # What the files of a folder, or a file of the package's own folder, may import besides their own folder.
 MAY: dict[str, set[str]] = {
     "_torch": set(),
+    "_fake": {"_torch"},
     "errors": set(),
     "ambient": {"_torch"},
     "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
@@ -125,7 +126,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert not circles, "\n".join(circles)
 
 
-def test_private_torch_api_is_used_in_three_modules() -> None:
+def test_private_torch_api_is_used_in_four_modules() -> None:
     users: set[str] = set()
     for module, file in modules().items():
         text = file.read_text()
@@ -133,9 +134,9 @@ def test_private_torch_api_is_used_in_three_modules() -> None:
         names += [a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names]
         if any(name.startswith(PRIVATE) for name in names) or re.search(r"torch\._(C|ops|dynamo)", text):
             users.add(module)
-    assert users == {"revfx._torch", "revfx.compiled._inductor", "revfx.passes._torch"}
+    assert users == {"revfx._fake", "revfx._torch", "revfx.compiled._inductor", "revfx.passes._torch"}
 
 
-def test_no_file_is_longer_than_500_lines() -> None:
+def test_no_file_is_longer_than_450_lines() -> None:
     for file in (*modules().values(), *TESTS.rglob("*.py")):
-        assert len(file.read_text().splitlines()) <= 500, file
+        assert len(file.read_text().splitlines()) <= 450, file

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _fake, _torch
 from revfx.capture.guards import ATOMS, is_plain
 from revfx.eager.state import is_users
 
@@ -152,20 +152,20 @@ def lasts(value: Any, known: Container[int]) -> bool:
 
 
 # --- fake tensors that are left
-def of_their_own(graph: fx.Graph, mode: _torch.FakeMode) -> None:
+def of_their_own(graph: fx.Graph, mode: _fake.FakeMode) -> None:
     """Make what the nodes of `graph` carry as results fake tensors of another mode.
 
     They share memory as those of `mode` did, but have no history: then whoever holds one of `mode` is somebody else.
     """
     nodes = [n for n in graph.nodes if "val" in n.meta]
     old = {id(t): t for n in nodes for t in pytree.tree_leaves(n.meta["val"]) if _torch.is_fake(t)}
-    new = dict(zip(old, _torch.moved(old.values(), mode, _torch.fake_mode()), strict=True))
+    new = dict(zip(old, _fake.moved(old.values(), mode, _fake.fake_mode()), strict=True))
     for n in nodes:
         n.meta["val"] = pytree.tree_map(lambda t: new.get(id(t), t), n.meta["val"])
 
 
 @contextmanager
-def none_left(mode: _torch.FakeMode) -> Generator[None]:
+def none_left(mode: _fake.FakeMode) -> Generator[None]:
     """Return a context after which caches hold no fake tensor of `mode`."""
     try:
         yield
@@ -178,7 +178,7 @@ _TRANSIENT = (types.FrameType, types.TracebackType, BaseException, torch.autogra
 _LRU = type(functools.lru_cache(int))
 
 
-def let_go(mode: _torch.FakeMode, recorded: Collection[int] = ()) -> str | None:
+def let_go(mode: _fake.FakeMode, recorded: Collection[int] = ()) -> str | None:
     """Take fake tensors of `mode` out of what holds them, and return what can't be as it was before; None: all is.
 
     Called when none should be alive. Caches lose the entry, and names of objects and modules stand for None. `recorded`

@@ -9,12 +9,10 @@ behind (attributes, hooks, draws from Python's generator) makes it untraceable, 
 from __future__ import annotations
 
 import operator
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,16 +20,16 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
-from revfx.ambient import Ambience, drew, generators, restore, torchs_generator, where
+from revfx import _fake, _torch
+from revfx.ambient import Ambience, drew, generators, restore, where
 from revfx.capture.carried import Carried, carried
-from revfx.capture.effects import Snapshot, lasts, left_alone, let_go, of_their_own
-from revfx.capture.guards import ATOMS, AttributeReads, GlobalReads, gives_anew, name_of, noting_reads
+from revfx.capture.data import Capture, Spot
+from revfx.capture.effects import Snapshot, lasts, left_alone
+from revfx.capture.guards import ATOMS
 from revfx.capture.inplace import functionalise
 from revfx.capture.memo import Seen, structure
-from revfx.capture.patches import intercepted
 from revfx.capture.trail import Trail
-from revfx.capture.untraceable import Untraceable, untraceable
+from revfx.capture.untraceable import Untraceable
 from revfx.eager import dtensor
 from revfx.eager.modes import recording
 from revfx.eager.trees import meta, tensors
@@ -42,32 +40,6 @@ from revfx.passes.shape_only import of_its_shape
 from revfx.rules import op_name
 
 
-Spot = tuple[str, str]  # where a tensor hangs: the path of a module, and a name
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A recorded forward: the graph, where its inputs come from, and how its result is put together.
-
-    `inputs` are positions among the flattened arguments; `outputs` holds nodes, constants and objects to be made anew,
-    `spec` their structure.
-    `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
-    held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read,
-    `written` those that modules called whole set; `generic` says where the parameters hang that were taken for such.
-    """
-
-    graph: fx.Graph
-    inputs: tuple[int, ...]
-    outputs: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    attributes: dict[fx.Node, Spot]
-    opened: frozenset[str]
-    tied: tuple[tuple[Spot, Spot], ...] = ()
-    written: frozenset[tuple[type, str]] = frozenset()
-    generic: tuple[Spot, ...] = ()
-    reads: AttributeReads = field(default_factory=AttributeReads)
-
-
 EFFECTS = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
     "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
@@ -76,82 +48,14 @@ LOST = "which a recorded graph would not repeat"
 KEPT = "which a recorded graph would keep"
 OWN_GENERATOR = "a generator of its own"
 GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
-_lock = threading.Lock()
 
 
-def capture(
-    root: nn.Module,
-    forward: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    opened: frozenset[str],
-    carried: frozenset[Spot] = frozenset(),
-) -> Capture:
-    """Return the recorded `forward(*args, **kwargs)` of `root`, with the numbers that are attributes at `carried` as
-    inputs.
-
-    Raises:
-        Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
-    """
-    with _lock:
-        recorder = _Recorder(root, opened, carried)
-        try:
-            found = _recorded(recorder, root, forward, args, kwargs, opened)
-        finally:
-            left = let_go(recorder.fake, recorder.forget())
-        if isinstance(found, Untraceable):
-            raise found
-        if left is not None:
-            raise Untraceable(f"its forward leaves a tensor in {left}, {LOST}")
-        return found
-
-
-def _recorded(
-    recorder: _Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]
-) -> Capture | Untraceable:
-    modules, given = [*root.named_modules()], pytree.tree_leaves((args, kwargs))
-    watched = {i: path for i, (path, _) in enumerate(modules) if path == "" or path in opened}
-    before, drawn = Snapshot([m for _, m in modules]), [*generators(), torchs_generator()]
-    read = GlobalReads([forward, *(type(modules[i][1]).forward for i in watched)])
-    try:
-        if any(map(gives_anew, given)):
-            raise Untraceable("it is given an iterator, which gives something else every time")
-        # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
-        noting = noting_reads(recorder.sees, recorder.numbers)
-        with intercepted(), recorder.ambient.entered(), noting as reads, recorder.active():
-            fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
-            with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
-                result = forward(*fake_args, **fake_kwargs)
-        for i, name in before.changes():
-            if i in watched:
-                what = f"{name_of(modules[i][1])}.{name}"
-                raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i])
-        if (name := read.changed()) is not None:
-            raise Untraceable(f"its forward changes {name}, {LOST}")
-        if (name := drew(drawn, [*generators(), torchs_generator()])) is not None:
-            raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
-        if Ambience.now() != recorder.ambient:
-            raise Untraceable(f"its forward changes how kernels compute and leaves it so, {LOST}")
-        with _torch.no_torch_function():
-            return replace(recorder.finish(result), reads=reads)
-    except MemoryError:  # says nothing of the forward
-        raise
-    except Exception as e:
-        return untraceable(e, recorder.stack[-1])  # not raised from `e`, whose frames hold fake tensors
-    finally:
-        _torch.set_kernels(_torch.kernel_settings(), recorder.ambient.settings)
-        before.restore()
-        read.put_back()
-        restore(drawn)
-        of_their_own(recorder.graph, recorder.fake)
-
-
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     def __init__(self, root: nn.Module, opened: frozenset[str], carried: frozenset[Spot]) -> None:
         super().__init__()
         self.opened = opened
         self.graph = fx.Graph()
-        self.fake = _torch.fake_mode()
+        self.fake = _fake.fake_mode()
         self.paths: dict[int, str] = {}
         self.real: dict[int, tuple[Tensor, str, str]] = {}
         self.tied: list[tuple[Spot, Spot]] = []
@@ -232,7 +136,7 @@ class _Recorder(TorchFunctionMode):
             self.alive.append(t)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
-                fake = self.fakes[id(t)] = _torch.to_fake(self.fake, t, self.computed_in.get(id(t)))
+                fake = self.fakes[id(t)] = _fake.to_fake(self.fake, t, self.computed_in.get(id(t)))
             if self._is_generic(t):
                 self.trail.own.add(id(fake))
         return fake

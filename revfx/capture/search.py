@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _fake, _torch
 from revfx.ambient import Ambience
 from revfx.capture.carried import Carried
+from revfx.capture.data import Capture, Spot
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, Weights, module_guards, name_of
-from revfx.capture.recorder import Capture, Spot, capture
+from revfx.capture.trace import capture
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.calls import Call, Slot
 from revfx.eager.executor import run_region
@@ -159,7 +160,7 @@ def make_plan(
     search = _Search(root, forward, args, kwargs, anchor_every, exact, carried)
     try:
         # the fake forward may run inside another region, and under modes that count or change what runs
-        with without_hooks(), outside_modes(), muted(_torch.FAKE_LOGGER):
+        with without_hooks(), outside_modes(), muted(_fake.FAKE_LOGGER):
             return search.run()
     except Untraceable as e:
         name = name_of(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from revfx import _torch
+from revfx import _fake
 from revfx.ambient import where_raised
 
 
@@ -32,7 +32,7 @@ def untraceable(error: Exception, path: str) -> Untraceable:
     if isinstance(error, Untraceable):
         path = path if error.path is None else error.path
         return Untraceable(error.reason, error.where or where, path, error.compiles, error.opens)
-    if isinstance(error, _torch.DATA_DEPENDENT):
+    if isinstance(error, _fake.DATA_DEPENDENT):
         return Untraceable("its Python code depends on the values of a tensor", where, path)
     text = str(error).splitlines()[0] if str(error) else ""
     return Untraceable(f"running it on fake tensors raised {type(error).__name__}: {text}", where, path)

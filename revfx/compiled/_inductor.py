@@ -34,7 +34,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomParti
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 
-from revfx._torch import FAKE_LOGGER
+from revfx._fake import FAKE_LOGGER
 from revfx.errors import RevfxWarning
 from revfx.passes.joint.forward import draws
 from revfx.passes.sizes import muted

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _fake
 from revfx.capture.guards import name_of
 from revfx.capture.search import Outcome, Plan, make_plan
 from revfx.conversion import Options
@@ -136,7 +136,7 @@ def _predicted(
         stage("counting a plain step")
         plain = simulation.step(forward, loss)
     except Exception as e:
-        if not (measure or isinstance(e, (*_torch.DATA_DEPENDENT, _torch.NO_FAKE))):
+        if not (measure or isinstance(e, (*_fake.DATA_DEPENDENT, _fake.NO_FAKE))):
             raise
         return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
     plan, runs = outcome.plan, list[Regeneration]()

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from revfx import _torch
+from revfx import _fake, _torch
 from revfx.ambient import generators, restore
 from revfx.capture.effects import Snapshot, none_left
 from revfx.capture.guards import GlobalReads
@@ -92,7 +92,7 @@ class Simulation:
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.model, self.given = model, (args, kwargs)
-        self.mode = _torch.fake_mode()
+        self.mode = _fake.fake_mode()
         self.shapes = Shapes(self.mode)
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -117,7 +117,7 @@ class Simulation:
     def _fake(self, t: Tensor) -> Tensor:
         """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
         if id(t) not in self.fakes:
-            fake = _torch.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
+            fake = _fake.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
             if isinstance(t, nn.Parameter):
                 fake = nn.Parameter(fake, t.requires_grad)
                 if t.requires_grad:
@@ -150,7 +150,7 @@ class Simulation:
         around: Callable[[Ledger], AbstractContextManager[Any]] | None,
     ) -> Timeline:
         ledger = Ledger(self.shapes)
-        quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
+        quiet = muted(_fake.FAKE_LOGGER)  # which prints a traceback besides raising
         with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
             for _, fake in self.fakes.values():
                 ledger.enter(fake, counted=False)
@@ -198,7 +198,7 @@ class Shapes:
         known, key = _only_makes(func), None
         if known:
             key = func, *(_key(a, tensors) for a in args), *((k, _key(a, tensors)) for k, a in kwargs.items())
-            known = all(_torch.is_plain_fake(t) and t.layout == torch.strided for t in tensors)
+            known = all(_fake.is_plain_fake(t) and t.layout == torch.strided for t in tensors)
         found = self.seen.get(key) if known else None
         if found is None:
             out = func(*args, **kwargs)
@@ -208,7 +208,7 @@ class Shapes:
         return self._made(found, tensors) if isinstance(found, Result) else tuple(self._made(r, tensors) for r in found)
 
     def _made(self, result: Result, tensors: list[Tensor]) -> Tensor:
-        return _torch.fake(self.mode, *result[:5], tensors[0] if result.shared else None)
+        return _fake.fake(self.mode, *result[:5], tensors[0] if result.shared else None)
 
 
 @functools.cache
@@ -233,7 +233,7 @@ def _result(out: Any, tensors: list[Tensor]) -> Any:
     if isinstance(out, (tuple, list)):
         found = [_result(t, tensors) for t in out]
         return tuple(found) if all(isinstance(r, Result) for r in found) else None
-    if not _torch.is_plain_fake(out) or out.layout != torch.strided or out.is_conj() or out.is_neg():
+    if not _fake.is_plain_fake(out) or out.layout != torch.strided or out.is_conj() or out.is_neg():
         return None
     shared = any(_torch.storage_key(t) == _torch.storage_key(out) for t in tensors)
     if shared and (len(tensors) > 1 or out is tensors[0]):

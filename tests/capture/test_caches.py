@@ -18,7 +18,7 @@ from helpers import deep_but, fp64 as fp64, mlp
 from torch import Tensor, nn
 
 import revfx
-from revfx import _torch
+from revfx import _fake, _torch
 from revfx.capture import effects
 from revfx.capture.effects import let_go
 from revfx.testing import assert_same_grads
@@ -440,8 +440,8 @@ class Slots:
         self.table = table
 
 
-def fake() -> tuple[_torch.FakeMode, Tensor]:
-    mode = _torch.fake_mode()
+def fake() -> tuple[_fake.FakeMode, Tensor]:
+    mode = _fake.fake_mode()
     with mode:
         return mode, torch.ones(3)
 
@@ -483,7 +483,7 @@ def test_what_nothing_can_be_done_about_is_told() -> None:
 
 
 def test_its_history_goes_with_it() -> None:
-    mode = _torch.fake_mode()
+    mode = _fake.fake_mode()
     kept = list[Tensor]()
     with mode:
         y = torch.ones(3, requires_grad=True)

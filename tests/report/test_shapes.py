@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from revfx import _torch
+from revfx import _fake, _torch
 from revfx.report.simulate import Shapes
 
 
@@ -40,7 +40,7 @@ def alike(got: Any, want: Any) -> bool:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_remembered_is_what_torch_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     func, operands = CASES[name]
-    mode = _torch.fake_mode()
+    mode = _fake.fake_mode()
     shapes, x = Shapes(mode), mode.from_tensor(torch.randn(4, 6))
     args = operands(x)
     want = shapes.run(func, args, {})
@@ -59,7 +59,7 @@ def test_what_is_remembered_is_what_torch_gives(name: str, monkeypatch: pytest.M
 
 
 def test_other_shapes_strides_numbers_and_keywords_are_looked_into_again() -> None:
-    mode = _torch.fake_mode()
+    mode = _fake.fake_mode()
     shapes, x = Shapes(mode), mode.from_tensor(torch.randn(4, 6))
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
         (aten.sum.dim_IntList, (x, [1]), {}),
@@ -76,11 +76,11 @@ def test_other_shapes_strides_numbers_and_keywords_are_looked_into_again() -> No
 
 
 def test_writes_real_tensors_and_values_are_left_to_torch() -> None:
-    mode = _torch.fake_mode()
+    mode = _fake.fake_mode()
     shapes, x = Shapes(mode), mode.from_tensor(torch.randn(4, 6))
     assert shapes.run(aten.add_.Tensor, (x, 1), {}) is x
     for _ in range(2):
         assert shapes.run(aten.add.Tensor, (torch.ones(2), 1), {}).tolist() == [2, 2]
-    with pytest.raises(_torch.DATA_DEPENDENT):
+    with pytest.raises(_fake.DATA_DEPENDENT):
         shapes.run(aten.nonzero.default, (x,), {})
     assert not shapes.seen

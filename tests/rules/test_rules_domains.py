@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 import revfx
 from revfx import rules
-from revfx.capture.recorder import capture
 from revfx.capture.search import call_of
+from revfx.capture.trace import capture
 from revfx.converted import Reversible
 from revfx.errors import RevfxWarning
 from revfx.passes.arcs import lower

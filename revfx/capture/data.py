@@ -1,0 +1,37 @@
+"""What a recording gives: a graph, and where its inputs and results belong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from revfx.capture.guards import AttributeReads
+
+
+Spot = tuple[str, str]  # where a tensor hangs: the path of a module, and a name
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A recorded forward: the graph, where its inputs come from, and how its result is put together.
+
+    `inputs` are positions among the flattened arguments; `outputs` holds nodes, constants and objects to be made anew,
+    `spec` their structure.
+    `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
+    held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read,
+    `written` those that modules called whole set; `generic` says where the parameters hang that were taken for such.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[int, ...]
+    outputs: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    attributes: dict[fx.Node, Spot]
+    opened: frozenset[str]
+    tied: tuple[tuple[Spot, Spot], ...] = ()
+    written: frozenset[tuple[type, str]] = frozenset()
+    generic: tuple[Spot, ...] = ()
+    reads: AttributeReads = field(default_factory=AttributeReads)

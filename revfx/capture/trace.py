@@ -1,0 +1,90 @@
+"""One forward, recorded on fake tensors: what it may leave behind is named, undone, or makes it untraceable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.ambient import Ambience, drew, generators, restore, torchs_generator
+from revfx.capture.data import Capture, Spot
+from revfx.capture.effects import Snapshot, left_alone, let_go, of_their_own
+from revfx.capture.guards import GlobalReads, gives_anew, name_of, noting_reads
+from revfx.capture.patches import intercepted
+from revfx.capture.recorder import GIVEN, LOST, Recorder
+from revfx.capture.untraceable import Untraceable, untraceable
+
+
+_lock = threading.Lock()
+
+
+def capture(
+    root: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    opened: frozenset[str],
+    carried: frozenset[Spot] = frozenset(),
+) -> Capture:
+    """Return the recorded `forward(*args, **kwargs)` of `root`, with the numbers that are attributes at `carried` as
+    inputs.
+
+    Raises:
+        Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
+    """
+    with _lock:
+        recorder = Recorder(root, opened, carried)
+        try:
+            found = _recorded(recorder, root, forward, args, kwargs, opened)
+        finally:
+            left = let_go(recorder.fake, recorder.forget())
+        if isinstance(found, Untraceable):
+            raise found
+        if left is not None:
+            raise Untraceable(f"its forward leaves a tensor in {left}, {LOST}")
+        return found
+
+
+def _recorded(
+    recorder: Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]
+) -> Capture | Untraceable:
+    modules, given = [*root.named_modules()], pytree.tree_leaves((args, kwargs))
+    watched = {i: path for i, (path, _) in enumerate(modules) if path == "" or path in opened}
+    before, drawn = Snapshot([m for _, m in modules]), [*generators(), torchs_generator()]
+    read = GlobalReads([forward, *(type(modules[i][1]).forward for i in watched)])
+    try:
+        if any(map(gives_anew, given)):
+            raise Untraceable("it is given an iterator, which gives something else every time")
+        # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
+        noting = noting_reads(recorder.sees, recorder.numbers)
+        with intercepted(), recorder.ambient.entered(), noting as reads, recorder.active():
+            fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
+            with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
+                result = forward(*fake_args, **fake_kwargs)
+        for i, name in before.changes():
+            if i in watched:
+                what = f"{name_of(modules[i][1])}.{name}"
+                raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i])
+        if (name := read.changed()) is not None:
+            raise Untraceable(f"its forward changes {name}, {LOST}")
+        if (name := drew(drawn, [*generators(), torchs_generator()])) is not None:
+            raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
+        if Ambience.now() != recorder.ambient:
+            raise Untraceable(f"its forward changes how kernels compute and leaves it so, {LOST}")
+        with _torch.no_torch_function():
+            return replace(recorder.finish(result), reads=reads)
+    except MemoryError:  # says nothing of the forward
+        raise
+    except Exception as e:
+        return untraceable(e, recorder.stack[-1])  # not raised from `e`, whose frames hold fake tensors
+    finally:
+        _torch.set_kernels(_torch.kernel_settings(), recorder.ambient.settings)
+        before.restore()
+        read.put_back()
+        restore(drawn)
+        of_their_own(recorder.graph, recorder.fake)
