@@ -23,23 +23,15 @@ from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
 from revfx.capture.guards import ATOMS, is_plain
-from revfx.eager.state import is_users
+from revfx.eager.state import CONTAINERS, content, fill, holds, is_users
 
 
-CONTAINERS = (list, dict, set, deque)
 LONG = 10_000  # entries of a container that is data, and not noted
 DEPTH = 6  # how far containers and objects that a forward is given are followed
 Held = list[tuple[Any, tuple[Any, ...]]]  # containers, each with what was in it
 
 
 # --- modules, and what a forward is given
-def content(container: Any) -> tuple[Any, ...]:
-    """Return what a container holds, keys and values of a dict in turn."""
-    if isinstance(container, dict):
-        return tuple(x for pair in dict.items(container) for x in pair)
-    return tuple(container)
-
-
 def held_by(values: Iterable[Any], depth: int = DEPTH) -> Held:
     """Return the containers, and the attribute tables of plain objects, among `values` and in each other."""
     found: dict[int, tuple[Any, tuple[Any, ...]]] = {}
@@ -50,7 +42,7 @@ def held_by(values: Iterable[Any], depth: int = DEPTH) -> Held:
         for t in tables:
             if id(t) not in found:
                 found[id(t)] = t, content(t)
-                inner += found[id(t)][1]
+                inner += (x for item in found[id(t)][1] for x in (item if type(item) is tuple else (item,)))
         level = [x for x in inner if not isinstance(x, (*ATOMS, Tensor))]
     return [*found.values()]
 
@@ -59,21 +51,10 @@ def _table(value: Any) -> Any:
     return value if isinstance(value, CONTAINERS) else vars(value) if is_plain(value) else None
 
 
-def differs(container: Any, then: tuple[Any, ...]) -> bool:
-    """Return whether a container holds other objects than it held."""
-    now = content(container)
-    return len(now) != len(then) or not all(map(is_, now, then))
-
-
 def put_back(held: Held) -> None:
     """Make each container hold again what it held."""
     for container, then in held:
-        if differs(container, then):
-            container.clear()
-            if isinstance(container, dict):
-                container.update(zip(then[::2], then[1::2], strict=True))
-            else:
-                (container.update if isinstance(container, set) else container.extend)(then)
+        fill(container, then)
 
 
 class Snapshot:
@@ -95,7 +76,7 @@ class Snapshot:
             for table, then in tables:
                 if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
                     yield from ((i, k) for k in {**then, **table} if table.get(k, self) is not then.get(k, self))
-        yield from ((i, k) for i, k, held in self.held if any(differs(c, then) for c, then in held))
+        yield from ((i, k) for i, k, held in self.held if not all(holds(c, then) for c, then in held))
 
     def written(self) -> set[tuple[type, str]]:
         """Return the attributes that are not what they were: pairs of a module's class and a name."""
@@ -127,7 +108,7 @@ def left_alone(tree: Any, error: Exception) -> Generator[None]:
     try:
         yield
         now, spec_now = pytree.tree_flatten(tree)
-        same = spec_now == spec and all(map(is_, leaves, now)) and not any(differs(c, then) for c, then in held)
+        same = spec_now == spec and all(map(is_, leaves, now)) and all(holds(c, then) for c, then in held)
     finally:
         put_back(held)
     if not same:

@@ -96,13 +96,10 @@ class RegionRun(Regeneration):
                     self._note(v, t)
                 if held:
                     self._keep_all(self.kept, [v for v in made if v in held], env)
-                lost = lost or (self.looks and plan.sums.lose(index, env, self.kept, self.plan.tolerance))
+                lost = lost or plan.sums.lose(index, env, self.kept, self.plan.tolerance)
             for v in plan.dead[at]:
                 env.pop(v, None)
-        if lost:
-            self.plan.lossy.add(number)
         with self.quiet:
-            lost = number in self.plan.lossy
             unsafe, growing = growth.close(step, env, lower, replayed=number == 0 or plan.anchored, lost=lost)
             if unsafe:
                 self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)

@@ -64,7 +64,6 @@ class Regeneration:
         self.samples = Samples(program, eps)
         dtypes = [program.values[v].dtype for v in region.entry]
         self.sides = Sides(0 if plan.exact else number, len(region.steps), dtypes, eps)
-        self.looks = number & (number - 1) == 0
         with self.quiet:
             self.random = Random(self.devices)
         self.lock = threading.RLock()

@@ -81,9 +81,8 @@ class RegionPlan:
     need).
 
     `anchors` are the cuts that are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the
-    number of cuts that the latest forward kept, `calls` counts forwards; `warned` is set once drift was warned of,
-    `warning` is what the first run has to say, and `lossy` are the steps that were seen to hold a sum which can't be
-    undone: calls 1, 2, 4, 8... look.
+    number of cuts that the latest forward kept, `calls` counts forwards; `warned` is set once drift was warned of, and
+    `warning` is what the first run has to say.
     """
 
     program: Program
@@ -94,7 +93,6 @@ class RegionPlan:
     step_of: dict[int, int] = field(default_factory=dict[int, int])
     kept: int = 0
     warned: bool = False
-    lossy: set[int] = field(default_factory=set[int])
     calls: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def __post_init__(self) -> None:

@@ -236,7 +236,7 @@ class CallState:
         values = read(table)
         if not _ATOMS.issuperset(map(type, values)):
             held = [v for v in values if isinstance(v, CONTAINERS) and len(v) <= LONG]
-            self.contents += [(c, _bare(_content(c))) for c in held]
+            self.contents += [(c, _bare(content(c))) for c in held]
             values = _bare(values)
         self.attributes.append((table, names, values, size))
 
@@ -279,7 +279,7 @@ class CallState:
             lock.acquire()
         moves = _torch.fsdp_in_use()  # it frees and gathers storages by design
         tables = [(t, t.copy()) for t, *_ in self.attributes]
-        contents = [(c, _content(c)) for c, _ in self.contents]
+        contents = [(c, content(c)) for c, _ in self.contents]
         cells = [(c, now) for c, then in self.cells if (now := c.cell_contents) is not then]
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         turned: list[tuple[Tensor, bool]] = []
@@ -293,7 +293,7 @@ class CallState:
                     del table[name]
                 table.update(then)
             for container, then in contents:
-                _fill(container, then)
+                fill(container, then)
             for cell, now in cells:
                 cell.cell_contents = now
             for t, needs in turned:
@@ -327,7 +327,7 @@ class CallState:
                         del table[name]
                     table.update(zip(names, values, strict=True))
             for container, then in self.contents:
-                _fill(container, then)
+                fill(container, then)
             for cell, then in self.cells if cells else ():
                 cell.cell_contents = then
             for table, name, _, _, copy in self.buffers:
@@ -378,16 +378,22 @@ def _held(cell: types.CellType) -> Any:
         return EMPTY
 
 
-def _content(container: Any) -> tuple[Any, ...]:
+def content(container: Any) -> tuple[Any, ...]:
+    """Return what a container holds; of a dict its pairs."""
     return tuple(container.items() if isinstance(container, dict) else container)
 
 
-def _fill(container: Any, then: tuple[Any, ...]) -> None:
-    now = _content(container)
-    if len(now) == len(then) and all(map(_same, now, then)):
-        return
-    container.clear()
-    (container.update if isinstance(container, (dict, set)) else container.extend)(then)
+def holds(container: Any, then: tuple[Any, ...]) -> bool:
+    """Return whether a container holds the objects that it held."""
+    now = content(container)
+    return len(now) == len(then) and all(map(_same, now, then))
+
+
+def fill(container: Any, then: tuple[Any, ...]) -> None:
+    """Make a container hold what it held."""
+    if not holds(container, then):
+        container.clear()
+        (container.update if isinstance(container, (dict, set)) else container.extend)(then)
 
 
 def _same(now: Any, then: Any) -> bool:

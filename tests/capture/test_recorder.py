@@ -15,6 +15,7 @@ from torch.utils._pytree import register_pytree_node
 from zoo import D, mlp
 
 import revfx
+from revfx import conversion
 from revfx.errors import RevfxWarning
 from revfx.testing import assert_same_grads
 
@@ -325,8 +326,8 @@ class Residual(nn.Module):
 
 def test_refusal_is_searched_for_once_while_lists_on_the_model_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     searches: list[int] = []
-    make = revfx.convert.__globals__["make_plan"]
-    monkeypatch.setitem(revfx.convert.__globals__, "make_plan", lambda *a: (searches.append(1), make(*a))[1])
+    make = conversion.make_plan
+    monkeypatch.setattr(conversion, "make_plan", lambda *a: (searches.append(1), make(*a))[1])
     model = Residual()
     converted = revfx.convert(model)
     with pytest.warns(RevfxWarning, match="computed from itself"):
