@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,15 +94,13 @@ class Conversion:
             return self.own_forward
         return functools.partial(type(model)._revfx_base.forward, model)  # type: ignore[union-attr]
 
-    def prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
-        """Return the outcome for calls like this one, made now if there is none."""
-        leaves, spec = _torch.flatten((args, kwargs))
+    def prepare(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Outcome:
+        """Return the outcome for calls like this one, whose arguments are these leaves, made now if there is none."""
         call = (_call_key(leaves), spec, ambient_state())
-        objects = tuple([(i, key(x)) for i, x in enumerate(leaves) if not isinstance(x, (*ATOMS, Tensor))])
         with self.lock:
             why = Change("the shapes, types or values of its arguments")
             for known, given, outcome in reversed(self.outcomes):
-                if known == call and (outcome.plan is None or given == objects):
+                if known == call and (outcome.plan is None or given == _objects(leaves)):
                     change = outcome.stale()
                     if change is None:
                         return outcome
@@ -125,7 +123,7 @@ class Conversion:
                 self.carried, self.constant = frozenset[Spot](), self.constant | self.carried
                 outcome = make(self.carried)
             self._report(model, outcome)
-            self.outcomes.append((call, objects, outcome))
+            self.outcomes.append((call, _objects(leaves), outcome))
             return outcome
 
     def _carries(self, model: nn.Module, change: Change) -> frozenset[Spot]:
@@ -197,7 +195,7 @@ class Conversion:
         forward = self.forward(model)
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        leaves, _ = _torch.flatten((args, kwargs))
+        leaves, spec = _torch.flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         plain = runs_plain(tensors)
         store = plain and (storing() or self.options.exact is not None) and can_store(tensors)
@@ -207,7 +205,7 @@ class Conversion:
             self.compiled = self._compile(model)
         outcome = None
         if self.compiled is None:
-            outcome = self.prepare(model, args, kwargs)
+            outcome = self.prepare(model, args, kwargs, leaves, spec)
             if outcome.plan is not None:
                 return outcome.plan.run(leaves, store=plain)
         compiled = self.compiled
@@ -235,7 +233,12 @@ class Conversion:
                 self.compiled_tried = False
 
 
-def _call_key(leaves: list[Any]) -> tuple[Any, ...]:
+def _objects(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments that are neither tensors nor plain values, by what is in them."""
+    return tuple([(i, key(x)) for i, x in enumerate(leaves) if not isinstance(x, (*ATOMS, Tensor))])
+
+
+def _call_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """Return shapes, dtypes, layout and `requires_grad` of tensors, which of them share memory; other arguments by
     value, or of objects by class.
     """

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from revfx import _torch
 from revfx.conversion import Options
 from revfx.converted import Reversible, reversible
 from revfx.passes.grid import checked_exact
@@ -85,5 +86,5 @@ def convert(
         one = isinstance(example_inputs, torch.Tensor)
         args = (example_inputs,) if one else () if isinstance(example_inputs, dict) else tuple(example_inputs)
         kwargs = example_inputs if isinstance(example_inputs, dict) else {}
-        converted.revfx.prepare(converted, args, kwargs)
+        converted.revfx.prepare(converted, args, kwargs, *_torch.flatten((args, kwargs)))
     return converted

@@ -48,8 +48,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("revfx.eager.cancellation", "revfx.passes.cancel"): "what runs measure of numbers",
     ("revfx.eager.numerics", "revfx.passes.numbers"): "what runs measure of numbers",
     ("revfx.eager.numerics", "revfx.passes.unchanged"): "what runs measure of numbers",
-    ("revfx.eager.sides", "revfx.passes.names"): "which operations have kinks",
-    ("revfx.eager.sides", "revfx.passes.numbers"): "what runs measure of numbers",
+    ("revfx.eager.branches", "revfx.passes.names"): "which operations have kinks",
+    ("revfx.eager.branches", "revfx.passes.numbers"): "what runs measure of numbers",
 }
 PRIVATE = ("torch._C", "torch._subclasses", "torch._functorch", "torch._dynamo", "torch._inductor", "functorch")
 TESTS = Path(__file__).parent

@@ -14,11 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch
 from revfx.ambient import autocast_of, autocast_states, kernels_of, settings
 from revfx.eager import dtensor, numerics
+from revfx.eager.branches import BranchSamples
 from revfx.eager.calls import Call
 from revfx.eager.checks import Checksums, Ranges, Samples, changed
 from revfx.eager.layout import leaf, placed, restrided
 from revfx.eager.region_plan import Env, Handle, RegionPlan, watching
-from revfx.eager.sides import Sides
 from revfx.eager.state import CallState, Random
 from revfx.errors import RegenerationError
 from revfx.passes.closure import Forward
@@ -63,7 +63,7 @@ class Regeneration:
         eps = max(casting, default=0.0)
         self.samples = Samples(program, eps)
         dtypes = [program.values[v].dtype for v in region.entry]
-        self.sides = Sides(0 if plan.exact else number, len(region.steps), dtypes, eps)
+        self.sides = BranchSamples(0 if plan.exact else number, len(region.steps), dtypes, eps)
         with self.quiet:
             self.random = Random(self.devices)
         self.lock = threading.RLock()

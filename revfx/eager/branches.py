@@ -105,7 +105,7 @@ def _can_be_read(t: Tensor) -> bool:
     return plain and t.numel() > 0 and not t.is_complex() and (not t.is_floating_point() or t.dtype.itemsize > 1)
 
 
-class Sides:
+class BranchSamples:
     """Those of the operations inside the functions of one call of a region, in as many of its steps as it `watches`.
 
     `calls` says the how many-th call it is, 0 for none; `dtypes` are those of the streams, `eps` that of the narrowest

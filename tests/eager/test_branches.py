@@ -12,7 +12,7 @@ from helpers import loss_of
 from torch import Tensor, nn
 
 import revfx
-from revfx.eager.sides import SIDES, Sides
+from revfx.eager.branches import SIDES, BranchSamples
 from revfx.errors import RegenerationError
 from revfx.testing import store_activations
 
@@ -67,7 +67,7 @@ def test_every_operation_has_a_sample() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_that_stands_on_its_kink(name: str) -> None:
     compares, at = OPERATIONS[name]
-    sides = Sides(1, 1, [torch.float32], 0.0)
+    sides = BranchSamples(1, 1, [torch.float32], 0.0)
     ties = torch.where(torch.arange(N * D).view(N, D) % 3 == 0, at, 77.77)
     noise = 4e-7 * max(abs(at), 1.0) * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     with sides.noted(0):
@@ -82,7 +82,7 @@ def test_an_operation_that_stands_on_its_kink(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_rounding_moves_nothing_across_a_kink_elsewhere(name: str) -> None:
     compares, _ = OPERATIONS[name]
-    sides = Sides(1, 1, [torch.float32], 0.0)
+    sides = BranchSamples(1, 1, [torch.float32], 0.0)
     x = 3 * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     with sides.noted(0):
         compares(x)
@@ -107,7 +107,7 @@ def test_rounding_moves_nothing_across_a_kink_elsewhere(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*quantize.*")
 def test_numbers_that_can_not_be_read_are_left_alone(compares: Compares) -> None:
-    sides, x = Sides(1, 1, [torch.float32], 0.0), torch.randn(N, D)
+    sides, x = BranchSamples(1, 1, [torch.float32], 0.0), torch.randn(N, D)
     with sides.noted(0):
         compares(x)
     with sides.compared(0, "`f`"):
@@ -137,7 +137,7 @@ def test_a_converted_model_that_compares_what_it_computed_in_two_ways() -> None:
     torch.manual_seed(0)
     converted = revfx.convert(TwoWays())
     x = [torch.randn(16 * N, D) for _ in range(3)]
-    with pytest.raises(RegenerationError, match=r"`maximum` .*test_sides.py:\d+\): `maximum` compares"):
+    with pytest.raises(RegenerationError, match=r"`maximum` .*test_branches.py:\d+\): `maximum` compares"):
         loss_of(converted(*x)).backward()
     converted.zero_grad()
     with store_activations():
@@ -209,5 +209,7 @@ def test_functions_that_are_made_anew_are_known_by_their_code() -> None:
 
 
 def test_of_many_steps_some_are_watched() -> None:
-    found = [sum(map(Sides(4, steps, [torch.float32], 0.0).watches, range(steps))) for steps in (6, 1024, 20_000)]
+    found = [
+        sum(map(BranchSamples(4, steps, [torch.float32], 0.0).watches, range(steps))) for steps in (6, 1024, 20_000)
+    ]
     assert found == [6, 1024, 1053]
