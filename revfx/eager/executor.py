@@ -155,7 +155,7 @@ class RegionRun(Regeneration):
         if fresh:
             read = [(v, env[v]) for v in op.ins if v in env]
             self._settle(index, fresh, [*read, *zip(op.outs, outs, strict=True)])
-        if op.opaque and (unseen or self.sides.watches(self.plan.step_of[index])):
+        if op.opaque and (unseen or self.branches.watches(self.plan.step_of[index])):
             with self.quiet:
                 saved = [t if handle.value is None else None for handle, t in fresh]
                 kept = all(v in self.kept for v in op.ins)
@@ -180,8 +180,8 @@ class RegionRun(Regeneration):
         with self.quiet:
             state, returned = CallState(call.name, call.reach), False
         try:
-            if self.sides.watches(self.plan.step_of[index]):
-                with self.sides.noted(index):
+            if self.branches.watches(self.plan.step_of[index]):
+                with self.branches.noted(index):
                     outs = self._invoke(call, index, env)
             else:
                 outs = self._invoke(call, index, env)

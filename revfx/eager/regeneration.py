@@ -63,7 +63,7 @@ class Regeneration:
         eps = max(casting, default=0.0)
         self.samples = Samples(program, eps)
         dtypes = [program.values[v].dtype for v in region.entry]
-        self.sides = BranchSamples(0 if plan.exact else number, len(region.steps), dtypes, eps)
+        self.branches = BranchSamples(0 if plan.exact else number, len(region.steps), dtypes, eps)
         with self.quiet:
             self.random = Random(self.devices)
         self.lock = threading.RLock()
@@ -259,8 +259,8 @@ class Regeneration:
                     stack.enter_context(_torch.modes_of(self.settings[1]))
                 if casts:
                     stack.enter_context(autocast_of(self.autocast, self.cached))
-                if index in self.sides.seen:
-                    stack.enter_context(self.sides.compared(index, self._named(index)))
+                if index in self.branches.seen:
+                    stack.enter_context(self.branches.compared(index, self._named(index)))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(saved_tensors_hooks(pack, unpack))
                 outs = [dtensor.arrived(t.detach()) for t in call.invoke(inputs)]
