@@ -316,7 +316,8 @@ def _differs(now: Any, value: Any, then: Any) -> bool:
 
 
 def _is_installed(function: types.FunctionType) -> bool:
-    return "site-packages" in function.__code__.co_filename or (function.__module__ or "").startswith(_OURS)
+    theirs = str(function.__module__ or "").partition(".")[0] in _OURS
+    return theirs or "site-packages" in function.__code__.co_filename
 
 
 # --- weights

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -164,16 +165,13 @@ class Reach:
         elif isinstance(item, types.MethodType):
             return item.__self__, item.__func__
         elif isinstance(item, types.FunctionType):
-            theirs = (item.__module__ or "").partition(".")[0] in (
-                "torch",
-                "revfx",
-            )  # perhaps wrapped around the user's
-            known = {} if theirs else item.__globals__
+            # what torch's and revfx's own close over may be the user's
+            known = {} if _top(item) in ("torch", "revfx") else item.__globals__
             self.cells += item.__closure__ or ()
             return *closed_over(item), *(known[n] for n in global_names(item.__code__) if n in known)
         elif isinstance(item, (*CONTAINERS, tuple)):
             return _items(item)
-        elif type(item) not in _ATOMS and not isinstance(item, (type, types.ModuleType, types.BuiltinFunctionType)):
+        elif not isinstance(item, type) and _top(type(item)) not in sys.stdlib_module_names | {"torch"}:
             return _items(getattr(item, "__dict__", ()))
         return ()
 
@@ -188,6 +186,10 @@ class Reach:
                 further += [v for v in _layout(m, table).read(table) if type(v) not in _ATOMS]
                 stack.extend(c for c in _torch.children(m).values() if c is not None)
         return further
+
+
+def _top(item: Any) -> str:
+    return str(item.__module__ or "").partition(".")[0]
 
 
 def _items(container: Any) -> Iterable[Any]:
@@ -207,8 +209,8 @@ class CallState:
     """What one call depends on, noted as it begins; `random` is set where it drew.
 
     `attributes` are tables with names, values and sizes; `contents` containers, and `cells` variables, with what was in
-    them; `buffers` those
-    that the call may write: table, name, tensor, version and a copy; `versions` the tensors that must not change.
+    them; `buffers` those that the call may write: table, name, tensor, version and a copy; `versions` the tensors that
+    must not change.
     """
 
     __slots__ = ("attributes", "buffers", "cells", "contents", "learns", "locks", "name", "random", "reach", "versions")
@@ -265,6 +267,13 @@ class CallState:
                 written.names[training] = frozenset(name for (_, name, *_), did in mine if did)
             self.versions += [_version(*b[:3]) for b, did in zip(self.buffers, wrote, strict=True) if not did]
             self.buffers = [b for b, did in zip(self.buffers, wrote, strict=True) if did]
+        for module, written in (
+            self.reach.buffers if returned else ()
+        ):  # what only later calls write, as after a warm-up
+            table, known = _torch.buffers(module), written.names.get(module.training, frozenset[str]())
+            late = [v[1] for v in self.versions if v[0] is table and _torch.version(v[2]) != v[3]]
+            if late:
+                written.names[module.training] = known.union(late)
         while self.locks:
             self.locks.pop().release()
 
@@ -280,7 +289,7 @@ class CallState:
         moves = _torch.fsdp_in_use()  # it frees and gathers storages by design
         tables = [(t, t.copy()) for t, *_ in self.attributes]
         contents = [(c, content(c)) for c, _ in self.contents]
-        cells = [(c, now) for c, then in self.cells if (now := c.cell_contents) is not then]
+        cells = [(c, now) for c, then in self.cells if (now := _held(c)) is not then]
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         turned: list[tuple[Tensor, bool]] = []
         random = None if self.random is None else Random([d for d, _ in self.random.others])
@@ -295,7 +304,10 @@ class CallState:
             for container, then in contents:
                 fill(container, then)
             for cell, now in cells:
-                cell.cell_contents = now
+                if now is EMPTY:
+                    del cell.cell_contents
+                else:
+                    cell.cell_contents = now
             for t, needs in turned:
                 t.requires_grad_(not needs)
             if random is not None:
@@ -358,7 +370,10 @@ def _bare(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor) and not value.is_leaf:
         return value.detach().requires_grad_()
-    return _bare(value) if type(value) is tuple else value
+    if type(value) is not tuple:
+        return value
+    made = _bare(value)
+    return value if all(map(is_, made, value)) else made
 
 
 def _version(table: dict[str, Any] | None, name: str, t: Tensor) -> Version:

@@ -181,6 +181,36 @@ def test_buffers_that_a_call_does_not_write_are_copied_by_none_but_the_first(way
     assert all(int(f.calls) == 3 for f in counted)
 
 
+class Warms(nn.Module):
+    """Begins to write to a buffer in its fourth call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.mean = mlp(), nn.Buffer(torch.zeros(4))
+        self.calls = nn.Buffer(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.inner(x)
+        if self.calls > 3:
+            self.mean.lerp_(h.detach().mean(0), 0.1)
+        return h - self.mean
+
+
+def test_a_buffer_that_is_written_late_is_named_once_and_copied_then() -> None:
+    f, g = Warms(), mlp()
+
+    def step() -> None:
+        loss_of(revfx.rev_block(leaf(5, 4), leaf(5, 4), f, g, 1)).backward()
+
+    for _ in range(3):
+        step()
+    with pytest.raises(RegenerationError, match=r"`mean` of `f of layer 0` was modified.*or by `f of layer 0` itself"):
+        step()
+    for _ in range(3):
+        step()
+
+
 # --- threads
 @pytest.mark.parametrize("way", ["convert", "rev_block"])
 def test_functions_with_buffers_of_their_own_run_at_the_same_time(way: str) -> None:
