@@ -267,13 +267,11 @@ class CallState:
                 written.names[training] = frozenset(name for (_, name, *_), did in mine if did)
             self.versions += [_version(*b[:3]) for b, did in zip(self.buffers, wrote, strict=True) if not did]
             self.buffers = [b for b, did in zip(self.buffers, wrote, strict=True) if did]
-        for module, written in (
-            self.reach.buffers if returned else ()
-        ):  # what only later calls write, as after a warm-up
-            table, known = _torch.buffers(module), written.names.get(module.training, frozenset[str]())
-            late = [v[1] for v in self.versions if v[0] is table and _torch.version(v[2]) != v[3]]
-            if late:
-                written.names[module.training] = known.union(late)
+        if returned and self.reach.buffers:  # what only later calls write, as after a warm-up
+            late = [v for v in self.versions if _torch.version(v[2]) != v[3]]
+            for module, written in self.reach.buffers if late else ():
+                names = {name for table, name, *_ in late if table is _torch.buffers(module)}
+                written.names[module.training] = written.names.get(module.training, frozenset[str]()) | names
         while self.locks:
             self.locks.pop().release()
 
