@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from revfx import RevfxError, _torch
+from revfx import RevfxError, _torch, ambient
 from revfx.ambient import settings
 from revfx.eager.checks import changed
 from revfx.testing import measure_memory
@@ -138,6 +138,15 @@ def test_functions_compiled_by_themselves_are_compiled_once(way: str, half: bool
         loss = loss_of(block(way, functions[:1] * 3, functions[1:] * 3)(x, x))
     loss.backward()
     assert counters == [1, 1], "the re-run finds what the forward compiled"
+
+
+def test_autocast_is_noted_for_the_accelerator_that_torch_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(ambient, "device_types", ambient.device_types.__wrapped__)
+    off = ambient.ambient_state()
+    with torch.autocast("xpu", torch.bfloat16):
+        assert ambient.ambient_state() != off
+    assert ambient.ambient_state() == off
 
 
 @pytest.mark.parametrize("inside", [True, False])
