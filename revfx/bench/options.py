@@ -15,7 +15,7 @@ from revfx.bench.fit import data_bytes
 from revfx.bench.models import MODELS
 from revfx.bench.ways import WAYS
 from revfx.errors import WrongArguments
-from revfx.report.figures import figure_class
+from revfx.report.figures import figure
 
 
 UNITS: Mapping[str, int] = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -113,7 +113,7 @@ def options_of(args: argparse.Namespace) -> Options:
         if wrong:
             raise WrongArguments(says)
     if o.plot is not None:
-        figure_class("`--plot`")
+        figure("`--plot`", 1, 1)
     if o.memory is not None and kind == "cpu":
         data_bytes()
     return o
