@@ -14,8 +14,7 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,11 @@ from revfx.ambient import generators, restore
 from revfx.capture.effects import Snapshot, none_left
 from revfx.capture.guards import GlobalReads
 from revfx.eager.modes import simulating
+from revfx.eager.regeneration import Regeneration
+from revfx.eager.region_plan import Watch
+from revfx.inspection import watched
 from revfx.passes._torch import draws, writes
+from revfx.passes.closure import Derivation
 from revfx.passes.sizes import muted
 from revfx.report.data import Timeline, Usage
 from revfx.testing import measure_memory
@@ -50,10 +53,6 @@ class Ledger(TorchDispatchMode):
         self.now = self.flops = 0
         self.live: list[int] = []
         self.marks: list[tuple[int, str]] = []
-
-    def mark(self, text: str) -> None:
-        """Mark the place that the step has come to."""
-        self.marks.append((len(self.live), text))
 
     def enter(self, t: Tensor, counted: bool = True) -> None:
         """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go.
@@ -103,11 +102,12 @@ class Simulation:
         before, drawn, state = Snapshot(modules), generators(), torch.get_rng_state()
         read = GlobalReads(type(m).forward for m in modules)
         try:
-            for table in _tables(modules):
-                for name, t in table.items():
-                    if isinstance(t, Tensor):
-                        table[name] = self._fake(t)
-            yield pytree.tree_map(lambda x: self._fake(x) if isinstance(x, Tensor) else x, self.given)
+            tables: list[dict[str, Any]] = [
+                t for m in modules for t in (_torch.parameters(m), _torch.buffers(m), vars(m))
+            ]
+            for table in tables:
+                table.update({name: self._fake(t) for name, t in table.items() if isinstance(t, Tensor)})
+            yield pytree.tree_map_only(Tensor, self._fake, self.given)
         finally:
             before.restore()
             read.put_back()
@@ -130,43 +130,65 @@ class Simulation:
         self,
         run: Callable[..., Any],
         loss: Callable[[Any], Tensor],
-        around: Callable[[Ledger], AbstractContextManager[Any]] | None = None,
+        seen: Callable[[Regeneration], None] | None = None,
     ) -> Timeline:
-        """Return what `loss(run(*args, **kwargs))` and its backward hold; both run within `around(ledger)`.
+        """Return what `loss(run(*args, **kwargs))` and its backward hold; `seen` is called with the regions that ran,
+        while they are there, and then their steps are marked.
 
         Raises:
             Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
         """
+        ledger, runs = Ledger(self.shapes), list[Regeneration]()
+
+        def watch(run: Regeneration) -> Watch:
+            runs.append(run)
+            return Marks(ledger, len(runs) - 1)
+
+        def count() -> Timeline:
+            quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
+            with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
+                for _, fake in self.fakes.values():
+                    ledger.enter(fake, counted=False)
+                    if fake.grad is not None:
+                        ledger.enter(fake.grad, counted=False)
+                with watched(watch) if seen else contextlib.nullcontext(), ledger:
+                    value = loss(run(*args, **kwargs))
+                    kept, backward = ledger.now, len(ledger.live)
+                    value.backward()
+                if seen is not None:
+                    for region in runs:
+                        seen(region)
+            return Timeline(tuple(ledger.live), backward, kept, ledger.flops, tuple(ledger.marks))
+
         with none_left(self.mode):
             try:
-                return self._step(run, loss, around)
+                return count()
             finally:
+                runs.clear()
                 self.fakes.clear()
 
-    def _step(
-        self,
-        run: Callable[..., Any],
-        loss: Callable[[Any], Tensor],
-        around: Callable[[Ledger], AbstractContextManager[Any]] | None,
-    ) -> Timeline:
-        ledger = Ledger(self.shapes)
-        quiet = muted(_torch.FAKE_LOGGER)  # which prints a traceback besides raising
-        with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
-            for _, fake in self.fakes.values():
-                ledger.enter(fake, counted=False)
-                if fake.grad is not None:
-                    ledger.enter(fake.grad, counted=False)
-            with around(ledger) if around else contextlib.nullcontext(), ledger:
-                value = loss(run(*args, **kwargs))
-                kept, backward = ledger.now, len(ledger.live)
-                value.backward()
-        return Timeline(tuple(ledger.live), backward, kept, ledger.flops, tuple(ledger.marks))
 
+class Marks:
+    """Notes where on the way of a simulated step each step of a region begins, in both directions."""
 
-def _tables(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
-    """Yield the tables in which modules hold tensors."""
-    for m in modules:
-        yield from (_torch.parameters(m), _torch.buffers(m), vars(m))
+    def __init__(self, ledger: Ledger, region: int) -> None:
+        self.ledger, self.region = ledger, region
+        self.at: tuple[str, int] | None = None
+
+    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
+        """Record the step in which the forward made a value."""
+        self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
+        self._come(run, run.program.made_at[value], "forward")
+
+    def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
+        """Record the step in which the backward made a value again."""
+        self._come(run, derivation.op, "backward")
+
+    def _come(self, run: Regeneration, op: int, direction: str) -> None:
+        at = direction, run.plan.step_of.get(op, -1)
+        if at != self.at and at[1] >= 0:
+            self.at = at
+            self.ledger.marks.append((len(self.ledger.live), f"{direction} {self.region} {at[1]}"))
 
 
 # --- what operations give, remembered by the shapes that they are given
@@ -277,10 +299,14 @@ def measured(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     loss: Callable[[Any], Tensor],
-    device: str = "cpu",
+    model: nn.Module,
 ) -> tuple[Usage, ...]:
-    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take."""
-    steps = {name: _step(way, args, kwargs, loss) for name, way in ways.items()}
+    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take.
+
+    All run on the device of the first parameter of `model`.
+    """
+    device = str(next((p.device for p in model.parameters()), "cpu"))
+    steps = {name: lambda way=way: loss(way(*args, **kwargs)) for name, way in ways.items()}
     memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(REPEATS):
@@ -294,13 +320,3 @@ def measured(
         Usage(name, measured_kept=memory[name].kept, measured_peak=memory[name].peak, seconds=statistics.median(s))
         for name, s in spent.items()
     )
-
-
-def _step(way: Callable[..., Any], args: Any, kwargs: Any, loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
-    return lambda: loss(way(*args, **kwargs))
-
-
-def device_of(model: nn.Module) -> str:
-    """Return the device of a model's first parameter, as `measure_memory` takes it."""
-    first = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return str(first)
