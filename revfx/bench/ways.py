@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revfx
-from revfx.bench.models import BenchModel, Chain
+from revfx.bench.models import BenchModel, Chain, Coupling
 from revfx.compiled import _inductor
 from revfx.compiled.dynamo import with_own_code
 from revfx.errors import RevfxWarning
@@ -54,7 +54,7 @@ class Way:
 
 def why_not(way: Way, bench: BenchModel) -> str | None:
     """Return why this way can't train this model, or None if it can."""
-    if way.additive and bench.couplings is None:
+    if way.additive and bench.otherwise:
         return f"it takes additive couplings on two streams only: {bench.otherwise}"
     if way.library and importlib.util.find_spec(way.library) is None:
         return "not installed: pip install 'revfx[bench]'"
@@ -108,9 +108,9 @@ Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
 def _pairs(bench: BenchModel, model: Chain) -> Pairs:
     """Return f and g of each coupling."""
-    if bench.couplings is None:
+    if bench.otherwise:
         raise ValueError(bench.otherwise)
-    return list(zip(*bench.couplings(model), strict=True))
+    return [(b.f, b.g) for b in model.blocks if isinstance(b, Coupling)]
 
 
 def _library(name: str, make: Callable[[Any, Pairs, int], Call], axis: int | None = None) -> Build:
@@ -165,7 +165,7 @@ def _rev_block(bench: BenchModel, model: Chain, inputs: Inputs) -> Call:
     return call
 
 
-_ALL = (
+WAYS: Mapping[str, Way] = {w.name: w for w in (
     Way("plain", "plain autograd", lambda bench, model, inputs: model),
     Way("checkpoint", "`checkpoint` of each block", _checkpoint),
     Way("inductor", "`torch.compile`", _compiled(), compiled=True),
@@ -184,5 +184,4 @@ _ALL = (
         "backend-eager", '`backend="revfx"` over eager kernels',
         _compiled(backend="revfx", options={"inner": "aot_eager"}), compiled=True, own=True,
     ),
-)  # fmt: skip
-WAYS: Mapping[str, Way] = {w.name: w for w in _ALL}
+)}  # fmt: skip
