@@ -9,13 +9,12 @@ what real steps take: memory from the allocator's events, and time in turns.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from revfx.eager.modes import simulating
 from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import Watch
 from revfx.inspection import watched
-from revfx.passes._torch import draws, writes
+from revfx.passes._torch import draws
 from revfx.passes.closure import Derivation
 from revfx.passes.sizes import muted
 from revfx.report.data import Timeline, Usage
@@ -45,9 +44,8 @@ REPEATS = 5  # steps of each way that are timed
 class Ledger(TorchDispatchMode):
     """Notes the memory of every result, and what it takes to compute it."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.shapes = shapes
         self.held: dict[int, int] = {}
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now = self.flops = 0
@@ -73,15 +71,16 @@ class Ledger(TorchDispatchMode):
         self.now -= self.held.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self.shapes.run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor):
                 self.enter(t)
-        if draws(func, args, kwargs or {}):
+        if draws(func, args, kwargs):
             torch.rand(())  # so that the generator's state changes, as it would
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+            self.flops += count(*args, **kwargs, out_val=out)
         self.live.append(self.now + scratch(func, args, out))
         return out
 
@@ -92,7 +91,6 @@ class Simulation:
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.model, self.given = model, (args, kwargs)
         self.mode = _torch.fake_mode()
-        self.shapes = Shapes(self.mode)
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextlib.contextmanager
@@ -138,7 +136,7 @@ class Simulation:
         Raises:
             Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
         """
-        ledger, runs = Ledger(self.shapes), list[Regeneration]()
+        ledger, runs = Ledger(), list[Regeneration]()
 
         def watch(run: Regeneration) -> Watch:
             runs.append(run)
@@ -189,78 +187,6 @@ class Marks:
         if at != self.at and at[1] >= 0:
             self.at = at
             self.ledger.marks.append((len(self.ledger.live), f"{direction} {self.region} {at[1]}"))
-
-
-# --- what operations give, remembered by the shapes that they are given
-class Result(NamedTuple):
-    """A tensor's place in memory, which is its own or, where `shared`, that of the operation's only operand."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    device: torch.device
-    shared: bool
-
-
-class Shapes:
-    """Runs operations on fake tensors; of two that are alike the second one is not looked into.
-
-    torch remembers results by shapes as well, but looking them up there takes most of a simulated step: it is made for
-    symbolic shapes and for subclasses, which a simulation does not have.
-    """
-
-    def __init__(self, mode: Any) -> None:
-        self.mode = mode
-        self.seen: dict[Any, Result | tuple[Result, ...] | None] = {}
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the result of `func(*args, **kwargs)`."""
-        tensors = list[Tensor]()
-        known, key = _only_makes(func), None
-        if known:
-            key = func, *(_key(a, tensors) for a in args), *((k, _key(a, tensors)) for k, a in kwargs.items())
-            known = all(_torch.is_plain_fake(t) and t.layout == torch.strided for t in tensors)
-        found = self.seen.get(key) if known else None
-        if found is None:
-            out = func(*args, **kwargs)
-            if known and key not in self.seen:
-                self.seen[key] = _result(out, tensors)
-            return out
-        return self._made(found, tensors) if isinstance(found, Result) else tuple(self._made(r, tensors) for r in found)
-
-    def _made(self, result: Result, tensors: list[Tensor]) -> Tensor:
-        return _torch.fake(self.mode, *result[:5], tensors[0] if result.shared else None)
-
-
-@functools.cache
-def _only_makes(func: Any) -> bool:
-    """Return whether an operation is one of torch's own that writes to none of its arguments."""
-    return _torch.is_overload(func) and func.namespace == "aten" and not writes(func)
-
-
-def _key(a: Any, tensors: list[Tensor]) -> Any:
-    """Return what of an argument a result's shapes depend on, and add its tensors to `tensors`."""
-    if isinstance(a, Tensor):
-        tensors.append(a)
-        if a.layout != torch.strided:
-            return None
-        return a.shape, a.stride(), a.storage_offset(), a.dtype, a.device, a.is_conj(), a.is_neg()
-    if isinstance(a, (tuple, list)):
-        return tuple(_key(x, tensors) for x in a)
-    return type(a), a
-
-
-def _result(out: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(out, (tuple, list)):
-        found = [_result(t, tensors) for t in out]
-        return tuple(found) if all(isinstance(r, Result) for r in found) else None
-    if not _torch.is_plain_fake(out) or out.layout != torch.strided or out.is_conj() or out.is_neg():
-        return None
-    shared = any(_torch.storage_key(t) == _torch.storage_key(out) for t in tensors)
-    if shared and (len(tensors) > 1 or out is tensors[0]):
-        return None
-    return Result(out.shape, out.stride(), out.storage_offset(), out.dtype, out.device, shared)
 
 
 # --- what some CPU kernels allocate within themselves, seen in torch 2.13's memory events
