@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from revfx.errors import RevfxError, WrongArguments
 
@@ -50,47 +51,54 @@ def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="revfx",
-        description="Depth-free activation memory for PyTorch models, by inferred reversibility.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     from revfx import __version__
+    from revfx.bench import command as bench, options
 
+    layout: Any = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    text = "Depth-free activation memory for PyTorch models, by inferred reversibility."
+    parser = argparse.ArgumentParser(prog="revfx", description=text, **layout)
     parser.add_argument("--version", action="version", version=f"revfx {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{explain,demo,bench}")
-    for name, text, fill in (
-        ("explain", "say what revfx finds in a model, what it saves and what it costs", _explain_arguments),
-        ("demo", "train a RevNet on handwritten digits, plainly and converted, and compare", _demo_arguments),
-        ("bench", "compare memory, time and gradients with other ways to train reversible models", _bench_arguments),
+    benched = {f"--{name}": given for name, given in options.ARGUMENTS.items()}
+    for name, run, text, arguments in (
+        ("explain", _explain, "say what revfx finds in a model, what it saves and what it costs", EXPLAIN),
+        ("demo", _demo, "train a RevNet on handwritten digits, plainly and converted, and compare", DEMO),
+        ("bench", bench.main, "compare memory, time and gradients with other ways to train reversible models", benched),
     ):
-        command = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        command.set_defaults(run=fill(command))
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **layout)
+        command.set_defaults(run=run)
+        for flag, given in arguments.items():
+            command.add_argument(flag, **given)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-Run = Callable[[argparse.Namespace], int]
-
-
-def _explain_arguments(parser: argparse.ArgumentParser) -> Run:
-    add = parser.add_argument
-    model = "a file, and in it a module, a class of modules, or a function that returns a module, or (module, inputs)"
-    add("model", metavar="FILE.py:FACTORY", help=model)
-    shape = "the shape of one tensor argument, such as 8,3,32,32 or 16,64:int64; repeat it for further arguments"
-    add("--input", action="append", default=[], metavar="SHAPE[:DTYPE]", help=shape)
-    add("--dtype", default="float32", help="of inputs that don't say theirs (default: float32)")
-    add("--measure", action="store_true", help="also train a few real steps and measure them")
-    add("--backend", choices=["revfx"], help="of torch.compile: the regions of each of its graphs")
-    add("--exact", action="store_true", help="with convert(exact=True)")
-    add("--anchor-every", type=int, metavar="K", help="with convert(anchor_every=K)")
-    add("--save", metavar="PATH", help="write a page (.html), the graph (.svg) or the data (.json)")
-    add("--json", action="store_true", help="print the data as JSON, and nothing else")
-    return _explain
+EXPLAIN: Mapping[str, dict[str, Any]] = {
+    "model": dict(
+        metavar="FILE.py:FACTORY",
+        help="a file, and in it a module, a class of modules, or a function that returns a module, or (module, inputs)",
+    ),
+    "--input": dict(
+        action="append",
+        default=[],
+        metavar="SHAPE[:DTYPE]",
+        help="the shape of one tensor argument, such as 8,3,32,32 or 16,64:int64; repeat it for further arguments",
+    ),
+    "--dtype": dict(default="float32", help="of inputs that don't say theirs (default: float32)"),
+    "--measure": dict(action="store_true", help="also train a few real steps and measure them"),
+    "--backend": dict(choices=["revfx"], help="of torch.compile: the regions of each of its graphs"),
+    "--exact": dict(action="store_true", help="with convert(exact=True)"),
+    "--anchor-every": dict(type=int, metavar="K", help="with convert(anchor_every=K)"),
+    "--save": dict(metavar="PATH", help="write a page (.html), the graph (.svg) or the data (.json)"),
+    "--json": dict(action="store_true", help="print the data as JSON, and nothing else"),
+}
+DEMO: Mapping[str, dict[str, Any]] = {
+    "--epochs": dict(type=int, default=4, help="default: 4"),
+    "--depth": dict(type=int, default=8, help="couplings of convolutions (default: 8)"),
+    "--exact": dict(action="store_true", help="gradients that are bitwise those of stored activations"),
+    "--save": dict(default="revfx-demo.html", metavar="PATH", help="the page to write (default: revfx-demo.html)"),
+    "--json": dict(action="store_true", help="print the result as JSON, and nothing else"),
+}
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -116,24 +124,7 @@ def _explain(args: argparse.Namespace) -> int:
     return 0 if found.regions else 1
 
 
-def _demo_arguments(parser: argparse.ArgumentParser) -> Run:
-    add = parser.add_argument
-    add("--epochs", type=int, default=4, help="default: 4")
-    add("--depth", type=int, default=8, help="couplings of convolutions (default: 8)")
-    add("--exact", action="store_true", help="gradients that are bitwise those of stored activations")
-    add("--save", default="revfx-demo.html", metavar="PATH", help="the page to write (default: revfx-demo.html)")
-    add("--json", action="store_true", help="print the result as JSON, and nothing else")
+def _demo(args: argparse.Namespace) -> int:
+    from revfx.demo import demo
 
-    def run(args: argparse.Namespace) -> int:
-        from revfx.demo import demo
-
-        return demo(args.epochs, args.depth, args.exact, args.save, args.json)
-
-    return run
-
-
-def _bench_arguments(parser: argparse.ArgumentParser) -> Run:
-    from revfx.bench import command as bench
-
-    bench.add_arguments(parser)
-    return bench.main
+    return demo(args.epochs, args.depth, args.exact, args.save, args.json)

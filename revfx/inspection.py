@@ -33,10 +33,19 @@ def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
 
     In the dtype of the model and once more in fp64, on a copy.
     """
-    errors = _round_trip(model, inputs)
+    runs = originals_of(model, inputs, "check_inverse")
     floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if is_floating(t)]
     if any(t.dtype != torch.float64 for t in floating):
-        errors |= _round_trip(copy.deepcopy(model).double(), doubled(list(inputs)))
+        runs += originals_of(copy.deepcopy(model).double(), doubled(list(inputs)), "check_inverse")
+    errors: dict[str, float] = {}
+    for run, originals in runs:
+        for number, step in enumerate(run.region.steps):
+            for v, t in run.invert(number, {v: originals[v] for v in step.exit}).items():
+                op = run.program.ops[step.stop - 1]
+                dtype = str(originals[v].dtype).removeprefix("torch.")
+                what = f"{dtype} {run.program.values[v].name}"
+                name = f"step {number} ({run.calls[step.start].name} .. {op.name}, {op.where}): {what}"
+                errors[name] = max(errors.get(name, 0.0), relative_error(t, originals[v]))
     return errors
 
 
@@ -98,19 +107,6 @@ def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> 
     return found
 
 
-def _round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
-    errors: dict[str, float] = {}
-    for run, originals in originals_of(model, inputs, "check_inverse"):
-        for number, step in enumerate(run.region.steps):
-            for v, t in run.invert(number, {v: originals[v] for v in step.exit}).items():
-                op = run.program.ops[step.stop - 1]
-                value = run.program.values[v]
-                dtype = str(originals[v].dtype).removeprefix("torch.")
-                name = f"step {number} ({run.calls[step.start].name} .. {op.name}, {op.where}): {dtype} {value.name}"
-                errors[name] = max(errors.get(name, 0.0), relative_error(t, originals[v]))
-    return errors
-
-
 def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
     """Return the relative error of solving one operation for each of its operands, by direction.
 
@@ -147,7 +143,8 @@ def gradients(
     if isinstance(model, nn.Module):
         named = model.named_parameters()
         wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
-    with _seeded(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
         value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
         if not wanted:
             return {}
@@ -156,9 +153,7 @@ def gradients(
 
 def stored(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return `model` with ordinary autograd storage: the reference for `assert_same_grads`."""
-    if not isinstance(model, nn.Module):
-        return _stored_call(model)
-    return _Stored(model)
+    return _Stored(model) if isinstance(model, nn.Module) else store_activations()(model)
 
 
 class _Stored(nn.Module):
@@ -174,21 +169,6 @@ class _Stored(nn.Module):
         """Run the model with ordinary storage."""
         with store_activations():
             return self.__dict__["model"](*args, **kwargs)
-
-
-def _stored_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with store_activations():
-            return function(*args, **kwargs)
-
-    return call
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Generator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def _sine(output: Any) -> Tensor:

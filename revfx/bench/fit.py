@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from revfx.bench.measure import Setting, raised
 from revfx.bench.models import MODELS
 from revfx.bench.results import Fit
 from revfx.bench.ways import WAYS, why_not
@@ -79,12 +80,9 @@ def largest(question: Question) -> Fit:
     fit = replace(fit, largest=0)
     for _ in range(DEATHS):
         said = ask(q, fit.largest or 0, fit.over)
-        for size, fitted in said.tried:
-            fit = replace(fit, largest=size) if fitted else replace(fit, over=size)
-        if said.raised:
-            return replace(fit, notes=(*fit.notes, said.raised), failed=True)
+        fit = replace(fit, largest=said.low, over=said.high)
         if said.ended:
-            return fit
+            return replace(fit, notes=(*fit.notes, said.raised), failed=True) if said.raised else fit
         if said.trying is None:
             return replace(fit, notes=(*fit.notes, "a process died before it tried anything"), failed=True)
         fit = replace(fit, over=said.trying, notes=("a process that tried more died",))
@@ -95,9 +93,10 @@ def largest(question: Question) -> Fit:
 
 @dataclass(frozen=True)
 class Said:
-    """What a child process told: sizes that did or did not fit, what it was trying when it died, if it did."""
+    """What a child process told last: a size that fits and one that does not, what it was trying, how it ended."""
 
-    tried: tuple[tuple[int, bool], ...]
+    low: int
+    high: int | None
     trying: int | None = None
     ended: bool = False
     raised: str = ""
@@ -109,57 +108,49 @@ def ask(question: Question, low: int, high: int | None) -> Said:
     # every large block is a mapping of its own, which goes back to the system when it is freed
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "KINETO_LOG_LEVEL": "99"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
-    tried: list[tuple[int, bool]] = []
-    trying: int | None = None
-    for line in done.stdout.splitlines():
-        kind, *values = json.loads(line)
-        if kind == "trying":
-            trying = values[0]
-        elif kind == "tried":
-            tried.append((values[0], values[1]))
-            trying = None
-        elif kind == "ended":
-            return Said(tuple(tried), ended=True)
-        else:
-            return Said(tuple(tried), raised=values[0])
-    return Said(tuple(tried), trying)
+    lines = done.stdout.splitlines()
+    return Said(**json.loads(lines[-1])) if lines else Said(low, high)
 
 
 # --- in the child
 def _answer(question: Question, low: int, high: int | None) -> None:
-    """Print what is tried and found, a line each."""
+    """Print what is known before and after each size that is tried, a line each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(question.threads)
+    said = Said(low, high)
+
+    def tell(**news: Any) -> None:
+        nonlocal said
+        said = replace(said, **news)
+        print(json.dumps(asdict(said)), flush=True)
 
     def fits(size: int) -> bool:
-        _tell("trying", size)
+        tell(trying=size)
         _limit(question.memory, question.device)  # anew, as kernels made for one size are held at the next
-        fitted = _fits(question, size)
+        fitted = True
+        try:
+            _train(question, **{"depth": question.other, "batch": question.other, question.sweep: size})
+        except Exception as e:
+            if not of_memory(e):
+                raise
+            fitted = False
         gc.collect()
-        _tell("tried", size, fitted)
+        tell(trying=None, **{"low" if fitted else "high": size})
         return fitted
 
     try:
         _train(question, 1, MODELS[question.model].batch)  # what kernels hold for good is there before the limit
         end = time.monotonic() + question.seconds
         search(fits, low, high, lambda: time.monotonic() > end)
-        _tell("ended")
+        tell(ended=True)
     except Exception as e:
-        _tell("raised", f"raises {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+        tell(ended=True, raised=raised(e))
 
 
-def _tell(*what: Any) -> None:
-    print(json.dumps(what), flush=True)
-
-
-def _fits(question: Question, size: int) -> bool:
-    try:
-        _train(question, *((size, question.other) if question.sweep == "depth" else (question.other, size)))
-        return True
-    except Exception as e:
-        if of_memory(e):
-            return False
-        raise
+def _train(question: Question, depth: int, batch: int) -> None:
+    """Train one step at that size."""
+    setting = Setting(MODELS[question.model], depth, batch, question.device)
+    setting.train(setting.step_of(WAYS[question.way], *setting.make()))
 
 
 def of_memory(e: BaseException | None) -> bool:
@@ -169,17 +160,6 @@ def of_memory(e: BaseException | None) -> bool:
             return True
         e = e.__cause__ or e.__context__
     return False
-
-
-def _train(question: Question, depth: int, batch: int) -> None:
-    """Train one step at that size."""
-    bench = MODELS[question.model]
-    model = bench.make(depth).to(question.device)
-    inputs = tuple(t.to(question.device) for t in bench.inputs(batch))
-    built = WAYS[question.way].build(bench, model, inputs)
-    bench.loss(built.call(*inputs)).backward()
-    if question.device != "cpu":
-        torch.cuda.synchronize()
 
 
 def _limit(memory: int, device: str) -> None:

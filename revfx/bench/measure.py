@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from revfx.bench.models import BenchModel
+from revfx.bench.models import BenchModel, Chain
 from revfx.bench.results import Row
-from revfx.bench.ways import Inputs, Way, why_not
+from revfx.bench.ways import WAYS, Inputs, Way, why_not
 from revfx.errors import RevfxWarning
-from revfx.inspection import doubled
 from revfx.testing import measure_memory, relative_error
 
 
 Step = Callable[[], Tensor]
-Tick = Callable[[str], None]
 SUSPECT = 1e-3  # the least error of a gradient in fp32 that is looked into, and ...
 TIMES_PLAIN = 30.0  # ... how many times plain autograd's own it must be
 WRONG = 1e-6  # the least error in fp64 that is more than rounding
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A model at one size, on a device of torch."""
+
+    bench: BenchModel
+    depth: int
+    batch: int
+    device: str = "cpu"
+
+    def make(self, dtype: torch.dtype = torch.float32) -> tuple[Chain, Inputs]:
+        """Return the model and its arguments, the same each time."""
+        given = (t.to(self.device, dtype if t.is_floating_point() else t.dtype) for t in self.bench.inputs(self.batch))
+        return self.bench.make(self.depth).to(self.device, dtype), tuple(given)
+
+    def step_of(self, way: Way, model: Chain, inputs: Inputs) -> Step:
+        """Return a step of training that way, from its start to the loss; no buffer or gradient is left changed."""
+        before = _buffers(model)
+        call = way.build(self.bench, model, inputs)
+        for name, b in model.named_buffers():
+            b.copy_(before[name])
+        model.zero_grad()
+        return lambda: self.bench.loss(call(*inputs))
+
+    def train(self, step: Step) -> float:
+        """Take a step, and return the seconds that it takes."""
+        start = time.perf_counter()
+        step().backward()
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+
+@dataclass
 class Candidate:
-    """A way that is ready to train, and what is known of it so far."""
+    """A way, and what is known of it so far; `step` is None where it can't train, or not any longer."""
 
     way: Way
     model: nn.Module
-    step: Step
     row: Row
+    step: Step | None = None
+    seconds: list[float] = field(default_factory=list[float])
 
 
 @dataclass(frozen=True)
@@ -45,95 +77,73 @@ class Reference:
     buffers: dict[str, Tensor]
 
 
-def measure_steps(
-    bench: BenchModel, ways: Sequence[Way], depth: int, batch: int, rounds: int, device: str, tick: Tick
-) -> list[Row]:
-    """Measure memory, gradients and times of training steps of one model, by way, in the given order.
+def measure_steps(setting: Setting, ways: Sequence[Way], rounds: int, tick: Callable[[str], None]) -> list[Row]:
+    """Measure memory, gradients and times of training steps, by way, in the given order.
 
     Args:
-        bench: the model.
+        setting: the model.
         ways: the contenders; "plain" must be among them, if times are to be compared with its.
-        depth, batch: the sizes.
         rounds: how often each way takes its step in turn; one more goes before them.
-        device: a device of torch.
         tick: called with a few words before each thing that is done.
     """
-    reference = reference_of(bench, depth, batch, device)
-    rows: dict[str, Row] = {}
-    ready: list[Candidate] = []
+    reference = reference_of(setting)
+    candidates: list[Candidate] = []
     for way in ways:
-        tick(f"{bench.name}, {way.name}")
-        found = prepare(bench, way, depth, batch, device, reference)
-        if isinstance(found, Row):
-            rows[way.name] = found
-        else:
-            ready.append(found)
-    times: dict[str, list[float]] = {c.way.name: [] for c in ready}
+        tick(f"{setting.bench.name}, {way.name}")
+        candidates.append(prepare(setting, way, reference))
     for _ in range(rounds + 1):
-        tick(f"{bench.name}, steps")
-        for c in [c for c in ready if c.way.name not in rows]:
+        tick(f"{setting.bench.name}, steps")
+        for c in candidates:
+            if c.step is None:
+                continue
             try:
-                times[c.way.name].append(_timed(c, device))
+                c.model.zero_grad()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    c.seconds.append(setting.train(c.step))
             except Exception as e:
-                rows[c.way.name] = replace(c.row, failed=True, notes=(*c.row.notes, _raised(e)))
-    plain = times.get("plain", [])
-    for c in ready:
-        if c.way.name not in rows:
-            rows[c.way.name] = _with_times(c.row, times[c.way.name][1:], plain[1:])
-    return [rows[way.name] for way in ways]
+                c.row, c.step = _failed(c.row, e), None
+    plain = next((c.seconds[1:] for c in candidates if c.way.name == "plain"), [])
+    return [c.row if c.step is None else _with_times(c.row, c.seconds[1:], plain) for c in candidates]
 
 
-def measure_size(bench: BenchModel, way: Way, depth: int, batch: int, device: str) -> Row:
-    """Measure the memory of one way at one size, without times and gradients."""
-    found = prepare(bench, way, depth, batch, device)
-    return found if isinstance(found, Row) else found.row
+def measure_size(setting: Setting, way: Way) -> Row:
+    """Measure the memory of one way, without times and gradients."""
+    return prepare(setting, way).row
 
 
-def prepare(
-    bench: BenchModel, way: Way, depth: int, batch: int, device: str, reference: Reference | None = None
-) -> Candidate | Row:
-    """Return a candidate with its memory and, given a reference, its error, or a row that says why there is none."""
-    row = Row(bench.name, way.name, depth, batch)
-    reason = why_not(way, bench)
+def prepare(setting: Setting, way: Way, reference: Reference | None = None) -> Candidate:
+    """Return a candidate with its memory and, given a reference, its error, or with why there is none."""
+    row = Row(setting.bench.name, way.name, setting.depth, setting.batch)
+    model, inputs = setting.make()
+    reason = why_not(way, setting.bench)
     if reason is not None:
-        return replace(row, notes=(reason,))
-    model, inputs = bench.make(depth).to(device), _inputs(bench, batch, device)
+        return Candidate(way, model, replace(row, notes=(reason,)))
     row = replace(row, gradients=sum(p.numel() * p.element_size() for p in model.parameters()))
-    before = _buffers(model)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore")  # other libraries use what torch has deprecated
         warnings.simplefilter("always", RevfxWarning)
         try:
             start = time.perf_counter()
-            built = way.build(bench, model, inputs)
-            _set_buffers(model, before)
-            model.zero_grad()
-
-            def step() -> Tensor:
-                return bench.loss(built.call(*inputs))
-
-            step().backward()
-            _wait(device)
-            row = replace(row, first=time.perf_counter() - start, notes=built.notes)
+            step = setting.step_of(way, model, inputs)
+            setting.train(step)
+            row = replace(row, first=time.perf_counter() - start)
             if reference is not None:
-                row = _compared(row, model, reference)
-                row = _judged(row, bench, way, device, reference)
-            row = _with_memory(row, way, step, device)
+                row = _compared(row, setting, way, model, reference)
+            row = _with_memory(row, way, step, setting.device)
         except Exception as e:  # whatever a contender raises is a result of its own
-            return replace(row, failed=True, notes=(*row.notes, _raised(e)))
-    said = tuple(dict.fromkeys(_first_line(str(w.message)) for w in warned))
-    return Candidate(way, model, step, replace(row, notes=(*row.notes, *said)))
+            return Candidate(way, model, _failed(row, e))
+    said = dict.fromkeys(_first_line(str(w.message)) for w in warned)
+    return Candidate(way, model, replace(row, notes=(*row.notes, *said)), step)
 
 
-def reference_of(bench: BenchModel, depth: int, batch: int, device: str) -> Reference:
-    """Return what plain autograd gives at these sizes."""
-    model, inputs = bench.make(depth).to(device), _inputs(bench, batch, device)
-    bench.loss(model(*inputs)).backward()
-    double = bench.make(depth).to(device, torch.float64)
-    bench.loss(double(*doubled(inputs))).backward()
-    gradients = {name: p.grad for name, p in double.named_parameters() if p.grad is not None}
-    reference = Reference(gradients, 0.0, _buffers(model))
-    return replace(reference, error=_error(model, reference))
+def reference_of(setting: Setting) -> Reference:
+    """Return what plain autograd gives."""
+    plain, double = setting.make(), setting.make(torch.float64)
+    for model, inputs in (plain, double):
+        setting.step_of(WAYS["plain"], model, inputs)().backward()
+    gradients = {name: p.grad for name, p in double[0].named_parameters() if p.grad is not None}
+    return Reference(gradients, _error(plain[0], gradients), _buffers(plain[0]))
 
 
 def _with_memory(row: Row, way: Way, step: Step, device: str) -> Row:
@@ -147,52 +157,31 @@ def _with_memory(row: Row, way: Way, step: Step, device: str) -> Row:
     return replace(row, kept=found.kept, peak=max(found.kept, found.peak - held))
 
 
-def _compared(row: Row, model: nn.Module, reference: Reference) -> Row:
-    """Return the row with its error, NaN where a gradient is missing, and with notes about buffers."""
+def _compared(row: Row, setting: Setting, way: Way, model: nn.Module, reference: Reference) -> Row:
+    """Return the row with its error, NaN where a gradient is missing, and with notes about buffers and gradients.
+
+    An error that is large may be rounding: then there is none in fp64.
+    """
     after = _buffers(model)
     other = [n for n, t in reference.buffers.items() if not torch.allclose(after[n], t, rtol=1e-3, atol=1e-5)]
     notes = [f"a step changes {len(other)} buffers otherwise than plain's (`{other[0]}`)"] if other else []
-    return replace(row, error=_error(model, reference), notes=(*row.notes, *notes))
-
-
-def _judged(row: Row, bench: BenchModel, way: Way, device: str, reference: Reference) -> Row:
-    """Return the row and, where its error is large, whether that is rounding: then there is none in fp64."""
+    row = replace(row, error=_error(model, reference.gradients), notes=(*row.notes, *notes))
     if row.error is not None and row.error <= max(SUSPECT, TIMES_PLAIN * reference.error):
         return row
-    model, inputs = bench.make(row.depth).to(device, torch.float64), doubled(_inputs(bench, row.batch, device))
-    built = way.build(bench, model, inputs)
-    model.zero_grad()
-    bench.loss(built.call(*inputs)).backward()
-    error = _error(model, reference)
+    double, inputs = setting.make(torch.float64)
+    setting.step_of(way, double, inputs)().backward()
+    error = _error(double, reference.gradients)
     if error <= WRONG:
         return replace(row, notes=(*row.notes, f"gradients are off by rounding: in fp64 by {error:.0e}"))
-    what = f"in fp64 off by {error:.0e}" if error == error else "one is missing or NaN"
+    what = "one is missing or NaN" if math.isnan(error) else f"in fp64 off by {error:.0e}"
     return replace(row, failed=True, notes=(*row.notes, f"WRONG gradients: {what}"))
 
 
-def _error(model: nn.Module, reference: Reference) -> float:
+def _error(model: nn.Module, gradients: dict[str, Tensor]) -> float:
     """Return the worst relative error of a gradient, NaN if one is missing or has a NaN."""
-    parameters = dict(model.named_parameters())
-    worst = 0.0
-    for name, want in reference.gradients.items():
-        got = parameters[name].grad
-        error = float("nan") if got is None else relative_error(got, want)
-        if error != error:
-            return error
-        worst = max(worst, error)
-    return worst
-
-
-def _timed(c: Candidate, device: str) -> float:
-    """Return the seconds that one step takes."""
-    c.model.zero_grad()
-    _wait(device)
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        c.step().backward()
-    _wait(device)
-    return time.perf_counter() - start
+    pairs = ((model.get_parameter(name).grad, want) for name, want in gradients.items())
+    errors = (math.nan if got is None else relative_error(got, want) for got, want in pairs)
+    return max(errors, key=lambda e: (math.isnan(e), e), default=0.0)
 
 
 def _with_times(row: Row, seconds: Sequence[float], plain: Sequence[float]) -> Row:
@@ -204,25 +193,16 @@ def _with_times(row: Row, seconds: Sequence[float], plain: Sequence[float]) -> R
     return replace(row, ratio=statistics.median(ratios), ratio_low=low, ratio_high=high)
 
 
-def _inputs(bench: BenchModel, batch: int, device: str) -> Inputs:
-    return tuple(t.to(device) for t in bench.inputs(batch))
-
-
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: b.clone() for name, b in model.named_buffers()}
 
 
-def _set_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, b in model.named_buffers():
-        b.copy_(values[name])
+def _failed(row: Row, e: Exception) -> Row:
+    return replace(row, failed=True, notes=(*row.notes, raised(e)))
 
 
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
-def _raised(e: Exception) -> str:
+def raised(e: Exception) -> str:
+    """Return what is noted of a way that raised."""
     return f"raises {type(e).__name__}: {_first_line(str(e))}"
 
 

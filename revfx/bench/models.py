@@ -1,7 +1,7 @@
 """The models of `revfx bench`: plain PyTorch, with no wrapper in them and no thought of one.
 
-Each is a chain of blocks that carry a state from one to the next. What libraries of reversible layers need to build the
-same model, with the same weights, is told beside the model: the modules f and g of its couplings, if it has such.
+Each is a chain of blocks that carry a state from one to the next. Libraries of reversible layers build the same model,
+with the same weights, of the modules f and g of its couplings, if it has such.
 """
 
 from __future__ import annotations
@@ -197,37 +197,6 @@ class Force(nn.Module):
         return self.net(torch.stack([lengths[..., :-1], lengths[..., 1:]], -1)).squeeze(-1)
 
 
-class Leap(nn.Module):
-    """One step of the leapfrog scheme for momenta and displacements, with masses of one."""
-
-    def __init__(self, force: Force, h: float) -> None:
-        super().__init__()
-        self.force, self.h = force, h
-
-    def forward(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both, a step later."""
-        p = p + self.h * self.force(q)
-        return p, q + self.h * p
-
-
-class Springs(Chain):
-    """The motion of a chain of masses, all steps by one learned force; displacements: (B, masses)."""
-
-    def __init__(self, depth: int, masses: int = 128, hidden: int = 16, h: float = 0.1) -> None:
-        force = Force(hidden)
-        super().__init__([Leap(force, h) for _ in range(depth)])
-        self.push = nn.Parameter(torch.randn(masses))
-
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return momenta, the same learned push for all, and displacements."""
-        (q,) = inputs
-        return self.push.expand_as(q), q
-
-    def leave(self, *state: Tensor) -> Tensor:
-        """Return the last displacements."""
-        return state[1]
-
-
 class Kick(nn.Module):
     """`h * force(q)`: what a step adds to the momenta."""
 
@@ -252,10 +221,25 @@ class Drift(nn.Module):
         return self.h * p
 
 
+class Springs(Chain):
+    """Leapfrog steps of a chain of masses of one, all by one learned force; displacements: (B, masses)."""
+
+    def __init__(self, depth: int, masses: int = 128, hidden: int = 16, h: float = 0.1) -> None:
+        force = Force(hidden)
+        super().__init__([Coupling(Kick(force, h), Drift(h)) for _ in range(depth)])
+        self.push = nn.Parameter(torch.randn(masses))
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return momenta, the same learned push for all, and displacements."""
+        (q,) = inputs
+        return self.push.expand_as(q), q
+
+    def leave(self, *state: Tensor) -> Tensor:
+        """Return the last displacements."""
+        return state[1]
+
+
 # --- the five
-Functions = tuple[list[nn.Module], list[nn.Module]]
-
-
 @dataclass(frozen=True)
 class BenchModel:
     """One model of the bench.
@@ -267,8 +251,7 @@ class BenchModel:
         inputs: from a batch size to the arguments of its forward, the same in every call.
         loss: from its output to a scalar.
         depth, batch: the default sizes.
-        couplings: from a model to the modules f and g of its additive couplings on two streams; None if it has others.
-        otherwise: why it has none, as the end of a sentence.
+        otherwise: why its blocks are no additive couplings on two streams, as the end of a sentence; "" if they are.
     """
 
     name: str
@@ -278,7 +261,6 @@ class BenchModel:
     loss: Callable[[Any], Tensor]
     depth: int
     batch: int
-    couplings: Callable[[Any], Functions] | None
     otherwise: str = ""
 
     def make(self, depth: int) -> Chain:
@@ -300,36 +282,22 @@ def _tokens(batch: int) -> tuple[Tensor, ...]:
     return (_seeded(lambda: torch.randint(0, 64, (batch, 64))),)
 
 
-def _mean_square(output: Tensor) -> Tensor:
-    return output.square().mean()
-
-
 def _cross_entropy(logits: Tensor) -> Tensor:
     """Return the cross-entropy with classes that are given round-robin."""
     rows = logits.flatten(0, -2)
     return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device) % rows.shape[-1])
 
 
-def _negative_mean(log_density: Tensor) -> Tensor:
-    return -log_density.mean()
-
-
-def _f_and_g(model: Chain) -> Functions:
-    blocks: Sequence[Any] = list(model.blocks)
-    return [b.f for b in blocks], [b.g for b in blocks]
-
-
-def _kicks_and_drifts(model: Chain) -> Functions:
-    blocks: Sequence[Any] = list(model.blocks)
-    return [Kick(b.force, b.h) for b in blocks], [Drift(b.h) for b in blocks]
+def _mean_square(output: Tensor) -> Tensor:
+    return output.square().mean()
 
 
 _AFFINE = "its couplings scale as well as add, and carry a log-determinant"
 _ALL = (
-    BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), _mean_square, 16, 2048, _f_and_g),
-    BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 8, 64, _f_and_g),
-    BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 8, 32, _f_and_g),
-    BenchModel("flow", "affine flow", Flow, _normal(64), _negative_mean, 16, 4096, None, _AFFINE),
-    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), _mean_square, 16, 256, _kicks_and_drifts),
+    BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), _mean_square, 16, 2048),
+    BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 8, 64),
+    BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 8, 32),
+    BenchModel("flow", "affine flow", Flow, _normal(64), lambda density: -density.mean(), 16, 4096, _AFFINE),
+    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), _mean_square, 16, 256),
 )
 MODELS: Mapping[str, BenchModel] = {m.name: m for m in _ALL}

@@ -28,30 +28,23 @@ def plot(report: Report, path: str | Path) -> None:
         axes = fig.add_subplot(1, len(names), i + 1, title=MODELS[name].title)
         if report.fits:
             _draw_fits(axes, [f for f in report.fits if f.model == name])
-        elif report.sweep:
-            _draw_sweep(axes, [r for r in report.rows if r.model == name], report.sweep)
         else:
-            _draw_steps(axes, [r for r in report.rows if r.model == name])
+            _draw_rows(axes, [r for r in report.rows if r.model == name], report.sweep)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     fig.savefig(path)
 
 
-def _draw_steps(axes: Any, rows: Sequence[Row]) -> None:
-    axes.set(xlabel="step time, of plain's", ylabel="peak, MiB", yscale="log")
-    for r in rows:
-        if r.peak and r.ratio is not None:
-            axes.plot([r.ratio], [r.peak / MIB], linestyle="", label=r.way, **STYLES[r.way])
-
-
-def _draw_sweep(axes: Any, rows: Sequence[Row], sweep: str) -> None:
-    axes.set(xlabel=sweep, ylabel="peak, MiB")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+def _draw_rows(axes: Any, rows: Sequence[Row], sweep: str | None) -> None:
+    axes.set(xlabel=sweep or "step time, of plain's", ylabel="peak, MiB", yscale="log")
+    if sweep:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
     for way in dict.fromkeys(r.way for r in rows):
-        points = [(size_of(r, sweep), r.peak / MIB) for r in rows if r.way == way and r.peak]
+        mine = [(size_of(r, sweep) if sweep else r.ratio, r.peak / MIB) for r in rows if r.way == way and r.peak]
+        points = [(x, y) for x, y in mine if x is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=way, **STYLES[way])
+            axes.plot(*zip(*points, strict=True), linestyle="-" if sweep else "", label=way, **STYLES[way])
 
 
 def _draw_fits(axes: Any, fits: Sequence[Fit]) -> None:

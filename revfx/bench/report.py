@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from revfx.bench.models import MODELS
 from revfx.bench.results import Fit, Report, Row, size_of
@@ -27,9 +28,8 @@ class Table:
 
 
 def tables(report: Report) -> tuple[Table, ...]:
-    """Return one table per model, in the order of the report."""
-    make: Callable[[Report, str], Table] = _fit_table if report.fits else _sweep_table if report.sweep else _step_table
-    return tuple(make(report, name) for name in dict.fromkeys(r.model for r in report.found))
+    """Return one table per model, in the order of the report: a line for each way of which there is something."""
+    return tuple(_table(report, name) for name in dict.fromkeys(r.model for r in report.found))
 
 
 def text(report: Report) -> str:
@@ -70,49 +70,47 @@ def as_json(report: Report) -> str:
 
 
 # --- tables
-def _step_table(report: Report, name: str) -> Table:
-    rows = [r for r in report.rows if r.model == name]
-    measured = [r for r in rows if r.first is not None]
-    plain = next((r.peak for r in measured if r.way == "plain"), None)
-    cells = [
-        (
-            WAYS[r.way].title,
-            _mib(r.kept),
-            _mib(r.peak),
-            "" if not plain or r.peak is None else f"{r.peak / plain:.2f}",
-            "" if r.seconds is None else f"{1e3 * r.seconds:.1f} ms",
-            "" if r.ratio is None else f"{r.ratio:.2f} ({r.ratio_low:.2f}..{r.ratio_high:.2f})",
-            "" if r.first is None else f"{r.first:.1f} s",
-            "" if r.error is None else f"{r.error:.1e}",
-        )
-        for r in measured
+def _table(report: Report, name: str) -> Table:
+    found = [r for r in report.found if r.model == name]
+    what, columns = _columns(report, found)
+    rows: list[tuple[str, ...]] = []
+    for way in dict.fromkeys(r.way for r in found):
+        cells = ["".join(cell(r) for r in found if r.way == way) for _, cell in columns]
+        rows += [(WAYS[way].title, *cells)] if any(cells) else []
+    heading = f"{MODELS[name].title} (`{name}`), {what}"
+    return Table(heading, ("way", *(head for head, _ in columns)), tuple(rows), _notes(found))
+
+
+def _columns(report: Report, found: Sequence[Any]) -> tuple[str, list[tuple[str, Callable[[Any], str]]]]:
+    """Return what a table shows, and its columns: the head, and from a row or fit to a cell, "" if it is of another."""
+    one, sweep = found[0], report.sweep
+    if report.fits:
+        others = {f.sweep: f"{'batch' if f.sweep == 'depth' else 'depth'} {f.other}" for f in found}
+        return f"the largest in {_mib(one.memory)}", [
+            (f"{kind}, at {other}", lambda f, kind=kind: _largest(f) if f.sweep == kind else "")
+            for kind, other in others.items()
+        ]
+    if sweep is not None:
+        other = f"batch {one.batch}" if sweep == "depth" else f"depth {one.depth}"
+        return f"{other}: peak (kept)", [
+            (
+                f"{sweep} {n}",
+                lambda r, n=n: (
+                    f"{_mib(r.peak)} ({_mib(r.kept)})" if size_of(r, sweep) == n and r.peak is not None else ""
+                ),
+            )
+            for n in sorted({size_of(r, sweep) for r in found})
+        ]
+    plain = next((r.peak for r in found if r.way == "plain"), None)
+    return f"depth {one.depth}, batch {one.batch}", [
+        ("kept", lambda r: _mib(r.kept)),
+        ("peak", lambda r: _mib(r.peak)),
+        ("of plain's", lambda r: f"{r.peak / plain:.2f}" if plain and r.peak is not None else ""),
+        ("step", lambda r: "" if r.seconds is None else f"{1e3 * r.seconds:.1f} ms"),
+        ("of plain's", lambda r: "" if r.ratio is None else f"{r.ratio:.2f} ({r.ratio_low:.2f}..{r.ratio_high:.2f})"),
+        ("first step", lambda r: "" if r.first is None else f"{r.first:.1f} s"),
+        ("gradients off by", lambda r: "" if r.error is None else f"{r.error:.1e}"),
     ]
-    heading = _heading(name, f"depth {rows[0].depth}, batch {rows[0].batch}")
-    head = ("way", "kept", "peak", "of plain's", "step", "of plain's", "first step", "gradients off by")
-    return Table(heading, head, tuple(cells), _notes(rows))
-
-
-def _sweep_table(report: Report, name: str) -> Table:
-    rows = [r for r in report.rows if r.model == name]
-    sizes = sorted({size_of(r, report.sweep) for r in rows})
-    cells: list[tuple[str, ...]] = []
-    for way in dict.fromkeys(r.way for r in rows if r.peak is not None):
-        at = {size_of(r, report.sweep): r for r in rows if r.way == way}
-        measured = [f"{_mib(at[n].peak)} ({_mib(at[n].kept)})" if at[n].peak is not None else "" for n in sizes]
-        cells.append((WAYS[way].title, *measured))
-    other = f"batch {rows[0].batch}" if report.sweep == "depth" else f"depth {rows[0].depth}"
-    heads = (f"{report.sweep} {n}" for n in sizes)
-    return Table(_heading(name, f"{other}: peak (kept)"), ("way", *heads), tuple(cells), _notes(rows))
-
-
-def _fit_table(report: Report, name: str) -> Table:
-    fits = [f for f in report.fits if f.model == name]
-    others = {f.sweep: f"{'batch' if f.sweep == 'depth' else 'depth'} {f.other}" for f in fits}
-    cells: list[tuple[str, ...]] = []
-    for way in dict.fromkeys(f.way for f in fits if f.largest is not None):
-        cells.append((WAYS[way].title, *(_largest(f) for f in fits if f.way == way)))
-    head = ("way", *(f"{sweep}, at {other}" for sweep, other in others.items()))
-    return Table(_heading(name, f"the largest in {_mib(fits[0].memory)}"), head, tuple(cells), _notes(fits))
 
 
 def _notes(found: Sequence[Row | Fit]) -> tuple[str, ...]:
@@ -120,10 +118,6 @@ def _notes(found: Sequence[Row | Fit]) -> tuple[str, ...]:
     notes = dict.fromkeys(note for r in found for note in r.notes)
     about = {n: dict.fromkeys(WAYS[r.way].title for r in found if n in r.notes) for n in notes}
     return tuple(f"{', '.join(titles)}: {note}" for note, titles in about.items())
-
-
-def _heading(name: str, what: str) -> str:
-    return f"{MODELS[name].title} (`{name}`), {what}"
 
 
 def _mib(count: int | None) -> str:

@@ -19,7 +19,7 @@ from revfx.passes.joint.rewrite import Report
 from revfx.report.data import GraphInfo, Usage, short
 from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
-from revfx.report.simulate import device_of, measured
+from revfx.report.simulate import measured
 
 
 def explain_compiled(
@@ -32,12 +32,17 @@ def explain_compiled(
     own = unconverted(copy.deepcopy(model))
     with _inductor.graph_breaks() as breaks, partitioner.reports() as reports, _quiet():
         _compiled(own, backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
+    ways: tuple[Usage, ...] = ()
+    if measure:
+        ours = {"plain": own, "inductor": _compiled(own), "revfx": _compiled(own, backend="revfx")}
+        with _quiet():
+            ways = measured(ours, args, kwargs, loss, own)
     graphs = tuple(_graph(number, report) for number, report in enumerate(reports))
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)),
         regions=tuple(r for graph in graphs for r in graph.regions),
         refusals=tuple(dict.fromkeys(r for report in reports for r in report.refusals)),
-        ways=_measured(own, args, kwargs, loss) if measure else (),
+        ways=ways,
         graphs=graphs, breaks=tuple(dict.fromkeys(f"{short(where)}: {reason}" for reason, where in breaks)),
         notes=() if reports else ("`torch.compile` made no graph that has a gradient.",),
     )  # fmt: skip
@@ -52,22 +57,9 @@ def _compiled(model: nn.Module, **compile_kwargs: Any) -> Callable[..., Any]:
     return torch.compile(with_own_code(model), **compile_kwargs)
 
 
-def _measured(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor]
-) -> tuple[Usage, ...]:
-    ways: dict[str, Callable[..., Any]] = {
-        "plain": model,
-        "inductor": _compiled(model),
-        "revfx": _compiled(model, backend="revfx"),
-    }
-    with _quiet():
-        return measured(ways, args, kwargs, loss, device_of(model))
-
-
 @contextlib.contextmanager
 def _quiet() -> Any:
     """Open a context that leaves random numbers as they are, and says nothing of the compiler's warnings."""
-    quiet = warnings.catch_warnings(), _inductor.capturing()
-    with torch.enable_grad(), torch.random.fork_rng(), quiet[0], quiet[1]:
+    with torch.enable_grad(), torch.random.fork_rng(), warnings.catch_warnings(), _inductor.capturing():
         warnings.simplefilter("ignore")
         yield

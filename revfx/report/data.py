@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,8 +124,8 @@ class Findings:
 
     `inputs` are the types of the arguments, `refusals` what is left as it was and why, `ways` what a step takes
     plainly, with a checkpoint around every coupling, and with revfx. `drift` is measured on request. Of a compiled
-    model `graphs` holds the regions of each graph, and `breaks` why one ended. `advice` says what else to do, `notes`
-    what could not be found out.
+    model `graphs` holds the regions of each graph once more, and `breaks` why one ended. `advice` says what else to do,
+    `notes` what could not be found out.
     """
 
     model: str
@@ -145,19 +145,12 @@ class Findings:
         return sum(r.couplings for r in self.regions)
 
     @property
-    def all_regions(self) -> tuple[RegionInfo, ...]:
-        """The regions of a model; of a compiled one, those of all its graphs."""
-        return self.regions or tuple(r for g in self.graphs for r in g.regions)
-
-    @property
     def summary(self) -> str:
         """What was found, in a few words."""
-        found = self.all_regions
-        if not found:
+        if not self.regions:
             return "nothing reversible was found"
         graphs = f" in {counted(len(self.graphs), 'graph')}" if self.graphs else ""
-        couplings = counted(sum(r.couplings for r in found), "coupling")
-        return f"{counted(len(found), 'reversible region')}{graphs}, {couplings}"
+        return f"{counted(len(self.regions), 'reversible region')}{graphs}, {counted(self.couplings, 'coupling')}"
 
     def way(self, name: str) -> Usage | None:
         """Return what a step takes in the way of this name ("plain", "checkpoint", "revfx"), if it was asked."""
@@ -166,14 +159,11 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """Return the data as nested dicts, lists, strings and numbers; sizes in bytes."""
         found = dataclasses.asdict(dataclasses.replace(self, drift=None))
-        found["drift"] = None if self.drift is None else [_plain(s) for s in self.drift.steps]
+        if self.drift is not None:
+            found["drift"] = [{**dataclasses.asdict(s), "dtype": str(s.dtype)} for s in self.drift.steps]
         for refusal in found["refusals"]:
             refusal["remedy"] = remedy(refusal["reason"])
         return found
-
-
-def _plain(step: Any) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(step).items()}
 
 
 def short(where: str) -> str:
@@ -183,20 +173,20 @@ def short(where: str) -> str:
 
 def size(nbytes: float) -> str:
     """Format a number of bytes for people, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
+    power, scaled = _scaled(nbytes, 1024, 3)
+    return f"{scaled:.{(0, 1, 1, 2)[power]}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def count(n: float) -> str:
     """Format a number of operations for people: `1.34 G`."""
-    for unit in ("", " k", " M", " G"):
-        if abs(n) < 1000:
-            return f"{n:.3g}{unit}"
-        n /= 1000
-    return f"{n:.3g} T"
+    power, scaled = _scaled(n, 1000, 4)
+    return f"{scaled:.3g}{('', ' k', ' M', ' G', ' T')[power]}"
+
+
+def _scaled(n: float, base: int, most: int) -> tuple[int, float]:
+    """Return the power of `base`, of at most so much, by which a number is divided to be short, and what it is then."""
+    power = next((p for p in range(most) if abs(n) < base ** (p + 1)), most)
+    return power, n / base**power
 
 
 def folded(values: Sequence[ValueLine]) -> Iterator[tuple[list[ValueLine], int]]:
@@ -231,12 +221,20 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + "s" * (number != 1)
 
 
-COLUMNS = ("kept", "peak", "FLOPs", "measured kept", "measured peak", "seconds")
+COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "kept": ("kept", size),
+    "peak": ("peak", size),
+    "FLOPs": ("flops", count),
+    "measured kept": ("measured_kept", size),
+    "measured peak": ("measured_peak", size),
+    "seconds": ("seconds", "{:.3f}".format),
+}
 
 
-def cells(u: Usage) -> tuple[str, ...]:
-    """Return one way's figures as text, "" where there is none."""
-    sizes = [u.kept, u.peak, u.measured_kept, u.measured_peak]
-    kept, peak, measured_kept, measured_peak = ("" if n is None else size(n) for n in sizes)
-    flops = "" if u.flops is None else count(u.flops)
-    return kept, peak, flops, measured_kept, measured_peak, "" if u.seconds is None else f"{u.seconds:.3f}"
+def columns(ways: Sequence[Usage]) -> dict[str, dict[str, tuple[float | None, str]]]:
+    """Return, by column and way, each figure and its text, "" where there is none; no column that nobody has."""
+    table = {
+        head: {u.way: (n := getattr(u, field), "" if n is None else form(n)) for u in ways}
+        for head, (field, form) in COLUMNS.items()
+    }
+    return {head: column for head, column in table.items() if any(words for _, words in column.values())}

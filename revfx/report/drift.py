@@ -104,14 +104,13 @@ def drift(
     Raises:
         RevfxError: no reversible region was run.
     """
-    if gradients and not isinstance(model, nn.Module):
+    module = model if isinstance(model, nn.Module) else None
+    if gradients and module is None:
         raise RevfxError("`drift(gradients=True)` also runs the model in fp64, so it needs a module, not a function.")
-    own = copy.deepcopy(model) if isinstance(model, nn.Module) else model
-    steps: list[StepDrift] = []
     with torch.random.fork_rng():
-        for number, (run, originals) in enumerate(originals_of(own, inputs, "drift")):
-            steps.extend(_of_region(number, run, originals))
-    return Drift(tuple(steps), _of_gradients(model, inputs, loss) if gradients else ())
+        runs = originals_of(model if module is None else copy.deepcopy(module), inputs, "drift")
+        steps = [s for number, (run, originals) in enumerate(runs) for s in _of_region(number, run, originals)]
+    return Drift(tuple(steps), _of_gradients(module, inputs, loss) if gradients and module is not None else ())
 
 
 def _of_region(region: int, run: Regeneration, originals: Env) -> list[StepDrift]:
@@ -131,14 +130,11 @@ def _of_region(region: int, run: Regeneration, originals: Env) -> list[StepDrift
 
 
 def _of_gradients(
-    model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None
+    model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None
 ) -> tuple[GradientDrift, ...]:
-    def measured(m: Callable[..., Any], of: Sequence[Any]) -> dict[str, Tensor | None]:
-        return gradients_of(copy.deepcopy(m) if isinstance(m, nn.Module) else m, of, loss)
-
-    ours, plain = measured(model, inputs), measured(stored(model), inputs)
-    double = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
-    exact = measured(stored(double), doubled(list(inputs)))
+    ours = gradients_of(copy.deepcopy(model), inputs, loss)
+    plain = gradients_of(stored(copy.deepcopy(model)), inputs, loss)
+    exact = gradients_of(stored(copy.deepcopy(model).double()), doubled(list(inputs)), loss)
     found: list[GradientDrift] = []
     for name, got in ours.items():
         p, e = plain[name], exact[name]

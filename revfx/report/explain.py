@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,21 +16,20 @@ from torch.utils import _pytree as pytree
 
 from revfx import _fake
 from revfx.capture.guards import name_of
-from revfx.capture.search import Outcome, Plan, make_plan
+from revfx.capture.search import Plan, make_plan
 from revfx.conversion import Options
 from revfx.convert import convert
 from revfx.converted import Reversible, unconverted
 from revfx.eager.numerics import DRIFT
 from revfx.eager.regeneration import Regeneration
-from revfx.eager.region_plan import Watch
 from revfx.errors import RevfxError
-from revfx.inspection import is_floating, watched
+from revfx.inspection import is_floating
 from revfx.report.data import RegionInfo, Timeline, Usage
 from revfx.report.describe import describe, neighbours, op_names, scope_of, types_of
 from revfx.report.drift import Drift, drift
 from revfx.report.explanation import Explanation
 from revfx.report.progress import stage
-from revfx.report.simulate import Ledger, Simulation, device_of, measured
+from revfx.report.simulate import Simulation, measured
 
 
 Loss = Callable[[Any], Tensor]
@@ -77,7 +75,7 @@ def explain(
     forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
     stage("looking for regions")
     outcome = make_plan(model, forward, args, kwargs, options.anchor_every, options.exact)
-    ways, regions, notes = _predicted(model, forward, outcome, args, kwargs, loss or total, measure)
+    ways, regions, notes = _predicted(model, forward, outcome.plan, args, kwargs, loss or total, measure)
     found: Drift | None = None
     if measure:
         ways, found, more = _measured(model, options, args, kwargs, loss or total, ways)
@@ -98,33 +96,10 @@ def total(output: Any) -> Tensor:
 
 
 # --- predicted
-class _Marks:
-    """Notes where on the way of a simulated step each step of a region begins, in both directions."""
-
-    def __init__(self, ledger: Ledger, region: int) -> None:
-        self.ledger, self.region = ledger, region
-        self.at: tuple[str, int] | None = None
-
-    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
-        """Record the step in which the forward made a value."""
-        self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
-        self._come(run, run.program.made_at[value], "forward")
-
-    def regenerated(self, run: Regeneration, derivation: Any, value: int, tensor: Tensor) -> None:
-        """Record the step in which the backward made a value again."""
-        self._come(run, derivation.op, "backward")
-
-    def _come(self, run: Regeneration, op: int, direction: str) -> None:
-        at = direction, run.plan.step_of.get(op, -1)
-        if at != self.at and at[1] >= 0:
-            self.at = at
-            self.ledger.mark(f"{direction} {self.region} {at[1]}")
-
-
 def _predicted(
     model: nn.Module,
     forward: Callable[..., Any],
-    outcome: Outcome,
+    plan: Plan | None,
     args: Any,
     kwargs: Any,
     loss: Loss,
@@ -139,38 +114,24 @@ def _predicted(
         if not (measure or isinstance(e, (*_fake.DATA_DEPENDENT, _fake.NO_FAKE))):
             raise
         return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
-    plan, runs = outcome.plan, list[Regeneration]()
-    ways = [_usage("plain", plain)]
+    usage = _usage("plain", plain)
     if plan is None:
-        return tuple(ways), (), ()
+        return (usage,), (), ()
+    regions, cuts, largest = list[RegionInfo](), list[int](), list[int]()
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        leaves, _ = pytree.tree_flatten((args, kwargs))
-        return plan.run(leaves, store=False)
-
-    regions, sizes = list[RegionInfo](), list[tuple[int, int]]()
-
-    @contextlib.contextmanager
-    def around(ledger: Ledger) -> Generator[None]:
-        def watch(run: Regeneration) -> Watch:
-            runs.append(run)
-            return _Marks(ledger, len(runs) - 1)
-
-        with watched(watch):
-            yield
-        for r in runs:  # they are not kept any longer: they hold fake tensors
-            regions.append(_described(plan, r))
-            sizes.append((_cuts(r), max((r.program.nbytes(s.entry) for s in r.region.steps), default=0)))
-        runs.clear()
+    def seen(run: Regeneration) -> None:
+        regions.append(_described(plan, run))
+        cuts.append(_cuts(run))
+        largest.extend(run.program.nbytes(s.entry) for s in run.region.steps)
 
     stage("counting a step with regions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run that does not take place
-        ours = simulation.step(run, loss, around)
-    cuts, one = sum(c for c, _ in sizes), max((size for _, size in sizes), default=0)
-    usage = _usage("revfx", ours)
-    checkpoint = Usage("checkpoint", ours.kept + cuts, ours.peak + max(0, cuts - one), ours.flops)
-    return (*ways, checkpoint, usage), tuple(regions), ()
+        run: Callable[..., Any] = lambda *args, **kwargs: plan.run(pytree.tree_leaves((args, kwargs)), store=False)  # noqa: E731
+        ours = simulation.step(run, loss, seen)
+    more = sum(cuts)
+    checkpoint = Usage("checkpoint", ours.kept + more, ours.peak + max(0, more - max(largest, default=0)), ours.flops)
+    return (usage, checkpoint, _usage("revfx", ours)), tuple(regions), ()
 
 
 def _described(plan: Plan, run: Regeneration) -> RegionInfo:
@@ -209,7 +170,7 @@ def _measured(
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         stage("measuring")
-        seen = measured(models, args, kwargs, loss, device_of(own))
+        seen = measured(models, args, kwargs, loss, own)
         found, notes = _drift(ours, args, kwargs)
     pairs = [(u, predicted.get(u.way, u)) for u in seen]
     both = (replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from revfx.errors import Refusal, RevfxError
-from revfx.report.data import COLUMNS, LISTED, Findings, RegionInfo, Usage, cells, folded, short, size
+from revfx.errors import RevfxError
+from revfx.report.data import LISTED, Findings, RegionInfo, Usage, columns, folded, short, size
 from revfx.report.graph import graph_svg
 from revfx.report.html import fragment, page
 from revfx.report.remedies import remedy
@@ -28,20 +28,21 @@ class Explanation(Findings):
         Raises:
             RevfxError: another ending; the pictures' extra is not installed (`pip install 'revfx[viz]'`).
         """
-        path = Path(path)
-        if path.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=1)
-        elif path.suffix == ".html":
-            text = page(self)
-        elif path.suffix == ".svg":
-            text = graph_svg(self)
-        else:
+        form = FORMS.get(Path(path).suffix)
+        if form is None:
             raise RevfxError(f"`Explanation.save({str(path)!r})`: the name must end in .html, .svg or .json.")
-        path.write_text(text, encoding="utf-8")
+        Path(path).write_text(form(self), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the text and, where they can be drawn, the pictures."""
         return fragment(self)
+
+
+FORMS: Mapping[str, Callable[[Findings], str]] = {
+    ".json": lambda e: json.dumps(e.to_dict(), indent=1),
+    ".html": page,
+    ".svg": graph_svg,
+}
 
 
 # --- as text
@@ -59,18 +60,14 @@ def _lines(e: Explanation) -> Iterator[str]:
         yield from (f"  {short(r.where)}: `{r.op}`: {r.reason}" for r in e.refusals[:LISTED])
         if len(e.refusals) > LISTED:
             yield f"  and {len(e.refusals) - LISTED} more"
-        yield from (f"  -> {text}" for text in remedies(e.refusals[:LISTED]))
+        remedies = dict.fromkeys(remedy(r.reason) for r in e.refusals[:LISTED])
+        yield from (f"  -> {text}" for text in remedies if text is not None)
     if e.ways:
         yield from ("one training step, beyond parameters and their gradients", *table(e.ways))
     if e.drift is not None and e.drift.steps:
         yield f"measured drift: {max(s.error for s in e.drift.steps):.1e} (relative, the worst regenerated value)"
     yield from (f"advice: {text}" for text in e.advice)
     yield from (f"note: {text}" for text in e.notes)
-
-
-def remedies(refusals: Iterable[Refusal]) -> tuple[str, ...]:
-    """Return what can be done about some refusals, each once."""
-    return tuple(dict.fromkeys(text for r in refusals if (text := remedy(r.reason)) is not None))
 
 
 def _regions(regions: Iterable[RegionInfo]) -> Iterator[str]:
@@ -91,8 +88,7 @@ def _regions(regions: Iterable[RegionInfo]) -> Iterator[str]:
 
 def table(ways: Sequence[Usage]) -> Iterator[str]:
     """Yield the lines of a table of ways; columns that nobody has are left out."""
-    rows = {u.way: cells(u) for u in ways}
-    shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows.values())]
-    yield f"  {'':12}" + "".join(f"{COLUMNS[i]:>15}" for i in shown)
-    for way, row in rows.items():
-        yield f"  {way:12}" + "".join(f"{row[i] or '-':>15}" for i in shown)
+    found = columns(ways)
+    yield f"  {'':12}" + "".join(f"{head:>15}" for head in found)
+    for u in ways:
+        yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in found.values())

@@ -14,23 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Every colour that a picture uses, by name: a page puts variables in their place, and so has a light and a dark form.
-PALETTE = {
-    "paper": "#ffffff", "ink": "#1f2328", "muted": "#59636e", "faint": "#d1d9e0",
-    "save": "#dbeafe", "save-edge": "#1d4ed8",
-    "invert": "#d9f2e0", "invert-edge": "#18713a",
-    "recompute": "#fdecc8", "recompute-edge": "#94600a",
-    "outside": "#f0f2f4", "outside-edge": "#808a94",
-    "plain": "#6c7681", "revfx": "#7c3aed",
+# Every colour that a picture uses, by name, and its dark form: a page puts variables in their place.
+COLOURS = {
+    "paper": ("#ffffff", "#0d1117"), "ink": ("#1f2328", "#e6edf3"),
+    "muted": ("#59636e", "#9aa4af"), "faint": ("#d1d9e0", "#343b43"),
+    "save": ("#dbeafe", "#12294d"), "save-edge": ("#1d4ed8", "#6ea8fe"),
+    "invert": ("#d9f2e0", "#0f3320"), "invert-edge": ("#18713a", "#4cc172"),
+    "recompute": ("#fdecc8", "#3f2e08"), "recompute-edge": ("#94600a", "#dba53a"),
+    "outside": ("#f0f2f4", "#1c2128"), "outside-edge": ("#808a94", "#7d8791"),
+    "plain": ("#6c7681", "#97a1ac"), "revfx": ("#7c3aed", "#b794f6"),
 }  # fmt: skip
-DARK = {
-    "paper": "#0d1117", "ink": "#e6edf3", "muted": "#9aa4af", "faint": "#343b43",
-    "save": "#12294d", "save-edge": "#6ea8fe",
-    "invert": "#0f3320", "invert-edge": "#4cc172",
-    "recompute": "#3f2e08", "recompute-edge": "#dba53a",
-    "outside": "#1c2128", "outside-edge": "#7d8791",
-    "plain": "#97a1ac", "revfx": "#b794f6",
-}  # fmt: skip
+PALETTE, DARK = ({name: both[i] for name, both in COLOURS.items()} for i in range(2))
 
 
 def figure(who: str, width: float, height: float) -> Figure:
@@ -39,20 +33,11 @@ def figure(who: str, width: float, height: float) -> Figure:
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    return figure_class(who)(figsize=(width, height), layout="constrained")
-
-
-def figure_class(who: str) -> type[Figure]:
-    """Return matplotlib's `Figure`.
-
-    Raises:
-        RevfxError: matplotlib is not installed; `who` asks.
-    """
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise RevfxError(f"{who} needs matplotlib: pip install 'revfx[viz]'") from e
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def printable(text: str) -> str:
@@ -68,13 +53,12 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    figure_class(who)
-    import matplotlib
+    figure(who, *size)  # raises before anything else where it can't be made
     from matplotlib import style
 
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with style.context("default"), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name}]):
         fig = figure(who, *size)
         draw(fig)
         fig.savefig(out, format="svg", metadata={**nothing, "Title": printable(title)})

@@ -78,7 +78,7 @@ class _Part:
 
 
 def _parts(e: Findings) -> Iterator[_Part]:
-    regions = e.all_regions
+    regions = e.regions
     yield _title(e)
     left = MOST_NODES
     shown = regions[:MOST_REGIONS]
@@ -158,12 +158,12 @@ def _title(e: Findings) -> _Part:
     def draw(pen: _Pen) -> None:
         pen.text(MARGIN, 0.32, clipped(f"{e.model}({', '.join(e.inputs)})", 70), 12, weight="bold")
         pen.text(MARGIN, 0.6, e.summary, 9, "muted")
-        for number, kind in enumerate(MARKS if e.all_regions else ("outside",)):
+        for number, kind in enumerate(MARKS if e.regions else ("outside",)):
             x, y = MARGIN + 0.19 + number % 3 * 2.25, 0.94 + number // 3 * 0.26
             pen.box(x, y, 0.36, 0.18, kind)
             pen.text(x, y, MARKS[kind], 7, f"{kind}-edge", ha="center")
             pen.text(x + 0.26, y, f"{kind}: " * (kind != "outside") + MEANING[kind], 7.5)
-        if e.all_regions:
+        if e.regions:
             for x, colour, words in ((2.25, "outside-edge", "forward"), (4.5, "revfx", "solved from, backward")):
                 pen.line(((MARGIN + x, 1.2), (MARGIN + x + 0.37, 1.2)), colour, colour == "revfx")
                 pen.text(MARGIN + x + 0.45, 1.2, words, 7.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import RevfxError
@@ -32,54 +32,52 @@ def memory_svg(e: Findings) -> str:
     Raises:
         RevfxError: the explanation has no timeline; matplotlib is not installed (`pip install 'revfx[viz]'`).
     """
-    plain, ours = (w if w and w.timeline and w.timeline.live else None for w in (e.way("plain"), e.way("revfx")))
-    both = [u for u in (plain, ours) if u is not None]
-    if not both:
+    ways = {name: u.timeline for name in ("plain", "revfx") if (u := e.way(name)) and u.timeline and u.timeline.live}
+    if not ways:
         raise RevfxError("`memory_svg`: this explanation holds no timeline of a step.")
-    enlarged = plain and ours and _peak(plain) > ENLARGED * _peak(ours)
+    last_way = list(ways.values())[-1]
+    enlarged = len(ways) == 2 and ways["plain"].peak > ENLARGED * ways["revfx"].peak
 
     def draw(fig: Figure) -> None:
         rows: Any = fig.subplots(2 if enlarged else 1, 1, sharex=True, squeeze=False,
                                  gridspec_kw={"height_ratios": [3, 2] if enlarged else [1]})  # fmt: skip
         top, last = rows[0][0], rows[-1][0]
-        _lines(top, both, e.way("checkpoint"))
+        _lines(top, ways, e.way("checkpoint"))
         top.set_title(f"Memory of one training step: {e.model}", loc="left", fontsize=10.5, weight="bold",
                       color=PALETTE["ink"], parse_math=False)  # fmt: skip
-        if enlarged and ours:
-            _lines(last, [ours], None)
+        if enlarged:
+            _lines(last, {"revfx": ways["revfx"]}, None)
             last.set_title("revfx alone, enlarged", loc="left", fontsize=8.5, color=PALETTE["revfx"])
         for axes in rows[:, 0]:
-            _frame(axes, (ours or both[0]).timeline)
-        split = _split(both[-1].timeline)
+            _frame(axes, last_way)
+        split = _split(last_way)
         for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
             last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
                           ha="center", va="top", fontsize=9, color=PALETTE["ink"])  # fmt: skip
-        last.set_xlabel(_caption(both), fontsize=7.5, color=PALETTE["muted"], labelpad=18)
+        counts = ", ".join(f"{t.backward:,} + {len(t.live) - t.backward:,} ({way})" for way, t in ways.items())
+        scaled = "; each phase drawn at the same length" * (len(ways) > 1)
+        ticks = "; ticks: couplings begin" * any(t.marks for t in ways.values())
+        caption = f"operations of the step: {counts}{scaled}\nbeyond parameters and their gradients{ticks}"
+        last.set_xlabel(caption, fontsize=7.5, color=PALETTE["muted"], labelpad=18)
 
-    told = "; ".join(f"{u.way}: at most {size(_peak(u))}" for u in both)
+    told = "; ".join(f"{way}: at most {size(t.peak)}" for way, t in ways.items())
     height = 4.4 if enlarged else 3.1
     return picture("`memory_svg`", "memory", f"Memory of one training step of {e.model}: {told}", (7, height), draw)
 
 
-def _peak(u: Usage) -> int:
-    return u.timeline.peak if u.timeline else 0
-
-
-def _split(t: Timeline | None) -> float:
+def _split(t: Timeline) -> float:
     """Return which part of the picture's width the forward takes."""
-    return 0.5 if t is None else min(max(t.backward / len(t.live), 0.15), 0.85)
+    return min(max(t.backward / len(t.live), 0.15), 0.85)
 
 
-def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
+def _lines(axes: Axes, ways: Mapping[str, Timeline], checkpoint: Usage | None) -> None:
     """Draw live bytes over the operations, and label the peaks."""
-    highest = max(1, *(_peak(u) for u in ways))
+    highest = max(1, *(t.peak for t in ways.values()))
     unit, scale = next((name, n) for name, n in UNITS if highest >= n)
-    split = _split(ways[-1].timeline)
-    for u in ways:
-        if u.timeline is None:
-            continue
-        xs, ys = thinned(u.timeline, split)
-        colour = PALETTE["revfx" if u.way == "revfx" else "plain"]
+    split = _split(list(ways.values())[-1])
+    for way, t in ways.items():
+        xs, ys = thinned(t, split)
+        colour = PALETTE[way]
         ys = [y / scale for y in ys]
         axes.fill_between(xs, ys, color=colour, alpha=0.16, linewidth=0)
         axes.plot(xs, ys, color=colour, linewidth=1.5, solid_joinstyle="round")
@@ -87,7 +85,7 @@ def _lines(axes: Axes, ways: Sequence[Usage], checkpoint: Usage | None) -> None:
         x = xs[ys.index(top)]
         axes.plot([x], [top], "o", color=colour, markersize=4)
         axes.annotate(
-            f"{u.way} {size(_peak(u))}", (x, top), (-7 if x > 0.4 else 7, 6), textcoords="offset points",
+            f"{way} {size(t.peak)}", (x, top), (-7 if x > 0.4 else 7, 6), textcoords="offset points",
             ha="right" if x > 0.4 else "left", fontsize=9, weight="bold", color=colour,
         )  # fmt: skip
     if checkpoint is not None and checkpoint.peak is not None:
@@ -113,7 +111,7 @@ def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def _frame(axes: Axes, t: Timeline | None) -> None:
+def _frame(axes: Axes, t: Timeline) -> None:
     """Draw what lies around the lines: the backward's begin, where steps of regions begin, plain axes."""
     axes.set_xlim(0, 1)
     axes.set_xticks([])
@@ -124,24 +122,10 @@ def _frame(axes: Axes, t: Timeline | None) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(PALETTE["outside-edge"])
-    if t is None:
-        return
     split = _split(t)
     axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
-    steps = [at for at, _ in t.marks]
-    for at in steps[:: 1 + len(steps) // TICKS]:
-        axes.axvline(_place(t, at, split), 0, 0.035, color=PALETTE["outside-edge"], linewidth=0.7)
-
-
-def _place(t: Timeline, operation: int, split: float) -> float:
-    if operation < t.backward:
-        return split * operation / max(1, t.backward)
-    return split + (1 - split) * (operation - t.backward) / max(1, len(t.live) - t.backward)
-
-
-def _caption(ways: Sequence[Usage]) -> str:
-    times = [(u.way, u.timeline) for u in ways if u.timeline]
-    counts = ", ".join(f"{t.backward:,} + {len(t.live) - t.backward:,} ({way})" for way, t in times)
-    scaled = "; each phase drawn at the same length" * (len(times) > 1)
-    ticks = "; ticks: couplings begin" * any(t.marks for _, t in times)
-    return f"operations of the step: {counts}{scaled}\nbeyond parameters and their gradients{ticks}"
+    for at, _ in t.marks[:: 1 + len(t.marks) // TICKS]:
+        forward = split * at / max(1, t.backward)
+        backward = split + (1 - split) * (at - t.backward) / max(1, len(t.live) - t.backward)
+        x = forward if at < t.backward else backward
+        axes.axvline(x, 0, 0.035, color=PALETTE["outside-edge"], linewidth=0.7)

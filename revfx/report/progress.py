@@ -25,7 +25,12 @@ def bar(total: int, text: str = "") -> Generator[Callable[..., Any]]:
 
     A stage that is announced inside is a step too.
     """
-    shown = _tqdm(total, text)
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        shown = None
+    else:
+        shown = tqdm(total=total, desc=text, leave=False, file=sys.stderr, disable=None)  # without a terminal
 
     def advance(text: str = "") -> None:
         if shown is not None:
@@ -39,13 +44,3 @@ def bar(total: int, text: str = "") -> Generator[Callable[..., Any]]:
         _listener.reset(token)
         if shown is not None:
             shown.close()
-
-
-def _tqdm(total: int, text: str) -> Any:
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc=text, leave=False, file=sys.stderr)

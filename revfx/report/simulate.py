@@ -9,14 +9,12 @@ what real steps take: memory from the allocator's events, and time in turns.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,11 @@ from revfx.ambient import generators, restore
 from revfx.capture.effects import Snapshot, none_left
 from revfx.capture.guards import GlobalReads
 from revfx.eager.modes import simulating
-from revfx.passes._torch import draws, writes
+from revfx.eager.regeneration import Regeneration
+from revfx.eager.region_plan import Watch
+from revfx.inspection import watched
+from revfx.passes._torch import draws
+from revfx.passes.closure import Derivation
 from revfx.passes.sizes import muted
 from revfx.report.data import Timeline, Usage
 from revfx.testing import measure_memory
@@ -42,18 +44,13 @@ REPEATS = 5  # steps of each way that are timed
 class Ledger(TorchDispatchMode):
     """Notes the memory of every result, and what it takes to compute it."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.shapes = shapes
         self.held: dict[int, int] = {}
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now = self.flops = 0
         self.live: list[int] = []
         self.marks: list[tuple[int, str]] = []
-
-    def mark(self, text: str) -> None:
-        """Mark the place that the step has come to."""
-        self.marks.append((len(self.live), text))
 
     def enter(self, t: Tensor, counted: bool = True) -> None:
         """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go.
@@ -74,15 +71,16 @@ class Ledger(TorchDispatchMode):
         self.now -= self.held.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self.shapes.run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor):
                 self.enter(t)
-        if draws(func, args, kwargs or {}):
+        if draws(func, args, kwargs):
             torch.rand(())  # so that the generator's state changes, as it would
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+            self.flops += count(*args, **kwargs, out_val=out)
         self.live.append(self.now + scratch(func, args, out))
         return out
 
@@ -93,7 +91,6 @@ class Simulation:
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.model, self.given = model, (args, kwargs)
         self.mode = _fake.fake_mode()
-        self.shapes = Shapes(self.mode)
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextlib.contextmanager
@@ -103,11 +100,12 @@ class Simulation:
         before, drawn, state = Snapshot(modules), generators(), torch.get_rng_state()
         read = GlobalReads(type(m).forward for m in modules)
         try:
-            for table in _tables(modules):
-                for name, t in table.items():
-                    if isinstance(t, Tensor):
-                        table[name] = self._fake(t)
-            yield pytree.tree_map(lambda x: self._fake(x) if isinstance(x, Tensor) else x, self.given)
+            tables: list[dict[str, Any]] = [
+                t for m in modules for t in (_torch.parameters(m), _torch.buffers(m), vars(m))
+            ]
+            for table in tables:
+                table.update({name: self._fake(t) for name, t in table.items() if isinstance(t, Tensor)})
+            yield pytree.tree_map_only(Tensor, self._fake, self.given)
         finally:
             before.restore()
             read.put_back()
@@ -130,115 +128,65 @@ class Simulation:
         self,
         run: Callable[..., Any],
         loss: Callable[[Any], Tensor],
-        around: Callable[[Ledger], AbstractContextManager[Any]] | None = None,
+        seen: Callable[[Regeneration], None] | None = None,
     ) -> Timeline:
-        """Return what `loss(run(*args, **kwargs))` and its backward hold; both run within `around(ledger)`.
+        """Return what `loss(run(*args, **kwargs))` and its backward hold; `seen` is called with the regions that ran,
+        while they are there, and then their steps are marked.
 
         Raises:
             Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
         """
+        ledger, runs = Ledger(), list[Regeneration]()
+
+        def watch(run: Regeneration) -> Watch:
+            runs.append(run)
+            return Marks(ledger, len(runs) - 1)
+
+        def count() -> Timeline:
+            quiet = muted(_fake.FAKE_LOGGER)  # which prints a traceback besides raising
+            with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
+                for _, fake in self.fakes.values():
+                    ledger.enter(fake, counted=False)
+                    if fake.grad is not None:
+                        ledger.enter(fake.grad, counted=False)
+                with watched(watch) if seen else contextlib.nullcontext(), ledger:
+                    value = loss(run(*args, **kwargs))
+                    kept, backward = ledger.now, len(ledger.live)
+                    value.backward()
+                if seen is not None:
+                    for region in runs:
+                        seen(region)
+            return Timeline(tuple(ledger.live), backward, kept, ledger.flops, tuple(ledger.marks))
+
         with none_left(self.mode):
             try:
-                return self._step(run, loss, around)
+                return count()
             finally:
+                runs.clear()
                 self.fakes.clear()
 
-    def _step(
-        self,
-        run: Callable[..., Any],
-        loss: Callable[[Any], Tensor],
-        around: Callable[[Ledger], AbstractContextManager[Any]] | None,
-    ) -> Timeline:
-        ledger = Ledger(self.shapes)
-        quiet = muted(_fake.FAKE_LOGGER)  # which prints a traceback besides raising
-        with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
-            for _, fake in self.fakes.values():
-                ledger.enter(fake, counted=False)
-                if fake.grad is not None:
-                    ledger.enter(fake.grad, counted=False)
-            with around(ledger) if around else contextlib.nullcontext(), ledger:
-                value = loss(run(*args, **kwargs))
-                kept, backward = ledger.now, len(ledger.live)
-                value.backward()
-        return Timeline(tuple(ledger.live), backward, kept, ledger.flops, tuple(ledger.marks))
 
+class Marks:
+    """Notes where on the way of a simulated step each step of a region begins, in both directions."""
 
-def _tables(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
-    """Yield the tables in which modules hold tensors."""
-    for m in modules:
-        yield from (_torch.parameters(m), _torch.buffers(m), vars(m))
+    def __init__(self, ledger: Ledger, region: int) -> None:
+        self.ledger, self.region = ledger, region
+        self.at: tuple[str, int] | None = None
 
+    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
+        """Record the step in which the forward made a value."""
+        self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
+        self._come(run, run.program.made_at[value], "forward")
 
-# --- what operations give, remembered by the shapes that they are given
-class Result(NamedTuple):
-    """A tensor's place in memory, which is its own or, where `shared`, that of the operation's only operand."""
+    def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
+        """Record the step in which the backward made a value again."""
+        self._come(run, derivation.op, "backward")
 
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    device: torch.device
-    shared: bool
-
-
-class Shapes:
-    """Runs operations on fake tensors; of two that are alike the second one is not looked into.
-
-    torch remembers results by shapes as well, but looking them up there takes most of a simulated step: it is made for
-    symbolic shapes and for subclasses, which a simulation does not have.
-    """
-
-    def __init__(self, mode: Any) -> None:
-        self.mode = mode
-        self.seen: dict[Any, Result | tuple[Result, ...] | None] = {}
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the result of `func(*args, **kwargs)`."""
-        tensors = list[Tensor]()
-        known, key = _only_makes(func), None
-        if known:
-            key = func, *(_key(a, tensors) for a in args), *((k, _key(a, tensors)) for k, a in kwargs.items())
-            known = all(_fake.is_plain_fake(t) and t.layout == torch.strided for t in tensors)
-        found = self.seen.get(key) if known else None
-        if found is None:
-            out = func(*args, **kwargs)
-            if known and key not in self.seen:
-                self.seen[key] = _result(out, tensors)
-            return out
-        return self._made(found, tensors) if isinstance(found, Result) else tuple(self._made(r, tensors) for r in found)
-
-    def _made(self, result: Result, tensors: list[Tensor]) -> Tensor:
-        return _fake.fake(self.mode, *result[:5], tensors[0] if result.shared else None)
-
-
-@functools.cache
-def _only_makes(func: Any) -> bool:
-    """Return whether an operation is one of torch's own that writes to none of its arguments."""
-    return _torch.is_overload(func) and func.namespace == "aten" and not writes(func)
-
-
-def _key(a: Any, tensors: list[Tensor]) -> Any:
-    """Return what of an argument a result's shapes depend on, and add its tensors to `tensors`."""
-    if isinstance(a, Tensor):
-        tensors.append(a)
-        if a.layout != torch.strided:
-            return None
-        return a.shape, a.stride(), a.storage_offset(), a.dtype, a.device, a.is_conj(), a.is_neg()
-    if isinstance(a, (tuple, list)):
-        return tuple(_key(x, tensors) for x in a)
-    return type(a), a
-
-
-def _result(out: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(out, (tuple, list)):
-        found = [_result(t, tensors) for t in out]
-        return tuple(found) if all(isinstance(r, Result) for r in found) else None
-    if not _fake.is_plain_fake(out) or out.layout != torch.strided or out.is_conj() or out.is_neg():
-        return None
-    shared = any(_torch.storage_key(t) == _torch.storage_key(out) for t in tensors)
-    if shared and (len(tensors) > 1 or out is tensors[0]):
-        return None
-    return Result(out.shape, out.stride(), out.storage_offset(), out.dtype, out.device, shared)
+    def _come(self, run: Regeneration, op: int, direction: str) -> None:
+        at = direction, run.plan.step_of.get(op, -1)
+        if at != self.at and at[1] >= 0:
+            self.at = at
+            self.ledger.marks.append((len(self.ledger.live), f"{direction} {self.region} {at[1]}"))
 
 
 # --- what some CPU kernels allocate within themselves, seen in torch 2.13's memory events
@@ -277,10 +225,14 @@ def measured(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     loss: Callable[[Any], Tensor],
-    device: str = "cpu",
+    model: nn.Module,
 ) -> tuple[Usage, ...]:
-    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take."""
-    steps = {name: _step(way, args, kwargs, loss) for name, way in ways.items()}
+    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take.
+
+    All run on the device of the first parameter of `model`.
+    """
+    device = str(next((p.device for p in model.parameters()), "cpu"))
+    steps = {name: lambda way=way: loss(way(*args, **kwargs)) for name, way in ways.items()}
     memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(REPEATS):
@@ -294,13 +246,3 @@ def measured(
         Usage(name, measured_kept=memory[name].kept, measured_peak=memory[name].peak, seconds=statistics.median(s))
         for name, s in spent.items()
     )
-
-
-def _step(way: Callable[..., Any], args: Any, kwargs: Any, loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
-    return lambda: loss(way(*args, **kwargs))
-
-
-def device_of(model: nn.Module) -> str:
-    """Return the device of a model's first parameter, as `measure_memory` takes it."""
-    first = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return str(first)

@@ -16,14 +16,17 @@ import torch
 from revfx.bench import command as bench
 from revfx.bench.fit import Question
 from revfx.bench.models import MODELS
-from revfx.bench.options import Options, UsageError, command_of, options_of, parse_size
+from revfx.bench.options import ARGUMENTS, WRITTEN, Options, options_of, parse_size, words_of
 from revfx.bench.results import Fit, Report, Row, this_machine
 from revfx.bench.ways import WAYS
+from revfx.cli import main
+from revfx.errors import WrongArguments
 
 
 def parsed(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    bench.add_arguments(parser)
+    for name, given in ARGUMENTS.items():
+        parser.add_argument(f"--{name}", **given)
     return parser.parse_args(words)
 
 
@@ -32,7 +35,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The bench in this process."""
     for name, value in bench.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    return lambda *words: bench.main(parsed(*words))
+    return lambda *words: main(("bench", *words))
 
 
 # --- runs
@@ -62,7 +65,7 @@ def test_figures_are_written_and_printed_by_a_process_with_an_allocator_that_kee
     paths = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "svg")}
     words = ("--csv", str(paths["csv"]), "--json", str(paths["json"]), "--plot", str(paths["svg"]), "--markdown")
     sizes = ("--quick", "--models", "leapfrog", "--ways", "convert", "--batch", "8")
-    assert bench.main(parsed(*sizes, *words)) == 0
+    assert main(("bench", *sizes, *words)) == 0
     out, err = capfd.readouterr()
     assert err == "" and "| `revfx.convert` |" in out
     assert "`revfx bench --models leapfrog --ways plain convert --batch 8 --quick`" in out
@@ -122,7 +125,7 @@ def test_a_measuring_process_that_is_killed_is_told_of(
 ) -> None:
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, -9))
-    assert bench.main(parsed("--quick")) == 1
+    assert main(("bench", "--quick")) == 1
     assert capsys.readouterr().err == "revfx bench: the process that measures ended with status -9.\n"
 
 
@@ -146,17 +149,17 @@ def test_a_measuring_process_that_is_killed_is_told_of(
     ],
 )
 def test_what_makes_no_sense_is_said_at_once(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(parsed(*words.split())) == 2
+    assert main(("bench", *words.split())) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("revfx bench: ") and says in err and "Traceback" not in err
 
 
 def test_what_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert bench.main(parsed("--plot", "out.svg")) == 2
+    assert main(("bench", "--plot", "out.svg")) == 2
     assert capsys.readouterr().err == "revfx bench: `--plot` needs matplotlib: pip install 'revfx[viz]'\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(parsed("--device", "cuda")) == 2
+    assert main(("bench", "--device", "cuda")) == 2
     assert "this torch sees no GPU" in capsys.readouterr().err
 
 
@@ -165,7 +168,7 @@ def test_sizes_of_memory() -> None:
         100, 2**10, 2**29, 3 * 2**29, 2 * 10**9,
     ]  # fmt: skip
     for wrong in ("", "MiB", "-1GiB", "1TiB", "0MiB"):
-        with pytest.raises(UsageError):
+        with pytest.raises(WrongArguments):
             parse_size(wrong)
 
 
@@ -191,6 +194,6 @@ def test_defaults() -> None:
 )
 def test_the_command_is_the_one_that_makes_the_figures(words: str, command: str) -> None:
     options = options_of(parsed(*words.split()))
-    assert command_of(options) == command
+    assert " ".join(words_of(options, WRITTEN)) == command
     again = options_of(parsed(*command.split()[2:]))
-    assert command_of(again) == command and (again.models, again.ways) == (options.models, options.ways)
+    assert words_of(again) == command.split() and (again.models, again.ways) == (options.models, options.ways)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -83,21 +84,20 @@ def test_what_a_child_died_of_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
 
     def dies_above_20(question: Question, low: int, high: int | None) -> bench_fit.Said:
         asked.append((low, high))
-        tried: list[tuple[int, bool]] = []
-        dead: list[int] = []
+        said = bench_fit.Said(low, high)
 
         def fits(size: int) -> bool:
+            nonlocal said
+            said = replace(said, trying=size)
             if size > 20:
-                dead.append(size)
                 raise KeyboardInterrupt
-            tried.append((size, True))
+            said = replace(said, low=size)
             return True
 
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             search(fits, low, high, never)
-        except KeyboardInterrupt:
-            return bench_fit.Said(tuple(tried), dead[0])
-        return bench_fit.Said(tuple(tried), ended=True)
+            said = replace(said, ended=True)
+        return said
 
     monkeypatch.setattr(bench_fit, "ask", dies_above_20)
     found = largest(QUESTION)
@@ -110,7 +110,7 @@ def test_children_that_die_of_the_smallest_are_not_asked_again(monkeypatch: pyte
 
     def dies(question: Question, low: int, high: int | None) -> bench_fit.Said:
         asked.append(low)
-        return bench_fit.Said((), 1)
+        return bench_fit.Said(low, high, 1)
 
     monkeypatch.setattr(bench_fit, "ask", dies)
     assert (largest(QUESTION).largest, asked) == (0, [0])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from revfx.bench.measure import measure_size, measure_steps
+from revfx.bench.measure import Setting, measure_size, measure_steps
 from revfx.bench.models import MODELS, BenchModel, Chain
 from revfx.bench.results import Row
-from revfx.bench.ways import WAYS, Built, Call, Way
+from revfx.bench.ways import WAYS, Call, Way
 
 
 MLP = MODELS["mlp"]
@@ -21,8 +21,8 @@ MLP = MODELS["mlp"]
 def made(name: str, call: Call, **options: Any) -> Way:
     """A contender; `call` is given the model and its inputs."""
 
-    def build(bench: BenchModel, model: Chain, inputs: tuple[Tensor, ...]) -> Built:
-        return Built(lambda *x: call(model, *x))
+    def build(bench: BenchModel, model: Chain, inputs: tuple[Tensor, ...]) -> Call:
+        return lambda *x: call(model, *x)
 
     return Way(name, name, build, **options)
 
@@ -30,7 +30,7 @@ def made(name: str, call: Call, **options: Any) -> Way:
 def rows(*ways: Way, bench: BenchModel = MLP, depth: int = 4, rounds: int = 3) -> dict[str, Row]:
     """What is measured of these and plain autograd, by name."""
     ticks: list[str] = []
-    found = measure_steps(bench, [WAYS["plain"], *ways], depth, 32, rounds, "cpu", ticks.append)
+    found = measure_steps(Setting(bench, depth, 32), [WAYS["plain"], *ways], rounds, ticks.append)
     assert len(ticks) == 1 + len(ways) + rounds + 1
     assert [r.way for r in found] == ["plain", *(w.name for w in ways)]
     return {r.way: r for r in found}
@@ -91,7 +91,7 @@ def test_what_raises_is_a_row_of_its_own() -> None:
 
 
 def test_what_does_not_apply_is_said_and_not_a_failure() -> None:
-    row = measure_size(MODELS["flow"], WAYS["rev_block"], 2, 4, "cpu")
+    row = measure_size(Setting(MODELS["flow"], 2, 4), WAYS["rev_block"])
     assert not row.failed and row.peak is None and "log-determinant" in row.notes[0]
 
 
@@ -104,9 +104,9 @@ def test_statistics_that_are_updated_twice_are_noted() -> None:
 
 
 def test_steps_that_a_way_takes_to_prepare_itself_leave_no_statistics_behind() -> None:
-    def build(bench: BenchModel, model: Chain, inputs: tuple[Tensor, ...]) -> Built:
+    def build(bench: BenchModel, model: Chain, inputs: tuple[Tensor, ...]) -> Call:
         bench.loss(model(*inputs)).backward()
-        return Built(model)
+        return model
 
     found = rows(Way("prepares", "prepares", build), bench=MODELS["revnet"], depth=1, rounds=1)
     assert found["prepares"].notes == () and found["prepares"].error == found["plain"].error
@@ -128,8 +128,8 @@ class Residual(Chain):
 
 
 def test_new_gradients_of_a_compiled_backward_are_not_part_of_its_peak() -> None:
-    plain = measure_size(MLP, WAYS["plain"], 4, 512, "cpu")
-    same = measure_size(MLP, made("compiled", lambda model, x: model(x), compiled=True), 4, 512, "cpu")
+    plain = measure_size(Setting(MLP, 4, 512), WAYS["plain"])
+    same = measure_size(Setting(MLP, 4, 512), made("compiled", lambda model, x: model(x), compiled=True))
     assert plain.peak and same.peak and plain.gradients and plain.kept
     assert plain.peak - plain.gradients < plain.kept, "so that less than was kept would be left of it"
     assert same.peak == same.kept == plain.kept

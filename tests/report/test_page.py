@@ -157,8 +157,8 @@ def test_figures_of_ways_stand_beside_the_plain_ones() -> None:
 def test_advice_notes_graphs_and_breaks_are_shown() -> None:
     one = region(2)
     e = Explanation(
-        "Net", (), (), (), graphs=(GraphInfo(0, (one,)), GraphInfo(1, ())), breaks=("a print",), advice=("do this",),
-        notes=("not known",),
+        "Net", (), (one,), (), graphs=(GraphInfo(0, (one,)), GraphInfo(1, ())), breaks=("a print",),
+        advice=("do this",), notes=("not known",),
     )  # fmt: skip
     words = Elements(page(e)).text
     for text in (
