@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,11 +17,11 @@ from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.kinks import CERTAIN_ZEROS, OF_SUMS, numberless, told_apart
-from revfx.passes.masks import masked_arcs
-from revfx.passes.moved import directions_of, moved
+from revfx.passes.masks import MaskedArcs
+from revfx.passes.moved import directions_of, moved, taken_apart
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
-from revfx.rules import Direction, Inverse, Masked, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
+from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
 
 
 HIDDEN = "what is added to it may be so large that its digits are lost, as next to a mask of -1e9"
@@ -73,16 +72,6 @@ def lower(
     return replace(lowered, program=replace(lowered.program, ops=tuple(ops)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Factor:
-    """What an operand was multiplied by: a number, or the index of a value that is measured while the forward runs."""
-
-    by: float | int | None
-    measured: bool = False
-    least: float = 1.0
-    typical: float = 1.0
-
-
 class _Lowering:
     def __init__(
         self,
@@ -117,7 +106,7 @@ class _Lowering:
             elif node.op in ("placeholder", "get_attr") or node in self.sources:
                 source = node.op == "get_attr" or node in self.sources
                 self._value(node, source=source, given=node.op == "placeholder")
-            elif self._takes_apart(node):
+            elif taken_apart(node) is not None:
                 self.owner[node] = self.owner[node.args[0]]
                 if isinstance(node.meta["val"], Tensor):
                     outs[self.owner[node]].append(self._value(node))
@@ -126,47 +115,21 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        for i, arcs in (
-            *self._tilings(op_nodes, outs),
-            *masked_arcs(op_nodes, self.index, self._trusted, self._arc, self._directions),
-        ):
-            ops[i] = replace(ops[i], arcs=ops[i].arcs + arcs)
-        written = {self.values[v].storage for op in ops if op.barrier for v in op.ins if self._writes(op)}
+        masked = MaskedArcs(op_nodes, self.index, self._trusted, self._arc, self._directions)
+        for i, arc in (*self._tilings(op_nodes, outs), *masked.run()):
+            ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
+        written = {self.values[v].storage for op in ops if "writes" in (op.barrier or "") for v in op.ins}
         theirs = {v.storage for v in self.values if v.given or v.source}
-        values = tuple(
-            replace(v, written=v.storage in written, given=v.storage in theirs)
-            if v.storage in theirs or v.storage in written
-            else v
-            for v in self.values
-        )
-        return Lowered(Program(values, tuple(ops), outputs), tuple(op_nodes), tuple(self.value_nodes))
-
-    @staticmethod
-    def _writes(op: Op) -> bool:
-        return op.barrier is not None and "writes" in op.barrier
-
-    @staticmethod
-    def _takes_apart(node: fx.Node) -> bool:
-        source = node.args[0] if node.args else None
-        return (
-            node.target is operator.getitem
-            and isinstance(source, fx.Node)
-            and not isinstance(source.meta.get("val"), Tensor)
-        )
+        values = (replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
+        return Lowered(Program(tuple(values), tuple(ops), outputs), tuple(op_nodes), tuple(self.value_nodes))
 
     def _value(self, node: fx.Node, source: bool = False, given: bool = False) -> int:
         val = node.meta["val"]
         storage = self.storages.setdefault(node.meta.get("storage", node), len(self.storages))
-        nbytes = node.meta.get("storage_nbytes", None)
-        nbytes = as_number(val.numel()) * val.element_size() if nbytes is None else nbytes
+        nbytes = node.meta.get("storage_nbytes", as_number(val.numel()) * val.element_size())
         index = self.index[node] = len(self.values)
-        meta = node.meta
-        self.values.append(
-            Value(
-                node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given,
-                grid=meta.get("grid"), kept=meta.get("kept", False),
-            )
-        )  # fmt: skip
+        more: dict[str, Any] = {"grid": node.meta.get("grid"), "kept": node.meta.get("kept", False)}
+        self.values.append(Value(node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given, **more))
         self.value_nodes.append(node)
         return index
 
@@ -175,19 +138,16 @@ class _Lowering:
         arcs: list[Arc] = []
         refused: dict[int, str] = {}
         for direction in self._directions(node) if outs else ():
-            if isinstance(direction, Masked):
+            if not isinstance(direction, (Inverse, NoInverse)):
                 continue
-            solved = direction.whole if isinstance(direction, (Tile, Patch)) else direction.solves
+            solved = direction.solves
             if not isinstance(solved, fx.Node) or solved.op == "get_attr" or solved not in self.index:
                 continue
-            if isinstance(direction, NoInverse):
-                refused[self.index[solved]] = direction.reason
-            elif isinstance(direction, Inverse):
-                arc = self._arc(node, direction)
-                if isinstance(arc, str):
-                    refused[self.index[solved]] = arc
-                else:
-                    arcs.append(arc)
+            arc = direction.reason if isinstance(direction, NoInverse) else self._arc(node, direction)
+            if isinstance(arc, str):
+                refused[self.index[solved]] = arc
+            else:
+                arcs.append(arc)
         unknown = rule_for(node, self._module(node)) is None and "directions" not in node.meta
         name = str(node.target) if node.op == "call_module" else op_name(node.target)
         solved = {a.head for a in arcs}
@@ -225,13 +185,10 @@ class _Lowering:
         factor = self._factor(inverse, y.dtype)
         if isinstance(factor, str):
             return factor
-        constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
         rounds = not (inverse.exact or inverse.grid)
         arc = Arc(
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
-            solve=_filled(inverse.by, constants) if constants else inverse.by,
-            exact=inverse.exact, factor=factor.by, measured=factor.measured, reciprocal=inverse.reciprocal,
-            least=factor.least, typical=factor.typical,
+            solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
@@ -278,8 +235,7 @@ class _Lowering:
             return "it is a module, which is called as it is"
         if inverse.rest is None:
             return "its rule does not say what the operation adds"
-        constants = {i: g for i, g in enumerate(inverse.given) if not isinstance(g, fx.Node)}
-        rest = None if inverse.rest is nothing else _filled_rest(inverse.rest, constants)
+        rest = None if inverse.rest is nothing else _filled(inverse.rest, 0, inverse.given)
         factor, reciprocal, name = inverse.factor, inverse.reciprocal, op_name(node.target)
         if isinstance(factor, complex):
             return "its factor is complex"
@@ -296,26 +252,26 @@ class _Lowering:
             return f"its factor may be as small as {made.least:.1e}; at most {MOST_BITS} bits per element are kept"
         return made
 
-    def _factor(self, inverse: Inverse, dtype: torch.dtype) -> _Factor | str:
-        """Return what the solved operand was multiplied by, or why it may be zero."""
+    def _factor(self, inverse: Inverse, dtype: torch.dtype) -> dict[str, Any] | str:
+        """Return what an arc says of what the solved operand was multiplied by, or why that may be zero."""
         f = inverse.factor
         if f is None:
-            return _Factor(None)
+            return {}
         if not isinstance(f, fx.Node):
             value = float(abs(1 / f if inverse.reciprocal and f else f))
             least, most = _normal(dtype)
             if not least <= value <= most:  # 0 or infinite, also where it only is so in this dtype; or NaN
                 return f"the factor is {f}"
-            return _Factor(None if value == 1 else value)
+            return {} if value == 1 else {"factor": value}
         interval: Interval = self.bounds.get(f, UNKNOWN)
+        least, typical = interval.least, interval.typical
         if inverse.reciprocal:
-            least, typical = 1 / max(interval.most, 1e-300), 1 / max(interval.typical, 1e-300)
-            return _Factor(None) if interval.most <= 1 else _Factor(self.index[f], True, least, typical)
-        if interval.least == 0 and not interval.nonzero:
+            least, typical = 1 / max(interval.most, 1e-300), 1 / max(typical, 1e-300)
+        elif least == 0 and not interval.nonzero:
             return f"the factor `{f.name}` is not bounded away from zero"
-        return _Factor(None) if interval.least >= 1 else _Factor(self.index[f], True, interval.least, interval.typical)
+        return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least, "typical": typical}
 
-    def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, tuple[Arc, ...]]]:
+    def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, Arc]]:
         """Yield arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation
         that makes one of the parts.
         """
@@ -334,20 +290,18 @@ class _Lowering:
                 continue
             use = [parts[k] for k in chosen]
             solve = _assemble(self.values[whole].shape, dim, tuple((t.index, t.squeezed) for _, _, t in use))
-            names = ", ".join(self.values[v].name for _, v, _ in use)
-            text = f"{self.values[whole].name} <- {names}  (put together)"
-            yield min(i for i, _, _ in use), (Arc(whole, tuple(v for _, v, _ in use), solve, exact=True, text=text),)
+            yield min(i for i, _, _ in use), self._moved(whole, tuple(v for _, v, _ in use), solve, "put together")
         for i, patched, p in patches:
             whole = self.index[p.whole]
             for j, part, t in tiles.get((whole, p.dim), []):
                 if t.index == p.index and t.squeezed == p.squeezed and not self.values[whole].source:
-                    text = (
-                        f"{self.values[whole].name} <- {self.values[patched].name}, {self.values[part].name}  (patch)"
-                    )
-                    yield min(i, j), (Arc(whole, (patched, part), _patch(p), exact=True, text=text),)
+                    yield min(i, j), self._moved(whole, (patched, part), _patch(p), "patch")
                 elif set(p.index).isdisjoint(t.index) and not t.squeezed:
-                    text = f"{self.values[part].name} <- {self.values[patched].name}  (beside the patch)"
-                    yield min(i, j), (Arc(part, (patched,), _taken(t), exact=True, text=text),)
+                    yield min(i, j), self._moved(part, (patched,), _taken(t), "beside the patch")
+
+    def _moved(self, head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Arc:
+        names = ", ".join(self.values[v].name for v in tail)
+        return Arc(head, tail, solve, exact=True, text=f"{self.values[head].name} <- {names}  ({how})")
 
     def _module(self, node: fx.Node) -> torch.nn.Module | None:
         return self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
@@ -377,19 +331,16 @@ def _taken(t: Tile) -> Callable[..., Tensor]:
     return lambda y: y[(*[slice(None)] * t.dim, slice(t.index.start, t.index.stop, t.index.step))]
 
 
-def _filled(by: Callable[..., Tensor], constants: dict[int, Any]) -> Callable[..., Tensor]:
-    """Return `by` with the operands that are plain numbers put in their places."""
+def _filled(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return a function of results and `given` operands, with those that are plain numbers put in their places."""
+    constants = {i: g for i, g in enumerate(given, results) if not isinstance(g, fx.Node)}
+    n = results + len(given)
 
-    def solve(y: Tensor, *given: Tensor) -> Tensor:
-        rest = iter(given)
-        return by(y, *(constants[i] if i in constants else next(rest) for i in range(len(given) + len(constants))))
+    def filled(*tail: Tensor) -> Any:
+        rest = iter(tail)
+        return by(*(constants[i] if i in constants else next(rest) for i in range(n)))
 
-    return solve
-
-
-def _filled_rest(rest: Callable[..., Any], constants: dict[int, Any]) -> Callable[..., Any]:
-    filled = _filled(lambda _, *given: rest(*given), constants)
-    return lambda *given: filled(None, *given)
+    return filled if constants else by
 
 
 def _moves(directions: list[Direction]) -> bool:

@@ -10,7 +10,6 @@ a value cancels (`x + (round(x) - x).detach()`) is what is left. What a function
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from revfx.passes.moved import directions_of, joined
+from revfx.passes.moved import directions_of, joined, taken_apart
 from revfx.passes.names import JOINS, MAKERS, MIXERS, PICKS, PRODUCTS, SMOOTH, SUMS, SUMS_WITH_PRODUCT, bare, factor
 from revfx.passes.ties import Numbering, is_tensor
 from revfx.rules import Tile, op_name
@@ -191,12 +190,9 @@ def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, rang
     """Return, of a node that is taken of what was `put` together, the parts that it overlaps, and whether it is all of
     one.
     """
-    taken = node
-    number: Any = 0  # or the key, where the whole is a dict
-    source: Any = node.args[0] if node.args else None
-    if node.target is operator.getitem and isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor):
-        taken, number = source, node.args[1]
-        source = source.args[0] if source.args else None
+    split = taken_apart(node)
+    taken, number = (node, 0) if split is None else (split, node.args[1])  # or the key, where the whole is a dict
+    source: Any = taken.args[0] if taken.args else None
     parts = put.get(source, [])
     dim = parts[0][1] if parts else None
     for t in directions_of(taken) if parts else ():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.passes.names import bare
 from revfx.rules import arguments, op_name
 
 
@@ -89,39 +90,26 @@ def _sum(a: Interval) -> Interval:
     return Interval(0.0 if a.low >= 0 else -math.inf, 0.0 if a.high <= 0 else math.inf)
 
 
-def _within(low: float, high: float) -> Callable[[Interval], Interval]:
-    return lambda a: Interval(low, high)
-
-
-def _abs(a: Interval) -> Interval:
-    return Interval(a.least, a.most, a.nonzero)
-
-
+WITHIN = {
+    (-1.0, 1.0): "hardtanh softsign sin cos erf",
+    (0.0, 1.0): "hardsigmoid softmax _softmax _safe_softmax",
+    (-math.pi / 2, math.pi / 2): "atan",
+    (0.0, math.inf): "var std",
+}  # whatever the operand is
 UNARY: dict[str, Callable[[Interval], Interval]] = {
     "exp": _monotone(_exp, nonzero=True),
     "sigmoid": _monotone(_sigmoid, nonzero=True),
     "softplus": lambda a: Interval(a.low if a.low > 20 else _softplus(a.low), _softplus(a.high), True),
     "tanh": _monotone(math.tanh),
     "relu": lambda a: Interval(max(0.0, a.low), max(0.0, a.high)),
-    "hardtanh": _within(-1.0, 1.0),
-    "hardsigmoid": _within(0.0, 1.0),
-    "softmax": _within(0.0, 1.0),
-    "_softmax": _within(0.0, 1.0),
-    "_safe_softmax": _within(0.0, 1.0),
-    "softsign": _within(-1.0, 1.0),
-    "sin": _within(-1.0, 1.0),
-    "cos": _within(-1.0, 1.0),
-    "atan": _within(-math.pi / 2, math.pi / 2),
-    "erf": _within(-1.0, 1.0),
-    "abs": _abs,
+    **{name: lambda a, ends=ends: Interval(*ends) for ends, names in WITHIN.items() for name in names.split()},
+    "abs": lambda a: Interval(a.least, a.most, a.nonzero),
     "square": _square,
     "mean": _sum,
     "sum": _sum,
-    "var": _within(0.0, math.inf),
-    "std": _within(0.0, math.inf),
     "neg": _neg,
-    "reciprocal": _reciprocal,
     "__neg__": _neg,
+    "reciprocal": _reciprocal,
 }
 
 BINARY: dict[str, Callable[[Interval, Interval], Interval]] = {
@@ -178,7 +166,7 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
     """
     if exact == UNKNOWN or dtype is None or dtype.is_complex:
         return exact if dtype is None else UNKNOWN
-    name = _bare(node)
+    name = bare(op_name(node.target))
     before = next((d for n in node.all_input_nodes if (d := _dtype(n)) is not None), dtype)
     if not dtype.is_floating_point:
         whole = not before.is_floating_point and dtype != torch.bool
@@ -222,38 +210,28 @@ def _holds(dtype: torch.dtype, x: float) -> bool:
     return float(torch.tensor(x, dtype=torch.float64).to(dtype)) == x
 
 
-def _bare(node: fx.Node) -> str:
-    name = op_name(node.target)
-    return name if name.endswith("__") else name.rstrip("_")
-
-
 def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
     if node.op not in ("call_function", "call_method"):
         return UNKNOWN
-    name = _bare(node)
+    name = bare(op_name(node.target))
     if name in ("clamp", "clip", "hardtanh"):
-        default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
-        keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
-        a, low, high = arguments(node, "input", **dict(zip(keys, default, strict=True)))
-        inner = of(a)
-        lowest = low if isinstance(low, (int, float)) else -math.inf
-        highest = high if isinstance(high, (int, float)) else math.inf
-        if not (low is None or isinstance(low, (int, float))) or not (high is None or isinstance(high, (int, float))):
+        limits = {"min_val": -1.0, "max_val": 1.0} if name == "hardtanh" else {"min": None, "max": None}
+        a, *given = arguments(node, "input", **limits)
+        if not all(x is None or isinstance(x, (int, float)) for x in given):
             return UNKNOWN  # limits that are data
-        low_, high_ = (min(max(end, lowest), highest) for end in (inner.low, inner.high))
-        return Interval(low_, high_, low_ > 0 or high_ < 0)
+        lowest, highest = (end if x is None else x for x, end in zip(given, (-math.inf, math.inf), strict=True))
+        low, high = (min(max(end, lowest), highest) for end in (of(a).low, of(a).high))
+        return Interval(low, high, low > 0 or high < 0)
     if name == "softplus" and (len(node.args) > 1 or node.kwargs):
         beta = node.args[1] if len(node.args) > 1 else node.kwargs.get("beta", 1)
         return Interval(0.0, math.inf, True) if isinstance(beta, (int, float)) and beta > 0 else UNKNOWN
     first, *others = node.args or (None,)
-    if isinstance(first, fx.Node) and name == "getitem" and _bare(first) in ("var_mean", "std_mean"):
+    if isinstance(first, fx.Node) and name == "getitem" and op_name(first.target) in ("var_mean", "std_mean"):
         return Interval(0.0) if others == [0] else UNKNOWN
     if (name == "pow" and others == [2]) or (name == "mul" and others == [first]):
         return _square(of(first))
-    if name in MOVES and node.args:
-        return of(first)
-    if name in UNARY and node.args:
-        return UNARY[name](of(node.args[0]))
+    if node.args and (name in MOVES or name in UNARY):
+        return UNARY.get(name, lambda a: a)(of(first))
     if name in BINARY and len(node.args) == 2 and not node.kwargs:
-        return BINARY[name](of(node.args[0]), of(node.args[1]))
+        return BINARY[name](of(first), of(others[0]))
     return UNKNOWN

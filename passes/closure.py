@@ -27,6 +27,16 @@ class Invert:
 Derivation = Forward | Invert
 
 
+def read_by(program: Program, derivation: Derivation) -> tuple[int, ...]:
+    """Return the values that a derivation reads."""
+    return program.ops[derivation.op].ins if isinstance(derivation, Forward) else derivation.arc.tail
+
+
+def made_by(program: Program, derivation: Derivation) -> tuple[int, ...]:
+    """Return the values that a derivation gives."""
+    return program.ops[derivation.op].outs if isinstance(derivation, Forward) else (derivation.arc.head,)
+
+
 class Closure:
     """The values derivable from `known` with the operations added so far.
 
@@ -61,15 +71,15 @@ class Closure:
         """
         for index in indices:
             op = self._program.ops[index]
-            self._offer(Forward(index), op.ins)
+            self._offer(Forward(index))
             for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
-                self._offer(Invert(index, arc), arc.tail)
+                self._offer(Invert(index, arc))
         return self._drain()
 
-    def _offer(self, derivation: Derivation, tail: tuple[int, ...]) -> None:
+    def _offer(self, derivation: Derivation) -> None:
         number = len(self._pending)
         self._pending.append(derivation)
-        missing = [v for v in dict.fromkeys(tail) if v not in self]
+        missing = [v for v in dict.fromkeys(read_by(self._program, derivation)) if v not in self]
         self._missing.append(len(missing))
         for v in missing:
             self._waiting.setdefault(v, []).append(number)
@@ -80,8 +90,7 @@ class Closure:
         new: list[int] = []
         while queue := next(filter(None, self._ready), None):
             derivation = self._pending[queue.pop()]
-            heads = self._heads(derivation)
-            fresh = [v for v in heads if v not in self]
+            fresh = [v for v in made_by(self._program, derivation) if v not in self]
             if not fresh:
                 continue
             self.order.append(derivation)
@@ -93,11 +102,6 @@ class Closure:
                     if self._missing[waiting] == 0:
                         self._ready[_rank(self._pending[waiting])].append(waiting)
         return new
-
-    def _heads(self, derivation: Derivation) -> tuple[int, ...]:
-        if isinstance(derivation, Forward):
-            return self._program.ops[derivation.op].outs
-        return (derivation.arc.head,)
 
 
 def _rank(derivation: Derivation) -> int:

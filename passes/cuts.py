@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from revfx.passes.closure import Closure, Derivation, Forward, Invert
+from revfx.passes.closure import Closure, Derivation, Invert, made_by, read_by
 from revfx.passes.program import Arc, Program
 
 
@@ -125,7 +125,8 @@ def _step(
     if any(s.first < start <= s.last for s in chosen.values()):
         return None
     known = {*exit, *side}.difference(again)
-    if again or any(_may_give_way(program, d, start) for d in closure.order):
+    # The search meets what reads a value before what makes it, and so solves for it first, though it may be run again.
+    if again or any(isinstance(d, Invert) and program.made_at[d.arc.head] >= start for d in closure.order):
         closure = _closure(program, start, stop, known)
         if any(v not in closure for v in entry):
             return None
@@ -157,15 +158,6 @@ def _closure(program: Program, start: int, stop: int, known: Iterable[int], trus
     return closure
 
 
-def _may_give_way(program: Program, derivation: Derivation, start: int) -> bool:
-    """Return whether a derivation is an inverse of which the head is made in the step, so that it may be computed
-    again.
-
-    The search meets what reads a value before what makes it, and so solves for it first.
-    """
-    return isinstance(derivation, Invert) and program.made_at[derivation.arc.head] >= start
-
-
 def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:
     """Return those of `order` that deriving `wanted` takes, in the same order; a barred inverse counts as a saved
     value.
@@ -173,7 +165,7 @@ def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int])
     made: dict[int, int] = {}
     order = list(order)
     for i, d in enumerate(order):
-        for v in program.ops[d.op].outs if isinstance(d, Forward) else (d.arc.head,):
+        for v in made_by(program, d):
             made.setdefault(v, i)
     keep: set[int] = set()
     stack = [v for v in wanted if v in made]
@@ -183,9 +175,6 @@ def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int])
             continue
         keep.add(i)
         d = order[i]
-        if isinstance(d, Forward):
-            tail = program.ops[d.op].ins
-        else:
-            tail = () if d.arc.barred else d.arc.tail
+        tail = () if isinstance(d, Invert) and d.arc.barred else read_by(program, d)
         stack.extend(v for v in tail if v in made and made[v] not in keep)
     return [order[i] for i in sorted(keep)]

@@ -26,12 +26,9 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
     graph = _dependencies(program, stuck)
     condensed = nx.condensation(graph)
     found: list[Refusal] = []
-    for component in condensed.nodes:
-        if condensed.out_degree(component) == 0:
-            members: set[int] = condensed.nodes[component]["members"]
-            found.extend(
-                _loop(program, stuck, members) if len(members) > 1 else _lost(program, stuck, next(iter(members)))
-            )
+    for component in (c for c in condensed.nodes if condensed.out_degree(c) == 0):
+        members: set[int] = condensed.nodes[component]["members"]
+        found += _loop(program, stuck, members) if len(members) > 1 else [_lost(program, stuck, *members)]
     return found
 
 
@@ -47,30 +44,23 @@ def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
         value = todo.pop()
         made = program.made_at[value]
         needs = [program.ops[made].ins] if made in window else []
-        needs += (
-            [a.tail for i in window for a in program.ops[i].arcs if a.head == value] if value in stuck.unknown else []
-        )
-        for tail in needs:
-            for other in program.data(tail):
-                if other in stuck.unknown or program.made_at[other] in window:
-                    if other not in graph:
-                        todo.append(other)
-                    graph.add_edge(value, other)
+        if value in stuck.unknown:
+            needs += [a.tail for i in window for a in program.ops[i].arcs if a.head == value]
+        for other in (v for tail in needs for v in program.data(tail)):
+            if other in stuck.unknown or program.made_at[other] in window:
+                if other not in graph:
+                    todo.append(other)
+                graph.add_edge(value, other)
     return graph
 
 
-def _lost(program: Program, stuck: Stuck, value: int) -> list[Refusal]:
-    name = program.values[value].name
-    for i in program.users[value]:
-        if stuck.start <= i < stuck.stop:
-            op = program.ops[i]
-            reason = dict(op.refused).get(value, f"`{op.name}` has no inverse")
-            return [Refusal(f"`{name}` can't be computed back: {reason}", op.name, op.where)]
-    made = program.made_at[value]
-    op = program.ops[made] if made >= 0 else None
-    return [
-        Refusal(f"`{name}` is read nowhere that could give it back", op.name if op else name, op.where if op else "")
-    ]
+def _lost(program: Program, stuck: Stuck, value: int) -> Refusal:
+    name, made = program.values[value].name, program.made_at[value]
+    for op in (program.ops[i] for i in program.users[value] if stuck.start <= i < stuck.stop):
+        reason = dict(op.refused).get(value, f"`{op.name}` has no inverse")
+        return Refusal(f"`{name}` can't be computed back: {reason}", op.name, op.where)
+    by, where = (program.ops[made].name, program.ops[made].where) if made >= 0 else (name, "")
+    return Refusal(f"`{name}` is read nowhere that could give it back", by, where)
 
 
 def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
@@ -80,18 +70,12 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
     """
     waist = _waist(program, stuck, members)
     if waist is not None:
-        return _lost(program, stuck, waist)
-    solved = [
-        (i, a.head)
-        for i in range(stuck.stop - 1, stuck.start - 1, -1)
-        for a in program.ops[i].arcs
-        if a.head in members and a.head in stuck.unknown
-    ]
-    for i, head in solved:
-        op = program.ops[i]
+        return [_lost(program, stuck, waist)]
+    wanted, window = members.intersection(stuck.unknown), reversed(range(stuck.start, stuck.stop))
+    for i, head in ((i, a.head) for i in window for a in program.ops[i].arcs if a.head in wanted):
+        op, name = program.ops[i], program.values[head].name
         readers = [program.ops[u] for u in program.users[head] if u != i and stuck.start <= u < stuck.stop]
         via = f", and `{readers[0].name}` of it" if readers else ""
-        name = program.values[head].name
         reason = f"`{name}` is added to something computed from itself{via}: solving for it would need it"
         return [Refusal(reason, op.name, op.where)]
     return []

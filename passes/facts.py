@@ -34,32 +34,33 @@ def facts_of(inputs: Iterable[Any]) -> Facts:
     """Return what holds of which of these inputs: pairs of its number and PERMUTATION, BINARY, GENERIC (`is_generic`)
     or HUGE (`is_huge`).
     """
-    tensors = [(i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor)]
-    return tuple((i, fact) for i, t in tensors for fact in (*_facts(t), *_of_numbers(t)))
-
-
-def _of_numbers(t: Tensor) -> list[str]:
-    return [fact for fact, holds in ((GENERIC, is_generic(t)), (HUGE, is_huge(t))) if holds]
+    tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
+    return tuple((i, fact) for i, t in tensors for fact in _facts(t))
 
 
 def _facts(t: Tensor) -> tuple[str, ...]:
+    of_numbers = (fact for fact, holds in ((GENERIC, is_generic), (HUGE, is_huge)) if holds(t))
+    return (*_of_levels(t), *of_numbers)
+
+
+def _of_levels(t: Tensor) -> tuple[str, ...]:
     if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta or t.requires_grad:
         return ()
     if not 1 < t.numel() <= LIMIT or t.dtype == torch.bool or t.is_complex():
         return ()
     with torch.no_grad(), _torch.outside_modes():
-        found = (PERMUTATION, t.dim() == 1 and t.dtype in INDICES), (BINARY, True)
+        found: list[str] = []
+        if t.dim() == 1 and t.dtype in INDICES and bool(_is_permutation(t)):
+            found.append(PERMUTATION)
         # a mask of one value only masks nothing; and running statistics start as all zeros or ones
-        return tuple(f for f, may in found if may and bool(TESTS[f](t)) and (f == PERMUTATION or not _uniform(t)))
+        if bool(_is_binary(t)) and not bool((t == t.reshape(-1)[0]).all()):
+            found.append(BINARY)
+        return tuple(found)
 
 
 def is_mask(t: Tensor) -> bool:
     """Return whether a tensor holds zeros and ones, some of each, and nothing else."""
-    return BINARY in _facts(t)
-
-
-def _uniform(t: Tensor) -> bool:
-    return bool((t == t.reshape(-1)[0]).all())
+    return BINARY in _of_levels(t)
 
 
 # --- checks, recorded into the forward of a graph that relies on a fact
@@ -71,20 +72,17 @@ def _is_binary(b: Tensor) -> Tensor:
     return ((b == 0) | (b == 1)).all()
 
 
-TESTS: Mapping[str, Callable[..., Tensor]] = {
-    PERMUTATION: _is_permutation,
-    BINARY: _is_binary,
-}
-WORDS = {
-    PERMUTATION: "an index is no permutation",
-    BINARY: "a mask does not hold zeros and ones only",
+CHECKS: Mapping[str, tuple[Callable[..., Tensor], str]] = {
+    PERMUTATION: (_is_permutation, "an index is no permutation"),
+    BINARY: (_is_binary, "a mask does not hold zeros and ones only"),
 }
 
 
 def check(fact: str, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
     """Return the test of a fact, and what a run says where it fails."""
-    return TESTS[fact], (
-        f"revfx: {WORDS[fact]} (`{name}`, at {where}), unlike when this model was compiled, so what was computed with "
+    test, broken = CHECKS[fact]
+    return test, (
+        f"revfx: {broken} (`{name}`, at {where}), unlike when this model was compiled, so what was computed with "
         "it can't be computed back; call `torch.compiler.reset()` after changing such a tensor"
     )
 
@@ -100,12 +98,10 @@ def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any
     for node in graph.nodes:
         if node.op == "get_attr":
             held = getattr(owner, str(node.target), None)
-            found[node] = (*_facts(held), *_of_numbers(held)) if isinstance(held, Tensor) else ()
+            found[node] = _facts(held) if isinstance(held, Tensor) else ()
         elif node.op == "call_function" and isinstance(val := node.meta.get("val"), Tensor) and val.dtype in INDICES:
-            name = bare(node)
-            if name in SAME or name in CASTS or name in REORDERED:
-                facts = found.get(node.args[0], ()) if node.args and isinstance(node.args[0], fx.Node) else ()
-                found[node] = tuple(f for f in facts if f == PERMUTATION)
+            if bare(node) in SAME | CASTS | REORDERED and node.args and isinstance(node.args[0], fx.Node):
+                found[node] = tuple(f for f in found.get(node.args[0], ()) if f == PERMUTATION)
     return {n: f for n, f in found.items() if f}
 
 
@@ -140,6 +136,10 @@ class Mask:
     value: bool
 
 
+Places = frozenset[tuple[fx.Node, bool]]
+NOWHERE: Places = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class Masks:
     """Of the nodes of a graph, those that are masks, and where others are exactly zero: (root, value) for each place.
@@ -148,13 +148,13 @@ class Masks:
     """
 
     of: Mapping[fx.Node, Mask]
-    zero: Mapping[fx.Node, frozenset[tuple[fx.Node, bool]]]
+    zero: Mapping[fx.Node, Places]
 
 
 def masks(graph: fx.Graph) -> Masks:
     """Return the masks of a graph: booleans, values that are known to be binary, and what turns them round."""
     of: dict[fx.Node, Mask] = {}
-    zero: dict[fx.Node, frozenset[tuple[fx.Node, bool]]] = {}
+    zero: dict[fx.Node, Places] = {}
     for node in graph.nodes:
         if not isinstance(node.meta.get("val"), Tensor):
             continue
@@ -177,15 +177,14 @@ def _mask(node: fx.Node, of: Mapping[fx.Node, Mask]) -> Mask | None:
     a, b = (*node.args, None, None)[:2]
     if node.op in ("call_function", "call_method"):
         if isinstance(a, fx.Node) and a in of and a.meta["val"].device == val.device:
-            turned = Mask(of[a].root, not of[a].value)
-            if name in SAME or name in CASTS:
+            if name in SAME | CASTS:
                 return of[a]
             if name in LAID_OUT:
                 return Mask(node, True)
-            if name == "logical_not" or (name in ("bitwise_not", "invert") and val.dtype == torch.bool):
-                return turned
-            if name == "rsub" and _is_one(b) and len(node.args) == 2 and not node.kwargs:
-                return turned
+            taken_off_one = name == "rsub" and _is_one(b) and len(node.args) == 2 and not node.kwargs
+            inverted = name in ("bitwise_not", "invert") and val.dtype == torch.bool
+            if name == "logical_not" or inverted or taken_off_one:
+                return Mask(of[a].root, not of[a].value)
         if name == "sub" and _is_one(a) and isinstance(b, fx.Node) and b in of and not node.kwargs:
             return Mask(of[b].root, not of[b].value)
     held = node.meta.get("constant")
@@ -198,24 +197,17 @@ def _is_one(x: Any) -> bool:
     return isinstance(x, (int, float)) and x == 1
 
 
-def _zero(
-    node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, frozenset[tuple[fx.Node, bool]]]
-) -> frozenset[tuple[fx.Node, bool]]:
+def _zero(node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, Places]) -> Places:
     """Return where a node is zero: a product where a factor is, a sum where both are."""
-    nowhere: frozenset[tuple[fx.Node, bool]] = frozenset()
     if node.op not in ("call_function", "call_method"):
-        return nowhere
+        return NOWHERE
     name = bare(node)
-    operands: list[Any] = list(node.args[:2])
-    theirs = [
-        zero.get(x, nowhere) | ({(of[x].root, not of[x].value)} if x in of else nowhere)
-        for x in operands
-        if isinstance(x, fx.Node)
-    ]
+    operands = [x for x in node.args[:2] if isinstance(x, fx.Node)]
+    theirs = [zero.get(x, NOWHERE) | ({(of[x].root, not of[x].value)} if x in of else NOWHERE) for x in operands]
     if name in ("mul", "multiply"):
-        return nowhere.union(*theirs)
+        return NOWHERE.union(*theirs)
     if name in ("add", "sub", "subtract") and len(theirs) == 2:
         return theirs[0] & theirs[1]
-    if name in ("div", "divide", "true_divide", "neg", "negative", *SAME, *CASTS) and theirs and operands[0] in zero:
+    if name in ("div", "divide", "true_divide", "neg", "negative", *SAME, *CASTS) and theirs and node.args[0] in zero:
         return theirs[0]
-    return nowhere
+    return NOWHERE

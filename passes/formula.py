@@ -10,7 +10,17 @@ from revfx.passes.program import Arc, Program
 
 
 SUM, PRODUCT, ATOM = 1, 2, 3  # how tightly an expression binds
+OPERATORS = {"add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT)}
 LONGEST = 80  # characters of an expression that is still read
+
+
+def _joined(name: str, a: Any, b: Any) -> Term:
+    sign, level = OPERATORS[name]
+    return Term(f"{_within(a, level)} {sign} {_within(b, level + 1)}", level)
+
+
+def _operator(name: str, turned: bool = False) -> Callable[[Term, Any], Term]:
+    return lambda term, other: _joined(name, other, term) if turned else _joined(name, term, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +30,10 @@ class Term:
     text: str
     level: int = ATOM
 
-    def __add__(self, other: Any) -> Term:
-        return _joined(self, "+", other, SUM)
-
-    def __radd__(self, other: Any) -> Term:
-        return _joined(other, "+", self, SUM)
-
-    def __sub__(self, other: Any) -> Term:
-        return _joined(self, "-", other, SUM)
-
-    def __rsub__(self, other: Any) -> Term:
-        return _joined(other, "-", self, SUM)
-
-    def __mul__(self, other: Any) -> Term:
-        return _joined(self, "*", other, PRODUCT)
-
-    def __rmul__(self, other: Any) -> Term:
-        return _joined(other, "*", self, PRODUCT)
-
-    def __truediv__(self, other: Any) -> Term:
-        return _joined(self, "/", other, PRODUCT)
-
-    def __rtruediv__(self, other: Any) -> Term:
-        return _joined(other, "/", self, PRODUCT)
+    __add__, __radd__ = _operator("add"), _operator("add", turned=True)
+    __sub__, __rsub__ = _operator("sub"), _operator("sub", turned=True)
+    __mul__, __rmul__ = _operator("mul"), _operator("mul", turned=True)
+    __truediv__, __rtruediv__ = _operator("div"), _operator("div", turned=True)
 
     def __neg__(self) -> Term:
         return Term(f"-{_within(self, PRODUCT)}", PRODUCT)
@@ -55,17 +46,9 @@ class Term:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Term:
         name = getattr(function, "__name__", str(function))
-        operator = OPERATORS.get(name)
-        if operator is not None and len(args) == 2 and not kwargs:
-            return _joined(args[0], *operator[:1], args[1], operator[1])
+        if name in OPERATORS and len(args) == 2 and not kwargs:
+            return _joined(name, *args)
         return Term(f"{name}({_arguments(args, kwargs or {})})")
-
-
-OPERATORS = {"add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT)}
-
-
-def _joined(a: Any, sign: str, b: Any, level: int) -> Term:
-    return Term(f"{_within(a, level)} {sign} {_within(b, level + 1)}", level)
 
 
 def _within(x: Any, level: int) -> str:

@@ -34,90 +34,16 @@ ZERO, OWN, ANY, SUM, NEVER = range(5)
 # what a normalisation makes of groups that hold one number.
 NO_ROWS, OF_SUMS, OF_NORMS = range(3)
 
-AT_ZERO = frozenset(
-    """relu leaky_relu prelu rrelu abs absolute elu celu selu sqrt rsqrt reciprocal norm vector_norm linalg_norm
-    linalg_vector_norm hypot normalize cosine_similarity lp_pool1d lp_pool2d xlogy xlog1py entr""".split()
-)
-# At whole coordinates, where points are the same, where all numbers are.
-ELSEWHERE = frozenset("grid_sample grid_sampler_2d cdist pdist dist pairwise_distance std std_mean".split())
-SIGNS = frozenset("sign sgn heaviside logical_and logical_or logical_xor logical_not count_nonzero".split())
-COMPARED = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max clip threshold".split())
-NOWHERE = frozenset(
-    """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout native_dropout where masked_fill
-    masked_select masked_scatter zeros zeros_like ones ones_like full full_like new_zeros new_full empty empty_like
-    new_empty tril triu pad constant_pad_nd zero diag diag_embed block_diag scatter index_put embedding nan_to_num
-    isnan isinf isfinite copy scalar_tensor new_ones _unsafe_index_put _unsafe_masked_index
-    _unsafe_masked_index_put_accumulate as_strided_scatter diagonal_scatter empty_strided
-    new_empty_strided""".split()
-)
-# Of these, what fills places with a number that it is given.
-FILLS = frozenset(
-    """where masked_fill full full_like new_full pad constant_pad_nd scatter index_put nan_to_num index_fill
-    scalar_tensor _unsafe_index_put _unsafe_masked_index""".split()
-)
-ZEROS = frozenset("zeros zeros_like new_zeros".split())
-# What reads of a value no more than its shape.
-SHAPED = frozenset(
-    """zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty sym_size sym_stride sym_numel
-    sym_storage_offset size stride numel dim empty_strided new_empty_strided""".split()
-)
-# What is zero elsewhere than its operand, and what adds up several numbers of it.
-MOVES_NUMBERS = frozenset(
-    """exp exp2 log log2 log10 logit cos cosh acos acosh atan2 sinc sigmoid log_sigmoid logsigmoid softplus glu
-    erfc erfcx lgamma digamma polygamma mvlgamma softmax _softmax _safe_softmax log_softmax _log_softmax softmin
-    logsumexp logaddexp logaddexp2 rsqrt reciprocal __rpow__ float_power hypot var std var_mean std_mean norm
-    vector_norm linalg_norm linalg_vector_norm prod cumprod logcumsumexp cosine_similarity pairwise_distance normalize
-    local_response_norm cdist pdist dist det logdet slogdet inverse inv pinv matrix_exp matrix_power cholesky
-    eigh svd qr solve solve_triangular lstsq cov corrcoef mse_loss cross_entropy nll_loss kl_div
-    binary_cross_entropy binary_cross_entropy_with_logits gaussian_nll_loss i0 i0e i1 i1e ndtr log_ndtr xlogy
-    xlog1py entr""".split()
-)
-# Weighted means, and so a constant of a constant.
-ATTENTION = frozenset(n for n in names.MIXERS if "attention" in n and n != "multi_head_attention_forward")
-ADDS_UP = ATTENTION | frozenset(
-    """sum nansum mean nanmean cumsum diff trapezoid trapz cumulative_trapezoid gradient avg_pool1d avg_pool2d
-    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
-    _adaptive_avg_pool3d lp_pool1d lp_pool2d interpolate upsample upsample_linear1d upsample_bilinear2d
-    upsample_bicubic2d upsample_trilinear3d
-    _upsample_bilinear2d_aa grid_sample grid_sampler_2d fold im2col col2im scatter_add index_add fft rfft irfft
-    ifft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn hfft ihfft _fft_r2c _fft_c2r _fft_c2c stft istft cross
-    linalg_cross kron trace inner vdot vecdot addr addbmm chain_matmul
-    multi_dot linalg_multi_dot all_reduce reduce_scatter_tensor embedding_bag _embedding_bag""".split()
-)
-TURNS = frozenset(
-    """adjoint mH H hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d column_stack row_stack narrow_copy
-    wait_tensor all_gather_into_tensor all_to_all_single broadcast
-    index_copy index_fill fftshift ifftshift deg2rad rad2deg vander cartesian_prod combinations unsafe_split
-    view_copy expand_copy permute_copy transpose_copy slice_copy""".split()
-)
-REPEATS = frozenset(
-    """expand expand_as expand_copy broadcast_to broadcast broadcast_tensors repeat repeat_interleave tile interpolate
-    upsample upsample_nearest upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d reflection_pad1d reflection_pad2d reflection_pad3d
-    replication_pad1d replication_pad2d replication_pad3d""".split()
-)
-# Whose results that are no numbers come of a comparison, or of the generator: no rounding of an operand.
-MASKS_AND_SEEDS = COMPARED | SIGNS | NOWHERE | ATTENTION
-# Zero where an element is the mean of its group, as all of a constant row or channel are.
-NORMS = frozenset(
-    """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
-    _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm layer_norm native_layer_norm group_norm
-    native_group_norm instance_norm""".split()
-)
-DRAWN = frozenset("rand randn rand_like randn_like normal inductor_random".split())
-SCALES = frozenset(["rms_norm", "_fused_rms_norm"])
-MIXERS = names.MIXERS - NORMS - DRAWN - SCALES - ATTENTION
+MASKS_AND_SEEDS = names.COMPARED | names.SIGNS | names.NOWHERE | names.ATTENTION
+MIXERS = names.MIXERS - names.NORMS - names.DRAWN - names.SCALES - names.ATTENTION
 ONE_ADDED = frozenset("addmm addmv addbmm baddbmm".split())  # the first operand, to the product of the others
 TWO_MIXED = frozenset(n for n in MIXERS if n.startswith("conv") or n == "linear")  # and a third one added
-BENT = AT_ZERO | SIGNS | ELSEWHERE
-ALIKE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | NOWHERE
 CERTAIN_ZEROS = "it can hold exact zeros, which a rounding inverse would return as +-1e-17"
-SMOOTH = (ALIKE | MOVES_NUMBERS | ADDS_UP | TURNS | NORMS) - BENT
-# What bends, for each element by itself.
-SINGLY = (AT_ZERO | SIGNS | COMPARED) - frozenset("norm vector_norm linalg_norm linalg_vector_norm".split())
+MAKE_NONE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | names.NORMS | names.TURNS | names.NOWHERE
+SMOOTH = (MAKE_NONE | names.MOVES_NUMBERS | names.ADDS_UP) - names.AT_ZERO - names.SIGNS - names.ELSEWHERE
 # Of values that equal each other in places these make none that holds a number there, or it is known by `cancels`.
 PLAIN = names.JOINS | names.CHOICES | names.SUMS | frozenset(n for n in names.PRODUCTS if "div" not in n)
-KNOWN = names.MAKERS | SMOOTH | AT_ZERO | SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
+KNOWN = names.MAKERS | SMOOTH | names.AT_ZERO | names.SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +144,12 @@ def _least(told: Iterable[Told]) -> Told:
 
 
 def _kind(m: Made, operands: list[int], rows: int) -> int:
-    most = max(operands, default=ZERO if m.bare in ZEROS or (m.bare in FILLS and not any(m.numbers)) else ANY)
+    most = max(
+        operands, default=ZERO if m.bare in names.ZEROS or (m.bare in names.FILLS and not any(m.numbers)) else ANY
+    )
     if _makes_of_ties(m) and not (m.bare in MIXERS and OWN in operands):
         return SUM
-    if m.bare in DRAWN or (m.level == NONE and most == ZERO and not m.cancels):
+    if m.bare in names.DRAWN or (m.level == NONE and most == ZERO and not m.cancels):
         return ZERO
     if m.bare in MIXERS:
         factors = operands[1:] if m.bare in ONE_ADDED else operands[:2] if m.bare in TWO_MIXED else operands
@@ -241,17 +169,17 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
     if m.bare in names.PRODUCTS:
         least = min(operands, default=ANY)
         return least if least <= OWN else most
-    if m.bare in NORMS:
+    if m.bare in names.NORMS:
         first = operands[0] if operands else ANY
         return _added(first) if rows >= (OF_SUMS if first == SUM else OF_NORMS) else ZERO
-    if m.bare in REPEATS and most == ZERO:
+    if m.bare in names.REPEATS and most == ZERO:
         return OWN
-    if m.bare in ADDS_UP:
+    if m.bare in names.ADDS_UP:
         return _added(most)
-    if m.bare in MOVES_NUMBERS:
+    if m.bare in names.MOVES_NUMBERS:
         return _added(most) if most > ZERO else ANY
-    if m.bare in SMOOTH or m.bare in AT_ZERO:
-        return max(most, ANY if any(m.numbers) and m.bare in FILLS else ZERO)
+    if m.bare in SMOOTH or m.bare in names.AT_ZERO:
+        return max(most, ANY if any(m.numbers) and m.bare in names.FILLS else ZERO)
     return max(most, ANY if m.bare in KNOWN else SUM)
 
 
@@ -266,12 +194,12 @@ def _shifts(m: Made, others: list[int]) -> bool:
         return True
     if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
         return not others or max(others) > ZERO
-    return m.bare in MOVES_NUMBERS | ADDS_UP | NORMS | MIXERS or m.bare not in KNOWN
+    return m.bare in names.MOVES_NUMBERS | names.ADDS_UP | names.NORMS | MIXERS or m.bare not in KNOWN
 
 
 def _sees_ties(m: Made) -> bool:
     """Return whether it brings elements together that equal each other in places."""
-    across = m.bare in ADDS_UP or m.bare in MIXERS or (_bends(m) < NEVER and m.bare not in SINGLY)
+    across = m.bare in names.ADDS_UP or m.bare in MIXERS or (_bends(m) < NEVER and m.bare not in names.SINGLY)
     return m.tie.meets or (m.tie.within and across)
 
 
@@ -286,16 +214,16 @@ def _bends(m: Made) -> int:
         return m.inside.bends
     if m.rounds:
         return ANY
-    if m.away and m.bare in AT_ZERO:
+    if m.away and m.bare in names.AT_ZERO:
         return NEVER
     if m.bare in SMOOTH or m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT or m.bare in names.PRODUCTS:
         return NEVER
     if "backward" in m.bare:  # what its forward tells apart
         return NEVER
     if (
-        m.bare in AT_ZERO
-        or m.bare in SIGNS
-        or (m.bare in COMPARED and len(m.operands) == 1 and m.numbers and not any(m.numbers))
+        m.bare in names.AT_ZERO
+        or m.bare in names.SIGNS
+        or (m.bare in names.COMPARED and len(m.operands) == 1 and m.numbers and not any(m.numbers))
     ):
         return SUM
     return ANY
@@ -321,7 +249,7 @@ def made_by(
     """Return the record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of
     atoms.
     """
-    read = [(k, n) for k, t, n in operands if may_be_continuous(t) and names.bare(name) not in SHAPED]
+    read = [(k, n) for k, t, n in operands if may_be_continuous(t) and names.bare(name) not in names.SHAPED]
     given = (*args[0], *args[1].values())
     numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))
     rounds = args[1].get("rounding_mode") is not None or (

@@ -39,113 +39,130 @@ class Half:
     rounding: Arc | None
 
     @property
-    def factor(self) -> float | int | None:
-        """The factor that `solve` divides by."""
-        return None if self.rounding is None else self.rounding.factor
+    def divides(self) -> bool:
+        """Whether `solve` divides by a factor."""
+        return self.rounding is not None and self.rounding.factor is not None
 
 
-ArcOf = Callable[[fx.Node, Inverse], Arc | str]
-DirectionsOf = Callable[[fx.Node], list[Direction]]
-
-
-def masked_arcs(
-    op_nodes: Sequence[fx.Node],
-    index: Mapping[fx.Node, int],
-    trusted: Callable[[Arc, fx.Node], Arc],
-    arc_of: ArcOf,
-    directions_of: DirectionsOf,
-) -> Iterator[tuple[int, tuple[Arc, ...]]]:
-    """Yield arcs whose tail holds parts of their head under a mask, each with the first operation that it involves.
-
-    `trusted` gives an arc that rounds with what is known against it for the sake of its head.
-    """
-    position = {node: i for i, node in enumerate(op_nodes)}
-    known_masks = masks(op_nodes[0].graph) if op_nodes else Masks({}, {})
-    selects = {
-        node: found
-        for node in op_nodes
-        if (found := [m for m in _masked(node, directions_of, known_masks) if m.mask in index])
-    }
-    halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}
-    for y, sides in selects.items():
-        for m in sides:
-            known = Half(position[y], m.value, (y,), _itself, None)
-            _spread(m.whole, m.mask, known, DEPTH, selects, position, arc_of, directions_of, halves)
-    for (whole, mask), found in halves.items():
-        if whole.op != "get_attr":
-            for inside in (h for h in found if h.value):
-                for outside in (h for h in found if not h.value and (h.factor is None or inside.factor is None)):
-                    yield _join(index, whole, mask, inside, outside, trusted)
-    for y, sides in selects.items():
-        for m in (m for m in sides if m.other is not UNSAID):
-            for half in halves.get((m.whole, m.mask), []):
-                if half.value == m.value and half.tail[0] is not y and m.whole.meta["val"].dtype == y.meta["val"].dtype:
-                    yield _refill(index, y, m, half, position[y])
-
-
+Found = tuple[int, Arc]
 UNSAID = object()  # the rest of a sum that is not simply its other addend
-
-
-def _masked(node: fx.Node, directions_of: DirectionsOf, known: Masks) -> Iterator[Masked]:
-    """Yield what a node holds under masks: as its rule says, and as products and sums with masks of 0 and 1 say."""
-    for m in directions_of(node):
-        if isinstance(m, Masked) and isinstance(m.mask, fx.Node):
-            mask = known.of.get(m.mask, Mask(m.mask, True))
-            yield Masked(m.whole, mask.root, m.value == mask.value, m.other)
-    name = bare(node)
-    if name not in (*PRODUCTS, *SUMS) or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
-        return
-    a, b = node.args
-    for x, other in ((a, b), (b, a)):
-        if not isinstance(x, fx.Node) or not isinstance(other, fx.Node) or x is other:
-            continue
-        if name in PRODUCTS and other in known.of:
-            yield Masked(x, known.of[other].root, known.of[other].value, 0.0)
-        elif name in SUMS and (name == "add" or x is a):
-            for root, value in known.zero.get(other, ()):
-                yield Masked(x, root, value, UNSAID)
-
-
 PRODUCTS, SUMS = ("mul", "multiply"), ("add", "sub", "subtract")
 
 
-def _spread(
-    whole: Any,
-    mask: fx.Node,
-    known: Half,
-    depth: int,
-    selects: Mapping[fx.Node, list[Masked]],
-    position: Mapping[fx.Node, int],
-    arc_of: ArcOf,
-    directions_of: DirectionsOf,
-    halves: dict[tuple[fx.Node, fx.Node], list[Half]],
-) -> None:
-    """Note what is known of half of `whole`, and of what it was made from by elementwise operations or the same
-    mask.
+class MaskedArcs:
+    """Finds arcs whose tail holds parts of their head under a mask.
+
+    `index` numbers values, `trusted` gives an arc that rounds with what is known against it for the sake of its head,
+    `arc_of` the arc of one direction of a node, or why there is none.
     """
-    y = known.tail[0]
-    if not isinstance(whole, fx.Node) or not _alike(whole, y):
-        return
-    halves.setdefault((whole, mask), []).append(known)
-    for m in selects.get(whole, []):
-        if m.mask is mask and m.value == known.value:
-            earlier = replace(known, at=min(known.at, position[whole]))
-            _spread(m.whole, mask, earlier, depth, selects, position, arc_of, directions_of, halves)
-    for inverse in directions_of(whole) if whole in position and depth else ():
-        if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
-            continue
-        arc = arc_of(whole, inverse)
-        if isinstance(arc, str) or (arc.factor is not None and known.factor is not None):
-            continue
-        given = tuple(g for g in inverse.given if isinstance(g, fx.Node))
-        more = Half(
-            min(known.at, position[whole]),
-            known.value,
-            (*known.tail, *given),
-            functools.partial(_chain, known.solve, len(known.tail), arc.solve),
-            _with_more(arc, known.rounding),
-        )
-        _spread(inverse.solves, mask, more, depth - 1, selects, position, arc_of, directions_of, halves)
+
+    def __init__(
+        self,
+        op_nodes: Sequence[fx.Node],
+        index: Mapping[fx.Node, int],
+        trusted: Callable[[Arc, fx.Node], Arc],
+        arc_of: Callable[[fx.Node, Inverse], Arc | str],
+        directions_of: Callable[[fx.Node], list[Direction]],
+    ) -> None:
+        self.index, self.trusted, self.arc_of, self.directions_of = index, trusted, arc_of, directions_of
+        self.position = {node: i for i, node in enumerate(op_nodes)}
+        self.masks = masks(op_nodes[0].graph) if op_nodes else Masks({}, {})
+        found = {node: [m for m in self._masked(node) if m.mask in index] for node in op_nodes}
+        self.selects = {node: sides for node, sides in found.items() if sides}
+        self.halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}
+
+    def run(self) -> Iterator[Found]:
+        """Yield the arcs, each with the first operation that it involves."""
+        for y, sides in self.selects.items():
+            for m in sides:
+                self._spread(m.whole, m.mask, Half(self.position[y], m.value, (y,), lambda y: y, None), DEPTH)
+        for (whole, mask), found in self.halves.items():
+            if whole.op != "get_attr":
+                for inside in (h for h in found if h.value):
+                    for outside in (h for h in found if not h.value and not (h.divides and inside.divides)):
+                        yield self._join(whole, mask, inside, outside)
+        for y, sides in self.selects.items():
+            for m in (m for m in sides if m.other is not UNSAID):
+                for half in self.halves.get((m.whole, m.mask), []):
+                    same = m.whole.meta["val"].dtype == y.meta["val"].dtype
+                    if half.value == m.value and half.tail[0] is not y and same:
+                        yield self._refill(y, m, half)
+
+    def _masked(self, node: fx.Node) -> Iterator[Masked]:
+        """Yield what a node holds under masks: as its rule says, and as products and sums with masks of 0 and 1 say."""
+        known = self.masks
+        for m in self.directions_of(node):
+            if isinstance(m, Masked) and isinstance(m.mask, fx.Node):
+                mask = known.of.get(m.mask, Mask(m.mask, True))
+                yield Masked(m.whole, mask.root, m.value == mask.value, m.other)
+        name = bare(node)
+        if name not in (*PRODUCTS, *SUMS) or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+            return
+        a, b = node.args
+        for x, other in ((a, b), (b, a)):
+            if not isinstance(x, fx.Node) or not isinstance(other, fx.Node) or x is other:
+                continue
+            if name in PRODUCTS and other in known.of:
+                yield Masked(x, known.of[other].root, known.of[other].value, 0.0)
+            elif name in SUMS and (name == "add" or x is a):
+                for root, value in known.zero.get(other, ()):
+                    yield Masked(x, root, value, UNSAID)
+
+    def _spread(self, whole: Any, mask: fx.Node, known: Half, depth: int) -> None:
+        """Note what is known of half of `whole`, and of what it was made from by elementwise operations or the same
+        mask.
+        """
+        if not isinstance(whole, fx.Node) or not _alike(whole, known.tail[0]):
+            return
+        self.halves.setdefault((whole, mask), []).append(known)
+        at = min(known.at, self.position.get(whole, known.at))
+        for m in self.selects.get(whole, []):
+            if m.mask is mask and m.value == known.value:
+                self._spread(m.whole, mask, replace(known, at=at), depth)
+        for inverse in self.directions_of(whole) if whole in self.position and depth else ():
+            if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
+                continue
+            arc = self.arc_of(whole, inverse)
+            if isinstance(arc, str) or (arc.factor is not None and known.divides):
+                continue
+            given = tuple(g for g in inverse.given if isinstance(g, fx.Node))
+            solve = functools.partial(_chain, known.solve, len(known.tail), arc.solve)
+            more = Half(at, known.value, (*known.tail, *given), solve, _with_more(arc, known.rounding))
+            self._spread(inverse.solves, mask, more, depth - 1)
+
+    def _join(self, whole: fx.Node, mask: fx.Node, inside: Half, outside: Half) -> Found:
+        tail = (*inside.tail, *outside.tail, mask)
+        solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
+        roundings = [half.rounding for half in (inside, outside) if half.rounding is not None]
+        made = self._arc(whole, tail, solve, exact=not roundings, huge=any(r.huge for r in roundings))
+        if roundings:
+            said = next((r for r in roundings if r.factor is not None), roundings[0])  # at most one of them divides
+            fields = ("factor", "measured", "reciprocal", "least", "typical")
+            made = replace(self.trusted(made, whole), **{name: getattr(said, name) for name in fields})
+        return min(inside.at, outside.at), made
+
+    def _refill(self, y: fx.Node, m: Masked, half: Half) -> Found:
+        fill = (m.other,) if isinstance(m.other, fx.Node) else ()
+        solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)
+        exact = half.rounding is None
+        why = "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
+        arc = self._arc(y, (*half.tail, m.mask, *fill), solve, exact=exact, barred=None if exact else why, mask=m.mask)
+        return min(self.position[y], half.at), arc
+
+    def _arc(
+        self,
+        head: fx.Node,
+        tail: Sequence[fx.Node],
+        solve: Callable[..., Tensor],
+        mask: fx.Node | None = None,
+        **more: Any,
+    ) -> Arc:
+        """Return an arc through a `mask`, the last of its tail by default; it relies on that holding zeros and ones."""
+        mask = tail[-1] if mask is None else mask
+        assumes = None if mask.meta["val"].dtype == torch.bool else (self.index[mask], BINARY)
+        text = f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
+        values = tuple(self.index[n] for n in tail)
+        return Arc(self.index[head], values, solve, text=text, partial=True, assumes=assumes, **more)
 
 
 def _with_more(arc: Arc, then: Arc | None) -> Arc:
@@ -162,61 +179,6 @@ def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
 def _alike(whole: fx.Node, node: fx.Node) -> bool:
     a, y = whole.meta.get("val"), node.meta["val"]
     return isinstance(a, Tensor) and a.dtype == y.dtype and same_shape(a, y)
-
-
-def _join(
-    index: Mapping[fx.Node, int],
-    whole: fx.Node,
-    mask: fx.Node,
-    inside: Half,
-    outside: Half,
-    trusted: Callable[[Arc, fx.Node], Arc],
-) -> tuple[int, tuple[Arc, ...]]:
-    tail = (*inside.tail, *outside.tail, mask)
-    solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
-    rounding = inside.rounding or outside.rounding
-    if outside.factor is not None:  # at most one of them divides
-        rounding = outside.rounding
-    values = tuple(index[n] for n in tail)
-    huge = any(half.rounding.huge for half in (inside, outside) if half.rounding is not None)
-    made = Arc(
-        index[whole], values, solve, exact=rounding is None, text=_text(whole, tail), partial=True, huge=huge,
-        assumes=_binary(index, mask),
-    )  # fmt: skip
-    if rounding is not None:
-        made = replace(
-            trusted(made, whole),
-            factor=rounding.factor,
-            measured=rounding.measured,
-            reciprocal=rounding.reciprocal,
-            least=rounding.least,
-            typical=rounding.typical,
-        )
-    return min(inside.at, outside.at), (made,)
-
-
-def _binary(index: Mapping[fx.Node, int], mask: fx.Node) -> tuple[int, str] | None:
-    """Return what an arc through a mask relies on: that its values are zeros and ones."""
-    return None if mask.meta["val"].dtype == torch.bool else (index[mask], BINARY)
-
-
-def _refill(index: Mapping[fx.Node, int], y: fx.Node, m: Masked, half: Half, at: int) -> tuple[int, tuple[Arc, ...]]:
-    fill = (m.other,) if isinstance(m.other, fx.Node) else ()
-    tail = (*half.tail, m.mask, *fill)
-    solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)
-    exact = half.rounding is None
-    barred = None if exact else "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
-    values, assumes = tuple(index[n] for n in tail), _binary(index, m.mask)
-    arc = Arc(index[y], values, solve, exact, barred, text=_text(y, tail), partial=True, assumes=assumes)
-    return min(at, half.at), (arc,)
-
-
-def _text(head: fx.Node, tail: Sequence[fx.Node]) -> str:
-    return f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
-
-
-def _itself(y: Tensor) -> Tensor:
-    return y
 
 
 def _chain(first: Callable[..., Tensor], n: int, then: Callable[..., Tensor], *tail: Tensor) -> Tensor:

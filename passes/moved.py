@@ -48,6 +48,12 @@ def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direct
     return []
 
 
+def taken_apart(node: fx.Node) -> fx.Node | None:
+    """Return the node whose tuple, list or dict this one takes a part of; None where it does something else."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return source if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) else None
+
+
 def moved(graph: fx.Graph, directions: Callable[[fx.Node], Iterable[Direction]]) -> list[Moved]:
     """Return each single move of elements of a value of the graph to where they lie again, in its order."""
     found: list[Moved] = []

@@ -20,6 +20,10 @@ SAMPLE = 1024  # elements of a parameter that are looked at
 FAR = 256  # times what rounding does: a number that was moved less may be near to where it was by chance
 BESIDE = 1.0618  # what numbers are multiplied by to see how many of their size are met by chance
 MANY = 1 << 13  # elements of a stream among which equal ones are looked for
+SUMMED = 256  # elements of an operand of a sum, by which is seen how large its elements are
+USUAL = 0.9  # of the elements other than zero that share is smaller than the size that counts
+LUCK = 16  # the share of huge addends next to which a single element comes out well by chance
+ROUNDING = 16  # times eps: what an inverse that loses nothing may be off by
 
 
 def are_made(t: Tensor) -> Tensor:
@@ -145,11 +149,39 @@ def nearest(c: Tensor, reciprocal: bool) -> Tensor:
     return c.abs().amax().reciprocal() if reciprocal else c.abs().amin()
 
 
+# --- whether undoing a sum gives an operand back, where what was added to it is much larger
+def size_of(x: Tensor) -> Tensor:
+    """Return a magnitude that most elements of `x` stay below, going by some of them; NaN or 0 where that can't be
+    told.
+
+    A few huge elements don't change it, as they do the root mean square, nor many tiny ones, as they do the median.
+    """
+    size = some_of(x, SUMMED).abs()
+    above = max(1, math.floor((1 - USUAL) * size.numel()))
+    return size.topk(above, sorted=False).values.amin()  # `kthvalue` is not deterministic on GPUs
+
+
+def is_lost(back: Tensor, x: Tensor, limit: float) -> Tensor:
+    """Return whether `back` misses an element of `x` by more than `limit`, relative to it and to `x` as it usually is.
+
+    One that is not finite has to come back as it was. A single element may come out better than its error's bound by
+    luck, so of what an inverse gives `LUCK` times less is asked.
+    """
+    eps = torch.finfo(x.dtype).eps
+    wrong = max(limit / LUCK, min(limit, ROUNDING * eps))
+    some = some_of(x, SUMMED).abs()
+    known = torch.where((some > 0) & torch.isfinite(some), some, torch.inf).sort().values
+    count = torch.count_nonzero(torch.isfinite(known))
+    usual = known.gather(0, ((USUAL * count).ceil().long().clamp(min=1) - 1).reshape(1)).reshape(())
+    usual = torch.where(count > 0, usual, 0)
+    same = (back == x) | (torch.isnan(back) & torch.isnan(x))
+    return (~((back - x).abs() < wrong * torch.maximum(x.abs(), usual)) & ~same).any()
+
+
+# --- what single tensors are looked at for
 def is_huge(t: Tensor) -> bool:
     """Return whether `t`, no parameter, holds a number next to which one of size 1 loses half of its digits."""
-    if isinstance(t, nn.Parameter) or not t.is_floating_point() or t.layout != torch.strided or not t.numel():
-        return False
-    if type(t) is not Tensor or t.is_meta:
+    if type(t) is not Tensor or t.is_meta or t.layout != torch.strided or not t.is_floating_point() or not t.numel():
         return False
     with torch.no_grad(), _torch.outside_modes():
         return not bool(t.abs().amax() < torch.finfo(t.dtype).eps ** -0.5)

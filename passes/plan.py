@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revfx.passes.closure import Derivation, Forward
+from revfx.passes.closure import Derivation, Forward, made_by, read_by
 from revfx.passes.cuts import Step, needed
 from revfx.passes.numbers import some_of
 from revfx.passes.program import Program
@@ -34,34 +34,19 @@ def schedule(
     order: Sequence[Derivation] = [Forward(i) for i in range(step.start, step.stop)] if replay else step.derive
     have = set(known)
     inputs = [v for i in captured for v in program.ops[i].ins if v not in have]
-    runs = needed(program, _without(program, order, have), [*wanted - have, *inputs])
+    fresh = [d for d in order if not have.issuperset(made_by(program, d))]
+    runs = needed(program, fresh, [*wanted - have, *inputs])
     running = {d.op for d in runs if isinstance(d, Forward)}
     runs = [*runs, *(Forward(i) for i in sorted(captured - running))]
     last: dict[int, int] = {}
     for i, d in enumerate(runs):
-        for v in (*_reads(program, d), *_makes(program, d)):
-            last[v] = i
+        last.update(dict.fromkeys((*read_by(program, d), *made_by(program, d)), i))
     drops: list[list[int]] = [[] for _ in runs]
     for v, i in last.items():
         if v not in wanted and not program.values[v].source:
             drops[i].append(v)
-    return tuple(
-        Instruction(d, isinstance(d, Forward) and d.op in captured, tuple(drop))
-        for d, drop in zip(runs, drops, strict=True)
-    )
-
-
-def _reads(program: Program, derivation: Derivation) -> tuple[int, ...]:
-    return program.ops[derivation.op].ins if isinstance(derivation, Forward) else derivation.arc.tail
-
-
-def _makes(program: Program, derivation: Derivation) -> tuple[int, ...]:
-    return program.ops[derivation.op].outs if isinstance(derivation, Forward) else (derivation.arc.head,)
-
-
-def _without(program: Program, order: Sequence[Derivation], have: set[int]) -> list[Derivation]:
-    """Return `order` less the derivations that give nothing new."""
-    return [d for d in order if any(v not in have for v in _makes(program, d))]
+    captures = (isinstance(d, Forward) and d.op in captured for d in runs)
+    return tuple(map(Instruction, runs, captures, map(tuple, drops)))
 
 
 def larger(a: Any, b: Any) -> Any:
@@ -89,6 +74,20 @@ def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[tuple
         for v in arc.tail if arc.exact else arc.tail[:1]:
             growth[v] = larger(growth.get(v, 1.0), grown)
     return {v: growth.get(v, 1.0) for v in step.exit}
+
+
+def scales(program: Program, start: int, stop: int) -> dict[int, float]:
+    """Return the magnitudes of what values were multiplied by since operation `start`, where other than 1."""
+    found: dict[int, float] = {}
+    for op in program.ops[start:stop]:
+        scaled = [(v, 1.0, op.outs) for v in op.ins] if op.moves else []
+        for a in (a for a in op.arcs if not (op.moves or a.exact or a.partial)):
+            factor = 1.0 if a.measured else abs(float(a.factor or 1.0))  # or only the run knows
+            scaled.append((a.head, factor, a.tail[:1]))
+        for head, factor, made in scaled:
+            if factor != 1.0 or head in found:
+                found.update(dict.fromkeys(made, factor * found.get(head, 1.0)))
+    return found
 
 
 MARGIN = 8.0  # by how much a gradient may be off more than the stream that it was computed from

@@ -146,22 +146,15 @@ class Program:
     @cached_property
     def made_at(self) -> list[int]:
         """The index of the operation that makes each value; -1 for inputs and sources."""
-        made = [-1] * len(self.values)
-        for i, op in enumerate(self.ops):
-            for v in op.outs:
-                made[v] = i
-        return made
+        made = {v: i for i, op in enumerate(self.ops) for v in op.outs}
+        return [made.get(v, -1) for v in range(len(self.values))]
 
     @cached_property
     def last_use(self) -> list[int]:
         """The index of the last operation that reads each value; len(ops) for outputs, -1 if nothing does."""
-        last = [-1] * len(self.values)
-        for i, op in enumerate(self.ops):
-            for v in op.ins:
-                last[v] = i
-        for v in self.outputs:
-            last[v] = len(self.ops)
-        return last
+        last = {v: i for i, op in enumerate(self.ops) for v in op.ins}
+        last.update(dict.fromkeys(self.outputs, len(self.ops)))
+        return [last.get(v, -1) for v in range(len(self.values))]
 
     @cached_property
     def users(self) -> list[list[int]]:
@@ -175,12 +168,11 @@ class Program:
     @cached_property
     def first_touch(self) -> list[int]:
         """For each value, the first operation that reads it or has an arc starting from it; len(ops) if none does."""
-        first = [len(self.ops)] * len(self.values)
-        for i in range(len(self.ops) - 1, -1, -1):
-            for tail in (self.ops[i].ins, *(a.tail for a in self.ops[i].arcs)):
-                for v in tail:
-                    first[v] = i
-        return first
+        first: dict[int, int] = {}
+        for i, op in enumerate(self.ops):
+            for v in (*op.ins, *(v for a in op.arcs for v in a.tail)):
+                first.setdefault(v, i)
+        return [first.get(v, len(self.ops)) for v in range(len(self.values))]
 
     @cached_property
     def constant(self) -> list[bool]:

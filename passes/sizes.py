@@ -51,7 +51,8 @@ def no_new_guards(node: fx.Node) -> Generator[None]:
     """Return a context that ends early, without an error, where something in it depends on a size that is not fixed, of
     the node's result or among what it reads, for which a node stands that can't be computed with.
     """
-    env = next((e for t in tensors_of(node.meta["val"]) if (e := _shape_env(t)) is not None), None)
+    modes = (getattr(t, "fake_mode", None) for t in tensors_of(node.meta["val"]))
+    env: Any = next((e for mode in modes if (e := getattr(mode, "shape_env", None)) is not None), None)
     if env is None:
         yield
         return
@@ -64,18 +65,13 @@ def no_new_guards(node: fx.Node) -> Generator[None]:
 @contextlib.contextmanager
 def muted(name: str) -> Generator[None]:
     """Return a context in which the logger of this name says nothing."""
-    log, nothing = logging.getLogger(name), _Nothing()  # one of its own, as such contexts may lie in each other
+    log = logging.getLogger(name)
+
+    def nothing(record: logging.LogRecord) -> bool:  # one of its own, as such contexts may lie in each other
+        return False
+
     log.addFilter(nothing)
     try:
         yield
     finally:
         log.removeFilter(nothing)
-
-
-class _Nothing(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return False
-
-
-def _shape_env(t: Any) -> Any:
-    return getattr(getattr(t, "fake_mode", None), "shape_env", None)

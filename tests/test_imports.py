@@ -45,9 +45,8 @@ LATER = {"report", "bench", "demo"}
 ASK_LATER = {"", "__main__", "cli", "debug", "testing"}
 # Imports against the direction, each with its reason.
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("revfx.eager.cancellation", "revfx.passes.cancel"): "what runs measure of numbers",
+    ("revfx.eager.cancellation", "revfx.passes.numbers"): "what runs measure of numbers",
     ("revfx.eager.numerics", "revfx.passes.numbers"): "what runs measure of numbers",
-    ("revfx.eager.numerics", "revfx.passes.unchanged"): "what runs measure of numbers",
     ("revfx.eager.branches", "revfx.passes.names"): "which operations have kinks",
     ("revfx.eager.branches", "revfx.passes.numbers"): "what runs measure of numbers",
 }

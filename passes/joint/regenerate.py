@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from revfx.passes.closure import Forward as Rerun
 from revfx.passes.cuts import Step
 from revfx.passes.facts import check
 from revfx.passes.grid import checksum, limit
-from revfx.passes.joint.borders import Stored
+from revfx.passes.joint.borders import POLICY, Stored
 from revfx.passes.joint.forward import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.joint.record import Recorder, Unrecordable
 from revfx.passes.numbers import mean_size, nearest
@@ -43,14 +44,6 @@ from revfx.passes.sizes import as_number, same_strides, tensors_of
 
 
 aten = torch.ops.aten
-# What computes the same result without reading statistics that the step has updated in the meantime.
-STATELESS: Mapping[Any, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
-    aten._native_batch_norm_legit_functional.default: (
-        aten._native_batch_norm_legit.no_stats,
-        lambda x, weight, bias, mean, var, training, momentum, eps: (x, weight, bias, training, momentum, eps),
-        lambda x, weight, bias, mean, var, training, momentum, eps: training,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class Regenerator:
         self.program = forward.lowered.program
         self.index = {forward.value_node(v): v for v in range(len(self.program.values))}
         self.op_index = {forward.op_node(i): i for i in range(len(self.program.ops))}
-        self.output = next(n for n in reversed(joint.nodes) if n.op == "output")
+        self.output = joint.output_node()
         self._first = next(n for n in joint.nodes if n.op != "placeholder")
         self.values: dict[int, fx.Node] = {}
         self.tuples: dict[int, fx.Node] = {}
@@ -99,7 +92,7 @@ class Regenerator:
         self._before: dict[fx.Node, fx.Node] = {}
         self._flags: dict[fx.Node, tuple[str, str]] = {}
         self._guarded: set[tuple[fx.Node, bool, float]] = set()
-        self._held: set[tuple[fx.Node, str]] = set()
+        self._relied_on: set[tuple[fx.Node, str]] = set()
         self._laid_out: dict[int, fx.Node] = {}
         self._stretches: list[list[Cut]] = []
         self._step = 0
@@ -161,52 +154,42 @@ class Regenerator:
 
     def node(self, value: int) -> fx.Node:
         """Return what stands for a value in the backward: its regenerated node, or the forward's own."""
-        if value in self.values:
-            return self.values[value]
-        return self._own(self.forward.value_node(value))
+        return self.values[value] if value in self.values else self._original(value)
 
     def _own(self, node: fx.Node) -> fx.Node:
         node = self.stands.get(node, node)
         return self._as_it_was(node) if node in self.forward.mutated else node
 
+    def _original(self, value: int) -> fx.Node:
+        """Return the forward's own node for a value."""
+        return self._own(self.forward.value_node(value))
+
     def _keep(self, values: Iterable[int]) -> None:
-        self.kept.update(self._own(self.forward.value_node(v)) for v in values)
+        self.kept.update(map(self._original, values))
 
     def _as_it_was(self, primal: fx.Node) -> fx.Node:
         """Return a copy, made in the forward, of an input that the step updates in place."""
         if primal not in self._before:
-            with self._behind(primal):
-                held = self.recorder.record(lambda t: t.clone(), [primal], FORWARD, primal)
-            self._before[primal] = held
+            self._before[primal] = held = self._record(lambda t: t.clone(), [primal])
             self.kept.add(held)
         return self._before[primal]
 
     # --- one derivation
     def _rerun(self, op: int, known: set[int]) -> None:
         node = self.forward.op_node(op)
-        target: Any = node.target
-        args = node.args
+        target, name = node.target, f"{node.name}_again"
+        args: Any = node.args
         if draws(node):
-            state = self._state(node)
-            with self.joint.inserting_before(self.output):
-                again = self.joint.call_function(
-                    torch.ops.higher_order.run_with_rng_state,
-                    (state, target, *fx.map_arg(args, self._argument)),
-                    fx.map_arg(node.kwargs, self._argument),
-                )
-        else:
-            if target in STATELESS and STATELESS[target][2](*args):
-                target, args = STATELESS[target][0], STATELESS[target][1](*args)
-            with self.joint.inserting_before(self.output):
-                again = self.joint.create_node(
-                    node.op,
-                    target,
-                    fx.map_arg(args, self._argument),
-                    fx.map_arg(node.kwargs, self._argument),
-                    name=f"{node.name}_again",
-                )
-        self._describe(again, node)
-        if target is not node.target:
+            target, args, name = torch.ops.higher_order.run_with_rng_state, (self._state(node), target, *args), None
+        elif target is aten._native_batch_norm_legit_functional.default and args[5]:
+            # it would read statistics that the step has updated in the meantime
+            target, args = aten._native_batch_norm_legit.no_stats, (*args[:3], *args[5:])
+        with self.joint.inserting_before(self.output):
+            args, kwargs = fx.map_arg(args, self._argument), fx.map_arg(node.kwargs, self._argument)
+            again = self.joint.create_node(node.op, target, args, kwargs, name=name)
+        again.meta = described(node, BACKWARD)
+        stateless = target is aten._native_batch_norm_legit.no_stats
+        if stateless:
             again.meta["val"] = tuple(node.meta["val"][:3])
         outs = self.program.ops[op].outs
         self.tuples[op] = again
@@ -215,11 +198,11 @@ class Regenerator:
             return
         for v in (v for v in outs if v not in known):
             part = self.forward.value_node(v)
-            if target is not node.target and int(str(part.args[1])) >= len(again.meta["val"]):
+            if stateless and int(str(part.args[1])) >= len(again.meta["val"]):
                 continue  # an updated statistic, which is the forward's own
             with self.joint.inserting_before(self.output):
                 taken = self.joint.call_function(operator.getitem, (again, part.args[1]))
-            self._describe(taken, part)
+            taken.meta = described(part, BACKWARD)
             self.values[v] = taken
 
     def _argument(self, node: fx.Node) -> fx.Node:
@@ -238,29 +221,21 @@ class Regenerator:
         self._laid_out[value] = found
         return found
 
-    @staticmethod
-    def _describe(again: fx.Node, node: fx.Node) -> None:
-        again.meta = {k: v for k, v in node.meta.items() if k not in ("recompute", "ac_graph_id")}
-        again.meta["partitioner_tag"] = BACKWARD
-
     def _state(self, node: fx.Node) -> fx.Node:
         """Return the node of the generator state that a random operation drew from; makes the forward return it."""
         if node in self._states:
             return self._states[node]
         target: Any = node.target
-        device = next(t.device for t in tensors_of(node.meta["val"]))
-        sample_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-        fake = next(iter(tensors_of(node.meta["val"]))).fake_mode.from_tensor(sample_state)
+        val = tensors_of(node.meta["val"])[0]
+        sample_state = torch.cuda.get_rng_state(val.device) if val.device.type == "cuda" else torch.get_rng_state()
+        fake = val.fake_mode.from_tensor(sample_state)
         with self.joint.inserting_before(node):
-            both = self.joint.call_function(
-                torch.ops.higher_order.run_and_save_rng_state, (target, *node.args), dict(node.kwargs)
-            )
+            save = torch.ops.higher_order.run_and_save_rng_state
+            both = self.joint.call_function(save, (target, *node.args), dict(node.kwargs))
             state = self.joint.call_function(operator.getitem, (both, 0))
             result = self.joint.call_function(operator.getitem, (both, 1))
         for new, val in ((both, (fake, node.meta["val"])), (state, fake), (result, node.meta["val"])):
-            new.meta = {**node.meta, "val": val, "partitioner_tag": FORWARD}
-            for tag in ("recompute", "ac_graph_id"):
-                new.meta.pop(tag, None)
+            new.meta = {**described(node, FORWARD), "val": val}
         self.stands[node], self._states[node] = result, state
         return state
 
@@ -276,7 +251,7 @@ class Regenerator:
 
     # --- what only the run can tell
     def _guard(self, op: int, arc: Arc) -> None:
-        own = self._own(self.forward.value_node(int(arc.factor or 0)))
+        own = self._original(int(arc.factor or 0))
         least = tolerance_of(self.program.values[arc.head].dtype, self.options.tolerance)
         if arc.least >= least or (own, arc.reciprocal, least) in self._guarded:
             return
@@ -286,21 +261,15 @@ class Regenerator:
             f"revfx: a factor of the coupling at {where} came nearer to 0 than {least:.0e}, so its input can't be "
             "computed back from its output; compile with options={'unbounded': 'store'} to keep such inputs"
         )
-        test: Callable[[Tensor], Tensor] = lambda c: ~(nearest(c, arc.reciprocal) < least)  # noqa: E731
-        with self._behind(own):
-            self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
+        self._check_forward(lambda c: ~(nearest(c, arc.reciprocal) < least), [own], message)
 
     def _limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
         """Measure in every run whether factors that are data let rounding grow too much between two kept cuts, and
         raise then.
         """
-        stretch: list[Step] = []
-        for j, step in enumerate([*steps, None]):
-            if step is None or j == 0 or j in cuts:
-                self._limit_stretch(stretch)
-                stretch = []
-            else:
-                stretch.append(step)
+        kept = [0, *sorted(cuts), len(steps)]
+        for cut, following in itertools.pairwise(kept):
+            self._limit_stretch(steps[cut + 1 : following])
 
     def _limit_stretch(self, steps: Sequence[Step]) -> None:
         arcs = [a for s in steps for a in s.arcs if a.measured]
@@ -313,11 +282,7 @@ class Regenerator:
         worst = {by: 1 / max(a.least, 1e-300) for by, a in factors.items()}
         if _grown(steps, worst) <= most:
             return
-        sizes: list[fx.Node] = []
-        for v, reciprocal in factors:
-            own = self._own(self.forward.value_node(v))
-            with self._behind(own):
-                sizes.append(self.recorder.record(functools.partial(mean_size, reciprocal), [own], FORWARD, own))
+        sizes = [self._record(functools.partial(mean_size, by), [self._original(v)]) for v, by in factors]
         where = self.program.ops[steps[0].start].where, self.program.ops[steps[-1].stop - 1].where
         message = (
             f"revfx: rounding grows too much where the couplings from {where[0]} to {where[1]} are computed back, as "
@@ -326,19 +291,15 @@ class Regenerator:
         )
         order = {node: i for i, node in enumerate(self.joint.nodes)}
         last = max(sizes, key=lambda n: order[n])
-        test: Callable[..., Tensor] = lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most  # noqa: E731
-        with self._behind(last):
-            self._flag(self.recorder.record(test, sizes, FORWARD, last), message, FORWARD)
+        self._check_forward(lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most, sizes, message, last)
 
     def _hold(self, op: int, value: int, fact: str) -> None:
         """Check in every run that a fact still holds of a value."""
-        own = self._own(self.forward.value_node(value))
-        if (own, fact) in self._held:
-            return
-        self._held.add((own, fact))
-        test, message = check(fact, own.name, self.program.ops[op].where)
-        with self._behind(own):
-            self._flag(self.recorder.record(test, [own], FORWARD, own), message, FORWARD)
+        own = self._original(value)
+        if (own, fact) not in self._relied_on:
+            self._relied_on.add((own, fact))
+            test, message = check(fact, own.name, self.program.ops[op].where)
+            self._check_forward(test, [own], message)
 
     def check(self, alive: Collection[fx.Node]) -> None:
         """Compare samples of regenerated values with the forward's: of the lowest cut, where rounding has grown most,
@@ -370,15 +331,8 @@ class Regenerator:
             if self.program.values[v].grid is not None:
                 self._compare_bits(v, now, where)
                 continue
-            then, image = (self._own(self.forward.value_node(i)) for i in (v, origins.get(v, v)))
-            samples: list[fx.Node] = []
-            for node in (then, image):
-                with self._behind(node):
-                    samples.append(self.recorder.record(sample, [node], FORWARD, node))
-            self.kept.update(samples)
-            with self.joint.inserting_before(self.output):
-                ok = self.recorder.record(lambda a, b, c: ~drifted(sample(a), b, c), [now, *samples], BACKWARD, now)
-                self.attached[now] = [self._flag(ok, message, BACKWARD)]
+            samples = [self._record(sample, [self._original(i)]) for i in (v, origins.get(v, v))]
+            self._check_backward(lambda a, b, c: ~drifted(sample(a), b, c), now, samples, message)
 
     def _compare_bits(self, v: int, now: fx.Node, where: str) -> None:
         message = (
@@ -386,38 +340,46 @@ class Regenerator:
             "kernels of the backward do not round as those of the forward do; compile with "
             "options={'inner': 'aot_eager'}"
         )
-        then = self._own(self.forward.value_node(v))
-        with self._behind(then):
-            before = self.recorder.record(checksum, [then], FORWARD, then)
-        self.kept.add(before)
-        with self.joint.inserting_before(self.output):
-            ok = self.recorder.record(lambda a, b: checksum(a) == b, [now, before], BACKWARD, now)
-            self.attached[now] = [self._flag(ok, message, BACKWARD)]
+        before = self._record(checksum, [self._original(v)])
+        self._check_backward(lambda a, b: checksum(a) == b, now, [before], message)
 
     def check_ranges(self) -> None:
         """Check in every run that no value leaves the grid, and that all of those that lie on it are finite."""
         for v, value in enumerate(self.program.values):
             if value.grid is None:
                 continue
-            node, most = self._own(self.forward.value_node(v)), limit(value.dtype, value.grid)
+            node, most = self._original(v), limit(value.dtype, value.grid)
             where = self.program.ops[self.program.made_at[v]].where
             message = (
                 f"revfx: exact={value.grid}: a value at {where or 'an unknown place'} is not finite or not below "
                 f"{most:.4g}, where a grid of steps 2^-{value.grid} has room in {value.dtype}; use a smaller `exact`, "
                 "scale the activations down, or do without"
             )
-            with self._behind(node):
-                ok = self.recorder.record(lambda t, most=most: t.abs().amax() < most, [node], FORWARD, node)
-                self._flag(ok, message, FORWARD)
+            self._check_forward(lambda t, most=most: t.abs().amax() < most, [node], message)
 
     def _behind(self, node: fx.Node) -> AbstractContextManager[None]:
         """Return a context in which nodes come right behind another one; behind all inputs where that is one."""
         return self.joint.inserting_before(self._first if node.op == "placeholder" else node.next)
 
-    def _flag(self, ok: fx.Node, message: str, half: str) -> fx.Node:
-        """Note that the backward raises with this message if `ok`, which a `half` of the graph computes, is false."""
-        self._flags[ok] = half, message
-        return ok
+    def _record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], last: fx.Node | None = None) -> fx.Node:
+        """Return the node of `by(*tail)` in the forward, right behind the `last` one of the tail."""
+        last = tail[0] if last is None else last
+        with self._behind(last):
+            return self.recorder.record(by, tail, FORWARD, last)
+
+    def _check_forward(
+        self, test: Callable[..., Tensor], tail: Sequence[fx.Node], message: str, last: fx.Node | None = None
+    ) -> None:
+        """Let the backward raise with this message if a test of the forward's nodes, see `_record`, gives false."""
+        self._flags[self._record(test, tail, last)] = FORWARD, message
+
+    def _check_backward(self, test: Callable[..., Tensor], now: fx.Node, then: Sequence[fx.Node], message: str) -> None:
+        """Let the backward raise so if a test of what is `now` regenerated, and was kept `then`, gives false."""
+        self.kept.update(then)
+        with self.joint.inserting_before(self.output):
+            ok = self.recorder.record(test, [now, *then], BACKWARD, now)
+        self._flags[ok] = BACKWARD, message
+        self.attached[now] = [ok]
 
     def raise_at_the_end(self) -> list[fx.Node]:
         """Return the checks, one for each device, that end the backward: no gradient is handed out before them.
@@ -448,6 +410,11 @@ def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> A
     for step in steps:
         growth = amplification(step, growth, measured)
     return functools.reduce(larger, growth.values(), 1.0)
+
+
+def described(node: fx.Node, tag: str) -> dict[str, Any]:
+    """Return what is to be said of a node that does again what `node` does, in a half of the graph by its `tag`."""
+    return {**{k: v for k, v in node.meta.items() if k not in POLICY}, "partitioner_tag": tag}
 
 
 def _has_precision(node: fx.Node) -> bool:

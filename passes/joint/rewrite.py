@@ -17,7 +17,7 @@ from revfx.errors import Refusal
 from revfx.passes import _torch
 from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts
-from revfx.passes.joint.borders import store_borders
+from revfx.passes.joint.borders import POLICY, store_borders
 from revfx.passes.joint.exact import exact_forward
 from revfx.passes.joint.forward import (
     BACKWARD,
@@ -182,7 +182,7 @@ def _uncheckpoint(forward: Forward, region: Region) -> None:
     program = forward.lowered.program
     for i in range(region.start, region.stop):
         for node in (forward.op_node(i), *map(forward.value_node, program.ops[i].outs)):
-            for mark in ("recompute", "ac_graph_id"):
+            for mark in POLICY:
                 node.meta.pop(mark, None)
 
 

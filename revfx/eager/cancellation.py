@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.passes.cancel import is_lost, size_of
 from revfx.passes.closure import Invert
 from revfx.passes.cuts import Step
+from revfx.passes.numbers import is_lost, size_of
 from revfx.passes.plan import tolerance_of
 from revfx.passes.program import Arc, Program
 

@@ -37,10 +37,10 @@ from revfx.passes.plan import (
     is_checked as is_checked,
     precision,
     sample as sample_of,
+    scales,
 )
 from revfx.passes.program import Arc, Program
 from revfx.passes.regions import Region
-from revfx.passes.unchanged import scales
 
 
 ZEROS = 16  # times eps: the share of exact zeros that a value without atoms may show by chance

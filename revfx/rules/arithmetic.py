@@ -12,10 +12,6 @@ from torch import Tensor, fx
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Scalar, arguments, aten, meta, nothing, register_inverse
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Scalar) and not isinstance(value, bool)
-
-
 def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
     """Return `alpha * value` as something to subtract (no truth values), without a copy where alpha is 1.
 
@@ -57,23 +53,22 @@ def add(node: fx.Node) -> Iterator[Direction]:
 )  # fmt: skip
 def sub(node: fx.Node) -> Iterator[Direction]:
     """`y = a - alpha*b`; `a = y + alpha*b`, `b = (a - y)/alpha`."""
-    a, b, alpha = arguments(node, "input", "other", alpha=1)
-    if isinstance(alpha, fx.Node):
-        yield from _scaled_by_a_tensor(a, b)
-        return
-    yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
-    yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
+    yield from _difference(*arguments(node, "input", "other", alpha=1))
 
 
 @register_inverse(torch.rsub, "__rsub__", aten.rsub.Tensor, aten.rsub.Scalar)
 def rsub(node: fx.Node) -> Iterator[Direction]:
     """`y = b - alpha*a`; `a = (b - y)/alpha`, `b = y + alpha*a`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
+    yield from reversed([*_difference(b, a, alpha)])
+
+
+def _difference(a: Any, b: Any, alpha: Any) -> Iterator[Direction]:
     if isinstance(alpha, fx.Node):
         yield from _scaled_by_a_tensor(a, b)
         return
-    yield Inverse(a, lambda y, b: b - y if alpha == 1 else (b - y) / alpha, (b,), factor=-alpha, rest=lambda b: b)
-    yield Inverse(b, lambda y, a: y + scaled(a, alpha, y.dtype), (a,), rest=lambda a: scaled(a, -alpha))
+    yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
+    yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
 
 
 @register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default)
@@ -135,9 +130,9 @@ def addcdiv(node: fx.Node) -> Iterator[Direction]:
 def lerp(node: fx.Node) -> Iterator[Direction]:
     """`y = (1-w)*a + w*b` for a number w; `a = (y - w*b)/(1-w)`, `b = (y - (1-w)*a)/w`."""
     a, b, w = arguments(node, "input", "end", "weight")
-    if not _is_number(w):
-        yield NoInverse(a, "lerp with a tensor weight is not bounded away from zero")
-        yield NoInverse(b, "lerp with a tensor weight is not bounded away from zero")
+    if not isinstance(w, Scalar) or isinstance(w, bool):
+        for operand in (a, b):
+            yield NoInverse(operand, "lerp with a tensor weight is not bounded away from zero")
         return
     yield Inverse(a, lambda y, b: (y - w * b) / (1 - w), (b,), factor=1 - w, rest=lambda b: w * b)
     yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w, rest=lambda a: (1 - w) * a)

@@ -141,7 +141,7 @@ def cat(node: fx.Node) -> Iterator[Direction]:
     for part in parts:
         if len(_shape(part)) == meta(node).dim():  # else it is an empty vector, which goes with any shape
             size = _shape(part)[dim]
-            yield part_of(node, part, _narrow(dim, at, size))
+            yield part_of(node, part, lambda y, at=at, size=size: y.narrow(dim, at, size))
             at += size
 
 
@@ -152,20 +152,12 @@ def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor]) -> Direction:
     return Inverse(part, by, exact=True)
 
 
-def _narrow(dim: int, start: int, size: int) -> Any:
-    return lambda y: y.narrow(dim, start, size)
-
-
 @register_inverse(torch.stack, aten.stack.default)
 def stack(node: fx.Node) -> Iterator[Direction]:
     """`y = stack([a, b, ...], d)`; each part is `y.select(d, i)`."""
     parts, dim = arguments(node, "tensors", dim=0)
     for i, part in enumerate(parts):
-        yield part_of(node, part, _select(dim, i))
-
-
-def _select(dim: int, i: int) -> Any:
-    return lambda y: y.select(dim, i)
+        yield part_of(node, part, lambda y, i=i: y.select(dim, i))
 
 
 @register_inverse(
@@ -278,13 +270,12 @@ def permuted(a: fx.Node, dim: int, index: fx.Node) -> Iterator[Direction]:
     known = "permutation" in index.meta.get("facts", ()) and _shape(index) == (size,)
     if known:
         yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p)), (index,), exact=True)
-    elif values is None:
+        return
+    if values is None:
         yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation")
-    elif (
-        values.dim() != 1
-        or values.dtype == torch.bool
-        or sorted(i % size for i in values.tolist()) != list(range(size))
-    ):
+        return
+    numbers = values.tolist() if values.dim() == 1 and values.dtype != torch.bool else None
+    if numbers is None or sorted(i % size for i in numbers) != list(range(size)):
         yield NoInverse(a, f"the index is not a permutation of the {size} positions")
     else:
         yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p % size)), (index,), exact=True)
