@@ -136,6 +136,7 @@ def test_private_torch_api_is_used_in_four_modules() -> None:
     assert users == {"revfx._fake", "revfx._torch", "revfx.compiled._inductor", "revfx.passes._torch"}
 
 
-def test_no_file_is_longer_than_450_lines() -> None:
-    for file in (*modules().values(), *TESTS.rglob("*.py")):
-        assert len(file.read_text().splitlines()) <= 450, file
+def test_no_file_is_long() -> None:
+    for most, files in ((450, modules().values()), (500, TESTS.rglob("*.py"))):
+        for file in files:
+            assert len(file.read_text().splitlines()) <= most, file

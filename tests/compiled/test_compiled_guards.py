@@ -192,9 +192,9 @@ CASES = [(kind, dtype) for kind in GUARDS for dtype in ("float32", "float64")]
 @pytest.mark.parametrize(("kind", "dtype"), deep_but([(Factor, "float64"), (Drift, "float32")], CASES))
 def test_a_check_that_fails_under_inductor_is_a_python_exception(kind: type[Guarded], dtype: str) -> None:
     """An assertion in a kernel of several threads ended the process."""
-    program = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r}); import {Path(__file__).stem} as t; "
-    )
+    here = Path(__file__).parent
+    folders = [str(here), str(here.parent / "support")]
+    program = f"import sys; sys.path[:0] = {folders!r}; import {Path(__file__).stem} as t; "
     call = f"t.main({kind.__name__!r}, {dtype!r})"
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", program + call], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

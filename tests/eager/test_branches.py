@@ -180,7 +180,7 @@ def watched_calls(blocks: Sequence[revfx.RevBlock], times: int) -> list[bool]:
 
     def noting(self: revfx.eager.executor.RegionRun, *args: Any) -> None:
         made(self, *args)
-        watched.append(self.sides.watches(1))
+        watched.append(self.branches.watches(1))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(revfx.eager.executor.RegionRun, "__init__", noting)
