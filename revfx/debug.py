@@ -44,23 +44,21 @@ class _Checks(Originals):
         before = self.values.get(value)
         if before is None:
             return
+        what = ""
         if before.shape != tensor.shape or before.dtype != tensor.dtype:
             what = f"is {tensor.dtype}{list(tensor.shape)} and was {before.dtype}{list(before.shape)}"
+        elif not (before.is_floating_point() or before.is_complex()):
+            what = "" if torch.equal(before, tensor) else "is not what it was"
+        else:
+            dtypes = [before.dtype, *(dtype for _, enabled, dtype in run.autocast if enabled)]
+            eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+            limit = self.rtol if self.rtol is not None else 0.0 if run.plan.exact else eps**0.5
+            finite = before.isfinite()
+            error = relative_error(tensor[finite], before[finite])
+            if not error <= limit or not torch.equal(tensor[~finite].nan_to_num(), before[~finite].nan_to_num()):
+                what = f"is off by {error:.1e} (relative)"
+        if what:
             raise RegenerationError(_text(run, derivation, value, what))
-        if not (before.is_floating_point() or before.is_complex()):
-            if not torch.equal(before, tensor):
-                raise RegenerationError(_text(run, derivation, value, "is not what it was"))
-            return
-        limit = self.rtol if self.rtol is not None else 0.0 if run.plan.exact else _eps(run, before) ** 0.5
-        finite = before.isfinite()
-        error = relative_error(tensor[finite], before[finite])
-        if not error <= limit or not torch.equal(tensor[~finite].nan_to_num(), before[~finite].nan_to_num()):
-            raise RegenerationError(_text(run, derivation, value, f"is off by {error:.1e} (relative)"))
-
-
-def _eps(run: Regeneration, t: Tensor) -> float:
-    dtypes = [t.dtype, *(dtype for _, enabled, dtype in run.autocast if enabled)]
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _text(run: Regeneration, derivation: Derivation, value: int, what: str) -> str:

@@ -56,12 +56,8 @@ def graph_svg(e: Findings) -> str:
             y += part.height
 
     title = f"What revfx finds in {e.model}: {e.summary}"
-    return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
-
-
-def _with_tips(svg: str, tips: dict[str, str]) -> str:
-    """Add titles, which a browser shows when the pointer rests on the part."""
-    for name, text in tips.items():
+    svg = picture("`graph_svg`", "graph", title, (width, height), draw)
+    for name, text in tips.items():  # titles, which a browser shows when the pointer rests on the part
         mark = f'<g id="graph-{name}">'
         svg = svg.replace(mark, f"{mark}\n<title>{html.escape(printable(text))}</title>", 1)
     return svg
@@ -77,7 +73,7 @@ class _Part:
     width: float = 0.0
 
 
-def _parts(e: Findings) -> Iterator[_Part]:
+def _parts(e: Findings) -> Iterator[_Part | _Region]:
     regions = e.regions
     yield _title(e)
     left = MOST_NODES
@@ -88,8 +84,7 @@ def _parts(e: Findings) -> Iterator[_Part]:
         found = layout(region, min(left, MOST_IN_REGION))
         left = max(0, left - len(found.nodes))
         following = regions[number + 1].before if region is not regions[-1] else region.after
-        drawn = _Region(number, region, found, followed=region is not shown[-1] or bool(following))
-        yield _Part(drawn.draw, drawn.height, drawn.width)
+        yield _Region(number, region, found, followed=region is not shown[-1] or bool(following))
     if len(regions) > MOST_REGIONS:
         yield _note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
     elif regions and regions[-1].after:
@@ -238,12 +233,10 @@ class _Region:
             pen.line(((pen.width / 2, bottom), (pen.width / 2, bottom + GAP)), "outside-edge")
         for frame in found.frames:
             self.frame(pen, frame)
-        at = [self.place(pen, n) for n in found.nodes]
-        cells = {(n.x, n.row) for n in found.nodes}
         for a, b, kind in found.edges:
-            self.edge(pen, found.nodes[a], found.nodes[b], at[a], at[b], kind, cells)
-        for node, (x, y) in zip(found.nodes, at, strict=True):
-            line = node.line
+            self.edge(pen, found.nodes[a], found.nodes[b], kind == SOLVED)
+        for node in found.nodes:
+            (x, y), line = self.place(pen, node), node.line
             tip = f"{line.action}: {line.how} ({short(line.where)}), {size(line.nbytes)}"
             pen.box(x, y, BOX, TALL, line.action, tip=tip, zorder=2)
             points = 8 if len(node.name) <= 20 else 6.4
@@ -267,12 +260,9 @@ class _Region:
         pen.box(x, top, wide, 0.22, "outside", facecolor=PALETTE["paper"], zorder=4)
         pen.text(x, top, text, 9.5, ha="center", weight="bold", zorder=5)
 
-    def edge(
-        self, pen: _Pen, start: Node, end: Node, a: tuple[float, float], b: tuple[float, float], kind: str,
-        cells: set[tuple[float, int]],
-    ) -> None:  # fmt: skip
+    def edge(self, pen: _Pen, start: Node, end: Node, solved: bool) -> None:
         """Draw an arrow, down for what is read and up for what is solved, beside each other."""
-        solved = kind == SOLVED
+        a, b = self.place(pen, start), self.place(pen, end)
         aside, bend = (0.14, 0.68) if solved else (-0.14, 0.36)  # so that the two kinds don't lie on each other
         down = 1 if start.row < end.row else -1
         x0, y0, x1, y1 = a[0] + aside, a[1] + down * TALL / 2, b[0] + aside, b[1] - down * TALL / 2
@@ -281,13 +271,13 @@ class _Region:
             return HEAD + max(row, row + down) * STEP + (bend - 0.5) * (STEP - TALL)
 
         after, before = gap(start.row), gap(end.row - down)
-        free = {x: not any((x, r) in cells for r in range(min(start.row, end.row) + 1, max(start.row, end.row)))
-                for x in (start.x, end.x)}  # fmt: skip
-        if start.x == end.x and free[end.x]:
+        between = range(min(start.row, end.row) + 1, max(start.row, end.row))
+        taken = {n.x for n in self.found.nodes if n.row in between}
+        if start.x == end.x and end.x not in taken:
             points = [(x0, y0), (x1, y1)]
-        elif free[end.x]:
+        elif end.x not in taken:
             points = [(x0, y0), (x0, after), (x1, after), (x1, y1)]
-        elif start.x != end.x and free[start.x]:
+        elif start.x != end.x and start.x not in taken:
             points = [(x0, y0), (x0, before), (x1, before), (x1, y1)]
         else:  # between the columns
             side = (start.x > end.x) - (start.x < end.x) or (1 if solved else -1)
