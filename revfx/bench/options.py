@@ -24,48 +24,37 @@ ROUNDS, QUICK_ROUNDS, QUICK_DEPTH, QUICK_BATCH = 9, 2, 4, 2  # the last divides 
 SWEPT: Mapping[str, tuple[int, ...]] = {"depth": (4, 8, 16, 32), "batch": (1, 2, 4, 8)}  # the latter: of a quarter
 
 
-def option(default: T, **given: Any) -> T:
+def option(default: T, text: str, metavar: str | None = None, **given: Any) -> T:
     """Return the field of an option: its default, and what `argparse` is given."""
-    return field(default=default, metadata=given)
+    return field(default=default, metadata={"help": text, **({"metavar": metavar} if metavar else {}), **given})
 
 
 @dataclass(frozen=True)
 class Options:
     """The arguments of `revfx bench`, and after a look at them their values; None and empty stand for the defaults."""
 
-    models: tuple[str, ...] = option(
-        tuple(MODELS), nargs="+", metavar="NAME", help=f"of {', '.join(MODELS)} (default: all)"
-    )
+    models: tuple[str, ...] = option(tuple(MODELS), f"of {', '.join(MODELS)} (default: all)", "NAME", nargs="+")
     ways: tuple[str, ...] = option(
-        tuple(WAYS),
-        nargs="+",
-        metavar="NAME",
-        help=f"of {', '.join(WAYS)} (default: all; plain is always among them)",
+        tuple(WAYS), f"of {', '.join(WAYS)} (default: all; plain is always among them)", "NAME", nargs="+"
     )
-    depth: int | None = option(None, type=int, metavar="N", help="blocks of each model (default: each model's own)")
-    batch: int | None = option(None, type=int, metavar="N", help="samples (default: each model's own)")
-    rounds: int = option(ROUNDS, type=int, metavar="N", help=f"steps of each way, taken in turn (default: {ROUNDS})")
-    sweep: str | None = option(None, metavar="WHAT", help="depth or batch: memory at several of them, instead of times")
-    at: tuple[int, ...] = option((), nargs="+", type=int, metavar="N", help="the depths or batches of the sweep")
+    depth: int | None = option(None, "blocks of each model (default: each model's own)", "N", type=int)
+    batch: int | None = option(None, "samples (default: each model's own)", "N", type=int)
+    rounds: int = option(ROUNDS, f"steps of each way, taken in turn (default: {ROUNDS})", "N", type=int)
+    sweep: str | None = option(None, "depth or batch: memory at several of them, instead of times", "WHAT")
+    at: tuple[int, ...] = option((), "the depths or batches of the sweep", "N", nargs="+", type=int)
     memory: int | None = option(
-        None, metavar="SIZE", help="the largest depth and batch that train in so much, such as 512MiB or 2GiB"
+        None, "the largest depth and batch that train in so much, such as 512MiB or 2GiB", "SIZE"
     )
-    seconds: float = option(30.0, type=float, metavar="S", help="for each search of --memory (default: 30)")
-    quick: bool = option(
-        False, action="store_true", help="small models, two rounds, nothing that compiles: half a minute"
-    )
-    threads: int | None = option(None, type=int, metavar="N", help="of torch (default: as it is)")
-    device: str = option("cpu", metavar="NAME", help="cpu (default) or cuda")
-    csv: str | None = option(None, metavar="PATH", help="also write the figures there")
+    seconds: float = option(30.0, "for each search of --memory (default: 30)", "S", type=float)
+    quick: bool = option(False, "small models, two rounds, nothing that compiles: half a minute", action="store_true")
+    threads: int | None = option(None, "of torch (default: as it is)", "N", type=int)
+    device: str = option("cpu", "cpu (default) or cuda", "NAME")
+    csv: str | None = option(None, "also write the figures there", "PATH")
     json: str | None = option(
-        None,
-        nargs="?",
-        const="-",
-        metavar="PATH",
-        help="also write all there; without a path, to stdout and alone",
+        None, "also write all there; without a path, to stdout and alone", "PATH", nargs="?", const="-"
     )
-    plot: str | None = option(None, metavar="PATH", help="also draw them there (svg, png, pdf; needs matplotlib)")
-    markdown: bool = option(False, action="store_true", help="print Markdown")
+    plot: str | None = option(None, "also draw them there (svg, png, pdf; needs matplotlib)", "PATH")
+    markdown: bool = option(False, "print Markdown", action="store_true")
 
     def sizes(self, model: str) -> tuple[int, int]:
         """Return the depth and the batch for a model."""

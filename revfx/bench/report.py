@@ -37,10 +37,9 @@ def text(report: Report) -> str:
     parts = [f"{report.machine}\n{report.command}"]
     for t in tables(report):
         lines = [[cell.replace("`", "") for cell in row] for row in (t.head, *t.rows)]
-        widths = [max(len(row[i]) for row in lines) for i in range(len(t.head))]
-        aligned = ["  ".join([c.rjust(w) for c, w in zip(r, widths, strict=True)][1:]) for r in lines]
-        named = [f"{r[0].ljust(widths[0])}  {rest}".rstrip() for r, rest in zip(lines, aligned, strict=True)]
-        parts.append("\n".join([t.heading, *named, *t.notes]).replace("`", ""))
+        first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+        aligned = (f"{way:{first}}  " + "  ".join(map(str.rjust, cells, widths)) for way, *cells in lines)
+        parts.append("\n".join([t.heading, *(line.rstrip() for line in aligned), *t.notes]).replace("`", ""))
     return "\n\n".join([*parts, _legend(report).replace("`", "")])
 
 

@@ -15,7 +15,6 @@ from revfx.capture.guards import name_of
 from revfx.compiled import _inductor, partitioner
 from revfx.compiled.dynamo import with_own_code
 from revfx.convert import unconverted
-from revfx.passes.joint.rewrite import Report
 from revfx.report.data import GraphInfo, Usage, short
 from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
@@ -37,7 +36,8 @@ def explain_compiled(
         ours = {"plain": own, "inductor": _compiled(own), "revfx": _compiled(own, backend="revfx")}
         with _quiet():
             ways = measured(ours, args, kwargs, loss, own)
-    graphs = tuple(_graph(number, report) for number, report in enumerate(reports))
+    described = (tuple(describe(*detail, {}, "") for detail in report.details) for report in reports)
+    graphs = tuple(GraphInfo(number, regions) for number, regions in enumerate(described))
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)),
         regions=tuple(r for graph in graphs for r in graph.regions),
@@ -46,10 +46,6 @@ def explain_compiled(
         graphs=graphs, breaks=tuple(dict.fromkeys(f"{short(where)}: {reason}" for reason, where in breaks)),
         notes=() if reports else ("`torch.compile` made no graph that has a gradient.",),
     )  # fmt: skip
-
-
-def _graph(number: int, report: Report) -> GraphInfo:
-    return GraphInfo(number, tuple(describe(program, region, cuts, {}, "") for program, region, cuts in report.details))
 
 
 def _compiled(model: nn.Module, **compile_kwargs: Any) -> Callable[..., Any]:

@@ -51,6 +51,8 @@ def describe(
     steps = region.steps
     inverting = [s for s in steps if s.inverts or s.saved]
     exit = [program.values[v] for v in region.exit]
+    kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
+    anchored = {v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry} - kept.keys()
     return RegionInfo(
         module=module,
         first=program.ops[region.start].where,
@@ -59,10 +61,8 @@ def describe(
         couplings=len(inverting),
         steps=len(steps),
         streams=tuple(type_name(v.dtype, v.shape) for v in exit),
-        kept=tuple(
-            program.values[v].name for v in dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
-        ),
-        kept_bytes=region.kept_bytes + _anchored(program, region, kept_cuts),
+        kept=tuple(program.values[v].name for v in kept),
+        kept_bytes=region.kept_bytes + program.nbytes(tuple(anchored)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),
         freed_bytes=region.freed_bytes,
         drift=_drift(program, steps, kept_cuts),
@@ -84,12 +84,6 @@ def _kind(steps: Sequence[Step]) -> str:
     if any(a.grid for a in arcs):
         kinds.append("exact")
     return ", ".join(kinds) or "layout"
-
-
-def _anchored(program: Program, region: Region, kept_cuts: Collection[int]) -> int:
-    """Return the bytes of the cuts inside of a region that are kept."""
-    inner = {v for j in kept_cuts if 0 < j < len(region.steps) for v in region.steps[j].entry}
-    return program.nbytes(tuple(inner - {*region.entry, *region.exit, *region.side, *region.saved}))
 
 
 def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> float:
