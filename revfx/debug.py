@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from revfx.inspection import Originals, relative_error, watched
 from revfx.passes.closure import Derivation, Forward
 
 
-@contextlib.contextmanager
-def check_regeneration(rtol: float | None = None) -> Generator[None]:
+def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None]:
     """Open a context whose forwards keep every value of a region, and whose backwards compare what they regenerate.
 
     The backward may come later. What this finds: an f that does not compute the same when it is run again, a rule of
@@ -30,8 +28,7 @@ def check_regeneration(rtol: float | None = None) -> Generator[None]:
         RegenerationError: in the backward, at the first value that is off by more: it names the value, the layer, the
             operation and the user's file and line.
     """
-    with watched(lambda run: _Checks(rtol)):
-        yield
+    return watched(lambda run: _Checks(rtol))
 
 
 class _Checks(Originals):

@@ -22,7 +22,7 @@ from revfx.eager.numerics import DRIFT
 from revfx.eager.regeneration import Regeneration
 from revfx.errors import RevfxError
 from revfx.inspection import is_floating
-from revfx.report.data import RegionInfo, Timeline, Usage
+from revfx.report.data import RegionInfo, Usage
 from revfx.report.describe import describe, neighbours, op_names, scope_of, types_of
 from revfx.report.drift import Drift, drift
 from revfx.report.explanation import Explanation
@@ -112,7 +112,7 @@ def _predicted(
         if not (measure or isinstance(e, (*_torch.DATA_DEPENDENT, _torch.NO_FAKE))):
             raise
         return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
-    usage = _usage("plain", plain)
+    usage = Usage("plain", plain.kept, plain.peak, plain.flops, timeline=plain)
     if plan is None:
         return (usage,), (), ()
     regions, cuts, largest = list[RegionInfo](), list[int](), list[int]()
@@ -128,7 +128,8 @@ def _predicted(
         ours = simulation.step(lambda *a, **k: plan.run(pytree.tree_leaves((a, k)), store=False), loss, seen)
     more = sum(cuts)
     checkpoint = Usage("checkpoint", ours.kept + more, ours.peak + max(0, more - max(largest, default=0)), ours.flops)
-    return (usage, checkpoint, _usage("revfx", ours)), tuple(regions), ()
+    found = Usage("revfx", ours.kept, ours.peak, ours.flops, timeline=ours)
+    return (usage, checkpoint, found), tuple(regions), ()
 
 
 def _described(plan: Plan, run: Regeneration) -> RegionInfo:
@@ -139,10 +140,6 @@ def _described(plan: Plan, run: Regeneration) -> RegionInfo:
         before, after = neighbours(plan.lowered, plan.segments, run.region)
         return replace(found, before=before, after=after)
     return describe(run.program, run.region, kept, {i: c.name for i, c in enumerate(run.calls)}, "rev_block")
-
-
-def _usage(way: str, t: Timeline) -> Usage:
-    return Usage(way, t.kept, t.peak, t.flops, timeline=t)
 
 
 def _cuts(run: Regeneration) -> int:

@@ -121,6 +121,16 @@ class _Pen:
             self.tips[name] = tip
         self.axes.add_patch(patch)
 
+    def note(self, y: float, text: str) -> None:
+        """Write a remark in the middle."""
+        self.text(self.width / 2, y, text, 8, "muted", ha="center", style="italic")
+
+    def node(self, x: float, y: float, kind: str, name: str, below: str, tip: str, points: float = 8) -> None:
+        """Draw a box with a name in it and something below the name."""
+        self.box(x, y, BOX, TALL, kind, tip=tip, zorder=2)
+        self.text(x, y - 0.08, name, points, ha="center", weight="bold", zorder=3)
+        self.text(x, y + 0.1, clipped(below, 26), 6.8, "muted", ha="center", zorder=3)
+
     def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> None:
         """Draw a line through the points with round corners, and a head at the last."""
         from matplotlib.patches import FancyArrowPatch
@@ -167,7 +177,7 @@ def _title(e: Findings) -> _Part:
 
 
 def _note(text: str) -> _Part:
-    return _Part(lambda pen: pen.text(pen.width / 2, 0.2, text, 8, "muted", ha="center", style="italic"), 0.4)
+    return _Part(lambda pen: pen.note(0.2, text), 0.4)
 
 
 def _outside(names: Sequence[str], followed: bool) -> _Part:
@@ -191,9 +201,8 @@ def _refused(refusal: Refusal, times: int) -> _Part:
 
     def draw(pen: _Pen) -> None:
         x = MARGIN + BOX / 2
-        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{where}: {refusal.op}: {refusal.reason}")
-        pen.text(x, TALL / 2 - 0.08, clipped(refusal.op, 20), 8, ha="center", weight="bold")
-        pen.text(x, TALL / 2 + 0.1, clipped(where, 26), 6.8, "muted", ha="center")
+        tip = f"{where}: {refusal.op}: {refusal.reason}"
+        pen.node(x, TALL / 2, "outside", clipped(refusal.op, 20), where, tip)
         if times > 1:
             pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {times:,}", 10, weight="bold")
         pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(textwrap.wrap(refusal.reason, 62)[:3]), 8)
@@ -238,13 +247,10 @@ class _Region:
         for node in found.nodes:
             (x, y), line = self.place(pen, node), node.line
             tip = f"{line.action}: {line.how} ({short(line.where)}), {size(line.nbytes)}"
-            pen.box(x, y, BOX, TALL, line.action, tip=tip, zorder=2)
             points = 8 if len(node.name) <= 20 else 6.4
-            pen.text(x, y - 0.08, clipped(node.name, 25), points, ha="center", weight="bold", zorder=3)
-            pen.text(x, y + 0.1, clipped(f"{MARKS[line.action]} {line.type}", 26), 6.8, "muted", ha="center", zorder=3)
+            pen.node(x, y, line.action, clipped(node.name, 25), f"{MARKS[line.action]} {line.type}", tip, points)
         if found.left_out:
-            pen.text(pen.width / 2, bottom - 0.16, f"{counted(found.left_out, 'more value')} not drawn", 8, "muted",
-                     ha="center", style="italic")  # fmt: skip
+            pen.note(bottom - 0.16, f"{counted(found.left_out, 'more value')} not drawn")
 
     def frame(self, pen: _Pen, frame: Frame) -> None:
         """Draw a box around what comes again, with how often it does."""

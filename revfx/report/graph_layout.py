@@ -186,9 +186,9 @@ def _rows(
         graph.add_edges_from((a, b) for a, b, kind in edges if kind == READS and a in mine and b in mine)
         taken: set[tuple[float, int]] = set()
         row_of: dict[int, int] = {}
-        for generation, nodes in enumerate(nx.topological_generations(graph)):
+        for nodes in nx.topological_generations(graph):
             for i in sorted(nodes):
-                row = top + max([generation, *(row_of[a] - top + 1 for a in graph.predecessors(i))])
+                row = max([top, *(row_of[a] + 1 for a in graph.predecessors(i))])
                 while (xs[i], row) in taken:
                     row += 1
                 taken.add((xs[i], row))
