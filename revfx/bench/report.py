@@ -29,7 +29,17 @@ class Table:
 
 def tables(report: Report) -> tuple[Table, ...]:
     """Return one table per model, in the order of the report: a line for each way of which there is something."""
-    return tuple(_table(report, name) for name in dict.fromkeys(r.model for r in report.found))
+    made: list[Table] = []
+    for name in dict.fromkeys(r.model for r in report.found):
+        found = [r for r in report.found if r.model == name]
+        what, columns = _columns(report, found)
+        rows: list[tuple[str, ...]] = []
+        for way in dict.fromkeys(r.way for r in found):
+            cells = ["".join(cell(r) for r in found if r.way == way) for _, cell in columns]
+            rows += [(WAYS[way].title, *cells)] if any(cells) else []
+        heading, head = f"{MODELS[name].title} (`{name}`), {what}", ("way", *(head for head, _ in columns))
+        made.append(Table(heading, head, tuple(rows), _notes(found)))
+    return tuple(made)
 
 
 def text(report: Report) -> str:
@@ -69,17 +79,6 @@ def as_json(report: Report) -> str:
 
 
 # --- tables
-def _table(report: Report, name: str) -> Table:
-    found = [r for r in report.found if r.model == name]
-    what, columns = _columns(report, found)
-    rows: list[tuple[str, ...]] = []
-    for way in dict.fromkeys(r.way for r in found):
-        cells = ["".join(cell(r) for r in found if r.way == way) for _, cell in columns]
-        rows += [(WAYS[way].title, *cells)] if any(cells) else []
-    heading = f"{MODELS[name].title} (`{name}`), {what}"
-    return Table(heading, ("way", *(head for head, _ in columns)), tuple(rows), _notes(found))
-
-
 def _columns(report: Report, found: Sequence[Any]) -> tuple[str, list[tuple[str, Callable[[Any], str]]]]:
     """Return what a table shows, and its columns: the head, and from a row or fit to a cell, "" if it is of another."""
     one, sweep = found[0], report.sweep

@@ -30,12 +30,12 @@ def explain_compiled(
     """
     own = unconverted(copy.deepcopy(model))
     with _inductor.graph_breaks() as breaks, partitioner.reports() as reports, _quiet():
-        _compiled(own, backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
+        torch.compile(with_own_code(own), backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
     ways: tuple[Usage, ...] = ()
     if measure:
-        ours = {"plain": own, "inductor": _compiled(own), "revfx": _compiled(own, backend="revfx")}
+        inductor, backend = torch.compile(with_own_code(own)), torch.compile(with_own_code(own), backend="revfx")
         with _quiet():
-            ways = measured(ours, args, kwargs, loss, own)
+            ways = measured({"plain": own, "inductor": inductor, "revfx": backend}, args, kwargs, loss, own)
     described = (tuple(describe(*detail, {}, "") for detail in report.details) for report in reports)
     graphs = tuple(GraphInfo(number, regions) for number, regions in enumerate(described))
     return Explanation(
@@ -46,11 +46,6 @@ def explain_compiled(
         graphs=graphs, breaks=tuple(dict.fromkeys(f"{short(where)}: {reason}" for reason, where in breaks)),
         notes=() if reports else ("`torch.compile` made no graph that has a gradient.",),
     )  # fmt: skip
-
-
-def _compiled(model: nn.Module, **compile_kwargs: Any) -> Callable[..., Any]:
-    """Compile `model`, apart from everything that was compiled before."""
-    return torch.compile(with_own_code(model), **compile_kwargs)
 
 
 @contextlib.contextmanager

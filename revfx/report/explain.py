@@ -192,8 +192,8 @@ def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift |
             f"regenerated values are off by about {worst:.0e} ({'predicted' if found is None else 'measured'}):"
             f" {streams}use `exact=True`, or `anchor_every={every}`, which keeps more."
         )
-    usage = {u.way: u for u in ways}
-    plain, ours = usage.get("plain"), usage.get("revfx")
-    if regions and plain and ours and plain.peak and ours.peak and ours.peak > 0.8 * plain.peak:
+    peaks = {u.way: u.peak for u in ways}
+    plain, ours = peaks.get("plain"), peaks.get("revfx")
+    if regions and plain and ours and ours > 0.8 * plain:
         said.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
     return tuple(said)
