@@ -33,21 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return args.run(args)
-    except WrongArguments as e:
-        return _fail(args, e, 2)
     except KeyboardInterrupt:
         print("revfx: stopped", file=sys.stderr)
         return 130
     except Exception as e:
-        return _fail(args, e, 1)
-
-
-def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
-    if args.debug:
-        raise error
-    kind = "" if isinstance(error, RevfxError) else f"{type(error).__name__}: "
-    print(f"revfx {args.command}: {kind}{error}", file=sys.stderr)
-    return status
+        if args.debug:
+            raise
+        kind = "" if isinstance(e, RevfxError) else f"{type(e).__name__}: "
+        print(f"revfx {args.command}: {kind}{e}", file=sys.stderr)
+        return 2 if isinstance(e, WrongArguments) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

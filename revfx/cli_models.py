@@ -60,7 +60,9 @@ def tensor(text: str, dtype: str) -> Tensor:
 def _module(file: Path) -> ModuleType:
     if not file.is_file():
         raise WrongArguments(f"{file}: no such file")
-    name = file.stem if _free(file) else f"revfx_model_{file.stem}"  # no other module goes by the name of the user's
+    name = file.stem
+    if name in sys.modules or name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None:
+        name = f"revfx_model_{name}"  # the user's takes no other module's place
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise WrongArguments(f"{file}: not a Python file")
@@ -73,12 +75,6 @@ def _module(file: Path) -> ModuleType:
     except Exception as e:
         raise RevfxError(f"{file} raised {type(e).__name__}: {e}") from e
     return module
-
-
-def _free(file: Path) -> bool:
-    """Return whether a file can be imported under its own name without taking another module's place."""
-    name = file.stem
-    return not (name in sys.modules or name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None)
 
 
 def _after_standard_library() -> int:

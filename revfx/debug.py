@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from revfx.inspection import Originals, relative_error, watched
 from revfx.passes.closure import Derivation, Forward
 
 
-@contextlib.contextmanager
-def check_regeneration(rtol: float | None = None) -> Generator[None]:
+def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None]:
     """Open a context whose forwards keep every value of a region, and whose backwards compare what they regenerate.
 
     The backward may come later. What this finds: an f that does not compute the same when it is run again, a rule of
@@ -30,8 +28,7 @@ def check_regeneration(rtol: float | None = None) -> Generator[None]:
         RegenerationError: in the backward, at the first value that is off by more: it names the value, the layer, the
             operation and the user's file and line.
     """
-    with watched(lambda run: _Checks(rtol)):
-        yield
+    return watched(lambda run: _Checks(rtol))
 
 
 class _Checks(Originals):
@@ -44,23 +41,21 @@ class _Checks(Originals):
         before = self.values.get(value)
         if before is None:
             return
+        what = ""
         if before.shape != tensor.shape or before.dtype != tensor.dtype:
             what = f"is {tensor.dtype}{list(tensor.shape)} and was {before.dtype}{list(before.shape)}"
+        elif not (before.is_floating_point() or before.is_complex()):
+            what = "" if torch.equal(before, tensor) else "is not what it was"
+        else:
+            dtypes = [before.dtype, *(dtype for _, enabled, dtype in run.autocast if enabled)]
+            eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+            limit = self.rtol if self.rtol is not None else 0.0 if run.plan.exact else eps**0.5
+            finite = before.isfinite()
+            error = relative_error(tensor[finite], before[finite])
+            if not error <= limit or not torch.equal(tensor[~finite].nan_to_num(), before[~finite].nan_to_num()):
+                what = f"is off by {error:.1e} (relative)"
+        if what:
             raise RegenerationError(_text(run, derivation, value, what))
-        if not (before.is_floating_point() or before.is_complex()):
-            if not torch.equal(before, tensor):
-                raise RegenerationError(_text(run, derivation, value, "is not what it was"))
-            return
-        limit = self.rtol if self.rtol is not None else 0.0 if run.plan.exact else _eps(run, before) ** 0.5
-        finite = before.isfinite()
-        error = relative_error(tensor[finite], before[finite])
-        if not error <= limit or not torch.equal(tensor[~finite].nan_to_num(), before[~finite].nan_to_num()):
-            raise RegenerationError(_text(run, derivation, value, f"is off by {error:.1e} (relative)"))
-
-
-def _eps(run: Regeneration, t: Tensor) -> float:
-    dtypes = [t.dtype, *(dtype for _, enabled, dtype in run.autocast if enabled)]
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _text(run: Regeneration, derivation: Derivation, value: int, what: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,11 @@ import revfx
 from revfx.bench.models import RevNet
 from revfx.report.data import size
 from revfx.report.progress import bar
-from revfx.testing import gradients, measure_memory, relative_error
+from revfx.testing import gradients, measure_memory, relative_error, stored
 
 
 BATCH = 64
 DIGITS = Path(__file__).parent / "data" / "digits.pt"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One run: bytes kept after the forward and at the peak of a step, median seconds of a step, the share of test
-    digits named rightly after each epoch, and the loss of the last one.
-    """
-
-    kept: int
-    peak: int
-    seconds: float
-    right: tuple[float, ...]
-    loss: float
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,10 +54,10 @@ def demo(epochs: int, depth: int, exact: bool, save: str, as_json: bool) -> int:
         found = revfx.explain(make(depth), x[:BATCH], loss=lambda out: F.cross_entropy(out, y[:BATCH]))
         found.save(save)
         advance()
-    learnt = min(run.right[-1] for run in runs.values()) > 0.9
-    flat = runs["revfx"].peak < 0.6 * runs["plain"].peak
+    learnt = min(run["right"][-1] for run in runs.values()) > 0.9
+    flat = runs["revfx"]["peak"] < 0.6 * runs["plain"]["peak"]
     if as_json:
-        print(json.dumps({"runs": {n: asdict(r) for n, r in runs.items()}, "gradients": apart, "saved": save}))
+        print(json.dumps({"runs": runs, "gradients": apart, "saved": save}))
     else:
         print(table(runs, apart, len(x), depth))
         print(f"saved {save}: what was found, and memory over one step")
@@ -77,7 +65,9 @@ def demo(epochs: int, depth: int, exact: bool, save: str, as_json: bool) -> int:
 
 
 class Run:
-    """A model in training, with what has come of it so far."""
+    """A model in training, with what has come of it so far: the memory of a step, the seconds and the loss of each, and
+    the share of test digits named rightly after each epoch.
+    """
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
         self.memory = measure_memory(lambda: F.cross_entropy(model(x), y))
@@ -107,15 +97,19 @@ class Run:
         self.right.append((self.model(x).argmax(1) == y).float().mean().item())
         self.model.train()
 
-    def result(self, epoch: int) -> Trained:
-        """Return what came of it; an epoch has so many steps."""
-        loss, seconds = statistics.mean(self.losses[-epoch:]), statistics.median(self.spent)
-        return Trained(self.memory.kept, self.memory.peak, seconds, tuple(self.right), loss)
+    def result(self) -> dict[str, Any]:
+        """Return the bytes, the median of the seconds, all shares, and the mean loss of the last epoch."""
+        last = self.losses[-(len(self.losses) // len(self.right)) :]
+        seconds, loss = statistics.median(self.spent), statistics.mean(last)
+        return {**asdict(self.memory), "seconds": seconds, "right": self.right, "loss": loss}
+
+
+Results = dict[str, dict[str, Any]]
 
 
 def train(
     models: dict[str, nn.Module], x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, epochs: int, advance: Any
-) -> dict[str, Trained]:
+) -> Results:
     """Train all models, which take their steps in turn on the same batches, and return what came of each, by name."""
     steps = len(x) // BATCH
     runs = {name: Run(model, x[:BATCH], y[:BATCH], epochs * steps) for name, model in models.items()}
@@ -127,31 +121,34 @@ def train(
             advance()
         for run in runs.values():
             run.test(x_test, y_test)
-    return {name: run.result(steps) for name, run in runs.items()}
+    return {name: run.result() for name, run in runs.items()}
 
 
 def max_difference(converted: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the largest relative difference between gradients with regenerated activations and with stored ones."""
-    got = gradients(converted, [x], lambda out: F.cross_entropy(out, y))
-    want = gradients(revfx.testing.stored(converted), [x], lambda out: F.cross_entropy(out, y))
-    pairs = [(got[name], w) for name, w in want.items()]
-    return max(relative_error(g, w) for g, w in pairs if g is not None and w is not None)
+    got, want = (gradients(m, [x], lambda out: F.cross_entropy(out, y)) for m in (converted, stored(converted)))
+    return max(
+        relative_error(g, w)
+        for g, w in zip(got.values(), want.values(), strict=True)
+        if g is not None and w is not None
+    )
 
 
-def table(runs: dict[str, Trained], apart: float, images: int, depth: int) -> str:
+def table(runs: Results, apart: float, images: int, depth: int) -> str:
     """Format the result as text."""
     plain, ours = runs["plain"], runs["revfx"]
-    lines = [f"a RevNet of {depth} couplings, {len(plain.right)} epochs of {images} handwritten digits"]
+    lines = [f"a RevNet of {depth} couplings, {len(plain['right'])} epochs of {images} handwritten digits"]
     lines.append(f"{'':28}{'plain':>14}{'revfx':>14}")
-    for name, a, b, ratio in (
-        ("peak memory of a step", size(plain.peak), size(ours.peak), f"{plain.peak / ours.peak:.1f} x less"),
-        ("kept after the forward", size(plain.kept), size(ours.kept), f"{plain.kept / ours.kept:.1f} x less"),
-        ("time of a step", f"{plain.seconds * 1e3:.1f} ms", f"{ours.seconds * 1e3:.1f} ms",
-         f"{ours.seconds / plain.seconds:.2f} x as long"),
-        ("loss in the last epoch", f"{plain.loss:.4f}", f"{ours.loss:.4f}", ""),
-        *((f"test digits right, epoch {i + 1}", f"{a:.2%}", f"{b:.2%}", "")
-          for i, (a, b) in enumerate(zip(plain.right, ours.right, strict=True))),
-    ):  # fmt: skip
-        lines.append(f"{name:28}{a:>14}{b:>14}   {ratio}".rstrip())
+
+    def line(name: str, form: Callable[[Any], str], a: Any, b: Any, ratio: str = "") -> None:
+        lines.append(f"{name:28}{form(a):>14}{form(b):>14}   {ratio}".rstrip())
+
+    for name, field in (("peak memory of a step", "peak"), ("kept after the forward", "kept")):
+        line(name, size, plain[field], ours[field], f"{plain[field] / ours[field]:.1f} x less")
+    a, b = plain["seconds"], ours["seconds"]
+    line("time of a step", lambda seconds: f"{seconds * 1e3:.1f} ms", a, b, f"{b / a:.2f} x as long")
+    line("loss in the last epoch", "{:.4f}".format, plain["loss"], ours["loss"])
+    for epoch, (a, b) in enumerate(zip(plain["right"], ours["right"], strict=True), 1):
+        line(f"test digits right, epoch {epoch}", "{:.2%}".format, a, b)
     lines.append(f"gradients differ from those of stored activations by {apart:.1e} (relative, the worst)")
     return "\n".join(lines)

@@ -51,11 +51,7 @@ def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
 
 def doubled(tree: Any) -> Any:
     """Return nested arguments with their floating-point tensors in fp64, as leaves that need a gradient as before."""
-
-    def double(t: Any) -> Any:
-        return t.detach().double().requires_grad_(t.requires_grad) if is_floating(t) else t
-
-    return pytree.tree_map(double, tree)
+    return pytree.tree_map(lambda t: t.detach().double().requires_grad_(t.requires_grad) if is_floating(t) else t, tree)
 
 
 def is_floating(t: Any) -> TypeGuard[Tensor]:

@@ -21,7 +21,7 @@ import torch
 
 from revfx.bench import plot, report as bench_report
 from revfx.bench.fit import Question, largest
-from revfx.bench.measure import Setting, measure_size, measure_steps
+from revfx.bench.measure import Setting, measure_steps, prepare
 from revfx.bench.models import MODELS
 from revfx.bench.options import WRITTEN, Options, options_of, words_of
 from revfx.bench.results import Fit, Report, Row, this_machine
@@ -103,7 +103,7 @@ def _jobs(o: Options) -> Iterator[tuple[str, Callable[[], Row | Fit]]]:
         for n in o.swept(name):
             size = (n, batch) if o.sweep == "depth" else (depth, n)
             setting = Setting(MODELS[name], *size, o.device)
-            yield f"{name}, {way}, {o.sweep} {n}", partial(measure_size, setting, WAYS[way])
+            yield f"{name}, {way}, {o.sweep} {n}", lambda setting=setting, way=way: prepare(setting, WAYS[way]).row
         if o.memory is None:
             continue
         for sweep, other in (("depth", batch), ("batch", depth)):

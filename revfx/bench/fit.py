@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -183,10 +184,10 @@ def data_bytes() -> int:
         RevfxError: the system is not Linux, or does not tell.
     """
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) * 1024
-    raise RevfxError("`--memory` on a CPU needs Linux, where a process can be given a limit on its data segment.")
+    found = re.search(r"^VmData:\s*(\d+)", status.read_text() if status.exists() else "", re.MULTILINE)
+    if found is None:
+        raise RevfxError("`--memory` on a CPU needs Linux, where a process can be given a limit on its data segment.")
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

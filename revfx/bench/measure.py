@@ -107,11 +107,6 @@ def measure_steps(setting: Setting, ways: Sequence[Way], rounds: int, tick: Call
     return [c.row if c.step is None else _with_times(c.row, c.seconds[1:], plain) for c in candidates]
 
 
-def measure_size(setting: Setting, way: Way) -> Row:
-    """Measure the memory of one way, without times and gradients."""
-    return prepare(setting, way).row
-
-
 def prepare(setting: Setting, way: Way, reference: Reference | None = None) -> Candidate:
     """Return a candidate with its memory and, given a reference, its error, or with why there is none."""
     row = Row(setting.bench.name, way.name, setting.depth, setting.batch)

@@ -184,29 +184,19 @@ class Flow(Chain):
 
 
 # --- leapfrog
-class Force(nn.Module):
-    """The force on each mass of a chain with fixed ends, a learned function of both springs' lengths; q: (B, n)."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-
-    def forward(self, q: Tensor) -> Tensor:
-        """Return (B, n)."""
-        lengths = F.pad(q, (1, 1)).diff(dim=-1)
-        return self.net(torch.stack([lengths[..., :-1], lengths[..., 1:]], -1)).squeeze(-1)
-
-
 class Kick(nn.Module):
-    """`h * force(q)`: what a step adds to the momenta."""
+    """What a step adds to the momenta of a chain of masses with fixed ends: the force on each, a learned function of
+    both springs' lengths, times the time `h`.
+    """
 
-    def __init__(self, force: Force, h: float) -> None:
+    def __init__(self, hidden: int, h: float) -> None:
         super().__init__()
-        self.force, self.h = force, h
+        self.h, self.net = h, nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
     def forward(self, q: Tensor) -> Tensor:
-        """Return (B, n)."""
-        return self.h * self.force(q)
+        """Return (B, n), of displacements (B, n)."""
+        lengths = F.pad(q, (1, 1)).diff(dim=-1)
+        return self.h * self.net(torch.stack([lengths[..., :-1], lengths[..., 1:]], -1)).squeeze(-1)
 
 
 class Drift(nn.Module):
@@ -225,8 +215,8 @@ class Springs(Chain):
     """Leapfrog steps of a chain of masses of one, all by one learned force; displacements: (B, masses)."""
 
     def __init__(self, depth: int, masses: int = 128, hidden: int = 16, h: float = 0.1) -> None:
-        force = Force(hidden)
-        super().__init__([Coupling(Kick(force, h), Drift(h)) for _ in range(depth)])
+        kick, drift = Kick(hidden, h), Drift(h)
+        super().__init__([Coupling(kick, drift) for _ in range(depth)])
         self.push = nn.Parameter(torch.randn(masses))
 
     def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,31 +18,43 @@ from revfx.errors import WrongArguments
 from revfx.report.figures import figure
 
 
+T = TypeVar("T")
 UNITS: Mapping[str, int] = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 ROUNDS, QUICK_ROUNDS, QUICK_DEPTH, QUICK_BATCH = 9, 2, 4, 2  # the last divides the batch
 SWEPT: Mapping[str, tuple[int, ...]] = {"depth": (4, 8, 16, 32), "batch": (1, 2, 4, 8)}  # the latter: of a quarter
 
 
+def option(default: T, text: str, metavar: str | None = None, **given: Any) -> T:
+    """Return the field of an option: its default, and what `argparse` is given."""
+    return field(default=default, metadata={"help": text, **({"metavar": metavar} if metavar else {}), **given})
+
+
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `revfx bench` after a look at them; None and empty stand for the defaults."""
+    """The arguments of `revfx bench`, and after a look at them their values; None and empty stand for the defaults."""
 
-    models: tuple[str, ...]
-    ways: tuple[str, ...]
-    depth: int | None = None
-    batch: int | None = None
-    rounds: int = ROUNDS
-    sweep: str | None = None
-    at: tuple[int, ...] = ()
-    memory: int | None = None
-    seconds: float = 30.0
-    quick: bool = False
-    threads: int | None = None
-    device: str = "cpu"
-    csv: str | None = None
-    json: str | None = None
-    plot: str | None = None
-    markdown: bool = False
+    models: tuple[str, ...] = option(tuple(MODELS), f"of {', '.join(MODELS)} (default: all)", "NAME", nargs="+")
+    ways: tuple[str, ...] = option(
+        tuple(WAYS), f"of {', '.join(WAYS)} (default: all; plain is always among them)", "NAME", nargs="+"
+    )
+    depth: int | None = option(None, "blocks of each model (default: each model's own)", "N", type=int)
+    batch: int | None = option(None, "samples (default: each model's own)", "N", type=int)
+    rounds: int = option(ROUNDS, f"steps of each way, taken in turn (default: {ROUNDS})", "N", type=int)
+    sweep: str | None = option(None, "depth or batch: memory at several of them, instead of times", "WHAT")
+    at: tuple[int, ...] = option((), "the depths or batches of the sweep", "N", nargs="+", type=int)
+    memory: int | None = option(
+        None, "the largest depth and batch that train in so much, such as 512MiB or 2GiB", "SIZE"
+    )
+    seconds: float = option(30.0, "for each search of --memory (default: 30)", "S", type=float)
+    quick: bool = option(False, "small models, two rounds, nothing that compiles: half a minute", action="store_true")
+    threads: int | None = option(None, "of torch (default: as it is)", "N", type=int)
+    device: str = option("cpu", "cpu (default) or cuda", "NAME")
+    csv: str | None = option(None, "also write the figures there", "PATH")
+    json: str | None = option(
+        None, "also write all there; without a path, to stdout and alone", "PATH", nargs="?", const="-"
+    )
+    plot: str | None = option(None, "also draw them there (svg, png, pdf; needs matplotlib)", "PATH")
+    markdown: bool = option(False, "print Markdown", action="store_true")
 
     def sizes(self, model: str) -> tuple[int, int]:
         """Return the depth and the batch for a model."""
@@ -59,26 +71,7 @@ class Options:
         return tuple(unit * n for n in SWEPT[self.sweep][: 2 if self.quick else None])
 
 
-ARGUMENTS: Mapping[str, dict[str, Any]] = {
-    "models": dict(nargs="+", metavar="NAME", help=f"of {', '.join(MODELS)} (default: all)"),
-    "ways": dict(nargs="+", metavar="NAME", help=f"of {', '.join(WAYS)} (default: all; plain is always among them)"),
-    "depth": dict(type=int, metavar="N", help="blocks of each model (default: each model's own)"),
-    "batch": dict(type=int, metavar="N", help="samples (default: each model's own)"),
-    "rounds": dict(type=int, metavar="N", help=f"steps of each way, taken in turn (default: {ROUNDS})"),
-    "sweep": dict(metavar="WHAT", help="depth or batch: memory at several of them, instead of times"),
-    "at": dict(nargs="+", type=int, metavar="N", help="the depths or batches of the sweep"),
-    "memory": dict(metavar="SIZE", help="the largest depth and batch that train in so much, such as 512MiB or 2GiB"),
-    "seconds": dict(type=float, metavar="S", help="for each search of --memory (default: 30)"),
-    "quick": dict(action="store_true", help="small models, two rounds, nothing that compiles: half a minute"),
-    "threads": dict(type=int, metavar="N", help="of torch (default: as it is)"),
-    "device": dict(metavar="NAME", help="cpu (default) or cuda"),
-    "csv": dict(metavar="PATH", help="also write the figures there"),
-    "json": dict(
-        nargs="?", const="-", metavar="PATH", help="also write all there; without a path, to stdout and alone"
-    ),
-    "plot": dict(metavar="PATH", help="also draw them there (svg, png, pdf; needs matplotlib)"),
-    "markdown": dict(action="store_true", help="print Markdown"),
-}
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(Options)}
 WRITTEN = ("csv", "json", "plot", "markdown")  # where and how figures are written, which says nothing of them
 
 
@@ -123,7 +116,7 @@ def _defaults(given: Mapping[str, Any]) -> Options:
     """Return what holds where nothing else is given, for a run of this kind."""
     short = any(given.get(name) for name in ("quick", "sweep", "memory"))
     ways = tuple(name for name, way in WAYS.items() if not (short and way.compiled))
-    return Options(tuple(MODELS), ways, rounds=QUICK_ROUNDS if given.get("quick") else ROUNDS)
+    return Options(ways=ways, rounds=QUICK_ROUNDS if given.get("quick") else ROUNDS)
 
 
 def _known(what: str, asked: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:

@@ -29,7 +29,17 @@ class Table:
 
 def tables(report: Report) -> tuple[Table, ...]:
     """Return one table per model, in the order of the report: a line for each way of which there is something."""
-    return tuple(_table(report, name) for name in dict.fromkeys(r.model for r in report.found))
+    made: list[Table] = []
+    for name in dict.fromkeys(r.model for r in report.found):
+        found = [r for r in report.found if r.model == name]
+        what, columns = _columns(report, found)
+        rows: list[tuple[str, ...]] = []
+        for way in dict.fromkeys(r.way for r in found):
+            cells = ["".join(cell(r) for r in found if r.way == way) for _, cell in columns]
+            rows += [(WAYS[way].title, *cells)] if any(cells) else []
+        heading, head = f"{MODELS[name].title} (`{name}`), {what}", ("way", *(head for head, _ in columns))
+        made.append(Table(heading, head, tuple(rows), _notes(found)))
+    return tuple(made)
 
 
 def text(report: Report) -> str:
@@ -37,10 +47,9 @@ def text(report: Report) -> str:
     parts = [f"{report.machine}\n{report.command}"]
     for t in tables(report):
         lines = [[cell.replace("`", "") for cell in row] for row in (t.head, *t.rows)]
-        widths = [max(len(row[i]) for row in lines) for i in range(len(t.head))]
-        aligned = ["  ".join([c.rjust(w) for c, w in zip(r, widths, strict=True)][1:]) for r in lines]
-        named = [f"{r[0].ljust(widths[0])}  {rest}".rstrip() for r, rest in zip(lines, aligned, strict=True)]
-        parts.append("\n".join([t.heading, *named, *t.notes]).replace("`", ""))
+        first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+        aligned = (f"{way:{first}}  " + "  ".join(map(str.rjust, cells, widths)) for way, *cells in lines)
+        parts.append("\n".join([t.heading, *(line.rstrip() for line in aligned), *t.notes]).replace("`", ""))
     return "\n\n".join([*parts, _legend(report).replace("`", "")])
 
 
@@ -70,17 +79,6 @@ def as_json(report: Report) -> str:
 
 
 # --- tables
-def _table(report: Report, name: str) -> Table:
-    found = [r for r in report.found if r.model == name]
-    what, columns = _columns(report, found)
-    rows: list[tuple[str, ...]] = []
-    for way in dict.fromkeys(r.way for r in found):
-        cells = ["".join(cell(r) for r in found if r.way == way) for _, cell in columns]
-        rows += [(WAYS[way].title, *cells)] if any(cells) else []
-    heading = f"{MODELS[name].title} (`{name}`), {what}"
-    return Table(heading, ("way", *(head for head, _ in columns)), tuple(rows), _notes(found))
-
-
 def _columns(report: Report, found: Sequence[Any]) -> tuple[str, list[tuple[str, Callable[[Any], str]]]]:
     """Return what a table shows, and its columns: the head, and from a row or fit to a cell, "" if it is of another."""
     one, sweep = found[0], report.sweep

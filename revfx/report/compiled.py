@@ -15,7 +15,6 @@ from revfx.capture.guards import name_of
 from revfx.compiled import _inductor, partitioner
 from revfx.compiled.dynamo import with_own_code
 from revfx.converted import unconverted
-from revfx.passes.joint.rewrite import Report
 from revfx.report.data import GraphInfo, Usage, short
 from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
@@ -31,13 +30,14 @@ def explain_compiled(
     """
     own = unconverted(copy.deepcopy(model))
     with _inductor.graph_breaks() as breaks, partitioner.reports() as reports, _quiet():
-        _compiled(own, backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
+        torch.compile(with_own_code(own), backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
     ways: tuple[Usage, ...] = ()
     if measure:
-        ours = {"plain": own, "inductor": _compiled(own), "revfx": _compiled(own, backend="revfx")}
+        inductor, backend = torch.compile(with_own_code(own)), torch.compile(with_own_code(own), backend="revfx")
         with _quiet():
-            ways = measured(ours, args, kwargs, loss, own)
-    graphs = tuple(_graph(number, report) for number, report in enumerate(reports))
+            ways = measured({"plain": own, "inductor": inductor, "revfx": backend}, args, kwargs, loss, own)
+    described = (tuple(describe(*detail, {}, "") for detail in report.details) for report in reports)
+    graphs = tuple(GraphInfo(number, regions) for number, regions in enumerate(described))
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)),
         regions=tuple(r for graph in graphs for r in graph.regions),
@@ -46,15 +46,6 @@ def explain_compiled(
         graphs=graphs, breaks=tuple(dict.fromkeys(f"{short(where)}: {reason}" for reason, where in breaks)),
         notes=() if reports else ("`torch.compile` made no graph that has a gradient.",),
     )  # fmt: skip
-
-
-def _graph(number: int, report: Report) -> GraphInfo:
-    return GraphInfo(number, tuple(describe(program, region, cuts, {}, "") for program, region, cuts in report.details))
-
-
-def _compiled(model: nn.Module, **compile_kwargs: Any) -> Callable[..., Any]:
-    """Compile `model`, apart from everything that was compiled before."""
-    return torch.compile(with_own_code(model), **compile_kwargs)
 
 
 @contextlib.contextmanager

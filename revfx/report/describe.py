@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,24 +23,21 @@ from revfx.report.data import RegionInfo, ValueLine
 from revfx.rules import op_name
 
 
+LETTERS = {"bfloat": "bf", "float": "f", "complex": "c", "uint": "u", "int": "i"}
+
+
 def type_name(dtype: torch.dtype, shape: Sequence[object]) -> str:
     """Format a type as `f32[8,256]`."""
-    name = str(dtype).removeprefix("torch.")
-    for long, letter in (("bfloat", "bf"), ("float", "f"), ("complex", "c"), ("uint", "u"), ("int", "i")):
-        if name.startswith(long):
-            name = letter + name.removeprefix(long)
-            break
+    name = re.sub(f"^({'|'.join(LETTERS)})", lambda long: LETTERS[long[0]], str(dtype).removeprefix("torch."))
     return f"{name}[{','.join(map(str, shape))}]"
 
 
 def types_of(tree: Any) -> tuple[str, ...]:
     """Return the types of all tensors in nested arguments, and the other leaves as they are written."""
-    leaves = pytree.tree_leaves(tree)
-    return tuple(_type_of(x) if isinstance(x, Tensor) else repr(x)[:40] for x in leaves)
-
-
-def _type_of(t: Tensor) -> str:
-    return type_name(t.dtype, "?" * t.dim() if t.is_nested else t.shape)
+    return tuple(
+        type_name(x.dtype, "?" * x.dim() if x.is_nested else x.shape) if isinstance(x, Tensor) else repr(x)[:40]
+        for x in pytree.tree_leaves(tree)
+    )
 
 
 def describe(
@@ -53,6 +51,8 @@ def describe(
     steps = region.steps
     inverting = [s for s in steps if s.inverts or s.saved]
     exit = [program.values[v] for v in region.exit]
+    kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
+    anchored = {v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry} - kept.keys()
     return RegionInfo(
         module=module,
         first=program.ops[region.start].where,
@@ -61,10 +61,8 @@ def describe(
         couplings=len(inverting),
         steps=len(steps),
         streams=tuple(type_name(v.dtype, v.shape) for v in exit),
-        kept=tuple(
-            program.values[v].name for v in dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
-        ),
-        kept_bytes=region.kept_bytes + _anchored(program, region, kept_cuts),
+        kept=tuple(program.values[v].name for v in kept),
+        kept_bytes=region.kept_bytes + program.nbytes(tuple(anchored)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),
         freed_bytes=region.freed_bytes,
         drift=_drift(program, steps, kept_cuts),
@@ -86,12 +84,6 @@ def _kind(steps: Sequence[Step]) -> str:
     if any(a.grid for a in arcs):
         kinds.append("exact")
     return ", ".join(kinds) or "layout"
-
-
-def _anchored(program: Program, region: Region, kept_cuts: Collection[int]) -> int:
-    """Return the bytes of the cuts inside of a region that are kept."""
-    inner = {v for j in kept_cuts if 0 < j < len(region.steps) for v in region.steps[j].entry}
-    return program.nbytes(tuple(inner - {*region.entry, *region.exit, *region.side, *region.saved}))
 
 
 def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> float:
@@ -118,7 +110,10 @@ def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: 
     saved = {*region.exit, *region.saved, *region.side}
     saved.update(v for j in kept_cuts if j < len(region.steps) for v in region.steps[j].entry)
     first = _first_derivations(program, region.steps, kept_cuts)
-    calls = {i: _call(program, i, names.get(i, program.ops[i].name)) for i in range(region.start, region.stop)}
+    calls: dict[int, str] = {}
+    for i in range(region.start, region.stop):
+        read = (program.values[v] for v in program.ops[i].ins)
+        calls[i] = f"{names.get(i, program.ops[i].name)}({', '.join(v.name for v in read if not v.source)})"
     opaque = {v: calls[i] for i in calls if program.ops[i].opaque for v in program.ops[i].outs[:1]}
     barred = {a.head: a.barred for i in calls for a in program.ops[i].arcs if a.barred}
     found: list[ValueLine] = []
@@ -163,12 +158,6 @@ def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Colle
                 if v not in step.exit:
                     found.setdefault(v, d)
     return found
-
-
-def _call(program: Program, index: int, name: str) -> str:
-    return (
-        f"{name}({', '.join(program.values[v].name for v in program.ops[index].ins if not program.values[v].source)})"
-    )
 
 
 def scope_of(lowered: Lowered, region: Region) -> str:

@@ -24,7 +24,7 @@ from revfx.eager.numerics import DRIFT
 from revfx.eager.regeneration import Regeneration
 from revfx.errors import RevfxError
 from revfx.inspection import is_floating
-from revfx.report.data import RegionInfo, Timeline, Usage
+from revfx.report.data import RegionInfo, Usage
 from revfx.report.describe import describe, neighbours, op_names, scope_of, types_of
 from revfx.report.drift import Drift, drift
 from revfx.report.explanation import Explanation
@@ -114,7 +114,7 @@ def _predicted(
         if not (measure or isinstance(e, (*_fake.DATA_DEPENDENT, _fake.NO_FAKE))):
             raise
         return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
-    usage = _usage("plain", plain)
+    usage = Usage("plain", plain.kept, plain.peak, plain.flops, timeline=plain)
     if plan is None:
         return (usage,), (), ()
     regions, cuts, largest = list[RegionInfo](), list[int](), list[int]()
@@ -127,11 +127,11 @@ def _predicted(
     stage("counting a step with regions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run that does not take place
-        run: Callable[..., Any] = lambda *args, **kwargs: plan.run(pytree.tree_leaves((args, kwargs)), store=False)  # noqa: E731
-        ours = simulation.step(run, loss, seen)
+        ours = simulation.step(lambda *a, **k: plan.run(pytree.tree_leaves((a, k)), store=False), loss, seen)
     more = sum(cuts)
     checkpoint = Usage("checkpoint", ours.kept + more, ours.peak + max(0, more - max(largest, default=0)), ours.flops)
-    return (usage, checkpoint, _usage("revfx", ours)), tuple(regions), ()
+    found = Usage("revfx", ours.kept, ours.peak, ours.flops, timeline=ours)
+    return (usage, checkpoint, found), tuple(regions), ()
 
 
 def _described(plan: Plan, run: Regeneration) -> RegionInfo:
@@ -142,10 +142,6 @@ def _described(plan: Plan, run: Regeneration) -> RegionInfo:
         before, after = neighbours(plan.lowered, plan.segments, run.region)
         return replace(found, before=before, after=after)
     return describe(run.program, run.region, kept, {i: c.name for i, c in enumerate(run.calls)}, "rev_block")
-
-
-def _usage(way: str, t: Timeline) -> Usage:
-    return Usage(way, t.kept, t.peak, t.flops, timeline=t)
 
 
 def _cuts(run: Regeneration) -> int:
@@ -171,17 +167,14 @@ def _measured(
         warnings.simplefilter("ignore")
         stage("measuring")
         seen = measured(models, args, kwargs, loss, own)
-        found, notes = _drift(ours, args, kwargs)
+        found, notes = None, ()
+        try:
+            found = drift(functools.partial(ours, **kwargs) if kwargs else ours, *args)
+        except RevfxError as e:
+            notes = (f"drift was not measured: {e}",)
     pairs = [(u, predicted.get(u.way, u)) for u in seen]
     both = (replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)
     return tuple(both), found, notes
-
-
-def _drift(converted: nn.Module, args: Any, kwargs: Any) -> tuple[Drift | None, tuple[str, ...]]:
-    try:
-        return drift(functools.partial(converted, **kwargs) if kwargs else converted, *args), ()
-    except RevfxError as e:
-        return None, (f"drift was not measured: {e}",)
 
 
 # --- advice
@@ -193,19 +186,16 @@ def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift |
     limit = DRIFT * torch.finfo(torch.float32).eps ** 0.5
     if not worst <= limit:
         half = any(s.startswith(("bf16", "f16")) for r in regions for s in r.streams)
+        # how many couplings apart anchors keep the drift within the limit, if it grows as a root of the depth
+        deepest = max((r.couplings for r in regions), default=1)
+        every = max(1, int(deepest * (limit / worst) ** 2)) if math.isfinite(worst) else 1
         streams = "keep the streams in float32 (autocast may run the functions in half precision), or " if half else ""
         said.append(
             f"regenerated values are off by about {worst:.0e} ({'predicted' if found is None else 'measured'}):"
-            f" {streams}use `exact=True`, or `anchor_every={_every(regions, worst, limit)}`, which keeps more."
+            f" {streams}use `exact=True`, or `anchor_every={every}`, which keeps more."
         )
-    usage = {u.way: u for u in ways}
-    plain, ours = usage.get("plain"), usage.get("revfx")
-    if regions and plain and ours and plain.peak and ours.peak and ours.peak > 0.8 * plain.peak:
+    peaks = {u.way: u.peak for u in ways}
+    plain, ours = peaks.get("plain"), peaks.get("revfx")
+    if regions and plain and ours and ours > 0.8 * plain:
         said.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
     return tuple(said)
-
-
-def _every(regions: Sequence[RegionInfo], worst: float, limit: float) -> int:
-    """Return how many couplings apart anchors keep the drift within the limit, if it grows as a root of the depth."""
-    deepest = max((r.couplings for r in regions), default=1)
-    return max(1, int(deepest * (limit / worst) ** 2)) if math.isfinite(worst) else 1

@@ -56,12 +56,8 @@ def graph_svg(e: Findings) -> str:
             y += part.height
 
     title = f"What revfx finds in {e.model}: {e.summary}"
-    return _with_tips(picture("`graph_svg`", "graph", title, (width, height), draw), tips)
-
-
-def _with_tips(svg: str, tips: dict[str, str]) -> str:
-    """Add titles, which a browser shows when the pointer rests on the part."""
-    for name, text in tips.items():
+    svg = picture("`graph_svg`", "graph", title, (width, height), draw)
+    for name, text in tips.items():  # titles, which a browser shows when the pointer rests on the part
         mark = f'<g id="graph-{name}">'
         svg = svg.replace(mark, f"{mark}\n<title>{html.escape(printable(text))}</title>", 1)
     return svg
@@ -77,7 +73,7 @@ class _Part:
     width: float = 0.0
 
 
-def _parts(e: Findings) -> Iterator[_Part]:
+def _parts(e: Findings) -> Iterator[_Part | _Region]:
     regions = e.regions
     yield _title(e)
     left = MOST_NODES
@@ -88,8 +84,7 @@ def _parts(e: Findings) -> Iterator[_Part]:
         found = layout(region, min(left, MOST_IN_REGION))
         left = max(0, left - len(found.nodes))
         following = regions[number + 1].before if region is not regions[-1] else region.after
-        drawn = _Region(number, region, found, followed=region is not shown[-1] or bool(following))
-        yield _Part(drawn.draw, drawn.height, drawn.width)
+        yield _Region(number, region, found, followed=region is not shown[-1] or bool(following))
     if len(regions) > MOST_REGIONS:
         yield _note(f"{counted(len(regions) - MOST_REGIONS, 'more region')} not drawn")
     elif regions and regions[-1].after:
@@ -125,6 +120,16 @@ class _Pen:
             patch.set_gid(name)
             self.tips[name] = tip
         self.axes.add_patch(patch)
+
+    def note(self, y: float, text: str) -> None:
+        """Write a remark in the middle."""
+        self.text(self.width / 2, y, text, 8, "muted", ha="center", style="italic")
+
+    def node(self, x: float, y: float, kind: str, name: str, below: str, tip: str, points: float = 8) -> None:
+        """Draw a box with a name in it and something below the name."""
+        self.box(x, y, BOX, TALL, kind, tip=tip, zorder=2)
+        self.text(x, y - 0.08, name, points, ha="center", weight="bold", zorder=3)
+        self.text(x, y + 0.1, clipped(below, 26), 6.8, "muted", ha="center", zorder=3)
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> None:
         """Draw a line through the points with round corners, and a head at the last."""
@@ -172,7 +177,7 @@ def _title(e: Findings) -> _Part:
 
 
 def _note(text: str) -> _Part:
-    return _Part(lambda pen: pen.text(pen.width / 2, 0.2, text, 8, "muted", ha="center", style="italic"), 0.4)
+    return _Part(lambda pen: pen.note(0.2, text), 0.4)
 
 
 def _outside(names: Sequence[str], followed: bool) -> _Part:
@@ -196,9 +201,8 @@ def _refused(refusal: Refusal, times: int) -> _Part:
 
     def draw(pen: _Pen) -> None:
         x = MARGIN + BOX / 2
-        pen.box(x, TALL / 2, BOX, TALL, "outside", tip=f"{where}: {refusal.op}: {refusal.reason}")
-        pen.text(x, TALL / 2 - 0.08, clipped(refusal.op, 20), 8, ha="center", weight="bold")
-        pen.text(x, TALL / 2 + 0.1, clipped(where, 26), 6.8, "muted", ha="center")
+        tip = f"{where}: {refusal.op}: {refusal.reason}"
+        pen.node(x, TALL / 2, "outside", clipped(refusal.op, 20), where, tip)
         if times > 1:
             pen.text(x + BOX / 2 + 0.16, TALL / 2, f"× {times:,}", 10, weight="bold")
         pen.text(x + BOX / 2 + 0.75, TALL / 2, "\n".join(textwrap.wrap(refusal.reason, 62)[:3]), 8)
@@ -238,20 +242,15 @@ class _Region:
             pen.line(((pen.width / 2, bottom), (pen.width / 2, bottom + GAP)), "outside-edge")
         for frame in found.frames:
             self.frame(pen, frame)
-        at = [self.place(pen, n) for n in found.nodes]
-        cells = {(n.x, n.row) for n in found.nodes}
         for a, b, kind in found.edges:
-            self.edge(pen, found.nodes[a], found.nodes[b], at[a], at[b], kind, cells)
-        for node, (x, y) in zip(found.nodes, at, strict=True):
-            line = node.line
+            self.edge(pen, found.nodes[a], found.nodes[b], kind == SOLVED)
+        for node in found.nodes:
+            (x, y), line = self.place(pen, node), node.line
             tip = f"{line.action}: {line.how} ({short(line.where)}), {size(line.nbytes)}"
-            pen.box(x, y, BOX, TALL, line.action, tip=tip, zorder=2)
             points = 8 if len(node.name) <= 20 else 6.4
-            pen.text(x, y - 0.08, clipped(node.name, 25), points, ha="center", weight="bold", zorder=3)
-            pen.text(x, y + 0.1, clipped(f"{MARKS[line.action]} {line.type}", 26), 6.8, "muted", ha="center", zorder=3)
+            pen.node(x, y, line.action, clipped(node.name, 25), f"{MARKS[line.action]} {line.type}", tip, points)
         if found.left_out:
-            pen.text(pen.width / 2, bottom - 0.16, f"{counted(found.left_out, 'more value')} not drawn", 8, "muted",
-                     ha="center", style="italic")  # fmt: skip
+            pen.note(bottom - 0.16, f"{counted(found.left_out, 'more value')} not drawn")
 
     def frame(self, pen: _Pen, frame: Frame) -> None:
         """Draw a box around what comes again, with how often it does."""
@@ -267,12 +266,9 @@ class _Region:
         pen.box(x, top, wide, 0.22, "outside", facecolor=PALETTE["paper"], zorder=4)
         pen.text(x, top, text, 9.5, ha="center", weight="bold", zorder=5)
 
-    def edge(
-        self, pen: _Pen, start: Node, end: Node, a: tuple[float, float], b: tuple[float, float], kind: str,
-        cells: set[tuple[float, int]],
-    ) -> None:  # fmt: skip
+    def edge(self, pen: _Pen, start: Node, end: Node, solved: bool) -> None:
         """Draw an arrow, down for what is read and up for what is solved, beside each other."""
-        solved = kind == SOLVED
+        a, b = self.place(pen, start), self.place(pen, end)
         aside, bend = (0.14, 0.68) if solved else (-0.14, 0.36)  # so that the two kinds don't lie on each other
         down = 1 if start.row < end.row else -1
         x0, y0, x1, y1 = a[0] + aside, a[1] + down * TALL / 2, b[0] + aside, b[1] - down * TALL / 2
@@ -281,13 +277,13 @@ class _Region:
             return HEAD + max(row, row + down) * STEP + (bend - 0.5) * (STEP - TALL)
 
         after, before = gap(start.row), gap(end.row - down)
-        free = {x: not any((x, r) in cells for r in range(min(start.row, end.row) + 1, max(start.row, end.row)))
-                for x in (start.x, end.x)}  # fmt: skip
-        if start.x == end.x and free[end.x]:
+        between = range(min(start.row, end.row) + 1, max(start.row, end.row))
+        taken = {n.x for n in self.found.nodes if n.row in between}
+        if start.x == end.x and end.x not in taken:
             points = [(x0, y0), (x1, y1)]
-        elif free[end.x]:
+        elif end.x not in taken:
             points = [(x0, y0), (x0, after), (x1, after), (x1, y1)]
-        elif start.x != end.x and free[start.x]:
+        elif start.x != end.x and start.x not in taken:
             points = [(x0, y0), (x0, before), (x1, before), (x1, y1)]
         else:  # between the columns
             side = (start.x > end.x) - (start.x < end.x) or (1 if solved else -1)

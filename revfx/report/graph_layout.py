@@ -6,6 +6,7 @@ run straight down, and a function goes from one to the other. Layers that come a
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -64,39 +65,31 @@ class Layout:
         return min(xs), max(xs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Values that are drawn once: those of the first layer and of the last, which a frame stands for `times`."""
-
-    first: tuple[ValueLine, ...]
-    last: tuple[ValueLine, ...]
-    times: int
-
-
 def layout(region: RegionInfo, most: int) -> Layout:
     """Return where to draw the values of a region, of which `most` are drawn, after folding."""
-    blocks = [_Block(region.entry, region.entry, 1)] if region.entry else []
+    # a node stands for the values of layers that are drawn once: of them these are the first and the last
+    firsts, lasts = list(region.entry), list(region.entry)
     node_of: dict[str, int] = {line.name: i for i, line in enumerate(region.entry)}
-    drawn, at, left_out = len(region.entry), 0, 0
+    # nodes are in blocks, one under the other: what is from before, what a frame stands for so many times, what is not
+    block_of, times_of = [0] * len(firsts), [1]
+    at = left_out = 0
     for lines, times in folded(region.values):
-        block = region.values[at : at + len(lines) * times]
-        at += len(block)
-        if left_out or drawn + len(lines) > most:
-            left_out += len(block)
+        same = region.values[at : at + len(lines) * times]
+        at += len(same)
+        if left_out or len(firsts) + len(lines) > most:
+            left_out += len(same)
             continue
-        node_of.update((line.name, drawn + i % len(lines)) for i, line in enumerate(block))
-        drawn += len(lines)
-        one = _Block(tuple(lines), block[-len(lines) :], times)
-        if times == 1 and blocks and blocks[-1].times == 1 and drawn > len(lines) + len(region.entry):
-            before = blocks.pop()
-            one = _Block((*before.first, *lines), (*before.last, *lines), 1)
-        blocks.append(one)
-    edges = _edges(blocks, node_of)
-    lines = [line for b in blocks for line in b.first]
-    xs = _columns(lines, edges)
-    rows, frames = _rows(blocks, edges, xs)
-    names = [spanned(a.name, z.name) for b in blocks for a, z in zip(b.first, b.last, strict=True)]
-    nodes = (Node(*one) for one in zip(names, lines, xs, rows, strict=True))
+        node_of.update((line.name, len(firsts) + i % len(lines)) for i, line in enumerate(same))
+        if times > 1 or times_of[-1] > 1 or len(firsts) == len(region.entry):
+            times_of.append(times)
+        firsts += lines
+        lasts += same[-len(lines) :]
+        block_of += [len(times_of) - 1] * len(lines)
+    edges = _edges(firsts, lasts, node_of)
+    xs = _columns(firsts, edges)
+    rows, frames = _rows(block_of, times_of, edges, xs)
+    names = (spanned(first.name, last.name) for first, last in zip(firsts, lasts, strict=True))
+    nodes = (Node(*one) for one in zip(names, firsts, xs, rows, strict=True))
     return Layout(tuple(nodes), tuple(edges), frames, left_out)
 
 
@@ -110,15 +103,14 @@ def spanned(first: str, last: str) -> str:
     return "".join(a if a == b else f"{{{a}…{b}}}" for a, b in zip(parts, others, strict=True))
 
 
-def _edges(blocks: Sequence[_Block], node_of: Mapping[str, int]) -> list[tuple[int, int, str]]:
+def _edges(
+    firsts: Sequence[ValueLine], lasts: Sequence[ValueLine], node_of: Mapping[str, int]
+) -> list[tuple[int, int, str]]:
     """Return the edges: what a layer reads, by the first of a frame (it lies above), what solves it, by the last."""
     found: dict[tuple[int, int, str], None] = {}
-    node = 0
-    for block in blocks:
-        for first, last in zip(block.first, block.last, strict=True):
-            for names, kind in ((first.reads, READS), (last.solved, SOLVED)):
-                found.update(((node_of[n], node, kind), None) for n in names if node_of.get(n, node) != node)
-            node += 1
+    for node, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        for names, kind in ((first.reads, READS), (last.solved, SOLVED)):
+            found.update(((node_of[n], node, kind), None) for n in names if node_of.get(n, node) != node)
     return list(found)
 
 
@@ -173,28 +165,22 @@ def _lanes(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) ->
 
 # --- rows
 def _rows(
-    blocks: Sequence[_Block], edges: Sequence[tuple[int, int, str]], xs: Sequence[float]
+    block_of: Sequence[int], times_of: Sequence[int], edges: Sequence[tuple[int, int, str]], xs: Sequence[float]
 ) -> tuple[list[int], tuple[Frame, ...]]:
     """Return the row of each node, block under block: below all that it reads, and alone in its column there."""
     rows: list[int] = []
     frames: list[Frame] = []
-    top = at = 0
-    for block in blocks:
-        mine = range(at, at + len(block.first))
-        graph = nx.DiGraph()
-        graph.add_nodes_from(mine)
-        graph.add_edges_from((a, b) for a, b, kind in edges if kind == READS and a in mine and b in mine)
-        taken: set[tuple[float, int]] = set()
+    for block, nodes in itertools.groupby(range(len(xs)), key=block_of.__getitem__):
+        graph, top = nx.DiGraph(), max(rows, default=-1) + 1
+        graph.add_nodes_from(nodes)
+        graph.add_edges_from((a, b) for a, b, kind in edges if kind == READS and a in graph and b in graph)
         row_of: dict[int, int] = {}
-        for generation, nodes in enumerate(nx.topological_generations(graph)):
-            for i in sorted(nodes):
-                row = top + max([generation, *(row_of[a] - top + 1 for a in graph.predecessors(i))])
-                while (xs[i], row) in taken:
-                    row += 1
-                taken.add((xs[i], row))
-                row_of[i] = row
-        rows.extend(row_of[i] for i in mine)
-        if block.times > 1:
-            frames.append(Frame(top, max(row_of.values()), block.times))
-        top, at = max(row_of.values(), default=top - 1) + 1, at + len(block.first)
+        for generation in nx.topological_generations(graph):
+            for i in sorted(generation):
+                row = max([top, *(row_of[a] + 1 for a in graph.predecessors(i))])
+                taken = {row_of[other] for other in row_of if xs[other] == xs[i]}
+                row_of[i] = next(r for r in itertools.count(row) if r not in taken)
+        rows.extend(row_of[i] for i in graph)
+        if times_of[block] > 1:
+            frames.append(Frame(top, max(row_of.values()), times_of[block]))
     return rows, tuple(frames)

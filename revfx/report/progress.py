@@ -28,19 +28,18 @@ def bar(total: int, text: str = "") -> Generator[Callable[..., Any]]:
     try:
         from tqdm import tqdm
     except ImportError:
-        shown = None
+        opened = contextlib.nullcontext()
     else:
-        shown = tqdm(total=total, desc=text, leave=False, file=sys.stderr, disable=None)  # without a terminal
+        opened = tqdm(total=total, desc=text, leave=False, file=sys.stderr, disable=None)  # without a terminal
+    with opened as shown:
 
-    def advance(text: str = "") -> None:
-        if shown is not None:
-            shown.set_description_str(text, refresh=False) if text else None
-            shown.update()
+        def advance(text: str = "") -> None:
+            if shown is not None:
+                shown.set_description_str(text, refresh=False) if text else None
+                shown.update()
 
-    token = _listener.set(advance)
-    try:
-        yield advance
-    finally:
-        _listener.reset(token)
-        if shown is not None:
-            shown.close()
+        token = _listener.set(advance)
+        try:
+            yield advance
+        finally:
+            _listener.reset(token)

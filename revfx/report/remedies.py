@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-# the first entry whose words occur in the reason is given
+# the first entry is given of which some words, parted by `|`, occur in the reason
 REMEDIES: tuple[tuple[str, str], ...] = (
     (
         "computed from itself",
@@ -16,17 +16,13 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "may tell its numbers",
         "start with a layer that mixes the data, such as a linear layer, or let the function that is named do so first",
     ),
-    ("injective", "move it into the function that is added to the other stream"),
-    ("saturates", "move it into the function that is added to the other stream"),
-    ("loses bits", "keep each stream in one dtype, and cast inside the functions"),
-    ("turns torch.", "keep each stream in one dtype, and cast inside the functions"),
+    ("injective|saturates", "move it into the function that is added to the other stream"),
+    ("loses bits|turns torch.", "keep each stream in one dtype, and cast inside the functions"),
     ("broadcasts", "add something of the stream's own shape, for instance by `expand`"),
     ("the same value", "write `2 * a` for `a + a`"),
-    ("in place", "work on a copy: `x.clone()`, or write `x = x + ...`"),
-    ("writes its argument", "work on a copy: `x.clone()`, or write `x = x + ...`"),
+    ("in place|writes its argument", "work on a copy: `x.clone()`, or write `x = x + ...`"),
     ("values of a tensor", "use `torch.where` for the branch, or `convert(model, capture='dynamo')`"),
-    ("nowhere registered", "use `register_buffer`"),
-    ("neither an argument nor a parameter", "use `register_buffer`"),
+    ("nowhere registered|neither an argument nor a parameter", "use `register_buffer`"),
     ("its forward sets `", "set it before: in `__init__`, by `register_buffer`, or in a call under `torch.no_grad()`"),
     ("has hooks", "take the hooks off this module, or put them on the modules inside"),
     ("permutation", "keep the permutation in a buffer"),
@@ -41,4 +37,4 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 
 def remedy(reason: str) -> str | None:
     """Return what to do about a refusal, or None where nothing general can be said."""
-    return next((advice for words, advice in REMEDIES if words in reason), None)
+    return next((advice for words, advice in REMEDIES if any(w in reason for w in words.split("|"))), None)

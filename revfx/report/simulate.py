@@ -199,17 +199,13 @@ def scratch(func: Any, args: Any, out: Any) -> int:
     return count(args, out) if count is not None and first is not None and first.device.type == "cpu" else 0
 
 
-def _block() -> int:
-    """Return how many channels lie side by side: 16, and half of it where registers have 256 bits."""
-    return 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
-
-
 def _blocked(t: Tensor) -> int:
     """Return the bytes of a tensor (N, C, ...) in blocks of channels; images, of few channels, are used as they are."""
     channels = t.shape[1]
     if channels < 4 or not torch.backends.mkldnn.is_available():
         return 0
-    return t.numel() // channels * math.ceil(channels / _block()) * _block() * t.element_size()
+    block = 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16  # registers of 256 bits, or of 512
+    return t.numel() // channels * math.ceil(channels / block) * block * t.element_size()
 
 
 KNOWN: Mapping[Any, Callable[[Any, Any], int]] = {

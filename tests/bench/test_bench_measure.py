@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from revfx.bench.measure import Setting, measure_size, measure_steps
+from revfx.bench.measure import Setting, measure_steps, prepare
 from revfx.bench.models import MODELS, BenchModel, Chain
 from revfx.bench.results import Row
 from revfx.bench.ways import WAYS, Call, Way
@@ -91,7 +91,7 @@ def test_what_raises_is_a_row_of_its_own() -> None:
 
 
 def test_what_does_not_apply_is_said_and_not_a_failure() -> None:
-    row = measure_size(Setting(MODELS["flow"], 2, 4), WAYS["rev_block"])
+    row = prepare(Setting(MODELS["flow"], 2, 4), WAYS["rev_block"]).row
     assert not row.failed and row.peak is None and "log-determinant" in row.notes[0]
 
 
@@ -128,8 +128,8 @@ class Residual(Chain):
 
 
 def test_new_gradients_of_a_compiled_backward_are_not_part_of_its_peak() -> None:
-    plain = measure_size(Setting(MLP, 4, 512), WAYS["plain"])
-    same = measure_size(Setting(MLP, 4, 512), made("compiled", lambda model, x: model(x), compiled=True))
+    plain = prepare(Setting(MLP, 4, 512), WAYS["plain"]).row
+    same = prepare(Setting(MLP, 4, 512), made("compiled", lambda model, x: model(x), compiled=True)).row
     assert plain.peak and same.peak and plain.gradients and plain.kept
     assert plain.peak - plain.gradients < plain.kept, "so that less than was kept would be left of it"
     assert same.peak == same.kept == plain.kept
