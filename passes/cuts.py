@@ -92,11 +92,9 @@ def find_step(
                     unknown.add(v)
         new = closure.add((start,))
         unknown.difference_update(new)
-        step = None
         if not unknown and not _parts_selected(program, start, live):
-            step = _step(program, closure, start, stop, tuple(live), exit, side)
-        if step is not None:
-            return step
+            if (step := _step(program, closure, start, stop, tuple(live), exit, side)) is not None:
+                return step
         idle = 0 if new else idle + 1
         reach = min((reach, *(touch[v] for v in new)))
         blind = start <= reach and not any(program.constant[v] for v in unknown)

@@ -38,7 +38,8 @@ def save_bases(forward: fx.Graph, backward: fx.Graph, num_outputs: int) -> None:
         if base is None:
             kept.append(i)
             part = inside and not both and _is_dense(node)  # a part of it is an output
-            if part or (both and _is_view(node) and _is_copyable(given[node.name])):
+            is_view = any(_memory(n) & _memory(node) for n in node.all_input_nodes) if both else False
+            if part or (is_view and _is_copyable(given[node.name])):
                 with forward.inserting_before(end):
                     results[i] = forward.call_function(torch.ops.aten.clone.default, (node,))
                 results[i].meta = {**node.meta, "val": node.meta["val"].clone()}
@@ -81,10 +82,6 @@ def _views(node: fx.Node, outputs: Collection[fx.Node], given: Container[str]) -
 def _memory(node: fx.Node) -> set[int]:
     """Return the storages that a node's tensors lie in."""
     return {_torch.storage_key(t) for t in tensors_of(node.meta.get("val")) if t.layout == torch.strided}
-
-
-def _is_view(node: fx.Node) -> bool:
-    return any(_memory(n) & _memory(node) for n in node.all_input_nodes)
 
 
 def _is_copyable(placeholder: fx.Node) -> bool:

@@ -236,8 +236,7 @@ def _annotate(node: fx.Node, new: fx.Node) -> None:
 
 
 def _copied(inverse: Inverse, copy: Mapping[fx.Node, fx.Node]) -> Inverse:
-    given = tuple(copy[g] if isinstance(g, fx.Node) else g for g in inverse.given)
-    return replace(inverse, solves=copy[inverse.solves], given=given)
+    return replace(inverse, solves=copy[inverse.solves], given=fx.map_arg(inverse.given, copy.__getitem__))
 
 
 def _barrier(node: fx.Node) -> str | None:

@@ -105,7 +105,9 @@ def rewrite(
             refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
             continue
         _uncheckpoint(forward, region)
-        found.append(_found(forward, region, cuts, sum(freed)))
+        where = program.ops[region.start].where, program.ops[region.stop - 1].where
+        inverted = sum(step.inverts for step in region.steps)
+        found.append(Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, sum(freed)))
         warnings.append(deep_in_half_precision(program, region.steps, cuts))
         details.append((program, region, cuts))
     if found:
@@ -258,10 +260,3 @@ def _claim(joint: fx.Graph, node: fx.Node) -> None:
     with joint.inserting_before(node.next):
         assertion = joint.call_function(torch.ops.aten._assert_tensor_metadata.default, (node,))
     assertion.meta = {"val": None, "partitioner_tag": FORWARD}
-
-
-def _found(forward: Forward, region: Region, cuts: frozenset[int], freed: int) -> Found:
-    program = forward.lowered.program
-    where = (program.ops[region.start].where, program.ops[region.stop - 1].where)
-    inverted = sum(s.inverts for s in region.steps)
-    return Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, freed)

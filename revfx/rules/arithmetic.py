@@ -9,19 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.rules import (
-    Direction,
-    Inverse,
-    Masked,
-    NoInverse,
-    Scalar,
-    arguments,
-    aten,
-    meta,
-    nothing,
-    op_name,
-    register_inverse,
-)
+from revfx.rules import Direction, Inverse, Masked, NoInverse, Scalar, arguments, aten, meta, nothing, register_inverse
 
 
 def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
@@ -124,7 +112,7 @@ def add_product(node: fx.Node) -> Iterator[Direction]:
     if isinstance(value, fx.Node):
         yield from _scaled_by_a_tensor(a)
         return
-    divides = "addcdiv" in op_name(node.target)
+    divides = "addcdiv" in str(node.target)
     add, product = (torch.addcdiv, operator.truediv) if divides else (torch.addcmul, operator.mul)
     by, rest = lambda y, b, c: add(y, b, c, value=-value), lambda b, c: scaled(product(b, c), value)
     yield Inverse(a, by, (b, c), rest=rest)
