@@ -56,11 +56,6 @@ def packet_name(target: Any) -> str:
     return target.overloadpacket.__name__ if is_overload(target) else ""
 
 
-def argument_names(target: Any) -> list[str]:
-    """Return the names of an operator overload's arguments, in order."""
-    return [a.name for a in target._schema.arguments]
-
-
 def writes(target: Any) -> bool:
     """Return whether an operator overload writes one of its arguments."""
     return target._schema.is_mutable
@@ -80,7 +75,7 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         return False
     if "scaled_dot_product" not in packet_name(target):
         return True
-    at = argument_names(target).index("dropout_p")
+    at = [a.name for a in target._schema.arguments].index("dropout_p")
     return (args[at] if at < len(args) else kwargs.get("dropout_p", 0.0)) != 0
 
 

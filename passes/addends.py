@@ -39,7 +39,8 @@ def addends(graph: fx.Graph, inputs: Collection[fx.Node], facts: Mapping[fx.Node
         if SEEN in facts.get(node, ()):
             found[node] = HUGE
         elif node.op == "placeholder":
-            found[node] = GIVEN if node in inputs and _floating(node) else ORDINARY
+            floating = isinstance(val := node.meta.get("val"), Tensor) and val.is_floating_point()
+            found[node] = GIVEN if node in inputs and floating else ORDINARY
         else:
             found[node] = _level(node, found, within) if node.op == "call_function" else ORDINARY
     return frozenset(n for n, level in found.items() if level > ORDINARY)
@@ -75,8 +76,3 @@ def has_huge(node: fx.Node, dtype: torch.dtype) -> bool:
 def hides(dtype: torch.dtype) -> float:
     """Return the size of a number next to which a number of size 1 loses half of its digits."""
     return torch.finfo(dtype).eps ** -0.5
-
-
-def _floating(node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    return isinstance(val, Tensor) and val.is_floating_point()

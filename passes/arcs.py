@@ -354,22 +354,14 @@ def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
     """Return indices of ranges that together hit each of 0..size-1 once, longest first from each start; None if none
     do.
     """
-    chosen: list[int] = []
-    covered = [False] * size
-    for want in range(size):
-        if covered[want]:
-            continue
-        fits = [
-            k
-            for k, r in enumerate(ranges)
-            if len(r) and r[0] == want and r.step > 0 and not any(covered[i] for i in r) and k not in chosen
-        ]
+    chosen, left = list[int](), set(range(size))
+    while left:
+        want = min(left)
+        fits = [k for k, r in enumerate(ranges) if len(r) and r[0] == want and r.step > 0 and left.issuperset(r)]
         if not fits:
             return None
-        best = max(fits, key=lambda k: (ranges[k].step > 1, len(ranges[k])))
-        chosen.append(best)
-        for i in ranges[best]:
-            covered[i] = True
+        chosen.append(max(fits, key=lambda k: (ranges[k].step > 1, len(ranges[k]))))
+        left.difference_update(ranges[chosen[-1]])
     return chosen or None
 
 

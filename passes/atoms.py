@@ -86,12 +86,12 @@ class Levels:
 
         Values that are `alike` equal each other in places, where one may take the other off.
         """
-        bare = name if name.endswith("__") else name.strip("_")
+        name = bare(name)
         self.of[key] = level = has_atoms(name, operands)
         nothing = any(isinstance(x, (int, float)) and x == 0 for x in args)
-        if bare in PRODUCTS and (kwargs.get("rounding_mode") is not None or nothing):
+        if name in PRODUCTS and (kwargs.get("rounding_mode") is not None or nothing):
             self.of[key] = level = CERTAIN
-        terms = self._linear(bare, args, kwargs, keyed)
+        terms = self._linear(name, args, kwargs, keyed)
         if terms is None:
             return level
         for called in (lambda k: k, lambda k: alike.get(k, k)) if len(terms) > 1 else ():
@@ -107,28 +107,21 @@ class Levels:
             self.terms[key] = total
         return level
 
-    def _linear(self, bare: str, args: tuple[Any, ...], kwargs: Any, keyed: Any) -> list[Terms] | None:
+    def _linear(self, name: str, args: tuple[Any, ...], kwargs: Any, keyed: Any) -> list[Terms] | None:
         """Return the multiples of values that an operation adds up, one sum for each operand; None: it doesn't."""
-        signs = LINEAR.get(bare)
-        if signs is None:
-            by = factor(bare, args)
+        if name not in SUMS or name == "lerp":
+            by = factor(name, args)
             whole = next((k for x in args[:2] if (k := keyed(x)) is not None), None)
             return None if by is None or whole is None else [self._scaled(whole, by)]
         alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
         alpha = float(alpha) if isinstance(alpha, (int, float)) else 1.0
-        given = (*args, *(kwargs[name] for name in ("input", "self", "other") if name in kwargs), None, None)
+        given = (*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs), None, None)
         first, second = (keyed(x) for x in given[:2])
-        scales = (signs[0] * (alpha if "rsub" in bare else 1), signs[1] * (1 if "rsub" in bare else alpha))
+        scales = (-alpha, 1.0) if "rsub" in name else (1.0, -alpha if "sub" in name else alpha)
         return [self._scaled(k, c) for k, c in zip((first, second), scales, strict=True) if k is not None]
 
     def _scaled(self, key: Hashable, by: float) -> Terms:
         return {k: by * c for k, c in self.terms.get(key, {key: 1.0}).items()}
-
-
-LINEAR = dict.fromkeys(("add", "__add__", "__radd__", "__iadd__", "iadd"), (1, 1)) | {
-    "sub": (1, -1), "subtract": (1, -1), "__sub__": (1, -1), "__isub__": (1, -1), "isub": (1, -1), "rsub": (-1, 1),
-    "__rsub__": (-1, 1),
-}  # fmt: skip
 
 
 def _total(terms: Iterable[Terms]) -> tuple[dict[Hashable, float], dict[Hashable, float]]:

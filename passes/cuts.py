@@ -90,13 +90,11 @@ def find_step(
                 live[v] = None
                 if v not in closure:
                     unknown.add(v)
-        new = closure.add(start)
+        new = closure.add((start,))
         unknown.difference_update(new)
-        step = None
         if not unknown and not _parts_selected(program, start, live):
-            step = _step(program, closure, start, stop, tuple(live), exit, side)
-        if step is not None:
-            return step
+            if (step := _step(program, closure, start, stop, tuple(live), exit, side)) is not None:
+                return step
         idle = 0 if new else idle + 1
         reach = min((reach, *(touch[v] for v in new)))
         blind = start <= reach and not any(program.constant[v] for v in unknown)
@@ -154,7 +152,7 @@ def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
 
 def _closure(program: Program, start: int, stop: int, known: Iterable[int], trusted: bool = False) -> Closure:
     closure = Closure(program, known, trusted)
-    closure.add_all(range(start, stop))
+    closure.add(range(start, stop))
     return closure
 
 

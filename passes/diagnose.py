@@ -72,7 +72,7 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
     if waist is not None:
         return [_lost(program, stuck, waist)]
     wanted, window = members.intersection(stuck.unknown), reversed(range(stuck.start, stuck.stop))
-    for i, head in ((i, a.head) for i in window for a in program.ops[i].arcs if a.head in wanted):
+    for i, head in ((at, a.head) for at in window for a in program.ops[at].arcs if a.head in wanted):
         op, name = program.ops[i], program.values[head].name
         readers = [program.ops[u] for u in program.users[head] if u != i and stuck.start <= u < stuck.stop]
         via = f", and `{readers[0].name}` of it" if readers else ""

@@ -55,7 +55,8 @@ def _why_not(program: Program, index: int, arc: Arc, carries: bool) -> str | Non
         return "no exact inverse: half precision has no room for a grid"
     if arc.exact:
         op = program.ops[index]
-        return "half-precision streams are carried in float32" if half and not (op.moves and not _casts(op)) else None
+        moves = op.moves and op.name.strip("_") not in CASTS
+        return "half-precision streams are carried in float32" if half and not moves else None
     if isinstance(arc.coupling, str):
         return f"no exact inverse: {arc.coupling}"
     dtype = program.values[arc.head].dtype
@@ -201,10 +202,6 @@ def _is_float(program: Program, v: int) -> bool:
 
 def _is_half(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and carrier(dtype) != dtype
-
-
-def _casts(op: Op) -> bool:
-    return op.name.strip("_") in CASTS
 
 
 def _carried(val: Any) -> Any:

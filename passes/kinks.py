@@ -43,7 +43,9 @@ MAKE_NONE = names.SMOOTH | names.MIXERS | names.PICKS | names.JOINS | names.NORM
 SMOOTH = (MAKE_NONE | names.MOVES_NUMBERS | names.ADDS_UP) - names.AT_ZERO - names.SIGNS - names.ELSEWHERE
 # Of values that equal each other in places these make none that holds a number there, or it is known by `cancels`.
 PLAIN = names.JOINS | names.CHOICES | names.SUMS | frozenset(n for n in names.PRODUCTS if "div" not in n)
-KNOWN = names.MAKERS | SMOOTH | names.AT_ZERO | names.SIGNS | names.SUMS | names.SUMS_WITH_PRODUCT | names.PRODUCTS
+SUMS = names.SUMS | names.SUMS_WITH_PRODUCT
+EVEN = SMOOTH | SUMS | names.PRODUCTS
+KNOWN = EVEN | names.MAKERS | names.AT_ZERO | names.SIGNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,8 @@ class Made:
     @property
     def cancels(self) -> bool:
         """Whether it is a sum that may be zero as parts of it cancel, whatever numbers its operands hold."""
-        sums = self.bare in names.SUMS or self.bare in names.SUMS_WITH_PRODUCT
-        return sums and len(self.operands) > 1 and (self.tie.vanishes or self.level > min((PERHAPS, *self.levels)))
+        vanishes = self.tie.vanishes or self.level > min((PERHAPS, *self.levels))
+        return vanishes and self.bare in SUMS and len(self.operands) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
         return m.inside.gives[most]
     if m.rounds:
         return max(ANY, most)
-    if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
+    if m.bare in SUMS:
         if len(operands) > 1 and NONE in m.levels and ZERO in operands and not m.cancels:  # random numbers
             return ZERO
         if len(operands) == 1 and m.level <= RARE and most == ZERO:  # all zero, if at all
@@ -174,10 +176,8 @@ def _kind(m: Made, operands: list[int], rows: int) -> int:
         return _added(first) if rows >= (OF_SUMS if first == SUM else OF_NORMS) else ZERO
     if m.bare in names.REPEATS and most == ZERO:
         return OWN
-    if m.bare in names.ADDS_UP:
-        return _added(most)
-    if m.bare in names.MOVES_NUMBERS:
-        return _added(most) if most > ZERO else ANY
+    if m.bare in names.ADDS_UP or m.bare in names.MOVES_NUMBERS:
+        return _added(most) if most > ZERO or m.bare in names.ADDS_UP else ANY
     if m.bare in SMOOTH or m.bare in names.AT_ZERO:
         return max(most, ANY if any(m.numbers) and m.bare in names.FILLS else ZERO)
     return max(most, ANY if m.bare in KNOWN else SUM)
@@ -190,11 +190,10 @@ def _added(kind: int) -> int:
 
 def _shifts(m: Made, others: list[int]) -> bool:
     """Return whether zero is elsewhere in an operand than in the result."""
-    if m.inside is not None:
-        return True
-    if m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT:
+    if m.inside is None and m.bare in SUMS:
         return not others or max(others) > ZERO
-    return m.bare in names.MOVES_NUMBERS | names.ADDS_UP | names.NORMS | MIXERS or m.bare not in KNOWN
+    moves = names.MOVES_NUMBERS | names.ADDS_UP | names.NORMS | MIXERS
+    return m.inside is not None or m.bare in moves or m.bare not in KNOWN
 
 
 def _sees_ties(m: Made) -> bool:
@@ -214,19 +213,10 @@ def _bends(m: Made) -> int:
         return m.inside.bends
     if m.rounds:
         return ANY
-    if m.away and m.bare in names.AT_ZERO:
+    if m.bare in EVEN or "backward" in m.bare or (m.away and m.bare in names.AT_ZERO):  # a backward: as its forward
         return NEVER
-    if m.bare in SMOOTH or m.bare in names.SUMS or m.bare in names.SUMS_WITH_PRODUCT or m.bare in names.PRODUCTS:
-        return NEVER
-    if "backward" in m.bare:  # what its forward tells apart
-        return NEVER
-    if (
-        m.bare in names.AT_ZERO
-        or m.bare in names.SIGNS
-        or (m.bare in names.COMPARED and len(m.operands) == 1 and m.numbers and not any(m.numbers))
-    ):
-        return SUM
-    return ANY
+    with_zero = m.bare in names.COMPARED and len(m.operands) == 1 and m.numbers and not any(m.numbers)
+    return SUM if with_zero or m.bare in names.AT_ZERO | names.SIGNS else ANY
 
 
 def look_inside(

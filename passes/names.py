@@ -134,18 +134,10 @@ CHOICES = _words("where lerp maximum minimum fmax fmin")
 COMMUTE = _words("add mul multiply __add__ __radd__ __mul__ __rmul__ maximum minimum")
 # Other words for an operation on one tensor, but for a factor and where it stops.
 SPELLINGS = {
-    word: name
-    for name, words in {
-        "pow": "square __pow__ float_power",
-        "max": "amax",
-        "min": "amin",
-        "sum": "mean",
-        "clamp": "relu relu6 clip clamp_min clamp_max hardtanh threshold",
-        "norm": "vector_norm linalg_norm linalg_vector_norm",
-        "softmax": "_softmax",
-        "log_softmax": "_log_softmax",
-    }.items()
-    for word in words.split()
+    **{"amax": "max", "amin": "min", "mean": "sum", "_softmax": "softmax", "_log_softmax": "log_softmax"},
+    **dict.fromkeys(_words("square __pow__ float_power"), "pow"),
+    **dict.fromkeys(_words("relu relu6 clip clamp_min clamp_max hardtanh threshold"), "clamp"),
+    **dict.fromkeys(_words(_NORM), "norm"),
 }
 
 

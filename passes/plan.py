@@ -66,10 +66,7 @@ def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[tuple
     """
     growth: dict[int, Any] = dict(before)
     for arc in reversed(step.arcs):
-        if arc.factor is None:
-            by = 1.0
-        else:
-            by = measured[arc.scaled_by] if arc.measured else arc.amplification
+        by = measured[arc.scaled_by] if arc.measured else arc.amplification
         grown = larger(by * growth.get(arc.head, 1.0) + (by > 1.0), 1.0)
         for v in arc.tail if arc.exact else arc.tail[:1]:
             growth[v] = larger(growth.get(v, 1.0), grown)

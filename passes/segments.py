@@ -25,16 +25,11 @@ class Segment:
 
 def segments(program: Program, regions: Sequence[Region]) -> tuple[Segment, ...]:
     """Return the whole program as segments in order."""
-    cut: list[Segment] = []
-    at = 0
+    cut, at = list[Segment](), 0
     for region in regions:
-        if at < region.start:
-            cut.append(Segment(at, region.start, None))
-        cut.append(Segment(region.start, region.stop, region))
+        cut += [Segment(at, region.start, None), Segment(region.start, region.stop, region)]
         at = region.stop
-    if at < len(program.ops):
-        cut.append(Segment(at, len(program.ops), None))
-    return tuple(cut)
+    return tuple(s for s in (*cut, Segment(at, len(program.ops), None)) if s.start < s.stop)
 
 
 def text(lowered: Lowered, cut: Sequence[Segment]) -> str:
@@ -94,8 +89,6 @@ def _argument(value: object) -> str:
 def _action(program: Program, region: Region, index: int) -> str:
     saved = {*region.entry, *region.exit, *region.saved, *region.side}
     inverted = {a.head for s in region.steps[1:] for a in s.arcs}
-    parts: list[str] = []
-    for v in program.ops[index].outs:
-        action = "save" if v in saved else "invert" if v in inverted else "recompute"
-        parts.append(f"{action} {type_text(program, v)}")
-    return ", ".join(parts)
+    outs = program.ops[index].outs
+    actions = ("save" if v in saved else "invert" if v in inverted else "recompute" for v in outs)
+    return ", ".join(f"{action} {type_text(program, v)}" for action, v in zip(actions, outs, strict=True))

@@ -30,13 +30,16 @@ def save_bases(forward: fx.Graph, backward: fx.Graph, num_outputs: int) -> None:
     end = forward.find_nodes(op="output")[0]
     kept = list(range(num_outputs))
     for i, node in enumerate(results[num_outputs:], num_outputs):
-        inside = isinstance(node, fx.Node) and node not in inputs and _memory(node) & memory and not _unwatched(node)
+        inside = isinstance(node, fx.Node) and node not in inputs and _memory(node) & memory
+        # a function of the user's may keep a tensor where autograd looks for no writes (`ctx.x = x`)
+        inside = inside and not node.meta.get("saved_tensor_with_no_vc_check")
         both = inside and node in outputs  # if it is a view, the output and what is saved are two tensors
         base, views = _views(node, outputs, given) if inside and not both else (None, [])
         if base is None:
             kept.append(i)
             part = inside and not both and _is_dense(node)  # a part of it is an output
-            if part or (both and _is_view(node) and _is_copyable(given[node.name])):
+            is_view = any(_memory(n) & _memory(node) for n in node.all_input_nodes) if both else False
+            if part or (is_view and _is_copyable(given[node.name])):
                 with forward.inserting_before(end):
                     results[i] = forward.call_function(torch.ops.aten.clone.default, (node,))
                 results[i].meta = {**node.meta, "val": node.meta["val"].clone()}
@@ -79,15 +82,6 @@ def _views(node: fx.Node, outputs: Collection[fx.Node], given: Container[str]) -
 def _memory(node: fx.Node) -> set[int]:
     """Return the storages that a node's tensors lie in."""
     return {_torch.storage_key(t) for t in tensors_of(node.meta.get("val")) if t.layout == torch.strided}
-
-
-def _unwatched(node: fx.Node) -> bool:
-    """Return whether a function of the user's keeps a tensor where autograd looks for no writes (`ctx.x = x`)."""
-    return bool(node.meta.get("saved_tensor_with_no_vc_check"))
-
-
-def _is_view(node: fx.Node) -> bool:
-    return any(_memory(n) & _memory(node) for n in node.all_input_nodes)
 
 
 def _is_copyable(placeholder: fx.Node) -> bool:

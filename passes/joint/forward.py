@@ -75,7 +75,7 @@ def forward_half(
     # what only updates an input, such as running statistics, is no part of the program
     used = ancestors([*outputs, *held, *read_later(joint, nodes)], stateless_inputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
-    mutated = frozenset(n.args[0] for n in updates) | mutated_outside(joint, primals)
+    mutated = mutated_outside(joint, primals).union(n.args[0] for n in updates if isinstance(n.args[0], fx.Node))
     known, constant = _known(joint, primals, static, facts or ()), constants(joint)
     for node in known:
         node.meta["facts"] = known[node]
@@ -90,16 +90,13 @@ def forward_half(
             new.meta["huge"] = node in huge
             if node in constant:
                 new.meta["constant"] = constant[node]
-    for new in half.nodes:
-        if "directions" in new.meta:
-            new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
+    for new in (n for n in half.nodes if "directions" in n.meta):  # which tell of nodes further down, too
+        new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
     lowered = lower(half, sources=sources, exact=exact, barred=theirs)
-    origin = {new: old for old, new in copy.items()}
-    written_later = frozenset(n for n in mutated if isinstance(n, fx.Node))
-    return Forward(lowered, frozenset(nodes), origin, written_later)
+    return Forward(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
 
 
 def _known(
@@ -145,7 +142,7 @@ def _sources(
         val = node.meta.get("val")
         if node.op != "call_function" or not all(n in clean for n in node.all_input_nodes):
             continue
-        if op_named(node, SEEDS):
+        if _torch.packet_name(node.target) == SEEDS:
             clean.add(node)
         elif draws(node):
             parts = [node] if is_strided(val) else list(node.users)
@@ -164,8 +161,7 @@ def _nbytes(val: Any) -> int:
 
 def mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx.Node]:
     """Return the primals that are written from what the forward graph returns, when it has returned."""
-    output = next(n for n in reversed(joint.nodes) if n.op == "output")
-    of = (getattr(d, "mutated_input", None) for d in output.meta.get("desc", ()))
+    of = (getattr(d, "mutated_input", None) for d in joint.output_node().meta.get("desc", ()))
     theirs = [t for t in of if t is not None]
     return frozenset(p for p in primals if theirs and p.meta.get("desc") in theirs)
 
@@ -182,14 +178,8 @@ def is_tangent(node: fx.Node) -> bool:
 
 def output_args(graph: fx.Graph) -> Sequence[Any]:
     """Return what the graph returns, flat."""
-    node = next(n for n in reversed(graph.nodes) if n.op == "output")
-    returned = node.args[0]
+    returned = graph.output_node().args[0]
     return returned if isinstance(returned, (list, tuple)) else [returned]
-
-
-def op_named(node: fx.Node, name: str) -> bool:
-    """Return whether a node calls the operator of this name, in whatever namespace."""
-    return _torch.packet_name(node.target) == name
 
 
 def draws(node: fx.Node) -> bool:
@@ -241,15 +231,12 @@ def _annotate(node: fx.Node, new: fx.Node) -> None:
     if is_strided(val):
         new.meta["storage"] = _torch.storage_key(val)
         new.meta["storage_nbytes"] = as_number(val.untyped_storage().nbytes())
-    if node.op == "call_function":
-        barrier = _barrier(node)
-        if barrier is not None:
-            new.meta["barrier"] = barrier
+    if node.op == "call_function" and (barrier := _barrier(node)) is not None:
+        new.meta["barrier"] = barrier
 
 
 def _copied(inverse: Inverse, copy: Mapping[fx.Node, fx.Node]) -> Inverse:
-    given = tuple(copy[g] if isinstance(g, fx.Node) else g for g in inverse.given)
-    return replace(inverse, solves=copy[inverse.solves], given=given)
+    return replace(inverse, solves=copy[inverse.solves], given=fx.map_arg(inverse.given, copy.__getitem__))
 
 
 def _barrier(node: fx.Node) -> str | None:
@@ -266,7 +253,7 @@ def _barrier(node: fx.Node) -> str | None:
         return f"`{target}` is a custom operator: whether it only computes its result is not known"
     if _torch.writes(target):
         return f"`{target}` writes its argument"
-    if op_named(node, "as_strided"):
+    if _torch.packet_name(target) == "as_strided":
         return "`as_strided` reads memory, not a value"
     tensors = tensors_of(val)
     if any(free_unbacked_symbols(t) for t in tensors if not fixed(t.shape)):

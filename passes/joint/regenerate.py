@@ -307,7 +307,7 @@ class Regenerator:
         """
         for stretch in self._stretches:
             for cut, origins, where in reversed(stretch):
-                read = {v: node for v, node in cut.items() if node in alive and _has_precision(node)}
+                read = {v: n for v, n in cut.items() if n in alive and precision(n.meta["val"].dtype) > 0}
                 if read:
                     self._compare(read, origins, where)
                     break
@@ -415,10 +415,6 @@ def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> A
 def described(node: fx.Node, tag: str) -> dict[str, Any]:
     """Return what is to be said of a node that does again what `node` does, in a half of the graph by its `tag`."""
     return {**{k: v for k, v in node.meta.items() if k not in POLICY}, "partitioner_tag": tag}
-
-
-def _has_precision(node: fx.Node) -> bool:
-    return precision(node.meta["val"].dtype) > 0
 
 
 def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:

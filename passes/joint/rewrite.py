@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
 from revfx.passes import _torch
+from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts
 from revfx.passes.joint.borders import POLICY, store_borders
@@ -90,8 +91,7 @@ def rewrite(
     readers = _readers(joint, forward)
     regenerator = Regenerator(joint, forward, recorder, options)
     found: list[Found] = []
-    warnings: list[str] = []
-    done: list[Region] = []
+    warnings: list[str | None] = []
     details: list[tuple[Program, Region, frozenset[int]]] = []
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
@@ -105,17 +105,18 @@ def rewrite(
             refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
             continue
         _uncheckpoint(forward, region)
-        found.append(_found(forward, region, cuts, sum(freed)))
-        if warning := deep_in_half_precision(program, region.steps, cuts):
-            warnings.append(warning)
-        done.append(region)
+        where = program.ops[region.start].where, program.ops[region.stop - 1].where
+        inverted = sum(step.inverts for step in region.steps)
+        found.append(Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, sum(freed)))
+        warnings.append(deep_in_half_precision(program, region.steps, cuts))
         details.append((program, region, cuts))
     if found:
         _rewire(joint, forward, regenerator, readers)
         if options.stored is not None:
-            for step_of in (_steps_forward(forward, done), _steps_backward(joint, forward, regenerator)):
+            steps = [step for _, region, _ in details for step in region.steps]
+            for step_of in (_steps_forward(forward, steps), _steps_backward(joint, forward, regenerator)):
                 store_borders(step_of, regenerator.kept, options.stored)
-    return Report(tuple(reversed(found)), refusals, tuple(warnings), tuple(reversed(details)))
+    return Report(tuple(reversed(found)), refusals, tuple(filter(None, warnings)), tuple(reversed(details)))
 
 
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
@@ -189,11 +190,8 @@ def _uncheckpoint(forward: Forward, region: Region) -> None:
 def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list[int]:
     """Return per step, the bytes of what the backward reads and need not be kept."""
     program = forward.lowered.program
-    freed: list[int] = []
-    for step in region.steps:
-        outs = {v for i in range(step.start, step.stop) for v in program.ops[i].outs}
-        freed.append(program.nbytes([v for v in outs if v in wanted and not program.constant[v]]))
-    return freed
+    made = [{v for op in program.ops[s.start : s.stop] for v in op.outs} for s in region.steps]
+    return [program.nbytes([v for v in outs if v in wanted and not program.constant[v]]) for outs in made]
 
 
 def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
@@ -221,20 +219,21 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
             if node not in forward.nodes:
                 _claim(joint, node)
     nodes = list(joint.nodes)
-    placed = forward.nodes | after_tangents(nodes)
-    tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in placed}
+    known = forward.nodes | after_tangents(nodes)
+    tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in known}
     late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
     order = list(pulled([n for n in nodes if n not in late or n in checks], new.attached))
     for node in order[:-1]:
         new.output.prepend(node)
-    _erase(joint, order)  # what nothing reads
+    placed = set(order)
+    for node in [n for n in reversed(joint.nodes) if n not in placed]:  # what nothing reads
+        joint.erase_node(node)
 
 
-def _steps_forward(forward: Forward, regions: Sequence[Region]) -> dict[fx.Node, int]:
+def _steps_forward(forward: Forward, steps: Sequence[Step]) -> dict[fx.Node, int]:
     """Return in which step each operation of a region runs, and gives its values; numbered in program order."""
-    steps = sorted((s for r in regions for s in r.steps), key=lambda s: s.start)
     found: dict[fx.Node, int] = {}
-    for number, step in enumerate(steps):
+    for number, step in enumerate(sorted(steps, key=lambda s: s.start)):
         for i in range(step.start, step.stop):
             values = (forward.value_node(v) for v in forward.lowered.program.ops[i].outs)
             found.update(dict.fromkeys((forward.op_node(i), *values), number))
@@ -261,17 +260,3 @@ def _claim(joint: fx.Graph, node: fx.Node) -> None:
     with joint.inserting_before(node.next):
         assertion = joint.call_function(torch.ops.aten._assert_tensor_metadata.default, (node,))
     assertion.meta = {"val": None, "partitioner_tag": FORWARD}
-
-
-def _erase(joint: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Take away what was added to the graph since it held `nodes`."""
-    old = set(nodes)
-    for node in [n for n in reversed(joint.nodes) if n not in old]:
-        joint.erase_node(node)
-
-
-def _found(forward: Forward, region: Region, cuts: frozenset[int], freed: int) -> Found:
-    program = forward.lowered.program
-    where = (program.ops[region.start].where, program.ops[region.stop - 1].where)
-    inverted = sum(s.inverts for s in region.steps)
-    return Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, freed)

@@ -12,7 +12,7 @@ import re
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext
-from torch._inductor import config as inductor_config, list_mode_options
+from torch._inductor import config as inductor_config, list_mode_options as list_mode_options
 from torch._inductor.codecache import BypassFxGraphCache as BypassCache
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx as compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomPartitionerFn
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.decomposition import select_decomp_table as select_decomp_table
 from torch._inductor.virtualized import V
 
 from revfx._fake import FAKE_LOGGER
@@ -40,14 +40,16 @@ from revfx.passes.joint.forward import draws
 from revfx.passes.sizes import muted
 
 
-__all__ = ["BypassCache", "CustomPartitionerFn", "RestartAnalysis"]
+__all__ = [
+    "BypassCache",
+    "CustomPartitionerFn",
+    "RestartAnalysis",
+    "compile_fx",
+    "list_mode_options",
+    "select_decomp_table",
+]
 _NUMBERED = "revfx_numbered"  # an attribute of inductor's schedulers
 MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after that
-
-
-def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
-    """The operators that inductor spells by others, and how."""
-    return select_decomp_table()
 
 
 def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]:
@@ -140,12 +142,6 @@ def min_cut_partition(
         return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
 
-def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function that inductor compiles `gm` to, forward and backward, under changed settings."""
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches))
-    return compiled
-
-
 @contextlib.contextmanager
 def memory_budget(budget: float) -> Generator[None]:
     """A context in which torch's partitioner keeps at most that share of what it would keep for the backward."""
@@ -201,11 +197,6 @@ class _Regenerating(fx.Interpreter):
             contextlib.nullcontext() if n.meta.get("partitioner_tag") == "is_backward" else torch._C._DisableAutocast()
         ):
             return super().run_node(n)
-
-
-def mode_options(mode: str) -> Mapping[str, Any]:
-    """Inductor's settings for a mode of `torch.compile`."""
-    return list_mode_options(mode)
 
 
 def is_inductor_option(name: str) -> bool:

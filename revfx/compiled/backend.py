@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -57,5 +57,5 @@ def revfx(
         )
     if partitioner.options.exact is not None:
         given = {"emulate_precision_casts": True, **given}  # else a fused kernel keeps more bits than a lone one
-    patches = {**(_inductor.mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
-    return _inductor.compile_by_inductor(gm, example_inputs, patches)
+    patches = {**(_inductor.list_mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
+    return cast(Any, _inductor.compile_fx)(gm, list(example_inputs), config_patches=patches)

@@ -95,7 +95,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The forward and the backward graph, for inductor."""
         _inductor.fuse_neighbours_only(STEP)
-        options = replace(self.options, decompositions=_inductor.inductor_decompositions(), stored=_inductor.stored())
+        options = replace(self.options, decompositions=_inductor.select_decomp_table(), stored=_inductor.stored())
         return self.partition(gm, joint_inputs, options, **kwargs)
 
     def partition(

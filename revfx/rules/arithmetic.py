@@ -102,28 +102,20 @@ def div(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y, b: y * b, (b,), factor=b, reciprocal=True, rest=nothing)
 
 
-@register_inverse(torch.addcmul, "addcmul", "addcmul_", aten.addcmul.default)
-def addcmul(node: fx.Node) -> Iterator[Direction]:
-    """`y = a + value*b*c`; `a = y - value*b*c`."""
+@register_inverse(
+    torch.addcmul, "addcmul", "addcmul_", aten.addcmul.default, torch.addcdiv, "addcdiv", "addcdiv_",
+    aten.addcdiv.default,
+)  # fmt: skip
+def add_product(node: fx.Node) -> Iterator[Direction]:
+    """`y = a + value*b*c` or `y = a + value*b/c`; `a` is y less the same."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
     if isinstance(value, fx.Node):
         yield from _scaled_by_a_tensor(a)
         return
-    yield Inverse(
-        a, lambda y, b, c: torch.addcmul(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b * c, value)
-    )
-
-
-@register_inverse(torch.addcdiv, "addcdiv", "addcdiv_", aten.addcdiv.default)
-def addcdiv(node: fx.Node) -> Iterator[Direction]:
-    """`y = a + value*b/c`; `a = y - value*b/c`."""
-    a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
-    if isinstance(value, fx.Node):
-        yield from _scaled_by_a_tensor(a)
-        return
-    yield Inverse(
-        a, lambda y, b, c: torch.addcdiv(y, b, c, value=-value), (b, c), rest=lambda b, c: scaled(b / c, value)
-    )
+    divides = "addcdiv" in str(node.target)
+    add, product = (torch.addcdiv, operator.truediv) if divides else (torch.addcmul, operator.mul)
+    by, rest = lambda y, b, c: add(y, b, c, value=-value), lambda b, c: scaled(product(b, c), value)
+    yield Inverse(a, by, (b, c), rest=rest)
 
 
 @register_inverse(torch.lerp, "lerp", "lerp_", aten.lerp.Scalar, aten.lerp.Tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,15 +31,10 @@ def _second(node: fx.Node) -> Any:
     return node.args[1] if len(node.args) > 1 else next(v for k, v in node.kwargs.items() if k not in TENSOR)
 
 
-def _ints(args: Sequence[Any]) -> list[int]:
-    """Return dimensions given as `f(x, 1, 2)` or `f(x, (1, 2))`."""
-    return list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
-
-
 def _dims(node: fx.Node) -> list[int]:
-    """Return the dimensions that an operation is given after its tensor; none for one without dimensions."""
-    given: Any = node.kwargs.get("dims", ())
-    return _ints(node.args[1:]) if len(node.args) > 1 else _ints([given])
+    """Return the dimensions that an operation is given after its tensor, as `f(x, 1, 2)` or `f(x, (1, 2))`."""
+    given: Any = node.args[1:] or [node.kwargs.get("dims", ())]
+    return list(given[0] if isinstance(given[0], (tuple, list)) else given)
 
 
 @register_inverse(

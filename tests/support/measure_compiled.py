@@ -153,7 +153,7 @@ def compiling() -> None:
             return rewriter(gm, inputs, **kwargs)
 
         backend = aot_autograd(
-            fw_compiler=boxed_nop, partition_fn=split, decompositions=_inductor.inductor_decompositions()
+            fw_compiler=boxed_nop, partition_fn=split, decompositions=_inductor.select_decomp_table()
         )
         run = torch.compile(Transformer(layers, 64, 256, 32), backend=backend)
         run(tokens)
