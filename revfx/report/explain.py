@@ -75,7 +75,7 @@ def explain(
     forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
     stage("looking for regions")
     outcome = make_plan(model, forward, args, kwargs, options.anchor_every, options.exact)
-    ways, regions, notes = _predicted(model, forward, outcome.plan, args, kwargs, loss or total, measure)
+    ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss or total, measure)
     found: Drift | None = None
     if measure:
         ways, found, more = _measured(model, options, args, kwargs, loss or total, ways)
@@ -97,16 +97,9 @@ def total(output: Any) -> Tensor:
 
 # --- predicted
 def _predicted(
-    model: nn.Module,
-    forward: Callable[..., Any],
-    plan: Plan | None,
-    args: Any,
-    kwargs: Any,
-    loss: Loss,
-    measure: bool,
+    simulation: Simulation, forward: Callable[..., Any], plan: Plan | None, loss: Loss, measure: bool
 ) -> tuple[tuple[Usage, ...], tuple[RegionInfo, ...], tuple[str, ...]]:
     """Return what a step takes plainly, checkpointed and with regions; the regions; what could not be found out."""
-    simulation = Simulation(model, args, kwargs)
     try:
         stage("counting a plain step")
         plain = simulation.step(forward, loss)
