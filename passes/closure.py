@@ -60,7 +60,11 @@ class Closure:
         v = self._program.values[value]
         return value in self._known or v.source or v.kept
 
-    def add(self, indices: Iterable[int]) -> list[int]:
+    def add(self, index: int) -> list[int]:
+        """Return the values that become known, in order, when operation `index` is added."""
+        return self.add_all((index,))
+
+    def add_all(self, indices: Iterable[int]) -> list[int]:
         """Return the values that become known, in order, when some operations are added at once.
 
         One chain of operations runs after the other: side by side their values would be there at the same time.

@@ -90,7 +90,7 @@ def find_step(
                 live[v] = None
                 if v not in closure:
                     unknown.add(v)
-        new = closure.add((start,))
+        new = closure.add(start)
         unknown.difference_update(new)
         if not unknown and not _parts_selected(program, start, live):
             if (step := _step(program, closure, start, stop, tuple(live), exit, side)) is not None:
@@ -152,7 +152,7 @@ def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
 
 def _closure(program: Program, start: int, stop: int, known: Iterable[int], trusted: bool = False) -> Closure:
     closure = Closure(program, known, trusted)
-    closure.add(range(start, stop))
+    closure.add_all(range(start, stop))
     return closure
 
 

@@ -53,12 +53,12 @@ MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after
 
 
 def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]:
-    """An identity whose result inductor stores rather than computes anew for each reader; its arguments for a value."""
+    """Return an identity whose result inductor stores, not computes anew for each reader; its arguments for a value."""
     return torch.ops.prims.inductor_force_stride_order.default, lambda t: (t.stride(),)
 
 
 def fuse_neighbours_only(key: str) -> None:
-    """None; in graphs with nodes that have a number `node.meta[key]`, inductor fuses from now on none whose numbers
+    """Let inductor, in graphs with nodes that have a number `node.meta[key]`, fuse from now on none whose numbers
     differ by more than 1, nor others where it would forget their order.
 
     On whatever thread it compiles them: a backward is compiled by the one that runs it first.
@@ -80,7 +80,7 @@ def fuse_neighbours_only(key: str) -> None:
 
 
 def _has_numbers(scheduler: Any, key: str) -> bool:
-    """Whether the graph that is scheduled has numbered nodes."""
+    """Return whether the graph that is scheduled has numbered nodes."""
     known = vars(scheduler)
     if _NUMBERED not in known:
         nodes = [n for node in scheduler.nodes for n in node.get_nodes()]
@@ -89,7 +89,7 @@ def _has_numbers(scheduler: Any, key: str) -> bool:
 
 
 def _forgets_order(scheduler: Any, a: Any, b: Any) -> bool:
-    """Whether fused nodes would be taken for readers of a buffer as it was before something is written into it.
+    """Return whether fused nodes would be taken for readers of a buffer as it was before something writes to it.
 
     torch 2.13 gives one of them the other's loops on the CPU, and then forgets after which write it comes: silently
     wrong gradients, also without revfx (pytorch/pytorch#185509).
@@ -100,14 +100,14 @@ def _forgets_order(scheduler: Any, a: Any, b: Any) -> bool:
 
 
 def _number(node: Any, key: str) -> int | None:
-    """The largest number of the graph's nodes that a node of inductor's scheduler computes."""
+    """Return the largest number of the graph's nodes that a node of inductor's scheduler computes."""
     origins = node.node.get_origins() if node.node is not None else ()
     return max((o.meta[key] for o in origins if key in o.meta), default=None)
 
 
 @contextlib.contextmanager
 def merged_once(gm: fx.GraphModule) -> Generator[None]:
-    """A context before which equal nodes of `gm` are merged, and in which the partitioner does not do so again.
+    """Return a context before which equal nodes of `gm` are merged, and in which the partitioner does not do so again.
 
     It would merge what is regenerated with the forward's.
     """
@@ -144,7 +144,7 @@ def min_cut_partition(
 
 @contextlib.contextmanager
 def memory_budget(budget: float) -> Generator[None]:
-    """A context in which torch's partitioner keeps at most that share of what it would keep for the backward."""
+    """Return a context in which torch's partitioner keeps at most that share of what it would keep for the backward."""
     with functorch_config.patch(activation_memory_budget=budget):
         yield
 
@@ -152,7 +152,7 @@ def memory_budget(budget: float) -> Generator[None]:
 def run_by_eager_kernels(
     gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The function that runs `gm`'s forward and backward graphs, as `partition` splits them, by eager kernels."""
+    """Return the function that runs `gm`'s forward and backward, as `partition` splits them, by eager kernels."""
     compiler = aot_autograd(
         fw_compiler=_eager_forward,
         bw_compiler=_eager_backward,
@@ -163,8 +163,8 @@ def run_by_eager_kernels(
 
 
 def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """The forward; of the tensors that it saves the backward gets none to write to, which eager kernels would not, and
-    which would bar any later backward from keeping the graph.
+    """Return the forward; of the tensors that it saves the backward gets none to write to, which eager kernels would
+    not, and which would bar any later backward from keeping the graph.
     """
     metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
     if metadata is not None and metadata.bw_donated_idxs:
@@ -192,7 +192,7 @@ class _Regenerating(fx.Interpreter):
     """
 
     def run_node(self, n: fx.Node) -> Any:
-        """What the node gives."""
+        """Return what the node gives."""
         with (
             contextlib.nullcontext() if n.meta.get("partitioner_tag") == "is_backward" else torch._C._DisableAutocast()
         ):
@@ -200,7 +200,7 @@ class _Regenerating(fx.Interpreter):
 
 
 def is_inductor_option(name: str) -> bool:
-    """Whether inductor has a setting of this name."""
+    """Return whether inductor has a setting of this name."""
     return name in inductor_config.get_config_copy()
 
 
@@ -208,7 +208,7 @@ Partition = Callable[[int | None, Sequence[Any]], CustomPartitionerFn]  # for `a
 
 
 def partition_traced(partition: Partition, anchor_every: int | None) -> None:
-    """None; if inductor compiles what dynamo traces now, this says how it is split, unless the user chose that.
+    """Say how what dynamo traces now is split, if inductor compiles it, unless the user chose that.
 
     Asked for several times, the least `anchor_every` counts. Nothing where no program is traced: when a graph ended,
     Python runs what was taken for traced.
@@ -244,7 +244,7 @@ class _Partitioned:
 
 @contextlib.contextmanager
 def graph_breaks() -> Generator[list[tuple[str, str]]]:
-    """A context that gives a list; when it ends that holds why graphs of dynamo ended: (reason, file:line)."""
+    """Return a context that gives a list; when it ends that holds why graphs of dynamo ended: (reason, file:line)."""
     found: list[tuple[str, str]] = []
     before, skipped = len(graph_break_reasons), Counter(counters["unimplemented"])
     try:
@@ -267,8 +267,8 @@ NO_NEWS = ("torch._dynamo.convert_frame", "torch._dynamo.variables.tensor", FAKE
 
 @contextlib.contextmanager
 def capturing() -> Generator[None]:
-    """A context in which functions given to `torch.compile` run plainly where they can't be captured, whatever the user
-    set for compilations of their own.
+    """Return a context in which functions given to `torch.compile` run plainly where they can't be captured, whatever
+    the user set for compilations of their own.
 
     They are captured again when hooks are put on a module, and up to `MOST_GRAPHS` times.
     """

@@ -21,7 +21,7 @@ def revfx(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The compiled function of `gm`, whose reversible regions keep no activations for the backward.
+    """Return the compiled function of `gm`, whose reversible regions keep no activations for the backward.
 
     Args:
         gm: what dynamo captured.

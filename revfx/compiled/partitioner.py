@@ -36,7 +36,7 @@ _listeners: ContextVar[tuple[list[Report], ...]] = ContextVar("revfx_reports", d
 
 @contextlib.contextmanager
 def reports() -> Generator[list[Report]]:
-    """A context that gives a list of what was found in each graph compiled inside it (not of graphs out of a cache)."""
+    """Return a context that gives a list of what was found in each graph compiled in it (not out of a cache)."""
     found: list[Report] = []
     token = _listeners.set((*_listeners.get(), found))
     try:
@@ -85,7 +85,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
 
     def knowing(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
-        """A partitioner that knows what the values of a graph's inputs tell, as far as real tensors are at hand."""
+        """Return a partitioner that knows what the values of a graph's inputs tell, where real tensors are at hand."""
         other = copy.copy(self)
         other.facts = facts_of(inputs)
         return other
@@ -93,7 +93,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The forward and the backward graph, for inductor."""
+        """Return the forward and the backward graph, for inductor."""
         _inductor.fuse_neighbours_only(STEP)
         options = replace(self.options, decompositions=_inductor.select_decomp_table(), stored=_inductor.stored())
         return self.partition(gm, joint_inputs, options, **kwargs)
@@ -105,7 +105,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         options: Options | None = None,
         **kwargs: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The forward and the backward graph, with `options` as the inner compiler needs them."""
+        """Return the forward and the backward graph, with `options` as the inner compiler needs them."""
         static = kwargs.get("static_lifetime_input_indices") or ()
         with _inductor.merged_once(gm):
             with _torch.uncollected():
@@ -127,14 +127,14 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         return halves
 
     def uuid(self) -> str:
-        """What the compile caches are keyed with: this package's files, options and facts, and no rules but its own."""
+        """Return what keys the compile caches: this package's files, options and facts, and no rules but its own."""
         if rules.has_foreign():
             raise _inductor.BypassCache("revfx: rules were registered by the user")
         return f"{_files()}-{self.options}-{self.strict}-{self.facts}"
 
 
 def _line(report: Report) -> str:
-    """What the log says of one graph."""
+    """Return what the log says of one graph."""
     found = [
         f"{r.where[0]} .. {r.where[1]}: {r.steps} steps, {_size(r.freed_bytes)} freed, {_size(r.kept_bytes)} kept in "
         f"{r.kept_cuts} cuts"
@@ -147,7 +147,7 @@ def _line(report: Report) -> str:
 
 
 def _size(nbytes: float) -> str:
-    """A number of bytes for people."""
+    """Return a number of bytes for people."""
     for unit in ("B", "KiB"):
         if nbytes < 1024:
             return f"{nbytes:.4g} {unit}"
@@ -157,7 +157,7 @@ def _size(nbytes: float) -> str:
 
 @functools.cache
 def _files() -> str:
-    """A hash of the package's files; `passes` lies elsewhere in a source tree."""
+    """Return a hash of the package's files; `passes` lies elsewhere in a source tree."""
     digest = hashlib.sha256(revfx.__version__.encode())
     for package in (revfx, passes):
         for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
