@@ -89,29 +89,3 @@ def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = No
     with mode:
         whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
         return whole.requires_grad_(tensor.requires_grad)
-
-
-def fake(
-    mode: FakeMode,
-    shape: torch.Size,
-    stride: tuple[int, ...],
-    offset: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    base: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return a fake tensor of such a shape, in memory of its own or in that of `base`."""
-    with in_kernel_invocation_manager(mode):
-        if base is None:
-            empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        else:
-            empty = torch.empty(0, dtype=dtype, device="meta")
-            empty.set_(base.untyped_storage(), offset, shape, stride)
-    made = FakeTensor(mode, empty, device)
-    mode.note(made)
-    return made
-
-
-def is_plain_fake(value: object) -> bool:
-    """Return whether `value` is a fake tensor that stands for nothing known, such as a number."""
-    return type(value) is FakeTensor and value.constant is None
