@@ -68,9 +68,7 @@ def is_pure(target: Any) -> bool:
 
 
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether calling an operator overload takes random numbers; attention without dropout says so, and does
-    not.
-    """
+    """Return whether an operator overload takes random numbers; attention without dropout says so, but does not."""
     if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     if "scaled_dot_product" not in packet_name(target):
@@ -81,9 +79,7 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def may_alias(target: Any) -> bool:
-    """Return whether an operator may return memory of its arguments; `_unsafe_view` does so though its schema denies
-    it.
-    """
+    """Return whether an operator may return memory of its arguments, as `_unsafe_view` does, which denies it."""
     if packet_name(target) == "_unsafe_view":
         return True
     return is_overload(target) and any(r.alias_info is not None for r in target._schema.returns)

@@ -351,9 +351,7 @@ def _moves(directions: list[Direction]) -> bool:
 
 
 def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
-    """Return indices of ranges that together hit each of 0..size-1 once, longest first from each start; None if none
-    do.
-    """
+    """Return indices of ranges that together hit each of 0..size-1 once, longest first; None if none do."""
     chosen, left = list[int](), set(range(size))
     while left:
         want = min(left)

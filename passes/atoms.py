@@ -180,9 +180,7 @@ def may_be_continuous(value: Any) -> bool:
 
 
 def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, range]]]) -> dict[fx.Node, bool]:
-    """Return, of a node that is taken of what was `put` together, the parts that it overlaps, and whether it is all of
-    one.
-    """
+    """Return the parts of what was `put` together that a node taken of it overlaps, and whether it is all of one."""
     split = taken_apart(node)
     taken, number = (node, 0) if split is None else (split, node.args[1])  # or the key, where the whole is a dict
     source: Any = taken.args[0] if taken.args else None

@@ -161,9 +161,7 @@ def _dtype(node: Any) -> torch.dtype | None:
 
 
 def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Interval:
-    """Return the interval that rounding leaves of one in exact arithmetic; UNKNOWN where whole numbers wrap around, or
-    may.
-    """
+    """Return the interval that rounding leaves of an exact one; UNKNOWN where whole numbers may wrap around."""
     if exact == UNKNOWN or dtype is None or dtype.is_complex:
         return exact if dtype is None else UNKNOWN
     name = bare(op_name(node.target))
@@ -181,9 +179,7 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
 
 
 def _rounded(a: Interval, dtype: torch.dtype | None, ulps: int) -> Interval:
-    """Return an interval with room for rounding: none at ends that the dtype holds and that are met exactly, as 0 and
-    1.
-    """
+    """Return an interval with room for rounding, but at ends that are met exactly, as 0 and 1."""
     if dtype is None or not dtype.is_floating_point:
         return a
     info = torch.finfo(dtype)

@@ -39,9 +39,7 @@ class Step:
 
     @property
     def inverts(self) -> bool:
-        """Whether the step needs an inverse that rounds; one that needs none frees nothing that recomputing would
-        not.
-        """
+        """Return whether the step needs an inverse that rounds; without one, recomputing frees as much."""
         return any(not arc.exact for arc in self.arcs)
 
 
@@ -157,9 +155,7 @@ def _closure(program: Program, start: int, stop: int, known: Iterable[int], trus
 
 
 def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:
-    """Return those of `order` that deriving `wanted` takes, in the same order; a barred inverse counts as a saved
-    value.
-    """
+    """Return those of `order` that deriving `wanted` takes, in order; a barred inverse counts as a saved value."""
     made: dict[int, int] = {}
     order = list(order)
     for i, d in enumerate(order):

@@ -33,9 +33,7 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
 
 
 def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
-    """Return edges from each unknown value to the unknown values that its inverse arcs inside the tried operations
-    need.
-    """
+    """Return edges from each unknown value to those that its inverse arcs in the tried operations need."""
     window = range(stuck.start, stuck.stop)
     graph: nx.DiGraph[int] = nx.DiGraph()
     todo = list(stuck.unknown)

@@ -64,9 +64,7 @@ def _why_not(program: Program, index: int, arc: Arc, carries: bool) -> str | Non
 
 
 def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> Program:
-    """Return the program without the arcs for which there is a reason; the others have no rounding left to be barred
-    for.
-    """
+    """Return the program without the arcs for which there is a reason; no other rounds, so none is barred."""
 
     def limited(i: int, op: Op) -> Op:
         reasons = [why_not(i, a) for a in op.arcs]

@@ -224,9 +224,7 @@ def _tensor(x: Any, like: Tensor) -> Tensor:
 
 
 def packed(index: Tensor, bits: int) -> Tensor:
-    """Return the lowest `bits` bits of whole numbers, in planes of one bit per element: uint8 [bits, ceil(elements /
-    8)].
-    """
+    """Return the lowest `bits` bits of whole numbers, in planes: uint8 [bits, ceil(elements / 8)]."""
     flat = index.reshape(-1).to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(1, -1, 8)
     planes = (flat >> _numbers(bits, flat).view(-1, 1, 1)) & 1

@@ -236,9 +236,7 @@ def look_inside(
 def made_by(
     key: Hashable, name: str, level: int, operands: Iterable[tuple[Hashable, Any, int]], args: Any, result: Any
 ) -> Made:
-    """Return the record of the call `name(*args[0], **args[1])`; its tensors are `operands`: key, value and level of
-    atoms.
-    """
+    """Return the record of the call `name(*args[0], **args[1])`, whose tensors are `operands`: key, value, level."""
     read = [(k, n) for k, t, n in operands if may_be_continuous(t) and names.bare(name) not in names.SHAPED]
     given = (*args[0], *args[1].values())
     numbers = tuple(float(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool))

@@ -109,9 +109,7 @@ class MaskedArcs:
                     yield Masked(x, root, value, UNSAID)
 
     def _spread(self, whole: Any, mask: fx.Node, known: Half, depth: int) -> None:
-        """Note what is known of half of `whole`, and of what it was made from by elementwise operations or the same
-        mask.
-        """
+        """Note what is known of half of `whole`, and of what it was made from elementwise or by the same mask."""
         if not isinstance(whole, fx.Node) or not _alike(whole, known.tail[0]):
             return
         self.halves.setdefault((whole, mask), []).append(known)

@@ -35,9 +35,7 @@ class Moved:
 
 
 def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direction]:
-    """Return what a node's rule yields; nothing where that depends on a size that is not fixed. `module`: what it
-    calls.
-    """
+    """Return what the rule of a node, which calls `module`, yields; nothing where a size is not fixed."""
     if "directions" in node.meta:
         return list(node.meta["directions"])
     rule = rule_for(node, module)

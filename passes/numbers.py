@@ -114,9 +114,7 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def some_of(t: Tensor, most: int) -> Tensor:
-    """Return some elements of `t`, evenly spread over all its dimensions; of a real tensor no more than these are
-    copied.
-    """
+    """Return some elements of `t`, spread over all its dimensions; of a real tensor only these are copied."""
     n = as_number(t.numel())
     stride = max(1, n // most)
     while math.gcd(stride, n) > 1:  # else it might see one column only
@@ -137,9 +135,7 @@ def uniform(t: Tensor) -> Tensor:
 
 
 def mean_size(reciprocal: bool, c: Tensor) -> Tensor:
-    """Return the root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average over the
-    elements.
-    """
+    """Return the root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average."""
     c = c.detach().to(torch.float64 if c.dtype == torch.float64 else torch.float32)
     return (c if reciprocal else c.reciprocal()).square().mean().sqrt()
 

@@ -126,9 +126,7 @@ DEEP = 16  # couplings of streams in half precision that are inverted in a row
 
 
 def deep_in_half_precision(program: Program, steps: Sequence[Step], cuts: Collection[int]) -> str | None:
-    """Return a warning, where more than `DEEP` couplings between two kept cuts have streams in half precision; else
-    None.
-    """
+    """Return a warning where more than `DEEP` couplings in a row have streams in half precision; else None."""
     row = most = 0
     dtype: torch.dtype | None = None
     for j, step in enumerate(steps):
@@ -176,9 +174,7 @@ def anchors(
 
 
 def is_checked(cut: int, steps: int) -> bool:
-    """Return whether a sample of a cut is kept: of the lowest, and of evenly spaced ones, so many at most in any
-    region.
-    """
+    """Return whether a cut is sampled: the lowest, and evenly spaced ones, so many at most in any region."""
     return cut % max(CHECK_EVERY, steps // MOST_CHECKS) == 1
 
 

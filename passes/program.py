@@ -209,8 +209,6 @@ class Program:
         return [v for v in dict.fromkeys(values) if not (self.values[v].source or self.values[v].kept)]
 
     def nbytes(self, values: Sequence[int]) -> int:
-        """Return bytes that holding `values` takes; views of one tensor count once, sources and program inputs not at
-        all.
-        """
+        """Return the bytes that holding `values` takes; views count once, sources and program inputs not at all."""
         held = {x.storage: x.nbytes for x in (self.values[v] for v in values) if not (x.source or x.given)}
         return sum(held.values())

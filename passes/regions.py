@@ -189,9 +189,7 @@ def _taken(program: Program, steps: Sequence[Step], side: frozenset[int], start:
 
 
 def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:
-    """Return sets of values worth trying as side inputs: read repeatedly above the stuck cut, each alone, then the
-    long- lived ones.
-    """
+    """Return sets worth trying as side inputs: values read repeatedly above the stuck cut, then the long-lived ones."""
     readers = {v: [u for u in program.users[v] if u < stuck.stop] for v in stuck.unknown if v not in side}
     several = sorted((v for v, u in readers.items() if len(u) >= 2), key=lambda v: -len(readers[v]))
     window = stuck.stop - stuck.start

@@ -72,9 +72,7 @@ class Numbering:
             self._rows.add(node)
 
     def ties(self, vanishing: Collection[Hashable]) -> dict[fx.Node, Tie]:
-        """Return, by node, what is known of it, once all are numbered; `vanishing` are sums that are zero where parts
-        cancel.
-        """
+        """Return, by node, what is known of it; `vanishing` are sums that are zero where parts cancel."""
         values, made = defaultdict[fx.Node, set[fx.Node]](set), defaultdict[fx.Node, set[fx.Node]](set)
         for node, first in self._meant.items():
             values[self.alike[node]].add(first)
@@ -157,9 +155,7 @@ def _holds_tensors(node: fx.Node) -> bool:
 
 
 def _as_written(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> tuple[Hashable, ...]:
-    """Return what a node computes of which values: alike for nodes that give the same numbers, or draw random ones
-    alike.
-    """
+    """Return what a node computes of which values, alike for nodes that give or draw the same numbers."""
     args: Any = fx.map_arg((node.args, node.kwargs), lambda n: first[n])
     if _name(node) in names.COMMUTE and len(args[0]) == 2 and not args[1]:  # without a factor of one of them
         args = sorted(map(repr, args[0])), args[1]

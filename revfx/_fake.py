@@ -65,9 +65,7 @@ def fake_mode() -> FakeMode:
 
 
 def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> list[torch.Tensor]:
-    """Return fake tensors of `target` in the same memory as `fakes`, to which they do not lead: leaves without a
-    history.
-    """
+    """Return fake tensors of `target` in the memory of `fakes`, to which they do not lead: leaves without a history."""
     with torch.no_grad(), in_kernel_invocation_manager(source):
         bare = [(t.detach(), t.requires_grad, getattr(t, "fake_device", t.device)) for t in fakes]
     return [FakeTensor(target, meta, device).requires_grad_(needs) for meta, needs, device in bare]

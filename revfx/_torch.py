@@ -50,9 +50,7 @@ def is_fake(value: object) -> bool:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether `tensor` is an ordinary one, or a fake one that stands for such; not of a subclass with its own
-    ways.
-    """
+    """Return whether `tensor` is an ordinary one, or a fake of such; not of a subclass with its own ways."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
@@ -274,9 +272,7 @@ def share_fsdp_state(module: Any, twin: torch.nn.Module) -> None:
 
 
 def fsdp_in_use() -> bool:
-    """Return whether `fully_shard` was applied to anything in this process: then storages of parameters come and go by
-    design.
-    """
+    """Return whether `fully_shard` is in use in this process: storages of parameters then come and go by design."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return False
@@ -368,9 +364,7 @@ _LEAF = pytree.tree_structure(0)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return what `pytree.tree_flatten` does, which at every call leaves the garbage collector a function that refers
-    to itself.
-    """
+    """Return what `pytree.tree_flatten` does, which leaves the collector a function that refers to itself."""
     leaves: list[Any] = []
     return leaves, _spec(tree, leaves)
 

@@ -69,9 +69,7 @@ class Conversion:
 
     @property
     def kept_cuts(self) -> int:
-        """Return how many cuts the latest forward kept in its regions: two per region, and those that numerics
-        demanded.
-        """
+        """Return how many cuts the latest forward kept: two per region, and those that numerics demanded."""
         compiled = 0 if self.compiled is None else self.compiled.kept_cuts
         return compiled + sum(r.kept for p in self.plans for r in p.regions.values())
 
@@ -223,9 +221,7 @@ class Conversion:
             raise
 
     def _forget(self, refused: Outcome) -> None:
-        """Forget a call that raised, recorded and for real: it tells nothing of the next one, which is recorded
-        again.
-        """
+        """Forget a call that raised, recorded and for real: it tells nothing of the next one."""
         with self.lock:
             self.outcomes = [found for found in self.outcomes if found[-1] is not refused]
             if self.pending is refused:

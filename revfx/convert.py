@@ -1,6 +1,4 @@
-"""`convert`: the same model through another class, which runs its reversible regions without keeping their
-activations.
-"""
+"""`convert`: the same model through another class, which frees and regenerates its activations."""
 
 from __future__ import annotations
 

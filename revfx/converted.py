@@ -196,9 +196,7 @@ def _parts(children: dict[str, nn.Module | None], options: Options) -> dict[str,
 
 
 def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
-    """Return a sub-module of a model that can't be recorded: converted if it is the user's own, looked into if it is a
-    container.
-    """
+    """Return a sub-module of a root that can't be recorded: converted, or a container looked into."""
     if module is None or isinstance(module, (Reversible, torch.jit.ScriptModule)) or _torch.has_hooks(module):
         return module
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):

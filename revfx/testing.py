@@ -37,9 +37,7 @@ _LATER = ("Drift", "drift")  # imported at their first use: few programs ask, an
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step takes beyond what was there: `kept` after the forward, `peak` in forward and
-    backward.
-    """
+    """Bytes of a training step beyond what was there: `kept` after the forward, `peak` in both directions."""
 
     kept: int
     peak: int

@@ -216,9 +216,7 @@ def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, Non
 
 
 def stateless_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return what the results of a node that a backward reads depend on: not on running statistics that are only
-    updated.
-    """
+    """Return what a node's results that a backward reads depend on: not on statistics that are only updated."""
     if node.target is torch.ops.aten._native_batch_norm_legit_functional.default and node.args[5]:
         return [n for n in node.args[:3] if isinstance(n, fx.Node)]
     return node.all_input_nodes

@@ -264,9 +264,7 @@ class Regenerator:
         self._check_forward(lambda c: ~(nearest(c, arc.reciprocal) < least), [own], message)
 
     def _limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
-        """Measure in every run whether factors that are data let rounding grow too much between two kept cuts, and
-        raise then.
-        """
+        """Raise, in every run, where factors that are data let rounding grow too much between two kept cuts."""
         kept = [0, *sorted(cuts), len(steps)]
         for cut, following in itertools.pairwise(kept):
             self._limit_stretch(steps[cut + 1 : following])

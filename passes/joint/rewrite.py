@@ -162,9 +162,7 @@ def _readers(joint: fx.Graph, forward: Forward) -> dict[fx.Node, list[fx.Node]]:
 def _wanted(
     forward: Forward, region: Region, readers: Mapping[fx.Node, Sequence[fx.Node]]
 ) -> tuple[dict[int, None], list[int]]:
-    """Return the values made in a region that the backward reads, and the operations whose tuples it takes apart
-    itself.
-    """
+    """Return a region's values that the backward reads, and the operations whose tuples it takes apart itself."""
     program = forward.lowered.program
     again = {v for step in region.steps for v in step.again}
     kept = {*region.exit, *region.entry, *region.saved, *region.side} - again

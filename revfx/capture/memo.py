@@ -17,9 +17,7 @@ from revfx.eager.state import is_users
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
-    """Return a key that two modules share when running them on fake tensors gives the same: class, attributes, shapes,
-    children.
-    """
+    """Return a key for which two modules give the same on fake tensors: class, attributes, shapes, children."""
     d = vars(module)
     plain = tuple((k, key(v)) for k, v in d.items() if is_users(k))
     tensors = tuple(

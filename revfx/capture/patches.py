@@ -15,9 +15,7 @@ from revfx.eager.modes import recording
 
 @contextmanager
 def intercepted() -> Generator[None]:
-    """Return a context in which modules, autograd functions and the generator's state tell this thread's recorder, if
-    any.
-    """
+    """Return a context in which modules, autograd functions and the generator tell this thread's recorder."""
     call_module, init = nn.Module.__call__, nn.Module.__init__
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

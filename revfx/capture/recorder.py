@@ -266,9 +266,7 @@ class Recorder(TorchFunctionMode):
         )
 
     def _follow_numbers(self, name: str, operands: list[Tensor], out: Any) -> None:
-        """Note what is computed of carried numbers alone, and refuse what would not compute with a tensor what it
-        computes with a number.
-        """
+        """Note what is computed of carried numbers alone; refuse what a tensor would change."""
         others = [t for t in operands if id(t) not in self.of_numbers]
         if len(others) == len(operands):
             return

@@ -263,9 +263,7 @@ class _Search:
         return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
 
     def _close(self, error: Untraceable, more: frozenset[str]) -> None:
-        """Leave whole the module at fault and its like; all that was just opened where it can't be told which it
-        was.
-        """
+        """Leave whole the module at fault and its like; all that was just opened where it can't be told which."""
         at_fault = [error.path] if error.path is not None and error.path in more else list(more)
         kinds = {type(self.modules[p]) for p in at_fault}
         for path in more:
@@ -292,9 +290,7 @@ class _Search:
         return again if _inverted(again[2]) >= _inverted(regions) else found
 
     def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Return the modules that the recorded code may have read: those that are not called whole, and those that
-        are.
-        """
+        """Return the modules whose code was recorded, and those that are called whole."""
         whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
         found: dict[str, nn.Module] = {}
         for path, module in self.modules.items():  # parents come first; what is inside a whole one is not read

@@ -130,9 +130,7 @@ class Compiled:
 
 
 def _compiler() -> types.ModuleType:
-    """Return `_inductor`, imported late: it takes a second, and warnings of the compiler's own are none of the
-    user's.
-    """
+    """Return `_inductor`, imported late: it takes a second, and the compiler's warnings are none of the user's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from revfx.compiled import _inductor
@@ -187,9 +185,7 @@ def _trains(model: nn.Module, args: Sequence[Any], kwargs: Any) -> bool:
 
 
 def _in_own_code(graph: fx.Graph, where: str) -> bool:
-    """Return whether the line at `where` (file:line) is one of the compiled function itself, not of a module that it
-    calls.
-    """
+    """Return whether the line at `where` (file:line) is the compiled function's own, not a sub-module's."""
     file, _, line = where.rpartition(":")
     place = f'File "{file}", line {line},'
     return any(place in (n.stack_trace or "") for n in graph.nodes if not n.meta.get("nn_module_stack"))
@@ -227,9 +223,7 @@ _OPERATORS = frozenset("iadd isub imul itruediv ipow".split())
 
 
 def _statistics(graph: fx.Graph) -> frozenset[int]:
-    """Return the places among a graph's inputs of the running statistics that normalisations update, and nothing else
-    does.
-    """
+    """Return the places among a graph's inputs of running statistics that normalisations alone update."""
     updates = {n: updated_statistics(op_name(n.target), n.args, n.kwargs) for n in graph.nodes}
     written = {x for found in updates.values() for x in found}
     inputs = enumerate(n for n in graph.nodes if n.op == "placeholder")

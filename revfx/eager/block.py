@@ -180,9 +180,7 @@ class RevBlock(nn.Module):
     def inverse(
         self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Return (x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, with ordinary
-        storage.
-        """
+        """Return (x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, stored plainly."""
         f_side, g_side = _side(f_side_input), _side(g_side_input)
         layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.exact
         if k is not None:
@@ -287,9 +285,7 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
 
 # --- the computation
 def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
-    """Return `function` as it is outside of an exact block: of a stream of dtype `reads`, added to one of dtype
-    `adds`.
-    """
+    """Return `function` as it is outside of an exact block, of a stream `reads`, added to one of dtype `adds`."""
     if carrier(reads) == reads and carrier(adds) == adds:
         return function
     return functools.partial(_narrowed, function, reads, adds)

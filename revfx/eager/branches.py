@@ -87,9 +87,7 @@ class _Mode(TorchDispatchMode):
 
 
 def _sides(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
-    """Return on which sides some elements of the operands stand; nothing of integers, and where numbers can't be
-    read.
-    """
+    """Return on which sides some elements of the operands stand; nothing where numbers can't be read."""
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if not all(map(_can_be_read, tensors)) or not any(t.is_floating_point() for t in tensors):
         return ()

@@ -195,9 +195,7 @@ class Samples:
 
 
 def _sample(t: Tensor | None) -> Tensor | None:
-    """Return a few elements of what was computed in the operation: no buffer, which threads share, and no view of a
-    weight.
-    """
+    """Return a few elements of what the operation computed: no buffer, which threads share, no view of a weight."""
     if t is None or t.layout != torch.strided or t.grad_fn is None or isinstance(t._base, torch.nn.Parameter):
         return None
     return numerics.sample(t, FEW)

@@ -26,9 +26,7 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
-    """Return `t` with given strides and an address that is `offset` bytes beyond an aligned one: kernels round by
-    it.
-    """
+    """Return `t` with given strides, at `offset` bytes beyond an aligned address: kernels round by it."""
     if t.stride() == stride and t.data_ptr() % ALIGNED == offset:
         return t
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0

@@ -42,9 +42,7 @@ def store_activations() -> Generator[None]:
 
 @contextlib.contextmanager
 def simulating() -> Generator[None]:
-    """Return a context in which regions run on fake tensors as they would on real ones, where no value can be asked
-    for.
-    """
+    """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones."""
     token = _simulating.set(True)
     try:
         yield

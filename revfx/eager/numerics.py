@@ -165,9 +165,7 @@ class Growth:
         return good
 
     def _adds_freshly(self, arc: Arc, held: Mapping[int, Tensor]) -> bool:
-        """Return whether what an arc's operation adds holds no number of the data anywhere, and is no part of the
-        head.
-        """
+        """Return whether what an arc adds holds no number of the data, and is no part of the head."""
         added = held.get(arc.tail[1]) if len(arc.tail) == 2 else None
         seen = added is not None and added.shape == held[arc.head].shape
         return (arc.fresh or (seen and (arc.tail[1] in self.changed or arc.tail[1] in self.clean))) and not arc.cancels

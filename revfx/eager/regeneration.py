@@ -76,9 +76,7 @@ class Regeneration:
         self.captures: dict[int, list[Tensor | None]] = {}
 
     def invert(self, number: int, exit: Env) -> Env:
-        """Return the entry of step `number`, derived from given values of its exit; empty where its entry is kept
-        instead.
-        """
+        """Return the entry of step `number`, derived from values of its exit; empty where it is kept instead."""
         if number in self.kept_cuts:
             return {}
         with self._as_in_the_forward():
@@ -173,9 +171,7 @@ class Regeneration:
                 yield
 
     def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
-        """Return the regenerated values of one step; with `target` also those that autograd asks for, and its
-        captures.
-        """
+        """Return the regenerated values of one step; with `target` also those that autograd asks for."""
         step = self.region.steps[number]
         kept = self.kept if not step.again else {v: t for v, t in self.kept.items() if v not in step.again}
         wanted: set[int] = set() if replay else {v for v in step.entry if v not in kept}
