@@ -31,9 +31,7 @@ Facts = tuple[tuple[int, str], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """Return what holds of which of these inputs: pairs of its number and PERMUTATION, BINARY, GENERIC (`is_generic`)
-    or HUGE (`is_huge`).
-    """
+    """Return what holds of which inputs: pairs of a number and PERMUTATION, BINARY, GENERIC or HUGE."""
     tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
     return tuple((i, fact) for i, t in tensors for fact in _facts(t))
 

@@ -50,9 +50,7 @@ KNOWN = EVEN | names.MAKERS | names.AT_ZERO | names.SIGNS
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """Of a call that is looked into: the lowest kind of an operand that something in it tells apart, and the kind of
-    what it gives by that of its operands.
-    """
+    """Of a call looked into: the lowest kind of operand that it tells apart, and the kind of what it gives."""
 
     bends: int = ANY
     gives: tuple[int, ...] = (SUM,) * NEVER

@@ -27,9 +27,7 @@ ROUNDING = 16  # times eps: what an inverse that loses nothing may be off by
 
 
 def are_made(t: Tensor) -> Tensor:
-    """Return where `t` is a number that data are made of, other than zero: multiples of 1/8 or 0.1 up to 8, and whole
-    numbers up to 256.
-    """
+    """Return where `t` is a number that data are made of: multiples of 1/8 or 0.1 up to 8, whole ones up to 256."""
     size, fine = t.abs(), t * 40
     return (((fine == fine.round()) & (size <= 8)) | ((t == t.round()) & (size <= 256))) & (t != 0)
 

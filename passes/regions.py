@@ -227,9 +227,7 @@ def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int])
 
 
 def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
-    """Return the region that a walk found, trimmed of steps that invert nothing at both ends; None where it would not
-    pay, if that is not known already.
-    """
+    """Return a walk's region, trimmed of steps that invert nothing at both ends; None where it would not pay."""
     steps = list(reversed(walk.steps))
     trusted = [i for i, s in enumerate(steps) if s.inverts]
     if not trusted:

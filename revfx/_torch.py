@@ -55,9 +55,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that hold the numbers of `tensor`: itself, or those that one of a class with its own ways
-    wraps; none where it doesn't say which.
-    """
+    """Return the tensors that hold the numbers of `tensor`: itself, those that it wraps, or none if it won't say."""
     ordinary = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
     if ordinary or is_fake(tensor) or is_dtensor(tensor):
         return [tensor]

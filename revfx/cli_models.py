@@ -78,9 +78,7 @@ def _module(file: Path) -> ModuleType:
 
 
 def _after_standard_library() -> int:
-    """Return the place in `sys.path` after the standard library, so that what torch imports late of it is not taken
-    from beside a model.
-    """
+    """Return the place in `sys.path` after the standard library, which torch imports late, not a model's folder."""
     folders = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     folders |= {os.path.join(f, "lib-dynload") for f in folders}
     return max((i + 1 for i, p in enumerate(sys.path) if os.path.realpath(p) in folders), default=0)

@@ -235,9 +235,7 @@ def _objects(leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _call_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """Return shapes, dtypes, layout and `requires_grad` of tensors, which of them share memory; other arguments by
-    value, or of objects by class.
-    """
+    """Return what tells calls apart: tensors but for their numbers, which share memory, values, classes."""
     found: list[Any] = []
     memory: dict[int, int] = {}
     same: dict[int, int] = {}

@@ -65,9 +65,7 @@ class Reversible(nn.Module):
         return _adopt(object.__new__(type(self)), copy.copy(unconverted(self)), _options(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return how it is pickled and deeply copied: as the model, by its own rules, and the options; plans are made
-        again at the first call.
-        """
+        """Return how it is pickled and deeply copied: as the model and the options; plans are made again."""
         plain = unconverted(self)
         if isinstance(plain, GraphModule):  # its class can't be found by name
             return reversible, (plain, _options(self))

@@ -185,9 +185,7 @@ class Flow(Chain):
 
 # --- leapfrog
 class Kick(nn.Module):
-    """What a step adds to the momenta of a chain of masses with fixed ends: the force on each, a learned function of
-    both springs' lengths, times the time `h`.
-    """
+    """What a step adds to the momenta of a chain of masses: learned forces of both springs' lengths, times `h`."""
 
     def __init__(self, hidden: int, h: float) -> None:
         super().__init__()

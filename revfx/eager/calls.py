@@ -21,9 +21,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Call:
-    """`fn(*args, **kwargs)`; `outs` are the paths to its tensors in what it returns (one empty path: the result
-    itself).
-    """
+    """`fn(*args, **kwargs)`; `outs` are the paths to its tensors in what it returns (empty: the result itself)."""
 
     name: str
     fn: Callable[..., Any]

@@ -132,9 +132,7 @@ class Samples:
         self.scales: dict[int, dict[int, Tensor]] = {}
 
     def note(self, cut: int, values: Mapping[int, Tensor]) -> None:
-        """Note the `values` of cut `cut` as the forward made them; what lies on a grid has a checksum, and whole
-        numbers and masks are moved, not rounded.
-        """
+        """Note the `values` of cut `cut`, as made; not what lies on a grid, nor whole numbers, which are only moved."""
         rounding = {v: t for v, t in values.items() if self.program.values[v].grid is None and precision(t.dtype)}
         self.samples[cut] = {v: numerics.sample(t) for v, t in rounding.items()}
         self.scales[cut] = {}

@@ -56,9 +56,7 @@ def storing() -> bool:
 
 
 def runs_plain(inputs: Iterable[Tensor]) -> bool:
-    """Return whether regions run with ordinary storage now: no gradients, `store_activations`, torch.func, tracing,
-    inputs without data.
-    """
+    """Return whether regions run with ordinary storage now: no gradients, `store_activations`, or tracers."""
     return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
 
 

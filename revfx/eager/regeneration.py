@@ -109,9 +109,7 @@ class Regeneration:
             return tensor
 
     def _look_up(self, handle: Handle) -> Tensor | None:
-        """Return the tensor if it is there; what was captured is handed out once, so that it can be freed as soon as it
-        was used.
-        """
+        """Return the tensor if it is there; what was captured is handed out once, to be freed when it was used."""
         if handle.value is not None:
             v = handle.value
             return self.values[v] if v in self.values else self.kept.get(v)

@@ -44,9 +44,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The nodes of a region, edges between them (from, to, kind), and the frames of what is drawn once; of its values
-    `left_out` are not drawn.
-    """
+    """The nodes of a region, edges (from, to, kind), frames of what is drawn once, and the values `left_out`."""
 
     nodes: tuple[Node, ...]
     edges: tuple[tuple[int, int, str], ...]

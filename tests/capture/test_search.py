@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,9 +22,9 @@ def test_visits_grow_linearly_with_depth(kind: type[Couplings], monkeypatch: pyt
     visits = [0]
     add = Closure.add
 
-    def counted(self: Closure, indices: Iterable[int]) -> list[int]:
+    def counted(self: Closure, index: int) -> list[int]:
         visits[0] += 1
-        return add(self, indices)
+        return add(self, index)
 
     monkeypatch.setattr(Closure, "add", counted)
     seen: list[int] = []
