@@ -272,9 +272,7 @@ class _Lowering:
         return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least, "typical": typical}
 
     def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, Arc]]:
-        """Yield arcs from parts that tile a value, or that complete a patched copy of it, each with the first operation
-        that makes one of the parts.
-        """
+        """Yield arcs from parts that tile a value, or complete a patched copy, with an operation that makes one."""
         tiles: dict[tuple[int, int], list[tuple[int, int, Tile]]] = {}
         patches: list[tuple[int, int, Patch]] = []
         for i, node in enumerate(op_nodes):

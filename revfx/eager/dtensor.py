@@ -44,9 +44,7 @@ def spread_of(tensor: Any) -> Spread | None:
 
 
 def spread(tensor: Any, like: Spread | None) -> Any:
-    """Return `tensor`, spread over the processes as `like` says, with its strides; partial sums, which are no place to
-    put one, as they are.
-    """
+    """Return `tensor`, spread as `like` says, with its strides; partial sums, which can't be, as they are."""
     if like is None:
         return tensor
     if tensor.placements != like.placements:
