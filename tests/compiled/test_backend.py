@@ -174,11 +174,11 @@ def _backend() -> Callable[..., Any]:
 def test_inductor_gets_its_mode_and_its_options(monkeypatch: pytest.MonkeyPatch, mode: str | None) -> None:
     given: list[dict[str, Any]] = []
 
-    def compile_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-        given.append(patches)
+    def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
+        given.append(config_patches)
         return gm.forward
 
-    monkeypatch.setattr(_inductor, "compile_by_inductor", compile_by_inductor)
+    monkeypatch.setattr(_inductor, "compile_fx", compile_fx)
     given_options: Options = {"max-autotune": False, "fallback_random": True, "unbounded": "store"}
     options = given_options if mode is None else None
     torch.compile(Couplings(), backend="revfx", mode=mode, options=options)(leaf(ROWS, 8))
