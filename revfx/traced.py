@@ -10,7 +10,7 @@ from revfx import _torch
 
 @_torch.constant_when_compiled
 def free_couplings(anchor_every: int | None) -> None:
-    """None; has inductor free the couplings of the program that is traced now, as the backend "revfx" does."""
+    """Have inductor free the couplings of the program that is traced now, as the backend "revfx" does."""
     from revfx.compiled import _inductor
     from revfx.compiled.partitioner import ReversiblePartitioner
 
@@ -21,7 +21,7 @@ def free_couplings(anchor_every: int | None) -> None:
 
 
 def free_couplings_of(model: Any) -> None:
-    """None; as `free_couplings` for a converted model, unless it was to be exact: inductor rounds as it likes."""
+    """Do as `free_couplings` for a converted model, unless it was to be exact: inductor rounds as it likes."""
     known = getattr(model, "_revfx", None)
     if known is not None and known[0].options.exact is None:
         free_couplings(known[0].options.anchor_every)
