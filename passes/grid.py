@@ -242,9 +242,7 @@ def _numbers(n: int, like: Tensor) -> Tensor:
 
 
 def checksum(t: Tensor) -> Tensor:
-    """Return a number (int64) that differs, but for chance, between tensors that differ in any bit or in the order of
-    elements; zeros of either sign are the same.
-    """
+    """Return an int64 that differs, but for chance, where any bit or the order does; zeros of either sign agree."""
     t = t.detach() + 0.0
     bits = t.reshape(-1).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]).to(torch.int64)
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()

@@ -126,9 +126,7 @@ ROOTS = 8  # operations of one operand that are looked through upwards
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a value was selected from (`roots`: also what that was made from by operations of one operand), by which
-    operations (the `first` and the `last` of them).
-    """
+    """What a value was selected from (`roots`, through operations of one operand), by which `first` to `last`."""
 
     roots: frozenset[int]
     first: int

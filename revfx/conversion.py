@@ -112,14 +112,11 @@ class Conversion:
                     f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"
                     " an argument or a buffer."
                 )
-            options = self.options
-            make = functools.partial(
-                make_plan, model, self.forward(model), args, kwargs, options.anchor_every, options.exact
-            )
-            outcome = make(self._carries(model, why))
+            given = model, self.forward(model), args, kwargs, self.options.anchor_every, self.options.exact
+            outcome = make_plan(*given, self._carries(model, why))
             if outcome.plan is None and self.carried:
                 self.carried, self.constant = frozenset[Spot](), self.constant | self.carried
-                outcome = make(self.carried)
+                outcome = make_plan(*given, self.carried)
             self._report(model, outcome)
             self.outcomes.append((call, _objects(leaves), outcome))
             return outcome
@@ -193,7 +190,7 @@ class Conversion:
         forward = self.forward(model)
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        leaves, spec = _torch.flatten((args, kwargs))
+        leaves, spec = flattened(args, kwargs)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         plain = runs_plain(tensors)
         store = plain and (storing() or self.options.exact is not None) and can_store(tensors)
@@ -227,6 +224,16 @@ class Conversion:
             if self.pending is refused:
                 self.pending = self.compiled = None
                 self.compiled_tried = False
+
+
+_LEAVES = frozenset({Tensor, nn.Parameter, *ATOMS})
+
+
+def flattened(args: Any, kwargs: Any) -> tuple[Sequence[Any], Any]:
+    """Return the leaves of some arguments and what tells their structures apart; quickly where none is a container."""
+    leaves = [*args, *kwargs.values()]
+    simple = _LEAVES.issuperset(map(type, leaves))
+    return (leaves, (len(args), *kwargs)) if simple else _torch.flatten((args, kwargs))
 
 
 def _objects(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revfx import _torch
-from revfx.conversion import Options
+from revfx.conversion import Options, flattened
 from revfx.converted import Reversible, reversible
 from revfx.passes.grid import checked_exact
 from revfx.passes.plan import checked_every
@@ -84,5 +83,5 @@ def convert(
         one = isinstance(example_inputs, torch.Tensor)
         args = (example_inputs,) if one else () if isinstance(example_inputs, dict) else tuple(example_inputs)
         kwargs = example_inputs if isinstance(example_inputs, dict) else {}
-        converted.revfx.prepare(converted, args, kwargs, *_torch.flatten((args, kwargs)))
+        converted.revfx.prepare(converted, args, kwargs, *flattened(args, kwargs))
     return converted

@@ -61,8 +61,6 @@ def closed_over(function: types.FunctionType) -> Iterator[Any]:
 class Random:
     """The state of the CPU's generator, and of those of the accelerators that a region computes on."""
 
-    __slots__ = ("cpu", "others")
-
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self.cpu = torch.get_rng_state().view(torch.int64)  # which compares faster than bytes
         self.others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
