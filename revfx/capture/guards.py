@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.capture.untraceable import Untraceable
-from revfx.eager.state import closed_over, global_names, is_users
+from revfx.eager.state import EMPTY, global_names, held_in, is_users
 from revfx.passes.numbers import is_generic
 
 
@@ -284,16 +284,16 @@ class GlobalReads:
             table = function.__globals__
             found = [(n, table[n]) for n in global_names(function.__code__) if n in table]
             self.globals += [(table, n, v, _lasting(v)) for n, v in found]
-            held = zip(function.__closure__ or (), closed_over(function), strict=False)
+            held = [(c, v) for c in function.__closure__ or () if (v := held_in(c)) is not EMPTY]
             self.cells += [(c, v, _lasting(v)) for c, v in held]
-            stack += [v for _, v in found] + [*closed_over(function)]
+            stack += [v for _, v in (*found, *held)]
 
     def changed(self) -> str | None:
         """Return the name of a global that is not what it was; None where all are."""
         for table, name, value, then in self.globals:
             if _differs(table.get(name), value, then):
                 return f"the global `{name}`"
-        cells = (_differs(cell.cell_contents, value, then) for cell, value, then in self.cells)
+        cells = (_differs(held_in(cell), value, then) for cell, value, then in self.cells)
         return "a variable that its forward closes over" if any(cells) else None
 
     def put_back(self) -> None:
@@ -310,9 +310,7 @@ def _lasting(value: Any) -> Any:
 
 
 def _differs(now: Any, value: Any, then: Any) -> bool:
-    if then is None:
-        return now is not value and key(now) != key(value)
-    return key(now) != then
+    return key(now) != then if then is not None else now is not value and key(now) != key(value)
 
 
 def _is_installed(function: types.FunctionType) -> bool:

@@ -54,7 +54,7 @@ def global_names(code: types.CodeType) -> frozenset[str]:
 
 def closed_over(function: types.FunctionType) -> Iterator[Any]:
     """Return what the variables that a function closes over hold."""
-    return (held for cell in function.__closure__ or () if (held := _held(cell)) is not EMPTY)
+    return (held for cell in function.__closure__ or () if (held := held_in(cell)) is not EMPTY)
 
 
 # --- random state
@@ -219,7 +219,7 @@ class CallState:
         self.locks: list[Any] = []
         self.attributes: list[Attributes] = []
         self.contents: list[tuple[Any, tuple[Any, ...]]] = []
-        self.cells = [(c, held) for c in reach.cells if (held := _held(c)) is not EMPTY]
+        self.cells = [(c, held) for c in reach.cells if (held := held_in(c)) is not EMPTY]
         for module in reach.modules.values():
             self._note_attributes(module)
         self.buffers: list[tuple[dict[str, Any], str, Tensor, int, Tensor]] = []
@@ -285,7 +285,7 @@ class CallState:
         moves = _torch.fsdp_in_use()  # it frees and gathers storages by design
         tables = [(t, t.copy()) for t, *_ in self.attributes]
         contents = [(c, content(c)) for c, _ in self.contents]
-        cells = [(c, now) for c, then in self.cells if (now := _held(c)) is not then]
+        cells = [(c, now) for c, then in self.cells if (now := held_in(c)) is not then]
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         turned: list[tuple[Tensor, bool]] = []
         random = None if self.random is None else Random([d for d, _ in self.random.others])
@@ -382,7 +382,8 @@ def _wrote(buffer: Tensor, version: int, copy: Tensor) -> bool:
     return silent or _torch.version(buffer) != version
 
 
-def _held(cell: types.CellType) -> Any:
+def held_in(cell: types.CellType) -> Any:
+    """Return what a variable of a closure holds; EMPTY where it is not assigned."""
     try:
         return cell.cell_contents
     except ValueError:  # not assigned yet

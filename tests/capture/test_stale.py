@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from zoo import D, Pairs, mlp
 
 import revfx
+from revfx.capture.guards import GlobalReads
 from revfx.errors import RevfxWarning
 from revfx.testing import assert_same_grads
 
@@ -251,3 +252,16 @@ def test_hooks_that_look_on_and_writes_to_what_is_new_leave_the_plan() -> None:
     assert_same_grads(converted, model, [x_()])
     assert seen
     assert converted.revfx.plans
+
+
+def test_a_variable_that_is_not_assigned_yet_does_not_shift_the_ones_after_it() -> None:
+    def forward() -> tuple[float, float]:
+        return early, scale
+
+    scale = 2.0
+    reads = GlobalReads([forward])
+    assert reads.changed() is None
+    early, scale = 1.0, 3.0
+    assert reads.changed() == "a variable that its forward closes over"
+    reads.put_back()
+    assert forward() == (1.0, 2.0)
