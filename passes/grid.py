@@ -20,22 +20,34 @@ import torch
 from torch import Tensor
 
 
-DEFAULT = 14  # multiples of 2^-14 up to 1024 in float32
 FINEST = 22  # of float32, whose range is then +-4
 SLACK = 2.0**-18  # by how much rounding may take a factor beyond its bound
 MOST_BITS = 8  # kept per element: factors down to 1/256
 
 
-def checked_exact(exact: Any) -> int | None:
-    """Return the k of the grid 2^-k that `exact` asks for: None for False, `DEFAULT` for True.
+def checked_grid(grid: Any) -> int | None:
+    """Return `grid`, the k of a grid 2^-k, or None.
 
     Raises:
-        ValueError: it is neither a bool nor a whole number from 1 to `FINEST`.
+        ValueError: it is no whole number from 1 to `FINEST`.
     """
-    if isinstance(exact, bool) or exact is None:
-        return DEFAULT if exact else None
-    if not isinstance(exact, int) or not 1 <= exact <= FINEST:
-        raise ValueError(f"`exact={exact!r}` must be True, False, or the k of a grid 2^-k from 1 to {FINEST}.")
+    if grid is None or (isinstance(grid, int) and not isinstance(grid, bool) and 1 <= grid <= FINEST):
+        return grid
+    raise ValueError(f"`grid={grid!r}` must be None, or the k of a grid 2^-k, from 1 to {FINEST}.")
+
+
+def checked_exact(exact: Any, grid: Any) -> bool:
+    """Return `exact`, which is True or False.
+
+    Raises:
+        ValueError: it is something else, or False beside a `grid`.
+    """
+    if isinstance(exact, int) and not isinstance(exact, bool):
+        raise ValueError(f"`exact={exact!r}` must be True or False; `grid={exact!r}` is a grid of 2^-{exact}.")
+    if not isinstance(exact, bool):
+        raise ValueError(f"`exact={exact!r}` must be True or False.")
+    if not exact and grid is not None:
+        raise ValueError(f"`exact=False` and `grid={grid!r}`: what lies on a grid is exact.")
     return exact
 
 

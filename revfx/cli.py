@@ -81,7 +81,8 @@ EXPLAIN: Mapping[str, dict[str, Any]] = {
     "--dtype": dict(default="float32", help="of inputs that don't say theirs (default: float32)"),
     "--measure": dict(action="store_true", help="also train a few real steps and measure them"),
     "--backend": dict(choices=["revfx"], help="of torch.compile: the regions of each of its graphs"),
-    "--exact": dict(action="store_true", help="with convert(exact=True)"),
+    "--rounding": dict(action="store_true", help="with convert(exact=False)"),
+    "--grid": dict(type=int, metavar="K", help="with convert(grid=K)"),
     "--anchor-every": dict(type=int, metavar="K", help="with convert(anchor_every=K)"),
     "--save": dict(metavar="PATH", help="write a page (.html), the graph (.svg) or the data (.json)"),
     "--json": dict(action="store_true", help="print the data as JSON, and nothing else"),
@@ -89,7 +90,6 @@ EXPLAIN: Mapping[str, dict[str, Any]] = {
 DEMO: Mapping[str, dict[str, Any]] = {
     "--epochs": dict(type=int, default=4, help="default: 4"),
     "--depth": dict(type=int, default=8, help="couplings of convolutions (default: 8)"),
-    "--exact": dict(action="store_true", help="gradients that are bitwise those of stored activations"),
     "--save": dict(default="revfx-demo.html", metavar="PATH", help="the page to write (default: revfx-demo.html)"),
     "--json": dict(action="store_true", help="print the result as JSON, and nothing else"),
 }
@@ -104,9 +104,10 @@ def _explain(args: argparse.Namespace) -> int:
         raise WrongArguments(f"--save {args.save}: the name must end in .html, .svg or .json")
     with bar(5 if args.measure else 3, "loading"):
         model, inputs = load(args.model, args.input, args.dtype)
-        if args.exact or args.anchor_every is not None:
+        if args.rounding or args.grid is not None or args.anchor_every is not None:
+            asked: dict[str, Any] = {"exact": not args.rounding, "grid": args.grid, "anchor_every": args.anchor_every}
             try:
-                model = revfx.convert(model, exact=args.exact, anchor_every=args.anchor_every)
+                model = revfx.convert(model, **asked)
             except ValueError as e:
                 raise WrongArguments(str(e)) from e
         found = revfx.explain(model, *inputs, measure=args.measure, backend=args.backend)
@@ -121,4 +122,4 @@ def _explain(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from revfx.demo import demo
 
-    return demo(args.epochs, args.depth, args.exact, args.save, args.json)
+    return demo(args.epochs, args.depth, args.save, args.json)

@@ -16,7 +16,7 @@ from revfx import _fake, _torch
 from revfx.ambient import ambient_state
 from revfx.capture.data import Spot
 from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
-from revfx.capture.search import Outcome, Plan, make_plan
+from revfx.capture.search import Outcome, Plan, Wishes, make_plan
 from revfx.compiled.dynamo import Compiled
 from revfx.eager.modes import can_store, runs_plain, storing
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
@@ -33,7 +33,13 @@ class Options:
     strict: bool
     part: bool = False
     anchor_every: int | None = None
-    exact: int | None = None
+    exact: bool = True
+    grid: int | None = None
+
+    @property
+    def wishes(self) -> Wishes:
+        """Return what regions are asked for."""
+        return Wishes(self.exact, self.grid, self.anchor_every)
 
 
 class Conversion:
@@ -112,7 +118,7 @@ class Conversion:
                     f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"
                     " an argument or a buffer."
                 )
-            given = model, self.forward(model), args, kwargs, self.options.anchor_every, self.options.exact
+            given = model, self.forward(model), args, kwargs, self.options.wishes
             outcome = make_plan(*given, self._carries(model, why))
             if outcome.plan is None and self.carried:
                 self.carried, self.constant = frozenset[Spot](), self.constant | self.carried
@@ -161,7 +167,7 @@ class Conversion:
         self.compiled_tried = True
         own, name, options = self.own_forward, name_of(model), self.options
         forward = type(model)._revfx_base.forward if own is None else own  # type: ignore[union-attr]
-        return Compiled(name, forward, options.anchor_every, options.exact)
+        return Compiled(name, forward, options.anchor_every, options.grid)
 
     def _call_compiled(self, compiled: Compiled, model: nn.Module, args: Any, kwargs: Any) -> Any:
         result = compiled.call(model, (model, *args) if self.own_forward is None else args, kwargs)
@@ -193,7 +199,7 @@ class Conversion:
         leaves, spec = flattened(args, kwargs)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         plain = runs_plain(tensors)
-        store = plain and (storing() or self.options.exact is not None) and can_store(tensors)
+        store = plain and (storing() or self.options.grid is not None) and can_store(tensors)
         if (plain and not store) or _torch.has_global_module_hooks():
             return forward(*args, **kwargs)
         if self.options.capture == "dynamo" and self.compiled is None:

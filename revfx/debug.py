@@ -22,7 +22,7 @@ def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None
 
     Args:
         rtol: the largest norm of a difference, relative to the norm; default: the square root of the dtype's eps, of
-            the narrowest dtype that autocast makes in the region; with `exact`, 0.
+            the narrowest dtype that autocast makes in the region; 0 where regeneration is lossless.
 
     Raises:
         RegenerationError: in the backward, at the first value that is off by more: it names the value, the layer, the
@@ -49,7 +49,7 @@ class _Checks(Originals):
         else:
             dtypes = [before.dtype, *(dtype for _, enabled, dtype in run.autocast if enabled)]
             eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-            limit = self.rtol if self.rtol is not None else 0.0 if run.plan.exact else eps**0.5
+            limit = self.rtol if self.rtol is not None else 0.0 if run.lossless else eps**0.5
             finite = before.isfinite()
             error = relative_error(tensor[finite], before[finite])
             if not error <= limit or not torch.equal(tensor[~finite].nan_to_num(), before[~finite].nan_to_num()):

@@ -39,13 +39,13 @@ def make(depth: int) -> nn.Module:
     return RevNet(depth, channels=16)
 
 
-def demo(epochs: int, depth: int, exact: bool, save: str, as_json: bool) -> int:
+def demo(epochs: int, depth: int, save: str, as_json: bool) -> int:
     """Train, print a table, and return 0 if both runs learn the digits and the converted one takes less memory, else 1.
 
     `save` is the page to write: .html, .svg or .json.
     """
     x, y, x_test, y_test = digits()
-    models = {"plain": make(depth), "revfx": revfx.convert(make(depth), exact=exact)}
+    models = {"plain": make(depth), "revfx": revfx.convert(make(depth))}
     torch.set_num_threads(1)  # small images gain nothing by more, and one thread repeats
     with bar(epochs * (len(x) // BATCH) + 2, "training") as advance:
         apart = max_difference(models["revfx"], x[:BATCH], y[:BATCH])

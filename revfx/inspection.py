@@ -111,7 +111,7 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
     """
     modules = dict(op.named_modules())
     captured = capture(op, op.forward, tuple(inputs), {}, frozenset())
-    lowered = lower(captured.graph, modules.__getitem__)
+    lowered = lower(captured.graph, modules.__getitem__, barred={})
     program, leaves = lowered.program, pytree.tree_leaves((tuple(inputs), {}))
     env: Env = {i: leaves[at] for i, at in zip(lowered.inputs, captured.inputs, strict=True)}
     env |= {lowered.index[n]: getattr(modules[path], name) for n, (path, name) in captured.attributes.items()}

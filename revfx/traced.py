@@ -21,7 +21,7 @@ def free_couplings(anchor_every: int | None) -> None:
 
 
 def free_couplings_of(model: Any) -> None:
-    """Do as `free_couplings` for a converted model, unless it was to be exact: inductor rounds as it likes."""
+    """Do as `free_couplings` for a converted model, unless it lies on a grid: inductor rounds as it likes."""
     known = getattr(model, "_revfx", None)
-    if known is not None and known[0].options.exact is None:
+    if known is not None and known[0].options.grid is None:
         free_couplings(known[0].options.anchor_every)

@@ -356,8 +356,14 @@ def test_strict_and_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="`capture='dynamo!'` is not known"):
         revfx.convert(mlp(), capture="dynamo!")
     for wrong in (0, 23, 1.5, "yes"):
-        with pytest.raises(ValueError, match=r"`exact=.*` must be True, False, or the k of a grid"):
+        with pytest.raises(ValueError, match=r"`exact=.*` must be True or False"):
             revfx.convert(mlp(), exact=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"`grid=.*` must be None, or the k of a grid"):
+            revfx.convert(mlp(), grid=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`exact=14` must be True or False; `grid=14` is a grid"):
+        revfx.convert(mlp(), exact=14)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`exact=False` and `grid=14`"):
+        revfx.convert(mlp(), exact=False, grid=14)
     with pytest.raises(revfx.NotReversibleError, match="left as it was"):
         revfx.convert(mlp(), (torch.randn(2, D),), strict=True)
     converted = revfx.convert(Additive(2))

@@ -120,7 +120,7 @@ def test_the_model_and_its_conversion_have_one_state() -> None:
 
 def test_two_conversions_of_one_model_are_apart() -> None:
     plain = Net()
-    model, exact = revfx.convert(plain), revfx.convert(plain, exact=True)
+    model, exact = revfx.convert(plain), revfx.convert(plain, grid=14)
     x = torch.randn(5, 8)
     assert torch.equal(model(x), plain(x)) and not torch.equal(exact(x), plain(x))
     assert not hasattr(plain, "revfx")
@@ -278,7 +278,7 @@ def test_classes_with_rules_of_their_own_are_converted_and_copied(name: str) -> 
 @pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
 def test_pickled_models_are_converted_ones() -> None:
     for plain in (Flat(), fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))):
-        model: Any = revfx.convert(plain, exact=True)
+        model: Any = revfx.convert(plain, grid=14)
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)

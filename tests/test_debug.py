@@ -104,7 +104,7 @@ def test_a_rule_that_is_no_inverse_is_named(wrong_roll: None, fp64: None) -> Non
 def test_the_tolerance_is_the_callers() -> None:
     x = torch.randn(16, 32, requires_grad=True)
     with check_regeneration(rtol=0.0), pytest.raises(RegenerationError, match=r"is off by \d\.\de-0[678]"):
-        step(revfx.convert(Additive(8)), x)
+        step(revfx.convert(Additive(8), exact=False), x)
 
 
 def test_an_infinity_that_stays_one_is_right() -> None:
@@ -114,11 +114,10 @@ def test_an_infinity_that_stays_one_is_right() -> None:
         step(revfx.convert(Additive(3)), x.requires_grad_())
 
 
-def test_numbers_that_come_back_as_nan_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_come_back_as_nan_are_named() -> None:
     x = torch.randn(4, 32)
     x[0, 0] = torch.nan  # which a coupling spreads to numbers that are right before it
     with check_regeneration():
-        step(revfx.convert(Additive(3)), x.requires_grad_())  # these are kept
-    monkeypatch.setattr("revfx.eager.cancellation.loses", lambda *given: False)
+        step(revfx.convert(Additive(3)), x.requires_grad_())  # whose codes store them
     with check_regeneration(), pytest.raises(RegenerationError, match=r"is off by nan .*after solving"):
-        step(revfx.convert(Additive(3)), x)
+        step(revfx.convert(Additive(3), exact=False), x)

@@ -39,17 +39,12 @@ MAY["bench"] = {*MAY["report"], "report"}
 MAY["cli_models"] = {"errors"}
 MAY["demo"] = MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["bench"], "bench", "demo", "cli", "cli_models"}
 # Of the passes, the eager mode takes the data that they make, what it costs to run, and the arithmetic of grids.
-PROGRAMS = {"_torch", "closure", "cuts", "grid", "plan", "program", "regions", "schedule"}
+PROGRAMS = {"_torch", "closure", "composed", "cuts", "grid", "plan", "program", "regions", "schedule"}
 # What `__init__` and the command line import only when it is used: most programs never ask for a report.
 LATER = {"report", "bench", "demo"}
 ASK_LATER = {"", "__main__", "cli", "debug", "testing"}
 # Imports against the direction, each with its reason.
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("revfx.eager.cancellation", "revfx.passes.numbers"): "what runs measure of numbers",
-    ("revfx.eager.numerics", "revfx.passes.numbers"): "what runs measure of numbers",
-    ("revfx.eager.branches", "revfx.passes.names"): "which operations have kinks",
-    ("revfx.eager.branches", "revfx.passes.numbers"): "what runs measure of numbers",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 PRIVATE = ("torch._C", "torch._subclasses", "torch._functorch", "torch._dynamo", "torch._inductor", "functorch")
 TESTS = Path(__file__).parent
 

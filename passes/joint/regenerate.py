@@ -52,14 +52,14 @@ class Options:
 
     `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps. Before
     every `anchor_every` couplings a cut is kept in any case. `decompositions` says how the graph spells operators.
-    `exact`: regions compute on the grid 2^-exact, and what is regenerated must be bit for bit what it was. `stored` is
+    `grid`: regions compute on the grid 2^-grid, and what is regenerated must be bit for bit what it was. `stored` is
     an identity that an inner compiler which fuses does not look through (see `revfx.passes.joint.borders`).
     """
 
     unbounded: str = "assert"
     tolerance: float | None = None
     anchor_every: int | None = None
-    exact: int | None = None
+    grid: int | None = None
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     stored: Stored | None = None
 
@@ -334,7 +334,7 @@ class Regenerator:
 
     def _compare_bits(self, v: int, now: fx.Node, where: str) -> None:
         message = (
-            f"revfx: exact: a value regenerated in the backward is not bit for bit the forward's (below {where}): the "
+            f"revfx: grid: a value regenerated in the backward is not bit for bit the forward's (below {where}): the "
             "kernels of the backward do not round as those of the forward do; compile with "
             "options={'inner': 'aot_eager'}"
         )
@@ -349,8 +349,8 @@ class Regenerator:
             node, most = self._original(v), limit(value.dtype, value.grid)
             where = self.program.ops[self.program.made_at[v]].where
             message = (
-                f"revfx: exact={value.grid}: a value at {where or 'an unknown place'} is not finite or not below "
-                f"{most:.4g}, where a grid of steps 2^-{value.grid} has room in {value.dtype}; use a smaller `exact`, "
+                f"revfx: grid={value.grid}: a value at {where or 'an unknown place'} is not finite or not below "
+                f"{most:.4g}, where a grid of steps 2^-{value.grid} has room in {value.dtype}; use a smaller `grid`, "
                 "scale the activations down, or do without"
             )
             self._check_forward(lambda t, most=most: t.abs().amax() < most, [node], message)

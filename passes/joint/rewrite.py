@@ -80,12 +80,12 @@ def rewrite(
     """
     recorder = Recorder(joint, options.decompositions)
     _pin_updates(joint, num_outputs, recorder)
-    if options.exact is None:
+    if options.grid is None:
         forward = forward_half(joint, num_outputs, static, facts)
         regions, stuck = find_regions(forward.lowered.program)
         written = forward.lowered.program
     else:
-        forward, regions, stuck, written = exact_forward(joint, num_outputs, static, facts, options.exact, recorder)
+        forward, regions, stuck, written = exact_forward(joint, num_outputs, static, facts, options.grid, recorder)
     program = forward.lowered.program
     refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(written, s)))
     readers = _readers(joint, forward)
@@ -96,7 +96,7 @@ def rewrite(
     for region in reversed(regions):
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
-        if options.exact is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
+        if options.grid is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
         cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
         try:

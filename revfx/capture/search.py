@@ -126,6 +126,15 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What regions are asked for: `exact`, `grid` and `anchor_every` of `convert`."""
+
+    exact: bool = True
+    grid: int | None = None
+    anchor_every: int | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded, and whether
     `torch.compile` may do better then. `guard`: how the root was where there is no plan.
@@ -148,16 +157,14 @@ def make_plan(
     forward: Forward,
     args: Any,
     kwargs: Any,
-    anchor_every: int | None = None,
-    exact: int | None = None,
+    wishes: Wishes | None = None,
     carried: frozenset[Spot] = frozenset(),
 ) -> Outcome:
     """Return the plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
 
-    Its regions keep the cut before every `anchor_every` couplings, and compute on the grid 2^-exact. The numbers that
-    are attributes at `carried` are inputs of the plan.
+    Its regions are as `wishes` says. The numbers that are attributes at `carried` are inputs of the plan.
     """
-    search = _Search(root, forward, args, kwargs, anchor_every, exact, carried)
+    search = _Search(root, forward, args, kwargs, wishes or Wishes(), carried)
     try:
         # the fake forward may run inside another region, and under modes that count or change what runs
         with without_hooks(), outside_modes(), muted(_fake.FAKE_LOGGER):
@@ -178,11 +185,10 @@ class _Search:
         forward: Forward,
         args: Any,
         kwargs: Any,
-        anchor_every: int | None,
-        exact: int | None,
+        wishes: Wishes,
         carried: frozenset[Spot],
     ) -> None:
-        self.anchor_every, self.exact, self.carried = anchor_every, exact, carried
+        self.wishes, self.carried = wishes, carried
         self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
         self.modules = dict(root.named_modules(remove_duplicate=True))
         self.closed: set[str] = set()
@@ -200,8 +206,8 @@ class _Search:
         captured, lowered, regions, stuck = found
         reasons = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
         refusals = tuple(dict.fromkeys((*self.refusals.values(), *reasons)))
-        if regions and self.exact is not None:
-            captured, lowered, regions = self._on_grid(captured, lowered, regions, self.exact)
+        if regions and self.wishes.grid is not None:
+            captured, lowered, regions = self._on_grid(captured, lowered, regions, self.wishes.grid)
         if not regions:
             return Outcome(None, refusals, guard=_modes_of(self.root))
         return Outcome(self._plan(captured, lowered, regions), refusals)
@@ -219,8 +225,8 @@ class _Search:
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
         captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried)
-        lowered = lower(captured.graph, self.modules.__getitem__)
-        if self.exact is None:
+        lowered = lower(captured.graph, self.modules.__getitem__, barred={})
+        if self.wishes.grid is None:
             return (captured, lowered, *find_regions(lowered.program))
         program, regions, stuck = exact_regions(lowered.program)
         return captured, replace(lowered, program=program), regions, stuck
@@ -231,7 +237,7 @@ class _Search:
         """Return the same forward with its regions on a grid."""
         put_on_grid(lowered, regions, k, _insert)
         outputs: Any = next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0]
-        lowered = lower(captured.graph, self.modules.__getitem__, exact=True)
+        lowered = lower(captured.graph, self.modules.__getitem__, exact=True, barred={})
         pairs = zip(captured.outputs, outputs, strict=True)
         outputs = tuple(replace(was, tensors=now) if isinstance(was, Carried) else now for was, now in pairs)
         return replace(captured, outputs=outputs), lowered, find_regions(lowered.program, all_pay=True)[0]
@@ -310,7 +316,7 @@ class _Search:
         own, whole = self._readable(captured)
         return Plan(
             lowered, captured, segments(lowered.program, regions),
-            {r.start: RegionPlan(lowered.program, r, anchor_every=self.anchor_every) for r in regions},
+            {r.start: RegionPlan(lowered.program, r, self.wishes.exact, self.wishes.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple((t, _torch.version(t), _torch.data_address(t), place) for t, place in guarded), tuple(tied),
             module_guards(own, whole, captured.reads, captured.written),

@@ -11,7 +11,7 @@ from revfx.compiled import _inductor
 from revfx.compiled.partitioner import ReversiblePartitioner
 
 
-OWN = ("unbounded", "tolerance", "strict", "anchor_every", "exact")
+OWN = ("unbounded", "tolerance", "strict", "anchor_every", "exact", "grid")
 
 
 def revfx(
@@ -28,8 +28,8 @@ def revfx(
         example_inputs: its inputs.
         mode: a mode of `torch.compile`, for inductor.
         options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; `unbounded`, `tolerance`,
-            `strict`, `anchor_every`, `exact`: see `ReversiblePartitioner`; everything else is a setting of inductor, as
-            without `backend`.
+            `strict`, `anchor_every`, `exact`, `grid`: see `ReversiblePartitioner`; everything else is a setting of
+            inductor, as without `backend`.
 
     Raises:
         ValueError: an unknown option.
@@ -55,7 +55,7 @@ def revfx(
         raise ValueError(
             "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."
         )
-    if partitioner.options.exact is not None:
+    if partitioner.options.grid is not None:
         given = {"emulate_precision_casts": True, **given}  # else a fused kernel keeps more bits than a lone one
     patches = {**(_inductor.list_mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
     return cast(Any, _inductor.compile_fx)(gm, list(example_inputs), config_patches=patches)

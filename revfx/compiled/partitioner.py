@@ -21,7 +21,7 @@ from revfx import _torch, passes, rules
 from revfx.compiled import _inductor
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.passes.facts import Facts, facts_of
-from revfx.passes.grid import checked_exact
+from revfx.passes.grid import checked_grid
 from revfx.passes.joint.aliases import save_bases
 from revfx.passes.joint.borders import STEP
 from revfx.passes.joint.regenerate import Options
@@ -58,8 +58,9 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
             every step, and what rounding grows to by all factors between two kept cuts, and raises in the backward
             where it is too much; "store" keeps the inputs of couplings where it might be.
         tolerance: what rounding may grow to between two kept cuts (relative); None: sqrt(eps) of the dtype.
-        exact: make what is regenerated equal to the forward's bit for bit, by rounding what couplings add to multiples
-            of 2^-14 (2^-k for `exact=k`), see `revfx.convert`. Under inductor, whose kernels in the backward may round
+        exact: must be False: a whole graph's kernels may round otherwise in the backward, which no code can mend.
+        grid: round what couplings add to multiples of 2^-k for `grid=k`, so that what is regenerated equals the
+            forward's bit for bit, see `revfx.convert`. Under inductor, whose kernels in the backward may round
             otherwise, a run in which it is not equal raises.
         anchor_every: keep the cut before every so many couplings of a region as well; None: only where `tolerance`
             demands it.
@@ -72,15 +73,22 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         tolerance: float | None = None,
         strict: bool = False,
         anchor_every: int | None = None,
-        exact: bool | int = False,
+        exact: bool = False,
+        grid: int | None = None,
     ) -> None:
         if unbounded not in ("assert", "store"):
             raise ValueError(f"`unbounded={unbounded!r}` is not known; use 'assert' or 'store'.")
         if tolerance is not None and not (isinstance(tolerance, float) and 0 < tolerance < 1):
             raise ValueError(f"`tolerance={tolerance!r}` must be a float between 0 and 1, or None.")
+        if exact:
+            raise ValueError(
+                "`exact=True`: inductor's kernels may round a function otherwise when it runs again in the backward, so"
+                " a graph that it compiles can't be lossless. `revfx.convert` is, in eager mode; `grid=14` keeps what"
+                " couplings add on a grid."
+            )
         if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"`strict={strict!r}` must be True or False.")
-        self.options = Options(unbounded, tolerance, checked_every(anchor_every), checked_exact(exact))
+        self.options = Options(unbounded, tolerance, checked_every(anchor_every), checked_grid(grid))
         self.strict = strict
         self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
 

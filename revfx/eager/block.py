@@ -26,7 +26,7 @@ from revfx.eager.modes import can_store, runs_plain, store_region
 from revfx.eager.region_plan import RegionPlan
 from revfx.eager.state import Reach
 from revfx.errors import NotReversibleError
-from revfx.passes.grid import Coupling, carrier, checked_exact, to_grid
+from revfx.passes.grid import Coupling, carrier, checked_exact, checked_grid, to_grid
 from revfx.passes.plan import checked_every
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, extend
@@ -46,14 +46,16 @@ def rev_block(
     g_side_input: Any = None,
     is_training: bool = True,
     *,
-    exact: bool | int = False,
+    exact: bool = True,
+    grid: int | None = None,
     anchor_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y1, y2) after `num_layers` additive couplings, keeping only the last pair for the backward.
+    """Return (y1, y2) after `num_layers` additive couplings, keeping for the backward the last pair and, of the others,
+    what rounding makes their inverses miss.
 
     Forward, per layer: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; the backward computes `x2 = y2 - g(y1)`,
-    `x1 = y1 - f(x2)`, up to rounding. x1 and x2 may have different shapes as long as f maps x2 to x1's and g maps y1 to
-    x2's.
+    `x1 = y1 - f(x2)`, and corrects both by their codes: gradients are those of ordinary storage, bit for bit. x1 and x2
+    may have different shapes as long as f maps x2 to x1's and g maps y1 to x2's.
 
     Args:
         x1, x2: floating-point tensors.
@@ -64,19 +66,21 @@ def rev_block(
         f_side_input, g_side_input: None, or anything (usually a list) that f (g) gets as its second argument in every
             layer; tensors in it may need gradients. Empty containers count as None.
         is_training: False computes the same with ordinary autograd storage.
-        exact: round x1, x2 and what f and g return to multiples of 2^-14 (2^-k for `exact=k`), in float32 where the
-            streams are in half precision, so that the backward computes the very bits back: gradients are then bitwise
-            those of ordinary storage (`is_training=False`). Below 1024 (2^(24-k)) only, in float32. See `convert`.
+        exact: False: without codes, so that memory does not grow with num_layers and gradients are right up to
+            rounding.
+        grid: round x1, x2 and what f and g return to multiples of 2^-k for `grid=k`, in float32 where the streams are
+            in half precision, so that the backward computes the very bits back without codes. Below 2^(24-k) only, in
+            float32. See `convert`.
         anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
-            grows with num_layers / anchor_every, and rounding only from one to the next. In a model compiled with
-            `backend="revfx"` the backend's option of this name says so; in one compiled by inductor the least of all
-            blocks in a graph counts.
+            grows with num_layers / anchor_every, and without codes rounding only from one to the next. In a model
+            compiled with `backend="revfx"` the backend's option of this name says so; in one compiled by inductor the
+            least of all blocks in a graph counts.
 
     Raises:
-        RangeError: with `exact`, a stream leaves the range of the grid, or is not finite (not looked at by
-            `torch.compile`, where an exact chain has ordinary storage unless `backend="revfx"` finds it).
-        ValueError: a wrong `exact` or `anchor_every`; a sequence of the wrong length; f or g changes the shape, dtype
-            or device of its stream.
+        RangeError: with `grid`, a stream leaves its range, or is not finite (not looked at by `torch.compile`, where a
+            chain on a grid has ordinary storage unless `backend="revfx"` finds it).
+        ValueError: a wrong `exact`, `grid` or `anchor_every`; a sequence of the wrong length; f or g changes the shape,
+            dtype or device of its stream.
         TypeError: x1 or x2 is not floating point while a gradient is needed, or nested, or sparse.
         NotReversibleError: f or g writes to its input in place.
     """
@@ -84,15 +88,16 @@ def rev_block(
     sides = (_side(f_side_input), _side(g_side_input))
     _check_streams(x1, x2, layers, sides)
     checked_every(anchor_every)
-    k = checked_exact(exact)
+    k = checked_grid(grid)
+    checked_exact(exact, k)
     floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
     if num_layers == 0 or not floating:
         return plain(x1, x2, layers, sides)
     if k is None:
-        return _chain(x1, x2, layers, sides, is_training, None, anchor_every)
+        return _chain(x1, x2, layers, sides, is_training, None, exact, anchor_every)
     dtypes = x1.dtype, x2.dtype
     layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
-    y1, y2 = _chain(to_grid(x1, k), to_grid(x2, k), layers, sides, is_training, k, anchor_every)
+    y1, y2 = _chain(to_grid(x1, k), to_grid(x2, k), layers, sides, is_training, k, exact, anchor_every)
     return y1.to(dtypes[0]), y2.to(dtypes[1])
 
 
@@ -103,6 +108,7 @@ def _chain(
     sides: tuple[Any, Any],
     is_training: bool,
     k: int | None,
+    exact: bool,
     anchor_every: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y1, y2), with streams on the grid 2^-k where k is given."""
@@ -116,7 +122,7 @@ def _chain(
         return plain(x1, x2, layers, sides, k)
     side_tensors, side_slots = _number_sides(sides, first=2)
     shapes = len(layers), _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), k
-    plan = _plan_of(layers[0][0], shapes, anchor_every)
+    plan = _plan_of(layers[0][0], shapes, exact, anchor_every)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
     calls = _calls(layers, side_slots, len(env), k)
     if storing:
@@ -130,19 +136,19 @@ def _chain(
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, RegionPlan]] = weakref.WeakKeyDictionary()
 
 
-def _plan_of(first: Any, shapes: Shapes, anchor_every: int | None) -> RegionPlan:
-    """Return the plan of the chains that begin with a function, which counts their calls, and warns once for them; one
-    of its own where nothing can be known of the function later.
+def _plan_of(first: Any, shapes: Shapes, exact: bool, anchor_every: int | None) -> RegionPlan:
+    """Return the plan of the chains that begin with a function, which learns from their calls, and warns once for them;
+    one of its own where nothing can be known of the function later.
     """
     key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
     try:
         mine = _plans.setdefault(key, {})
     except TypeError:  # not hashable, or not to be referred to weakly
         mine = {}
-    plan = mine.get((shapes, anchor_every))
+    plan = mine.get((shapes, exact, anchor_every))
     if plan is None:  # `setdefault`: another thread may have made one meanwhile
-        made = RegionPlan(*_program(*shapes), anchor_every=anchor_every and 2 * anchor_every)  # f's and g's step
-        plan = mine.setdefault((shapes, anchor_every), made)
+        made = RegionPlan(*_program(*shapes), exact, anchor_every and 2 * anchor_every)  # f's and g's step
+        plan = mine.setdefault((shapes, exact, anchor_every), made)
     return plan
 
 
@@ -157,15 +163,24 @@ class RevBlock(nn.Module):
             re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of `num_layers`
             modules or functions, used as it is; or a function of x without weights, used in every layer.
         num_layers: the number of couplings.
-        exact, anchor_every: see `rev_block`. An exact block's `inverse` gives x1 and x2 back as they were rounded, bit
-            for bit, unless they are in half precision.
+        exact, grid, anchor_every: see `rev_block`. The `inverse` of a block on a grid gives x1 and x2 back as they were
+            rounded, bit for bit, unless they are in half precision.
     """
 
     def __init__(
-        self, f: Any, g: Any, num_layers: int = 1, *, exact: bool | int = False, anchor_every: int | None = None
+        self,
+        f: Any,
+        g: Any,
+        num_layers: int = 1,
+        *,
+        exact: bool = True,
+        grid: int | None = None,
+        anchor_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_layers, self.exact, self.anchor_every = num_layers, checked_exact(exact), checked_every(anchor_every)
+        self.num_layers, self.anchor_every = num_layers, checked_every(anchor_every)
+        self.grid = checked_grid(grid)
+        self.exact = checked_exact(exact, grid)
         self.f = _per_layer("f", f, num_layers)
         self.g = _per_layer("g", g, num_layers)
 
@@ -173,16 +188,15 @@ class RevBlock(nn.Module):
         self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return (y1, y2); see `rev_block`."""
-        sides, exact = (f_side_input, g_side_input), False if self.exact is None else self.exact
-        every = self.anchor_every
-        return rev_block(x1, x2, self.f, self.g, self.num_layers, *sides, exact=exact, anchor_every=every)
+        wishes: dict[str, Any] = {"exact": self.exact, "grid": self.grid, "anchor_every": self.anchor_every}
+        return rev_block(x1, x2, self.f, self.g, self.num_layers, f_side_input, g_side_input, **wishes)
 
     def inverse(
         self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return (x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, stored plainly."""
         f_side, g_side = _side(f_side_input), _side(g_side_input)
-        layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.exact
+        layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.grid
         if k is not None:
             y1, y2 = to_grid(y1, k), to_grid(y2, k)
             layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
@@ -193,7 +207,7 @@ class RevBlock(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the number of couplings, for `print`."""
-        given = {"exact": self.exact, "anchor_every": self.anchor_every}
+        given = {"exact": None if self.exact else False, "grid": self.grid, "anchor_every": self.anchor_every}
         return ", ".join([f"num_layers={self.num_layers}", *(f"{n}={v}" for n, v in given.items() if v is not None)])
 
 
@@ -285,7 +299,7 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
 
 # --- the computation
 def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
-    """Return `function` as it is outside of an exact block, of a stream `reads`, added to one of dtype `adds`."""
+    """Return `function` as it is outside of a block on a grid, of a stream `reads`, added to one of dtype `adds`."""
     if carrier(reads) == reads and carrier(adds) == adds:
         return function
     return functools.partial(_narrowed, function, reads, adds)
@@ -324,13 +338,10 @@ def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]
     return tensors, slots
 
 
-UNKNOWN = "its functions may tell numbers apart"
-
-
 def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> tuple[Arc, ...]:
     barred = "the block's input is kept anyway" if given else None
-    if k is None:  # h is made of the other stream, to which something made of x was added
-        return (Arc(x, (y, h), torch.sub, False, barred, suspect=not given, told=UNKNOWN, text=text, follows=True),)
+    if k is None:
+        return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, text=text),)
     solve = Coupling("add", k, rest=lambda h: h).inverse
     return (Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=True),)
 

@@ -54,8 +54,8 @@ def spread(tensor: Any, like: Spread | None) -> Any:
     held = _held(tensor)
     if (tensor.stride(), held.stride()) == (like.stride, like.held_stride) or tuple(held.shape) != like.held_shape:
         return tensor
-    held = restrided(held, like.held_shape, like.held_stride)
     whole = {"shape": tensor.shape, "stride": like.stride}
+    held = restrided(held, like.held_shape, like.held_stride)
     return type(tensor).from_local(held, tensor.device_mesh, tensor.placements, run_check=False, **whole)
 
 
@@ -74,10 +74,10 @@ def piece(tensor: Any) -> Tensor:
     return local[:0].reshape(-1) if any(p.is_partial() for p in found) else local
 
 
-def numbers(*scalars: Tensor) -> list[float]:
-    """Return the values of scalars; of DTensors, those of the whole, the same in every process."""
-    stacked: Any = torch.stack(scalars)
-    return (stacked if placements(stacked) is None else stacked.full_tensor()).tolist()
+def holding(tensor: Any, piece: Tensor) -> Any:
+    """Return `tensor`, a DTensor, with `piece` as what this process holds of it."""
+    whole = {"shape": tensor.shape, "stride": tensor.stride()}
+    return type(tensor).from_local(piece, tensor.device_mesh, tensor.placements, run_check=False, **whole)
 
 
 def arrived(tensor: Any) -> Tensor:

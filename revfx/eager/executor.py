@@ -1,10 +1,10 @@
 """Runs a region: its real operations under saved-tensor hooks that free what autograd would keep and regenerate it.
 
 Forward: every tensor that autograd packs becomes a handle (operation, k). Of the values only the region's last cut, its
-first cut, side inputs and the cuts that numerics demand stay alive. Backward: the first unpack out of a step drops
-everything of the step after it, regenerates this one from the cut above it (each operation once, its saved tensors
-captured as it runs) and hands the tensors out. After `torch.utils.checkpoint(use_reentrant=False)`, which keeps each
-step's input where this derives it from its output.
+first cut and side inputs stay alive, and of those that an inverse gives back up to rounding what it misses. Backward:
+the first unpack out of a step drops everything of the step after it, regenerates this one from the cut above it (each
+operation once, its saved tensors captured as it runs) and hands the tensors out. After
+`torch.utils.checkpoint(use_reentrant=False)`, which keeps each step's input where this derives it from its output.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
-from revfx.eager import dtensor, numerics
+from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.layout import ALIGNED, address, same_view
+from revfx.eager.layout import address, offset_of, same_view
 from revfx.eager.regeneration import Regeneration, unpack
 from revfx.eager.region_plan import Env, Handle, RegionPlan, StepPlan
 from revfx.eager.state import CallState, Random
 from revfx.errors import NotReversibleError, RevfxWarning
-from revfx.passes.cuts import Step
-from revfx.passes.plan import inverted_from
+from revfx.passes.program import Arc
 
 
 def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
@@ -38,9 +37,9 @@ def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
     if plan.warning is not None:
         warning, plan.warning = plan.warning, None
         warnings.warn(warning, RevfxWarning, stacklevel=2)
-    run = RegionRun(plan, calls, env, next(plan.calls))
+    run = RegionRun(plan, calls, env)
     run.forward(env)
-    plan.kept = len(run.kept_cuts)
+    plan.kept, plan.coded = len(run.kept_cuts), sum(code.nbytes for code in run.codes.values())
     return run
 
 
@@ -49,7 +48,7 @@ class RegionRun(Regeneration):
 
     @_torch.uncompiled  # as the re-run will be
     def forward(self, env: Env) -> None:
-        """Run the region's operations on `env`, and keep what the plan and the numerics say."""
+        """Run the region's operations on `env`, and keep what the plan says, with the codes of what it does not."""
         program, region, last = self.program, self.region, self.program.last_use
         with self.quiet:
             for v in env:
@@ -57,8 +56,6 @@ class RegionRun(Regeneration):
             self._keep_all(self.kept, [v for v in env if program.values[v].source and last[v] >= region.start], env)
             self._keep_all(self.kept, (*region.side, *region.saved, *region.entry), env)
         self.kept_cuts[0] = {v: self.kept[v] for v in region.entry if v in self.kept}
-        growth = numerics.Growth(self.plan.tolerance, self.returns)
-        self.unchanged = growth.unchanged
         held = {*region.saved, *region.side}
 
         @_torch.uncompiled
@@ -70,58 +67,76 @@ class RegionRun(Regeneration):
 
         with saved_tensors_hooks(pack, unpack):
             for number, plan in enumerate(self.plan.steps):
-                self._run_forward(number, plan, env, growth, held)
+                self._run_forward(number, plan, env, held)
         with self.quiet:
             self.ranges.close()
-        self.returns.forget()
 
-    def _run_forward(self, number: int, plan: StepPlan, env: Env, growth: numerics.Growth, held: set[int]) -> None:
-        step, asked = plan.step, plan.asked
+    def _run_forward(self, number: int, plan: StepPlan, env: Env, held: set[int]) -> None:
+        step, codes = plan.step, plan.codes if self.lossless and number and not plan.anchored else {}
+        lowest = number - 1 in self.kept_cuts  # of its stretch, the last one to come back
+        noted = self.lossless or plan.sampled or plan.anchored or number == 0  # else what comes back tells
         with self.quiet:
             if plan.anchored:
                 self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
-            lower = {v: env[v] for v in step.entry} if asked or plan.sums.after else {}
-            unseen = plan.anchored or all(a.head in self.kept for a in step.arcs)  # nothing that comes back tells of it
-            if plan.sampled:
-                self.samples.note(number, self._regenerated(step, env))
-            if self.plan.exact and number - 1 in self.kept_cuts:  # the last one of a stretch to come back
-                self.checksums.note(number, self._regenerated(step, env))
-        lost = False
+            if plan.sampled or (lowest and self.plan.on_grid):
+                self._witness((v for v in step.entry if v not in self.kept and v not in step.exit), env)
         for at, index in enumerate(range(step.start, step.stop)):
             made = self.program.ops[index].outs
-            outs = self._call(index, env, unseen, plan.exits[at])
+            outs = self._call(index, env, plan.exits[at], noted)
             with self.quiet:
                 for v, t in zip(made, outs, strict=True):
                     env[v] = t
                     self._note(v, t)
                 if held:
                     self._keep_all(self.kept, [v for v in made if v in held], env)
-                lost = lost or plan.sums.lose(index, env, self.kept, self.plan.tolerance)
+                for arc in codes.get(index, ()):
+                    self._encode(number, arc, env, lowest)
             for v in plan.dead[at]:
                 env.pop(v, None)
         with self.quiet:
-            unsafe, growing = growth.close(step, env, lower, replayed=number == 0 or plan.anchored, lost=lost)
-            if unsafe:
-                self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, lower)
-            if growing or number == len(self.plan.steps) - 1:
+            if codes and all(v in self.kept for v in step.entry):
+                self.kept_cuts[number] = {v: self.kept[v] for v in step.entry}
+            if number == len(self.plan.steps) - 1:
                 self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
-            if plan.sampled:
-                self.samples.rescale(number, inverted_from(step), env)
+            for v, y in plan.images.items():
+                if y in env:
+                    self.witness.measure(-1 - v, (env[y],))
         for v in plan.late:
             env.pop(v, None)
 
-    def _regenerated(self, step: Step, env: Env) -> Env:
-        """Return what the backward makes of a step's entry, as the forward made it."""
-        return {v: env[v] for v in step.entry if v not in self.kept}
+    def _encode(self, number: int, arc: Arc, env: Env, lowest: bool) -> None:
+        """Make the code of an inverse's head, or keep the head where that takes less."""
+        v = arc.head
+        if v in self.kept:
+            return
+        code, codec = None, self.plan.codecs[v]
+        x = dtensor.piece(env[v])
+        if codec.asks(x):
+            with self.predicting():
+                predicted = arc.solve(*[env[u] if u in env else self.kept[u] for u in arc.tail])
+                code = codec.encode(x, dtensor.piece(dtensor.spread(predicted, self.spread.get(v))))
+        if code is None:
+            self._keep(self.kept, v, env[v])
+            self.uncoded[number] = self.uncoded.get(number, frozenset()) | {v}
+            return
+        self.codes[v] = code
+        if code.lost is not None:
+            self.witness.lost.append(code.lost)
+        if lowest:
+            self._witness((v,), env)
+
+    def _witness(self, values: Iterable[int], env: Env) -> None:
+        for v in values:
+            self.witness.note(-1 - v, (env[v],))
 
     def _note(self, v: int, t: Tensor) -> None:
         strided = t.layout == torch.strided
         self.layout[v] = (tuple(t.shape), t.stride() if strided else (), t.requires_grad)
         if type(t) is not Tensor:
             self.spread[v] = dtensor.spread_of(t)
-        elif self.plan.exact and strided and t.data_ptr() % ALIGNED:
-            self.offsets[v] = t.data_ptr() % ALIGNED
-        if self.plan.exact:
+        elif strided and (offset := offset_of(t)):
+            self.offsets[v] = offset
+        if self.plan.on_grid:
             self.ranges.note(v, t)
         if self.watch is not None:
             self.watch.made(self, v, t)
@@ -135,10 +150,8 @@ class RegionRun(Regeneration):
         """Hold an alias without autograd history: holding the tensor itself would make a cycle through the graph."""
         kept = into[v] = t.detach().clone() if self.program.values[v].written else t.detach()
         self.versions.append((v, kept, _torch.version(kept)))
-        if not self.program.values[v].source:
-            self.returns.remember(v, kept)
 
-    def _call(self, index: int, env: Env, unseen: bool, exits: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def _call(self, index: int, env: Env, exits: tuple[int, ...], noted: bool) -> tuple[Tensor, ...]:
         op, call = self.program.ops[index], self.calls[index]
         outs = self._called(index, env) if op.opaque else self._invoke(call, index, env)
         fresh, self.fresh = self.fresh, []
@@ -155,11 +168,9 @@ class RegionRun(Regeneration):
         if fresh:
             read = [(v, env[v]) for v in op.ins if v in env]
             self._settle(index, fresh, [*read, *zip(op.outs, outs, strict=True)])
-        if op.opaque and (unseen or self.branches.watches(self.plan.step_of[index])):
+        if op.opaque and noted:
             with self.quiet:
-                saved = [t if handle.value is None else None for handle, t in fresh]
-                kept = all(v in self.kept for v in op.ins)
-                self.samples.note_results(index, outs if unseen else (), saved, kept)
+                self.witness.note(index, outs, [t if _is_own(handle, t) else None for handle, t in fresh])
         return outs
 
     def _invoke(self, call: Call, index: int, env: Env) -> tuple[Tensor, ...]:
@@ -180,11 +191,7 @@ class RegionRun(Regeneration):
         with self.quiet:
             state, returned = CallState(call.name, call.reach), False
         try:
-            if self.branches.watches(self.plan.step_of[index]):
-                with self.branches.noted(index):
-                    outs = self._invoke(call, index, env)
-            else:
-                outs = self._invoke(call, index, env)
+            outs = self._invoke(call, index, env)
             returned = True
         finally:
             with self.quiet:
@@ -224,3 +231,9 @@ class RegionRun(Regeneration):
             else:
                 self.captured_ops.setdefault(step, set()).add(index)
         self.saved_meta[index] = metas
+
+
+def _is_own(handle: Handle, t: Tensor) -> bool:
+    """Return whether an operation computed what autograd saved: no value, no buffer, no view of a weight."""
+    seen = handle.value is not None or handle.spoilt
+    return not seen and t.grad_fn is not None and not isinstance(t._base, torch.nn.Parameter)

@@ -8,7 +8,8 @@ from torch import Tensor
 from revfx import _torch
 
 
-ALIGNED = 64  # bytes: matrix products of other addresses may round otherwise
+ALIGNED = {"cpu": 64}  # bytes: kernels round by the address, less a multiple of this
+ALIGNED_ELSEWHERE = 256
 
 
 def address(t: Tensor) -> int:
@@ -19,19 +20,37 @@ def address(t: Tensor) -> int:
     return _torch.storage_key(t) + int(t.storage_offset()) if _torch.is_fake(t) else t.data_ptr()
 
 
+def is_dense(t: Tensor) -> bool:
+    """Return whether the elements of `t` lie beside each other, each once, in whatever order."""
+    return t.is_contiguous() or t.numel() == 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def flat(t: Tensor) -> Tensor:
+    """Return the elements of `t` in one dimension: a view in the order of memory where it is dense."""
+    if t.is_contiguous():
+        return t.view(-1)
+    return t.as_strided((t.numel(),), (1,)) if is_dense(t) else t.reshape(-1)
+
+
 def same_view(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors at one address are the same elements in the same order."""
     alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     return alike and a.numel() > 0 and a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
 
 
+def offset_of(t: Tensor) -> int:
+    """Return by how many bytes the address of `t` lies beyond an aligned one; 0 where there is none."""
+    return 0 if _torch.is_fake(t) else t.data_ptr() % ALIGNED.get(t.device.type, ALIGNED_ELSEWHERE)
+
+
 def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
     """Return `t` with given strides, at `offset` bytes beyond an aligned address: kernels round by it."""
-    if t.stride() == stride and t.data_ptr() % ALIGNED == offset:
+    if t.stride() == stride and offset_of(t) == offset:
         return t
+    aligned = ALIGNED.get(t.device.type, ALIGNED_ELSEWHERE)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
-    room = torch.empty(extent + ALIGNED // t.element_size(), dtype=t.dtype, device=t.device)
-    first = (offset - room.data_ptr()) % ALIGNED // t.element_size()
+    room = torch.empty(extent + aligned // t.element_size(), dtype=t.dtype, device=t.device)
+    first = (offset - offset_of(room)) % aligned // t.element_size()
     return room.as_strided(shape, stride, first).copy_(t.reshape(shape))
 
 

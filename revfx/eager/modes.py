@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
-from revfx.eager.checks import Ranges
+from revfx.eager.ranges import Ranges
 
 
 if TYPE_CHECKING:

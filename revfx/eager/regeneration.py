@@ -13,19 +13,22 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
 from revfx.ambient import autocast_of, autocast_states, kernels_of, settings
-from revfx.eager import dtensor, numerics
-from revfx.eager.branches import BranchSamples
+from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.checks import Checksums, Ranges, Samples, changed
+from revfx.eager.codes import Code, decode
 from revfx.eager.layout import leaf, placed, restrided
+from revfx.eager.ranges import Ranges
 from revfx.eager.region_plan import Env, Handle, RegionPlan, watching
 from revfx.eager.state import CallState, Random
+from revfx.eager.witness import Witness, changed, compare, join, judged
 from revfx.errors import RegenerationError
-from revfx.passes.closure import Forward
-from revfx.passes.plan import Instruction, schedule
+from revfx.passes.closure import Forward, Invert
+from revfx.passes.plan import Instruction, precision, schedule
+from revfx.passes.program import Arc
 
 
 _AS_IT_IS = contextlib.nullcontext()
+_NONE = frozenset[int]()
 
 
 class Regeneration:
@@ -35,7 +38,7 @@ class Regeneration:
     called several times, from several threads.
     """
 
-    def __init__(self, plan: RegionPlan, calls: Sequence[Call], env: Env, number: int = 1) -> None:
+    def __init__(self, plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
         program, region = plan.program, plan.region
         self.plan, self.program, self.region, self.calls = plan, program, region, calls
         self.states: dict[int, CallState] = {}
@@ -47,10 +50,10 @@ class Regeneration:
         self.spread: dict[int, dtensor.Spread | None] = {}
         self.kept_cuts: dict[int, Env] = {}
         self.kept: Env = {}
-        self.unchanged: set[int] = set()
+        self.codes: dict[int, Code] = {}
+        self.uncoded: dict[int, frozenset[int]] = {}  # of each step what is kept as its code would be no smaller
         self.versions: list[tuple[int, Tensor, int]] = []
-        self.ranges, self.checksums = Ranges(program), Checksums(program)
-        self.returns = numerics.Returns(program, region)
+        self.ranges = Ranges(program)
         watch = watching.get()
         self.watch = watch(self) if watch is not None else None
         self.devices = dict.fromkeys(t.device for t in env.values() if t.device.type != "cpu")
@@ -60,10 +63,9 @@ class Regeneration:
         casting = [torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled]
         self.casts = bool(self.devices or casting)
         self.quiet = _torch.no_modes() if any(self.settings[1]) else _AS_IT_IS  # for what is none of the user's
-        eps = max(casting, default=0.0)
-        self.samples = Samples(program, eps)
-        dtypes = [program.values[v].dtype for v in region.entry]
-        self.branches = BranchSamples(0 if plan.exact else number, len(region.steps), dtypes, eps)
+        self.lossless = plan.lossless and not getattr(self.watch, "rounds", False)
+        self.witness = Witness(self.lossless)
+        self.eps = max(casting, default=0.0)
         with self.quiet:
             self.random = Random(self.devices)
         self.lock = threading.RLock()
@@ -94,17 +96,19 @@ class Regeneration:
         with self.lock:
             task = _torch.graph_task_id()
             if task != self.task:
-                self._forget()
+                self.forget()
                 self._check_versions()
                 self.task = task
                 self.differs = _torch.kernel_settings() != self.settings[0]
                 if task != -1:
-                    _torch.at_end_of_backward(self._forget)
+                    join(task, self)
             step = self.plan.step_of[handle.op]
             tensor = self._look_up(handle) if self.active == step else None
             if tensor is None:
                 self._regenerate(step)
                 tensor = self._look_up(handle)
+                if task == -1:
+                    compare((self,))
             assert tensor is not None
             return tensor
 
@@ -119,7 +123,8 @@ class Regeneration:
         tensor, captured[handle.k] = captured[handle.k], None
         return tensor
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of what was regenerated."""
         with self.lock:
             self.task = self.active = None
             self.values, self.captures = {}, {}
@@ -155,7 +160,6 @@ class Regeneration:
                     self.values = {}
                     for s in range(above - 1, step - 1, -1):
                         known = self._run_step(s, known, replay=False, target=s == step)
-                        self._compare(s)
         except BaseException:
             self.active, self.values, self.captures = None, {}, {}
             raise
@@ -170,7 +174,7 @@ class Regeneration:
 
     def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
         """Return the regenerated values of one step; with `target` also those that autograd asks for."""
-        step = self.region.steps[number]
+        step, uncoded = self.region.steps[number], self.uncoded.get(number, _NONE)
         kept = self.kept if not step.again else {v: t for v, t in self.kept.items() if v not in step.again}
         wanted: set[int] = set() if replay else {v for v in step.entry if v not in kept}
         captured: set[int] = set()
@@ -178,7 +182,7 @@ class Regeneration:
             wanted |= {v for v in self.wanted.get(number, ()) if v not in kept}
             captured = self.captured_ops.get(number, captured)
         base = step.entry if replay else [v for v in step.exit if v not in step.again]
-        key = (number, replay, frozenset(wanted), frozenset(captured))
+        key = (number, replay, frozenset(wanted), frozenset(captured), uncoded)
         instructions = self.plan.schedules.get(key)
         if instructions is None:
             have = {*base, *kept}
@@ -192,37 +196,67 @@ class Regeneration:
         self.values = {v: env[v] for v in wanted}
         return self.values
 
-    def _compare(self, cut: int) -> None:
-        """Warn, or raise, where the regenerated cut is not what it was."""
-        where = self._place(cut)
-        self.checksums.compare(cut, self.values, where)
-        if self.samples.compare(cut, self.values, where, warn=not self.plan.warned):
-            self.plan.warned = True
-
     def _execute(self, instruction: Instruction, env: Env, kept: Env) -> None:
         d = instruction.run
         if isinstance(d, Forward):
             made = zip(self.program.ops[d.op].outs, self._rerun(d.op, env, instruction.capture), strict=True)
         else:
-            tail = [env[v] for v in d.arc.tail]
-            made = [(d.arc.head, tail[0] if d.arc.head in self.unchanged else d.arc.solve(*tail))]
+            made = [(d.arc.head, self._solved(d.arc, env))]
         for v, t in made:
             if v not in kept:
                 env[v] = self._as_it_was(v, t)
                 if self.watch is not None:
                     self.watch.regenerated(self, d, v, env[v])
+                elif isinstance(d, Invert):
+                    self.witness.again(-1 - v, (env[v],))
         for v in instruction.drop:
             if v not in kept:
                 env.pop(v, None)
 
+    def _solved(self, arc: Arc, env: Env) -> Tensor:
+        """Return what an inverse gives, corrected by the head's code."""
+        code = self.codes.get(arc.head)
+        with self.predicting():
+            t = arc.solve(*[env[v] for v in arc.tail])
+            if code is None:
+                return t
+            spread = self.spread.get(arc.head)
+            if spread is None:
+                return decode(t, code)
+            whole = dtensor.spread(t, spread)
+            return dtensor.holding(whole, decode(dtensor.piece(whole), code))
+
+    @contextlib.contextmanager
+    def predicting(self) -> Generator[None]:
+        """Return a context in which an inverse gives the same bits in the forward and in the backward."""
+        casts = [d for d, _, _ in self.autocast if torch.is_autocast_enabled(d)]
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for device in casts:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+
     def _as_it_was(self, v: int, t: Tensor) -> Tensor:
-        """Return `t` with the strides that the value had in the forward: kernels and what they save depend on them."""
+        """Return `t` as the value lay in memory in the forward: kernels, and what they save, depend on it."""
         shape, stride, _ = self.layout[v]
-        if type(t) is Tensor and not self.plan.exact and (t.stride() == stride or t.layout != torch.strided):
-            return t
-        if self.plan.exact and type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
+        if type(t) is Tensor and t.layout == torch.strided and 0 not in stride:
             return placed(t, shape, stride, self.offsets.get(v, 0))
         return restrided(dtensor.spread(t, self.spread.get(v)), shape, stride)
+
+    def judge(self, key: int, differs: bool, error: float) -> None:
+        """Say what it means that a result, or a value, is off by `error` (see `Witness`).
+
+        Raises:
+            RegenerationError: it is off by more than rounding explains.
+        """
+        dtypes = [self.program.values[v].dtype for v in (self.program.ops[key].outs if key >= 0 else (-1 - key,))]
+        eps = max(self.eps, *map(precision, dtypes))
+        if key >= 0:
+            name = self._named(key)
+        else:
+            step = next((n for n, s in enumerate(self.region.steps) if -1 - key in s.entry), 0)
+            name = f"`{self.program.values[-1 - key].name}` ({self._place(step)})"
+        if judged(name, differs, error, eps, self.lossless, warn=not self.plan.warned):
+            self.plan.warned = True
 
     def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:
         """Return the outputs of one operation, run as it was in the forward; what autograd saves goes to `captures`."""
@@ -253,8 +287,6 @@ class Regeneration:
                     stack.enter_context(_torch.modes_of(self.settings[1]))
                 if casts:
                     stack.enter_context(autocast_of(self.autocast, self.cached))
-                if index in self.branches.seen:
-                    stack.enter_context(self.branches.compared(index, self._named(index)))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(saved_tensors_hooks(pack, unpack))
                 outs = [dtensor.arrived(t.detach()) for t in call.invoke(inputs)]
@@ -269,8 +301,8 @@ class Regeneration:
                 " flip, or depends on state that changed since. Keep its activations with"
                 " `revfx.testing.store_activations()`, or make it deterministic."
             )
-        if self.watch is None and index in self.samples.results:  # a watch compares all itself
-            self.samples.compare_results(index, outs, saved, self._named(index))
+        if self.watch is None:  # which compares all itself
+            self.witness.again(index, outs, saved)
         if capture:
             self.captures[index] = [*saved]
         saved.clear()

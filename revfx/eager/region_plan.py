@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from revfx.eager import numerics
-from revfx.eager.cancellation import NOTHING, Sums, sums_of
-from revfx.passes.closure import Derivation
+from revfx.eager.codes import Codec
+from revfx.errors import RevfxWarning
+from revfx.passes.closure import Derivation, Invert
+from revfx.passes.composed import composed_all, rounds
 from revfx.passes.cuts import Step
-from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision
-from revfx.passes.program import Program
+from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, inverted_from, is_checked
+from revfx.passes.program import Arc, Program
 from revfx.passes.regions import Region
 
 
@@ -38,6 +39,10 @@ class Watch(Protocol):
         ...
 
 
+NO_ROOM = (
+    "codes found no room for all that the inverses missed, as it was far more than in the calls before: gradients of"
+    " this step are right up to rounding. There will be room in the next one."
+)
 watching: ContextVar[Callable[[Regeneration], Watch] | None] = ContextVar("revfx_watching", default=None)
 
 
@@ -60,16 +65,17 @@ class Handle:
 class StepPlan:
     """What the forward does around the operations of one step, found once.
 
-    `sums` are looked at, `asked` values stay until the step ends, `late` ones are let go then, `dead` ones behind each
-    operation. `unseen`: nothing that comes back tells of the step. `exits` are the values behind each operation whose
-    shapes must be as planned.
+    `codes` are the inverses whose heads get a code, by the operation after which all that they read is there; what they
+    read stays until the step ends, and is let go then (`late`); `dead` values behind each operation. `exits` are the
+    values behind each operation whose shapes must be as planned. `images`: from which value of the exit one of the
+    entry comes back, in steps whose entry is `sampled`.
     """
 
     step: Step
     anchored: bool
     sampled: bool
-    sums: Sums
-    asked: frozenset[int]
+    images: Mapping[int, int]
+    codes: Mapping[int, tuple[Arc, ...]]
     late: tuple[int, ...]
     dead: tuple[tuple[int, ...], ...]
     exits: tuple[tuple[int, ...], ...]
@@ -80,44 +86,62 @@ class RegionPlan:
     """A region of a program as one owner runs it, with the schedules made for it so far (one per step, direction and
     need).
 
-    `anchors` are the cuts that are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the
-    number of cuts that the latest forward kept, `calls` counts forwards; `warned` is set once drift was warned of, and
-    `warning` is what the first run has to say.
+    `lossless`: what inverses miss is coded, and results must be the same to the last bit. `anchors` are the cuts that
+    are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the number of cuts that the latest
+    forward kept, `coded` the bytes of its codes; `warned` is set once rounding was warned of, and `warning` is what the
+    first run has to say.
     """
 
     program: Program
     region: Region
-    tolerance: float | None = None
+    lossless: bool = True
     anchor_every: int | None = None
     schedules: dict[object, tuple[Instruction, ...]] = field(default_factory=dict[object, tuple[Instruction, ...]])
     step_of: dict[int, int] = field(default_factory=dict[int, int])
+    codecs: dict[int, Codec] = field(default_factory=dict[int, Codec])
     kept: int = 0
+    coded: int = 0
     warned: bool = False
-    calls: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def __post_init__(self) -> None:
+        self.region = replace(self.region, steps=composed_all(self.program, self.region.steps))
         self.anchors = asked_for(self.region.steps, self.anchor_every)
-        self.exact = any(v.grid is not None for v in self.program.values)
-        self.warning = deep_in_half_precision(self.program, self.region.steps, self.anchors)
+        self.on_grid = any(v.grid is not None for v in self.program.values)
+        self.warning = None
+        if not self.lossless:
+            self.warning = deep_in_half_precision(self.program, self.region.steps, self.anchors)
         for number, step in enumerate(self.region.steps):
             self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
         self.steps = [self._step(number, step) for number, step in enumerate(self.region.steps)]
 
+    def make_room(self) -> None:
+        """Have all codes measured again at the next call, as some escapes found no room, and say so once."""
+        for codec in self.codecs.values():
+            codec.due = True
+        if not self.warned:
+            self.warned = True
+            warnings.warn(NO_ROOM, RevfxWarning, stacklevel=2)
+
     def _step(self, number: int, step: Step) -> StepPlan:
         program, last, alive = self.program, self.program.last_use, {*self.program.outputs}
         anchored = number in self.anchors
-        sums = NOTHING if number == 0 or anchored else sums_of(program, step)
-        asked = frozenset(numerics.asked_of(step) | sums.held)
+        codes: dict[int, tuple[Arc, ...]] = {}
+        held: set[int] = set()
+        for arc in (d.arc for d in step.derive if isinstance(d, Invert) and rounds(d.arc)) if self.lossless else ():
+            at = max(step.start, *(program.made_at[v] for v in (arc.head, *arc.tail)))
+            codes[at] = (*codes.get(at, ()), arc)
+            held.update(v for v in (arc.head, *arc.tail) if last[v] < at)
+            self.codecs[arc.head] = Codec()
         ops = [program.ops[i] for i in range(step.start, step.stop)]
         dead = [
             tuple(
                 v
                 for v in dict.fromkeys((*op.ins, *op.outs))
-                if last[v] <= index and not (v in alive or v in asked or program.values[v].source)
+                if last[v] <= index and not (v in alive or v in held or program.values[v].source)
             )
             for index, op in enumerate(ops, step.start)
         ]
-        exits = [tuple(v for v in op.outs if v in step.exit) for op in ops]
-        late = tuple(v for v in asked if last[v] < step.stop)
-        sampled = numerics.is_checked(number, len(self.region.steps))
-        return StepPlan(step, anchored, sampled, sums, asked, late, tuple(dead), tuple(exits))
+        exits = tuple(tuple(v for v in op.outs if v in step.exit) for op in ops)
+        sampled = not self.lossless and is_checked(number, len(self.region.steps))
+        images = inverted_from(step) if sampled else {}
+        return StepPlan(step, anchored, sampled, images, codes, tuple(held), tuple(dead), exits)

@@ -49,8 +49,9 @@ class RegionInfo:
     how many, in how many steps; the types of the `streams` between them; the names of the values that are `kept` for
     the backward to start from, and what the first cut, the last one, side inputs and saved values take (bytes); how
     many cuts are kept, and what is regenerated (bytes). `drift`: what the relative error of the lowest regenerated
-    cut comes to, as far as can be said beforehand. `values` are those made in the region, `entry` those made before it
-    that it reads (in step -1); `before` and `after` name the operations between this region and its neighbours.
+    cut comes to, as far as can be said beforehand; 0 where codes, of `code_bytes`, correct it. `values` are those made
+    in the region, `entry` those made before it that it reads (in step -1); `before` and `after` name the operations
+    between this region and its neighbours.
     """
 
     module: str
@@ -69,6 +70,7 @@ class RegionInfo:
     entry: tuple[ValueLine, ...] = ()
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    code_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,18 +41,25 @@ def types_of(tree: Any) -> tuple[str, ...]:
 
 
 def describe(
-    program: Program, region: Region, kept_cuts: Collection[int], names: Mapping[int, str], module: str
+    program: Program,
+    region: Region,
+    kept_cuts: Collection[int],
+    names: Mapping[int, str],
+    module: str,
+    uncoded: Collection[int] = (),
+    code_bytes: int | None = None,
 ) -> RegionInfo:
     """Describe a region in words.
 
     `kept_cuts` numbers the cuts that are kept, `names` says what operations are called where that is not their own
-    name, `module` whose code the region lies in.
+    name, `module` whose code the region lies in. `uncoded` values are kept, as codes would be no smaller; `code_bytes`
+    is what the codes take, None where there are none.
     """
     steps = region.steps
     inverting = [s for s in steps if s.inverts or s.saved]
     exit = [program.values[v] for v in region.exit]
     kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
-    anchored = {v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry} - kept.keys()
+    anchored = {*uncoded, *(v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry)} - kept.keys()
     return RegionInfo(
         module=module,
         first=program.ops[region.start].where,
@@ -65,8 +72,9 @@ def describe(
         kept_bytes=region.kept_bytes + program.nbytes(tuple(anchored)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),
         freed_bytes=region.freed_bytes,
-        drift=_drift(program, steps, kept_cuts),
-        values=tuple(_lines(program, region, kept_cuts, names)),
+        drift=_drift(program, steps, kept_cuts) if code_bytes is None else 0.0,
+        code_bytes=code_bytes or 0,
+        values=tuple(_lines(program, region, kept_cuts, uncoded, names)),
         entry=tuple(_entry(program, region)),
     )
 
@@ -82,7 +90,7 @@ def _kind(steps: Sequence[Step]) -> str:
     scales = sorted({abs(a.factor) for a in arcs if a.factor is not None and not a.measured})
     kinds.extend(f"scaled by {s:.3g}" for s in scales[:3])
     if any(a.grid for a in arcs):
-        kinds.append("exact")
+        kinds.append("on a grid")
     return ", ".join(kinds) or "layout"
 
 
@@ -106,8 +114,14 @@ def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) 
     return worst
 
 
-def _lines(program: Program, region: Region, kept_cuts: Collection[int], names: Mapping[int, str]) -> list[ValueLine]:
-    saved = {*region.exit, *region.saved, *region.side}
+def _lines(
+    program: Program,
+    region: Region,
+    kept_cuts: Collection[int],
+    uncoded: Collection[int],
+    names: Mapping[int, str],
+) -> list[ValueLine]:
+    saved = {*region.exit, *region.saved, *region.side, *uncoded}
     saved.update(v for j in kept_cuts if j < len(region.steps) for v in region.steps[j].entry)
     first = _first_derivations(program, region.steps, kept_cuts)
     calls: dict[int, str] = {}

@@ -20,8 +20,8 @@ from revfx.capture.search import Plan, make_plan
 from revfx.conversion import Options
 from revfx.convert import convert
 from revfx.converted import Reversible, unconverted
-from revfx.eager.numerics import DRIFT
 from revfx.eager.regeneration import Regeneration
+from revfx.eager.witness import DRIFT
 from revfx.errors import RevfxError
 from revfx.inspection import is_floating
 from revfx.report.data import RegionInfo, Usage
@@ -74,7 +74,7 @@ def explain(
     options = model.revfx.options if isinstance(model, Reversible) else Options("fx", False)
     forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
     stage("looking for regions")
-    outcome = make_plan(model, forward, args, kwargs, options.anchor_every, options.exact)
+    outcome = make_plan(model, forward, args, kwargs, options.wishes)
     ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss or total, measure)
     found: Drift | None = None
     if measure:
@@ -114,7 +114,7 @@ def _predicted(
 
     def seen(run: Regeneration) -> None:
         regions.append(_described(plan, run))
-        cuts.append(_cuts(run))
+        cuts.append(_cuts(run) - _codes(run))
         largest.extend(run.program.nbytes(s.entry) for s in run.region.steps)
 
     stage("counting a step with regions")
@@ -129,12 +129,19 @@ def _predicted(
 
 def _described(plan: Plan, run: Regeneration) -> RegionInfo:
     """Describe a region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
-    kept = frozenset(run.kept_cuts)
+    kept, codes = frozenset(run.kept_cuts), _codes(run) if run.lossless else None
+    uncoded = frozenset[int]().union(*run.uncoded.values())
     if run.program is plan.lowered.program:
-        found = describe(run.program, run.region, kept, op_names(plan.lowered), scope_of(plan.lowered, run.region))
+        scope = scope_of(plan.lowered, run.region)
+        found = describe(run.program, run.region, kept, op_names(plan.lowered), scope, uncoded, codes)
         before, after = neighbours(plan.lowered, plan.segments, run.region)
         return replace(found, before=before, after=after)
-    return describe(run.program, run.region, kept, {i: c.name for i, c in enumerate(run.calls)}, "rev_block")
+    names = {i: c.name for i, c in enumerate(run.calls)}
+    return describe(run.program, run.region, kept, names, "rev_block", uncoded, codes)
+
+
+def _codes(run: Regeneration) -> int:
+    return sum(code.nbytes for code in run.codes.values())
 
 
 def _cuts(run: Regeneration) -> int:
@@ -152,9 +159,9 @@ def _measured(
 ) -> tuple[tuple[Usage, ...], Drift | None, tuple[str, ...]]:
     """Return the ways with what they were seen to take, the drift, and what could not be measured."""
     own = unconverted(copy.deepcopy(model))
-    exact = False if options.exact is None else options.exact
-    ours = convert(own, exact=exact, anchor_every=options.anchor_every)
-    models = {"plain": own, "checkpoint": convert(own, exact=exact, anchor_every=1), "revfx": ours}
+    asked: dict[str, Any] = {"exact": options.exact, "grid": options.grid}
+    ours = convert(own, **asked, anchor_every=options.anchor_every)
+    models = {"plain": own, "checkpoint": convert(own, **asked, anchor_every=1), "revfx": ours}
     predicted = {u.way: u for u in ways}
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
@@ -185,7 +192,7 @@ def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift |
         streams = "keep the streams in float32 (autocast may run the functions in half precision), or " if half else ""
         said.append(
             f"regenerated values are off by about {worst:.0e} ({'predicted' if found is None else 'measured'}):"
-            f" {streams}use `exact=True`, or `anchor_every={every}`, which keeps more."
+            f" {streams}leave out `exact=False`, or use `anchor_every={every}`, which keeps more."
         )
     peaks = {u.way: u.peak for u in ways}
     plain, ours = peaks.get("plain"), peaks.get("revfx")

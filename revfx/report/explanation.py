@@ -73,10 +73,10 @@ def _lines(e: Explanation) -> Iterator[str]:
 def _regions(regions: Iterable[RegionInfo]) -> Iterator[str]:
     for number, r in enumerate(regions):
         yield f"region {number}  {r.module or 'the root'}  {short(r.first)} .. {short(r.last)}"
-        streams = ", ".join(r.streams)
-        yield f"  {r.couplings} couplings ({r.kind}) in {r.steps} steps; streams {streams}; drift about {r.drift:.0e}"
-        kept = ", ".join(r.kept)
-        yield f"  keeps {kept} ({size(r.kept_bytes)}) in {r.kept_cuts} cuts, regenerates {size(r.freed_bytes)}"
+        exactly = f"drift about {r.drift:.0e}" if r.drift else "bit for bit"
+        yield f"  {r.couplings} couplings ({r.kind}) in {r.steps} steps; streams {', '.join(r.streams)}; {exactly}"
+        kept, codes = ", ".join(r.kept), f", and codes of {size(r.code_bytes)}" if r.code_bytes else ""
+        yield f"  keeps {kept} ({size(r.kept_bytes)}) in {r.kept_cuts} cuts{codes}; regenerates {size(r.freed_bytes)}"
         blocks = list(itertools.islice(folded(r.values), LISTED + 1))
         for lines, times in blocks[:LISTED]:
             yield from (f"    {line}" for line in lines)

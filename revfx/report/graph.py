@@ -236,7 +236,8 @@ class _Region:
         kind = f"{counted(r.couplings, 'coupling')} ({r.kind})"
         name = f"region {self.number}" + f" · {r.module}" * bool(r.module)
         pen.text(2 * MARGIN, 0.2, clipped(f"{name} · {kind}", 80), 8.5, weight="bold")
-        kept = f"keeps {size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}, regenerates {size(r.freed_bytes)}"
+        kept = f"keeps {size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}, codes of {size(r.code_bytes)};"
+        kept += f" regenerates {size(r.freed_bytes)}"
         pen.text(2 * MARGIN, 0.4, f"{short(r.first)} to {short(r.last)} · {kept}", 7.5, "muted")
         if self.followed:
             pen.line(((pen.width / 2, bottom), (pen.width / 2, bottom + GAP)), "outside-edge")

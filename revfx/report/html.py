@@ -188,6 +188,7 @@ REGION: Mapping[str, tuple[str, Callable[[int, RegionInfo], object]]] = {
     "streams": ("", lambda number, r: ", ".join(r.streams)),
     "keeps": (NUMBER, lambda number, r: f"{size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}"),
     "regenerates": (NUMBER, lambda number, r: size(r.freed_bytes)),
+    "codes": (NUMBER, lambda number, r: size(r.code_bytes)),
     "drift about": (NUMBER, lambda number, r: f"{r.drift:.0e}" if r.drift else "0"),
 }
 

@@ -82,7 +82,8 @@ def test_a_sweep_shows_that_memory_grows_and_that_it_does_not(
     found = json.loads(capsys.readouterr().out)
     kept = {(r["way"], r["depth"]): r["kept"] for r in found["rows"]}
     assert kept["plain", 8] > 1.8 * kept["plain", 4]
-    assert kept["convert", 8] < 1.02 * kept["convert", 4]
+    growth = [kept[way, 8] - kept[way, 4] for way in ("convert", "plain")]
+    assert 0 < growth[0] < 0.05 * growth[1], "its codes"
     assert here("--sweep", "batch", *sizes[:5], "--depth", "2", "--ways", "plain") == 0
     out = capsys.readouterr().out
     assert "coupling MLP (mlp), depth 2: peak (kept)" in out and "batch 4" in out and "batch 8" in out

@@ -22,7 +22,7 @@ def test_converted_memory_does_not_grow_from_4_to_16_blocks_and_plain_memory_doe
         inputs = bench.inputs(BATCH)
         model = bench.make(depth)
         plain.append(measure_memory(lambda m=model, x=inputs: bench.loss(m(*x))).kept)
-        converted = revfx.convert(model)
+        converted = revfx.convert(model, exact=False)
         ours.append(measure_memory(lambda m=converted, x=inputs: bench.loss(m(*x))).kept)
     per_block = (plain[1] - plain[0]) / 12
     assert plain[1] > 2.5 * plain[0]

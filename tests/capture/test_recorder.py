@@ -151,7 +151,7 @@ class MakesItsLoss(Additive):
 
 
 def test_loss_module_made_in_the_forward() -> None:
-    assert_one_plan(MakesItsLoss(), kept=4)
+    assert_one_plan(MakesItsLoss(), kept=2)
 
 
 @dataclass

@@ -95,7 +95,7 @@ def test_several_blocks_ask_for_the_least_anchor_every() -> None:
 
 
 def test_no_partitioner_where_nothing_is_to_be_freed() -> None:
-    fs, exact = mlps(2), RevBlock(mlp, mlp, 2, exact=True)
+    fs, exact = mlps(2), RevBlock(mlp, mlp, 2, grid=14)
     assert partitioners(lambda a, b: rev_block(a, b, fs, fs, 2, is_training=False), *pair()) == [None]
     assert partitioners(exact, *pair()) == [None]
     assert partitioners(lambda a, b: (a + fs[0](b), b), *pair()) == [None]
@@ -150,7 +150,7 @@ def test_inductor_frees_a_block_and_gives_the_gradients_of_the_lines(kind: str) 
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("given", [{"strict": True}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("given", [{"strict": True}, {"grid": 14}], ids=str)
 def test_the_backend_finds_a_block_as_it_finds_lines(given: dict[str, Any]) -> None:
     block = RevBlock(mlp, mlp, 4).float()
     inputs = pair(8, dtype=torch.float32)

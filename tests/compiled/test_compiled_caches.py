@@ -176,7 +176,7 @@ def test_other_options_miss(door: Door) -> None:
 
 def test_every_option_of_the_partitioner_is_part_of_the_key() -> None:
     options: list[dict[str, Any]] = [
-        *({}, {"strict": True}, {"exact": True}, {"anchor_every": 2}, {"unbounded": "store"}, {"tolerance": 1e-3})
+        *({}, {"strict": True}, {"grid": 14}, {"anchor_every": 2}, {"unbounded": "store"}, {"tolerance": 1e-3})
     ]
     assert len({revfx.ReversiblePartitioner(**given).uuid() for given in options}) == len(options)
 

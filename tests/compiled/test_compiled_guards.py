@@ -24,7 +24,7 @@ from revfx.errors import RegenerationError, RevfxWarning
 
 pytestmark = QUIET
 WIDTH, ROWS, DEPTH = 8, 1024, 3  # of a stream, and enough for loops of several threads
-EXACT: Mapping[str, Any] = MappingProxyType({"exact": 8})
+EXACT: Mapping[str, Any] = MappingProxyType({"grid": 8})
 
 
 class Guarded(nn.Module):

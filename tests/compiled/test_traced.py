@@ -36,7 +36,7 @@ def test_a_converted_model_asks_for_the_partitioner() -> None:
 
 def test_none_where_nothing_is_to_be_freed() -> None:
     x = leaf(3, 8)
-    assert partitioners(revfx.convert(chain(), exact=True), x) == [None]
+    assert partitioners(revfx.convert(chain(), grid=14), x) == [None]
     assert partitioners(chain(), x) == [None]
     converted = revfx.convert(chain())
     made = type(converted)(mlps(2), mlps(2))  # by its class: it runs plainly

@@ -11,10 +11,10 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from revfx.passes.grid import (
-    DEFAULT,
     Coupling,
     carrier,
     checked_exact,
+    checked_grid,
     checksum,
     limit,
     packed,
@@ -25,6 +25,7 @@ from revfx.passes.grid import (
 )
 
 
+DEFAULT = 14
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 5e-324, 1e-45, -1e-40, 6e-8, 2.0**-15, 3 * 2.0**-15, 1e38, -3e38)
 
@@ -180,9 +181,14 @@ def test_a_checksum_sees_a_bit_and_the_order_but_not_the_sign_of_zero() -> None:
         assert not torch.equal(want, checksum(swapped)) and not torch.equal(want, checksum(bit))
 
 
-def test_what_exact_may_be() -> None:
-    assert checked_exact(True) == DEFAULT and checked_exact(False) is None and checked_exact(None) is None
-    assert checked_exact(1) == 1 and checked_exact(22) == 22
-    for wrong in (0, 23, -3, 14.0, "14"):
-        with pytest.raises(ValueError, match="must be True, False, or the k of a grid"):
-            checked_exact(wrong)
+def test_what_exact_and_grid_may_be() -> None:
+    assert checked_grid(None) is None and checked_grid(1) == 1 and checked_grid(22) == 22
+    for wrong in (0, 23, -3, 14.0, "14", True, False):
+        with pytest.raises(ValueError, match="must be None, or the k of a grid"):
+            checked_grid(wrong)
+    assert checked_exact(True, None) and checked_exact(True, 14) and not checked_exact(False, None)
+    for wrong in (0, 14, None, "yes"):
+        with pytest.raises(ValueError, match="must be True or False"):
+            checked_exact(wrong, None)
+    with pytest.raises(ValueError, match="what lies on a grid is exact"):
+        checked_exact(False, 14)

@@ -78,13 +78,13 @@ def test_the_page_has_everything_in_one_file(transformer: Explanation) -> None:
     assert [tag for tag in tags if re.fullmatch("h[1-6]", tag)] == ["h1"] + ["h2"] * 6, "no level is left out"
     assert ("html", {"lang": "en"}) in found.seen and tags.count("title") >= 3
     for words in (
-        "Transformer (i64[4,12])", "1 reversible region, 26 couplings.", "Peak memory of a step", "checkpoint",
-        "Left as it was", "→ give it one by revfx.register_inverse", "add_22 <- add_24 - feed.11(add_23)",
+        "Transformer (i64[4,12])", "1 reversible region, 24 couplings.", "Peak memory of a step", "checkpoint",
+        "Left as it was", "→ give it one by revfx.register_inverse", "add_21 <- add_23 - attention.11(add_22)",
     ):  # fmt: skip
         assert words in found.text, words
     rows = page(transformer).count("<tr><td>")
     values = transformer.regions[0]
-    assert rows >= len(values.values) + len(values.entry) == 51
+    assert rows >= len(values.values) + len(values.entry) == 53
 
 
 def test_nothing_is_asked_for_from_elsewhere(transformer: Explanation) -> None:
@@ -208,7 +208,7 @@ def assert_quiet(log: str) -> None:
 def test_a_browser_shows_all_values_and_has_nothing_to_say(transformer: Explanation, tmp_path: Path) -> None:
     transformer.save(tmp_path / "x.html")
     seen = visit(tmp_path / "x.html", tmp_path / "profile")
-    assert len(rows(seen.document)[0]) == 51 and not rows(seen.document)[1]
+    assert len(rows(seen.document)[0]) == 53 and not rows(seen.document)[1]
     assert_quiet(seen.log)
 
 
@@ -216,11 +216,11 @@ def test_an_address_can_hold_a_search(transformer: Explanation, tmp_path: Path) 
     transformer.save(tmp_path / "x.html")
     seen = visit(tmp_path / "x.html", tmp_path / "profile", "search=INVERT%20feed.3(")
     shown, hidden = rows(seen.document)
-    assert shown == ["add_6"] and len(hidden) == 50
-    assert ">1 of 51 values</output>" in seen.document
+    assert shown == ["add_6"] and len(hidden) == 52
+    assert ">1 of 53 values</output>" in seen.document
     assert_quiet(seen.log)
     none = visit(tmp_path / "x.html", tmp_path / "profile", "search=%3Cimg%20src%3Dx%3E")
-    assert ">0 of 51 values</output>" in none.document and "<img" not in none.document
+    assert ">0 of 53 values</output>" in none.document and "<img" not in none.document
     assert_quiet(none.log)
 
 

@@ -218,4 +218,4 @@ def blocked_exactly(
     a: Tensor, b: Tensor, f: Any, g: Any, layers: int, *sides: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`rev_block` with bitwise regeneration, as `couple`."""
-    return rev_block(a, b, f, g, layers, *sides, exact=True, **options)
+    return rev_block(a, b, f, g, layers, *sides, grid=14, **options)

@@ -46,12 +46,12 @@ def by_convert(program: Program, couple: Couple = written_out, **options: Any) -
 
 
 def by_convert_exactly(program: Program) -> Verdict:
-    """`convert(exact=True)` against the same forward with ordinary storage: gradients are equal, bit for bit."""
+    """`convert(grid=14)` against the same forward with ordinary storage: gradients are equal, bit for bit."""
     stored, model = build(program), build(program)
-    converted: Any = convert(stored, exact=True, capture="fx")
+    converted: Any = convert(stored, grid=14, capture="fx")
     with store_activations():
         want = run(program, stored, converted)
-    rounded: Any = convert(model, exact=True, capture="fx")
+    rounded: Any = convert(model, grid=14, capture="fx")
     verdict = compare(run(program, model, rounded), want, lambda step: 0.0, tolerance=0.0)
     return Verdict(verdict.kind, verdict.text, found_in(rounded))
 
@@ -65,7 +65,7 @@ def by_rev_block(program: Program) -> Verdict:
 
 
 def by_rev_block_exactly(program: Program) -> Verdict:
-    """`rev_block(exact=True)` against the same with ordinary storage."""
+    """`rev_block(grid=14)` against the same with ordinary storage."""
     stored, model = build(program, blocked_exactly), build(program, blocked_exactly)
     with store_activations():
         want = run(program, stored, stored)

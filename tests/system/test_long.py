@@ -55,19 +55,20 @@ def assert_flat(call: Any, model: nn.Module, layers: int, first: bool = False) -
     memory = measure_memory(lambda: call(x).square().mean(), warm_up=False)
     assert relative_error([t.grad for t in [x, *model.parameters()]], want) < 1e-9
     plain = 4 * STREAM * layers  # f reads its input, tanh its output; so does g
-    assert memory.peak < 0.03 * plain + 128 * STREAM, memory
+    assert memory.peak < 0.03 * plain + 256 * STREAM, memory
 
 
 @pytest.mark.parametrize("layers", deep_but((2_000,), (2_000, 5_000)))
 def test_a_block_of_many_couplings(layers: int) -> None:
     model = Blocked(*functions(layers))
+    model.block.exact = False
     assert_flat(model, model, layers, first=True)
 
 
 @pytest.mark.parametrize("layers", deep_but((400,), (400, 1_000)))
 def test_a_converted_model_of_many_couplings(layers: int) -> None:
     model = Plain(*functions(layers))
-    call: Any = convert(model)
+    call: Any = convert(model, exact=False)
     assert_flat(call, model, layers)
     (plan,) = call.revfx.plans
     assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) > 2 * layers - 10

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Additive, Momentum, Pairs
 
 import revfx
-from revfx.testing import Memory, assert_same_grads, gradients, measure_memory, relative_error, stored
+from revfx.testing import Memory, assert_same_grads, measure_memory, stored
 
 
 def _inputs(name: str, n: int) -> list[Tensor]:
@@ -43,7 +43,7 @@ def test_peak_memory_does_not_grow_with_depth(name: str) -> None:
     inputs = _inputs(name, 1024)
     for depth in (4, 12):
         model = ZOO[name][0](depth)
-        for way, m in (("plain", model), ("revfx", revfx.convert(model))):
+        for way, m in (("plain", model), ("revfx", revfx.convert(model, exact=False))):
             peak[way, depth] = measure_memory(_mean_square(m, inputs)).peak
     assert peak["revfx", 12] - peak["revfx", 4] < 0.03 * (peak["plain", 12] - peak["plain", 4])
 
@@ -75,11 +75,11 @@ def test_bytes_kept_and_peak_in_units_of_one_activation() -> None:
     seen: dict[str, list[Memory]] = {"convert": [], "rev_block": []}
     for depth in (4, 16):
         model = Wide(depth)
-        converted = revfx.convert(model)
+        converted = revfx.convert(model, exact=False)
 
         def block(model: Wide = model, depth: int = depth) -> Tensor:
             a, b = x.chunk(2, -1)
-            a, b = revfx.rev_block(a, b, model.f, model.g, depth)
+            a, b = revfx.rev_block(a, b, model.f, model.g, depth, exact=False)
             return a.square().mean() + b.square().mean()
 
         seen["convert"].append(measure_memory(_mean_square(converted, [x])))
@@ -89,46 +89,13 @@ def test_bytes_kept_and_peak_in_units_of_one_activation() -> None:
         assert deep.peak - shallow.peak < 0.02 * unit and deep.kept - shallow.kept < 0.02 * unit
 
 
-class Contracting(Pairs):
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        for f, g in zip(self.f, self.g, strict=True):
-            a = a * torch.sigmoid(f(b) + 1) + g(b)
-            a, b = b, a
-        return torch.cat([a, b], -1)
-
-
-@pytest.mark.parametrize("dtype", deep_but((torch.float64,), (torch.float64, torch.float32)))
-@pytest.mark.parametrize("depth", deep_but((12, 200), (12, 50, 200, 400)))
-@pytest.mark.parametrize("kind", [Momentum, Contracting])
-def test_contracting_steps_keep_cuts_and_gradients_stay_within_tolerance(
-    kind: type[nn.Module], depth: int, dtype: torch.dtype
-) -> None:
-    model = kind(depth).to(dtype)
-    x = torch.randn(4, 32, dtype=dtype, requires_grad=True)
-    converted: Any = revfx.convert(model)
-    got, want = gradients(converted, [x]), gradients(model, [x])
-    worst = max(
-        relative_error(g, w)
-        for g, w in zip(got.values(), want.values(), strict=True)
-        if g is not None and w is not None
-    )
-    assert worst < torch.finfo(dtype).eps ** 0.5
-    kept = converted.revfx.kept_cuts
-    if depth <= 12:
-        assert kept <= 3, "the first cut, the last, and a velocity that starts as exact zeros"
-    if depth == 400:
-        assert 2 < kept < depth / 20
-
-
-def test_memory_of_a_contracting_chain_is_as_its_kept_cuts_say() -> None:
-    x = torch.randn(512, 32, requires_grad=True)
-    unit = 2 * x.numel() * x.element_size()
-    converted: Any = revfx.convert(Momentum(200))
-    memory = measure_memory(_mean_square(converted, [x]))
-    kept = converted.revfx.kept_cuts
-    assert kept > 2
-    assert memory.kept < (kept + 1) * unit * 1.1
+def test_growth_of_codes_in_bytes_per_element_of_a_stream() -> None:
+    """A coupling and stream element take at most .6 bytes; momentum, which has two values, 1."""
+    cases: list[tuple[Any, int, float]] = [(Wide, 128, 0.6), (Momentum, 32, 1.0)]
+    for make, width, most in cases:
+        x = torch.randn(4096, width)
+        kept = [measure_memory(_mean_square(revfx.convert(make(depth)), [x])).kept for depth in (4, 12)]
+        assert 0.1 < (kept[1] - kept[0]) / 8 / x.numel() < most
 
 
 def test_region_is_found_in_a_model_that_is_never_run_for_analysis(fp64: None) -> None:

@@ -28,7 +28,7 @@ def fresh() -> None:
 
 
 def compiled(model: Any, **options: Any) -> Callable[..., Any]:
-    return torch.compile(model, backend="revfx", options={"inner": "aot_eager", "exact": True, **options})
+    return torch.compile(model, backend="revfx", options={"inner": "aot_eager", "grid": 14, **options})
 
 
 def gradients(
@@ -59,7 +59,7 @@ def test_over_eager_kernels_it_is_what_eager_mode_gives(name: str) -> None:
     with reports() as found:
         got = gradients(compiled(model), model, inputs)
     with store_activations():
-        assert same(got, gradients(revfx.convert(model, exact=True), model, inputs))
+        assert same(got, gradients(revfx.convert(model, grid=14), model, inputs))
     assert found[0].regions and all(r.kept_cuts == 2 for r in found[0].regions)
 
 
@@ -93,7 +93,7 @@ class Leaking(nn.Module):
 def test_bits_are_kept_of_any_number_of_rows() -> None:
     """How far the bits are padded to whole bytes is a remainder of the size, which is not fixed."""
     model = Leaking()
-    options: Any = {"inner": "aot_eager", "exact": True}
+    options: Any = {"inner": "aot_eager", "grid": 14}
     for rows in (4, 5):
         inputs = [torch.randn(rows, 4) for _ in range(2)]
         torch.compiler.reset()
@@ -108,10 +108,10 @@ def test_bits_are_kept_of_any_number_of_rows() -> None:
 def test_convert_by_dynamo_and_a_block_inside_a_compiled_model() -> None:
     model, inputs = Additive(4), vectors(4)
     with store_activations():
-        want = gradients(revfx.convert(model, exact=True), model, inputs)
-    assert same(gradients(revfx.convert(model, exact=True, capture="dynamo"), model, inputs), want)
+        want = gradients(revfx.convert(model, grid=14), model, inputs)
+    assert same(gradients(revfx.convert(model, grid=14, capture="dynamo"), model, inputs), want)
 
-    block = revfx.RevBlock(mlp, mlp, 4, exact=True)
+    block = revfx.RevBlock(mlp, mlp, 4, grid=14)
     x = [torch.randn(4, D) for _ in range(2)]
     with store_activations():
         want = gradients(block, block, x)
@@ -125,9 +125,9 @@ def test_convert_by_dynamo_and_a_block_inside_a_compiled_model() -> None:
 def test_under_inductor_it_is_equal_to_rounding_or_raises() -> None:
     model, inputs = Additive(3), vectors(4)
     with store_activations():
-        want = gradients(revfx.convert(model, exact=True), model, inputs)
+        want = gradients(revfx.convert(model, grid=14), model, inputs)
     with reports() as found:
-        call = torch.compile(model, backend="revfx", options={"exact": True, "cpp.simdlen": 1})
+        call = torch.compile(model, backend="revfx", options={"grid": 14, "cpp.simdlen": 1})
         try:
             got = gradients(call, model, inputs)
         except RuntimeError as error:
@@ -157,7 +157,7 @@ def _tuple(out: Any) -> tuple[Tensor, ...]:
 def test_what_leaves_the_range_raises() -> None:
     call, (x,) = compiled(Additive(3)), vectors(4)
     call(x.requires_grad_()).sum().backward()
-    with pytest.raises(RuntimeError, match=r"exact=14: a value at .*zoo\.py:\d+ is not finite or not below 1024"):
+    with pytest.raises(RuntimeError, match=r"grid=14: a value at .*zoo\.py:\d+ is not finite or not below 1024"):
         call((x.detach() * 1e4).requires_grad_()).sum().backward()
     with pytest.raises(RuntimeError, match="is not finite"):
         call((x.detach() * float("nan")).requires_grad_()).sum().backward()
@@ -173,7 +173,9 @@ def test_what_has_no_exact_form_is_reported() -> None:
 
 
 def test_a_changed_grid_is_another_program() -> None:
-    assert revfx.ReversiblePartitioner(exact=True).uuid() != revfx.ReversiblePartitioner(exact=12).uuid()
-    assert revfx.ReversiblePartitioner(exact=True).uuid() == revfx.ReversiblePartitioner(exact=14).uuid()
-    with pytest.raises(ValueError, match="must be True, False, or the k of a grid"):
-        revfx.ReversiblePartitioner(exact=0)
+    assert revfx.ReversiblePartitioner(grid=14).uuid() != revfx.ReversiblePartitioner(grid=12).uuid()
+    assert revfx.ReversiblePartitioner(grid=14).uuid() == revfx.ReversiblePartitioner(grid=14).uuid()
+    with pytest.raises(ValueError, match="`exact=True`: inductor's kernels may round"):
+        revfx.ReversiblePartitioner(exact=True)
+    with pytest.raises(ValueError, match="must be None, or the k of a grid"):
+        revfx.ReversiblePartitioner(grid=0)

@@ -1,4 +1,4 @@
-"""What tests and measurements of `exact` share: models that have an exact form, and steps compared bit by bit."""
+"""What tests and measurements of `grid` share: models that have a form on a grid, and steps compared bit by bit."""
 
 from __future__ import annotations
 

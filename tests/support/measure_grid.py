@@ -1,9 +1,9 @@
-"""Prints figures of `exact` that no test decides on: `python tests/support/measure_exact.py drift|bitwise|digits|step`.
+"""Prints figures of `exact` that no test decides on: `python tests/support/measure_grid.py drift|bitwise|digits|step`.
 
 `drift`: the relative error of the first regenerated cut, by depth, dtype, and what was asked of `convert`.
 `bitwise`: how many outputs and gradients are equal to those of stored activations, by model, depth and precision.
-`digits`: three epochs of examples/revnet_digits.py with `exact=True`, regenerated and stored, from one seed.
-`step`: a training step with `exact=True` to one without, medians of one interleaved run.
+`digits`: three epochs of examples/revnet_digits.py with `grid=14`, regenerated and stored, from one seed.
+`step`: a training step with `grid=14` to one without, medians of one interleaved run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact import Affine, WithDropout, gradients
+from grids import Affine, WithDropout, gradients
 from measure import Couplings
 from torch import Tensor, nn
 from zoo import Additive, D, Momentum, tokens, vectors
@@ -57,7 +57,7 @@ class TanhCouplings(nn.Module):
         return torch.cat([a, b], -1)
 
 
-ASKED: dict[str, dict[str, Any]] = {"default": {}, "anchor_every=20": {"anchor_every": 20}, "exact=12": {"exact": 12}}
+ASKED: dict[str, dict[str, Any]] = {"default": {}, "anchor_every=20": {"anchor_every": 20}, "grid=12": {"grid": 12}}
 STREAMS = {"fp32": (torch.float32, False), "fp32, f in bf16": (torch.float32, True), "bf16": (torch.bfloat16, True)}
 
 
@@ -87,16 +87,16 @@ def bitwise() -> None:
         for depth in (10, 100, 1000):
             for autocast in (False, True):
                 torch.manual_seed(0)
-                model, x = revfx.convert(make(depth), exact=True), inputs(4)
+                model, x = revfx.convert(make(depth), grid=14), inputs(4)
                 _report(f"convert, {name}, {depth} layers", model, x, autocast)
     for depth in (10, 100, 1000):
         for autocast in (False, True):
             torch.manual_seed(0)
-            block: Any = revfx.RevBlock(_dropout, _tanh, depth, exact=True)
+            block: Any = revfx.RevBlock(_dropout, _tanh, depth, grid=14)
             x = tuple(torch.randn(4, D) for _ in range(2))
             _report(f"RevBlock, {depth} layers", block, x, autocast)
             f, g = block.f, block.g
-            run = lambda a, b, f=f, g=g, n=depth: revfx.rev_block(a, b, f, g, n, exact=True)  # noqa: E731
+            run = lambda a, b, f=f, g=g, n=depth: revfx.rev_block(a, b, f, g, n, grid=14)  # noqa: E731
             _report(f"rev_block, {depth} layers", run, x, autocast)
 
 
@@ -128,8 +128,8 @@ def digits(epochs: int = 3) -> None:
     steps = epochs * (len(x) // example.BATCH)
     ways: dict[str, dict[str, Any]] = {
         "unrounded": {},
-        "exact, regenerated": {"exact": True},
-        "exact, stored": {"exact": True},
+        "exact, regenerated": {"grid": 14},
+        "exact, stored": {"grid": 14},
     }
     ends: dict[str, list[Tensor]] = {}
     for name, options in ways.items():
@@ -152,10 +152,10 @@ def step(repeats: int = 25) -> None:
     """None; prints the ratio of medians."""
     torch.manual_seed(0)
     model, x = Couplings(12, 128, 512), torch.randn(2048, 256, requires_grad=True)
-    blocks = {e: revfx.RevBlock(model.f, model.g, 12, exact=e) for e in (False, True)}
+    blocks = {e: revfx.RevBlock(model.f, model.g, 12, grid=e) for e in (None, 14)}
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "convert": revfx.convert(model),
-        "convert, exact": revfx.convert(model, exact=True),
+        "convert, exact": revfx.convert(model, grid=14),
         "RevBlock": lambda t: torch.cat(blocks[False](*t.chunk(2, -1)), -1),
         "RevBlock, exact": lambda t: torch.cat(blocks[True](*t.chunk(2, -1)), -1),
     }

@@ -1,0 +1,106 @@
+"""One inverse per value that is read: the intermediates of a composed inverse need not be right, only its result.
+
+Of `u = y / s`, `x = u - t` only x is read, so the two are one arc `x <- (y / s) - t`, whose single rounding error is
+corrected once. What autograd wants of the rest (u, where s needs a gradient) runs forwards from what is right by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from revfx.passes.closure import Derivation, Forward, Invert, made_by, read_by
+from revfx.passes.cuts import Step, needed
+from revfx.passes.program import Arc, Program
+
+
+def rounds(arc: Arc) -> bool:
+    """Return whether an arc gives its head up to rounding only."""
+    return not (arc.exact or arc.grid)
+
+
+def composed_all(program: Program, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps, composed, and joined where a cut in the midst of arithmetic would be one more value that is
+    read.
+    """
+    found: list[tuple[Step, Step]] = []  # as they are, and composed
+    for step in steps:
+        one = step, composed(program, step)
+        if found and (_is_arithmetic(program, step) or _is_arithmetic(program, found[-1][0])):
+            both = _joined(found[-1][0], step)
+            joint = both, composed(program, both)
+            before = 0 if len(found) == 1 else _rounding(found[-1][1])  # the first step runs forwards
+            if (0 if len(found) == 1 else _rounding(joint[1])) < before + _rounding(one[1]):
+                found[-1] = joint
+                continue
+        found.append(one)
+    return tuple(step for _, step in found)
+
+
+def _rounding(step: Step) -> int:
+    return sum(isinstance(d, Invert) and rounds(d.arc) for d in step.derive)
+
+
+def _is_arithmetic(program: Program, step: Step) -> bool:
+    """Return whether a step runs no function, and takes nothing from its exit anew."""
+    return not step.again and not any(op.opaque for op in program.ops[step.start : step.stop])
+
+
+def _joined(first: Step, then: Step) -> Step:
+    saved, again = (*first.saved, *then.saved), (*first.again, *then.again)
+    derive, arcs = (*then.derive, *first.derive), (*then.arcs, *first.arcs)
+    return Step(first.start, then.stop, first.entry, then.exit, saved, derive, arcs, again)
+
+
+def composed(program: Program, step: Step) -> Step:
+    """Return the step with inverses that give values which are read, each from values that are right themselves."""
+    read = {*step.entry, *(v for d in step.derive if isinstance(d, Forward) for v in read_by(program, d))}
+    inverses = {d.arc.head: d.arc for d in step.derive if isinstance(d, Invert)}
+    order: list[Derivation] = []
+    for d in reversed(step.derive):
+        if isinstance(d, Forward):
+            order.append(d)
+        elif d.arc.head in read:
+            inner = (
+                {} if not rounds(d.arc) else {v: a for v, a in inverses.items() if v not in read and v != d.arc.head}
+            )
+            arc = _with(d.arc, inner)
+            if not rounds(d.arc):
+                read.update(arc.tail)
+            order.append(replace(d, arc=arc))
+    order.reverse()
+    known = {*step.exit, *(v for d in order for v in made_by(program, d))}.difference(step.again)
+    order += [Forward(i) for i in range(step.start, step.stop) if not known.issuperset(program.ops[i].outs)]
+    arcs = tuple(d.arc for d in needed(program, order, step.entry) if isinstance(d, Invert))
+    return replace(step, derive=tuple(order), arcs=arcs)
+
+
+def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
+    """Return an arc whose tail goes through the `inner` ones: from what these start from."""
+    chain: list[Arc] = []
+
+    def visit(a: Arc) -> None:
+        for v in a.tail:
+            if v in inner and all(inner[v] is not b for b in chain):
+                visit(inner[v])
+        chain.append(a)
+
+    visit(arc)
+    if len(chain) == 1:
+        return arc
+    made = {a.head for a in chain}
+    tail = tuple(dict.fromkeys(v for a in chain for v in a.tail if v not in made))
+    return replace(arc, tail=tail, solve=_in_turn(chain, tail), partial=True)
+
+
+def _in_turn(chain: Sequence[Arc], tail: tuple[int, ...]) -> Callable[..., Any]:
+    def solve(*values: Tensor) -> Any:
+        env = dict(zip(tail, values, strict=True))
+        for arc in chain:
+            env[arc.head] = arc.solve(*(env[v] for v in arc.tail))
+        return env[chain[-1].head]
+
+    return solve

@@ -1,0 +1,215 @@
+"""Codes: what an inverse that rounds misses, so that prediction and code together are the value, bit for bit.
+
+Forward: `code = encode(x, predicted)`, where `predicted` is what the inverse gives; backward: `x = decode(predicted,
+code)`. Numbers of one sign and dtype are ordered as their bits are, read as integers, so the distance k of x from its
+prediction is a small integer nearly everywhere. It is stored in 0, 2, 4 or 8 bits an element; where it does not fit, an
+*escape* stores x itself. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and
+where the prediction was made by a kernel that does not round alike every time, an element is off by rounding, no more.
+
+Bytes of a code of n elements of b bytes: n*width/8 + (4 + b)*escapes. After the "bits" by which MacKay et al. (2018,
+https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015, https://arxiv.org/abs/1502.03492) make fixed-point
+arithmetic reversible; here the arithmetic is the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revfx import _torch
+from revfx.eager.layout import flat, is_dense
+
+
+WIDTHS = (0, 2, 4, 8)
+SMALL = 1 << 12  # bytes: a code of so few is not worth its time
+GROUPED = 1 << 14  # elements from which escapes are looked for in groups of eight
+TYPICAL, USUAL = 2, 0.018  # bits, and the share of escapes, that a code is taken to have where there are no numbers
+MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
+HEADROOM, LEAST = 1.5, 64  # how many escapes are made room for on an accelerator, of what was seen
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """The distances of a value from its prediction in `width` bits an element, packed into bytes (none of width 0), and
+    for the elements at `positions`, in the order of memory, their bits.
+
+    `lost` counts the escapes for which there was no room, on a device where the host does not know how many there are.
+    """
+
+    width: int
+    packed: Tensor | None
+    positions: Tensor
+    bits: Tensor
+    lost: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the code takes."""
+        packed = 0 if self.packed is None else self.packed.numel()
+        return packed + self.positions.numel() * (self.positions.element_size() + self.bits.element_size())
+
+
+class Codec:
+    """How one value of a program is coded: what the calls so far have shown to be smallest.
+
+    The distances are measured in the first call, the second, the fourth, the eighth... and where there were far more
+    escapes than expected; in between nothing waits for numbers. `width` None: the value itself is smaller, or so small
+    that a code is not worth its time.
+    """
+
+    def __init__(self) -> None:
+        self.calls = self.escapes = 0
+        self.width: int | None = None
+        self.capacity: int | None = None
+        self.due = True
+
+    def asks(self, x: Tensor) -> bool:
+        """Return whether the next call makes a code of `x`, or measures, and so needs the prediction."""
+        self.calls += 1
+        self.due = self.due or self.calls & (self.calls - 1) == 0
+        codable = _torch.is_plain(x) and (x.is_floating_point() or x.is_complex())
+        return codable and x.nbytes > SMALL and (self.due or self.width is not None)
+
+    def encode(self, x: Tensor, predicted: Tensor) -> Code | None:
+        """Return the code of `x`, or None where keeping `x` takes less."""
+        if x.shape != predicted.shape or x.dtype != predicted.dtype:
+            return None
+        if _torch.is_fake(predicted):
+            return _expected(x)
+        if self.due:
+            self.due = False
+            self.width, self.escapes = cheapest(x, predicted)
+            self.capacity = None if _counted(x) else int(HEADROOM * self.escapes) + LEAST
+        if self.width is None:
+            return None
+        code = encode(x, predicted, self.width, self.capacity)
+        self.due = self.capacity is None and code.positions.numel() > 2 * self.escapes + x.numel() // MANY
+        return code if code.nbytes < x.nbytes else None
+
+
+def encode(x: Tensor, predicted: Tensor, width: int, capacity: int | None = None) -> Code:
+    """Return the code of `x`, next to `predicted`, in `width` bits an element; with room for `capacity` escapes, where
+    the host must not wait to learn how many there are.
+
+    >>> code = encode(x, y - h, 2)
+    >>> torch.equal(decode(y - h, code), x)
+    True
+    """
+    p = _bits(predicted)
+    bits = _bits(x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x))
+    k = bits - p
+    if width:
+        k += 1 << (width - 1)
+        packed = _pack(k, width)
+        k >>= width
+        if k.element_size() * 8 == 2 * width:  # so few bits that from infinity it is not far to the negative numbers
+            k |= (bits ^ p) >> 15
+    else:
+        packed = None
+    if capacity is None:
+        positions, lost = _positions(k), None
+    else:
+        found = torch.nonzero_static(k, size=capacity, fill_value=0)
+        positions, lost = found.view(-1), (torch.count_nonzero(k) - capacity).clamp_(min=0)
+    return Code(width, packed, positions.to(torch.int32), bits.index_select(0, positions), lost)
+
+
+def decode(predicted: Tensor, code: Code) -> Tensor:
+    """Return the value of which `code` was made, with the strides of `predicted`."""
+    p = _bits(predicted)
+    if code.packed is None:
+        bits = p.clone()
+    else:
+        k = _unpack(code.packed, code.width, p)
+        # A prediction that is not quite what it was may lie so near to 0 that k would take it beyond, to a NaN.
+        bits = torch.maximum(k, (p & torch.iinfo(p.dtype).max).neg_(), out=k).add_(p)
+    bits.index_put_((code.positions,), code.bits)
+    return _unbits(bits, predicted)
+
+
+def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int]:
+    """Return the width of the smallest code of `x`, None where `x` itself is smaller, and how many escapes it has.
+
+    The host waits for the numbers.
+    """
+    k = _bits(x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x)) - _bits(predicted)
+    beyond = [torch.count_nonzero((k + (1 << w - 1)) >> w if w else k) for w in WIDTHS]
+    escapes = dict(zip(WIDTHS, torch.stack(beyond).tolist(), strict=True))
+    size = {w: k.numel() * w / 8 + n * (4 + k.element_size()) for w, n in escapes.items()}
+    best = min(WIDTHS, key=size.__getitem__)
+    return (best, escapes[best]) if size[best] < x.nbytes else (None, 0)
+
+
+# --- bits
+def _bits(t: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers, in the order of memory."""
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    return flat(t).view(_INTEGER[t.element_size()])
+
+
+def _unbits(bits: Tensor, like: Tensor) -> Tensor:
+    t = bits.view(like.dtype)
+    return t.as_strided(like.shape, like.stride()) if is_dense(like) else t.view(like.shape)
+
+
+# Four numbers of two bits, each in a byte of one int32, come to lie beside each other in its highest byte by one
+# multiplication; two of four bits, in an int16, likewise.
+_FIELDS = {2: (torch.int32, 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6, 24), 4: (torch.int16, 1 << 8 | 1 << 4, 8)}
+
+
+def _pack(k: Tensor, width: int) -> Tensor:
+    """Return the lowest `width` bits of integers, uint8 [ceil(elements * width / 8)]."""
+    low = k.to(torch.uint8)
+    if width == 8:
+        return low
+    low &= (1 << width) - 1
+    dtype, gather, shift = _FIELDS[width]
+    if missing := -low.numel() % dtype.itemsize:
+        low = torch.nn.functional.pad(low, (0, missing))
+    return low.view(dtype).mul_(gather).bitwise_right_shift_(shift).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, width: int, like: Tensor) -> Tensor:
+    """Return the distances that `_pack` packed, which it was given with 2^(width - 1) added, in the dtype of `like`."""
+    if width == 8:
+        return packed.to(like.dtype).sub_(128)
+    table = like.new_empty(256, 8 // width) if _torch.is_fake(like) else _table(width, like.dtype, like.device)
+    found = table.index_select(0, packed.to(torch.int32)).view(-1)
+    return found[: like.numel()] if found.numel() != like.numel() else found
+
+
+@functools.cache
+def _table(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return for each byte the distances that it holds."""
+    shifts = torch.arange(0, 8, width)
+    fields = (torch.arange(256).unsqueeze(1) >> shifts) & ((1 << width) - 1)
+    return (fields - (1 << width - 1)).to(device, dtype)
+
+
+def _positions(k: Tensor) -> Tensor:
+    """Return where integers are not zero, int64; in two steps where they are many and few of them are not."""
+    if k.numel() < GROUPED or k.numel() % 8:
+        return k.nonzero().view(-1)
+    some = k.to(torch.bool)
+    groups = some.view(torch.int64).nonzero().view(-1)
+    row, column = some.view(-1, 8).index_select(0, groups).nonzero().unbind(1)
+    return torch.add(column, groups.index_select(0, row), alpha=8)
+
+
+def _counted(t: Tensor) -> bool:
+    """Return whether the host knows at once how many elements of `t` an operation found."""
+    return t.device.type == "cpu"
+
+
+def _expected(x: Tensor) -> Code:
+    """Return a code of a tensor without numbers, as large as such are wont to be."""
+    n = x.numel() * (2 if x.is_complex() else 1)
+    escapes = int(USUAL * n)
+    packed = x.new_empty(-(-n * TYPICAL // 8), dtype=torch.uint8)
+    bits = x.new_empty(escapes, dtype=_INTEGER[x.nbytes // max(n, 1) or 4])
+    return Code(TYPICAL, packed, x.new_empty(escapes, dtype=torch.int32), bits)

@@ -1,0 +1,286 @@
+"""What tells whether the backward regenerates what was there: a few numbers of each result, then and again.
+
+Of what a function returns all bits are summed, weighed by their places, and a few elements are kept, with some of what
+autograd saves inside it (a gate that is zero hides the rest of a function from its result); so of the lowest cut of
+each stretch. All is compared on the device at the end of a backward pass, which the host waits for once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from revfx import _torch
+from revfx.eager import dtensor
+from revfx.eager.layout import flat
+from revfx.errors import RegenerationError, RevfxWarning
+
+
+if TYPE_CHECKING:
+    from revfx.eager.regeneration import Regeneration
+
+
+SOME = 32  # elements of each result
+FIRST, LAST = 2, 4  # of the tensors that a function saves: how many are looked at
+FEW = 8  # elements of each of those
+COLUMNS = 1021  # places that are told apart, at least; an odd number, as rows of data are no multiples of it
+DRIFT = 16.0  # times sqrt(eps): what rounding inverses may be off by before it is said
+GARBAGE = 1e-2  # what they may be off by before it is an error
+JITTER = 4.0  # times eps^(2/3): what a kernel that rounds otherwise when it runs again may be off by
+
+Metas = Sequence[tuple[Any, ...]]  # a shape and a dtype each
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is noted of some tensors: a checksum, and elements; the size that an error is measured by, where those are
+    not the measure.
+    """
+
+    total: Tensor
+    some: Tensor
+    size: Tensor | None = None
+
+
+class Witness:
+    """What was noted in the forward of one call, by the number of an operation, or of a cut (negative), and what the
+    backward gave since it was last compared.
+
+    `whole`: results must be the same to the last bit; else only elements are noted, which may be off by rounding.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.then: dict[int, Seen] = {}
+        self.saved: dict[int, tuple[int, ...]] = {}
+        self.now: list[tuple[int, Seen]] = []
+        self.lost: list[Tensor] = []
+
+    def note(self, key: int, results: Iterable[Tensor], saved: Sequence[Tensor | None] = ()) -> None:
+        """Note what the forward gave; of what was `saved`, None for what is no result of the operation's own."""
+        found = [k for k, t in enumerate(saved) if t is not None]
+        chosen = tuple(found if len(found) <= FIRST + LAST else found[:FIRST] + found[-LAST:])
+        if (seen := self._look(results, [t for k in chosen if (t := saved[k]) is not None])) is not None:
+            self.then[key], self.saved[key] = seen, chosen
+
+    def again(self, key: int, results: Iterable[Tensor], saved: Sequence[Tensor] = ()) -> None:
+        """Note what the backward gave in its place."""
+        if key in self.then and (seen := self._look(results, [saved[k] for k in self.saved[key]])) is not None:
+            self.now.append((key, seen))
+
+    def measure(self, key: int, results: Iterable[Tensor]) -> None:
+        """Have errors of `key` measured by `results` where these are larger."""
+        if key in self.then and (seen := self._look(results, ())) is not None:
+            self.then[key] = replace(self.then[key], size=seen.some.norm())
+
+    def _look(self, results: Iterable[Tensor], saved: Iterable[Tensor]) -> Seen | None:
+        with torch.no_grad():
+            outs = [t for whole in results for t in _plain(whole)]
+            parts = [_elements(t, SOME) for t in outs]
+            parts += [_elements(t, FEW) for whole in saved for t in _plain(whole)]
+            if not parts:
+                return None
+            sums = [checksum(t) for t in outs] if self.whole else []
+            total = sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else _zero(parts[0].device)
+            return Seen(total, torch.cat(parts) if len(parts) > 1 else parts[0].clone())
+
+
+def _plain(whole: Tensor) -> list[Tensor]:
+    """Return the ordinary tensors that this process holds of one; none where their numbers can't be read."""
+    if type(whole) is Tensor and whole.layout == torch.strided:
+        return [whole] if whole.numel() and not whole.is_meta else []
+    if _torch.is_fake(whole) or whole.layout != torch.strided or whole.is_nested:
+        return []
+    found = [dtensor.piece(t) for t in _torch.parts(dtensor.arrived(whole))]
+    return [t for t in found if t.numel() and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided]
+
+
+def _elements(t: Tensor, most: int) -> Tensor:
+    """Return a view of some elements of a tensor, spread over its memory; complex ones as pairs."""
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    if t.dtype.itemsize < 2 and t.dtype.is_floating_point:
+        t = t.float()
+    every = flat(t)
+    n = every.numel()
+    return every.as_strided((min(n, most),), (max(1, n // most),))
+
+
+def checksum(t: Tensor) -> Tensor:
+    """Return an int64 scalar that differs, but for chance, where any bit of `t` or the order does."""
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    every, size = flat(t), t.element_size()
+    aligned = every.numel() * size % 8 == 0 and every.storage_offset() * size % 8 == 0
+    bits = every.view(torch.int64 if aligned else _INTEGER[size])
+    n = bits.numel()
+    if n > 2 * COLUMNS:  # in rows, each a little longer than the way to the next, so that they cover all
+        rows = -(-n // max(COLUMNS, math.isqrt(n)))
+        step = (n // rows - 1) | 1
+        bits = bits.as_strided((rows, n - (rows - 1) * step), (step, 1)).sum(0)
+    n = bits.numel()
+    return (bits * _weights(t.device, 1 << (n - 1).bit_length())[:n]).sum()
+
+
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.cache
+def _weights(device: torch.device, size: int) -> Tensor:
+    return (torch.arange(size, device="cpu") * 0x1E3779B97F4A7C15 | 1).to(device)
+
+
+@functools.cache
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+# --- the end of a backward
+class _Pass:
+    """One backward pass: the regions that regenerate in it, compared when it ends."""
+
+    def __init__(self) -> None:
+        self.runs: list[Regeneration] = []
+
+    def end(self) -> None:
+        """Compare, and let go of what was regenerated."""
+        try:
+            compare(self.runs)
+        finally:
+            for run in self.runs:
+                run.forget()
+
+
+_passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()  # the engine holds them
+_lock = threading.Lock()
+
+
+def join(task: int, run: Regeneration) -> None:
+    """Have a region compared at the end of the backward pass of that number, which runs on this thread."""
+    with _lock:
+        found = _passes.get(task)
+        if found is None:
+            found = _passes[task] = _Pass()
+            _torch.at_end_of_backward(found.end)
+        found.runs.append(run)
+
+
+def compare(runs: Sequence[Regeneration]) -> None:
+    """Compare what the backward of some regions gave with what was there, all in one read of the device.
+
+    Raises:
+        RegenerationError: a function, or a value, is not what it was.
+
+    Warns:
+        RevfxWarning: it is, but for rounding.
+    """
+    noted = [(run, key, run.witness.then[key], now) for run in runs for key, now in run.witness.now]
+    noted = [n for n in noted if n[2].some.shape == n[3].some.shape]
+    lost = [t for run in runs for t in run.witness.lost]
+    for run in runs:
+        run.witness.now.clear()
+        run.witness.lost.clear()
+    for device in dict.fromkeys(n[3].some.device for n in noted):
+        mine = [n for n in noted if n[3].some.device == device]
+        found, without_room = _differences(mine, [t for t in lost if t.device == device])
+        if without_room:
+            for run in runs:
+                run.plan.make_room()
+        for (run, key, *_), differs, error, size in zip(mine, *found, strict=True):
+            run.judge(key, bool(differs), error / size if size else error)
+
+
+def _differences(
+    noted: Sequence[tuple[Any, int, Seen, Seen]], lost: Sequence[Tensor]
+) -> tuple[tuple[list[float], list[float], list[float]], float]:
+    """Return of each pair whether a bit differs, how far its elements are apart, and the size that this counts by; and
+    how many escapes found no room. The host waits once.
+    """
+    then, now = [n[2] for n in noted], [n[3] for n in noted]
+    with torch.no_grad():
+        lengths = torch.tensor([t.some.numel() for t in then])
+        which = torch.repeat_interleave(torch.arange(len(then)), lengths).to(then[0].some.device)
+        a, b = torch.cat([t.some for t in then]), torch.cat([t.some for t in now])
+        other = (a != b) & ((a == a) | (b == b))
+        a, b = a.double(), b.double()
+        zeros = torch.zeros(len(then), dtype=torch.float64, device=a.device)
+        apart = zeros.index_add(0, which, torch.where(other, b - a, 0.0).square()).sqrt()
+        size = zeros.index_add(0, which, a.square()).sqrt()
+        if any(t.size is not None for t in then):
+            size = torch.maximum(size, torch.stack([zeros[0] if t.size is None else t.size.double() for t in then]))
+        differs = torch.stack([t.total for t in then]) != torch.stack([t.total for t in now])
+        differs = differs | (zeros.index_add(0, which, other.double()) > 0)
+        room = torch.stack([zeros.sum(), *(t.double() for t in lost)]).sum().expand(len(then))
+        found: list[list[float]] = torch.stack((differs.double(), apart, size, room)).tolist()
+    return (found[0], found[1], found[2]), found[3][0]
+
+
+def changed(saved: Metas, again: Metas, returned: Metas, returned_again: Metas) -> str | None:
+    """Return what a call did otherwise when it was run again: in the tensors that it saved, or in the shapes that it
+    returned.
+
+    None where it did the same.
+    """
+    if len(saved) != len(again):
+        return f"{len(saved)} saved in the forward, {len(again)} now"
+    for number, (then, now) in enumerate(zip(saved, again, strict=True), 1):
+        if then != now:
+            described = [f"{dtype}{list(shape)}" for shape, dtype in (then, now)]
+            return f"of {len(saved)} saved, number {number} was {described[0]} in the forward and is {described[1]} now"
+    for then, now in zip(returned, returned_again, strict=True):
+        if then != now:
+            return f"it returned the shape {list(then)} in the forward and {list(now)} now"
+    return None
+
+
+def judged(name: str, differs: bool, error: float, eps: float, whole: bool, warn: bool) -> bool:
+    """Return whether a result that is off by `error` was warned of; `eps` is that of the narrowest dtype around.
+
+    Raises:
+        RegenerationError: it is off by more than rounding explains.
+    """
+    limit = JITTER * eps ** (2 / 3) if whole else DRIFT * eps**0.5
+    if not differs or (not whole and error <= limit):
+        return False
+    if not (error <= limit if whole else error <= max(limit, GARBAGE)):
+        raise RegenerationError(_otherwise(name, error, whole))
+    if warn:
+        warnings.warn(_rounded(name, error, whole), RevfxWarning, stacklevel=2)
+    return warn
+
+
+_KEEP = "keep its activations with `revfx.testing.store_activations()`"
+
+
+def _otherwise(name: str, error: float, whole: bool) -> str:
+    by = f"off by {error:.1e} (relative)" if error and math.isfinite(error) else "another"
+    rounding = "" if whole else " rounding grew too much on the way back (`exact=True` has none), or"
+    return (
+        f"{name} is {by} when it is computed again for the backward:{rounding} it depends on what has changed since and"
+        " nothing puts back, such as a counter, a global, a generator of its own, a cache that was filled, a sub-module"
+        f" that was replaced, or a weight written to uncounted. Make it depend on its inputs alone, or {_KEEP}."
+        " `revfx.debug.check_regeneration()` finds the first value that differs."
+    )
+
+
+def _rounded(name: str, error: float, whole: bool) -> str:
+    if whole:
+        return (
+            f"{name} is rounded otherwise when it is computed again for the backward (off by {error:.1e}, relative): a"
+            " kernel in it is not deterministic, or runs on another number of threads. Gradients are right up to such"
+            f" rounding. `torch.use_deterministic_algorithms(True)` may help; or {_KEEP}."
+        )
+    return (
+        f"{name}, regenerated for the backward, is off by {error:.1e} (relative): the functions of this region amplify"
+        " rounding errors. `exact=True`, the default, has none; or use a wider dtype for the streams, anchors"
+        f" (`anchor_every`), or {_KEEP}."
+    )
