@@ -178,6 +178,7 @@ WAYS: Mapping[str, Way] = {w.name: w for w in (
         additive=True,
     ),
     Way("convert", "`revfx.convert`", lambda bench, model, inputs: revfx.convert(model), own=True),
+    Way("rounding", "`revfx.convert`, `exact=False`", lambda b, model, i: revfx.convert(model, exact=False), own=True),
     Way("rev_block", "`revfx.rev_block`", _rev_block, additive=True, own=True),
     Way("backend", '`backend="revfx"`', _compiled(backend="revfx"), compiled=True, own=True),
     Way(

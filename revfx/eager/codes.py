@@ -24,6 +24,7 @@ from revfx.eager.layout import flat, is_dense
 
 
 WIDTHS = (0, 2, 4, 8)
+SLOW = 4  # bytes
 SMALL = 1 << 12  # bytes: a code of so few is not worth its time
 GROUPED = 1 << 14  # elements from which escapes are looked for in groups of eight
 TYPICAL, USUAL = 2, 0.018  # bits, and the share of escapes, that a code is taken to have where there are no numbers
@@ -103,19 +104,14 @@ def encode(x: Tensor, predicted: Tensor, width: int, capacity: int | None = None
     p = _bits(predicted)
     bits = _bits(x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x))
     k = bits - p
-    if width:
-        k += 1 << (width - 1)
-        packed = _pack(k, width)
-        k >>= width
-        if k.element_size() * 8 == 2 * width:  # so few bits that from infinity it is not far to the negative numbers
-            k |= (bits ^ p) >> 15
-    else:
-        packed = None
+    packed, escaped = _narrowed(k, width)
+    if 2 * width == 8 * p.element_size():  # so many bits that from infinity it is not far to the negative numbers
+        escaped |= ((bits ^ p) >> 15).to(torch.bool)
     if capacity is None:
-        positions, lost = _positions(k), None
+        positions, lost = _positions(escaped), None
     else:
-        found = torch.nonzero_static(k, size=capacity, fill_value=0)
-        positions, lost = found.view(-1), (torch.count_nonzero(k) - capacity).clamp_(min=0)
+        found = torch.nonzero_static(escaped, size=capacity, fill_value=0)
+        positions, lost = found.view(-1), (torch.count_nonzero(escaped) - capacity).clamp_(min=0)
     return Code(width, packed, positions.to(torch.int32), bits.index_select(0, positions), lost)
 
 
@@ -125,23 +121,26 @@ def decode(predicted: Tensor, code: Code) -> Tensor:
     if code.packed is None:
         bits = p.clone()
     else:
-        k = _unpack(code.packed, code.width, p)
-        # A prediction that is not quite what it was may lie so near to 0 that k would take it beyond, to a NaN.
-        bits = torch.maximum(k, (p & torch.iinfo(p.dtype).max).neg_(), out=k).add_(p)
+        bits = _widened(code.packed, code.width, p)
+        if p.element_size() == 2:
+            # A prediction that is not quite what it was may be so near to 0 that k takes it beyond, to a NaN. Of wider
+            # numbers one in 2^40 is: as near to 0 as the last bit of what was added, and next to a multiple of that.
+            torch.maximum(bits, (p & torch.iinfo(p.dtype).max).neg_(), out=bits)
+        bits += p
     bits.index_put_((code.positions,), code.bits)
     return _unbits(bits, predicted)
 
 
 def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int]:
-    """Return the width of the smallest code of `x`, None where `x` itself is smaller, and how many escapes it has.
+    """Return the width of the cheapest code of `x`, None where `x` itself is smaller, and how many escapes it has.
 
-    The host waits for the numbers.
+    The time that an escape takes counts as `SLOW` bytes. The host waits for the numbers.
     """
     k = _bits(x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x)) - _bits(predicted)
     beyond = [torch.count_nonzero((k + (1 << w - 1)) >> w if w else k) for w in WIDTHS]
     escapes = dict(zip(WIDTHS, torch.stack(beyond).tolist(), strict=True))
     size = {w: k.numel() * w / 8 + n * (4 + k.element_size()) for w, n in escapes.items()}
-    best = min(WIDTHS, key=size.__getitem__)
+    best = min(WIDTHS, key=lambda w: size[w] + SLOW * escapes[w])
     return (best, escapes[best]) if size[best] < x.nbytes else (None, 0)
 
 
@@ -162,42 +161,54 @@ def _unbits(bits: Tensor, like: Tensor) -> Tensor:
 _FIELDS = {2: (torch.int32, 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6, 24), 4: (torch.int16, 1 << 8 | 1 << 4, 8)}
 
 
-def _pack(k: Tensor, width: int) -> Tensor:
-    """Return the lowest `width` bits of integers, uint8 [ceil(elements * width / 8)]."""
-    low = k.to(torch.uint8)
+def _narrowed(k: Tensor, width: int) -> tuple[Tensor | None, Tensor]:
+    """Return the lowest `width` bits of integers, uint8 [ceil(elements * width / 8)] (None: of none), and a byte for
+    each, and for some beyond, that is other than zero for those that have more. The integers are used up.
+    """
+    if width == 0:
+        return None, k.to(torch.bool)
     if width == 8:
-        return low
-    low &= (1 << width) - 1
+        return k.to(torch.uint8), k.add_(128).bitwise_right_shift_(8).to(torch.bool)
+    n = k.numel()
+    low = k.clamp_(-(1 << (width - 1)) - 1, 1 << (width - 1)).to(torch.int8)  # those next beyond stand for all others
+    if n % 8:
+        low = torch.nn.functional.pad(low, (0, -n % 8))
+    words = low.view(torch.int64)
+    # the sign of an integer that fits is repeated in the highest of its bits
+    escaped = (words >> (8 - width)).bitwise_xor_(words).bitwise_and_(_repeated(1 << (width - 1)))
     dtype, gather, shift = _FIELDS[width]
-    if missing := -low.numel() % dtype.itemsize:
-        low = torch.nn.functional.pad(low, (0, missing))
-    return low.view(dtype).mul_(gather).bitwise_right_shift_(shift).to(torch.uint8)
+    fields = words.bitwise_and_(_repeated((1 << width) - 1)).view(dtype)
+    packed = fields.mul_(gather).bitwise_right_shift_(shift).to(torch.uint8)
+    return (packed[: -(-n * width // 8)].clone() if n % 8 else packed), escaped.view(torch.uint8)
 
 
-def _unpack(packed: Tensor, width: int, like: Tensor) -> Tensor:
-    """Return the distances that `_pack` packed, which it was given with 2^(width - 1) added, in the dtype of `like`."""
+def _repeated(byte: int) -> int:
+    return int.from_bytes(bytes([byte] * 8), "little")
+
+
+def _widened(packed: Tensor, width: int, like: Tensor) -> Tensor:
+    """Return the integers whose lowest bits were packed, as many and of the dtype as `like`."""
     if width == 8:
-        return packed.to(like.dtype).sub_(128)
-    table = like.new_empty(256, 8 // width) if _torch.is_fake(like) else _table(width, like.dtype, like.device)
-    found = table.index_select(0, packed.to(torch.int32)).view(-1)
-    return found[: like.numel()] if found.numel() != like.numel() else found
+        return packed.view(torch.int8).to(like.dtype)
+    table = like.new_empty(256, dtype=_FIELDS[width][0]) if _torch.is_fake(like) else _table(width, like.device)
+    low = table.index_select(0, packed.to(torch.int32)).view(torch.int8)
+    return (low[: like.numel()] if low.numel() != like.numel() else low).to(like.dtype)
 
 
 @functools.cache
-def _table(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return for each byte the distances that it holds."""
-    shifts = torch.arange(0, 8, width)
-    fields = (torch.arange(256).unsqueeze(1) >> shifts) & ((1 << width) - 1)
-    return (fields - (1 << width - 1)).to(device, dtype)
+def _table(width: int, device: torch.device) -> Tensor:
+    """Return for each byte the integers whose lowest bits it holds, each in a byte of one number."""
+    fields = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, width)
+    half = 1 << (width - 1)
+    return ((fields + half) % (1 << width) - half).to(torch.int8).view(_FIELDS[width][0]).view(-1).to(device)
 
 
-def _positions(k: Tensor) -> Tensor:
-    """Return where integers are not zero, int64; in two steps where they are many and few of them are not."""
-    if k.numel() < GROUPED or k.numel() % 8:
-        return k.nonzero().view(-1)
-    some = k.to(torch.bool)
-    groups = some.view(torch.int64).nonzero().view(-1)
-    row, column = some.view(-1, 8).index_select(0, groups).nonzero().unbind(1)
+def _positions(escaped: Tensor) -> Tensor:
+    """Return where bytes are not zero, int64; of many in two steps, by groups of eight."""
+    if escaped.numel() < GROUPED or escaped.numel() % 8:
+        return escaped.nonzero().view(-1)
+    groups = escaped.view(torch.int64).nonzero().view(-1)
+    row, column = escaped.view(-1, 8).index_select(0, groups).nonzero().unbind(1)
     return torch.add(column, groups.index_select(0, row), alpha=8)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from revfx import _torch
 from revfx.eager import dtensor
-from revfx.eager.layout import flat
+from revfx.eager.layout import flat, is_dense
 from revfx.errors import RegenerationError, RevfxWarning
 
 
@@ -105,14 +105,17 @@ def _plain(whole: Tensor) -> list[Tensor]:
 
 
 def _elements(t: Tensor, most: int) -> Tensor:
-    """Return a view of some elements of a tensor, spread over its memory; complex ones as pairs."""
+    """Return a view of some elements of a tensor, spread over its memory, or along its longest dimension where it is not
+    dense; complex ones as pairs.
+    """
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
     if t.dtype.itemsize < 2 and t.dtype.is_floating_point:
         t = t.float()
-    every = flat(t)
-    n = every.numel()
-    return every.as_strided((min(n, most),), (max(1, n // most),))
+    n, stride = t.numel(), 1
+    if not is_dense(t):
+        n, stride = max(zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((min(n, most),), (max(1, n // most) * stride,))
 
 
 def checksum(t: Tensor) -> Tensor:

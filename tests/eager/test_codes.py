@@ -58,7 +58,7 @@ def test_any_number_comes_back_from_any_prediction(width: int, dtype: torch.dtyp
     assert_same(decode(predicted, encode(x, predicted, width)), x)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_prediction_that_is_a_little_off_gives_no_garbage(width: int, dtype: torch.dtype) -> None:
     """As where a kernel jitters: values that cancel to zero stay near to it, and none is NaN or infinite."""
@@ -110,7 +110,8 @@ def test_bytes_of_an_additive_coupling(dtype: torch.dtype, most: float) -> None:
 
 def test_the_cheapest_is_chosen() -> None:
     x, predicted = pair((64, 64), torch.float32)
-    sizes = {w: encode(x, predicted, w).nbytes for w in WIDTHS}
+    found = {w: encode(x, predicted, w) for w in WIDTHS}
+    sizes = {w: code.nbytes + codes.SLOW * len(code.positions) for w, code in found.items()}
     assert sizes[cheapest(x, predicted)[0] or 0] == min(sizes.values())
     assert cheapest(x, x) == (0, 0)
     assert cheapest(x, torch.randn(64, 64)) == (None, 0), "keeping it takes less"
