@@ -222,7 +222,10 @@ def _is_torchs(function: Any) -> bool:
 
 def version(tensor: torch.Tensor) -> int:
     """Return how often `tensor` was written in place; 0 for inference tensors, which do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def uncounted_writes(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from revfx.eager.state import Reach
 
 
+_ITSELF = ((),)
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """The place of value `index` among a call's arguments."""
@@ -27,7 +30,7 @@ class Call:
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    outs: tuple[tuple[Any, ...], ...] = ((),)
+    outs: tuple[tuple[Any, ...], ...] = _ITSELF
 
     @cached_property
     def reach(self) -> Reach:
@@ -37,8 +40,8 @@ class Call:
     def invoke(self, env: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
         """Return the output tensors, with the values taken from `env`."""
         kwargs = {k: fill(v, env) for k, v in self.kwargs.items()} if self.kwargs else {}
-        result = self.fn(*[fill(a, env) for a in self.args], **kwargs)
-        return tuple(_at(result, path) for path in self.outs)
+        result = self.fn(*[env[a.index] if type(a) is Slot else fill(a, env) for a in self.args], **kwargs)
+        return (result,) if self.outs == _ITSELF else tuple([_at(result, path) for path in self.outs])
 
 
 def fill(tree: Any, env: Mapping[int, Tensor]) -> Any:

@@ -76,8 +76,8 @@ class Codec:
         codable = _torch.is_plain(x) and (x.is_floating_point() or x.is_complex())
         return codable and x.nbytes > SMALL and (self.due or self.width is not None)
 
-    def encode(self, x: Tensor, predicted: Tensor) -> Code | None:
-        """Return the code of `x`, or None where keeping `x` takes less."""
+    def encode(self, x: Tensor, predicted: Tensor, spent: bool = False) -> Code | None:
+        """Return the code of `x`, or None where keeping `x` takes less; `spent`: see `encode`."""
         if x.shape != predicted.shape or x.dtype != predicted.dtype:
             return None
         if _torch.is_fake(predicted):
@@ -88,14 +88,14 @@ class Codec:
             self.capacity = None if _counted(x) else int(HEADROOM * self.escapes) + LEAST
         if self.width is None:
             return None
-        code = encode(x, predicted, self.width, self.capacity)
+        code = encode(x, predicted, self.width, self.capacity, spent)
         self.due = self.capacity is None and code.positions.numel() > 2 * self.escapes + x.numel() // MANY
         return code if code.nbytes < x.nbytes else None
 
 
-def encode(x: Tensor, predicted: Tensor, width: int, capacity: int | None = None) -> Code:
+def encode(x: Tensor, predicted: Tensor, width: int, capacity: int | None = None, spent: bool = False) -> Code:
     """Return the code of `x`, next to `predicted`, in `width` bits an element; with room for `capacity` escapes, where
-    the host must not wait to learn how many there are.
+    the host must not wait to learn how many there are. `spent`: the prediction's memory may be written to.
 
     >>> code = encode(x, y - h, 2)
     >>> torch.equal(decode(y - h, code), x)
@@ -103,9 +103,9 @@ def encode(x: Tensor, predicted: Tensor, width: int, capacity: int | None = None
     """
     p = _bits(predicted)
     bits = _bits(x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x))
-    k = bits - p
-    packed, escaped = _narrowed(k, width)
-    if 2 * width == 8 * p.element_size():  # so many bits that from infinity it is not far to the negative numbers
+    far = 2 * width == 8 * p.element_size()  # so many bits that from infinity it is not far to the negative numbers
+    packed, escaped = _narrowed(torch.sub(bits, p, out=p) if spent and not far else bits - p, width)
+    if far:
         escaped |= ((bits ^ p) >> 15).to(torch.bool)
     if capacity is None:
         positions, lost = _positions(escaped), None
@@ -162,24 +162,26 @@ _FIELDS = {2: (torch.int32, 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6, 24), 4: (torch
 
 
 def _narrowed(k: Tensor, width: int) -> tuple[Tensor | None, Tensor]:
-    """Return the lowest `width` bits of integers, uint8 [ceil(elements * width / 8)] (None: of none), and a byte for
-    each, and for some beyond, that is other than zero for those that have more. The integers are used up.
+    """Return the lowest `width` bits of integers, packed, and a byte for each that is other than zero where it has
+    more; in eights, filled up. The integers are used up.
     """
     if width == 0:
         return None, k.to(torch.bool)
     if width == 8:
         return k.to(torch.uint8), k.add_(128).bitwise_right_shift_(8).to(torch.bool)
     n = k.numel()
-    low = k.clamp_(-(1 << (width - 1)) - 1, 1 << (width - 1)).to(torch.int8)  # those next beyond stand for all others
+    k.clamp_(-(1 << (width - 1)) - 1, 1 << (width - 1))  # those next beyond stand for all others
     if n % 8:
-        low = torch.nn.functional.pad(low, (0, -n % 8))
+        low = k.new_zeros(n + -n % 8, dtype=torch.int8)
+        low[:n] = k
+    else:
+        low = k.to(torch.int8)
     words = low.view(torch.int64)
     # the sign of an integer that fits is repeated in the highest of its bits
     escaped = (words >> (8 - width)).bitwise_xor_(words).bitwise_and_(_repeated(1 << (width - 1)))
     dtype, gather, shift = _FIELDS[width]
     fields = words.bitwise_and_(_repeated((1 << width) - 1)).view(dtype)
-    packed = fields.mul_(gather).bitwise_right_shift_(shift).to(torch.uint8)
-    return (packed[: -(-n * width // 8)].clone() if n % 8 else packed), escaped.view(torch.uint8)
+    return fields.mul_(gather).bitwise_right_shift_(shift).to(torch.uint8), escaped.view(torch.uint8)
 
 
 def _repeated(byte: int) -> int:

@@ -74,12 +74,12 @@ class RegionRun(Regeneration):
     def _run_forward(self, number: int, plan: StepPlan, env: Env, held: set[int]) -> None:
         step, codes = plan.step, plan.codes if self.lossless and number and not plan.anchored else {}
         lowest = number - 1 in self.kept_cuts  # of its stretch, the last one to come back
-        noted = self.lossless or plan.sampled or plan.anchored or number == 0  # else what comes back tells
+        noted = self.lossless or plan.anchored or number == 0  # else what comes back tells
         with self.quiet:
             if plan.anchored:
                 self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
             if plan.sampled or (lowest and self.plan.on_grid):
-                self._witness((v for v in step.entry if v not in self.kept and v not in step.exit), env)
+                self._witness((v for v in step.entry if v not in self.kept), env)
         for at, index in enumerate(range(step.start, step.stop)):
             made = self.program.ops[index].outs
             outs = self._call(index, env, plan.exits[at], noted)
@@ -112,9 +112,9 @@ class RegionRun(Regeneration):
         code, codec = None, self.plan.codecs[v]
         x = dtensor.piece(env[v])
         if codec.asks(x):
-            with self.predicting():
-                predicted = arc.solve(*[env[u] if u in env else self.kept[u] for u in arc.tail])
-                code = codec.encode(x, dtensor.piece(dtensor.spread(predicted, self.spread.get(v))))
+            with torch.no_grad():
+                predicted = dtensor.spread(self.predicted(arc, env), self.spread.get(v))
+                code = codec.encode(x, dtensor.piece(predicted), spent=self._is_fresh(predicted, arc.tail, env))
         if code is None:
             self._keep(self.kept, v, env[v])
             self.uncoded[number] = self.uncoded.get(number, frozenset()) | {v}
@@ -124,6 +124,13 @@ class RegionRun(Regeneration):
             self.witness.lost.append(code.lost)
         if lowest:
             self._witness((v,), env)
+
+    def _is_fresh(self, predicted: Tensor, tail: tuple[int, ...], env: Env) -> bool:
+        """Return whether nothing that an inverse read shares memory with what it gave."""
+        if type(predicted) is not Tensor:
+            return False
+        memory = _torch.storage_key(predicted)
+        return all([_torch.storage_key(env[v] if v in env else self.kept[v]) != memory for v in tail])
 
     def _witness(self, values: Iterable[int], env: Env) -> None:
         for v in values:

@@ -8,14 +8,15 @@ from torch import Tensor
 from revfx import _torch
 
 
-ALIGNED = {"cpu": 64}  # bytes: kernels round by the address, less a multiple of this
-ALIGNED_ELSEWHERE = 256
+ALIGNED, ALIGNED_ELSEWHERE = 64, 256  # bytes, on the CPU and not: kernels round by the address, less a multiple of it
 
 
 def address(t: Tensor) -> int:
     """Return where a tensor's elements lie; 0 of those without any, and of classes that do not tell."""
-    if not _torch.is_plain(t) or t.layout != torch.strided:
+    if t.layout is not torch.strided or not _torch.is_plain(t):
         return 0
+    if type(t) is Tensor:
+        return t.data_ptr()
     # of a fake tensor there is no address: storages tell
     return _torch.storage_key(t) + int(t.storage_offset()) if _torch.is_fake(t) else t.data_ptr()
 
@@ -40,14 +41,16 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 
 def offset_of(t: Tensor) -> int:
     """Return by how many bytes the address of `t` lies beyond an aligned one; 0 where there is none."""
-    return 0 if _torch.is_fake(t) else t.data_ptr() % ALIGNED.get(t.device.type, ALIGNED_ELSEWHERE)
+    if t.is_cpu and type(t) is Tensor:
+        return t.data_ptr() % ALIGNED
+    return 0 if _torch.is_fake(t) else t.data_ptr() % ALIGNED_ELSEWHERE
 
 
 def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
     """Return `t` with given strides, at `offset` bytes beyond an aligned address: kernels round by it."""
     if t.stride() == stride and offset_of(t) == offset:
         return t
-    aligned = ALIGNED.get(t.device.type, ALIGNED_ELSEWHERE)
+    aligned = ALIGNED if t.is_cpu else ALIGNED_ELSEWHERE
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
     room = torch.empty(extent + aligned // t.element_size(), dtype=t.dtype, device=t.device)
     first = (offset - offset_of(room)) % aligned // t.element_size()

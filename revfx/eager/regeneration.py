@@ -215,25 +215,24 @@ class Regeneration:
 
     def _solved(self, arc: Arc, env: Env) -> Tensor:
         """Return what an inverse gives, corrected by the head's code."""
-        code = self.codes.get(arc.head)
-        with self.predicting():
-            t = arc.solve(*[env[v] for v in arc.tail])
-            if code is None:
-                return t
-            spread = self.spread.get(arc.head)
-            if spread is None:
-                return decode(t, code)
-            whole = dtensor.spread(t, spread)
-            return dtensor.holding(whole, decode(dtensor.piece(whole), code))
+        t, code = self.predicted(arc, env), self.codes.get(arc.head)
+        if code is None:
+            return t
+        spread = self.spread.get(arc.head)
+        if spread is None:
+            return decode(t, code)
+        whole = dtensor.spread(t, spread)
+        return dtensor.holding(whole, decode(dtensor.piece(whole), code))
 
-    @contextlib.contextmanager
-    def predicting(self) -> Generator[None]:
-        """Return a context in which an inverse gives the same bits in the forward and in the backward."""
-        casts = [d for d, _, _ in self.autocast if torch.is_autocast_enabled(d)]
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for device in casts:
+    def predicted(self, arc: Arc, env: Env) -> Tensor:
+        """Return what an inverse gives, by the same kernels in the forward and in the backward: without autocast."""
+        tail = [env[v] if v in env else self.kept[v] for v in arc.tail]
+        if not any([torch.is_autocast_enabled(d) for d, *_ in self.autocast]):
+            return arc.solve(*tail)
+        with contextlib.ExitStack() as stack:
+            for device, *_ in self.autocast:
                 stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+            return arc.solve(*tail)
 
     def _as_it_was(self, v: int, t: Tensor) -> Tensor:
         """Return `t` as the value lay in memory in the forward: kernels, and what they save, depend on it."""

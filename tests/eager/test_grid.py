@@ -154,13 +154,13 @@ def growth(make: Callable[[int], nn.Module], short: int, long: int, **options: A
 
 
 def test_additive_couplings_keep_nothing_more() -> None:
-    assert growth(Additive, 4, 24, grid=14) < 512, "bytes of a few elements of what two functions give"
+    assert growth(Additive, 4, 24, grid=14) < 1024, "bytes of a few elements of what two functions give"
 
 
 def test_momentum_keeps_a_bit_and_affine_couplings_two_per_element() -> None:
     elements = 64 * 2 * D
-    assert growth(Momentum, 4, 16, grid=14) <= elements / 8 + 512
-    assert growth(Affine, 4, 16, grid=14) <= elements / 4 + 1024, "two bits for a, one for b, of half as many elements"
+    assert growth(Momentum, 4, 16, grid=14) <= elements / 8 + 1024
+    assert growth(Affine, 4, 16, grid=14) <= elements / 4 + 2048, "two bits for a, one for b, of half as many elements"
 
 
 # --- what does not fit
