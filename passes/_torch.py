@@ -104,3 +104,14 @@ def is_real(t: Tensor) -> bool:
 def outside_modes() -> AbstractContextManager[Any]:
     """Return a context in which real tensors can be computed with, though a graph is traced around."""
     return _python_dispatch._disable_current_modes()
+
+
+def updated_statistics(name: str, args: Any, kwargs: Any) -> list[Any]:
+    """Return the running statistics that a call of `batch_norm` or `instance_norm` is given and writes to."""
+    if name not in ("batch_norm", "instance_norm"):
+        return []
+    flag = "training" if name == "batch_norm" else "use_input_stats"
+    names = ("input", "running_mean", "running_var", "weight", "bias", flag)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    statistics = [given.get("running_mean"), given.get("running_var")]
+    return [x for x in statistics if x is not None] if given.get(flag, name == "instance_norm") else []

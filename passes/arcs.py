@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from revfx.passes.addends import has_huge
-from revfx.passes.atoms import CERTAIN, NONE, RARE, atoms
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
-from revfx.passes.kinks import CERTAIN_ZEROS, OF_SUMS, numberless, told_apart
 from revfx.passes.masks import MaskedArcs
-from revfx.passes.moved import directions_of, moved, taken_apart
+from revfx.passes.moves import directions_of, taken_apart
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
-
-
-HIDDEN = "what is added to it may be so large that its digits are lost, as next to a mask of -1e9"
 
 
 @dataclass(frozen=True)
@@ -56,14 +50,14 @@ def lower(
     """Return the program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that
     round.
 
-    `barred`: why no inverse that rounds may give nodes back, where nobody can look at their numbers while it runs.
+    `barred`: why no inverse that rounds may give nodes back, where no code corrects it; None: codes do.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
-    contain the node), `where` (the user's file and line), `inside`, `atoms`, `constant`, `facts`,
-    `grid`, `kept` and `directions` (what its rule would yield). A node whose result is a tuple and the getitem
-    nodes that take it apart become one operation with several outputs.
+    contain the node), `where` (the user's file and line), `constant`, `facts`, `grid`, `kept` and `directions` (what
+    its rule would yield). A node whose result is a tuple and the getitem nodes that take it apart become one operation
+    with several outputs.
     """
     lowered = _Lowering(graph, module_of, sources, barred).run()
     if not exact:
@@ -83,11 +77,6 @@ class _Lowering:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.bounds, self.barred = bounds(graph), barred
         self.directions: dict[fx.Node, list[Direction]] = {}
-        if barred is None:
-            self.atoms, moves = atoms(graph), moved(graph, self._directions)
-            self.told_apart = told_apart(graph, self.atoms, moves, OF_SUMS)
-            self.perhaps_told = told_apart(graph, self.atoms, moves)
-        self.numberless = numberless(graph, self.atoms) if barred is None else frozenset[fx.Node]()
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -115,7 +104,7 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        masked = MaskedArcs(op_nodes, self.index, self._trusted, self._arc, self._directions)
+        masked = MaskedArcs(op_nodes, self.index, self._trusted, self._arc, self._directions, coded=self.barred is None)
         for i, arc in (*self._tilings(op_nodes, outs), *masked.run()):
             ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
         written = {self.values[v].storage for op in ops if "writes" in (op.barrier or "") for v in op.ins}
@@ -185,7 +174,6 @@ class _Lowering:
         factor = self._factor(inverse, y.dtype)
         if isinstance(factor, str):
             return factor
-        rounds = not (inverse.exact or inverse.grid)
         arc = Arc(
             head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
@@ -193,41 +181,13 @@ class _Lowering:
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
             if inverse.exact else None,
-            coupling=self._coupling(node, inverse, given), grid=inverse.grid, sums=inverse.rest is not nothing,
-            fresh=bool(given) and all(self._is_fresh(g, node) for g in given), cancels=node.meta.get("cancels", False),
-            follows=bool(given) and all(self._follows(g, inverse.solves) for g in given),
+            coupling=self._coupling(node, inverse, given), grid=inverse.grid,
         )  # fmt: skip
-        if rounds and arc.sums:
-            arc = replace(arc, huge=has_huge(node, y.dtype) or any(g.meta.get("huge", False) for g in given))
-        return self._trusted(arc, inverse.solves) if rounds else arc
+        return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
         """Return an arc that rounds, with what is known against it for the sake of its head."""
-        if self.barred is not None:
-            return replace(arc, barred=self.barred.get(head, HIDDEN if arc.huge else None))
-        atoms, told, perhaps = self.atoms[head], self.told_apart.get(head), self.perhaps_told.get(head)
-        if atoms == CERTAIN:
-            return replace(arc, barred=CERTAIN_ZEROS)
-        if atoms == NONE and perhaps is None:
-            return arc
-        barred = told.text if told and (atoms > RARE or told.tied) else None
-        return replace(arc, suspect=True, told=perhaps and perhaps.text, apart=told is not None, barred=barred)
-
-    def _is_fresh(self, added: fx.Node, node: fx.Node) -> bool:
-        """Return whether what is added to a node holds no number of the data, for any element of the sum."""
-        return added in self.numberless and same_shape(added.meta["val"], node.meta["val"])
-
-    def _follows(self, node: fx.Node, of: fx.Node) -> bool:
-        """Return whether a node is made of what another one holds."""
-        todo, seen, first = [node], set[fx.Node](), self.index[of]
-        while todo:
-            n = todo.pop()
-            if n is of:
-                return True
-            if n not in seen and self.index.get(n, first + 1) > first:  # others were there before it
-                seen.add(n)
-                todo.extend(n.all_input_nodes)
-        return False
+        return replace(arc, barred=(self.barred or {}).get(head))
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """Return the exact form of an operation that is solved for one operand, or why there is none."""

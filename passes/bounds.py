@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.names import bare
 from revfx.rules import arguments, op_name
 
 
@@ -164,7 +163,7 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
     """Return the interval that rounding leaves of an exact one; UNKNOWN where whole numbers may wrap around."""
     if exact == UNKNOWN or dtype is None or dtype.is_complex:
         return exact if dtype is None else UNKNOWN
-    name = bare(op_name(node.target))
+    name = op_name(node.target).rstrip("_")
     before = next((d for n in node.all_input_nodes if (d := _dtype(n)) is not None), dtype)
     if not dtype.is_floating_point:
         whole = not before.is_floating_point and dtype != torch.bool
@@ -209,7 +208,7 @@ def _holds(dtype: torch.dtype, x: float) -> bool:
 def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
     if node.op not in ("call_function", "call_method"):
         return UNKNOWN
-    name = bare(op_name(node.target))
+    name = op_name(node.target).rstrip("_")
     if name in ("clamp", "clip", "hardtanh"):
         limits = {"min_val": -1.0, "max_val": 1.0} if name == "hardtanh" else {"min": None, "max": None}
         a, *given = arguments(node, "input", **limits)

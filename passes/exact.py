@@ -71,7 +71,7 @@ def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> 
         arcs = [
             a
             if a.exact and isinstance(a.coupling, str)
-            else replace(a, exact=False, barred=None, suspect=False, factor=None, measured=False)
+            else replace(a, exact=False, barred=None, factor=None, measured=False)
             for a, reason in zip(op.arcs, reasons, strict=True)
             if reason is None
         ]

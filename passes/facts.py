@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
-from revfx.passes.numbers import is_generic, is_huge
 from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
 
-PERMUTATION, BINARY, GENERIC, HUGE = "permutation", "binary", "generic", "huge"
+PERMUTATION, BINARY = "permutation", "binary"
 LIMIT = 1 << 16  # elements of a tensor whose values are looked at
 INDICES = (torch.int32, torch.int64)
 SAME = frozenset("alias clone detach lift_fresh_copy contiguous".split())
@@ -31,17 +30,12 @@ Facts = tuple[tuple[int, str], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """Return what holds of which inputs: pairs of a number and PERMUTATION, BINARY, GENERIC or HUGE."""
+    """Return what holds of which inputs: pairs of a number and PERMUTATION or BINARY."""
     tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
     return tuple((i, fact) for i, t in tensors for fact in _facts(t))
 
 
 def _facts(t: Tensor) -> tuple[str, ...]:
-    of_numbers = (fact for fact, holds in ((GENERIC, is_generic), (HUGE, is_huge)) if holds(t))
-    return (*_of_levels(t), *of_numbers)
-
-
-def _of_levels(t: Tensor) -> tuple[str, ...]:
     if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta or t.requires_grad:
         return ()
     if not 1 < t.numel() <= LIMIT or t.dtype == torch.bool or t.is_complex():
@@ -58,7 +52,7 @@ def _of_levels(t: Tensor) -> tuple[str, ...]:
 
 def is_mask(t: Tensor) -> bool:
     """Return whether a tensor holds zeros and ones, some of each, and nothing else."""
-    return BINARY in _of_levels(t)
+    return BINARY in _facts(t)
 
 
 # --- checks, recorded into the forward of a graph that relies on a fact

@@ -53,7 +53,7 @@ class MaskedArcs:
     """Finds arcs whose tail holds parts of their head under a mask.
 
     `index` numbers values, `trusted` gives an arc that rounds with what is known against it for the sake of its head,
-    `arc_of` the arc of one direction of a node, or why there is none.
+    `arc_of` the arc of one direction of a node, or why there is none. `coded`: what rounds is corrected.
     """
 
     def __init__(
@@ -63,8 +63,10 @@ class MaskedArcs:
         trusted: Callable[[Arc, fx.Node], Arc],
         arc_of: Callable[[fx.Node, Inverse], Arc | str],
         directions_of: Callable[[fx.Node], list[Direction]],
+        coded: bool,
     ) -> None:
         self.index, self.trusted, self.arc_of, self.directions_of = index, trusted, arc_of, directions_of
+        self.coded = coded
         self.position = {node: i for i, node in enumerate(op_nodes)}
         self.masks = masks(op_nodes[0].graph) if op_nodes else Masks({}, {})
         found = {node: [m for m in self._masked(node) if m.mask in index] for node in op_nodes}
@@ -132,7 +134,7 @@ class MaskedArcs:
         tail = (*inside.tail, *outside.tail, mask)
         solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
         roundings = [half.rounding for half in (inside, outside) if half.rounding is not None]
-        made = self._arc(whole, tail, solve, exact=not roundings, huge=any(r.huge for r in roundings))
+        made = self._arc(whole, tail, solve, exact=not roundings)
         if roundings:
             said = next((r for r in roundings if r.factor is not None), roundings[0])  # at most one of them divides
             fields = ("factor", "measured", "reciprocal", "least", "typical")
@@ -144,7 +146,8 @@ class MaskedArcs:
         solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)
         exact = half.rounding is None
         why = "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
-        arc = self._arc(y, (*half.tail, m.mask, *fill), solve, exact=exact, barred=None if exact else why, mask=m.mask)
+        barred = None if exact or self.coded else why
+        arc = self._arc(y, (*half.tail, m.mask, *fill), solve, exact=exact, barred=barred, mask=m.mask)
         return min(self.position[y], half.at), arc
 
     def _arc(
@@ -165,8 +168,7 @@ class MaskedArcs:
 
 def _with_more(arc: Arc, then: Arc | None) -> Arc:
     """Return what is to be said of two inverses in a row, at most one of which divides."""
-    said = arc if arc.factor is not None or then is None else then
-    return replace(said, huge=arc.huge or (then is not None and then.huge))
+    return arc if arc.factor is not None or then is None else then
 
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:

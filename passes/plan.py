@@ -11,8 +11,8 @@ from torch import Tensor
 
 from revfx.passes.closure import Derivation, Forward, made_by, read_by
 from revfx.passes.cuts import Step, needed
-from revfx.passes.numbers import some_of
 from revfx.passes.program import Program
+from revfx.passes.samples import some_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +71,6 @@ def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[tuple
         for v in arc.tail if arc.exact else arc.tail[:1]:
             growth[v] = larger(growth.get(v, 1.0), grown)
     return {v: growth.get(v, 1.0) for v in step.exit}
-
-
-def scales(program: Program, start: int, stop: int) -> dict[int, float]:
-    """Return the magnitudes of what values were multiplied by since operation `start`, where other than 1."""
-    found: dict[int, float] = {}
-    for op in program.ops[start:stop]:
-        scaled = [(v, 1.0, op.outs) for v in op.ins] if op.moves else []
-        for a in (a for a in op.arcs if not (op.moves or a.exact or a.partial)):
-            factor = 1.0 if a.measured else abs(float(a.factor or 1.0))  # or only the run knows
-            scaled.append((a.head, factor, a.tail[:1]))
-        for head, factor, made in scaled:
-            if factor != 1.0 or head in found:
-                found.update(dict.fromkeys(made, factor * found.get(head, 1.0)))
-    return found
 
 
 MARGIN = 8.0  # by how much a gradient may be off more than the stream that it was computed from

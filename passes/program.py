@@ -44,20 +44,14 @@ class Arc:
     """One inverse: `head = solve(*tail)`.
 
     The first value of the tail is the result that the inverse starts from. `exact` inverses return the very bits;
-    the others round. `barred` says why the head can't be trusted to a rounding inverse (None: it can;
-    `suspect`: only if it is seen to hold few exact zeros while the forward runs; `told`: and few other numbers of data,
-    as something tells these from those near to them, even single ones where they are told `apart`). The solved operand
+    the others round. `barred` says why a compiled graph, which has no codes, keeps the head instead. The solved operand
     was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
-    `partial`: the result holds other elements as well, so it may have atoms where the head has none.
-    Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
-    `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: a value, and what its
-    elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
-    for bit, or why there is none; `grid` says that the arc is the inverse of one. `sums`: something was added to the
-    head, next to which its digits may be lost; `huge`: it may be so large that they are. `fresh`: what was added holds
-    no number of the data, so the result holds none but where it equals the head; it may, whatever the head holds, where
-    parts of the sum cancel (`cancels`), or where it takes off what was added before, which what `follows` from the head
-    does not.
+    `partial`: the tail holds more than the operation's own result and operands. Of a measured factor `least` is the
+    smallest magnitude that its making admits (0: only the run can tell), and `typical` a guess at its usual magnitude,
+    for where the run can't be asked. `assumes`: a value, and what its elements must be (see `revfx.passes.facts`).
+    `coupling` is the exact form of the operation, which can be undone bit for bit, or why there is none; `grid` says
+    that the arc is the inverse of one.
     """
 
     head: int
@@ -65,9 +59,6 @@ class Arc:
     solve: Callable[..., torch.Tensor]
     exact: bool
     barred: str | None = None
-    suspect: bool = False
-    told: str | None = None
-    apart: bool = False
     factor: float | int | None = None
     measured: bool = False
     reciprocal: bool = False
@@ -78,11 +69,6 @@ class Arc:
     assumes: tuple[int, str] | None = None
     coupling: Coupling | str = "its rule does not say what the operation adds"
     grid: bool = False
-    sums: bool = True
-    huge: bool = False
-    fresh: bool = True
-    cancels: bool = False
-    follows: bool = False
 
     @property
     def amplification(self) -> float:

@@ -41,13 +41,6 @@ class Reversible(nn.Module):
             raise RevfxError(f"this {type(self).__name__} was made by its class and not by `convert`; it runs plainly.")
         return conversion
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load, and have plans look at the numbers of the weights again."""
-        super()._load_from_state_dict(*args, **kwargs)
-        conversion = _conversion(self)
-        for plan in () if conversion is None else conversion.plans:
-            plan.weights.due = True
-
     def _replicate_for_data_parallel(self) -> Any:
         """Return one of the replicas that `nn.DataParallel` makes at every step."""
         replica = super()._replicate_for_data_parallel()

@@ -33,7 +33,7 @@ torch.set_num_threads(1)  # small tensors: threads only wait for each other
 
 
 # Files that take a minute or more: workers begin with them, or the last one is alone with one at the end.
-LONG = ("test_distributed", "test_grid", "test_caches", "test_kinks_sums", "test_faults")
+LONG = ("test_distributed", "test_grid", "test_caches", "test_faults")
 # Files that compile much come last, the longest first: torch keeps so much of each compilation that the collector, and
 # the search for what a recording that failed has left behind, take several times as long afterwards.
 COMPILING = (

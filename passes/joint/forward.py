@@ -19,14 +19,11 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
-from revfx.passes.addends import addends
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.atoms import atoms
 from revfx.passes.facts import Facts, annotate, constants
-from revfx.passes.kinks import barred
-from revfx.passes.moved import directions_of, moved
 from revfx.passes.shape_only import of_its_shape
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
+from revfx.passes.traits import barred, trained
 from revfx.rules import Inverse
 
 
@@ -62,8 +59,7 @@ def forward_half(
 ) -> Forward:
     """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
-    `facts` says what was seen of the values of the compiled function's inputs; None: nobody looked, and those that are
-    static count as generic parameters in what is added to streams. `exact`: see `lower`.
+    `facts` says what was seen of the values of the compiled function's inputs. `exact`: see `lower`.
     """
     _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
@@ -79,15 +75,14 @@ def forward_half(
     known, constant = _known(joint, primals, static, facts or ()), constants(joint)
     for node in known:
         node.meta["facts"] = known[node]
-    huge = addends(joint, {p for i, p in enumerate(primals) if i not in static}, known)
-    apart = barred(joint, atoms(joint), moved(joint, directions_of))  # also by a backward of the user's own
+    weights = trained(joint, output_args(joint), [p for i, p in enumerate(primals) if i in static])
+    apart = barred(joint, weights)  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
         if node in used:
             copy[node] = new = half.node_copy(node, copy.get)
             _annotate(node, new)
-            new.meta["huge"] = node in huge
             if node in constant:
                 new.meta["constant"] = constant[node]
     for new in (n for n in half.nodes if "directions" in n.meta):  # which tell of nodes further down, too

@@ -26,7 +26,6 @@ from revfx.passes.grid import checksum, limit
 from revfx.passes.joint.borders import POLICY, Stored
 from revfx.passes.joint.forward import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.joint.record import Recorder, Unrecordable
-from revfx.passes.numbers import mean_size, nearest
 from revfx.passes.plan import (
     MARGIN,
     amplification,
@@ -40,6 +39,7 @@ from revfx.passes.plan import (
 )
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region
+from revfx.passes.samples import mean_size, nearest
 from revfx.passes.sizes import as_number, same_strides, tensors_of
 
 

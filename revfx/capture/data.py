@@ -22,7 +22,7 @@ class Capture:
     `spec` their structure.
     `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
     held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read,
-    `written` those that modules called whole set; `generic` says where the parameters hang that were taken for such.
+    `written` those that modules called whole set.
     """
 
     graph: fx.Graph
@@ -33,5 +33,4 @@ class Capture:
     opened: frozenset[str]
     tied: tuple[tuple[Spot, Spot], ...] = ()
     written: frozenset[tuple[type, str]] = frozenset()
-    generic: tuple[Spot, ...] = ()
     reads: AttributeReads = field(default_factory=AttributeReads)

@@ -9,7 +9,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from revfx import _torch
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.state import EMPTY, global_names, held_in, is_users
-from revfx.passes.numbers import is_generic
 
 
 ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -316,30 +315,3 @@ def _differs(now: Any, value: Any, then: Any) -> bool:
 def _is_installed(function: types.FunctionType) -> bool:
     theirs = str(function.__module__ or "").partition(".")[0] in _OURS
     return theirs or "site-packages" in function.__code__.co_filename
-
-
-# --- weights
-class Weights:
-    """Whether parameters whose numbers followed no pattern still follow none.
-
-    Looked at again when they were written once, twice, 4, 8, 16... times since, which finds weights that are loaded
-    after a first call and costs a training nothing; and after `load_state_dict` of the converted model, when told so.
-    """
-
-    def __init__(self, generic: Iterable[tuple[nn.Module, str]]) -> None:
-        self.places = [(weakref.ref(module), name) for module, name in generic]
-        self.versions, self.writes, self.due, self.plain = self._versions(), 0, False, True
-
-    def _now(self) -> Sequence[Tensor | None]:
-        return [None if (m := module()) is None else _torch.parameters(m).get(name) for module, name in self.places]
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(0, 0) if p is None else (id(p), _torch.version(p)) for p in self._now()]
-
-    def stand(self) -> bool:
-        """Return whether they do, as far as was looked."""
-        if (now := self._versions()) != self.versions:
-            self.versions, self.writes = now, self.writes + 1
-            if self.due or self.writes & (self.writes - 1) == 0:
-                self.due, self.plain = False, all(p is None or is_generic(p) for p in self._now())
-        return self.plain

@@ -28,14 +28,12 @@ from revfx.capture.effects import Snapshot, lasts, left_alone
 from revfx.capture.guards import ATOMS
 from revfx.capture.inplace import functionalise
 from revfx.capture.memo import Seen, structure
-from revfx.capture.trail import Trail
 from revfx.capture.untraceable import Untraceable
 from revfx.eager import dtensor
 from revfx.eager.modes import recording
 from revfx.eager.trees import meta, tensors
-from revfx.passes.facts import GENERIC, is_mask
-from revfx.passes.names import PRODUCTS, SUMS, bare, updated_statistics
-from revfx.passes.numbers import is_generic
+from revfx.passes._torch import updated_statistics
+from revfx.passes.facts import is_mask
 from revfx.passes.shape_only import of_its_shape
 from revfx.rules import op_name
 
@@ -48,6 +46,12 @@ LOST = "which a recorded graph would not repeat"
 KEPT = "which a recorded graph would keep"
 OWN_GENERATOR = "a generator of its own"
 GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
+
+# What takes a number of the model's as it takes a tensor of one element.
+LINEAR = frozenset(
+    """add sub subtract rsub lerp mul multiply div divide true_divide truediv iadd isub imul itruediv radd rmul
+    rdiv""".split()
+)
 
 
 class Recorder(TorchFunctionMode):
@@ -77,11 +81,10 @@ class Recorder(TorchFunctionMode):
             self.real[id(t)] = t, path, name
         self.of_numbers = {id(t) for t in self.numbers.values()}  # they, and what is computed of them alone
         self.fakes: dict[int, Tensor] = {}
-        self.generic, self.written = dict[int, bool](), set[tuple[type, str]]()
+        self.written = set[tuple[type, str]]()
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
-        self.trail = Trail()
         self.suspended = 0
         self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
         self.generation: dict[int, int] = {}
@@ -137,15 +140,7 @@ class Recorder(TorchFunctionMode):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it looks at `.grad`, which warns for tensors that are not leaves
                 fake = self.fakes[id(t)] = _fake.to_fake(self.fake, t, self.computed_in.get(id(t)))
-            if self._is_generic(t):
-                self.trail.own.add(id(fake))
         return fake
-
-    def _is_generic(self, t: Tensor) -> bool:
-        if id(t) not in self.generic:
-            self.generic[id(t)] = is_generic(t)
-            self.alive.append(t)
-        return self.generic[id(t)]
 
     def _convert(self, tree: Any) -> Any:
         """Return `tree` with every real tensor replaced by its fake."""
@@ -178,7 +173,6 @@ class Recorder(TorchFunctionMode):
             self.of_numbers.add(id(fake))
         elif (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
             node.meta["constant"] = t
-        node.meta["facts"] = (GENERIC,) if id(fake) in self.trail.own else ()
         self._name(node, fake)
         self.attributes[node] = (path, name)
 
@@ -218,9 +212,8 @@ class Recorder(TorchFunctionMode):
         self.graph.lint()
         read = set(self.attributes.values())
         tied = tuple(pair for pair in self.tied if pair[1] in read)
-        generic = tuple(self.real[k][1:] for k, yes in self.generic.items() if yes and k in self.real)
         sources = tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied
-        return Capture(self.graph, *sources, frozenset(self.written), generic)
+        return Capture(self.graph, *sources, frozenset(self.written))
 
     def _refuse_unseen_functions(self) -> None:
         for t in self.alive:
@@ -242,7 +235,6 @@ class Recorder(TorchFunctionMode):
         if self.suspended:
             out = func(*args, **kwargs)
             self.drew = OWN_GENERATOR if _draws((args, kwargs)) else self.drew
-            self.trail.follow(op_name(func.__self__ if op_name(func) == "__get__" else func), args, kwargs, out)
             return out
         name = op_name(func)
         if name in EFFECTS:
@@ -270,7 +262,7 @@ class Recorder(TorchFunctionMode):
         others = [t for t in operands if id(t) not in self.of_numbers]
         if len(others) == len(operands):
             return
-        same = bare(name) in SUMS | PRODUCTS and all(t.is_floating_point() and t.dim() for t in others)
+        same = name.strip("_") in LINEAR and all(t.is_floating_point() and t.dim() for t in others)
         if not same:
             raise Untraceable(f"`{name}` reads a number of the model that changes from call to call")
         self.of_numbers.update(id(t) for t in tensors(out) if not others)
@@ -361,22 +353,20 @@ class Recorder(TorchFunctionMode):
             made = next((x for x in leaves if not isinstance(x, Tensor) and not lasts(x, self.lasting)), None)
             if made is not None:
                 raise Untraceable(f"`{path}` is given a {type(made).__name__} that its caller made, {KEPT}", opens=path)
-            generic = tuple(map(self._is_generic, module.parameters()))
             hooked = any(map(_torch.hooks, module.modules()))
-            key = (structure(module), hooked, generic, str(spec), tuple(map(meta, leaves)), Ambience.now())
+            key = (structure(module), hooked, str(spec), tuple(map(meta, leaves)), Ambience.now())
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)
             if seen is not None:
                 out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
                 self.hooked = (len(self.born), path) if hooked else self.hooked
                 return out
-        self.trail.begin()
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
             out = self._run_whole(module, args, kwargs)
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            numbers = {**self.trail.numbers(leaves, out), "drew": self.drew}
+            numbers = {"drew": self.drew}
             odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
             if odd:
                 text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
@@ -415,9 +405,7 @@ class Recorder(TorchFunctionMode):
         self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         if self.suspended:
-            out = apply(function, *args, **kwargs)
-            self.trail.follow_function(function.__name__, args, kwargs, out)
-            return out
+            return apply(function, *args, **kwargs)
         with _torch.no_torch_function():
             args, kwargs = self._convert(args), self._convert(kwargs)
             versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]

@@ -16,7 +16,7 @@ from revfx import _fake, _torch
 from revfx.ambient import Ambience
 from revfx.capture.carried import Carried
 from revfx.capture.data import Capture, Spot
-from revfx.capture.guards import Change, GlobalReads, ModuleGuard, Weights, module_guards, name_of
+from revfx.capture.guards import Change, GlobalReads, ModuleGuard, module_guards, name_of
 from revfx.capture.trace import capture
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.calls import Call, Slot
@@ -70,7 +70,6 @@ class Plan:
     tied: tuple[tuple[Place, Place], ...]
     guards: list[ModuleGuard]
     globals: GlobalReads
-    weights: Weights
 
     def changed(self) -> Change | None:
         """Return what changed since the code was recorded, that it may read; None where nothing did."""
@@ -85,7 +84,7 @@ class Plan:
         for t, version, address, place in self.constants:
             if place.tensor() is not t or _torch.version(t) != version or _torch.data_address(t) != address:
                 return Change(f"the numbers in `{place.name}`")
-        return None if self.weights.stand() else Change("the pattern of its weights")
+        return None
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
         """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage."""
@@ -321,7 +320,6 @@ class _Search:
             tuple((t, _torch.version(t), _torch.data_address(t), place) for t, place in guarded), tuple(tied),
             module_guards(own, whole, captured.reads, captured.written),
             GlobalReads([self.forward, *(type(m).forward for m in own), *captured.reads.functions()]),
-            Weights((self.modules[path], name) for path, name in captured.generic),
         )  # fmt: skip
 
     def _place(self, path: str, name: str) -> Place:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from revfx import _torch
 from revfx.ambient import ambient_state
 from revfx.errors import Refusal, RevfxError
-from revfx.passes.names import updated_statistics
+from revfx.passes._torch import updated_statistics
 from revfx.rules import op_name
 
 

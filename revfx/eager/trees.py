@@ -21,11 +21,6 @@ def tensors(tree: Any) -> list[Tensor]:
     return []
 
 
-def address(x: Any) -> int | None:
-    """Return what stands for a tensor; None for anything else."""
-    return id(x) if isinstance(x, Tensor) else None
-
-
 def meta(x: Any) -> Any:
     """Return a key that two arguments share for which a module gives the like: of a tensor all but its numbers."""
     if isinstance(x, Tensor):

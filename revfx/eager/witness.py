@@ -90,7 +90,7 @@ class Witness:
             parts += [_elements(t, FEW) for whole in saved for t in _plain(whole)]
             if not parts:
                 return None
-            sums = [checksum(t) for t in outs if t.numel() > SOME] if self.whole else ()
+            sums = [checksum(t) for t in outs if t.numel() > SOME and not _torch.is_fake(t)] if self.whole else ()
             total = sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else _zero(parts[0].device)
             return Seen(total, torch.cat(parts) if len(parts) > 1 else parts[0].clone())
 
@@ -99,15 +99,17 @@ def _plain(whole: Tensor) -> list[Tensor]:
     """Return the ordinary tensors that this process holds of one; none where their numbers can't be read."""
     if type(whole) is Tensor and whole.layout == torch.strided:
         return [whole] if whole.numel() and not whole.is_meta else []
-    if _torch.is_fake(whole) or whole.layout != torch.strided or whole.is_nested:
+    if whole.layout != torch.strided or whole.is_nested:
         return []
+    if _torch.is_fake(whole):
+        return [whole] if whole.numel() else []
     found = [dtensor.piece(t) for t in _torch.parts(dtensor.arrived(whole))]
     return [t for t in found if t.numel() and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided]
 
 
 def _elements(t: Tensor, most: int) -> Tensor:
-    """Return a view of some elements of a tensor, spread over its memory, or along its longest dimension where it is not
-    dense; complex ones as pairs.
+    """Return a view of some elements of a tensor, complex ones as pairs: spread over its memory, or along its longest
+    dimension where it is not dense.
     """
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
@@ -193,7 +195,7 @@ def compare(runs: Sequence[Regeneration]) -> None:
         RevfxWarning: it is, but for rounding.
     """
     noted = [(run, key, run.witness.then[key], now) for run in runs for key, now in run.witness.now]
-    noted = [n for n in noted if n[2].some.shape == n[3].some.shape]
+    noted = [n for n in noted if n[2].some.shape == n[3].some.shape and not _torch.is_fake(n[3].some)]
     lost = [t for run in runs for t in run.witness.lost]
     for run in runs:
         run.witness.now.clear()

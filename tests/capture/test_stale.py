@@ -186,45 +186,6 @@ def test_what_a_module_sets_itself_and_rates_that_change_make_no_other_plan() ->
     assert len(converted.revfx.plans) == 2
 
 
-# --- the numbers of parameters
-class Kernel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.k, self.l, self.dropout = nn.Linear(D, D, bias=False), nn.Linear(D, D), nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.l(F.relu(self.k(x))))
-
-
-def _differences(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    kernel = torch.eye(D) - torch.eye(D).roll(1, 0)
-    return {n: kernel if n.endswith("k.weight") else v for n, v in state.items()}
-
-
-@pytest.mark.parametrize("through", ["model", "converted", "assign"])
-def test_weights_with_a_pattern_that_are_loaded_make_another_plan(through: str) -> None:
-    model = additive(Kernel)
-    converted: Any = revfx.convert(model)
-    x = (torch.tensor([97, 98, 99, 101, 103, 104])[torch.randint(0, 6, (40, 2 * D))] / 255.0).requires_grad_()
-    for _ in range(4 if through == "converted" else 1):  # the fifth write is looked at only where it is told of
-        with torch.no_grad():
-            model.f[0].l.weight.mul_(0.9)
-        converted(x)
-    (converted if through == "converted" else model).load_state_dict(
-        _differences(model.state_dict()), assign=through == "assign"
-    )
-    assert_same_grads(converted, model, [x])
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)])
-def test_compiled_graphs_see_that_weights_have_a_pattern(inner: str) -> None:
-    model = additive(Kernel)
-    model.load_state_dict(_differences(model.state_dict()))
-    options: Any = {"inner": inner, **({"fallback_random": True} if inner == "inductor" else {})}
-    x = (torch.tensor([97, 98, 99, 101, 103, 104])[torch.randint(0, 6, (40, 2 * D))] / 255.0).requires_grad_()
-    assert_same_grads(torch.compile(model, backend="revfx", options=options), model, [x])
-
-
 # --- hooks, which don't run while a forward is recorded
 @pytest.mark.parametrize("make", [mlp, lambda: Box(mlp())])
 def test_hook_that_returns_the_argument_which_the_root_writes_to(make: Callable[[], nn.Module]) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, fx, nn
 
-from revfx.passes.facts import BINARY, HUGE, PERMUTATION, annotate, constants, facts_of, is_mask, masks
+from revfx.passes.facts import BINARY, PERMUTATION, annotate, constants, facts_of, is_mask, masks
 from revfx.rules import aten
 
 
@@ -178,9 +178,6 @@ def test_constants_are_what_the_operations_give(data: st.DataObject) -> None:
         (torch.tensor([[1, 0], [0, 1]]), (BINARY,)),
         (torch.tensor([True, False]), ()),
         (torch.zeros(0), ()),
-        (torch.tensor([0.0, float("nan")]), (HUGE,)),
-        (torch.tensor([0.0, -1e9]), (HUGE,)),
-        (torch.tensor([0.0, -1e3]), ()),
     ],
     ids=str,
 )

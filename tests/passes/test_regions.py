@@ -95,7 +95,7 @@ def test_a_table_made_behind_the_stem_costs_no_region(name: str) -> None:
         model = MODELS[name](depth)
         grown["plain"] += sign * peak(model, x)
         grown["revfx"] += sign * peak(revfx.convert(model), x)
-    assert grown["revfx"] < 0.03 * grown["plain"]
+    assert grown["revfx"] < 0.05 * grown["plain"]
 
 
 COMPILED = [(name, "aot_eager") for name in ("slice", "condition", "mask of each layer")]

@@ -93,7 +93,7 @@ def test_nothing_is_kept_per_layer_for_constants() -> None:
         kept["revfx", depth] = measure_memory(lambda call=converted, x=x: call(x).square().mean()).kept
         with store_activations():
             kept["plain", depth] = measure_memory(lambda call=model, x=x: call(x).square().mean()).kept
-    assert kept["revfx", 8] - kept["revfx", 4] < 0.03 * (kept["plain", 8] - kept["plain", 4])
+    assert kept["revfx", 8] - kept["revfx", 4] < 0.06 * (kept["plain", 8] - kept["plain", 4])
 
 
 refused = pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")

@@ -55,7 +55,7 @@ def assert_flat(call: Any, model: nn.Module, layers: int, first: bool = False) -
     memory = measure_memory(lambda: call(x).square().mean(), warm_up=False)
     assert relative_error([t.grad for t in [x, *model.parameters()]], want) < 1e-9
     plain = 4 * STREAM * layers  # f reads its input, tanh its output; so does g
-    assert memory.peak < 0.03 * plain + 256 * STREAM, memory
+    assert memory.peak < 0.03 * plain + 512 * STREAM, memory
 
 
 @pytest.mark.parametrize("layers", deep_but((2_000,), (2_000, 5_000)))
