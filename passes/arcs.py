@@ -75,7 +75,7 @@ class _Lowering:
         barred: Mapping[fx.Node, str] | None,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
-        self.bounds, self.barred = bounds(graph), barred
+        self.bounds, self.barred, self.coded = bounds(graph), barred, barred is None
         self.directions: dict[fx.Node, list[Direction]] = {}
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
@@ -104,7 +104,7 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        masked = MaskedArcs(op_nodes, self.index, self._trusted, self._arc, self._directions, coded=self.barred is None)
+        masked = MaskedArcs(op_nodes, self.index, self._trusted, self._arc, self._directions, coded=self.coded)
         for i, arc in (*self._tilings(op_nodes, outs), *masked.run()):
             ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
         written = {self.values[v].storage for op in ops if "writes" in (op.barrier or "") for v in op.ins}
@@ -159,6 +159,13 @@ class _Lowering:
         a, y = inverse.solves.meta["val"], node.meta["val"]
         if not isinstance(y, Tensor):
             return "the result is not one tensor"
+        if inverse.coded and not self.coded:
+            name = op_name(node.target)
+            return (
+                f"the cast from {a.dtype} to {y.dtype} loses bits"
+                if a.dtype != y.dtype
+                else f"`{name}` {why_none(name)}"
+            )
         given = [g for g in inverse.given if isinstance(g, fx.Node)]
         if any(isinstance(n, fx.Node) and n not in self.index for n in (*given, inverse.factor)):
             return f"`{op_name(node.target)}` reads a number that only the run knows"
@@ -167,7 +174,7 @@ class _Lowering:
         if not inverse.exact:
             if not a.is_floating_point() and not a.is_complex():
                 return f"it is {a.dtype}, and only floating-point values are inverted"
-            if a.dtype != y.dtype:
+            if a.dtype != y.dtype and not inverse.coded:
                 return f"`{op_name(node.target)}` turns {a.dtype} into {y.dtype}"
             if not same_shape(a, y):
                 return f"`{op_name(node.target)}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}"
@@ -227,7 +234,7 @@ class _Lowering:
         least, typical = interval.least, interval.typical
         if inverse.reciprocal:
             least, typical = 1 / max(interval.most, 1e-300), 1 / max(typical, 1e-300)
-        elif least == 0 and not interval.nonzero:
+        elif least == 0 and not interval.nonzero and not self.coded:
             return f"the factor `{f.name}` is not bounded away from zero"
         return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least, "typical": typical}
 

@@ -112,14 +112,17 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
     modules = dict(op.named_modules())
     captured = capture(op, op.forward, tuple(inputs), {}, frozenset())
     lowered = lower(captured.graph, modules.__getitem__, barred={})
+    reasons = "; ".join(reason for o in lowered.program.ops for _, reason in o.refused) or "the rule yields nothing"
+    if not any(o.arcs for o in lowered.program.ops[1:] or lowered.program.ops):  # the first only copies
+        lowered = lower(captured.graph, modules.__getitem__)  # what only a code makes right
     program, leaves = lowered.program, pytree.tree_leaves((tuple(inputs), {}))
     env: Env = {i: leaves[at] for i, at in zip(lowered.inputs, captured.inputs, strict=True)}
     env |= {lowered.index[n]: getattr(modules[path], name) for n, (path, name) in captured.attributes.items()}
     for i, o in enumerate(program.ops):
         env.update(zip(o.outs, call_of(lowered, i, modules.__getitem__).invoke(env), strict=True))
-    arcs = [a for o in (program.ops[1:] or program.ops) for a in o.arcs]  # the first only copies
+    arcs = [a for o in (program.ops[1:] or program.ops) for a in o.arcs]
+    arcs = [a for a in arcs if program.values[a.head].dtype == program.values[a.tail[0]].dtype or a.exact]
     if not arcs:
-        reasons = "; ".join(reason for o in program.ops for _, reason in o.refused) or "the rule yields nothing"
         raise RevfxError(f"`check_inverse`: no operand can be solved for: {reasons}")
     return {a.text: relative_error(a.solve(*(env[v] for v in a.tail)), env[a.head]) for a in arcs}
 

@@ -224,7 +224,8 @@ class _Search:
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
         captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried)
-        lowered = lower(captured.graph, self.modules.__getitem__, barred={})
+        coded = self.wishes.exact and self.wishes.grid is None
+        lowered = lower(captured.graph, self.modules.__getitem__, barred=None if coded else {})
         if self.wishes.grid is None:
             return (captured, lowered, *find_regions(lowered.program))
         program, regions, stuck = exact_regions(lowered.program)

@@ -42,7 +42,8 @@ class Inverse:
     operand) is what the solved operand was multiplied by, or divided by where `reciprocal`: it must not reach zero, and
     rounding errors grow by its reciprocal. `rest` says what the operation adds to the product, as a function of `given`
     (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
-    the inverse of such a form.
+    the inverse of such a form. `coded` ones saturate, bend or lose bits, and so are taken only where a code corrects
+    what they give.
     """
 
     solves: Any
@@ -53,6 +54,7 @@ class Inverse:
     reciprocal: bool = False
     rest: Callable[..., Any] | None = None
     grid: bool = False
+    coded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,7 @@ def why_none(name: str) -> str:
 
 
 importlib.import_module("revfx.rules.arithmetic")  # they fill the table
+importlib.import_module("revfx.rules.activations")
 importlib.import_module("revfx.rules.layout")
 importlib.import_module("revfx.rules.decomposed")
 _ours = dict(_table)

@@ -156,10 +156,12 @@ WIDER = {
     aten._to_copy.default, torch.ops.prims.convert_element_type.default,
 )  # fmt: skip
 def cast(node: fx.Node) -> Iterator[Direction]:
-    """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits."""
+    """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits, which a code may hold."""
     (a,) = arguments(node, "input")
     before, after = meta(a), meta(node)
     if after.dtype in WIDER.get(before.dtype, ()):
         yield Inverse(a, lambda y: y.to(before.dtype).to(before.device), exact=True)
+    elif after.dtype in WIDER and before.dtype in WIDER and before.device == after.device:
+        yield Inverse(a, lambda y: y.to(before.dtype), coded=True)
     else:
         yield NoInverse(a, f"the cast from {before.dtype} to {after.dtype} loses bits")

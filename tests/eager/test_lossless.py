@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -278,3 +279,46 @@ def test_the_classical_way_has_no_codes_and_gradients_up_to_rounding() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert not all(torch.equal(got, want) for got, want in zip(ours, plain, strict=True))
     assert coded(converted) == 0
+
+
+class Through(nn.Module):
+    """Streams that pass through a function of each element between couplings."""
+
+    def __init__(self, through: Callable[[Tensor], Tensor], depth: int = 4) -> None:
+        super().__init__()
+        self.f, self.g, self.through = mlps(depth, D), mlps(depth, D), through
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = self.through(a + f(b))
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+THROUGH: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.1), 0.8),
+    "elu": (F.elu, 1.2),
+    "selu": (F.selu, 1.2),
+    "tanh": (lambda x: x.tanh(), 1.3),
+    "sigmoid": (torch.sigmoid, 1.6),
+    "softplus": (F.softplus, 1.6),
+    "exp and log": (lambda x: (x / 8).exp().log(), 1.6),
+    "asinh": (torch.asinh, 1.2),
+    "a factor without a bound": (lambda x: x * torch.linspace(-1.0, 1.0, D), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_streams_through_functions_that_only_a_code_makes_invertible(name: str) -> None:
+    """Bytes of codes stay below those of the activations: `most` an element and coupling, of 4."""
+    through, most = THROUGH[name]
+    converted = assert_plain(Through(through).float(), torch.randn(256, 2 * D))
+    (plan,) = converted.revfx.plans
+    assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) >= 6
+    assert coded(converted) / (2 * 4 * 256 * D) < most
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rounding: Any = revfx.convert(Through(through).float(), exact=False)
+        rounding(torch.randn(256, 2 * D))
+    assert not rounding.revfx.plans, "without codes they end a region"

@@ -134,7 +134,7 @@ def test_what_has_no_inverse_is_left_alone_and_said(
 ) -> None:
     model = Chain(step, streams)
     x = torch.randn(6, 2 * D, requires_grad=True)
-    converted = revfx.convert(model)
+    converted = revfx.convert(model, exact=False)  # with codes some are found
     with pytest.warns(RevfxWarning, match="nothing reversible was found"):
         converted(x)
     assert conversion(converted).plans == []
@@ -143,7 +143,7 @@ def test_what_has_no_inverse_is_left_alone_and_said(
     assert any(t.startswith(__file__) for t in texts), texts
     assert_same_grads(converted, model, [x])
     with pytest.raises(revfx.NotReversibleError, match="left as it was"):
-        revfx.convert(model, strict=True)(x)
+        revfx.convert(model, exact=False, strict=True)(x)
 
 
 class Masked(Chain):

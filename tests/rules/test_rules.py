@@ -98,6 +98,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "index_select": [(t(3, 4), 1, ORDER)],
     "index": [(t(3, 4), [None, ORDER])],
     "_unsafe_index": [(t(3, 4), [None, ORDER])],
+    **{name: [(t(3, 4),)] for name in "exp expm1 sinh asinh tanh atan sigmoid leaky_relu elu selu softplus".split()},
+    **{name: [(far_from_zero(3, 4),)] for name in ("log", "log1p", "reciprocal")},
     "Identity": [(t(3, 4),)],
     "Flatten": [(t(3, 2, 4),)],
 }
@@ -222,7 +224,6 @@ class Indexes(nn.Module):
 
 OUTSIDE: list[tuple[Any, tuple[Any, ...], str]] = [
     (torch.mul, (t(3), 0.0), "factor is 0"),
-    (torch.mul, (t(3), t(3)), "not bounded away from zero"),
     (torch.div, (t(3), float("inf")), "factor is inf"),
     (torch.add, (t(1, 4), t(3, 4).sum() * t(3, 4)), "broadcasts it"),
     (torch.add, (torch.arange(3), 1), "only floating-point values"),
