@@ -6,8 +6,8 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,16 @@ from revfx import _fake, _torch
 from revfx.ambient import ambient_state
 from revfx.capture.data import Spot
 from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
+from revfx.capture.memo import structure
 from revfx.capture.search import Outcome, Plan, Wishes, make_plan
 from revfx.compiled.dynamo import Compiled
+from revfx.eager.calls import Slot
 from revfx.eager.modes import can_store, runs_plain, storing
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
+
+
+if TYPE_CHECKING:
+    from revfx.compiled.functions import CompiledFunction
 
 
 MOST_PLANS = 32  # per model; the oldest one makes room for a new one
@@ -35,6 +41,7 @@ class Options:
     anchor_every: int | None = None
     exact: bool = True
     grid: int | None = None
+    compile: bool = False
 
     @property
     def wishes(self) -> Wishes:
@@ -67,6 +74,7 @@ class Conversion:
         self.pending: Outcome | None = None
         self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
         self.compiled_tried = False
+        self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []  # with their names and places
 
     @property
     def plans(self) -> list[Plan]:
@@ -84,7 +92,12 @@ class Conversion:
         """Return what was left as it was, and why."""
         compiled = [] if self.compiled is None else self.compiled.refusals
         recorded = [r for *_, o in self.outcomes for r in o.refusals]
-        return list(dict.fromkeys((*recorded, *compiled)))
+        eager = [
+            Refusal(f"`{name}` is not compiled: {function.failed}", name, where)
+            for name, where, function in self.compiled_functions
+            if function.failed is not None
+        ]
+        return list(dict.fromkeys((*recorded, *compiled, *eager)))
 
     @property
     def code(self) -> str:
@@ -120,12 +133,29 @@ class Conversion:
                 )
             given = model, self.forward(model), args, kwargs, self.options.wishes
             outcome = make_plan(*given, self._carries(model, why))
+            if outcome.plan is not None and self.options.compile:
+                outcome = replace(outcome, plan=self._with_kernels(outcome.plan))
             if outcome.plan is None and self.carried:
                 self.carried, self.constant = frozenset[Spot](), self.constant | self.carried
                 outcome = make_plan(*given, self.carried)
             self._report(model, outcome)
             self.outcomes.append((call, _objects(leaves), outcome))
             return outcome
+
+    def _with_kernels(self, plan: Plan) -> Plan:
+        """Return the plan with the modules that its regions call compiled, those that are alike once."""
+        from revfx.compiled.functions import Functions
+
+        functions, calls, program = Functions(), list(plan.calls), plan.lowered.program
+        for i in (i for r in plan.regions.values() for i in range(r.region.start, r.region.stop)):
+            call, op = calls[i], program.ops[i]
+            if (module := call.module) is not None:
+                shapes = tuple((program.values[v].shape, program.values[v].dtype) for v in op.ins)
+                args = tuple("" if isinstance(a, Slot) else repr(a) for a in (*call.args, *call.kwargs.values()))
+                function = functions.compiled(module, (structure(module), shapes, args))
+                calls[i] = replace(call, fn=function)
+                self.compiled_functions.append((call.name, op.where, function))
+        return replace(plan, calls=tuple(calls))
 
     def _carries(self, model: nn.Module, change: Change) -> frozenset[Spot]:
         """Return where a fraction hangs that changed, if it may be an input of plans instead of a constant."""

@@ -19,6 +19,7 @@ def convert(
     *,
     exact: bool = True,
     grid: int | None = None,
+    compile: bool = False,
     anchor_every: int | None = None,
     capture: str = "auto",
     strict: bool = False,
@@ -48,6 +49,10 @@ def convert(
             in float32. Additive couplings keep nothing for it; momentum, and factors bounded from below by m, keep
             ceil(log2(ceil(1/m))) bits per element and coupling; others are refused. Where `torch.compile` captures,
             only calls that need gradients are rounded, and no streams in half precision.
+        compile: compile each module that a region calls, by `torch.compile` with its defaults; those that are alike
+            once, at their first call. The same kernels run in the forward and again in the backward, so gradients are
+            those of the model with the same compiled modules, bit for bit. A module that the compiler can't take runs
+            as it is, and `.revfx.refusals` says so.
         anchor_every: keep the activations before every so many couplings of a region as well (each line such as
             `x = x + f(y)` is one), from which the backward goes on: memory then grows with depth / anchor_every, and
             rounding, with `exact=False`, only from one anchor to the next.
@@ -62,8 +67,8 @@ def convert(
 
     Raises:
         NotReversibleError: `strict` was given and something is left as it was.
-        ValueError: an unknown `capture`; an `exact`, `grid` or `anchor_every` that makes no sense; `example_inputs` for
-            `capture="dynamo"`, which captures real calls only.
+        ValueError: an unknown `capture`; an `exact`, `grid`, `compile` or `anchor_every` that makes no sense;
+            `example_inputs` for `capture="dynamo"`, which captures real calls only.
 
     Warns:
         RevfxWarning: nothing reversible was found; the text says why, and the model runs as it was. Also where "auto"
@@ -76,7 +81,10 @@ def convert(
     if capture == "dynamo" and example_inputs is not None:
         raise ValueError("`capture='dynamo'` captures the first real call; leave `example_inputs` out.")
     every, grid = checked_every(anchor_every), checked_grid(grid)
-    options = Options(capture, strict, anchor_every=every, exact=checked_exact(exact, grid), grid=grid)
+    if compile and capture == "dynamo":
+        raise ValueError("`compile=True` compiles what a recorded forward calls; `capture='dynamo'` records nothing.")
+    exact = checked_exact(exact, grid)
+    options = Options(capture, strict, anchor_every=every, exact=exact, grid=grid, compile=compile)
     if isinstance(model, Reversible):
         if options in (model.revfx.options, Options("auto", False)):
             return model

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._dynamo import config as dynamo_config, symbolic_convert
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
-from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
+from torch._dynamo.exc import RestartAnalysis as RestartAnalysis, TorchDynamoException
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
@@ -38,6 +38,9 @@ from revfx._fake import FAKE_LOGGER
 from revfx.errors import RevfxWarning
 from revfx.passes.joint.forward import draws
 from revfx.passes.sizes import muted
+
+
+CompilerError = TorchDynamoException  # whatever dynamo, or a compiler below it, raises
 
 
 __all__ = [

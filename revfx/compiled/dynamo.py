@@ -93,7 +93,7 @@ class Compiled:
         if mode in self.plain_in or not _trains(model, args, kwargs):
             return self.function(*args, **kwargs)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_compiler().capturing())
+            stack.enter_context(compiler().capturing())
             if self.compiled is None:
                 self.compiled = torch.compile(with_own_code(self.function), backend=self._backend)
                 stack.enter_context(warnings.catch_warnings())  # where a graph ends, plain code goes on: no news
@@ -115,7 +115,7 @@ class Compiled:
         try:
             with partitioner.reports() as reports:
                 compiled = backend.revfx(gm, inputs, options=self.options)
-        except _compiler().RestartAnalysis:  # dynamo's own: it captures again, knowing more
+        except compiler().RestartAnalysis:  # dynamo's own: it captures again, knowing more
             raise
         except Exception as e:  # whatever the compiler can't do, the graph is still right under plain autograd
             self._fails(gm, f"compiling a graph raised {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
@@ -129,7 +129,7 @@ class Compiled:
         self.failures.append(Refusal(f"a graph of {self.name} stays as it was: {reason}", self.name, ""))
 
 
-def _compiler() -> types.ModuleType:
+def compiler() -> types.ModuleType:
     """Return `_inductor`, imported late: it takes a second, and the compiler's warnings are none of the user's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

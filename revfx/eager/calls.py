@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from revfx.eager.state import Reach
 
@@ -32,10 +32,17 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     outs: tuple[tuple[Any, ...], ...] = _ITSELF
 
-    @cached_property
+    @functools.cached_property
     def reach(self) -> Reach:
         """Return what the function, and the arguments that are no values of the program, can see."""
         return Reach((self.fn, self.args, self.kwargs))
+
+    @property
+    def module(self) -> nn.Module | None:
+        """Return the module that it calls whole; None if it is no such call."""
+        fn: Any = self.fn
+        whole = isinstance(fn, functools.partial) and fn.func is nn.Module.__call__ and len(fn.args) == 1
+        return fn.args[0] if whole else None
 
     def invoke(self, env: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
         """Return the output tensors, with the values taken from `env`."""

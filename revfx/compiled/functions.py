@@ -1,0 +1,82 @@
+"""The functions of a region, compiled one by one: the same kernels run in the forward and again in the backward.
+
+So, unlike in a whole graph that is compiled, what is regenerated is the forward's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Generator, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revfx.compiled.dynamo import compiler, with_own_code
+
+
+class _Kernels:
+    """What functions of one structure are compiled to.
+
+    `ran` has each kind of call and whether it could be compiled; `failed` why the first that could not was not.
+    """
+
+    def __init__(self) -> None:
+        # a size that is found to vary would give an earlier call's re-run other kernels than it had
+        self.run: Callable[..., Any] = torch.compile(with_own_code(nn.Module.__call__), dynamic=False)
+        self.failed: str | None = None
+        self.ran: dict[Hashable, bool] = {}
+
+
+class CompiledFunction:
+    """`module(*args, **kwargs)`, compiled; as it is where the compiler can't take it."""
+
+    def __init__(self, module: nn.Module, kernels: _Kernels) -> None:
+        self.module, self._kernels = module, kernels
+
+    @property
+    def failed(self) -> str | None:
+        """Return why the module runs as it is; None where it does not."""
+        return self._kernels.failed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module gives. A kind of call that could not be compiled runs as it is in its re-run, too."""
+        kernels, kind = self._kernels, _kind(*args, *kwargs.values())
+        known = kernels.ran.get(kind)
+        if known is not False:
+            try:
+                with contextlib.nullcontext() if known else _quiet():
+                    result = kernels.run(self.module, *args, **kwargs)
+            except compiler().CompilerError as e:
+                kernels.ran[kind] = False
+                kernels.failed = kernels.failed or str(e).strip().partition("\n")[0]
+            else:
+                kernels.ran[kind] = True
+                return result
+        return self.module(*args, **kwargs)
+
+
+def _kind(*args: Any) -> Hashable:
+    """Return what two calls share that run the same kernels."""
+    tensors = ((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in args if isinstance(a, Tensor))
+    return *tensors, torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Return a context without what the compiler says of a tensor that it looks at: it is no leaf, as streams are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
+
+
+class Functions:
+    """The compiled functions of one plan; those of the same `key` are compiled once."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[Hashable, _Kernels] = {}
+
+    def compiled(self, module: nn.Module, key: Hashable) -> CompiledFunction:
+        """Return a module that is compiled at its first call."""
+        return CompiledFunction(module, self.kernels.setdefault(key, _Kernels()))
