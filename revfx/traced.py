@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +17,19 @@ def free_couplings(anchor_every: int | None) -> None:
     from revfx.compiled.partitioner import ReversiblePartitioner
 
     def partition(every: int | None, inputs: Sequence[Any]) -> ReversiblePartitioner:
+        say_rounding()
         return ReversiblePartitioner("store", anchor_every=every).knowing(inputs)
 
     _inductor.partition_traced(partition, anchor_every)
+
+
+@functools.cache  # once
+def say_rounding() -> None:
+    """Log that what a whole compiled graph regenerates is not the forward's to the last bit."""
+    logging.getLogger("revfx").info(
+        "in a whole graph that inductor compiles, activations of converted models and blocks come back up to rounding: "
+        "the kernels of the backward are others. `convert(model, compile=True)`, not compiled again, is lossless"
+    )
 
 
 def free_couplings_of(model: Any) -> None:

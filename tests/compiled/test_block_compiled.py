@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch._inductor import config as inductor_config
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from revfx import RevBlock, ReversiblePartitioner, rev_block
+from revfx import RevBlock, ReversiblePartitioner, convert, rev_block
 from revfx.compiled.backend import revfx as revfx_backend
 from revfx.compiled.partitioner import reports
 from revfx.testing import measure_memory
+from revfx.traced import say_rounding
 
 
 Pair = tuple[Tensor, Tensor]
@@ -83,6 +85,15 @@ def test_a_block_asks_for_the_partitioner(wrap: Callable[[Any], Any]) -> None:
     block = RevBlock(mlp, mlp, 2, anchor_every=3)
     (found,) = partitioners(lambda a, b: block(a.sin(), b), *pair(), wrap=wrap)
     assert (found.options.unbounded, found.options.anchor_every) == ("store", 3)
+
+
+def test_the_log_says_once_that_they_come_back_up_to_rounding(caplog: pytest.LogCaptureFixture) -> None:
+    say_rounding.cache_clear()
+    with caplog.at_level(logging.INFO, logger="revfx"):
+        for model in (RevBlock(mlp, mlp, 2), convert(RevBlock(mlp, mlp, 2))):
+            assert partitioners(model, *pair()) != [None]
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "revfx")
+    assert "up to rounding" in line and "`convert(model, compile=True)`" in line
 
 
 def test_several_blocks_ask_for_the_least_anchor_every() -> None:
