@@ -261,6 +261,8 @@ class CallState:
             wrote = [_wrote(*b[2:]) for b in self.buffers]
             ends = [*(at for _, _, at in self.learns[1:]), len(wrote)]
             for (written, training, start), stop in zip(self.learns, ends, strict=True):
+                if any(wrote[start:stop]):  # statistics may come out as they were, as of zeros: no sign of what follows
+                    wrote[start:stop] = [wrote[i] or self.buffers[i][2].dim() == 1 for i in range(start, stop)]
                 mine = zip(self.buffers[start:stop], wrote[start:stop], strict=True)
                 written.names[training] = frozenset(name for (_, name, *_), did in mine if did)
             self.versions += [_version(*b[:3]) for b, did in zip(self.buffers, wrote, strict=True) if not did]

@@ -3,6 +3,7 @@
 # pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import weakref
@@ -87,6 +88,21 @@ def test_batch_norm_updates_its_running_statistics_once(way: str, training: bool
     assert [int(f[1].num_batches_tracked) for f in fs] == [int(training)] * 3  # type: ignore[index]
     loss_of(y).backward()
     assert [int(f[1].num_batches_tracked) for f in fs] == [int(training)] * 3  # type: ignore[index]
+
+
+@ways
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_that_a_first_batch_leaves_as_they_were_are_updated_once(way: str, momentum: float | None) -> None:
+    f, g, same = nn.BatchNorm1d(4, momentum=momentum), mlp(), leaf(5, 4).detach()
+    first = torch.zeros(5, 4) if momentum else same  # the mean of zeros; a cumulative mean of the same batch twice
+    with torch.no_grad():
+        f(first)
+    plain, other = copy.deepcopy(f), copy.deepcopy(g)
+    run = block(way, [f], [g])
+    for x in (first, *torch.randn(2, 5, 4)):
+        loss_of(run(x.clone().requires_grad_(), x)).backward()
+        loss_of(lines([plain], [other])(x.clone().requires_grad_(), x)).backward()
+    assert all(torch.equal(a, b) for a, b in zip(f.buffers(), plain.buffers(), strict=True))
 
 
 @ways

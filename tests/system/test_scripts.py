@@ -183,14 +183,14 @@ class Warms(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.mean = mlp(), nn.Buffer(torch.zeros(4))
+        self.inner, self.mean = mlp(), nn.Buffer(torch.zeros(1, 4))
         self.calls = nn.Buffer(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         h = self.inner(x)
         if self.calls > 3:
-            self.mean.lerp_(h.detach().mean(0), 0.1)
+            self.mean.lerp_(h.detach().mean(0, True), 0.1)
         return h - self.mean
 
 
