@@ -2,12 +2,14 @@
 
 `python tests/support/measure_lossless.py`: 24-layer language models of 64 dimensions, with dropout, on text that ships
 with Python, by 300 AdamW steps, in float32 and with bf16 autocast. Printed are how many losses are equal to the last
-bit, whether all weights are in the end, and the bytes of codes per element of a coded value.
+bit, whether all weights and buffers are in the end, and the bytes per element of values that have a code, or are kept
+where that takes less. Before them the same of a few steps of what is hard to compute back; `... hard` stops there.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pydoc_data.topics import topics
 from typing import Any
@@ -111,12 +113,14 @@ def side_by_side(
     pairs = zip(*(m.state_dict().values() for m in models), strict=True)
     weights = all(torch.equal(a, b) for a, b in pairs)
     regions = [r for p in models[1].revfx.plans for r in p.regions.values()]
-    values = [(r.program.values[v], r) for r in regions for v in r.codecs]
-    elements = sum(torch.Size(v.shape).numel() for v, _ in values)
     coded = sum(r.coded for r in regions)
+    codecs = [(r.program.values[v], c) for r in regions for v, c in r.codecs.items() if c.calls]  # what is read
+    sizes = [(torch.Size(v.shape).numel(), v.dtype.itemsize if c.width is None else 0) for v, c in codecs]
+    kept = sum(n * bytes_ for n, bytes_ in sizes)
     print(
         f"{equal} of {steps} losses equal, weights {'equal' if weights else 'NOT equal'}; last loss {last:.4f};"
-        f" {coded / max(elements, 1):.3f} bytes an element of {len(values)} values, {coded} in all"
+        f" {(coded + kept) / max(sum(n for n, _ in sizes), 1):.3f} bytes an element of {len(sizes)} values,"
+        f" of which {sum(whole > 0 for _, whole in sizes)} are kept whole; codes {coded} B"
     )
 
 
@@ -137,5 +141,77 @@ def language() -> None:
             side_by_side(lambda way=way: Language(way, vocabulary), batch, loss, STEPS, autocast)
 
 
+class Hard(nn.Module):
+    """What is hard to compute back, on streams of `d` features; `way` says which."""
+
+    def __init__(self, way: str, layers: int, d: int, f: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.way, self.layers = way, layers
+        self.f = nn.ModuleList(f(d) for _ in range(1 if way == "leapfrog" else layers))
+        self.mask = nn.Buffer(torch.where(torch.arange(d) % 3 == 0, -1e9, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        if self.way == "momentum":
+            for f in self.f:
+                b = 0.9 * b + 0.1 * f(a)
+                a = a + b
+        elif self.way == "leapfrog":
+            for _ in range(self.layers):
+                a, b = b, 2 * b - a + 1e-4 * self.f[0](b)
+        elif self.way == "affine":
+            for f in self.f:
+                t, s = f(b).chunk(2, 1)
+                a, b = b, a * s.tanh().exp() + t
+        elif self.way == "underflow":
+            for f in self.f:
+                a, b = b, a * torch.exp(-60 * f(b).abs()) + b
+        elif self.way == "mask":
+            for f in self.f:
+                a, b = b, a + f(b) + self.mask
+        elif self.way == "whole numbers":
+            for f in self.f:
+                a, b = b, a + f(F.dropout(b, 0.5, self.training)).round()
+        else:
+            for f in self.f:
+                a, b = b, a + f(b)
+        return torch.cat([a, b], 1).clamp(-100, 100)
+
+
+def hard() -> None:
+    """Train what is hard to compute back."""
+    rows = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 8, 16, 16, generator=rows)
+    images[images < 0.5] = 0
+
+    def numbers(d: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(256, 2 * d, generator=rows, dtype=dtype)
+
+    def mlp(out: int = 1) -> Callable[[int], nn.Module]:
+        return lambda d: nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, out * d))
+
+    def image(channels: int) -> nn.Module:
+        return nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels))
+
+    cases: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
+        "momentum .9, 400 layers": (lambda: Hard("momentum", 400, 32, mlp()), lambda: numbers(32), 5),
+        "leapfrog, 10,000 steps, float64": (
+            lambda: Hard("leapfrog", 10_000, 8, mlp()).double(), lambda: numbers(8, torch.float64), 1,
+        ),
+        "affine, 24 couplings": (lambda: Hard("affine", 24, 16, mlp(2)), lambda: numbers(16), 20),
+        "exp(s) that underflows": (lambda: Hard("underflow", 24, 16, mlp()), lambda: numbers(16), 20),
+        "masks of -1e9 on a stream": (lambda: Hard("mask", 16, 16, mlp()), lambda: numbers(16), 20),
+        "exact zeros into relu": (lambda: Hard("zeros", 16, 4, image), lambda: images, 20),
+        "dropout over whole numbers": (
+            lambda: Hard("whole numbers", 16, 16, mlp()), lambda: numbers(16).mul(4).round(), 20,
+        ),
+    }  # fmt: skip
+    for name, (make, batch, steps) in cases.items():
+        print(f"{name}: ", end="", flush=True)
+        side_by_side(make, batch, lambda model, x: model(x).square().mean(), steps, autocast=False)
+
+
 if __name__ == "__main__":
-    language()
+    hard()
+    if "hard" not in sys.argv[1:]:
+        language()
