@@ -34,13 +34,19 @@ DETACHED = re.compile(r"^k\d+ = \w+\.detach\(\)$")
 NARROW = re.compile(r"single\(|\.float\(\)")
 
 
+def exactly(got: Run, want: Run) -> Verdict:
+    """The verdict on what has to be the same to the last bit."""
+    return compare(got, want, lambda step: 0.0, tolerance=0.0)
+
+
 def by_convert(program: Program, couple: Couple = written_out, **options: Any) -> Verdict:
     """`convert` against the plain model."""
     plain, model = build(program), build(program, couple)
     want = run(program, plain, plain)
     converted: Any = convert(model, **options)
     got, info = run(program, model, converted), converted.revfx
-    verdict = _judged(program, got, want, "aot_eager" if info.compiled_tried else None)
+    lossless = not info.compiled_tried
+    verdict = exactly(got, want) if lossless else _judged(program, got, want, "aot_eager")
     text = verdict.text or ("compiled; " * info.compiled_tried + "; ".join(r.reason for r in info.refusals))
     return Verdict(verdict.kind, text, found_in(converted))
 
@@ -52,7 +58,7 @@ def by_convert_exactly(program: Program) -> Verdict:
     with store_activations():
         want = run(program, stored, converted)
     rounded: Any = convert(model, grid=14, capture="fx")
-    verdict = compare(run(program, model, rounded), want, lambda step: 0.0, tolerance=0.0)
+    verdict = exactly(run(program, model, rounded), want)
     return Verdict(verdict.kind, verdict.text, found_in(rounded))
 
 
@@ -60,7 +66,7 @@ def by_rev_block(program: Program) -> Verdict:
     """`rev_block` where the plain model writes its couplings out."""
     plain, model = build(program), build(program, blocked)
     want = run(program, plain, plain)
-    verdict = compare(run(program, model, model), want, conditioning(program, want))
+    verdict = exactly(run(program, model, model), want)
     return Verdict(verdict.kind, verdict.text, True)
 
 
@@ -69,7 +75,7 @@ def by_rev_block_exactly(program: Program) -> Verdict:
     stored, model = build(program, blocked_exactly), build(program, blocked_exactly)
     with store_activations():
         want = run(program, stored, stored)
-    verdict = compare(run(program, model, model), want, lambda step: 0.0, tolerance=0.0)
+    verdict = exactly(run(program, model, model), want)
     return Verdict(verdict.kind, verdict.text, True)
 
 
