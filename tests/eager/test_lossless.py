@@ -12,7 +12,7 @@ import torch
 from helpers import mlp, mlps
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import Additive, AffineExp, D
+from zoo import Additive, AffineExp, D, Momentum
 
 import revfx
 
@@ -143,19 +143,6 @@ class Underflow(AffineExp):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x * 300)
-
-
-class Momentum(nn.Module):
-    def __init__(self, depth: int, gamma: float = 0.9) -> None:
-        super().__init__()
-        self.f, self.gamma = nn.ModuleList(mlp(2 * D) for _ in range(depth)), gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        v = torch.zeros_like(x)
-        for f in self.f:
-            v = self.gamma * v + (1 - self.gamma) * f(x)
-            x = x + v
-        return x + v
 
 
 class Blend(nn.Module):
