@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +16,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import has_side_effect
 from torch.utils import _python_dispatch
 
-from revfx.errors import RegenerationError
+from revfx.errors import RegenerationError, RevfxWarning
 
 
 GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv.error_on_new_guards` raises
@@ -24,24 +26,51 @@ GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv
 # throws ends the process. It is said to write its argument, since whatever writes is kept though nothing reads it; and
 # to be unsafe in CUDA graphs, since it waits for the device.
 _OPERATORS = torch.library.Library("revfx", "FRAGMENT")
-_OPERATORS.define("check(Tensor(a!) ok, str[] messages) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+_OPERATORS.define("check(Tensor(a!) ok, str[] messages, bool[] serious) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 
-def _check(ok: Tensor, messages: Sequence[str]) -> None:
-    for good, message in zip(ok.tolist(), messages, strict=True):
-        if not good:
-            raise RegenerationError(message)
+NO_ROOM = (
+    "codes found no room for all that the inverses missed, as it was far more than in the calls before: gradients of"
+    " this step are right up to rounding. There will be room in the next one."
+)
+_warned = Counter[str]()
+
+
+class Said(NamedTuple):
+    """What a check that fails raises; or warns of, where it is not `serious`."""
+
+    message: str
+    serious: bool = True
+
+
+def _check(ok: Tensor, messages: Sequence[str], serious: Sequence[bool]) -> None:
+    failed = [Said(m, s) for good, m, s in zip(ok.tolist(), messages, serious, strict=True) if not good]
+    if not failed:
+        return
+    said = next((s for s in failed if s.serious), failed[0])  # where codes have no room, values are off by rounding
+    if said.serious:
+        raise RegenerationError(said.message)
+    _warned[said.message] += 1
+    warnings.warn(said.message, RevfxWarning, stacklevel=2)
 
 
 _OPERATORS.impl("check", _check, "CompositeExplicitAutograd")
-torch.library.register_fake("revfx::check", lambda ok, messages: None, lib=_OPERATORS)
+torch.library.register_fake("revfx::check", lambda ok, messages, serious: None, lib=_OPERATORS)
 has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd traces the backward once more
 
 
-def add_check(graph: fx.Graph, ok: fx.Node, messages: Sequence[str], meta: Mapping[str, Any]) -> fx.Node:
-    """Add to the end of a graph that a run raises, for the first element of `ok` that is false, its message."""
+def overflows() -> int:
+    """Return how many backward passes so far warned that codes had found no room."""
+    return _warned[NO_ROOM]
+
+
+def add_check(graph: fx.Graph, ok: fx.Node, said: Sequence[Said], meta: Mapping[str, Any]) -> fx.Node:
+    """Add to the end of a graph that a run raises, or warns, for the first element of `ok` that is false, what is
+    `said`; what is serious comes first.
+    """
+    arguments = ok, [s.message for s in said], [s.serious for s in said]
     with graph.inserting_before(graph.output_node()):
-        node = graph.call_function(torch.ops.revfx.check.default, (ok, list(messages)))
+        node = graph.call_function(torch.ops.revfx.check.default, arguments)
     node.meta.update(meta, val=None)
     return node
 

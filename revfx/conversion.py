@@ -197,7 +197,7 @@ class Conversion:
         self.compiled_tried = True
         own, name, options = self.own_forward, name_of(model), self.options
         forward = type(model)._revfx_base.forward if own is None else own  # type: ignore[union-attr]
-        return Compiled(name, forward, options.anchor_every, options.grid)
+        return Compiled(name, forward, options.exact, options.anchor_every, options.grid)
 
     def _call_compiled(self, compiled: Compiled, model: nn.Module, args: Any, kwargs: Any) -> Any:
         result = compiled.call(model, (model, *args) if self.own_forward is None else args, kwargs)

@@ -14,6 +14,7 @@ import pytest
 
 
 BOTTOM = {"_fake", "_torch", "errors", "ambient"}
+CODES = {"codes", "layout"}
 # What the files of a folder, or a file of the package's own folder, may import besides their own folder.
 MAY: dict[str, set[str]] = {
     "_torch": set(),
@@ -24,9 +25,11 @@ MAY: dict[str, set[str]] = {
     "rules": BOTTOM,
     "passes": {"errors", "rules"},
     "passes.joint": {"errors", "rules", "passes"},
-    "eager": {*BOTTOM, "passes", "traced"},
+    "layout": {"_torch"},
+    "codes": {"_torch", "layout"},
+    "eager": {*BOTTOM, *CODES, "passes", "traced"},
     "capture": {*BOTTOM, "rules", "passes", "eager"},
-    "compiled": {*BOTTOM, "rules", "passes", "passes.joint"},
+    "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint"},
 }
 MAY["conversion"] = {*BOTTOM, "passes", "eager", "capture", "compiled"}
 MAY["converted"] = {*BOTTOM, "conversion", "traced"}

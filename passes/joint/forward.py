@@ -55,11 +55,17 @@ class Forward:
 
 
 def forward_half(
-    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None = None, exact: bool = False
+    joint: fx.Graph,
+    num_outputs: int,
+    static: Collection[int],
+    facts: Facts | None = None,
+    exact: bool = False,
+    coded: bool = False,
 ) -> Forward:
     """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
-    `facts` says what was seen of the values of the compiled function's inputs. `exact`: see `lower`.
+    `facts` says what was seen of the values of the compiled function's inputs. `exact`: see `lower`. `coded`: codes
+    correct what inverses give, so that these may give back anything.
     """
     _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
@@ -76,7 +82,7 @@ def forward_half(
     for node in known:
         node.meta["facts"] = known[node]
     weights = trained(joint, output_args(joint), [p for i, p in enumerate(primals) if i in static])
-    apart = barred(joint, weights)  # also by a backward of the user's own
+    apart = {} if coded else barred(joint, weights)  # also by a backward of the user's own
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -90,7 +96,7 @@ def forward_half(
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
-    lowered = lower(half, sources=sources, exact=exact, barred=theirs)
+    lowered = lower(half, sources=sources, exact=exact, barred=None if coded else theirs)
     return Forward(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
 
 

@@ -7,7 +7,7 @@ they are put right before their first use, so that one layer's are freed before 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
 from revfx.passes import _torch
+from revfx.passes.composed import composed_all
 from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts
@@ -35,7 +36,7 @@ from revfx.passes.joint.forward import (
 )
 from revfx.passes.joint.record import Recorder, Unrecordable, pulled
 from revfx.passes.joint.regenerate import Options, Regenerator
-from revfx.passes.plan import anchors, deep_in_half_precision
+from revfx.passes.plan import anchors, asked_for, deep_in_half_precision
 from revfx.passes.program import Program
 from revfx.passes.regions import Region, find_regions
 
@@ -81,7 +82,7 @@ def rewrite(
     recorder = Recorder(joint, options.decompositions)
     _pin_updates(joint, num_outputs, recorder)
     if options.grid is None:
-        forward = forward_half(joint, num_outputs, static, facts)
+        forward = forward_half(joint, num_outputs, static, facts, coded=options.coder is not None)
         regions, stuck = find_regions(forward.lowered.program)
         written = forward.lowered.program
     else:
@@ -94,11 +95,16 @@ def rewrite(
     warnings: list[str | None] = []
     details: list[tuple[Program, Region, frozenset[int]]] = []
     for region in reversed(regions):
+        if options.coder is not None:
+            region = replace(region, steps=composed_all(program, region.steps))
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
         if options.grid is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
-        cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
+        if options.coder is None:
+            cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
+        else:
+            cuts = asked_for(region.steps, options.anchor_every) - {0}
         try:
             regenerator.region(region, wanted, ops, cuts)
         except Unrecordable as error:
@@ -108,7 +114,8 @@ def rewrite(
         where = program.ops[region.start].where, program.ops[region.stop - 1].where
         inverted = sum(step.inverts for step in region.steps)
         found.append(Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, sum(freed)))
-        warnings.append(deep_in_half_precision(program, region.steps, cuts))
+        if options.coder is None:
+            warnings.append(deep_in_half_precision(program, region.steps, cuts))
         details.append((program, region, cuts))
     if found:
         _rewire(joint, forward, regenerator, readers)
@@ -207,10 +214,10 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
             new.kept.add(result)
         joint.erase_node(node)
     alive = ancestors(new.output.all_input_nodes)
-    new.check(alive)
-    new.check_ranges()
+    new.checks.compare(alive)
+    new.checks.check_ranges()
     new.whole_steps(alive)
-    checks = new.raise_at_the_end()
+    checks = new.checks.raise_at_the_end()
     for node in new.kept:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

@@ -27,9 +27,10 @@ def revfx(
         gm: what dynamo captured.
         example_inputs: its inputs.
         mode: a mode of `torch.compile`, for inductor.
-        options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; `unbounded`, `tolerance`,
-            `strict`, `anchor_every`, `exact`, `grid`: see `ReversiblePartitioner`; everything else is a setting of
-            inductor, as without `backend`.
+        options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels and so, with `exact` (default
+            there), gives what torch's own "aot_eager" gives, bit for bit, by codes; `unbounded`, `tolerance`, `strict`,
+            `anchor_every`, `exact`, `grid`: see `ReversiblePartitioner`; everything else is a setting of inductor, as
+            without `backend`.
 
     Raises:
         ValueError: an unknown option.
@@ -37,6 +38,7 @@ def revfx(
     """
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     inner = given.pop("inner", "inductor")
+    coded = inner == "aot_eager" and given.pop("exact", True) and given.get("grid") is None
     partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given}).knowing(
         example_inputs
     )
@@ -50,7 +52,9 @@ def revfx(
     if inner == "aot_eager":
         if given or mode is not None:
             raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
-        return _inductor.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
+        return _inductor.run_by_eager_kernels(
+            gm, example_inputs, partitioner.coding() if coded else partitioner.partition
+        )
     if "custom_partitioner_fn" in given:
         raise ValueError(
             "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."

@@ -46,14 +46,19 @@ class Compiled:
         name: what messages call the model.
         function: the forward. One that is a method of the model takes it as the first argument, lest this object hold
             on to the model.
-        anchor_every, grid: see `convert`.
+        exact, anchor_every, grid: see `convert`.
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], anchor_every: int | None = None, grid: int | None = None
+        self,
+        name: str,
+        function: Callable[..., Any],
+        exact: bool = True,
+        anchor_every: int | None = None,
+        grid: int | None = None,
     ) -> None:
         self.name, self.function = name, function
-        self.options = {"inner": "aot_eager", "anchor_every": anchor_every, "grid": grid}
+        self.options = {"inner": "aot_eager", "exact": exact, "anchor_every": anchor_every, "grid": grid}
         self.graphs: list[Report] = []
         self.failures: list[Refusal] = []
         self.in_own_code = False  # whether a region ends in the forward's own code, not in a sub-module's

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import logging
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import fx
 import revfx
 from revfx import _torch, passes, rules
 from revfx.compiled import _inductor
+from revfx.compiled.coded import Coder
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.grid import checked_grid
@@ -83,8 +84,8 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         if exact:
             raise ValueError(
                 "`exact=True`: inductor's kernels may round a function otherwise when it runs again in the backward, so"
-                " a graph that it compiles can't be lossless. `revfx.convert` is, in eager mode; `grid=14` keeps what"
-                " couplings add on a grid."
+                " a graph that it compiles can't be lossless. options={'inner': 'aot_eager'} is, and `revfx.convert` in"
+                " eager mode, also with `compile=True`; `grid=14` keeps what couplings add on a grid."
             )
         if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"`strict={strict!r}` must be True or False.")
@@ -97,6 +98,10 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         other = copy.copy(self)
         other.facts = facts_of(inputs)
         return other
+
+    def coding(self) -> Callable[..., Any]:
+        """Return what partitions a graph that eager kernels run: without loss, by codes."""
+        return functools.partial(self.partition, options=replace(self.options, coder=Coder))
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any

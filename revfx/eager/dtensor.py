@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.eager.layout import restrided
+from revfx.layout import restrided
 
 
 # --- tensors

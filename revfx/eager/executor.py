@@ -20,11 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.layout import address, offset_of, same_view
 from revfx.eager.regeneration import Regeneration, unpack
 from revfx.eager.region_plan import Env, Handle, RegionPlan, StepPlan
 from revfx.eager.state import CallState, Random
 from revfx.errors import NotReversibleError, RevfxWarning
+from revfx.layout import address, offset_of, same_view
 from revfx.passes.program import Arc
 
 

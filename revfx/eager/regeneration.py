@@ -13,15 +13,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
 from revfx.ambient import autocast_of, autocast_states, kernels_of, settings
+from revfx.codes import Code, decode
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.codes import Code, decode
-from revfx.eager.layout import leaf, placed, restrided
 from revfx.eager.ranges import Ranges
 from revfx.eager.region_plan import Env, Handle, RegionPlan, watching
 from revfx.eager.state import CallState, Random
 from revfx.eager.witness import Witness, changed, compare, join, judged
 from revfx.errors import RegenerationError
+from revfx.layout import leaf, placed, restrided
 from revfx.passes.closure import Forward, Invert
 from revfx.passes.plan import Instruction, precision, schedule
 from revfx.passes.program import Arc

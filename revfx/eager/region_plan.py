@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from revfx.eager.codes import Codec
+from revfx.codes import Codec
 from revfx.errors import RevfxWarning
+from revfx.passes._torch import NO_ROOM
 from revfx.passes.closure import Derivation, Invert
 from revfx.passes.composed import composed_all, rounds
 from revfx.passes.cuts import Step
@@ -39,10 +40,6 @@ class Watch(Protocol):
         ...
 
 
-NO_ROOM = (
-    "codes found no room for all that the inverses missed, as it was far more than in the calls before: gradients of"
-    " this step are right up to rounding. There will be room in the next one."
-)
 watching: ContextVar[Callable[[Regeneration], Watch] | None] = ContextVar("revfx_watching", default=None)
 
 

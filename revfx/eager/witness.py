@@ -22,8 +22,8 @@ from torch import Tensor
 
 from revfx import _torch
 from revfx.eager import dtensor
-from revfx.eager.layout import flat, is_dense
 from revfx.errors import RegenerationError, RevfxWarning
+from revfx.layout import flat, is_dense
 
 
 if TYPE_CHECKING:

@@ -113,11 +113,13 @@ class Saturated(Pairs):
 def test_contraction_raises_or_is_stored(make: Callable[[], nn.Module]) -> None:
     model, x = make().float(), torch.randn(64, 2 * D, dtype=torch.float32, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"rounding grows too much .*'unbounded': 'store'"):
-        compiled(model, "aot_eager")(x).sum().backward()
+        compiled(model, "aot_eager", exact=False)(x).sum().backward()
     want = torch.autograd.grad(model(x).sin().sum(), [x, *model.parameters()])
     for options in ({"unbounded": "store"}, {"anchor_every": 1}):
         torch.compiler.reset()
-        got = torch.autograd.grad(compiled(model, "aot_eager", **options)(x).sin().sum(), [x, *model.parameters()])
+        got = torch.autograd.grad(
+            compiled(model, "aot_eager", exact=False, **options)(x).sin().sum(), [x, *model.parameters()]
+        )
         assert relative_error(got, want) < 1e-5
 
 
@@ -143,7 +145,7 @@ def test_a_factor_that_multiplies_and_divides_is_looked_at_both_ways(exponent: f
     s = s * 0.1
     s[50, 2] = exponent
     with pytest.raises(RuntimeError, match=r"rounding grows too much|came nearer to 0"):
-        compiled(BothWays(), "aot_eager")(a.requires_grad_(), b, s).sum().backward()
+        compiled(BothWays(), "aot_eager", exact=False)(a.requires_grad_(), b, s).sum().backward()
 
 
 @pytest.mark.parametrize("inner", INNERS)

@@ -313,7 +313,7 @@ def test_rev_block_is_flat_in_a_compiled_model(make: Callable[[int], nn.Module])
 def test_what_has_no_inverse_is_left_alone_and_said(step: Callable[..., object], streams: int, reason: str) -> None:
     model, x = Chain(step, streams), leaf(ROWS, 2 * D)
     with reports() as found:
-        assert right(compiled(model, "aot_eager"), model, x)
+        assert right(compiled(model, "aot_eager", exact=False), model, x)
     assert [report.regions for report in found] == [()]
     assert found[0].refusals or step is tiling, "of the tiles the backward reads nothing"
 
@@ -371,7 +371,7 @@ def test_exp_that_underflows_raises_or_is_stored(inner: str, dtype: torch.dtype)
     model.scale = 4000.0
     x = torch.randn(8, 2 * D, dtype=dtype, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"came nearer to 0.*'unbounded': 'store'"):
-        gradients(compiled(model, inner), model, x)
+        gradients(compiled(model, inner, exact=False), model, x)
     torch.compiler.reset()
-    got = gradients(compiled(model, inner, unbounded="store"), model, x)
+    got = gradients(compiled(model, inner, exact=False, unbounded="store"), model, x)
     assert relative_error(got, gradients(model, model, x)) < (1e-9 if dtype == torch.float64 else 1e-3)

@@ -50,7 +50,7 @@ INPUTS: dict[str, tuple[Callable[[], Tensor], int]] = {  # and how many cuts are
     "csr": (lambda: dense().to_sparse_csr(), 2),
     "bsr": (lambda: dense().to_sparse_bsr((2, 2)), 2),
     "mkldnn": (lambda: dense().to_mkldnn(), 0),
-    "jagged": (lambda: nested(torch.jagged), 0),
+    "jagged": (lambda: nested(torch.jagged), 2),
     "nested": (lambda: nested(torch.strided), 0),
 }
 
@@ -89,6 +89,7 @@ def test_a_nested_tensor_is_refused_by_its_name() -> None:
 def test_sparse_inputs_are_explained_as_dense_ones(kind: str) -> None:
     torch.manual_seed(0)
     found = revfx.explain(Couplings(), INPUTS[kind][0]())
+    torch.manual_seed(0)  # what codes take goes by the numbers
     expected = revfx.explain(Couplings(), dense())
     assert [r.freed_bytes for r in found.regions] == [r.freed_bytes for r in expected.regions] != []
     made_dense = 4 * 8 * 4

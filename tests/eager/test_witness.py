@@ -211,7 +211,7 @@ def test_of_several_regions_the_first_that_differs_is_named_and_others_end() -> 
 
 
 def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revfx.eager.codes._counted", lambda t: False)
+    monkeypatch.setattr("revfx.codes.is_counted", lambda t: False)
     block, x = revfx.RevBlock(lambda: mlp(WIDTH).float(), lambda: mlp(WIDTH).float(), 4), torch.randn(1024, 2 * WIDTH)
 
     def step() -> list[Tensor]:
@@ -222,8 +222,8 @@ def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: 
     with revfx.testing.store_activations():
         plain = step()
     with monkeypatch.context() as patch:
-        patch.setattr("revfx.eager.codes.HEADROOM", 0.5)
-        patch.setattr("revfx.eager.codes.LEAST", 0)
+        patch.setattr("revfx.codes.HEADROOM", 0.5)
+        patch.setattr("revfx.codes.LEAST", 0)
         with pytest.warns(RevfxWarning, match="codes found no room"):
             lossy = step()
     assert any(not torch.equal(got, want) for got, want in zip(lossy, plain, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from programs import Couple, Program, arguments, blocked, blocked_exactly, build, written_out
-from programs_check import Verdict, compare, conditioning, nearer
+from programs_check import TOLERANCE, Verdict, compare, conditioning, nearer
 from programs_steps import Run, run
 from torch._dynamo import explain
 from torch._functorch import config as functorch_config
@@ -34,9 +34,14 @@ DETACHED = re.compile(r"^k\d+ = \w+\.detach\(\)$")
 NARROW = re.compile(r"single\(|\.float\(\)")
 
 
+def _nothing(step: int) -> float:
+    """How far a value may be off where all is as it was."""
+    return 0.0
+
+
 def exactly(got: Run, want: Run) -> Verdict:
     """The verdict on what has to be the same to the last bit."""
-    return compare(got, want, lambda step: 0.0, tolerance=0.0)
+    return compare(got, want, _nothing, tolerance=0.0)
 
 
 def by_convert(program: Program, couple: Couple = written_out, **options: Any) -> Verdict:
@@ -97,15 +102,19 @@ PARTS = "This view is the output of a function that returns multiple views"
 
 
 def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict:
-    """The verdict on `got`; where a compiler differs from plain also without revfx, each value may be as it is there or
-    over its eager kernels. It may save copies, so that a write to something, for which plain raises, does no harm.
+    """The verdict on `got`, which by eager kernels is to be the same to the last bit; where a compiler differs from
+    plain also without revfx, each value may be as it is there or over its eager kernels. It may save copies, so that a
+    write to something, for which plain raises, does no harm.
     """
-    allowed, eps = conditioning(program, want), 0.0 if inner != "inductor" else rounding(program)
-    verdict = theirs = compare(got, want, allowed, eps)
+    fused = inner == "inductor"
+    allowed, eps, tolerance = (
+        (conditioning(program, want), rounding(program), TOLERANCE) if fused else (_nothing, 0.0, 0.0)
+    )
+    verdict = theirs = compare(got, want, allowed, eps, tolerance)
     if verdict.kind == "failure" and inner is not None and program.way == "written" and want.steps[0].error is not None:
         plain = build(program)
         unwritten = run(replace(program, way="once"), plain, plain)
-        if compare(Run(got.steps[:1], []), Run(unwritten.steps[:1], []), allowed, eps).kind != "failure":
+        if compare(Run(got.steps[:1], []), Run(unwritten.steps[:1], []), allowed, eps, tolerance).kind != "failure":
             return Verdict("right in spite of a write")
         if inner == "inductor" and PARTS in verdict.text:  # what a loss reads beside the graph: README, Limits
             return Verdict("part of an input returned")
@@ -113,8 +122,8 @@ def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict
         return Verdict("raised: an input that a graph keeps is written to by a later one")  # README, Limits
     for kernels in dict.fromkeys(("aot_eager", inner)) if inner is not None and verdict.kind == "failure" else ():
         stock, _ = _compiled(program, kernels, OPTIONS[kernels] or None)
-        if compare(stock, want, allowed, eps).kind == "failure":
-            theirs = compare(got, nearer(got, want, stock), allowed, eps)
+        if compare(stock, want, allowed, eps, tolerance).kind == "failure":
+            theirs = compare(got, nearer(got, want, stock), allowed, eps, tolerance)
             if theirs.kind != "failure":
                 return Verdict("stock differs", verdict.text)
     return theirs

@@ -143,7 +143,8 @@ def test_a_flow_keeps_nothing_per_block_and_has_the_plain_gradients(name: str, i
 @pytest.mark.parametrize("name", deep_but(OF_EACH_REASON, IRREVERSIBLE))
 def test_what_can_not_be_inverted_is_refused_with_its_operation_and_place(name: str) -> None:
     op, file, reason = REFUSED[name]
-    measured = Measured(IRREVERSIBLE[name], 2, EAGER, fullgraph=False)
+    door = {**EAGER, "options": {"inner": "aot_eager", "exact": False}}  # by codes some of them can be inverted
+    measured = Measured(IRREVERSIBLE[name], 2, door, fullgraph=False)
     said = [(r.op, Path(r.where.rpartition(":")[0]).name, r.reason) for r in measured.refusals]
     assert any((o, f) == (op, file) and reason in r for o, f, r in said), said
     assert measured.error < TOLERANCE

@@ -94,6 +94,25 @@ def test_gradients_are_plain_autograds(name: str) -> None:
         assert any(report.regions for report in found)
 
 
+@pytest.mark.parametrize("name", deep_but(OF_EACH_SORT, ZOO))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+def test_by_eager_kernels_all_is_as_it_was_to_the_last_bit(name: str, dtype: str) -> None:
+    """As in torch's own "aot_eager", which under autocast casts a weight of several functions once for each."""
+    torch.manual_seed(0)
+    streams = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    model, inputs = ZOO[name][0](SHALLOW).to(streams), inputs_of(name, ROWS, streams)
+    found: list[list[Tensor]] = []
+    for backend, options in (("aot_eager", None), ("revfx", INNER["aot_eager"])):
+        torch.compiler.reset()
+        mine = copy.deepcopy(model)
+        compiled = torch.compile(mine, backend=backend, options=options)
+        run = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast")(compiled)
+        with reports() as regions:
+            found.append([*gradients(run, mine, inputs), *gradients(run, mine, inputs), *mine.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert any(report.regions for report in regions)
+
+
 @pytest.mark.parametrize("name", deep_but(MEASURED, ZOO))
 def test_memory_is_flat_and_single_precision_as_good_as_torchs(name: str) -> None:
     torch.manual_seed(0)
@@ -117,5 +136,5 @@ def test_memory_is_flat_and_single_precision_as_good_as_torchs(name: str) -> Non
         print(
             f"{name}, {inner}: growth {(high - low) / growth:.2%}, fp32 error {relative_error(ours, want) / error:.2f}"
         )
-        assert high - low < (0.03 if by_inductor else 0.02) * growth
+        assert high - low < (0.03 if by_inductor else 0.04) * growth  # the codes, by eager kernels
         assert relative_error(ours, want) < 2 * error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.eager.layout import flat, is_dense
+from revfx.layout import flat, is_dense
 
 
 WIDTHS = (0, 2, 4, 8)
@@ -55,6 +55,11 @@ class Code:
         return packed + self.positions.numel() * (self.positions.element_size() + self.bits.element_size())
 
 
+def pays_for(x: Tensor, nbytes: int) -> bool:
+    """Return whether a code of `x`, of that many bytes, may be worth its time."""
+    return nbytes > SMALL and (x.is_floating_point() or x.is_complex())
+
+
 class Codec:
     """How one value of a program is coded: what the calls so far have shown to be smallest.
 
@@ -73,8 +78,7 @@ class Codec:
         """Return whether the next call makes a code of `x`, or measures, and so needs the prediction."""
         self.calls += 1
         self.due = self.due or self.calls & (self.calls - 1) == 0
-        codable = _torch.is_plain(x) and (x.is_floating_point() or x.is_complex())
-        return codable and x.nbytes > SMALL and (self.due or self.width is not None)
+        return _torch.is_plain(x) and pays_for(x, x.nbytes) and (self.due or self.width is not None)
 
     def encode(self, x: Tensor, predicted: Tensor, spent: bool = False) -> Code | None:
         """Return the code of `x`, or None where keeping `x` takes less; `spent`: see `encode`."""
@@ -85,7 +89,7 @@ class Codec:
         if self.due:
             self.due = False
             self.width, self.escapes = cheapest(x, predicted)
-            self.capacity = None if _counted(x) else int(HEADROOM * self.escapes) + LEAST
+            self.capacity = None if is_counted(x) else int(HEADROOM * self.escapes) + LEAST
         if self.width is None:
             return None
         code = encode(x, predicted, self.width, self.capacity, spent)
@@ -214,7 +218,7 @@ def _positions(escaped: Tensor) -> Tensor:
     return torch.add(column, groups.index_select(0, row), alpha=8)
 
 
-def _counted(t: Tensor) -> bool:
+def is_counted(t: Tensor) -> bool:
     """Return whether the host knows at once how many elements of `t` an operation found."""
     return t.device.type == "cpu"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from revfx.eager import codes
-from revfx.eager.codes import WIDTHS, Code, Codec, cheapest, decode, encode
-from revfx.eager.layout import flat
+from revfx import codes
+from revfx.codes import WIDTHS, Code, Codec, cheapest, decode, encode
+from revfx.layout import flat
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -160,7 +160,7 @@ def test_small_values_and_such_as_can_not_be_coded_are_kept() -> None:
 
 # --- where the host does not know how many escapes there are
 def test_room_is_learnt_and_what_finds_none_is_off_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "_counted", lambda t: False)
+    monkeypatch.setattr(codes, "is_counted", lambda t: False)
     codec, (x, predicted) = Codec(), pair((64, 64), torch.float32)
     for _ in range(4):
         code = coded(codec, x, predicted)

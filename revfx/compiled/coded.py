@@ -1,0 +1,66 @@
+"""Codes in a graph that eager kernels run: what its forward makes of a value, and its backward takes the value from.
+
+In an eager region a code is an object that a call holds on to. What a compiled forward hands to its backward are
+tensors, so here a code is four of them.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from revfx import codes
+from revfx.codes import TYPICAL, USUAL, Code, Codec, decode, pays_for
+from revfx.layout import offset_of, placed
+from revfx.passes._torch import overflows
+from revfx.passes.sizes import as_number
+
+
+class Coder:
+    """The code of one value of a graph: packed distances (or the value itself where that is smaller), positions and
+    bits of escapes, their width and where the value lay, and how many escapes found no room.
+    """
+
+    def __init__(self) -> None:
+        self.codec, self._lock, self._seen = Codec(), threading.Lock(), 0
+
+    def codes(self, x: Tensor) -> bool:
+        """Return whether a code of `x` may pay."""
+        return pays_for(x, as_number(x.numel()) * x.element_size())
+
+    def may_lose(self, x: Tensor) -> bool:
+        """Return whether a code of `x` may find no room."""
+        return not codes.is_counted(x)
+
+    def expected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return fake tensors, about as large as the code of a fake `x`."""
+        n = as_number(x.numel())
+        sizes = (n * TYPICAL // 8, torch.uint8), (int(USUAL * n), torch.int32), (int(USUAL * n), torch.int64)
+        with torch.no_grad():
+            place, lost = torch.empty(x.dim() + 2, dtype=torch.int64, device="cpu"), x.new_empty((), dtype=torch.int64)
+            return *(x.new_empty(size, dtype=dtype) for size, dtype in sizes), place, lost
+
+    def encode(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
+        """Return the code of `x` next to `predicted`."""
+        with self._lock:
+            if self._seen != (now := overflows()):
+                self._seen, self.codec.due = now, True
+            code = self.codec.encode(x, predicted) if self.codec.asks(x) else None
+        width = 0 if code is None else code.width
+        place = torch.tensor([width, offset_of(x), *x.stride()], dtype=torch.int64)
+        none = x.new_empty(0, dtype=torch.uint8)
+        if code is None:
+            return x.clone(), none, none, place, place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
+        lost = place.new_zeros(()) if code.lost is None else code.lost
+        return none if code.packed is None else code.packed, code.positions, code.bits, place, lost
+
+    def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
+        """Return the value of which `encode` made a code, placed as it was."""
+        x = packed = code[0]
+        positions, bits, place, _ = code[1:]
+        width, offset, *stride = place.tolist()
+        if packed.dtype != predicted.dtype:
+            x = decode(predicted, Code(width, packed if width else None, positions, bits))
+        return x if 0 in stride else placed(x, tuple(predicted.shape), tuple(stride), offset)
