@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from revfx import _fake, _torch
+from revfx import _fake, _fsdp, _torch
 from revfx.ambient import ambient_state
 from revfx.capture.data import Spot
 from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
 from revfx.capture.memo import structure
-from revfx.capture.search import Outcome, Plan, Wishes, make_plan
+from revfx.capture.plan import Plan
+from revfx.capture.search import Outcome, Wishes, make_plan
 from revfx.compiled.dynamo import Compiled
 from revfx.eager.calls import Slot
 from revfx.eager.modes import can_store, runs_plain, storing
@@ -191,7 +192,7 @@ class Conversion:
 
     def _tries_compiled(self) -> bool:
         """Return whether `torch.compile` may capture what could not be recorded; it is asked once."""
-        return self.options.capture == "auto" and not self.compiled_tried and not _torch.fsdp_in_use()
+        return self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
 
     def _compile(self, model: nn.Module) -> Compiled:
         self.compiled_tried = True

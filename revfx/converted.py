@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from revfx import _torch
+from revfx import _fsdp, _torch
 from revfx.conversion import Conversion, Options
 from revfx.errors import RevfxError
 from revfx.traced import free_couplings_of
@@ -143,7 +143,7 @@ def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
     if options is not None:
         conversion = Conversion(vars(plain).get("forward"), options, convert_parts, unconverted)
         object.__setattr__(made, "_revfx", (conversion, plain))
-    _torch.share_fsdp_state(plain, made)
+    _fsdp.share_state(plain, made)
     return made
 
 
@@ -164,7 +164,7 @@ def unconverted(model: nn.Module) -> nn.Module:
         return known[1]
     plain = object.__new__(model._revfx_base)  # pyright: ignore[reportPrivateUsage]
     object.__setattr__(plain, "__dict__", vars(model))
-    _torch.share_fsdp_state(model, plain)
+    _fsdp.share_state(model, plain)
     return plain
 
 

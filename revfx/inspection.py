@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx.capture.search import call_of
+from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
 from revfx.eager.modes import store_activations
 from revfx.eager.regeneration import Regeneration

@@ -13,11 +13,12 @@ import networkx as nx
 import pytest
 
 
-BOTTOM = {"_fake", "_torch", "errors", "ambient"}
+BOTTOM = {"_fake", "_fsdp", "_torch", "errors", "ambient"}
 CODES = {"codes", "layout"}
 # What the files of a folder, or a file of the package's own folder, may import besides their own folder.
 MAY: dict[str, set[str]] = {
     "_torch": set(),
+    "_fsdp": set(),
     "_fake": {"_torch"},
     "errors": set(),
     "ambient": {"_torch"},
@@ -135,6 +136,6 @@ def test_private_torch_api_is_used_in_four_modules() -> None:
 
 
 def test_no_file_is_long() -> None:
-    for most, files in ((450, modules().values()), (500, TESTS.rglob("*.py"))):
+    for most, files in ((400, modules().values()), (500, TESTS.rglob("*.py"))):
         for file in files:
             assert len(file.read_text().splitlines()) <= most, file

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
 from revfx.capture.guards import ATOMS, is_plain
-from revfx.eager.state import CONTAINERS, content, fill, holds, is_users
+from revfx.eager.reach import CONTAINERS, is_users
+from revfx.eager.state import content, fill, holds
 
 
 LONG = 10_000  # entries of a container that is data, and not noted

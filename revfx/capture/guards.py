@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.capture.untraceable import Untraceable
-from revfx.eager.state import EMPTY, global_names, held_in, is_users
+from revfx.eager.reach import EMPTY, global_names, held_in, is_users
 
 
 ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.capture.guards import key
 from revfx.eager import dtensor
-from revfx.eager.state import is_users
+from revfx.eager.reach import is_users
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:

@@ -28,7 +28,8 @@ from revfx.capture.effects import Snapshot, lasts, left_alone
 from revfx.capture.guards import ATOMS
 from revfx.capture.inplace import functionalise
 from revfx.capture.memo import Seen, structure
-from revfx.capture.untraceable import Untraceable
+from revfx.capture.numbers import Numbers
+from revfx.capture.untraceable import EFFECTS, GIVEN, KEPT, LOST, OWN_GENERATOR, Untraceable
 from revfx.eager import dtensor
 from revfx.eager.modes import recording
 from revfx.eager.trees import meta, tensors
@@ -36,22 +37,6 @@ from revfx.passes._torch import updated_statistics
 from revfx.passes.facts import is_mask
 from revfx.passes.shape_only import of_its_shape
 from revfx.rules import op_name
-
-
-EFFECTS = frozenset(
-    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
-    "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
-)
-LOST = "which a recorded graph would not repeat"
-KEPT = "which a recorded graph would keep"
-OWN_GENERATOR = "a generator of its own"
-GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
-
-# What takes a number of the model's as it takes a tensor of one element.
-LINEAR = frozenset(
-    """add sub subtract rsub lerp mul multiply div divide true_divide truediv iadd isub imul itruediv radd rmul
-    rdiv""".split()
-)
 
 
 class Recorder(TorchFunctionMode):
@@ -74,12 +59,11 @@ class Recorder(TorchFunctionMode):
                 if t is not None:
                     first = self.real.setdefault(id(t), (t, path, name))[1:]
                     self.tied += [((path, name), first)] if first != (path, name) else []
-        self.numbers: dict[tuple[int, str], Tensor] = {}
+        self.numbers = Numbers()
         for path, name in carried:
             module = root.get_submodule(path)
-            self.numbers[id(module), name] = t = torch.tensor(getattr(module, name), dtype=torch.float64)
+            t = self.numbers.carry(module, name)
             self.real[id(t)] = t, path, name
-        self.of_numbers = {id(t) for t in self.numbers.values()}  # they, and what is computed of them alone
         self.fakes: dict[int, Tensor] = {}
         self.written = set[tuple[type, str]]()
         self.nodes: dict[int, fx.Node] = {}
@@ -169,8 +153,8 @@ class Recorder(TorchFunctionMode):
         qualified = f"{path}.{name}" if path else name
         with self._ahead():
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
-        if id(t) in self.of_numbers:
-            self.of_numbers.add(id(fake))
+        if t in self.numbers:
+            self.numbers.add(fake)
         elif (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
             node.meta["constant"] = t
         self._name(node, fake)
@@ -248,24 +232,14 @@ class Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
-        if self.of_numbers:
-            self._follow_numbers(name, tensors((args, kwargs)), out)
+        if self.numbers.of:
+            self.numbers.follow(name, tensors((args, kwargs)), tensors(out))
         told = of_its_shape(name, args, kwargs, out) if _torch.is_plain(out) else None
         if told is not None:
             return self.record("call_function", getattr(torch, told[0]), told[1], told[2], out, mutated)
         return self.record(
             "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
         )
-
-    def _follow_numbers(self, name: str, operands: list[Tensor], out: Any) -> None:
-        """Note what is computed of carried numbers alone; refuse what a tensor would change."""
-        others = [t for t in operands if id(t) not in self.of_numbers]
-        if len(others) == len(operands):
-            return
-        same = name.strip("_") in LINEAR and all(t.is_floating_point() and t.dim() for t in others)
-        if not same:
-            raise Untraceable(f"`{name}` reads a number of the model that changes from call to call")
-        self.of_numbers.update(id(t) for t in tensors(out) if not others)
 
     def record(
         self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any

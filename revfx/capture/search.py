@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
-from revfx.ambient import Ambience
 from revfx.capture.carried import Carried
 from revfx.capture.data import Capture, Spot
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, module_guards, name_of
+from revfx.capture.plan import Place, Plan, call_of
 from revfx.capture.trace import capture
 from revfx.capture.untraceable import Untraceable
-from revfx.eager.calls import Call, Slot
-from revfx.eager.executor import run_region
-from revfx.eager.modes import store_region, without_hooks
+from revfx.eager.modes import without_hooks
 from revfx.eager.region_plan import RegionPlan
 from revfx.errors import Refusal
 from revfx.passes._torch import outside_modes
@@ -30,98 +26,12 @@ from revfx.passes.closure import Invert
 from revfx.passes.diagnose import diagnose
 from revfx.passes.exact import exact_regions, put_on_grid
 from revfx.passes.regions import Region, find_regions
-from revfx.passes.segments import Segment, segments, text
+from revfx.passes.segments import segments
 from revfx.passes.sizes import muted
-from revfx.rules import has_rule, op_name
+from revfx.rules import has_rule
 
 
 Forward = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor hangs: a module, and the name of its attribute."""
-
-    module: weakref.ref[nn.Module]
-    name: str
-
-    def tensor(self) -> Any:
-        """Return what hangs there now, a number as a tensor; None where the module is gone."""
-        found = getattr(self.module(), self.name, None)
-        return torch.tensor(found, dtype=torch.float64) if isinstance(found, float) else found
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to run one model on arguments of given shapes.
-
-    `guards` are the modules that the recorded code read, and those inside of what it calls whole, `globals` what else
-    it read; the plan is valid while they are as they were. It belongs to the model, and refers to the model's modules
-    weakly: a model that is let go is freed at once.
-    """
-
-    lowered: Lowered
-    captured: Capture
-    segments: tuple[Segment, ...]
-    regions: dict[int, RegionPlan]
-    calls: tuple[Call, ...]
-    sources: tuple[tuple[int, Place], ...]
-    constants: tuple[tuple[Tensor, int, int | None, Place], ...]
-    tied: tuple[tuple[Place, Place], ...]
-    guards: list[ModuleGuard]
-    globals: GlobalReads
-
-    def changed(self) -> Change | None:
-        """Return what changed since the code was recorded, that it may read; None where nothing did."""
-        for guard in self.guards:
-            if (change := guard.changed()) is not None:
-                return change
-        if (name := self.globals.changed()) is not None:
-            return Change(name)
-        for place, other in self.tied:
-            if place.tensor() is not other.tensor():
-                return Change(f"`{place.name}`, which was `{other.name}` too")
-        for t, version, address, place in self.constants:
-            if place.tensor() is not t or _torch.version(t) != version or _torch.data_address(t) != address:
-                return Change(f"the numbers in `{place.name}`")
-        return None
-
-    def run(self, leaves: Sequence[Any], store: bool) -> Any:
-        """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage."""
-        program, last = self.lowered.program, self.lowered.program.last_use
-        env: dict[int, Tensor] = {
-            i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)
-        }
-        for index, place in self.sources:
-            env[index] = place.tensor()
-        for segment in self.segments:
-            if segment.region is not None and not store:
-                live = {v: t for v, t in env.items() if last[v] >= segment.start or program.values[v].source}
-                del env
-                run_region(self.regions[segment.start], self.calls, live)
-                env = live
-            elif segment.region is not None:
-                store_region(self.regions[segment.start], self.calls, env)
-            else:
-                for i in range(segment.start, segment.stop):
-                    op = program.ops[i]
-                    for v, t in zip(op.outs, self.calls[i].invoke(env), strict=True):
-                        env[v] = t
-                    for v in (*op.ins, *op.outs):
-                        if last[v] <= i and not program.values[v].source:
-                            env.pop(v, None)
-        out = [self._given_back(o, env) for o in self.captured.outputs]
-        return pytree.tree_unflatten(out, self.captured.spec)
-
-    def _given_back(self, output: Any, env: Mapping[int, Tensor]) -> Any:
-        if isinstance(output, Carried):
-            return output.made([env[self.lowered.index[n]] for n in output.tensors])
-        return env[self.lowered.index[output]] if isinstance(output, fx.Node) else output
-
-    @property
-    def code(self) -> str:
-        """Return the rewritten program, with what the backward does with each value of a region."""
-        return text(self.lowered, self.segments)
 
 
 @dataclass(frozen=True)
@@ -344,22 +254,6 @@ def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.
     return node
 
 
-def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> Call:
-    """Return how operation `i` of a lowered graph is run."""
-    node, op, index = lowered.op_nodes[i], lowered.program.ops[i], lowered.index
-    if node.op == "call_module":
-        fn: Any = functools.partial(nn.Module.__call__, module_of(str(node.target)))  # an override of it was recorded
-    elif node.op == "call_method":
-        fn = getattr(torch.Tensor, str(node.target))
-    else:
-        fn = node.target
-    if "ambient" in node.meta:
-        fn = _within(fn, node.meta["ambient"])
-    name = str(node.target) if node.op == "call_module" else op_name(node.target)
-    args, kwargs = _slots(node.args, index), _slots(node.kwargs, index)
-    return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
-
-
 LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
 
@@ -371,35 +265,3 @@ def _prefixes(scope: str) -> list[str]:
     """Return the paths of the modules that enclose an operation of that scope."""
     parts = scope.split(".")
     return [".".join(parts[: k + 1]) for k in range(len(parts))]
-
-
-def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
-    """Return the keys that lead from what `root` returns to the value `node`."""
-    keys: list[Any] = []
-    while node is not root:
-        keys.append(node.args[1])
-        node = node.args[0]  # type: ignore[assignment]
-    return tuple(reversed(keys))
-
-
-def _slots(tree: Any, index: dict[fx.Node, int]) -> Any:
-    if isinstance(tree, fx.Node):
-        return Slot(index[tree])
-    if isinstance(tree, tuple):
-        items = [_slots(x, index) for x in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [_slots(x, index) for x in tree]
-    if isinstance(tree, dict):
-        return {k: _slots(v, index) for k, v in tree.items()}
-    if isinstance(tree, slice):
-        return slice(_slots(tree.start, index), _slots(tree.stop, index), _slots(tree.step, index))
-    return tree
-
-
-def _within(fn: Callable[..., Any], ambient: Ambience) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with ambient.entered():
-            return fn(*args, **kwargs)
-
-    return call

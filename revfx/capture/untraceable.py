@@ -6,6 +6,16 @@ from revfx import _fake
 from revfx.ambient import where_raised
 
 
+EFFECTS = frozenset(
+    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
+    "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
+)
+LOST = "which a recorded graph would not repeat"
+KEPT = "which a recorded graph would keep"
+OWN_GENERATOR = "a generator of its own"
+GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
+
+
 class Untraceable(Exception):
     """The forward can't be recorded: `reason`, `where` (the user's file and line), the `path` of the module at fault,
     whether `torch.compile` captures what it does (`compiles`), and whether it may be recorded where the module `opens`,

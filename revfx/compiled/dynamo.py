@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from revfx import _torch
+from revfx import _fsdp, _torch
 from revfx.ambient import ambient_state
 from revfx.errors import Refusal, RevfxError
 from revfx.passes._torch import updated_statistics
@@ -245,7 +245,7 @@ def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int]
     @torch.compiler.disable
     def run(*args: Any) -> Any:
         own = {id(x) for x in args}
-        leaves = [] if _torch.fsdp_in_use() else [x for x in args if type(x) in (Tensor, nn.Parameter) and x.is_leaf]
+        leaves = [] if _fsdp.in_use() else [x for x in args if type(x) in (Tensor, nn.Parameter) and x.is_leaf]
         check = functools.partial(_check, name, [(weakref.ref(x), _torch.data_address(x)) for x in leaves])
         with _torch.uncounted_writes(tuple(args[i] for i in uncounted)):
             results = compiled(*args)

@@ -18,18 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
-from revfx.eager.calls import Call, Slot
+from revfx.eager import block_program
 from revfx.eager.coupling import Function, apply, couple, plain
 from revfx.eager.executor import run_region
 from revfx.eager.modes import can_store, runs_plain, store_region
+from revfx.eager.reach import Reach
 from revfx.eager.region_plan import RegionPlan
-from revfx.eager.state import Reach
-from revfx.errors import NotReversibleError
-from revfx.passes.grid import Coupling, carrier, checked_exact, checked_grid, to_grid
+from revfx.passes.grid import carrier, checked_exact, checked_grid, to_grid
 from revfx.passes.plan import checked_every
-from revfx.passes.program import Arc, Op, Program, Value
-from revfx.passes.regions import Region, extend
 from revfx.traced import free_couplings
 
 
@@ -120,11 +116,11 @@ def _chain(
     storing = not is_training or runs_plain((x1, x2, *leaves))
     if storing and (k is None or not can_store((x1, x2, *leaves))):
         return plain(x1, x2, layers, sides, k)
-    side_tensors, side_slots = _number_sides(sides, first=2)
-    shapes = len(layers), _meta(x1), _meta(x2), tuple(len(t) for t in side_tensors), k
+    side_tensors, side_slots = block_program.number_sides(sides, first=2)
+    shapes = len(layers), block_program.meta(x1), block_program.meta(x2), tuple(len(t) for t in side_tensors), k
     plan = _plan_of(layers[0][0], shapes, exact, anchor_every)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
-    calls = _calls(layers, side_slots, len(env), k)
+    calls = block_program.calls(layers, side_slots, len(env), k)
     if storing:
         store_region(plan, calls, env)
     else:
@@ -136,7 +132,7 @@ def _chain(
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, RegionPlan]] = weakref.WeakKeyDictionary()
 
 
-def _plan_of(first: Any, shapes: Shapes, exact: bool, anchor_every: int | None) -> RegionPlan:
+def _plan_of(first: Any, shapes: block_program.Shapes, exact: bool, anchor_every: int | None) -> RegionPlan:
     """Return the plan of the chains that begin with a function, which learns from their calls, and warns once for them;
     one of its own where nothing can be known of the function later.
     """
@@ -147,7 +143,7 @@ def _plan_of(first: Any, shapes: Shapes, exact: bool, anchor_every: int | None) 
         mine = {}
     plan = mine.get((shapes, exact, anchor_every))
     if plan is None:  # `setdefault`: another thread may have made one meanwhile
-        made = RegionPlan(*_program(*shapes), exact, anchor_every and 2 * anchor_every)  # f's and g's step
+        made = RegionPlan(*block_program.program(*shapes), exact, anchor_every and 2 * anchor_every)  # f's and g's step
         plan = mine.setdefault((shapes, exact, anchor_every), made)
     return plan
 
@@ -312,92 +308,3 @@ def _narrowed(function: Function, reads: torch.dtype, dtype: torch.dtype, x: Ten
             f"a function of a coupling returned {h.dtype} for a stream of {dtype}: it must keep the dtype."
         )
     return h
-
-
-# --- the program of a block, for the executor
-Meta = tuple[tuple[int, ...], torch.dtype, int]
-Shapes = tuple[int, Meta, Meta, tuple[int, ...], int | None]
-
-
-def _meta(x: Tensor) -> Meta:
-    return tuple(x.shape), x.dtype, x.numel() * x.element_size()
-
-
-def _number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]], list[Any]]:
-    """Return per side input its tensors, and the structure with each tensor's value index in its place."""
-    tensors: list[list[Tensor]] = []
-    slots: list[Any] = []
-    at = first
-    for side in sides:
-        leaves, spec = _torch.flatten(side)
-        mine = [t for t in leaves if isinstance(t, Tensor)]
-        numbers = iter(range(at, at + len(mine)))
-        slots.append(pytree.tree_unflatten([Slot(next(numbers)) if isinstance(t, Tensor) else t for t in leaves], spec))
-        tensors.append(mine)
-        at += len(mine)
-    return tensors, slots
-
-
-def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> tuple[Arc, ...]:
-    barred = "the block's input is kept anyway" if given else None
-    if k is None:
-        return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, text=text),)
-    solve = Coupling("add", k, rest=lambda h: h).inverse
-    return (Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=True),)
-
-
-@functools.lru_cache(maxsize=64)
-def _program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int | None) -> tuple[Program, Region]:
-    """Return the program of a whole chain and its only region; they depend on shapes and dtypes alone."""
-    values = [Value(n, *m, storage=i, given=True, grid=k) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
-    for i in range(sum(sides)):
-        values.append(Value(f"side_{i}", (), torch.float32, 0, storage=len(values), source=True))
-    side = (tuple(range(2, 2 + sides[0])), tuple(range(2 + sides[0], 2 + sum(sides))))
-    ops: list[Op] = []
-    streams, metas = [0, 1], (x1, x2)
-    for layer in range(num_layers):
-        for i, name in enumerate("fg"):
-            x, other = streams[i], streams[1 - i]
-            h, y = len(values), len(values) + 1
-            values.append(Value(f"{name}{layer}", *metas[i], storage=h))
-            values.append(Value(f"y{i + 1}_{layer}", *metas[i], storage=y, grid=k))
-            where = f"layer {layer}"
-            ops.append(Op(f"{name}[{layer}]", (other, *side[i]), (h,), where=where))
-            arcs = _add_arcs(x, h, y, f"x{i + 1} <- y{i + 1} - {name}{layer}", layer == 0, k)
-            ops.append(Op("add", (x, h), (y,), arcs, where=where, opaque=False))
-            streams[i] = y
-    program = Program(tuple(values), tuple(ops), (streams[0], streams[1]))
-    steps, _ = extend(program, len(ops), (streams[0], streams[1]), frozenset())
-    steps.reverse()
-    saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
-    region = Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0)
-    return program, region
-
-
-def _leaving_alone(function: Function, name: str, x: Tensor, side: Any) -> Any:
-    """Return what a function gives that gets lists and dicts of its own: what it put in them would be lost."""
-    leaves, spec = _torch.flatten(side)
-    result = function(x, side)
-    now, spec_now = _torch.flatten(side)
-    if spec_now != spec or any(a is not b for a, b in zip(leaves, now, strict=True)):
-        raise NotReversibleError(
-            f"{name} writes to a list or dict in its side input; layers get copies of these, so what it puts there"
-            " would be lost. Let it write to something that it closes over, or call with `is_training=False`."
-        )
-    return result
-
-
-def _calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int, k: int | None) -> list[Call]:
-    calls: list[Call] = []
-    streams, at = [0, 1], first
-    for layer, pair in enumerate(layers):
-        for i, function in enumerate(pair):
-            name = "fg"[i]
-            args = (Slot(streams[1 - i]),) if slots[i] is None else (Slot(streams[1 - i]), slots[i])
-            several = isinstance(slots[i], (list, tuple, dict))
-            fn = functools.partial(_leaving_alone, function, f"`{name}` of layer {layer}") if several else function
-            calls.append(Call(f"{name} of layer {layer}", fn, args))
-            calls.append(Call(f"add of layer {layer}", couple, (Slot(streams[i]), Slot(at), name, layer, k)))
-            streams[i] = at + 1
-            at += 2
-    return calls

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revfx.eager.state import Reach
+from revfx.eager.reach import Reach
 
 
 _ITSELF = ((),)

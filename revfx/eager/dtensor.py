@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _fsdp, _torch
 from revfx.layout import restrided
 
 
@@ -95,7 +95,7 @@ def arrived(tensor: Any) -> Tensor:
 # --- FSDP2's mixed precision: dtypes in which a sharded module computes, though its parameters are held in another
 def casts(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Return the dtypes to which FSDP2 casts what goes into `module` and what comes out; None where it doesn't."""
-    policy = _torch.fsdp_policy(module) if _torch.is_fsdp(module) else None
+    policy = _fsdp.policy(module) if _fsdp.is_sharded(module) else None
     if policy is None:
         return None, None
     return policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype
@@ -110,12 +110,12 @@ def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def computed_in(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
     """Return for the address of each parameter, sharded by FSDP2, of `modules` the dtype that it is gathered in."""
-    return {id(p): dtype for m in modules if _torch.is_fsdp(m) for p, dtype in _gathered(m)}
+    return {id(p): dtype for m in modules if _fsdp.is_sharded(m) for p, dtype in _gathered(m)}
 
 
 def _gathered(module: nn.Module) -> Iterator[tuple[Tensor, torch.dtype]]:
-    policy = _torch.fsdp_policy(module)
-    for p in _torch.fsdp_parameters(module):
+    policy = _fsdp.policy(module)
+    for p in _fsdp.parameters(module):
         if policy.param_dtype is not None and p.is_floating_point():
             yield p, policy.param_dtype
 

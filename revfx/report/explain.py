@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from revfx import _fake
 from revfx.capture.guards import name_of
-from revfx.capture.search import Plan, make_plan
+from revfx.capture.plan import Plan
+from revfx.capture.search import make_plan
 from revfx.conversion import Options
 from revfx.convert import convert
 from revfx.converted import Reversible, unconverted

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import revfx
 from revfx import rules
-from revfx.capture.search import call_of
+from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
 from revfx.converted import Reversible
 from revfx.errors import RevfxWarning
