@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ways import BUILD, WAYS, Build, Plain, functions_of
 
 from revfx import convert
-from revfx.capture import search
+from revfx.capture import plan as plans
 from revfx.eager import block
 from revfx.eager.calls import Call
 from revfx.eager.executor import run_region
@@ -252,7 +252,7 @@ def work(rank: int, world: int, folder: str) -> None:
         runs[0] += 1
         run_region(plan, calls, env)
 
-    for module in (block, search):
+    for module in (block, plans):
         vars(module)["run_region"] = counted
     results: dict[Key, Result] = {}
     for (kind, name), (case, ways) in _cases(world).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,30 @@ def test_gradients_are_those_of_plain_autograd(name: str, fp64: None) -> None:
     assert_same_grads(converted, stored(converted), inputs)
     (plan,) = converted.revfx.plans
     assert plan.regions
+
+
+@pytest.mark.parametrize("streams", ["float32", "bfloat16", "bfloat16 autocast", "float16 autocast"])
+@pytest.mark.parametrize("name", ZOO)
+def test_all_is_as_in_plain_training_to_the_last_bit(name: str, streams: str) -> None:
+    torch.manual_seed(0)
+    dtype, _, casting = streams.partition(" ")
+    narrow = getattr(torch, dtype)
+    model = ZOO[name][0](4).to(torch.float32 if casting else narrow)
+    inputs = [t.to(torch.float32 if casting else narrow) if t.is_floating_point() else t for t in ZOO[name][1](8)]
+    found: list[list[Tensor]] = []
+    for run in (copy.deepcopy(model), revfx.convert(copy.deepcopy(model))):
+        torch.manual_seed(1)
+        seen: list[Tensor] = []
+        for _ in range(2):
+            given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+            with torch.autocast("cpu", narrow, enabled=bool(casting)):
+                loss = _mean_square(run, given)().float()
+            loss.backward()
+            seen += [loss.detach(), *(t.grad for t in given if t.grad is not None)]
+        gradients = [p.grad for p in run.parameters() if p.grad is not None]
+        found.append([*seen, *gradients, *run.buffers(), torch.get_rng_state()])
+    assert len(found[0]) == len(found[1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", deep_but([*ZOO][::2], ZOO))
