@@ -67,8 +67,8 @@ def assert_same_grads(
             `stored(model)` to compare with ordinary storage.
         inputs: arguments; tensors among them, also nested, get gradients if they require one.
         loss: from the output to a scalar.
-        rtol: largest norm of the difference relative to the norm; default 0, bit for bit, where `model` is lossless; else
-            1e-9 in fp64, 1e-4 in fp32, 5e-2 below.
+        rtol: largest norm of the difference relative to the norm; default 0, bit for bit, where `model` is lossless,
+            else 1e-9 in fp64, 1e-4 in fp32, 5e-2 below.
 
     Raises:
         AssertionError: names the worst gradient and by how much it is off.

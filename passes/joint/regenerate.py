@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from revfx.passes import _torch
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.composed import rounds
 from revfx.passes.joint.borders import POLICY, Stored
@@ -65,8 +66,8 @@ class Coder(Protocol):
         """Return whether a code of `x` may find no room."""
         ...
 
-    def encode(self, x: Tensor, predicted: Tensor) -> Sequence[Tensor]:
-        """Return the code; last, how many escapes found no room in it."""
+    def encode(self, x: Tensor, predicted: Tensor, spent: bool) -> Sequence[Tensor]:
+        """Return the code; last, how many escapes found no room in it. `spent`: the prediction may be overwritten."""
         ...
 
     def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
@@ -271,8 +272,12 @@ class Regenerator:
         if arc.head not in self._codes:
             x, tail = self._original(arc.head), [self._original(v) for v in arc.tail]
             predicted = self.checks.record(arc.solve, tail, max(x, *tail))
+            memory = _torch.storage_key(predicted.meta["val"])
+            spent = all(_torch.storage_key(n.meta["val"]) != memory for n in tail)
             with self.joint.inserting_before(predicted.next):
-                made = self._parts(coder.encode, (x, predicted), coder.expected(x.meta["val"]), described(x, FORWARD))
+                made = self._parts(
+                    coder.encode, (x, predicted, spent), coder.expected(x.meta["val"]), described(x, FORWARD)
+                )
             self.kept.update(made)
             self._codes[arc.head] = made
             if coder.may_lose(x.meta["val"]):
@@ -280,7 +285,7 @@ class Regenerator:
         return self._codes[arc.head]
 
     def _parts(
-        self, by: Callable[..., Any], args: tuple[fx.Node, ...], vals: Sequence[Tensor], meta: Mapping[str, Any]
+        self, by: Callable[..., Any], args: tuple[Any, ...], vals: Sequence[Tensor], meta: Mapping[str, Any]
     ) -> tuple[fx.Node, ...]:
         """Return the nodes of the tensors that `by(*args)` returns."""
         whole = self.joint.call_function(by, args)

@@ -42,12 +42,12 @@ class Coder:
             place, lost = torch.empty(x.dim() + 2, dtype=torch.int64, device="cpu"), x.new_empty((), dtype=torch.int64)
             return *(x.new_empty(size, dtype=dtype) for size, dtype in sizes), place, lost
 
-    def encode(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
-        """Return the code of `x` next to `predicted`."""
+    def encode(self, x: Tensor, predicted: Tensor, spent: bool) -> tuple[Tensor, ...]:
+        """Return the code of `x` next to `predicted`, whose memory may be written to where it is `spent`."""
         with self._lock:
             if self._seen != (now := overflows()):
                 self._seen, self.codec.due = now, True
-            code = self.codec.encode(x, predicted) if self.codec.asks(x) else None
+            code = self.codec.encode(x, predicted, spent) if self.codec.asks(x) else None
         width = 0 if code is None else code.width
         place = torch.tensor([width, offset_of(x), *x.stride()], dtype=torch.int64)
         none = x.new_empty(0, dtype=torch.uint8)
