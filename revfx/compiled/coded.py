@@ -1,7 +1,7 @@
 """Codes in a graph that eager kernels run: what its forward makes of a value, and its backward takes the value from.
 
 In an eager region a code is an object that a call holds on to. What a compiled forward hands to its backward are
-tensors, so here a code is four of them.
+tensors, so here a code is a few of them.
 """
 
 from __future__ import annotations
