@@ -69,7 +69,8 @@ class Witness:
 
     def note(self, key: int, results: Iterable[Tensor], saved: Sequence[Tensor | None] = ()) -> None:
         """Note what the forward gave; of what was `saved`, None for what is no result of the operation's own."""
-        chosen = tuple([k for k, t in enumerate(saved) if t is not None][-LAST:])
+        last = {_memory(t): k for k, t in enumerate(saved) if t is not None}  # several operations save one tensor
+        chosen = tuple([*last.values()][-LAST:])
         if (seen := self._look(results, [t for k in chosen if (t := saved[k]) is not None])) is not None:
             self.then[key], self.saved[key] = seen, chosen
 
@@ -93,6 +94,10 @@ class Witness:
             sums = [checksum(t) for t in outs if t.numel() > SOME and not _torch.is_fake(t)] if self.whole else ()
             total = sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else _zero(parts[0].device)
             return Seen(total, torch.cat(parts) if len(parts) > 1 else parts[0].clone())
+
+
+def _memory(t: Tensor) -> int:
+    return _torch.storage_key(t) if type(t) is Tensor and t.layout == torch.strided else id(t)
 
 
 def _plain(whole: Tensor) -> list[Tensor]:
@@ -136,8 +141,7 @@ def checksum(t: Tensor) -> Tensor:
         rows = -(-n // max(COLUMNS, math.isqrt(n)))
         step = (n // rows - 1) | 1
         bits = bits.as_strided((rows, n - (rows - 1) * step), (step, 1)).sum(0)
-        n = bits.numel()
-    weights = _weights(t.device, 1 << (n - 1).bit_length())[:n]
+    weights = _weights(t.device, bits.numel())
     bits = bits.view(-1) if bits.dim() != 1 else bits
     return bits.dot(weights) if t.is_cpu and bits.dtype == torch.int64 else (bits * weights).sum()
 
@@ -145,7 +149,7 @@ def checksum(t: Tensor) -> Tensor:
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@functools.cache
+@functools.lru_cache(256)
 def _weights(device: torch.device, size: int) -> Tensor:
     return (torch.arange(size, device="cpu") * 0x1E3779B97F4A7C15 | 1).to(device)
 
