@@ -35,7 +35,8 @@ class Call:
     @functools.cached_property
     def reach(self) -> Reach:
         """Return what the function, and the arguments that are no values of the program, can see."""
-        return Reach((self.fn, self.args, self.kwargs))
+        further = [a for a in (*self.args, *self.kwargs.values()) if type(a) is not Slot]
+        return Reach((self.fn, *further))
 
     @property
     def module(self) -> nn.Module | None:

@@ -27,6 +27,7 @@ LONG = 1_000  # entries of a container that is data, and not looked through
 CONTAINERS = (list, dict, set, deque)
 _INNER = frozenset(vars(nn.Module())) - {"training"}  # torch's own tables in `vars(module)`
 ATOMS = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device, type})
+_NOT_THEIRS = sys.stdlib_module_names | {"torch"}
 
 
 EMPTY = object()
@@ -109,17 +110,18 @@ class Reach:
             level = found
         self.parameters: list[dict[str, Any]] = []
         self.buffers: list[tuple[nn.Module, Written]] = []
-        swapped = {id(x) for m in self.modules.values() if _fsdp.is_sharded(m) for x in m.modules()}
+        fsdp = _fsdp.in_use()
+        swapped = {id(x) for m in self.modules.values() if fsdp and _fsdp.is_sharded(m) for x in m.modules()}
         for m in self.modules.values():
             if _torch.buffers(m):
                 self.buffers.append((m, _written.setdefault(m, Written())))
             if (parameters := _torch.parameters(m)) and id(m) not in swapped:  # FSDP2 gathers them for each call
                 self.parameters.append(parameters)
-                lazy = next((name for name, p in parameters.items() if p is not None and is_lazy(p)), None)
-                if lazy is not None:
+                lazy = [k for k, p in parameters.items() if not (p is None or type(p) is nn.Parameter) and is_lazy(p)]
+                if lazy:
                     raise ValueError(
-                        f"`{lazy}` of a {type(m).__name__} is not initialised yet: a lazy module can't be run again as"
-                        " it ran first. Call the model once under `torch.no_grad()` before it is trained."
+                        f"`{lazy[0]}` of a {type(m).__name__} is not initialised yet: a lazy module can't be run again"
+                        " as it ran first. Call the model once under `torch.no_grad()` before it is trained."
                     )
 
     def needs_grad(self) -> bool:
@@ -147,7 +149,7 @@ class Reach:
             return *closed_over(item), *(known[n] for n in global_names(item.__code__) if n in known)
         elif isinstance(item, (*CONTAINERS, tuple)):
             return _items(item)
-        elif not isinstance(item, type) and _top(type(item)) not in sys.stdlib_module_names | {"torch"}:
+        elif not isinstance(item, type) and _top(type(item)) not in _NOT_THEIRS:
             return _items(getattr(item, "__dict__", ()))
         return ()
 
