@@ -111,8 +111,6 @@ def encode(x: Tensor, predicted: Tensor, width: int, capacity: int | None = None
     packed, escaped = _narrowed(torch.sub(bits, p, out=p) if spent and not far else bits - p, width)
     if far:
         escaped |= ((bits ^ p) >> 15).to(torch.bool)
-    if bits.element_size() == 2:  # see `decode`: what is beyond 0 is NaN, and taken for a prediction that was not it
-        escaped[: bits.numel()].bitwise_or_(bits.view(x.dtype.to_real()).isnan())
     if capacity is None:
         positions, lost = _positions(escaped), None
     else:
