@@ -5,6 +5,7 @@ code)`. Numbers of one sign and dtype are ordered as their bits are, read as int
 prediction is a small integer nearly everywhere. It is stored in 0, 2, 4 or 8 bits an element; where it does not fit, an
 *escape* stores x itself. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and
 where the prediction was made by a kernel that does not round alike every time, an element is off by rounding, no more.
+(One exception, as no kernel makes them: of 16 bits, a NaN of nearly all ones next to a prediction near 0 comes as 0.)
 
 Bytes of a code of n elements of b bytes: n*width/8 + (4 + b)*escapes. After the "bits" by which MacKay et al. (2018,
 https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015, https://arxiv.org/abs/1502.03492) make fixed-point
