@@ -9,6 +9,7 @@ from torch import fx
 
 from revfx.compiled import _inductor
 from revfx.compiled.partitioner import ReversiblePartitioner
+from revfx.passes.grid import checked_exact
 
 
 OWN = ("unbounded", "tolerance", "strict", "anchor_every", "exact", "grid")
@@ -38,7 +39,10 @@ def revfx(
     """
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     inner = given.pop("inner", "inductor")
-    coded = inner == "aot_eager" and given.pop("exact", True) and given.get("grid") is None
+    coded = False
+    if inner == "aot_eager":
+        grid = given.get("grid")
+        coded = checked_exact(given.pop("exact", True), grid) and grid is None
     partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given}).knowing(
         example_inputs
     )

@@ -152,6 +152,9 @@ MISUSES: list[tuple[Any, str]] = [
     ({"inner": "eager"}, "`inner='eager'` is not known; use 'inductor' or 'aot_eager'"),
     ({"inner": "aot_eager", "max_autotune": False}, r"takes no mode and no options of inductor: \['max_autotune'\]"),
     ({"inner": "aot_eager", "nonsense": 1}, r"unknown options \['nonsense'\]"),
+    ({"exact": True}, "`exact=True`: inductor's kernels may round a function otherwise.*'inner': 'aot_eager'"),
+    ({"inner": "aot_eager", "exact": 14}, "`exact=14` must be True or False; `grid=14`"),
+    ({"inner": "aot_eager", "exact": False, "grid": 14}, "what lies on a grid is exact"),
     ({"unbounded": "keep"}, "`unbounded='keep'` is not known; use 'assert' or 'store'"),
     ({"custom_partitioner_fn": None}, "`custom_partitioner_fn` is what the backend 'revfx' sets"),
 ]
