@@ -256,5 +256,6 @@ def _numbers(n: int, like: Tensor) -> Tensor:
 def checksum(t: Tensor) -> Tensor:
     """Return an int64 that differs, but for chance, where any bit or the order does; zeros of either sign agree."""
     t = t.detach() + 0.0
+    t = torch.view_as_real(t) if t.is_complex() else t
     bits = t.reshape(-1).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]).to(torch.int64)
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()

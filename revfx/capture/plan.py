@@ -131,9 +131,10 @@ def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> 
 def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
     """Return the keys that lead from what `root` returns to the value `node`."""
     keys: list[Any] = []
-    while node is not root:
-        keys.append(node.args[1])
-        node = node.args[0]  # type: ignore[assignment]
+    at: Any = node
+    while at is not root:
+        keys.append(at.args[1])
+        at = at.args[0]
     return tuple(reversed(keys))
 
 
