@@ -2,14 +2,14 @@
 
 Forward: `code = encode(x, predicted)`, where `predicted` is what the inverse gives; backward: `x = decode(predicted,
 code)`. Numbers of one sign and dtype are ordered as their bits are, read as integers, so the distance k of x from its
-prediction is a small integer nearly everywhere. It is stored in 0, 2, 4 or 8 bits an element; where it does not fit, an
-*escape* stores x itself. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and
-where the prediction was made by a kernel that does not round alike every time, an element is off by rounding, no more.
-(One exception, as no kernel makes them: of 16 bits, a NaN of nearly all ones next to a prediction near 0 comes as 0.)
+prediction is a small integer nearly everywhere. It is stored in 0, 2, 4 or 8 bits an element. Where one of four
+neighbours needs more, all four are an *escape*, which stores 8 bits of each; where 8 are too few, it stores the four
+values. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and where the prediction
+was made by a kernel that does not round alike every time, an element is off by rounding, no more.
 
-Bytes of a code of n elements of b bytes: n*width/8 + (4 + b)*escapes. After the "bits" by which MacKay et al. (2018,
-https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015, https://arxiv.org/abs/1502.03492) make fixed-point
-arithmetic reversible; here the arithmetic is the model's own.
+Bytes of a code of n elements of b bytes: n*width/8 + (2 + 4)*escapes + (4 + 4*b)*far ones. After the "bits" by which
+MacKay et al. (2018, https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015, https://arxiv.org/abs/1502.03492)
+make fixed-point arithmetic reversible; here the arithmetic is the model's own.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from revfx import _torch
 from revfx.layout import flat, is_dense
 
 
 WIDTHS = (0, 2, 4, 8)
-SLOW = 4  # bytes
+FOUR = 4  # elements that escape together: as distances of 8 bits, they are one int32
+FAR = 128  # a distance that 8 bits do not hold; in 8 bits both 128 and -128 are -128, which stands for all such
+BLOCK = 1 << 16  # escapes are found by the lowest 16 bits of where they are
+SLOW = 2  # bytes
 SMALL = 1 << 12  # bytes: a code of so few is not worth its time
-GROUPED = 1 << 14  # elements from which escapes are looked for in groups of eight
-TYPICAL, USUAL = 2, 0.018  # bits, and the share of escapes, that a code is taken to have where there are no numbers
+TYPICAL, USUAL = 2, 0.018  # bits, and escapes an element, that a code is taken to have where there are no numbers
 MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
 HEADROOM, LEAST = 1.5, 64  # how many escapes are made room for on an accelerator, of what was seen
 
@@ -37,23 +40,30 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """The distances of a value from its prediction in `width` bits an element, packed into bytes (none of width 0), and
-    for the elements at `positions`, in the order of memory, their bits.
+    """The distances of a value from its prediction, in the order of memory, by fours.
 
-    `lost` counts the escapes for which there was no room, on a device where the host does not know how many there are.
+    `packed`: `width` bits of each, in bytes (None of width 0, and of width 8, whose distances are `near`). `near`: 8
+    bits of each in the escapes, which lie at `where`. `values`: the bits of the elements of the fours at `far`. `lost`
+    counts the escapes for which there was no room, on a device where the host does not know how many there are.
     """
 
     width: int
     packed: Tensor | None
-    positions: Tensor
-    bits: Tensor
+    where: Tensor | None
+    near: Tensor
+    far: Tensor
+    values: Tensor
     lost: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that the code takes."""
-        packed = 0 if self.packed is None else self.packed.numel()
-        return packed + self.positions.numel() * (self.positions.element_size() + self.bits.element_size())
+        return sum([t.nbytes for t in (self.packed, self.where, self.near, self.far, self.values) if t is not None])
+
+    @property
+    def escapes(self) -> int:
+        """How many escapes there are, far ones twice."""
+        return len(self.far) + (0 if self.where is None else len(self.where))
 
 
 def pays_for(x: Tensor, nbytes: int) -> bool:
@@ -72,7 +82,7 @@ class Codec:
     def __init__(self) -> None:
         self.calls = self.escapes = 0
         self.width: int | None = None
-        self.capacity: int | None = None
+        self.room: tuple[int, int] | None = None
         self.due = True
 
     def asks(self, x: Tensor) -> bool:
@@ -86,79 +96,112 @@ class Codec:
         if x.shape != predicted.shape or x.dtype != predicted.dtype:
             return None
         if _torch.is_fake(predicted):
-            return _expected(x)
+            return expected(x, x.numel())
         if self.due:
             self.due = False
-            self.width, self.escapes = cheapest(x, predicted)
-            self.capacity = None if is_counted(x) else int(HEADROOM * self.escapes) + LEAST
+            self.width, self.escapes, far = cheapest(x, predicted)
+            room = int(HEADROOM * self.escapes) + LEAST, int(HEADROOM * far) + LEAST
+            self.room = None if is_counted(x) else room
+            self.escapes += far
         if self.width is None:
             return None
-        code = encode(x, predicted, self.width, self.capacity, spent)
-        self.due = self.capacity is None and code.positions.numel() > 2 * self.escapes + x.numel() // MANY
+        code = encode(x, predicted, self.width, self.room, spent)
+        self.due = self.room is None and code.escapes > 2 * self.escapes + x.numel() // MANY
         return code if code.nbytes < x.nbytes else None
 
 
-def encode(x: Tensor, predicted: Tensor, width: int, capacity: int | None = None, spent: bool = False) -> Code:
-    """Return the code of `x`, next to `predicted`, in `width` bits an element; with room for `capacity` escapes, where
-    the host must not wait to learn how many there are. `spent`: the prediction's memory may be written to.
+def encode(x: Tensor, predicted: Tensor, width: int, room: tuple[int, int] | None = None, spent: bool = False) -> Code:
+    """Return the code of `x`, next to `predicted`, in `width` bits an element; with `room` for so many escapes and far
+    ones, where the host must not wait to learn how many there are. `spent`: the prediction's memory may be written to.
 
     >>> code = encode(x, y - h, 2)
     >>> torch.equal(decode(y - h, code), x)
     True
     """
-    p = _bits(predicted)
-    bits = _bits(x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x))
-    far = 2 * width == 8 * p.element_size()  # so many bits that from infinity it is not far to the negative numbers
-    packed, escaped = _narrowed(torch.sub(bits, p, out=p) if spent and not far else bits - p, width)
-    if far:
-        escaped |= ((bits ^ p) >> 15).to(torch.bool)
-    if capacity is None:
-        positions, lost = _positions(escaped), None
-    else:
-        found = torch.nonzero_static(escaped, size=capacity, fill_value=0)
-        positions, lost = found.view(-1), (torch.count_nonzero(escaped) - capacity).clamp_(min=0)
-    return Code(width, packed, positions.to(torch.int32), bits.index_select(0, positions), lost)
+    bits, p = _both(x, predicted)
+    distances = _distances(bits, p, spent)
+    packed, beyond = _narrowed(distances, width)
+    near, escapes, lost = distances.view(torch.int32), None, None
+    if beyond is not None:
+        escapes, lost = _found(beyond, room and room[0])
+        near = near.index_select(0, escapes)
+    far, without = _found(_is_far(near), room and room[1])
+    if escapes is not None:
+        far = escapes.index_select(0, far)
+    values = bits.view(-1, FOUR).index_select(0, far)
+    where = None if escapes is None else escapes.to(torch.int16)
+    if lost is not None and without is not None:
+        without += lost
+    return Code(width, packed, where, near, far.to(torch.int32), values, without)
 
 
 def decode(predicted: Tensor, code: Code) -> Tensor:
     """Return the value of which `code` was made, with the strides of `predicted`."""
-    p = _bits(predicted)
-    if code.packed is None:
-        bits = p.clone()
-    else:
-        bits = _widened(code.packed, code.width, p)
-        if p.element_size() == 2:
-            # A prediction that is not quite what it was may be so near to 0 that k takes it beyond, to a NaN. Of wider
-            # numbers one in 2^40 is: as near to 0 as the last bit of what was added, and next to a multiple of that.
-            torch.maximum(bits, (p & torch.iinfo(p.dtype).max).neg_(), out=bits)
-        bits += p
-    bits.index_put_((code.positions,), code.bits)
+    p, near = _bits(predicted), code.near
+    if code.where is not None:
+        words = _widened(code.packed, code.width, p)
+        near = words.index_put_((_positions(code.where, len(words)),), near)
+    bits = near.view(torch.int8).to(p.dtype)
+    if p.element_size() == 2:
+        # A prediction that is not quite what it was may be so near to 0 that k takes it beyond, to a NaN. Of wider
+        # numbers one in 2^40 is: as near to 0 as the last bit of what was added, and next to a multiple of that.
+        torch.maximum(bits, _to_zero(p), out=bits)
+    bits += p
+    bits.view(-1, FOUR).index_put_((code.far,), code.values)
     return _unbits(bits, predicted)
 
 
-def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int]:
-    """Return the width of the cheapest code of `x`, None where `x` itself is smaller, and how many escapes it has.
+def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int, int]:
+    """Return the width of the cheapest code of `x`, None where `x` itself is smaller, and how many escapes and how many
+    far ones it has.
 
     The time that an escape takes counts as `SLOW` bytes. The host waits for the numbers.
     """
-    k = _bits(x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x)) - _bits(predicted)
-    beyond = [torch.count_nonzero((k + (1 << w - 1)) >> w if w else k) for w in WIDTHS]
-    escapes = dict(zip(WIDTHS, torch.stack(beyond).tolist(), strict=True))
-    size = {w: k.numel() * w / 8 + n * (4 + k.element_size()) for w, n in escapes.items()}
+    bits, p = _both(x, predicted)
+    distances = _distances(bits, p)
+    beyond = [t for w in WIDTHS if (t := _narrowed(distances, w)[1]) is not None]
+    counts = torch.stack([t.count_nonzero() for t in (*beyond, _is_far(distances.view(torch.int32)))])
+    *found, far = counts.tolist()
+    escapes = dict(zip(WIDTHS, (*found, 0), strict=True))
+    size = {w: bits.numel() * w / 8 + n * (2 + 4) for w, n in escapes.items()}
     best = min(WIDTHS, key=lambda w: size[w] + SLOW * escapes[w])
-    return (best, escapes[best]) if size[best] < x.nbytes else (None, 0)
+    whole = size[best] + far * (4 + FOUR * bits.element_size())
+    return (best, escapes[best], far) if whole < x.nbytes else (None, 0, 0)
 
 
 # --- bits
 def _bits(t: Tensor) -> Tensor:
-    """Return the bits of a tensor as integers, in the order of memory."""
+    """Return the bits of a tensor as integers, in the order of memory; filled up to a multiple of four."""
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-    return flat(t).view(_INTEGER[t.element_size()])
+    bits = flat(t).view(_INTEGER[t.element_size()])
+    return pad(bits, (0, -bits.numel() % FOUR)) if bits.numel() % FOUR else bits
+
+
+def _both(x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    alike = x if x.stride() == predicted.stride() else torch.empty_like(predicted).copy_(x)
+    return _bits(alike), _bits(predicted)
 
 
 def _unbits(bits: Tensor, like: Tensor) -> Tensor:
     t = bits.view(like.dtype)
-    return t.as_strided(like.shape, like.stride()) if is_dense(like) else t.view(like.shape)
+    return t.as_strided(like.shape, like.stride()) if is_dense(like) else t[: like.numel()].view(like.shape)
+
+
+def _distances(bits: Tensor, p: Tensor, spent: bool = False) -> Tensor:
+    """Return in 8 bits each how far numbers are from predictions, the memory of which may be written to where they are
+    `spent`.
+    """
+    if p.element_size() == 2:
+        k = bits - p
+        k.masked_fill_(k < _to_zero(p), FAR)
+    else:
+        k = torch.sub(bits, p, out=p) if spent else bits - p
+    return k.clamp_(-FAR, FAR).to(torch.int8)
+
+
+def _to_zero(p: Tensor) -> Tensor:
+    """Return the distance of a number of 16 bits to the zero of its sign."""
+    return (p & torch.iinfo(p.dtype).max).neg_()
 
 
 # Four numbers of two bits, each in a byte of one int32, come to lie beside each other in its highest byte by one
@@ -166,57 +209,67 @@ def _unbits(bits: Tensor, like: Tensor) -> Tensor:
 _FIELDS = {2: (torch.int32, 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6, 24), 4: (torch.int16, 1 << 8 | 1 << 4, 8)}
 
 
-def _narrowed(k: Tensor, width: int) -> tuple[Tensor | None, Tensor]:
-    """Return the lowest `width` bits of integers, packed, and a byte for each that is other than zero where it has
-    more; in eights, filled up. The integers are used up.
+def _narrowed(distances: Tensor, width: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return distances in `width` bits, packed, and an int32 for each four that is other than zero where these need
+    more, or where a block begins; None where there is none of them.
     """
-    if width == 0:
-        return None, k.to(torch.bool)
+    packed, words = None, distances.view(torch.int32)
     if width == 8:
-        return k.to(torch.uint8), k.add_(128).bitwise_right_shift_(8).to(torch.bool)
-    n = k.numel()
-    k.clamp_(-(1 << (width - 1)) - 1, 1 << (width - 1))  # those next beyond stand for all others
-    if n % 8:
-        low = k.new_zeros(n + -n % 8, dtype=torch.int8)
-        low[:n] = k
-    else:
-        low = k.to(torch.int8)
-    words = low.view(torch.int64)
-    # the sign of an integer that fits is repeated in the highest of its bits
-    escaped = (words >> (8 - width)).bitwise_xor_(words).bitwise_and_(_repeated(1 << (width - 1)))
-    dtype, gather, shift = _FIELDS[width]
-    fields = words.bitwise_and_(_repeated((1 << width) - 1)).view(dtype)
-    return fields.mul_(gather).bitwise_right_shift_(shift).to(torch.uint8), escaped.view(torch.uint8)
+        return None, None
+    if width:
+        words = (distances + (1 << width - 1)).view(torch.int32)
+        dtype, gather, shift = _FIELDS[width]
+        fields = (words & _repeated((1 << width) - 1)).view(dtype)
+        packed = fields.mul_(gather).bitwise_right_shift_(shift).to(torch.uint8)
+        words.bitwise_and_(_repeated(256 - (1 << width)))
+    if len(words) > BLOCK:
+        words = words if width else words.clone()
+        words[::BLOCK] = -1
+    return packed, words
 
 
 def _repeated(byte: int) -> int:
-    return int.from_bytes(bytes([byte] * 8), "little")
+    return int.from_bytes(bytes([byte] * FOUR), "little", signed=True)
 
 
-def _widened(packed: Tensor, width: int, like: Tensor) -> Tensor:
-    """Return the integers whose lowest bits were packed, as many and of the dtype as `like`."""
-    if width == 8:
-        return packed.view(torch.int8).to(like.dtype)
+def _widened(packed: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """Return the distances that were packed, four in an int32, as many as `like` has."""
+    if packed is None:
+        return like.new_zeros(like.numel() // FOUR, dtype=torch.int32)
     table = like.new_empty(256, dtype=_FIELDS[width][0]) if _torch.is_fake(like) else _table(width, like.device)
-    low = table.index_select(0, packed.to(torch.int32)).view(torch.int8)
-    return (low[: like.numel()] if low.numel() != like.numel() else low).to(like.dtype)
+    return table.index_select(0, packed.to(torch.int32)).view(torch.int32)
 
 
 @functools.cache
 def _table(width: int, device: torch.device) -> Tensor:
-    """Return for each byte the integers whose lowest bits it holds, each in a byte of one number."""
+    """Return for each byte the distances that it holds, each in a byte of one number."""
     fields = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, width)
-    half = 1 << (width - 1)
-    return ((fields + half) % (1 << width) - half).to(torch.int8).view(_FIELDS[width][0]).view(-1).to(device)
+    return (fields % (1 << width) - (1 << width - 1)).to(torch.int8).view(_FIELDS[width][0]).view(-1).to(device)
 
 
-def _positions(escaped: Tensor) -> Tensor:
-    """Return where bytes are not zero, int64; of many in two steps, by groups of eight."""
-    if escaped.numel() < GROUPED or escaped.numel() % 8:
-        return escaped.nonzero().view(-1)
-    groups = escaped.view(torch.int64).nonzero().view(-1)
-    row, column = escaped.view(-1, 8).index_select(0, groups).nonzero().unbind(1)
-    return torch.add(column, groups.index_select(0, row), alpha=8)
+def _is_far(near: Tensor) -> Tensor:
+    """Return an int32 for each four that is other than zero where 8 bits are too few for one of them."""
+    return (near.view(torch.int8) == -FAR).view(torch.int32)
+
+
+def _found(words: Tensor, room: int | None) -> tuple[Tensor, Tensor | None]:
+    """Return where numbers are not zero, in order; with `room` for so many, the last place of all where there are
+    fewer, and how many found none.
+    """
+    if room is None:
+        return words.nonzero().view(-1), None
+    found = torch.nonzero_static(words, size=room, fill_value=-1).view(-1).remainder_(len(words))
+    return found, (words.count_nonzero() - room).clamp_(min=0)
+
+
+def _positions(where: Tensor, n: int) -> Tensor:
+    """Return where escapes are among `n` fours, of which the lowest 16 bits are given: in each block the first one is
+    at its beginning.
+    """
+    places = where.to(torch.int32).bitwise_and_(BLOCK - 1)
+    if n > BLOCK:
+        places += (torch.cumsum(places == 0, 0, dtype=torch.int32) - 1) * BLOCK
+    return places.clamp_(max=n - 1)
 
 
 def is_counted(t: Tensor) -> bool:
@@ -224,10 +277,10 @@ def is_counted(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
-def _expected(x: Tensor) -> Code:
-    """Return a code of a tensor without numbers, as large as such are wont to be."""
-    n = x.numel() * (2 if x.is_complex() else 1)
+def expected(x: Tensor, n: int) -> Code:
+    """Return a code of a tensor of `n` elements without numbers, as large as such are wont to be."""
+    n, b = n * (2 if x.is_complex() else 1), x.element_size() // (2 if x.is_complex() else 1)
     escapes = int(USUAL * n)
-    packed = x.new_empty(-(-n * TYPICAL // 8), dtype=torch.uint8)
-    bits = x.new_empty(escapes, dtype=_INTEGER[x.nbytes // max(n, 1) or 4])
-    return Code(TYPICAL, packed, x.new_empty(escapes, dtype=torch.int32), bits)
+    sizes = (-(-n // FOUR), torch.uint8), (escapes, torch.int16), (escapes, torch.int32), (0, torch.int32)
+    packed, where, near, far = (x.new_empty(size, dtype=dtype) for size, dtype in sizes)
+    return Code(TYPICAL, packed, where, near, far, x.new_empty(0, FOUR, dtype=_INTEGER[b]))

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from revfx import codes
-from revfx.codes import TYPICAL, USUAL, Code, Codec, decode, pays_for
+from revfx.codes import WIDTHS, Code, Codec, decode, pays_for
 from revfx.layout import offset_of, placed
 from revfx.passes._torch import overflows
 from revfx.passes.sizes import as_number
 
 
 class Coder:
-    """The code of one value of a graph: packed distances (or the value itself where that is smaller), positions and
-    bits of escapes, their width and where the value lay, and how many escapes found no room.
+    """The code of one value of a graph: the tensors of a `Code` (or the value itself where that is smaller), its width
+    and where the value lay, and how many escapes found no room.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,9 @@ class Coder:
 
     def expected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return fake tensors, about as large as the code of a fake `x`."""
-        n = as_number(x.numel())
-        sizes = (n * TYPICAL // 8, torch.uint8), (int(USUAL * n), torch.int32), (int(USUAL * n), torch.int64)
         with torch.no_grad():
             place, lost = torch.empty(x.dim() + 2, dtype=torch.int64, device="cpu"), x.new_empty((), dtype=torch.int64)
-            return *(x.new_empty(size, dtype=dtype) for size, dtype in sizes), place, lost
+            return *_tensors(codes.expected(x, as_number(x.numel())), x), place, lost
 
     def encode(self, x: Tensor, predicted: Tensor, spent: bool) -> tuple[Tensor, ...]:
         """Return the code of `x` next to `predicted`, whose memory may be written to where it is `spent`."""
@@ -50,17 +48,23 @@ class Coder:
             code = self.codec.encode(x, predicted, spent) if self.codec.asks(x) else None
         width = 0 if code is None else code.width
         place = torch.tensor([width, offset_of(x), *x.stride()], dtype=torch.int64)
-        none = x.new_empty(0, dtype=torch.uint8)
+        lost = place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
         if code is None:
-            return x.clone(), none, none, place, place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
-        lost = place.new_zeros(()) if code.lost is None else code.lost
-        return none if code.packed is None else code.packed, code.positions, code.bits, place, lost
+            none = x.new_empty(0, dtype=torch.uint8)
+            return x.clone(), none, none, none, none, place, lost
+        return *_tensors(code, x), place, lost if code.lost is None else code.lost
 
     def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
         """Return the value of which `encode` made a code, placed as it was."""
-        x = packed = code[0]
-        positions, bits, place, _ = code[1:]
+        x, where, near, far, values, place, _ = code
         width, offset, *stride = place.tolist()
-        if packed.dtype != predicted.dtype:
-            x = decode(predicted, Code(width, packed if width else None, positions, bits))
+        if x.dtype != predicted.dtype:
+            packed, where = x if 0 < width < max(WIDTHS) else None, where if width < max(WIDTHS) else None
+            x = decode(predicted, Code(width, packed, where, near, far, values))
         return x if 0 in stride else placed(x, tuple(predicted.shape), tuple(stride), offset)
+
+
+def _tensors(code: Code, x: Tensor) -> tuple[Tensor, ...]:
+    none = x.new_empty(0, dtype=torch.uint8)
+    packed, where = (none if t is None else t for t in (code.packed, code.where))
+    return packed, where, code.near, code.far, code.values
