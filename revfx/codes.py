@@ -7,7 +7,7 @@ neighbours needs more, all four are an *escape*, which stores 8 bits of each; wh
 values. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and where the prediction
 was made by a kernel that does not round alike every time, an element is off by rounding, no more.
 
-Bytes of a code of n elements of b bytes: n*width/8 + (2 + 4)*escapes + (4 + 4*b)*far ones. After the "bits" by which
+Bytes of a code of n elements of b bytes: n*width/8 + (2 + 4)*escapes + (8 + 4*b)*far ones. After the "bits" by which
 MacKay et al. (2018, https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015, https://arxiv.org/abs/1502.03492)
 make fixed-point arithmetic reversible; here the arithmetic is the model's own.
 """
@@ -120,19 +120,22 @@ def encode(x: Tensor, predicted: Tensor, width: int, room: tuple[int, int] | Non
     """
     bits, p = _both(x, predicted)
     distances = _distances(bits, p, spent)
-    packed, beyond = _narrowed(distances, width)
-    near, escapes, lost = distances.view(torch.int32), None, None
-    if beyond is not None:
-        escapes, lost = _found(beyond, room and room[0])
-        near = near.index_select(0, escapes)
-    far, without = _found(_is_far(near), room and room[1])
-    if escapes is not None:
-        far = escapes.index_select(0, far)
+    where = packed = lost = None
+    if width == 8:
+        near = distances.view(torch.int32)
+        far, without = _found(_is_far(near), room and room[1])
+    else:
+        half = 1 << width >> 1
+        fours = distances.add_(half).view(torch.int32)
+        escapes, lost = _found(_beyond(fours, width), room and room[0])
+        near = fours.index_select(0, escapes)
+        near.view(torch.int8).sub_(half)
+        far, without = _found(_is_far(near), room and room[1])
+        far, where, packed = escapes.index_select(0, far), escapes.to(torch.uint16), _packed(fours, width)
     values = bits.view(-1, FOUR).index_select(0, far)
-    where = None if escapes is None else escapes.to(torch.int16)
     if lost is not None and without is not None:
         without += lost
-    return Code(width, packed, where, near, far.to(torch.int32), values, without)
+    return Code(width, packed, where, near, far, values, without)
 
 
 def decode(predicted: Tensor, code: Code) -> Tensor:
@@ -159,13 +162,13 @@ def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int, int]:
     """
     bits, p = _both(x, predicted)
     distances = _distances(bits, p)
-    beyond = [t for w in WIDTHS if (t := _narrowed(distances, w)[1]) is not None]
+    beyond = [_beyond((distances + (1 << w >> 1)).view(torch.int32), w) for w in WIDTHS if w < 8]
     counts = torch.stack([t.count_nonzero() for t in (*beyond, _is_far(distances.view(torch.int32)))])
     *found, far = counts.tolist()
     escapes = dict(zip(WIDTHS, (*found, 0), strict=True))
     size = {w: bits.numel() * w / 8 + n * (2 + 4) for w, n in escapes.items()}
     best = min(WIDTHS, key=lambda w: size[w] + SLOW * escapes[w])
-    whole = size[best] + far * (4 + FOUR * bits.element_size())
+    whole = size[best] + far * (8 + FOUR * bits.element_size())
     return (best, escapes[best], far) if whole < x.nbytes else (None, 0, 0)
 
 
@@ -209,23 +212,24 @@ def _to_zero(p: Tensor) -> Tensor:
 _FIELDS = {2: (torch.int32, 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6, 24), 4: (torch.int16, 1 << 8 | 1 << 4, 8)}
 
 
-def _narrowed(distances: Tensor, width: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return distances in `width` bits, packed, and an int32 for each four that is other than zero where these need
-    more, or where a block begins; None where there is none of them.
+def _beyond(fours: Tensor, width: int) -> Tensor:
+    """Return a number for each four distances, taken from where those of `width` bits begin, that is other than zero
+    where these need more, or where a block begins.
     """
-    packed, words = None, distances.view(torch.int32)
-    if width == 8:
-        return None, None
-    if width:
-        words = (distances + (1 << width - 1)).view(torch.int32)
-        dtype, gather, shift = _FIELDS[width]
-        fields = (words & _repeated((1 << width) - 1)).view(dtype)
-        packed = fields.mul_(gather).bitwise_right_shift_(shift).to(torch.uint8)
-        words.bitwise_and_(_repeated(256 - (1 << width)))
-    if len(words) > BLOCK:
-        words = words if width else words.clone()
-        words[::BLOCK] = -1
-    return packed, words
+    found = fours & _repeated(256 - (1 << width))
+    if len(found) > BLOCK:
+        found[::BLOCK] = -1
+    return found
+
+
+def _packed(fours: Tensor, width: int) -> Tensor | None:
+    """Return the lowest `width` bits of distances in bytes; these are used up."""
+    if width == 0:
+        return None
+    dtype, gather, shift = _FIELDS[width]
+    fields = fours.bitwise_and_(_repeated((1 << width) - 1))
+    fields = fields if dtype == fields.dtype else fields.view(dtype)
+    return fields.mul_(gather).bitwise_right_shift_(shift).to(torch.uint8)
 
 
 def _repeated(byte: int) -> int:
@@ -237,7 +241,8 @@ def _widened(packed: Tensor | None, width: int, like: Tensor) -> Tensor:
     if packed is None:
         return like.new_zeros(like.numel() // FOUR, dtype=torch.int32)
     table = like.new_empty(256, dtype=_FIELDS[width][0]) if _torch.is_fake(like) else _table(width, like.device)
-    return table.index_select(0, packed.to(torch.int32)).view(torch.int32)
+    found = table.index_select(0, packed.to(torch.int32))
+    return found if found.dtype == torch.int32 else found.view(torch.int32)
 
 
 @functools.cache
@@ -266,10 +271,11 @@ def _positions(where: Tensor, n: int) -> Tensor:
     """Return where escapes are among `n` fours, of which the lowest 16 bits are given: in each block the first one is
     at its beginning.
     """
-    places = where.to(torch.int32).bitwise_and_(BLOCK - 1)
+    places = where.to(torch.int32)
     if n > BLOCK:
         places += (torch.cumsum(places == 0, 0, dtype=torch.int32) - 1) * BLOCK
-    return places.clamp_(max=n - 1)
+        places.clamp_(max=n - 1)
+    return places
 
 
 def is_counted(t: Tensor) -> bool:
@@ -281,6 +287,6 @@ def expected(x: Tensor, n: int) -> Code:
     """Return a code of a tensor of `n` elements without numbers, as large as such are wont to be."""
     n, b = n * (2 if x.is_complex() else 1), x.element_size() // (2 if x.is_complex() else 1)
     escapes = int(USUAL * n)
-    sizes = (-(-n // FOUR), torch.uint8), (escapes, torch.int16), (escapes, torch.int32), (0, torch.int32)
+    sizes = (-(-n // FOUR), torch.uint8), (escapes, torch.uint16), (escapes, torch.int32), (0, torch.int64)
     packed, where, near, far = (x.new_empty(size, dtype=dtype) for size, dtype in sizes)
     return Code(TYPICAL, packed, where, near, far, x.new_empty(0, FOUR, dtype=_INTEGER[b]))
