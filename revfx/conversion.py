@@ -93,12 +93,16 @@ class Conversion:
         """Return what was left as it was, and why."""
         compiled = [] if self.compiled is None else self.compiled.refusals
         recorded = [r for *_, o in self.outcomes for r in o.refusals]
-        eager = [
+        return list(dict.fromkeys((*recorded, *compiled, *self.not_compiled)))
+
+    @property
+    def not_compiled(self) -> list[Refusal]:
+        """Return what runs as it is, although it was to be compiled, and why; it shows when it is called."""
+        return [
             Refusal(f"`{name}` is not compiled: {function.failed}", name, where)
             for name, where, function in self.compiled_functions
             if function.failed is not None
         ]
-        return list(dict.fromkeys((*recorded, *compiled, *eager)))
 
     @property
     def code(self) -> str:

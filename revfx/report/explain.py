@@ -77,13 +77,15 @@ def explain(
     stage("looking for regions")
     outcome = make_plan(model, forward, args, kwargs, options.wishes)
     ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss or total, measure)
+    not_compiled = dict.fromkeys(model.revfx.not_compiled if isinstance(model, Reversible) else ())
     found: Drift | None = None
     if measure:
         ways, found, more = _measured(model, options, args, kwargs, loss or total, ways)
         notes = (*notes, *more)
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
-        refusals=outcome.refusals, ways=ways, drift=found, advice=_advice(regions, ways, found), notes=notes,
+        refusals=(*outcome.refusals, *not_compiled), ways=ways, drift=found, advice=_advice(regions, ways, found),
+        notes=notes,
     )  # fmt: skip
 
 

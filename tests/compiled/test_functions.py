@@ -119,6 +119,7 @@ def test_what_the_compiler_can_not_take_runs_as_it_is_and_is_named(monkeypatch: 
     assert all(torch.equal(a, b) for a, b in zip(steps(converted), steps(model), strict=True))
     reasons = [str(r) for r in converted.revfx.refusals]
     assert len(reasons) == 8 and all("is not compiled" in r and "test_functions.py:" in r for r in reasons)
+    assert [str(r) for r in revfx.explain(converted, torch.randn(64, 2 * D)).refusals] == reasons
 
 
 def test_the_model_stays_the_users() -> None:
