@@ -18,7 +18,7 @@ from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import directions_of, taken_apart
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
-from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
+from revfx.rules import NOT_INJECTIVE, Direction, Inverse, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class _Lowering:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.bounds, self.barred, self.coded = bounds(graph), barred, barred is None
         self.directions: dict[fx.Node, list[Direction]] = {}
+        self.constant: dict[fx.Node, bool] = {}
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -137,8 +138,10 @@ class _Lowering:
                 refused[self.index[solved]] = arc
             else:
                 arcs.append(arc)
-        unknown = rule_for(node, self._module(node)) is None and "directions" not in node.meta
         name = str(node.target) if node.op == "call_module" else op_name(node.target)
+        ruled = "directions" in node.meta or rule_for(node, self._module(node)) is not None
+        unknown = not ruled or (name in NOT_INJECTIVE and not self._directions(node))
+        whole = node.op == "call_module" or any(getattr(d, "matrix", None) for d in self._directions(node))
         solved = {a.head for a in arcs}
         if unknown:
             refused = {v: f"`{name}` {why_none(name)}" for v in ins if not self.values[v].source}
@@ -150,7 +153,7 @@ class _Lowering:
             refused=tuple((v, r) for v, r in refused.items() if v not in solved),
             where=node.meta.get("where", ""),
             barrier=node.meta.get("barrier"),
-            opaque=unknown or node.op == "call_module",
+            opaque=unknown or whole,
             moves=_moves(self._directions(node)),
         )
 
@@ -176,7 +179,9 @@ class _Lowering:
                 return f"it is {a.dtype}, and only floating-point values are inverted"
             if a.dtype != y.dtype and not inverse.coded:
                 return f"`{op_name(node.target)}` turns {a.dtype} into {y.dtype}"
-            if not same_shape(a, y):
+            if inverse.matrix is not None and not self._constant(inverse.matrix):
+                return f"`{op_name(node.target)}` multiplies by a matrix that is computed from data"
+            if inverse.matrix is None and not same_shape(a, y):
                 return f"`{op_name(node.target)}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}"
         factor = self._factor(inverse, y.dtype)
         if isinstance(factor, str):
@@ -191,6 +196,14 @@ class _Lowering:
             coupling=self._coupling(node, inverse, given), grid=inverse.grid,
         )  # fmt: skip
         return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
+
+    def _constant(self, node: fx.Node) -> bool:
+        """Return whether a value follows from sources, and indices, alone."""
+        if node not in self.constant:
+            given = node.op in ("get_attr", "placeholder") or node in self.sources
+            source = node.op == "get_attr" or node in self.sources or not _is_float(node)
+            self.constant[node] = source if given else all(map(self._constant, node.all_input_nodes))
+        return self.constant[node]
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
         """Return an arc that rounds, with what is known against it for the sake of its head."""
@@ -275,6 +288,11 @@ class _Lowering:
         if node not in self.directions:
             self.directions[node] = directions_of(node, self._module(node))
         return self.directions[node]
+
+
+def _is_float(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and (val.is_floating_point() or val.is_complex())
 
 
 def _normal(dtype: torch.dtype) -> tuple[float, float]:

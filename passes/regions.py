@@ -112,8 +112,8 @@ def _each_once(program: Program, found: Iterable[Stuck]) -> tuple[Stuck, ...]:
 
 
 def _reruns_all(walk: Walk) -> bool:
-    """Return whether a walk only runs everything again from an input that is read below it, as a target may be."""
-    return walk.steps[-1].start == 0 and not any(s.inverts for s in walk.steps)
+    """Return whether a walk ends by running all again from an input that is read below it, as a target may be."""
+    return walk.steps[-1].start == 0 and not walk.steps[-1].inverts
 
 
 def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:

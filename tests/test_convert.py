@@ -400,10 +400,11 @@ class Reconstructs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encode, self.couplings, self.decode = nn.Linear(2 * D, 2 * D), Additive(4), nn.Linear(2 * D, 2 * D)
+        self.encode = nn.Sequential(nn.Linear(2 * D, 2 * D), nn.ReLU())
+        self.couplings, self.decode = Additive(4), nn.Linear(2 * D, 2 * D)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.decode(self.couplings(self.encode(x)).tanh())
+        y = self.decode(self.couplings(self.encode(x)).relu())
         return F.mse_loss(y[:, 1:], x[:, :-1])
 
 

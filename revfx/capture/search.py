@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from revfx import _fake, _torch
 from revfx.capture.carried import Carried
@@ -175,7 +176,8 @@ class _Search:
         if reason is not None:
             self.closed.add(path)
             self.refusals[path] = Refusal(f"`{path}` stays whole: {reason}", path, "")
-        builtin = type(module).__module__.startswith("torch.") and not isinstance(module, (nn.Sequential, *LAYOUT))
+        seen_through = isinstance(module, (nn.Sequential, *LAYOUT)) or _is_square(module)
+        builtin = type(module).__module__.startswith("torch.") and not seen_through
         return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
 
     def _close(self, error: Untraceable, more: frozenset[str]) -> None:
@@ -255,6 +257,13 @@ def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.
 
 
 LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+
+
+def _is_square(module: nn.Module) -> bool:
+    """Return whether a module may be an invertible linear map."""
+    if isinstance(module, nn.Linear):
+        return module.in_features == module.out_features
+    return isinstance(module, _ConvNd) and module.kernel_size == module.stride
 
 
 def _inverted(regions: Sequence[Region]) -> int:

@@ -142,7 +142,7 @@ def checksum(t: Tensor) -> Tensor:
         step = (n // rows - 1) | 1
         bits = bits.as_strided((rows, n - (rows - 1) * step), (step, 1)).sum(0)
         n = bits.numel()
-    weights = _weights(t.device, n)
+    weights = _weights(t.device, 1 << (n - 1).bit_length())[:n]
     bits = bits.view(-1) if bits.dim() != 1 else bits
     return bits.dot(weights) if t.is_cpu and bits.dtype == torch.int64 else (bits * weights).sum()
 
@@ -150,7 +150,7 @@ def checksum(t: Tensor) -> Tensor:
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@functools.lru_cache(256)
+@functools.cache
 def _weights(device: torch.device, size: int) -> Tensor:
     return (torch.arange(size, device="cpu") * 0x1E3779B97F4A7C15 | 1).to(device)
 

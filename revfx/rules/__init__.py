@@ -43,7 +43,7 @@ class Inverse:
     rounding errors grow by its reciprocal. `rest` says what the operation adds to the product, as a function of `given`
     (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
     the inverse of such a form. `coded` ones saturate, bend or lose bits, and so are taken only where a code corrects
-    what they give.
+    what they give. `matrix`: the operand that is inverted as a whole; it must follow from parameters and constants.
     """
 
     solves: Any
@@ -55,6 +55,7 @@ class Inverse:
     rest: Callable[..., Any] | None = None
     grid: bool = False
     coded: bool = False
+    matrix: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,9 @@ _WHY = {
     ),
     "maps everything beyond its limits to them": "clamp",
     "multiplies by a matrix that need not be invertible": "linear matmul mm addmm bmm",
-    "is a linear map that need not be invertible": "conv1d conv2d convolution",
+    "is a linear map that need not be invertible": (
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"
+    ),
 }
 NOT_INJECTIVE = {name: reason for reason, names in _WHY.items() for name in names.split()}
 
@@ -214,5 +217,6 @@ def why_none(name: str) -> str:
 importlib.import_module("revfx.rules.arithmetic")  # they fill the table
 importlib.import_module("revfx.rules.activations")
 importlib.import_module("revfx.rules.layout")
+importlib.import_module("revfx.rules.linear")
 importlib.import_module("revfx.rules.decomposed")
 _ours = dict(_table)

@@ -103,7 +103,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "Identity": [(t(3, 4),)],
     "Flatten": [(t(3, 2, 4),)],
 }
-TESTED_ELSEWHERE = {"where", "cuda", "Unflatten"}  # in the zoo (masked couplings); the rule of `to`; below
+LINEAR = {op_name(op) for op, rule in rules.registered().items() if rule.__module__ == "revfx.rules.linear"}
+TESTED_ELSEWHERE = {*LINEAR, "where", "cuda", "Unflatten"}  # test_linear; the zoo (masks); the rule of `to`; below
 WITHOUT_ONE = {aten.lerp.Tensor: "not bounded away from zero"}  # rules that only say why
 ATEN: dict[object, list[tuple[Any, ...]]] = {  # where the name's samples are not this overload's; a dict: by name
     aten.add.Scalar: [(t(3, 4), 2.5), (t(3, 4), 2.5, -2)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flows import FLOWS, IRREVERSIBLE, Program
 from helpers import TOLERANCE, deep_but, relative_error
 from torch import Tensor, nn
 
+import revfx
 from revfx.compiled.partitioner import reports
 from revfx.errors import Refusal
 from revfx.passes.joint.rewrite import Report
@@ -70,6 +71,14 @@ REFUSED: dict[str, tuple[str, str, str]] = {
 OF_EACH_REASON = (
     *("FrEIA all in one", "FrEIA fixed 1x1 convolution", "FrEIA i-RevNet sampling by convolution", "FrEIA sigmoid"),
     *("normflows LU", "normflows checkerboard"),
+)
+
+
+# Codes make up for what a matrix, or a function that saturates, rounds.
+CODED = ("FrEIA all in one", "FrEIA fixed 1x1 convolution", "normflows matrix")
+CODED_LIKE_OTHERS = (
+    *("FrEIA all in one, soft", "FrEIA all in one, GIN", "FrEIA all in one, images", "FrEIA fixed matrix"),
+    *("FrEIA i-RevNet sampling by convolution", "FrEIA Householder", "normflows 1x1 convolution"),
 )
 
 
@@ -148,3 +157,33 @@ def test_what_can_not_be_inverted_is_refused_with_its_operation_and_place(name: 
     said = [(r.op, Path(r.where.rpartition(":")[0]).name, r.reason) for r in measured.refusals]
     assert any((o, f) == (op, file) and reason in r for o, f, r in said), said
     assert measured.error < TOLERANCE
+
+
+class Trained(nn.Module):
+    """A flow and its loss as one module."""
+
+    def __init__(self, flow: nn.Module, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.flow, self.run = flow, loss
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # normflows calls it
+@pytest.mark.parametrize("way", ["convert", "aot_eager"])
+@pytest.mark.parametrize("name", [*CODED, *(pytest.param(n, marks=pytest.mark.deep) for n in CODED_LIKE_OTHERS)])
+def test_by_codes_linear_maps_keep_little_per_block_and_gradients_are_the_plain_ones(name: str, way: str) -> None:
+    memory: list[list[int]] = []
+    for depth in (SHALLOW, DEEP):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        flow, loss = IRREVERSIBLE[name].build(depth)
+        inputs = [x.requires_grad_() for x in IRREVERSIBLE[name].inputs(ROWS)]
+        taken: Any = revfx.convert(Trained(flow, loss)) if way == "convert" else torch.compile(loss, **EAGER)
+        for _ in range(2):
+            got, want = gradients(taken(*inputs), inputs, flow), gradients(loss(*inputs), inputs, flow)
+            assert all(g is w if g is None or w is None else torch.equal(g, w) for g, w in zip(got, want, strict=True))
+        memory.append([measure_memory(functools.partial(step, *inputs)).kept for step in (taken, loss)])
+    (ours, plain), (ours_deep, plain_deep) = memory
+    assert ours_deep - ours < GROWTH * (plain_deep - plain)

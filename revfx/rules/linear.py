@@ -1,0 +1,151 @@
+"""Inverse rules of invertible linear maps: products by a square matrix, however it is spelled, on any dimension.
+
+`y = a @ m`; `a = y @ inverse(m)`, for a matrix that follows from parameters and constants alone. How well that is
+conditioned is a question of price: of the bytes that the code takes, which makes up for what the product rounds. A
+convolution that takes its input apart into blocks (kernel = stride, 1x1 among them) is a product by the matrix of its
+weight, and a transposed one is its dual: with `w` as [groups, n, n], the weight of the inverse is `inverse(w).mT`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from revfx import _torch
+from revfx.rules import Direction, Inverse, arguments, aten, meta, register_inverse
+
+
+class _InverseMatrix:
+    """The inverses of square matrices, computed in float64 and rounded to their dtype.
+
+    A forward makes them anew, since a fused optimizer's step counts no version, and its backward takes the same ones.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[tuple[int, int], Tensor] | None = None
+
+    def __call__(self, m: Tensor) -> Tensor:
+        if _torch.is_fake(m):
+            return _inverse(m)
+        made, key = self._made, (m.data_ptr(), _torch.version(m))
+        if made is None or made[0] != key or _torch.graph_task_id() == -1:
+            self._made = made = key, _inverse(m)
+        return made[1]
+
+
+def _inverse(m: Tensor) -> Tensor:
+    """Return the inverse; where there is none its numbers are not finite, which the host does not wait to learn."""
+    return torch.linalg.inv_ex(m.detach().to(torch.promote_types(m.dtype, torch.float64)))[0].to(m.dtype)
+
+
+def _is_square(m: Any) -> bool:
+    if not isinstance(m, fx.Node) or meta(m).dim() < 2:
+        return False
+    sizes: list[Any] = [*meta(m).shape[-2:]]
+    return all(isinstance(n, int) for n in sizes) and sizes[0] == sizes[1]
+
+
+def _keeps_dtype(node: fx.Node, a: Any) -> bool:
+    return isinstance(a, fx.Node) and meta(a).dtype == meta(node).dtype
+
+
+@register_inverse(F.linear)
+def linear(node: fx.Node) -> Iterator[Direction]:
+    """`y = a @ w.T + b`; `a = (y - b) @ inverse(w).T`."""
+    a, w, b = arguments(node, "input", "weight", bias=None)
+    inverse = _InverseMatrix()
+    if _is_square(w) and _keeps_dtype(node, a):
+        yield Inverse(a, lambda y, w, b: F.linear(_less(y, b), inverse(w)), (w, b), coded=True, matrix=w)
+
+
+@register_inverse(
+    torch.matmul, torch.mm, torch.bmm, "matmul", "mm", "bmm", "__matmul__", operator.matmul, aten.mm.default,
+    aten.bmm.default,
+)  # fmt: skip
+def matmul(node: fx.Node) -> Iterator[Direction]:
+    """`y = a @ m`; `a = y @ inverse(m)`, and `m @ a` likewise."""
+    a, b = (*node.args, *node.kwargs.values())
+    yield from _products(node, a, b, None)
+
+
+@register_inverse(torch.addmm, "addmm", aten.addmm.default)
+def addmm(node: fx.Node) -> Iterator[Direction]:
+    """`y = c + a @ m`; `a = (y - c) @ inverse(m)`."""
+    c, a, b, beta, alpha = arguments(node, "input", "mat1", "mat2", beta=1, alpha=1)
+    if (alpha, beta) == (1, 1):
+        yield from _products(node, a, b, c)
+
+
+def _products(node: fx.Node, a: Any, b: Any, c: Any) -> Iterator[Direction]:
+    left, right = _InverseMatrix(), _InverseMatrix()
+    if _is_square(b) and _keeps_dtype(node, a):
+        yield Inverse(a, lambda y, m, c: torch.matmul(_less(y, c), right(m)), (b, c), coded=True, matrix=b)
+    if _is_square(a) and _keeps_dtype(node, b):
+        yield Inverse(b, lambda y, m, c: torch.matmul(left(m), _less(y, c)), (a, c), coded=True, matrix=a)
+
+
+def _less(y: Tensor, c: Tensor | None) -> Tensor:
+    return y if c is None else y - c
+
+
+# --- convolutions that take their input apart
+@register_inverse(F.conv1d, F.conv2d, F.conv3d)
+def conv(node: fx.Node) -> Iterator[Direction]:
+    """`y = conv(a, w, stride=k)` with a kernel of k; `a = conv_transpose(y, inverse(w).mT, stride=k)`."""
+    a, w, b, stride, padding, dilation, groups = arguments(
+        node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1
+    )
+    yield from _convolution(node, a, w, b, stride, (padding, 0), dilation, groups, transposed=False)
+
+
+@register_inverse(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def conv_transpose(node: fx.Node) -> Iterator[Direction]:
+    """`y = conv_transpose(a, w, stride=k)` with a kernel of k; `a = conv(y, inverse(w).mT, stride=k)`."""
+    a, w, b, stride, padding, more, groups, dilation = arguments(
+        node, "input", "weight", bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+    )
+    yield from _convolution(node, a, w, b, stride, (padding, more), dilation, groups, transposed=True)
+
+
+@register_inverse(aten.convolution.default)
+def aten_convolution(node: fx.Node) -> Iterator[Direction]:
+    """Return the same of both, as compiled graphs spell them."""
+    args: tuple[Any, ...] = node.args
+    a, w, b, stride, padding, dilation, transposed, more, groups = args
+    yield from _convolution(node, a, w, b, stride, (padding, more), dilation, groups, transposed=bool(transposed))
+
+
+def _convolution(
+    node: fx.Node, a: Any, w: Any, b: Any, stride: Any, padding: tuple[Any, Any], dilation: Any, groups: int,
+    transposed: bool,
+) -> Iterator[Direction]:  # fmt: skip
+    shape = tuple(meta(w).shape)
+    n, kernel = shape[0] // groups, shape[2:]
+    apart = _each(stride, kernel) == kernel and not any(_each(p, kernel) != (0,) * len(kernel) for p in padding)
+    dense = math.prod(kernel) == 1 or set(_each(dilation, kernel)) == {1}
+    sizes: list[Any] = [*meta(a).shape[-len(kernel) :]]
+    whole = transposed or all(isinstance(n, int) and n % k == 0 for n, k in zip(sizes, kernel, strict=True))
+    if not (apart and dense and whole and math.prod(shape[1:]) == n and _keeps_dtype(node, a)):
+        return
+    inverse, rest = _InverseMatrix(), (0,) * len(kernel)
+
+    def by(y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        dual = inverse(w.reshape(groups, n, n)).mT.reshape(shape)
+        y = _less(y, None if b is None else b.view(-1, *(1 for _ in kernel)))
+        return torch.convolution(y, dual, None, kernel, rest, (1,) * len(kernel), not transposed, rest, groups)
+
+    yield Inverse(a, by, (w, b), coded=True, matrix=w)
+
+
+def _each(given: Any, kernel: Sequence[int]) -> tuple[Any, ...]:
+    """Return what is given for all dimensions, or for each, for each."""
+    if given == "valid":
+        return (0,) * len(kernel)
+    each = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    return each * len(kernel) if len(each) == 1 else each
