@@ -30,6 +30,7 @@ FOUR = 4  # elements that escape together: as distances of 8 bits, they are one 
 FAR = 128  # a distance that 8 bits do not hold; in 8 bits both 128 and -128 are -128, which stands for all such
 BLOCK = 1 << 16  # escapes are found by the lowest 16 bits of where they are
 SLOW = 2  # bytes
+FEW = 32  # escapes, which are not worth the time to make them small
 SMALL = 1 << 12  # bytes: a code of so few is not worth its time
 TYPICAL, USUAL = 2, 0.018  # bits, and escapes an element, that a code is taken to have where there are no numbers
 MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
@@ -43,16 +44,17 @@ class Code:
     """The distances of a value from its prediction, in the order of memory, by fours.
 
     `packed`: `width` bits of each, in bytes (None of width 0, and of width 8, whose distances are `near`). `near`: 8
-    bits of each in the escapes, which lie at `where`. `values`: the bits of the elements of the fours at `far`. `lost`
-    counts the escapes for which there was no room, on a device where the host does not know how many there are.
+    bits of each in the escapes, which lie at `where`. `values`: the bits of the elements of the fours at `far`, None
+    where there are none. `lost` counts the escapes for which there was no room, on a device where the host does not
+    know how many there are.
     """
 
     width: int
     packed: Tensor | None
     where: Tensor | None
-    near: Tensor
-    far: Tensor
-    values: Tensor
+    near: Tensor | None
+    far: Tensor | None
+    values: Tensor | None
     lost: Tensor | None = None
 
     @property
@@ -63,7 +65,7 @@ class Code:
     @property
     def escapes(self) -> int:
         """How many escapes there are, far ones twice."""
-        return len(self.far) + (0 if self.where is None else len(self.where))
+        return sum([len(t) for t in (self.where, self.far) if t is not None])
 
 
 def pays_for(x: Tensor, nbytes: int) -> bool:
@@ -81,6 +83,7 @@ class Codec:
 
     def __init__(self) -> None:
         self.calls = self.escapes = 0
+        self.direct = False
         self.width: int | None = None
         self.room: tuple[int, int] | None = None
         self.due = True
@@ -100,19 +103,28 @@ class Codec:
         if self.due:
             self.due = False
             self.width, self.escapes, far = cheapest(x, predicted)
+            self.direct = self.escapes <= FEW
             room = int(HEADROOM * self.escapes) + LEAST, int(HEADROOM * far) + LEAST
             self.room = None if is_counted(x) else room
             self.escapes += far
         if self.width is None:
             return None
-        code = encode(x, predicted, self.width, self.room, spent)
+        code = encode(x, predicted, self.width, self.room, spent, self.direct)
         self.due = self.room is None and code.escapes > 2 * self.escapes + x.numel() // MANY
         return code if code.nbytes < x.nbytes else None
 
 
-def encode(x: Tensor, predicted: Tensor, width: int, room: tuple[int, int] | None = None, spent: bool = False) -> Code:
+def encode(
+    x: Tensor,
+    predicted: Tensor,
+    width: int,
+    room: tuple[int, int] | None = None,
+    spent: bool = False,
+    direct: bool = False,
+) -> Code:
     """Return the code of `x`, next to `predicted`, in `width` bits an element; with `room` for so many escapes and far
     ones, where the host must not wait to learn how many there are. `spent`: the prediction's memory may be written to.
+    `direct`: escapes store the values at once, which takes less time.
 
     >>> code = encode(x, y - h, 2)
     >>> torch.equal(decode(y - h, code), x)
@@ -120,37 +132,41 @@ def encode(x: Tensor, predicted: Tensor, width: int, room: tuple[int, int] | Non
     """
     bits, p = _both(x, predicted)
     distances = _distances(bits, p, spent)
-    where = packed = lost = None
-    if width == 8:
-        near = distances.view(torch.int32)
-        far, without = _found(_is_far(near), room and room[1])
-    else:
+    fours, direct = distances.view(torch.int32), direct and width < 8
+    near, where, packed = (None if direct else fours), None, None
+    escapes = far = lost = without = values = None
+    if width < 8:
         half = 1 << width >> 1
-        fours = distances.add_(half).view(torch.int32)
+        distances.add_(half)
         escapes, lost = _found(_beyond(fours, width), room and room[0])
-        near = fours.index_select(0, escapes)
-        near.view(torch.int8).sub_(half)
-        far, without = _found(_is_far(near), room and room[1])
-        far, where, packed = escapes.index_select(0, far), escapes.to(torch.uint16), _packed(fours, width)
-    values = bits.view(-1, FOUR).index_select(0, far)
-    if lost is not None and without is not None:
-        without += lost
-    return Code(width, packed, where, near, far, values, without)
+        if not direct:
+            where, near = escapes.to(torch.uint16), fours.index_select(0, escapes)
+            distances = near.view(torch.int8).sub_(half)
+        packed = _packed(fours, width)
+    if not direct:
+        far, without = _found((distances == -FAR).view(torch.int32), room and room[1])
+        far = far if escapes is None or not len(far) else escapes.index_select(0, far)
+    far = escapes if direct else far
+    if far is not None and len(far):
+        values = bits.view(-1, FOUR).index_select(0, far)
+    lost = without if lost is None else lost if without is None else lost + without
+    return Code(width, packed, where, near, None if values is None else far, values, lost)
 
 
 def decode(predicted: Tensor, code: Code) -> Tensor:
     """Return the value of which `code` was made, with the strides of `predicted`."""
-    p, near = _bits(predicted), code.near
-    if code.where is not None:
-        words = _widened(code.packed, code.width, p)
-        near = words.index_put_((_positions(code.where, len(words)),), near)
-    bits = near.view(torch.int8).to(p.dtype)
+    p = _bits(predicted)
+    fours = code.near if code.near is not None and code.where is None else _widened(code.packed, code.width, p)
+    if code.near is not None and code.where is not None:
+        fours.index_put_((_positions(code.where, len(fours)),), code.near)
+    bits = fours.view(torch.int8).to(p.dtype)
     if p.element_size() == 2:
         # A prediction that is not quite what it was may be so near to 0 that k takes it beyond, to a NaN. Of wider
         # numbers one in 2^40 is: as near to 0 as the last bit of what was added, and next to a multiple of that.
         torch.maximum(bits, _to_zero(p), out=bits)
     bits += p
-    bits.view(-1, FOUR).index_put_((code.far,), code.values)
+    if code.far is not None and code.values is not None:
+        bits.view(-1, FOUR).index_put_((code.far,), code.values)
     return _unbits(bits, predicted)
 
 
@@ -163,7 +179,7 @@ def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int, int]:
     bits, p = _both(x, predicted)
     distances = _distances(bits, p)
     beyond = [_beyond((distances + (1 << w >> 1)).view(torch.int32), w) for w in WIDTHS if w < 8]
-    counts = torch.stack([t.count_nonzero() for t in (*beyond, _is_far(distances.view(torch.int32)))])
+    counts = torch.stack([t.count_nonzero() for t in (*beyond, (distances == -FAR).view(torch.int32))])
     *found, far = counts.tolist()
     escapes = dict(zip(WIDTHS, (*found, 0), strict=True))
     size = {w: bits.numel() * w / 8 + n * (2 + 4) for w, n in escapes.items()}
@@ -252,11 +268,6 @@ def _table(width: int, device: torch.device) -> Tensor:
     return (fields % (1 << width) - (1 << width - 1)).to(torch.int8).view(_FIELDS[width][0]).view(-1).to(device)
 
 
-def _is_far(near: Tensor) -> Tensor:
-    """Return an int32 for each four that is other than zero where 8 bits are too few for one of them."""
-    return (near.view(torch.int8) == -FAR).view(torch.int32)
-
-
 def _found(words: Tensor, room: int | None) -> tuple[Tensor, Tensor | None]:
     """Return where numbers are not zero, in order; with `room` for so many, the last place of all where there are
     fewer, and how many found none.
@@ -285,8 +296,8 @@ def is_counted(t: Tensor) -> bool:
 
 def expected(x: Tensor, n: int) -> Code:
     """Return a code of a tensor of `n` elements without numbers, as large as such are wont to be."""
-    n, b = n * (2 if x.is_complex() else 1), x.element_size() // (2 if x.is_complex() else 1)
+    n *= 2 if x.is_complex() else 1
     escapes = int(USUAL * n)
-    sizes = (-(-n // FOUR), torch.uint8), (escapes, torch.uint16), (escapes, torch.int32), (0, torch.int64)
-    packed, where, near, far = (x.new_empty(size, dtype=dtype) for size, dtype in sizes)
-    return Code(TYPICAL, packed, where, near, far, x.new_empty(0, FOUR, dtype=_INTEGER[b]))
+    sizes = (-(-n // FOUR), torch.uint8), (escapes, torch.uint16), (escapes, torch.int32)
+    packed, where, near = (x.new_empty(size, dtype=dtype) for size, dtype in sizes)
+    return Code(TYPICAL, packed, where, near, None, None)

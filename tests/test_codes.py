@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,8 +46,8 @@ def assert_same(got: Tensor, want: Tensor) -> None:
 def test_a_value_comes_back_in_every_width(width: int, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         x, predicted = pair(shape, dtype)
-        for room in (None, (2 * x.numel(), 2 * x.numel())):
-            code = encode(x, predicted, width, room)
+        for room, direct in itertools.product((None, (2 * x.numel(), 2 * x.numel())), (False, True)):
+            code = encode(x, predicted, width, room, direct=direct)
             assert_same(decode(predicted, code), x)
             assert code.packed is None or 0 <= 8 * code.packed.numel() - bits(x).numel() * width < 4 * width
 
@@ -55,7 +57,8 @@ def test_a_value_comes_back_in_every_width(width: int, dtype: torch.dtype) -> No
 def test_any_number_comes_back_from_any_prediction(width: int, dtype: torch.dtype) -> None:
     numbers = special(dtype)
     x, predicted = (t.reshape(-1) for t in torch.meshgrid(numbers, numbers, indexing="ij"))
-    assert_same(decode(predicted, encode(x, predicted, width)), x)
+    for direct in (False, True):
+        assert_same(decode(predicted, encode(x, predicted, width, direct=direct)), x)
 
 
 @pytest.mark.parametrize("fours", (codes.BLOCK, codes.BLOCK + 1, 3 * codes.BLOCK - 1))
@@ -67,8 +70,8 @@ def test_escapes_are_found_in_many_blocks(width: int, fours: int) -> None:
     for at in (-1, -2, 5, 4 * codes.BLOCK - 1):
         bits(predicted)[at] += 100
         bits(predicted)[at - 40] += 1000
-    for room in (None, (64, 64)):
-        code = encode(x, predicted, width, room)
+    for room, direct in itertools.product((None, (64, 64)), (False, True)):
+        code = encode(x, predicted, width, room, direct=direct)
         assert_same(decode(predicted, code), x)
         assert not code.lost
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from revfx import codes
-from revfx.codes import WIDTHS, Code, Codec, decode, pays_for
+from revfx.codes import Code, Codec, decode, pays_for
 from revfx.layout import offset_of, placed
 from revfx.passes._torch import overflows
 from revfx.passes.sizes import as_number
@@ -50,7 +50,7 @@ class Coder:
         place = torch.tensor([width, offset_of(x), *x.stride()], dtype=torch.int64)
         lost = place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
         if code is None:
-            none = x.new_empty(0, dtype=torch.uint8)
+            none = x.new_empty(0, dtype=torch.bool)
             return x.clone(), none, none, none, none, place, lost
         return *_tensors(code, x), place, lost if code.lost is None else code.lost
 
@@ -59,12 +59,11 @@ class Coder:
         x, where, near, far, values, place, _ = code
         width, offset, *stride = place.tolist()
         if x.dtype != predicted.dtype:
-            packed, where = x if 0 < width < max(WIDTHS) else None, where if width < max(WIDTHS) else None
-            x = decode(predicted, Code(width, packed, where, near, far, values))
+            parts = [None if t.dtype == torch.bool else t for t in (x, where, near, far, values)]
+            x = decode(predicted, Code(width, *parts))
         return x if 0 in stride else placed(x, tuple(predicted.shape), tuple(stride), offset)
 
 
 def _tensors(code: Code, x: Tensor) -> tuple[Tensor, ...]:
-    none = x.new_empty(0, dtype=torch.uint8)
-    packed, where = (none if t is None else t for t in (code.packed, code.where))
-    return packed, where, code.near, code.far, code.values
+    none = x.new_empty(0, dtype=torch.bool)
+    return tuple(none if t is None else t for t in (code.packed, code.where, code.near, code.far, code.values))
