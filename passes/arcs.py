@@ -193,7 +193,7 @@ class _Lowering:
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
             if inverse.exact else None,
-            coupling=self._coupling(node, inverse, given), grid=inverse.grid,
+            coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
         )  # fmt: skip
         return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
 

@@ -51,7 +51,7 @@ class Arc:
     smallest magnitude that its making admits (0: only the run can tell), and `typical` a guess at its usual magnitude,
     for where the run can't be asked. `assumes`: a value, and what its elements must be (see `revfx.passes.facts`).
     `coupling` is the exact form of the operation, which can be undone bit for bit, or why there is none; `grid` says
-    that the arc is the inverse of one.
+    that the arc is the inverse of one. `coded`: without a code it is not worth having.
     """
 
     head: int
@@ -69,6 +69,7 @@ class Arc:
     assumes: tuple[int, str] | None = None
     coupling: Coupling | str = "its rule does not say what the operation adds"
     grid: bool = False
+    coded: bool = False
 
     @property
     def amplification(self) -> float:

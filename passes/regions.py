@@ -246,9 +246,17 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     # Of what runs again though nothing is inverted or kept, as in a checkpoint, the step below alone counts, whose exit
     # is regenerated.
     by_inverses = [f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or steps[i - low].saved]
-    if not pays and sum(by_inverses) - max(by_inverses) <= kept_bytes:
+    alone = all(_is_carrier(s) for s in steps if s.inverts)
+    if not pays and (alone or sum(by_inverses) - max(by_inverses) <= kept_bytes):
         return None  # one step is alive at a time: that much plain checkpointing saves too
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
+
+
+def _is_carrier(step: Step) -> bool:
+    """Return whether codes must make up for all that a step inverts, as for matrices and `tanh`: what carries a region
+    on from coupling to coupling, but is not worth one of its own.
+    """
+    return all(a.coded for a in step.arcs if not a.exact)
 
 
 def _made(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:

@@ -176,7 +176,7 @@ class _Search:
         if reason is not None:
             self.closed.add(path)
             self.refusals[path] = Refusal(f"`{path}` stays whole: {reason}", path, "")
-        seen_through = isinstance(module, (nn.Sequential, *LAYOUT)) or _is_square(module)
+        seen_through = isinstance(module, (nn.Sequential, *LAYOUT, *ONE_TO_ONE)) or _is_square(module)
         builtin = type(module).__module__.startswith("torch.") and not seen_through
         return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
 
@@ -256,6 +256,7 @@ def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.
     return node
 
 
+ONE_TO_ONE = (nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus)
 LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
 

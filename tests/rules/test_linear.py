@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import revfx
 from revfx import rules
+from revfx.errors import RevfxWarning
 from revfx.rules import linear
 from revfx.testing import gradients
 
@@ -208,6 +209,25 @@ def test_the_inverse_is_made_once_in_a_step_and_anew_in_the_next(monkeypatch: py
                 m.get_parameter("weight").data.add_(
                     0.1
                 )  # which counts no version, as a fused optimizer's step does not
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus])
+def test_modules_that_are_one_to_one_are_seen_through_beside_couplings(activation: type[nn.Module]) -> None:
+    model = Flow(lambda: nn.Sequential(nn.Linear(D, D), activation()), lambda: nn.Linear(D // 2, D // 2))
+    x = torch.randn(ROWS, D)
+    converted: Any = revfx.convert(copy.deepcopy(model))
+    assert equal(gradients(converted, [x]), gradients(model, [x]))
+    (region,) = converted.revfx.plans[0].regions.values()
+    assert region.region.start <= 1 and sum(s.inverts for s in region.region.steps) >= 2 * LAYERS - 1
+
+
+def test_without_a_coupling_they_are_left_alone() -> None:
+    """As a network of such layers has no other activations than those that codes would have to make up for."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(8)))
+    converted: Any = revfx.convert(model)
+    with pytest.warns(RevfxWarning, match="nothing reversible"):
+        converted(torch.randn(ROWS, D))
+    assert not converted.revfx.plans
 
 
 def test_every_spelling_has_a_rule() -> None:
