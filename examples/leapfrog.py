@@ -76,7 +76,7 @@ def measure(steps: int) -> Comparison:
     """Memory, time and gradients of one step of gradient descent."""
     chain = Chain(steps)
     q, p = plucks()
-    return compare(chain, lambda m: sum((t.square().mean() for t in m(q, p)), torch.zeros(())), repeats=3)
+    return compare(chain, lambda m: sum((t.square().mean() for t in m(q, p)), torch.zeros(())))
 
 
 def fit(steps: int, gradients: int) -> tuple[float, float, float, float]:
