@@ -44,10 +44,15 @@ def _inverse(m: Tensor) -> Tensor:
     return torch.linalg.inv_ex(m.detach().to(torch.promote_types(m.dtype, torch.float64)))[0].to(m.dtype)
 
 
-def _is_square(m: Any) -> bool:
-    if not isinstance(m, fx.Node) or meta(m).dim() < 2:
+def _is_matrix(m: Any) -> bool:
+    """Return whether an operand may be inverted: spread over processes it is not whole, and mps has no float64."""
+    if not isinstance(m, fx.Node) or not _torch.is_plain(meta(m)):
         return False
-    sizes: list[Any] = [*meta(m).shape[-2:]]
+    return meta(m).dim() >= 2 and meta(m).layout == torch.strided and meta(m).device.type != "mps"
+
+
+def _is_square(m: Any) -> bool:
+    sizes: list[Any] = [*meta(m).shape[-2:]] if _is_matrix(m) else [0, 1]
     return all(isinstance(n, int) for n in sizes) and sizes[0] == sizes[1]
 
 
@@ -125,6 +130,8 @@ def _convolution(
     node: fx.Node, a: Any, w: Any, b: Any, stride: Any, padding: tuple[Any, Any], dilation: Any, groups: int,
     transposed: bool,
 ) -> Iterator[Direction]:  # fmt: skip
+    if not _is_matrix(w):
+        return
     shape = tuple(meta(w).shape)
     n, kernel = shape[0] // groups, shape[2:]
     apart = _each(stride, kernel) == kernel and not any(_each(p, kernel) != (0,) * len(kernel) for p in padding)
