@@ -77,7 +77,7 @@ class _Lowering:
         self.graph, self.module_of, self.sources = graph, module_of, sources
         self.bounds, self.barred, self.coded = bounds(graph), barred, barred is None
         self.directions: dict[fx.Node, list[Direction]] = {}
-        self.constant: dict[fx.Node, bool] = {}
+        self.constant = _constant(graph, sources)
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -179,7 +179,7 @@ class _Lowering:
                 return f"it is {a.dtype}, and only floating-point values are inverted"
             if a.dtype != y.dtype and not inverse.coded:
                 return f"`{op_name(node.target)}` turns {a.dtype} into {y.dtype}"
-            if inverse.matrix is not None and not self._constant(inverse.matrix):
+            if inverse.matrix is not None and inverse.matrix not in self.constant:
                 return f"`{op_name(node.target)}` multiplies by a matrix that is computed from data"
             if inverse.matrix is None and not same_shape(a, y):
                 return f"`{op_name(node.target)}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}"
@@ -196,14 +196,6 @@ class _Lowering:
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
         )  # fmt: skip
         return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
-
-    def _constant(self, node: fx.Node) -> bool:
-        """Return whether a value follows from sources, and indices, alone."""
-        if node not in self.constant:
-            given = node.op in ("get_attr", "placeholder") or node in self.sources
-            source = node.op == "get_attr" or node in self.sources or not _is_float(node)
-            self.constant[node] = source if given else all(map(self._constant, node.all_input_nodes))
-        return self.constant[node]
 
     def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
         """Return an arc that rounds, with what is known against it for the sake of its head."""
@@ -290,9 +282,16 @@ class _Lowering:
         return self.directions[node]
 
 
-def _is_float(node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    return isinstance(val, Tensor) and (val.is_floating_point() or val.is_complex())
+def _constant(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that follow from sources, and from inputs that are indices, alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        index = isinstance(val, Tensor) and not (val.is_floating_point() or val.is_complex())
+        made = node.op != "placeholder" and found.issuperset(node.all_input_nodes)
+        if made or node in sources or (node.op == "placeholder" and index):
+            found.add(node)
+    return found
 
 
 def _normal(dtype: torch.dtype) -> tuple[float, float]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from revfx import _fake, _torch
 from revfx.capture.carried import Carried
@@ -257,6 +256,7 @@ def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.
 
 
 ONE_TO_ONE = (nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
 
@@ -264,7 +264,7 @@ def _is_square(module: nn.Module) -> bool:
     """Return whether a module may be an invertible linear map."""
     if isinstance(module, nn.Linear):
         return module.in_features == module.out_features
-    return isinstance(module, _ConvNd) and module.kernel_size == module.stride
+    return isinstance(module, CONVOLUTIONS) and module.kernel_size == module.stride
 
 
 def _inverted(regions: Sequence[Region]) -> int:

@@ -32,14 +32,14 @@ class _InverseMatrix:
 
     def __call__(self, m: Tensor) -> Tensor:
         if _torch.is_fake(m):
-            return _inverse(m)
+            return inverted(m)
         made, key = self._made, (m.data_ptr(), _torch.version(m))
         if made is None or made[0] != key or _torch.graph_task_id() == -1:
-            self._made = made = key, _inverse(m)
+            self._made = made = key, inverted(m)
         return made[1]
 
 
-def _inverse(m: Tensor) -> Tensor:
+def inverted(m: Tensor) -> Tensor:
     """Return the inverse; where there is none its numbers are not finite, which the host does not wait to learn."""
     return torch.linalg.inv_ex(m.detach().to(torch.promote_types(m.dtype, torch.float64)))[0].to(m.dtype)
 
@@ -75,8 +75,8 @@ def linear(node: fx.Node) -> Iterator[Direction]:
 )  # fmt: skip
 def matmul(node: fx.Node) -> Iterator[Direction]:
     """`y = a @ m`; `a = y @ inverse(m)`, and `m @ a` likewise."""
-    a, b = (*node.args, *node.kwargs.values())
-    yield from _products(node, a, b, None)
+    a, other, mat2 = arguments(node, "input", "other", mat2=None)
+    yield from _products(node, a, mat2 if other is None else other, None)
 
 
 @register_inverse(torch.addmm, "addmm", aten.addmm.default)

@@ -65,6 +65,7 @@ VECTORS: dict[str, Map] = {
     "@": by(lambda x, w: x @ w),
     "matmul": by(torch.matmul),
     "mm": by(lambda x, w: x.mm(w)),
+    "by names": by(lambda x, w: torch.mm(mat2=w, input=x)),
     "from the left": by(lambda x, w: (w @ x.t()).t()),
     "addmm": by(lambda x, w: torch.addmm(w[0], x, w)),
     "bmm": by(lambda x, w: torch.bmm(x.unsqueeze(0), w.unsqueeze(0)).squeeze(0)),
@@ -180,6 +181,19 @@ def test_a_matrix_without_a_good_inverse_keeps_what_it_reads(smallest: float) ->
     assert widths.count(None) >= LAYERS - 1 if smallest < 0.02 else None not in widths[1:]
 
 
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+def test_a_square_matrix_at_the_end_of_a_deep_network_is_no_trouble() -> None:
+    class Deep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(1500):
+                x = x.sin()
+            return x @ (x.t() @ x)
+
+    x = torch.randn(ROWS, D, requires_grad=True)
+    got, want = (torch.autograd.grad(m(x).sum(), x)[0] for m in (revfx.convert(Deep()), Deep()))
+    assert torch.equal(got, want)
+
+
 def test_under_autocast_a_product_that_is_narrower_is_not_inverted() -> None:
     model, x = flow("nn.Linear")
     converted: Any = revfx.convert(copy.deepcopy(model))
@@ -189,13 +203,13 @@ def test_under_autocast_a_product_that_is_narrower_is_not_inverted() -> None:
 
 def test_the_inverse_is_made_once_in_a_step_and_anew_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
-    inverse = linear._inverse  # pyright: ignore[reportPrivateUsage]
+    inverted = linear.inverted
 
     def counted(m: Tensor) -> Tensor:
         made.append(m)
-        return inverse(m)
+        return inverted(m)
 
-    monkeypatch.setattr(linear, "_inverse", counted)
+    monkeypatch.setattr(linear, "inverted", counted)
     model, x = flow("nn.Linear")
     converted: Any = revfx.convert(model)
     for _ in range(3):
