@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from revfx.passes._torch import is_real
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
@@ -245,7 +246,7 @@ class _Lowering:
 
     def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, Arc]]:
         """Yield arcs from parts that tile a value, or complete a patched copy, with an operation that makes one."""
-        tiles: dict[tuple[int, int], list[tuple[int, int, Tile]]] = {}
+        tiles: dict[tuple[int, int], list[tuple[int, int, Tile | Patch]]] = {}
         patches: list[tuple[int, int, Patch]] = []
         for i, node in enumerate(op_nodes):
             for t in self._directions(node):
@@ -263,11 +264,16 @@ class _Lowering:
             yield min(i for i, _, _ in use), self._moved(whole, tuple(v for _, v, _ in use), solve, "put together")
         for i, patched, p in patches:
             whole = self.index[p.whole]
+            if isinstance(p.part, fx.Node) and p.part in self.index:
+                part = self.index[p.part]
+                tiles.setdefault((patched, p.dim), []).append((i, part, p))
             for j, part, t in tiles.get((whole, p.dim), []):
-                if t.index == p.index and t.squeezed == p.squeezed and not self.values[whole].source:
+                same = t.index == p.index and t.squeezed == p.squeezed
+                if same and isinstance(t, Tile) and not self.values[whole].source:
                     yield min(i, j), self._moved(whole, (patched, part), _patch(p), "patch")
-                elif set(p.index).isdisjoint(t.index) and not t.squeezed:
+                elif set(p.index).isdisjoint(t.index):
                     yield min(i, j), self._moved(part, (patched,), _taken(t), "beside the patch")
+                    tiles.setdefault((patched, p.dim), []).append((j, part, t))
 
     def _moved(self, head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Arc:
         names = ", ".join(self.values[v].name for v in tail)
@@ -304,13 +310,37 @@ def _normal(dtype: torch.dtype) -> tuple[float, float]:
 def _patch(p: Patch) -> Callable[..., Tensor]:
     def solve(patched: Tensor, part: Tensor) -> Tensor:
         part = part.unsqueeze(p.dim) if p.squeezed else part
-        return torch.slice_scatter(patched, part, p.dim, p.index.start, p.index.stop, p.index.step)
+        if isinstance(p.index, range):
+            return torch.slice_scatter(patched, part, p.dim, p.index.start, p.index.stop, p.index.step)
+        return patched.index_copy(p.dim, index(patched), part)
 
+    index = _on_device(p.index)
     return solve
 
 
-def _taken(t: Tile) -> Callable[..., Tensor]:
-    return lambda y: y[(*[slice(None)] * t.dim, slice(t.index.start, t.index.stop, t.index.step))]
+def _taken(t: Tile | Patch) -> Callable[..., Tensor]:
+    """Return the function that takes a part out of its whole."""
+    index, dim, at = _on_device(t.index), t.dim, t.index
+    if not isinstance(at, range):
+        return lambda y: y.index_select(dim, index(y))
+    if t.squeezed:
+        return lambda y: y.select(dim, at.start)
+    return lambda y: y[(*[slice(None)] * dim, slice(at.start, at.stop, at.step))]
+
+
+def _on_device(positions: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Return the function of a tensor that gives `positions` as an index on its device, made once for each."""
+    made: dict[torch.device, Tensor] = {}
+
+    def index(like: Tensor) -> Tensor:
+        found = made.get(like.device)
+        if found is None:
+            found = torch.tensor(positions, device=like.device)
+            if is_real(like):
+                made[like.device] = found
+        return found
+
+    return index
 
 
 def _filled(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Callable[..., Any]:
@@ -332,30 +362,37 @@ def _moves(directions: list[Direction]) -> bool:
     )
 
 
-def _exact_cover(ranges: list[range], size: int) -> list[int] | None:
-    """Return indices of ranges that together hit each of 0..size-1 once, longest first; None if none do."""
+def _exact_cover(parts: Sequence[Sequence[int]], size: int) -> list[int] | None:
+    """Return indices of parts that together hit each of 0..size-1 once, longest first; None if none do."""
     chosen, left = list[int](), set(range(size))
+    first = [min(p, default=-1) for p in parts]
+    dense = [len(p) == max(p, default=-1) - first[k] + 1 for k, p in enumerate(parts)]
     while left:
         want = min(left)
-        fits = [k for k, r in enumerate(ranges) if len(r) and r[0] == want and r.step > 0 and left.issuperset(r)]
+        fits = [k for k, p in enumerate(parts) if first[k] == want and left.issuperset(p)]
         if not fits:
             return None
-        chosen.append(max(fits, key=lambda k: (ranges[k].step > 1, len(ranges[k]))))
-        left.difference_update(ranges[chosen[-1]])
+        chosen.append(max(fits, key=lambda k: (not dense[k], len(parts[k]))))
+        left.difference_update(parts[chosen[-1]])
     return chosen or None
 
 
-def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[range, bool], ...]) -> Callable[..., Tensor]:
+def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[Sequence[int], bool], ...]) -> Callable[..., Tensor]:
     """Return the function that puts parts together; functional, since it is traced into compiled graphs as well."""
-    in_order = all(index.step == 1 or len(index) == 1 for index, _ in parts)  # an exact cover has them sorted
+    positions = [i for index, _ in parts for i in index]
+    in_order = positions == sorted(positions)
+    sliced = all(isinstance(index, range) for index, _ in parts)
+    back = _on_device(sorted(range(len(positions)), key=positions.__getitem__))
 
     def solve(*tensors: Tensor) -> Tensor:
         whole = [t.unsqueeze(dim) if gone else t for t, (_, gone) in zip(tensors, parts, strict=True)]
-        if in_order:
-            return torch.cat(whole, dim)
+        if in_order or not sliced:
+            put = torch.cat(whole, dim)
+            return put if in_order else put.index_select(dim, back(put))
         put = whole[0].new_empty(shape)
         for tensor, (index, _) in zip(whole, parts, strict=True):
-            put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
+            if isinstance(index, range):
+                put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
         return put
 
     return solve

@@ -15,7 +15,7 @@ def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direct
     if "directions" in node.meta:
         return list(node.meta["directions"])
     rule = rule_for(node, module)
-    if rule is None or node.meta.get("barrier") is not None:
+    if rule is None or node.meta.get("barrier") is not None or not node.all_input_nodes:
         return []
     with no_new_guards(node):
         return list(rule(node))

@@ -116,8 +116,13 @@ class Conversion:
             return self.own_forward
         return functools.partial(type(model)._revfx_base.forward, model)  # type: ignore[union-attr]
 
-    def prepare(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Outcome:
-        """Return the outcome for calls like this one, whose arguments are these leaves, made now if there is none."""
+    def prepare(
+        self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any, ran: bool = False
+    ) -> Outcome:
+        """Return the outcome for calls like this one, whose arguments are these leaves, made now if there is none.
+
+        Unless it `ran` already, what may only be so until it has run is not kept.
+        """
         call = (_call_key(leaves), spec, ambient_state())
         with self.lock:
             why = Change("the shapes, types or values of its arguments")
@@ -143,6 +148,8 @@ class Conversion:
             if outcome.plan is None and self.carried:
                 self.carried, self.constant = frozenset[Spot](), self.constant | self.carried
                 outcome = make_plan(*given, self.carried)
+            if outcome.once and not (ran or self.options.strict):
+                return outcome
             self._report(model, outcome)
             self.outcomes.append((call, _objects(leaves), outcome))
             return outcome
@@ -242,14 +249,16 @@ class Conversion:
         outcome = None
         if self.compiled is None:
             outcome = self.prepare(model, args, kwargs, leaves, spec)
-            if outcome.plan is not None:
+            if outcome.plan is not None and (not outcome.once or self._is_known(outcome)):
                 return outcome.plan.run(leaves, store=plain)
         compiled = self.compiled
         try:
             if compiled is not None and not store:
                 return self._call_compiled(compiled, model, args, kwargs)
             result = forward(*args, **kwargs)
-            if outcome is not None and self.place is not None:  # a part that holds no region itself
+            if outcome is not None and outcome.once and not self._is_known(outcome):
+                outcome = self.prepare(model, args, kwargs, leaves, spec, ran=True)
+            if outcome is not None and outcome.plan is None and self.place is not None:  # a part without a region
                 table, name = self.place
                 table[name] = self.unconverted(model)
             return result
@@ -257,6 +266,9 @@ class Conversion:
             if outcome is not None and outcome.untraceable:
                 self._forget(outcome)
             raise
+
+    def _is_known(self, outcome: Outcome) -> bool:
+        return any(o is outcome for *_, o in self.outcomes)
 
     def _forget(self, refused: Outcome) -> None:
         """Forget a call that raised, recorded and for real: it tells nothing of the next one."""

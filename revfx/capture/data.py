@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from revfx import _torch
 from revfx.capture.guards import AttributeReads
 
 
@@ -34,3 +35,18 @@ class Capture:
     tied: tuple[tuple[Spot, Spot], ...] = ()
     written: frozenset[tuple[type, str]] = frozenset()
     reads: AttributeReads = field(default_factory=AttributeReads)
+
+
+def where_held(root: nn.Module) -> tuple[dict[int, tuple[Tensor, str, str]], list[tuple[Spot, Spot]]]:
+    """Return the tensors of a model's modules, by address, with the first place where each hangs; and the pairs of
+    places that hold the same one.
+    """
+    found: dict[int, tuple[Tensor, str, str]] = {}
+    tied: list[tuple[Spot, Spot]] = []
+    for path, module in root.named_modules(remove_duplicate=True):
+        own = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
+        for name, t in {**_torch.parameters(module), **_torch.buffers(module), **own}.items():
+            if t is not None:
+                first = found.setdefault(id(t), (t, path, name))[1:]
+                tied += [((path, name), first)] if first != (path, name) else []
+    return found, tied

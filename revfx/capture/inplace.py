@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.rules import op_name
+from revfx.rules.layout import put
 
 
 aten = torch.ops.aten
@@ -60,6 +61,7 @@ def _why_not(
     if len(written) != 1 or not node.args or node.args[0] is not written[0]:
         return "it writes in place to something other than its first operand"
     functional = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
+    functional = functional or node.target is set_item
     # no tensor says with what, and it was made of none
     fills = name in FILLING and node.all_input_nodes == written and not written[0].all_input_nodes
     if not functional and not fills and node.kwargs.get("inplace") is not True:
@@ -80,6 +82,12 @@ def _why_not(
     return None
 
 
+def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
+    """Set `x[index] = value`, and return x."""
+    x[index] = value
+    return x
+
+
 def _dtype_differs(node: fx.Node, operand: fx.Node) -> bool:
     others = [n.meta["val"] for n in node.all_input_nodes if n is not operand and isinstance(n.meta.get("val"), Tensor)]
     mine = operand.meta["val"]
@@ -89,7 +97,12 @@ def _dtype_differs(node: fx.Node, operand: fx.Node) -> bool:
 
 
 def _make_functional(node: fx.Node) -> None:
-    if op_name(node.target) in FILLING:
+    if node.target is set_item:
+        node.target = put
+        whole: Any = node.args[0]
+        if op_name(whole.target) == "empty_like":  # running it again must give the same
+            whole.target = torch.zeros_like
+    elif op_name(node.target) in FILLING:
         node.op, node.target = "call_function", FILLING[op_name(node.target)]
     elif node.op == "call_method":
         node.target = str(node.target).rstrip("_")

@@ -21,20 +21,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
-from revfx.ambient import Ambience, drew, generators, restore, where
+from revfx.ambient import Ambience, drew, generators, restore, where, where_raised
 from revfx.capture.carried import Carried, carried
-from revfx.capture.data import Capture, Spot
+from revfx.capture.constants import Constants
+from revfx.capture.data import Capture, Spot, where_held
 from revfx.capture.effects import Snapshot, lasts, left_alone
 from revfx.capture.guards import ATOMS
-from revfx.capture.inplace import functionalise
+from revfx.capture.inplace import functionalise, set_item
 from revfx.capture.memo import Seen, structure
 from revfx.capture.numbers import Numbers
-from revfx.capture.untraceable import EFFECTS, GIVEN, KEPT, LOST, OWN_GENERATOR, Untraceable
+from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, LOST, OWN_GENERATOR, Untraceable
 from revfx.eager import dtensor
 from revfx.eager.modes import recording
 from revfx.eager.trees import meta, tensors
 from revfx.passes._torch import updated_statistics
-from revfx.passes.facts import is_mask
 from revfx.passes.shape_only import of_its_shape
 from revfx.rules import op_name
 
@@ -45,20 +45,8 @@ class Recorder(TorchFunctionMode):
         self.opened = opened
         self.graph = fx.Graph()
         self.fake = _fake.fake_mode()
-        self.paths: dict[int, str] = {}
-        self.real: dict[int, tuple[Tensor, str, str]] = {}
-        self.tied: list[tuple[Spot, Spot]] = []
-        for path, module in root.named_modules(remove_duplicate=True):
-            self.paths[id(module)] = path
-            named = {
-                **_torch.parameters(module),
-                **_torch.buffers(module),
-                **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)},
-            }
-            for name, t in named.items():
-                if t is not None:
-                    first = self.real.setdefault(id(t), (t, path, name))[1:]
-                    self.tied += [((path, name), first)] if first != (path, name) else []
+        self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
+        self.real, self.tied = where_held(root)
         self.numbers = Numbers()
         for path, name in carried:
             module = root.get_submodule(path)
@@ -69,6 +57,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
+        self.constants = Constants(self.graph)
         self.suspended = 0
         self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
         self.generation: dict[int, int] = {}
@@ -155,10 +144,10 @@ class Recorder(TorchFunctionMode):
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
         if t in self.numbers:
             self.numbers.add(fake)
-        elif (not t.is_floating_point() and not t.is_complex() and t.numel() <= 65536) or is_mask(t):
-            node.meta["constant"] = t
+        else:
+            self.constants.hold(node, t)
         self._name(node, fake)
-        self.attributes[node] = (path, name)
+        self.attributes[node] = path, name
 
     @contextmanager
     def _ahead(self) -> Generator[None]:
@@ -222,14 +211,20 @@ class Recorder(TorchFunctionMode):
             return out
         name = op_name(func)
         if name in EFFECTS:
-            raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat")
+            raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat", once=True)
         if name == "__get__":
             name = func.__self__.__name__
             out = func(*args, **kwargs)
             return self.record("call_function", getattr, (args[0], name), {}, out, [])
         method = getattr(torch.Tensor, name, None) == func
+        if name == "__setitem__":
+            func, method = set_item, False
         versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except _fake.DATA_DEPENDENT:
+            found = self.constants.result(func, *self._to_nodes((args, kwargs)))
+            out = pytree.tree_map_only(Tensor, self._to_fake, found)
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
         if self.numbers.of:
@@ -262,8 +257,10 @@ class Recorder(TorchFunctionMode):
             for t in mutated:
                 key = _torch.storage_key(t)
                 self.generation[key] = self.generation.get(key, 0) + 1
+                self.constants.forget(key)
         if isinstance(out, Tensor):
             self._name(node, out)
+            self.constants.fold(node)
         else:
             node.meta["val"] = out
             self.alive.append(out)
@@ -336,7 +333,10 @@ class Recorder(TorchFunctionMode):
                 self.hooked = (len(self.born), path) if hooked else self.hooked
                 return out
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
-            out = self._run_whole(module, args, kwargs)
+            try:
+                out = self._run_whole(module, args, kwargs)
+            except _fake.DATA_DEPENDENT as e:
+                raise Untraceable(ASKS, where_raised(e), opens=path) from None  # its own code may ask a buffer
         with _torch.no_torch_function():
             out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]

@@ -46,13 +46,15 @@ class Wishes:
 @dataclass(frozen=True)
 class Outcome:
     """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded, and whether
-    `torch.compile` may do better then. `guard`: how the root was where there is no plan.
+    `torch.compile` may do better then. `once`: more may be recorded when it has run. `guard`: how the root was where
+    there is no plan.
     """
 
     plan: Plan | None
     refusals: tuple[Refusal, ...]
     untraceable: bool = False
     compiles: bool = True
+    once: bool = False
     guard: ModuleGuard | None = None
 
     def stale(self) -> Change | None:
@@ -82,7 +84,7 @@ def make_plan(
         name = name_of(root)
         refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)
         refusals = (*search.refusals.values(), refusal)
-        return Outcome(None, refusals, untraceable=True, compiles=e.compiles, guard=_modes_of(root))
+        return Outcome(None, refusals, untraceable=True, compiles=e.compiles, once=e.once, guard=_modes_of(root))
 
 
 class _Search:
@@ -102,6 +104,7 @@ class _Search:
         self.modules = dict(root.named_modules(remove_duplicate=True))
         self.closed: set[str] = set()
         self.refusals: dict[str, Refusal] = {}
+        self.once = False
 
     def run(self) -> Outcome:
         found, opened = self._find_opening(frozenset())
@@ -118,8 +121,8 @@ class _Search:
         if regions and self.wishes.grid is not None:
             captured, lowered, regions = self._on_grid(captured, lowered, regions, self.wishes.grid)
         if not regions:
-            return Outcome(None, refusals, guard=_modes_of(self.root))
-        return Outcome(self._plan(captured, lowered, regions), refusals)
+            return Outcome(None, refusals, once=self.once, guard=_modes_of(self.root))
+        return Outcome(self._plan(captured, lowered, regions), refusals, once=self.once)
 
     def _find_opening(self, opened: frozenset[str]) -> tuple[Any, frozenset[str]]:
         """Return what is found with those modules open, and with others whose own code has to be seen for it."""
@@ -182,6 +185,7 @@ class _Search:
     def _close(self, error: Untraceable, more: frozenset[str]) -> None:
         """Leave whole the module at fault and its like; all that was just opened where it can't be told which."""
         at_fault = [error.path] if error.path is not None and error.path in more else list(more)
+        self.once |= error.once
         kinds = {type(self.modules[p]) for p in at_fault}
         for path in more:
             if type(self.modules[path]) in kinds:
@@ -221,7 +225,7 @@ class _Search:
         guarded = [
             (n.meta["constant"], self._place(*at))
             for n, at in captured.attributes.items()
-            if "constant" in n.meta and n.users
+            if "constant" in n.meta and (n.users or "asked" in n.meta)
         ]
         tied = [(self._place(*a), self._place(*b)) for a, b in captured.tied]
         own, whole = self._readable(captured)

@@ -69,7 +69,7 @@ def _recorded(
         for i, name in before.changes():
             if i in watched:
                 what = f"{name_of(modules[i][1])}.{name}"
-                raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i])
+                raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i], once=True)
         if (name := read.changed()) is not None:
             raise Untraceable(f"its forward changes {name}, {LOST}")
         if (name := drew(drawn, [*generators(), torchs_generator()])) is not None:

@@ -7,26 +7,35 @@ from revfx.ambient import where_raised
 
 
 EFFECTS = frozenset(
-    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad tolist numpy __set__ "
+    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward grad numpy __set__ "
     "__delete__ share_memory_ set_ resize_ resize_as_ detach_ __array__ _make_subclass".split()
 )
 LOST = "which a recorded graph would not repeat"
 KEPT = "which a recorded graph would keep"
 OWN_GENERATOR = "a generator of its own"
+ASKS = "its Python code depends on the values of a tensor"
 GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 
 
 class Untraceable(Exception):
     """The forward can't be recorded: `reason`, `where` (the user's file and line), the `path` of the module at fault,
-    whether `torch.compile` captures what it does (`compiles`), and whether it may be recorded where the module `opens`,
-    so that its own code is seen.
+    whether `torch.compile` captures what it does (`compiles`), whether it may be recorded where the module `opens`, so
+    that its own code is seen, and whether it may be recorded once it has run (`once`): a first call sets up what later
+    ones find.
     """
 
     def __init__(
-        self, reason: str, where: str = "", path: str | None = None, compiles: bool = True, opens: str | None = None
+        self,
+        reason: str,
+        where: str = "",
+        path: str | None = None,
+        compiles: bool = True,
+        opens: str | None = None,
+        once: bool = False,
     ) -> None:
         super().__init__(reason)
-        self.reason, self.where, self.path, self.compiles, self.opens = reason, where, path, compiles, opens
+        self.reason, self.where, self.path, self.compiles = reason, where, path, compiles
+        self.opens, self.once = opens, once
 
 
 def untraceable(error: Exception, path: str) -> Untraceable:
@@ -41,8 +50,8 @@ def untraceable(error: Exception, path: str) -> Untraceable:
         link = link.__cause__ or link.__context__
     if isinstance(error, Untraceable):
         path = path if error.path is None else error.path
-        return Untraceable(error.reason, error.where or where, path, error.compiles, error.opens)
+        return Untraceable(error.reason, error.where or where, path, error.compiles, error.opens, error.once)
     if isinstance(error, _fake.DATA_DEPENDENT):
-        return Untraceable("its Python code depends on the values of a tensor", where, path)
+        return Untraceable(ASKS, where, path)
     text = str(error).splitlines()[0] if str(error) else ""
     return Untraceable(f"running it on fake tensors raised {type(error).__name__}: {text}", where, path)

@@ -19,7 +19,7 @@ them, for compiled graphs. The rules themselves live beside this file, in `revfx
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,22 +64,23 @@ class Tile:
 
     whole: Any
     dim: int
-    index: range
+    index: Sequence[int]
     part: int = 0
     squeezed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """The result is `whole` but for `index` along `dim`, where something else was written.
+    """The result is `whole` but for `index` along `dim`, where `part` was written.
 
     Another operation's `Tile` of `whole` with the same index completes it.
     """
 
     whole: Any
     dim: int
-    index: range
+    index: Sequence[int]
     squeezed: bool = False
+    part: Any = None
 
 
 @dataclass(frozen=True, slots=True)

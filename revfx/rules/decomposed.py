@@ -32,7 +32,7 @@ def slice_scatter(node: fx.Node) -> Iterator[Direction]:
     size = meta(a).shape[dim]
     index = range(size)[slice(start, None if end == sys.maxsize else end, step)]
     yield part_of(node, b, lambda y: y[(*[slice(None)] * (dim % y.dim()), slice(start, end, step))])
-    yield Patch(a, dim % meta(a).dim(), index)
+    yield Patch(a, dim % meta(a).dim(), index, part=b)
 
 
 @register_inverse(aten.select_scatter.default)
@@ -41,7 +41,7 @@ def select_scatter(node: fx.Node) -> Iterator[Direction]:
     a, b, dim, i = arguments(node, "input", "src", "dim", "index")
     i = i % meta(a).shape[dim]
     yield part_of(node, b, lambda y: y.select(dim, i))
-    yield Patch(a, dim % meta(a).dim(), range(i, i + 1), squeezed=True)
+    yield Patch(a, dim % meta(a).dim(), range(i, i + 1), squeezed=True, part=b)
 
 
 @register_inverse(aten.copy.default)

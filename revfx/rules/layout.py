@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from revfx.rules import Direction, Inverse, NoInverse, Tile, arguments, aten, meta, op_name, register_inverse
+from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, meta, op_name, register_inverse
 
 
 TENSOR = ("input", "self", "tensor")  # what the first operand is called by functions and overloads
@@ -140,11 +140,11 @@ def cat(node: fx.Node) -> Iterator[Direction]:
             at += size
 
 
-def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor]) -> Direction:
+def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor], given: tuple[Any, ...] = ()) -> Direction:
     """Return the direction to one of the tensors put together: bitwise, unless that changed its dtype."""
     if meta(part).dtype != meta(node).dtype:
         return NoInverse(part, f"it is turned into {meta(node).dtype} when it is put together with others")
-    return Inverse(part, by, exact=True)
+    return Inverse(part, by, given, exact=True)
 
 
 @register_inverse(torch.stack, aten.stack.default)
@@ -220,29 +220,71 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
     a, index = arguments(node, "input", "index")
     if not isinstance(a, fx.Node) or not isinstance(a.meta.get("val"), Tensor):
         return
-    shape = _shape(a)
-    index = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, bool) or not isinstance(i, (int, slice, fx.Node, type(...))) for i in index):
-        yield NoInverse(a, "an index with None, booleans, lists or arrays is not followed")
+    found = _along(_shape(a), index)
+    if isinstance(found, str):
+        yield NoInverse(a, found)
         return
-    if Ellipsis in [i for i in index if not isinstance(i, fx.Node)]:
+    dim, i = found
+    if isinstance(i, int):
+        yield Tile(a, dim, range(i, i + 1), squeezed=True)
+    elif isinstance(i, range):
+        shape = _shape(a)
+        yield Inverse(a, lambda y: y.reshape(shape), exact=True) if dim < 0 else Tile(a, dim, i)
+    else:
+        yield from permuted(a, dim, i)
+
+
+def _along(shape: tuple[int, ...], index: Any) -> tuple[int, Any] | str:
+    """Return along which dimension an index takes parts, and which: a position, a range or an index of many; dimension
+    -1 where it takes all; or why that is not followed.
+    """
+    index = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(i, bool) or not (isinstance(i, (int, slice, fx.Node, type(...))) or _is_list(i)) for i in index):
+        return "an index with None or booleans is not followed"
+    if any(i is Ellipsis for i in index):
         at = next(k for k, i in enumerate(index) if i is Ellipsis)
         index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
     real = [(d, i) for d, i in enumerate(index) if not (isinstance(i, slice) and range(shape[d])[i] == range(shape[d]))]
-    if not real:
-        yield Inverse(a, lambda y: y.reshape(shape), exact=True)
-        return
-    if len(real) > 1:
-        yield NoInverse(a, "slices along more than one dimension are not put together again")
-        return
+    if len(real) != 1:
+        return "parts along more than one dimension are not put together again" if real else (-1, range(0))
     dim, i = real[0]
-    if isinstance(i, slice):
-        yield Tile(a, dim, range(shape[dim])[i])
-    elif isinstance(i, int):
-        i = i % shape[dim]
-        yield Tile(a, dim, range(i, i + 1), squeezed=True)
-    else:
-        yield from permuted(a, dim, i)
+    return dim, range(shape[dim])[i] if isinstance(i, slice) else i % shape[dim] if isinstance(i, int) else i
+
+
+def _is_list(index: Any) -> bool:
+    """Return whether an index is a list, or an array, of whole numbers."""
+    numbers = index.tolist() if type(index).__module__ == "numpy" else index
+    return isinstance(numbers, list) and all(type(i) is int for i in numbers)
+
+
+def put(a: Tensor, index: Any, b: Any) -> Tensor:
+    """Return `a` with `a[index] = b`."""
+    y = a.clone()
+    y[index] = b
+    return y
+
+
+@register_inverse(put)
+def put_at(node: fx.Node) -> Iterator[Direction]:
+    """`y = a with a[..., i, ...] = b`; `b = y[..., i, ...]`, and y holds the rest of a."""
+    a, index, b = arguments(node, "input", "index", "other")
+    found = _along(_shape(a), index)
+    if isinstance(found, str):
+        yield NoInverse(a, found)
+        return
+    dim, i = found
+    positions = range(i, i + 1) if isinstance(i, int) else _positions(i, _shape(a)[dim])
+    if positions is None or dim < 0:
+        yield NoInverse(a, "it is overwritten")
+        return
+    squeezed = isinstance(i, int)
+    sizes = (*_shape(a)[:dim], *(() if squeezed else (len(positions),)), *_shape(a)[dim + 1 :])
+    whole = isinstance(b, fx.Node) and _shape(b) == sizes
+    if whole:
+        index = index if isinstance(index, tuple) else (index,)
+        held = tuple(k for k in index if isinstance(k, fx.Node))
+        yield part_of(node, b, lambda y, *p: y[tuple(p[0] if isinstance(k, fx.Node) else k for k in index)], held)
+    yield Patch(a, dim, positions, squeezed, b if whole and meta(b).dtype == meta(a).dtype else None)
 
 
 @register_inverse(torch.index_select, "index_select", aten.index_select.default)
@@ -255,22 +297,34 @@ def index_select(node: fx.Node) -> Iterator[Direction]:
         yield NoInverse(a, "a value without dimensions is not followed through an index")
 
 
-def permuted(a: fx.Node, dim: int, index: fx.Node) -> Iterator[Direction]:
+def _positions(index: Any, size: int) -> Sequence[int] | None:
+    """Return the positions that a constant index takes along a dimension; None where it takes one twice."""
+    if isinstance(index, range):
+        return index
+    values = index.meta.get("constant") if isinstance(index, fx.Node) else torch.as_tensor(index)
+    if values is None or values.dim() != 1:
+        return None
+    numbers = values.nonzero().flatten() if values.dtype == torch.bool else values % size
+    found = numbers.tolist()
+    return found if len(set(found)) == len(found) else None
+
+
+def permuted(a: fx.Node, dim: int, index: Any) -> Iterator[Direction]:
     """Yield the inverse of indexing `a` along `dim`, if its values are a permutation, or are known to be one.
 
     Whoever plans must guard both.
     """
-    values = index.meta.get("constant")
     size = _shape(a)[dim]
-    known = "permutation" in index.meta.get("facts", ()) and _shape(index) == (size,)
-    if known:
+    if isinstance(index, fx.Node) and "permutation" in index.meta.get("facts", ()) and _shape(index) == (size,):
         yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p)), (index,), exact=True)
         return
-    if values is None:
+    if isinstance(index, fx.Node) and index.meta.get("constant") is None:
         yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation")
         return
-    numbers = values.tolist() if values.dim() == 1 and values.dtype != torch.bool else None
-    if numbers is None or sorted(i % size for i in numbers) != list(range(size)):
-        yield NoInverse(a, f"the index is not a permutation of the {size} positions")
+    positions = _positions(index, size)
+    if positions is None:
+        yield NoInverse(a, "the index takes a position twice, or has more than one dimension")
+    elif len(positions) < size or not isinstance(index, fx.Node):
+        yield Tile(a, dim, positions)
     else:
         yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p % size)), (index,), exact=True)

@@ -98,6 +98,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "index_select": [(t(3, 4), 1, ORDER)],
     "index": [(t(3, 4), [None, ORDER])],
     "_unsafe_index": [(t(3, 4), [None, ORDER])],
+    "put": [(t(3, 4), (slice(None), slice(1, 3)), t(3, 2)), (t(3, 4), (..., 2), t(3)), (t(3, 4), [2, 0], t(2, 4))],
     **{name: [(t(3, 4),)] for name in "exp expm1 sinh asinh tanh atan sigmoid leaky_relu elu selu softplus".split()},
     **{name: [(far_from_zero(3, 4),)] for name in ("log", "log1p", "reciprocal")},
     "Identity": [(t(3, 4),)],

@@ -23,6 +23,7 @@ from revfx.converted import Reversible
 from revfx.errors import RevfxWarning
 from revfx.passes.arcs import lower
 from revfx.rules import op_name
+from revfx.rules.layout import put
 from revfx.testing import gradients, relative_error
 
 
@@ -50,7 +51,7 @@ def label(op: object) -> str:
 
 def writes(op: object) -> bool:
     """Whether an operation works in place."""
-    if op in (operator.iadd, operator.isub, operator.imul):
+    if op in (operator.iadd, operator.isub, operator.imul, put):  # `put` is recorded as what it does to a copy
         return True
     return isinstance(op, str) and (op.startswith("__i") or (op.endswith("_") and not op.startswith("__")))
 

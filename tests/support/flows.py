@@ -1,4 +1,4 @@
-"""Normalizing flows out of public libraries, FrEIA and normflows, used as they are: the losses that users train."""
+"""Normalizing flows out of public libraries (FrEIA, normflows, nflows), used as they are: the losses users train."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
+import nflows.transforms as nt
 import normflows as nf
 import torch
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow as NFlow
+from nflows.nn.nets import ResidualNet
 from torch import Tensor, nn
 
 
@@ -164,6 +168,40 @@ def class_conditional(depth: int) -> Flow:
     return nn.ModuleList([*couplings, *scales]), loss
 
 
+def multiscale(depth: int) -> Flow:
+    """Glow with two scales, as the examples of normflows build it."""
+    blocks, merges, bases = list[Any](), list[Any](), list[Any]()
+    for scale in range(2):
+        channels = CHANNELS * 2 ** (3 - scale)
+        glow = [nf.flows.GlowBlock(channels, HIDDEN, init_zeros=False) for _ in range(depth)]
+        blocks.append([*glow, nf.flows.Squeeze()])
+        merges += [nf.flows.Merge()] if scale else []
+        size = SIDE // 2 ** (2 - scale)
+        bases.append(nf.distributions.DiagGaussian((channels // (2 if scale else 1), size, size), trainable=False))
+    flow: Any = nf.MultiscaleFlow(bases, blocks, merges)
+    return flow, lambda x: -flow.log_prob(x, None).mean()
+
+
+# --- nflows: a Flow over a standard normal
+def nflow(*layers: Callable[[int], nn.Module]) -> Callable[[int], Flow]:
+    """The function of a depth that gives so many times what `layers` make of the block's number."""
+
+    def build(depth: int) -> Flow:
+        transform = nt.CompositeTransform([layer(k) for k in range(depth) for layer in layers])
+        flow: Any = NFlow(transform, StandardNormal([D]))
+        return flow, lambda x: -flow.log_prob(x).mean()
+
+    return build
+
+
+def residual(inputs: int, outputs: int) -> nn.Module:
+    return ResidualNet(inputs, outputs, hidden_features=HIDDEN, num_blocks=1)
+
+
+def coupling(kind: Any = nt.AffineCouplingTransform, **options: Any) -> Callable[[int], nn.Module]:
+    return lambda k: kind((torch.arange(D) % 2 == k % 2).long(), residual, **options)
+
+
 FLOWS: dict[str, Program] = {
     "FrEIA NICE": Program(freia(Fm.NICECouplingBlock, SHUFFLE), vectors),
     "FrEIA RNVP": Program(freia(Fm.RNVPCouplingBlock, SHUFFLE, clamp_activation="TANH"), vectors),
@@ -216,4 +254,20 @@ IRREVERSIBLE: dict[str, Program] = {
     "normflows Glow": Program(
         normflow(lambda k: nf.flows.GlowBlock(CHANNELS, HIDDEN, init_zeros=False), shape=IMAGE), images
     ),
+}
+
+# Which ask what buffers hold, or put parts in their places by index: found by `convert`.
+BY_CONVERT: dict[str, Program] = {
+    "normflows activation normalisation": Program(
+        normflow(lambda k: nf.flows.ActNorm(D), affine(), permute(D, "swap")), vectors
+    ),
+    "normflows LU": IRREVERSIBLE["normflows LU"],
+    "normflows Glow": IRREVERSIBLE["normflows Glow"],
+    "normflows Glow, two scales": Program(multiscale, lambda n: images(4 * n)),
+    "nflows affine": Program(nflow(coupling()), vectors),
+    "nflows additive": Program(nflow(coupling(nt.AdditiveCouplingTransform)), vectors),
+    "nflows activation normalisation": Program(nflow(lambda k: nt.ActNorm(D), coupling()), vectors),
+    "nflows LU": Program(nflow(lambda k: nt.LULinear(D, identity_init=False), coupling()), vectors),
+    "nflows permutation": Program(nflow(lambda k: nt.RandomPermutation(D), coupling()), vectors),
+    "nflows leaky relu": Program(nflow(lambda k: nt.LeakyReLU(), coupling()), vectors),
 }

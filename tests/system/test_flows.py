@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flows import FLOWS, IRREVERSIBLE, Program
+from flows import BY_CONVERT, FLOWS, IRREVERSIBLE, Program
 from helpers import TOLERANCE, deep_but, relative_error
 from torch import Tensor, nn
 
@@ -80,6 +80,9 @@ CODED_LIKE_OTHERS = (
     *("FrEIA all in one, soft", "FrEIA all in one, GIN", "FrEIA all in one, images", "FrEIA fixed matrix"),
     *("FrEIA i-RevNet sampling by convolution", "FrEIA Householder", "normflows 1x1 convolution"),
 )
+
+
+OF_EACH_KIND = ("normflows activation normalisation", "normflows LU", "normflows Glow, two scales", "nflows affine")
 
 
 @pytest.fixture(autouse=True)
@@ -174,13 +177,25 @@ class Trained(nn.Module):
 @pytest.mark.parametrize("way", ["convert", "aot_eager"])
 @pytest.mark.parametrize("name", [*CODED, *(pytest.param(n, marks=pytest.mark.deep) for n in CODED_LIKE_OTHERS)])
 def test_by_codes_linear_maps_keep_little_per_block_and_gradients_are_the_plain_ones(name: str, way: str) -> None:
+    assert_lossless(IRREVERSIBLE[name], way)
+
+
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")
+@pytest.mark.parametrize("name", deep_but(OF_EACH_KIND, BY_CONVERT))
+def test_what_asks_buffers_or_writes_by_index_keeps_little_per_block(name: str) -> None:
+    assert_lossless(BY_CONVERT[name], "convert")
+
+
+def assert_lossless(program: Program, way: str) -> None:
+    """Plain's gradients, bit for bit, and little of what plain keeps for each block; the first call sets layers up."""
     memory: list[list[int]] = []
     for depth in (SHALLOW, DEEP):
         torch.compiler.reset()
         torch.manual_seed(0)
-        flow, loss = IRREVERSIBLE[name].build(depth)
-        inputs = [x.requires_grad_() for x in IRREVERSIBLE[name].inputs(ROWS)]
+        flow, loss = program.build(depth)
+        inputs = [x.requires_grad_() for x in program.inputs(ROWS)]
         taken: Any = revfx.convert(Trained(flow, loss)) if way == "convert" else torch.compile(loss, **EAGER)
+        taken(*inputs)
         for _ in range(2):
             got, want = gradients(taken(*inputs), inputs, flow), gradients(loss(*inputs), inputs, flow)
             assert all(g is w if g is None or w is None else torch.equal(g, w) for g, w in zip(got, want, strict=True))

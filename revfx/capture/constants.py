@@ -1,0 +1,107 @@
+"""What Python asks of buffers while a forward is recorded: whether a flag is set, where a mask is.
+
+It gets the numbers that are there, and the plan that this leads to is valid while they stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from revfx.ambient import drew, generators, restore
+from revfx.capture.untraceable import ASKS, Untraceable
+from revfx.passes._torch import outside_modes
+from revfx.passes.facts import LIMIT, is_mask
+
+
+class Constants:
+    """The values of a graph's nodes that follow from buffers, and from Python's numbers, alone.
+
+    `held` is what attributes stand for that are no parameters and have not been written to.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.held: dict[fx.Node, Tensor] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def hold(self, node: fx.Node, t: Tensor) -> None:
+        """Note what an attribute stands for."""
+        if not t.requires_grad:
+            self.held[node] = t
+        if _is_whole(t) or is_mask(t):
+            node.meta["constant"] = t
+
+    def forget(self, memory: int) -> None:
+        """Forget what lives in some memory, which is written to.
+
+        Raises:
+            Untraceable: its numbers were asked for.
+        """
+        spoilt = [n for n in self.held if n.meta["storage"][0] == memory]
+        if any("asked" in n.meta for n in spoilt):
+            raise Untraceable(f"{ASKS}, and then it writes to that", once=True)
+        for node in spoilt:
+            del self.held[node]
+
+    def result(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return what `function` gives of nodes; the attributes that they follow from are marked, to be guarded.
+
+        Raises:
+            Untraceable: they do not follow from constants alone.
+        """
+        asked: list[fx.Node] = []
+        fx.map_arg((args, kwargs), asked.append)
+        above = _above(asked)
+        drawn = generators()
+        with torch.no_grad(), outside_modes():
+            for node in self.graph.nodes:
+                if node in above and node not in self.values:
+                    self.values[node] = self._value(node)
+            found = self._called(function, args, kwargs)
+        if drew(drawn, generators()) is not None:
+            restore(drawn)
+            raise Untraceable(ASKS)
+        for node in above:
+            if node.op == "get_attr":
+                node.meta.update(constant=self.values[node], asked=True)
+        return found
+
+    def fold(self, node: fx.Node) -> None:
+        """Note what a node holds that is computed from indices and masks whose numbers are noted."""
+        val, inputs = node.meta["val"], node.all_input_nodes
+        if _is_whole(val) and inputs and all("constant" in n.meta for n in inputs):
+            with contextlib.suppress(Untraceable):
+                node.meta["constant"] = self.result(lambda x: x, (node,), {})
+
+    def _value(self, node: fx.Node) -> Any:
+        if node in self.held:
+            return self.held[node]
+        if node.op not in ("call_function", "call_method") or node.meta.get("opaque") or "mutates" in node.meta:
+            raise Untraceable(ASKS)
+        target: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+        return self._called(target, node.args, node.kwargs)
+
+    def _called(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        args, kwargs = fx.map_arg((args, kwargs), self.values.__getitem__)
+        return function(*args, **kwargs)
+
+
+def _is_whole(t: Tensor) -> bool:
+    """Return whether a tensor may be an index or a mask of few elements."""
+    return not (t.is_floating_point() or t.is_complex()) and t.numel() <= LIMIT
+
+
+def _above(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return `nodes`, and all that they are computed from."""
+    found, stack = set[fx.Node](), [*nodes]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
