@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes._torch import is_real
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
+from revfx.passes.elimination import terms
 from revfx.passes.facts import PERMUTATION
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import MaskedArcs
@@ -63,7 +64,7 @@ def lower(
     lowered = _Lowering(graph, module_of, sources, barred).run()
     if not exact:
         return lowered
-    ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid)) for o in lowered.program.ops]
+    ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid), terms=()) for o in lowered.program.ops]
     return replace(lowered, program=replace(lowered.program, ops=tuple(ops)))
 
 
@@ -156,7 +157,24 @@ class _Lowering:
             barrier=node.meta.get("barrier"),
             opaque=unknown or whole,
             moves=_moves(self._directions(node)),
+            terms=self._terms(node, ins) if len(outs) == 1 else (),
         )
+
+    def _terms(self, node: fx.Node, ins: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+        """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
+        y, factors, number = node.meta["val"], dict.fromkeys(ins, 0.0), 0.0
+        found = [d for d in self._directions(node) if isinstance(d, Inverse) and isinstance(d.solves, fx.Node)]
+        if not found or {self.index.get(d.solves) for d in found} != {*ins} or not y.is_floating_point():
+            return ()
+        for d in found:
+            a, f = d.solves.meta["val"], 1.0 if d.factor is None else d.factor
+            alike = d.solves.op == "get_attr" or (a.dtype == y.dtype and same_shape(a, y))
+            scaled = isinstance(f, (int, float)) and not isinstance(self._factor(d, y.dtype), str)
+            if d.rest is None or not alike or not scaled or d.solves in (self.barred or ()):
+                return ()
+            factors[self.index[d.solves]] += 1 / f if d.reciprocal else f
+            number = d.rest(*(0.0 if isinstance(g, fx.Node) else g for g in d.given))
+        return terms(factors, float(number)) if all(factors.values()) else ()
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
         """Return the arc of one direction, or why its domain does not hold."""

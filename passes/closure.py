@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from revfx.passes.elimination import Elimination
 from revfx.passes.program import Arc, Program
 
 
@@ -54,11 +55,18 @@ class Closure:
         self._missing: list[int] = []
         self._pending: list[Derivation] = []
         self._ready: tuple[deque[int], ...] = (deque(), deque(), deque(), deque())  # by `_rank`
+        self._sums = Elimination(program, self)
+        self.together = False  # whether sums were solved together
         self.order: list[Derivation] = []
 
     def __contains__(self, value: int) -> bool:
         v = self._program.values[value]
         return value in self._known or v.source or v.kept
+
+    @property
+    def ties(self) -> bool:
+        """Whether sums may still be solved together, as two known values are in some."""
+        return self._sums.ties()
 
     def add(self, index: int) -> list[int]:
         """Return the values that become known, in order, when operation `index` is added."""
@@ -69,12 +77,31 @@ class Closure:
 
         One chain of operations runs after the other: side by side their values would be there at the same time.
         """
+        indices = tuple(indices)
         for index in indices:
             op = self._program.ops[index]
             self._offer(Forward(index))
             for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
                 self._offer(Invert(index, arc))
-        return self._drain()
+        return self._solve(indices, (arc for index in indices for arc in self._sums.add(index)))
+
+    def run(self, indices: Iterable[int]) -> list[int]:
+        """Return the values that become known, in order, when some operations can be run again, but not inverted."""
+        for index in indices:
+            self._offer(Forward(index))
+        return self._solve((0,), ())
+
+    def _solve(self, indices: Sequence[int], sums: Iterable[Arc]) -> list[int]:
+        new = self._drain()
+        together = [arc for v in new for arc in self._sums.learn(v)] + [*sums]
+        while together:
+            self.together = True
+            for arc in together:
+                self._offer(Invert(min(indices), arc))
+            more = self._drain()
+            together = [arc for v in more for arc in self._sums.learn(v)]
+            new += more
+        return new
 
     def _offer(self, derivation: Derivation) -> None:
         number = len(self._pending)

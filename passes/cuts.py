@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from revfx.passes.closure import Closure, Derivation, Invert, made_by, read_by
+from revfx.passes.closure import Closure, Derivation, Forward, Invert, made_by, read_by
 from revfx.passes.program import Arc, Program
 
 
 PATIENCE = 200  # operations without a newly known value after which a search gives up
+BEYOND = 3  # times as many operations are looked at for a cut that needs nothing from above it
+ABOVE = 64  # operations above a cut that are run again for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,9 @@ class Step:
 
     `derive` lists derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs.
     `saved` values are kept: those that can't be trusted to a rounding inverse, and what an exact one needs. `arcs` are
-    the inverses that reach the entry. `again`: values of `exit` that were selected from others of the step: they are
-    not taken as known, but computed again from the regenerated operand.
+    the inverses that reach the entry. Some may run operations above `start`, where a function's result is in the entry
+    beside its operand. `again`: values of `exit` that were selected from others of the step: they are not taken as
+    known, but computed again from the regenerated operand.
     """
 
     start: int
@@ -41,6 +44,11 @@ class Step:
     def inverts(self) -> bool:
         """Return whether the step needs an inverse that rounds; without one, recomputing frees as much."""
         return any(not arc.exact for arc in self.arcs)
+
+    @property
+    def above(self) -> frozenset[int]:
+        """The operations before `start` that are run again."""
+        return frozenset(d.op for d in self.derive if isinstance(d, Forward) and d.op < self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +82,14 @@ def find_step(
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
     nearest: tuple[int, tuple[int, ...]] | None = None
+    nearer: Step | None = None
+    blocked: Stuck | None = None
     idle, touch = 0, program.first_touch
     reach = min((touch[v] for v in (*exit, *side)), default=stop)
     for start in range(stop - 1, -1, -1):
         op = program.ops[start]
         if op.barrier is not None:
-            return Stuck(start, stop, tuple(v for v in live if v in unknown), op.barrier)
+            return nearer or blocked or Stuck(start, stop, tuple(v for v in live if v in unknown), op.barrier)
         for v in op.outs:
             live.pop(v, None)
             unknown.discard(v)
@@ -93,18 +103,24 @@ def find_step(
         if not unknown and not _parts_selected(program, start, live):
             if (step := _step(program, closure, start, stop, tuple(live), exit, side)) is not None:
                 return step
+        if unknown and nearer is None and closure.together:
+            nearer = _with_above(program, start, stop, tuple(live), exit, side)
+        if nearer is not None and stop - start > BEYOND * (stop - nearer.start):
+            return nearer
         idle = 0 if new else idle + 1
         reach = min((reach, *(touch[v] for v in new)))
         blind = start <= reach and not any(program.constant[v] for v in unknown)
         if unknown and (nearest is None or len(unknown) < len(nearest[1])):
             nearest = start, tuple(v for v in live if v in unknown)
         if blind and len(unknown) == len(live):
-            return Stuck(start, stop, tuple(v for v in live if v in unknown))
+            blocked = blocked or Stuck(start, stop, tuple(v for v in live if v in unknown))
+            if not closure.ties:
+                return nearer or blocked
         if idle > patience:
             break
     else:
         start = 0
-    return Stuck(start, stop, tuple(v for v in live if v in unknown), nearest=nearest)
+    return nearer or blocked or Stuck(start, stop, tuple(v for v in live if v in unknown), nearest=nearest)
 
 
 def _step(
@@ -134,6 +150,43 @@ def _step(
     derive = tuple(closure.order)
     arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
     return Step(start, stop, entry, exit, saved, derive, arcs, again)
+
+
+def _with_above(
+    program: Program, start: int, stop: int, entry: tuple[int, ...], exit: tuple[int, ...], side: frozenset[int]
+) -> Step | None:
+    """Return a step whose entry takes operations above it; None where that does not do either."""
+    if any(v in program.selected for v in exit):
+        return None
+    closure = _closure(program, start, stop, {*exit, *side})
+    progress = True
+    while progress:
+        progress = False
+        for v in entry:
+            above = () if v in closure else _made_of(program, v, closure)
+            if above:
+                progress = bool(closure.run(above))
+    order = tuple(closure.order)
+    if any(v not in closure for v in entry) or any(isinstance(d, Invert) and d.arc.barred for d in order):
+        return None
+    saved = tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
+    arcs = tuple(d.arc for d in needed(program, order, entry) if isinstance(d, Invert))
+    return Step(start, stop, entry, exit, saved, order, arcs)
+
+
+def _made_of(program: Program, value: int, known: Closure) -> list[int]:
+    """Return the operations that give a value of what is known; none where it takes too many, or barriers."""
+    found, wanted = set[int](), [value]
+    while wanted:
+        v = wanted.pop()
+        at = program.made_at[v]
+        if v in known or at in found:
+            continue
+        if at < 0 or program.ops[at].barrier is not None or len(found) == ABOVE:
+            return []
+        found.add(at)
+        wanted += program.ops[at].ins
+    return sorted(found)
 
 
 def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:

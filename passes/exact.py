@@ -76,7 +76,7 @@ def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> 
             if reason is None
         ]
         refused = [(a.head, reason) for a, reason in zip(op.arcs, reasons, strict=True) if reason]
-        return replace(op, arcs=tuple(arcs), refused=(*op.refused, *refused))
+        return replace(op, arcs=tuple(arcs), refused=(*op.refused, *refused), terms=())
 
     return replace(program, ops=[limited(i, op) for i, op in enumerate(program.ops)])
 

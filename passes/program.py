@@ -88,7 +88,8 @@ class Op:
 
     `barrier` says why no region may contain it (None: it may). `opaque` operations are re-run under the full
     protocol (random state, buffers, saved tensors); the others are plain arithmetic or layout. Of those, one that
-    `moves` gives elements of its operands, up to their sign, and nothing else.
+    `moves` gives elements of its operands, up to their sign, and nothing else. Its result is the sum of `terms`, values
+    each times a number, where it is one.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Op:
     barrier: str | None = None
     opaque: bool = True
     moves: bool = False
+    terms: tuple[tuple[int, float], ...] = ()
 
 
 # What gives elements of its operand, or a number among them: whoever looks for it there, by `==` or `>=`, as the

@@ -229,6 +229,8 @@ def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int])
 def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     """Return a walk's region, trimmed of steps that invert nothing at both ends; None where it would not pay."""
     steps = list(reversed(walk.steps))
+    while out := [k for k, s in enumerate(steps) if k and any(i < steps[0].start for i in s.above)]:
+        del steps[: out[-1]]  # what runs again must lie in the region, whose first step runs forwards
     trusted = [i for i, s in enumerate(steps) if s.inverts]
     if not trusted:
         return None

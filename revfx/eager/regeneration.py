@@ -146,7 +146,9 @@ class Regeneration:
 
     def _regenerate(self, step: int) -> None:
         """Make the values and captures of `step`, from the regenerated cut above it or the nearest kept one."""
-        active, self.captures = self.active, {}
+        ahead = self.captures.items() if self.active == step + 1 else ()
+        there = {i: c for i, c in ahead if self.plan.step_of[i] == step and None not in c}
+        active, self.captures = self.active, there
         try:
             with self._as_in_the_forward():
                 if step in self.kept_cuts:
@@ -180,7 +182,8 @@ class Regeneration:
         captured: set[int] = set()
         if target:
             wanted |= {v for v in self.wanted.get(number, ()) if v not in kept}
-            captured = self.captured_ops.get(number, captured)
+            captured = self.captured_ops.get(number, captured) - self.captures.keys()
+            captured |= {i for i in step.above if i in self.captured_ops.get(self.plan.step_of[i], ())}
         base = step.entry if replay else [v for v in step.exit if v not in step.again]
         key = (number, replay, frozenset(wanted), frozenset(captured), uncoded)
         instructions = self.plan.schedules.get(key)
