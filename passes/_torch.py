@@ -106,6 +106,17 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return (args[at] if at < len(args) else kwargs.get("dropout_p", 0.0)) != 0
 
 
+def may_draw(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function of torch's of that name takes random numbers; dropout only does in training."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+    drawing = [o for o in overloads if torch.Tag.nondeterministic_seeded in o.tags]
+    if not drawing or "scaled_dot_product" in name:
+        return any(draws(o, args, kwargs) for o in drawing)
+    training = args[2] if "dropout" in name and len(args) > 2 else kwargs.get("training", True)
+    return bool(training)
+
+
 @functools.cache
 def may_alias(target: Any) -> bool:
     """Return whether an operator may return memory of its arguments, as `_unsafe_view` does, which denies it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from revfx.passes._torch import is_real
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.elimination import terms
-from revfx.passes.facts import PERMUTATION
+from revfx.passes.facts import PERMUTATION, masks
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import directions_of, taken_apart
 from revfx.passes.program import Arc, Op, Program, Value
-from revfx.passes.sizes import NUMBERS, as_number, fixed, same_shape
+from revfx.passes.sizes import NUMBERS, as_number, same_shape
+from revfx.passes.tilings import tilings
 from revfx.rules import NOT_INJECTIVE, Direction, Inverse, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
 
 
@@ -80,6 +80,7 @@ class _Lowering:
         self.bounds, self.barred, self.coded = bounds(graph), barred, barred is None
         self.directions: dict[fx.Node, list[Direction]] = {}
         self.constant = _constant(graph, sources)
+        self.masks = masks(graph)
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
@@ -107,8 +108,10 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        masked = MaskedArcs(op_nodes, self.index, self._trusted, self._arc, self._directions, coded=self.coded)
-        for i, arc in (*self._tilings(op_nodes, outs), *masked.run()):
+        masked = MaskedArcs(
+            op_nodes, self.masks, self.index, self._trusted, self._arc, self._directions, coded=self.coded
+        )
+        for i, arc in (*tilings(self.values, self.index, op_nodes, outs, self._directions), *masked.run()):
             ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
         written = {self.values[v].storage for op in ops if "writes" in (op.barrier or "") for v in op.ins}
         theirs = {v.storage for v in self.values if v.given or v.source}
@@ -258,44 +261,11 @@ class _Lowering:
         least, typical = interval.least, interval.typical
         if inverse.reciprocal:
             least, typical = 1 / max(interval.most, 1e-300), 1 / max(typical, 1e-300)
+        elif f in self.masks.of:
+            return f"the factor `{f.name}` is a mask"
         elif least == 0 and not interval.nonzero and not self.coded:
             return f"the factor `{f.name}` is not bounded away from zero"
         return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least, "typical": typical}
-
-    def _tilings(self, op_nodes: list[fx.Node], outs: list[list[int]]) -> Iterator[tuple[int, Arc]]:
-        """Yield arcs from parts that tile a value, or complete a patched copy, with an operation that makes one."""
-        tiles: dict[tuple[int, int], list[tuple[int, int, Tile | Patch]]] = {}
-        patches: list[tuple[int, int, Patch]] = []
-        for i, node in enumerate(op_nodes):
-            for t in self._directions(node):
-                if isinstance(t, Tile) and t.whole in self.index and t.part < len(outs[i]):
-                    tiles.setdefault((self.index[t.whole], t.dim), []).append((i, outs[i][t.part], t))
-                elif isinstance(t, Patch) and t.whole in self.index:
-                    patches.append((i, outs[i][0], t))
-        for (whole, dim), parts in tiles.items():
-            size = self.values[whole].shape[dim]
-            chosen = _exact_cover([t.index for _, _, t in parts], size) if fixed([size]) else None
-            if chosen is None or self.values[whole].source:
-                continue
-            use = [parts[k] for k in chosen]
-            solve = _assemble(self.values[whole].shape, dim, tuple((t.index, t.squeezed) for _, _, t in use))
-            yield min(i for i, _, _ in use), self._moved(whole, tuple(v for _, v, _ in use), solve, "put together")
-        for i, patched, p in patches:
-            whole = self.index[p.whole]
-            if isinstance(p.part, fx.Node) and p.part in self.index:
-                part = self.index[p.part]
-                tiles.setdefault((patched, p.dim), []).append((i, part, p))
-            for j, part, t in tiles.get((whole, p.dim), []):
-                same = t.index == p.index and t.squeezed == p.squeezed
-                if same and isinstance(t, Tile) and not self.values[whole].source:
-                    yield min(i, j), self._moved(whole, (patched, part), _patch(p), "patch")
-                elif set(p.index).isdisjoint(t.index):
-                    yield min(i, j), self._moved(part, (patched,), _taken(t), "beside the patch")
-                    tiles.setdefault((patched, p.dim), []).append((j, part, t))
-
-    def _moved(self, head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Arc:
-        names = ", ".join(self.values[v].name for v in tail)
-        return Arc(head, tail, solve, exact=True, text=f"{self.values[head].name} <- {names}  ({how})")
 
     def _module(self, node: fx.Node) -> torch.nn.Module | None:
         return self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
@@ -325,42 +295,6 @@ def _normal(dtype: torch.dtype) -> tuple[float, float]:
     return torch.finfo(dtype).tiny, torch.finfo(dtype).max
 
 
-def _patch(p: Patch) -> Callable[..., Tensor]:
-    def solve(patched: Tensor, part: Tensor) -> Tensor:
-        part = part.unsqueeze(p.dim) if p.squeezed else part
-        if isinstance(p.index, range):
-            return torch.slice_scatter(patched, part, p.dim, p.index.start, p.index.stop, p.index.step)
-        return patched.index_copy(p.dim, index(patched), part)
-
-    index = _on_device(p.index)
-    return solve
-
-
-def _taken(t: Tile | Patch) -> Callable[..., Tensor]:
-    """Return the function that takes a part out of its whole."""
-    index, dim, at = _on_device(t.index), t.dim, t.index
-    if not isinstance(at, range):
-        return lambda y: y.index_select(dim, index(y))
-    if t.squeezed:
-        return lambda y: y.select(dim, at.start)
-    return lambda y: y[(*[slice(None)] * dim, slice(at.start, at.stop, at.step))]
-
-
-def _on_device(positions: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Return the function of a tensor that gives `positions` as an index on its device, made once for each."""
-    made: dict[torch.device, Tensor] = {}
-
-    def index(like: Tensor) -> Tensor:
-        found = made.get(like.device)
-        if found is None:
-            found = torch.tensor(positions, device=like.device)
-            if is_real(like):
-                made[like.device] = found
-        return found
-
-    return index
-
-
 def _filled(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Callable[..., Any]:
     """Return a function of results and `given` operands, with those that are plain numbers put in their places."""
     constants = {i: g for i, g in enumerate(given, results) if not isinstance(g, fx.Node)}
@@ -378,39 +312,3 @@ def _moves(directions: list[Direction]) -> bool:
     return bool(directions) and all(
         isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions
     )
-
-
-def _exact_cover(parts: Sequence[Sequence[int]], size: int) -> list[int] | None:
-    """Return indices of parts that together hit each of 0..size-1 once, longest first; None if none do."""
-    chosen, left = list[int](), set(range(size))
-    first = [min(p, default=-1) for p in parts]
-    dense = [len(p) == max(p, default=-1) - first[k] + 1 for k, p in enumerate(parts)]
-    while left:
-        want = min(left)
-        fits = [k for k, p in enumerate(parts) if first[k] == want and left.issuperset(p)]
-        if not fits:
-            return None
-        chosen.append(max(fits, key=lambda k: (not dense[k], len(parts[k]))))
-        left.difference_update(parts[chosen[-1]])
-    return chosen or None
-
-
-def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[Sequence[int], bool], ...]) -> Callable[..., Tensor]:
-    """Return the function that puts parts together; functional, since it is traced into compiled graphs as well."""
-    positions = [i for index, _ in parts for i in index]
-    in_order = positions == sorted(positions)
-    sliced = all(isinstance(index, range) for index, _ in parts)
-    back = _on_device(sorted(range(len(positions)), key=positions.__getitem__))
-
-    def solve(*tensors: Tensor) -> Tensor:
-        whole = [t.unsqueeze(dim) if gone else t for t, (_, gone) in zip(tensors, parts, strict=True)]
-        if in_order or not sliced:
-            put = torch.cat(whole, dim)
-            return put if in_order else put.index_select(dim, back(put))
-        put = whole[0].new_empty(shape)
-        for tensor, (index, _) in zip(whole, parts, strict=True):
-            if isinstance(index, range):
-                put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
-        return put
-
-    return solve

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from revfx.passes.elimination import Elimination
@@ -83,25 +83,33 @@ class Closure:
             self._offer(Forward(index))
             for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
                 self._offer(Invert(index, arc))
-        return self._solve(indices, (arc for index in indices for arc in self._sums.add(index)))
+        new = self._drain()
+        self._learn(new, min(indices, default=0))
+        for index in reversed(indices):  # what lies near the known values first, so that sums stay short
+            self._together(self._sums.add(index), new, index)
+        return new
 
     def run(self, indices: Iterable[int]) -> list[int]:
         """Return the values that become known, in order, when some operations can be run again, but not inverted."""
         for index in indices:
             self._offer(Forward(index))
-        return self._solve((0,), ())
-
-    def _solve(self, indices: Sequence[int], sums: Iterable[Arc]) -> list[int]:
         new = self._drain()
-        together = [arc for v in new for arc in self._sums.learn(v)] + [*sums]
-        while together:
-            self.together = True
-            for arc in together:
-                self._offer(Invert(min(indices), arc))
-            more = self._drain()
-            together = [arc for v in more for arc in self._sums.learn(v)]
-            new += more
+        self._learn(new, 0)
         return new
+
+    def _learn(self, new: list[int], index: int) -> None:
+        self._together((arc for v in tuple(new) for arc in self._sums.learn(v)), new, index)
+
+    def _together(self, solved: Iterable[Arc], new: list[int], index: int) -> None:
+        """Add to `new` what becomes known by values that sums were solved for."""
+        arcs = [*solved]
+        while arcs:
+            self.together = True
+            for arc in arcs:
+                self._offer(Invert(index, arc))
+            more = self._drain()
+            arcs = [arc for v in more for arc in self._sums.learn(v)]
+            new += more
 
     def _offer(self, derivation: Derivation) -> None:
         number = len(self._pending)

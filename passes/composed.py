@@ -56,11 +56,14 @@ def _joined(first: Step, then: Step) -> Step:
 
 
 def composed(program: Program, step: Step) -> Step:
-    """Return the step with inverses that give values which are read, each from values that are right themselves."""
-    read = {*step.entry, *(v for d in step.derive if isinstance(d, Forward) for v in read_by(program, d))}
-    inverses = {d.arc.head: d.arc for d in step.derive if isinstance(d, Invert)}
+    """Return the step with inverses that give values which are read on the way to its entry, each from values that are
+    right themselves; all else runs forwards.
+    """
+    derive = needed(program, step.derive, step.entry)
+    read = {*step.entry, *(v for d in derive if isinstance(d, Forward) for v in read_by(program, d))}
+    inverses = {d.arc.head: d.arc for d in derive if isinstance(d, Invert)}
     order: list[Derivation] = []
-    for d in reversed(step.derive):
+    for d in reversed(derive):
         if isinstance(d, Forward):
             order.append(d)
         elif d.arc.head in read:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.facts import BINARY, Mask, Masks, bare, masks
+from revfx.passes.facts import BINARY, Mask, Masks, bare
 from revfx.passes.program import Arc
 from revfx.passes.sizes import same_shape
 from revfx.rules import Direction, Inverse, Masked
@@ -59,6 +59,7 @@ class MaskedArcs:
     def __init__(
         self,
         op_nodes: Sequence[fx.Node],
+        masks: Masks,
         index: Mapping[fx.Node, int],
         trusted: Callable[[Arc, fx.Node], Arc],
         arc_of: Callable[[fx.Node, Inverse], Arc | str],
@@ -68,7 +69,7 @@ class MaskedArcs:
         self.index, self.trusted, self.arc_of, self.directions_of = index, trusted, arc_of, directions_of
         self.coded = coded
         self.position = {node: i for i, node in enumerate(op_nodes)}
-        self.masks = masks(op_nodes[0].graph) if op_nodes else Masks({}, {})
+        self.masks = masks
         found = {node: [m for m in self._masked(node) if m.mask in index] for node in op_nodes}
         self.selects = {node: sides for node, sides in found.items() if sides}
         self.halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}

@@ -15,6 +15,7 @@ from revfx import debug as debug, testing as testing
 from revfx.convert import convert as convert
 from revfx.eager.block import RevBlock as RevBlock, rev_block as rev_block
 from revfx.errors import NotReversibleError as NotReversibleError, RevfxError as RevfxError
+from revfx.inverse import inverse as inverse
 from revfx.rules import register_inverse as register_inverse
 
 

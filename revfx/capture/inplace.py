@@ -17,6 +17,7 @@ FUNCTIONAL = frozenset(
     """add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt
     floor ceil round trunc""".split()
 )
+MOST_WRITES, SMALL = 4, 4096  # writes of parts to a tensor, unless it has few elements
 # What fills a new tensor, with one number or with such as are drawn, and the form that draws the same ones. By name
 # there is none, or another: `h.bernoulli()` takes the values of h for probabilities, `h.bernoulli_()` reads none.
 # Not all of these have a derivative, so what they fill must never need one.
@@ -68,10 +69,13 @@ def _why_not(
         return "it writes in place, and has no functional form"
     if node.meta.get("unseen"):
         return "it writes in place, without gradients, to a value that has one"
+    whole = memory[written[0].meta["storage"][0]]
+    if sum(n.target is set_item for n in whole) > MOST_WRITES and written[0].meta["val"].numel() > SMALL:
+        return "it is written to part by part, each of which would copy the whole"
     if _dtype_differs(node, written[0]):
         return "it writes in place a result of another dtype"
     here = position[node]
-    for other in memory[written[0].meta["storage"][0]]:
+    for other in whole:
         if other is node or position[other] > here:
             continue
         if other.op in ("placeholder", "get_attr"):

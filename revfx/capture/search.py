@@ -75,7 +75,7 @@ def make_plan(
 
     Its regions are as `wishes` says. The numbers that are attributes at `carried` are inputs of the plan.
     """
-    search = _Search(root, forward, args, kwargs, wishes or Wishes(), carried)
+    search = Search(root, forward, args, kwargs, wishes or Wishes(), carried)
     try:
         # the fake forward may run inside another region, and under modes that count or change what runs
         with without_hooks(), outside_modes(), muted(_fake.FAKE_LOGGER):
@@ -87,7 +87,7 @@ def make_plan(
         return Outcome(None, refusals, untraceable=True, compiles=e.compiles, once=e.once, guard=_modes_of(root))
 
 
-class _Search:
+class Search:
     """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
 
     def __init__(
@@ -136,13 +136,16 @@ class _Search:
                 opened |= {p for p, m in self.modules.items() if type(m) is kind and p and self._openable(p)}
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
-        captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried)
-        coded = self.wishes.exact and self.wishes.grid is None
-        lowered = lower(captured.graph, self.modules.__getitem__, barred=None if coded else {})
+        captured, lowered = self._lowered(opened)
         if self.wishes.grid is None:
             return (captured, lowered, *find_regions(lowered.program))
         program, regions, stuck = exact_regions(lowered.program)
         return captured, replace(lowered, program=program), regions, stuck
+
+    def _lowered(self, opened: frozenset[str]) -> tuple[Capture, Lowered]:
+        captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried)
+        coded = self.wishes.exact and self.wishes.grid is None
+        return captured, lower(captured.graph, self.modules.__getitem__, barred=None if coded else {})
 
     def _on_grid(
         self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...], k: int

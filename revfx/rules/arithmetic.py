@@ -94,12 +94,21 @@ def mul(node: fx.Node) -> Iterator[Direction]:
     operator.truediv, aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode,
 )  # fmt: skip
 def div(node: fx.Node) -> Iterator[Direction]:
-    """`y = a/b`; `a = y*b`."""
+    """`y = a/b`; `a = y*b`, `b = a/y`."""
     a, b, rounding = arguments(node, "input", "other", rounding_mode=None)
     if rounding is not None:
         yield NoInverse(a, f"division with rounding_mode={rounding!r} loses the remainder")
         return
     yield Inverse(a, lambda y, b: y * b, (b,), factor=b, reciprocal=True, rest=nothing)
+    yield Inverse(b, lambda y, a: a / y, (a,), coded=True)
+
+
+@register_inverse("__rdiv__", "__rtruediv__")
+def rdiv(node: fx.Node) -> Iterator[Direction]:
+    """`y = b/a`; `a = b/y`, `b = y*a`."""
+    a, b = arguments(node, "input", "other")
+    yield Inverse(a, lambda y, b: b / y, (b,), coded=True)
+    yield Inverse(b, lambda y, a: y * a, (a,), factor=a, reciprocal=True, rest=nothing)
 
 
 @register_inverse(

@@ -31,6 +31,8 @@ class _InverseMatrix:
         self._made: tuple[tuple[int, int], Tensor] | None = None
 
     def __call__(self, m: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return torch.linalg.inv(m.to(torch.promote_types(m.dtype, torch.float64))).to(m.dtype)
         if _torch.is_fake(m):
             return inverted(m)
         made, key = self._made, (m.data_ptr(), _torch.version(m))

@@ -91,6 +91,23 @@ def test_parts_that_an_index_takes_and_puts_back_are_a_coupling(kind: str) -> No
     assert saved(lambda k: ByIndex(k, kind)) < 0.1
 
 
+class PartByPart(ByIndex):
+    """Every feature is written by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        for k in range(2 * D):
+            y[:, k] = x[:, k] + 1
+        return super().forward(y)
+
+
+def test_a_tensor_that_is_written_part_by_part_is_not_copied_each_time() -> None:
+    model, x = Layers(lambda k: PartByPart(k, "buffer"), 1), torch.randn(256, 2 * D, requires_grad=True)
+    converted: Any = revfx.convert(model)
+    with pytest.warns(RevfxWarning, match="part by part"):
+        assert_same_grads(converted, model, [x])
+
+
 class Overlapping(ByIndex):
     def empty(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

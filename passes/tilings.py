@@ -1,0 +1,128 @@
+"""Arcs between a whole and its parts: those that tile it, and those that were written into a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from revfx.passes._torch import is_real
+from revfx.passes.program import Arc, Value
+from revfx.passes.sizes import fixed
+from revfx.rules import Direction, Patch, Tile
+
+
+def tilings(
+    values: Sequence[Value],
+    index: Mapping[fx.Node, int],
+    op_nodes: Sequence[fx.Node],
+    outs: Sequence[Sequence[int]],
+    directions: Callable[[fx.Node], Sequence[Direction]],
+) -> Iterator[tuple[int, Arc]]:
+    """Yield arcs from parts that tile a value, or complete a patched copy, each with an operation that makes one."""
+    tiles: dict[tuple[int, int], list[tuple[int, int, Tile | Patch]]] = {}
+    patches: list[tuple[int, int, Patch]] = []
+    for i, node in enumerate(op_nodes):
+        for t in directions(node):
+            if isinstance(t, Tile) and t.whole in index and t.part < len(outs[i]):
+                tiles.setdefault((index[t.whole], t.dim), []).append((i, outs[i][t.part], t))
+            elif isinstance(t, Patch) and t.whole in index:
+                patches.append((i, outs[i][0], t))
+    for (whole, dim), parts in tiles.items():
+        size = values[whole].shape[dim]
+        chosen = _exact_cover([t.index for _, _, t in parts], size) if fixed([size]) else None
+        if chosen is None or values[whole].source:
+            continue
+        use = [parts[k] for k in chosen]
+        solve = _assemble(values[whole].shape, dim, tuple((t.index, t.squeezed) for _, _, t in use))
+        yield min(i for i, _, _ in use), _moved(values, whole, tuple(v for _, v, _ in use), solve, "put together")
+    for i, patched, p in patches:
+        whole = index[p.whole]
+        if isinstance(p.part, fx.Node) and p.part in index:
+            part = index[p.part]
+            tiles.setdefault((patched, p.dim), []).append((i, part, p))
+        for j, part, t in tiles.get((whole, p.dim), []):
+            same = t.index == p.index and t.squeezed == p.squeezed
+            if same and isinstance(t, Tile) and not values[whole].source:
+                yield min(i, j), _moved(values, whole, (patched, part), _patch(p), "patch")
+            elif set(p.index).isdisjoint(t.index):
+                yield min(i, j), _moved(values, part, (patched,), _taken(t), "beside the patch")
+                tiles.setdefault((patched, p.dim), []).append((j, part, t))
+
+
+def _moved(values: Sequence[Value], head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Arc:
+    names = ", ".join(values[v].name for v in tail)
+    return Arc(head, tail, solve, exact=True, text=f"{values[head].name} <- {names}  ({how})")
+
+
+def _patch(p: Patch) -> Callable[..., Tensor]:
+    def solve(patched: Tensor, part: Tensor) -> Tensor:
+        part = part.unsqueeze(p.dim) if p.squeezed else part
+        if isinstance(p.index, range):
+            return torch.slice_scatter(patched, part, p.dim, p.index.start, p.index.stop, p.index.step)
+        return patched.index_copy(p.dim, index(patched), part)
+
+    index = _on_device(p.index)
+    return solve
+
+
+def _taken(t: Tile | Patch) -> Callable[..., Tensor]:
+    """Return the function that takes a part out of its whole."""
+    index, dim, at = _on_device(t.index), t.dim, t.index
+    if not isinstance(at, range):
+        return lambda y: y.index_select(dim, index(y))
+    if t.squeezed:
+        return lambda y: y.select(dim, at.start)
+    return lambda y: y[(*[slice(None)] * dim, slice(at.start, at.stop, at.step))]
+
+
+def _on_device(positions: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Return the function of a tensor that gives `positions` as an index on its device, made once for each."""
+    made: dict[torch.device, Tensor] = {}
+
+    def index(like: Tensor) -> Tensor:
+        found = made.get(like.device)
+        if found is None:
+            found = torch.tensor(positions, device=like.device)
+            if is_real(like):
+                made[like.device] = found
+        return found
+
+    return index
+
+
+def _exact_cover(parts: Sequence[Sequence[int]], size: int) -> list[int] | None:
+    """Return indices of parts that together hit each of 0..size-1 once, longest first; None if none do."""
+    chosen, left = list[int](), set(range(size))
+    first = [min(p, default=-1) for p in parts]
+    dense = [len(p) == max(p, default=-1) - first[k] + 1 for k, p in enumerate(parts)]
+    while left:
+        want = min(left)
+        fits = [k for k, p in enumerate(parts) if first[k] == want and left.issuperset(p)]
+        if not fits:
+            return None
+        chosen.append(max(fits, key=lambda k: (not dense[k], len(parts[k]))))
+        left.difference_update(parts[chosen[-1]])
+    return chosen or None
+
+
+def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[Sequence[int], bool], ...]) -> Callable[..., Tensor]:
+    """Return the function that puts parts together; functional, since it is traced into compiled graphs as well."""
+    positions = [i for index, _ in parts for i in index]
+    in_order = positions == sorted(positions)
+    sliced = all(isinstance(index, range) for index, _ in parts)
+    back = _on_device(sorted(range(len(positions)), key=positions.__getitem__))
+
+    def solve(*tensors: Tensor) -> Tensor:
+        whole = [t.unsqueeze(dim) if gone else t for t, (_, gone) in zip(tensors, parts, strict=True)]
+        if in_order or not sliced:
+            put = torch.cat(whole, dim)
+            return put if in_order else put.index_select(dim, back(put))
+        put = whole[0].new_empty(shape)
+        for tensor, (index, _) in zip(whole, parts, strict=True):
+            if isinstance(index, range):
+                put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
+        return put
+
+    return solve

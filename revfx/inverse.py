@@ -1,0 +1,184 @@
+"""The inferred inverse of a model, as a module: what samples from a flow that was trained forwards."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx.capture.guards import name_of
+from revfx.capture.solve import Solution, Solver
+from revfx.converted import unconverted
+from revfx.passes.closure import Invert
+
+
+def inverse(model: nn.Module, *example_inputs: Any, **example_conditions: Any) -> Inverse:
+    """Return the module that gives what `model` was called with, from what it returned: `inverse(model, x)(model(x))`
+    is `x`, up to rounding.
+
+    It shares the model's parameters, is differentiable with respect to them and to what it is given, and prints as the
+    program that it runs: inverses of the model's operations in the opposite order, and its functions as they are. Where
+    the model's random functions draw (dropout in training mode) they can't be run again: call `model.eval()` first.
+
+    Args:
+        model: any module; a converted one counts as the one that it was made of. It is recorded on fake tensors, with
+            shapes and dtypes like those of the example, and for other batch sizes again.
+        *example_inputs: arguments of the model that shall come back.
+        **example_conditions: arguments that shall not, such as a context.
+
+    The result is called with what the model returned, or with those of its tensors alone that it reads (its `reads`
+    names them), such as the latent variable without its log-determinant, and with the conditions by their names.
+
+    Raises:
+        NotReversibleError: an input does not follow from the outputs; the text says which, and why. No step iterates to
+            a fixed point, or solves for one element after the other.
+    """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"`inverse` takes an nn.Module, not a {type(model).__name__}.")
+    return Inverse(unconverted(model), example_inputs, example_conditions)
+
+
+class Inverse(nn.Module):
+    """The inverse of a model, for what is shaped as its examples were; see `inverse`."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._example = pytree.tree_map_only(Tensor, lambda t: t.detach(), (args, dict(kwargs)))
+        self._solutions: dict[int | None, Solution] = {}
+        self._solve(None)
+
+    @property
+    def reads(self) -> list[str]:
+        """Return which tensors of the model's result are read: `y`, `y[0]` or `y["name"]`."""
+        return [f"y{_path(self._results, k)}" for k, _ in self._solutions[None].outputs]
+
+    @property
+    def conditions(self) -> list[str]:
+        """Return the arguments that have to be given by name."""
+        return list(dict.fromkeys(self._names()[i] for i, _ in self._solutions[None].conditions))
+
+    def forward(self, *given: Any, **conditions: Any) -> Any:
+        """Return the model's inputs: one, or a tuple of those that are, or hold, tensors.
+
+        Raises:
+            TypeError: more or less is given than what `reads` and `conditions` name, or of other shapes.
+        """
+        first = self._solutions[None]
+        outputs = self._read(given, first)
+        leaves = self._conditions(conditions)
+        solution = first
+        if not torch.compiler.is_compiling():
+            solution = self._solution_for(outputs, first)
+        env = dict(zip((v for _, v in solution.outputs), outputs, strict=True))
+        env.update((v, leaves[i]) for i, v in solution.conditions)
+        env.update((v, place.tensor()) for v, place in solution.plan.sources)
+        for d in solution.order:
+            if isinstance(d, Invert):
+                env[d.arc.head] = d.arc.solve(*(env[v] for v in d.arc.tail))
+            else:
+                made = solution.plan.lowered.program.ops[d.op].outs
+                env.update(zip(made, solution.plan.calls[d.op].invoke(env), strict=True))
+        return self._put_together({i: env[v] for i, v in solution.inputs})
+
+    # --- what is given and returned
+    def _names(self) -> list[str]:
+        """Return for each leaf of the example how the model calls the argument that it is in."""
+        args, kwargs = self._example
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind < p.VAR_POSITIONAL]
+        names += [f"input {k}" for k in range(len(names), len(args))]
+        given = (*zip(names, args, strict=False), *kwargs.items())
+        return [name for name, value in given for _ in pytree.tree_leaves(value)]
+
+    @property
+    def _results(self) -> pytree.TreeSpec:
+        return self._solutions[None].plan.captured.spec
+
+    def _read(self, given: tuple[Any, ...], solution: Solution) -> list[Tensor]:
+        """Return the tensors that are read of the model's result, or of what stands for it."""
+        found = list(given)
+        if len(given) == 1:
+            leaves, spec = pytree.tree_flatten(given[0])
+            if spec == self._results:
+                found = [leaves[k] for k, _ in solution.outputs]
+        if len(found) != len(solution.outputs) or not all(isinstance(t, Tensor) for t in found):
+            raise TypeError(
+                f"the inverse of {name_of(self.model)} takes what the model returned, or of it {', '.join(self.reads)}."
+            )
+        return found
+
+    def _conditions(self, given: Mapping[str, Any]) -> dict[int, Any]:
+        names, missing = self._names(), [n for n in self.conditions if n not in given]
+        if missing or not given.keys() <= self._example[1].keys():
+            theirs = ", ".join(f"`{n}`" for n in self.conditions) or "none"
+            raise TypeError(f"the inverse of {name_of(self.model)} takes these arguments by name: {theirs}.")
+        places = {name: [i for i, n in enumerate(names) if n == name] for name in given}
+        return {i: leaf for n, v in given.items() for i, leaf in zip(places[n], pytree.tree_leaves(v), strict=True)}
+
+    def _put_together(self, leaves: Mapping[int, Tensor]) -> Any:
+        args, _ = self._example
+        flat, spec = pytree.tree_flatten(args)
+        found = pytree.tree_unflatten([leaves.get(i, leaf) for i, leaf in enumerate(flat)], spec)
+        found = tuple(x for x in found if any(isinstance(t, Tensor) for t in pytree.tree_leaves(x)))
+        return found[0] if len(found) == 1 else found
+
+    # --- programs, by batch size
+    def _solution_for(self, outputs: list[Tensor], first: Solution) -> Solution:
+        """Return the program for tensors of these shapes, found anew where the model has changed.
+
+        Raises:
+            TypeError: they differ from the example's in more than the batch size.
+        """
+        values = first.plan.lowered.program.values
+        shapes = [tuple(values[v].shape) for _, v in first.outputs]
+        rows = (
+            None if shapes == [tuple(t.shape) for t in outputs] else outputs[0].shape[0] if outputs[0].dim() else None
+        )
+        found = self._solutions.get(rows)
+        if found is None or found.plan.changed() is not None:
+            found = self._solve(rows)
+        program = found.plan.lowered.program
+        for (_, v), t in zip(found.outputs, outputs, strict=True):
+            if tuple(program.values[v].shape) != tuple(t.shape):
+                want = list(program.values[v].shape)
+                raise TypeError(f"the inverse of {name_of(self.model)} was given {list(t.shape)}, not {want}.")
+        return found
+
+    def _solve(self, rows: int | None) -> Solution:
+        args, kwargs = self._example
+        if rows is not None:
+            size = next(t.shape[0] for t in pytree.tree_leaves(self._example) if isinstance(t, Tensor) and t.dim())
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: _resized(t, size, rows), self._example)
+        names = self._names()[: len(pytree.tree_leaves(args))]
+        found = Solver(self.model, self.model.forward, args, kwargs, names).solve()
+        self._solutions[rows] = found
+        return found
+
+    def extra_repr(self) -> str:
+        """Return the program, for `print`."""
+        return self._solutions[None].code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inverse:
+        """Return the inverse of a copy of the model."""
+        return Inverse(copy.deepcopy(self.model, memo), *self._example)
+
+    def __reduce__(self) -> Any:
+        """Return how it is pickled: as the model and the example; programs are found again."""
+        return Inverse, (self.model, *self._example)
+
+
+def _resized(t: Tensor, size: int, rows: int) -> Tensor:
+    """Return a tensor of another batch size."""
+    return t if not t.dim() or t.shape[0] != size else t.new_empty((rows, *t.shape[1:]))
+
+
+def _path(spec: pytree.TreeSpec, k: int) -> str:
+    """Return how the k-th leaf of a structure is written."""
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return next(pytree.keystr(path) for path, leaf in pytree.tree_flatten_with_path(tree)[0] if leaf == k)
