@@ -181,7 +181,8 @@ class _Lowering:
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
         """Return the arc of one direction, or why its domain does not hold."""
-        a, y = inverse.solves.meta["val"], node.meta["val"]
+        result = node if inverse.result is None else inverse.result
+        a, y = inverse.solves.meta["val"], result.meta["val"]
         if not isinstance(y, Tensor):
             return "the result is not one tensor"
         if inverse.coded and not self.coded:
@@ -209,7 +210,7 @@ class _Lowering:
         if isinstance(factor, str):
             return factor
         arc = Arc(
-            head=self.index[inverse.solves], tail=(self.index[node], *(self.index[g] for g in given)),
+            head=self.index[inverse.solves], tail=(self.index[result], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
             partial=not statically_known_true(a.numel() == y.numel()),

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 
 from revfx.ambient import drew, generators, restore
 from revfx.capture.untraceable import ASKS, Untraceable
+from revfx.capture.whole import told_to_invert
+from revfx.eager.trees import tensors
 from revfx.passes._torch import outside_modes
 from revfx.passes.facts import LIMIT, is_mask
 
@@ -71,12 +73,20 @@ class Constants:
                 node.meta.update(constant=self.values[node], asked=True)
         return found
 
+    def asked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return the same where Python asks for it; an error names the function that may be called whole instead."""
+        try:
+            return self.result(function, args, kwargs)
+        except Untraceable as e:
+            e.whole = told_to_invert()
+            raise
+
     def fold(self, node: fx.Node) -> None:
         """Note what a node holds that is computed from indices and masks whose numbers are noted."""
-        val, inputs = node.meta["val"], node.all_input_nodes
-        if _is_whole(val) and inputs and all("constant" in n.meta for n in inputs):
+        made, inputs = tensors(node.meta["val"]), node.all_input_nodes
+        if made and all(map(_is_whole, made)) and inputs and all("constant" in n.meta for n in inputs):
             with contextlib.suppress(Untraceable):
-                node.meta["constant"] = self.result(lambda x: x, (node,), {})
+                node.meta.update(constant=self.result(lambda x: x, (node,), {}), kept=True)
 
     def _value(self, node: fx.Node) -> Any:
         if node in self.held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,10 +81,31 @@ def _why_not(
             continue
         if other.op in ("placeholder", "get_attr"):
             return f"it writes in place to memory of `{other.name}`, which is an input or an attribute of the model"
+        if _apart(other.meta["val"], written[0].meta["val"]):
+            continue
         late = [user for user in other.users if position[user] > here]
         if late:
             return f"it writes in place to a value whose alias or view `{other.name}` is read later"
     return None
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    """Return whether two views of one memory, such as the halves of a value, are seen to have no element in common."""
+    if a.stride() != b.stride() or 0 in a.stride():
+        return False
+    order = sorted(range(a.dim()), key=lambda d: -a.stride(d))
+    at: list[Any] = [a.storage_offset(), b.storage_offset()]
+    apart = False
+    room = [math.inf, *(a.stride(d) for d in order)]
+    for d, outer in zip(order, room, strict=False):
+        step = a.stride(d)
+        firsts: list[int] = [start // step for start in at]
+        at = [start % step for start in at]
+        ends = [first + t.shape[d] for first, t in zip(firsts, (a, b), strict=True)]
+        if max(ends) * step > outer:
+            return False  # one goes on in the next row of the dimension outside
+        apart |= ends[0] <= firsts[1] or ends[1] <= firsts[0]
+    return apart
 
 
 def set_item(x: Tensor, index: Any, value: Any) -> Tensor:

@@ -98,13 +98,13 @@ class Recorder(TorchFunctionMode):
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
                     known = id(leaf) in self.fakes
-                    leaves[i] = self._to_fake(leaf)
+                    leaves[i] = self.to_fake(leaf)
                     if not known and id(leaf) not in self.real:
                         self._name(self.graph.placeholder(f"input_{len(self.inputs)}"), leaves[i])
                         self.inputs.append(i)
             return pytree.tree_unflatten(leaves, spec)
 
-    def _to_fake(self, t: Tensor) -> Tensor:
+    def to_fake(self, t: Tensor) -> Tensor:
         if _torch.is_fake(t):
             return t
         fake = self.fakes.get(id(t))
@@ -115,18 +115,18 @@ class Recorder(TorchFunctionMode):
                 fake = self.fakes[id(t)] = _fake.to_fake(self.fake, t, self.computed_in.get(id(t)))
         return fake
 
-    def _convert(self, tree: Any) -> Any:
+    def convert(self, tree: Any) -> Any:
         """Return `tree` with every real tensor replaced by its fake."""
         if isinstance(tree, Tensor):
-            fake = self._to_fake(tree)
+            fake = self.to_fake(tree)
             if fake is not tree and id(fake) not in self.nodes and not self.suspended:
                 self._attribute(tree, fake)
             return fake
         if isinstance(tree, (list, tuple)) and any(isinstance(x, (Tensor, list, tuple, dict, slice)) for x in tree):
-            items = [self._convert(x) for x in tree]
+            items = [self.convert(x) for x in tree]
             return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
         if isinstance(tree, dict) and tree:
-            items = {k: self._convert(v) for k, v in tree.items()}
+            items = {k: self.convert(v) for k, v in tree.items()}
             if type(tree) is dict or any(items[k] is not v for k, v in tree.items()):
                 return items
         return tree  # a dict of another class, such as what a Hugging Face model returns, stays what it is
@@ -174,11 +174,11 @@ class Recorder(TorchFunctionMode):
         outputs: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                outputs.append(self._node(self._convert(leaf)))
+                outputs.append(self._node(self.convert(leaf)))
             elif isinstance(leaf, ATOMS):
                 outputs.append(leaf)
             else:
-                outputs.append(carried(leaf, lambda t: self._node(self._convert(t)), self.lasting))
+                outputs.append(carried(leaf, lambda t: self._node(self.convert(t)), self.lasting))
         self._refuse_unseen_functions()
         self.graph.output(tuple(o.tensors if isinstance(o, Carried) else o for o in outputs))
         functionalise(self.graph)
@@ -204,7 +204,7 @@ class Recorder(TorchFunctionMode):
 
     # --- recording
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self._convert(args), self._convert(kwargs or {})
+        args, kwargs = self.convert(args), self.convert(kwargs or {})
         if self.suspended:
             out = func(*args, **kwargs)
             self.drew = OWN_GENERATOR if _draws((args, kwargs)) else self.drew
@@ -223,8 +223,8 @@ class Recorder(TorchFunctionMode):
         try:
             out = func(*args, **kwargs)
         except _fake.DATA_DEPENDENT:
-            found = self.constants.result(func, *self._to_nodes((args, kwargs)))
-            out = pytree.tree_map_only(Tensor, self._to_fake, found)
+            found = self.constants.asked(func, *self._to_nodes((args, kwargs)))
+            out = pytree.tree_map_only(Tensor, self.to_fake, found)
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
         if self.numbers.of:
@@ -260,10 +260,11 @@ class Recorder(TorchFunctionMode):
                 self.constants.forget(key)
         if isinstance(out, Tensor):
             self._name(node, out)
-            self.constants.fold(node)
         else:
             node.meta["val"] = out
             self.alive.append(out)
+        self.constants.fold(node)
+        if not isinstance(out, Tensor):
             self._take_apart(node, out)
         return out
 
@@ -283,6 +284,7 @@ class Recorder(TorchFunctionMode):
             if isinstance(item, Tensor):
                 if id(item) not in self.nodes:
                     self._name(part, item)
+                    self.constants.fold(part)
                 else:
                     part.meta["val"] = item
                     part.meta["storage"] = self.nodes[id(item)].meta["storage"]
@@ -319,7 +321,7 @@ class Recorder(TorchFunctionMode):
             self.stack.pop()  # not in a finally: after an error it tells where it happened
             return out
         with _torch.no_torch_function():
-            args, kwargs = self._convert(args), self._convert(kwargs)
+            args, kwargs = self.convert(args), self.convert(kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
             made = next((x for x in leaves if not isinstance(x, Tensor) and not lasts(x, self.lasting)), None)
             if made is not None:
@@ -367,7 +369,7 @@ class Recorder(TorchFunctionMode):
     def _fakes_of(self, out: Any) -> Any:
         self.suspended += 1
         try:
-            return self._convert(out)
+            return self.convert(out)
         finally:
             self.suspended -= 1
 
@@ -381,7 +383,7 @@ class Recorder(TorchFunctionMode):
         if self.suspended:
             return apply(function, *args, **kwargs)
         with _torch.no_torch_function():
-            args, kwargs = self._convert(args), self._convert(kwargs)
+            args, kwargs = self.convert(args), self.convert(kwargs)
             versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
         self.suspended, self.drew = self.suspended + 1, None
         try:

@@ -105,6 +105,7 @@ class Search:
         self.closed: set[str] = set()
         self.refusals: dict[str, Refusal] = {}
         self.once = False
+        self.whole = frozenset[Forward]()  # functions that are called whole
 
     def run(self) -> Outcome:
         found, opened = self._find_opening(frozenset())
@@ -130,6 +131,9 @@ class Search:
             try:
                 return self._find(opened), opened
             except Untraceable as e:
+                if e.whole is not None and e.whole not in self.whole:
+                    self.whole |= {e.whole}
+                    continue
                 if e.opens is None or e.opens in opened or e.opens in self.closed or not self._openable(e.opens):
                     raise
                 kind = type(self.modules[e.opens])  # what is said of one will be said of the others
@@ -143,7 +147,7 @@ class Search:
         return captured, replace(lowered, program=program), regions, stuck
 
     def _lowered(self, opened: frozenset[str]) -> tuple[Capture, Lowered]:
-        captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried)
+        captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried, self.whole)
         coded = self.wishes.exact and self.wishes.grid is None
         return captured, lower(captured.graph, self.modules.__getitem__, barred=None if coded else {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -81,7 +81,9 @@ class Solver(Search):
             ) from e
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Any, ...], tuple[Any, ...]]:
-        return (*self._lowered(opened), (), ())
+        captured, lowered = self._lowered(opened)
+        values = tuple(replace(v, kept=False) for v in lowered.program.values)  # none is held, as there is no forward
+        return captured, replace(lowered, program=replace(lowered.program, values=values)), (), ()
 
     def _solve(self) -> Solution:
         (captured, lowered, *_), opened = self._find_opening(frozenset())

@@ -18,6 +18,7 @@ from revfx.capture.guards import GlobalReads, gives_anew, name_of, noting_reads
 from revfx.capture.patches import intercepted
 from revfx.capture.recorder import Recorder
 from revfx.capture.untraceable import GIVEN, LOST, Untraceable, untraceable
+from revfx.capture.whole import called_whole
 
 
 _lock = threading.Lock()
@@ -30,9 +31,10 @@ def capture(
     kwargs: Any,
     opened: frozenset[str],
     carried: frozenset[Spot] = frozenset(),
+    whole: frozenset[Callable[..., Any]] = frozenset(),
 ) -> Capture:
     """Return the recorded `forward(*args, **kwargs)` of `root`, with the numbers that are attributes at `carried` as
-    inputs.
+    inputs, and calls of `whole` functions as one operation each.
 
     Raises:
         Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
@@ -40,7 +42,8 @@ def capture(
     with _lock:
         recorder = Recorder(root, opened, carried)
         try:
-            found = _recorded(recorder, root, forward, args, kwargs, opened)
+            with called_whole(whole):
+                found = _recorded(recorder, root, forward, args, kwargs, opened)
         finally:
             left = let_go(recorder.fake, recorder.forget())
         if isinstance(found, Untraceable):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from revfx import _fake
 from revfx.ambient import where_raised
 
@@ -20,8 +23,8 @@ GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 class Untraceable(Exception):
     """The forward can't be recorded: `reason`, `where` (the user's file and line), the `path` of the module at fault,
     whether `torch.compile` captures what it does (`compiles`), whether it may be recorded where the module `opens`, so
-    that its own code is seen, and whether it may be recorded once it has run (`once`): a first call sets up what later
-    ones find.
+    that its own code is seen, whether it may be recorded once it has run (`once`): a first call sets up what later ones
+    find, and whether it may be where a function is called `whole`.
     """
 
     def __init__(
@@ -32,10 +35,11 @@ class Untraceable(Exception):
         compiles: bool = True,
         opens: str | None = None,
         once: bool = False,
+        whole: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(reason)
         self.reason, self.where, self.path, self.compiles = reason, where, path, compiles
-        self.opens, self.once = opens, once
+        self.opens, self.once, self.whole = opens, once, whole
 
 
 def untraceable(error: Exception, path: str) -> Untraceable:
@@ -50,7 +54,9 @@ def untraceable(error: Exception, path: str) -> Untraceable:
         link = link.__cause__ or link.__context__
     if isinstance(error, Untraceable):
         path = path if error.path is None else error.path
-        return Untraceable(error.reason, error.where or where, path, error.compiles, error.opens, error.once)
+        return Untraceable(
+            error.reason, error.where or where, path, error.compiles, error.opens, error.once, error.whole
+        )
     if isinstance(error, _fake.DATA_DEPENDENT):
         return Untraceable(ASKS, where, path)
     text = str(error).splitlines()[0] if str(error) else ""

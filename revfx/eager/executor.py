@@ -53,7 +53,8 @@ class RegionRun(Regeneration):
         with self.quiet:
             for v in env:
                 self._note(v, env[v])
-            self._keep_all(self.kept, [v for v in env if program.values[v].source and last[v] >= region.start], env)
+            given = ((v, program.values[v]) for v in env if last[v] >= region.start)
+            self._keep_all(self.kept, [v for v, value in given if value.source or value.kept], env)
             self._keep_all(self.kept, (*region.side, *region.saved, *region.entry), env)
         self.kept_cuts[0] = {v: self.kept[v] for v in region.entry if v in self.kept}
         held = {*region.saved, *region.side}

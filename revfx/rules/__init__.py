@@ -44,6 +44,7 @@ class Inverse:
     (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
     the inverse of such a form. `coded` ones saturate, bend or lose bits, and so are taken only where a code corrects
     what they give. `matrix`: the operand that is inverted as a whole; it must follow from parameters and constants.
+    `result`: the part of the results that the inverse starts from, where there are several.
     """
 
     solves: Any
@@ -56,6 +57,7 @@ class Inverse:
     grid: bool = False
     coded: bool = False
     matrix: Any = None
+    result: Any = None
 
 
 @dataclass(frozen=True, slots=True)

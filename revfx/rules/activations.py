@@ -34,6 +34,13 @@ register_inverse(torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", aten.sigmoid.d
 register_inverse(torch.reciprocal, "reciprocal", aten.reciprocal.default)(_one_to_one(torch.reciprocal))
 
 
+@register_inverse("__rdiv__", "__rtruediv__")
+def rdiv(node: fx.Node) -> Iterator[Direction]:
+    """`y = b/a`; `a = b/y`."""
+    a, b = arguments(node, "input", "other")
+    yield Inverse(a, lambda y, b: b / y, (b,), coded=True)
+
+
 @register_inverse(F.leaky_relu, aten.leaky_relu.default)
 def leaky_relu(node: fx.Node) -> Iterator[Direction]:
     """`y = a` above 0, `slope*a` below; `a = y` above 0, `y/slope` below."""

@@ -103,14 +103,6 @@ def div(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: a / y, (a,), coded=True)
 
 
-@register_inverse("__rdiv__", "__rtruediv__")
-def rdiv(node: fx.Node) -> Iterator[Direction]:
-    """`y = b/a`; `a = b/y`, `b = y*a`."""
-    a, b = arguments(node, "input", "other")
-    yield Inverse(a, lambda y, b: b / y, (b,), coded=True)
-    yield Inverse(b, lambda y, a: y * a, (a,), factor=a, reciprocal=True, rest=nothing)
-
-
 @register_inverse(
     torch.addcmul, "addcmul", "addcmul_", aten.addcmul.default, torch.addcdiv, "addcdiv", "addcdiv_",
     aten.addcdiv.default,

@@ -220,7 +220,7 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
     a, index = arguments(node, "input", "index")
     if not isinstance(a, fx.Node) or not isinstance(a.meta.get("val"), Tensor):
         return
-    found = _along(_shape(a), index)
+    found = _along(_shape(a), _without_new(index) if meta(node).numel() == meta(a).numel() else index)
     if isinstance(found, str):
         yield NoInverse(a, found)
         return
@@ -232,6 +232,11 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
         yield Inverse(a, lambda y: y.reshape(shape), exact=True) if dim < 0 else Tile(a, dim, i)
     else:
         yield from permuted(a, dim, i)
+
+
+def _without_new(index: Any) -> Any:
+    """Return an index without the dimensions of size 1 that it adds by None."""
+    return tuple(i for i in index if i is not None) if isinstance(index, tuple) else () if index is None else index
 
 
 def _along(shape: tuple[int, ...], index: Any) -> tuple[int, Any] | str:

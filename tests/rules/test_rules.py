@@ -101,6 +101,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "put": [(t(3, 4), (slice(None), slice(1, 3)), t(3, 2)), (t(3, 4), (..., 2), t(3)), (t(3, 4), [2, 0], t(2, 4))],
     **{name: [(t(3, 4),)] for name in "exp expm1 sinh asinh tanh atan sigmoid leaky_relu elu selu softplus".split()},
     **{name: [(far_from_zero(3, 4),)] for name in ("log", "log1p", "reciprocal")},
+    **{name: [(far_from_zero(3, 4), 2.5), (far_from_zero(3, 4), t(3, 4))] for name in ("rdiv", "rtruediv")},
     "Identity": [(t(3, 4),)],
     "Flatten": [(t(3, 2, 4),)],
 }

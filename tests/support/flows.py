@@ -256,7 +256,8 @@ IRREVERSIBLE: dict[str, Program] = {
     ),
 }
 
-# Which ask what buffers hold, or put parts in their places by index: found by `convert`.
+SPLINE = nt.PiecewiseRationalQuadraticCouplingTransform
+# Which ask buffers, put parts in their places by index, or call functions that invert themselves: by `convert`.
 BY_CONVERT: dict[str, Program] = {
     "normflows activation normalisation": Program(
         normflow(lambda k: nf.flows.ActNorm(D), affine(), permute(D, "swap")), vectors
@@ -270,4 +271,11 @@ BY_CONVERT: dict[str, Program] = {
     "nflows LU": Program(nflow(lambda k: nt.LULinear(D, identity_init=False), coupling()), vectors),
     "nflows permutation": Program(nflow(lambda k: nt.RandomPermutation(D), coupling()), vectors),
     "nflows leaky relu": Program(nflow(lambda k: nt.LeakyReLU(), coupling()), vectors),
+    "nflows rational-quadratic": Program(nflow(coupling(SPLINE, tails="linear", tail_bound=3.0)), vectors),
+    "normflows rational-quadratic": Program(
+        normflow(
+            lambda k: nf.flows.CoupledRationalQuadraticSpline(D, 1, HIDDEN), lambda k: nf.flows.LULinearPermute(D)
+        ),
+        vectors,
+    ),
 }

@@ -171,7 +171,7 @@ def indexed(draw: Draw, op: object) -> Sample:
     if name == "getitem" and draw(st.integers(0, 2)) == 0:
         i = draw(st.sampled_from([slice(0, 2), slice(None, None, 2), 0, -1, ..., None, True, [0]]))
         whole = isinstance(i, slice) and len(range(n)[i]) == n
-        full = i is ... or whole or (n == 1 and type(i) is int and i in (0, -1))
+        full = i is ... or i is None or whole or (n == 1 and type(i) is int and i in (0, -1))
         return Sample((a, (*before, i)), ALL if full and not isinstance(i, list) else NONE)
     solved = ALL if sorted(i % n for i in at.tolist()) == list(range(n)) else NONE
     if name == "getitem":

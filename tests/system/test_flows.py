@@ -82,7 +82,10 @@ CODED_LIKE_OTHERS = (
 )
 
 
-OF_EACH_KIND = ("normflows activation normalisation", "normflows LU", "normflows Glow, two scales", "nflows affine")
+OF_EACH_KIND = (
+    *("normflows activation normalisation", "normflows LU", "normflows Glow, two scales", "nflows affine"),
+    "nflows rational-quadratic",
+)
 
 
 @pytest.fixture(autouse=True)

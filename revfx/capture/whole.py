@@ -1,0 +1,146 @@
+"""Functions that can be told to invert themselves, such as a spline's, called whole where their code asks for numbers.
+
+What libraries of flows have in common is a parameter `inverse`: `y, log_det = spline(x, *shape, inverse=False)`. The
+inverse of such a call is the same call with the other value, given what else it was given. It is a prediction like any
+other: where it is wrong, the code that makes up for it is large, and the value is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.ambient import drew, generators, restore
+from revfx.capture.untraceable import ASKS, Untraceable
+from revfx.eager.modes import recording
+from revfx.passes._torch import outside_modes
+from revfx.rules import Inverse
+
+
+if TYPE_CHECKING:
+    from revfx.capture.recorder import Recorder
+
+
+NAME = "inverse"
+
+
+def told_to_invert() -> Callable[..., Any] | None:
+    """Return the outermost of the functions that run that has a parameter `inverse`, which is true or false."""
+    frame, found = _torch.caller(), None
+    while frame is not None:
+        code = frame.f_code
+        function = frame.f_globals.get(code.co_name)
+        mine = isinstance(function, types.FunctionType) and function.__code__ is code and not code.co_freevars
+        if mine and NAME in inspect.signature(function).parameters and isinstance(frame.f_locals.get(NAME), bool):
+            found = function
+        frame = frame.f_back
+    return found
+
+
+@contextmanager
+def called_whole(functions: Collection[Callable[..., Any]]) -> Generator[None]:
+    """Return a context in which this thread's recorder is told of calls of `functions`, whoever holds them."""
+    own = {f: _twin(f) for f in functions}
+    try:
+        for function, twin in own.items():
+            _told[id(function)] = function, twin
+            consts = tuple(id(function) if c == NAME else c for c in _tell.__code__.co_consts)
+            function.__code__ = _tell.__code__.replace(co_consts=consts)
+        yield
+    finally:
+        for function, twin in own.items():
+            function.__code__ = twin.__code__
+            del _told[id(function)]
+
+
+_told: dict[int, tuple[Any, Any]] = {}  # functions whose code is another for a while, and twins with their own
+
+
+def _twin(function: Any) -> Any:
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def _tell(*args: Any, **kwargs: Any) -> Any:
+    from revfx.capture import whole
+
+    return whole.called("inverse", args, kwargs)
+
+
+def called(key: Any, args: Any, kwargs: Any) -> Any:
+    """Return what a function gives, the call of which is recorded; in other threads, and in modules called whole, run
+    as it is.
+    """
+    function, twin = _told[key]
+    recorder = getattr(recording, "recorder", None)
+    if recorder is None or not recorder.sees():
+        return twin(*args, **kwargs)
+    return _record(recorder, function, twin, args, kwargs)
+
+
+def _record(recorder: Recorder, function: Any, twin: Any, args: Any, kwargs: Any) -> Any:
+    with _torch.no_torch_function():
+        args, kwargs = recorder.convert((args, kwargs))
+        bound = inspect.signature(twin).bind(*args, **kwargs)
+        out = pytree.tree_map_only(Tensor, recorder.to_fake, _shapes(twin, args, kwargs))
+        needs = torch.is_grad_enabled() and any(t.requires_grad for t in _floats((args, kwargs)))
+        with recorder.fake:  # not leaves: code may write to them
+            out = pytree.tree_map_only(Tensor, lambda t: t.requires_grad_(needs and t.is_floating_point()).clone(), out)
+        out = recorder.record("call_function", function, args, kwargs, out, [], opaque=True)
+        first, x = pytree.tree_leaves(out)[0], next(iter(bound.arguments.values()))
+        if isinstance(x, Tensor) and isinstance(first, Tensor):
+            y = recorder.nodes[id(first)]
+            node: Any = y if y.target is function else y.args[0]
+            node.meta["directions"] = (_inverse(twin, node, recorder.nodes[id(x)], y),)
+        return out
+
+
+def _shapes(function: Any, args: Any, kwargs: Any) -> Any:
+    """Return what `function` gives of numbers that are like its arguments in shape.
+
+    Raises:
+        Untraceable: it can't be called so, or draws.
+    """
+    drawn = generators()
+    with torch.no_grad(), outside_modes():
+
+        def like(t: Tensor) -> Tensor:
+            return torch.zeros(tuple(t.shape), dtype=t.dtype, device=getattr(t, "fake_device", t.device))
+
+        try:
+            found = function(*pytree.tree_map_only(Tensor, like, args), **pytree.tree_map_only(Tensor, like, kwargs))
+        except Exception as e:
+            raise Untraceable(f"{ASKS}, and `{function.__name__}` fails for zeros: {e}") from None
+    if drew(drawn, generators()) is not None:
+        restore(drawn)
+        raise Untraceable(ASKS)
+    return found
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _inverse(function: Any, node: fx.Node, x: fx.Node, y: fx.Node) -> Inverse:
+    """Return the inverse of `y, ... = function(x, ...)`."""
+    others = tuple(n for n in node.all_input_nodes if n is not x)
+    given = inspect.signature(function).bind(*node.args, **node.kwargs)
+
+    def by(result: Tensor, *tensors: Tensor) -> Tensor:
+        values: dict[fx.Node, Any] = {**dict(zip(others, tensors, strict=True)), x: result}
+        args, kwargs = fx.map_arg((given.args, given.kwargs), values.__getitem__)
+        call = inspect.signature(function).bind(*args, **kwargs)
+        call.apply_defaults()
+        call.arguments[NAME] = not call.arguments[NAME]
+        return pytree.tree_leaves(function(*call.args, **call.kwargs))[0]
+
+    return Inverse(x, by, others, result=y)
