@@ -64,11 +64,11 @@ class Step(nn.Module):
         self.scale, self.shift = (nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(2))
         self.register_buffer("ready", torch.tensor(False))
         self.mix = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0])
+        last = nn.Conv2d(hidden, channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
         self.net = nn.Sequential(
-            nn.Conv2d(channels // 2, hidden, 3, padding=1), nn.SiLU(), nn.Conv2d(hidden, hidden, 1), nn.SiLU(),
-            nn.Conv2d(hidden, channels, 3, padding=1),
+            nn.Conv2d(channels // 2, hidden, 3, padding=1), nn.SiLU(), nn.Conv2d(hidden, hidden, 1), nn.SiLU(), last
         )  # fmt: skip
-        nn.init.zeros_(self.net[-1].weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, c, h, w), and the log-determinant (B,)."""
@@ -160,8 +160,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="fewer epochs")
     parser.add_argument("--to", type=Path, default=Path("flow_samples.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # so that times and losses can be repeated
     torch.manual_seed(0)
-    images = torch.as_tensor(load_digits().data).float()
+    images = torch.as_tensor(load_digits(return_X_y=True)[0]).float()
     rows = {"data": noisy(images[:32])}
     for name, flow, epochs in (("RealNVP", RealNVP(12, 256), 80), ("Glow", Glow(16, 48), 40)):
         converted = revfx.convert(flow)
