@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -177,7 +178,7 @@ class _Lowering:
                 return ()
             factors[self.index[d.solves]] += 1 / f if d.reciprocal else f
             number = d.rest(*(0.0 if isinstance(g, fx.Node) else g for g in d.given))
-        return terms(factors, float(number)) if all(factors.values()) else ()
+        return terms(factors, float(number)) if all(factors.values()) and math.isfinite(number) else ()
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
         """Return the arc of one direction, or why its domain does not hold."""

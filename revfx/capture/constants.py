@@ -5,19 +5,19 @@ It gets the numbers that are there, and the plan that this leads to is valid whi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from revfx.ambient import drew, generators, restore
+from revfx.ambient import drew, generators, torchs_generator
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.capture.whole import told_to_invert
 from revfx.eager.trees import tensors
-from revfx.passes._torch import outside_modes
+from revfx.passes._torch import may_draw, outside_modes
 from revfx.passes.facts import LIMIT, is_mask
+from revfx.rules import op_name
 
 
 class Constants:
@@ -50,54 +50,68 @@ class Constants:
         for node in spoilt:
             del self.held[node]
 
-    def result(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def asked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return what `function` gives of nodes; the attributes that they follow from are marked, to be guarded.
 
         Raises:
-            Untraceable: they do not follow from constants alone.
+            Untraceable: they do not follow from constants alone; it names the function that may be called whole.
         """
         asked: list[fx.Node] = []
         fx.map_arg((args, kwargs), asked.append)
         above = _above(asked)
-        drawn = generators()
-        with torch.no_grad(), outside_modes():
+        drawn = [*generators(), torchs_generator()]
+        try:
             for node in self.graph.nodes:
                 if node in above and node not in self.values:
                     self.values[node] = self._value(node)
-            found = self._called(function, args, kwargs)
-        if drew(drawn, generators()) is not None:
-            restore(drawn)
-            raise Untraceable(ASKS)
+            found = _called(function, args, kwargs, self.values)
+            if (
+                may_draw(op_name(function), args, kwargs)
+                or drew(drawn, [*generators(), torchs_generator()]) is not None
+            ):
+                raise Untraceable(ASKS)
+        except Untraceable as e:
+            e.whole = told_to_invert()
+            raise
         for node in above:
             if node.op == "get_attr":
                 node.meta.update(constant=self.values[node], asked=True)
         return found
 
-    def asked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return the same where Python asks for it; an error names the function that may be called whole instead."""
-        try:
-            return self.result(function, args, kwargs)
-        except Untraceable as e:
-            e.whole = told_to_invert()
-            raise
-
     def fold(self, node: fx.Node) -> None:
         """Note what a node holds that is computed from indices and masks whose numbers are noted."""
         made, inputs = tensors(node.meta["val"]), node.all_input_nodes
-        if made and all(map(_is_whole, made)) and inputs and all("constant" in n.meta for n in inputs):
-            with contextlib.suppress(Untraceable):
-                node.meta.update(constant=self.result(lambda x: x, (node,), {}), kept=True)
+        if (
+            made
+            and inputs
+            and all("constant" in n.meta for n in inputs)
+            and all(map(_is_whole, made))
+            and _is_pure(node)
+        ):
+            found = _called(_function(node), node.args, node.kwargs, {n: n.meta["constant"] for n in inputs})
+            node.meta.update(constant=found, kept=True)
 
     def _value(self, node: fx.Node) -> Any:
         if node in self.held:
             return self.held[node]
-        if node.op not in ("call_function", "call_method") or node.meta.get("opaque") or "mutates" in node.meta:
+        if not _is_pure(node):
             raise Untraceable(ASKS)
-        target: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-        return self._called(target, node.args, node.kwargs)
+        return _called(_function(node), node.args, node.kwargs, self.values)
 
-    def _called(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        args, kwargs = fx.map_arg((args, kwargs), self.values.__getitem__)
+
+def _is_pure(node: fx.Node) -> bool:
+    """Return whether running an operation again gives the same, and changes nothing."""
+    runs = node.op in ("call_function", "call_method") and not node.meta.get("opaque") and "mutates" not in node.meta
+    return runs and not may_draw(op_name(node.target), node.args, node.kwargs)
+
+
+def _function(node: fx.Node) -> Any:
+    return getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+
+
+def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[fx.Node, Any]) -> Any:
+    with torch.no_grad(), outside_modes():
+        args, kwargs = fx.map_arg((args, kwargs), values.__getitem__)
         return function(*args, **kwargs)
 
 

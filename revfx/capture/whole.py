@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import drew, generators, restore
+from revfx.ambient import drew, generators, torchs_generator
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.eager.modes import recording
 from revfx.passes._torch import outside_modes
@@ -110,7 +110,7 @@ def _shapes(function: Any, args: Any, kwargs: Any) -> Any:
     Raises:
         Untraceable: it can't be called so, or draws.
     """
-    drawn = generators()
+    drawn = [*generators(), torchs_generator()]
     with torch.no_grad(), outside_modes():
 
         def like(t: Tensor) -> Tensor:
@@ -120,8 +120,7 @@ def _shapes(function: Any, args: Any, kwargs: Any) -> Any:
             found = function(*pytree.tree_map_only(Tensor, like, args), **pytree.tree_map_only(Tensor, like, kwargs))
         except Exception as e:
             raise Untraceable(f"{ASKS}, and `{function.__name__}` fails for zeros: {e}") from None
-    if drew(drawn, generators()) is not None:
-        restore(drawn)
+    if drew(drawn, [*generators(), torchs_generator()]) is not None:
         raise Untraceable(ASKS)
     return found
 

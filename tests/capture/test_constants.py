@@ -197,6 +197,42 @@ def test_a_layer_that_its_first_call_sets_up_is_reversed_from_then_on(how: str, 
     assert converted.revfx.plans[-1].regions and converted.revfx.kept_cuts == 2
 
 
+class SkipsLayers(SetsItself):
+    """Layer drop, as libraries of transformers write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if torch.rand([]) < 0.5 else super().forward(x)
+
+
+class Counts(SetsItself):
+    """A position that is read, and moved on in every call."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.position: Tensor
+        self.register_buffer("position", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + (self.position + torch.arange(2 * D))
+        self.position += 1
+        a, b = x.chunk(2, -1)
+        return torch.cat([b, a + self.f(b)], -1)
+
+
+@pytest.mark.parametrize("kind", [SkipsLayers, Counts])
+def test_draws_and_positions_that_go_on_are_no_constants(kind: Callable[[str], nn.Module]) -> None:
+    model = Layers(lambda k: kind("attribute"))
+    twin, x = copy.deepcopy(model), x_()
+    converted = revfx.convert(model, capture="fx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RevfxWarning)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            got = converted(x)
+            torch.manual_seed(seed)
+            assert torch.equal(got, twin(x))
+
+
 class AsksParameter(SetsItself):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if self.scale.sum() > 0 else -x)
