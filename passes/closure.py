@@ -44,10 +44,10 @@ class Closure:
     A value is known when every tail of one of its arcs is. What can be computed again is: the difference of two large
     streams has fewer digits of what was added than the function that gave it. Arcs barred for the head's sake are used
     only when nothing else gives anything new: what they give must be saved rather than regenerated. `trusted`: they are
-    not used at all.
+    not used at all. `sums`: solve those together that tie several values.
     """
 
-    def __init__(self, program: Program, known: Iterable[int], trusted: bool = False) -> None:
+    def __init__(self, program: Program, known: Iterable[int], trusted: bool = False, sums: bool = True) -> None:
         self._trusted = trusted
         self._program = program
         self._known = set(known)
@@ -55,7 +55,7 @@ class Closure:
         self._missing: list[int] = []
         self._pending: list[Derivation] = []
         self._ready: tuple[deque[int], ...] = (deque(), deque(), deque(), deque())  # by `_rank`
-        self._sums = Elimination(program, self)
+        self._sums = Elimination(program, self) if sums else None
         self.together = False  # whether sums were solved together
         self.order: list[Derivation] = []
 
@@ -66,7 +66,7 @@ class Closure:
     @property
     def ties(self) -> bool:
         """Whether sums may still be solved together, as two known values are in some."""
-        return self._sums.ties()
+        return self._sums is not None and self._sums.ties()
 
     def add(self, index: int) -> list[int]:
         """Return the values that become known, in order, when operation `index` is added."""
@@ -85,7 +85,7 @@ class Closure:
                 self._offer(Invert(index, arc))
         new = self._drain()
         self._learn(new, min(indices, default=0))
-        for index in reversed(indices):  # what lies near the known values first, so that sums stay short
+        for index in reversed(indices) if self._sums is not None else ():  # near known values first: sums stay short
             self._together(self._sums.add(index), new, index)
         return new
 
@@ -98,7 +98,8 @@ class Closure:
         return new
 
     def _learn(self, new: list[int], index: int) -> None:
-        self._together((arc for v in tuple(new) for arc in self._sums.learn(v)), new, index)
+        if self._sums is not None:
+            self._together((arc for v in tuple(new) for arc in self._sums.learn(v)), new, index)
 
     def _together(self, solved: Iterable[Arc], new: list[int], index: int) -> None:
         """Add to `new` what becomes known by values that sums were solved for."""
@@ -108,7 +109,7 @@ class Closure:
             for arc in arcs:
                 self._offer(Invert(index, arc))
             more = self._drain()
-            arcs = [arc for v in more for arc in self._sums.learn(v)]
+            arcs = [arc for v in more for arc in self._sums.learn(v)] if self._sums is not None else []
             new += more
 
     def _offer(self, derivation: Derivation) -> None:

@@ -18,6 +18,7 @@ from revfx.passes.program import Arc, Program
 PATIENCE = 200  # operations without a newly known value after which a search gives up
 BEYOND = 3  # times as many operations are looked at for a cut that needs nothing from above it
 ABOVE = 64  # operations above a cut that are run again for it
+FURTHER, IN_VAIN = 64, 16  # operations that are looked at for sums alone; searches for them without success
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def find_step(
     program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int = PATIENCE
 ) -> Step | Stuck:
     """Return the step that ends at the cut before operation `stop`, or why there is none."""
-    closure = Closure(program, (*exit, *side))
+    closure = Closure(program, (*exit, *side), sums=program.in_vain[0] < IN_VAIN)
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
     nearest: tuple[int, tuple[int, ...]] | None = None
@@ -103,7 +104,7 @@ def find_step(
         if not unknown and not _parts_selected(program, start, live):
             if (step := _step(program, closure, start, stop, tuple(live), exit, side)) is not None:
                 return step
-        if unknown and nearer is None and closure.together:
+        if unknown and nearer is None and new and closure.together:
             nearer = _with_above(program, start, stop, tuple(live), exit, side)
         if nearer is not None and stop - start > BEYOND * (stop - nearer.start):
             return nearer
@@ -116,6 +117,9 @@ def find_step(
             blocked = blocked or Stuck(start, stop, tuple(v for v in live if v in unknown))
             if not closure.ties:
                 return nearer or blocked
+        if blocked is not None and nearer is None and blocked.start - start > FURTHER:
+            program.in_vain[0] += 1
+            return blocked
         if idle > patience:
             break
     else:

@@ -144,6 +144,11 @@ class Program:
         return [last.get(v, -1) for v in range(len(self.values))]
 
     @cached_property
+    def in_vain(self) -> list[int]:
+        """How many searches for sums that are solved together have found none; a list, to be counted up."""
+        return [0]
+
+    @cached_property
     def users(self) -> list[list[int]]:
         """For each value, the operations that read it, in order."""
         users: list[list[int]] = [[] for _ in self.values]
