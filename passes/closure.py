@@ -85,8 +85,9 @@ class Closure:
                 self._offer(Invert(index, arc))
         new = self._drain()
         self._learn(new, min(indices, default=0))
-        for index in reversed(indices) if self._sums is not None else ():  # near known values first: sums stay short
-            self._together(self._sums.add(index), new, index)
+        if self._sums is not None:
+            for index in reversed(indices):  # what lies near the known values first, so that sums stay short
+                self._together(self._sums.add(index), new, index)
         return new
 
     def run(self, indices: Iterable[int]) -> list[int]:
