@@ -39,7 +39,7 @@ MAY["inverse"] = {*BOTTOM, "capture", "converted", "passes"}
 MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
 MAY["testing"] = {*MAY["debug"], "inverse", "rules", "convert", "converted"}
-MAY["report"] = {*MAY["testing"], "conversion", "compiled", "passes.joint", "testing"}
+MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "passes.joint", "testing"}
 MAY["bench"] = {*MAY["report"], "report"}
 MAY["cli_models"] = {"errors"}
 MAY["demo"] = MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["bench"], "bench", "demo", "cli", "cli_models"}

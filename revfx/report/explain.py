@@ -18,10 +18,12 @@ from revfx import _fake
 from revfx.capture.guards import name_of
 from revfx.capture.plan import Plan
 from revfx.capture.search import make_plan
+from revfx.codes import TYPICAL, USUAL
 from revfx.conversion import Options
 from revfx.convert import convert
 from revfx.converted import Reversible, unconverted
 from revfx.eager.regeneration import Regeneration
+from revfx.eager.region_plan import RegionPlan
 from revfx.eager.witness import DRIFT
 from revfx.errors import RevfxError
 from revfx.inspection import is_floating
@@ -109,7 +111,9 @@ def _predicted(
     except Exception as e:
         if not (measure or isinstance(e, (*_fake.DATA_DEPENDENT, _fake.NO_FAKE))):
             raise
-        return (), (), (f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`.",)
+        regions = () if plan is None else tuple(_unrun(plan, r) for r in plan.regions.values())
+        note = f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`."
+        return (), regions, (note,)
     usage = Usage("plain", plain.kept, plain.peak, plain.flops, timeline=plain)
     if plan is None:
         return (usage,), (), ()
@@ -141,6 +145,17 @@ def _described(plan: Plan, run: Regeneration) -> RegionInfo:
         return replace(found, before=before, after=after)
     names = {i: c.name for i, c in enumerate(run.calls)}
     return describe(run.program, run.region, kept, names, "rev_block", uncoded, codes)
+
+
+def _unrun(plan: Plan, planned: RegionPlan) -> RegionInfo:
+    """Describe a region of a model that can't be run on fake tensors, with codes as large as such are wont to be."""
+    region, values = planned.region, plan.lowered.program.values
+    coded = sum(math.prod(values[v].shape) for v in planned.codecs)
+    codes = int(coded * (TYPICAL / 8 + 6 * USUAL)) if planned.lossless else None
+    names, scope = op_names(plan.lowered), scope_of(plan.lowered, region)
+    found = describe(plan.lowered.program, region, frozenset((0, len(region.steps))), names, scope, frozenset(), codes)
+    before, after = neighbours(plan.lowered, plan.segments, region)
+    return replace(found, before=before, after=after)
 
 
 def _codes(run: Regeneration) -> int:

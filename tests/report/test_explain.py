@@ -163,6 +163,26 @@ def test_a_model_that_asks_for_values_is_still_explained() -> None:
     assert seen.way("plain") is not None
 
 
+class AsksBuffer(Net):
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.ready: Tensor
+        self.register_buffer("ready", torch.tensor(True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            raise ValueError("set it up first")
+        return super().forward(x)
+
+
+def test_regions_of_a_model_that_asks_for_the_numbers_of_buffers() -> None:
+    """They are found, though the plain step can't be counted: it would have no numbers to give."""
+    found = revfx.explain(AsksBuffer(6), torch.randn(32, 16))
+    (region,) = found.regions
+    assert region.couplings == 12 and not found.ways
+    assert "no prediction" in str(found) and "12 couplings (additive)" in str(found)
+
+
 def test_drift_in_half_precision_is_predicted_and_advised_on() -> None:
     model = revfx.convert(Net(40).bfloat16(), exact=False)
     found = revfx.explain(model, torch.randn(8, 16, dtype=torch.bfloat16))
