@@ -108,8 +108,8 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 def may_draw(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Return whether a function of torch's of that name takes random numbers; dropout only does in training."""
-    packet = getattr(torch.ops.aten, name, None)
-    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+    packet: Any = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, o) for o in packet.overloads()] if hasattr(packet, "overloads") else []
     drawing = [o for o in overloads if torch.Tag.nondeterministic_seeded in o.tags]
     if not drawing or "scaled_dot_product" in name:
         return any(draws(o, args, kwargs) for o in drawing)

@@ -168,7 +168,11 @@ class _Lowering:
         """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
         y, factors, number = node.meta["val"], dict.fromkeys(ins, 0.0), 0.0
         found = [d for d in self._directions(node) if isinstance(d, Inverse) and isinstance(d.solves, fx.Node)]
-        if not found or {self.index.get(d.solves) for d in found} != {*ins} or not y.is_floating_point():
+        if (
+            not found
+            or {self.index.get(d.solves) for d in found} != {*ins}
+            or not (isinstance(y, Tensor) and y.is_floating_point())
+        ):
             return ()
         for d in found:
             a, f = d.solves.meta["val"], 1.0 if d.factor is None else d.factor

@@ -36,7 +36,7 @@ class Elimination:
         """Yield what is solved when operation `index` is added."""
         op = self._program.ops[index]
         if op.terms:
-            yield from self._put({op.outs[0]: -1.0, **dict(op.terms)})
+            yield from self._put(_without_small({op.outs[0]: -1.0, **dict(op.terms)}))
 
     def learn(self, value: int) -> Iterator[Arc]:
         """Yield what is solved now that a value is known."""
@@ -54,7 +54,7 @@ class Elimination:
         while (pivot := next((v for v in row if v in self._rows), None)) is not None:
             row = _less(row, self._rows[pivot], pivot)
         unknown = [v for v in row if v != ONE and v not in self._known]
-        if len(unknown) == 1:
+        if len(unknown) == 1 and len(row) > 1:
             yield self._solved(row, unknown[0])
         elif 1 < len(unknown) <= WIDTH:
             pivot = max(unknown, key=lambda v: abs(row[v]))
@@ -92,6 +92,12 @@ def _less(row: Row, other: Row, pivot: int) -> Row:
     sums = {v: row.get(v, 0.0) - times * other.get(v, 0.0) for v in {**row, **other} if v != pivot}
     least = NEGLIGIBLE * max([abs(w) for m, r in ((1.0, row), (times, other)) for w in (m * x for x in r.values())])
     return {v: w for v, w in sums.items() if abs(w) > least}
+
+
+def _without_small(row: Row) -> Row:
+    """Return a sum without what is negligible in it, such as the cosine of a right angle: it is never divided by."""
+    largest = max(map(abs, row.values()))
+    return {v: w for v, w in row.items() if abs(w) > NEGLIGIBLE * largest}
 
 
 def _sum(weights: tuple[float, ...], number: float) -> Callable[..., Tensor]:

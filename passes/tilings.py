@@ -30,6 +30,7 @@ def tilings(
             elif isinstance(t, Patch) and t.whole in index:
                 patches.append((i, outs[i][0], t))
     for (whole, dim), parts in tiles.items():
+        yield from _alike(values, parts)
         size = values[whole].shape[dim]
         chosen = _exact_cover([t.index for _, _, t in parts], size) if fixed([size]) else None
         if chosen is None or values[whole].source:
@@ -49,6 +50,16 @@ def tilings(
             elif set(p.index).isdisjoint(t.index):
                 yield min(i, j), _moved(values, part, (patched,), _taken(t), "beside the patch")
                 tiles.setdefault((patched, p.dim), []).append((j, part, t))
+
+
+def _alike(values: Sequence[Value], parts: Sequence[tuple[int, int, Tile | Patch]]) -> Iterator[tuple[int, Arc]]:
+    """Yield arcs between parts that are the same part, taken more than once."""
+    first: dict[tuple[Sequence[int], bool], tuple[int, int]] = {}
+    for i, v, t in parts:
+        j, same = first.setdefault((t.index if isinstance(t.index, range) else tuple(t.index), t.squeezed), (i, v))
+        if same != v:
+            for a, b in ((v, same), (same, v)):
+                yield min(i, j), _moved(values, a, (b,), lambda y: y.clone(), "the same part")
 
 
 def _moved(values: Sequence[Value], head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Arc:

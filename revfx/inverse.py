@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx.capture.guards import name_of
+from revfx import _torch
+from revfx.capture.guards import key, name_of
 from revfx.capture.solve import Solution, Solver
 from revfx.converted import unconverted
+from revfx.errors import NotReversibleError
 from revfx.passes.closure import Invert
+from revfx.passes.plan import GARBAGE
 
 
 def inverse(model: nn.Module, *example_inputs: Any, **example_conditions: Any) -> Inverse:
@@ -50,18 +53,20 @@ class Inverse(nn.Module):
         super().__init__()
         self.model = model
         self._example = pytree.tree_map_only(Tensor, lambda t: t.detach(), (args, dict(kwargs)))
-        self._solutions: dict[int | None, Solution] = {}
-        self._solve(None)
+        self._solutions: dict[Any, Solution] = {}
+        self._first = self._solve(None, *self._example)
+        if self._first.believed:
+            self._check(self._first.believed)
 
     @property
     def reads(self) -> list[str]:
         """Return which tensors of the model's result are read: `y`, `y[0]` or `y["name"]`."""
-        return [f"y{_path(self._results, k)}" for k, _ in self._solutions[None].outputs]
+        return [f"y{_path(self._results, k)}" for k, _ in self._first.outputs]
 
     @property
     def conditions(self) -> list[str]:
         """Return the arguments that have to be given by name."""
-        return list(dict.fromkeys(self._names()[i] for i, _ in self._solutions[None].conditions))
+        return list(dict.fromkeys(self._names()[i] for i, _ in self._first.conditions))
 
     def forward(self, *given: Any, **conditions: Any) -> Any:
         """Return the model's inputs: one, or a tuple of those that are, or hold, tensors.
@@ -69,12 +74,9 @@ class Inverse(nn.Module):
         Raises:
             TypeError: more or less is given than what `reads` and `conditions` name, or of other shapes.
         """
-        first = self._solutions[None]
-        outputs = self._read(given, first)
-        leaves = self._conditions(conditions)
-        solution = first
-        if not torch.compiler.is_compiling():
-            solution = self._solution_for(outputs, first)
+        outputs = self._read(given)
+        solution: Solution = _eagerly(self._solution_for, outputs, conditions)
+        leaves = dict(enumerate(pytree.tree_leaves((self._example[0], {**self._example[1], **conditions}))))
         env = dict(zip((v for _, v in solution.outputs), outputs, strict=True))
         env.update((v, leaves[i]) for i, v in solution.conditions)
         env.update((v, place.tensor()) for v, place in solution.plan.sources)
@@ -98,28 +100,20 @@ class Inverse(nn.Module):
 
     @property
     def _results(self) -> pytree.TreeSpec:
-        return self._solutions[None].plan.captured.spec
+        return self._first.plan.captured.spec
 
-    def _read(self, given: tuple[Any, ...], solution: Solution) -> list[Tensor]:
+    def _read(self, given: tuple[Any, ...]) -> list[Tensor]:
         """Return the tensors that are read of the model's result, or of what stands for it."""
         found = list(given)
         if len(given) == 1:
             leaves, spec = pytree.tree_flatten(given[0])
             if spec == self._results:
-                found = [leaves[k] for k, _ in solution.outputs]
-        if len(found) != len(solution.outputs) or not all(isinstance(t, Tensor) for t in found):
+                found = [leaves[k] for k, _ in self._first.outputs]
+        if len(found) != len(self._first.outputs) or not all(isinstance(t, Tensor) for t in found):
             raise TypeError(
                 f"the inverse of {name_of(self.model)} takes what the model returned, or of it {', '.join(self.reads)}."
             )
         return found
-
-    def _conditions(self, given: Mapping[str, Any]) -> dict[int, Any]:
-        names, missing = self._names(), [n for n in self.conditions if n not in given]
-        if missing or not given.keys() <= self._example[1].keys():
-            theirs = ", ".join(f"`{n}`" for n in self.conditions) or "none"
-            raise TypeError(f"the inverse of {name_of(self.model)} takes these arguments by name: {theirs}.")
-        places = {name: [i for i, n in enumerate(names) if n == name] for name in given}
-        return {i: leaf for n, v in given.items() for i, leaf in zip(places[n], pytree.tree_leaves(v), strict=True)}
 
     def _put_together(self, leaves: Mapping[int, Tensor]) -> Any:
         args, _ = self._example
@@ -128,21 +122,28 @@ class Inverse(nn.Module):
         found = tuple(x for x in found if any(isinstance(t, Tensor) for t in pytree.tree_leaves(x)))
         return found[0] if len(found) == 1 else found
 
-    # --- programs, by batch size
-    def _solution_for(self, outputs: list[Tensor], first: Solution) -> Solution:
+    # --- programs, by batch size and conditions
+    def _solution_for(self, outputs: list[Tensor], conditions: Mapping[str, Any]) -> Solution:
         """Return the program for tensors of these shapes, found anew where the model has changed.
 
         Raises:
-            TypeError: they differ from the example's in more than the batch size.
+            TypeError: a condition is missing, or not known; shapes differ from the example's in more than the batch.
         """
-        values = first.plan.lowered.program.values
-        shapes = [tuple(values[v].shape) for _, v in first.outputs]
-        rows = (
-            None if shapes == [tuple(t.shape) for t in outputs] else outputs[0].shape[0] if outputs[0].dim() else None
-        )
-        found = self._solutions.get(rows)
+        args, known = self._example
+        if not conditions.keys() <= known.keys() or not conditions.keys() >= {*self.conditions}:
+            theirs = ", ".join(f"`{n}`" for n in self.conditions) or "none"
+            raise TypeError(f"the inverse of {name_of(self.model)} takes these arguments by name: {theirs}.")
+        values = self._first.plan.lowered.program.values
+        same = all(values[v].shape == tuple(t.shape) for (_, v), t in zip(self._first.outputs, outputs, strict=True))
+        rows = None if same or not outputs[0].dim() else outputs[0].shape[0]
+        names = [n for n in conditions if key(conditions[n]) != key(known[n])]
+        kind = None if rows is None and not names else (rows, tuple((n, key(conditions[n])) for n in names))
+        found = self._solutions.get(kind)
         if found is None or found.plan.changed() is not None:
-            found = self._solve(rows)
+            size = next((t.shape[0] for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and t.dim()), 0)
+            if rows is not None:
+                args = pytree.tree_map_only(Tensor, lambda t: _resized(t, size, rows), args)
+            found = self._solve(kind, args, {**known, **conditions})
         program = found.plan.lowered.program
         for (_, v), t in zip(found.outputs, outputs, strict=True):
             if tuple(program.values[v].shape) != tuple(t.shape):
@@ -150,19 +151,32 @@ class Inverse(nn.Module):
                 raise TypeError(f"the inverse of {name_of(self.model)} was given {list(t.shape)}, not {want}.")
         return found
 
-    def _solve(self, rows: int | None) -> Solution:
-        args, kwargs = self._example
-        if rows is not None:
-            size = next(t.shape[0] for t in pytree.tree_leaves(self._example) if isinstance(t, Tensor) and t.dim())
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: _resized(t, size, rows), self._example)
+    def _solve(self, kind: Any, args: Any, kwargs: Any) -> Solution:
         names = self._names()[: len(pytree.tree_leaves(args))]
-        found = Solver(self.model, self.model.forward, args, kwargs, names).solve()
-        self._solutions[rows] = found
+        found = self._solutions[kind] = Solver(self.model, self.model.forward, args, kwargs, names).solve()
         return found
+
+    def _check(self, names: list[str]) -> None:
+        """Try functions that are inverted by themselves once, on the example, as nobody else knows whether they are.
+
+        Raises:
+            NotReversibleError: the example does not come back.
+        """
+        args, kwargs = self._example
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        with torch.no_grad(), torch.random.fork_rng():
+            back = pytree.tree_leaves(self(self.model(*args, **kwargs), **kwargs))
+            for b, then in buffers:
+                b.copy_(then)
+        wanted = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        off = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(back, wanted, strict=True)]
+        if not all(error < GARBAGE for error in off):
+            text = f"{', '.join(f'`{n}`' for n in names)}, told to invert, does not give the example back"
+            raise NotReversibleError(f"`inverse`: {text}: it is off by {max(off):.0e}", names[0])
 
     def extra_repr(self) -> str:
         """Return the program, for `print`."""
-        return self._solutions[None].code
+        return self._first.code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inverse:
         """Return the inverse of a copy of the model."""
@@ -171,6 +185,11 @@ class Inverse(nn.Module):
     def __reduce__(self) -> Any:
         """Return how it is pickled: as the model and the example; programs are found again."""
         return Inverse, (self.model, *self._example)
+
+
+@_torch.uncompiled
+def _eagerly(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _resized(t: Tensor, size: int, rows: int) -> Tensor:

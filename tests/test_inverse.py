@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_it_compiles_copies_and_pickles() -> None:
         result = model(x, context)
     inverse = revfx.inverse(revfx.convert(model), x, context=context)
     assert {id(p) for p in inverse.parameters()} == {id(p) for p in model.parameters()}
-    compiled: Any = torch.compile(inverse, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(inverse, backend="aot_eager")
     other: Any = copy.deepcopy(inverse)
     for given in (compiled, other, pickle.loads(pickle.dumps(inverse))):
         torch.testing.assert_close(given(result, context=context), x, rtol=1e-9, atol=1e-9)
@@ -218,3 +219,79 @@ def test_flows_of_libraries_come_back(name: str) -> None:
     inverse = revfx.inverse(model, x, **names)
     with torch.no_grad():
         torch.testing.assert_close(inverse(model(x, **names), **names), x, rtol=1e-10, atol=1e-10)
+
+
+# --- never silently wrong
+class Runs(nn.Module):
+    """A function of a module with a layer."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function, self.layer = function, nn.Linear(D, D)
+        self.mask: Tensor
+        self.register_buffer("mask", torch.tensor([1, 0] * D))
+
+    def forward(self, x: Tensor, **conditions: Any) -> Tensor:
+        return self.function(self, x, **conditions)
+
+
+def quantised(x: Tensor, s: float, inverse: bool = False) -> tuple[Tensor, None]:
+    """One that calls itself invertible."""
+    if bool(x.isnan().any()):
+        raise ValueError
+    return (x / s if inverse else (x * s).round()), None
+
+
+def writes_to_a_view(m: Any, x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :D].add_(m.layer(x[:, D:]))
+    return y
+
+
+def writes_past_autograd(m: Any, x: Tensor) -> Tensor:
+    y = x + 1
+    y.data.mul_(2)
+    return y
+
+
+def quantises(m: Any, x: Tensor) -> Tensor:
+    return quantised(x, 3.0)[0]
+
+
+def rotates(m: Any, x: Tensor) -> Tensor:
+    u, v = x.chunk(2, -1)
+    c, s = math.cos(math.pi / 2), math.sin(math.pi / 2)
+    return torch.cat([c * u - s * v, s * u + c * v], -1)
+
+
+def masked(m: Any, x: Tensor) -> Tensor:
+    i, j = (m.mask == 1).nonzero().flatten(), [k for k, on in enumerate(m.mask.tolist()) if not on]
+    y = torch.empty_like(x)
+    y[:, i] = x[:, i] + m.layer(x[:, j])
+    y[:, j] = x[:, j]
+    return y
+
+
+def scaled(m: Any, x: Tensor, scale: float = 1.0) -> Tensor:
+    return x * scale / (1 + x.shape[0])
+
+
+@pytest.mark.parametrize("function", [writes_to_a_view, writes_past_autograd, quantises, rotates, masked])
+def test_it_is_right_or_refused(function: Any) -> None:
+    model, x = Runs(function), torch.randn(ROWS, 2 * D)
+    try:
+        inverse = revfx.inverse(model, x)
+    except NotReversibleError:
+        assert function is not masked
+    else:
+        torch.testing.assert_close(inverse(model(x)), x)
+        assert function in (masked, rotates)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_conditions_and_batch_sizes_that_decide_what_is_computed(compiled: bool) -> None:
+    model, x = Runs(scaled), torch.randn(ROWS, 2 * D)
+    inverse: Any = revfx.inverse(model, x, scale=2.0)
+    call = torch.compile(inverse, backend="aot_eager") if compiled else inverse
+    for rows, scale in ((ROWS, 2.0), (ROWS, 3.0), (3, 3.0), (ROWS, 2.0)):
+        torch.testing.assert_close(call(model(x[:rows], scale=scale), scale=scale), x[:rows])

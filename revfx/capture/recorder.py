@@ -220,11 +220,13 @@ class Recorder(TorchFunctionMode):
         if name == "__setitem__":
             func, method = set_item, False
         versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
+        asks: Any = RuntimeError if name == "tolist" else _fake.DATA_DEPENDENT
         try:
             out = func(*args, **kwargs)
-        except _fake.DATA_DEPENDENT:
-            found = self.constants.asked(func, *self._to_nodes((args, kwargs)))
-            out = pytree.tree_map_only(Tensor, self.to_fake, found)
+        except asks:
+            out = pytree.tree_map_only(
+                Tensor, self.to_fake, self.constants.asked(func, *self._to_nodes((args, kwargs)))
+            )
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
         if self.numbers.of:

@@ -15,7 +15,7 @@ from revfx.capture.plan import Plan
 from revfx.capture.search import Search, Wishes
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.modes import without_hooks
-from revfx.errors import NotReversibleError
+from revfx.errors import NotReversibleError, Refusal
 from revfx.passes._torch import may_draw, outside_modes
 from revfx.passes.arcs import Lowered
 from revfx.passes.closure import Closure, Derivation, Invert, read_by
@@ -24,6 +24,9 @@ from revfx.passes.diagnose import diagnose
 from revfx.passes.formula import formula
 from revfx.passes.sizes import muted
 from revfx.rules import op_name
+
+
+MOST_AMPLIFIED = 2.0**20  # by how much an inverse may multiply rounding errors; beyond, what it gives says nothing
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,13 @@ class Solution:
     outputs: tuple[tuple[int, int], ...]
     conditions: tuple[tuple[int, int], ...]
     inputs: tuple[tuple[int, int], ...]
+
+    @property
+    def believed(self) -> list[str]:
+        """Return the names of the functions that are inverted by themselves."""
+        inverts = [d.op for d in self.order if isinstance(d, Invert)]
+        nodes, calls = self.plan.lowered.op_nodes, self.plan.calls
+        return list(dict.fromkeys(calls[i].name for i in inverts if "directions" in nodes[i].meta))
 
     @property
     def code(self) -> str:
@@ -83,7 +93,10 @@ class Solver(Search):
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Any, ...], tuple[Any, ...]]:
         captured, lowered = self._lowered(opened)
         values = tuple(replace(v, kept=False) for v in lowered.program.values)  # none is held, as there is no forward
-        return captured, replace(lowered, program=replace(lowered.program, values=values)), (), ()
+        ops = tuple(
+            replace(o, arcs=tuple(a for a in o.arcs if a.amplification <= MOST_AMPLIFIED)) for o in lowered.program.ops
+        )
+        return captured, replace(lowered, program=replace(lowered.program, values=values, ops=ops)), (), ()
 
     def _solve(self) -> Solution:
         (captured, lowered, *_), opened = self._find_opening(frozenset())
@@ -104,6 +117,8 @@ class Solver(Search):
 
     def _solution(self, captured: Capture, lowered: Lowered) -> Solution | None:
         program, leaves = lowered.program, dict(zip(captured.inputs, lowered.inputs, strict=True))
+        if _written(lowered) is not None:
+            return None
         results = [(k, lowered.index[o]) for k, o in enumerate(captured.outputs) if isinstance(o, fx.Node)]
         results = [(k, v) for k, v in results if program.values[v].dtype.is_floating_point]
         inputs, conditions = ([(i, v) for i, v in leaves.items() if (i < self.inputs) is own] for own in (True, False))
@@ -123,8 +138,14 @@ class Solver(Search):
         closure = self._closure(lowered, {*outputs, *given})
         unknown = tuple(v for v in lowered.inputs if v not in closure)
         live = {v for i in range(len(program.ops)) for v in program.ops[i].ins if v not in closure}
-        reasons = diagnose(program, Stuck(0, len(program.ops), tuple(dict.fromkeys((*unknown, *live)))))
+        written = _written(lowered)
+        reasons = (
+            [written]
+            if written is not None
+            else diagnose(program, Stuck(0, len(program.ops), tuple(dict.fromkeys((*unknown, *live)))))
+        )
         said = "\n  ".join(dict.fromkeys(_worded(str(r)) for r in reasons[:4]))
+        said = said or "of what it returns only floating-point tensors are followed back"
         at = dict(zip(lowered.inputs, captured.inputs, strict=True))
         lost = ", ".join(dict.fromkeys(f"`{self.names[at[v]]}`" for v in unknown)) or "what it takes"
         return NotReversibleError(
@@ -150,6 +171,14 @@ class Solver(Search):
             parts = self.modules[str(node.target)].modules()
             return any(m.training and "Dropout" in type(m).__name__ and getattr(m, "p", 0) for m in parts)
         return may_draw(op_name(node.target), node.args, node.kwargs)
+
+
+def _written(lowered: Lowered) -> Refusal | None:
+    """Return what is written to in place, so that values are not what operations before made of them."""
+    for op, node in zip(lowered.program.ops, lowered.op_nodes, strict=True):
+        if op.barrier is not None and node.meta.get("mutates"):
+            return Refusal(op.barrier, op.name, op.where)
+    return None
 
 
 def _worded(reason: str) -> str:
