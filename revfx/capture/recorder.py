@@ -213,9 +213,8 @@ class Recorder(TorchFunctionMode):
         if name in EFFECTS:
             raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat", once=True)
         if name == "__get__":
-            name = func.__self__.__name__
-            out = func(*args, **kwargs)
-            return self.record("call_function", getattr, (args[0], name), {}, out, [])
+            given = args[0], func.__self__.__name__
+            return self.record("call_function", getattr, given, {}, func(*args, **kwargs), [])
         method = getattr(torch.Tensor, name, None) == func
         if name == "__setitem__":
             func, method = set_item, False
@@ -224,9 +223,8 @@ class Recorder(TorchFunctionMode):
         try:
             out = func(*args, **kwargs)
         except asks:
-            out = pytree.tree_map_only(
-                Tensor, self.to_fake, self.constants.asked(func, *self._to_nodes((args, kwargs)))
-            )
+            found = self.constants.asked(func, *self._to_nodes((args, kwargs)))
+            out = pytree.tree_map_only(Tensor, self.to_fake, found)
         mutated = [t for t, v in versions if _torch.version(t) != v]
         mutated += updated_statistics(name, args, kwargs)
         if self.numbers.of:
