@@ -20,6 +20,9 @@ from revfx.passes.closure import Invert
 from revfx.passes.plan import GARBAGE
 
 
+MOST_PROGRAMS = 32  # for batch sizes and conditions, of which the oldest one makes room
+
+
 def inverse(model: nn.Module, *example_inputs: Any, **example_conditions: Any) -> Inverse:
     """Return the module that gives what `model` was called with, from what it returned: `inverse(model, x)(model(x))`
     is `x`, up to rounding.
@@ -35,7 +38,8 @@ def inverse(model: nn.Module, *example_inputs: Any, **example_conditions: Any) -
         **example_conditions: arguments that shall not, such as a context.
 
     The result is called with what the model returned, or with those of its tensors alone that it reads (its `reads`
-    names them), such as the latent variable without its log-determinant, and with the conditions by their names.
+    names them), such as the latent variable without its log-determinant, and with the conditions by their names; one
+    that is no tensor is as in the example where it is left out.
 
     Raises:
         NotReversibleError: an input does not follow from the outputs; the text says which, and why. No step iterates to
@@ -144,6 +148,8 @@ class Inverse(nn.Module):
             if rows is not None:
                 args = pytree.tree_map_only(Tensor, lambda t: _resized(t, size, rows), args)
             found = self._solve(kind, args, {**known, **conditions})
+        if [k for k, _ in found.outputs] != [k for k, _ in self._first.outputs]:
+            raise TypeError(f"the inverse of {name_of(self.model)} would read other results for these conditions.")
         program = found.plan.lowered.program
         for (_, v), t in zip(found.outputs, outputs, strict=True):
             if tuple(program.values[v].shape) != tuple(t.shape):
@@ -153,7 +159,10 @@ class Inverse(nn.Module):
 
     def _solve(self, kind: Any, args: Any, kwargs: Any) -> Solution:
         names = self._names()[: len(pytree.tree_leaves(args))]
-        found = self._solutions[kind] = Solver(self.model, self.model.forward, args, kwargs, names).solve()
+        found = Solver(self.model, self.model.forward, args, kwargs, names).solve()
+        if len(self._solutions) >= MOST_PROGRAMS:
+            del self._solutions[next(iter(self._solutions))]
+        self._solutions[kind] = found
         return found
 
     def _check(self, names: list[str]) -> None:
