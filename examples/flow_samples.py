@@ -168,7 +168,10 @@ def main() -> None:
         converted = revfx.convert(flow)
         bits = fit(name, converted, images, 2 if args.short else epochs)
         x = noisy(images[:200])
-        print_comparison(compare(flow, lambda m, x=x: -log_density(m, x).mean(), repeats=3))
+        measured = compare(flow, lambda m, x=x: -log_density(m, x).mean(), repeats=3)
+        print_comparison(measured)
+        require(measured.difference == 0, "the gradients are plain autograd's, bit for bit")
+        require(measured.saving > 4, "the peak memory is less than a quarter of plain's")
         inverse = revfx.inverse(flow, x)
         with torch.no_grad():
             z, _ = flow(x)

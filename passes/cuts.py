@@ -168,8 +168,8 @@ def _with_above(
         progress = False
         for v in entry:
             above = () if v in closure else _made_of(program, v, closure)
-            if above:
-                progress = bool(closure.run(above))
+            if above and closure.run(above):
+                progress = True
     order = tuple(closure.order)
     if any(v not in closure for v in entry) or any(isinstance(d, Invert) and d.arc.barred for d in order):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,7 +71,7 @@ class Inverse(nn.Module):
     @property
     def conditions(self) -> list[str]:
         """Return the arguments that have to be given by name."""
-        return list(dict.fromkeys(self._names()[i] for i, _ in self._first.conditions))
+        return list(dict.fromkeys(self._names[i] for i, _ in self._first.conditions))
 
     def forward(self, *given: Any, **conditions: Any) -> Any:
         """Return the model's inputs: one, or a tuple of those that are, or hold, tensors.
@@ -93,6 +94,7 @@ class Inverse(nn.Module):
         return self._put_together({i: env[v] for i, v in solution.inputs})
 
     # --- what is given and returned
+    @functools.cached_property
     def _names(self) -> list[str]:
         """Return for each leaf of the example how the model calls the argument that it is in."""
         args, kwargs = self._example
@@ -158,7 +160,7 @@ class Inverse(nn.Module):
         return found
 
     def _solve(self, kind: Any, args: Any, kwargs: Any) -> Solution:
-        names = self._names()[: len(pytree.tree_leaves(args))]
+        names = self._names[: len(pytree.tree_leaves(args))]
         found = Solver(self.model, self.model.forward, args, kwargs, names).solve()
         if len(self._solutions) >= MOST_PROGRAMS:
             del self._solutions[next(iter(self._solutions))]

@@ -89,7 +89,8 @@ class Constants:
             and _is_pure(node)
         ):
             found = _called(_function(node), node.args, node.kwargs, {n: n.meta["constant"] for n in inputs})
-            node.meta.update(constant=found, kept=True)
+            # masks may be large, and are made again
+            node.meta.update(constant=found, kept=all(t.dtype != torch.bool for t in made))
 
     def _value(self, node: fx.Node) -> Any:
         if node in self.held:

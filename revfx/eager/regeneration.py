@@ -147,7 +147,7 @@ class Regeneration:
     def _regenerate(self, step: int) -> None:
         """Make the values and captures of `step`, from the regenerated cut above it or the nearest kept one."""
         ahead = self.captures.items() if self.active == step + 1 else ()
-        there = {i: c for i, c in ahead if self.plan.step_of[i] == step and None not in c}
+        there = {i: c for i, c in ahead if self.plan.step_of[i] == step and all(t is not None for t in c)}
         active, self.captures = self.active, there
         try:
             with self._as_in_the_forward():

@@ -31,9 +31,7 @@ class _InverseMatrix:
         self._made: tuple[tuple[int, int], Tensor] | None = None
 
     def __call__(self, m: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return torch.linalg.inv(m.to(torch.promote_types(m.dtype, torch.float64))).to(m.dtype)
-        if _torch.is_fake(m):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _torch.is_fake(m):
             return inverted(m)
         made, key = self._made, (m.data_ptr(), _torch.version(m))
         if made is None or made[0] != key or _torch.graph_task_id() == -1:
@@ -43,7 +41,7 @@ class _InverseMatrix:
 
 def inverted(m: Tensor) -> Tensor:
     """Return the inverse; where there is none its numbers are not finite, which the host does not wait to learn."""
-    return torch.linalg.inv_ex(m.detach().to(torch.promote_types(m.dtype, torch.float64)))[0].to(m.dtype)
+    return torch.linalg.inv_ex(m.to(torch.promote_types(m.dtype, torch.float64)))[0].to(m.dtype)
 
 
 def _is_matrix(m: Any) -> bool:
