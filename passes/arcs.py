@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.elimination import terms
-from revfx.passes.facts import PERMUTATION, masks
+from revfx.passes.facts import assumed, masks
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import directions_of, taken_apart
@@ -219,8 +219,7 @@ class _Lowering:
             solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
             partial=not statically_known_true(a.numel() == y.numel()),
-            assumes=next(((self.index[g], PERMUTATION) for g in given if PERMUTATION in g.meta.get("facts", ())), None)
-            if inverse.exact else None,
+            assumes=assumed(given, self.index) if inverse.exact else (),
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
         )  # fmt: skip
         return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)

@@ -1,4 +1,4 @@
-"""What the values of constants tell: which index is a permutation, which factor is a mask of zeros and ones.
+"""What the values of constants tell: which index is a permutation, or holds which numbers; which factor is a mask.
 
 A compiler sees no values, so facts are looked up where the real tensors are at hand, and whatever relies on one checks
 it again in every run (`check`): a buffer that has changed raises, it never gives a wrong gradient.
@@ -6,7 +6,7 @@ it again in every run (`check`): a buffer that has changed raises, it never give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,24 +26,25 @@ CASTS = frozenset("to_copy convert_element_type to float double half bfloat16 bo
 REORDERED = frozenset("flip roll".split())
 LAID_OUT = frozenset("view reshape expand unsqueeze squeeze permute transpose unsafe_view broadcast_to".split())
 
-Facts = tuple[tuple[int, str], ...]
+Fact = str | tuple[int, ...]  # PERMUTATION, BINARY, or the whole numbers that it holds
+Facts = tuple[tuple[int, Fact], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """Return what holds of which inputs: pairs of a number and PERMUTATION or BINARY."""
+    """Return what holds of which inputs: pairs of a number and a fact."""
     tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
     return tuple((i, fact) for i, t in tensors for fact in _facts(t))
 
 
-def _facts(t: Tensor) -> tuple[str, ...]:
+def _facts(t: Tensor) -> tuple[Fact, ...]:
     if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta or t.requires_grad:
         return ()
-    if not 1 < t.numel() <= LIMIT or t.dtype == torch.bool or t.is_complex():
+    if not 0 < t.numel() <= LIMIT or t.dtype == torch.bool or t.is_complex():
         return ()
     with torch.no_grad(), _torch.outside_modes():
-        found: list[str] = []
-        if t.dim() == 1 and t.dtype in INDICES and bool(_is_permutation(t)):
-            found.append(PERMUTATION)
+        found: list[Fact] = []
+        if t.dim() == 1 and t.dtype in INDICES:
+            found.append(PERMUTATION if bool(_is_permutation(t)) else tuple(t.tolist()))
         # a mask of one value only masks nothing; and running statistics start as all zeros or ones
         if bool(_is_binary(t)) and not bool((t == t.reshape(-1)[0]).all()):
             found.append(BINARY)
@@ -64,15 +65,19 @@ def _is_binary(b: Tensor) -> Tensor:
     return ((b == 0) | (b == 1)).all()
 
 
+def _holding(numbers: tuple[int, ...]) -> Callable[..., Tensor]:
+    return lambda t: (t.flatten() == torch.tensor(numbers, device=t.device)).all()
+
+
 CHECKS: Mapping[str, tuple[Callable[..., Tensor], str]] = {
     PERMUTATION: (_is_permutation, "an index is no permutation"),
     BINARY: (_is_binary, "a mask does not hold zeros and ones only"),
 }
 
 
-def check(fact: str, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
+def check(fact: Fact, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
     """Return the test of a fact, and what a run says where it fails."""
-    test, broken = CHECKS[fact]
+    test, broken = CHECKS[fact] if isinstance(fact, str) else (_holding(fact), "an index holds other numbers")
     return test, (
         f"revfx: {broken} (`{name}`, at {where}), unlike when this model was compiled, so what was computed with "
         "it can't be computed back; call `torch.compiler.reset()` after changing such a tensor"
@@ -80,13 +85,13 @@ def check(fact: str, name: str, where: str) -> tuple[Callable[..., Tensor], str]
 
 
 # --- facts of the nodes of a graph
-def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any) -> dict[fx.Node, tuple[str, ...]]:
+def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[Fact]], owner: Any) -> dict[fx.Node, tuple[Fact, ...]]:
     """Return the facts of a graph's nodes that follow from those `known` of its inputs and from what tensors `owner`
     holds.
 
     They are hints: what relies on one checks the very node.
     """
-    found: dict[fx.Node, tuple[str, ...]] = {n: tuple(f) for n, f in known.items()}
+    found: dict[fx.Node, tuple[Fact, ...]] = {n: tuple(f) for n, f in known.items()}
     for node in graph.nodes:
         if node.op == "get_attr":
             held = getattr(owner, str(node.target), None)
@@ -97,18 +102,32 @@ def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[str]], owner: Any
     return {n: f for n, f in found.items() if f}
 
 
-def constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
-    """Return the values of nodes that follow from numbers alone, such as the index that a `roll` is spelled with.
+def constants(graph: fx.Graph, facts: MutableMapping[fx.Node, tuple[Fact, ...]]) -> dict[fx.Node, Tensor]:
+    """Return the values of nodes that follow from numbers alone, such as the index that a `roll` is spelled with, or
+    from what `facts` say that others hold; to which it adds what those values are that do.
 
     Of whole numbers and booleans only, and of no more than `LIMIT` of them.
     """
     found: dict[fx.Node, Tensor] = {}
+    seen = set[fx.Node]()
     for node in graph.nodes:
-        if _foldable(node) and all(n in found for n in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: found[n])
-            with torch.no_grad(), _torch.outside_modes():
-                found[node] = node.target(*args, **kwargs)
+        numbers = next((f for f in facts.get(node, ()) if isinstance(f, tuple)), None)
+        with torch.no_grad(), _torch.outside_modes():
+            if numbers is not None and fixed((val := node.meta["val"]).shape):
+                found[node] = torch.tensor(numbers, dtype=val.dtype, device=val.device).reshape(val.shape)
+                seen.add(node)
+            elif _foldable(node) and all(n in found for n in node.all_input_nodes):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: found[n])
+                found[node] = held = node.target(*args, **kwargs)
+                if not seen.isdisjoint(node.all_input_nodes):
+                    facts[node] = (*facts.get(node, ()), tuple(held.flatten().tolist()))
+                    seen.add(node)
     return found
+
+
+def assumed(nodes: Iterable[fx.Node], index: Mapping[fx.Node, int]) -> tuple[tuple[int, Fact], ...]:
+    """Return what inverses that read `nodes`, numbered by `index`, as indices rely on."""
+    return tuple((index[n], f) for n in nodes if n in index for f in n.meta.get("facts", ()) if f != BINARY)
 
 
 def _foldable(node: fx.Node) -> bool:

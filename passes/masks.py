@@ -161,7 +161,7 @@ class MaskedArcs:
     ) -> Arc:
         """Return an arc through a `mask`, the last of its tail by default; it relies on that holding zeros and ones."""
         mask = tail[-1] if mask is None else mask
-        assumes = None if mask.meta["val"].dtype == torch.bool else (self.index[mask], BINARY)
+        assumes = () if mask.meta["val"].dtype == torch.bool else ((self.index[mask], BINARY),)
         text = f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
         values = tuple(self.index[n] for n in tail)
         return Arc(self.index[head], values, solve, text=text, partial=True, assumes=assumes, **more)

@@ -49,7 +49,7 @@ class Arc:
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
     `partial`: the tail holds more than the operation's own result and operands. Of a measured factor `least` is the
     smallest magnitude that its making admits (0: only the run can tell), and `typical` a guess at its usual magnitude,
-    for where the run can't be asked. `assumes`: a value, and what its elements must be (see `revfx.passes.facts`).
+    for where the run can't be asked. `assumes`: values, and what their elements must be (see `revfx.passes.facts`).
     `coupling` is the exact form of the operation, which can be undone bit for bit, or why there is none; `grid` says
     that the arc is the inverse of one. `coded`: without a code it is not worth having.
     """
@@ -66,7 +66,7 @@ class Arc:
     partial: bool = False
     least: float = 1.0
     typical: float = 1.0
-    assumes: tuple[int, str] | None = None
+    assumes: tuple[tuple[int, str | tuple[int, ...]], ...] = ()
     coupling: Coupling | str = "its rule does not say what the operation adds"
     grid: bool = False
     coded: bool = False

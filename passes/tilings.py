@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes._torch import is_real
+from revfx.passes.facts import assumed
 from revfx.passes.program import Arc, Value
 from revfx.passes.sizes import fixed
 from revfx.rules import Direction, Patch, Tile
+
+
+Found = tuple[int, Arc]
 
 
 def tilings(
@@ -19,8 +23,14 @@ def tilings(
     op_nodes: Sequence[fx.Node],
     outs: Sequence[Sequence[int]],
     directions: Callable[[fx.Node], Sequence[Direction]],
-) -> Iterator[tuple[int, Arc]]:
+) -> Iterator[Found]:
     """Yield arcs from parts that tile a value, or complete a patched copy, each with an operation that makes one."""
+
+    def moved(ops: Sequence[int], head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Found:
+        text = f"{values[head].name} <- {', '.join(values[v].name for v in tail)}  ({how})"
+        read = dict.fromkeys(n for i in ops for n in op_nodes[i].all_input_nodes)
+        return min(ops), Arc(head, tail, solve, exact=True, text=text, assumes=assumed(read, index))
+
     tiles: dict[tuple[int, int], list[tuple[int, int, Tile | Patch]]] = {}
     patches: list[tuple[int, int, Patch]] = []
     for i, node in enumerate(op_nodes):
@@ -30,14 +40,14 @@ def tilings(
             elif isinstance(t, Patch) and t.whole in index:
                 patches.append((i, outs[i][0], t))
     for (whole, dim), parts in tiles.items():
-        yield from _alike(values, parts)
+        yield from (moved(ops, a, (b,), lambda y: y.clone(), "the same part") for ops, a, b in _alike(parts))
         size = values[whole].shape[dim]
         chosen = _exact_cover([t.index for _, _, t in parts], size) if fixed([size]) else None
         if chosen is None or values[whole].source:
             continue
         use = [parts[k] for k in chosen]
         solve = _assemble(values[whole].shape, dim, tuple((t.index, t.squeezed) for _, _, t in use))
-        yield min(i for i, _, _ in use), _moved(values, whole, tuple(v for _, v, _ in use), solve, "put together")
+        yield moved([i for i, _, _ in use], whole, tuple(v for _, v, _ in use), solve, "put together")
     for i, patched, p in patches:
         whole = index[p.whole]
         if isinstance(p.part, fx.Node) and p.part in index:
@@ -46,25 +56,20 @@ def tilings(
         for j, part, t in tiles.get((whole, p.dim), []):
             same = t.index == p.index and t.squeezed == p.squeezed
             if same and isinstance(t, Tile) and not values[whole].source:
-                yield min(i, j), _moved(values, whole, (patched, part), _patch(p), "patch")
+                yield moved((i, j), whole, (patched, part), _patch(p), "patch")
             elif set(p.index).isdisjoint(t.index):
-                yield min(i, j), _moved(values, part, (patched,), _taken(t), "beside the patch")
+                yield moved((i, j), part, (patched,), _taken(t), "beside the patch")
                 tiles.setdefault((patched, p.dim), []).append((j, part, t))
 
 
-def _alike(values: Sequence[Value], parts: Sequence[tuple[int, int, Tile | Patch]]) -> Iterator[tuple[int, Arc]]:
-    """Yield arcs between parts that are the same part, taken more than once."""
+def _alike(parts: Sequence[tuple[int, int, Tile | Patch]]) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Yield pairs of values that are the same part, taken more than once, and the two operations that take it."""
     first: dict[tuple[Sequence[int], bool], tuple[int, int]] = {}
     for i, v, t in parts:
         j, same = first.setdefault((t.index if isinstance(t.index, range) else tuple(t.index), t.squeezed), (i, v))
         if same != v:
-            for a, b in ((v, same), (same, v)):
-                yield min(i, j), _moved(values, a, (b,), lambda y: y.clone(), "the same part")
-
-
-def _moved(values: Sequence[Value], head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Arc:
-    names = ", ".join(values[v].name for v in tail)
-    return Arc(head, tail, solve, exact=True, text=f"{values[head].name} <- {names}  ({how})")
+            yield (i, j), v, same
+            yield (i, j), same, v
 
 
 def _patch(p: Patch) -> Callable[..., Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from revfx.passes import _torch
 from revfx.passes.cuts import Step
-from revfx.passes.facts import check
+from revfx.passes.facts import Fact, check
 from revfx.passes.grid import checksum, limit
 from revfx.passes.joint.forward import BACKWARD, FORWARD
 from revfx.passes.joint.record import Recorder
@@ -72,7 +72,7 @@ class Checks:
         self.stretches: list[list[Cut]] = []
         self._flags: dict[fx.Node, tuple[str, _torch.Said]] = {}
         self._guarded: set[tuple[fx.Node, bool, float]] = set()
-        self._relied_on: set[tuple[fx.Node, str]] = set()
+        self._relied_on: set[tuple[fx.Node, Fact]] = set()
 
     def guard(self, op: int, arc: Arc) -> None:
         own = self.original(int(arc.factor or 0))
@@ -115,7 +115,7 @@ class Checks:
         last = max(sizes, key=lambda n: order[n])
         self._check_forward(lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most, sizes, message, last)
 
-    def hold(self, op: int, value: int, fact: str) -> None:
+    def hold(self, op: int, value: int, fact: Fact) -> None:
         """Check in every run that a fact still holds of a value."""
         own = self.original(value)
         if (own, fact) not in self._relied_on:

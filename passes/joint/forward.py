@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.facts import Facts, annotate, constants
+from revfx.passes.facts import Fact, Facts, annotate, constants
 from revfx.passes.shape_only import of_its_shape
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.passes.traits import barred, trained
@@ -78,7 +78,8 @@ def forward_half(
     used = ancestors([*outputs, *held, *read_later(joint, nodes)], stateless_inputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     mutated = mutated_outside(joint, primals).union(n.args[0] for n in updates if isinstance(n.args[0], fx.Node))
-    known, constant = _known(joint, primals, static, facts or ()), constants(joint)
+    known = _known(joint, primals, static, facts or ())
+    constant = constants(joint, known)
     for node in known:
         node.meta["facts"] = known[node]
     weights = trained(joint, output_args(joint), [p for i, p in enumerate(primals) if i in static])
@@ -102,9 +103,9 @@ def forward_half(
 
 def _known(
     joint: fx.Graph, primals: Sequence[fx.Node], static: Collection[int], facts: Facts
-) -> dict[fx.Node, tuple[str, ...]]:
+) -> dict[fx.Node, tuple[Fact, ...]]:
     """Return what is known of the values of nodes; nothing of a model's own inputs, which differ from step to step."""
-    of: dict[int, list[str]] = {}
+    of: dict[int, list[Fact]] = {}
     for number, fact in facts:
         of.setdefault(number, []).append(fact)
     inputs = {p: _torch.plain_input(p) for i, p in enumerate(primals) if i in static}
@@ -131,11 +132,11 @@ def _sources(
     mutated: Collection[Any],
     ahead: Collection[fx.Node],
 ) -> set[fx.Node]:
-    """Return what the backward can read at little cost: parameters and buffers, what follows from them alone and is not
-    larger than they are (views, casts, masks turned round), what is filled with a number, inductor's seeds, and masks
-    that are drawn once for several readers.
+    """Return what the backward can read at little cost: parameters, buffers, inputs that are no data, what follows from
+    them alone and is not larger than they are (views, casts, masks turned round), what is filled with a number,
+    inductor's seeds, and masks that are drawn once for several readers.
     """
-    found = {p for i, p in enumerate(primals) if i in static}
+    found = {p for i, p in enumerate(primals) if i in static or _is_no_data(p.meta["val"])}
     held = {n for n in joint.nodes if n.op == "get_attr" and is_strided(n.meta.get("val"))}
     copies = {n for n in joint.nodes if n.meta.get("copy_of") in found}
     clean = {n for n in found | held if n not in mutated} | copies
@@ -154,6 +155,11 @@ def _sources(
             if filled or _nbytes(val) <= max(SMALL, theirs):
                 clean.add(node)
     return found | clean
+
+
+def _is_no_data(val: Any) -> bool:
+    """Return whether an input can be no activation: an index, or a single number."""
+    return isinstance(val, torch.Tensor) and not (val.dim() and (val.is_floating_point() or val.is_complex()))
 
 
 def _nbytes(val: Any) -> int:

@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy import functions
 
+from revfx.passes import _torch
+
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat)
 
@@ -44,7 +46,7 @@ class Recorder:
         with torch.no_grad(), fakes[0].fake_mode:
             if len(set(map(id, fakes))) < len(set(tail)):  # copies of a node share their result
                 fakes = [t.detach() for t in fakes]
-            mode = _Mode(self, dict(zip(map(id, fakes), tail, strict=True)), meta)
+            mode = _Mode(self, dict(zip(map(id, fakes), tail, strict=True)), meta, fakes[0].device)
             with mode:
                 result = by(*fakes)
         return mode.nodes[id(result)]
@@ -99,13 +101,17 @@ KEPT = ("stack_trace", "nn_module_stack", "seq_nr")
 
 
 class _Mode(TorchDispatchMode):
-    def __init__(self, recorder: Recorder, nodes: dict[int, fx.Node], meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self, recorder: Recorder, nodes: dict[int, fx.Node], meta: Mapping[str, Any], device: torch.device
+    ) -> None:
         super().__init__()
-        self.recorder, self.nodes, self.meta = recorder, nodes, meta
+        self.recorder, self.nodes, self.meta, self.device = recorder, nodes, meta, device
         self.alive: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.lift_fresh.default and id(args[0]) not in self.nodes:
+            return self._constant(*args)
         # what a decomposition calls comes here whole, also where autograd would have taken it apart (`flatten`)
         spelled = self.recorder.decompositions.get(func, None if func.namespace == "prim" else func.decompose)
         if spelled is not None:
@@ -129,6 +135,18 @@ class _Mode(TorchDispatchMode):
         self.alive.append(out)
         self.nodes[id(out)] = node
         return node
+
+    def _constant(self, held: Tensor) -> Tensor:
+        """Return the fake tensor of numbers that the function knows, which the graph's owner now holds."""
+        graph = self.recorder.graph
+        name, owner = f"_revfx_constant{len(graph.nodes)}", graph.owning_module
+        assert owner is not None
+        with _torch.outside_modes():
+            held = held.to(self.device)  # at once, not in every run
+        owner.register_buffer(name, held, persistent=False)
+        out = torch.ops.aten.lift_fresh.default(held)
+        self._add(torch.ops.aten.lift_fresh_copy.default, (graph.get_attr(name),), {}, out)
+        return out
 
     def _argument(self, x: Any) -> Any:
         if isinstance(x, Tensor):

@@ -256,8 +256,8 @@ class Regenerator:
             return
         if coder is None and arc.measured:
             self.checks.guard(op, arc)
-        if arc.assumes is not None:
-            self.checks.hold(op, *arc.assumes)
+        for value, fact in arc.assumes:
+            self.checks.hold(op, value, fact)
         tail = [self.laid_out(v) for v in arc.tail]
         with self.joint.inserting_before(self.output):
             found = self.recorder.record(arc.solve, tail, BACKWARD, node)

@@ -269,11 +269,13 @@ def put(a: Tensor, index: Any, b: Any) -> Tensor:
     return y
 
 
-@register_inverse(put)
+@register_inverse(put, aten.index_put.default)
 def put_at(node: fx.Node) -> Iterator[Direction]:
     """`y = a with a[..., i, ...] = b`; `b = y[..., i, ...]`, and y holds the rest of a."""
-    a, index, b = arguments(node, "input", "index", "other")
-    found = _along(_shape(a), index)
+    a, index, b, accumulate = arguments(node, "input", "index", "other", accumulate=False)
+    if node.target is not put:
+        index = tuple(slice(None) if i is None else i for i in index)
+    found = "it is added to" if accumulate else _along(_shape(a), index)
     if isinstance(found, str):
         yield NoInverse(a, found)
         return
@@ -309,8 +311,10 @@ def _positions(index: Any, size: int) -> Sequence[int] | None:
     values = index.meta.get("constant") if isinstance(index, fx.Node) else torch.as_tensor(index)
     if values is None or values.dim() != 1:
         return None
-    numbers = values.nonzero().flatten() if values.dtype == torch.bool else values % size
-    found = numbers.tolist()
+    numbers = values.tolist()  # and plain Python, as fake tensors may be about
+    found = (
+        [i for i, chosen in enumerate(numbers) if chosen] if values.dtype == torch.bool else [i % size for i in numbers]
+    )
     return found if len(set(found)) == len(found) else None
 
 

@@ -104,6 +104,30 @@ class Permuted(Guarded):
         return x
 
 
+class Chosen(Guarded):
+    """Indices of halves, one of which becomes another."""
+
+    even: Tensor
+    odd: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("even", torch.arange(0, 2 * WIDTH, 2))
+        self.register_buffer("odd", torch.arange(1, 2 * WIDTH, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(DEPTH):
+            a, b = x[:, self.even], x[:, self.odd]
+            a, b = self.couple(a, b, i)
+            x = torch.empty_like(x)
+            x[:, self.even], x[:, self.odd] = b, a
+        return x
+
+    def spoil(self, x: Tensor) -> Tensor:
+        self.even[0] = 1
+        return x
+
+
 class Masked(Guarded):
     """A mask of zeros and ones that gets another number."""
 
@@ -152,6 +176,7 @@ GUARDS: dict[type[Guarded], str] = {
     Factor: "a factor of the coupling at .* came nearer to 0",
     Growth: "rounding grows too much",
     Permuted: "an index is no permutation",
+    Chosen: "an index holds other numbers",
     Masked: "a mask does not hold zeros and ones only",
     Drift: "differs from the forward's by more than 1 %",
     Bits: "is not bit for bit the forward's",
@@ -211,7 +236,7 @@ def test_no_gradient_is_handed_out(kind: type[Guarded], dynamic: bool) -> None:
     _assert_raises(GUARDS[kind], *spoilt(kind, dynamic, **options))
 
 
-@pytest.mark.parametrize(("kind", "dynamic"), [(Permuted, False), (Drift, False), (Drift, True)])
+@pytest.mark.parametrize(("kind", "dynamic"), [(Permuted, False), (Chosen, False), (Drift, False), (Drift, True)])
 def test_no_gradient_is_handed_out_with_codes(kind: type[Guarded], dynamic: bool) -> None:
     _assert_raises(LOSSLESS[kind], *spoilt(kind, dynamic, inner="aot_eager"))
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, fx, nn
 
-from revfx.passes.facts import BINARY, PERMUTATION, annotate, constants, facts_of, is_mask, masks
+from revfx.passes.facts import BINARY, PERMUTATION, Fact, annotate, check, constants, facts_of, is_mask, masks
+from revfx.passes.joint.forward import ancestors
 from revfx.rules import aten
 
 
@@ -152,18 +153,24 @@ def test_constants_are_what_the_operations_give(data: st.DataObject) -> None:
     values, start = Values(), data.draw(st.integers(0, 2))
     made = [values.call(aten.arange.start, start, start + WIDTH), values.call(aten.full.default, [WIDTH], start)]
     made += [values.call(aten.ones.default, [WIDTH]), values.given(torch.arange(WIDTH))]
-    found = [n for n in made if n is not None]
+    index = values.given(torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=WIDTH, max_size=WIDTH))))
+    facts = {index: tuple(f for _, f in facts_of([index.meta["val"]]) if f != BINARY)}
+    found = [*(n for n in made if n is not None), index]
     for _ in range(data.draw(st.integers(1, 6))):
         a, b = data.draw(st.sampled_from(found)), data.draw(st.sampled_from(found))
         pair = data.draw(st.sampled_from((aten.add.Tensor, aten.remainder.Tensor, aten.lt.Tensor, aten.mul.Tensor)))
         one = data.draw(st.sampled_from((aten.flip.default, aten.cumsum.default)))
         node = values.call(one, a, [0] if one is aten.flip.default else 0) if a is b else values.call(pair, a, b)
         found += [] if node is None else [node]
-    folded = constants(values.graph)
-    assert all(n in folded for n in made[:1])
+    unknown = PERMUTATION in facts[index]
+    folded = constants(values.graph, facts)
+    assert all(n in folded for n in made[:1]) and (index in folded) is not unknown
     for node, held in folded.items():
         assert held.dtype == node.meta["val"].dtype and torch.equal(held, node.meta["val"])
         assert not held.is_floating_point()
+        if node is not index and index in ancestors([node]):  # what rests on an input is to be checked in a run
+            (fact,) = facts[node]
+            assert check(fact, "", "")[0](held) and not check(fact, "", "")[0](held + 1)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,8 @@ def test_constants_are_what_the_operations_give(data: st.DataObject) -> None:
     [
         (torch.tensor([2, 0, 1]), (PERMUTATION,)),
         (torch.tensor([1, 0]), (PERMUTATION, BINARY)),
-        (torch.tensor([1, 1]), ()),
+        (torch.tensor([1, 1]), ((1, 1),)),
+        (torch.tensor([3]), ((3,),)),
         (torch.tensor([0.0, 1.0, 1.0]), (BINARY,)),
         (torch.tensor([0.0, 1.0, 2.0]), ()),
         (torch.tensor([0.0, 1.0], requires_grad=True), ()),
@@ -181,5 +189,5 @@ def test_constants_are_what_the_operations_give(data: st.DataObject) -> None:
     ],
     ids=str,
 )
-def test_facts_of_an_input(value: Tensor, expected: tuple[str, ...]) -> None:
+def test_facts_of_an_input(value: Tensor, expected: tuple[Fact, ...]) -> None:
     assert tuple(f for _, f in facts_of([value])) == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -106,7 +106,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "Flatten": [(t(3, 2, 4),)],
 }
 LINEAR = {op_name(op) for op, rule in rules.registered().items() if rule.__module__ == "revfx.rules.linear"}
-TESTED_ELSEWHERE = {*LINEAR, "where", "cuda", "Unflatten"}  # test_linear; the zoo (masks); the rule of `to`; below
+# test_linear; the zoo (masks); the rule of `to`; below
+TESTED_ELSEWHERE = {*LINEAR, "where", "cuda", "Unflatten", "index_put"}
 WITHOUT_ONE = {aten.lerp.Tensor: "not bounded away from zero"}  # rules that only say why
 ATEN: dict[object, list[tuple[Any, ...]]] = {  # where the name's samples are not this overload's; a dict: by name
     aten.add.Scalar: [(t(3, 4), 2.5), (t(3, 4), 2.5, -2)],
@@ -341,6 +342,39 @@ def test_a_patched_copy_and_the_part_it_lacks_give_a_value_back(part: Any, patch
 def test_a_patched_copy_and_another_part_give_nothing(part: Any, patch: Any, other: Tensor) -> None:
     errors = directions(Parts(part, patch=patch), [t(3, 4), other])
     assert [name for name in errors if name.endswith("(patch)")] == []
+
+
+class Puts(nn.Module):
+    """Writes by an index that a buffer holds into a copy, and takes what was there."""
+
+    def __init__(self, index: Sequence[int], dims: int, accumulate: bool) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.tensor(index))
+        self.dims, self.accumulate = dims, accumulate
+
+    def forward(self, x: Tensor, other: Tensor) -> Any:
+        index = [None, self.index] if self.dims == 1 else [self.index] * 2
+        x = x.clone()
+        return aten.index_put.default(x, index, other, self.accumulate), aten.index.Tensor(x, [None, self.index])
+
+
+def test_what_is_put_by_a_constant_index_is_taken_back() -> None:
+    errors = directions(Puts([2, -4], 1, accumulate=False), [t(3, 4), t(3, 2)])
+    assert sorted(name.rpartition(" (")[2] for name in errors) == ["index_put)", "patch)"]
+    assert list(errors.values()) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("index", "dims", "accumulate", "why"),
+    [
+        ([2, 2], 1, False, "takes a position twice"),
+        ([2, 0], 1, True, "it is added to"),
+        ([2, 0], 2, False, "along more than one dimension"),
+    ],
+)
+def test_what_is_put_otherwise_is_not(index: Any, dims: int, accumulate: bool, why: str) -> None:
+    with pytest.raises(revfx.RevfxError, match=why):
+        directions(Puts(index, dims, accumulate), [t(3, 4), t(3, 2) if dims == 1 else t(2)])
 
 
 def test_registering_twice_raises_and_a_users_rule_is_used(fp64: None) -> None:

@@ -203,7 +203,7 @@ class Coupled(nn.Module):
 
 NOT_COUPLED = frozenset(
     """aten.where.self aten.index_select.default aten.index.Tensor aten._unsafe_index.Tensor aten.copy.default
-    prims.rev.default aten.native_channel_shuffle.default""".split()
+    aten.index_put.default prims.rev.default aten.native_channel_shuffle.default""".split()
 ) | {"method view_as", "method reshape_as"}  # they take a tensor that is no stream, or have no gradient of their own
 
 

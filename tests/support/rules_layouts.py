@@ -189,6 +189,11 @@ def written(draw: Draw, op: object) -> Sample:
     if name == "copy":
         b = tensor(draw, draw(st.sampled_from([(3, 4), (1, 4)])), dtype)
         return Sample((a, b), solved if b.shape == a.shape else NONE)
+    if name == "index_put":
+        index, added = draw(st.lists(st.integers(-4, 3), min_size=1, max_size=4)), draw(st.booleans())
+        once = not added and len({i % 4 for i in index}) == len(index)
+        args = a, [None, torch.tensor(index)], tensor(draw, (3, len(index)), dtype), added
+        return Sample(args, frozenset({1} if once else ()), constants=frozenset({1}))
     if name == "put":
         at = draw(st.sampled_from([(..., [1, 3, 0]), (slice(None), slice(0, 3)), (..., -1), (0, 1), (slice(None),)]))
         whole = draw(st.booleans()) and at not in ((0, 1), (slice(None),))
@@ -228,7 +233,7 @@ STRATEGIES: dict[str, Strategy] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split", "unbind"), apart),
     **dict.fromkeys(("narrow", "select", "slice"), part),
     **dict.fromkeys(("getitem", "index_select", "index", "unsafe_index"), indexed),
-    **dict.fromkeys(("slice_scatter", "select_scatter", "copy", "put"), written),
+    **dict.fromkeys(("slice_scatter", "select_scatter", "copy", "put", "index_put"), written),
     "expand": expanded,
 }  # fmt: skip
 ELSEWHERE: dict[object, str] = {"cuda": "the rule of `to`", nn.Unflatten: "in test_rules.py: it has arguments"}

@@ -75,12 +75,15 @@ OF_EACH_REASON = (
 
 
 # Codes make up for what a matrix, or a function that saturates, rounds.
-CODED = ("FrEIA all in one", "FrEIA fixed 1x1 convolution", "normflows matrix")
+CODED = ("FrEIA all in one", "FrEIA fixed 1x1 convolution", "FrEIA Haar", "normflows matrix", "normflows LU")
 CODED_LIKE_OTHERS = (
     *("FrEIA all in one, soft", "FrEIA all in one, GIN", "FrEIA all in one, images", "FrEIA fixed matrix"),
     *("FrEIA i-RevNet sampling by convolution", "FrEIA Householder", "normflows 1x1 convolution"),
 )
 
+
+# Of what compiled graphs see the numbers of, and are not cut apart where Python asks for them.
+BY_INDEX = ("nflows affine", "nflows LU")
 
 OF_EACH_KIND = (
     *("normflows activation normalisation", "normflows LU", "normflows Glow, two scales", "nflows affine"),
@@ -187,6 +190,11 @@ def test_by_codes_linear_maps_keep_little_per_block_and_gradients_are_the_plain_
 @pytest.mark.parametrize("name", deep_but(OF_EACH_KIND, BY_CONVERT))
 def test_what_asks_buffers_or_writes_by_index_keeps_little_per_block(name: str) -> None:
     assert_lossless(BY_CONVERT[name], "convert")
+
+
+@pytest.mark.parametrize("name", BY_INDEX)
+def test_indices_in_buffers_are_seen_over_eager_kernels(name: str) -> None:
+    assert_lossless(BY_CONVERT[name], "aot_eager")
 
 
 def assert_lossless(program: Program, way: str) -> None:
