@@ -21,7 +21,19 @@ from revfx.passes.moves import directions_of, taken_apart
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, same_shape
 from revfx.passes.tilings import tilings
-from revfx.rules import NOT_INJECTIVE, Direction, Inverse, NoInverse, Patch, Tile, nothing, op_name, rule_for, why_none
+from revfx.rules import (
+    NOT_INJECTIVE,
+    Direction,
+    Inverse,
+    NoInverse,
+    Patch,
+    Tile,
+    is_declared,
+    nothing,
+    op_name,
+    rule_for,
+    why_none,
+)
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,7 @@ class _Lowering:
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=assumed(given, self.index) if inverse.exact else (),
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
+            declared=inverse.declared or is_declared(rule_for(node, self._module(node))),
         )  # fmt: skip
         return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
 

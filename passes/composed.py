@@ -96,7 +96,8 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
         return arc
     made = {a.head for a in chain}
     tail = tuple(dict.fromkeys(v for a in chain for v in a.tail if v not in made))
-    return replace(arc, tail=tail, solve=_in_turn(chain, tail), partial=True)
+    declared = any(a.declared for a in chain)
+    return replace(arc, tail=tail, solve=_in_turn(chain, tail), partial=True, declared=declared)
 
 
 def _in_turn(chain: Sequence[Arc], tail: tuple[int, ...]) -> Callable[..., Any]:

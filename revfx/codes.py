@@ -3,11 +3,11 @@
 Forward: `code = encode(x, predicted)`, where `predicted` is what the inverse gives; backward: `x = decode(predicted,
 code)`. Numbers of one sign and dtype are ordered as their bits are, read as integers, so the distance k of x from its
 prediction is a small integer nearly everywhere. It is stored in 0, 2, 4 or 8 bits an element. Where one of four
-neighbours needs more, all four are an *escape*, which stores 8 bits of each; where 8 are too few, it stores the four
-values. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and where the prediction
-was made by a kernel that does not round alike every time, an element is off by rounding, no more.
+neighbours needs more, all four are an *escape*, which stores 8 bits of each; a *far* one, for which 8 are too few, is
+stored itself. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and where the
+prediction was made by a kernel that does not round alike every time, an element is off by rounding, no more.
 
-Bytes of a code of n elements of b bytes: n*width/8 + (2 + 4)*escapes + (8 + 4*b)*far ones. After the "bits" by which
+Bytes of a code of n elements of b bytes: n*width/8 + (2 + 4)*escapes + (2 + b)*far ones. After the "bits" by which
 MacKay et al. (2018, https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015, https://arxiv.org/abs/1502.03492)
 make fixed-point arithmetic reversible; here the arithmetic is the model's own.
 """
@@ -28,7 +28,7 @@ from revfx.layout import flat, is_dense
 WIDTHS = (0, 2, 4, 8)
 FOUR = 4  # elements that escape together: as distances of 8 bits, they are one int32
 FAR = 128  # a distance that 8 bits do not hold; in 8 bits both 128 and -128 are -128, which stands for all such
-BLOCK = 1 << 16  # escapes are found by the lowest 16 bits of where they are
+BLOCK = 1 << 16  # escapes and far ones are found by the lowest 16 bits of where they are
 SLOW = 2  # bytes
 FEW = 32  # escapes, which are not worth the time to make them small
 SMALL = 1 << 12  # bytes: a code of so few is not worth its time
@@ -44,9 +44,9 @@ class Code:
     """The distances of a value from its prediction, in the order of memory, by fours.
 
     `packed`: `width` bits of each, in bytes (None of width 0, and of width 8, whose distances are `near`). `near`: 8
-    bits of each in the escapes, which lie at `where`. `values`: the bits of the elements of the fours at `far`, None
-    where there are none. `lost` counts the escapes for which there was no room, on a device where the host does not
-    know how many there are.
+    bits of each in the escapes, which lie at `where`. `values`: the bits of far ones, which lie at `far` in `near`; of
+    the escapes where there is no `near`; None where there are none. `lost` counts those for which there was no room, on
+    a device where the host does not know how many there are.
     """
 
     width: int
@@ -64,7 +64,7 @@ class Code:
 
     @property
     def escapes(self) -> int:
-        """How many escapes there are, far ones twice."""
+        """How many escapes and far ones there are."""
         return sum([len(t) for t in (self.where, self.far) if t is not None])
 
 
@@ -139,34 +139,42 @@ def encode(
         half = 1 << width >> 1
         distances.add_(half)
         escapes, lost = _found(_beyond(fours, width), room and room[0])
+        where = escapes.to(torch.uint16)
         if not direct:
-            where, near = escapes.to(torch.uint16), fours.index_select(0, escapes)
+            near = fours.index_select(0, escapes)
             distances = near.view(torch.int8).sub_(half)
         packed = _packed(fours, width)
     if not direct:
-        far, without = _found((distances == -FAR).view(torch.int32), room and room[1])
-        far = far if escapes is None or not len(far) else escapes.index_select(0, far)
-    far = escapes if direct else far
-    if far is not None and len(far):
-        values = bits.view(-1, FOUR).index_select(0, far)
+        far, without = _found(_blocks_marked(distances == -FAR), room and room[1])
+    if direct or (far is not None and len(far)):
+        values = bits if escapes is None else bits.view(-1, FOUR).index_select(0, escapes)
+        values = values if far is None else values.view(-1).index_select(0, far)
     lost = without if lost is None else lost if without is None else lost + without
-    return Code(width, packed, where, near, None if values is None else far, values, lost)
+    return Code(
+        width, packed, where, near, None if far is None or values is None else far.to(torch.uint16), values, lost
+    )
 
 
 def decode(predicted: Tensor, code: Code) -> Tensor:
     """Return the value of which `code` was made, with the strides of `predicted`."""
     p = _bits(predicted)
     fours = code.near if code.near is not None and code.where is None else _widened(code.packed, code.width, p)
-    if code.near is not None and code.where is not None:
-        fours.index_put_((_positions(code.where, len(fours)),), code.near)
+    where = None if code.where is None else _positions(code.where, len(fours))
+    if code.near is not None and where is not None:
+        fours.index_put_((where,), code.near)
     bits = fours.view(torch.int8).to(p.dtype)
     if p.element_size() == 2:
         # A prediction that is not quite what it was may be so near to 0 that k takes it beyond, to a NaN. Of wider
         # numbers one in 2^40 is: as near to 0 as the last bit of what was added, and next to a multiple of that.
         torch.maximum(bits, _to_zero(p), out=bits)
     bits += p
-    if code.far is not None and code.values is not None:
-        bits.view(-1, FOUR).index_put_((code.far,), code.values)
+    if code.values is not None and code.near is None and where is not None:
+        bits.view(-1, FOUR).index_put_((where,), code.values)
+    elif code.values is not None and code.near is not None and code.far is not None:
+        far = _positions(code.far, FOUR * len(code.near))
+        if where is not None:
+            far = where.to(torch.int64).index_select(0, far >> 2) * FOUR + far % FOUR
+        bits.index_put_((far,), code.values)
     return _unbits(bits, predicted)
 
 
@@ -179,12 +187,12 @@ def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int, int]:
     bits, p = _both(x, predicted)
     distances = _distances(bits, p)
     beyond = [_beyond((distances + (1 << w >> 1)).view(torch.int32), w) for w in WIDTHS if w < 8]
-    counts = torch.stack([t.count_nonzero() for t in (*beyond, (distances == -FAR).view(torch.int32))])
+    counts = torch.stack([t.count_nonzero() for t in (*beyond, distances == -FAR)])
     *found, far = counts.tolist()
     escapes = dict(zip(WIDTHS, (*found, 0), strict=True))
     size = {w: bits.numel() * w / 8 + n * (2 + 4) for w, n in escapes.items()}
     best = min(WIDTHS, key=lambda w: size[w] + SLOW * escapes[w])
-    whole = size[best] + far * (8 + FOUR * bits.element_size())
+    whole = size[best] + far * (2 + bits.element_size())
     return (best, escapes[best], far) if whole < x.nbytes else (None, 0, 0)
 
 
@@ -232,9 +240,12 @@ def _beyond(fours: Tensor, width: int) -> Tensor:
     """Return a number for each four distances, taken from where those of `width` bits begin, that is other than zero
     where these need more, or where a block begins.
     """
-    found = fours & _repeated(256 - (1 << width))
+    return _blocks_marked(fours & _repeated(256 - (1 << width)))
+
+
+def _blocks_marked(found: Tensor) -> Tensor:
     if len(found) > BLOCK:
-        found[::BLOCK] = -1
+        found[::BLOCK] = 1
     return found
 
 
@@ -279,8 +290,8 @@ def _found(words: Tensor, room: int | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _positions(where: Tensor, n: int) -> Tensor:
-    """Return where escapes are among `n` fours, of which the lowest 16 bits are given: in each block the first one is
-    at its beginning.
+    """Return where escapes or far ones are among `n`, of which the lowest 16 bits are given: in each block the first
+    one is at its beginning.
     """
     places = where.to(torch.int32)
     if n > BLOCK:

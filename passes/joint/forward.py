@@ -82,6 +82,7 @@ def forward_half(
     constant = constants(joint, known)
     for node in known:
         node.meta["facts"] = known[node]
+    given = {p for p in primals if p not in mutated and _is_no_data(p.meta["val"])}
     weights = trained(joint, output_args(joint), [p for i, p in enumerate(primals) if i in static])
     apart = {} if coded else barred(joint, weights)  # also by a backward of the user's own
     half = fx.Graph()
@@ -92,6 +93,8 @@ def forward_half(
             _annotate(node, new)
             if node in constant:
                 new.meta["constant"] = constant[node]
+            if node in given:
+                new.meta["kept"] = True
     for new in (n for n in half.nodes if "directions" in n.meta):  # which tell of nodes further down, too
         new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
@@ -132,11 +135,11 @@ def _sources(
     mutated: Collection[Any],
     ahead: Collection[fx.Node],
 ) -> set[fx.Node]:
-    """Return what the backward can read at little cost: parameters, buffers, inputs that are no data, what follows from
-    them alone and is not larger than they are (views, casts, masks turned round), what is filled with a number,
-    inductor's seeds, and masks that are drawn once for several readers.
+    """Return what the backward can read at little cost: parameters and buffers, what follows from them alone and is not
+    larger than they are (views, casts, masks turned round), what is filled with a number, inductor's seeds, and masks
+    that are drawn once for several readers.
     """
-    found = {p for i, p in enumerate(primals) if i in static or _is_no_data(p.meta["val"])}
+    found = {p for i, p in enumerate(primals) if i in static}
     held = {n for n in joint.nodes if n.op == "get_attr" and is_strided(n.meta.get("val"))}
     copies = {n for n in joint.nodes if n.meta.get("copy_of") in found}
     clean = {n for n in found | held if n not in mutated} | copies

@@ -100,6 +100,19 @@ class Constants:
         return _called(_function(node), node.args, node.kwargs, self.values)
 
 
+def positions(index: Any, nodes: Mapping[int, fx.Node], call: Callable[..., Any]) -> Any:
+    """Return an index with the positions that masks hold, where their numbers are known, in place of these.
+
+    `nodes` has the node of a tensor by its id; `call` records a function, given its types, arguments and keywords.
+    """
+    if isinstance(index, tuple):
+        return tuple(positions(i, nodes, call) for i in index)
+    if isinstance(index, Tensor) and (index.dtype, index.dim()) == (torch.bool, 1):
+        if (node := nodes.get(id(index))) is not None and "constant" in node.meta:
+            return call(torch.flatten, (), (call(torch.nonzero, (), (index,)),))
+    return index
+
+
 def _is_pure(node: fx.Node) -> bool:
     """Return whether running an operation again gives the same, and changes nothing."""
     runs = node.op in ("call_function", "call_method") and not node.meta.get("opaque") and "mutates" not in node.meta

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from revfx import _fake, _torch
 from revfx.ambient import Ambience, drew, generators, restore, where, where_raised
 from revfx.capture.carried import Carried, carried
-from revfx.capture.constants import Constants
+from revfx.capture.constants import Constants, positions
 from revfx.capture.data import Capture, Spot, where_held
 from revfx.capture.effects import Snapshot, lasts, left_alone
 from revfx.capture.guards import ATOMS
@@ -212,6 +212,8 @@ class Recorder(TorchFunctionMode):
         name = op_name(func)
         if name in EFFECTS:
             raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat", once=True)
+        if name in ("__getitem__", "__setitem__"):
+            args = args[0], positions(args[1], self.nodes, self.__torch_function__), *args[2:]
         if name == "__get__":
             given = args[0], func.__self__.__name__
             return self.record("call_function", getattr, given, {}, func(*args, **kwargs), [])
@@ -340,38 +342,31 @@ class Recorder(TorchFunctionMode):
             except _fake.DATA_DEPENDENT as e:
                 raise Untraceable(ASKS, where_raised(e), opens=path) from None  # its own code may ask a buffer
         with _torch.no_torch_function():
-            out = self._fakes_of(out)
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            numbers = {"drew": self.drew}
             odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
             if odd:
                 text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
                 raise Untraceable(text, opens=path)
             if not mutated:
-                self.memo[key] = Seen.of(out, [t for t, _ in versions], numbers)
-            out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, **numbers)
+                self.memo[key] = Seen.of(out, [t for t, _ in versions], {"drew": self.drew})
+            out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, drew=self.drew)
             self.hooked = (len(self.born), path) if hooked else self.hooked
             return out
 
     def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return what `module` returns on fakes; what its Python code leaves behind is undone."""
+        """Return what `module` returns, as fakes; what its Python code leaves behind is undone."""
         before, drawn, self.drew = Snapshot([*module.modules()]), generators(), None
         self.suspended += 1
         try:
-            return dtensor.run(module, args, kwargs)
+            out = dtensor.run(module, args, kwargs)
+            with _torch.no_torch_function():
+                return self.convert(out)
         finally:
             self.suspended -= 1
             self.drew = drew(drawn, generators()) or self.drew
             self.written |= before.written()
             before.restore()
             restore(drawn)
-
-    def _fakes_of(self, out: Any) -> Any:
-        self.suspended += 1
-        try:
-            return self.convert(out)
-        finally:
-            self.suspended -= 1
 
     def set_rng_state(self) -> None:  # what `fork_rng` ends with
         if not self.suspended:

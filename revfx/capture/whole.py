@@ -142,4 +142,4 @@ def _inverse(function: Any, node: fx.Node, x: fx.Node, y: fx.Node) -> Inverse:
         call.arguments[NAME] = not call.arguments[NAME]
         return pytree.tree_leaves(function(*call.args, **call.kwargs))[0]
 
-    return Inverse(x, by, others, result=y)
+    return Inverse(x, by, others, result=y, declared=True)

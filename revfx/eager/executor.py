@@ -116,6 +116,8 @@ class RegionRun(Regeneration):
             with torch.no_grad():
                 predicted = dtensor.spread(self.predicted(arc, env), self.spread.get(v))
                 code = codec.encode(x, dtensor.piece(predicted), spent=self._is_fresh(predicted, arc.tail, env))
+            if codec.width is None:
+                self.plan.distrust(v)
         if code is None:
             self._keep(self.kept, v, env[v])
             self.uncoded[number] = self.uncoded.get(number, frozenset()) | {v}

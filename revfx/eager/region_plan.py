@@ -85,8 +85,8 @@ class RegionPlan:
 
     `lossless`: what inverses miss is coded, and results must be the same to the last bit. `anchors` are the cuts that
     are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the number of cuts that the latest
-    forward kept, `coded` the bytes of its codes; `warned` is set once rounding was warned of, and `warning` is what the
-    first run has to say.
+    forward kept, `coded` the bytes of its codes; `declared` says of values whose inverse gives them, where that may be
+    wrong; `warned` is set once rounding was warned of, and `warning` is what the first run has to say.
     """
 
     program: Program
@@ -99,6 +99,7 @@ class RegionPlan:
     kept: int = 0
     coded: int = 0
     warned: bool = False
+    declared: dict[int, str] = field(default_factory=dict[int, str])
 
     def __post_init__(self) -> None:
         self.region = replace(self.region, steps=composed_all(self.program, self.region.steps))
@@ -119,16 +120,30 @@ class RegionPlan:
             self.warned = True
             warnings.warn(NO_ROOM, RevfxWarning, stacklevel=2)
 
+    def distrust(self, value: int) -> None:
+        """Say, once for each operation, that the inverse that is declared for it is no good, if `value` has such."""
+        if (op := self.declared.get(value)) is not None:
+            self.declared = {v: other for v, other in self.declared.items() if other != op}
+            warnings.warn(
+                f"the inverse of {op} does not give back what went in, or not nearly: that is kept, as without revfx,"
+                " and gradients are right",
+                RevfxWarning,
+                stacklevel=2,
+            )
+
     def _step(self, number: int, step: Step) -> StepPlan:
         program, last, alive = self.program, self.program.last_use, {*self.program.outputs}
         anchored = number in self.anchors
         codes: dict[int, tuple[Arc, ...]] = {}
         held: set[int] = set()
-        for arc in (d.arc for d in step.derive if isinstance(d, Invert) and rounds(d.arc)) if self.lossless else ():
+        inverts = [d for d in step.derive if isinstance(d, Invert) and rounds(d.arc)] if self.lossless else []
+        for op, arc in ((program.ops[d.op], d.arc) for d in inverts):
             at = max(step.start, *(program.made_at[v] for v in (arc.head, *arc.tail)))
             codes[at] = (*codes.get(at, ()), arc)
             held.update(v for v in (arc.head, *arc.tail) if last[v] < at)
             self.codecs[arc.head] = Codec()
+            if arc.declared:
+                self.declared[arc.head] = f"`{op.name}` ({op.where})"
         ops = [program.ops[i] for i in range(step.start, step.stop)]
         dead = [
             tuple(

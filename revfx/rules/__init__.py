@@ -44,7 +44,8 @@ class Inverse:
     (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
     the inverse of such a form. `coded` ones saturate, bend or lose bits, and so are taken only where a code corrects
     what they give. `matrix`: the operand that is inverted as a whole; it must follow from parameters and constants.
-    `result`: the part of the results that the inverse starts from, where there are several.
+    `result`: the part of the results that the inverse starts from, where there are several. `declared`: by the user or
+    a library, so that it may be wrong.
     """
 
     solves: Any
@@ -58,6 +59,7 @@ class Inverse:
     coded: bool = False
     matrix: Any = None
     result: Any = None
+    declared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,11 @@ def rule_for(node: fx.Node, module: torch.nn.Module | None = None) -> Rule | Non
     """Return the rule for a node, or None; `module` is what a call_module node calls."""
     key = type(module) if node.op == "call_module" else node.target
     return _table.get(key)
+
+
+def is_declared(rule: Rule | None) -> bool:
+    """Return whether a rule was registered by the user."""
+    return rule is not None and rule not in _ours.values()
 
 
 def op_name(op: object) -> str:

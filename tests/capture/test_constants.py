@@ -74,6 +74,8 @@ class ByIndex(nn.Module):
     def halves(self) -> tuple[Any, Any]:
         if self.kind == "mask":
             return self.mask.nonzero().squeeze(-1), (~self.mask).nonzero().squeeze(-1)
+        if self.kind == "booleans":
+            return self.mask, ~self.mask
         if self.kind == "rows":
             first, second = self.rows
             return first, second
@@ -91,7 +93,7 @@ class ByIndex(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("kind", ["buffer", "mask", "list", "rows"])
+@pytest.mark.parametrize("kind", ["buffer", "mask", "booleans", "list", "rows"])
 def test_parts_that_an_index_takes_and_puts_back_are_a_coupling(kind: str) -> None:
     assert saved(lambda k: ByIndex(k, kind)) < 0.15
 
