@@ -3,13 +3,14 @@
 Forward: `code = encode(x, predicted)`, where `predicted` is what the inverse gives; backward: `x = decode(predicted,
 code)`. Numbers of one sign and dtype are ordered as their bits are, read as integers, so the distance k of x from its
 prediction is a small integer nearly everywhere. It is stored in 0, 2, 4 or 8 bits an element. Where one of four
-neighbours needs more, all four are an *escape*, which stores 8 bits of each; a *far* one, for which 8 are too few, is
-stored itself. So whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and where the
-prediction was made by a kernel that does not round alike every time, an element is off by rounding, no more.
+neighbours needs more, all four are an *escape*, which stores 8 bits of each; where 8 are too few, it is *far*, and
+stores the four values; where all elements have 8 bits, single ones are far. So whatever x and the prediction are (NaN,
+inf, -0, of different signs), x comes back; and where the prediction was made by a kernel that does not round alike
+every time, an element is off by rounding, no more.
 
-Bytes of a code of n elements of b bytes: n*width/8 + (2 + 4)*escapes + (2 + b)*far ones. After the "bits" by which
-MacKay et al. (2018, https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015, https://arxiv.org/abs/1502.03492)
-make fixed-point arithmetic reversible; here the arithmetic is the model's own.
+Bytes of a code of n elements of b bytes: n*width/8 + (2 + 4)*escapes + (8 + 4*b)*far ones, in 8 bits n + (2 + b)*far
+ones. After the "bits" by which MacKay et al. (2018, https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015,
+https://arxiv.org/abs/1502.03492) make fixed-point arithmetic reversible; here the arithmetic is the model's own.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Code:
     """The distances of a value from its prediction, in the order of memory, by fours.
 
     `packed`: `width` bits of each, in bytes (None of width 0, and of width 8, whose distances are `near`). `near`: 8
-    bits of each in the escapes, which lie at `where`. `values`: the bits of far ones, which lie at `far` in `near`; of
-    the escapes where there is no `near`; None where there are none. `lost` counts those for which there was no room, on
-    a device where the host does not know how many there are.
+    bits of each in the escapes, which lie at `where`. `values`: the bits of the fours at `far` (of width 8: of the
+    elements there), None where there are none. `lost` counts those for which there was no room, on a device where the
+    host does not know how many there are.
     """
 
     width: int
@@ -139,42 +140,39 @@ def encode(
         half = 1 << width >> 1
         distances.add_(half)
         escapes, lost = _found(_beyond(fours, width), room and room[0])
-        where = escapes.to(torch.uint16)
         if not direct:
-            near = fours.index_select(0, escapes)
+            where, near = escapes.to(torch.uint16), fours.index_select(0, escapes)
             distances = near.view(torch.int8).sub_(half)
         packed = _packed(fours, width)
     if not direct:
-        far, without = _found(_blocks_marked(distances == -FAR), room and room[1])
-    if direct or (far is not None and len(far)):
-        values = bits if escapes is None else bits.view(-1, FOUR).index_select(0, escapes)
-        values = values if far is None else values.view(-1).index_select(0, far)
+        beyond = distances == -FAR
+        found = beyond.view(torch.int32) if width < 8 else _blocks_marked(beyond)
+        far, without = _found(found, room and room[1])
+        far = far if escapes is None or not len(far) else escapes.index_select(0, far)
+    far = escapes if direct else far
+    if far is not None and len(far):
+        values = (bits.view(-1, FOUR) if width < 8 else bits).index_select(0, far)
+        far = far if width < 8 else far.to(torch.uint16)
     lost = without if lost is None else lost if without is None else lost + without
-    return Code(
-        width, packed, where, near, None if far is None or values is None else far.to(torch.uint16), values, lost
-    )
+    return Code(width, packed, where, near, None if values is None else far, values, lost)
 
 
 def decode(predicted: Tensor, code: Code) -> Tensor:
     """Return the value of which `code` was made, with the strides of `predicted`."""
     p = _bits(predicted)
     fours = code.near if code.near is not None and code.where is None else _widened(code.packed, code.width, p)
-    where = None if code.where is None else _positions(code.where, len(fours))
-    if code.near is not None and where is not None:
-        fours.index_put_((where,), code.near)
+    if code.near is not None and code.where is not None:
+        fours.index_put_((_positions(code.where, len(fours)),), code.near)
     bits = fours.view(torch.int8).to(p.dtype)
     if p.element_size() == 2:
         # A prediction that is not quite what it was may be so near to 0 that k takes it beyond, to a NaN. Of wider
         # numbers one in 2^40 is: as near to 0 as the last bit of what was added, and next to a multiple of that.
         torch.maximum(bits, _to_zero(p), out=bits)
     bits += p
-    if code.values is not None and code.near is None and where is not None:
-        bits.view(-1, FOUR).index_put_((where,), code.values)
-    elif code.values is not None and code.near is not None and code.far is not None:
-        far = _positions(code.far, FOUR * len(code.near))
-        if where is not None:
-            far = where.to(torch.int64).index_select(0, far >> 2) * FOUR + far % FOUR
-        bits.index_put_((far,), code.values)
+    if code.far is not None and code.values is not None and code.width < 8:
+        bits.view(-1, FOUR).index_put_((code.far,), code.values)
+    elif code.far is not None and code.values is not None:
+        bits.index_put_((_positions(code.far, len(bits)),), code.values)
     return _unbits(bits, predicted)
 
 
@@ -187,13 +185,14 @@ def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int, int]:
     bits, p = _both(x, predicted)
     distances = _distances(bits, p)
     beyond = [_beyond((distances + (1 << w >> 1)).view(torch.int32), w) for w in WIDTHS if w < 8]
-    counts = torch.stack([t.count_nonzero() for t in (*beyond, distances == -FAR)])
-    *found, far = counts.tolist()
-    escapes = dict(zip(WIDTHS, (*found, 0), strict=True))
-    size = {w: bits.numel() * w / 8 + n * (2 + 4) for w, n in escapes.items()}
+    far = distances == -FAR
+    counts = torch.stack([t.count_nonzero() for t in (*beyond, far.view(torch.int32), far)])
+    *found, fours, ones = counts.tolist()
+    n, each, escapes = bits.numel(), bits.element_size(), dict(zip(WIDTHS, (*found, 0), strict=True))
+    size = {w: n * w / 8 + escapes[w] * (2 + 4) + fours * (8 + FOUR * each) for w in WIDTHS}
+    size[8] = n + ones * (2 + each)
     best = min(WIDTHS, key=lambda w: size[w] + SLOW * escapes[w])
-    whole = size[best] + far * (2 + bits.element_size())
-    return (best, escapes[best], far) if whole < x.nbytes else (None, 0, 0)
+    return (best, escapes[best], fours if best < 8 else ones) if size[best] < x.nbytes else (None, 0, 0)
 
 
 # --- bits
