@@ -28,7 +28,7 @@ from revfx.rules import (
     NoInverse,
     Patch,
     Tile,
-    is_declared,
+    declared_by_user,
     nothing,
     op_name,
     rule_for,
@@ -179,7 +179,7 @@ class _Lowering:
     def _terms(self, node: fx.Node, ins: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
         """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
         y, factors, number = node.meta["val"], dict.fromkeys(ins, 0.0), 0.0
-        found = [d for d in self._directions(node) if isinstance(d, Inverse) and isinstance(d.solves, fx.Node)]
+        found = [d for d in self._directions(node) if isinstance(d, Inverse) and d.solves in node.all_input_nodes]
         if (
             not found
             or {self.index.get(d.solves) for d in found} != {*ins}
@@ -233,7 +233,7 @@ class _Lowering:
             partial=not statically_known_true(a.numel() == y.numel()),
             assumes=assumed(given, self.index) if inverse.exact else (),
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
-            declared=inverse.declared or is_declared(rule_for(node, self._module(node))),
+            declared=inverse.declared or declared_by_user(node, self._module(node)),
         )  # fmt: skip
         return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
 

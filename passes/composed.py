@@ -96,7 +96,7 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
         return arc
     made = {a.head for a in chain}
     tail = tuple(dict.fromkeys(v for a in chain for v in a.tail if v not in made))
-    declared = any(a.declared for a in chain)
+    declared = next((a.declared for a in chain if a.declared), "")
     return replace(arc, tail=tail, solve=_in_turn(chain, tail), partial=True, declared=declared)
 
 

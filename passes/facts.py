@@ -24,7 +24,10 @@ INDICES = (torch.int32, torch.int64)
 SAME = frozenset("alias clone detach lift_fresh_copy contiguous".split())
 CASTS = frozenset("to_copy convert_element_type to float double half bfloat16 bool int long type type_as".split())
 REORDERED = frozenset("flip roll".split())
-LAID_OUT = frozenset("view reshape expand unsqueeze squeeze permute transpose unsafe_view broadcast_to".split())
+LAID_OUT = frozenset(
+    "view reshape expand unsqueeze squeeze permute transpose unsafe_view broadcast_to"
+    " getitem select slice narrow".split()
+)
 
 Fact = str | tuple[int, ...]  # PERMUTATION, BINARY, or the whole numbers that it holds
 Facts = tuple[tuple[int, Fact], ...]
@@ -166,10 +169,11 @@ def masks(graph: fx.Graph) -> Masks:
     """Return the masks of a graph: booleans, values that are known to be binary, and what turns them round."""
     of: dict[fx.Node, Mask] = {}
     zero: dict[fx.Node, Places] = {}
+    parts: dict[tuple[object, ...], fx.Node] = {}
     for node in graph.nodes:
         if not isinstance(node.meta.get("val"), Tensor):
             continue
-        mask = _mask(node, of)
+        mask = _mask(node, of, parts)
         if mask is not None:
             of[node] = mask
         if of and (where := _zero(node, of, zero)):
@@ -183,15 +187,15 @@ def bare(node: fx.Node) -> str:
     return name[1:] if name in ("iadd", "radd", "isub", "imul", "rmul") else name
 
 
-def _mask(node: fx.Node, of: Mapping[fx.Node, Mask]) -> Mask | None:
+def _mask(node: fx.Node, of: Mapping[fx.Node, Mask], parts: MutableMapping[tuple[object, ...], fx.Node]) -> Mask | None:
     val, name = node.meta["val"], bare(node)
     a, b = (*node.args, None, None)[:2]
     if node.op in ("call_function", "call_method"):
         if isinstance(a, fx.Node) and a in of and a.meta["val"].device == val.device:
             if name in SAME | CASTS:
                 return of[a]
-            if name in LAID_OUT:
-                return Mask(node, True)
+            if name in LAID_OUT:  # the same part of one mask, such as `masks[0]`, is one root
+                return Mask(parts.setdefault((of[a], name, str(node.args[1:]), str(node.kwargs)), node), True)
             taken_off_one = name == "rsub" and _is_one(b) and len(node.args) == 2 and not node.kwargs
             inverted = name in ("bitwise_not", "invert") and val.dtype == torch.bool
             if name == "logical_not" or inverted or taken_off_one:

@@ -11,15 +11,17 @@ from revfx.rules import Direction, arguments, op_name, rule_for
 
 
 def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direction]:
-    """Return what the rule of a node, which calls `module`, yields; nothing where a size is not fixed."""
+    """Return what the rule of a node, which calls `module`, yields, and what else is declared of it; nothing where a
+    size is not fixed.
+    """
     if "directions" in node.meta:
         return list(node.meta["directions"])
-    rule = rule_for(node, module)
+    rule, declared = rule_for(node, module), [*node.meta.get("declared", ())]
     if rule is None or node.meta.get("barrier") is not None or not node.all_input_nodes:
-        return []
+        return declared
     with no_new_guards(node):
-        return list(rule(node))
-    return []
+        return [*rule(node), *declared]
+    return declared
 
 
 def taken_apart(node: fx.Node) -> fx.Node | None:

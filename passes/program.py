@@ -51,8 +51,8 @@ class Arc:
     smallest magnitude that its making admits (0: only the run can tell), and `typical` a guess at its usual magnitude,
     for where the run can't be asked. `assumes`: values, and what their elements must be (see `revfx.passes.facts`).
     `coupling` is the exact form of the operation, which can be undone bit for bit, or why there is none; `grid` says
-    that the arc is the inverse of one. `coded`: without a code it is not worth having. `declared`: by the
-    user or a library, so that it may be wrong.
+    that the arc is the inverse of one. `coded`: without a code it is not worth having. `declared`: what of
+    the user's or a library's says so, and may be wrong.
     """
 
     head: int
@@ -71,7 +71,7 @@ class Arc:
     coupling: Coupling | str = "its rule does not say what the operation adds"
     grid: bool = False
     coded: bool = False
-    declared: bool = False
+    declared: str = ""
 
     @property
     def amplification(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import warnings
@@ -17,7 +18,7 @@ from revfx.ambient import ambient_state
 from revfx.capture.data import Spot
 from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
 from revfx.capture.memo import structure
-from revfx.capture.plan import Plan
+from revfx.capture.plan import InvalidError, Plan
 from revfx.capture.search import Outcome, Wishes, make_plan
 from revfx.compiled.dynamo import Compiled
 from revfx.eager.calls import Slot
@@ -250,7 +251,8 @@ class Conversion:
         if self.compiled is None:
             outcome = self.prepare(model, args, kwargs, leaves, spec)
             if outcome.plan is not None and (not outcome.once or self._is_known(outcome)):
-                return outcome.plan.run(leaves, store=plain)
+                with contextlib.suppress(InvalidError):
+                    return outcome.plan.run(leaves, store=plain)
         compiled = self.compiled
         try:
             if compiled is not None and not store:

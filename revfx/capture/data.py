@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution, Transform
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.capture.guards import AttributeReads
+from revfx.capture.guards import DEPTH, AttributeReads, is_plain
+from revfx.eager.reach import is_users
 
 
-Spot = tuple[str, str]  # where a tensor hangs: the path of a module, and a name
+Spot = tuple[str, str]  # where a tensor hangs: the path of a module, and a name, such as `prior.loc` or `flow[0].scale`
+MANY = 1000  # items of a container, or objects of one module, that are not looked through for tensors
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,48 @@ class Capture:
 
 
 def where_held(root: nn.Module) -> tuple[dict[int, tuple[Tensor, str, str]], list[tuple[Spot, Spot]]]:
-    """Return the tensors of a model's modules, by address, with the first place where each hangs; and the pairs of
-    places that hold the same one.
+    """Return the tensors of a model's modules, and of plain objects and containers that these hold, by address, with
+    the first place where each hangs; and the pairs of places that hold the same one.
     """
     found: dict[int, tuple[Tensor, str, str]] = {}
     tied: list[tuple[Spot, Spot]] = []
     for path, module in root.named_modules(remove_duplicate=True):
-        own = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
+        seen = set[int]()
+        own = {k: t for name, v in vars(module).items() if is_users(name) for k, t in _held_in(v, name, seen)}
         for name, t in {**_torch.parameters(module), **_torch.buffers(module), **own}.items():
             if t is not None:
                 first = found.setdefault(id(t), (t, path, name))[1:]
                 tied += [((path, name), first)] if first != (path, name) else []
     return found, tied
+
+
+def _held_in(value: Any, name: str, seen: set[int], depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that an attribute holds, with the name to find each by."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif depth and id(value) not in seen and len(seen) < MANY:
+        parts: dict[str, Any] = {}
+        if isinstance(value, (list, tuple)) and len(value) < MANY:
+            parts = {f"{name}[{i}]": v for i, v in enumerate(value)}
+        elif isinstance(value, dict) and len(value) < MANY:
+            parts = {f"{name}[{k!r}]": v for k, v in value.items() if isinstance(k, str)}
+        elif is_plain(value) or isinstance(value, (Distribution, Transform)):
+            parts = {f"{name}.{k}": v for k, v in vars(value).items()}
+        seen.update([id(value)] if parts else [])
+        for k, v in parts.items():
+            yield from _held_in(v, k, seen, depth - 1)
+
+
+def held_at(owner: Any, name: str) -> Any:
+    """Return what hangs under such a name; None where nothing does."""
+    try:
+        for attribute, index, key in _steps(name):
+            owner = getattr(owner, attribute) if attribute else owner[int(index) if index else key]
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return owner
+
+
+@functools.cache
+def _steps(name: str) -> list[tuple[str, str, str]]:
+    return re.findall(r"\.?([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]", name)

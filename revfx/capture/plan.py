@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.ambient import Ambience
 from revfx.capture.carried import Carried
-from revfx.capture.data import Capture
-from revfx.capture.guards import Change, GlobalReads, ModuleGuard
+from revfx.capture.data import Capture, held_at
+from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key
 from revfx.eager.calls import Call, Slot
 from revfx.eager.executor import run_region
 from revfx.eager.modes import store_region
@@ -24,6 +24,10 @@ from revfx.eager.region_plan import RegionPlan
 from revfx.passes.arcs import Lowered
 from revfx.passes.segments import Segment, text
 from revfx.rules import op_name
+
+
+class InvalidError(Exception):
+    """A distribution was given what it can't take: plain code says what."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Place:
 
     def tensor(self) -> Any:
         """Return what hangs there now, a number as a tensor; None where the module is gone."""
-        found = getattr(self.module(), self.name, None)
+        found = held_at(self.module(), self.name)
         return torch.tensor(found, dtype=torch.float64) if isinstance(found, float) else found
 
 
@@ -43,9 +47,9 @@ class Place:
 class Plan:
     """How to run one model on arguments of given shapes.
 
-    `guards` are the modules that the recorded code read, and those inside of what it calls whole, `globals` what else
-    it read; the plan is valid while they are as they were. It belongs to the model, and refers to the model's modules
-    weakly: a model that is let go is freed at once.
+    `inside` are the tensors that objects hold, with what they are like. `guards` are the modules that the recorded code
+    read, and those inside of what it calls whole, `globals` what else it read; the plan is valid while they are as they
+    were. It belongs to the model, and refers to the model's modules weakly: a model that is let go is freed at once.
     """
 
     lowered: Lowered
@@ -56,6 +60,7 @@ class Plan:
     sources: tuple[tuple[int, Place], ...]
     constants: tuple[tuple[Tensor, int, int | None, Place], ...]
     tied: tuple[tuple[Place, Place], ...]
+    inside: tuple[tuple[Place, Any], ...]
     guards: list[ModuleGuard]
     globals: GlobalReads
 
@@ -69,13 +74,20 @@ class Plan:
         for place, other in self.tied:
             if place.tensor() is not other.tensor():
                 return Change(f"`{place.name}`, which was `{other.name}` too")
+        for place, then in self.inside:
+            if key(place.tensor()) != then:
+                return Change(f"the tensor in `{place.name}`")
         for t, version, address, place in self.constants:
             if place.tensor() is not t or _torch.version(t) != version or _torch.data_address(t) != address:
                 return Change(f"the numbers in `{place.name}`")
         return None
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
-        """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage."""
+        """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage.
+
+        Raises:
+            InvalidError: a distribution that validates what it is given would raise.
+        """
         program, last = self.lowered.program, self.lowered.program.last_use
         env: dict[int, Tensor] = {
             i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)
@@ -99,7 +111,10 @@ class Plan:
                         if last[v] <= i and not program.values[v].source:
                             env.pop(v, None)
         out = [self._given_back(o, env) for o in self.captured.outputs]
-        return pytree.tree_unflatten(out, self.captured.spec)
+        spec = self.captured.spec
+        if not all(out[spec.num_leaves :]):
+            raise InvalidError
+        return pytree.tree_unflatten(out[: spec.num_leaves], spec)
 
     def _given_back(self, output: Any, env: Mapping[int, Tensor]) -> Any:
         if isinstance(output, Carried):

@@ -58,6 +58,7 @@ class Recorder(TorchFunctionMode):
         self.alive: list[Any] = []
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
         self.constants = Constants(self.graph)
+        self.demanded: list[Tensor] = []
         self.suspended = 0
         self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
         self.generation: dict[int, int] = {}
@@ -172,7 +173,7 @@ class Recorder(TorchFunctionMode):
         """Return the capture, once the forward has returned `result`."""
         leaves, spec = pytree.tree_flatten(result)
         outputs: list[Any] = []
-        for leaf in leaves:
+        for leaf in (*leaves, *self.demanded):
             if isinstance(leaf, Tensor):
                 outputs.append(self._node(self.convert(leaf)))
             elif isinstance(leaf, ATOMS):
@@ -214,6 +215,9 @@ class Recorder(TorchFunctionMode):
             raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat", once=True)
         if name in ("__getitem__", "__setitem__"):
             args = args[0], positions(args[1], self.nodes, self.__torch_function__), *args[2:]
+        if name == "_is_all_true":  # a distribution validates what it is given: a run asks this at its end
+            self.demanded.append(self.record("call_function", func, args, kwargs, func(*args, **kwargs), []))
+            return True
         if name == "__get__":
             given = args[0], func.__self__.__name__
             return self.record("call_function", getattr, given, {}, func(*args, **kwargs), [])

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from revfx import _fake, _torch
 from revfx.capture.carried import Carried
 from revfx.capture.data import Capture, Spot
-from revfx.capture.guards import Change, GlobalReads, ModuleGuard, module_guards, name_of
+from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key, module_guards, name_of
 from revfx.capture.plan import Place, Plan, call_of
 from revfx.capture.trace import capture
 from revfx.capture.untraceable import Untraceable
@@ -235,12 +235,14 @@ class Search:
             if "constant" in n.meta and (n.users or "asked" in n.meta)
         ]
         tied = [(self._place(*a), self._place(*b)) for a, b in captured.tied]
+        inside = [(place, key(place.tensor())) for _, place in sources if not place.name.isidentifier()]
         own, whole = self._readable(captured)
         return Plan(
             lowered, captured, segments(lowered.program, regions),
             {r.start: RegionPlan(lowered.program, r, self.wishes.exact, self.wishes.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple((t, _torch.version(t), _torch.data_address(t), place) for t, place in guarded), tuple(tied),
+            tuple(inside),
             module_guards(own, whole, captured.reads, captured.written),
             GlobalReads([self.forward, *(type(m).forward for m in own), *captured.reads.functions()]),
         )  # fmt: skip

@@ -17,6 +17,7 @@ from revfx.capture.effects import Snapshot, left_alone, let_go, of_their_own
 from revfx.capture.guards import GlobalReads, gives_anew, name_of, noting_reads
 from revfx.capture.patches import intercepted
 from revfx.capture.recorder import Recorder
+from revfx.capture.transforms import declared_by_transforms
 from revfx.capture.untraceable import GIVEN, LOST, Untraceable, untraceable
 from revfx.capture.whole import called_whole
 
@@ -65,7 +66,7 @@ def _recorded(
             raise Untraceable("it is given an iterator, which gives something else every time")
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
         noting = noting_reads(recorder.sees, recorder.numbers.of)
-        with intercepted(), recorder.ambient.entered(), noting as reads, recorder.active():
+        with intercepted(), declared_by_transforms(), recorder.ambient.entered(), noting as reads, recorder.active():
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
             with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                 result = forward(*fake_args, **fake_kwargs)

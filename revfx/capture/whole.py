@@ -91,7 +91,7 @@ def _record(recorder: Recorder, function: Any, twin: Any, args: Any, kwargs: Any
     with _torch.no_torch_function():
         args, kwargs = recorder.convert((args, kwargs))
         bound = inspect.signature(twin).bind(*args, **kwargs)
-        out = pytree.tree_map_only(Tensor, recorder.to_fake, _shapes(twin, args, kwargs))
+        out = pytree.tree_map_only(Tensor, recorder.to_fake, shapes_of(twin, args, kwargs))
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in _floats((args, kwargs)))
         with recorder.fake:  # not leaves: code may write to them
             out = pytree.tree_map_only(Tensor, lambda t: t.requires_grad_(needs and t.is_floating_point()).clone(), out)
@@ -104,7 +104,7 @@ def _record(recorder: Recorder, function: Any, twin: Any, args: Any, kwargs: Any
         return out
 
 
-def _shapes(function: Any, args: Any, kwargs: Any) -> Any:
+def shapes_of(function: Any, args: Any, kwargs: Any) -> Any:
     """Return what `function` gives of numbers that are like its arguments in shape.
 
     Raises:
@@ -142,4 +142,4 @@ def _inverse(function: Any, node: fx.Node, x: fx.Node, y: fx.Node) -> Inverse:
         call.arguments[NAME] = not call.arguments[NAME]
         return pytree.tree_leaves(function(*call.args, **call.kwargs))[0]
 
-    return Inverse(x, by, others, result=y, declared=True)
+    return Inverse(x, by, others, result=y, declared=function.__name__)

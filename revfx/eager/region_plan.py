@@ -143,7 +143,7 @@ class RegionPlan:
             held.update(v for v in (arc.head, *arc.tail) if last[v] < at)
             self.codecs[arc.head] = Codec()
             if arc.declared:
-                self.declared[arc.head] = f"`{op.name}` ({op.where})"
+                self.declared[arc.head] = f"`{arc.declared}` ({op.where})"
         ops = [program.ops[i] for i in range(step.start, step.stop)]
         dead = [
             tuple(

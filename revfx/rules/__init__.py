@@ -44,8 +44,8 @@ class Inverse:
     (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
     the inverse of such a form. `coded` ones saturate, bend or lose bits, and so are taken only where a code corrects
     what they give. `matrix`: the operand that is inverted as a whole; it must follow from parameters and constants.
-    `result`: the part of the results that the inverse starts from, where there are several. `declared`: by the user or
-    a library, so that it may be wrong.
+    `result`: the part of the results that the inverse starts from, where there are several. `declared`: what
+    of the user's or a library's says so, and may be wrong.
     """
 
     solves: Any
@@ -59,7 +59,7 @@ class Inverse:
     coded: bool = False
     matrix: Any = None
     result: Any = None
-    declared: bool = False
+    declared: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +155,17 @@ def has_rule(op: object) -> bool:
 
 def rule_for(node: fx.Node, module: torch.nn.Module | None = None) -> Rule | None:
     """Return the rule for a node, or None; `module` is what a call_module node calls."""
-    key = type(module) if node.op == "call_module" else node.target
-    return _table.get(key)
+    return _table.get(_key(node, module))
 
 
-def is_declared(rule: Rule | None) -> bool:
-    """Return whether a rule was registered by the user."""
-    return rule is not None and rule not in _ours.values()
+def declared_by_user(node: fx.Node, module: torch.nn.Module | None = None) -> str:
+    """Return the name of a node's operation where its rule is one that the user registered, else nothing."""
+    key = _key(node, module)
+    return op_name(node.target) if _table.get(key) is not _ours.get(key) else ""
+
+
+def _key(node: fx.Node, module: torch.nn.Module | None) -> object:
+    return type(module) if node.op == "call_module" else node.target
 
 
 def op_name(op: object) -> str:

@@ -1,0 +1,95 @@
+"""Tensors that plain objects and containers hold, such as a distribution that is an attribute of a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+from zoo import D
+
+import revfx
+from revfx.testing import assert_same_grads, measure_memory
+
+
+pytestmark = pytest.mark.usefixtures("fp64")
+LAYERS = 6
+
+
+class Scales:
+    """A plain object of the user's."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+
+class RealNVP(nn.Module):
+    """As it is taught: one parameter holds the masks of all layers, and a distribution is an attribute."""
+
+    def __init__(self, prior: Any, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.prior = prior
+        masks = torch.stack([(torch.arange(2 * D) % 2 == k % 2).double() for k in range(layers)])
+        self.mask = nn.Parameter(masks, requires_grad=False)
+        self.t, self.s = (nn.ModuleList(self.net(last) for _ in masks) for last in (nn.Identity, nn.Tanh))
+        self.held: dict[str, Any] = {"per layer": [Scales(torch.full((2 * D,), 1.0 + 0.1 * k)) for k in range(layers)]}
+
+    def net(self, last: type[nn.Module]) -> nn.Module:
+        return nn.Sequential(nn.Linear(2 * D, 8 * D), nn.LeakyReLU(), nn.Linear(8 * D, 2 * D), last())
+
+    def forward(self, x: Tensor) -> Tensor:
+        log_det = x.new_zeros(x.shape[0])
+        for k in reversed(range(len(self.t))):
+            z = self.mask[k] * x
+            s = self.s[k](z) * (1 - self.mask[k])
+            t = self.t[k](z) * (1 - self.mask[k])
+            x = (1 - self.mask[k]) * (x - t) * torch.exp(-s) + z
+            x = x * self.held["per layer"][k].scale
+            log_det = log_det - s.sum(-1)
+        return self.prior.log_prob(x) + log_det
+
+
+PRIORS: dict[str, Any] = {
+    "multivariate": lambda: MultivariateNormal(torch.zeros(2 * D), torch.eye(2 * D), validate_args=True),
+    "independent": lambda: Independent(Normal(torch.zeros(2 * D), torch.ones(2 * D), validate_args=False), 1),
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_model_that_holds_a_distribution_keeps_little_per_layer(prior: str) -> None:
+    kept: list[list[int]] = []
+    for layers in (LAYERS // 2, LAYERS):
+        model, x = RealNVP(PRIORS[prior](), layers), torch.randn(256, 2 * D, requires_grad=True)
+        converted: Any = revfx.convert(model)
+        for _ in range(2):
+            assert_same_grads(converted, model, [x])
+        assert converted.revfx.plans[0].regions
+        kept.append([measure_memory(lambda m=m, x=x: m(x).sum()).kept for m in (converted, model)])
+    (ours, plain), (ours_deep, plain_deep) = kept
+    assert ours_deep - ours < 0.05 * (plain_deep - plain)
+
+
+def test_what_objects_hold_is_read_anew_and_another_shape_makes_another_plan() -> None:
+    model, x = RealNVP(PRIORS["multivariate"]()), torch.randn(8, 2 * D, requires_grad=True)
+    converted: Any = revfx.convert(model)
+    assert_same_grads(converted, model, [x])
+    model.held["per layer"][0].scale = torch.full((2 * D,), 3.0)
+    assert_same_grads(converted, model, [x])
+    assert len(converted.revfx.plans) == 1
+    model.held["per layer"][0].scale = torch.full((8, 2 * D), 2.0)
+    assert_same_grads(converted, model, [x])
+    model.held["per layer"].pop()
+    with pytest.raises(IndexError):
+        converted(x)
+
+
+def test_what_a_distribution_refuses_is_refused() -> None:
+    model, x = RealNVP(PRIORS["multivariate"]()), torch.randn(8, 2 * D)
+    converted = revfx.convert(copy.deepcopy(model))
+    converted(x)
+    for call in (model, converted):
+        with pytest.raises(ValueError, match="to be within the support"):
+            call(x * torch.nan)
