@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,10 @@ from revfx.passes.plan import inverted_from, schedule
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, same_strides, tensors_of
+
+
+if TYPE_CHECKING:
+    from revfx.compiled.coded import Coder
 
 
 aten = torch.ops.aten
@@ -49,30 +53,6 @@ class Options:
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     stored: Stored | None = None
     coder: Callable[[], Coder] | None = None
-
-
-class Coder(Protocol):
-    """The code of one value, as the tensors by which a compiled forward hands it to the backward."""
-
-    def codes(self, x: Tensor) -> bool:
-        """Return whether a code of `x` may pay."""
-        ...
-
-    def expected(self, x: Tensor) -> Sequence[Tensor]:
-        """Return fake tensors, about as large as the code of a fake `x`."""
-        ...
-
-    def may_lose(self, x: Tensor) -> bool:
-        """Return whether a code of `x` may find no room."""
-        ...
-
-    def encode(self, x: Tensor, predicted: Tensor, spent: bool) -> Sequence[Tensor]:
-        """Return the code; last, how many escapes found no room in it. `spent`: the prediction may be overwritten."""
-        ...
-
-    def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
-        """Return `x`."""
-        ...
 
 
 class Regenerator:
