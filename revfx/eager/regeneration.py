@@ -63,7 +63,7 @@ class Regeneration:
         casting = [torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled]
         self.casts = bool(self.devices or casting)
         self.quiet = _torch.no_modes() if any(self.settings[1]) else _AS_IT_IS  # for what is none of the user's
-        self.lossless = plan.lossless and not getattr(self.watch, "rounds", False)
+        self.lossless = plan.lossless
         self.witness = Witness(self.lossless)
         self.eps = max(casting, default=0.0)
         with self.quiet:
