@@ -303,19 +303,9 @@ def _call_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
         if isinstance(x, Tensor):
             strided = x.layout == torch.strided and not x.is_nested
             shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
-            found.append(
-                (
-                    None if x.is_nested else tuple(x.shape),
-                    x.stride() if strided else x.layout,
-                    x.dtype,
-                    x.device,
-                    x.requires_grad,
-                    type(x),
-                    x.is_conj(),
-                    shared,
-                    same.setdefault(id(x), i),
-                )
-            )
+            first = same.setdefault(id(x), i)
+            shape, layout = None if x.is_nested else tuple(x.shape), x.stride() if strided else x.layout
+            found.append((shape, layout, x.dtype, x.device, x.requires_grad, type(x), x.is_conj(), shared, first))
         else:
             found.append(key(x) if isinstance(x, ATOMS) else type(x))
     return tuple(found)
