@@ -48,7 +48,7 @@ class CompiledFunction:
             try:
                 with contextlib.nullcontext() if known else _quiet():
                     result = kernels.run(self.module, *args, **kwargs)
-            except compiler().CompilerError as e:
+            except compiler().TorchDynamoException as e:  # whatever dynamo, or a compiler below it, raises
                 kernels.ran[kind] = False
                 kernels.failed = kernels.failed or str(e).strip().partition("\n")[0]
             else:
