@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -156,15 +157,15 @@ class Conversion:
 
     def _with_kernels(self, plan: Plan) -> Plan:
         """Return the plan with the modules that its regions call compiled, those that are alike once."""
-        from revfx.compiled.functions import Functions
+        from revfx.compiled.functions import CompiledFunction, Kernels
 
-        functions, calls, program = Functions(), list(plan.calls), plan.lowered.program
+        kernels, calls, program = defaultdict[Any, Kernels](Kernels), list(plan.calls), plan.lowered.program
         for i in (i for r in plan.regions.values() for i in range(r.region.start, r.region.stop)):
             call, op = calls[i], program.ops[i]
             if (module := call.module) is not None:
                 shapes = tuple((program.values[v].shape, program.values[v].dtype) for v in op.ins)
                 args = tuple("" if isinstance(a, Slot) else repr(a) for a in (*call.args, *call.kwargs.values()))
-                function = functions.compiled(module, (structure(module), shapes, args))
+                function = CompiledFunction(module, kernels[structure(module), shapes, args])
                 calls[i] = replace(call, fn=function)
                 self.compiled_functions.append((call.name, op.where, function))
         return replace(plan, calls=tuple(calls))
