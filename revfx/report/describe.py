@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from revfx.capture.plan import Plan
-from revfx.passes.closure import Derivation, Forward, Invert
+from revfx.passes.closure import Derivation, Invert, made_by
 from revfx.passes.cuts import Step
 from revfx.passes.formula import formula
 from revfx.passes.plan import amplification, precision
@@ -163,13 +163,10 @@ def _names(program: Program, values: Sequence[int]) -> tuple[str, ...]:
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
     """Return how the backward, which goes from the last step to the first, comes by each value."""
     found: dict[int, Derivation] = {}
-    for number in range(len(steps) - 1, -1, -1):
-        step = steps[number]
-        if number in kept_cuts or number == 0:
-            continue  # runs forwards from its kept entry
-        for d in step.derive:
-            for v in program.ops[d.op].outs if isinstance(d, Forward) else (d.arc.head,):
-                if v not in step.exit:
+    for number in range(len(steps) - 1, 0, -1):  # the first step, and one whose entry is kept, runs forwards from there
+        for d in () if number in kept_cuts else steps[number].derive:
+            for v in made_by(program, d):
+                if v not in steps[number].exit:
                     found.setdefault(v, d)
     return found
 
