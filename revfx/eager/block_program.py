@@ -44,8 +44,7 @@ def number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]]
 def program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int | None) -> tuple[Program, Region]:
     """Return the program of a whole chain and its only region; they depend on shapes and dtypes alone."""
     values = [Value(n, *m, storage=i, given=True, grid=k) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
-    for i in range(sum(sides)):
-        values.append(Value(f"side_{i}", (), torch.float32, 0, storage=len(values), source=True))
+    values += [Value(f"side_{i}", (), torch.float32, 0, storage=2 + i, source=True) for i in range(sum(sides))]
     side = (tuple(range(2, 2 + sides[0])), tuple(range(2 + sides[0], 2 + sum(sides))))
     ops: list[Op] = []
     solve = torch.sub if k is None else Coupling("add", k, rest=lambda h: h).inverse
