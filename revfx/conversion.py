@@ -179,7 +179,8 @@ class Conversion:
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
         name = name_of(model)
-        if outcome.untraceable and outcome.compiles and self._tries_compiled():
+        asks = self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
+        if outcome.untraceable and outcome.compiles and asks:  # once whether `torch.compile` can capture it
             self.pending, self.compiled = outcome, self._compile(model)
             return
         reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
@@ -190,21 +191,14 @@ class Conversion:
             self.parts_converted = True
             self.convert_parts(model, self.options)
         if outcome.plan is None and not self.options.part:
-            what = (
-                "only its sub-modules are looked at"
-                if outcome.untraceable
-                else "nothing reversible was found, so it runs as it was"
-            )
+            nothing = "nothing reversible was found, so it runs as it was"
+            what = "only its sub-modules are looked at" if outcome.untraceable else nothing
             self._warn(f"`convert({name})`: {what}:\n  {reasons}")
 
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
             self.warned.add(text)
             warnings.warn(text, RevfxWarning, stacklevel=7)
-
-    def _tries_compiled(self) -> bool:
-        """Return whether `torch.compile` may capture what could not be recorded; it is asked once."""
-        return self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
 
     def _compile(self, model: nn.Module) -> Compiled:
         self.compiled_tried = True
