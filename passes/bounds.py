@@ -186,7 +186,7 @@ def _rounded(a: Interval, dtype: torch.dtype | None, ulps: int) -> Interval:
     def end(x: float, side: int) -> float:
         if math.isnan(x):
             return side * math.inf
-        met = x in EXACT or (ulps == 1 and (dtype == torch.float64 or _holds(dtype, x)))
+        met = x in EXACT or (ulps == 1 and float(torch.tensor(x, dtype=torch.float64).to(dtype)) == x)
         if met and (x == 0 or abs(x) >= info.tiny):
             return x
         if abs(x) < info.tiny:  # it may be flushed to 0, or rounded away from it
@@ -199,10 +199,6 @@ def _rounded(a: Interval, dtype: torch.dtype | None, ulps: int) -> Interval:
 
 
 EXACT = (0.0, 0.5, -0.5, 1.0, -1.0, math.inf, -math.inf)
-
-
-def _holds(dtype: torch.dtype, x: float) -> bool:
-    return float(torch.tensor(x, dtype=torch.float64).to(dtype)) == x
 
 
 def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:

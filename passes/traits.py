@@ -10,7 +10,7 @@ numbers, what a weight mixes, and what such a value is added to have none. What 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, IntFlag
 from typing import Any
@@ -164,12 +164,9 @@ def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms
             continue
         if parts := joined(node):
             put[node] = parts
-        val = node.meta.get("val")
-        several = isinstance(val, (tuple, list)) and any(map(is_continuous, val))
-        overlapped = _parts_of(node, put)
-        if not (several or is_continuous(val)):
+        if not _is_read(node):
             found[node] = Atoms.ANY
-        elif overlapped:
+        elif overlapped := _parts_of(node, put):
             found[node] = max(found[p] for p in overlapped)
         else:
             found[node] = _result(node, trait_of(node), found)
@@ -271,15 +268,13 @@ def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, rang
     taken, number = (node, 0) if split is None else (split, node.args[1])
     source: Any = taken.args[0] if taken.args else None
     parts = put.get(source, [])
-    return list(_overlapped(taken, source, number, parts)) if parts else []
-
-
-def _overlapped(
-    taken: fx.Node, source: fx.Node, number: Any, parts: Sequence[tuple[fx.Node, int, range]]
-) -> Iterator[fx.Node]:
-    for t in directions_of(taken):
-        if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == parts[0][1] and len(t.index):
-            yield from (p for p, _, r in parts if r.start <= t.index[-1] and t.index[0] < r.stop)
+    return [
+        p
+        for t in (directions_of(taken) if parts else ())
+        if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == parts[0][1] and len(t.index)
+        for p, _, r in parts
+        if r.start <= t.index[-1] and t.index[0] < r.stop
+    ]
 
 
 def trained(joint: fx.Graph, outputs: Sequence[Any], static: Iterable[fx.Node]) -> frozenset[fx.Node]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -157,15 +158,15 @@ class Conversion:
 
     def _with_kernels(self, plan: Plan) -> Plan:
         """Return the plan with the modules that its regions call compiled, those that are alike once."""
-        from revfx.compiled.functions import Functions
+        from revfx.compiled.functions import CompiledFunction, Kernels
 
-        functions, calls, program = Functions(), list(plan.calls), plan.lowered.program
+        kernels, calls, program = defaultdict[Any, Kernels](Kernels), list(plan.calls), plan.lowered.program
         for i in (i for r in plan.regions.values() for i in range(r.region.start, r.region.stop)):
             call, op = calls[i], program.ops[i]
             if (module := call.module) is not None:
                 shapes = tuple((program.values[v].shape, program.values[v].dtype) for v in op.ins)
                 args = tuple("" if isinstance(a, Slot) else repr(a) for a in (*call.args, *call.kwargs.values()))
-                function = functions.compiled(module, (structure(module), shapes, args))
+                function = CompiledFunction(module, kernels[structure(module), shapes, args])
                 calls[i] = replace(call, fn=function)
                 self.compiled_functions.append((call.name, op.where, function))
         return replace(plan, calls=tuple(calls))
@@ -179,7 +180,8 @@ class Conversion:
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
         name = name_of(model)
-        if outcome.untraceable and outcome.compiles and self._tries_compiled():
+        asks = self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
+        if outcome.untraceable and outcome.compiles and asks:  # once whether `torch.compile` can capture it
             self.pending, self.compiled = outcome, self._compile(model)
             return
         reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
@@ -190,21 +192,14 @@ class Conversion:
             self.parts_converted = True
             self.convert_parts(model, self.options)
         if outcome.plan is None and not self.options.part:
-            what = (
-                "only its sub-modules are looked at"
-                if outcome.untraceable
-                else "nothing reversible was found, so it runs as it was"
-            )
+            nothing = "nothing reversible was found, so it runs as it was"
+            what = "only its sub-modules are looked at" if outcome.untraceable else nothing
             self._warn(f"`convert({name})`: {what}:\n  {reasons}")
 
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
             self.warned.add(text)
             warnings.warn(text, RevfxWarning, stacklevel=7)
-
-    def _tries_compiled(self) -> bool:
-        """Return whether `torch.compile` may capture what could not be recorded; it is asked once."""
-        return self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
 
     def _compile(self, model: nn.Module) -> Compiled:
         self.compiled_tried = True
@@ -305,19 +300,9 @@ def _call_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
         if isinstance(x, Tensor):
             strided = x.layout == torch.strided and not x.is_nested
             shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
-            found.append(
-                (
-                    None if x.is_nested else tuple(x.shape),
-                    x.stride() if strided else x.layout,
-                    x.dtype,
-                    x.device,
-                    x.requires_grad,
-                    type(x),
-                    x.is_conj(),
-                    shared,
-                    same.setdefault(id(x), i),
-                )
-            )
+            first = same.setdefault(id(x), i)
+            shape, layout = None if x.is_nested else tuple(x.shape), x.stride() if strided else x.layout
+            found.append((shape, layout, x.dtype, x.device, x.requires_grad, type(x), x.is_conj(), shared, first))
         else:
             found.append(key(x) if isinstance(x, ATOMS) else type(x))
     return tuple(found)

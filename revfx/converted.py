@@ -195,10 +195,7 @@ def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
         twin.__dict__.update(vars(module))
         twin.__dict__["_modules"] = _parts(_torch.children(module), options)
         return twin
-    if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
+    theirs = type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential)
+    if theirs or next(module.children(), None) is None:
         return module
-    return (
-        reversible(module, replace(options, strict=False, part=True))
-        if any(True for _ in module.children())
-        else module
-    )
+    return reversible(module, replace(options, strict=False, part=True))

@@ -19,7 +19,6 @@ from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import Env, Watch, watching
 from revfx.errors import RevfxError
 from revfx.passes.arcs import lower
-from revfx.passes.closure import Derivation
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -60,7 +59,7 @@ def is_floating(t: Any) -> TypeGuard[Tensor]:
     return isinstance(t, Tensor) and t.is_floating_point()
 
 
-class Originals:
+class Originals(Watch):
     """Looks on while a region runs, and copies every value that it makes."""
 
     def __init__(self) -> None:
@@ -69,9 +68,6 @@ class Originals:
     def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
         """Keep a copy."""
         self.values[value] = tensor.detach().clone()
-
-    def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
-        """Do nothing."""
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,10 @@ from revfx.passes.plan import inverted_from, schedule
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region
 from revfx.passes.sizes import as_number, same_strides, tensors_of
+
+
+if TYPE_CHECKING:
+    from revfx.compiled.coded import Coder
 
 
 aten = torch.ops.aten
@@ -51,30 +55,6 @@ class Options:
     coder: Callable[[], Coder] | None = None
 
 
-class Coder(Protocol):
-    """The code of one value, as the tensors by which a compiled forward hands it to the backward."""
-
-    def codes(self, x: Tensor) -> bool:
-        """Return whether a code of `x` may pay."""
-        ...
-
-    def expected(self, x: Tensor) -> Sequence[Tensor]:
-        """Return fake tensors, about as large as the code of a fake `x`."""
-        ...
-
-    def may_lose(self, x: Tensor) -> bool:
-        """Return whether a code of `x` may find no room."""
-        ...
-
-    def encode(self, x: Tensor, predicted: Tensor, spent: bool) -> Sequence[Tensor]:
-        """Return the code; last, how many escapes found no room in it. `spent`: the prediction may be overwritten."""
-        ...
-
-    def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
-        """Return `x`."""
-        ...
-
-
 class Regenerator:
     """Adds regeneration nodes for regions; `values` and `tuples` then say what stands for what in the backward.
 
@@ -86,7 +66,6 @@ class Regenerator:
         self.joint, self.forward, self.recorder, self.options = joint, forward, recorder, options
         self.program = forward.lowered.program
         self.index = {forward.value_node(v): v for v in range(len(self.program.values))}
-        self.op_index = {forward.op_node(i): i for i in range(len(self.program.ops))}
         self.output = joint.output_node()
         lossless = options.coder is not None
         self.checks = Checks(joint, self.program, recorder, self._original, options.tolerance, lossless)
@@ -161,10 +140,6 @@ class Regenerator:
                 origins.update(inverted_from(step))
                 cuts_since.append((made_here, dict(origins), program.ops[step.start].where))
 
-    def node(self, value: int) -> fx.Node:
-        """Return what stands for a value in the backward: its regenerated node, or the forward's own."""
-        return self.values[value] if value in self.values else self._original(value)
-
     def _own(self, node: fx.Node) -> fx.Node:
         node = self.stands.get(node, node)
         return self._as_it_was(node) if node in self.forward.mutated else node
@@ -218,10 +193,14 @@ class Regenerator:
         return self.laid_out(self.index[node]) if node in self.index else self._own(node)
 
     def laid_out(self, value: int) -> fx.Node:
-        """Return what `node` does, in the forward's order of dimensions in memory, which views and kernels rely on."""
-        found, like = self.node(value), self.forward.value_node(value)
-        if value not in self.values or value in self._laid_out:
-            return self._laid_out.get(value, found)
+        """Return what stands for a value in the backward: the forward's own node, or the regenerated one, in the
+        forward's order of dimensions in memory, which views and kernels rely on.
+        """
+        if value not in self.values:
+            return self._original(value)
+        if value in self._laid_out:
+            return self._laid_out[value]
+        found, like = self.values[value], self.forward.value_node(value)
         same = found.meta["val"] is like.meta["val"]  # the same operation, run again
         order = None if same else _dense_order(like.meta["val"], found.meta["val"])
         if order is not None:
@@ -274,25 +253,17 @@ class Regenerator:
             predicted = self.checks.record(arc.solve, tail, max(x, *tail))
             memory = _torch.storage_key(predicted.meta["val"])
             spent = all(_torch.storage_key(n.meta["val"]) != memory for n in tail)
+            vals = coder.expected(x.meta["val"])
             with self.joint.inserting_before(predicted.next):
-                made = self._parts(
-                    coder.encode, (x, predicted, spent), coder.expected(x.meta["val"]), described(x, FORWARD)
-                )
+                whole = self.joint.call_function(coder.encode, (x, predicted, spent))
+                made = tuple(self.joint.call_function(operator.getitem, (whole, i)) for i in range(len(vals)))
+            for node, val in zip((whole, *made), (vals, *vals), strict=True):
+                node.meta = {**described(x, FORWARD), "val": val}
             self.kept.update(made)
             self._codes[arc.head] = made
             if coder.may_lose(x.meta["val"]):
                 self.checks.found_room(made[-1])
         return self._codes[arc.head]
-
-    def _parts(
-        self, by: Callable[..., Any], args: tuple[Any, ...], vals: Sequence[Tensor], meta: Mapping[str, Any]
-    ) -> tuple[fx.Node, ...]:
-        """Return the nodes of the tensors that `by(*args)` returns."""
-        whole = self.joint.call_function(by, args)
-        parts = tuple(self.joint.call_function(operator.getitem, (whole, i)) for i in range(len(vals)))
-        for node, val in zip((whole, *parts), (tuple(vals), *vals), strict=True):
-            node.meta = {**meta, "val": val}
-        return parts
 
     def whole_steps(self, alive: Collection[fx.Node]) -> None:
         """Regenerate the entry of a step, which takes the place of its exit, whenever anything of it is regenerated."""

@@ -67,11 +67,7 @@ class Report:
 
 
 def rewrite(
-    joint: fx.Graph,
-    num_outputs: int,
-    static: Collection[int],
-    options: Options,
-    facts: Facts | None = None,
+    joint: fx.Graph, num_outputs: int, static: Collection[int], options: Options, facts: Facts | None
 ) -> Report:
     """Return what was found in `joint`, which is rewritten in place; without a region it stays as it is, but for what
     would be wrong: reads of inputs that the step updates.
@@ -177,9 +173,9 @@ def _wanted(
     ops: list[int] = []
     for i in range(region.start, region.stop):
         wanted.update(dict.fromkeys(v for v in program.ops[i].outs if forward.value_node(v) in readers))
-        if not program.ops[i].outs or forward.op_node(i) is not forward.value_node(program.ops[i].outs[0]):
-            if forward.op_node(i) in readers:
-                ops.append(i)
+        several = not program.ops[i].outs or forward.op_node(i) is not forward.value_node(program.ops[i].outs[0])
+        if several and forward.op_node(i) in readers:
+            ops.append(i)
     return {v: None for v in wanted if v not in kept}, ops
 
 

@@ -22,13 +22,13 @@ from torch import Tensor, fx
 from torch._dynamo import config as dynamo_config, symbolic_convert
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
-from torch._dynamo.exc import RestartAnalysis as RestartAnalysis, TorchDynamoException
+from torch._dynamo.exc import RestartAnalysis as RestartAnalysis, TorchDynamoException as TorchDynamoException
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config, list_mode_options as list_mode_options
-from torch._inductor.codecache import BypassFxGraphCache as BypassCache
+from torch._inductor.codecache import BypassFxGraphCache as BypassFxGraphCache
 from torch._inductor.compile_fx import compile_fx as compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn as CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table as select_decomp_table
@@ -40,17 +40,6 @@ from revfx.passes.joint.forward import draws
 from revfx.passes.sizes import muted
 
 
-CompilerError = TorchDynamoException  # whatever dynamo, or a compiler below it, raises
-
-
-__all__ = [
-    "BypassCache",
-    "CustomPartitionerFn",
-    "RestartAnalysis",
-    "compile_fx",
-    "list_mode_options",
-    "select_decomp_table",
-]
 _NUMBERED = "revfx_numbered"  # an attribute of inductor's schedulers
 MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after that
 
@@ -145,11 +134,9 @@ def min_cut_partition(
         return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
 
-@contextlib.contextmanager
-def memory_budget(budget: float) -> Generator[None]:
+def memory_budget(budget: float) -> contextlib.AbstractContextManager[None]:
     """Return a context in which torch's partitioner keeps at most that share of what it would keep for the backward."""
-    with functorch_config.patch(activation_memory_budget=budget):
-        yield
+    return functorch_config.patch(activation_memory_budget=budget)
 
 
 def run_by_eager_kernels(
@@ -196,9 +183,8 @@ class _Regenerating(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Return what the node gives."""
-        with (
-            contextlib.nullcontext() if n.meta.get("partitioner_tag") == "is_backward" else torch._C._DisableAutocast()
-        ):
+        theirs = n.meta.get("partitioner_tag") == "is_backward"
+        with contextlib.nullcontext() if theirs else torch._C._DisableAutocast():
             return super().run_node(n)
 
 

@@ -43,9 +43,8 @@ def revfx(
     if inner == "aot_eager":
         grid = given.get("grid")
         coded = checked_exact(given.pop("exact", True), grid) and grid is None
-    partitioner = ReversiblePartitioner(**{name: given.pop(name) for name in OWN if name in given}).knowing(
-        example_inputs
-    )
+    own = {name: given.pop(name) for name in OWN if name in given}
+    partitioner = ReversiblePartitioner(**own).knowing(example_inputs)
     if inner not in ("inductor", "aot_eager"):
         raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
     unknown = [name for name in given if not _inductor.is_inductor_option(name)]
@@ -56,9 +55,8 @@ def revfx(
     if inner == "aot_eager":
         if given or mode is not None:
             raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
-        return _inductor.run_by_eager_kernels(
-            gm, example_inputs, partitioner.coding() if coded else partitioner.partition
-        )
+        partition = partitioner.coding() if coded else partitioner.partition
+        return _inductor.run_by_eager_kernels(gm, example_inputs, partition)
     if "custom_partitioner_fn" in given:
         raise ValueError(
             "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."

@@ -50,12 +50,7 @@ class Compiled:
     """
 
     def __init__(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        exact: bool = True,
-        anchor_every: int | None = None,
-        grid: int | None = None,
+        self, name: str, function: Callable[..., Any], exact: bool, anchor_every: int | None, grid: int | None
     ) -> None:
         self.name, self.function = name, function
         self.options = {"inner": "aot_eager", "exact": exact, "anchor_every": anchor_every, "grid": grid}
@@ -115,7 +110,7 @@ class Compiled:
 
         plain = torch.compiler.disable(_uncompiled(gm).forward)
         if (reason := _written_wrongly(gm.graph)) is not None:
-            self._fails(gm, reason)
+            self._fails(reason)
             return plain
         try:
             with partitioner.reports() as reports:
@@ -123,14 +118,14 @@ class Compiled:
         except compiler().RestartAnalysis:  # dynamo's own: it captures again, knowing more
             raise
         except Exception as e:  # whatever the compiler can't do, the graph is still right under plain autograd
-            self._fails(gm, f"compiling a graph raised {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+            self._fails(f"compiling a graph raised {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
             return plain
         self.graphs.extend(replace(report, details=()) for report in reports)  # which hold the graph
         regions = [region for report in reports for region in report.regions]
         self.in_own_code = self.in_own_code or any(_in_own_code(gm.graph, region.where[1]) for region in regions)
         return _checked(compiled, self.name, _statistics(gm.graph)) if regions else plain
 
-    def _fails(self, gm: fx.GraphModule, reason: str) -> None:
+    def _fails(self, reason: str) -> None:
         self.failures.append(Refusal(f"a graph of {self.name} stays as it was: {reason}", self.name, ""))
 
 
@@ -235,7 +230,7 @@ def _statistics(graph: fx.Graph) -> frozenset[int]:
     return frozenset(i for i, n in inputs if n in written and all(updates[u] or u.op == "output" for u in n.users))
 
 
-def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int] = ()) -> Callable[..., Any]:
+def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int]) -> Callable[..., Any]:
     """Return `compiled`, whose backward first makes sure that it may run.
 
     Its updates of the inputs `uncounted` are not counted by autograd, as those by plain normalisations are not: graphs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from revfx.compiled.dynamo import compiler, with_own_code
 
 
-class _Kernels:
+class Kernels:
     """What functions of one structure are compiled to.
 
     `ran` has each kind of call and whether it could be compiled; `failed` why the first that could not was not.
@@ -30,9 +30,9 @@ class _Kernels:
 
 
 class CompiledFunction:
-    """`module(*args, **kwargs)`, compiled; as it is where the compiler can't take it."""
+    """`module(*args, **kwargs)`, compiled at its first call; as it is where the compiler can't take it."""
 
-    def __init__(self, module: nn.Module, kernels: _Kernels) -> None:
+    def __init__(self, module: nn.Module, kernels: Kernels) -> None:
         self.module, self._kernels = module, kernels
 
     @property
@@ -48,7 +48,7 @@ class CompiledFunction:
             try:
                 with contextlib.nullcontext() if known else _quiet():
                     result = kernels.run(self.module, *args, **kwargs)
-            except compiler().CompilerError as e:
+            except compiler().TorchDynamoException as e:  # whatever dynamo, or a compiler below it, raises
                 kernels.ran[kind] = False
                 kernels.failed = kernels.failed or str(e).strip().partition("\n")[0]
             else:
@@ -69,14 +69,3 @@ def _quiet() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         yield
-
-
-class Functions:
-    """The compiled functions of one plan; those of the same `key` are compiled once."""
-
-    def __init__(self) -> None:
-        self.kernels: dict[Hashable, _Kernels] = {}
-
-    def compiled(self, module: nn.Module, key: Hashable) -> CompiledFunction:
-        """Return a module that is compiled at its first call."""
-        return CompiledFunction(module, self.kernels.setdefault(key, _Kernels()))

@@ -142,7 +142,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     def uuid(self) -> str:
         """Return what keys the compile caches: this package's files, options and facts, and no rules but its own."""
         if rules.has_foreign():
-            raise _inductor.BypassCache("revfx: rules were registered by the user")
+            raise _inductor.BypassFxGraphCache("revfx: rules were registered by the user")
         return f"{_files()}-{self.options}-{self.strict}-{self.facts}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,35 +32,25 @@ def number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]]
     """Return per side input its tensors, and the structure with each tensor's value index in its place."""
     tensors: list[list[Tensor]] = []
     slots: list[Any] = []
-    at = first
+    numbers = itertools.count(first)
     for side in sides:
         leaves, spec = _torch.flatten(side)
-        mine = [t for t in leaves if isinstance(t, Tensor)]
-        numbers = iter(range(at, at + len(mine)))
         slots.append(pytree.tree_unflatten([Slot(next(numbers)) if isinstance(t, Tensor) else t for t in leaves], spec))
-        tensors.append(mine)
-        at += len(mine)
+        tensors.append([t for t in leaves if isinstance(t, Tensor)])
     return tensors, slots
-
-
-def _add_arcs(x: int, h: int, y: int, text: str, given: bool, k: int | None) -> tuple[Arc, ...]:
-    barred = "the block's input is kept anyway" if given else None
-    if k is None:
-        return (Arc(x, (y, h), torch.sub, exact=False, barred=barred, text=text),)
-    solve = Coupling("add", k, rest=lambda h: h).inverse
-    return (Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=True),)
 
 
 @functools.lru_cache(maxsize=64)
 def program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int | None) -> tuple[Program, Region]:
     """Return the program of a whole chain and its only region; they depend on shapes and dtypes alone."""
     values = [Value(n, *m, storage=i, given=True, grid=k) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
-    for i in range(sum(sides)):
-        values.append(Value(f"side_{i}", (), torch.float32, 0, storage=len(values), source=True))
+    values += [Value(f"side_{i}", (), torch.float32, 0, storage=2 + i, source=True) for i in range(sum(sides))]
     side = (tuple(range(2, 2 + sides[0])), tuple(range(2 + sides[0], 2 + sum(sides))))
     ops: list[Op] = []
+    solve = torch.sub if k is None else Coupling("add", k, rest=lambda h: h).inverse
     streams, metas = [0, 1], (x1, x2)
     for layer in range(num_layers):
+        barred = None if layer else "the block's input is kept anyway"
         for i, name in enumerate("fg"):
             x, other = streams[i], streams[1 - i]
             h, y = len(values), len(values) + 1
@@ -67,8 +58,9 @@ def program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int 
             values.append(Value(f"y{i + 1}_{layer}", *metas[i], storage=y, grid=k))
             where = f"layer {layer}"
             ops.append(Op(f"{name}[{layer}]", (other, *side[i]), (h,), where=where))
-            arcs = _add_arcs(x, h, y, f"x{i + 1} <- y{i + 1} - {name}{layer}", layer == 0, k)
-            ops.append(Op("add", (x, h), (y,), arcs, where=where, opaque=False))
+            text = f"x{i + 1} <- y{i + 1} - {name}{layer}"
+            arc = Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=k is not None)
+            ops.append(Op("add", (x, h), (y,), (arc,), where=where, opaque=False))
             streams[i] = y
     program = Program(tuple(values), tuple(ops), (streams[0], streams[1]))
     steps, _ = extend(program, len(ops), (streams[0], streams[1]), frozenset())

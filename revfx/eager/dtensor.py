@@ -6,7 +6,7 @@ Nothing here imports torch.distributed: what was not imported is not in use.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,7 @@ def spread(tensor: Any, like: Spread | None) -> Any:
     held = _held(tensor)
     if (tensor.stride(), held.stride()) == (like.stride, like.held_stride) or tuple(held.shape) != like.held_shape:
         return tensor
-    whole = {"shape": tensor.shape, "stride": like.stride}
-    held = restrided(held, like.held_shape, like.held_stride)
-    return type(tensor).from_local(held, tensor.device_mesh, tensor.placements, run_check=False, **whole)
+    return holding(tensor, restrided(held, like.held_shape, like.held_stride), like.stride)
 
 
 def _held(tensor: Any) -> Tensor:
@@ -74,9 +72,9 @@ def piece(tensor: Any) -> Tensor:
     return local[:0].reshape(-1) if any(p.is_partial() for p in found) else local
 
 
-def holding(tensor: Any, piece: Tensor) -> Any:
-    """Return `tensor`, a DTensor, with `piece` as what this process holds of it."""
-    whole = {"shape": tensor.shape, "stride": tensor.stride()}
+def holding(tensor: Any, piece: Tensor, stride: tuple[int, ...] | None = None) -> Any:
+    """Return `tensor`, a DTensor, with `piece` as what this process holds of it, and the `stride` that is given."""
+    whole = {"shape": tensor.shape, "stride": tensor.stride() if stride is None else stride}
     return type(tensor).from_local(piece, tensor.device_mesh, tensor.placements, run_check=False, **whole)
 
 
@@ -110,14 +108,13 @@ def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def computed_in(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
     """Return for the address of each parameter, sharded by FSDP2, of `modules` the dtype that it is gathered in."""
-    return {id(p): dtype for m in modules if _fsdp.is_sharded(m) for p, dtype in _gathered(m)}
-
-
-def _gathered(module: nn.Module) -> Iterator[tuple[Tensor, torch.dtype]]:
-    policy = _fsdp.policy(module)
-    for p in _fsdp.parameters(module):
-        if policy.param_dtype is not None and p.is_floating_point():
-            yield p, policy.param_dtype
+    return {
+        id(p): dtype
+        for m in modules
+        if _fsdp.is_sharded(m) and (dtype := _fsdp.policy(m).param_dtype) is not None
+        for p in _fsdp.parameters(m)
+        if p.is_floating_point()
+    }
 
 
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:

@@ -49,10 +49,8 @@ def _beyond(program: Program, v: int, size: float, k: int) -> str:
     where = (program.ops[made].where or "an unknown place") if made >= 0 else "an input"
     if not math.isfinite(size):
         return f"grid={k}: `{value.name}` ({where}) is not finite, so it can't be regenerated bit for bit."
-    fits = k
-    while fits > 0 and not 2 * size < limit(value.dtype, fits):
-        fits -= 1
-    remedy = f"use grid={fits}" if fits > 0 else "scale the activations down, or do without `grid`"
+    fits = next((coarser for coarser in range(k, 0, -1) if 2 * size < limit(value.dtype, coarser)), None)
+    remedy = f"use grid={fits}" if fits else "scale the activations down, or do without `grid`"
     return (
         f"grid={k}: `{value.name}` ({where}) reaches {size:.4g}, and a grid of steps 2^-{k} has room below"
         f" {limit(value.dtype, k):.4g} in {value.dtype}: {remedy}."

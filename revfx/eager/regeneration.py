@@ -63,7 +63,7 @@ class Regeneration:
         casting = [torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled]
         self.casts = bool(self.devices or casting)
         self.quiet = _torch.no_modes() if any(self.settings[1]) else _AS_IT_IS  # for what is none of the user's
-        self.lossless = plan.lossless and not getattr(self.watch, "rounds", False)
+        self.lossless = plan.lossless
         self.witness = Witness(self.lossless)
         self.eps = max(casting, default=0.0)
         with self.quiet:
@@ -133,13 +133,10 @@ class Regeneration:
         for v, t, version in self.versions:
             if _torch.version(t) != version:
                 raise RegenerationError(
-                    f"`{self.program.values[v].name}`, which the region {self._where()} keeps to regenerate its"
+                    f"`{self.program.values[v].name}`, which the region at {self._place(0)} keeps to regenerate its"
                     " activations, was modified in place between the forward and the backward. Work on a copy"
                     " (`y.clone()`), or keep the activations with `revfx.testing.store_activations()`."
                 )
-
-    def _where(self) -> str:
-        return f"at {self._place(0)}"
 
     def _place(self, step: int) -> str:
         return self.program.ops[self.region.steps[step].start].where or "an unknown place"
@@ -280,7 +277,9 @@ class Regeneration:
 
         @_torch.uncompiled
         def unpack(k: int) -> Tensor:  # only an operation that differentiates within itself asks for it
-            return saved[k] if saved else _never()
+            if not saved:
+                raise RegenerationError("the graph of a re-run is never differentiated")
+            return saved[k]
 
         undo = None if state is None else state.put_back()
         try:
@@ -318,7 +317,3 @@ class Regeneration:
 def unpack(handle: Handle) -> Tensor:
     """Return the tensor that a handle stands for."""
     return handle.state.fetch(handle)
-
-
-def _never() -> Tensor:
-    raise RegenerationError("the graph of a re-run is never differentiated")

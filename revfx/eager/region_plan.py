@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,16 +28,14 @@ if TYPE_CHECKING:
 Env = dict[int, Tensor]
 
 
-class Watch(Protocol):
-    """What looks on while one run of a region goes on."""
+class Watch:
+    """What looks on while one run of a region goes on; this one does nothing."""
 
     def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
         """Look at a value that the forward reads or makes."""
-        ...
 
     def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
         """Look at a value that the backward derives, before anything reads it."""
-        ...
 
 
 watching: ContextVar[Callable[[Regeneration], Watch] | None] = ContextVar("revfx_watching", default=None)
@@ -105,9 +103,7 @@ class RegionPlan:
         self.region = replace(self.region, steps=composed_all(self.program, self.region.steps))
         self.anchors = asked_for(self.region.steps, self.anchor_every)
         self.on_grid = any(v.grid is not None for v in self.program.values)
-        self.warning = None
-        if not self.lossless:
-            self.warning = deep_in_half_precision(self.program, self.region.steps, self.anchors)
+        self.warning = None if self.lossless else deep_in_half_precision(self.program, self.region.steps, self.anchors)
         for number, step in enumerate(self.region.steps):
             self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
         self.steps = [self._step(number, step) for number, step in enumerate(self.region.steps)]

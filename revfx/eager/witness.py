@@ -132,10 +132,7 @@ def checksum(t: Tensor) -> Tensor:
         t = torch.view_as_real(t.resolve_conj())
     size = t.element_size()
     aligned = t.shape[-1:] and t.shape[-1] * size % 8 == 0 and t.storage_offset() * size % 8 == 0
-    if aligned and t.is_contiguous():
-        bits = t.view(torch.int64)
-    else:
-        bits = flat(t).view(_INTEGER[size])
+    bits = t.view(torch.int64) if aligned and t.is_contiguous() else flat(t).view(_INTEGER[size])
     n = bits.numel()
     if n > 2 * COLUMNS:  # in rows, each a little longer than the way to the next, so that they cover all
         rows = -(-n // max(COLUMNS, math.isqrt(n)))

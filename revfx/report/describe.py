@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revfx.passes.arcs import Lowered
-from revfx.passes.closure import Derivation, Forward, Invert
+from revfx.capture.plan import Plan
+from revfx.passes.closure import Derivation, Invert, made_by
 from revfx.passes.cuts import Step
 from revfx.passes.formula import formula
 from revfx.passes.plan import amplification, precision
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
-from revfx.passes.segments import Segment
 from revfx.report.data import RegionInfo, ValueLine
 from revfx.rules import op_name
 
@@ -163,35 +163,28 @@ def _names(program: Program, values: Sequence[int]) -> tuple[str, ...]:
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
     """Return how the backward, which goes from the last step to the first, comes by each value."""
     found: dict[int, Derivation] = {}
-    for number in range(len(steps) - 1, -1, -1):
-        step = steps[number]
-        if number in kept_cuts or number == 0:
-            continue  # runs forwards from its kept entry
-        for d in step.derive:
-            for v in program.ops[d.op].outs if isinstance(d, Forward) else (d.arc.head,):
-                if v not in step.exit:
+    for number in range(len(steps) - 1, 0, -1):  # the first step, and one whose entry is kept, runs forwards from there
+        for d in () if number in kept_cuts else steps[number].derive:
+            for v in made_by(program, d):
+                if v not in steps[number].exit:
                     found.setdefault(v, d)
     return found
 
 
-def scope_of(lowered: Lowered, region: Region) -> str:
-    """Return the path of the innermost module whose code holds a whole region."""
-    scopes = [
-        str(n.meta["scope"]).split(".") for n in lowered.op_nodes[region.start : region.stop] if "scope" in n.meta
-    ]
-    levels = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*scopes, strict=False))
-    return ".".join(names[0] for names in levels)
-
-
-def neighbours(lowered: Lowered, cut: Sequence[Segment], region: Region) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the operations between a region and the one before it, and between it and the next."""
-    names = op_names(lowered)
-    outside = [s for s in cut if s.region is None]
-    before = (range(s.start, s.stop) for s in outside if s.stop == region.start)
-    after = (range(s.start, s.stop) for s in outside if s.start == region.stop)
-    return tuple(names[i] for r in before for i in r), tuple(names[i] for r in after for i in r)
-
-
-def op_names(lowered: Lowered) -> dict[int, str]:
-    """Return what operations are called in a recorded program: modules by their path."""
-    return {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(lowered.op_nodes)}
+def describe_recorded(
+    plan: Plan, region: Region, kept_cuts: Collection[int], uncoded: Collection[int], code_bytes: int | None
+) -> RegionInfo:
+    """Describe a region of a recorded program, with the innermost module whose code holds all of it, and the operations
+    between it and the regions next to it. Modules that are called whole go by their path.
+    """
+    nodes = plan.lowered.op_nodes
+    names = {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(nodes)}
+    inside = (n.meta for n in nodes[region.start : region.stop])
+    scopes = [str(meta["scope"]).split(".") for meta in inside if "scope" in meta]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*scopes, strict=False))
+    module = ".".join(level[0] for level in levels)
+    outside = [s for s in plan.segments if s.region is None]
+    before = tuple(names[i] for s in outside if s.stop == region.start for i in range(s.start, s.stop))
+    after = tuple(names[i] for s in outside if s.start == region.stop for i in range(s.start, s.stop))
+    found = describe(plan.lowered.program, region, kept_cuts, names, module, uncoded, code_bytes)
+    return replace(found, before=before, after=after)

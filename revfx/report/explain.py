@@ -28,7 +28,7 @@ from revfx.eager.witness import DRIFT
 from revfx.errors import RevfxError
 from revfx.inspection import is_floating
 from revfx.report.data import RegionInfo, Usage
-from revfx.report.describe import describe, neighbours, op_names, scope_of, types_of
+from revfx.report.describe import describe, describe_recorded, types_of
 from revfx.report.drift import Drift, drift
 from revfx.report.explanation import Explanation
 from revfx.report.progress import stage
@@ -139,10 +139,7 @@ def _described(plan: Plan, run: Regeneration) -> RegionInfo:
     kept, codes = frozenset(run.kept_cuts), _codes(run) if run.lossless else None
     uncoded = frozenset[int]().union(*run.uncoded.values())
     if run.program is plan.lowered.program:
-        scope = scope_of(plan.lowered, run.region)
-        found = describe(run.program, run.region, kept, op_names(plan.lowered), scope, uncoded, codes)
-        before, after = neighbours(plan.lowered, plan.segments, run.region)
-        return replace(found, before=before, after=after)
+        return describe_recorded(plan, run.region, kept, uncoded, codes)
     names = {i: c.name for i, c in enumerate(run.calls)}
     return describe(run.program, run.region, kept, names, "rev_block", uncoded, codes)
 
@@ -152,10 +149,7 @@ def _unrun(plan: Plan, planned: RegionPlan) -> RegionInfo:
     region, values = planned.region, plan.lowered.program.values
     coded = sum(math.prod(values[v].shape) for v in planned.codecs)
     codes = int(coded * (TYPICAL / 8 + 6 * USUAL)) if planned.lossless else None
-    names, scope = op_names(plan.lowered), scope_of(plan.lowered, region)
-    found = describe(plan.lowered.program, region, frozenset((0, len(region.steps))), names, scope, frozenset(), codes)
-    before, after = neighbours(plan.lowered, plan.segments, region)
-    return replace(found, before=before, after=after)
+    return describe_recorded(plan, region, (0, len(region.steps)), (), codes)
 
 
 def _codes(run: Regeneration) -> int:
@@ -198,9 +192,7 @@ def _measured(
 # --- advice
 def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift | None) -> tuple[str, ...]:
     said: list[str] = []
-    worst = max((r.drift for r in regions), default=0.0)
-    if found is not None:
-        worst = max((s.error for s in found.steps), default=0.0)
+    worst = max((r.drift for r in regions), default=0.0) if found is None else found.worst
     limit = DRIFT * torch.finfo(torch.float32).eps ** 0.5
     if not worst <= limit:
         half = any(s.startswith(("bf16", "f16")) for r in regions for s in r.streams)

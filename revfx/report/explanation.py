@@ -65,7 +65,7 @@ def _lines(e: Explanation) -> Iterator[str]:
     if e.ways:
         yield from ("one training step, beyond parameters and their gradients", *table(e.ways))
     if e.drift is not None and e.drift.steps:
-        yield f"measured drift: {max(s.error for s in e.drift.steps):.1e} (relative, the worst regenerated value)"
+        yield f"measured drift: {e.drift.worst:.1e} (relative, the worst regenerated value)"
     yield from (f"advice: {text}" for text in e.advice)
     yield from (f"note: {text}" for text in e.notes)
 

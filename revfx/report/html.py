@@ -230,16 +230,7 @@ def _code(words: str) -> str:
 
 
 # --- every value
-HEADS = {
-    "name": "",
-    "type": "",
-    "action": "",
-    "how": "",
-    "where": "",
-    "bytes": NUMBER,
-    "region": NUMBER,
-    "step": NUMBER,
-}
+HEADS = dict.fromkeys("name type action how where".split(), "") | dict.fromkeys("bytes region step".split(), NUMBER)
 
 
 def values(e: Findings) -> Iterator[str]:

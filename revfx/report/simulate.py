@@ -9,6 +9,7 @@ what real steps take: memory from the allocator's events, and time in turns.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -100,11 +101,8 @@ class Simulation:
         before, drawn, state = Snapshot(modules), generators(), torch.get_rng_state()
         read = GlobalReads(type(m).forward for m in modules)
         try:
-            tables: list[dict[str, Any]] = [
-                t for m in modules for t in (_torch.parameters(m), _torch.buffers(m), vars(m))
-            ]
-            for table in tables:
-                table.update({name: self._fake(t) for name, t in table.items() if isinstance(t, Tensor)})
+            for table, then in itertools.chain(*before.tables):
+                table.update({name: self._fake(t) for name, t in then.items() if isinstance(t, Tensor)})
             yield pytree.tree_map_only(Tensor, self._fake, self.given)
         finally:
             before.restore()
@@ -166,7 +164,7 @@ class Simulation:
                 self.fakes.clear()
 
 
-class Marks:
+class Marks(Watch):
     """Notes where on the way of a simulated step each step of a region begins, in both directions."""
 
     def __init__(self, ledger: Ledger, region: int) -> None:
