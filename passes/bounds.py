@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.passes.facts import bare
 from revfx.rules import arguments, op_name
 
 
@@ -91,7 +92,7 @@ def _sum(a: Interval) -> Interval:
 
 WITHIN = {
     (-1.0, 1.0): "hardtanh softsign sin cos erf",
-    (0.0, 1.0): "hardsigmoid softmax _softmax _safe_softmax",
+    (0.0, 1.0): "hardsigmoid softmax safe_softmax",
     (-math.pi / 2, math.pi / 2): "atan",
     (0.0, math.inf): "var std",
 }  # whatever the operand is
@@ -107,28 +108,26 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     "mean": _sum,
     "sum": _sum,
     "neg": _neg,
-    "__neg__": _neg,
     "reciprocal": _reciprocal,
 }
 
 BINARY: dict[str, Callable[[Interval, Interval], Interval]] = {
     "add": _add,
     "sub": lambda a, b: _add(a, _neg(b)),
-    "__rsub__": lambda a, b: _add(b, _neg(a)),
     "rsub": lambda a, b: _add(b, _neg(a)),
     "mul": _mul,
     "div": lambda a, b: _mul(a, _reciprocal(b)),
     "true_divide": lambda a, b: _mul(a, _reciprocal(b)),
-    "__rdiv__": lambda a, b: _mul(b, _reciprocal(a)),
+    "rdiv": lambda a, b: _mul(b, _reciprocal(a)),
 }
 
 
 # What these give in floating point is the result in exact arithmetic, rounded to the nearest number.
-ROUNDED = frozenset("add sub rsub __rsub__ mul neg __neg__ abs relu clamp clip hardtanh".split())
+ROUNDED = frozenset("add sub rsub mul neg abs relu clamp clip hardtanh".split())
 MOVES = frozenset(
-    """view reshape flatten unflatten squeeze unsqueeze contiguous clone permute transpose detach t alias _unsafe_view
-    slice split_with_sizes index expand expand_as flip roll getitem __getitem__ chunk split narrow select unbind float
-    double _to_copy convert_element_type repeat""".split()
+    """view reshape flatten unflatten squeeze unsqueeze contiguous clone permute transpose detach t alias unsafe_view
+    slice split_with_sizes index expand expand_as flip roll getitem chunk split narrow select unbind float
+    double to_copy convert_element_type repeat""".split()
 )
 MOST_WHOLE = 2**53  # beyond which an end of an interval may not be the number itself
 ULPS = 8  # by which other functions may miss the nearest number
@@ -163,7 +162,7 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
     """Return the interval that rounding leaves of an exact one; UNKNOWN where whole numbers may wrap around."""
     if exact == UNKNOWN or dtype is None or dtype.is_complex:
         return exact if dtype is None else UNKNOWN
-    name = op_name(node.target).rstrip("_")
+    name = bare(node)
     before = next((d for n in node.all_input_nodes if (d := _dtype(n)) is not None), dtype)
     if not dtype.is_floating_point:
         whole = not before.is_floating_point and dtype != torch.bool
@@ -171,7 +170,7 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
         least = max(torch.iinfo(dtype).min, -MOST_WHOLE) if whole else 0
         return exact if least <= exact.low and exact.high <= most else UNKNOWN
     if name in MOVES:
-        if before == dtype or name in ("float", "double", "_to_copy", "convert_element_type"):
+        if before == dtype or name in ("float", "double", "to_copy", "convert_element_type"):
             return exact if before == dtype else _rounded(exact, dtype, 1)
         return UNKNOWN  # a view of other bits
     return _rounded(exact, dtype, 1 if name in ROUNDED else ULPS)
@@ -204,7 +203,7 @@ EXACT = (0.0, 0.5, -0.5, 1.0, -1.0, math.inf, -math.inf)
 def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
     if node.op not in ("call_function", "call_method"):
         return UNKNOWN
-    name = op_name(node.target).rstrip("_")
+    name = bare(node)
     if name in ("clamp", "clip", "hardtanh"):
         limits = {"min_val": -1.0, "max_val": 1.0} if name == "hardtanh" else {"min": None, "max": None}
         a, *given = arguments(node, "input", **limits)

@@ -22,16 +22,15 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 UNARY_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp, "sigmoid": torch.sigmoid, "softplus": F.softplus, "tanh": torch.tanh, "relu": torch.relu,
     "hardtanh": F.hardtanh, "hardsigmoid": F.hardsigmoid, "softmax": functools.partial(torch.softmax, dim=-1),
-    "_softmax": lambda x: torch.ops.aten._softmax(x, -1, False),
-    "_safe_softmax": lambda x: torch.ops.aten._safe_softmax(x, -1),
+    "safe_softmax": lambda x: torch.ops.aten._safe_softmax(x, -1),
     "softsign": F.softsign, "sin": torch.sin, "cos": torch.cos, "atan": torch.atan, "erf": torch.erf,
-    "abs": torch.abs, "neg": torch.neg, "__neg__": torch.neg, "reciprocal": torch.reciprocal,
+    "abs": torch.abs, "neg": torch.neg, "reciprocal": torch.reciprocal,
     "square": torch.square, "mean": torch.mean, "sum": torch.sum, "var": functools.partial(torch.var, correction=0),
     "std": functools.partial(torch.std, correction=0),
 }  # fmt: skip
 BINARY_OPS: dict[str, Callable[[Any, Any], Tensor]] = {
-    "add": torch.add, "sub": torch.sub, "rsub": torch.rsub, "__rsub__": torch.rsub, "mul": torch.mul, "div": torch.div,
-    "true_divide": torch.true_divide, "__rdiv__": lambda a, b: b / a,
+    "add": torch.add, "sub": torch.sub, "rsub": torch.rsub, "mul": torch.mul, "div": torch.div,
+    "true_divide": torch.true_divide, "rdiv": lambda a, b: b / a,
 }  # fmt: skip
 EXTREMES = (
     -math.inf, -1e300, -3e38, -65504.0, -1e8 - 3, -700.0, -104.0, -88.0, -20.0, -1.0, -0.7, -1e-5, -1e-38, -1e-45,
@@ -96,6 +95,16 @@ def named(name: str, made: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     op.__name__ = name
     return op
+
+
+@pytest.mark.parametrize("target", ["rsub", "__rsub__", torch.rsub])
+def test_spellings_of_one_operation_have_one_interval(target: Any) -> None:
+    graph = fx.Graph()
+    x = graph.call_function(torch.tanh, (graph.placeholder("x"),))
+    y = graph.call_method(target, (x, 2)) if isinstance(target, str) else graph.call_function(target, (x, 2))
+    for node in graph.nodes:
+        node.meta["val"] = torch.zeros(3)
+    assert (bounds(graph)[y].low, bounds(graph)[y].high) == (1.0, 3.0)
 
 
 def test_every_function_with_a_bound_is_tried() -> None:
