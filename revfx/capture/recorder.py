@@ -96,6 +96,8 @@ class Recorder(TorchFunctionMode):
         with _torch.no_torch_function():
             leaves, spec = pytree.tree_flatten(tree)
             self.lasting.update(map(id, leaves))
+            given = {id(x) for x in leaves}  # they are inputs, though a container of the model's may hold them, too
+            self.real = {i: held for i, held in self.real.items() if i not in given or held[2].isidentifier()}
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
                     known = id(leaf) in self.fakes
@@ -246,8 +248,7 @@ class Recorder(TorchFunctionMode):
         self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any
     ) -> Any:
         """Return `out`, after adding the node that makes it (unless it makes no tensor and changes none)."""
-        made = tensors(out)
-        if not mutated and not meta.get("opaque") and all(id(t) in self.nodes for t in made):
+        if not mutated and not meta.get("opaque") and all(id(t) in self.nodes for t in tensors(out)):
             return out
         node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
         node = self.graph.create_node(kind, target, node_args, node_kwargs)

@@ -8,6 +8,7 @@ weight, and a transposed one is its dual: with `w` as [groups, n, n], the weight
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,43 @@ def _products(node: fx.Node, a: Any, b: Any, c: Any) -> Iterator[Direction]:
         yield Inverse(a, lambda y, m, c: torch.matmul(_less(y, c), right(m)), (b, c), coded=True, matrix=b)
     if _is_square(a) and _keeps_dtype(node, b):
         yield Inverse(b, lambda y, m, c: torch.matmul(left(m), _less(y, c)), (a, c), coded=True, matrix=a)
+
+
+@register_inverse(torch.einsum)
+def einsum(node: fx.Node) -> Iterator[Direction]:
+    """`y = einsum("bic,oi->boc", a, w)`; `a = einsum("boc,io->bic", y, inverse(w))`."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = [*operands[0]]
+    if not isinstance(equation, str) or len(operands) != 2:
+        return
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    for (a, old), (w, pair) in itertools.permutations(zip(operands, inputs.split(","), strict=True)):
+        shared, new = [c for c in pair if c in old], [c for c in pair if c not in old]
+        if not (len(shared) == len(new) == 1 and _is_square(w) and _keeps_dtype(node, a)):
+            continue
+        if sorted(out) == sorted(old.replace(shared[0], new[0])) and old.count(shared[0]) == 1:
+            back, inverse = f"{out},{pair[::-1]}->{old}", _InverseMatrix()
+            yield Inverse(a, lambda y, w, by=back, of=inverse: torch.einsum(by, y, of(w)), (w,), coded=True, matrix=w)
+
+
+@register_inverse(torch.tensordot)
+def tensordot(node: fx.Node) -> Iterator[Direction]:
+    """`y = tensordot(a, w, ([i], [j]))`; `a = tensordot(y, inverse(w), ([-1], [j])).movedim(-1, i)`, and `w` first
+    likewise.
+    """
+    a, b, dims = arguments(node, "a", "b", dims=2)
+    dims = ([-1], [0]) if dims == 1 else dims
+    if isinstance(dims, int) or [len(d) for d in dims] != [1, 1]:
+        return
+    (i,), (j,) = dims
+    left, right = _InverseMatrix(), _InverseMatrix()
+    if _is_square(b) and meta(b).dim() == 2 and _keeps_dtype(node, a):
+        yield Inverse(
+            a, lambda y, w: torch.tensordot(y, right(w), ([-1], [j])).movedim(-1, i), (b,), coded=True, matrix=b
+        )
+    if _is_square(a) and meta(a).dim() == 2 and _keeps_dtype(node, b):
+        yield Inverse(b, lambda y, w: torch.tensordot(left(w), y, ([i], [0])).movedim(0, j), (a,), coded=True, matrix=a)
 
 
 def _less(y: Tensor, c: Tensor | None) -> Tensor:

@@ -93,3 +93,11 @@ def test_what_a_distribution_refuses_is_refused() -> None:
     for call in (model, converted):
         with pytest.raises(ValueError, match="to be within the support"):
             call(x * torch.nan)
+
+
+def test_an_input_that_a_container_holds_too_is_an_input() -> None:
+    model, x = RealNVP(PRIORS["multivariate"]()), torch.randn(8, 2 * D, requires_grad=True)
+    model.held["last"] = [x]
+    converted = revfx.convert(model)
+    assert_same_grads(converted, model, [x])
+    assert_same_grads(converted, model, [torch.randn(8, 2 * D, requires_grad=True)])

@@ -69,6 +69,10 @@ VECTORS: dict[str, Map] = {
     "from the left": by(lambda x, w: (w @ x.t()).t()),
     "addmm": by(lambda x, w: torch.addmm(w[0], x, w)),
     "bmm": by(lambda x, w: torch.bmm(x.unsqueeze(0), w.unsqueeze(0)).squeeze(0)),
+    "einsum": by(lambda x, w: torch.einsum("bi,oi->bo", x, w)),
+    "einsum from the left": by(lambda x, w: torch.einsum("ij, ...j -> ...i", [w, x])),
+    "tensordot": by(lambda x, w: torch.tensordot(x, w, 1)),
+    "tensordot from the left": by(lambda x, w: torch.tensordot(w, x, ([1], [1])).t()),
     "QR": by(lambda x, w: x @ torch.linalg.qr(w)[0]),
     "LU": by(plu),
     "Householder": by(householder),
@@ -78,6 +82,8 @@ IMAGES: dict[str, Map] = {
     "nn.Conv2d": lambda: nn.Conv2d(D, D, 1),
     "1x1": by(F.conv2d, lambda: kernel(1, 1)),
     "1x1 of a matrix": by(lambda x, w: F.conv2d(x, w[:, :, None, None])),
+    "einsum of images": by(lambda x, w: torch.einsum("bchw,cd->bdhw", x, w)),
+    "tensordot of images": by(lambda x, w: torch.tensordot(x, w, ([1], [1])).movedim(-1, 1)),
     "groups": by(lambda x, w: F.conv2d(x, w, groups=2), lambda: kernel(1, 1, groups=2)),
     "down and up": by(
         lambda x, w: F.conv_transpose2d(F.conv2d(x, w, stride=2), 1.5 * w, stride=2), lambda: kernel(2, 2)
