@@ -78,12 +78,12 @@ class Codec:
     """How one value of a program is coded: what the calls so far have shown to be smallest.
 
     The distances are measured in the first call, the second, the fourth, the eighth... and where there were far more
-    escapes than expected; in between nothing waits for numbers. `width` None: the value itself is smaller, or so small
-    that a code is not worth its time.
+    escapes than expected; in between nothing waits for numbers. `wide`: 8 bits are expected. `width` None: the value
+    itself is smaller, or so small that a code is not worth its time.
     """
 
-    def __init__(self) -> None:
-        self.calls = self.escapes = 0
+    def __init__(self, wide: bool = False) -> None:
+        self.calls, self.escapes, self.wide = 0, 0, wide
         self.direct = False
         self.width: int | None = None
         self.room: tuple[int, int] | None = None
@@ -100,7 +100,7 @@ class Codec:
         if x.shape != predicted.shape or x.dtype != predicted.dtype:
             return None
         if _torch.is_fake(predicted):
-            return expected(x, x.numel())
+            return expected(x, x.numel(), self.wide)
         if self.due:
             self.due = False
             self.width, self.escapes, far = cheapest(x, predicted)
@@ -304,9 +304,11 @@ def is_counted(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
-def expected(x: Tensor, n: int) -> Code:
-    """Return a code of a tensor of `n` elements without numbers, as large as such are wont to be."""
+def expected(x: Tensor, n: int, wide: bool = False) -> Code:
+    """Return a code of a tensor of `n` elements without numbers, as large as such are wont to be; `wide` in 8 bits."""
     n *= 2 if x.is_complex() else 1
+    if wide:
+        return Code(8, None, None, x.new_empty(-(-n // FOUR), dtype=torch.int32), None, None)
     escapes = int(USUAL * n)
     sizes = (-(-n // FOUR), torch.uint8), (escapes, torch.uint16), (escapes, torch.int32)
     packed, where, near = (x.new_empty(size, dtype=dtype) for size, dtype in sizes)

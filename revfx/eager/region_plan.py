@@ -137,7 +137,7 @@ class RegionPlan:
             at = max(step.start, *(program.made_at[v] for v in (arc.head, *arc.tail)))
             codes[at] = (*codes.get(at, ()), arc)
             held.update(v for v in (arc.head, *arc.tail) if last[v] < at)
-            self.codecs[arc.head] = Codec()
+            self.codecs[arc.head] = Codec(wide=arc.coded)
             if arc.declared:
                 self.declared[arc.head] = f"`{arc.declared}` ({op.where})"
         ops = [program.ops[i] for i in range(step.start, step.stop)]
