@@ -11,7 +11,7 @@ from revfx.passes._torch import is_real
 from revfx.passes.facts import assumed
 from revfx.passes.program import Arc, Value
 from revfx.passes.sizes import fixed
-from revfx.rules import Direction, Patch, Tile
+from revfx.rules import Direction, Patch, Tile, op_name
 
 
 Found = tuple[int, Arc]
@@ -35,9 +35,10 @@ def tilings(
     patches: list[tuple[int, int, Patch]] = []
     for i, node in enumerate(op_nodes):
         for t in directions(node):
-            if isinstance(t, Tile) and t.whole in index and t.part < len(outs[i]):
-                tiles.setdefault((index[t.whole], t.dim), []).append((i, outs[i][t.part], t))
-            elif isinstance(t, Patch) and t.whole in index:
+            whole = index.get(_copied(t.whole)) if isinstance(t, (Tile, Patch)) else None
+            if isinstance(t, Tile) and whole is not None and t.part < len(outs[i]):
+                tiles.setdefault((whole, t.dim), []).append((i, outs[i][t.part], t))
+            elif isinstance(t, Patch) and whole is not None:
                 patches.append((i, outs[i][0], t))
     for (whole, dim), parts in tiles.items():
         yield from (moved(ops, a, (b,), lambda y: y.clone(), "the same part") for ops, a, b in _alike(parts))
@@ -49,7 +50,7 @@ def tilings(
         solve = _assemble(values[whole].shape, dim, tuple((t.index, t.squeezed) for _, _, t in use))
         yield moved([i for i, _, _ in use], whole, tuple(v for _, v, _ in use), solve, "put together")
     for i, patched, p in patches:
-        whole = index[p.whole]
+        whole = index[_copied(p.whole)]
         if isinstance(p.part, fx.Node) and p.part in index:
             part = index[p.part]
             tiles.setdefault((patched, p.dim), []).append((i, part, p))
@@ -60,6 +61,13 @@ def tilings(
             elif set(p.index).isdisjoint(t.index):
                 yield moved((i, j), part, (patched,), _taken(t), "beside the patch")
                 tiles.setdefault((patched, p.dim), []).append((j, part, t))
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    """Return what a node is a copy of: parts of one are parts of the other."""
+    while op_name(node.target) == "clone" and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _alike(parts: Sequence[tuple[int, int, Tile | Patch]]) -> Iterator[tuple[tuple[int, int], int, int]]:
