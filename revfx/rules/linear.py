@@ -124,13 +124,12 @@ def tensordot(node: fx.Node) -> Iterator[Direction]:
     if isinstance(dims, int) or [len(d) for d in dims] != [1, 1]:
         return
     (i,), (j,) = dims
+    back: tuple[Any, Any] = ([-1], [j]), ([i], [0])
     left, right = _InverseMatrix(), _InverseMatrix()
     if _is_square(b) and meta(b).dim() == 2 and _keeps_dtype(node, a):
-        yield Inverse(
-            a, lambda y, w: torch.tensordot(y, right(w), ([-1], [j])).movedim(-1, i), (b,), coded=True, matrix=b
-        )
+        yield Inverse(a, lambda y, w: torch.tensordot(y, right(w), back[0]).movedim(-1, i), (b,), coded=True, matrix=b)
     if _is_square(a) and meta(a).dim() == 2 and _keeps_dtype(node, b):
-        yield Inverse(b, lambda y, w: torch.tensordot(left(w), y, ([i], [0])).movedim(0, j), (a,), coded=True, matrix=a)
+        yield Inverse(b, lambda y, w: torch.tensordot(left(w), y, back[1]).movedim(0, j), (a,), coded=True, matrix=a)
 
 
 def _less(y: Tensor, c: Tensor | None) -> Tensor:

@@ -57,6 +57,7 @@ def householder(x: Tensor, w: Tensor) -> Tensor:
     return x @ (torch.eye(D) - 2 * torch.outer(v, v) / (v @ v))
 
 
+SECOND: Any = ([1], [1])
 VECTORS: dict[str, Map] = {
     "nn.Linear": lambda: nn.Linear(D, D),
     "without a bias": lambda: nn.Linear(D, D, bias=False),
@@ -72,7 +73,7 @@ VECTORS: dict[str, Map] = {
     "einsum": by(lambda x, w: torch.einsum("bi,oi->bo", x, w)),
     "einsum from the left": by(lambda x, w: torch.einsum("ij, ...j -> ...i", [w, x])),
     "tensordot": by(lambda x, w: torch.tensordot(x, w, 1)),
-    "tensordot from the left": by(lambda x, w: torch.tensordot(w, x, ([1], [1])).t()),
+    "tensordot from the left": by(lambda x, w: torch.tensordot(w, x, SECOND).t()),
     "QR": by(lambda x, w: x @ torch.linalg.qr(w)[0]),
     "LU": by(plu),
     "Householder": by(householder),
@@ -83,7 +84,7 @@ IMAGES: dict[str, Map] = {
     "1x1": by(F.conv2d, lambda: kernel(1, 1)),
     "1x1 of a matrix": by(lambda x, w: F.conv2d(x, w[:, :, None, None])),
     "einsum of images": by(lambda x, w: torch.einsum("bchw,cd->bdhw", x, w)),
-    "tensordot of images": by(lambda x, w: torch.tensordot(x, w, ([1], [1])).movedim(-1, 1)),
+    "tensordot of images": by(lambda x, w: torch.tensordot(x, w, SECOND).movedim(-1, 1)),
     "groups": by(lambda x, w: F.conv2d(x, w, groups=2), lambda: kernel(1, 1, groups=2)),
     "down and up": by(
         lambda x, w: F.conv_transpose2d(F.conv2d(x, w, stride=2), 1.5 * w, stride=2), lambda: kernel(2, 2)
