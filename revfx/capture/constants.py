@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.ambient import drew, generators, torchs_generator
+from revfx.ambient import all_generators, drew
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.capture.whole import told_to_invert
 from revfx.eager.trees import tensors
@@ -59,16 +59,13 @@ class Constants:
         asked: list[fx.Node] = []
         fx.map_arg((args, kwargs), asked.append)
         above = _above(asked)
-        drawn = [*generators(), torchs_generator()]
+        drawn = all_generators()
         try:
             for node in self.graph.nodes:
                 if node in above and node not in self.values:
                     self.values[node] = self._value(node)
             found = _called(function, args, kwargs, self.values)
-            if (
-                may_draw(op_name(function), args, kwargs)
-                or drew(drawn, [*generators(), torchs_generator()]) is not None
-            ):
+            if may_draw(op_name(function), args, kwargs) or drew(drawn, all_generators()) is not None:
                 raise Untraceable(ASKS)
         except Untraceable as e:
             e.whole = told_to_invert()
