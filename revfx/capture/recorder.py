@@ -12,7 +12,7 @@ import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -143,7 +143,9 @@ class Recorder(TorchFunctionMode):
             )
         _, path, name = known
         qualified = f"{path}.{name}" if path else name
-        with self._ahead():
+        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        # ahead of all others: attributes are sources in the graph
+        with nullcontext() if first is None else self.graph.inserting_before(first):
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
         if t in self.numbers:
             self.numbers.add(fake)
@@ -151,16 +153,6 @@ class Recorder(TorchFunctionMode):
             self.constants.hold(node, t)
         self._name(node, fake)
         self.attributes[node] = path, name
-
-    @contextmanager
-    def _ahead(self) -> Generator[None]:
-        """Return a context that puts nodes before all others: attributes are sources in the graph."""
-        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
-        if first is None:
-            yield
-        else:
-            with self.graph.inserting_before(first):
-                yield
 
     def _name(self, node: fx.Node, fake: Tensor) -> None:
         key = _torch.storage_key(fake) if fake.layout == torch.strided else id(fake)
@@ -260,7 +252,9 @@ class Recorder(TorchFunctionMode):
         if mutated:
             node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
             node.meta["unseen"] = not torch.is_grad_enabled() and any(t.requires_grad for t in mutated)
-            self._refuse_writes(node.meta["mutates"])
+            then, path = self.hooked  # hooks, which don't run here, may have replaced it by any tensor that was there
+            if any(self.born[n.meta["storage"][0]] < then for n in node.meta["mutates"]):
+                raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
             for t in mutated:
                 key = _torch.storage_key(t)
                 self.generation[key] = self.generation.get(key, 0) + 1
@@ -275,12 +269,6 @@ class Recorder(TorchFunctionMode):
             self._take_apart(node, out)
         return out
 
-    def _refuse_writes(self, nodes: list[fx.Node]) -> None:
-        """Refuse writes to what hooks, which don't run here, may have replaced by any tensor that was there."""
-        then, path = self.hooked
-        if any(self.born[n.meta["storage"][0]] < then for n in nodes):
-            raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
-
     def _take_apart(self, node: fx.Node, out: Any) -> None:
         items = enumerate(out) if isinstance(out, (tuple, list)) else out.items() if isinstance(out, dict) else ()
         for key, item in items:
@@ -288,16 +276,14 @@ class Recorder(TorchFunctionMode):
                 continue
             part = self.graph.call_function(operator.getitem, (node, key))
             part.meta["where"] = node.meta["where"]
-            if isinstance(item, Tensor):
-                if id(item) not in self.nodes:
-                    self._name(part, item)
-                    self.constants.fold(part)
-                else:
-                    part.meta["val"] = item
-                    part.meta["storage"] = self.nodes[id(item)].meta["storage"]
-            else:
-                part.meta["val"] = item
+            part.meta["val"] = item
+            if not isinstance(item, Tensor):
                 self._take_apart(part, item)
+            elif id(item) in self.nodes:
+                part.meta["storage"] = self.nodes[id(item)].meta["storage"]
+            else:
+                self._name(part, item)
+                self.constants.fold(part)
 
     def _to_nodes(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
