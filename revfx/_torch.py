@@ -190,14 +190,9 @@ def caller() -> Any:
     return sys._getframe(2)
 
 
-def is_overload(op: object) -> bool:
-    """Return whether `op` is an overload of an aten (or custom) operator."""
-    return isinstance(op, torch._ops.OpOverload)
-
-
-def packet_name(overload: Any) -> str:
-    """Return the bare name of an operator overload: `add` of `aten.add.Tensor`."""
-    return overload.overloadpacket.__name__
+def packet_name(op: object) -> str:
+    """Return the bare name of an operator overload, `add` of `aten.add.Tensor`; the empty string of anything else."""
+    return op.overloadpacket.__name__ if isinstance(op, torch._ops.OpOverload) else ""
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

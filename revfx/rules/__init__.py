@@ -172,9 +172,7 @@ def op_name(op: object) -> str:
     """Return the bare name of an operation, the same for function, method, operator and overload: `add`, `relu`."""
     if isinstance(op, str):
         return op
-    if _torch.is_overload(op):
-        return _torch.packet_name(op)
-    return getattr(op, "__name__", type(op).__name__)
+    return _torch.packet_name(op) or getattr(op, "__name__", type(op).__name__)
 
 
 def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
