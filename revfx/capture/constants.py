@@ -5,7 +5,7 @@ It gets the numbers that are there, and the plan that this leads to is valid whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.capture.whole import told_to_invert
 from revfx.eager.trees import tensors
 from revfx.passes._torch import may_draw, outside_modes
-from revfx.passes.facts import LIMIT, is_mask
+from revfx.passes.facts import LIMIT, ancestors, is_mask
 from revfx.rules import op_name
 
 
@@ -58,7 +58,7 @@ class Constants:
         """
         asked: list[fx.Node] = []
         fx.map_arg((args, kwargs), asked.append)
-        above = _above(asked)
+        above = ancestors(asked)
         drawn = all_generators()
         try:
             for node in self.graph.nodes:
@@ -129,14 +129,3 @@ def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mappin
 def _is_whole(t: Tensor) -> bool:
     """Return whether a tensor may be an index or a mask of few elements."""
     return not (t.is_floating_point() or t.is_complex()) and t.numel() <= LIMIT
-
-
-def _above(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return `nodes`, and all that they are computed from."""
-    found, stack = set[fx.Node](), [*nodes]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
