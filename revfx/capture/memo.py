@@ -14,6 +14,7 @@ from revfx import _torch
 from revfx.capture.guards import key
 from revfx.eager import dtensor
 from revfx.eager.reach import is_users
+from revfx.eager.trees import meta
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
@@ -49,10 +50,7 @@ class Seen:
         keys = [_torch.storage_key(t) for t in made]
         if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
             return None
-        metas = [
-            None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves
-        ]
-        return Seen(tuple(metas), spec, numbers)
+        return Seen(tuple(map(meta, leaves)), spec, numbers)
 
     def fresh(self) -> Any:
         """Return new fake results."""

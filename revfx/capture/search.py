@@ -165,14 +165,8 @@ class Search:
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
         """Return the whole sub-modules outside any region that may be opened."""
         _, lowered, regions, _ = found
-        inside = [False] * len(lowered.op_nodes)
-        for r in regions:
-            inside[r.start : r.stop] = [True] * (r.stop - r.start)
-        paths = {
-            str(n.target)
-            for n, covered in zip(lowered.op_nodes, inside, strict=True)
-            if n.op == "call_module" and not covered
-        }
+        covered = {i for r in regions for i in range(r.start, r.stop)}
+        paths = {str(n.target) for i, n in enumerate(lowered.op_nodes) if n.op == "call_module" and i not in covered}
         return frozenset(p for p in paths - self.closed - opened if self._openable(p))
 
     def _openable(self, path: str) -> bool:
@@ -194,9 +188,7 @@ class Search:
         at_fault = [error.path] if error.path is not None and error.path in more else list(more)
         self.once |= error.once
         kinds = {type(self.modules[p]) for p in at_fault}
-        for path in more:
-            if type(self.modules[path]) in kinds:
-                self.closed.add(path)
+        self.closed.update(p for p in more if type(self.modules[p]) in kinds)
         name = at_fault[0]
         self.refusals[name] = Refusal(f"`{name}` stays whole: {error.reason}", name, error.where)
 
