@@ -8,7 +8,7 @@ cut is the best one, and when nothing of a live set is known no earlier point ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.closure import Closure, Derivation, Forward, Invert, made_by, read_by
@@ -211,10 +211,9 @@ def _closure(program: Program, start: int, stop: int, known: Iterable[int], trus
     return closure
 
 
-def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:
+def needed(program: Program, order: Sequence[Derivation], wanted: Iterable[int]) -> list[Derivation]:
     """Return those of `order` that deriving `wanted` takes, in order; a barred inverse counts as a saved value."""
     made: dict[int, int] = {}
-    order = list(order)
     for i, d in enumerate(order):
         for v in made_by(program, d):
             made.setdefault(v, i)

@@ -74,8 +74,7 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
         region = _region(program, walk, all_pay)
         if walk.stuck.stop > 0:
             stuck.append(walk.stuck)
-        if region is None:
-            kept.extend(_kept_instead(program, walk))
+        kept += _kept_instead(program, walk) if region is None else ()
         if region is not None:
             regions.append(region)
             stop, live = region.start, dict.fromkeys(region.entry)
