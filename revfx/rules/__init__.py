@@ -226,9 +226,6 @@ def why_none(name: str) -> str:
     return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")
 
 
-importlib.import_module("revfx.rules.arithmetic")  # they fill the table
-importlib.import_module("revfx.rules.activations")
-importlib.import_module("revfx.rules.layout")
-importlib.import_module("revfx.rules.linear")
-importlib.import_module("revfx.rules.decomposed")
+for _file in ("arithmetic", "activations", "layout", "linear", "decomposed"):  # they fill the table
+    importlib.import_module(f"revfx.rules.{_file}")
 _ours = dict(_table)
