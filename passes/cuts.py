@@ -163,13 +163,8 @@ def _with_above(
     if any(v in program.selected for v in exit):
         return None
     closure = _closure(program, start, stop, {*exit, *side})
-    progress = True
-    while progress:
-        progress = False
-        for v in entry:
-            above = () if v in closure else _made_of(program, v, closure)
-            if above and closure.run(above):
-                progress = True
+    while any([closure.run(_made_of(program, v, closure)) for v in entry if v not in closure]):
+        pass  # until nothing more becomes known
     order = tuple(closure.order)
     if any(v not in closure for v in entry) or any(isinstance(d, Invert) and d.arc.barred for d in order):
         return None
