@@ -142,11 +142,6 @@ def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> 
     return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
 
 
-def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
+def _path(node: Any, root: fx.Node) -> tuple[Any, ...]:
     """Return the keys that lead from what `root` returns to the value `node`."""
-    keys: list[Any] = []
-    at: Any = node
-    while at is not root:
-        keys.append(at.args[1])
-        at = at.args[0]
-    return tuple(reversed(keys))
+    return () if node is root else (*_path(node.args[0], root), node.args[1])

@@ -324,7 +324,7 @@ class Recorder(TorchFunctionMode):
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)
             if seen is not None:
-                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
+                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, drew=seen.drew)
                 self.hooked = (len(self.born), path) if hooked else self.hooked
                 return out
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
@@ -339,7 +339,7 @@ class Recorder(TorchFunctionMode):
                 text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
                 raise Untraceable(text, opens=path)
             if not mutated:
-                self.memo[key] = Seen.of(out, [t for t, _ in versions], {"drew": self.drew})
+                self.memo[key] = Seen.of(out, [t for t, _ in versions], self.drew)
             out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, drew=self.drew)
             self.hooked = (len(self.born), path) if hooked else self.hooked
             return out
@@ -367,13 +367,13 @@ class Recorder(TorchFunctionMode):
         self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         if self.suspended:
-            return apply(function, *args, **kwargs)
+            return apply(*args, **kwargs)
         with _torch.no_torch_function():
             args, kwargs = self.convert(args), self.convert(kwargs)
             versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
         self.suspended, self.drew = self.suspended + 1, None
         try:
-            out = apply(function, *args, **kwargs)
+            out = apply(*args, **kwargs)
         finally:
             self.suspended -= 1
         with _torch.no_torch_function():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -199,7 +200,8 @@ class Search:
         for r in regions:
             inverted = {d.op for s in r.steps for d in s.derive if isinstance(d, Invert)}
             for i in range(r.start, r.stop):
-                paths = _prefixes(str(lowered.op_nodes[i].meta["scope"]))
+                # of the modules that enclose it
+                paths = [*accumulate(str(lowered.op_nodes[i].meta["scope"]).split("."), "{}.{}".format)]
                 inside.update(paths)
                 needed.update(paths if i in inverted else ())
         if opened <= needed:
@@ -274,9 +276,3 @@ def _is_square(module: nn.Module) -> bool:
 
 def _inverted(regions: Sequence[Region]) -> int:
     return sum(s.inverts for r in regions for s in r.steps)
-
-
-def _prefixes(scope: str) -> list[str]:
-    """Return the paths of the modules that enclose an operation of that scope."""
-    parts = scope.split(".")
-    return [".".join(parts[: k + 1]) for k in range(len(parts))]
