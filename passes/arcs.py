@@ -145,7 +145,8 @@ class _Lowering:
         ins = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
         arcs: list[Arc] = []
         refused: dict[int, str] = {}
-        for direction in self._directions(node) if outs else ():
+        directions = self._directions(node)
+        for direction in directions if outs else ():
             if not isinstance(direction, (Inverse, NoInverse)):
                 continue
             solved = direction.solves
@@ -158,9 +159,10 @@ class _Lowering:
                 arcs.append(arc)
         name = str(node.target) if node.op == "call_module" else op_name(node.target)
         ruled = "directions" in node.meta or rule_for(node, self._module(node)) is not None
-        unknown = not ruled or (name in NOT_INJECTIVE and not self._directions(node))
-        whole = node.op == "call_module" or any(getattr(d, "matrix", None) for d in self._directions(node))
+        unknown = not ruled or (name in NOT_INJECTIVE and not directions)
+        whole = node.op == "call_module" or any(getattr(d, "matrix", None) for d in directions)
         solved = {a.head for a in arcs}
+        moved = [isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions]
         if unknown:
             refused = {v: f"`{name}` {why_none(name)}" for v in ins if not self.values[v].source}
         return Op(
@@ -172,7 +174,7 @@ class _Lowering:
             where=node.meta.get("where", ""),
             barrier=node.meta.get("barrier"),
             opaque=unknown or whole,
-            moves=_moves(self._directions(node)),
+            moves=bool(moved) and all(moved),
             terms=self._terms(node, ins) if len(outs) == 1 else (),
         )
 
@@ -323,10 +325,3 @@ def _filled(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Cal
         return by(*(constants[i] if i in constants else next(rest) for i in range(n)))
 
     return filled if constants else by
-
-
-def _moves(directions: list[Direction]) -> bool:
-    """Return whether an operation's rule only moves elements of its operands."""
-    return bool(directions) and all(
-        isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions
-    )

@@ -55,7 +55,8 @@ class Closure:
         self._missing: list[int] = []
         self._pending: list[Derivation] = []
         self._ready: tuple[deque[int], ...] = (deque(), deque(), deque(), deque())  # by `_rank`
-        self._sums = Elimination(program, self) if sums else None
+        self._sums = Elimination(program, self)  # which holds none unless `sums`
+        self._adds_sums = sums
         self.together = False  # whether sums were solved together
         self.order: list[Derivation] = []
 
@@ -66,7 +67,7 @@ class Closure:
     @property
     def ties(self) -> bool:
         """Whether sums may still be solved together, as two known values are in some."""
-        return self._sums is not None and self._sums.ties()
+        return self._sums.ties()
 
     def add(self, index: int) -> list[int]:
         """Return the values that become known, in order, when operation `index` is added."""
@@ -83,35 +84,29 @@ class Closure:
             self._offer(Forward(index))
             for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
                 self._offer(Invert(index, arc))
-        new = self._drain()
-        self._learn(new, min(indices, default=0))
-        if self._sums is not None:
-            for index in reversed(indices):  # what lies near the known values first, so that sums stay short
-                self._together(self._sums.add(index), new, index)
+        new = self._derive(min(indices, default=0))
+        for index in reversed(indices) if self._adds_sums else ():  # near the known values first: sums stay short
+            new += self._derive(index, self._sums.add(index))
         return new
 
     def run(self, indices: Iterable[int]) -> list[int]:
         """Return the values that become known, in order, when some operations can be run again, but not inverted."""
         for index in indices:
             self._offer(Forward(index))
-        new = self._drain()
-        self._learn(new, 0)
-        return new
+        return self._derive(0)
 
-    def _learn(self, new: list[int], index: int) -> None:
-        if self._sums is not None:
-            self._together((arc for v in tuple(new) for arc in self._sums.learn(v)), new, index)
-
-    def _together(self, solved: Iterable[Arc], new: list[int], index: int) -> None:
-        """Add to `new` what becomes known by values that sums were solved for."""
+    def _derive(self, index: int, solved: Iterable[Arc] = ()) -> list[int]:
+        """Return the values that become known by what was offered, and by those that sums are, or were, solved for."""
+        found: list[int] = []
         arcs = [*solved]
-        while arcs:
-            self.together = True
+        while True:
             for arc in arcs:
                 self._offer(Invert(index, arc))
-            more = self._drain()
-            arcs = [arc for v in more for arc in self._sums.learn(v)] if self._sums is not None else []
-            new += more
+            self.together |= bool(arcs)
+            found += (new := self._drain())
+            arcs = [arc for v in new for arc in self._sums.learn(v)]
+            if not arcs:
+                return found
 
     def _offer(self, derivation: Derivation) -> None:
         number = len(self._pending)

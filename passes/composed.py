@@ -67,11 +67,10 @@ def composed(program: Program, step: Step) -> Step:
         if isinstance(d, Forward):
             order.append(d)
         elif d.arc.head in read:
-            inner = (
-                {} if not rounds(d.arc) else {v: a for v, a in inverses.items() if v not in read and v != d.arc.head}
-            )
-            arc = _with(d.arc, inner)
-            if not rounds(d.arc):
+            arc = d.arc
+            if rounds(arc):
+                arc = _with(arc, {v: a for v, a in inverses.items() if v not in read})
+            else:
                 read.update(arc.tail)
             order.append(replace(d, arc=arc))
     order.reverse()

@@ -8,7 +8,7 @@ cut is the best one, and when nothing of a live set is known no earlier point ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.closure import Closure, Derivation, Forward, Invert, made_by, read_by
@@ -163,13 +163,8 @@ def _with_above(
     if any(v in program.selected for v in exit):
         return None
     closure = _closure(program, start, stop, {*exit, *side})
-    progress = True
-    while progress:
-        progress = False
-        for v in entry:
-            above = () if v in closure else _made_of(program, v, closure)
-            if above and closure.run(above):
-                progress = True
+    while any([closure.run(_made_of(program, v, closure)) for v in entry if v not in closure]):
+        pass  # until nothing more becomes known
     order = tuple(closure.order)
     if any(v not in closure for v in entry) or any(isinstance(d, Invert) and d.arc.barred for d in order):
         return None
@@ -211,10 +206,9 @@ def _closure(program: Program, start: int, stop: int, known: Iterable[int], trus
     return closure
 
 
-def needed(program: Program, order: Iterable[Derivation], wanted: Iterable[int]) -> list[Derivation]:
+def needed(program: Program, order: Sequence[Derivation], wanted: Iterable[int]) -> list[Derivation]:
     """Return those of `order` that deriving `wanted` takes, in order; a barred inverse counts as a saved value."""
     made: dict[int, int] = {}
-    order = list(order)
     for i, d in enumerate(order):
         for v in made_by(program, d):
             made.setdefault(v, i)

@@ -128,6 +128,18 @@ def constants(graph: fx.Graph, facts: MutableMapping[fx.Node, tuple[Fact, ...]])
     return found
 
 
+def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] | None = None) -> set[fx.Node]:
+    """Return `nodes`, and everything that they are computed from; `inputs` says what a node reads."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(inputs(node) if inputs else node.all_input_nodes)
+    return found
+
+
 def assumed(nodes: Iterable[fx.Node], index: Mapping[fx.Node, int]) -> tuple[tuple[int, Fact], ...]:
     """Return what inverses that read `nodes`, numbered by `index`, as indices rely on."""
     return tuple((index[n], f) for n in nodes if n in index for f in n.meta.get("facts", ()) if f != BINARY)

@@ -128,7 +128,8 @@ class MaskedArcs:
                 continue
             given = tuple(g for g in inverse.given if isinstance(g, fx.Node))
             solve = functools.partial(_chain, known.solve, len(known.tail), arc.solve)
-            more = Half(at, known.value, (*known.tail, *given), solve, _with_more(arc, known.rounding))
+            rounding = known.rounding if known.rounding and arc.factor is None else arc  # at most one of them divides
+            more = Half(at, known.value, (*known.tail, *given), solve, rounding)
             self._spread(inverse.solves, mask, more, depth - 1)
 
     def _join(self, whole: fx.Node, mask: fx.Node, inside: Half, outside: Half) -> Found:
@@ -165,11 +166,6 @@ class MaskedArcs:
         text = f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
         values = tuple(self.index[n] for n in tail)
         return Arc(self.index[head], values, solve, text=text, partial=True, assumes=assumes, **more)
-
-
-def _with_more(arc: Arc, then: Arc | None) -> Arc:
-    """Return what is to be said of two inverses in a row, at most one of which divides."""
-    return arc if arc.factor is not None or then is None else then
 
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:

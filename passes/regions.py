@@ -74,12 +74,11 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
         region = _region(program, walk, all_pay)
         if walk.stuck.stop > 0:
             stuck.append(walk.stuck)
-        if region is None:
-            kept.extend(_kept_instead(program, walk))
+        kept += _kept_instead(program, walk) if region is None else ()
         if region is not None:
             regions.append(region)
             stop, live = region.start, dict.fromkeys(region.entry)
-        elif walk.steps and not (reruns and _reruns_all(walk)):
+        elif walk.steps and not (reruns and walk.steps[-1].start == 0 and not walk.steps[-1].inverts):
             # It may be one step of all, as something made above it is read again below it: try again from there.
             top = walk.steps[-1]
             again = max((u for v in top.entry for u in program.users[v] if top.start < u < stop), default=-1)
@@ -90,7 +89,7 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
                 while stop > again:
                     stop -= 1
                     live = live_before(program, live, stop)
-        else:
+        else:  # nothing was found, or it ends by running all again from an input that is read below it, as a target is
             reruns -= bool(walk.steps)
             stop -= 1
             live = live_before(program, live, stop)
@@ -109,11 +108,6 @@ def _each_once(program: Program, found: Iterable[Stuck]) -> tuple[Stuck, ...]:
     """Return the last of those in the same line of code, nearest the end first."""
     last = {program.ops[s.start].where: s for s in sorted(found, key=lambda s: s.start)}
     return tuple(sorted(last.values(), key=lambda s: -s.start))
-
-
-def _reruns_all(walk: Walk) -> bool:
-    """Return whether a walk ends by running all again from an input that is read below it, as a target may be."""
-    return walk.steps[-1].start == 0 and not walk.steps[-1].inverts
 
 
 def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:

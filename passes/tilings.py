@@ -135,18 +135,17 @@ def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[Sequence[int]
     """Return the function that puts parts together; functional, since it is traced into compiled graphs as well."""
     positions = [i for index, _ in parts for i in index]
     in_order = positions == sorted(positions)
-    sliced = all(isinstance(index, range) for index, _ in parts)
+    ranges = [index for index, _ in parts if isinstance(index, range)]
     back = _on_device(sorted(range(len(positions)), key=positions.__getitem__))
 
     def solve(*tensors: Tensor) -> Tensor:
         whole = [t.unsqueeze(dim) if gone else t for t, (_, gone) in zip(tensors, parts, strict=True)]
-        if in_order or not sliced:
+        if in_order or len(ranges) < len(parts):
             put = torch.cat(whole, dim)
             return put if in_order else put.index_select(dim, back(put))
         put = whole[0].new_empty(shape)
-        for tensor, (index, _) in zip(whole, parts, strict=True):
-            if isinstance(index, range):
-                put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
+        for tensor, index in zip(whole, ranges, strict=True):
+            put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
         return put
 
     return solve

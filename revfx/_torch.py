@@ -7,10 +7,10 @@ Each function says what it stands for, so that a public spelling can take its pl
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import sys
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -138,10 +138,7 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (_C._get_overrideable_sdp_enabled, _C._set_sdp_use_overrideable),
     (_C._get_sdp_priority_order, _C._set_sdp_priority_order),
     *(
-        (
-            functools.partial(_C._get_fp32_precision_getter, b, op),
-            functools.partial(_C._set_fp32_precision_setter, b, op),
-        )
+        (partial(_C._get_fp32_precision_getter, b, op), partial(_C._set_fp32_precision_setter, b, op))
         for b, op in _FP32
     ),
 ]
@@ -190,14 +187,9 @@ def caller() -> Any:
     return sys._getframe(2)
 
 
-def is_overload(op: object) -> bool:
-    """Return whether `op` is an overload of an aten (or custom) operator."""
-    return isinstance(op, torch._ops.OpOverload)
-
-
-def packet_name(overload: Any) -> str:
-    """Return the bare name of an operator overload: `add` of `aten.add.Tensor`."""
-    return overload.overloadpacket.__name__
+def packet_name(op: object) -> str:
+    """Return the bare name of an operator overload, `add` of `aten.add.Tensor`; the empty string of anything else."""
+    return op.overloadpacket.__name__ if isinstance(op, torch._ops.OpOverload) else ""
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -215,7 +207,7 @@ def hooks(module: torch.nn.Module) -> list[Any]:
 
 
 def _is_torchs(function: Any) -> bool:
-    while isinstance(function, functools.partial):
+    while isinstance(function, partial):
         function = function.func
     return (getattr(function, "__module__", None) or "").partition(".")[0] == "torch"
 

@@ -32,10 +32,10 @@ def generators() -> list[RandomState]:
     return found
 
 
-def torchs_generator() -> RandomState:
-    """Return the default generator of torch for the CPU, as it is."""
+def all_generators() -> list[RandomState]:
+    """Return these, and the default generator of torch for the CPU."""
     state = torch.get_rng_state()
-    return "torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()
+    return [*generators(), ("torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist())]
 
 
 def drew(before: list[RandomState], now: list[RandomState]) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -160,14 +159,12 @@ class Checks:
             )
             self._check_forward(lambda t, most=most: t.abs().amax() < most, [node], message)
 
-    def _behind(self, node: fx.Node) -> AbstractContextManager[None]:
-        """Return a context in which nodes come right behind another one; behind all inputs where that is one."""
-        return self.joint.inserting_before(self._first if node.op == "placeholder" else node.next)
-
     def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], last: fx.Node | None = None) -> fx.Node:
-        """Return the node of `by(*tail)` in the forward, right behind the `last` one of the tail."""
+        """Return the node of `by(*tail)` in the forward, right behind the `last` one of the tail; behind all inputs
+        where that is one.
+        """
         last = tail[0] if last is None else last
-        with self._behind(last):
+        with self.joint.inserting_before(self._first if last.op == "placeholder" else last.next):
             return self.recorder.record(by, tail, FORWARD, last)
 
     def _check_forward(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.facts import Fact, Facts, annotate, constants
+from revfx.passes.facts import Fact, Facts, ancestors, annotate, constants
 from revfx.passes.shape_only import of_its_shape
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.passes.traits import barred, trained
@@ -195,18 +195,6 @@ def output_args(graph: fx.Graph) -> Sequence[Any]:
 def draws(node: fx.Node) -> bool:
     """Return whether running a node again would give other random numbers."""
     return _torch.is_overload(node.target) and _torch.draws(node.target, node.args, node.kwargs)
-
-
-def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] | None = None) -> set[fx.Node]:
-    """Return `nodes`, and everything that they are computed from; `inputs` says what a node reads."""
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(inputs(node) if inputs else node.all_input_nodes)
-    return found
 
 
 def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -51,11 +51,8 @@ class Recorder:
                 result = by(*fakes)
         return mode.nodes[id(result)]
 
-    def symbol(self, size: torch.SymInt | torch.SymFloat) -> fx.Node | float:
+    def size(self, expr: Any) -> fx.Node | float:
         """Return the node that holds a symbolic number; computed from others where there is none."""
-        return self._size(size.node.expr)
-
-    def _size(self, expr: Any) -> fx.Node | float:
         if expr.is_number:
             return int(expr) if expr.is_integer else float(expr)
         if str(expr) in self.symbols:
@@ -63,7 +60,7 @@ class Recorder:
         by = SIZES.get(type(expr))
         if by is None:
             raise Unrecordable(f"the size {expr} is not at hand")
-        parts = [self._size(part) for part in expr.args]
+        parts = [self.size(part) for part in expr.args]
         pairs = len(parts) > 2  # sums and products of several
         result = functools.reduce(lambda a, b: self._made(by, a, b), parts) if pairs else self._made(by, *parts)
         if isinstance(result, fx.Node):
@@ -153,7 +150,7 @@ class _Mode(TorchDispatchMode):
             if id(x) not in self.nodes:
                 raise Unrecordable("a tensor that is made from data is not at hand")
             return self.nodes[id(x)]
-        return self.recorder.symbol(x) if isinstance(x, SYMBOLIC) else x
+        return self.recorder.size(x.node.expr) if isinstance(x, SYMBOLIC) else x
 
 
 def pulled(nodes: Sequence[fx.Node], attached: Mapping[fx.Node, Sequence[fx.Node]]) -> Iterator[fx.Node]:

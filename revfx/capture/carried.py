@@ -15,15 +15,8 @@ from revfx.capture.untraceable import Untraceable
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the k-th tensor of an object goes."""
-
-    k: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Object:
-    """An object of a class with these attributes, or a container with these items."""
+    """An object of a class with these attributes, or a container with these items; for a tensor, which one it is."""
 
     kind: Any
     held: Any
@@ -52,7 +45,7 @@ def carried(value: Any, stands_for: Callable[[Tensor], Any], known: Container[in
     def shape(x: Any, above: tuple[int, ...]) -> Any:
         if isinstance(x, Tensor):
             tensors.append(stands_for(x))
-            return _Place(len(tensors) - 1)
+            return _Object(Tensor, len(tensors) - 1)
         if id(x) in above:
             raise Untraceable(f"it returns a {type(x).__name__} that leads to itself")
         above = (*above, id(x))
@@ -70,11 +63,11 @@ def carried(value: Any, stands_for: Callable[[Tensor], Any], known: Container[in
 
 
 def _made(shape: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(shape, _Place):
-        return tensors[shape.k]
     if not isinstance(shape, _Object):
         return shape
     kind: Any = shape.kind
+    if kind is Tensor:
+        return tensors[shape.held]
     if isinstance(shape.held, list):
         items = [_made(x, tensors) for x in shape.held]
         return kind(*items) if hasattr(kind, "_fields") else kind(items)

@@ -5,18 +5,18 @@ It gets the numbers that are there, and the plan that this leads to is valid whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from revfx.ambient import drew, generators, torchs_generator
+from revfx.ambient import all_generators, drew
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.capture.whole import told_to_invert
 from revfx.eager.trees import tensors
 from revfx.passes._torch import may_draw, outside_modes
-from revfx.passes.facts import LIMIT, is_mask
+from revfx.passes.facts import LIMIT, ancestors, is_mask
 from revfx.rules import op_name
 
 
@@ -58,17 +58,14 @@ class Constants:
         """
         asked: list[fx.Node] = []
         fx.map_arg((args, kwargs), asked.append)
-        above = _above(asked)
-        drawn = [*generators(), torchs_generator()]
+        above = ancestors(asked)
+        drawn = all_generators()
         try:
             for node in self.graph.nodes:
                 if node in above and node not in self.values:
                     self.values[node] = self._value(node)
             found = _called(function, args, kwargs, self.values)
-            if (
-                may_draw(op_name(function), args, kwargs)
-                or drew(drawn, [*generators(), torchs_generator()]) is not None
-            ):
+            if may_draw(op_name(function), args, kwargs) or drew(drawn, all_generators()) is not None:
                 raise Untraceable(ASKS)
         except Untraceable as e:
             e.whole = told_to_invert()
@@ -132,14 +129,3 @@ def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mappin
 def _is_whole(t: Tensor) -> bool:
     """Return whether a tensor may be an index or a mask of few elements."""
     return not (t.is_floating_point() or t.is_complex()) and t.numel() <= LIMIT
-
-
-def _above(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return `nodes`, and all that they are computed from."""
-    found, stack = set[fx.Node](), [*nodes]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found

@@ -43,11 +43,8 @@ def functionalise(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), Tensor):
             memory.setdefault(node.meta["storage"][0], []).append(node)
-    for node in list(graph.nodes):
-        written = node.meta.get("mutates")
-        if written is None:
-            continue
-        reason = _why_not(node, written, memory, position)
+    for node in [n for n in graph.nodes if "mutates" in n.meta]:
+        reason = _why_not(node, node.meta["mutates"], memory, position)
         if reason is None:
             _make_functional(node)
         else:
@@ -83,8 +80,7 @@ def _why_not(
             return f"it writes in place to memory of `{other.name}`, which is an input or an attribute of the model"
         if _apart(other.meta["val"], written[0].meta["val"]):
             continue
-        late = [user for user in other.users if position[user] > here]
-        if late:
+        if any(position[user] > here for user in other.users):
             return f"it writes in place to a value whose alias or view `{other.name}` is read later"
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from revfx import _torch
 from revfx.capture.guards import key
 from revfx.eager import dtensor
 from revfx.eager.reach import is_users
+from revfx.eager.trees import meta
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
@@ -31,14 +31,14 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a module gave on fake arguments: enough to make the like for another module of the same structure."""
+    """What a module gave on fake arguments, to make the like for another of its structure, and what it `drew` from."""
 
     metas: tuple[Any, ...]
     spec: pytree.TreeSpec
-    numbers: Mapping[str, Any]
+    drew: str | None
 
     @staticmethod
-    def of(out: Any, inputs: list[Tensor], numbers: Mapping[str, Any]) -> Seen | None:
+    def of(out: Any, inputs: list[Tensor], drew: str | None) -> Seen | None:
         """Return what a module gave; None where results share memory with arguments or each other."""
         leaves, spec = pytree.tree_flatten(out)
         made = [t for t in leaves if isinstance(t, Tensor)]
@@ -49,10 +49,7 @@ class Seen:
         keys = [_torch.storage_key(t) for t in made]
         if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
             return None
-        metas = [
-            None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves
-        ]
-        return Seen(tuple(metas), spec, numbers)
+        return Seen(tuple(map(meta, leaves)), spec, drew)
 
     def fresh(self) -> Any:
         """Return new fake results."""

@@ -29,11 +29,9 @@ def intercepted() -> Generator[None]:
         init(self, *args, **kwargs)
 
     def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        def apply(_: Any, *args: Any, **kwargs: Any) -> Any:
-            return super(_torch.BELOW_APPLY, cls).apply(*args, **kwargs)
-
+        apply = super(_torch.BELOW_APPLY, cls).apply
         recorder = getattr(recording, "recorder", None)
-        return apply(cls, *args, **kwargs) if recorder is None else recorder.call_function(cls, apply, args, kwargs)
+        return apply(*args, **kwargs) if recorder is None else recorder.call_function(cls, apply, args, kwargs)
 
     with ExitStack() as stack:
         nn.Module.__call__ = __call__

@@ -6,14 +6,13 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import Ambience
 from revfx.capture.carried import Carried
 from revfx.capture.data import Capture, held_at
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key
@@ -137,40 +136,12 @@ def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> 
     else:
         fn = node.target
     if "ambient" in node.meta:
-        fn = _within(fn, node.meta["ambient"])
+        fn = node.meta["ambient"].entered()(fn)  # which is entered in every call
     name = str(node.target) if node.op == "call_module" else op_name(node.target)
-    args, kwargs = _slots(node.args, index), _slots(node.kwargs, index)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast(Any, Slot(index[n])))
     return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
 
 
-def _path(node: fx.Node, root: fx.Node) -> tuple[Any, ...]:
+def _path(node: Any, root: fx.Node) -> tuple[Any, ...]:
     """Return the keys that lead from what `root` returns to the value `node`."""
-    keys: list[Any] = []
-    at: Any = node
-    while at is not root:
-        keys.append(at.args[1])
-        at = at.args[0]
-    return tuple(reversed(keys))
-
-
-def _slots(tree: Any, index: dict[fx.Node, int]) -> Any:
-    if isinstance(tree, fx.Node):
-        return Slot(index[tree])
-    if isinstance(tree, tuple):
-        items = [_slots(x, index) for x in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [_slots(x, index) for x in tree]
-    if isinstance(tree, dict):
-        return {k: _slots(v, index) for k, v in tree.items()}
-    if isinstance(tree, slice):
-        return slice(_slots(tree.start, index), _slots(tree.stop, index), _slots(tree.step, index))
-    return tree
-
-
-def _within(fn: Callable[..., Any], ambient: Ambience) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with ambient.entered():
-            return fn(*args, **kwargs)
-
-    return call
+    return () if node is root else (*_path(node.args[0], root), node.args[1])

@@ -12,7 +12,7 @@ import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -143,7 +143,9 @@ class Recorder(TorchFunctionMode):
             )
         _, path, name = known
         qualified = f"{path}.{name}" if path else name
-        with self._ahead():
+        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        # ahead of all others: attributes are sources in the graph
+        with nullcontext() if first is None else self.graph.inserting_before(first):
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
         if t in self.numbers:
             self.numbers.add(fake)
@@ -151,16 +153,6 @@ class Recorder(TorchFunctionMode):
             self.constants.hold(node, t)
         self._name(node, fake)
         self.attributes[node] = path, name
-
-    @contextmanager
-    def _ahead(self) -> Generator[None]:
-        """Return a context that puts nodes before all others: attributes are sources in the graph."""
-        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
-        if first is None:
-            yield
-        else:
-            with self.graph.inserting_before(first):
-                yield
 
     def _name(self, node: fx.Node, fake: Tensor) -> None:
         key = _torch.storage_key(fake) if fake.layout == torch.strided else id(fake)
@@ -260,7 +252,9 @@ class Recorder(TorchFunctionMode):
         if mutated:
             node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
             node.meta["unseen"] = not torch.is_grad_enabled() and any(t.requires_grad for t in mutated)
-            self._refuse_writes(node.meta["mutates"])
+            then, path = self.hooked  # hooks, which don't run here, may have replaced it by any tensor that was there
+            if any(self.born[n.meta["storage"][0]] < then for n in node.meta["mutates"]):
+                raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
             for t in mutated:
                 key = _torch.storage_key(t)
                 self.generation[key] = self.generation.get(key, 0) + 1
@@ -275,12 +269,6 @@ class Recorder(TorchFunctionMode):
             self._take_apart(node, out)
         return out
 
-    def _refuse_writes(self, nodes: list[fx.Node]) -> None:
-        """Refuse writes to what hooks, which don't run here, may have replaced by any tensor that was there."""
-        then, path = self.hooked
-        if any(self.born[n.meta["storage"][0]] < then for n in nodes):
-            raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
-
     def _take_apart(self, node: fx.Node, out: Any) -> None:
         items = enumerate(out) if isinstance(out, (tuple, list)) else out.items() if isinstance(out, dict) else ()
         for key, item in items:
@@ -288,16 +276,14 @@ class Recorder(TorchFunctionMode):
                 continue
             part = self.graph.call_function(operator.getitem, (node, key))
             part.meta["where"] = node.meta["where"]
-            if isinstance(item, Tensor):
-                if id(item) not in self.nodes:
-                    self._name(part, item)
-                    self.constants.fold(part)
-                else:
-                    part.meta["val"] = item
-                    part.meta["storage"] = self.nodes[id(item)].meta["storage"]
-            else:
-                part.meta["val"] = item
+            part.meta["val"] = item
+            if not isinstance(item, Tensor):
                 self._take_apart(part, item)
+            elif id(item) in self.nodes:
+                part.meta["storage"] = self.nodes[id(item)].meta["storage"]
+            else:
+                self._name(part, item)
+                self.constants.fold(part)
 
     def _to_nodes(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
@@ -338,7 +324,7 @@ class Recorder(TorchFunctionMode):
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
             seen = self.memo.get(key)
             if seen is not None:
-                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, **seen.numbers)
+                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, drew=seen.drew)
                 self.hooked = (len(self.born), path) if hooked else self.hooked
                 return out
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
@@ -353,7 +339,7 @@ class Recorder(TorchFunctionMode):
                 text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
                 raise Untraceable(text, opens=path)
             if not mutated:
-                self.memo[key] = Seen.of(out, [t for t, _ in versions], {"drew": self.drew})
+                self.memo[key] = Seen.of(out, [t for t, _ in versions], self.drew)
             out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, drew=self.drew)
             self.hooked = (len(self.born), path) if hooked else self.hooked
             return out
@@ -381,13 +367,13 @@ class Recorder(TorchFunctionMode):
         self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         if self.suspended:
-            return apply(function, *args, **kwargs)
+            return apply(*args, **kwargs)
         with _torch.no_torch_function():
             args, kwargs = self.convert(args), self.convert(kwargs)
             versions = [(t, _torch.version(t)) for t in tensors((args, kwargs))]
         self.suspended, self.drew = self.suspended + 1, None
         try:
-            out = apply(function, *args, **kwargs)
+            out = apply(*args, **kwargs)
         finally:
             self.suspended -= 1
         with _torch.no_torch_function():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -165,14 +166,8 @@ class Search:
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
         """Return the whole sub-modules outside any region that may be opened."""
         _, lowered, regions, _ = found
-        inside = [False] * len(lowered.op_nodes)
-        for r in regions:
-            inside[r.start : r.stop] = [True] * (r.stop - r.start)
-        paths = {
-            str(n.target)
-            for n, covered in zip(lowered.op_nodes, inside, strict=True)
-            if n.op == "call_module" and not covered
-        }
+        covered = {i for r in regions for i in range(r.start, r.stop)}
+        paths = {str(n.target) for i, n in enumerate(lowered.op_nodes) if n.op == "call_module" and i not in covered}
         return frozenset(p for p in paths - self.closed - opened if self._openable(p))
 
     def _openable(self, path: str) -> bool:
@@ -194,9 +189,7 @@ class Search:
         at_fault = [error.path] if error.path is not None and error.path in more else list(more)
         self.once |= error.once
         kinds = {type(self.modules[p]) for p in at_fault}
-        for path in more:
-            if type(self.modules[path]) in kinds:
-                self.closed.add(path)
+        self.closed.update(p for p in more if type(self.modules[p]) in kinds)
         name = at_fault[0]
         self.refusals[name] = Refusal(f"`{name}` stays whole: {error.reason}", name, error.where)
 
@@ -207,7 +200,8 @@ class Search:
         for r in regions:
             inverted = {d.op for s in r.steps for d in s.derive if isinstance(d, Invert)}
             for i in range(r.start, r.stop):
-                paths = _prefixes(str(lowered.op_nodes[i].meta["scope"]))
+                # of the modules that enclose it
+                paths = [*accumulate(str(lowered.op_nodes[i].meta["scope"]).split("."), "{}.{}".format)]
                 inside.update(paths)
                 needed.update(paths if i in inverted else ())
         if opened <= needed:
@@ -282,9 +276,3 @@ def _is_square(module: nn.Module) -> bool:
 
 def _inverted(regions: Sequence[Region]) -> int:
     return sum(s.inverts for r in regions for s in r.steps)
-
-
-def _prefixes(scope: str) -> list[str]:
-    """Return the paths of the modules that enclose an operation of that scope."""
-    parts = scope.split(".")
-    return [".".join(parts[: k + 1]) for k in range(len(parts))]

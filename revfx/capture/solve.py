@@ -119,11 +119,7 @@ class Solver(Search):
         program, leaves = lowered.program, dict(zip(captured.inputs, lowered.inputs, strict=True))
         if _written(lowered) is not None:
             return None
-        results = [
-            (k, lowered.index[o])
-            for k, o in enumerate(captured.outputs[: captured.spec.num_leaves])
-            if isinstance(o, fx.Node)
-        ]
+        results = [(k, lowered.index[o]) for k, o in enumerate(captured.outputs) if isinstance(o, fx.Node)]
         results = [(k, v) for k, v in results if program.values[v].dtype.is_floating_point]
         inputs, conditions = ([(i, v) for i, v in leaves.items() if (i < self.inputs) is own] for own in (True, False))
         wanted = [v for _, v in inputs]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import Ambience, drew, generators, restore, torchs_generator
+from revfx.ambient import Ambience, all_generators, drew, restore
 from revfx.capture.data import Capture, Spot
 from revfx.capture.effects import Snapshot, left_alone, let_go, of_their_own
 from revfx.capture.guards import GlobalReads, gives_anew, name_of, noting_reads
@@ -59,7 +59,7 @@ def _recorded(
 ) -> Capture | Untraceable:
     modules, given = [*root.named_modules()], pytree.tree_leaves((args, kwargs))
     watched = {i: path for i, (path, _) in enumerate(modules) if path == "" or path in opened}
-    before, drawn = Snapshot([m for _, m in modules]), [*generators(), torchs_generator()]
+    before, drawn = Snapshot([m for _, m in modules]), all_generators()
     read = GlobalReads([forward, *(type(modules[i][1]).forward for i in watched)])
     try:
         if any(map(gives_anew, given)):
@@ -76,7 +76,7 @@ def _recorded(
                 raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i], once=True)
         if (name := read.changed()) is not None:
             raise Untraceable(f"its forward changes {name}, {LOST}")
-        if (name := drew(drawn, [*generators(), torchs_generator()])) is not None:
+        if (name := drew(drawn, all_generators())) is not None:
             raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
         if Ambience.now() != recorder.ambient:
             raise Untraceable(f"its forward changes how kernels compute and leaves it so, {LOST}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from revfx import _fake
@@ -20,6 +21,7 @@ ASKS = "its Python code depends on the values of a tensor"
 GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 
 
+@dataclass(eq=False, repr=False)
 class Untraceable(Exception):
     """The forward can't be recorded: `reason`, `where` (the user's file and line), the `path` of the module at fault,
     whether `torch.compile` captures what it does (`compiles`), whether it may be recorded where the module `opens`, so
@@ -27,19 +29,17 @@ class Untraceable(Exception):
     find, and whether it may be where a function is called `whole`.
     """
 
-    def __init__(
-        self,
-        reason: str,
-        where: str = "",
-        path: str | None = None,
-        compiles: bool = True,
-        opens: str | None = None,
-        once: bool = False,
-        whole: Callable[..., Any] | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.reason, self.where, self.path, self.compiles = reason, where, path, compiles
-        self.opens, self.once, self.whole = opens, once, whole
+    reason: str
+    where: str = ""
+    path: str | None = None
+    compiles: bool = True
+    opens: str | None = None
+    once: bool = False
+    whole: Callable[..., Any] | None = None
+
+    def __str__(self) -> str:
+        """Return the reason."""
+        return self.reason
 
 
 def untraceable(error: Exception, path: str) -> Untraceable:
@@ -53,10 +53,7 @@ def untraceable(error: Exception, path: str) -> Untraceable:
         link.__traceback__ = None  # a frame that knows the error, as one of a `with` may, would else keep itself alive
         link = link.__cause__ or link.__context__
     if isinstance(error, Untraceable):
-        path = path if error.path is None else error.path
-        return Untraceable(
-            error.reason, error.where or where, path, error.compiles, error.opens, error.once, error.whole
-        )
+        return replace(error, where=error.where or where, path=path if error.path is None else error.path)
     if isinstance(error, _fake.DATA_DEPENDENT):
         return Untraceable(ASKS, where, path)
     text = str(error).splitlines()[0] if str(error) else ""

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import drew, generators, torchs_generator
+from revfx.ambient import all_generators, drew
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.eager.modes import recording
+from revfx.eager.trees import tensors
 from revfx.passes._torch import outside_modes
 from revfx.rules import Inverse
 
@@ -81,18 +82,15 @@ def called(key: Any, args: Any, kwargs: Any) -> Any:
     as it is.
     """
     function, twin = _told[key]
-    recorder = getattr(recording, "recorder", None)
+    recorder: Recorder | None = getattr(recording, "recorder", None)
     if recorder is None or not recorder.sees():
         return twin(*args, **kwargs)
-    return _record(recorder, function, twin, args, kwargs)
-
-
-def _record(recorder: Recorder, function: Any, twin: Any, args: Any, kwargs: Any) -> Any:
     with _torch.no_torch_function():
         args, kwargs = recorder.convert((args, kwargs))
         bound = inspect.signature(twin).bind(*args, **kwargs)
         out = pytree.tree_map_only(Tensor, recorder.to_fake, shapes_of(twin, args, kwargs))
-        needs = torch.is_grad_enabled() and any(t.requires_grad for t in _floats((args, kwargs)))
+        given = tensors((args, kwargs))
+        needs = torch.is_grad_enabled() and any(t.requires_grad and t.is_floating_point() for t in given)
         with recorder.fake:  # not leaves: code may write to them
             out = pytree.tree_map_only(Tensor, lambda t: t.requires_grad_(needs and t.is_floating_point()).clone(), out)
         out = recorder.record("call_function", function, args, kwargs, out, [], opaque=True)
@@ -110,7 +108,7 @@ def shapes_of(function: Any, args: Any, kwargs: Any) -> Any:
     Raises:
         Untraceable: it can't be called so, or draws.
     """
-    drawn = [*generators(), torchs_generator()]
+    drawn = all_generators()
     with torch.no_grad(), outside_modes():
 
         def like(t: Tensor) -> Tensor:
@@ -120,13 +118,9 @@ def shapes_of(function: Any, args: Any, kwargs: Any) -> Any:
             found = function(*pytree.tree_map_only(Tensor, like, args), **pytree.tree_map_only(Tensor, like, kwargs))
         except Exception as e:
             raise Untraceable(f"{ASKS}, and `{function.__name__}` fails for zeros: {e}") from None
-    if drew(drawn, [*generators(), torchs_generator()]) is not None:
+    if drew(drawn, all_generators()) is not None:
         raise Untraceable(ASKS)
     return found
-
-
-def _floats(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _inverse(function: Any, node: fx.Node, x: fx.Node, y: fx.Node) -> Inverse:

@@ -172,9 +172,7 @@ def op_name(op: object) -> str:
     """Return the bare name of an operation, the same for function, method, operator and overload: `add`, `relu`."""
     if isinstance(op, str):
         return op
-    if _torch.is_overload(op):
-        return _torch.packet_name(op)
-    return getattr(op, "__name__", type(op).__name__)
+    return _torch.packet_name(op) or getattr(op, "__name__", type(op).__name__)
 
 
 def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
@@ -228,9 +226,6 @@ def why_none(name: str) -> str:
     return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")
 
 
-importlib.import_module("revfx.rules.arithmetic")  # they fill the table
-importlib.import_module("revfx.rules.activations")
-importlib.import_module("revfx.rules.layout")
-importlib.import_module("revfx.rules.linear")
-importlib.import_module("revfx.rules.decomposed")
+for _file in ("arithmetic", "activations", "layout", "linear", "decomposed"):  # they fill the table
+    importlib.import_module(f"revfx.rules.{_file}")
 _ours = dict(_table)

@@ -144,12 +144,7 @@ def where(node: fx.Node) -> Iterator[Direction]:
 
 
 # --- casts
-WIDER = {
-    torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
-    torch.float16: (torch.float16, torch.float32, torch.float64),
-    torch.float32: (torch.float32, torch.float64),
-    torch.float64: (torch.float64,),
-}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @register_inverse(
@@ -160,9 +155,10 @@ def cast(node: fx.Node) -> Iterator[Direction]:
     """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits, which a code may hold."""
     (a,) = arguments(node, "input")
     before, after = meta(a), meta(node)
-    if after.dtype in WIDER.get(before.dtype, ()):
+    floats = before.dtype in FLOATS and after.dtype in FLOATS
+    if floats and torch.promote_types(before.dtype, after.dtype) == after.dtype:
         yield Inverse(a, lambda y: y.to(before.dtype).to(before.device), exact=True)
-    elif after.dtype in WIDER and before.dtype in WIDER and before.device == after.device:
+    elif floats and before.device == after.device:
         yield Inverse(a, lambda y: y.to(before.dtype), coded=True)
     else:
         yield NoInverse(a, f"the cast from {before.dtype} to {after.dtype} loses bits")

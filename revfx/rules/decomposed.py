@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, meta, register_inverse
@@ -18,7 +16,7 @@ def slice_(node: fx.Node) -> Iterator[Direction]:
     a, dim, start, end, step = arguments(node, "input", dim=0, start=None, end=None, step=1)
     shape = tuple(meta(a).shape)
     dim = dim % len(shape)
-    index = range(shape[dim])[slice(start, None if end == sys.maxsize else end, step)]
+    index = range(shape[dim])[start:end:step]
     if len(index) == shape[dim]:
         yield Inverse(a, lambda y: y.reshape(shape), exact=True)
     else:
@@ -29,8 +27,7 @@ def slice_(node: fx.Node) -> Iterator[Direction]:
 def slice_scatter(node: fx.Node) -> Iterator[Direction]:
     """`y = a with a[start:end:step] = b`; `b = y[start:end:step]`, and y holds the rest of a."""
     a, b, dim, start, end, step = arguments(node, "input", "src", dim=0, start=None, end=None, step=1)
-    size = meta(a).shape[dim]
-    index = range(size)[slice(start, None if end == sys.maxsize else end, step)]
+    index = range(meta(a).shape[dim])[start:end:step]
     yield part_of(node, b, lambda y: y[(*[slice(None)] * (dim % y.dim()), slice(start, end, step))])
     yield Patch(a, dim % meta(a).dim(), index, part=b)
 
@@ -77,10 +74,3 @@ def index(node: fx.Node) -> Iterator[Direction]:
         yield from permuted(a, *real[0])
     else:
         yield NoInverse(a, "an index in more than one dimension is not followed")
-
-
-@register_inverse(torch.ops.aten.lift_fresh_copy.default)
-def lift_fresh_copy(node: fx.Node) -> Iterator[Direction]:
-    """`y = a.clone()`; `a = y`."""
-    (a,) = arguments(node, "input")
-    yield Inverse(a, lambda y: y.clone(), exact=True)

@@ -43,6 +43,7 @@ def _dims(node: fx.Node) -> list[int]:
     "clone",
     torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten.alias.default,
+    aten.lift_fresh_copy.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.detach.default,
 )  # fmt: skip
 def reshape(node: fx.Node) -> Iterator[Direction]:
