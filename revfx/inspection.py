@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx.capture.data import held_at
+from revfx.capture.data import held_at, steps_to
 from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
 from revfx.eager.modes import store_activations
@@ -114,7 +114,7 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
         lowered = lower(captured.graph, modules.__getitem__)  # what only a code makes right
     program, leaves = lowered.program, pytree.tree_leaves((tuple(inputs), {}))
     env: Env = {i: leaves[at] for i, at in zip(lowered.inputs, captured.inputs, strict=True)}
-    env |= {lowered.index[n]: held_at(modules[path], name) for n, (path, name) in captured.attributes.items()}
+    env |= {lowered.index[n]: held_at(modules[path], steps_to(name)) for n, (path, name) in captured.attributes.items()}
     for i, o in enumerate(program.ops):
         env.update(zip(o.outs, call_of(lowered, i, modules.__getitem__).invoke(env), strict=True))
     arcs = [a for o in (program.ops[1:] or program.ops) for a in o.arcs]

@@ -18,7 +18,7 @@ from revfx.passes import _torch
 from revfx.passes.composed import composed_all
 from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
-from revfx.passes.facts import Facts
+from revfx.passes.facts import Facts, ancestors
 from revfx.passes.joint.borders import POLICY, store_borders
 from revfx.passes.joint.exact import exact_forward
 from revfx.passes.joint.forward import (
@@ -26,7 +26,6 @@ from revfx.passes.joint.forward import (
     FORWARD,
     Forward,
     after_tangents,
-    ancestors,
     forward_half,
     is_tangent,
     mutated_outside,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +67,7 @@ def _held_in(value: Any, name: str, seen: set[int], depth: int = DEPTH) -> Itera
         if isinstance(value, (list, tuple)) and len(value) < MANY:
             parts = {f"{name}[{i}]": v for i, v in enumerate(value)}
         elif isinstance(value, dict) and len(value) < MANY:
-            parts = {f"{name}[{k!r}]": v for k, v in value.items() if isinstance(k, str)}
+            parts = {f"{name}['{k}']": v for k, v in value.items() if isinstance(k, str) and "'" not in k}
         elif is_plain(value) or isinstance(value, (Distribution, Transform)):
             parts = {f"{name}.{k}": v for k, v in vars(value).items()}
         seen.update([id(value)] if parts else [])
@@ -76,16 +75,17 @@ def _held_in(value: Any, name: str, seen: set[int], depth: int = DEPTH) -> Itera
             yield from _held_in(v, k, seen, depth - 1)
 
 
-def held_at(owner: Any, name: str) -> Any:
-    """Return what hangs under such a name; None where nothing does."""
+def steps_to(name: str) -> tuple[tuple[str, Any], ...]:
+    """Return the attributes and the items that lead to what hangs under such a name."""
+    found: list[tuple[str, str, str]] = re.findall(r"\.?([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]", name)
+    return tuple((attribute, int(index) if index else key) for attribute, index, key in found)
+
+
+def held_at(owner: Any, steps: Iterable[tuple[str, Any]]) -> Any:
+    """Return what they lead to; None where that is nothing."""
     try:
-        for attribute, index, key in _steps(name):
-            owner = getattr(owner, attribute) if attribute else owner[int(index) if index else key]
+        for attribute, item in steps:
+            owner = getattr(owner, attribute) if attribute else owner[item]
     except (AttributeError, LookupError, TypeError):
         return None
     return owner
-
-
-@functools.cache
-def _steps(name: str) -> list[tuple[str, str, str]]:
-    return re.findall(r"\.?([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]", name)

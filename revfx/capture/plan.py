@@ -31,14 +31,15 @@ class InvalidError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor hangs: a module, and the name of its attribute."""
+    """Where a tensor hangs: a module, its name there, and the `steps` that lead to it."""
 
     module: weakref.ref[nn.Module]
     name: str
+    steps: tuple[tuple[str, Any], ...]
 
     def tensor(self) -> Any:
         """Return what hangs there now, a number as a tensor; None where the module is gone."""
-        found = held_at(self.module(), self.name)
+        found = held_at(self.module(), self.steps)
         return torch.tensor(found, dtype=torch.float64) if isinstance(found, float) else found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from revfx import _fake, _torch
 from revfx.capture.carried import Carried
-from revfx.capture.data import Capture, Spot
+from revfx.capture.data import Capture, Spot, steps_to
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key, module_guards, name_of
 from revfx.capture.plan import Place, Plan, call_of
 from revfx.capture.trace import capture
@@ -242,7 +242,7 @@ class Search:
         )  # fmt: skip
 
     def _place(self, path: str, name: str) -> Place:
-        return Place(weakref.ref(self.modules[path]), name)
+        return Place(weakref.ref(self.modules[path]), name, steps_to(name))
 
 
 def _modes_of(root: nn.Module) -> ModuleGuard:

@@ -11,8 +11,18 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, fx, nn
 
-from revfx.passes.facts import BINARY, PERMUTATION, Fact, annotate, check, constants, facts_of, is_mask, masks
-from revfx.passes.joint.forward import ancestors
+from revfx.passes.facts import (
+    BINARY,
+    PERMUTATION,
+    Fact,
+    ancestors,
+    annotate,
+    check,
+    constants,
+    facts_of,
+    is_mask,
+    masks,
+)
 from revfx.rules import aten
 
 
