@@ -136,6 +136,11 @@ def plain_input(placeholder: Any) -> int | None:
     return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
 
 
+def is_held(t: Tensor) -> bool:
+    """Return whether dynamo found an input of a graph to be an attribute of a module, not an argument."""
+    return getattr(t, "_dynamo_static_input_type", None) is not None
+
+
 def is_real(t: Tensor) -> bool:
     """Return whether a parameter has values that this process may look at: not fake, meta or spread over others."""
     return type(t) in (Tensor, nn.Parameter) and not t.is_meta

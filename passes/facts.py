@@ -34,9 +34,11 @@ Facts = tuple[tuple[int, Fact], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """Return what holds of which inputs: pairs of a number and a fact."""
+    """Return what holds of which inputs: pairs of a number and a fact; which numbers they hold only of a model's own
+    tensors, since a graph is compiled, and cached, for these.
+    """
     tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
-    return tuple((i, fact) for i, t in tensors for fact in _facts(t))
+    return tuple((i, fact) for i, t in tensors for fact in _facts(t) if isinstance(fact, str) or _torch.is_held(t))
 
 
 def _facts(t: Tensor) -> tuple[Fact, ...]:

@@ -113,9 +113,14 @@ class RegionRun(Regeneration):
         code, codec = None, self.plan.codecs[v]
         x = dtensor.piece(env[v])
         if codec.asks(x):
-            with torch.no_grad():
-                predicted = dtensor.spread(self.predicted(arc, env), self.spread.get(v))
-                code = codec.encode(x, dtensor.piece(predicted), spent=self._is_fresh(predicted, arc.tail, env))
+            try:
+                with torch.no_grad():
+                    predicted = dtensor.spread(self.predicted(arc, env), self.spread.get(v))
+                    code = codec.encode(x, dtensor.piece(predicted), spent=self._is_fresh(predicted, arc.tail, env))
+            except Exception:
+                if not arc.declared:
+                    raise
+                codec.width, codec.due = None, False  # as a spline's, for what lies outside its box
             if codec.width is None:
                 self.plan.distrust(v)
         if code is None:
