@@ -121,8 +121,8 @@ class RegionPlan:
         if (op := self.declared.get(value)) is not None:
             self.declared = {v: other for v, other in self.declared.items() if other != op}
             warnings.warn(
-                f"the inverse of {op} does not give back what went in, or not nearly, or fails: that is kept, as without"
-                " revfx, and gradients are right",
+                f"the inverse of {op} does not give back what went in, or not nearly, or fails: that is kept, as"
+                " without revfx, and gradients are right",
                 RevfxWarning,
                 stacklevel=2,
             )

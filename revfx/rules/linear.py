@@ -121,7 +121,7 @@ def tensordot(node: fx.Node) -> Iterator[Direction]:
     """
     a, b, dims = arguments(node, "a", "b", dims=2)
     dims = ([-1], [0]) if dims == 1 else dims
-    if isinstance(dims, int) or [len(d) for d in dims] != [1, 1]:
+    if not isinstance(dims, (tuple, list)) or [len(d) for d in dims] != [1, 1]:
         return
     (i,), (j,) = dims
     back: tuple[Any, Any] = ([-1], [j]), ([i], [0])
