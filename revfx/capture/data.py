@@ -48,14 +48,22 @@ def where_held(root: nn.Module) -> tuple[dict[int, tuple[Tensor, str, str]], lis
     """
     found: dict[int, tuple[Tensor, str, str]] = {}
     tied: list[tuple[Spot, Spot]] = []
-    for path, module in root.named_modules(remove_duplicate=True):
-        seen = set[int]()
-        own = {k: t for name, v in vars(module).items() if is_users(name) for k, t in _held_in(v, name, seen)}
-        for name, t in {**_torch.parameters(module), **_torch.buffers(module), **own}.items():
-            if t is not None:
-                first = found.setdefault(id(t), (t, path, name))[1:]
-                tied += [((path, name), first)] if first != (path, name) else []
+    for path, name, t in _places([*root.named_modules(remove_duplicate=True)]):
+        first = found.setdefault(id(t), (t, path, name))[1:]
+        tied += [((path, name), first)] if first != (path, name) else []
     return found, tied
+
+
+def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield where tensors hang: those of modules themselves first."""
+    for path, module in modules:
+        own = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
+        tables = {**_torch.parameters(module), **_torch.buffers(module), **own}
+        yield from ((path, name, t) for name, t in tables.items() if t is not None)
+    for path, module in modules:
+        seen = set[int]()
+        held = [(k, v) for k, v in vars(module).items() if is_users(k) and not isinstance(v, Tensor)]
+        yield from ((path, name, t) for k, v in held for name, t in _held_in(v, k, seen))
 
 
 def _held_in(value: Any, name: str, seen: set[int], depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:

@@ -45,10 +45,8 @@ class Solution:
 
     @property
     def believed(self) -> list[str]:
-        """Return the names of the functions that are inverted by themselves."""
-        inverts = [d.op for d in self.order if isinstance(d, Invert)]
-        nodes, calls = self.plan.lowered.op_nodes, self.plan.calls
-        return list(dict.fromkeys(calls[i].name for i in inverts if "directions" in nodes[i].meta))
+        """Return the names of what is inverted as it, a library or the user declares."""
+        return list(dict.fromkeys(d.arc.declared for d in self.order if isinstance(d, Invert) and d.arc.declared))
 
     @property
     def code(self) -> str:

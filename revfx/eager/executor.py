@@ -117,8 +117,8 @@ class RegionRun(Regeneration):
                 with torch.no_grad():
                     predicted = dtensor.spread(self.predicted(arc, env), self.spread.get(v))
                     code = codec.encode(x, dtensor.piece(predicted), spent=self._is_fresh(predicted, arc.tail, env))
-            except Exception:
-                if not arc.declared:
+            except Exception as e:  # of any class: the code is a library's
+                if not arc.declared or isinstance(e, torch.OutOfMemoryError):
                     raise
                 codec.width, codec.due = None, False  # as a spline's, for what lies outside its box
             if codec.width is None:

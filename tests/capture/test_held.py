@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import kept_growth
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 from zoo import D
 
 import revfx
-from revfx.testing import assert_same_grads, measure_memory
+from revfx.testing import assert_same_grads
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -60,16 +61,8 @@ PRIORS: dict[str, Any] = {
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_a_model_that_holds_a_distribution_keeps_little_per_layer(prior: str) -> None:
-    kept: list[list[int]] = []
-    for layers in (LAYERS // 2, LAYERS):
-        model, x = RealNVP(PRIORS[prior](), layers), torch.randn(256, 2 * D, requires_grad=True)
-        converted: Any = revfx.convert(model)
-        for _ in range(2):
-            assert_same_grads(converted, model, [x])
-        assert converted.revfx.plans[0].regions
-        kept.append([measure_memory(lambda m=m, x=x: m(x).sum()).kept for m in (converted, model)])
-    (ours, plain), (ours_deep, plain_deep) = kept
-    assert ours_deep - ours < 0.05 * (plain_deep - plain)
+    x = torch.randn(256, 2 * D, requires_grad=True)
+    assert kept_growth(lambda layers: RealNVP(PRIORS[prior](), layers), x, (LAYERS // 2, LAYERS)) < 0.05
 
 
 def test_what_objects_hold_is_read_anew_and_another_shape_makes_another_plan() -> None:
@@ -101,3 +94,11 @@ def test_an_input_that_a_container_holds_too_is_an_input() -> None:
     converted = revfx.convert(model)
     assert_same_grads(converted, model, [x])
     assert_same_grads(converted, model, [torch.randn(8, 2 * D, requires_grad=True)])
+
+
+def test_parameters_that_a_list_of_the_model_holds_too_are_their_modules_own() -> None:
+    model, x = RealNVP(PRIORS["independent"]()), torch.randn(8, 2 * D, requires_grad=True)
+    model.held["all"] = list(model.parameters())
+    converted: Any = revfx.convert(model)
+    assert_same_grads(converted, model, [x])
+    assert all(place.name.startswith(("held['per", "prior")) for place, _ in converted.revfx.plans[0].inside)

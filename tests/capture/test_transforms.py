@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import kept_growth
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from zoo import D
 
 import revfx
-from revfx.errors import RevfxWarning
-from revfx.testing import assert_same_grads, measure_memory
+from revfx.errors import NotReversibleError, RevfxWarning
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -77,15 +77,7 @@ class Flow(nn.Module):
 
 
 def growth(make: Callable[[Tensor], Transform]) -> float:
-    kept: list[list[int]] = []
-    for layers in (4, 12):
-        model, x = Flow(make, layers), torch.randn(256, 2 * D, requires_grad=True)
-        converted = revfx.convert(model)
-        for _ in range(2):
-            assert_same_grads(converted, model, [x])
-        kept.append([measure_memory(lambda m=m, x=x: m(x).sum()).kept for m in (converted, model)])
-    (ours, plain), (ours_deep, plain_deep) = kept
-    return (ours_deep - ours) / (plain_deep - plain)
+    return kept_growth(lambda layers: Flow(make, layers), torch.randn(256, 2 * D, requires_grad=True))
 
 
 @pytest.mark.parametrize("make", [Bent, lambda s: Bent(s).inv.inv])
@@ -119,3 +111,6 @@ def test_samples_of_such_a_flow_are_drawn_by_its_inverse() -> None:
 
     model, x = Sampled(Bent, 6), torch.randn(16, 2 * D)
     assert (revfx.inverse(model, x)(model(x)) - x).abs().max() < 1e-10
+    model.make = Wrong
+    with pytest.raises(NotReversibleError, match="`Wrong`"):
+        revfx.inverse(model, x)

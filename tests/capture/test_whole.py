@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import kept_growth
 from torch import Tensor, nn
 from zoo import D
 
 import revfx
 from revfx.errors import RevfxWarning
-from revfx.testing import assert_same_grads, measure_memory
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -64,15 +64,7 @@ class Warps(nn.Module):
 
 
 def growth(warp: Warp) -> float:
-    kept: list[list[int]] = []
-    for layers in (4, 12):
-        model, x = Warps(warp, layers), torch.randn(128, 2 * D, requires_grad=True)
-        converted = revfx.convert(model)
-        for _ in range(2):
-            assert_same_grads(converted, model, [x])
-        kept.append([measure_memory(lambda m=m, x=x: m(x).sum()).kept for m in (converted, model)])
-    (ours, plain), (ours_deep, plain_deep) = kept
-    return (ours_deep - ours) / (plain_deep - plain)
+    return kept_growth(lambda layers: Warps(warp, layers), torch.randn(128, 2 * D, requires_grad=True))
 
 
 @pytest.mark.parametrize("warp", [warped, backwards])

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revfx import RevBlock, rev_block
+from revfx import RevBlock, convert, rev_block
 from revfx.eager.modes import store_activations
+from revfx.testing import assert_same_grads, measure_memory
 
 
 TOLERANCE = 1e-9  # relative, in fp64
@@ -196,3 +197,16 @@ def assert_like_stored(
     with store_activations():
         expected = outcome(function, inputs, module)
     assert_same(got, expected, tolerance)
+
+
+def kept_growth(make: Callable[[int], nn.Module], x: Tensor, layers: tuple[int, int] = (4, 12)) -> float:
+    """What a converted model keeps more with more layers, of what the plain one does; gradients are the plain ones."""
+    kept: list[list[int]] = []
+    for n in layers:
+        model = make(n)
+        converted = convert(model)
+        for _ in range(2):
+            assert_same_grads(converted, model, [x])
+        kept.append([measure_memory(lambda m=m: m(x).sum()).kept for m in (converted, model)])
+    (ours, plain), (ours_deep, plain_deep) = kept
+    return (ours_deep - ours) / (plain_deep - plain)
