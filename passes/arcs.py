@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from revfx.passes.facts import assumed, masks
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import directions_of, taken_apart
-from revfx.passes.program import Arc, Op, Program, Value
+from revfx.passes.program import SELECTS, Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, same_shape
 from revfx.passes.tilings import tilings
 from revfx.rules import (
@@ -34,6 +34,9 @@ from revfx.rules import (
     rule_for,
     why_none,
 )
+
+
+SMALLER = 16  # times that what a statistic is made of is larger
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class _Lowering:
         ruled = "directions" in node.meta or rule_for(node, self._module(node)) is not None
         unknown = not ruled or (name in NOT_INJECTIVE and not directions)
         whole = node.op == "call_module" or any(getattr(d, "matrix", None) for d in directions)
+        arcs += self._statistics(name, ins, outs)
         solved = {a.head for a in arcs}
         moved = [isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions]
         if unknown:
@@ -177,6 +181,15 @@ class _Lowering:
             moves=bool(moved) and all(moved),
             terms=self._terms(node, ins) if len(outs) == 1 else (),
         )
+
+    def _statistics(self, name: str, ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[Arc]:
+        """Yield results that may be kept for want of an inverse, as the mean and scale that a batch is freed of: small
+        beside what they are made of. Where inverses round, none that was selected from it.
+        """
+        most = max((_size(self.values[v]) for v in ins if not self.values[v].source), default=0)
+        for v in outs if self.coded or name.strip("_") not in SELECTS else ():
+            if 0 < _size(self.values[v]) * SMALLER <= most:
+                yield Arc(v, (), _kept, exact=False, barred="it is small beside what it is made of")
 
     def _terms(self, node: fx.Node, ins: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
         """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
@@ -306,6 +319,15 @@ def _constant(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
         if made or node in sources or (node.op == "placeholder" and index):
             found.add(node)
     return found
+
+
+def _size(value: Value) -> int:
+    """Return how many elements a value has; 0 where that is not fixed."""
+    return math.prod(value.shape) if all(type(n) is int for n in value.shape) else 0
+
+
+def _kept() -> Tensor:
+    raise AssertionError("a barred inverse is never run")
 
 
 def _normal(dtype: torch.dtype) -> tuple[float, float]:

@@ -110,7 +110,7 @@ def find_step(
             return nearer
         idle = 0 if new else idle + 1
         reach = min((reach, *(touch[v] for v in new)))
-        blind = start <= reach and not any(program.constant[v] for v in unknown)
+        blind = start <= reach and program.always.isdisjoint(unknown)
         if unknown and (nearest is None or len(unknown) < len(nearest[1])):
             nearest = start, tuple(v for v in live if v in unknown)
         if blind and len(unknown) == len(live):
@@ -162,11 +162,11 @@ def _with_above(
     """Return a step whose entry takes operations above it; None where that does not do either."""
     if any(v in program.selected for v in exit):
         return None
-    closure = _closure(program, start, stop, {*exit, *side})
+    closure = _closure(program, start, stop, {*exit, *side}, trusted=True)
     while any([closure.run(_made_of(program, v, closure)) for v in entry if v not in closure]):
         pass  # until nothing more becomes known
     order = tuple(closure.order)
-    if any(v not in closure for v in entry) or any(isinstance(d, Invert) and d.arc.barred for d in order):
+    if any(v not in closure for v in entry):
         return None
     saved = tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
     arcs = tuple(d.arc for d in needed(program, order, entry) if isinstance(d, Invert))

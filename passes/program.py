@@ -179,6 +179,11 @@ class Program:
         return constant
 
     @cached_property
+    def always(self) -> set[int]:
+        """Values that are there whatever else is: constants, and what may be kept for want of an inverse."""
+        return {v for v, c in enumerate(self.constant) if c} | {a.head for o in self.ops for a in o.arcs if not a.tail}
+
+    @cached_property
     def selected(self) -> dict[int, Selection]:
         """For each value that operations of `SELECTS` made, or that was moved from such, how it was selected."""
         found: dict[int, Selection] = {}

@@ -100,7 +100,7 @@ def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
     """Yield where the steps of a walk have to keep what an inverse would give back if it did not round."""
     for step in walk.steps:
         for i in range(step.start, step.stop):
-            for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.head in step.saved):
+            for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.tail and a.head in step.saved):
                 yield Stuck(i, i + 1, (arc.head,), f"`{program.values[arc.head].name}` has to be kept: {arc.barred}")
 
 
@@ -162,12 +162,13 @@ def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: froz
 
 
 def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]:
-    """Yield values that a step makes of sources (a slice of a table, a mask), of side inputs and of what stays alive (a
-    condition made of the model's input, where that is returned), and that are read before and after an inverse.
+    """Yield values that a step makes of sources (a slice of a table, a mask), of side inputs, of what stays alive (a
+    condition made of the model's input, where that is returned) or of what it keeps, and that are read before and after
+    an inverse.
     """
     inverted = sorted(d.op for d in step.derive if isinstance(d, Invert) and not d.arc.exact)
     alive = side.union(v for v in step.entry if v in step.exit)
-    for v in _recomputable(program, [step], alive) - alive if inverted else ():
+    for v in _recomputable(program, [step], alive.union(step.saved)) - alive if inverted else ():
         users = program.users[v]
         if users and bisect_right(inverted, users[0]) < bisect_left(inverted, users[-1]):
             yield v

@@ -49,6 +49,8 @@ class Constants:
             raise Untraceable(f"{ASKS}, and then it writes to that", once=True)
         for node in spoilt:
             del self.held[node]
+            if not any("constant" in user.meta for user in node.users):
+                node.meta.pop("constant", None)
 
     def asked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return what `function` gives of nodes; the attributes that they follow from are marked, to be guarded.
@@ -83,7 +85,7 @@ class Constants:
             and inputs
             and all("constant" in n.meta for n in inputs)
             and all(map(_is_whole, made))
-            and _is_pure(node)
+            and is_pure(node)
         ):
             found = _called(_function(node), node.args, node.kwargs, {n: n.meta["constant"] for n in inputs})
             # masks may be large, and are made again
@@ -92,7 +94,7 @@ class Constants:
     def _value(self, node: fx.Node) -> Any:
         if node in self.held:
             return self.held[node]
-        if not _is_pure(node):
+        if not is_pure(node):
             raise Untraceable(ASKS)
         return _called(_function(node), node.args, node.kwargs, self.values)
 
@@ -110,7 +112,7 @@ def positions(index: Any, nodes: Mapping[int, fx.Node], call: Callable[..., Any]
     return index
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """Return whether running an operation again gives the same, and changes nothing."""
     runs = node.op in ("call_function", "call_method") and not node.meta.get("opaque") and "mutates" not in node.meta
     return runs and not may_draw(op_name(node.target), node.args, node.kwargs)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.capture.constants import is_pure
+from revfx.passes._torch import may_draw
 from revfx.rules import op_name
 from revfx.rules.layout import put
 
@@ -49,6 +51,40 @@ def functionalise(graph: fx.Graph) -> None:
             _make_functional(node)
         else:
             node.meta["barrier"] = reason
+    for nodes in memory.values():
+        if any(n.op == "get_attr" for n in nodes):
+            _put_last(graph, nodes, position)
+
+
+def _put_last(graph: fx.Graph, nodes: list[fx.Node], position: dict[fx.Node, int]) -> None:
+    """Move writes to the memory of a buffer, as to running statistics, and what serves them alone, behind all else:
+    where they stand no region could go on. They stay where something reads there what was written, or writes to what
+    they read, or where they draw.
+    """
+    first = min((position[n] for n in nodes if "barrier" in n.meta and "mutates" in n.meta), default=len(position))
+    moved = {n for n in nodes if position[n] >= first}
+    last, *above = reversed(graph.nodes)
+    later = [n for n in above if position[n] > first and n not in moved]
+    owners = tuple(f"{n.target}." for n in later if n.op == "call_module")
+    written = {w.meta["storage"][0] for n in later if "barrier" in n.meta for w in n.meta.get("mutates", ())}
+    if (
+        not moved
+        or any(n.op == "placeholder" or str(n.target).startswith(owners) for n in nodes)
+        or not {*later}.isdisjoint(u for n in nodes for u in n.users)
+        or any(i.meta["storage"][0] in written for n in moved for i in n.all_input_nodes)
+        or any(may_draw(op_name(n.target), n.args, n.kwargs) for n in moved)
+    ):
+        return
+    for node in above:
+        small = sum(_numel(n) for n in node.all_input_nodes) <= _numel(node)  # what they read is there until the end
+        if small and is_pure(node) and node.users and moved.issuperset(node.users):
+            moved.add(node)
+    for node in sorted(moved, key=position.__getitem__):
+        last.prepend(node)
+
+
+def _numel(node: fx.Node) -> int:
+    return node.meta["val"].numel() if isinstance(node.meta.get("val"), Tensor) else 0
 
 
 def _why_not(
