@@ -27,8 +27,8 @@ class Capture:
     `inputs` are positions among the flattened arguments; `outputs` holds nodes, constants and objects to be made anew,
     `spec` their structure.
     `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
-    held one tensor, which the graph reads from the first of them only. `reads` are the attributes that the code read,
-    `written` those that modules called whole set.
+    held one tensor, which the graph reads from the first of them only. `sets` are attributes that the forward sets to
+    the last of the `outputs`. `reads` are those that the code read, `written` those that modules called whole set.
     """
 
     graph: fx.Graph
@@ -38,8 +38,14 @@ class Capture:
     attributes: dict[fx.Node, Spot]
     opened: frozenset[str]
     tied: tuple[tuple[Spot, Spot], ...] = ()
+    sets: tuple[Spot, ...] = ()
     written: frozenset[tuple[type, str]] = frozenset()
     reads: AttributeReads = field(default_factory=AttributeReads)
+
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """The outputs that the forward returns."""
+        return self.outputs[: self.spec.num_leaves]
 
 
 def where_held(root: nn.Module) -> tuple[dict[int, tuple[Tensor, str, str]], list[tuple[Spot, Spot]]]:

@@ -245,10 +245,12 @@ def noting_reads(active: Callable[[], bool], numbers: Mapping[tuple[int, str], T
             return plain(self, name)
         if (id(self), name) in numbers:
             return numbers[id(self), name]
+        value = plain(self, name)
+        if isinstance(value, Tensor) and _torch.is_fake(value):
+            return value  # which this forward set
         # torch looks into the table on behalf of whoever reads one attribute
         if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             reads.note(self, name)
-        value = plain(self, name)
         if is_users(name) and gives_anew(value):
             raise Untraceable(f"its forward reads `{name}`: a {type(value).__name__} gives something else every time")
         return value

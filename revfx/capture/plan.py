@@ -47,9 +47,10 @@ class Place:
 class Plan:
     """How to run one model on arguments of given shapes.
 
-    `inside` are the tensors that objects hold, with what they are like. `guards` are the modules that the recorded code
-    read, and those inside of what it calls whole, `globals` what else it read; the plan is valid while they are as they
-    were. It belongs to the model, and refers to the model's modules weakly: a model that is let go is freed at once.
+    `inside` are the tensors that objects hold, with what they are like, `sets` the attributes that a run sets. `guards`
+    are the modules that the recorded code read, and those inside of what it calls whole, `globals` what else it read;
+    the plan is valid while they are as they were. It belongs to the model, and refers to the model's modules weakly: a
+    model that is let go is freed at once.
     """
 
     lowered: Lowered
@@ -61,6 +62,7 @@ class Plan:
     constants: tuple[tuple[Tensor, int, int | None, Place], ...]
     tied: tuple[tuple[Place, Place], ...]
     inside: tuple[tuple[Place, Any], ...]
+    sets: tuple[Place, ...]
     guards: list[ModuleGuard]
     globals: GlobalReads
 
@@ -111,9 +113,11 @@ class Plan:
                         if last[v] <= i and not program.values[v].source:
                             env.pop(v, None)
         out = [self._given_back(o, env) for o in self.captured.outputs]
-        spec = self.captured.spec
-        if not all(out[spec.num_leaves :]):
+        spec, end = self.captured.spec, len(out) - len(self.sets)
+        if not all(out[spec.num_leaves : end]):
             raise InvalidError
+        for place, t in zip(self.sets, out[end:], strict=True):
+            setattr(place.module(), place.name, t)
         return pytree.tree_unflatten(out[: spec.num_leaves], spec)
 
     def _given_back(self, output: Any, env: Mapping[int, Tensor]) -> Any:

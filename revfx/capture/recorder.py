@@ -59,6 +59,7 @@ class Recorder(TorchFunctionMode):
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
         self.constants = Constants(self.graph)
         self.demanded: list[Tensor] = []
+        self.sets: dict[Spot, Tensor] = {}  # attributes that the forward sets, by where they hang
         self.suspended = 0
         self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
         self.generation: dict[int, int] = {}
@@ -167,7 +168,7 @@ class Recorder(TorchFunctionMode):
         """Return the capture, once the forward has returned `result`."""
         leaves, spec = pytree.tree_flatten(result)
         outputs: list[Any] = []
-        for leaf in (*leaves, *self.demanded):
+        for leaf in (*leaves, *self.demanded, *self.sets.values()):
             if isinstance(leaf, Tensor):
                 outputs.append(self._node(self.convert(leaf)))
             elif isinstance(leaf, ATOMS):
@@ -181,7 +182,7 @@ class Recorder(TorchFunctionMode):
         read = set(self.attributes.values())
         tied = tuple(pair for pair in self.tied if pair[1] in read)
         sources = tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied
-        return Capture(self.graph, *sources, frozenset(self.written))
+        return Capture(self.graph, *sources, tuple(self.sets), frozenset(self.written))
 
     def _refuse_unseen_functions(self) -> None:
         for t in self.alive:

@@ -236,7 +236,7 @@ class Search:
             {r.start: RegionPlan(lowered.program, r, self.wishes.exact, self.wishes.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple((t, _torch.version(t), _torch.data_address(t), place) for t, place in guarded), tuple(tied),
-            tuple(inside),
+            tuple(inside), tuple(self._place(*at) for at in captured.sets),
             module_guards(own, whole, captured.reads, captured.written),
             GlobalReads([self.forward, *(type(m).forward for m in own), *captured.reads.functions()]),
         )  # fmt: skip

@@ -117,7 +117,7 @@ class Solver(Search):
         program, leaves = lowered.program, dict(zip(captured.inputs, lowered.inputs, strict=True))
         if _written(lowered) is not None:
             return None
-        results = [(k, lowered.index[o]) for k, o in enumerate(captured.outputs) if isinstance(o, fx.Node)]
+        results = [(k, lowered.index[o]) for k, o in enumerate(captured.leaves) if isinstance(o, fx.Node)]
         results = [(k, v) for k, v in results if program.values[v].dtype.is_floating_point]
         inputs, conditions = ([(i, v) for i, v in leaves.items() if (i < self.inputs) is own] for own in (True, False))
         wanted = [v for _, v in inputs]
@@ -131,7 +131,7 @@ class Solver(Search):
 
     def _refusal(self, captured: Capture, lowered: Lowered) -> NotReversibleError:
         program = lowered.program
-        outputs = {lowered.index[o] for o in captured.outputs if isinstance(o, fx.Node)}
+        outputs = {lowered.index[o] for o in captured.leaves if isinstance(o, fx.Node)}
         given = [v for i, v in zip(captured.inputs, lowered.inputs, strict=True) if i >= self.inputs]
         closure = self._closure(lowered, {*outputs, *given})
         unknown = tuple(v for v in lowered.inputs if v not in closure)

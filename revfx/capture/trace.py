@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
@@ -71,9 +71,13 @@ def _recorded(
             with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                 result = forward(*fake_args, **fake_kwargs)
         for i, name in before.changes():
-            if i in watched:
-                what = f"{name_of(modules[i][1])}.{name}"
-                raise Untraceable(f"its forward sets `{what}`, {LOST}", path=watched[i], once=True)
+            (path, module), value = modules[i], getattr(modules[i][1], name, None)
+            what = f"its forward sets `{name_of(module)}.{name}`"
+            if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+                raise Untraceable(f"{what}, {LOST}", path=path, once=True)
+            if i not in watched:
+                raise Untraceable(f"{what} of a module that it calls whole", opens=path)
+            recorder.sets[path, name] = value
         if (name := read.changed()) is not None:
             raise Untraceable(f"its forward changes {name}, {LOST}")
         if (name := drew(drawn, all_generators())) is not None:
