@@ -54,16 +54,6 @@ class FakeMode(FakeTensorMode):
         return list({id(t): t for r in self.made if (t := r()) is not None}.values())
 
 
-def forget_shapes() -> None:
-    """Clear what torch remembers of operations on fake tensors, which grows with every new shape."""
-    FakeTensorMode.cache_clear()
-
-
-def fake_mode() -> FakeMode:
-    """Return a new mode for fake tensors."""
-    return FakeMode()
-
-
 def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> list[torch.Tensor]:
     """Return fake tensors of `target` in the memory of `fakes`, to which they do not lead: leaves without a history."""
     with torch.no_grad(), in_kernel_invocation_manager(source):

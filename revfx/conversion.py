@@ -137,7 +137,7 @@ class Conversion:
             self.outcomes = [(c, given, o) for c, given, o in self.outcomes if not is_gone(given)]
             if len(self.outcomes) >= MOST_PLANS:
                 del self.outcomes[0]
-                _fake.forget_shapes()
+                _fake.FakeMode.cache_clear()  # what torch remembers of each shape
                 self._warn(
                     f"`convert({name_of(model)})`: its forward is recorded again and again, now as {why.text} changed."
                     f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"

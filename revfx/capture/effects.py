@@ -141,7 +141,7 @@ def of_their_own(graph: fx.Graph, mode: _fake.FakeMode) -> None:
     """
     nodes = [n for n in graph.nodes if "val" in n.meta]
     old = {id(t): t for n in nodes for t in pytree.tree_leaves(n.meta["val"]) if _torch.is_fake(t)}
-    new = dict(zip(old, _fake.moved(old.values(), mode, _fake.fake_mode()), strict=True))
+    new = dict(zip(old, _fake.moved(old.values(), mode, _fake.FakeMode()), strict=True))
     for n in nodes:
         n.meta["val"] = pytree.tree_map(lambda t: new.get(id(t), t), n.meta["val"])
 

@@ -44,7 +44,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.opened = opened
         self.graph = fx.Graph()
-        self.fake = _fake.fake_mode()
+        self.fake = _fake.FakeMode()
         self.paths = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
         self.real, self.tied = where_held(root)
         self.numbers = Numbers()

@@ -91,7 +91,7 @@ class Simulation:
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.model, self.given = model, (args, kwargs)
-        self.mode = _fake.fake_mode()
+        self.mode = _fake.FakeMode()
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextlib.contextmanager

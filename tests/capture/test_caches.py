@@ -441,7 +441,7 @@ class Slots:
 
 
 def fake() -> tuple[_fake.FakeMode, Tensor]:
-    mode = _fake.fake_mode()
+    mode = _fake.FakeMode()
     with mode:
         return mode, torch.ones(3)
 
@@ -483,7 +483,7 @@ def test_what_nothing_can_be_done_about_is_told() -> None:
 
 
 def test_its_history_goes_with_it() -> None:
-    mode = _fake.fake_mode()
+    mode = _fake.FakeMode()
     kept = list[Tensor]()
     with mode:
         y = torch.ones(3, requires_grad=True)
