@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -158,13 +158,7 @@ def set_kernels(now: tuple[Any, ...], to: tuple[Any, ...]) -> None:
 
 def has_global_module_hooks() -> bool:
     """Return whether hooks are registered that run for every nn.Module."""
-    m = torch.nn.modules.module
-    return bool(
-        m._global_forward_hooks
-        or m._global_forward_pre_hooks
-        or m._global_backward_hooks
-        or m._global_backward_pre_hooks
-    )
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
@@ -226,11 +220,6 @@ def uncounted_writes(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractCo
     return context
 
 
-def autocast_state(device: str) -> tuple[bool, Any]:
-    """Return whether autocast is on for a device type, and to which dtype."""
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-
 def in_autocast() -> bool:
     """Return whether this runs inside a context of autocast, on or off."""
     depth = torch.autocast_increment_nesting()
@@ -274,31 +263,26 @@ def modes_of(then: Modes) -> Generator[None]:
         yield
         return
     functions, dispatched = overrides._get_current_function_mode_stack(), _dispatched()
-    entered: list[Any] = []
-    try:
-        for _ in functions:
-            overrides._pop_mode()
-        for _ in dispatched:
-            _python_dispatch._pop_mode()
-        for mode in filter(_looks_on, dispatched):
-            _python_dispatch._push_mode(mode)
-        for mode in then[0]:
-            overrides._push_mode(mode)
+    kind = _python_dispatch.TorchDispatchMode
+    with contextlib.ExitStack() as stack:
+        stack.callback(_set_modes, functions, dispatched)
+        _set_modes(then[0], filter(_looks_on, dispatched))
         for mode in then[1]:
-            _python_dispatch.TorchDispatchMode.__enter__(mode)
-            entered.append(mode)
+            kind.__enter__(mode)
+            stack.callback(kind.__exit__, mode, None, None, None)
         yield
-    finally:
-        for mode in reversed(entered):
-            _python_dispatch.TorchDispatchMode.__exit__(mode, None, None, None)
-        for _ in overrides._get_current_function_mode_stack():
-            overrides._pop_mode()
-        for _ in _dispatched():
-            _python_dispatch._pop_mode()
-        for mode in functions:
-            overrides._push_mode(mode)
-        for mode in dispatched:
-            _python_dispatch._push_mode(mode)
+
+
+def _set_modes(functions: Iterable[Any], dispatched: Iterable[Any]) -> None:
+    """Put these modes in the place of those that are on, but for those with which torch traces."""
+    for _ in overrides._get_current_function_mode_stack():
+        overrides._pop_mode()
+    for _ in _dispatched():
+        _python_dispatch._pop_mode()
+    for mode in functions:
+        overrides._push_mode(mode)
+    for mode in dispatched:
+        _python_dispatch._push_mode(mode)
 
 
 class no_modes:
@@ -333,11 +317,6 @@ def _spec(tree: Any, leaves: list[Any]) -> pytree.TreeSpec:
     kind = pytree._get_node_type(tree)
     children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
     return pytree.TreeSpec(kind, context, [_spec(child, leaves) for child in children])
-
-
-def in_jit() -> bool:
-    """Return whether TorchScript is tracing."""
-    return torch.jit.is_tracing()
 
 
 def data_address(t: torch.Tensor) -> int | None:

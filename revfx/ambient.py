@@ -62,7 +62,7 @@ Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
 def autocast_states(devices: Iterable[str]) -> Autocast:
     """Return for each type of device whether autocast is on, and to which dtype."""
-    return tuple([(d, *_torch.autocast_state(d)) for d in devices])
+    return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices])
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,10 @@ def autocast_of(states: Autocast, cached: bool) -> Generator[None]:
         yield
 
 
-Settings = tuple[tuple[Any, ...], _torch.Modes]
-
-
-def settings() -> Settings:
-    """Return what is set around a region: the kernels' settings, and the user's modes."""
-    return _torch.kernel_settings(), _torch.modes()
-
-
 @contextmanager
 def kernels_of(then: tuple[Any, ...]) -> Generator[None]:
     """Return a context with the kernels' settings that were noted."""
     now = _torch.kernel_settings()
-    if now == then:
-        yield
-        return
     _torch.set_kernels(now, then)
     try:
         yield
@@ -130,11 +119,10 @@ def kernels_of(then: tuple[Any, ...]) -> Generator[None]:
 
 def where() -> str:
     """Return the user's file and line from which this was reached."""
-    frame = _torch.caller()
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(_ROOTS) and not frame.f_code.co_filename.startswith("<"):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back
+    for frame, line in traceback.walk_stack(_torch.caller()):
+        file = frame.f_code.co_filename
+        if not file.startswith(_ROOTS) and not file.startswith("<"):
+            return f"{file}:{line}"
     return ""
 
 

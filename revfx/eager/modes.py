@@ -78,7 +78,7 @@ def can_store(inputs: Iterable[Tensor]) -> bool:
     which tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what
     weights are computed to: a re-run would have neither.
     """
-    if getattr(recording, "recorder", None) is not None or _torch.in_jit() or _torch.in_functorch_transform():
+    if getattr(recording, "recorder", None) is not None or torch.jit.is_tracing() or _torch.in_functorch_transform():
         return False
     if _torch.in_forward_mode() or _torch.in_cached_parameters():
         return False

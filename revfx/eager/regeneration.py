@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
-from revfx.ambient import autocast_of, autocast_states, kernels_of, settings
+from revfx.ambient import autocast_of, autocast_states, kernels_of
 from revfx.codes import Code, decode
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
@@ -59,7 +59,7 @@ class Regeneration:
         self.devices = dict.fromkeys(t.device for t in env.values() if t.device.type != "cpu")
         self.autocast = autocast_states(dict.fromkeys(("cpu", *(d.type for d in self.devices))))
         self.cached = torch.is_autocast_cache_enabled()
-        self.settings = settings()
+        self.settings = _torch.kernel_settings(), _torch.modes()  # around the region
         casting = [torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled]
         self.casts = bool(self.devices or casting)
         self.quiet = _torch.no_modes() if any(self.settings[1]) else _AS_IT_IS  # for what is none of the user's
