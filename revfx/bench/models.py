@@ -28,7 +28,7 @@ class Chain(nn.Module):
         super().__init__()
         self.blocks, self.axis = nn.ModuleList(blocks), axis
 
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the first state."""
         raise NotImplementedError
 
@@ -36,9 +36,9 @@ class Chain(nn.Module):
         """Return the output, of the last state."""
         raise NotImplementedError
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Any:
         """Return the output."""
-        state = self.enter(*inputs)
+        state = self.enter(x)
         for block in self.blocks:
             state = block(*state)
         return self.leave(*state)
@@ -70,9 +70,9 @@ class CouplingMlp(Chain):
         super().__init__([Coupling(*(mlp(width, 4 * width, width) for _ in "fg")) for _ in range(depth)])
         self.stem, self.head = nn.Linear(features, 2 * width), nn.Linear(2 * width, features)
 
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return two streams (B, width)."""
-        return self.stem(inputs[0]).chunk(2, -1)
+        return self.stem(x).chunk(2, -1)
 
     def leave(self, *state: Tensor) -> Tensor:
         """Return (B, features)."""
@@ -91,15 +91,15 @@ def convolutions(c: int) -> nn.Sequential:
 
 
 class RevNet(Chain):
-    """Residual convolutions on two streams, between a stem and a linear head; images: (B, 3, H, W)."""
+    """Residual convolutions on two streams, between a stem and a linear head; x: images (B, 3, H, W)."""
 
     def __init__(self, depth: int, channels: int = 12, classes: int = 10) -> None:
         super().__init__([Coupling(convolutions(channels), convolutions(channels)) for _ in range(depth)], axis=1)
         self.stem, self.head = nn.Conv2d(3, 2 * channels, 3, padding=1), nn.Linear(2 * channels, classes)
 
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return two streams (B, channels, H, W)."""
-        return self.stem(inputs[0]).chunk(2, 1)
+        return self.stem(x).chunk(2, 1)
 
     def leave(self, *state: Tensor) -> Tensor:
         """Return logits (B, classes)."""
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
 
 class Transformer(Chain):
-    """Attention on one stream and an MLP on the other, as in the Reformer; tokens: (B, T)."""
+    """Attention on one stream and an MLP on the other, as in the Reformer; x: tokens (B, T)."""
 
     def __init__(self, depth: int, d: int = 64, vocabulary: int = 64, length: int = 64) -> None:
         feeds = [nn.Sequential(nn.LayerNorm(d), *mlp(d, 4 * d, d)) for _ in range(depth)]
@@ -131,11 +131,10 @@ class Transformer(Chain):
         self.token, self.position = nn.Embedding(vocabulary, d), nn.Embedding(length, d)
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
 
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return two streams (B, T, d), which start as the same."""
-        (tokens,) = inputs
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        return x, x
+        stream = self.token(x) + self.position.weight[: x.shape[1]]
+        return stream, stream
 
     def leave(self, *state: Tensor) -> Tensor:
         """Return logits (B, T, vocabulary)."""
@@ -170,9 +169,8 @@ class Flow(Chain):
     def __init__(self, depth: int, width: int = 32, hidden: int = 128) -> None:
         super().__init__([Affine(width, hidden) for _ in range(depth)])
 
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return two halves (B, width) and a log-determinant (B,) of zeros."""
-        (x,) = inputs
         x1, x2 = x.chunk(2, -1)
         return x1, x2, torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
 
@@ -210,17 +208,16 @@ class Drift(nn.Module):
 
 
 class Springs(Chain):
-    """Leapfrog steps of a chain of masses of one, all by one learned force; displacements: (B, masses)."""
+    """Leapfrog steps of a chain of masses of one, all by one learned force; x: displacements (B, masses)."""
 
     def __init__(self, depth: int, masses: int = 128, hidden: int = 16, h: float = 0.1) -> None:
         kick, drift = Kick(hidden, h), Drift(h)
         super().__init__([Coupling(kick, drift) for _ in range(depth)])
         self.push = nn.Parameter(torch.randn(masses))
 
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return momenta, the same learned push for all, and displacements."""
-        (q,) = inputs
-        return self.push.expand_as(q), q
+        return self.push.expand_as(x), x
 
     def leave(self, *state: Tensor) -> Tensor:
         """Return the last displacements."""
