@@ -27,6 +27,7 @@ from revfx.bench.models import MODELS
 from revfx.bench.results import Fit
 from revfx.bench.ways import WAYS, why_not
 from revfx.errors import RevfxError
+from revfx.report.simulate import seconds_of
 
 
 MOST = 65536  # what is not looked beyond
@@ -151,7 +152,7 @@ def _answer(question: Question, low: int, high: int | None) -> None:
 def _train(question: Question, depth: int, batch: int) -> None:
     """Train one step at that size."""
     setting = Setting(MODELS[question.model], depth, batch, question.device)
-    setting.train(setting.step_of(WAYS[question.way], *setting.make()))
+    seconds_of(setting.step_of(WAYS[question.way], *setting.make()), question.device)
 
 
 def of_memory(e: BaseException | None) -> bool:

@@ -16,6 +16,7 @@ from revfx.bench.models import BenchModel, Chain
 from revfx.bench.results import Row
 from revfx.bench.ways import WAYS, Inputs, Way, why_not
 from revfx.errors import RevfxWarning
+from revfx.report.simulate import seconds_of
 from revfx.testing import measure_memory, relative_error
 
 
@@ -47,14 +48,6 @@ class Setting:
             b.copy_(before[name])
         model.zero_grad()
         return lambda: self.bench.loss(call(*inputs))
-
-    def train(self, step: Step) -> float:
-        """Take a step, and return the seconds that it takes."""
-        start = time.perf_counter()
-        step().backward()
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
 
 
 @dataclass
@@ -100,7 +93,7 @@ def measure_steps(setting: Setting, ways: Sequence[Way], rounds: int, tick: Call
                 c.model.zero_grad()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    c.seconds.append(setting.train(c.step))
+                    c.seconds.append(seconds_of(c.step, setting.device))
             except Exception as e:
                 c.row, c.step = _failed(c.row, e), None
     plain = next((c.seconds[1:] for c in candidates if c.way.name == "plain"), [])
@@ -121,7 +114,7 @@ def prepare(setting: Setting, way: Way, reference: Reference | None = None) -> C
         try:
             start = time.perf_counter()
             step = setting.step_of(way, model, inputs)
-            setting.train(step)
+            seconds_of(step, setting.device)
             row = replace(row, first=time.perf_counter() - start)
             if reference is not None:
                 row = _compared(row, setting, way, model, reference)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revfx.bench.models import MODELS
-from revfx.bench.results import Fit, Report, Row, size_of
+from revfx.bench.results import Fit, Report, Row
 from revfx.bench.ways import WAYS
 from revfx.report.figures import figure
 
@@ -41,7 +41,7 @@ def _draw_rows(axes: Any, rows: Sequence[Row], sweep: str | None) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
     for way in dict.fromkeys(r.way for r in rows):
-        mine = [(size_of(r, sweep) if sweep else r.ratio, r.peak / MIB) for r in rows if r.way == way and r.peak]
+        mine = [(getattr(r, sweep or "ratio"), r.peak / MIB) for r in rows if r.way == way and r.peak]
         points = [(x, y) for x, y in mine if x is not None]
         if points:
             axes.plot(*zip(*points, strict=True), linestyle="-" if sweep else "", label=way, **STYLES[way])

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from revfx.bench.models import MODELS
-from revfx.bench.results import Fit, Report, Row, size_of
+from revfx.bench.results import Fit, Report, Row
 from revfx.bench.ways import WAYS
 
 
@@ -94,10 +94,10 @@ def _columns(report: Report, found: Sequence[Any]) -> tuple[str, list[tuple[str,
             (
                 f"{sweep} {n}",
                 lambda r, n=n: (
-                    f"{_mib(r.peak)} ({_mib(r.kept)})" if size_of(r, sweep) == n and r.peak is not None else ""
+                    f"{_mib(r.peak)} ({_mib(r.kept)})" if getattr(r, sweep) == n and r.peak is not None else ""
                 ),
             )
-            for n in sorted({size_of(r, sweep) for r in found})
+            for n in sorted({getattr(r, sweep) for r in found})
         ]
     plain = next((r.peak for r in found if r.way == "plain"), None)
     return f"depth {one.depth}, batch {one.batch}", [

@@ -62,11 +62,6 @@ class Row:
     failed: bool = False
 
 
-def size_of(row: Row, sweep: str | None) -> int:
-    """Return what a sweep of that kind changes: the depth or the batch."""
-    return row.depth if sweep == "depth" else row.batch
-
-
 @dataclass(frozen=True)
 class Fit:
     """The largest size at which one way trains one model in some memory.

@@ -106,10 +106,8 @@ def _lowest_budget(bench: BenchModel, model: Chain, inputs: Inputs) -> Call:
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
 
-def _pairs(bench: BenchModel, model: Chain) -> Pairs:
+def _pairs(model: Chain) -> Pairs:
     """Return f and g of each coupling."""
-    if bench.otherwise:
-        raise ValueError(bench.otherwise)
     return [(b.f, b.g) for b in model.blocks if isinstance(b, Coupling)]
 
 
@@ -121,7 +119,7 @@ def _library(name: str, make: Callable[[Any, Pairs, int], Call], axis: int | Non
     """
 
     def build(bench: BenchModel, model: Chain, inputs: Inputs) -> Call:
-        run = make(importlib.import_module(name), _pairs(bench, model), model.axis)
+        run = make(importlib.import_module(name), _pairs(model), model.axis)
 
         def call(*inputs: Tensor) -> Any:
             streams = model.enter(*inputs)
@@ -156,7 +154,7 @@ def _reformer(reformer: Any, pairs: Pairs, axis: int) -> Call:
 
 # --- revfx
 def _rev_block(bench: BenchModel, model: Chain, inputs: Inputs) -> Call:
-    fs, gs = zip(*_pairs(bench, model), strict=True)
+    fs, gs = zip(*_pairs(model), strict=True)
 
     def call(*inputs: Tensor) -> Any:
         x1, x2 = model.enter(*inputs)

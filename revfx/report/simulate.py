@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from revfx import _fake, _torch
-from revfx.ambient import generators, restore
+from revfx.ambient import all_generators, restore
 from revfx.capture.effects import Snapshot, none_left
 from revfx.capture.guards import GlobalReads
 from revfx.eager.modes import simulating
@@ -33,7 +33,7 @@ from revfx.eager.region_plan import Watch
 from revfx.inspection import watched
 from revfx.passes._torch import draws
 from revfx.passes.closure import Derivation
-from revfx.passes.sizes import muted
+from revfx.passes.sizes import muted, tensors_of
 from revfx.report.data import Timeline, Usage
 from revfx.testing import measure_memory
 
@@ -74,9 +74,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
-            if isinstance(t, Tensor):
-                self.enter(t)
+        for t in tensors_of(out):
+            self.enter(t)
         if draws(func, args, kwargs):
             torch.rand(())  # so that the generator's state changes, as it would
         count = flop_registry.get(func.overloadpacket)
@@ -98,7 +97,7 @@ class Simulation:
     def world(self) -> Generator[tuple[Any, Any]]:
         """Open a context that gives fake arguments; after it the model and Python's random numbers are as before."""
         modules = list(self.model.modules())
-        before, drawn, state = Snapshot(modules), generators(), torch.get_rng_state()
+        before, drawn = Snapshot(modules), all_generators()
         read = GlobalReads(type(m).forward for m in modules)
         try:
             for table, then in itertools.chain(*before.tables):
@@ -108,7 +107,6 @@ class Simulation:
             before.restore()
             read.put_back()
             restore(drawn)
-            torch.set_rng_state(state)
 
     def _fake(self, t: Tensor) -> Tensor:
         """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
@@ -214,6 +212,15 @@ KNOWN: Mapping[Any, Callable[[Any, Any], int]] = {
 
 
 # --- on real tensors
+def seconds_of(step: Callable[[], Tensor], device: str) -> float:
+    """Return the seconds that a step takes on a device: what gives its loss, and the backward."""
+    start = time.perf_counter()
+    step().backward()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def measured(
     ways: Mapping[str, Callable[..., Any]],
     args: Sequence[Any],
@@ -231,11 +238,7 @@ def measured(
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(REPEATS):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step().backward()
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            spent[name].append(time.perf_counter() - start)
+            spent[name].append(seconds_of(step, device))
     return tuple(
         Usage(name, measured_kept=memory[name].kept, measured_peak=memory[name].peak, seconds=statistics.median(s))
         for name, s in spent.items()

@@ -40,8 +40,6 @@ def test_gradients_are_plain_ones(name: str, bench: BenchModel) -> None:
             pytest.importorskip(way.library)
     if bench.otherwise and way.additive:
         assert bench.otherwise in (why_not(way, bench) or "")
-        with pytest.raises(ValueError, match="log-determinant"):
-            gradients(bench, way)
         return
     assert why_not(way, bench) is None
     want = gradients(bench, WAYS["plain"])
