@@ -105,9 +105,8 @@ def _explain(args: argparse.Namespace) -> int:
     with bar(5 if args.measure else 3, "loading"):
         model, inputs = load(args.model, args.input, args.dtype)
         if args.rounding or args.grid is not None or args.anchor_every is not None:
-            asked: dict[str, Any] = {"exact": not args.rounding, "grid": args.grid, "anchor_every": args.anchor_every}
             try:
-                model = revfx.convert(model, **asked)
+                model = revfx.convert(model, exact=not args.rounding, grid=args.grid, anchor_every=args.anchor_every)
             except ValueError as e:
                 raise WrongArguments(str(e)) from e
         found = revfx.explain(model, *inputs, measure=args.measure, backend=args.backend)

@@ -56,7 +56,6 @@ def describe(
     is what the codes take, None where there are none.
     """
     steps = region.steps
-    inverting = [s for s in steps if s.inverts or s.saved]
     exit = [program.values[v] for v in region.exit]
     kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
     anchored = {*uncoded, *(v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry)} - kept.keys()
@@ -65,7 +64,7 @@ def describe(
         first=program.ops[region.start].where,
         last=program.ops[region.stop - 1].where,
         kind=_kind(steps),
-        couplings=len(inverting),
+        couplings=sum(1 for s in steps if s.inverts or s.saved),
         steps=len(steps),
         streams=tuple(type_name(v.dtype, v.shape) for v in exit),
         kept=tuple(program.values[v].name for v in kept),
@@ -108,8 +107,7 @@ def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) 
         growth = amplification(steps[j], growth, {a.scaled_by: 1 / a.typical for a in rounding if a.measured})
         if j in kept_cuts or not rounding:
             continue
-        dtypes = [program.values[a.head].dtype for a in rounding]
-        eps = max(map(precision, dtypes))
+        eps = max(precision(program.values[a.head].dtype) for a in rounding)
         worst = max(worst, eps / 4 * rounded**0.5 * max(growth.values(), default=1.0))
     return worst
 

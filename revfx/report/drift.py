@@ -135,9 +135,9 @@ def _of_gradients(
     ours = gradients_of(copy.deepcopy(model), inputs, loss)
     plain = gradients_of(stored(copy.deepcopy(model)), inputs, loss)
     exact = gradients_of(stored(copy.deepcopy(model).double()), doubled(list(inputs)), loss)
-    found: list[GradientDrift] = []
-    for name, got in ours.items():
-        p, e = plain[name], exact[name]
-        if got is not None and p is not None and e is not None:
-            found.append(GradientDrift(name, relative_error(got, p), relative_error(p, e), relative_error(got, e)))
-    return tuple(found)
+    all_three = ((name, got, plain[name], exact[name]) for name, got in ours.items())
+    return tuple(
+        GradientDrift(name, relative_error(got, p), relative_error(p, e), relative_error(got, e))
+        for name, got, p, e in all_three
+        if got is not None and p is not None and e is not None
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import LISTED, Findings, RegionInfo, Usage, columns, folded, short, size
+from revfx.report.data import LISTED, Findings, RegionInfo, columns, folded, short, size
 from revfx.report.graph import graph_svg
 from revfx.report.html import fragment, page
 from revfx.report.remedies import remedy
@@ -47,8 +47,7 @@ FORMS: Mapping[str, Callable[[Findings], str]] = {
 
 # --- as text
 def _lines(e: Explanation) -> Iterator[str]:
-    found = f"{len(e.regions)} reversible region{'s' * (len(e.regions) != 1)}, {e.couplings} couplings"
-    yield f"{e.model}({', '.join(e.inputs)}): {found if e.regions else 'nothing reversible was found'}"
+    yield f"{e.model}({', '.join(e.inputs)}): {e.summary}"
     for graph in e.graphs:
         yield f"graph {graph.number}: {len(graph.regions) or 'no'} region{'s' * (len(graph.regions) != 1)}"
         yield from _regions(graph.regions)
@@ -63,7 +62,11 @@ def _lines(e: Explanation) -> Iterator[str]:
         remedies = dict.fromkeys(remedy(r.reason) for r in e.refusals[:LISTED])
         yield from (f"  -> {text}" for text in remedies if text is not None)
     if e.ways:
-        yield from ("one training step, beyond parameters and their gradients", *table(e.ways))
+        found = columns(e.ways)  # but for those that nobody has
+        yield "one training step, beyond parameters and their gradients"
+        yield f"  {'':12}" + "".join(f"{head:>15}" for head in found)
+        for u in e.ways:
+            yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in found.values())
     if e.drift is not None and e.drift.steps:
         yield f"measured drift: {e.drift.worst:.1e} (relative, the worst regenerated value)"
     yield from (f"advice: {text}" for text in e.advice)
@@ -84,11 +87,3 @@ def _regions(regions: Iterable[RegionInfo]) -> Iterator[str]:
                 yield f"    ... and {times - 1} more like this"
         if len(blocks) > LISTED:
             yield "    ..."
-
-
-def table(ways: Sequence[Usage]) -> Iterator[str]:
-    """Yield the lines of a table of ways; columns that nobody has are left out."""
-    found = columns(ways)
-    yield f"  {'':12}" + "".join(f"{head:>15}" for head in found)
-    for u in ways:
-        yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in found.values())
