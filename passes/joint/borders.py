@@ -33,7 +33,9 @@ def store_borders(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], s
     `stored` is an operator, an identity that the compiler does not look through, and its further arguments for a value.
     """
     operator, further = stored
-    views = {n for n in step_of if _is_view(n)}
+    # of a part of a split, the split says whether it lies in another's memory
+    makers = {n: n.args[0] if n.target is getitem else n for n in step_of}
+    views = {n for n, maker in makers.items() if isinstance(maker, fx.Node) and _torch.may_alias(maker.target)}
     for node in [n for n in step_of if n not in spared and n not in views and _crosses(n, step_of, views)]:
         with node.graph.inserting_before(node.next):
             arguments: tuple[Any, ...] = (node, *further(node.meta["val"]))
@@ -53,9 +55,3 @@ def _crosses(node: fx.Node, step_of: Mapping[fx.Node, int], views: Collection[fx
 
 def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int], views: Collection[fx.Node]) -> bool:
     return any(step_of.get(u, step) > step or (u in views and _read_later(u, step, step_of, views)) for u in node.users)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Return whether a value is made of another's memory, as the operator says (of a part of a split, the split)."""
-    maker = node.args[0] if node.target is getitem else node
-    return isinstance(maker, fx.Node) and _torch.may_alias(maker.target)

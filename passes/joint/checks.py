@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,15 +70,14 @@ class Checks:
         self.attached: dict[fx.Node, list[fx.Node]] = {}
         self.stretches: list[list[Cut]] = []
         self._flags: dict[fx.Node, tuple[str, _torch.Said]] = {}
-        self._guarded: set[tuple[fx.Node, bool, float]] = set()
-        self._relied_on: set[tuple[fx.Node, Fact]] = set()
+        self._made: set[tuple[object, ...]] = set()  # of a node, and what is checked of it
 
     def guard(self, op: int, arc: Arc) -> None:
         own = self.original(int(arc.factor or 0))
         least = tolerance_of(self.program.values[arc.head].dtype, self.tolerance)
-        if arc.least >= least or (own, arc.reciprocal, least) in self._guarded:
+        if arc.least >= least or (own, arc.reciprocal, least) in self._made:
             return
-        self._guarded.add((own, arc.reciprocal, least))
+        self._made.add((own, arc.reciprocal, least))
         where = self.program.ops[op].where
         message = (
             f"revfx: a factor of the coupling at {where} came nearer to 0 than {least:.0e}, so its input can't be "
@@ -88,8 +87,7 @@ class Checks:
 
     def limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
         """Raise, in every run, where factors that are data let rounding grow too much between two kept cuts."""
-        kept = [0, *sorted(cuts), len(steps)]
-        for cut, following in itertools.pairwise(kept):
+        for cut, following in itertools.pairwise([0, *sorted(cuts), len(steps)]):
             self._limit_stretch(steps[cut + 1 : following])
 
     def _limit_stretch(self, steps: Sequence[Step]) -> None:
@@ -117,8 +115,8 @@ class Checks:
     def hold(self, op: int, value: int, fact: Fact) -> None:
         """Check in every run that a fact still holds of a value."""
         own = self.original(value)
-        if (own, fact) not in self._relied_on:
-            self._relied_on.add((own, fact))
+        if (own, fact) not in self._made:
+            self._made.add((own, fact))
             test, message = check(fact, own.name, self.program.ops[op].where)
             self._check_forward(test, [own], message)
 
@@ -189,12 +187,11 @@ class Checks:
         self._flags[ok] = BACKWARD, _torch.Said(message, serious)
         self.attached.setdefault(now, []).append(ok)
 
-    def raise_at_the_end(self) -> list[fx.Node]:
-        """Return the checks, one for each device, that end the backward: no gradient is handed out before them.
+    def raise_at_the_end(self) -> Iterator[fx.Node]:
+        """Yield the checks, one for each device, that end the backward: no gradient is handed out before them.
 
         Those of the forward are made there too, so that nothing in it waits for a device.
         """
-        checks: list[fx.Node] = []
         flags = {n: (n.meta["val"].device, *self._flags[n]) for n in self.joint.nodes if n in self._flags}
         for device in dict.fromkeys(device for device, *_ in flags.values()):
             parts, texts = list[fx.Node](), list[_torch.Said]()
@@ -208,8 +205,7 @@ class Checks:
             with self.joint.inserting_before(self.output):
                 # a copy of what the forward saved, as the check is said to write it
                 ok = self.recorder.record(lambda *t: torch.cat(t).clone(), parts, BACKWARD, parts[0])
-            checks.append(_torch.add_check(self.joint, ok, texts, {"partitioner_tag": BACKWARD}))
-        return checks
+            yield _torch.add_check(self.joint, ok, texts, {"partitioner_tag": BACKWARD})
 
 
 def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> Any:

@@ -17,12 +17,9 @@ from revfx.passes.program import Program
 from revfx.passes.regions import Region, find_regions
 
 
-Found = tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]
-
-
 def exact_forward(
     joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None, k: int, recorder: Recorder
-) -> Found:
+) -> tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]:
     """Return the forward half of `joint` once its regions compute on the grid 2^-k, the regions, and, of the program as
     it was written, where the search for them got stuck.
     """

@@ -61,8 +61,8 @@ class Recorder:
         if by is None:
             raise Unrecordable(f"the size {expr} is not at hand")
         parts = [self.size(part) for part in expr.args]
-        pairs = len(parts) > 2  # sums and products of several
-        result = functools.reduce(lambda a, b: self._made(by, a, b), parts) if pairs else self._made(by, *parts)
+        several = len(parts) > 1  # sums and products may have more than two
+        result = functools.reduce(lambda a, b: self._made(by, a, b), parts) if several else self._made(by, *parts)
         if isinstance(result, fx.Node):
             self.symbols[str(expr)] = result
         return result

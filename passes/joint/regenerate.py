@@ -58,8 +58,8 @@ class Options:
 class Regenerator:
     """Adds regeneration nodes for regions; `values` and `tuples` then say what stands for what in the backward.
 
-    `kept` holds the nodes that must be saved for it, `attached` the checks to make right after a node, and `step_of` in
-    which step of the backward a node is regenerated.
+    `checks` also holds the nodes that must be saved for it, and what comes right after a node; `step_of` says in which
+    step of the backward a node is regenerated.
     """
 
     def __init__(self, joint: fx.Graph, forward: Forward, recorder: Recorder, options: Options) -> None:
@@ -71,7 +71,6 @@ class Regenerator:
         self.checks = Checks(joint, self.program, recorder, self._original, options.tolerance, lossless)
         self.values: dict[int, fx.Node] = {}
         self.tuples: dict[int, fx.Node] = {}
-        self.kept, self.attached = self.checks.kept, self.checks.attached
         self.step_of: dict[fx.Node, int] = {}
         self.stands: dict[fx.Node, fx.Node] = {}
         self._states: dict[fx.Node, fx.Node] = {}
@@ -98,7 +97,6 @@ class Regenerator:
                 self.joint.erase_node(node)
             for part, then in zip(parts, before, strict=True):
                 vars(part).update(then)
-            self.kept, self.attached = self.checks.kept, self.checks.attached
             self.recorder.symbols = symbols
             raise
 
@@ -149,13 +147,13 @@ class Regenerator:
         return self._own(self.forward.value_node(value))
 
     def _keep(self, values: Iterable[int]) -> None:
-        self.kept.update(map(self._original, values))
+        self.checks.kept.update(map(self._original, values))
 
     def _as_it_was(self, primal: fx.Node) -> fx.Node:
         """Return a copy, made in the forward, of an input that the step updates in place."""
         if primal not in self._before:
             self._before[primal] = held = self.checks.record(lambda t: t.clone(), [primal])
-            self.kept.add(held)
+            self.checks.kept.add(held)
         return self._before[primal]
 
     # --- one derivation
@@ -259,7 +257,7 @@ class Regenerator:
                 made = tuple(self.joint.call_function(operator.getitem, (whole, i)) for i in range(len(vals)))
             for node, val in zip((whole, *made), (vals, *vals), strict=True):
                 node.meta = {**described(x, FORWARD), "val": val}
-            self.kept.update(made)
+            self.checks.kept.update(made)
             self._codes[arc.head] = made
             if coder.may_lose(x.meta["val"]):
                 self.checks.found_room(made[-1])
@@ -272,7 +270,7 @@ class Regenerator:
             if node in alive and any(self.step_of.get(u, step) > step for u in node.users):
                 entries.setdefault(step, []).append(node)
         for node, step in self.step_of.items():
-            self.attached[node] = [*self.attached.get(node, ()), *entries.get(step, ())]
+            self.checks.attached.setdefault(node, []).extend(entries.get(step, ()))
 
 
 def described(node: fx.Node, tag: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def rewrite(
         if options.stored is not None:
             steps = [step for _, region, _ in details for step in region.steps]
             for step_of in (_steps_forward(forward, steps), _steps_backward(joint, forward, regenerator)):
-                store_borders(step_of, regenerator.kept, options.stored)
+                store_borders(step_of, regenerator.checks.kept, options.stored)
     return Report(tuple(reversed(found)), refusals, tuple(filter(None, warnings)), tuple(reversed(details)))
 
 
@@ -204,16 +204,16 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
             reader.replace_input_with(forward.op_node(op), node)
     for node, result in new.stands.items():
         node.replace_all_uses_with(result)
-        if node in new.kept:
-            new.kept.remove(node)
-            new.kept.add(result)
+        if node in new.checks.kept:
+            new.checks.kept.remove(node)
+            new.checks.kept.add(result)
         joint.erase_node(node)
     alive = ancestors(new.output.all_input_nodes)
     new.checks.compare(alive)
     new.checks.check_ranges()
     new.whole_steps(alive)
-    checks = new.checks.raise_at_the_end()
-    for node in new.kept:
+    checks = list(new.checks.raise_at_the_end())
+    for node in new.checks.kept:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             if node not in forward.nodes:
@@ -222,7 +222,7 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
     known = forward.nodes | after_tangents(nodes)
     tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in known}
     late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
-    order = list(pulled([n for n in nodes if n not in late or n in checks], new.attached))
+    order = list(pulled([n for n in nodes if n not in late or n in checks], new.checks.attached))
     for node in order[:-1]:
         new.output.prepend(node)
     placed = set(order)
