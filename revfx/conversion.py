@@ -87,8 +87,9 @@ class Conversion:
     @property
     def kept_cuts(self) -> int:
         """Return how many cuts the latest forward kept: two per region, and those that numerics demanded."""
-        compiled = 0 if self.compiled is None else self.compiled.kept_cuts
-        return compiled + sum(r.kept for p in self.plans for r in p.regions.values())
+        graphs = [] if self.compiled is None else self.compiled.graphs
+        kept = sum(r.kept_cuts for g in graphs for r in g.regions)
+        return kept + sum(r.kept for p in self.plans for r in p.regions.values())
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -101,9 +102,9 @@ class Conversion:
     def not_compiled(self) -> list[Refusal]:
         """Return what runs as it is, although it was to be compiled, and why; it shows when it is called."""
         return [
-            Refusal(f"`{name}` is not compiled: {function.failed}", name, where)
+            Refusal(f"`{name}` is not compiled: {function.kernels.failed}", name, where)
             for name, where, function in self.compiled_functions
-            if function.failed is not None
+            if function.kernels.failed is not None
         ]
 
     @property

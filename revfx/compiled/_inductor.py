@@ -188,11 +188,6 @@ class _Regenerating(fx.Interpreter):
             return super().run_node(n)
 
 
-def is_inductor_option(name: str) -> bool:
-    """Return whether inductor has a setting of this name."""
-    return name in inductor_config.get_config_copy()
-
-
 Partition = Callable[[int | None, Sequence[Any]], CustomPartitionerFn]  # for `anchor_every`, and a graph's inputs
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import fx
 
 from revfx.compiled import _inductor
+from revfx.compiled.coded import Coder
 from revfx.compiled.partitioner import ReversiblePartitioner
 from revfx.passes.grid import checked_exact
 
@@ -47,16 +49,17 @@ def revfx(
     partitioner = ReversiblePartitioner(**own).knowing(example_inputs)
     if inner not in ("inductor", "aot_eager"):
         raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
-    unknown = [name for name in given if not _inductor.is_inductor_option(name)]
-    if unknown:
+    known = _inductor.inductor_config.get_config_copy()
+    if unknown := [name for name in given if name not in known]:
         raise ValueError(
             f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them."
         )
     if inner == "aot_eager":
         if given or mode is not None:
             raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
-        partition = partitioner.coding() if coded else partitioner.partition
-        return _inductor.run_by_eager_kernels(gm, example_inputs, partition)
+        if coded:
+            partitioner.options = replace(partitioner.options, coder=Coder)
+        return _inductor.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
     if "custom_partitioner_fn" in given:
         raise ValueError(
             "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."

@@ -78,11 +78,6 @@ class Compiled:
         return list(dict.fromkeys((*nothing, *self.failures, *(r for graph in self.graphs for r in graph.refusals))))
 
     @property
-    def kept_cuts(self) -> int:
-        """Return how many cuts the graphs keep in their regions."""
-        return sum(region.kept_cuts for graph in self.graphs for region in graph.regions)
-
-    @property
     def code(self) -> str:
         """Return the regions of every graph as readable text."""
         return "\n".join(f"# graph {i}\n{_text(graph)}" for i, graph in enumerate(self.graphs))

@@ -19,7 +19,8 @@ from revfx.compiled.dynamo import compiler, with_own_code
 class Kernels:
     """What functions of one structure are compiled to.
 
-    `ran` has each kind of call and whether it could be compiled; `failed` why the first that could not was not.
+    `ran` has each kind of call and whether it could be compiled; `failed` why the first that could not was not: None
+    where all could.
     """
 
     def __init__(self) -> None:
@@ -33,16 +34,11 @@ class CompiledFunction:
     """`module(*args, **kwargs)`, compiled at its first call; as it is where the compiler can't take it."""
 
     def __init__(self, module: nn.Module, kernels: Kernels) -> None:
-        self.module, self._kernels = module, kernels
-
-    @property
-    def failed(self) -> str | None:
-        """Return why the module runs as it is; None where it does not."""
-        return self._kernels.failed
+        self.module, self.kernels = module, kernels
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module gives. A kind of call that could not be compiled runs as it is in its re-run, too."""
-        kernels, kind = self._kernels, _kind(*args, *kwargs.values())
+        kernels, kind = self.kernels, _kind(*args, *kwargs.values())
         known = kernels.ran.get(kind)
         if known is not False:
             try:

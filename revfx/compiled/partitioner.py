@@ -8,7 +8,7 @@ import functools
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import fx
 import revfx
 from revfx import _torch, passes, rules
 from revfx.compiled import _inductor
-from revfx.compiled.coded import Coder
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.grid import checked_grid
@@ -98,10 +97,6 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         other = copy.copy(self)
         other.facts = facts_of(inputs)
         return other
-
-    def coding(self) -> Callable[..., Any]:
-        """Return what partitions a graph that eager kernels run: without loss, by codes."""
-        return functools.partial(self.partition, options=replace(self.options, coder=Coder))
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
