@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 from abc import ABCMeta
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -137,7 +138,7 @@ def _unfilled(base: type[nn.Module], patched: bool) -> Any:
 def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
     """Return `made`, which is `plain` from now on; converted, if there are `options`."""
     object.__setattr__(made, "__dict__", vars(plain))
-    for name in _slots(type(plain)):
+    for name in cast(Any, copyreg)._slotnames(type(plain)):  # as pickle finds them
         if hasattr(plain, name):
             object.__setattr__(made, name, getattr(plain, name))
     if options is not None:
@@ -145,14 +146,6 @@ def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
         object.__setattr__(made, "_revfx", (conversion, plain))
     _fsdp.share_state(plain, made)
     return made
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    """Return the names of the slots of a class, as they are looked up from outside."""
-    named = [(c.__name__.lstrip("_"), vars(c).get("__slots__", ())) for c in kind.__mro__]
-    found = [(c, n) for c, names in named for n in ((names,) if isinstance(names, str) else names)]
-    private = [f"_{c}{n}" if n.startswith("__") and not n.endswith("__") else n for c, n in found]
-    return tuple(n for n in private if n not in ("__dict__", "__weakref__"))
 
 
 def unconverted(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,7 +50,9 @@ class Call:
         """Return the output tensors, with the values taken from `env`."""
         kwargs = {k: fill(v, env) for k, v in self.kwargs.items()} if self.kwargs else {}
         result = self.fn(*[env[a.index] if type(a) is Slot else fill(a, env) for a in self.args], **kwargs)
-        return (result,) if self.outs == _ITSELF else tuple([_at(result, path) for path in self.outs])
+        if self.outs == _ITSELF:
+            return (result,)
+        return tuple([functools.reduce(getitem, path, result) for path in self.outs])
 
 
 def fill(tree: Any, env: Mapping[int, Tensor]) -> Any:
@@ -66,9 +69,3 @@ def fill(tree: Any, env: Mapping[int, Tensor]) -> Any:
     if isinstance(tree, slice):
         return slice(fill(tree.start, env), fill(tree.stop, env), fill(tree.step, env))
     return tree
-
-
-def _at(result: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        result = result[key]
-    return result

@@ -19,11 +19,6 @@ from revfx.layout import restrided
 
 
 # --- tensors
-def placements(tensor: Any) -> tuple[Any, ...] | None:
-    """Return how a DTensor is spread over the processes; None for any other tensor."""
-    return tensor.placements if _torch.is_dtensor(tensor) else None
-
-
 @dataclass(frozen=True, slots=True)
 class Spread:
     """How a DTensor is spread over the processes, and its strides: those of the whole, and of what this one holds."""
@@ -36,11 +31,10 @@ class Spread:
 
 def spread_of(tensor: Any) -> Spread | None:
     """Return how a DTensor is spread; None for any other tensor."""
-    found = placements(tensor)
-    if found is None:
+    if not _torch.is_dtensor(tensor):
         return None
     held = _held(tensor)
-    return Spread(found, tensor.stride(), tuple(held.shape), held.stride())
+    return Spread(tensor.placements, tensor.stride(), tuple(held.shape), held.stride())
 
 
 def spread(tensor: Any, like: Spread | None) -> Any:
@@ -65,11 +59,10 @@ def _held(tensor: Any) -> Tensor:
 
 def piece(tensor: Any) -> Tensor:
     """Return what this process holds of a DTensor, and nothing of one in partial sums; any other tensor itself."""
-    found = placements(tensor)
-    if found is None:
+    if not _torch.is_dtensor(tensor):
         return tensor
     local = tensor.to_local()
-    return local[:0].reshape(-1) if any(p.is_partial() for p in found) else local
+    return local[:0].reshape(-1) if any(p.is_partial() for p in tensor.placements) else local
 
 
 def holding(tensor: Any, piece: Tensor, stride: tuple[int, ...] | None = None) -> Any:
@@ -83,7 +76,7 @@ def arrived(tensor: Any) -> Tensor:
     collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is None:
         return tensor
-    held = tensor if placements(tensor) is None else tensor.to_local()
+    held = tensor.to_local() if _torch.is_dtensor(tensor) else tensor
     if isinstance(held, collectives.AsyncCollectiveTensor):
         whole = held.trigger_wait()
         return whole if held is tensor else tensor

@@ -11,7 +11,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -43,11 +43,6 @@ def global_names(code: types.CodeType) -> frozenset[str]:
     """Return the names of the globals that code, or a function inside it, loads."""
     own = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     return frozenset(own).union(*(global_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
-
-
-def closed_over(function: types.FunctionType) -> Iterator[Any]:
-    """Return what the variables that a function closes over hold."""
-    return (held for cell in function.__closure__ or () if (held := held_in(cell)) is not EMPTY)
 
 
 def held_in(cell: types.CellType) -> Any:
@@ -146,7 +141,8 @@ class Reach:
             # what torch's and revfx's own close over may be the user's
             known = {} if _top(item) in ("torch", "revfx") else item.__globals__
             self.cells += item.__closure__ or ()
-            return *closed_over(item), *(known[n] for n in global_names(item.__code__) if n in known)
+            held = map(held_in, item.__closure__ or ())
+            return *held, *(known[n] for n in global_names(item.__code__) if n in known)
         elif isinstance(item, (*CONTAINERS, tuple)):
             return _items(item)
         elif not isinstance(item, type) and _top(type(item)) not in _NOT_THEIRS:
