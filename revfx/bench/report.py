@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,9 +27,8 @@ class Table:
     notes: tuple[str, ...]
 
 
-def tables(report: Report) -> tuple[Table, ...]:
-    """Return one table per model, in the order of the report: a line for each way of which there is something."""
-    made: list[Table] = []
+def tables(report: Report) -> Iterator[Table]:
+    """Yield one table per model, in the order of the report: a line for each way of which there is something."""
     for name in dict.fromkeys(r.model for r in report.found):
         found = [r for r in report.found if r.model == name]
         what, columns = _columns(report, found)
@@ -38,8 +37,7 @@ def tables(report: Report) -> tuple[Table, ...]:
             cells = ["".join(cell(r) for r in found if r.way == way) for _, cell in columns]
             rows += [(WAYS[way].title, *cells)] if any(cells) else []
         heading, head = f"{MODELS[name].title} (`{name}`), {what}", ("way", *(head for head, _ in columns))
-        made.append(Table(heading, head, tuple(rows), _notes(found)))
-    return tuple(made)
+        yield Table(heading, head, tuple(rows), _notes(found))
 
 
 def text(report: Report) -> str:

@@ -118,7 +118,7 @@ def _lines(
     kept_cuts: Collection[int],
     uncoded: Collection[int],
     names: Mapping[int, str],
-) -> list[ValueLine]:
+) -> Iterator[ValueLine]:
     saved = {*region.exit, *region.saved, *region.side, *uncoded}
     saved.update(v for j in kept_cuts if j < len(region.steps) for v in region.steps[j].entry)
     first = _first_derivations(program, region.steps, kept_cuts)
@@ -128,7 +128,6 @@ def _lines(
         calls[i] = f"{names.get(i, program.ops[i].name)}({', '.join(v.name for v in read if not v.source)})"
     opaque = {v: calls[i] for i in calls if program.ops[i].opaque for v in program.ops[i].outs[:1]}
     barred = {a.head: a.barred for i in calls for a in program.ops[i].arcs if a.barred}
-    found: list[ValueLine] = []
     for number, step in enumerate(region.steps):
         for i in range(step.start, step.stop):
             for v in program.ops[i].outs:
@@ -140,8 +139,7 @@ def _lines(
                 kind, where = type_name(value.dtype, value.shape), program.ops[i].where
                 reads = _names(program, program.ops[i].ins)
                 solved = () if inverse is None else _names(program, inverse.tail)
-                found.append(ValueLine(value.name, kind, action, how, where, number, value.nbytes, reads, solved))
-    return found
+                yield ValueLine(value.name, kind, action, how, where, number, value.nbytes, reads, solved)
 
 
 def _entry(program: Program, region: Region) -> Iterator[ValueLine]:

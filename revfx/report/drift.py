@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,8 @@ def drift(
     return Drift(tuple(steps), _of_gradients(module, inputs, loss) if gradients and module is not None else ())
 
 
-def _of_region(region: int, run: Regeneration, originals: Env) -> list[StepDrift]:
-    """Return the drift of each value of each cut, the last cut first."""
-    found: list[StepDrift] = []
+def _of_region(region: int, run: Regeneration, originals: Env) -> Iterator[StepDrift]:
+    """Yield the drift of each value of each cut, the last cut first."""
     known: Env = {}
     for number in range(len(run.region.steps) - 1, -1, -1):
         step, kept = run.region.steps[number], number in run.kept_cuts
@@ -125,8 +124,7 @@ def _of_region(region: int, run: Regeneration, originals: Env) -> list[StepDrift
             if t.is_floating_point() or t.is_complex():
                 error = 0.0 if kept else relative_error(known[v], t)
                 where = run.program.ops[step.start].where
-                found.append(StepDrift(region, number, where, value.name, t.dtype, error, kept))
-    return found
+                yield StepDrift(region, number, where, value.name, t.dtype, error, kept)
 
 
 def _of_gradients(

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,8 +86,8 @@ def explain(
         notes = (*notes, *more)
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
-        refusals=(*outcome.refusals, *not_compiled), ways=ways, drift=found, advice=_advice(regions, ways, found),
-        notes=notes,
+        refusals=(*outcome.refusals, *not_compiled), ways=ways, drift=found, notes=notes,
+        advice=tuple(_advice(regions, ways, found)),
     )  # fmt: skip
 
 
@@ -190,8 +190,7 @@ def _measured(
 
 
 # --- advice
-def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift | None) -> tuple[str, ...]:
-    said: list[str] = []
+def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift | None) -> Iterator[str]:
     worst = max((r.drift for r in regions), default=0.0) if found is None else found.worst
     limit = DRIFT * torch.finfo(torch.float32).eps ** 0.5
     if not worst <= limit:
@@ -200,12 +199,11 @@ def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift |
         deepest = max((r.couplings for r in regions), default=1)
         every = max(1, int(deepest * (limit / worst) ** 2)) if math.isfinite(worst) else 1
         streams = "keep the streams in float32 (autocast may run the functions in half precision), or " if half else ""
-        said.append(
+        yield (
             f"regenerated values are off by about {worst:.0e} ({'predicted' if found is None else 'measured'}):"
             f" {streams}leave out `exact=False`, or use `anchor_every={every}`, which keeps more."
         )
     peaks = {u.way: u.peak for u in ways}
     plain, ours = peaks.get("plain"), peaks.get("revfx")
     if regions and plain and ours and ours > 0.8 * plain:
-        said.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
-    return tuple(said)
+        yield "most of the peak lies outside the regions: a larger batch, or more depth, is where they save."

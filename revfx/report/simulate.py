@@ -47,8 +47,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held: dict[int, int] = {}
-        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.held: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self.now = self.flops = 0
         self.live: list[int] = []
         self.marks: list[tuple[int, str]] = []
@@ -63,13 +62,12 @@ class Ledger(TorchDispatchMode):
         storage = t.untyped_storage()
         key = _torch.storage_key(t)
         if key not in self.held:
-            self.held[key] = storage.nbytes() if counted else 0
-            self.now += self.held[key]
-            self.alive[key] = weakref.ref(storage, lambda _: self._leave(key))
+            size = storage.nbytes() if counted else 0
+            self.now += size
+            self.held[key] = size, weakref.ref(storage, lambda _: self._leave(key))
 
     def _leave(self, key: int) -> None:
-        del self.alive[key]
-        self.now -= self.held.pop(key)
+        self.now -= self.held.pop(key)[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
