@@ -78,14 +78,10 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def in_forward_mode() -> bool:
-    """Return whether a level of forward-mode differentiation is open."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def in_cached_parameters() -> bool:
-    """Return whether `torch.nn.utils.parametrize.cached()` is active."""
-    return torch.nn.utils.parametrize._cache_enabled > 0
+def bars_reruns() -> bool:
+    """Return whether TorchScript traces, forward-mode differentiation is open, or `parametrize.cached()` is active."""
+    tangents, cached = torch.autograd.forward_ad._current_level >= 0, torch.nn.utils.parametrize._cache_enabled > 0
+    return torch.jit.is_tracing() or tangents or cached
 
 
 def in_functorch_transform() -> bool:
@@ -194,10 +190,8 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 def hooks(module: torch.nn.Module) -> list[Any]:
     """Return what runs before and after a module's forward, but for torch's own."""
-    before, after = module._forward_pre_hooks, module._forward_hooks
-    if not before and not after:
-        return []
-    return [h for h in (*before.values(), *after.values()) if not _is_torchs(h)]
+    found = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [h for h in found if not _is_torchs(h)]
 
 
 def _is_torchs(function: Any) -> bool:
@@ -245,8 +239,7 @@ def modes() -> Modes:
 
 def _dispatched() -> list[Any]:
     """Return the dispatch modes that are on, but for those below all others, with which torch traces."""
-    found = _python_dispatch._get_current_dispatch_mode_stack()
-    return [m for m in found if getattr(m, "_mode_key", None) is None]
+    return [m for m in _python_dispatch._get_current_dispatch_mode_stack() if getattr(m, "_mode_key", None) is None]
 
 
 def _looks_on(mode: object) -> bool:

@@ -78,9 +78,7 @@ def can_store(inputs: Iterable[Tensor]) -> bool:
     which tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what
     weights are computed to: a re-run would have neither.
     """
-    if getattr(recording, "recorder", None) is not None or torch.jit.is_tracing() or _torch.in_functorch_transform():
-        return False
-    if _torch.in_forward_mode() or _torch.in_cached_parameters():
+    if getattr(recording, "recorder", None) is not None or _torch.in_functorch_transform() or _torch.bars_reruns():
         return False
     return _simulating.get() or not any(_torch.is_fake(t) or t.is_meta or t.is_mkldnn for t in inputs)
 
