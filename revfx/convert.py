@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from revfx.conversion import Options, flattened
 from revfx.converted import Reversible, reversible
@@ -94,8 +93,7 @@ def convert(
         )
     converted = reversible(model, options)
     if example_inputs is not None:
-        one = isinstance(example_inputs, torch.Tensor)
-        args = (example_inputs,) if one else () if isinstance(example_inputs, dict) else tuple(example_inputs)
         kwargs = example_inputs if isinstance(example_inputs, dict) else {}
+        args = (example_inputs,) if isinstance(example_inputs, Tensor) else () if kwargs else tuple(example_inputs)
         converted.revfx.prepare(converted, args, kwargs, *flattened(args, kwargs))
     return converted

@@ -237,8 +237,6 @@ def _per_layer(name: str, f: Any, num_layers: int) -> Any:
         functions = list(_sequence(name, f, num_layers))
     elif isinstance(f, nn.Module):
         functions = [f, *(_fresh(f) for _ in range(num_layers - 1))][:num_layers]
-    elif not callable(f):
-        raise TypeError(f"`{name}` is a {type(f).__name__}, which can't be called.")
     elif isinstance(f, type) or _takes_nothing(f):
         functions = [f() for _ in range(num_layers)]
         wrong = next((m for m in functions if not isinstance(m, nn.Module)), None)
@@ -248,7 +246,7 @@ def _per_layer(name: str, f: Any, num_layers: int) -> Any:
                 f" {type(wrong).__name__}."
             )
     else:
-        functions = [f] * num_layers
+        functions = list(_sequence(name, f, num_layers))
     return nn.ModuleList(functions) if all(isinstance(m, nn.Module) for m in functions) else functions
 
 

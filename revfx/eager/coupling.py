@@ -12,7 +12,6 @@ from revfx.passes.grid import to_grid
 
 
 Function = Callable[..., Tensor]
-Pair = tuple[Function, Function]
 
 
 def apply(function: Function, x: Tensor, side: Any) -> Tensor:
@@ -46,7 +45,7 @@ def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign:
 
 
 def plain(
-    x1: Tensor, x2: Tensor, layers: Iterable[Pair], sides: tuple[Any, Any], k: int | None = None
+    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any], k: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return (y1, y2) of the chain."""
     for layer, (f, g) in enumerate(layers):

@@ -77,10 +77,8 @@ def arrived(tensor: Any) -> Tensor:
     if collectives is None:
         return tensor
     held = tensor.to_local() if _torch.is_dtensor(tensor) else tensor
-    if isinstance(held, collectives.AsyncCollectiveTensor):
-        whole = held.trigger_wait()
-        return whole if held is tensor else tensor
-    return tensor
+    waited = held.trigger_wait() if isinstance(held, collectives.AsyncCollectiveTensor) else held
+    return waited if held is tensor else tensor
 
 
 # --- FSDP2's mixed precision: dtypes in which a sharded module computes, though its parameters are held in another

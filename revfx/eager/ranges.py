@@ -34,10 +34,9 @@ class Ranges:
         if not self.extremes or _torch.in_functorch_transform():  # there are no numbers to be read there
             return
         both = torch.stack([t.double() for pair in self.extremes.values() for t in pair])
-        sizes = both.view(-1, 2).abs().amax(1).tolist()
-        values = [*self.extremes]
+        sizes = dict(zip(self.extremes, both.view(-1, 2).abs().amax(1).tolist(), strict=True))
         self.extremes = {}
-        for v, size in zip(values, sizes, strict=True):
+        for v, size in sizes.items():
             value = self.program.values[v]
             k = value.grid or 0
             if not size < limit(value.dtype, k):

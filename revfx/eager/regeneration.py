@@ -185,8 +185,7 @@ class Regeneration:
         key = (number, replay, frozenset(wanted), frozenset(captured), uncoded)
         instructions = self.plan.schedules.get(key)
         if instructions is None:
-            have = {*base, *kept}
-            instructions = schedule(self.program, step, have, replay, frozenset(wanted), frozenset(captured))
+            instructions = schedule(self.program, step, {*base, *kept}, replay, frozenset(wanted), frozenset(captured))
             self.plan.schedules[key] = instructions
         env = {**kept, **{v: known[v] for v in base if v in known}}
         known.clear()  # the caller's reference too: what is used up here is freed here

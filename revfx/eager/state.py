@@ -45,7 +45,6 @@ class Random:
 # The table that holds a tensor (None: it is closed over) and its name there, the tensor, its version and address, and
 # whether it needs a gradient.
 Version = tuple[dict[str, Any] | None, str, Tensor, int, int | None, bool]
-Attributes = tuple[dict[str, Any], tuple[str, ...], tuple[Any, ...], int]  # a table, names, values, its size
 
 
 class CallState:
@@ -62,7 +61,7 @@ class CallState:
         self.name, self.reach = name, reach
         self.random: Random | None = None
         self.locks: list[Any] = []
-        self.attributes: list[Attributes] = []
+        self.attributes: list[tuple[dict[str, Any], tuple[str, ...], tuple[Any, ...], int]] = []
         self.contents: list[tuple[Any, tuple[Any, ...]]] = []
         self.cells = [(c, held) for c in reach.cells if (held := held_in(c)) is not EMPTY]
         for module in reach.modules.values():
