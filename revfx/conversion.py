@@ -110,8 +110,10 @@ class Conversion:
     @property
     def code(self) -> str:
         """Return the rewritten programs as readable text."""
-        compiled = [] if self.compiled is None or not self.compiled.graphs else [self.compiled.code]
-        return "\n\n".join([*(p.code for p in self.plans), *compiled]) or "(no plan yet: it is made at the first call)"
+        graphs = [] if self.compiled is None else self.compiled.graphs
+        compiled = "\n".join(f"# graph {i}\n{graph}" for i, graph in enumerate(graphs))
+        found = filter(None, (*(p.code for p in self.plans), compiled))
+        return "\n\n".join(found) or "(no plan yet: it is made at the first call)"
 
     def forward(self, model: nn.Module) -> Callable[..., Any]:
         """Return the model's own forward."""

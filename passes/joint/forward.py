@@ -77,7 +77,7 @@ def forward_half(
     # what only updates an input, such as running statistics, is no part of the program
     used = ancestors([*outputs, *held, *read_later(joint, nodes)], stateless_inputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
-    mutated = mutated_outside(joint, primals).union(n.args[0] for n in updates if isinstance(n.args[0], fx.Node))
+    mutated = frozenset(written_inputs(joint))
     known = _known(joint, primals, static, facts or ())
     constant = constants(joint, known)
     for node in known:
@@ -169,11 +169,13 @@ def _nbytes(val: Any) -> int:
     return as_number(val.numel()) * val.element_size() if isinstance(val, torch.Tensor) else 0
 
 
-def mutated_outside(joint: fx.Graph, primals: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """Return the primals that are written from what the forward graph returns, when it has returned."""
+def written_inputs(joint: fx.Graph) -> list[fx.Node]:
+    """Return the inputs that the step writes: itself, or from what the forward graph returns, when it has returned."""
     of = (getattr(d, "mutated_input", None) for d in joint.output_node().meta.get("desc", ()))
     theirs = [t for t in of if t is not None]
-    return frozenset(p for p in primals if theirs and p.meta.get("desc") in theirs)
+    updated = {n.args[0] for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
+    inputs = joint.find_nodes(op="placeholder")
+    return [p for p in inputs if p in updated or (theirs and p.meta.get("desc") in theirs)]
 
 
 def is_strided(val: Any) -> bool:
@@ -206,11 +208,17 @@ def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, None]:
-    """Return those of the nodes `ahead` that the backward reads."""
-    later = [n for n in joint.nodes if n not in ahead and n.op != "output" and n.meta.get("partitioner_tag") != FORWARD]
-    later = [n for n in later if n.target is not torch.ops.aten.copy_.default]
-    return {n: None for node in later for n in node.all_input_nodes if n in ahead}
+def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Return those of the nodes `ahead` that the backward reads, each with the nodes of the backward that read it."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in joint.nodes:
+        update = _torch.is_overload(node.target) and _torch.writes(node.target)
+        if node in ahead or node.op == "output" or node.meta.get("partitioner_tag") == FORWARD or update:
+            continue
+        for n in node.all_input_nodes:
+            if n in ahead:
+                readers.setdefault(n, []).append(node)
+    return readers
 
 
 def stateless_inputs(node: fx.Node) -> list[fx.Node]:

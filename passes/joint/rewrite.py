@@ -14,7 +14,6 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
-from revfx.passes import _torch
 from revfx.passes.composed import composed_all
 from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
@@ -27,11 +26,10 @@ from revfx.passes.joint.forward import (
     Forward,
     after_tangents,
     forward_half,
-    is_tangent,
-    mutated_outside,
     output_args,
     read_later,
     stateless_inputs,
+    written_inputs,
 )
 from revfx.passes.joint.record import Recorder, Unrecordable, pulled
 from revfx.passes.joint.regenerate import Options, Regenerator
@@ -51,6 +49,12 @@ class Found:
     kept_bytes: int
     freed_bytes: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.where[0]} .. {self.where[1]}: {self.steps} steps, {self.inverted} inverted, {self.kept_cuts} cuts"
+            f" kept ({self.kept_bytes:,} bytes), {self.freed_bytes:,} bytes regenerated"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -63,6 +67,10 @@ class Report:
     refusals: tuple[Refusal, ...]
     warnings: tuple[str, ...] = ()
     details: tuple[tuple[Program, Region, frozenset[int]], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"# region: {r}" for r in self.regions]
+        return "\n".join(lines or ["# nothing reversible", *(f"#   {r}" for r in self.refusals[:8])])
 
 
 def rewrite(
@@ -84,7 +92,7 @@ def rewrite(
         forward, regions, stuck, written = exact_forward(joint, num_outputs, static, facts, options.grid, recorder)
     program = forward.lowered.program
     refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(written, s)))
-    readers = _readers(joint, forward)
+    readers = read_later(joint, forward.nodes)
     regenerator = Regenerator(joint, forward, recorder, options)
     found: list[Found] = []
     warnings: list[str | None] = []
@@ -127,16 +135,13 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
     The backward runs after the write; torch would let it compute from what the input holds then.
     """
     outputs = [n for n in output_args(joint)[:num_outputs] if isinstance(n, fx.Node)]
-    primals = [n for n in joint.nodes if n.op == "placeholder" and not is_tangent(n)]
-    updates = {n: n.args[0] for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
-    updated = {*updates.values(), *mutated_outside(joint, primals)}
-    written = [p for p in primals if p in updated]
+    updates = {n for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
+    written = written_inputs(joint)
     if not written:
         return
     late = after_tangents(joint.nodes)
     ahead = ancestors([*outputs, *(n.args[1] for n in updates if n.args[1] not in late)])
-    read = read_later(joint, ahead)
-    needed = ancestors(read, stateless_inputs)
+    needed = ancestors(read_later(joint, ahead), stateless_inputs)
     first = next(n for n in joint.nodes if n.op != "placeholder")
     for p in written:
         if p in needed:
@@ -146,19 +151,6 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
             copy.meta["copy_of"] = p
             for user in [u for u in p.users if u is not copy and u not in updates and u.op != "output"]:
                 user.replace_input_with(p, copy)
-
-
-def _readers(joint: fx.Graph, forward: Forward) -> dict[fx.Node, list[fx.Node]]:
-    """Return, for each node of the forward half, the nodes of the backward that read it."""
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in joint.nodes:
-        update = _torch.is_overload(node.target) and _torch.writes(node.target)
-        if node in forward.nodes or node.op == "output" or node.meta.get("partitioner_tag") == FORWARD or update:
-            continue
-        for n in node.all_input_nodes:
-            if n in forward.nodes:
-                readers.setdefault(n, []).append(node)
-    return readers
 
 
 def _wanted(

@@ -77,11 +77,6 @@ class Compiled:
         nothing = [Refusal(why, self.name, "")] if self.plain_in and not self.graphs and not self.failures else []
         return list(dict.fromkeys((*nothing, *self.failures, *(r for graph in self.graphs for r in graph.refusals))))
 
-    @property
-    def code(self) -> str:
-        """Return the regions of every graph as readable text."""
-        return "\n".join(f"# graph {i}\n{_text(graph)}" for i, graph in enumerate(self.graphs))
-
     def call(self, model: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
         """Return what `function(*args, **kwargs)` returns; `model` is the one whose forward it is."""
         mode = (model.training, ambient_state())
@@ -266,12 +261,3 @@ def _check(name: str, leaves: Sequence[tuple[weakref.ref[Tensor], int | None]], 
                 f" (its `.data` was replaced) between forward and backward, which would regenerate other activations."
                 f" {REMEDY}"
             )
-
-
-def _text(graph: Report) -> str:
-    lines = [
-        f"# region: {r.where[0]} .. {r.where[1]}: {r.steps} steps, {r.inverted} inverted, {r.kept_cuts} cuts kept"
-        f" ({r.kept_bytes:,} bytes), {r.freed_bytes:,} bytes regenerated"
-        for r in graph.regions
-    ]
-    return "\n".join(lines or ["# nothing reversible", *(f"#   {r}" for r in graph.refusals[:8])])

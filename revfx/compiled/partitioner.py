@@ -143,24 +143,11 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
 
 def _line(report: Report) -> str:
     """Return what the log says of one graph."""
-    found = [
-        f"{r.where[0]} .. {r.where[1]}: {r.steps} steps, {_size(r.freed_bytes)} freed, {_size(r.kept_bytes)} kept in "
-        f"{r.kept_cuts} cuts"
-        for r in report.regions
-    ]
     left = [str(r) for r in report.refusals[:LOGGED]]
     if len(report.refusals) > LOGGED:
         left.append(f"and {len(report.refusals) - LOGGED} more")
-    return f"reversible: {'; '.join(found) or 'nothing'}" + (f" | left as it was: {'; '.join(left)}" if left else "")
-
-
-def _size(nbytes: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "KiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.4g} MiB"
+    found = "; ".join(map(str, report.regions)) or "nothing"
+    return f"reversible: {found}" + (f" | left as it was: {'; '.join(left)}" if left else "")
 
 
 @functools.cache
