@@ -91,7 +91,7 @@ def _columns(report: Report, found: Sequence[Any]) -> tuple[str, list[tuple[str,
         return f"{other}: peak (kept)", [
             (
                 f"{sweep} {n}",
-                lambda r, n=n: (
+                lambda r, n=n, sweep=sweep: (
                     f"{_mib(r.peak)} ({_mib(r.kept)})" if getattr(r, sweep) == n and r.peak is not None else ""
                 ),
             )

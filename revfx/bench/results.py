@@ -106,8 +106,7 @@ class Report:
 
 def this_machine(device: str) -> Machine:
     """Return the machine that this runs on."""
-    gpu = device.startswith("cuda")
-    processor = torch.cuda.get_device_name(device) if gpu else _cpu()
+    processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu()
     return Machine(
         processor, os.cpu_count() or 1, torch.get_num_threads(), torch.__version__, platform.python_version()
     )

@@ -56,7 +56,6 @@ def describe(
     is what the codes take, None where there are none.
     """
     steps = region.steps
-    exit = [program.values[v] for v in region.exit]
     kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
     anchored = {*uncoded, *(v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry)} - kept.keys()
     return RegionInfo(
@@ -66,7 +65,7 @@ def describe(
         kind=_kind(steps),
         couplings=sum(1 for s in steps if s.inverts or s.saved),
         steps=len(steps),
-        streams=tuple(type_name(v.dtype, v.shape) for v in exit),
+        streams=tuple(type_name(v.dtype, v.shape) for v in map(program.values.__getitem__, region.exit)),
         kept=tuple(program.values[v].name for v in kept),
         kept_bytes=region.kept_bytes + program.nbytes(tuple(anchored)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),

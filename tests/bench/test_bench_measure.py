@@ -122,8 +122,7 @@ class Residual(Chain):
         super().__init__([])
         self.linear = torch.nn.Linear(32, 32)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(x).tanh()
 
 
