@@ -249,6 +249,7 @@ class _Lowering:
             assumes=assumed(given, self.index) if inverse.exact else (),
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
             declared=inverse.declared or declared_by_user(node, self._module(node)),
+            runs=(self.owner[node],) if inverse.runs else (),
         )  # fmt: skip
         return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
 

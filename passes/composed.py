@@ -96,7 +96,8 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
     made = {a.head for a in chain}
     tail = tuple(dict.fromkeys(v for a in chain for v in a.tail if v not in made))
     declared = next((a.declared for a in chain if a.declared), "")
-    return replace(arc, tail=tail, solve=_in_turn(chain, tail), partial=True, declared=declared)
+    runs = tuple(i for a in chain for i in a.runs)
+    return replace(arc, tail=tail, solve=_in_turn(chain, tail), partial=True, declared=declared, runs=runs)
 
 
 def _in_turn(chain: Sequence[Arc], tail: tuple[int, ...]) -> Callable[..., Any]:

@@ -52,7 +52,7 @@ class Arc:
     for where the run can't be asked. `assumes`: values, and what their elements must be (see `revfx.passes.facts`).
     `coupling` is the exact form of the operation, which can be undone bit for bit, or why there is none; `grid` says
     that the arc is the inverse of one. `coded`: without a code it is not worth having. `declared`: what of
-    the user's or a library's says so, and may be wrong.
+    the user's or a library's says so, and may be wrong. `runs`: operations whose own modules solving runs again.
     """
 
     head: int
@@ -72,6 +72,7 @@ class Arc:
     grid: bool = False
     coded: bool = False
     declared: str = ""
+    runs: tuple[int, ...] = ()
 
     @property
     def amplification(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
@@ -31,12 +32,13 @@ from revfx.capture.inplace import functionalise, set_item
 from revfx.capture.memo import Seen, structure
 from revfx.capture.numbers import Numbers
 from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, LOST, OWN_GENERATOR, Untraceable
+from revfx.capture.whole import faked, shapes_of
 from revfx.eager import dtensor
 from revfx.eager.modes import recording
 from revfx.eager.trees import meta, tensors
 from revfx.passes._torch import updated_statistics
 from revfx.passes.shape_only import of_its_shape
-from revfx.rules import op_name
+from revfx.rules import has_rule, op_name
 
 
 class Recorder(TorchFunctionMode):
@@ -323,9 +325,10 @@ class Recorder(TorchFunctionMode):
             hooked = any(map(_torch.hooks, module.modules()))
             key = (structure(module), hooked, str(spec), tuple(map(meta, leaves)), Ambience.now())
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
+            more: dict[str, Any] = {"opaque": True, "module": weakref.ref(module)}
             seen = self.memo.get(key)
             if seen is not None:
-                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], opaque=True, drew=seen.drew)
+                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], **more, drew=seen.drew)
                 self.hooked = (len(self.born), path) if hooked else self.hooked
                 return out
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
@@ -341,7 +344,7 @@ class Recorder(TorchFunctionMode):
                 raise Untraceable(text, opens=path)
             if not mutated:
                 self.memo[key] = Seen.of(out, [t for t, _ in versions], self.drew)
-            out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, drew=self.drew)
+            out = self.record("call_module", path, args, kwargs, out, mutated, **more, drew=self.drew)
             self.hooked = (len(self.born), path) if hooked else self.hooked
             return out
 
@@ -350,7 +353,13 @@ class Recorder(TorchFunctionMode):
         before, drawn, self.drew = Snapshot([*module.modules()]), generators(), None
         self.suspended += 1
         try:
-            out = dtensor.run(module, args, kwargs)
+            try:
+                out = dtensor.run(module, args, kwargs)
+            except _fake.DATA_DEPENDENT:
+                if not has_rule(type(module)):
+                    raise
+                given = [*tensors((args, kwargs)), *module.parameters()]
+                out = faked(self, shapes_of(module, args, kwargs), given)
             with _torch.no_torch_function():
                 return self.convert(out)
         finally:

@@ -7,23 +7,26 @@ other: where it is wrong, the code that makes up for it is large, and the value 
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import all_generators, drew
+from revfx.ambient import all_generators, drew, restore
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.eager.modes import recording
 from revfx.eager.trees import tensors
 from revfx.passes._torch import outside_modes
-from revfx.rules import Inverse
+from revfx.rules import op_name
+from revfx.rules.calls import by_call
 
 
 if TYPE_CHECKING:
@@ -88,52 +91,52 @@ def called(key: Any, args: Any, kwargs: Any) -> Any:
     with _torch.no_torch_function():
         args, kwargs = recorder.convert((args, kwargs))
         bound = inspect.signature(twin).bind(*args, **kwargs)
-        out = pytree.tree_map_only(Tensor, recorder.to_fake, shapes_of(twin, args, kwargs))
-        given = tensors((args, kwargs))
-        needs = torch.is_grad_enabled() and any(t.requires_grad and t.is_floating_point() for t in given)
-        with recorder.fake:  # not leaves: code may write to them
-            out = pytree.tree_map_only(Tensor, lambda t: t.requires_grad_(needs and t.is_floating_point()).clone(), out)
+        out = faked(recorder, shapes_of(twin, args, kwargs), tensors((args, kwargs)))
         out = recorder.record("call_function", function, args, kwargs, out, [], opaque=True)
         first, x = pytree.tree_leaves(out)[0], next(iter(bound.arguments.values()))
         if isinstance(x, Tensor) and isinstance(first, Tensor):
             y = recorder.nodes[id(first)]
             node: Any = y if y.target is function else y.args[0]
-            node.meta["directions"] = (_inverse(twin, node, recorder.nodes[id(x)], y),)
+            back = functools.partial(_told_otherwise, twin)
+            node.meta["directions"] = (by_call(back, node, recorder.nodes[id(x)], y, function.__name__),)
         return out
 
 
+def faked(recorder: Recorder, out: Any, given: Iterable[Tensor]) -> Any:
+    """Return fake tensors that are like `out`, as they would be made of what is `given`."""
+    out = pytree.tree_map_only(Tensor, recorder.to_fake, out)
+    needs = torch.is_grad_enabled() and any(t.requires_grad and t.is_floating_point() for t in given)
+    with recorder.fake:  # not leaves: code may write to them
+        return pytree.tree_map_only(Tensor, lambda t: t.requires_grad_(needs and t.is_floating_point()).clone(), out)
+
+
 def shapes_of(function: Any, args: Any, kwargs: Any) -> Any:
-    """Return what `function` gives of numbers that are like its arguments in shape.
+    """Return what `function` gives of zeros that are like its arguments in shape; a copy of it, where it is a module.
 
     Raises:
-        Untraceable: it can't be called so, or draws.
+        Untraceable: it can't be called so, or draws and is no module.
     """
-    drawn = all_generators()
-    with torch.no_grad(), outside_modes():
+    with torch.no_grad(), _torch.no_torch_function(), outside_modes():
+        module = copy.deepcopy(function) if isinstance(function, nn.Module) else None
+        drawn = all_generators()
 
         def like(t: Tensor) -> Tensor:
             return torch.zeros(tuple(t.shape), dtype=t.dtype, device=getattr(t, "fake_device", t.device))
 
+        args, kwargs = pytree.tree_map_only(Tensor, like, (args, kwargs))
         try:
-            found = function(*pytree.tree_map_only(Tensor, like, args), **pytree.tree_map_only(Tensor, like, kwargs))
+            found = (module or function)(*args, **kwargs)
         except Exception as e:
-            raise Untraceable(f"{ASKS}, and `{function.__name__}` fails for zeros: {e}") from None
-    if drew(drawn, all_generators()) is not None:
-        raise Untraceable(ASKS)
-    return found
+            raise Untraceable(f"{ASKS}, and `{op_name(function)}` fails for zeros: {e}") from None
+        if module is not None:
+            restore(drawn)
+        elif drew(drawn, all_generators()) is not None:
+            raise Untraceable(ASKS)
+        return found
 
 
-def _inverse(function: Any, node: fx.Node, x: fx.Node, y: fx.Node) -> Inverse:
-    """Return the inverse of `y, ... = function(x, ...)`."""
-    others = tuple(n for n in node.all_input_nodes if n is not x)
-    given = inspect.signature(function).bind(*node.args, **node.kwargs)
-
-    def by(result: Tensor, *tensors: Tensor) -> Tensor:
-        values: dict[fx.Node, Any] = {**dict(zip(others, tensors, strict=True)), x: result}
-        args, kwargs = fx.map_arg((given.args, given.kwargs), values.__getitem__)
-        call = inspect.signature(function).bind(*args, **kwargs)
-        call.apply_defaults()
-        call.arguments[NAME] = not call.arguments[NAME]
-        return pytree.tree_leaves(function(*call.args, **call.kwargs))[0]
-
-    return Inverse(x, by, others, result=y, declared=function.__name__)
+def _told_otherwise(function: Any, *args: Any, **kwargs: Any) -> Any:
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    call.arguments[NAME] = not call.arguments[NAME]
+    return function(*call.args, **call.kwargs)

@@ -224,13 +224,19 @@ class Regeneration:
         return dtensor.holding(whole, decode(dtensor.piece(whole), code))
 
     def predicted(self, arc: Arc, env: Env) -> Tensor:
-        """Return what an inverse gives, by the same kernels in the forward and in the backward: without autocast."""
+        """Return what an inverse gives, by the same kernels in the forward and in the backward: without autocast, or,
+        where it runs the user's modules, as they ran.
+        """
         tail = [env[v] if v in env else self.kept[v] for v in arc.tail]
-        if not any([torch.is_autocast_enabled(d) for d, *_ in self.autocast]):
+        if not (arc.runs or any([torch.is_autocast_enabled(d) for d, *_ in self.autocast])):
             return arc.solve(*tail)
         with contextlib.ExitStack() as stack:
-            for device, *_ in self.autocast:
+            for device, *_ in () if arc.runs else self.autocast:
                 stack.enter_context(torch.autocast(device, enabled=False))
+            if arc.runs:
+                stack.enter_context(autocast_of(self.autocast, self.cached))
+            for op in arc.runs:
+                stack.callback(self.states[op].put_back())
             return arc.solve(*tail)
 
     def _as_it_was(self, v: int, t: Tensor) -> Tensor:

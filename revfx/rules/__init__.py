@@ -45,7 +45,8 @@ class Inverse:
     the inverse of such a form. `coded` ones saturate, bend or lose bits, and so are taken only where a code corrects
     what they give. `matrix`: the operand that is inverted as a whole; it must follow from parameters and constants.
     `result`: the part of the results that the inverse starts from, where there are several. `declared`: what
-    of the user's or a library's says so, and may be wrong.
+    of the user's or a library's says so, and may be wrong. `runs`: solving runs the operation's own module again, which
+    then finds its state, and random numbers, as the call did.
     """
 
     solves: Any
@@ -60,6 +61,7 @@ class Inverse:
     matrix: Any = None
     result: Any = None
     declared: str = ""
+    runs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +117,15 @@ Rule = Callable[[fx.Node], Iterator[Direction]]
 _table: dict[object, Rule] = {}
 
 
-def register_inverse(*ops: object) -> Callable[[Rule], Rule]:
+def register_inverse(*ops: object, by: str | Callable[..., Any] | None = None) -> Callable[[Rule], Rule]:
     """Register a rule, by a decorator, for `ops`: functions, tensor method names, module classes or aten overloads.
 
+    With `by` there is nothing to decorate: `ops` are classes of modules that are called whole from then on, and
+    inverted by a method of that name, `y, ... = m(x, ...)`; `x, ... = m.inverse(y, ...)`, or by `by(m, y, ...)`. Each
+    forward and each backward then runs it once more, with all that is inside.
+
     Raises:
-        RevfxError: one of `ops` has a rule already.
+        RevfxError: one of `ops` has a rule already, or is no class of modules with such a method.
     """
 
     def decorate(rule: Rule) -> Rule:
@@ -129,6 +135,13 @@ def register_inverse(*ops: object) -> Callable[[Rule], Rule]:
         _table.update(dict.fromkeys(ops, rule))
         return rule
 
+    if by is not None:
+        for op in ops:
+            if not (isinstance(op, type) and issubclass(op, torch.nn.Module) and (callable(by) or hasattr(op, by))):
+                raise RevfxError(f"`register_inverse`: `{op_name(op)}` is no class of modules that have a `{by}`.")
+        from revfx.rules.calls import by_method
+
+        decorate(by_method(by))
     return decorate
 
 

@@ -249,6 +249,7 @@ class Queue(nn.Module):
     def __init__(self, draws: bool) -> None:
         super().__init__()
         self.draws = draws
+        self.seen: Any
         self.register_buffer("seen", torch.zeros(16, D))
         self.nets = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)) for _ in range(LAYERS))
 
