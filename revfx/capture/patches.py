@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.eager.modes import recording
+from revfx.rules import foreign_modules
 
 
 @contextmanager
@@ -33,22 +36,31 @@ def intercepted() -> Generator[None]:
         recorder = getattr(recording, "recorder", None)
         return apply(*args, **kwargs) if recorder is None else recorder.call_function(cls, apply, args, kwargs)
 
-    with ExitStack() as stack:
-        nn.Module.__call__ = __call__
-        stack.callback(setattr, nn.Module, "__call__", call_module)
-        nn.Module.__init__ = __init__
-        stack.callback(setattr, nn.Module, "__init__", init)
-        below = _torch.BELOW_APPLY
-        own, below.apply = vars(below).get("apply"), classmethod(patched_apply)
-        stack.callback(lambda: setattr(below, "apply", own) if own is not None else delattr(below, "apply"))
-        set_rng_state = torch.set_rng_state
-
-        def patched_set(state: Tensor) -> None:
+    def patched_forward(own: Any) -> Any:
+        @functools.wraps(own)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             recorder = getattr(recording, "recorder", None)
-            if recorder is not None:
-                recorder.set_rng_state()
-            set_rng_state(state)
+            whole = recorder is None or not recorder.sees()
+            return own(self, *args, **kwargs) if whole else recorder.call_module(self, args, kwargs)
 
-        torch.set_rng_state = patched_set
-        stack.callback(setattr, torch, "set_rng_state", set_rng_state)
+        return forward
+
+    set_rng_state, below = torch.set_rng_state, _torch.BELOW_APPLY
+
+    def patched_set(state: Tensor) -> None:
+        recorder = getattr(recording, "recorder", None)
+        if recorder is not None:
+            recorder.set_rng_state()
+        set_rng_state(state)
+
+    instead: list[tuple[Any, str, Any]] = [
+        *((cls, "forward", patched_forward(cls.forward)) for cls in foreign_modules()),  # some libraries call it so
+        (nn.Module, "__call__", __call__),
+        (nn.Module, "__init__", __init__),
+        (below, "apply", classmethod(patched_apply)),
+        (torch, "set_rng_state", patched_set),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in instead:
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from torch import Tensor, fx, nn
 from torch.distributions import Transform
@@ -40,8 +41,7 @@ def declared_by_transforms() -> Generator[None]:
         for cls in _subclasses(Transform):
             for name in INVERSE:
                 if callable(own := vars(cls).get(name)):
-                    setattr(cls, name, _telling(own, INVERSE[name]))
-                    stack.callback(setattr, cls, name, own)
+                    stack.enter_context(mock.patch.object(cls, name, _telling(own, INVERSE[name])))
         yield
 
 

@@ -161,6 +161,12 @@ def has_foreign() -> bool:
     return _table != _ours
 
 
+def foreign_modules() -> list[type[torch.nn.Module]]:
+    """Return the classes of modules for which rules were added."""
+    added = (op for op in _table if op not in _ours and isinstance(op, type))
+    return [op for op in added if issubclass(op, torch.nn.Module)]
+
+
 def has_rule(op: object) -> bool:
     """Return whether `op` (in one of the spellings that `register_inverse` takes) has a rule."""
     return op in _table

@@ -57,6 +57,10 @@ class Lists(Layer):
         return (y,), log_det
 
 
+class Inherits(Layer):
+    """One whose `forward` is called by name, as torchflows does."""
+
+
 class Wrong(Layer):
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(y), y.sum(-1)
@@ -72,6 +76,8 @@ class Flow(nn.Module):
         for layer in self.layers:
             if isinstance(layer, Lists):
                 (x,), log_det = layer([x], condition=condition)
+            elif isinstance(layer, Inherits):
+                x, log_det = layer.forward(x, condition=condition)
             else:
                 x, log_det = layer(x, condition=condition)
             total = total + log_det
@@ -82,7 +88,7 @@ def rev(layer: Any, y: Any, **kwargs: Any) -> Any:
     return layer(y, rev=True, **kwargs)
 
 
-BY: dict[type[Layer], Any] = {Layer: "inverse", Lists: rev, Wrong: "inverse"}
+BY: dict[type[Layer], Any] = {Layer: "inverse", Lists: rev, Inherits: "inverse", Wrong: "inverse"}
 
 
 @contextmanager
@@ -119,11 +125,12 @@ def test_layers_with_state_train_as_they_did(layer: type[Layer], dtype: torch.dt
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("layer", [Layer, Lists])
+@pytest.mark.parametrize("layer", [Layer, Lists, Inherits])
 def test_layers_keep_little_of_what_they_did(layer: type[Layer]) -> None:
     x = torch.randn(256, 2 * D, requires_grad=True)
     with inverted_by(layer):
         assert kept_growth(lambda layers: Flow(layer, layers), x, (LAYERS // 2, LAYERS)) < 0.05
+    assert ("forward" in vars(layer)) is (layer is not Inherits), "it is as it was"
 
 
 def test_a_wrong_one_is_warned_of_and_what_it_should_give_is_kept() -> None:
