@@ -25,8 +25,7 @@ from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.eager.modes import recording
 from revfx.eager.trees import tensors
 from revfx.passes._torch import outside_modes
-from revfx.rules import op_name
-from revfx.rules.calls import by_call
+from revfx.rules import by_call, op_name
 
 
 if TYPE_CHECKING:
