@@ -170,19 +170,22 @@ NOWHERE: Places = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Of the nodes of a graph, those that are masks, and where others are exactly zero: (root, value) for each place.
+    """Of the nodes of a graph, those that are masks, and where others are exactly zero, or one: (root, value) for each
+    place.
 
     Both hold up to broadcasting: a root says the same about every row that it is repeated for.
     """
 
     of: Mapping[fx.Node, Mask]
     zero: Mapping[fx.Node, Places]
+    one: Mapping[fx.Node, Places]
 
 
 def masks(graph: fx.Graph) -> Masks:
     """Return the masks of a graph: booleans, values that are known to be binary, and what turns them round."""
     of: dict[fx.Node, Mask] = {}
     zero: dict[fx.Node, Places] = {}
+    one: dict[fx.Node, Places] = {}
     parts: dict[tuple[object, ...], fx.Node] = {}
     for node in graph.nodes:
         if not isinstance(node.meta.get("val"), Tensor):
@@ -192,7 +195,9 @@ def masks(graph: fx.Graph) -> Masks:
             of[node] = mask
         if of and (where := _zero(node, of, zero)):
             zero[node] = where
-    return Masks(of, zero)
+        if bare(node) == "exp" and node.args[0] in zero:
+            one[node] = zero[node.args[0]]
+    return Masks(of, zero, one)
 
 
 def bare(node: fx.Node) -> str:

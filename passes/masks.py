@@ -6,7 +6,7 @@ y itself on it, so `x <- where(m, y, (y - t)/e)`. This is how masked couplings (
 Real NVP", ICLR 2017, https://arxiv.org/abs/1605.08803) invert.
 
 Arithmetic with a mask of zeros and ones says the same: `b*x` is x where b is set and 0 elsewhere, and a sum is one of
-its addends where the other one is zero; so `y = b*x + (1-b)*(x*e + t)` is a `where`.
+its addends where the other one is zero; so `y = b*x + (1-b)*(x*e + t)` is a `where`, as is `x*exp((1-b)*s) + (1-b)*t`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Half:
 
 Found = tuple[int, Arc]
 UNSAID = object()  # the rest of a sum that is not simply its other addend
-PRODUCTS, SUMS = ("mul", "multiply"), ("add", "sub", "subtract")
+PRODUCTS, QUOTIENTS, SUMS = ("mul", "multiply"), ("div", "divide", "true_divide"), ("add", "sub", "subtract")
 
 
 class MaskedArcs:
@@ -92,14 +92,14 @@ class MaskedArcs:
                         yield self._refill(y, m, half)
 
     def _masked(self, node: fx.Node) -> Iterator[Masked]:
-        """Yield what a node holds under masks: as its rule says, and as products and sums with masks of 0 and 1 say."""
+        """Yield what a node holds under masks: as its rule says, and as arithmetic with masks of 0 and 1 says."""
         known = self.masks
         for m in self.directions_of(node):
             if isinstance(m, Masked) and isinstance(m.mask, fx.Node):
                 mask = known.of.get(m.mask, Mask(m.mask, True))
                 yield Masked(m.whole, mask.root, m.value == mask.value, m.other)
         name = bare(node)
-        if name not in (*PRODUCTS, *SUMS) or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        if name not in (*PRODUCTS, *QUOTIENTS, *SUMS) or len(node.args) != 2 or node.kwargs not in ({}, {"alpha": 1}):
             return
         a, b = node.args
         for x, other in ((a, b), (b, a)):
@@ -107,8 +107,8 @@ class MaskedArcs:
                 continue
             if name in PRODUCTS and other in known.of:
                 yield Masked(x, known.of[other].root, known.of[other].value, 0.0)
-            elif name in SUMS and (name == "add" or x is a):
-                for root, value in known.zero.get(other, ()):
+            elif name in ("add", *PRODUCTS) or x is a:  # an addend that is zero, or a factor that is one
+                for root, value in (known.zero if name in SUMS else known.one).get(other, ()):
                     yield Masked(x, root, value, UNSAID)
 
     def _spread(self, whole: Any, mask: fx.Node, known: Half, depth: int) -> None:

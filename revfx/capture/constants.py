@@ -30,6 +30,7 @@ class Constants:
         self.graph = graph
         self.held: dict[fx.Node, Tensor] = {}
         self.values: dict[fx.Node, Any] = {}
+        self.made: dict[int, list[fx.Node]] = {}  # what was folded, by the memory that it lives in
 
     def hold(self, node: fx.Node, t: Tensor) -> None:
         """Note what an attribute stands for."""
@@ -51,6 +52,8 @@ class Constants:
             del self.held[node]
             if not any("constant" in user.meta for user in node.users):
                 node.meta.pop("constant", None)
+        for node in self.made.pop(memory, ()):
+            node.meta.pop("constant", None)
 
     def asked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return what `function` gives of nodes; the attributes that they follow from are marked, to be guarded.
@@ -78,18 +81,27 @@ class Constants:
         return found
 
     def fold(self, node: fx.Node) -> None:
-        """Note what a node holds that is computed from indices and masks whose numbers are noted."""
-        made, inputs = tensors(node.meta["val"]), node.all_input_nodes
+        """Note what a node holds that is computed from indices and masks whose numbers are noted, or from none."""
+        made, inputs = tensors(node.meta.get("val")), node.all_input_nodes
         if (
             made
-            and inputs
+            and "constant" not in node.meta
             and all("constant" in n.meta for n in inputs)
-            and all(map(_is_whole, made))
+            and all(map(_is_small, made))
             and is_pure(node)
         ):
             found = _called(_function(node), node.args, node.kwargs, {n: n.meta["constant"] for n in inputs})
             # masks may be large, and are made again
-            node.meta.update(constant=found, kept=all(t.dtype != torch.bool for t in made))
+            node.meta.update(constant=found, kept=all(map(_is_index, made)))
+            self.made.setdefault(_memory(node), []).append(node)
+
+    def fold_all(self) -> None:
+        """Note the same of all nodes, once writes that nothing else sees are functional."""
+        writes = [n for n in self.graph.nodes if "mutates" in n.meta and "made_functional" not in n.meta]
+        written = {w.meta["storage"][0] for n in writes for w in n.meta["mutates"]}
+        for node in self.graph.nodes:
+            if _memory(node) not in written:
+                self.fold(node)
 
     def _value(self, node: fx.Node) -> Any:
         if node in self.held:
@@ -112,10 +124,15 @@ def positions(index: Any, nodes: Mapping[int, fx.Node], call: Callable[..., Any]
     return index
 
 
+def _memory(node: fx.Node) -> int:
+    return node.meta["storage"][0] if "storage" in node.meta else -1
+
+
 def is_pure(node: fx.Node) -> bool:
     """Return whether running an operation again gives the same, and changes nothing."""
-    runs = node.op in ("call_function", "call_method") and not node.meta.get("opaque") and "mutates" not in node.meta
-    return runs and not may_draw(op_name(node.target), node.args, node.kwargs)
+    runs = node.op in ("call_function", "call_method") and not node.meta.get("opaque")
+    writes = "mutates" in node.meta and "made_functional" not in node.meta
+    return runs and not writes and not may_draw(op_name(node.target), node.args, node.kwargs)
 
 
 def _function(node: fx.Node) -> Any:
@@ -128,6 +145,14 @@ def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mappin
         return function(*args, **kwargs)
 
 
+def _is_small(t: Tensor) -> bool:
+    return t.numel() <= LIMIT
+
+
 def _is_whole(t: Tensor) -> bool:
     """Return whether a tensor may be an index or a mask of few elements."""
-    return not (t.is_floating_point() or t.is_complex()) and t.numel() <= LIMIT
+    return not (t.is_floating_point() or t.is_complex()) and _is_small(t)
+
+
+def _is_index(t: Tensor) -> bool:
+    return _is_whole(t) and t.dtype != torch.bool

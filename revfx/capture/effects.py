@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
-from revfx.capture.guards import ATOMS, is_plain
+from revfx.capture.guards import ATOMS, is_plain, key
 from revfx.eager.reach import CONTAINERS, is_users
 from revfx.eager.state import content, fill, holds
 
@@ -76,7 +76,7 @@ class Snapshot:
         for i, tables in enumerate(self.tables):
             for table, then in tables:
                 if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
-                    yield from ((i, k) for k in {**then, **table} if table.get(k, self) is not then.get(k, self))
+                    yield from ((i, k) for k in {**then, **table} if not _same(table.get(k, self), then.get(k, self)))
         yield from ((i, k) for i, k, held in self.held if not all(holds(c, then) for c, then in held))
 
     def written(self) -> set[tuple[type, str]]:
@@ -92,6 +92,11 @@ class Snapshot:
                 if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
                     table.clear()
                     table.update(then)
+
+
+def _same(now: Any, then: Any) -> bool:
+    """Return whether an attribute holds what it held: the same object, or the same number or string."""
+    return now is then or (isinstance(now, ATOMS) and key(now) == key(then))
 
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -40,8 +40,9 @@ def intercepted() -> Generator[None]:
         @functools.wraps(own)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             recorder = getattr(recording, "recorder", None)
-            whole = recorder is None or not recorder.sees()
-            return own(self, *args, **kwargs) if whole else recorder.call_module(self, args, kwargs)
+            if recorder is None or not recorder.sees():
+                return own(self, *args, **kwargs)
+            return recorder.call_module(self, args, kwargs)
 
         return forward
 

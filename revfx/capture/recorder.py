@@ -180,6 +180,7 @@ class Recorder(TorchFunctionMode):
         self._refuse_unseen_functions()
         self.graph.output(tuple(o.tensors if isinstance(o, Carried) else o for o in outputs))
         functionalise(self.graph)
+        self.constants.fold_all()
         self.graph.lint()
         read = set(self.attributes.values())
         tied = tuple(pair for pair in self.tied if pair[1] in read)
