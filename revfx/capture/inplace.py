@@ -52,14 +52,14 @@ def functionalise(graph: fx.Graph) -> None:
         else:
             node.meta["barrier"] = reason
     for nodes in memory.values():
-        if any(n.op == "get_attr" for n in nodes):
+        if any(n.op in ("get_attr", "placeholder") for n in nodes):
             _put_last(graph, nodes, position)
 
 
 def _put_last(graph: fx.Graph, nodes: list[fx.Node], position: dict[fx.Node, int]) -> None:
-    """Move writes to the memory of a buffer, as to running statistics, and what serves them alone, behind all else:
-    where they stand no region could go on. They stay where something reads there what was written, or writes to what
-    they read, or where they draw.
+    """Move writes to the memory of a buffer, as to running statistics, or of an input, as to a sum of log-determinants,
+    and what serves them alone, behind all else: where they stand no region could go on. They stay where something reads
+    there what was written, or writes to what they read, or where they draw.
     """
     first = min((position[n] for n in nodes if "barrier" in n.meta and "mutates" in n.meta), default=len(position))
     moved = {n for n in nodes if position[n] >= first}
@@ -69,7 +69,7 @@ def _put_last(graph: fx.Graph, nodes: list[fx.Node], position: dict[fx.Node, int
     written = {w.meta["storage"][0] for n in later if "barrier" in n.meta for w in n.meta.get("mutates", ())}
     if (
         not moved
-        or any(n.op == "placeholder" or str(n.target).startswith(owners) for n in nodes)
+        or any(n.op == "get_attr" and str(n.target).startswith(owners) for n in nodes)
         or not {*later}.isdisjoint(u for n in nodes for u in n.users)
         or any(i.meta["storage"][0] in written for n in moved for i in n.all_input_nodes)
         or any(may_draw(op_name(n.target), n.args, n.kwargs) for n in moved)
