@@ -93,7 +93,8 @@ class _Lowering:
         barred: Mapping[fx.Node, str] | None,
     ) -> None:
         self.graph, self.module_of, self.sources = graph, module_of, sources
-        self.bounds, self.barred, self.coded = bounds(graph), barred, barred is None
+        self.bounds, self.barred = bounds(graph), barred
+        self.coded = barred is None
         self.directions: dict[fx.Node, list[Direction]] = {}
         self.constant = _constant(graph, sources)
         self.masks = masks(graph)
@@ -124,9 +125,7 @@ class _Lowering:
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        masked = MaskedArcs(
-            op_nodes, self.masks, self.index, self._trusted, self._arc, self._directions, coded=self.coded
-        )
+        masked = MaskedArcs(op_nodes, self.masks, self.index, self.barred, self._arc, self._directions)
         for i, arc in (*tilings(self.values, self.index, op_nodes, outs, self._directions), *masked.run()):
             ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
         written = {self.values[v].storage for op in ops if "writes" in (op.barrier or "") for v in op.ins}
@@ -241,7 +240,7 @@ class _Lowering:
         factor = self._factor(inverse, y.dtype)
         if isinstance(factor, str):
             return factor
-        arc = Arc(
+        return Arc(
             head=self.index[inverse.solves], tail=(self.index[result], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
@@ -250,12 +249,8 @@ class _Lowering:
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
             declared=inverse.declared or declared_by_user(node, self._module(node)),
             runs=(self.owner[node],) if inverse.runs else (),
+            barred=None if inverse.exact or inverse.grid else (self.barred or {}).get(inverse.solves),
         )  # fmt: skip
-        return arc if inverse.exact or inverse.grid else self._trusted(arc, inverse.solves)
-
-    def _trusted(self, arc: Arc, head: fx.Node) -> Arc:
-        """Return an arc that rounds, with what is known against it for the sake of its head."""
-        return replace(arc, barred=(self.barred or {}).get(head))
 
     def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
         """Return the exact form of an operation that is solved for one operand, or why there is none."""
@@ -287,8 +282,9 @@ class _Lowering:
             return {}
         if not isinstance(f, fx.Node):
             value = float(abs(1 / f if inverse.reciprocal and f else f))
-            least, most = _normal(dtype)
-            if not least <= value <= most:  # 0 or infinite, also where it only is so in this dtype; or NaN
+            info = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
+            # 0 or infinite, also where it only is so in this dtype; or NaN
+            if not getattr(info, "tiny", 1) <= value <= info.max:
                 return f"the factor is {f}"
             return {} if value == 1 else {"factor": value}
         interval: Interval = self.bounds.get(f, UNKNOWN)
@@ -329,13 +325,6 @@ def _size(value: Value) -> int:
 
 def _kept() -> Tensor:
     raise AssertionError("a barred inverse is never run")
-
-
-def _normal(dtype: torch.dtype) -> tuple[float, float]:
-    """Return the smallest and the largest magnitude of a dtype's normal numbers."""
-    if not dtype.is_floating_point and not dtype.is_complex:
-        return 1, torch.iinfo(dtype).max
-    return torch.finfo(dtype).tiny, torch.finfo(dtype).max
 
 
 def _filled(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Callable[..., Any]:

@@ -52,8 +52,8 @@ PRODUCTS, QUOTIENTS, SUMS = ("mul", "multiply"), ("div", "divide", "true_divide"
 class MaskedArcs:
     """Finds arcs whose tail holds parts of their head under a mask.
 
-    `index` numbers values, `trusted` gives an arc that rounds with what is known against it for the sake of its head,
-    `arc_of` the arc of one direction of a node, or why there is none. `coded`: what rounds is corrected.
+    `index` numbers values, `arc_of` gives the arc of one direction of a node, or why there is none. `barred` says what
+    is known against an arc that rounds for the sake of its head; None: what rounds is corrected.
     """
 
     def __init__(
@@ -61,13 +61,11 @@ class MaskedArcs:
         op_nodes: Sequence[fx.Node],
         masks: Masks,
         index: Mapping[fx.Node, int],
-        trusted: Callable[[Arc, fx.Node], Arc],
+        barred: Mapping[fx.Node, str] | None,
         arc_of: Callable[[fx.Node, Inverse], Arc | str],
         directions_of: Callable[[fx.Node], list[Direction]],
-        coded: bool,
     ) -> None:
-        self.index, self.trusted, self.arc_of, self.directions_of = index, trusted, arc_of, directions_of
-        self.coded = coded
+        self.index, self.barred, self.arc_of, self.directions_of = index, barred, arc_of, directions_of
         self.position = {node: i for i, node in enumerate(op_nodes)}
         self.masks = masks
         found = {node: [m for m in self._masked(node) if m.mask in index] for node in op_nodes}
@@ -134,21 +132,32 @@ class MaskedArcs:
 
     def _join(self, whole: fx.Node, mask: fx.Node, inside: Half, outside: Half) -> Found:
         tail = (*inside.tail, *outside.tail, mask)
-        solve = functools.partial(_where, inside.solve, len(inside.tail), outside.solve)
+        n = len(inside.tail)
+
+        def solve(*tail: Tensor) -> Tensor:
+            return torch.where(_set(tail[-1]), inside.solve(*tail[:n]), outside.solve(*tail[n:-1]))
+
         roundings = [half.rounding for half in (inside, outside) if half.rounding is not None]
         made = self._arc(whole, tail, solve, exact=not roundings)
         if roundings:
             said = next((r for r in roundings if r.factor is not None), roundings[0])  # at most one of them divides
             fields = ("factor", "measured", "reciprocal", "least", "typical")
-            made = replace(self.trusted(made, whole), **{name: getattr(said, name) for name in fields})
+            barred = (self.barred or {}).get(whole)
+            made = replace(made, barred=barred, **{name: getattr(said, name) for name in fields})
         return min(inside.at, outside.at), made
 
     def _refill(self, y: fx.Node, m: Masked, half: Half) -> Found:
         fill = (m.other,) if isinstance(m.other, fx.Node) else ()
-        solve = functools.partial(_fill, half.solve, len(half.tail), m.value, None if fill else m.other)
+        n = len(half.tail)
+
+        def solve(*tail: Tensor) -> Tensor:
+            held, mask = half.solve(*tail[:n]), _set(tail[n])
+            other = tail[n + 1] if fill else m.other
+            return torch.where(mask, held, other) if m.value else torch.where(mask, other, held)
+
         exact = half.rounding is None
         why = "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
-        barred = None if exact or self.coded else why
+        barred = None if exact or self.barred is None else why
         arc = self._arc(y, (*half.tail, m.mask, *fill), solve, exact=exact, barred=barred, mask=m.mask)
         return min(self.position[y], half.at), arc
 
@@ -180,17 +189,6 @@ def _alike(whole: fx.Node, node: fx.Node) -> bool:
 
 def _chain(first: Callable[..., Tensor], n: int, then: Callable[..., Tensor], *tail: Tensor) -> Tensor:
     return then(first(*tail[:n]), *tail[n:])
-
-
-def _where(inside: Callable[..., Tensor], n: int, outside: Callable[..., Tensor], *tail: Tensor) -> Tensor:
-    *values, mask = tail
-    return torch.where(_set(mask), inside(*values[:n]), outside(*values[n:]))
-
-
-def _fill(solve: Callable[..., Tensor], n: int, value: bool, fill: Any, *tail: Tensor) -> Tensor:
-    held, mask = solve(*tail[:n]), _set(tail[n])
-    other = fill if fill is not None else tail[n + 1]
-    return torch.where(mask, held, other) if value else torch.where(mask, other, held)
 
 
 def _set(mask: Tensor) -> Tensor:
