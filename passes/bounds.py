@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from revfx.passes.facts import bare
+from revfx.passes.sizes import tensors_of
 from revfx.rules import arguments, op_name
 
 
@@ -151,11 +152,8 @@ def bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
     return found
 
 
-def _dtype(node: Any) -> torch.dtype | None:
-    val = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if isinstance(val, (tuple, list)) and val:
-        val = val[0]
-    return val.dtype if isinstance(val, Tensor) else None
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return next((t.dtype for t in tensors_of(node.meta.get("val"))), None)
 
 
 def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Interval:

@@ -55,7 +55,7 @@ class Closure:
         self._missing: list[int] = []
         self._pending: list[Derivation] = []
         self._ready: tuple[deque[int], ...] = (deque(), deque(), deque(), deque())  # by `_rank`
-        self._sums = Elimination(program, self)  # which holds none unless `sums`
+        self.sums = Elimination(program, self)  # which holds none unless `sums`
         self._adds_sums = sums
         self.together = False  # whether sums were solved together
         self.order: list[Derivation] = []
@@ -64,16 +64,7 @@ class Closure:
         v = self._program.values[value]
         return value in self._known or v.source or v.kept
 
-    @property
-    def ties(self) -> bool:
-        """Whether sums may still be solved together, as two known values are in some."""
-        return self._sums.ties()
-
-    def add(self, index: int) -> list[int]:
-        """Return the values that become known, in order, when operation `index` is added."""
-        return self.add_all((index,))
-
-    def add_all(self, indices: Iterable[int]) -> list[int]:
+    def add(self, indices: Iterable[int]) -> list[int]:
         """Return the values that become known, in order, when some operations are added at once.
 
         One chain of operations runs after the other: side by side their values would be there at the same time.
@@ -86,7 +77,7 @@ class Closure:
                 self._offer(Invert(index, arc))
         new = self._derive(min(indices, default=0))
         for index in reversed(indices) if self._adds_sums else ():  # near the known values first: sums stay short
-            new += self._derive(index, self._sums.add(index))
+            new += self._derive(index, self.sums.add(index))
         return new
 
     def run(self, indices: Iterable[int]) -> list[int]:
@@ -104,7 +95,7 @@ class Closure:
                 self._offer(Invert(index, arc))
             self.together |= bool(arcs)
             found += (new := self._drain())
-            arcs = [arc for v in new for arc in self._sums.learn(v)]
+            arcs = [arc for v in new for arc in self.sums.learn(v)]
             if not arcs:
                 return found
 

@@ -6,9 +6,8 @@ corrected once. What autograd wants of the rest (u, where s needs a gradient) ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -97,14 +96,11 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
     tail = tuple(dict.fromkeys(v for a in chain for v in a.tail if v not in made))
     declared = next((a.declared for a in chain if a.declared), "")
     runs = tuple(i for a in chain for i in a.runs)
-    return replace(arc, tail=tail, solve=_in_turn(chain, tail), partial=True, declared=declared, runs=runs)
 
-
-def _in_turn(chain: Sequence[Arc], tail: tuple[int, ...]) -> Callable[..., Any]:
-    def solve(*values: Tensor) -> Any:
+    def solve(*values: Tensor) -> Tensor:
         env = dict(zip(tail, values, strict=True))
-        for arc in chain:
-            env[arc.head] = arc.solve(*(env[v] for v in arc.tail))
-        return env[chain[-1].head]
+        for a in chain:
+            env[a.head] = a.solve(*(env[v] for v in a.tail))
+        return env[arc.head]
 
-    return solve
+    return replace(arc, tail=tail, solve=solve, partial=True, declared=declared, runs=runs)

@@ -99,7 +99,7 @@ def find_step(
                 live[v] = None
                 if v not in closure:
                     unknown.add(v)
-        new = closure.add(start)
+        new = closure.add((start,))
         unknown.difference_update(new)
         if not unknown and not _parts_selected(program, start, live):
             if (step := _step(program, closure, start, stop, tuple(live), exit, side)) is not None:
@@ -115,7 +115,7 @@ def find_step(
             nearest = start, tuple(v for v in live if v in unknown)
         if blind and len(unknown) == len(live):
             blocked = blocked or Stuck(start, stop, tuple(v for v in live if v in unknown))
-            if not closure.ties:
+            if not closure.sums.ties():
                 return nearer or blocked
         if blocked is not None and nearer is None and blocked.start - start > FURTHER:
             program.in_vain[0] += 1
@@ -202,7 +202,7 @@ def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
 
 def _closure(program: Program, start: int, stop: int, known: Iterable[int], trusted: bool = False) -> Closure:
     closure = Closure(program, known, trusted)
-    closure.add_all(range(start, stop))
+    closure.add(range(start, stop))
     return closure
 
 

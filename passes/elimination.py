@@ -45,7 +45,7 @@ class Elimination:
                 yield from self._put(self._take(pivot))
 
     def ties(self) -> bool:
-        """Return whether two known values are in sums that are not solved."""
+        """Return whether more may be solved together, as two known values are in sums that are not solved."""
         values = self._program.values
         known = {v for r in self._rows.values() for v in r if v != ONE and v in self._known and not values[v].source}
         return len(known) > 1

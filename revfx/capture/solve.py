@@ -161,7 +161,7 @@ class Solver(Search):
         """Return what follows from some values, without operations that write, or draw anew."""
         closure = Closure(lowered.program, known)
         ops = enumerate(zip(lowered.program.ops, lowered.op_nodes, strict=True))
-        closure.add_all(i for i, (op, node) in ops if op.barrier is None and not self._draws(node))
+        closure.add(i for i, (op, node) in ops if op.barrier is None and not self._draws(node))
         return closure
 
     def _draws(self, node: fx.Node) -> bool:
