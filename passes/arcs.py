@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
-from revfx.passes.elimination import terms
+from revfx.passes.elimination import ONE
 from revfx.passes.facts import assumed, masks
 from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import MaskedArcs
@@ -159,7 +159,7 @@ class _Lowering:
                 refused[self.index[solved]] = arc
             else:
                 arcs.append(arc)
-        name = str(node.target) if node.op == "call_module" else op_name(node.target)
+        name = op_name(node.target)
         ruled = "directions" in node.meta or rule_for(node, self._module(node)) is not None
         unknown = not ruled or (name in NOT_INJECTIVE and not directions)
         whole = node.op == "call_module" or any(getattr(d, "matrix", None) for d in directions)
@@ -208,7 +208,7 @@ class _Lowering:
                 return ()
             factors[self.index[d.solves]] += 1 / f if d.reciprocal else f
             number = d.rest(*(0.0 if isinstance(g, fx.Node) else g for g in d.given))
-        return terms(factors, float(number)) if all(factors.values()) and math.isfinite(number) else ()
+        return (*factors.items(), (ONE, float(number))) if all(factors.values()) and math.isfinite(number) else ()
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
         """Return the arc of one direction, or why its domain does not hold."""

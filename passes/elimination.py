@@ -6,7 +6,7 @@ y1 = y + (f + g)*dt/2`, has `z = 2*y1 - z1 - g*dt`, as `2*y + f*dt` cancels: no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -108,8 +108,3 @@ def _sum(weights: tuple[float, ...], number: float) -> Callable[..., Tensor]:
         return total + number if number else total
 
     return solve
-
-
-def terms(factors: Mapping[int, float], number: float) -> tuple[tuple[int, float], ...]:
-    """Return what an operation adds up: values by their factors, and a number."""
-    return (*factors.items(), *(((ONE, number),) if number else ()))

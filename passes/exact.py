@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -125,7 +124,7 @@ class _Rewrite:
             if moved:
                 self.readers.add(node)
                 for n in (node, *(self.now[v] for v in op.outs)):
-                    n.meta["val"] = pytree.tree_map(_carried, n.meta["val"])
+                    n.meta["val"] = pytree.tree_map_only(Tensor, _carried, n.meta["val"])
             if moved and must.issuperset(ins):
                 self.moved.update(self.now[v] for v in op.outs)
                 continue
@@ -146,25 +145,23 @@ class _Rewrite:
 
     def _couple(self, node: fx.Node, op: Op, arc: Arc) -> None:
         assert isinstance(arc.coupling, Coupling)
-        x, given = self.now[arc.head], [self.now[v] for v in arc.tail[1:]]
-        for part, reads in replace(arc.coupling, k=self.k).parts(len(given)):
-            x = self._insert(part, x, [given[i] for i in reads], node)
+        x, operands = self.now[arc.head], [self.now[v] for v in arc.tail[1:]]
+        for part, reads in replace(arc.coupling, k=self.k).parts(len(operands)):
+            given = [operands[i] for i in reads]
+            new = self.insert(node, part, (x, *given), node)
+            self.readers.add(new)
+            if part.bits:
+                index = self.insert(node, part.index, (x, new, *given), node)
+                index.meta.update(directions=(), kept=True)
+                self.readers.add(index)
+                given.append(index)
+            inverse = Inverse(x, part.inverse, tuple(given), grid=True)
+            new.meta.update(directions=(inverse,), grid=self.k)
+            x = new
         (y,) = op.outs
         self.now[y] = x
         node.replace_all_uses_with(x)
         self.graph.erase_node(node)
-
-    def _insert(self, coupling: Coupling, x: fx.Node, given: list[fx.Node], node: fx.Node) -> fx.Node:
-        new = self.insert(node, coupling, (x, *given), node)
-        self.readers.add(new)
-        if coupling.bits:
-            index = self.insert(node, coupling.index, (x, new, *given), node)
-            index.meta.update(directions=(), kept=True)
-            self.readers.add(index)
-            given = [*given, index]
-        inverse = Inverse(x, coupling.inverse, tuple(given), grid=True)
-        new.meta.update(directions=(inverse,), grid=self.k)
-        return new
 
     def cast(self, v: int) -> None:
         """Give all readers but those that take what is carried the dtype that the value had.
@@ -202,5 +199,5 @@ def _is_half(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and carrier(dtype) != dtype
 
 
-def _carried(val: Any) -> Any:
-    return val.to(carrier(val.dtype)) if isinstance(val, Tensor) and val.is_floating_point() else val
+def _carried(t: Tensor) -> Tensor:
+    return t.to(carrier(t.dtype)) if t.is_floating_point() else t

@@ -14,7 +14,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,10 +81,7 @@ class ToGrid:
     """`to_grid` with its k."""
 
     k: int
-
-    @property
-    def __name__(self) -> str:
-        return "to_grid"
+    __name__: ClassVar[str] = "to_grid"
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return `t` on the grid."""
@@ -100,10 +97,7 @@ class Cast:
     """A cast of what is carried, for those who read it in its own dtype."""
 
     dtype: torch.dtype
-
-    @property
-    def __name__(self) -> str:
-        return "cast"
+    __name__: ClassVar[str] = "cast"
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return `t` in the dtype."""
