@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx
-
 from revfx.passes.arcs import Lowered
 from revfx.passes.plan import type_text
 from revfx.passes.program import Program
@@ -58,7 +56,7 @@ def text(lowered: Lowered, cut: Sequence[Segment]) -> str:
 def _line(lowered: Lowered, index: int) -> str:
     op, node = lowered.program.ops[index], lowered.op_nodes[index]
     outs = ", ".join(lowered.program.values[v].name for v in op.outs) or "_"
-    args = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+    args = [repr(a) for a in node.args] + [f"{k}={v!r}" for k, v in node.kwargs.items()]
     if node.op == "call_module":
         return f"{outs} = self.{node.target}({', '.join(args)})"
     if op_name(node.target) in ("__getitem__", "getitem"):
@@ -74,16 +72,8 @@ def _index(value: object) -> str:
         return ", ".join(_index(v) for v in value)
     if isinstance(value, slice):
         ends = [value.start, value.stop] if value.step is None else [value.start, value.stop, value.step]
-        return ":".join("" if e is None else _argument(e) for e in ends)
-    return "..." if value is Ellipsis else _argument(value)
-
-
-def _argument(value: object) -> str:
-    if isinstance(value, fx.Node):
-        return value.name
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_argument(v) for v in value) + "]"
-    return repr(value)
+        return ":".join("" if e is None else repr(e) for e in ends)
+    return "..." if value is Ellipsis else repr(value)
 
 
 def _action(program: Program, region: Region, index: int) -> str:
