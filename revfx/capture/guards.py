@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -237,8 +238,7 @@ def noting_reads(active: Callable[[], bool], numbers: Mapping[tuple[int, str], T
     Raises:
         Untraceable: an attribute holds something that gives something else each time it is asked.
     """
-    thread, reads, before = threading.get_ident(), AttributeReads(), vars(nn.Module).get("__getattribute__")
-    plain: Any = before or object.__getattribute__
+    thread, reads, plain = threading.get_ident(), AttributeReads(), nn.Module.__getattribute__
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
         if threading.get_ident() != thread or not active():
@@ -255,14 +255,8 @@ def noting_reads(active: Callable[[], bool], numbers: Mapping[tuple[int, str], T
             raise Untraceable(f"its forward reads `{name}`: a {type(value).__name__} gives something else every time")
         return value
 
-    setattr(nn.Module, "__getattribute__", __getattribute__)  # noqa: B010 (a checker would take it for the class's own)
-    try:
+    with mock.patch.object(nn.Module, "__getattribute__", __getattribute__):
         yield reads
-    finally:
-        if before is None:
-            delattr(nn.Module, "__getattribute__")
-        else:
-            setattr(nn.Module, "__getattribute__", before)  # noqa: B010
 
 
 def gives_anew(value: Any) -> bool:
