@@ -94,8 +94,7 @@ class Plan:
         env: dict[int, Tensor] = {
             i: leaves[at] for i, at in zip(self.lowered.inputs, self.captured.inputs, strict=True)
         }
-        for index, place in self.sources:
-            env[index] = place.tensor()
+        env.update((index, place.tensor()) for index, place in self.sources)
         for segment in self.segments:
             if segment.region is not None and not store:
                 live = {v: t for v, t in env.items() if last[v] >= segment.start or program.values[v].source}
@@ -142,9 +141,8 @@ def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> 
         fn = node.target
     if "ambient" in node.meta:
         fn = node.meta["ambient"].entered()(fn)  # which is entered in every call
-    name = str(node.target) if node.op == "call_module" else op_name(node.target)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast(Any, Slot(index[n])))
-    return Call(name, fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
+    return Call(op_name(node.target), fn, args, kwargs, tuple(_path(lowered.value_nodes[v], node) for v in op.outs))
 
 
 def _path(node: Any, root: fx.Node) -> tuple[Any, ...]:

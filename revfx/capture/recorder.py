@@ -389,8 +389,7 @@ class Recorder(TorchFunctionMode):
             self.suspended -= 1
         with _torch.no_torch_function():
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            more = {"opaque": True, "drew": self.drew}
-            return self.record("call_function", function.apply, args, kwargs, out, mutated, **more)
+            return self.record("call_function", function.apply, args, kwargs, out, mutated, opaque=True, drew=self.drew)
 
 
 def _draws(tree: Any) -> bool:

@@ -122,11 +122,12 @@ class Solver(Search):
         inputs, conditions = ([(i, v) for i, v in leaves.items() if (i < self.inputs) is own] for own in (True, False))
         wanted = [v for _, v in inputs]
         for given in (*([r] for r in results), results) if inputs else ():
-            order = self._order(lowered, [v for _, v in (*given, *conditions)], wanted)
-            if order is not None:
+            closure = self._closure(lowered, [v for _, v in (*given, *conditions)])
+            if all(v in closure for v in wanted):
+                order = tuple(needed(program, closure.order, wanted))
                 read = {*(v for d in order for v in read_by(program, d)), *wanted}
-                given, needed = (tuple((k, v) for k, v in known if v in read) for known in (given, conditions))
-                return Solution(self._plan(captured, lowered, ()), order, given, needed, tuple(inputs))
+                given, asked = (tuple((k, v) for k, v in known if v in read) for known in (given, conditions))
+                return Solution(self._plan(captured, lowered, ()), order, given, asked, tuple(inputs))
         return None
 
     def _refusal(self, captured: Capture, lowered: Lowered) -> NotReversibleError:
@@ -150,12 +151,6 @@ class Solver(Search):
             f"`inverse`: {lost} of {name_of(self.root)} does not follow from its outputs:\n  {said}",
             reasons[0].op if reasons else None,
         )
-
-    def _order(self, lowered: Lowered, known: Collection[int], wanted: Sequence[int]) -> tuple[Derivation, ...] | None:
-        closure = self._closure(lowered, known)
-        if any(v not in closure for v in wanted):
-            return None
-        return tuple(needed(lowered.program, closure.order, wanted))
 
     def _closure(self, lowered: Lowered, known: Collection[int]) -> Closure:
         """Return what follows from some values, without operations that write, or draw anew."""
