@@ -33,6 +33,7 @@ from revfx.errors import RevfxError
 
 
 Scalar = (int, float)
+TENSOR = ("input", "self", "tensor")  # what the first operand is called by functions and overloads
 aten = torch.ops.aten
 
 
@@ -239,9 +240,14 @@ def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
         if i < len(node.args):
             values.append(node.args[i])
         else:
-            fallback = node.kwargs.get("self", defaults.get(name)) if name == "input" else defaults.get(name)
-            values.append(node.kwargs.get(name, fallback))
+            spelled = TENSOR if name == "input" else (name,)
+            values.append(next((node.kwargs[n] for n in spelled if n in node.kwargs), defaults.get(name)))
     return values
+
+
+def given(node: fx.Node) -> list[Any]:
+    """Return the tensor that an operation is applied to, and what else it is given, by position or by name."""
+    return [*arguments(node, "input"), *node.args[1:], *(v for k, v in node.kwargs.items() if k not in TENSOR)]
 
 
 def nothing(*given: Any) -> float:

@@ -11,30 +11,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, meta, op_name, register_inverse
-
-
-TENSOR = ("input", "self", "tensor")  # what the first operand is called by functions and overloads
+from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, given, meta, register_inverse
 
 
 def _shape(node: Any) -> tuple[int, ...]:
     return tuple(meta(node).shape)
-
-
-def _first(node: fx.Node) -> Any:
-    """Return the tensor that the operation is applied to, by position or by name."""
-    return node.args[0] if node.args else next(node.kwargs[name] for name in TENSOR if name in node.kwargs)
-
-
-def _second(node: fx.Node) -> Any:
-    """Return the argument after the tensor, by position or by name."""
-    return node.args[1] if len(node.args) > 1 else next(v for k, v in node.kwargs.items() if k not in TENSOR)
-
-
-def _dims(node: fx.Node) -> list[int]:
-    """Return the dimensions that an operation is given after its tensor, as `f(x, 1, 2)` or `f(x, (1, 2))`."""
-    given: Any = node.args[1:] or [node.kwargs.get("dims", ())]
-    return list(given[0] if isinstance(given[0], (tuple, list)) else given)
 
 
 @register_inverse(
@@ -48,7 +29,7 @@ def _dims(node: fx.Node) -> list[int]:
 )  # fmt: skip
 def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
-    a = _first(node)
+    (a,) = arguments(node, "input")
     if meta(a).dtype != meta(node).dtype:
         yield NoInverse(a, "a view with another dtype is not followed")
         return
@@ -59,8 +40,9 @@ def reshape(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.permute, "permute", aten.permute.default)
 def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
-    a = _first(node)
-    dims, n = _dims(node), len(_shape(a))
+    a, *dims = given(node)
+    n = len(_shape(a))
+    dims = dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims
     back = sorted(range(n), key=lambda i: dims[i] % n)
     yield Inverse(a, lambda y: y.permute(back), exact=True)
 
@@ -70,8 +52,7 @@ def permute(node: fx.Node) -> Iterator[Direction]:
 )
 def transpose(node: fx.Node) -> Iterator[Direction]:
     """`y = a.transpose(i, j)`; `a = y.transpose(i, j)`."""
-    a = _first(node)
-    i, j = (*node.args[1:], *(v for k, v in node.kwargs.items() if k not in TENSOR))[:2]
+    a, i, j = given(node)
     yield Inverse(a, lambda y: y.transpose(i, j), exact=True)
 
 
@@ -85,8 +66,8 @@ def movedim(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.t, "t", getattr, aten.t.default)
 def attribute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.T` (also `a.mT`, `a.t()`); `a = y.T`."""
-    a = _first(node)
-    name = node.args[1] if node.target is getattr else "T"
+    a, *names = given(node)
+    name = names[0] if names else "T"
     if name in ("T", "mT"):
         yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute([*reversed(range(y.ndim))]), exact=True)
     else:
@@ -96,9 +77,8 @@ def attribute(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.flip, "flip", aten.flip.default, torch.ops.prims.rev.default)
 def flip(node: fx.Node) -> Iterator[Direction]:
     """`y = a.flip(d)`; `a = y.flip(d)`."""
-    a = _first(node)
-    dims = _dims(node)
-    yield Inverse(a, lambda y: y.flip(dims), exact=True)
+    a, *dims = given(node)
+    yield Inverse(a, lambda y: y.flip(*dims), exact=True)
 
 
 @register_inverse(torch.roll, "roll", aten.roll.default)
@@ -113,8 +93,8 @@ def roll(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle, aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
-    a, r = _first(node), _second(node)
-    back = F.pixel_unshuffle if op_name(node.target) == "pixel_shuffle" else F.pixel_shuffle
+    a, r = given(node)
+    back = F.pixel_shuffle if "unshuffle" in str(node.target) else F.pixel_unshuffle
     shape = _shape(a)  # without elements torch's functions give other shapes than each other's
     yield Inverse(a, lambda y: back(y, r) if y.numel() else y.reshape(shape), exact=True)
 
@@ -122,7 +102,7 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.channel_shuffle, aten.channel_shuffle.default, aten.native_channel_shuffle.default)
 def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
-    a, groups = _first(node), _second(node)
+    a, groups = given(node)
     back = _shape(a)[1] // groups
     yield Inverse(a, lambda y: torch.channel_shuffle(y, back), exact=True)
 
@@ -162,7 +142,6 @@ def stack(node: fx.Node) -> Iterator[Direction]:
 def split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
     a, _, dim = arguments(node, "input", "sizes", dim=0)
-    a = node.kwargs["tensor"] if a is None else a
     dim = dim % len(_shape(a))
     at = 0
     for i, part in enumerate(node.meta["val"]):
@@ -175,7 +154,7 @@ def split(node: fx.Node) -> Iterator[Direction]:
 def tensor_split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`, between indices that need not ascend: then parts overlap or leave gaps."""
     a, _, dim = arguments(node, "input", "sections", dim=0)
-    where = _second(node)
+    where = given(node)[1]
     if isinstance(where, int):
         yield from split(node)
     elif isinstance(where, (tuple, list)):
