@@ -66,7 +66,9 @@ class Inverse(nn.Module):
     @property
     def reads(self) -> list[str]:
         """Return which tensors of the model's result are read: `y`, `y[0]` or `y["name"]`."""
-        return [f"y{_path(self._results, k)}" for k, _ in self._first.outputs]
+        spec = self._first.plan.captured.spec
+        leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
+        return [f"y{pytree.keystr(leaves[k][0])}" for k, _ in self._first.outputs]
 
     @property
     def conditions(self) -> list[str]:
@@ -104,16 +106,12 @@ class Inverse(nn.Module):
         given = (*zip(names, args, strict=False), *kwargs.items())
         return [name for name, value in given for _ in pytree.tree_leaves(value)]
 
-    @property
-    def _results(self) -> pytree.TreeSpec:
-        return self._first.plan.captured.spec
-
     def _read(self, given: tuple[Any, ...]) -> list[Tensor]:
         """Return the tensors that are read of the model's result, or of what stands for it."""
         found = list(given)
         if len(given) == 1:
             leaves, spec = pytree.tree_flatten(given[0])
-            if spec == self._results:
+            if spec == self._first.plan.captured.spec:
                 found = [leaves[k] for k, _ in self._first.outputs]
         if len(found) != len(self._first.outputs) or not all(isinstance(t, Tensor) for t in found):
             raise TypeError(
@@ -148,7 +146,11 @@ class Inverse(nn.Module):
         if found is None or found.plan.changed() is not None:
             size = next((t.shape[0] for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and t.dim()), 0)
             if rows is not None:
-                args = pytree.tree_map_only(Tensor, lambda t: _resized(t, size, rows), args)
+
+                def resized(t: Tensor) -> Tensor:
+                    return t.new_empty((rows, *t.shape[1:])) if t.shape[:1] == (size,) else t
+
+                args = pytree.tree_map_only(Tensor, resized, args)
             found = self._solve(kind, args, {**known, **conditions})
         if [k for k, _ in found.outputs] != [k for k, _ in self._first.outputs]:
             raise TypeError(f"the inverse of {name_of(self.model)} would read other results for these conditions.")
@@ -201,14 +203,3 @@ class Inverse(nn.Module):
 @_torch.uncompiled
 def _eagerly(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
-
-
-def _resized(t: Tensor, size: int, rows: int) -> Tensor:
-    """Return a tensor of another batch size."""
-    return t if not t.dim() or t.shape[0] != size else t.new_empty((rows, *t.shape[1:]))
-
-
-def _path(spec: pytree.TreeSpec, k: int) -> str:
-    """Return how the k-th leaf of a structure is written."""
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    return next(pytree.keystr(path) for path, leaf in pytree.tree_flatten_with_path(tree)[0] if leaf == k)
