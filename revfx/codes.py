@@ -169,10 +169,9 @@ def decode(predicted: Tensor, code: Code) -> Tensor:
         # numbers one in 2^40 is: as near to 0 as the last bit of what was added, and next to a multiple of that.
         torch.maximum(bits, _to_zero(p), out=bits)
     bits += p
-    if code.far is not None and code.values is not None and code.width < 8:
-        bits.view(-1, FOUR).index_put_((code.far,), code.values)
-    elif code.far is not None and code.values is not None:
-        bits.index_put_((_positions(code.far, len(bits)),), code.values)
+    if code.far is not None and code.values is not None:
+        far = code.far if code.width < 8 else _positions(code.far, len(bits))
+        (bits.view(-1, FOUR) if code.width < 8 else bits).index_put_((far,), code.values)
     return _unbits(bits, predicted)
 
 

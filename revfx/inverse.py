@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Inverse(nn.Module):
             TypeError: more or less is given than what `reads` and `conditions` name, or of other shapes.
         """
         outputs = self._read(given)
-        solution: Solution = _eagerly(self._solution_for, outputs, conditions)
+        solution = self._solution_for(outputs, conditions)
         leaves = dict(enumerate(pytree.tree_leaves((self._example[0], {**self._example[1], **conditions}))))
         env = dict(zip((v for _, v in solution.outputs), outputs, strict=True))
         env.update((v, leaves[i]) for i, v in solution.conditions)
@@ -127,6 +127,7 @@ class Inverse(nn.Module):
         return found[0] if len(found) == 1 else found
 
     # --- programs, by batch size and conditions
+    @_torch.uncompiled
     def _solution_for(self, outputs: list[Tensor], conditions: Mapping[str, Any]) -> Solution:
         """Return the program for tensors of these shapes, found anew where the model has changed.
 
@@ -198,8 +199,3 @@ class Inverse(nn.Module):
     def __reduce__(self) -> Any:
         """Return how it is pickled: as the model and the example; programs are found again."""
         return Inverse, (self.model, *self._example)
-
-
-@_torch.uncompiled
-def _eagerly(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)

@@ -211,8 +211,7 @@ class AttributeReads:
     def note(self, module: nn.Module, name: str) -> None:
         """Add an attribute of a module."""
         self.names.setdefault(id(module), set()).add(name)
-        if id(module) not in self.refs:
-            self.refs[id(module)] = weakref.ref(module)
+        self.refs.setdefault(id(module), weakref.ref(module))
 
     def modules(self) -> list[nn.Module]:
         """Return the modules of which something was read."""
