@@ -194,11 +194,8 @@ class _Lowering:
         """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
         y, factors, number = node.meta["val"], dict.fromkeys(ins, 0.0), 0.0
         found = [d for d in self._directions(node) if isinstance(d, Inverse) and d.solves in node.all_input_nodes]
-        if (
-            not found
-            or {self.index.get(d.solves) for d in found} != {*ins}
-            or not (isinstance(y, Tensor) and y.is_floating_point())
-        ):
+        solved = {self.index.get(d.solves) for d in found}
+        if not solved or solved != {*ins} or not (isinstance(y, Tensor) and y.is_floating_point()):
             return ()
         for d in found:
             a, f = d.solves.meta["val"], 1.0 if d.factor is None else d.factor
@@ -217,12 +214,9 @@ class _Lowering:
         if not isinstance(y, Tensor):
             return "the result is not one tensor"
         if inverse.coded and not self.coded:
-            name = op_name(node.target)
-            return (
-                f"the cast from {a.dtype} to {y.dtype} loses bits"
-                if a.dtype != y.dtype
-                else f"`{name}` {why_none(name)}"
-            )
+            if a.dtype != y.dtype:
+                return f"the cast from {a.dtype} to {y.dtype} loses bits"
+            return f"`{op_name(node.target)}` {why_none(op_name(node.target))}"
         given = [g for g in inverse.given if isinstance(g, fx.Node)]
         if any(isinstance(n, fx.Node) and n not in self.index for n in (*given, inverse.factor)):
             return f"`{op_name(node.target)}` reads a number that only the run knows"

@@ -172,11 +172,10 @@ def _children(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _tensors(module: nn.Module, unset: frozenset[str]) -> tuple[Any, ...]:
-    tables = [t for t in (_torch.parameters(module), _torch.buffers(module)) if t]
     return tuple(
         [
             None if t is None else (k, t.requires_grad, t.dtype, t.shape)
-            for table in tables
+            for table in (_torch.parameters(module), _torch.buffers(module))
             for k, t in table.items()
             if k not in unset
         ]

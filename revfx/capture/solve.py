@@ -137,12 +137,8 @@ class Solver(Search):
         closure = self._closure(lowered, {*outputs, *given})
         unknown = tuple(v for v in lowered.inputs if v not in closure)
         live = {v for i in range(len(program.ops)) for v in program.ops[i].ins if v not in closure}
-        written = _written(lowered)
-        reasons = (
-            [written]
-            if written is not None
-            else diagnose(program, Stuck(0, len(program.ops), tuple(dict.fromkeys((*unknown, *live)))))
-        )
+        written, stuck = _written(lowered), Stuck(0, len(program.ops), tuple(dict.fromkeys((*unknown, *live))))
+        reasons = diagnose(program, stuck) if written is None else [written]
         said = "\n  ".join(dict.fromkeys(_worded(str(r)) for r in reasons[:4]))
         said = said or "of what it returns only floating-point tensors are followed back"
         at = dict(zip(lowered.inputs, captured.inputs, strict=True))
