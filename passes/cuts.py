@@ -75,9 +75,7 @@ def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, 
     return before
 
 
-def find_step(
-    program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int = PATIENCE
-) -> Step | Stuck:
+def find_step(program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int) -> Step | Stuck:
     """Return the step that ends at the cut before operation `stop`, or why there is none."""
     closure = Closure(program, (*exit, *side), sums=program.in_vain[0] < IN_VAIN)
     live: dict[int, None] = dict.fromkeys(exit)
@@ -85,7 +83,7 @@ def find_step(
     nearest: tuple[int, tuple[int, ...]] | None = None
     nearer: Step | None = None
     blocked: Stuck | None = None
-    idle, touch = 0, program.first_touch
+    start, idle, touch = stop, 0, program.first_touch
     reach = min((touch[v] for v in (*exit, *side)), default=stop)
     for start in range(stop - 1, -1, -1):
         op = program.ops[start]
@@ -122,8 +120,6 @@ def find_step(
             return blocked
         if idle > patience:
             break
-    else:
-        start = 0
     return nearer or blocked or Stuck(start, stop, tuple(v for v in live if v in unknown), nearest=nearest)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.closure import Invert
-from revfx.passes.cuts import Step, Stuck, find_step, live_before
+from revfx.passes.cuts import PATIENCE, Step, Stuck, find_step, live_before
 from revfx.passes.program import Program
 
 
@@ -114,7 +114,7 @@ def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[i
     """Return all steps upwards from one cut with given side inputs, and what stopped the next one."""
     steps: list[Step] = []
     while stop > 0:
-        patience = max(200, 5 * (steps[-1].stop - steps[-1].start)) if steps else 200
+        patience = max(PATIENCE, 5 * (steps[-1].stop - steps[-1].start)) if steps else PATIENCE
         found = find_step(program, stop, live, side, patience)
         if isinstance(found, Stuck):
             return steps, found
