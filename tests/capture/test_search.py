@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from measure import Couplings, Residual
@@ -15,9 +17,9 @@ def test_visits_grow_linearly_with_depth(kind: type[Couplings], monkeypatch: pyt
     visits = [0]
     add = Closure.add
 
-    def counted(self: Closure, index: int) -> list[int]:
+    def counted(self: Closure, indices: Iterable[int]) -> list[int]:
         visits[0] += 1
-        return add(self, index)
+        return add(self, indices)
 
     monkeypatch.setattr(Closure, "add", counted)
     seen: list[int] = []
