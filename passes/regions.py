@@ -6,8 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from revfx.passes.closure import Invert
-from revfx.passes.cuts import PATIENCE, Step, Stuck, find_step, live_before
+from revfx.passes.closure import Forward, Invert
+from revfx.passes.cuts import PATIENCE, Step, Stuck, find_step, live_before, needed
 from revfx.passes.program import Program
 
 
@@ -229,7 +229,10 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     trusted = [i for i, s in enumerate(steps) if s.inverts]
     if not trusted:
         return None
-    low = min(range(trusted[0] + 1), key=lambda i: (program.nbytes(steps[i].entry), -i))
+    calls = [sum(program.ops[i].opaque for i in range(s.start, s.stop)) for s in steps]
+    spanned = sum(calls[trusted[0] : trusted[-1] + 1])  # no more than what inverses span runs again above them
+    above = [i for i in range(trusted[0] + 1) if sum(calls[i : trusted[0]]) <= spanned]
+    low = min(above, key=lambda i: (program.nbytes(steps[i].entry), -i))
     high = min(range(trusted[-1], len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))
     steps = steps[low : high + 1]
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
@@ -240,20 +243,23 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     kept_storage = {program.values[v].storage for v in kept}
     freed = [_made(program, s.start, s.stop, kept_storage) for s in steps]
     kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
-    # Of what runs again though nothing is inverted or kept, as in a checkpoint, the step below alone counts, whose exit
-    # is regenerated.
-    by_inverses = [f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or steps[i - low].saved]
-    alone = all(_is_carrier(s) for s in steps if s.inverts)
+    # Of what runs again though nothing is inverted, and nothing but indices kept, as in a checkpoint, the step below
+    # alone counts, whose exit is regenerated.
+    keeps = {i for i, s in enumerate(steps, low) if not all(program.values[v].kept for v in s.saved)}
+    by_inverses = [f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or i in keeps]
+    alone = all(_is_carrier(program, s) for s in steps if s.inverts)
     if not pays and (alone or sum(by_inverses) - max(by_inverses) <= kept_bytes):
         return None  # one step is alive at a time: that much plain checkpointing saves too
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
 
 
-def _is_carrier(step: Step) -> bool:
-    """Return whether codes must make up for all that a step inverts, as for matrices and `tanh`: what carries a region
-    on from coupling to coupling, but is not worth one of its own.
+def _is_carrier(program: Program, step: Step) -> bool:
+    """Return whether codes must make up for all that a step inverts, as for matrices and `tanh`, or it inverts without
+    computing anything, as parts of an activation that is spelled out: what carries a region on from coupling to
+    coupling, but is not worth one of its own.
     """
-    return all(a.coded for a in step.arcs if not a.exact)
+    computes = any(isinstance(d, Forward) for d in needed(program, step.derive, step.entry))
+    return not computes or all(a.coded for a in step.arcs if not a.exact)
 
 
 def _made(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:

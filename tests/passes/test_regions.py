@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo import mlp
 
 import revfx
+from revfx.errors import RevfxWarning
 from revfx.testing import measure_memory
 
 
@@ -109,3 +110,29 @@ def test_gradients_are_those_of_plain_autograd(name: str, way: str) -> None:
     model, x = MODELS[name](3), leaf(BATCH, LENGTH, D)
     call = revfx.convert(model) if way == "convert" else compiled(model, way)
     assert_same(outcome(call, [x], model), outcome(model, [x], model))
+
+
+class Gated(nn.Module):
+    """A language model as usually written, whose activation is spelled out: that alone can be computed back."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 16)
+        self.up = nn.ModuleList(nn.Linear(16, 64) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(64, 16) for _ in range(layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        at = torch.arange(ids.shape[1]) + 0
+        x = self.embedding(ids) + self.embedding(at)
+        for up, down in zip(self.up, self.down, strict=True):
+            h = up(x)
+            h = 0.5 * h * (1 + torch.tanh(0.8 * (h + 0.04 * h**3)))
+            x = x + down(h)
+        return nn.functional.cross_entropy((x @ self.embedding.weight.T).flatten(0, 1), ids.flatten())
+
+
+def test_an_activation_that_can_be_computed_back_does_not_make_all_above_it_run_again() -> None:
+    converted: Any = revfx.convert(Gated(4))
+    with pytest.warns(RevfxWarning, match="nothing reversible"):
+        converted(torch.randint(20, (8, 32))).backward()
+    assert not converted.revfx.plans
