@@ -51,34 +51,40 @@ def functionalise(graph: fx.Graph) -> None:
             _make_functional(node)
         else:
             node.meta["barrier"] = reason
+    writes = [n for n in graph.nodes if "barrier" in n.meta and "mutates" in n.meta]
     for nodes in memory.values():
-        if any(n.op in ("get_attr", "placeholder") for n in nodes):
-            _put_last(graph, nodes, position)
+        first = min((position[n] for n in nodes if "barrier" in n.meta and "mutates" in n.meta), default=None)
+        if first is not None and any(n.op in ("get_attr", "placeholder") for n in nodes):
+            _put_last(graph, nodes, writes, position, first)
 
 
-def _put_last(graph: fx.Graph, nodes: list[fx.Node], position: dict[fx.Node, int]) -> None:
+def _put_last(
+    graph: fx.Graph, nodes: list[fx.Node], writes: list[fx.Node], position: dict[fx.Node, int], first: int
+) -> None:
     """Move writes to the memory of a buffer, as to running statistics, or of an input, as to a sum of log-determinants,
     and what serves them alone, behind all else: where they stand no region could go on. They stay where something reads
     there what was written, or writes to what they read, or where they draw.
     """
-    first = min((position[n] for n in nodes if "barrier" in n.meta and "mutates" in n.meta), default=len(position))
     moved = {n for n in nodes if position[n] >= first}
-    last, *above = reversed(graph.nodes)
-    later = [n for n in above if position[n] > first and n not in moved]
-    owners = tuple(f"{n.target}." for n in later if n.op == "call_module")
-    written = {w.meta["storage"][0] for n in later if "barrier" in n.meta for w in n.meta.get("mutates", ())}
+    last = graph.output_node()
+    owners = [f"{n.target}." for n in graph.find_nodes(op="call_module") if position[n] > first]
+    written = {
+        w.meta["storage"][0] for n in writes if n not in moved and position[n] > first for w in n.meta["mutates"]
+    }
     if (
-        not moved
-        or any(n.op == "get_attr" and str(n.target).startswith(owners) for n in nodes)
-        or not {*later}.isdisjoint(u for n in nodes for u in n.users)
+        any(n.op == "get_attr" and str(n.target).startswith((*owners,)) for n in nodes)
+        or any(position[u] > first and u not in moved and u is not last for n in nodes for u in n.users)
         or any(i.meta["storage"][0] in written for n in moved for i in n.all_input_nodes)
         or any(may_draw(op_name(n.target), n.args, n.kwargs) for n in moved)
     ):
         return
-    for node in above:
+    above = [i for n in moved for i in n.all_input_nodes]
+    while above:
+        node = above.pop()
         small = sum(_numel(n) for n in node.all_input_nodes) <= _numel(node)  # what they read is there until the end
-        if small and is_pure(node) and node.users and moved.issuperset(node.users):
+        if node not in moved and small and moved.issuperset(node.users) and is_pure(node):
             moved.add(node)
+            above += node.all_input_nodes
     for node in sorted(moved, key=position.__getitem__):
         last.prepend(node)
 
