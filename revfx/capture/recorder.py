@@ -32,7 +32,7 @@ from revfx.capture.inplace import functionalise, set_item
 from revfx.capture.memo import Seen, structure
 from revfx.capture.numbers import Numbers
 from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, LOST, OWN_GENERATOR, Untraceable
-from revfx.capture.whole import faked, shapes_of
+from revfx.capture.whole import faked, refuse_hidden, shapes_of
 from revfx.eager import dtensor
 from revfx.eager.modes import recording
 from revfx.eager.trees import meta, tensors
@@ -61,6 +61,7 @@ class Recorder(TorchFunctionMode):
         self.attributes: dict[fx.Node, tuple[str, str]] = {}
         self.constants = Constants(self.graph)
         self.demanded: list[Tensor] = []
+        self.given: tuple[str, set[int]] | None = None  # a module that is called whole, and the tensors it is given
         self.sets: dict[Spot, Tensor] = {}  # attributes that the forward sets, by where they hang
         self.suspended = 0
         self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
@@ -205,6 +206,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.convert(args), self.convert(kwargs or {})
         if self.suspended:
+            refuse_hidden(self, (args, kwargs))
             out = func(*args, **kwargs)
             self.drew = OWN_GENERATOR if _draws((args, kwargs)) else self.drew
             return out
@@ -334,6 +336,7 @@ class Recorder(TorchFunctionMode):
                 return out
         with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
             try:
+                self.given = path, {id(t) for t in tensors((args, kwargs))}
                 out = self._run_whole(module, args, kwargs)
             except _fake.DATA_DEPENDENT as e:
                 raise Untraceable(ASKS, where_raised(e), opens=path) from None  # its own code may ask a buffer
@@ -364,7 +367,7 @@ class Recorder(TorchFunctionMode):
             with _torch.no_torch_function():
                 return self.convert(out)
         finally:
-            self.suspended -= 1
+            self.suspended, self.given = self.suspended - 1, None
             self.drew = drew(drawn, generators()) or self.drew
             self.written |= before.written()
             before.restore()

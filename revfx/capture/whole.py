@@ -101,6 +101,21 @@ def called(key: Any, args: Any, kwargs: Any) -> Any:
         return out
 
 
+def refuse_hidden(recorder: Recorder, args: Any) -> None:
+    """Refuse a tensor that the forward made and set as an attribute, where a module that is called whole finds it.
+
+    Raises:
+        Untraceable: one of `args` is such; the module may be opened.
+    """
+    if recorder.given is None:
+        return
+    path, given = recorder.given
+    for t in tensors(args):
+        made = id(t) in recorder.nodes and not any(n.meta["val"] is t for n in recorder.attributes)
+        if made and id(t) not in given:
+            raise Untraceable(f"`{path}` reads a tensor that the forward made, and did not give it", opens=path)
+
+
 def faked(recorder: Recorder, out: Any, given: Iterable[Tensor]) -> Any:
     """Return fake tensors that are like `out`, as they would be made of what is `given`."""
     out = pytree.tree_map_only(Tensor, recorder.to_fake, out)

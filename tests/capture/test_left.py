@@ -309,3 +309,36 @@ def test_what_a_forward_adds_to_its_input_is_there_afterwards(learnt: bool) -> N
     ours, theirs = state(converted), state(plain)
     assert [k for k, t in theirs.items() if not torch.equal(ours[k], t)] == []
     assert converted.revfx.plans and kept[0] < 0.4 * kept[1]
+
+
+class Looks(nn.Module):
+    """A layer that finds what it needs at its owner, which sets it."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.net, self.owner = nn.Linear(D, D), [owner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Any = self.owner[0]
+        return torch.tanh(self.net(x)) * found.scale
+
+
+class Owner(nn.Module):
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Looks(self) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = x.mean()
+        a, b = x.chunk(2, -1)
+        for layer in self.layers:
+            a, b = b, a + layer(b)
+        return torch.cat([a, b], -1)
+
+
+def test_what_a_layer_finds_at_its_owner_is_that_of_the_call() -> None:
+    plain, converted = Owner(), revfx.convert(Owner())
+    converted.load_state_dict(plain.state_dict())
+    assert_trains_like(converted, plain, [(torch.randn(64, 2 * D) + k,) for k in range(3)])
