@@ -278,6 +278,11 @@ def _set_modes(functions: Iterable[Any], dispatched: Iterable[Any]) -> None:
         _python_dispatch._push_mode(mode)
 
 
+def below_autograd() -> Any:
+    """Return a context in which operators run as autograd runs them, with gradients on, and record nothing."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 class no_modes:
     """A context, to be entered any number of times, in which the user's function and dispatch modes see nothing."""
 

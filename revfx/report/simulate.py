@@ -9,24 +9,20 @@ what real steps take: memory from the allocator's events, and time in turns.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from revfx import _fake, _torch
-from revfx.ambient import all_generators, restore
-from revfx.capture.effects import Snapshot, none_left
-from revfx.capture.guards import GlobalReads
+from revfx.capture.effects import none_left
 from revfx.eager.modes import simulating
 from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import Watch
@@ -36,6 +32,7 @@ from revfx.passes.closure import Derivation
 from revfx.passes.sizes import muted, tensors_of
 from revfx.report.data import Timeline, Usage
 from revfx.testing import measure_memory
+from revfx.world import World
 
 
 aten = torch.ops.aten
@@ -83,40 +80,8 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-class Simulation:
-    """A model and its arguments in a world without data: the model holds fake tensors while `world` is entered."""
-
-    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.model, self.given = model, (args, kwargs)
-        self.mode = _fake.FakeMode()
-        self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @contextlib.contextmanager
-    def world(self) -> Generator[tuple[Any, Any]]:
-        """Open a context that gives fake arguments; after it the model and Python's random numbers are as before."""
-        modules = list(self.model.modules())
-        before, drawn = Snapshot(modules), all_generators()
-        read = GlobalReads(type(m).forward for m in modules)
-        try:
-            for table, then in itertools.chain(*before.tables):
-                table.update({name: self._fake(t) for name, t in then.items() if isinstance(t, Tensor)})
-            yield pytree.tree_map_only(Tensor, self._fake, self.given)
-        finally:
-            before.restore()
-            read.put_back()
-            restore(drawn)
-
-    def _fake(self, t: Tensor) -> Tensor:
-        """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
-        if id(t) not in self.fakes:
-            fake = _fake.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
-            if isinstance(t, nn.Parameter):
-                fake = nn.Parameter(fake, t.requires_grad)
-                if t.requires_grad:
-                    with self.mode, torch.no_grad():
-                        fake.grad = torch.empty_like(fake)
-            self.fakes[id(t)] = t, fake
-        return self.fakes[id(t)][1]
+class Simulation(World):
+    """A model and its arguments in a world without data, where steps are counted."""
 
     def step(
         self,
@@ -138,7 +103,7 @@ class Simulation:
 
         def count() -> Timeline:
             quiet = muted(_fake.FAKE_LOGGER)  # which prints a traceback besides raising
-            with quiet, _torch.uncollected(), self.world() as (args, kwargs), simulating(), torch.enable_grad():
+            with quiet, _torch.uncollected(), self.entered() as (args, kwargs), simulating(), torch.enable_grad():
                 for _, fake in self.fakes.values():
                     ledger.enter(fake, counted=False)
                     if fake.grad is not None:

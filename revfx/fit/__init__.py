@@ -1,0 +1,1 @@
+"""Any model in the memory that is given: what to keep, what to compute again, when, and how (`convert(memory=...)`)."""

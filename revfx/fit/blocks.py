@@ -1,0 +1,80 @@
+"""Where a forward can be cut: between operators where little leads from what is above to what is below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from revfx.fit.costs import Cost
+from revfx.fit.needs import Needs
+
+
+FREE = 0.01  # of the forward's time: values that take no more from what was there before the step are no concern
+WORTH = 2  # times what a block hands on is the least that autograd keeps in it
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The first operators of the blocks and the end; and what leads over each of these borders, as values."""
+
+    borders: tuple[int, ...]
+    over: tuple[frozenset[int], ...]
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+
+def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
+    """Return the blocks of a forward.
+
+    A border lies where a block hands on least, as far as its neighbours know, and autograd keeps more than that in it.
+    What leads over a border must be kept if the border is to be one; it can be.
+    """
+    tape, turn = needs.tape, needs.tape.turn
+    free = _free(needs, costs)
+    last: dict[int, int] = {}
+    for o in range(turn):
+        for s in tape.ops[o].reads:
+            last[s.value] = o
+    made = {v: o for o in range(turn) for v in tape.ops[o].makes}
+    ends: dict[int, list[int]] = {}
+    for v, o in made.items():
+        if v not in free and last.get(v, -1) > o:
+            ends.setdefault(last[v], []).append(v)
+    over, sizes, live = [frozenset[int]()], [0], set[int]()
+    for o in range(turn):  # `over[p]`: before operator p
+        live.update(v for v in tape.ops[o].makes if v not in free and last.get(v, -1) > o)
+        live.difference_update(ends.get(o, ()))
+        over.append(frozenset(live))
+        sizes.append(sum(tape.size(v) for v in live))
+    kept = [0] * (turn + 1)
+    for values in needs.wanted.values():
+        first = needs.tape.packs[values[0]]
+        kept[min(first.packed, turn)] += tape.size(first.spot.value)
+    borders, held = [0], 0
+    for p in range(1, turn):
+        held += kept[p - 1]
+        passes = sizes[p] <= sizes[p - 1] and sizes[p] <= sizes[p + 1] and all(map(needs.keepable, over[p]))
+        new = sum(tape.size(v) for v in over[p] if made[v] >= borders[-1])
+        if passes and over[p] and held >= WORTH * new:
+            borders.append(p)
+            held = 0
+    borders.append(turn)
+    return Blocks(tuple(borders), tuple([over[b] for b in borders]))
+
+
+def _free(needs: Needs, costs: Sequence[Cost]) -> set[int]:
+    """Return values that are computed in no time from what was there before the step."""
+    tape, turn = needs.tape, needs.tape.turn
+    limit = FREE * sum(c.seconds for c in costs[:turn])
+    cost: dict[int, float] = {}
+    for o in range(turn):
+        op = needs.replayed[o]
+        if op is None:
+            continue
+        reads = {s.value for s in op.reads}
+        if all(needs.is_there(v) or v in cost for v in reads):
+            seconds = costs[o].seconds + sum(cost.get(v, 0.0) for v in reads)
+            if seconds <= limit:
+                cost.update(dict.fromkeys(tape.ops[o].makes, seconds))
+    return set(cost)

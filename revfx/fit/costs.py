@@ -1,0 +1,198 @@
+"""What operators cost, measured: each that differs runs on its own, once to see what it allocates, then for its time.
+
+Neither can be told from shapes: kernels allocate within themselves (blocks of channels, partial sums for each thread),
+and on some machines an exponential takes as long as reading memory ten times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.fit.tape import Op, Spot, Tape
+
+
+REPEATS = 3  # runs of each, of which the fastest counts; one if it takes longer than ...
+LONG = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, bytes that are there while it runs besides operands and results, and shapes and strides of these."""
+
+    seconds: float = 0.0
+    scratch: int = 0
+    results: tuple[Any, ...] = ()
+
+
+class Costs:
+    """What is known of operators so far, by what tells them apart."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Cost] = {}
+
+    def of(self, tape: Tape) -> list[Cost]:
+        """Return the cost of each operator of a tape; those that are not known yet are measured.
+
+        Where results are other than fake ones, such as the workspace of an LSTM, the tape is put right.
+        """
+        costs: list[Cost] = []
+        for start, stop in ((0, tape.turn), (tape.turn, len(tape.ops))):
+            keys = [signature(tape, op) for op in tape.ops[start:stop]]
+            new = {k: op for k, op in zip(keys, tape.ops[start:stop], strict=True) if k not in self.known}
+            with torch.random.fork_rng(), torch.enable_grad(), _plain(), _torch.below_autograd():
+                self.known |= _measured(tape, new)
+            costs += [self.known[k] for k in keys]
+            if start == 0:
+                _correct(tape, costs)
+        return costs
+
+
+def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
+    """Give a tape the results that operators of its forward really have."""
+    for op, cost in zip(tape.ops, costs, strict=False):
+        for spot, real in zip(op.outs, cost.results, strict=False):
+            if spot is None or real is None or real == (spot.shape, spot.stride) or spot.value not in op.makes:
+                continue
+            new = replace(spot, shape=real[0], stride=real[1])
+            tape.memories[tape.memory_of[spot.value]].size = spot.dtype.itemsize * (
+                1 + sum((n - 1) * s for n, s in zip(*real, strict=True))
+            )
+            for p in tape.packs:
+                p.spot = new if p.spot == spot else p.spot
+            for later in tape.ops:
+                later.args, later.kwargs, later.reads, later.outs = pytree.tree_map_only(
+                    Spot, lambda s, spot=spot, new=new: new if s == spot else s,
+                    (later.args, later.kwargs, later.reads, later.outs),
+                )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _plain() -> Generator[None]:
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def signature(tape: Tape, op: Op) -> Hashable:
+    """Return what tells calls of operators apart, but for numbers in tensors."""
+    first: dict[int, int] = {}
+    leaves, spec = pytree.tree_flatten((op.args, op.kwargs))
+    found: list[Hashable] = []
+    for leaf in leaves:
+        if isinstance(leaf, Spot):
+            memory = tape.memory_of[leaf.value]
+            found.append((first.setdefault(memory, len(first)), tape.memories[memory].device, *leaf.place))
+        else:
+            found.append((type(leaf), leaf if isinstance(leaf, Hashable) else str(leaf)))
+    return op.func, tuple(found), str(spec)
+
+
+def operands(tape: Tape, op: Op) -> tuple[Any, Any]:
+    """Return arguments like those of `op`: random numbers, and zeros of whole ones, which are valid as indices."""
+    blocks: dict[int, Tensor] = {}
+
+    def made(leaf: Any) -> Any:
+        if not isinstance(leaf, Spot):
+            return leaf
+        memory = tape.memory_of[leaf.value]
+        if memory not in blocks:
+            size, device = tape.memories[memory].size, tape.memories[memory].device
+            n = -(-size // leaf.dtype.itemsize)
+            draw = leaf.dtype.is_floating_point and leaf.dtype.itemsize > 1
+            blocks[memory] = (torch.rand if draw else torch.zeros)(n, dtype=leaf.dtype, device=device)
+        whole = blocks[memory]
+        typed = whole if whole.dtype == leaf.dtype else whole.view(torch.uint8).view(leaf.dtype)
+        return typed.as_strided(leaf.shape, leaf.stride, leaf.offset)
+
+    return pytree.tree_map_only(Spot, made, (op.args, op.kwargs))
+
+
+def _measured(tape: Tape, new: dict[Hashable, Op]) -> dict[Hashable, Cost]:
+    found: dict[Hashable, Cost] = {}
+    for device in dict.fromkeys(_device(tape, op) for op in new.values()):
+        mine = {k: op for k, op in new.items() if _device(tape, op) == device}
+        found |= zip(mine, (_on_cpu if device.type == "cpu" else _on_cuda)(tape, [*mine.values()]), strict=True)
+    for k, op in new.items():
+        if op.makes:
+            with contextlib.suppress(Exception):
+                found[k] = replace(found[k], seconds=_seconds(op, *operands(tape, op), _device(tape, op)))
+    return found
+
+
+def _geometry(out: Any) -> tuple[Any, ...]:
+    return tuple([(tuple(t.shape), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
+
+
+def _device(tape: Tape, op: Op) -> torch.device:
+    spots = (*op.reads, *(s for s in op.outs if s is not None))
+    return next((tape.memories[tape.memory_of[s.value]].device for s in spots), torch.device("cpu"))
+
+
+def _seconds(op: Op, args: Any, kwargs: Any, device: torch.device) -> float:
+    fastest = float("inf")
+    for _ in range(REPEATS):
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        op.func(*args, **kwargs)
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+        if fastest > LONG:
+            break
+    return fastest
+
+
+def _on_cpu(tape: Tape, ops: Sequence[Op]) -> list[Cost]:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    results: list[tuple[Any, ...]] = [()] * len(ops)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        for number, op in enumerate(ops):
+            with contextlib.suppress(Exception):
+                args, kwargs = operands(tape, op)
+                with record_function(f"revfx::{number}"):
+                    out = op.func(*args, **kwargs)
+                results[number] = _geometry(out)
+                del out
+    recorded: Any = prof.profiler
+    events = [(e.name(), e.start_ns(), e) for e in recorded.kineto_results.events()]
+    spans = {int(n[7:]): (s, s + e.duration_ns()) for n, s, e in events if n.startswith("revfx::")}
+    changes = sorted((s, e.nbytes()) for n, s, e in events if n == "[memory]")
+    found, at = [0] * len(ops), 0
+    for number, (start, end) in sorted(spans.items()):
+        now = most = 0
+        while at < len(changes) and changes[at][0] < start:
+            at += 1
+        while at < len(changes) and changes[at][0] <= end:
+            now += changes[at][1]
+            most, at = max(most, now), at + 1
+        found[number] = most - max(now, 0)
+    return [Cost(scratch=b, results=r) for b, r in zip(found, results, strict=True)]
+
+
+def _on_cuda(tape: Tape, ops: Sequence[Op]) -> list[Cost]:
+    found = [Cost()] * len(ops)
+    for number, op in enumerate(ops):
+        with contextlib.suppress(Exception):
+            args, kwargs = operands(tape, op)
+            device = _device(tape, op)
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            out = op.func(*args, **kwargs)
+            most = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+            found[number] = Cost(scratch=most, results=_geometry(out))
+            del out
+    return found

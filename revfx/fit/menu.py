@@ -1,0 +1,116 @@
+"""What can be kept of a run of blocks, from everything to nothing: minimum cuts for one price of time after another.
+
+With P the price of a second in bytes, the cheapest choice is a minimum cut (as in torch's partitioner, whose cuts have
+no time): a node on the side of the sink is there in the backward; an operator there runs again, for P times its
+seconds; a value there whose operator is not is kept, for its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+from revfx.fit.costs import Cost
+from revfx.fit.needs import Needs
+from revfx.fit.simulate import BITS, OVERHEAD
+
+
+PRICES = 10  # how many are tried, besides none
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is kept of some operators: values, packs of which the signs are, coins."""
+
+    kept: frozenset[int]
+    signs: frozenset[int]
+    coins: frozenset[int]
+
+
+class Menu:
+    """The choices for the operators from `start` to `stop`; `given` values are kept in any case."""
+
+    def __init__(
+        self, needs: Needs, costs: Sequence[Cost], start: int, stop: int, given: frozenset[int], masks: bool = True
+    ) -> None:
+        self.needs, self.costs, self.given = needs, costs, given
+        self.ops, self.masks = range(start, stop), masks
+        self.values = {v: o for o in self.ops for v in needs.tape.ops[o].makes}
+        self.packs = [k for v in self.values for k in needs.wanted.get(v, ())]
+
+    def choices(self) -> Iterator[Choice]:
+        """Yield what differs, from nothing but what must be kept to everything."""
+        found = set[Choice]()
+        for price in (0.0, *self._prices()):
+            choice = self.choice(price)
+            if choice not in found:
+                found.add(choice)
+                yield choice
+
+    def _prices(self) -> list[float]:
+        """Return prices between which choices differ: those at which an operator is worth its results."""
+        tape = self.needs.tape
+        ratios = sorted(
+            sum(map(tape.size, tape.ops[o].makes)) / (self.costs[o].seconds + OVERHEAD)
+            for o in self.ops
+            if self.needs.replayed[o] is not None
+        )
+        n = min(len(ratios), PRICES)
+        return [ratios[i * (len(ratios) - 1) // max(1, n - 1)] * (1 + 1e-6) for i in range(n)] + [1e18] if n else []
+
+    def choice(self, price: float) -> Choice:
+        """Return the cheapest choice at a price of time, in bytes a second."""
+        graph = nx.DiGraph()
+
+        def edge(a: Any, b: Any, capacity: float | None = None) -> None:
+            if capacity is None:
+                graph.add_edge(a, b)
+            else:
+                graph.add_edge(a, b, capacity=int(capacity))
+
+        def paid(o: int) -> float:
+            return price * (self.costs[o].seconds + OVERHEAD)
+
+        graph.add_nodes_from(("S", "T"))
+        tape, signs = self.needs.tape, self.needs.signs if self.masks else frozenset[int]()
+        for v, o in self.values.items():
+            if v in self.given:
+                continue
+            op, maker = self.needs.replayed[o], ("operator", o)
+            if self.masks and self.needs.coins.get(v) in self.values:
+                edge("S", v, -(-self.elements(v) // BITS) + paid(o))
+            elif op is None:
+                edge("S", v, self.worth(v))
+            else:
+                edge("S", maker, paid(o))
+                edge(maker, v, self.worth(v))
+                for r in {s.value for s in op.reads} & self.values.keys() - self.given:
+                    edge(r, maker)
+            packs = self.needs.wanted.get(v, ())
+            if packs and signs.issuperset(packs):
+                edge(v, "T", len(packs) * (-(-self.elements(v) // BITS) + paid(o)))
+            elif packs:
+                edge(v, "T")
+        _, (_, there) = nx.minimum_cut(graph, "S", "T")
+        coins = {v for v in self.values if v in there and self.masks and self.needs.coins.get(v) in self.values}
+        run = {o for o in self.ops if ("operator", o) in there}
+        kept = {v for v, o in self.values.items() if v in there and o not in run and v not in coins}
+        marks = {k for v in self.values if v not in there and v not in self.given for k in self.needs.wanted.get(v, ())}
+        return Choice(frozenset(kept), frozenset(marks), frozenset(coins))
+
+    def elements(self, value: int) -> int:
+        """Return how many elements a value has that autograd keeps, or a coin."""
+        told = self.needs.coins.get(value, value)
+        packs = self.needs.tape.packs
+        return self.needs.tape.size(value) // packs[self.needs.wanted[told][0]].spot.dtype.itemsize
+
+    def worth(self, value: int) -> float | None:
+        """Return the bytes that keeping a value takes: none where it is there all the same. None: it can't be kept."""
+        if value not in self.needs.wanted:
+            return None
+        tape = self.needs.tape
+        dead = tape.memories[tape.memory_of[value]].dead
+        return 0.0 if dead is None else tape.size(value)

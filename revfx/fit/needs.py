@@ -1,0 +1,117 @@
+"""What the backward needs of a step, and what it can be computed again from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revfx.fit.tape import Op, Spot, Tape
+from revfx.passes._torch import is_pure, writes
+
+
+aten: Any = torch.ops.aten
+STATISTICS = {  # arguments that a normalisation in training writes, whatever its schema says
+    aten.native_batch_norm.default: (3, 4),
+    aten.cudnn_batch_norm.default: (3, 4),
+    aten.miopen_batch_norm.default: (3, 4),
+}
+SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor}
+
+
+@dataclass
+class Needs:
+    """A tape, seen from its backward.
+
+    `wanted`: the values that autograd keeps, with the numbers of the packs; of `signs` no more than what is positive.
+    """
+
+    tape: Tape
+    wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    signs: set[int] = field(default_factory=set[int])  # packs
+
+    def __post_init__(self) -> None:
+        for k, p in enumerate(self.tape.packs):
+            if p.spot is None or p.released is None or self.source(p.spot.value) is not None:
+                continue
+            if not self.tape.is_last(p.spot.value):
+                continue  # autograd will raise, or nobody reads it
+            self.wanted.setdefault(p.spot.value, []).append(k)
+            read = self.tape.read_packs.get(k, set())
+            if read and all(at == 1 and _reads_sign(self.tape.ops[o]) for o, at in read):
+                self.signs.add(k)
+
+    def source(self, value: int) -> tuple[str, Any] | None:
+        """Return where to find a value that was there before the step; None of others."""
+        return self.tape.memories[self.tape.memory_of[value]].source
+
+    def is_there(self, value: int) -> bool:
+        """Return whether the backward finds a value, unchanged, where it was before the step."""
+        source = self.source(value)
+        memory = self.tape.memories[self.tape.memory_of[value]]
+        return source is not None and source[0] in ("parameter", "buffer", "argument") and len(memory.values) == 1
+
+    @cached_property
+    def replayed(self) -> list[Op | None]:
+        """Return, by operator of the forward, what computes the same again; None where nothing does."""
+        found: list[Op | None] = []
+        tape = self.tape
+        for op in tape.ops[: tape.turn]:
+            op_ = twin(op)
+            ok = not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
+            ok = ok and (is_pure(op.func) or writes(op.func))
+            for s in op_.reads if ok else ():
+                v = s.value
+                if self.source(v) is not None:
+                    ok = ok and self.is_there(v)
+                elif (by := tape.made_by[v]) is None or (found[by] is None and not self.keepable(v) and not self.is_coin(v)):
+                    ok = False
+            ok = ok and all(self.source(v) is None for v in op.makes)
+            found.append(op_ if ok else None)
+        return found
+
+    def keepable(self, value: int) -> bool:
+        """Return whether autograd hands the value out in the forward, as it is to be in the backward."""
+        return value in self.wanted
+
+    def is_coin(self, value: int) -> bool:
+        """Return whether a value holds zeros and ones that were drawn, and can be told from a value that is kept."""
+        return value in self.coins
+
+    @cached_property
+    def coins(self) -> Mapping[int, int]:
+        """Return values of drawn zeros and ones, each with the wanted value of the same memory that tells them."""
+        found: dict[int, int] = {}
+        for o, op in enumerate(self.tape.ops[: self.tape.turn]):
+            if op.func == aten.bernoulli_.float and len(op.makes) == 1:
+                drawn = op.makes[0]
+                values = self.tape.memories[self.tape.memory_of[drawn]].values
+                rest = values[values.index(drawn) + 1 :]
+                scaled = all(_scales(self.tape.ops[self.tape.made_by[v] or 0]) for v in rest)
+                if scaled and values[-1] in self.wanted:
+                    found[drawn] = values[-1]
+        return found
+
+
+def _reads_sign(op: Op) -> bool:
+    """Return whether an operator of the backward reads of its second argument only what is positive."""
+    return op.func == aten.threshold_backward.default and op.args[2] == 0
+
+
+def _scales(op: Op) -> bool:
+    return op.func in SCALED and isinstance(op.args[1], (int, float)) and 0 < abs(op.args[1]) < float("inf")
+
+
+def twin(op: Op) -> Op:
+    """Return what computes the same as `op` and leaves nothing behind: normalisations without running statistics."""
+    at = STATISTICS.get(op.func, ())
+    if not at or not op.args[5]:
+        return op
+    args = tuple(None if i in at else a for i, a in enumerate(op.args))
+    gone = [op.args[i] for i in at]
+    return Op(op.func, args, op.kwargs, tuple(s for s in op.reads if s not in gone), op.outs, op.makes, op.draws)

@@ -1,0 +1,182 @@
+"""A plan: what is kept of a step, and how the backward comes by the rest.
+
+Operators of the forward lie in **blocks**. When the backward asks for a value that is not kept, operators run again from
+what is kept. Those of the block that asks leave their results there until all that it needs of them was read; those of
+earlier blocks leave only what later blocks read, which the way back leads over. So an operator runs again once, or twice
+where nothing is kept between the blocks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from revfx.fit.needs import Needs
+from revfx.fit.tape import Op
+
+
+@dataclass
+class Plan:
+    """Which values are kept whole, which packs as signs, which coins as bits; and the block of each operator."""
+
+    needs: Needs
+    kept: frozenset[int]
+    signs: frozenset[int]
+    coins: frozenset[int]
+    block_of: Sequence[int]
+
+    @cached_property
+    def dropped(self) -> dict[int, int]:
+        """Return the packs whose values are computed again, each with the block that asks for it."""
+        wanted = ((v, k) for v, packs in self.needs.wanted.items() if v not in self.kept for k in packs)
+        last = len(self.block_of) - 1
+        packs = self.needs.tape.packs
+        return {k: self.block_of[min(packs[k].packed, last)] for _, k in wanted if k not in self.signs}
+
+    def is_base(self, value: int) -> bool:
+        """Return whether the backward finds a value as it was."""
+        return value in self.kept or self.needs.is_there(value)
+
+    def op_of(self, value: int) -> int:
+        """Return which operator makes a value that is not there again."""
+        op = self.needs.tape.made_by[value]
+        if op is None or (value not in self.coins and self.needs.replayed[op] is None):
+            raise AssertionError(f"nothing makes value {value} again")
+        return op
+
+    def reads(self, op: int) -> tuple[int, ...]:
+        """Return the values that an operator reads when it runs again; a coin is decoded."""
+        return self._reads[op]
+
+    @cached_property
+    def _reads(self) -> list[tuple[int, ...]]:
+        coins = {self.needs.tape.made_by[v] for v in self.coins}
+        return [
+            () if op is None or o in coins else tuple(dict.fromkeys(s.value for s in op.reads))
+            for o, op in enumerate(self.needs.replayed)
+        ]
+
+    def above(self, values: Collection[int], block: int | None = None) -> Iterator[int]:
+        """Yield the operators that make `values` again, last ones first: all, or those of a block alone."""
+        todo, seen = [*values], set[int]()
+        while todo:
+            v = todo.pop()
+            if self.is_base(v):
+                continue
+            op = self.op_of(v)
+            if op not in seen and block in (None, self.block_of[op]):
+                seen.add(op)
+                todo += self._reads[op]
+                yield op
+
+    @cached_property
+    def asked(self) -> dict[int, list[int]]:
+        """Return the packs that each block asks for."""
+        found: dict[int, list[int]] = {}
+        for k, block in self.dropped.items():
+            found.setdefault(block, []).append(k)
+        return found
+
+    @cached_property
+    def uses(self) -> dict[tuple[int, int], int]:
+        """Return how often each block reads each value that is made again: by packs, and by what it runs again."""
+        found = Counter[tuple[int, int]]()
+        for block, packs in self.asked.items():
+            values = [self.needs.tape.packs[k].spot.value for k in packs]
+            found.update((block, v) for v in values)
+            for op in self.above(values, block):
+                found.update((block, v) for v in self._reads[op] if not self.is_base(v))
+        return found
+
+    @cached_property
+    def bases(self) -> dict[int, frozenset[int]]:
+        """Return the values that each block runs again from: those that are kept, and coins."""
+        found: dict[int, frozenset[int]] = {}
+        for block, packs in self.asked.items():
+            values = [self.needs.tape.packs[k].spot.value for k in packs]
+            ops = [*self.above(values)]
+            read = {v for op in ops for v in self._reads[op] if v in self.kept}
+            made = {v for op in ops for v in self.needs.tape.ops[op].makes}
+            found[block] = frozenset(read | (made & self.coins))
+        return found
+
+    @cached_property
+    def users(self) -> dict[int, list[tuple[int, list[int]]]]:
+        """Return, by kept value that the forward hands out, what is noted of it: itself, or a coin, and for which
+        blocks.
+        """
+        blocks: dict[int, list[int]] = {}
+        for block, values in self.bases.items():
+            for v in values:
+                blocks.setdefault(v, []).append(block)
+        found: dict[int, list[tuple[int, list[int]]]] = {}
+        for v, whom in blocks.items():
+            found.setdefault(self.needs.coins[v] if v in self.coins else v, []).append((v, whom))
+        return found
+
+    @cached_property
+    def sources(self) -> dict[int, tuple[str, Any]]:
+        """Return where to find what was there before the step and is read by what runs again."""
+        values = [self.needs.tape.packs[k].spot.value for k in self.dropped]
+        read = {v for op in self.above(values) for v in self._reads[op]}
+        return {v: source for v in read if (source := self.needs.source(v)) is not None}
+
+
+class Replay:
+    """What was made again in one backward and is still there: which operators run next, and what goes.
+
+    `run` runs an operator, given the values that are not needed after it; `drop` lets a value go.
+    """
+
+    def __init__(self, plan: Plan, run: Callable[[int, set[int]], None], drop: Callable[[int], None]) -> None:
+        self.plan, self.run, self.drop = plan, run, drop
+        self.there, self.left = set[int](), dict(plan.uses)
+        self.outside = Counter[int]()  # by value: how many blocks that it was not made in will still read it
+        self.outside.update(v for block, v in plan.uses if plan.block_of[plan.op_of(v)] != block)
+
+    def obtain(self, value: int, block: int) -> None:
+        """Have a value there that `block` asks for."""
+        plan, ops, todo = self.plan, set[int](), [value]
+        while todo:
+            v = todo.pop()
+            if v not in self.there and not plan.is_base(v) and (op := plan.op_of(v)) not in ops:
+                ops.add(op)
+                todo += plan.reads(op)
+        order = sorted(ops)
+        last = {v: op for op in order for v in plan.reads(op)}
+        for op in order:
+            reads, own = plan.reads(op), plan.block_of[op] == block
+            if own:
+                for v in reads:
+                    self._note(v, block)
+            goes = {v for v in reads if v in self.there and last[v] == op and not self._stays(v, block) and v != value}
+            self.run(op, goes)
+            self._gone(goes)
+            makes = plan.needs.tape.ops[op].makes
+            self.there.update(makes)
+            self._gone([v for v in makes if last.get(v, -1) <= op and v != value and not self._stays(v, block)])
+
+    def _stays(self, value: int, block: int) -> bool:
+        """Return whether a value is needed beyond what runs now: by the block that asks, or by others than its own."""
+        return self.outside[value] > 0 or self.left.get((block, value), 0) > 0
+
+    def _note(self, value: int, block: int) -> None:
+        n = self.left.get((block, value), 0)
+        if n:
+            self.left[block, value] = n - 1
+            if n == 1 and self.plan.block_of[self.plan.op_of(value)] != block:
+                self.outside[value] -= 1
+
+    def took(self, value: int, block: int) -> None:
+        """Note that the backward has read a value that `block` asked for."""
+        self._note(value, block)
+        if value in self.there and not self._stays(value, block):
+            self._gone([value])
+
+    def _gone(self, values: Collection[int]) -> None:
+        for v in values:
+            self.there.discard(v)
+            self.drop(v)

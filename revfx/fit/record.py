@@ -1,0 +1,200 @@
+"""Recording the tape of a training step on fake tensors: the user's Python runs once, and nothing is allocated."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revfx import _fake, _torch
+from revfx.capture.effects import none_left
+from revfx.eager.modes import simulating
+from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
+from revfx.passes._torch import draws, writes
+from revfx.passes.sizes import muted, tensors_of
+from revfx.world import World
+
+
+class _Kept:
+    """What autograd holds in the place of a tensor; the double is read in its place, in memory of its own."""
+
+    def __init__(self, double: Tensor) -> None:
+        self.double = double
+
+
+class Recorder(TorchDispatchMode):
+    """Notes operators, memory and what autograd keeps, while it is active."""
+
+    def __init__(self, mode: _fake.FakeMode, sources: Mapping[int, tuple[str, Any]]) -> None:
+        super().__init__()
+        self.mode, self.sources = mode, sources
+        self.memories, self.memory_of, self.made_by = list[Memory](), list[int](), list[int | None]()
+        self.ops, self.packs = list[Op](), list[Pack]()
+        self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
+        self.read_packs: dict[int, set[tuple[int, int]]] = {}
+
+    # --- memory
+    def spot(self, t: Tensor, made: bool = False) -> Spot | None:
+        """Return where a tensor lies, the double of a pack where that does; None if its layout is not strided."""
+        if t.layout != torch.strided or t.is_nested:
+            return None
+        key = _torch.storage_key(t)
+        if key not in self.known:
+            self._enter(t, key, made)
+        memory, offset = self.known[key][0], int(t.storage_offset())
+        if memory < 0:
+            packed = self.packs[-1 - memory].spot
+            value, offset = packed.value, offset + packed.offset
+        else:
+            value = self.memories[memory].values[-1]
+        return Spot(value, t.dtype, tuple(t.shape), tuple(t.stride()), offset)
+
+    def _enter(self, t: Tensor, key: int, made: bool) -> None:
+        storage, number = t.untyped_storage(), len(self.memories)
+        source = None if made else self.sources.get(key, ("", None))
+        memory = Memory(storage.nbytes(), t.device, len(self.ops), source=source)
+        self.memories.append(memory)
+        self._value(number, len(self.ops) if made else None)
+        self.known[key] = number, weakref.ref(storage, lambda _: self._leave(key, memory))
+
+    def _leave(self, key: int, memory: Memory) -> None:
+        memory.dead = len(self.ops)
+        del self.known[key]
+
+    def _value(self, memory: int, op: int | None) -> int:
+        self.memories[memory].values.append(len(self.memory_of))
+        self.memory_of.append(memory)
+        self.made_by.append(op)
+        return len(self.memory_of) - 1
+
+    # --- operators
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given, spec = pytree.tree_flatten((args, kwargs))
+        spots = [self.spot(t) if isinstance(t, Tensor) else t for t in given]
+        out = func(*args, **kwargs)
+        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        owned = {_torch.storage_key(t) for t in given if isinstance(t, Tensor) and t.layout == torch.strided}
+        if not writes(func) and tensors and all(_torch.storage_key(t) in owned for t in tensors if t.layout == torch.strided):
+            return out  # a view
+        if not tensors and not writes(func):
+            return out
+        self._note_packs(given)
+        before = len(self.memory_of)
+        written = _written(func, args, kwargs) if writes(func) else ()
+        for t in written:
+            memory = self.known[_torch.storage_key(t)][0] if t.layout == torch.strided else -1
+            if memory >= 0:
+                self._value(memory, len(self.ops))
+        outs = tuple([self.spot(t, made=True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
+        args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
+        reads = tuple([s for s in spots if isinstance(s, Spot)])
+        makes = tuple(range(before, len(self.memory_of)))
+        self.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, makes, draws(func, args, kwargs)))
+        return out
+
+    def _note_packs(self, given: list[Any]) -> None:
+        for at, t in enumerate(given):
+            if isinstance(t, Tensor) and t.layout == torch.strided:
+                known = self.known.get(_torch.storage_key(t))
+                if known is not None and known[0] < 0:
+                    self.read_packs.setdefault(-1 - known[0], set()).add((len(self.ops), at))
+
+    # --- autograd
+    def pack(self, t: Tensor) -> Any:
+        """Return what autograd is to hold in the place of `t`."""
+        spot = self.spot(t)
+        if spot is None or isinstance(t, nn.Parameter):
+            self.packs.append(Pack(spot, len(self.ops)))  # type: ignore[arg-type]
+            return t
+        with torch.utils._python_dispatch._disable_current_modes(), self.mode:
+            double = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        number, pack = len(self.packs), Pack(spot, len(self.ops))
+        storage = double.untyped_storage()
+        key = storage._cdata
+
+        def released(_: Any) -> None:
+            pack.released = len(self.ops)
+            del self.known[key]
+
+        self.known[key] = -1 - number, weakref.ref(storage, released)
+        self.packs.append(pack)
+        return _Kept(double)
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Return what autograd reads."""
+        if not isinstance(kept, _Kept):
+            return kept
+        pack = self.packs[-1 - self.known[_torch.storage_key(kept.double)][0]]
+        if pack.unpacked is None:
+            pack.unpacked = len(self.ops)
+        return kept.double
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors among the arguments that an operator writes."""
+    schema = func._schema.arguments
+    names = {a.name: i for i, a in enumerate(schema)}
+    given = [*((schema[i], a) for i, a in enumerate(args)), *((schema[names[n]], a) for n, a in kwargs.items())]
+    found = [t for s, a in given if s.alias_info is not None and s.alias_info.is_write for t in tensors_of(a)]
+    return found
+
+
+def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Tape:
+    """Return the tape of `run(*args, **kwargs)`, which calls `model`, and of its backward.
+
+    Raises:
+        Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
+    """
+    world = World(model, args, kwargs)
+    with none_left(world.mode):
+        try:
+            return _record(world, run)
+        finally:
+            world.fakes.clear()
+
+
+def _record(world: World, run: Callable[..., Any]) -> Tape:
+    quiet = muted(_fake.FAKE_LOGGER)
+    with quiet, _torch.uncollected(), world.entered() as (args, kwargs), simulating(), torch.enable_grad():
+        sources = _sources(world.model, args, kwargs)
+        recorder = Recorder(world.mode, sources)
+        with recorder:
+            with saved_tensors_hooks(recorder.pack, recorder.unpack):
+                result = run(*args, **kwargs)
+            turn = len(recorder.ops)
+            outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+            if outs:
+                torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
+        sizes = sum(t.numel() * t.element_size() for t in outs if t.dim())
+        ends = len(recorder.ops)
+        tape = Tape(recorder.memories, recorder.memory_of, recorder.made_by, recorder.ops, recorder.packs, turn, sizes,
+                    recorder.read_packs)  # fmt: skip
+        for m in tape.memories:
+            m.dead = None if m.dead == ends else m.dead
+        del result, outs, recorder
+    return tape
+
+
+def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, Any]]:
+    """Return where to find what is there before the step, by its storage."""
+    found: dict[int, tuple[str, Any]] = {}
+    for i, t in enumerate(pytree.tree_leaves((args, kwargs))):
+        if isinstance(t, Tensor) and t.layout == torch.strided:
+            found[_torch.storage_key(t)] = "argument", i
+    for path, module in model.named_modules():
+        tables = (("parameter", _torch.parameters(module)), ("buffer", _torch.buffers(module)))
+        for kind, table in tables:
+            for name, t in table.items():
+                if t is not None and t.layout == torch.strided:
+                    found.setdefault(_torch.storage_key(t), (kind, (path, name)))
+                    if t.grad is not None:
+                        found.setdefault(_torch.storage_key(t.grad), ("gradient", None))
+    return found

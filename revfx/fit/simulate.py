@@ -1,0 +1,169 @@
+"""What a step holds under a plan, at every operator of its forward and its backward, and how long it takes more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from revfx.fit.costs import Cost
+from revfx.fit.needs import Needs
+from revfx.fit.plan import Plan, Replay
+from revfx.fit.tape import running
+
+
+BITS = 8  # elements in a byte: of signs, and of coins
+OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
+
+Hold = Callable[[int, int, int | None], None]  # so many bytes from before one operator to before another
+
+
+@dataclass(frozen=True)
+class Load:
+    """Bytes while each operator runs, and what plain autograd does not do, in seconds."""
+
+    live: list[int]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Return the most bytes."""
+        return max(self.live)
+
+
+@dataclass
+class Model:
+    """A step, what its operators cost, and what is there in any case."""
+
+    needs: Needs
+    costs: Sequence[Cost]
+
+    @cached_property
+    def during(self) -> list[int]:
+        """Return the bytes while each operator runs that are there whatever autograd keeps."""
+        tape = self.needs.tape
+        found = [n + c.scratch for n, c in zip(tape.natural(), [*self.costs, Cost()], strict=True)]
+        found[tape.turn] = max(found[tape.turn], self.before[tape.turn] + 2 * tape.outputs)
+        return found
+
+    @cached_property
+    def before(self) -> list[int]:
+        """Return these right before each operator."""
+        tape = self.needs.tape
+        n = len(tape.ops) + 1
+        change = [0] * (n + 2)
+        for m in tape.memories:
+            if m.source is None:
+                change[m.born + 1] += m.size
+                change[n if m.dead is None else m.dead + 1] -= m.size
+        return running(change)[:n]
+
+    def load(self, plan: Plan) -> Load:
+        """Return what the step holds under `plan`."""
+        held, spikes, seconds = self.changes(plan, self.needs.wanted)
+        extra = running(held)
+        live = [d + e for d, e in zip(self.during, extra, strict=False)]
+        for at, size in spikes.items():
+            live[at] = max(live[at], self.before[at] + extra[at - 1] + size)
+        return Load(live, seconds)
+
+    def changes(self, plan: Plan, values: Iterable[int]) -> tuple[list[int], dict[int, int], float]:
+        """Return how the bytes that `plan` holds of some values change before each operator, what is there for a
+        moment besides, and the seconds that it takes.
+        """
+        tape, end = self.needs.tape, len(self.needs.tape.ops)
+        held, spikes = [0] * (end + 2), dict[int, int]()
+
+        def hold(size: int, start: int, stop: int | None) -> None:
+            if stop is None or stop > start:
+                held[start] += size
+                held[end + 1 if stop is None else stop] -= size
+
+        until, dropped = dict[int, int](), list[int]()  # by value that is kept: when the last that needs it is through
+        for v in values:
+            packs = self.needs.wanted[v]
+            if v in plan.kept:
+                until[v] = self.through(packs)
+            dropped += [k for k in packs if k in plan.dropped]
+            for k in packs:
+                if k in plan.signs and v not in plan.kept:
+                    self._marks(hold, spikes, v, tape.packs[k].packed, tape.packs[k].released)
+                    self._decoded(hold, spikes, k)
+        for block in dict.fromkeys(plan.dropped[k] for k in dropped):
+            for v in plan.bases[block]:
+                until[v] = max(until.get(v, 0), self.through(plan.asked[block]))
+        for v, stop in until.items():
+            if v in plan.coins:
+                self._marks(hold, spikes, v, tape.packs[self.needs.wanted[self.needs.coins[v]][0]].packed, stop)
+            elif (dead := tape.memories[tape.memory_of[v]].dead) is not None:
+                hold(tape.size(v), dead, stop)
+        return held, spikes, self._replay(plan, dropped, hold, spikes)
+
+    def through(self, packs: Iterable[int]) -> int:
+        """Return before which operator autograd lets go of the last of some packs."""
+        return max(self.needs.tape.packs[k].released or 0 for k in packs)
+
+    def _marks(self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None) -> None:
+        """Hold one bit an element; there are eight while it is made."""
+        elements = self.elements(value)
+        hold(-(-elements // BITS), start, stop)
+        spikes[start] = max(spikes.get(start, 0), elements + elements // BITS)
+
+    def _decoded(self, hold: Hold, spikes: dict[int, int], k: int) -> None:
+        p = self.needs.tape.packs[k]
+        if p.unpacked is not None:
+            hold(self.needs.tape.size(p.spot.value), p.unpacked, p.released)
+            spike = self.needs.tape.size(p.spot.value) + 2 * self.elements(p.spot.value)
+            spikes[p.unpacked] = max(spikes.get(p.unpacked, 0), spike)
+
+    def elements(self, value: int) -> int:
+        """Return how many elements the memory of a value has, which autograd keeps, or which is a coin."""
+        tape = self.needs.tape
+        kept = self.needs.coins.get(value, value)
+        return tape.size(value) // tape.packs[self.needs.wanted[kept][0]].spot.dtype.itemsize
+
+    def _replay(
+        self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]
+    ) -> float:
+        """Return the seconds of what runs again for `packs`; `hold` what is there from one operator to another."""
+        tape = self.needs.tape
+        since, taken = dict[int, int](), set[int]()  # by value: when its memory was made again; whose was taken over
+        now = most = at = until = 0
+        seconds = 0.0
+
+        def run(op: int, goes: set[int]) -> None:
+            nonlocal now, most, seconds
+            seconds += self.costs[op].seconds + OVERHEAD
+            for v in tape.ops[op].makes:
+                values = tape.memories[tape.memory_of[v]].values
+                was = values[values.index(v) - 1] if v != values[0] else None
+                if was in goes:
+                    taken.add(was)
+                    since[v] = since[was]
+                else:
+                    now += tape.size(v)
+                    since[v] = at
+            coins = [v for v in tape.ops[op].makes if v in plan.coins]
+            scratch = 2 * self.elements(coins[0]) if coins else self.costs[op].scratch
+            most = max(most, now + scratch)
+
+        def drop(v: int) -> None:
+            nonlocal now
+            if v in taken:
+                taken.discard(v)
+            else:
+                now -= tape.size(v) if since[v] == at else 0
+                hold(tape.size(v), since[v], until)
+
+        replay = Replay(plan, run, drop)
+        times = sorted((p.unpacked, k) for k in packs if (p := tape.packs[k]).unpacked is not None)
+        for unpacked, k in times:
+            p = tape.packs[k]
+            if at != unpacked:
+                at, now, most = unpacked, 0, 0
+            until = at
+            replay.obtain(p.spot.value, plan.dropped[k])
+            spikes[at] = max(spikes.get(at, 0), most)
+            until = max(p.released or at, at)
+            replay.took(p.spot.value, plan.dropped[k])
+        return seconds

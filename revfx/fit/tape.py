@@ -1,0 +1,111 @@
+"""The tape of a training step: the operators that run below autograd, the memory that they use, what autograd keeps.
+
+A **memory** is an allocation; a **value** is what it holds between two writes to it; a **spot** is a tensor's place in
+a value, so that views are spots of what they view, and no operations. A **pack** is a tensor that autograd keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)  # no tuple, as `pytree` would look into it
+class Spot:
+    """A tensor's place: a value, and which elements of its memory, in which order."""
+
+    value: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Return where in its value it lies."""
+        return self.dtype, self.shape, self.stride, self.offset
+
+
+@dataclass(slots=True)
+class Memory:
+    """An allocation of `size` bytes, there from operator `born` up to operator `dead`, before it (None: beyond the
+    step), as long as nothing but autograd holds it.
+
+    What was there before the step has a `source`: where to find it, of parameters, buffers and arguments, or "".
+    """
+
+    size: int
+    device: torch.device
+    born: int
+    dead: int | None = None
+    source: tuple[str, Any] | None = None
+    values: list[int] = field(default_factory=list[int])  # the last one is there in the backward
+
+
+@dataclass(slots=True)
+class Op:
+    """A call of an operator, with spots in the place of tensors."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: tuple[Spot, ...]
+    outs: tuple[Spot | None, ...]
+    makes: tuple[int, ...]  # values, by a result or by a write
+    draws: bool
+
+
+@dataclass(slots=True)
+class Pack:
+    """What autograd keeps from before operator `packed` to before operator `released`; first read by `unpacked`."""
+
+    spot: Spot
+    packed: int
+    unpacked: int | None = None
+    released: int | None = None
+
+
+@dataclass
+class Tape:
+    """A step: the operators of the forward, from `turn` on of the backward."""
+
+    memories: list[Memory]
+    memory_of: list[int]  # by value
+    made_by: list[int | None]  # by value: the operator; None of what was there
+    ops: list[Op]
+    packs: list[Pack]
+    turn: int
+    outputs: int  # bytes of what the forward returned and has a gradient, but for a single number
+    read_packs: dict[int, set[tuple[int, int]]]  # by pack: the operators of the backward that read it, and as which argument
+
+    def size(self, value: int) -> int:
+        """Return the bytes of the memory that a value lies in."""
+        return self.memories[self.memory_of[value]].size
+
+    def is_last(self, value: int) -> bool:
+        """Return whether a value is there until its memory is let go, not overwritten by another."""
+        return self.memories[self.memory_of[value]].values[-1] == value
+
+    def natural(self) -> list[int]:
+        """Return the bytes that are there while each operator runs if autograd keeps nothing."""
+        change = [0] * (len(self.ops) + 2)
+        for m in self.memories:
+            if m.source is None:
+                change[m.born] += m.size
+                change[len(self.ops) + 1 if m.dead is None else m.dead] -= m.size
+        return running(change)[: len(self.ops) + 1]
+
+
+def running(changes: Sequence[int]) -> list[int]:
+    """Return the sums of all up to each."""
+
+    def sums() -> Iterator[int]:
+        now = 0
+        for c in changes:
+            now += c
+            yield now
+
+    return [*sums()]

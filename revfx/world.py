@@ -1,0 +1,53 @@
+"""A world without data, in which a model's parameters, buffers and arguments are fake tensors for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _fake
+from revfx.ambient import all_generators, restore
+from revfx.capture.effects import Snapshot
+from revfx.capture.guards import GlobalReads
+
+
+class World:
+    """A model and its arguments: the model holds fake tensors while the world is entered."""
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.model, self.given = model, (args, kwargs)
+        self.mode = _fake.FakeMode()
+        self.fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the real one, with it
+
+    @contextlib.contextmanager
+    def entered(self) -> Generator[tuple[Any, Any]]:
+        """Open a context that gives fake arguments; after it the model and Python's random numbers are as before."""
+        modules = list(self.model.modules())
+        before, drawn = Snapshot(modules), all_generators()
+        read = GlobalReads(type(m).forward for m in modules)
+        try:
+            for table, then in itertools.chain(*before.tables):
+                table.update({name: self._fake(t) for name, t in then.items() if isinstance(t, Tensor)})
+            yield pytree.tree_map_only(Tensor, self._fake, self.given)
+        finally:
+            before.restore()
+            read.put_back()
+            restore(drawn)
+
+    def _fake(self, t: Tensor) -> Tensor:
+        """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
+        if id(t) not in self.fakes:
+            fake = _fake.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
+            if isinstance(t, nn.Parameter):
+                fake = nn.Parameter(fake, t.requires_grad)
+                if t.requires_grad:
+                    with self.mode, torch.no_grad():
+                        fake.grad = torch.empty_like(fake)
+            self.fakes[id(t)] = t, fake
+        return self.fakes[id(t)][1]
