@@ -73,6 +73,16 @@ def graph_task_id() -> int:
     return torch._C._current_graph_task_id()
 
 
+def has_saved_tensors_hooks() -> bool:
+    """Return whether hooks on what autograd saves are active."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def backward_node() -> Any:
+    """Return the node of autograd's graph that runs on this thread; None outside any backward."""
+    return torch._C._current_autograd_node()
+
+
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Have `callback` run when the backward pass that runs on this thread has ended."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)

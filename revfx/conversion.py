@@ -23,8 +23,10 @@ from revfx.capture.plan import InvalidError, Plan
 from revfx.capture.search import Outcome, Wishes, make_plan
 from revfx.compiled.dynamo import Compiled
 from revfx.eager.calls import Slot
-from revfx.eager.modes import can_store, runs_plain, storing
+from revfx.eager.modes import can_store, runs_plain, store_activations, storing
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
+from revfx.fit.budget import Budget
+from revfx.fit.fit import Fit, may_fit
 
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Options:
     exact: bool = True
     grid: int | None = None
     compile: bool = False
+    memory: Budget | None = None
 
     @property
     def wishes(self) -> Wishes:
@@ -77,6 +80,7 @@ class Conversion:
         self.pending: Outcome | None = None
         self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
         self.compiled_tried = False
+        self.fit = None if options.memory is None or options.part else Fit(options.memory)
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []  # with their names and places
 
     @property
@@ -183,6 +187,8 @@ class Conversion:
 
     def _report(self, model: nn.Module, outcome: Outcome) -> None:
         name = name_of(model)
+        if self.fit is not None:
+            return
         asks = self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
         if outcome.untraceable and outcome.compiles and asks:  # once whether `torch.compile` can capture it
             self.pending, self.compiled = outcome, self._compile(model)
@@ -238,6 +244,31 @@ class Conversion:
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         leaves, spec = flattened(args, kwargs)
+        if self.fit is not None and may_fit(leaves):
+            key = _call_key(leaves), spec, ambient_state()
+            ways = functools.partial(self._ways, model, args, kwargs, leaves, spec)
+            return self.fit.call(model, ways, args, kwargs, leaves, key)
+        return self._call(model, args, kwargs, leaves, spec)
+
+    def ready(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Make the plan for calls like this one."""
+        leaves, spec = flattened(args, kwargs)
+        if self.fit is None:
+            self.prepare(model, args, kwargs, leaves, spec)
+        else:
+            key = _call_key(leaves), spec, ambient_state()
+            ways = functools.partial(self._ways, model, args, kwargs, leaves, spec)
+            self.fit.prepare(model, ways, args, kwargs, key)
+
+    def _ways(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> dict[str, Any]:
+        """Return the ways to run the forward: plainly, and with what is reversible in it, if anything is."""
+        ways: dict[str, Any] = {"plain": store_activations()(self.forward(model))}
+        if self.prepare(model, args, kwargs, leaves, spec).plan is not None:
+            ways["reversible"] = lambda *a, **k: self._call(model, a, k, *flattened(a, k))
+        return ways
+
+    def _call(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Any:
+        forward = self.forward(model)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         plain = runs_plain(tensors)
         store = plain and (storing() or self.options.grid is not None) and can_store(tensors)

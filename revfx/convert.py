@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revfx.conversion import Options, flattened
+from revfx.conversion import Options
 from revfx.converted import Reversible, reversible
+from revfx.fit.budget import checked_memory
 from revfx.passes.grid import checked_exact, checked_grid
 from revfx.passes.plan import checked_every
 
@@ -18,6 +19,7 @@ def convert(
     *,
     exact: bool = True,
     grid: int | None = None,
+    memory: float | str | None = None,
     compile: bool = False,
     anchor_every: int | None = None,
     capture: str = "auto",
@@ -48,6 +50,11 @@ def convert(
             in float32. Additive couplings keep nothing for it; momentum, and factors bounded from below by m, keep
             ceil(log2(ceil(1/m))) bits per element and coupling; others are refused. Where `torch.compile` captures,
             only calls that need gradients are rounded, and no streams in half precision.
+        memory: train within this budget, without changing a bit: a share of what the plain model's step takes at its
+            peak, a float in (0, 1], or bytes, as an int or a text such as "2GiB". Any model will do: at its first call
+            a step is recorded on fake tensors, the costs of its operators are measured, and what autograd would keep is
+            kept, computed again, or kept as one bit an element, as is fastest within the budget. What is reversible is
+            one way among others. The peak counts from before the step, with gradients there already.
         compile: compile each module that a region calls, by `torch.compile` with its defaults; those that are alike
             once, at their first call. The same kernels run in the forward and again in the backward, so gradients are
             those of the model with the same compiled modules, bit for bit. A module that the compiler can't take runs
@@ -66,8 +73,11 @@ def convert(
 
     Raises:
         NotReversibleError: `strict` was given and something is left as it was.
-        ValueError: an unknown `capture`; an `exact`, `grid`, `compile` or `anchor_every` that makes no sense;
-            `example_inputs` for `capture="dynamo"`, which captures real calls only.
+        BudgetError: no plan stays within `memory`; the text says what the least feasible budget is, and what holds it.
+            It is raised by the first call, before anything runs, or here, given `example_inputs`.
+        ValueError: an unknown `capture`; a `memory` that is no budget, or has another option beside it; an `exact`,
+            `grid`, `compile` or `anchor_every` that makes no sense; `example_inputs` for `capture="dynamo"`, which
+            captures real calls only.
 
     Warns:
         RevfxWarning: nothing reversible was found; the text says why, and the model runs as it was. Also where "auto"
@@ -83,7 +93,10 @@ def convert(
     if compile and capture == "dynamo":
         raise ValueError("`compile=True` compiles what a recorded forward calls; `capture='dynamo'` records nothing.")
     exact = checked_exact(exact, grid)
-    options = Options(capture, strict, anchor_every=every, exact=exact, grid=grid, compile=compile)
+    budget = checked_memory(memory)
+    if budget is not None and (not exact or compile or strict or capture != "auto" or (grid, every) != (None, None)):
+        raise ValueError(f"`{budget.text}` changes no bit and decides by itself what is kept: leave other options out.")
+    options = Options(capture, strict, anchor_every=every, exact=exact, grid=grid, compile=compile, memory=budget)
     if isinstance(model, Reversible):
         if options in (model.revfx.options, Options("auto", False)):
             return model
@@ -95,5 +108,5 @@ def convert(
     if example_inputs is not None:
         kwargs = example_inputs if isinstance(example_inputs, dict) else {}
         args = (example_inputs,) if isinstance(example_inputs, Tensor) else () if kwargs else tuple(example_inputs)
-        converted.revfx.prepare(converted, args, kwargs, *flattened(args, kwargs))
+        converted.revfx.ready(converted, args, kwargs)
     return converted

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import revfx
 from revfx.bench.models import RevNet
-from revfx.report.data import size
 from revfx.report.progress import bar
 from revfx.testing import gradients, measure_memory, relative_error, stored
+from revfx.units import size
 
 
 BATCH = 64

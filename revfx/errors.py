@@ -31,6 +31,10 @@ class RangeError(RevfxError):
     """A value of an exact forward has no place on its grid: it is too large, or not finite."""
 
 
+class BudgetError(RevfxError):
+    """A model can't be trained in the memory that is given; the text says in how much it can, and what holds it."""
+
+
 class WrongArguments(RevfxError):
     """What is wrong with the arguments of a command on the command line."""
 

@@ -50,6 +50,11 @@ def simulating() -> Generator[None]:
         _simulating.reset(token)
 
 
+def is_simulating() -> bool:
+    """Return whether `simulating` is active."""
+    return _simulating.get()
+
+
 def storing() -> bool:
     """Return whether `store_activations` is active."""
     return _storing.get()

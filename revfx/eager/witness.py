@@ -87,8 +87,8 @@ class Witness:
     def _look(self, results: Iterable[Tensor], saved: Iterable[Tensor]) -> Seen | None:
         with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
             outs = [t for whole in results for t in _plain(whole)]
-            parts = [_elements(t, SOME) for t in outs]
-            parts += [_elements(t, FEW) for whole in saved for t in _plain(whole)]
+            parts = [elements(t, SOME) for t in outs]
+            parts += [elements(t, FEW) for whole in saved for t in _plain(whole)]
             if not parts:
                 return None
             sums = [checksum(t) for t in outs if t.numel() > SOME and not _torch.is_fake(t)] if self.whole else ()
@@ -112,7 +112,7 @@ def _plain(whole: Tensor) -> list[Tensor]:
     return [t for t in found if t.numel() and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided]
 
 
-def _elements(t: Tensor, most: int) -> Tensor:
+def elements(t: Tensor, most: int) -> Tensor:
     """Return a view of some elements of a tensor, complex ones as pairs: spread over its memory, or along its longest
     dimension where it is not dense.
     """

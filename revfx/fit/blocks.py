@@ -23,6 +23,10 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.borders) - 1
 
+    def of_operators(self) -> list[int]:
+        """Return the block of each operator."""
+        return [b for b in range(len(self)) for _ in range(self.borders[b], self.borders[b + 1])]
+
 
 def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
     """Return the blocks of a forward.

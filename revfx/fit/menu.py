@@ -31,15 +31,13 @@ class Choice:
 
 
 class Menu:
-    """The choices for the operators from `start` to `stop`; `given` values are kept in any case."""
+    """The choices for some operators; `given` values are kept in any case."""
 
     def __init__(
-        self, needs: Needs, costs: Sequence[Cost], start: int, stop: int, given: frozenset[int], masks: bool = True
+        self, needs: Needs, costs: Sequence[Cost], ops: range, given: frozenset[int], masks: bool = True
     ) -> None:
-        self.needs, self.costs, self.given = needs, costs, given
-        self.ops, self.masks = range(start, stop), masks
+        self.needs, self.costs, self.ops, self.given, self.masks = needs, costs, ops, given, masks
         self.values = {v: o for o in self.ops for v in needs.tape.ops[o].makes}
-        self.packs = [k for v in self.values for k in needs.wanted.get(v, ())]
 
     def choices(self) -> Iterator[Choice]:
         """Yield what differs, from nothing but what must be kept to everything."""
@@ -75,7 +73,7 @@ class Menu:
             return price * (self.costs[o].seconds + OVERHEAD)
 
         graph.add_nodes_from(("S", "T"))
-        tape, signs = self.needs.tape, self.needs.signs if self.masks else frozenset[int]()
+        signs = self.needs.signs if self.masks else frozenset[int]()
         for v, o in self.values.items():
             if v in self.given:
                 continue

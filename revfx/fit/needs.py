@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from revfx.fit.tape import Op, Spot, Tape
+from revfx.fit.tape import Op, Tape
 from revfx.passes._torch import is_pure, writes
 
 
@@ -42,9 +40,15 @@ class Needs:
             if not self.tape.is_last(p.spot.value):
                 continue  # autograd will raise, or nobody reads it
             self.wanted.setdefault(p.spot.value, []).append(k)
-            read = self.tape.read_packs.get(k, set())
+            read = self.tape.reads.get(k, set())
             if read and all(at == 1 and _reads_sign(self.tape.ops[o]) for o, at in read):
                 self.signs.add(k)
+
+    def value(self, pack: int) -> int:
+        """Return the value of a pack that autograd may read."""
+        spot = self.tape.packs[pack].spot
+        assert spot is not None
+        return spot.value
 
     def source(self, value: int) -> tuple[str, Any] | None:
         """Return where to find a value that was there before the step; None of others."""
@@ -69,7 +73,9 @@ class Needs:
                 v = s.value
                 if self.source(v) is not None:
                     ok = ok and self.is_there(v)
-                elif (by := tape.made_by[v]) is None or (found[by] is None and not self.keepable(v) and not self.is_coin(v)):
+                elif (by := tape.made_by[v]) is None or (
+                    found[by] is None and not self.keepable(v) and not self.is_coin(v)
+                ):
                     ok = False
             ok = ok and all(self.source(v) is None for v in op.makes)
             found.append(op_ if ok else None)
@@ -87,7 +93,7 @@ class Needs:
     def coins(self) -> Mapping[int, int]:
         """Return values of drawn zeros and ones, each with the wanted value of the same memory that tells them."""
         found: dict[int, int] = {}
-        for o, op in enumerate(self.tape.ops[: self.tape.turn]):
+        for op in self.tape.ops[: self.tape.turn]:
             if op.func == aten.bernoulli_.float and len(op.makes) == 1:
                 drawn = op.makes[0]
                 values = self.tape.memories[self.tape.memory_of[drawn]].values

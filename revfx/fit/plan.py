@@ -1,9 +1,9 @@
 """A plan: what is kept of a step, and how the backward comes by the rest.
 
-Operators of the forward lie in **blocks**. When the backward asks for a value that is not kept, operators run again from
-what is kept. Those of the block that asks leave their results there until all that it needs of them was read; those of
-earlier blocks leave only what later blocks read, which the way back leads over. So an operator runs again once, or twice
-where nothing is kept between the blocks.
+Operators of the forward lie in **blocks**. When the backward asks for a value that is not kept, operators run again
+from what is kept. Those of the block that asks leave their results there until all that it needs of them was read;
+those of earlier blocks leave only what later blocks read, which the way back leads over. So an operator runs again
+once, or twice where nothing is kept between the blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 from revfx.fit.needs import Needs
-from revfx.fit.tape import Op
 
 
 @dataclass
@@ -35,6 +34,14 @@ class Plan:
         last = len(self.block_of) - 1
         packs = self.needs.tape.packs
         return {k: self.block_of[min(packs[k].packed, last)] for _, k in wanted if k not in self.signs}
+
+    def is_end(self, value: int) -> bool:
+        """Return whether nothing that runs again reads a value."""
+        return value not in self._read_again
+
+    @cached_property
+    def _read_again(self) -> set[int]:
+        return {v for op in self.above([self.needs.value(k) for k in self.dropped]) for v in self._reads[op]}
 
     def is_base(self, value: int) -> bool:
         """Return whether the backward finds a value as it was."""
@@ -85,7 +92,7 @@ class Plan:
         """Return how often each block reads each value that is made again: by packs, and by what it runs again."""
         found = Counter[tuple[int, int]]()
         for block, packs in self.asked.items():
-            values = [self.needs.tape.packs[k].spot.value for k in packs]
+            values = [self.needs.value(k) for k in packs]
             found.update((block, v) for v in values)
             for op in self.above(values, block):
                 found.update((block, v) for v in self._reads[op] if not self.is_base(v))
@@ -96,7 +103,7 @@ class Plan:
         """Return the values that each block runs again from: those that are kept, and coins."""
         found: dict[int, frozenset[int]] = {}
         for block, packs in self.asked.items():
-            values = [self.needs.tape.packs[k].spot.value for k in packs]
+            values = [self.needs.value(k) for k in packs]
             ops = [*self.above(values)]
             read = {v for op in ops for v in self._reads[op] if v in self.kept}
             made = {v for op in ops for v in self.needs.tape.ops[op].makes}
@@ -120,9 +127,7 @@ class Plan:
     @cached_property
     def sources(self) -> dict[int, tuple[str, Any]]:
         """Return where to find what was there before the step and is read by what runs again."""
-        values = [self.needs.tape.packs[k].spot.value for k in self.dropped]
-        read = {v for op in self.above(values) for v in self._reads[op]}
-        return {v: source for v in read if (source := self.needs.source(v)) is not None}
+        return {v: source for v in self._read_again if (source := self.needs.source(v)) is not None}
 
 
 class Replay:

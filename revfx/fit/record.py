@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,13 +32,14 @@ class _Kept:
 class Recorder(TorchDispatchMode):
     """Notes operators, memory and what autograd keeps, while it is active."""
 
-    def __init__(self, mode: _fake.FakeMode, sources: Mapping[int, tuple[str, Any]]) -> None:
+    def __init__(self, mode: _fake.FakeMode, sources: Mapping[int, tuple[str, Any]], names: Mapping[int, str]) -> None:
         super().__init__()
-        self.mode, self.sources = mode, sources
+        self.mode, self.sources, self.names = mode, sources, names
         self.memories, self.memory_of, self.made_by = list[Memory](), list[int](), list[int | None]()
         self.ops, self.packs = list[Op](), list[Pack]()
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
         self.read_packs: dict[int, set[tuple[int, int]]] = {}
+        self.turns = 0
 
     # --- memory
     def spot(self, t: Tensor, made: bool = False) -> Spot | None:
@@ -82,7 +83,11 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         owned = {_torch.storage_key(t) for t in given if isinstance(t, Tensor) and t.layout == torch.strided}
-        if not writes(func) and tensors and all(_torch.storage_key(t) in owned for t in tensors if t.layout == torch.strided):
+        if (
+            not writes(func)
+            and tensors
+            and all(_torch.storage_key(t) in owned for t in tensors if t.layout == torch.strided)
+        ):
             return out  # a view
         if not tensors and not writes(func):
             return out
@@ -97,8 +102,23 @@ class Recorder(TorchDispatchMode):
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
         reads = tuple([s for s in spots if isinstance(s, Spot)])
         makes = tuple(range(before, len(self.memory_of)))
-        self.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, makes, draws(func, args, kwargs)))
+        self.ops.append(
+            Op(func, tuple(args_of), kwargs_of, reads, outs, makes, draws(func, args, kwargs), self._where())
+        )
         return out
+
+    def _where(self) -> str:
+        """Return the innermost module that runs, and the user's line; in the backward the node of autograd's graph."""
+        node = _torch.backward_node()
+        if node is not None:
+            return node.name()
+        frame: Any = sys._getframe(2)
+        while frame is not None:
+            name = self.names.get(id(frame.f_locals.get("self"))) if frame.f_code.co_name == "forward" else None
+            if name is not None:
+                return f"{name or 'the model'}, {frame.f_code.co_filename}:{frame.f_lineno}"
+            frame = frame.f_back
+        return ""
 
     def _note_packs(self, given: list[Any]) -> None:
         for at, t in enumerate(given):
@@ -112,7 +132,7 @@ class Recorder(TorchDispatchMode):
         """Return what autograd is to hold in the place of `t`."""
         spot = self.spot(t)
         if spot is None or isinstance(t, nn.Parameter):
-            self.packs.append(Pack(spot, len(self.ops)))  # type: ignore[arg-type]
+            self.packs.append(Pack(None, len(self.ops)))
             return t
         with torch.utils._python_dispatch._disable_current_modes(), self.mode:
             double = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
@@ -134,7 +154,8 @@ class Recorder(TorchDispatchMode):
             return kept
         pack = self.packs[-1 - self.known[_torch.storage_key(kept.double)][0]]
         if pack.unpacked is None:
-            pack.unpacked = len(self.ops)
+            pack.unpacked, pack.turn = len(self.ops), self.turns
+            self.turns += 1
         return kept.double
 
 
@@ -165,7 +186,8 @@ def _record(world: World, run: Callable[..., Any]) -> Tape:
     quiet = muted(_fake.FAKE_LOGGER)
     with quiet, _torch.uncollected(), world.entered() as (args, kwargs), simulating(), torch.enable_grad():
         sources = _sources(world.model, args, kwargs)
-        recorder = Recorder(world.mode, sources)
+        names = {id(m): name for name, m in world.model.named_modules()}
+        recorder = Recorder(world.mode, sources, names)
         with recorder:
             with saved_tensors_hooks(recorder.pack, recorder.unpack):
                 result = run(*args, **kwargs)
@@ -173,14 +195,14 @@ def _record(world: World, run: Callable[..., Any]) -> Tape:
             outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
             if outs:
                 torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
-        sizes = sum(t.numel() * t.element_size() for t in outs if t.dim())
-        ends = len(recorder.ops)
-        tape = Tape(recorder.memories, recorder.memory_of, recorder.made_by, recorder.ops, recorder.packs, turn, sizes,
-                    recorder.read_packs)  # fmt: skip
-        for m in tape.memories:
-            m.dead = None if m.dead == ends else m.dead
-        del result, outs, recorder
-    return tape
+        left = [m for m in recorder.memories if m.dead is None and m.source is None]
+        loss = sum(t.numel() * t.element_size() for t in outs if t.dim())
+        del result, outs
+        returned = [m for m in left if m.dead is not None and m.born < turn]
+        for m in returned:
+            m.dead = max(turn, m.born + 1)
+        return Tape(recorder.memories, recorder.memory_of, recorder.made_by, recorder.ops, recorder.packs, turn,
+                    recorder.read_packs, returned, loss)  # fmt: skip
 
 
 def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, Any]]:

@@ -37,13 +37,16 @@ class Model:
 
     needs: Needs
     costs: Sequence[Cost]
+    late: int = 0  # bytes of what the forward returns that the caller still holds in the backward
+    loss: int = 0  # bytes that are there while the caller's loss is computed, and its gradient
 
     @cached_property
     def during(self) -> list[int]:
         """Return the bytes while each operator runs that are there whatever autograd keeps."""
         tape = self.needs.tape
         found = [n + c.scratch for n, c in zip(tape.natural(), [*self.costs, Cost()], strict=True)]
-        found[tape.turn] = max(found[tape.turn], self.before[tape.turn] + 2 * tape.outputs)
+        found = [n + self.late * (t >= tape.turn) for t, n in enumerate(found)]
+        found[tape.turn] = max(found[tape.turn], self.before[tape.turn] + self.loss)
         return found
 
     @cached_property
@@ -56,7 +59,14 @@ class Model:
             if m.source is None:
                 change[m.born + 1] += m.size
                 change[n if m.dead is None else m.dead + 1] -= m.size
-        return running(change)[:n]
+        return [b + self.late * (t >= tape.turn) for t, b in enumerate(running(change)[:n])]
+
+    @property
+    def returned(self) -> int:
+        """Return the bytes of what the forward returns that autograd does not keep."""
+        kept = {self.needs.tape.memory_of[v] for v in self.needs.wanted}
+        memories = self.needs.tape.memories
+        return sum(m.size for m in self.needs.tape.returned if not any(memories[k] is m for k in kept))
 
     def load(self, plan: Plan) -> Load:
         """Return what the step holds under `plan`."""
@@ -122,12 +132,11 @@ class Model:
         kept = self.needs.coins.get(value, value)
         return tape.size(value) // tape.packs[self.needs.wanted[kept][0]].spot.dtype.itemsize
 
-    def _replay(
-        self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]
-    ) -> float:
+    def _replay(self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]) -> float:
         """Return the seconds of what runs again for `packs`; `hold` what is there from one operator to another."""
         tape = self.needs.tape
         since, taken = dict[int, int](), set[int]()  # by value: when its memory was made again; whose was taken over
+        handed = dict[int, int]()  # by value: until when autograd holds what it was given
         now = most = at = until = 0
         seconds = 0.0
 
@@ -152,18 +161,19 @@ class Model:
             if v in taken:
                 taken.discard(v)
             else:
-                now -= tape.size(v) if since[v] == at else 0
-                hold(tape.size(v), since[v], until)
+                stop = max(until, handed.pop(v, 0))
+                now -= tape.size(v) if since[v] == stop == at else 0
+                hold(tape.size(v), since[v], stop)
 
         replay = Replay(plan, run, drop)
-        times = sorted((p.unpacked, k) for k in packs if (p := tape.packs[k]).unpacked is not None)
-        for unpacked, k in times:
+        times = sorted((p.turn, p.unpacked, k) for k in packs if (p := tape.packs[k]).unpacked is not None)
+        for _, unpacked, k in times:
             p = tape.packs[k]
             if at != unpacked:
                 at, now, most = unpacked, 0, 0
             until = at
             replay.obtain(p.spot.value, plan.dropped[k])
             spikes[at] = max(spikes.get(at, 0), most)
-            until = max(p.released or at, at)
+            until = handed[p.spot.value] = max(p.released or at, at)
             replay.took(p.spot.value, plan.dropped[k])
         return seconds

@@ -1,31 +1,32 @@
-"""One step under a plan: hooks of autograd that keep what the plan keeps, and run operators again for the rest."""
+"""One step under a plan: autograd's hooks keep what the plan keeps, and run operators again for the rest."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from revfx import _torch
-from revfx.errors import RegenerationError
+from revfx.ambient import kernels_of
+from revfx.errors import RevfxError
 from revfx.fit import bits
 from revfx.fit.plan import Plan, Replay
-from revfx.fit.tape import Op, Spot
+from revfx.fit.script import Machine, Scene, Values, placed, script_of, whole
+from revfx.fit.tape import Spot
+from revfx.fit.witness import Witness
 
 
-Cells = dict[int, Tensor]  # by value
+_NOTHING: Values = {}
+_AS_IT_IS = contextlib.nullcontext()
 
 
-class Moved(Exception):
-    """The forward keeps other tensors than the one that was recorded."""
-
-
-class _Held:
-    """A tensor that is kept, as it was when autograd read it."""
+class _Kept:
+    """A tensor that is kept."""
 
     __slots__ = ("tensor", "version")
 
@@ -33,17 +34,17 @@ class _Held:
         self.tensor, self.version = tensor.detach(), _torch.version(tensor)
 
     def get(self) -> Tensor:
-        if _torch.version(self.tensor) != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation:"
-                f" {self.tensor.dtype} {list(self.tensor.shape)} is at version {_torch.version(self.tensor)}, expected"
-                f" {self.version}."
-            )
+        """Return it.
+
+        Raises:
+            RuntimeError: it was written to since, as autograd says.
+        """
+        unchanged(self.tensor, self.version)
         return self.tensor
 
 
 class _Signs:
-    """A tensor of which only what is positive is kept, or not a number."""
+    """A tensor of which nothing is kept but where it is not less than or equal to zero."""
 
     __slots__ = ("bits", "spot")
 
@@ -51,182 +52,193 @@ class _Signs:
         self.bits, self.spot = bits.encode((tensor <= 0).logical_not_()), spot
 
     def get(self) -> Tensor:
+        """Return ones there, and zeros elsewhere."""
         s = self.spot
-        n = 1
-        for extent in s.shape:
-            n *= extent
-        return bits.decode(self.bits, n, s.dtype).as_strided(s.shape, s.stride)
+        return bits.decode(self.bits, math.prod(s.shape), s.dtype).as_strided(s.shape, s.stride)
 
 
 class _Dropped:
-    """A tensor that is computed again when it is asked for."""
+    """A tensor that is computed again when autograd asks for it; it holds what that takes."""
 
-    __slots__ = ("cells", "number", "step")
+    __slots__ = ("kept", "number", "step")
 
-    def __init__(self, step: Step, number: int, cells: Cells) -> None:
-        self.step, self.number, self.cells = step, number, cells
+    def __init__(self, step: Step, number: int, kept: Values) -> None:
+        self.step, self.number, self.kept = step, number, kept
 
     def get(self) -> Tensor:
-        return self.step.again(self)
+        """Return it."""
+        return self.step.again(self.number, self.kept)
+
+
+def unchanged(t: Tensor, version: int) -> None:
+    """Raise what autograd raises if a tensor was written to."""
+    if _torch.version(t) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation:"
+            f" [{t.dtype}, {list(t.shape)}] is at version {_torch.version(t)}; expected version {version} instead."
+        )
+
+
+class Course:
+    """What all steps under one plan have in common.
+
+    `ends`: the packs that are looked at in both directions; those of values that nothing which runs again reads, the
+    first of each. Not bytes: workspaces of kernels have gaps in which anything may be.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.machine = plan, Machine(plan)
+        self.scenes: list[Scene] = script_of(plan)
+        self.spots = [p.spot for p in plan.needs.tape.packs]
+        first = {plan.needs.value(k): k for k in sorted(plan.dropped, reverse=True)}
+        self.ends = {k for v, k in first.items() if plan.is_end(v) and _is_looked_at(self.spots[k])}
+        self.calls = 0
+
+
+def _is_looked_at(spot: Spot | None) -> bool:
+    return spot is not None and spot.dtype.is_floating_point and 0 not in spot.shape
 
 
 class Step:
     """A forward and its backward."""
 
-    def __init__(self, plan: Plan, sources: Mapping[int, Tensor]) -> None:
-        self.plan, self.sources = plan, sources
+    def __init__(self, course: Course, sources: Mapping[int, Tensor]) -> None:
+        self.course, self.sources = course, sources
         self.versions = {v: _torch.version(t) for v, t in sources.items()}
-        self.number = 0
-        self.cells: dict[int, Cells] = {block: {} for block in plan.bases}
-        self.users = plan.users
-        self.env: Cells = {}
-        self.task = -1
+        self.kept: dict[int, Values] = {block: {} for block in course.plan.bases}
+        self.number, self.moved, self.same = 0, False, True
+        self.settings = _torch.kernel_settings()
+        self.witness = Witness(course.calls)
+        course.calls += 1
+        self.values: Values = {}
+        self.now = _NOTHING  # what the block that asks has kept
+        self.task, self.scene = -1, 0
         self.replay: Replay | None = None
         self.lock = threading.RLock()
-        self.block = -1
 
     # --- the forward
     def pack(self, t: Tensor) -> Any:
         """Return what autograd holds in the place of `t`."""
-        k = self.number
+        k, course = self.number, self.course
         self.number = k + 1
-        plan = self.plan
-        packs = plan.needs.tape.packs
-        if k >= len(packs):
-            raise Moved
-        spot = packs[k].spot
-        if spot is None or isinstance(t, torch.nn.Parameter):
+        spot = course.spots[k] if k < len(course.spots) else None
+        if isinstance(t, nn.Parameter):
             return t
+        if self.moved or spot is None:
+            self.moved = self.moved or k >= len(course.spots)
+            return _Kept(t)
         if t.shape != spot.shape or t.dtype != spot.dtype or t.stride() != spot.stride:
-            raise Moved
-        value = spot.value
-        for v, blocks in self.users.get(value, ()):
+            self.moved = True
+            return _Kept(t)
+        plan = course.plan
+        for v, blocks in plan.users.get(spot.value, ()):
+            noted = None
             for block in blocks:
-                cells = self.cells[block]
-                if v not in cells:
-                    cells[v] = t.detach() if v == value else bits.encode(_whole(t) != 0)
+                if v not in self.kept[block]:
+                    if noted is None:
+                        noted = t.detach() if v == spot.value else bits.encode(whole(t.detach()) != 0)
+                    self.kept[block][v] = noted
         if k in plan.signs:
-            return _Signs(t, spot)
-        if (block := plan.dropped.get(k)) is not None:
-            return _Dropped(self, k, self.cells[block])
-        return _Held(t)
+            return _Signs(t.detach(), spot)
+        block = plan.dropped.get(k)
+        if block is None:
+            return _Kept(t)
+        if k in course.ends:
+            self.witness.then(spot, t.detach())
+        return _Dropped(self, k, self.kept[block])
+
+    def end(self) -> None:
+        """Note that the forward is through: from now on, what is kept is held by autograd alone."""
+        self.kept = {}
+        self.moved = self.moved or self.number != len(self.course.spots)
 
     @staticmethod
-    def unpack(kept: Any) -> Tensor:
+    def unpack(held: Any) -> Tensor:
         """Return what autograd reads."""
-        return kept if isinstance(kept, Tensor) else kept.get()
+        return held if isinstance(held, Tensor) else held.get()
 
     # --- the backward
-    def again(self, dropped: _Dropped) -> Tensor:
-        """Return a tensor that was dropped."""
+    def again(self, k: int, kept: Values) -> Tensor:
+        """Return the tensor of a pack that was dropped; `kept` is what it is computed from."""
+        course = self.course
         with self.lock, torch.enable_grad(), _torch.below_autograd():
-            if self.task != (task := _torch.graph_task_id()) or self.replay is None:
-                self.task, self.replay = task, Replay(self.plan, self._run, self.env.pop)
-                self.env.clear()
-                if task >= 0:
-                    _torch.at_end_of_backward(self._end)
-            spot = self.plan.needs.tape.packs[dropped.number].spot
-            block = self.plan.dropped[dropped.number]
-            self.now = dropped.cells
-            self.replay.obtain(spot.value, block)
-            tensor = self._tensor(spot)
-            self.replay.took(spot.value, block)
+            if self.task != (task := _torch.graph_task_id()):
+                self._begin(task)
+            self.now = kept
+            try:
+                spot = course.spots[k]
+                assert spot is not None
+                follows = self.replay is None and self.scene < len(course.scenes)
+                with _AS_IT_IS if self.same else kernels_of(self.settings):
+                    if follows and course.scenes[self.scene].pack == k:
+                        tensor = self._follow(course.scenes[self.scene], spot)
+                    else:
+                        tensor = self._improvise(k, spot)
+            finally:
+                self.now = _NOTHING
+            if k in course.ends:
+                self.witness.now(spot, tensor)
             return tensor
 
-    def _end(self) -> None:
-        self.replay, self.task = None, -1
-        self.env.clear()
+    def _begin(self, task: int) -> None:
+        """Note that another backward pass asks."""
+        self._forget()
+        self.task, self.same = task, _torch.kernel_settings() == self.settings
+        if task >= 0:
+            _torch.at_end_of_backward(self._end)
 
-    def _tensor(self, spot: Spot) -> Tensor:
+    def _follow(self, scene: Scene, spot: Spot) -> Tensor:
+        self.scene += 1
+        values = self.values
+        for act in scene.acts:
+            self.course.machine.run(act.op, act.goes, values, self.now, self._find)
+            for v in act.drops:
+                del values[v]
+        tensor = self._find(spot)
+        for v in scene.drops:
+            del values[v]
+        return tensor
+
+    def _improvise(self, k: int, spot: Spot) -> Tensor:
+        plan, values = self.course.plan, self.values
+        if self.replay is None:
+
+            def run(op: int, goes: set[int]) -> None:
+                self.course.machine.run(op, frozenset(goes), values, self.now, self._find)
+
+            self.replay = Replay(plan, run, values.pop)
+            self.replay.there.update(values)
+        self.replay.obtain(spot.value, plan.dropped[k])
+        tensor = self._find(spot)
+        self.replay.took(spot.value, plan.dropped[k])
+        return tensor
+
+    def _find(self, spot: Spot) -> Tensor:
+        """Return a tensor that is there."""
         v = spot.value
-        t = self.env.get(v)
+        t = self.values.get(v)
         if t is None:
             t = self.now.get(v)
-        if t is None:
-            t = self.sources[v]
-            if _torch.version(t) != self.versions[v]:
-                raise RuntimeError("a parameter, buffer or argument was modified in place between forward and backward")
-        if t.dtype != spot.dtype:
-            t = t.view(spot.dtype)
-        if t.shape == spot.shape and t.stride() == spot.stride and t.storage_offset() == spot.offset:
-            return t
-        return t.as_strided(spot.shape, spot.stride, spot.offset)
+            if t is None:
+                t = self.sources[v]
+                unchanged(t, self.versions[v])
+        return placed(t, spot)
 
-    def _run(self, number: int, goes: set[int]) -> None:
-        """Run an operator again."""
-        tape = self.plan.needs.tape
-        op = self.plan.needs.replayed[number]
-        coin = tape.ops[number].makes[0]
-        if coin in self.plan.coins:
-            spot = tape.ops[number].reads[0]
-            n = tape.size(coin) // spot.dtype.itemsize
-            self.env[coin] = bits.decode(self.now[coin], n, spot.dtype)
-            return
-        assert op is not None
-        written = self._written(op, goes)
-        out = op.func(*[self._value(a) for a in op.args], **{n: self._value(a) for n, a in op.kwargs.items()})
-        for v, was in written:
-            self.env[v] = self.env[was]
-            if was in self._shadow:
-                self.env[was] = self._shadow.pop(was)
-            elif was in self._none:
-                del self.env[was]
-        if isinstance(out, Tensor):
-            self._made(op.outs[0], out, op)
-        else:
-            for spot, t in zip(op.outs, pytree.tree_leaves(out), strict=True):
-                if isinstance(t, Tensor):
-                    self._made(spot, t, op)
+    def _end(self) -> None:
+        self._forget()
+        self.witness.compare(self.course.plan.needs)
 
-    def _made(self, spot: Spot | None, t: Tensor, op: Op) -> None:
-        if spot is None or spot.value in self.env or spot.value not in op.makes:
-            return
-        if t.shape != spot.shape or t.stride() != spot.stride:
-            raise RegenerationError(f"{op.func} gave {list(t.shape)}, {t.stride()}; recorded {spot}")
-        self.env[spot.value] = t
-
-    def _written(self, op: Op, goes: set[int]) -> list[tuple[int, int]]:
-        """Return the values that an operator overwrites, by those that it makes so; what is needed later is copied."""
-        tape, found = self.plan.needs.tape, list[tuple[int, int]]()
-        self._shadow, self._none = Cells(), set[int]()
-        for v in op.makes:
-            values = tape.memories[tape.memory_of[v]].values
-            if v == values[0]:
-                continue
-            was = values[values.index(v) - 1]
-            found.append((v, was))
-            if was not in goes:
-                t = self.env.get(was)
-                if t is None:
-                    t = self.now.get(was)
-                    self._none.add(was)
-                else:
-                    self._shadow[was] = t
-                assert t is not None
-                self.env[was] = _whole(t).clone()
-        return found
-
-    def _value(self, a: Any) -> Any:
-        if isinstance(a, Spot):
-            return self._tensor(a)
-        if isinstance(a, (list, tuple)):
-            return [self._value(x) for x in a]
-        return a
+    def _forget(self) -> None:
+        self.values.clear()
+        self.replay, self.scene, self.task = None, 0, -1
 
 
-def _whole(t: Tensor) -> Tensor:
-    """Return all elements of a tensor's memory."""
-    n = t.untyped_storage().nbytes() // t.element_size()
-    return t.as_strided((n,), (1,), 0)
-
-
-def fetch(plan: Plan, model: torch.nn.Module, leaves: Sequence[Any]) -> dict[int, Tensor]:
-    """Return what was there before the step and is read by what runs again."""
+def sources_of(plan: Plan, model: nn.Module, leaves: Sequence[Any]) -> dict[int, Tensor]:
+    """Return what was there before the step, of what runs again: parameters, buffers and arguments."""
     found: dict[int, Tensor] = {}
     for v, (kind, where) in plan.sources.items():
-        if kind == "argument":
-            found[v] = leaves[where]
-        else:
-            path, name = where
-            found[v] = getattr(model.get_submodule(path), name)
+        t = leaves[where] if kind == "argument" else getattr(model.get_submodule(where[0]), where[1])
+        if not isinstance(t, Tensor):
+            raise RevfxError(f"`{'.'.join(where)}` is no tensor any more.")
+        found[v] = t
     return found

@@ -56,30 +56,41 @@ class Op:
     outs: tuple[Spot | None, ...]
     makes: tuple[int, ...]  # values, by a result or by a write
     draws: bool
+    where: str = ""  # the module, and the user's line; in the backward what autograd calls the step
 
 
 @dataclass(slots=True)
 class Pack:
-    """What autograd keeps from before operator `packed` to before operator `released`; first read by `unpacked`."""
+    """What autograd keeps from before operator `packed` to before operator `released`; it reads it first by `unpacked`,
+    as the tensor of this `turn`. `spot` is None of what no memory is known of.
+    """
 
-    spot: Spot
+    spot: Spot | None
     packed: int
     unpacked: int | None = None
     released: int | None = None
+    turn: int = 0
 
 
 @dataclass
 class Tape:
-    """A step: the operators of the forward, from `turn` on of the backward."""
+    """A step: the operators of the forward, and from `turn` on of the backward.
+
+    `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None of what was there);
+    `reads`: by pack, the operators of the backward that read it, each with which argument it is;
+    `returned`: what the forward returns, held as if the caller let go of it at once; `loss`: the bytes of what has a
+    gradient in it, but for single numbers.
+    """
 
     memories: list[Memory]
-    memory_of: list[int]  # by value
-    made_by: list[int | None]  # by value: the operator; None of what was there
+    memory_of: list[int]
+    made_by: list[int | None]
     ops: list[Op]
     packs: list[Pack]
     turn: int
-    outputs: int  # bytes of what the forward returned and has a gradient, but for a single number
-    read_packs: dict[int, set[tuple[int, int]]]  # by pack: the operators of the backward that read it, and as which argument
+    reads: dict[int, set[tuple[int, int]]]
+    returned: list[Memory]
+    loss: int
 
     def size(self, value: int) -> int:
         """Return the bytes of the memory that a value lies in."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import Refusal
-from revfx.report.data import LISTED, Findings, RegionInfo, alike, counted, short, size
+from revfx.report.data import LISTED, Findings, RegionInfo, alike, counted, short
 from revfx.report.figures import PALETTE, picture, printable
 from revfx.report.graph_layout import SOLVED, Frame, Layout, Node, layout
 from revfx.report.memory import has_timeline as has_timeline, memory_svg as memory_svg
+from revfx.units import size
 
 
 if TYPE_CHECKING:

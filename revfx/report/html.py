@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from revfx.errors import RevfxError
-from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, count, counted, short, size
+from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, short
 from revfx.report.figures import DARK, PALETTE, printable, themed
 from revfx.report.graph import MARKS, graph_svg, has_timeline, memory_svg
 from revfx.report.remedies import remedy
+from revfx.units import count, size
 
 
 MOST_ROWS = 5000  # of the table of values

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from revfx.errors import RevfxError
-from revfx.report.data import Findings, Timeline, Usage, size
+from revfx.report.data import Findings, Timeline, Usage
 from revfx.report.figures import PALETTE, picture
+from revfx.units import size
 
 
 if TYPE_CHECKING:

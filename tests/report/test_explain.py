@@ -15,7 +15,8 @@ from zoo import ZOO
 
 import revfx
 from revfx.passes.formula import Term
-from revfx.report.data import ValueLine, count, folded, size
+from revfx.report.data import ValueLine, folded
+from revfx.units import count, size
 from revfx.report.describe import type_name
 from revfx.report.explanation import Explanation
 from revfx.report.remedies import remedy

@@ -1,0 +1,49 @@
+"""Budgets of memory: a share of what the plain model takes, or bytes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+
+UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a step may take at its peak, beyond what was there before it: a `share` of the plain model's, or `bytes`."""
+
+    text: str
+    bytes: int | None = None
+    share: float | None = None
+
+    def of(self, plain: int) -> int:
+        """Return the bytes for a model whose plain step takes so many at its peak."""
+        return self.bytes if self.bytes is not None else int((self.share or 0.0) * plain)
+
+
+def checked_memory(memory: Any) -> Budget | None:
+    """Return the budget that is meant, or None.
+
+    Raises:
+        ValueError: it is no share, in (0, 1], no whole number of bytes, and no text such as "2GiB", "800 MB" or "65%".
+    """
+    if memory is None or isinstance(memory, Budget):
+        return memory
+    text = f"memory={memory!r}"
+    if isinstance(memory, float) and 0 < memory <= 1:
+        return Budget(text, share=memory)
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return Budget(text, bytes=memory)
+    if isinstance(memory, str):
+        if (percent := re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", memory)) and 0 < float(percent[1]) <= 100:
+            return Budget(text, share=float(percent[1]) / 100)
+        found = _TEXT.fullmatch(memory)
+        if found and (n := int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2].upper()])) > 0:
+            return Budget(text, bytes=n)
+    raise ValueError(
+        f"`{text}` is no budget: give a share of what the plain model takes, a float in (0, 1], or bytes, as an"
+        ' int or a text such as "2GiB", "800MB" or "65%".'
+    )

@@ -1,0 +1,141 @@
+"""Runs of blocks: what can be kept of each, and what that comes to. Runs that look alike are worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from revfx.fit.blocks import blocks_of
+from revfx.fit.costs import Cost, signature
+from revfx.fit.menu import Choice, Menu
+from revfx.fit.needs import Needs
+from revfx.fit.plan import Plan
+from revfx.fit.simulate import Model
+from revfx.fit.tape import Spot, running
+
+
+MERGED = 4  # blocks that are treated as one at most
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a step, from its first operator on: the bytes that a run holds there while each operator runs, and
+    what is there for a moment right before one.
+    """
+
+    extra: Sequence[int]
+    spikes: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A choice for a run, by the places of its values and packs; the seconds that it takes more than keeping all, the
+    bytes that are held after it, and what is held in the run's own parts of the forward and the backward.
+
+    `nested`: its blocks stay what they are, with nothing kept in between.
+    """
+
+    choice: Choice
+    nested: bool
+    seconds: float
+    held: int
+    parts: tuple[Part, Part]
+
+
+@dataclass
+class Run:
+    """Blocks in a row: the operators from `start` to `stop`, the part of the backward that reads what autograd keeps in
+    them, and their values and packs as they are made.
+    """
+
+    start: int
+    stop: int
+    back: tuple[int, int]
+    values: list[int]
+    packs: list[int]
+
+
+class Runs:
+    """All runs of a step; `masks`: signs and coins may be kept as bits."""
+
+    def __init__(self, needs: Needs, costs: Sequence[Cost], masks: bool = True) -> None:
+        self.needs, self.costs, self.masks = needs, costs, masks
+        self.model, self.blocks = Model(needs, costs), blocks_of(needs, costs)
+        self.entries: dict[Hashable, list[Entry]] = {}
+        self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}
+        self.keys = [signature(needs.tape, op) for op in needs.tape.ops[: needs.tape.turn]]
+
+    def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
+        """Return the run of the blocks from one to another, nested or not, with its entries, and the most bytes that
+        there are with each in the run's own parts, apart from what earlier blocks hold.
+        """
+        if where not in self.found:
+            i, j, nested = where
+            run = self._run(i, j)
+            mine = set(run.values)
+            given = frozenset(v for v in self.blocks.over[j] if v in mine) if j < len(self.blocks) else frozenset[int]()
+            key = self._key(run, given), nested
+            if key not in self.entries:
+                self.entries[key] = [*self._entries(run, i, given, nested)]
+            self.found[where] = run, [(e, self._peak(run, e)) for e in self.entries[key]]
+        return self.found[where]
+
+    def _run(self, i: int, j: int) -> Run:
+        tape, start, stop = self.needs.tape, self.blocks.borders[i], self.blocks.borders[j]
+        values = [v for o in range(start, stop) for v in tape.ops[o].makes]
+        packs = [k for v in values for k in self.needs.wanted.get(v, ())]
+        times = [(p.unpacked, p.released or 0) for k in packs if (p := tape.packs[k]).unpacked is not None]
+        back = (min(u for u, _ in times), max(r for _, r in times)) if times else (tape.turn, tape.turn)
+        return Run(start, stop, back, values, packs)
+
+    def _key(self, run: Run, given: frozenset[int]) -> Hashable:
+        """Return what runs have in common whose entries are the same."""
+        tape, place, others = self.needs.tape, {v: n for n, v in enumerate(run.values)}, dict[int, int]()
+
+        def name(s: Spot) -> Any:
+            if s.value in place or self.needs.is_there(s.value):
+                return place.get(s.value, "there")
+            return "other", others.setdefault(s.value, len(others)), s.value in self.needs.wanted
+
+        def death(v: int) -> int:
+            dead = tape.memories[tape.memory_of[v]].dead
+            return -1 if dead is None else min(dead, run.stop + 1) - run.start
+
+        def times(k: int) -> tuple[Any, ...]:
+            p = tape.packs[k]
+            back = tuple([None if t is None else t - run.back[0] for t in (p.unpacked, p.released)])
+            return place[self.needs.value(k)], p.packed - run.start, *back, k in self.needs.signs
+
+        ops = range(run.start, run.stop)
+        kinds = tuple([(self.keys[o], *map(name, tape.ops[o].reads), self.needs.replayed[o] is None) for o in ops])
+        deaths, packs = tuple(map(death, run.values)), tuple(map(times, run.packs))
+        return kinds, deaths, packs, frozenset(place[v] for v in given), run.back[1] - run.back[0]
+
+    def _entries(self, run: Run, i: int, given: frozenset[int], nested: bool) -> Iterator[Entry]:
+        menu = Menu(self.needs, self.costs, range(run.start, run.stop), given, self.masks)
+        place = {v: n for n, v in enumerate(run.values)}
+        number = {k: n for n, k in enumerate(run.packs)}
+        mine = [v for v in run.values if v in self.needs.wanted]
+        around = self.needs.wanted.keys() - set(mine)
+        own = self.blocks.of_operators()
+        block_of = own if nested else [i if run.start <= o < run.stop else b for o, b in enumerate(own)]
+        for c in [menu.choice(0.0)] if nested else menu.choices():
+            kept = c.kept | given
+            plan = Plan(self.needs, kept | around, c.signs, c.coins, block_of)
+            held, spikes, seconds = self.model.changes(plan, mine)
+            extra = running(held)
+            parts = [
+                Part(extra[a : b + 1], [(t - a, extra[t - 1] + n) for t, n in spikes.items() if a <= t <= b])
+                for a, b in ((run.start, run.stop), run.back)
+            ]
+            places = frozenset(place[v] for v in kept if v in place), frozenset(number[k] for k in c.signs)
+            choice = Choice(*places, frozenset(place[v] for v in c.coins))
+            yield Entry(choice, nested, seconds, extra[self.needs.tape.turn], (parts[0], parts[1]))
+
+    def _peak(self, run: Run, entry: Entry) -> int:
+        most = 0
+        for first, part in zip((run.start, run.back[0]), entry.parts, strict=True):
+            most = max(most, *(self.model.during[first + t] + n for t, n in enumerate(part.extra)))
+            most = max([most, *(self.model.before[first + t] + n for t, n in part.spikes)])
+        return most

@@ -1,0 +1,91 @@
+"""What tells whether tensors that are computed again are those that were there: elements of each, and now and then all.
+
+What the tape does not know are numbers in Python that change from call to call, and code that goes another way. They
+show in all elements, or in the first calls; so all bits are summed in these, and in ever fewer later.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from revfx.eager.witness import checksum, elements
+from revfx.errors import RegenerationError, RevfxWarning
+from revfx.fit.needs import Needs
+from revfx.fit.tape import Spot
+
+
+SOME = 64  # elements of each tensor
+JITTER = 1e-3  # relative: what a kernel that is not deterministic may be off by
+ALWAYS = 3  # calls, from the first on, in which all bits are summed; later if the number of the call is a power of two
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Witness:
+    """What was noted of one step."""
+
+    def __init__(self, call: int) -> None:
+        self.whole = call < ALWAYS or call & (call - 1) == 0
+        self.before: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.again: list[tuple[int, tuple[Tensor, Tensor | None]]] = []
+
+    def then(self, spot: Spot, t: Tensor) -> None:
+        """Note a tensor of the forward."""
+        self.before[spot.value] = self._look(t)
+
+    def now(self, spot: Spot, t: Tensor) -> None:
+        """Note what is there in its place in the backward."""
+        self.again.append((spot.value, self._look(t)))
+
+    def _look(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        some = elements(t, SOME).clone()
+        return some, checksum(t).view(1) if self.whole and t.numel() > SOME else None
+
+    def compare(self, needs: Needs) -> None:
+        """Compare all that was noted, in one read of each device.
+
+        Raises:
+            RegenerationError: a tensor is another one.
+
+        Warns:
+            RevfxWarning: a tensor is off by rounding.
+        """
+        noted = [(v, self.before[v], now) for v, now in self.again]
+        self.again = []
+        for device in dict.fromkeys(n[1][0].device for n in noted):
+            mine = [n for n in noted if n[1][0].device == device]
+            differs = torch.stack([_differ(then, now) for _, then, now in mine])
+            for (v, then, now), wrong in zip(mine, differs.tolist(), strict=True):
+                if wrong:
+                    _judge(needs, v, then[0], now[0])
+
+
+def _differ(then: tuple[Tensor, Tensor | None], now: tuple[Tensor, Tensor | None]) -> Tensor:
+    bits = _BITS.get(then[0].element_size())
+    a, b = (then[0], now[0]) if bits is None else (then[0].view(bits), now[0].view(bits))
+    found = (a != b).any()
+    return found if then[1] is None or now[1] is None else found | (then[1] != now[1]).any()
+
+
+def _judge(needs: Needs, value: int, then: Tensor, now: Tensor) -> None:
+    a, b = then.double(), now.double()
+    error = ((a - b).norm() / a.norm().clamp_min(1e-300)).item()
+    made = needs.tape.made_by[value]
+    op = needs.tape.ops[made].func if made is not None else None
+    name = f"what `{op}` computes for the backward"
+    if 0 < error <= JITTER:
+        warnings.warn(
+            f"{name} is rounded otherwise when it is computed again (off by {error:.1e}, relative): a kernel is not"
+            " deterministic. Gradients are right up to such rounding.",
+            RevfxWarning,
+            stacklevel=2,
+        )
+        return
+    raise RegenerationError(
+        f"{name} is another one when it is computed again (off by {error:.1e}, relative): a number that the forward"
+        " reads from Python has changed since it was recorded, or its code went another way. Make it a tensor: an"
+        " argument or a buffer."
+    )
