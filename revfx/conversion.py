@@ -26,7 +26,8 @@ from revfx.eager.calls import Slot
 from revfx.eager.modes import can_store, runs_plain, store_activations, storing
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
 from revfx.fit.budget import Budget
-from revfx.fit.fit import Fit, may_fit
+from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
+from revfx.fit.numbers import plain_leaves
 
 
 if TYPE_CHECKING:
@@ -245,9 +246,7 @@ class Conversion:
             return forward(*args, **kwargs)
         leaves, spec = flattened(args, kwargs)
         if self.fit is not None and may_fit(leaves):
-            key = _call_key(leaves), spec, ambient_state()
-            ways = functools.partial(self._ways, model, args, kwargs, leaves, spec)
-            return self.fit.call(model, ways, args, kwargs, leaves, key)
+            return self.fit.call(model, *self._to_fit(model, args, kwargs, leaves, spec))
         return self._call(model, args, kwargs, leaves, spec)
 
     def ready(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -256,16 +255,19 @@ class Conversion:
         if self.fit is None:
             self.prepare(model, args, kwargs, leaves, spec)
         else:
-            key = _call_key(leaves), spec, ambient_state()
-            ways = functools.partial(self._ways, model, args, kwargs, leaves, spec)
-            self.fit.prepare(model, ways, args, kwargs, key)
+            self.fit.prepare(model, *self._to_fit(model, args, kwargs, leaves, spec))
 
-    def _ways(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> dict[str, Any]:
-        """Return the ways to run the forward: plainly, and with what is reversible in it, if anything is."""
-        ways: dict[str, Any] = {"plain": store_activations()(self.forward(model))}
-        if self.prepare(model, args, kwargs, leaves, spec).plan is not None:
-            ways["reversible"] = lambda *a, **k: self._call(model, a, k, *flattened(a, k))
-        return ways
+    def _to_fit(
+        self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any
+    ) -> tuple[Ways, FitCall]:
+        def reversible(*args: Any, **kwargs: Any) -> Any:
+            return self._call(model, args, kwargs, *flattened(args, kwargs))
+
+        def is_reversible() -> bool:
+            return self.prepare(model, args, kwargs, leaves, spec).plan is not None
+
+        ways = Ways({"plain": store_activations()(self.forward(model)), "reversible": reversible}, is_reversible)
+        return ways, FitCall(args, kwargs, leaves, (_call_key(plain_leaves(leaves)), spec, ambient_state()))
 
     def _call(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Any:
         forward = self.forward(model)

@@ -11,17 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _fake
+from revfx import _fake, _torch
 from revfx.ambient import all_generators, restore
 from revfx.capture.effects import Snapshot
 from revfx.capture.guards import GlobalReads
 
 
-class World:
-    """A model and its arguments: the model holds fake tensors while the world is entered."""
+FEW = 2**20  # elements of a tensor of whole numbers that may be there for real
 
-    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.model, self.given = model, (args, kwargs)
+
+class World:
+    """A model and its arguments: the model holds fake tensors while the world is entered.
+
+    `whole`: tensors of whole numbers and flags, such as masks and token ids, are copies of the real ones instead, as
+    code may ask for their values.
+    """
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any, *, whole: bool = False) -> None:
+        self.model, self.given, self.whole = model, (args, kwargs), whole
         self.mode = _fake.FakeMode()
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the real one, with it
 
@@ -42,6 +49,8 @@ class World:
 
     def _fake(self, t: Tensor) -> Tensor:
         """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
+        if self.whole and not t.is_floating_point() and not t.is_complex() and t.numel() <= FEW and _torch.is_plain(t):
+            return self.fakes.setdefault(id(t), (t, t.clone()))[1]
         if id(t) not in self.fakes:
             fake = _fake.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
             if isinstance(t, nn.Parameter):

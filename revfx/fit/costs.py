@@ -27,7 +27,7 @@ LONG = 0.05  # seconds
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, bytes that are there while it runs besides operands and results, and shapes and strides of these."""
+    """Seconds, bytes that are there while it runs besides operands and results, and dtypes, shapes and strides of these."""
 
     seconds: float = 0.0
     scratch: int = 0
@@ -59,21 +59,25 @@ class Costs:
 
 def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
     """Give a tape the results that operators of its forward really have."""
+    real: dict[Spot, Spot] = {}
     for op, cost in zip(tape.ops, costs, strict=False):
-        for spot, real in zip(op.outs, cost.results, strict=False):
-            if spot is None or real is None or real == (spot.shape, spot.stride) or spot.value not in op.makes:
-                continue
-            new = replace(spot, shape=real[0], stride=real[1])
-            tape.memories[tape.memory_of[spot.value]].size = spot.dtype.itemsize * (
-                1 + sum((n - 1) * s for n, s in zip(*real, strict=True))
+        for spot, found in zip(op.outs, cost.results, strict=False):
+            if spot is not None and found not in (None, spot.place[:3]) and spot.value in op.makes:
+                dtype, shape, stride = found
+                real[spot] = replace(spot, dtype=dtype, shape=shape, stride=stride)
+                extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+                tape.memories[tape.memory_of[spot.value]].size = extent * dtype.itemsize * (0 not in shape)
+
+    def corrected(s: Spot) -> Spot:
+        return real.get(s, s)
+
+    if real:
+        for p in tape.packs:
+            p.spot = None if p.spot is None else corrected(p.spot)
+        for op in tape.ops:
+            op.args, op.kwargs, op.reads, op.outs = pytree.tree_map_only(
+                Spot, corrected, (op.args, op.kwargs, op.reads, op.outs)
             )
-            for p in tape.packs:
-                p.spot = new if p.spot == spot else p.spot
-            for later in tape.ops:
-                later.args, later.kwargs, later.reads, later.outs = pytree.tree_map_only(
-                    Spot, lambda s, spot=spot, new=new: new if s == spot else s,
-                    (later.args, later.kwargs, later.reads, later.outs),
-                )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -132,7 +136,9 @@ def _measured(tape: Tape, new: dict[Hashable, Op]) -> dict[Hashable, Cost]:
 
 
 def _geometry(out: Any) -> tuple[Any, ...]:
-    return tuple([(tuple(t.shape), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
+    return tuple(
+        [(t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)]
+    )
 
 
 def _device(tape: Tape, op: Op) -> torch.device:

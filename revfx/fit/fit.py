@@ -19,6 +19,7 @@ from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
 from revfx.fit.holders import holders
 from revfx.fit.needs import Needs
+from revfx.fit.numbers import Numbers, differing
 from revfx.fit.plan import Plan
 from revfx.fit.record import record
 from revfx.fit.simulate import Load
@@ -28,8 +29,25 @@ from revfx.units import size
 
 MOST_PLANS = 16  # per model; the oldest one makes room for a new one
 
-Run = Callable[..., Any]
-Ways = Callable[[], Mapping[str, Run]]
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments, their leaves, and what tells kinds of calls apart."""
+
+    args: Any
+    kwargs: Any
+    leaves: Sequence[Any]
+    key: Any
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How to run a forward: plainly, or with what is reversible in it, if anything is."""
+
+    runs: Mapping[str, Callable[..., Any]]
+    is_reversible: Callable[[], bool]
+
+
 _inside: ContextVar[bool] = ContextVar("revfx_fitting", default=False)
 
 
@@ -42,24 +60,20 @@ def may_fit(leaves: Sequence[Any]) -> bool:
     return not busy and not runs_plain(tensors)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fitted:
-    """A plan for one way to run the forward, with the numbers in Python that it stands on."""
+    """A plan for one way to run the forward, of the calls of one kind as long as `numbers` hold; `course` is None where
+    autograd keeps what it keeps.
+    """
 
-    run: Run
+    key: Any
+    numbers: Numbers
     way: str
     plan: Plan
     load: Load
-    plain: int  # bytes
-    numbers: list[tuple[dict[str, Any], str, Any]]
-    flags: list[tuple[nn.Parameter, bool]]
+    plain: int  # bytes at the peak of the plain model's step
+    barred: frozenset[int]  # operators that are given other numbers from call to call
     course: Course | None
-
-    def holds(self) -> bool:
-        """Return whether modules have the numbers, and parameters need gradients, as when it was made."""
-        return all([t.get(name) == n for t, name, n in self.numbers]) and all(
-            [p.requires_grad == f for p, f in self.flags]
-        )
 
 
 class Fit:
@@ -68,57 +82,53 @@ class Fit:
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self.costs = Costs()
-        self.plans: list[tuple[Any, Fitted]] = []
+        self.plans: list[Fitted] = []
         self.lock = threading.RLock()
 
-    def call(self, model: nn.Module, ways: Ways, args: Any, kwargs: Any, leaves: Sequence[Any], key: Any) -> Any:
+    def call(self, model: nn.Module, ways: Ways, call: Call) -> Any:
         """Return what the model returns, under the plan for calls of this kind; it is made now if there is none.
-
-        `ways` gives those to run its forward, the plain one first; `key` tells kinds of calls apart.
 
         Raises:
             BudgetError: no plan stays within the budget.
         """
-        fitted = self.prepare(model, ways, args, kwargs, key)
+        fitted = self.prepare(model, ways, call)
+        run = ways.runs[fitted.way]
         if fitted.course is None:
-            return fitted.run(*args, **kwargs)
-        step = Step(fitted.course, sources_of(fitted.plan, model, leaves))
+            return run(*call.args, **call.kwargs)
+        step = Step(fitted.course, sources_of(fitted.plan, model, call.leaves))
         token = _inside.set(True)
         try:
             with saved_tensors_hooks(step.pack, step.unpack):
-                result = fitted.run(*args, **kwargs)
+                return run(*call.args, **call.kwargs)
         finally:
             _inside.reset(token)
             step.end()
-        if step.moved:
-            with self.lock:
-                self.plans = [(k, f) for k, f in self.plans if f is not fitted]
-        return result
+            if step.moved:
+                with self.lock:
+                    self.plans = [f for f in self.plans if f is not fitted]
 
-    def prepare(self, model: nn.Module, ways: Ways, args: Any, kwargs: Any, key: Any) -> Fitted:
-        """Return the plan for calls of a kind."""
+    def prepare(self, model: nn.Module, ways: Ways, call: Call) -> Fitted:
+        """Return the plan for a call."""
         with self.lock:
-            for known, fitted in reversed(self.plans):
-                if known == key and fitted.holds():
-                    return fitted
-            if len(self.plans) >= MOST_PLANS:
-                del self.plans[0]
-            fitted = self._choose(model, ways(), args, kwargs)
-            self.plans.append((key, fitted))
+            alike = [f for f in reversed(self.plans) if f.key == call.key]
+            fitted = next((f for f in alike if f.numbers.hold(call.leaves)), None)
+            if fitted is None:
+                fitted = self._choose(model, ways, call, alike[0] if alike else None)
+                self.plans = [*self.plans[1 - MOST_PLANS :], fitted]
             return fitted
 
-    def _choose(self, model: nn.Module, ways: Mapping[str, Run], args: Any, kwargs: Any) -> Fitted:
-        numbers = [
-            (vars(m), name, n) for m in model.modules() for name, n in vars(m).items() if isinstance(n, (float, bool))
-        ]
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+    def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Fitted | None) -> Fitted:
+        numbers = Numbers.of(model, call.leaves)
         found: list[Fitted] = []
         planners: list[Planner] = []
         first = 0.0
-        for way, run in ways.items():
-            tape = record(model, run, args, kwargs)
+        for way in ("plain", "reversible") if ways.is_reversible() else ("plain",):
+            tape = record(model, ways.runs[way], call.args, call.kwargs)
             costs = self.costs.of(tape)
-            planner = Planner(Needs(tape), costs)
+            barred = frozenset[int]()
+            if before is not None and before.way == way and (other := differing(before.plan.needs.tape, tape)):
+                barred, numbers = before.barred | other, numbers.common(before.numbers)
+            planner = Planner(Needs(tape, barred), costs)
             planners.append(planner)
             seconds = sum(c.seconds for c in costs)
             first = first or seconds
@@ -127,7 +137,7 @@ class Fit:
             if best is not None:
                 load = replace(best[1], seconds=best[1].seconds + seconds - first)
                 course = Course(best[0]) if best[0].dropped or best[0].signs else None
-                found.append(Fitted(run, way, best[0], load, plain, numbers, flags, course))
+                found.append(Fitted(call.key, numbers, way, best[0], load, plain, barred, course))
                 if course is None:
                     break
         if not found:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from revfx.fit.tape import Op, Tape
+from revfx.fit.tape import Op, Spot, Tape
 from revfx.passes._torch import is_pure, writes
 
 
@@ -19,6 +19,7 @@ STATISTICS = {  # arguments that a normalisation in training writes, whatever it
     aten.cudnn_batch_norm.default: (3, 4),
     aten.miopen_batch_norm.default: (3, 4),
 }
+LARGE = 2**24  # elements of a memory beyond which parts of it are taken for all
 SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor}
 
 
@@ -27,22 +28,34 @@ class Needs:
     """A tape, seen from its backward.
 
     `wanted`: the values that autograd keeps, with the numbers of the packs; of `signs` no more than what is positive.
+    `stuck`: packs that stay as they are, as what they are of is written over.
     """
 
     tape: Tape
+    barred: frozenset[int] = frozenset()  # operators that don't run again
     wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     signs: set[int] = field(default_factory=set[int])  # packs
+    stuck: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
         for k, p in enumerate(self.tape.packs):
             if p.spot is None or p.released is None or self.source(p.spot.value) is not None:
                 continue
-            if not self.tape.is_last(p.spot.value):
-                continue  # autograd will raise, or nobody reads it
+            if not self._stays(p.spot):
+                self.stuck.append(k)
+                continue
+            p.spot = replace(p.spot, value=self.tape.memories[self.tape.memory_of[p.spot.value]].values[-1])
             self.wanted.setdefault(p.spot.value, []).append(k)
             read = self.tape.reads.get(k, set())
             if read and all(at == 1 and _reads_sign(self.tape.ops[o]) for o, at in read):
                 self.signs.add(k)
+
+    def _stays(self, spot: Spot) -> bool:
+        """Return whether what is written to the memory of a spot later is written elsewhere in it."""
+        tape, values = self.tape, self.tape.memories[self.tape.memory_of[spot.value]].values
+        at = values.index(spot.value)
+        written = [s for v in values[at + 1 :] for s in tape.ops[tape.made_by[v] or 0].writes]
+        return not any(tape.memory_of[s.value] == tape.memory_of[spot.value] and overlap(s, spot) for s in written)
 
     def value(self, pack: int) -> int:
         """Return the value of a pack that autograd may read."""
@@ -65,9 +78,9 @@ class Needs:
         """Return, by operator of the forward, what computes the same again; None where nothing does."""
         found: list[Op | None] = []
         tape = self.tape
-        for op in tape.ops[: tape.turn]:
+        for o, op in enumerate(tape.ops[: tape.turn]):
             op_ = twin(op)
-            ok = not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
+            ok = o not in self.barred and not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
             ok = ok and (is_pure(op.func) or writes(op.func))
             for s in op_.reads if ok else ():
                 v = s.value
@@ -93,15 +106,25 @@ class Needs:
     def coins(self) -> Mapping[int, int]:
         """Return values of drawn zeros and ones, each with the wanted value of the same memory that tells them."""
         found: dict[int, int] = {}
-        for op in self.tape.ops[: self.tape.turn]:
+        tape = self.tape
+        for op in tape.ops[: tape.turn]:
             if op.func == aten.bernoulli_.float and len(op.makes) == 1:
                 drawn = op.makes[0]
-                values = self.tape.memories[self.tape.memory_of[drawn]].values
-                rest = values[values.index(drawn) + 1 :]
-                scaled = all(_scales(self.tape.ops[self.tape.made_by[v] or 0]) for v in rest)
-                if scaled and values[-1] in self.wanted:
+                values = tape.memories[tape.memory_of[drawn]].values
+                rest = [tape.made_by[v] or 0 for v in values[values.index(drawn) + 1 :]]
+                if all(o not in self.barred and _scales(tape.ops[o]) for o in rest) and values[-1] in self.wanted:
                     found[drawn] = values[-1]
         return found
+
+
+def overlap(a: Spot, b: Spot) -> bool:
+    """Return whether two spots in one memory may have elements in common."""
+    n = 1 + max(s.offset + sum((n - 1) * t for n, t in zip(s.shape, s.stride, strict=True)) for s in (a, b))
+    if a.dtype != b.dtype or n > LARGE:
+        return True
+    marked = torch.zeros(n, dtype=torch.bool)
+    marked.as_strided(a.shape, a.stride, a.offset).fill_(True)
+    return bool(marked.as_strided(b.shape, b.stride, b.offset).any())
 
 
 def _reads_sign(op: Op) -> bool:
@@ -120,4 +143,4 @@ def twin(op: Op) -> Op:
         return op
     args = tuple(None if i in at else a for i, a in enumerate(op.args))
     gone = [op.args[i] for i in at]
-    return Op(op.func, args, op.kwargs, tuple(s for s in op.reads if s not in gone), op.outs, op.makes, op.draws)
+    return replace(op, args=args, reads=tuple(s for s in op.reads if s not in gone))

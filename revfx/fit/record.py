@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revfx import _fake, _torch
 from revfx.capture.effects import none_left
 from revfx.eager.modes import simulating
+from revfx.errors import RevfxError
+from revfx.fit.asked import Shape, answers, asks
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted, tensors_of
@@ -32,13 +34,16 @@ class _Kept:
 class Recorder(TorchDispatchMode):
     """Notes operators, memory and what autograd keeps, while it is active."""
 
-    def __init__(self, mode: _fake.FakeMode, sources: Mapping[int, tuple[str, Any]], names: Mapping[int, str]) -> None:
+    def __init__(
+        self, mode: _fake.FakeMode, sources: Mapping[int, tuple[str, Any]], model: nn.Module, asked: list[Any] | None
+    ) -> None:
         super().__init__()
-        self.mode, self.sources, self.names = mode, sources, names
+        self.mode, self.sources, self.asked = mode, sources, asked
+        self.names = {id(m): name for name, m in model.named_modules()}
         self.memories, self.memory_of, self.made_by = list[Memory](), list[int](), list[int | None]()
         self.ops, self.packs = list[Op](), list[Pack]()
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
-        self.read_packs: dict[int, set[tuple[int, int]]] = {}
+        self.reads: dict[int, set[tuple[int, int]]] = {}
         self.turns = 0
 
     # --- memory
@@ -80,7 +85,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         given, spec = pytree.tree_flatten((args, kwargs))
         spots = [self.spot(t) if isinstance(t, Tensor) else t for t in given]
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if self.asked is None or not asks(func) else self._answer()
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         owned = {_torch.storage_key(t) for t in given if isinstance(t, Tensor) and t.layout == torch.strided}
         if (
@@ -94,18 +99,26 @@ class Recorder(TorchDispatchMode):
         self._note_packs(given)
         before = len(self.memory_of)
         written = _written(func, args, kwargs) if writes(func) else ()
-        for t in written:
-            memory = self.known[_torch.storage_key(t)][0] if t.layout == torch.strided else -1
-            if memory >= 0:
-                self._value(memory, len(self.ops))
+        old = tuple([s for t in written if (s := self.spot(t)) is not None])
+        for s in old:
+            self._value(self.memory_of[s.value], len(self.ops))
         outs = tuple([self.spot(t, made=True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
-        reads = tuple([s for s in spots if isinstance(s, Spot)])
-        makes = tuple(range(before, len(self.memory_of)))
-        self.ops.append(
-            Op(func, tuple(args_of), kwargs_of, reads, outs, makes, draws(func, args, kwargs), self._where())
-        )
+        reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.memory_of)))
+        drawn, where = draws(func, args, kwargs), self._where()
+        self.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, where))
         return out
+
+    def _answer(self) -> Any:
+        """Return what an operator gave for real whose result no fake tensors tell."""
+        if not self.asked:
+            raise RevfxError("the forward asks for other values than when it ran before, for real.")
+
+        def made(t: Any) -> Any:
+            return torch.empty_strided(t.size, t.stride, dtype=t.dtype, device=t.device) if isinstance(t, Shape) else t
+
+        with _torch.no_modes(), self.mode:
+            return pytree.tree_map(made, self.asked.pop(0))
 
     def _where(self) -> str:
         """Return the innermost module that runs, and the user's line; in the backward the node of autograd's graph."""
@@ -125,7 +138,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(t, Tensor) and t.layout == torch.strided:
                 known = self.known.get(_torch.storage_key(t))
                 if known is not None and known[0] < 0:
-                    self.read_packs.setdefault(-1 - known[0], set()).add((len(self.ops), at))
+                    self.reads.setdefault(-1 - known[0], set()).add((len(self.ops), at))
 
     # --- autograd
     def pack(self, t: Tensor) -> Any:
@@ -134,7 +147,7 @@ class Recorder(TorchDispatchMode):
         if spot is None or isinstance(t, nn.Parameter):
             self.packs.append(Pack(None, len(self.ops)))
             return t
-        with torch.utils._python_dispatch._disable_current_modes(), self.mode:
+        with _torch.no_modes(), self.mode:
             double = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         number, pack = len(self.packs), Pack(spot, len(self.ops))
         storage = double.untyped_storage()
@@ -174,35 +187,41 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
     Raises:
         Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
     """
-    world = World(model, args, kwargs)
-    with none_left(world.mode):
+    try:
+        return _record(model, run, args, kwargs, None)
+    except _fake.DATA_DEPENDENT:
+        return _record(model, run, args, kwargs, answers(model, run, args, kwargs))
+
+
+def _record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, asked: list[Any] | None) -> Tape:
+    world = World(model, args, kwargs, whole=True)
+    with none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), simulating(), torch.enable_grad():
         try:
-            return _record(world, run)
+            with world.entered() as (fake_args, fake_kwargs):
+                recorder = Recorder(world.mode, _sources(model, fake_args, fake_kwargs), model, asked)
+                return _step(recorder, run, fake_args, fake_kwargs)
         finally:
             world.fakes.clear()
 
 
-def _record(world: World, run: Callable[..., Any]) -> Tape:
-    quiet = muted(_fake.FAKE_LOGGER)
-    with quiet, _torch.uncollected(), world.entered() as (args, kwargs), simulating(), torch.enable_grad():
-        sources = _sources(world.model, args, kwargs)
-        names = {id(m): name for name, m in world.model.named_modules()}
-        recorder = Recorder(world.mode, sources, names)
-        with recorder:
-            with saved_tensors_hooks(recorder.pack, recorder.unpack):
-                result = run(*args, **kwargs)
-            turn = len(recorder.ops)
-            outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
-            if outs:
-                torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
-        left = [m for m in recorder.memories if m.dead is None and m.source is None]
-        loss = sum(t.numel() * t.element_size() for t in outs if t.dim())
-        del result, outs
-        returned = [m for m in left if m.dead is not None and m.born < turn]
-        for m in returned:
-            m.dead = max(turn, m.born + 1)
-        return Tape(recorder.memories, recorder.memory_of, recorder.made_by, recorder.ops, recorder.packs, turn,
-                    recorder.read_packs, returned, loss)  # fmt: skip
+def _step(recorder: Recorder, run: Callable[..., Any], args: Any, kwargs: Any) -> Tape:
+    with recorder:
+        with saved_tensors_hooks(recorder.pack, recorder.unpack):
+            result = run(*args, **kwargs)
+        turn = len(recorder.ops)
+        outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+        if outs:
+            torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
+    left = [m for m in recorder.memories if m.dead is None and m.source is None]
+    loss = sum(t.numel() * t.element_size() for t in outs if t.dim())
+    del result, outs
+    returned = [m for m in left if m.dead is not None and m.born < turn]
+    for m in returned:
+        m.dead = max(turn, m.born + 1)
+    return Tape(
+        recorder.memories, recorder.memory_of, recorder.made_by, recorder.ops, recorder.packs, turn, recorder.reads,
+        returned, loss,
+    )  # fmt: skip
 
 
 def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, Any]]:

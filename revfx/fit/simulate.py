@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
@@ -44,7 +45,9 @@ class Model:
     def during(self) -> list[int]:
         """Return the bytes while each operator runs that are there whatever autograd keeps."""
         tape = self.needs.tape
-        found = [n + c.scratch for n, c in zip(tape.natural(), [*self.costs, Cost()], strict=True)]
+        found = [
+            n + s + c.scratch for n, s, c in zip(tape.natural(), self._stuck(), [*self.costs, Cost()], strict=False)
+        ]
         found = [n + self.late * (t >= tape.turn) for t, n in enumerate(found)]
         found[tape.turn] = max(found[tape.turn], self.before[tape.turn] + self.loss)
         return found
@@ -59,7 +62,21 @@ class Model:
             if m.source is None:
                 change[m.born + 1] += m.size
                 change[n if m.dead is None else m.dead + 1] -= m.size
-        return [b + self.late * (t >= tape.turn) for t, b in enumerate(running(change)[:n])]
+        found = [b + max(s) for b, s in zip(running(change), pairwise([0, *self._stuck()]), strict=False)]
+        return [b + self.late * (t >= tape.turn) for t, b in enumerate(found[:n])]
+
+    def _stuck(self) -> list[int]:
+        """Return how the bytes change that autograd keeps in any case."""
+        tape, until = self.needs.tape, dict[int, int]()
+        for k in self.needs.stuck:
+            m = tape.memory_of[self.needs.value(k)]
+            until[m] = max(until.get(m, 0), tape.packs[k].released or 0)
+        change = [0] * (len(tape.ops) + 2)
+        for m, stop in until.items():
+            if (dead := tape.memories[m].dead) is not None and dead < stop:
+                change[dead] += tape.memories[m].size
+                change[stop] -= tape.memories[m].size
+        return running(change)
 
     @property
     def returned(self) -> int:

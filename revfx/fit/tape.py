@@ -54,6 +54,7 @@ class Op:
     kwargs: dict[str, Any]
     reads: tuple[Spot, ...]
     outs: tuple[Spot | None, ...]
+    writes: tuple[Spot, ...]  # of the values before
     makes: tuple[int, ...]  # values, by a result or by a write
     draws: bool
     where: str = ""  # the module, and the user's line; in the backward what autograd calls the step

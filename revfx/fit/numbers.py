@@ -1,0 +1,74 @@
+"""Numbers in Python that a tape stands on: those of modules, and among the arguments.
+
+Below autograd they are constants. What changes from call to call, such as a temperature that falls, is found by
+recording twice: operators that were given another number then don't run again, and nothing stands on it any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from revfx.fit.tape import Spot, Tape
+
+
+@dataclass
+class Numbers:
+    """Fractions and flags of modules, by their attribute tables and names; fractions among arguments, by place; and
+    which parameters need gradients.
+    """
+
+    held: list[tuple[dict[str, Any], str, Any]]
+    given: list[tuple[int, float]]
+    flags: list[tuple[nn.Parameter, bool]]
+
+    @staticmethod
+    def of(model: nn.Module, leaves: Sequence[Any]) -> Numbers:
+        """Return those of now."""
+        tables = [vars(m) for m in model.modules()]
+        return Numbers(
+            [(t, name, n) for t in tables for name, n in t.items() if isinstance(n, (float, bool))],
+            [(i, x) for i, x in enumerate(leaves) if isinstance(x, float)],
+            [(p, p.requires_grad) for p in model.parameters()],
+        )
+
+    def hold(self, leaves: Sequence[Any]) -> bool:
+        """Return whether they are what they were."""
+        return (
+            all([t.get(name) == n for t, name, n in self.held])
+            and all([leaves[i] == x for i, x in self.given])
+            and all([p.requires_grad == flag for p, flag in self.flags])
+        )
+
+    def common(self, other: Numbers) -> Numbers:
+        """Return those that are the same in two calls."""
+        held = {(id(t), name): n for t, name, n in other.held}
+        given = dict(other.given)
+        return Numbers(
+            [(t, name, n) for t, name, n in self.held if held.get((id(t), name)) == n],
+            [(i, x) for i, x in self.given if given.get(i) == x],
+            self.flags,
+        )
+
+
+def plain_leaves(leaves: Sequence[Any]) -> list[Any]:
+    """Return the leaves of some arguments, with the type of each fraction in its place."""
+    return [float if isinstance(x, float) else x for x in leaves]
+
+
+def differing(a: Tape, b: Tape) -> frozenset[int] | None:
+    """Return the operators that were given other numbers; None if the tapes differ in more."""
+    if len(a.ops) != len(b.ops) or a.turn != b.turn or [p.spot for p in a.packs] != [p.spot for p in b.packs]:
+        return None
+    found: set[int] = set()
+    for o, (x, y) in enumerate(zip(a.ops, b.ops, strict=True)):
+        if (x.func, x.reads, x.outs, x.makes) != (y.func, y.reads, y.outs, y.makes):
+            return None
+        ours, theirs = (pytree.tree_leaves((op.args, op.kwargs)) for op in (x, y))
+        if any(not isinstance(m, Spot) and m != n for m, n in zip(ours, theirs, strict=True)):
+            found.add(o)
+    return frozenset(found)
