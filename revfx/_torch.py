@@ -73,6 +73,11 @@ def graph_task_id() -> int:
     return torch._C._current_graph_task_id()
 
 
+def is_profiling() -> bool:
+    """Return whether a profiler is active; there can be one at a time."""
+    return torch._C._autograd._profiler_enabled()
+
+
 def has_saved_tensors_hooks() -> bool:
     """Return whether hooks on what autograd saves are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

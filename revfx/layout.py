@@ -52,7 +52,7 @@ def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: i
         return t
     aligned = ALIGNED if t.is_cpu else ALIGNED_ELSEWHERE
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
-    room = torch.empty(extent + aligned // t.element_size(), dtype=t.dtype, device=t.device)
+    room = t.new_empty(extent + aligned // t.element_size())
     first = (offset - offset_of(room)) % aligned // t.element_size()
     return room.as_strided(shape, stride, first).copy_(t.reshape(shape))
 
@@ -65,7 +65,7 @@ def restrided(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Ten
         return t.contiguous() if stride == torch.empty(shape, device="meta").stride() else t
     if 0 in stride or tuple(t.shape) != shape:
         return t.reshape(shape)
-    return torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+    return t.new_empty_strided(shape, stride).copy_(t)
 
 
 def leaf(t: Tensor, requires_grad: bool) -> Tensor:

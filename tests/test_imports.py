@@ -13,7 +13,7 @@ import networkx as nx
 import pytest
 
 
-BOTTOM = {"_fake", "_fsdp", "_torch", "errors", "ambient"}
+BOTTOM = {"_fake", "_fsdp", "_torch", "errors", "ambient", "units"}
 CODES = {"codes", "layout"}
 # What the files of a folder, or a file of the package's own folder, may import besides their own folder.
 MAY: dict[str, set[str]] = {
@@ -21,6 +21,7 @@ MAY: dict[str, set[str]] = {
     "_fsdp": set(),
     "_fake": {"_torch"},
     "errors": set(),
+    "units": set(),
     "ambient": {"_torch"},
     "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
     "rules": BOTTOM,
@@ -31,15 +32,17 @@ MAY: dict[str, set[str]] = {
     "eager": {*BOTTOM, *CODES, "passes", "traced"},
     "capture": {*BOTTOM, "rules", "passes", "eager"},
     "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint"},
+    "world": {*BOTTOM, "capture"},
+    "fit": {*BOTTOM, "layout", "passes", "eager", "capture", "world"},
 }
-MAY["conversion"] = {*BOTTOM, "passes", "eager", "capture", "compiled"}
+MAY["conversion"] = {*BOTTOM, "passes", "eager", "capture", "compiled", "fit"}
 MAY["converted"] = {*BOTTOM, "conversion", "traced"}
-MAY["convert"] = {*BOTTOM, "passes", "conversion", "converted"}
+MAY["convert"] = {*BOTTOM, "passes", "conversion", "converted", "fit"}
 MAY["inverse"] = {*BOTTOM, "capture", "converted", "passes"}
 MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
 MAY["testing"] = {*MAY["debug"], "inverse", "rules", "convert", "converted"}
-MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "passes.joint", "testing"}
+MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "fit", "passes.joint", "testing", "world"}
 MAY["bench"] = {*MAY["report"], "report"}
 MAY["cli_models"] = {"errors"}
 MAY["demo"] = MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["bench"], "bench", "demo", "cli", "cli_models"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from revfx.fit.costs import Cost
+from revfx.fit.kernels import Cost
 from revfx.fit.needs import Needs
 
 
@@ -54,7 +54,7 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
     kept = [0] * (turn + 1)
     for values in needs.wanted.values():
         first = needs.tape.packs[values[0]]
-        kept[min(first.packed, turn)] += tape.size(first.spot.value)
+        kept[min(first.packed, turn)] += tape.size(needs.value(values[0]))
     borders, held = [0], 0
     for p in range(1, turn):
         held += kept[p - 1]

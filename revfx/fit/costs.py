@@ -7,31 +7,16 @@ and on some machines an exponential takes as long as reading memory ten times.
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
 from collections.abc import Generator, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
+from revfx.fit.kernels import Cost, device_of, on_cpu, on_cuda, operands, seconds
 from revfx.fit.tape import Op, Spot, Tape
-
-
-REPEATS = 3  # runs of each, of which the fastest counts; one if it takes longer than ...
-LONG = 0.05  # seconds
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds, bytes that are there while it runs besides operands and results, and dtypes, shapes and strides of these."""
-
-    seconds: float = 0.0
-    scratch: int = 0
-    results: tuple[Any, ...] = ()
 
 
 class Costs:
@@ -103,102 +88,13 @@ def signature(tape: Tape, op: Op) -> Hashable:
     return op.func, tuple(found), str(spec)
 
 
-def operands(tape: Tape, op: Op) -> tuple[Any, Any]:
-    """Return arguments like those of `op`: random numbers, and zeros of whole ones, which are valid as indices."""
-    blocks: dict[int, Tensor] = {}
-
-    def made(leaf: Any) -> Any:
-        if not isinstance(leaf, Spot):
-            return leaf
-        memory = tape.memory_of[leaf.value]
-        if memory not in blocks:
-            size, device = tape.memories[memory].size, tape.memories[memory].device
-            n = -(-size // leaf.dtype.itemsize)
-            draw = leaf.dtype.is_floating_point and leaf.dtype.itemsize > 1
-            blocks[memory] = (torch.rand if draw else torch.zeros)(n, dtype=leaf.dtype, device=device)
-        whole = blocks[memory]
-        typed = whole if whole.dtype == leaf.dtype else whole.view(torch.uint8).view(leaf.dtype)
-        return typed.as_strided(leaf.shape, leaf.stride, leaf.offset)
-
-    return pytree.tree_map_only(Spot, made, (op.args, op.kwargs))
-
-
 def _measured(tape: Tape, new: dict[Hashable, Op]) -> dict[Hashable, Cost]:
     found: dict[Hashable, Cost] = {}
-    for device in dict.fromkeys(_device(tape, op) for op in new.values()):
-        mine = {k: op for k, op in new.items() if _device(tape, op) == device}
-        found |= zip(mine, (_on_cpu if device.type == "cpu" else _on_cuda)(tape, [*mine.values()]), strict=True)
+    for device in dict.fromkeys(device_of(tape, op) for op in new.values()):
+        mine = {k: op for k, op in new.items() if device_of(tape, op) == device}
+        found |= zip(mine, (on_cpu if device.type == "cpu" else on_cuda)(tape, [*mine.values()]), strict=True)
     for k, op in new.items():
         if op.makes:
             with contextlib.suppress(Exception):
-                found[k] = replace(found[k], seconds=_seconds(op, *operands(tape, op), _device(tape, op)))
-    return found
-
-
-def _geometry(out: Any) -> tuple[Any, ...]:
-    return tuple(
-        [(t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)]
-    )
-
-
-def _device(tape: Tape, op: Op) -> torch.device:
-    spots = (*op.reads, *(s for s in op.outs if s is not None))
-    return next((tape.memories[tape.memory_of[s.value]].device for s in spots), torch.device("cpu"))
-
-
-def _seconds(op: Op, args: Any, kwargs: Any, device: torch.device) -> float:
-    fastest = float("inf")
-    for _ in range(REPEATS):
-        if device.type != "cpu":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        op.func(*args, **kwargs)
-        if device.type != "cpu":
-            torch.cuda.synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-        if fastest > LONG:
-            break
-    return fastest
-
-
-def _on_cpu(tape: Tape, ops: Sequence[Op]) -> list[Cost]:
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    results: list[tuple[Any, ...]] = [()] * len(ops)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        for number, op in enumerate(ops):
-            with contextlib.suppress(Exception):
-                args, kwargs = operands(tape, op)
-                with record_function(f"revfx::{number}"):
-                    out = op.func(*args, **kwargs)
-                results[number] = _geometry(out)
-                del out
-    recorded: Any = prof.profiler
-    events = [(e.name(), e.start_ns(), e) for e in recorded.kineto_results.events()]
-    spans = {int(n[7:]): (s, s + e.duration_ns()) for n, s, e in events if n.startswith("revfx::")}
-    changes = sorted((s, e.nbytes()) for n, s, e in events if n == "[memory]")
-    found, at = [0] * len(ops), 0
-    for number, (start, end) in sorted(spans.items()):
-        now = most = 0
-        while at < len(changes) and changes[at][0] < start:
-            at += 1
-        while at < len(changes) and changes[at][0] <= end:
-            now += changes[at][1]
-            most, at = max(most, now), at + 1
-        found[number] = most - max(now, 0)
-    return [Cost(scratch=b, results=r) for b, r in zip(found, results, strict=True)]
-
-
-def _on_cuda(tape: Tape, ops: Sequence[Op]) -> list[Cost]:
-    found = [Cost()] * len(ops)
-    for number, op in enumerate(ops):
-        with contextlib.suppress(Exception):
-            args, kwargs = operands(tape, op)
-            device = _device(tape, op)
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            out = op.func(*args, **kwargs)
-            most = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-            found[number] = Cost(scratch=most, results=_geometry(out))
-            del out
+                found[k] = replace(found[k], seconds=seconds(op, *operands(tape, op), device_of(tape, op)))
     return found

@@ -39,6 +39,10 @@ def holders(model: Model, plan: Plan, load: Load) -> list[Holder]:
         if m.dead is not None and m.dead <= at < until:
             maker = tape.ops[m.born]
             found.append(Holder(m.size, f"kept for the backward, of `{maker.func}` ({maker.where})"))
+    if at == tape.turn and model.loss:
+        found.append(Holder(model.loss, "what a loss outside may take, as far as is known"))
+    if at >= tape.turn and model.late:
+        found.append(Holder(model.late, "what the forward returned, which the caller may hold"))
     told = sum(h.bytes for h in found)
     if load.peak > told:
         found.append(Holder(load.peak - told, f"computed again for `{op.func}` in the {direction}"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import networkx as nx
 
-from revfx.fit.costs import Cost
+from revfx.fit.kernels import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.simulate import BITS, OVERHEAD
 
@@ -79,7 +79,7 @@ class Menu:
                 continue
             op, maker = self.needs.replayed[o], ("operator", o)
             if self.masks and self.needs.coins.get(v) in self.values:
-                edge("S", v, -(-self.elements(v) // BITS) + paid(o))
+                edge("S", v, -(-self.needs.elements(v) // BITS) + paid(o))
             elif op is None:
                 edge("S", v, self.worth(v))
             else:
@@ -89,7 +89,7 @@ class Menu:
                     edge(r, maker)
             packs = self.needs.wanted.get(v, ())
             if packs and signs.issuperset(packs):
-                edge(v, "T", len(packs) * (-(-self.elements(v) // BITS) + paid(o)))
+                edge(v, "T", len(packs) * (-(-self.needs.elements(v) // BITS) + paid(o)))
             elif packs:
                 edge(v, "T")
         _, (_, there) = nx.minimum_cut(graph, "S", "T")
@@ -98,12 +98,6 @@ class Menu:
         kept = {v for v, o in self.values.items() if v in there and o not in run and v not in coins}
         marks = {k for v in self.values if v not in there and v not in self.given for k in self.needs.wanted.get(v, ())}
         return Choice(frozenset(kept), frozenset(marks), frozenset(coins))
-
-    def elements(self, value: int) -> int:
-        """Return how many elements a value has that autograd keeps, or a coin."""
-        told = self.needs.coins.get(value, value)
-        packs = self.needs.tape.packs
-        return self.needs.tape.size(value) // packs[self.needs.wanted[told][0]].spot.dtype.itemsize
 
     def worth(self, value: int) -> float | None:
         """Return the bytes that keeping a value takes: none where it is there all the same. None: it can't be kept."""

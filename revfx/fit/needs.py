@@ -57,11 +57,20 @@ class Needs:
         written = [s for v in values[at + 1 :] for s in tape.ops[tape.made_by[v] or 0].writes]
         return not any(tape.memory_of[s.value] == tape.memory_of[spot.value] and overlap(s, spot) for s in written)
 
-    def value(self, pack: int) -> int:
-        """Return the value of a pack that autograd may read."""
+    def spot(self, pack: int) -> Spot:
+        """Return where a pack lies, of which a memory is known."""
         spot = self.tape.packs[pack].spot
         assert spot is not None
-        return spot.value
+        return spot
+
+    def value(self, pack: int) -> int:
+        """Return the value of a pack."""
+        return self.spot(pack).value
+
+    def elements(self, value: int) -> int:
+        """Return how many elements the memory of a value has, which autograd keeps, or which is a coin."""
+        told = self.coins.get(value, value)
+        return self.tape.size(value) // self.spot(self.wanted[told][0]).dtype.itemsize
 
     def source(self, value: int) -> tuple[str, Any] | None:
         """Return where to find a value that was there before the step; None of others."""

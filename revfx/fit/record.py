@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,6 +56,7 @@ class Recorder(TorchDispatchMode):
         memory, offset = self.known[key][0], int(t.storage_offset())
         if memory < 0:
             packed = self.packs[-1 - memory].spot
+            assert packed is not None
             value, offset = packed.value, offset + packed.offset
         else:
             value = self.memories[memory].values[-1]
@@ -125,7 +125,7 @@ class Recorder(TorchDispatchMode):
         node = _torch.backward_node()
         if node is not None:
             return node.name()
-        frame: Any = sys._getframe(2)
+        frame = _torch.caller()
         while frame is not None:
             name = self.names.get(id(frame.f_locals.get("self"))) if frame.f_code.co_name == "forward" else None
             if name is not None:
@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
             double = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         number, pack = len(self.packs), Pack(spot, len(self.ops))
         storage = double.untyped_storage()
-        key = storage._cdata
+        key = _torch.storage_key(double)
 
         def released(_: Any) -> None:
             pack.released = len(self.ops)

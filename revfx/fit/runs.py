@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from revfx.fit.blocks import blocks_of
-from revfx.fit.costs import Cost, signature
+from revfx.fit.costs import signature
+from revfx.fit.kernels import Cost
 from revfx.fit.menu import Choice, Menu
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan

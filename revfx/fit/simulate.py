@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from revfx.fit.costs import Cost
+from revfx.fit.kernels import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan, Replay
 from revfx.fit.tape import running
 
 
 BITS = 8  # elements in a byte: of signs, and of coins
+WITNESS, EACH = 2**16, 1024  # bytes at most of what is noted of tensors: weights of checksums; of each
 OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
 
 Hold = Callable[[int, int, int | None], None]  # so many bytes from before one operator to before another
@@ -89,9 +90,10 @@ class Model:
         """Return what the step holds under `plan`."""
         held, spikes, seconds = self.changes(plan, self.needs.wanted)
         extra = running(held)
-        live = [d + e for d, e in zip(self.during, extra, strict=False)]
+        noted = WITNESS * bool(plan.dropped) + EACH * len(plan.dropped)
+        live = [d + e + noted for d, e in zip(self.during, extra, strict=False)]
         for at, size in spikes.items():
-            live[at] = max(live[at], self.before[at] + extra[at - 1] + size)
+            live[at] = max(live[at], self.before[at] + extra[at - 1] + size + noted)
         return Load(live, seconds)
 
     def changes(self, plan: Plan, values: Iterable[int]) -> tuple[list[int], dict[int, int], float]:
@@ -132,22 +134,16 @@ class Model:
 
     def _marks(self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None) -> None:
         """Hold one bit an element; there are eight while it is made."""
-        elements = self.elements(value)
+        elements = self.needs.elements(value)
         hold(-(-elements // BITS), start, stop)
         spikes[start] = max(spikes.get(start, 0), elements + elements // BITS)
 
     def _decoded(self, hold: Hold, spikes: dict[int, int], k: int) -> None:
-        p = self.needs.tape.packs[k]
+        p, value = self.needs.tape.packs[k], self.needs.value(k)
         if p.unpacked is not None:
-            hold(self.needs.tape.size(p.spot.value), p.unpacked, p.released)
-            spike = self.needs.tape.size(p.spot.value) + 2 * self.elements(p.spot.value)
+            hold(self.needs.tape.size(value), p.unpacked, p.released)
+            spike = self.needs.tape.size(value) + 2 * self.needs.elements(value)
             spikes[p.unpacked] = max(spikes.get(p.unpacked, 0), spike)
-
-    def elements(self, value: int) -> int:
-        """Return how many elements the memory of a value has, which autograd keeps, or which is a coin."""
-        tape = self.needs.tape
-        kept = self.needs.coins.get(value, value)
-        return tape.size(value) // tape.packs[self.needs.wanted[kept][0]].spot.dtype.itemsize
 
     def _replay(self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]) -> float:
         """Return the seconds of what runs again for `packs`; `hold` what is there from one operator to another."""
@@ -170,7 +166,7 @@ class Model:
                     now += tape.size(v)
                     since[v] = at
             coins = [v for v in tape.ops[op].makes if v in plan.coins]
-            scratch = 2 * self.elements(coins[0]) if coins else self.costs[op].scratch
+            scratch = 2 * self.needs.elements(coins[0]) if coins else self.costs[op].scratch
             most = max(most, now + scratch)
 
         def drop(v: int) -> None:
@@ -185,12 +181,12 @@ class Model:
         replay = Replay(plan, run, drop)
         times = sorted((p.turn, p.unpacked, k) for k in packs if (p := tape.packs[k]).unpacked is not None)
         for _, unpacked, k in times:
-            p = tape.packs[k]
+            value, released = self.needs.value(k), tape.packs[k].released
             if at != unpacked:
                 at, now, most = unpacked, 0, 0
             until = at
-            replay.obtain(p.spot.value, plan.dropped[k])
+            replay.obtain(value, plan.dropped[k])
             spikes[at] = max(spikes.get(at, 0), most)
-            until = handed[p.spot.value] = max(p.released or at, at)
-            replay.took(p.spot.value, plan.dropped[k])
+            until = handed[value] = max(released or at, at)
+            replay.took(value, plan.dropped[k])
         return seconds

@@ -83,7 +83,7 @@ class Course:
     """What all steps under one plan have in common.
 
     `ends`: the packs that are looked at in both directions; those of values that nothing which runs again reads, the
-    first of each. Not bytes: workspaces of kernels have gaps in which anything may be.
+    first of each, if dense. Not bytes: workspaces of kernels have gaps in which anything may be.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -96,7 +96,9 @@ class Course:
 
 
 def _is_looked_at(spot: Spot | None) -> bool:
-    return spot is not None and spot.dtype.is_floating_point and 0 not in spot.shape
+    if spot is None or not spot.dtype.is_floating_point or 0 in spot.shape:
+        return False
+    return math.prod(spot.shape) == 1 + sum((n - 1) * s for n, s in zip(spot.shape, spot.stride, strict=True))
 
 
 class Step:
@@ -206,7 +208,7 @@ class Step:
             def run(op: int, goes: set[int]) -> None:
                 self.course.machine.run(op, frozenset(goes), values, self.now, self._find)
 
-            self.replay = Replay(plan, run, values.pop)
+            self.replay = Replay(plan, run, values.__delitem__)
             self.replay.there.update(values)
         self.replay.obtain(spot.value, plan.dropped[k])
         tensor = self._find(spot)

@@ -16,10 +16,10 @@ from zoo import ZOO
 import revfx
 from revfx.passes.formula import Term
 from revfx.report.data import ValueLine, folded
-from revfx.units import count, size
 from revfx.report.describe import type_name
 from revfx.report.explanation import Explanation
 from revfx.report.remedies import remedy
+from revfx.units import count, size
 
 
 class Net(nn.Module):

@@ -1,0 +1,126 @@
+"""`convert(memory=...)`: any model within its budget from the first step on, without changing a bit."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+from fit_models import MODELS, equal, make, peak, state
+from torch import Tensor, nn
+
+import revfx
+from revfx.errors import BudgetError
+from revfx.fit.tape import Tape
+from revfx.testing import measure_memory
+
+
+def tape_of(model: nn.Module) -> Tape:
+    return model.revfx.fit.plans[-1].plan.needs.tape  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_is_kept_and_no_bit_changes(name: str, autocast: bool) -> None:
+    model, args, loss = make(name)
+    cast = (lambda: torch.autocast("cpu", torch.bfloat16)) if autocast else contextlib.nullcontext
+
+    def step(of: nn.Module) -> Tensor:
+        with cast():
+            return loss(of(*args))
+
+    plain = peak(model, partial(step, model))
+    want = state(model, partial(step, model))
+    for share in (0.75, 0.55):
+        try:
+            with cast():
+                fitted = revfx.convert(model, args, memory=share)
+        except BudgetError as e:
+            assert "least feasible budget is" in str(e)
+            continue
+        assert peak(model, partial(step, fitted)) <= share * plain
+        assert len(fitted.revfx.fit.plans) == 1  # type: ignore[union-attr]
+        assert equal(state(model, partial(step, fitted)), want)
+        assert equal(state(model, partial(step, fitted)), want)
+
+
+def test_the_first_step_may_be_profiled() -> None:
+    """There is one profiler at a time: operators are measured in another process then."""
+    model, args, loss = make("convolutions")
+    plain = peak(model, lambda: loss(model(*args)))
+    fitted = revfx.convert(model, memory=0.75)
+    assert peak(model, lambda: loss(fitted(*args))) <= 0.75 * plain
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder", "convolutions", "unet", "gru"])
+def test_the_plain_step_is_foreseen_to_the_byte(name: str) -> None:
+    """But for what the caller's loss takes, and the gradient that it begins with."""
+    model, args, loss = make(name)
+    model.zero_grad(set_to_none=False)
+    measured = measure_memory(lambda: loss(model(*args)))
+    fitted = revfx.convert(model, args, memory=1.0)
+    out = model(*args)
+    size = 4 * (out[0] if isinstance(out, tuple) else out).numel()
+    load = fitted.revfx.fit.plans[0].load  # type: ignore[union-attr]
+    assert abs(load.live[tape_of(fitted).turn] - measured.kept) <= 5 * size
+    assert abs(load.peak - measured.peak) <= 4 * size
+
+
+def test_a_mask_takes_the_place_of_what_only_its_signs_are_read_of() -> None:
+    model, args, loss = make("relu")
+    fitted = revfx.convert(model, args, memory=0.6)
+    want = state(model, lambda: loss(model(*args)))
+    assert equal(state(model, lambda: loss(fitted(*args))), want)
+    plan = fitted.revfx.fit.plans[0].plan  # type: ignore[union-attr]
+    assert len(plan.signs) + len(plan.coins) > 0
+
+
+def test_a_share_of_one_leaves_autograd_alone() -> None:
+    model, args, loss = make("mlp")
+    fitted = revfx.convert(model, args, memory=1.0)
+    assert fitted.revfx.fit.plans[0].course is None  # type: ignore[union-attr]
+    assert equal(state(model, lambda: loss(fitted(*args))), state(model, lambda: loss(model(*args))))
+
+
+def test_what_is_reversible_is_one_way() -> None:
+    """Below what can be kept, couplings are inverted; above it they are kept, as that is faster."""
+
+    class Couplings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            conv = lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))  # noqa: E731
+            self.f = nn.ModuleList([conv() for _ in range(40)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, 1)
+            for f in self.f:
+                a, b = b, a + f(b)
+            return torch.cat((a, b), 1)
+
+    torch.manual_seed(0)
+    model, x = Couplings(), torch.randn(8, 16, 32, 32)
+
+    def step(of: nn.Module) -> Tensor:
+        return of(x).square().mean()
+
+    plain, want = peak(model, partial(step, model)), state(model, partial(step, model))
+    ways: list[str] = []
+    for share in (0.7, 0.2):
+        fitted = revfx.convert(model, x, memory=share)
+        assert peak(model, partial(step, fitted)) <= share * plain
+        assert equal(state(model, partial(step, fitted)), want)
+        ways.append(fitted.revfx.fit.plans[0].way)  # type: ignore[union-attr]
+    assert ways == ["plain", "reversible"]
+
+
+def test_no_budget_is_too_small_to_be_told_how_much_it_takes() -> None:
+    model, args, loss = make("encoder")
+    with pytest.raises(BudgetError, match=r"The least feasible budget is (\d+) bytes") as raised:
+        revfx.convert(model, args, memory=1)
+    least = int(str(raised.value).partition("budget is ")[2].partition(" ")[0])
+    fitted = revfx.convert(model, args, memory=least)
+    want = state(model, lambda: loss(model(*args)))
+    assert peak(model, lambda: loss(fitted(*args))) <= least
+    assert equal(state(model, lambda: loss(fitted(*args))), want)
+    assert "layers" in str(raised.value) or "Backward" in str(raised.value)

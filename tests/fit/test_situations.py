@@ -1,0 +1,204 @@
+"""What users do around a model with a budget."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from fit_models import Residual, branch, equal, make, peak, square, state
+from torch import Tensor, nn
+
+import revfx
+from revfx.errors import RegenerationError
+
+
+def fit_of(model: nn.Module) -> Any:
+    return model.revfx.fit  # type: ignore[union-attr]
+
+
+def pair(name: str = "mlp", memory: float = 0.5) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A model, the same with a budget, and its argument."""
+    model, (x,), _ = make(name)
+    fitted = revfx.convert(model, x, memory=memory)
+    assert fit_of(fitted).plans[0].plan.dropped
+    return model, fitted, x
+
+
+def gradients(model: nn.Module, loss: Tensor, **options: Any) -> list[Tensor]:
+    return [*torch.autograd.grad(loss, [*model.parameters()], **options)]
+
+
+def test_the_graph_can_be_kept_and_used_again() -> None:
+    model, fitted, x = pair()
+    torch.manual_seed(1)
+    want = gradients(model, square(model(x)))
+    torch.manual_seed(1)
+    loss = square(fitted(x))
+    for keep in (True, True, False):
+        assert equal(gradients(model, loss, retain_graph=keep), want)
+
+
+def test_some_gradients_may_be_asked_for() -> None:
+    model, fitted, x = pair()
+    wanted = [model.get_parameter("layers.5.4.weight"), model.get_parameter("layers.2.1.bias")]
+    found = []
+    for m in (model, fitted):
+        torch.manual_seed(1)
+        found.append([*torch.autograd.grad(square(m(x)), wanted)])
+    assert equal(*found)
+
+
+def test_gradients_can_be_differentiated() -> None:
+    model, fitted, _ = pair()
+    found = []
+    for m in (model, fitted):
+        x = torch.linspace(-1, 1, 256 * 64).view(256, 64).requires_grad_()
+        torch.manual_seed(1)
+        (g,) = torch.autograd.grad(square(m(x)), x, create_graph=True)
+        found.append([g.detach(), *torch.autograd.grad(g.square().sum() * 1e6, [*model.parameters()])])
+    assert equal(*found)
+
+
+def test_gradients_accumulate_over_several_forwards() -> None:
+    """Two forwards before two backwards, and evaluation in between."""
+    model, fitted, x = pair()
+    found = []
+    for m in (model, fitted):
+        model.zero_grad()
+        torch.manual_seed(1)
+        losses = [square(m(x)), square(m(x + 1))]
+        with torch.no_grad():
+            value = m(x)
+        for loss in losses:
+            loss.backward()
+        found.append([value, *(p.grad for p in model.parameters())])
+    assert equal(*found)
+
+
+def test_another_batch_size_has_a_plan_of_its_own() -> None:
+    model, fitted, x = pair()
+    for n in (64, 256, 64):
+        part = x[:n]
+        assert equal(state(model, lambda p=part: square(fitted(p))), state(model, lambda p=part: square(model(p))))
+    assert len(fit_of(fitted).plans) == 2
+
+
+def test_a_number_that_changes_at_every_call_costs_one_more_plan() -> None:
+    class Annealed(Residual):
+        temperature = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + (layer(x) / self.temperature).softmax(-1)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Annealed(*(branch() for _ in range(6))), torch.randn(256, 64)
+    model.temperature = 1.0
+    fitted = revfx.convert(model, x, memory=0.6)
+    for i in range(5):
+        model.temperature = 1 / (1 + i)
+        assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+        assert len(fit_of(fitted).plans) == min(i + 1, 2)
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.3
+    assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+
+
+def test_a_number_that_nobody_sees_is_told() -> None:
+    factor = [1.0]
+
+    def joined(x: Tensor, h: Tensor) -> Tensor:
+        return x + (h * factor[0]).exp().mul(0.1)
+
+    torch.manual_seed(0)
+    model, x = Residual(*(nn.Linear(64, 64) for _ in range(12)), join=joined), torch.randn(1024, 64)
+    fitted = revfx.convert(model, x, memory=0.5)
+    factor[0] = 2.0
+    with pytest.raises(RegenerationError, match=r"is another one .* number that the forward reads from Python"):
+        square(fitted(x)).backward()
+
+
+def test_what_is_frozen_later_is_noticed() -> None:
+    model, fitted, x = pair()
+    model.get_submodule("layers.0").requires_grad_(False)
+    assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+
+
+def test_evaluation_with_gradients_is_another_kind_of_call() -> None:
+    model, fitted, x = pair("convolutions", 0.7)
+    for training in (False, True):
+        model.train(training)
+        assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+    assert len(fit_of(fitted).plans) == 2
+
+
+def test_a_forward_that_goes_another_way_is_kept_whole_and_planned_anew() -> None:
+    class Branching(Residual):
+        deep = 6
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers[: self.deep]:
+                x = x + layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Branching(*(branch() for _ in range(6))), torch.randn(256, 64)
+    fitted = revfx.convert(model, x, memory=0.5)
+    for deep in (6, 4, 4):
+        Branching.deep = deep
+        assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+    Branching.deep = 4
+    plain = peak(model, lambda: square(model(x)))
+    assert peak(model, lambda: square(fitted(x))) <= 0.5 * plain
+
+
+def test_copies_have_plans_of_their_own() -> None:
+    model, fitted, x = pair()
+    want = state(model, lambda: square(model(x)))
+    others: list[Any] = [copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))]
+    for other in others:
+        assert fit_of(other).plans == [] and other.revfx.options.memory.share == 0.5
+        assert equal(state(other, partial(lambda m: square(m(x)), other)), want)
+
+
+def test_two_models_have_budgets_of_their_own() -> None:
+    """Beside each other, and one in the other, whose budget then is that of all."""
+    (a, fitted_a, x), (b, fitted_b, _) = pair(), pair("relu", 0.6)
+    both, fitted = nn.Sequential(a, b), nn.Sequential(fitted_a, fitted_b)
+    want = state(both, lambda: square(both(x)))
+    assert equal(state(both, lambda: square(fitted(x))), want)
+    whole = revfx.convert(fitted, x, memory=0.5)
+    assert equal(state(both, lambda: square(whole(x))), want)
+    assert peak(both, lambda: square(whole(x))) <= 0.5 * peak(both, lambda: square(both(x)))
+
+
+def test_what_was_written_to_raises_as_it_does_plainly() -> None:
+    def joined(x: Tensor, h: Tensor) -> Tensor:
+        y = h.exp()
+        z = x + y
+        y.mul_(2)
+        return z
+
+    torch.manual_seed(0)
+    model, x = Residual(*(nn.Linear(64, 64) for _ in range(12)), join=joined), torch.randn(1024, 64)
+    fitted = revfx.convert(model, x, memory=0.95)
+    for m in (model, fitted):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square(m(x)).backward()
+
+
+def test_a_parameter_that_was_written_to_raises() -> None:
+    model, fitted, x = pair()
+    for m in (model, fitted):
+        loss = square(m(x))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.01)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
