@@ -1,4 +1,4 @@
-"""The command line: `revfx explain`, `revfx demo` and `revfx bench`."""
+"""The command line: `revfx explain`, `revfx fit`, `revfx demo` and `revfx bench`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from revfx.errors import RevfxError, WrongArguments
@@ -17,6 +18,7 @@ EXAMPLES = """examples:
   revfx explain model.py:make_model --input 8,3,32,32    what would revfx do with this model?
   revfx explain model.py:Net --input 16,64:int64 --measure --save net.html
   revfx explain model.py:Net --input 8,512 --backend revfx --json
+  revfx fit model.py:Net --input 8,3,32,32 --memory 2GiB  the largest batch that trains in so much memory
   revfx bench --models mlp,flow --depth 8                compare with what else there is
 
 exit status: 0 if all went well, 1 if nothing reversible was found or something failed, 2 for wrong arguments
@@ -52,10 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     text = "Depth-free activation memory for PyTorch models, by inferred reversibility."
     parser = argparse.ArgumentParser(prog="revfx", description=text, **layout)
     parser.add_argument("--version", action="version", version=f"revfx {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{explain,demo,bench}")
+    commands = parser.add_subparsers(dest="command", metavar="{explain,fit,demo,bench}")
     benched = {f"--{name}": given for name, given in options.ARGUMENTS.items()}
     for name, run, text, arguments in (
         ("explain", _explain, "say what revfx finds in a model, what it saves and what it costs", EXPLAIN),
+        ("fit", _fit, "find the largest batch that trains within a budget of memory", FIT),
         ("demo", _demo, "train a RevNet on handwritten digits, plainly and converted, and compare", DEMO),
         ("bench", bench.main, "compare memory, time and gradients with other ways to train reversible models", benched),
     ):
@@ -84,8 +87,13 @@ EXPLAIN: Mapping[str, dict[str, Any]] = {
     "--rounding": dict(action="store_true", help="with convert(exact=False)"),
     "--grid": dict(type=int, metavar="K", help="with convert(grid=K)"),
     "--anchor-every": dict(type=int, metavar="K", help="with convert(anchor_every=K)"),
+    "--memory": dict(metavar="BUDGET", help="what a budget comes to: 2GiB, 800MB, 60%%"),
     "--save": dict(metavar="PATH", help="write a page (.html), the graph (.svg) or the data (.json)"),
     "--json": dict(action="store_true", help="print the data as JSON, and nothing else"),
+}
+FIT: Mapping[str, dict[str, Any]] = {
+    **{name: EXPLAIN[name] for name in ("model", "--input", "--dtype", "--json")},
+    "--memory": dict(metavar="BUDGET", required=True, help="bytes of a training step: 2GiB, 800MB"),
 }
 DEMO: Mapping[str, dict[str, Any]] = {
     "--epochs": dict(type=int, default=4, help="default: 4"),
@@ -109,13 +117,28 @@ def _explain(args: argparse.Namespace) -> int:
                 model = revfx.convert(model, exact=not args.rounding, grid=args.grid, anchor_every=args.anchor_every)
             except ValueError as e:
                 raise WrongArguments(str(e)) from e
-        found = revfx.explain(model, *inputs, measure=args.measure, backend=args.backend)
+        found = revfx.explain(model, *inputs, memory=args.memory, measure=args.measure, backend=args.backend)
         if args.save:
             found.save(args.save)
     print(json.dumps(found.to_dict()) if args.json else found)
     if args.save and not args.json:
         print(f"saved {args.save}")
     return 0 if found.regions else 1
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from revfx.cli_models import load
+    from revfx.report.fit import largest
+    from revfx.report.progress import bar
+
+    with bar(None, "loading"):
+        model, inputs = load(args.model, args.input, args.dtype)
+        try:
+            found = largest(model, inputs, args.memory)
+        except ValueError as e:
+            raise WrongArguments(str(e)) from e
+    print(json.dumps(asdict(found)) if args.json else found)
+    return 0 if found.batch else 1
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -246,7 +246,7 @@ class Conversion:
             return forward(*args, **kwargs)
         leaves, spec = flattened(args, kwargs)
         if self.fit is not None and may_fit(leaves):
-            return self.fit.call(model, *self._to_fit(model, args, kwargs, leaves, spec))
+            return self.fit.call(model, *self.to_fit(model, args, kwargs))
         return self._call(model, args, kwargs, leaves, spec)
 
     def ready(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -255,11 +255,12 @@ class Conversion:
         if self.fit is None:
             self.prepare(model, args, kwargs, leaves, spec)
         else:
-            self.fit.prepare(model, *self._to_fit(model, args, kwargs, leaves, spec))
+            self.fit.prepare(model, *self.to_fit(model, args, kwargs))
 
-    def _to_fit(
-        self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any
-    ) -> tuple[Ways, FitCall]:
+    def to_fit(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Ways, FitCall]:
+        """Return how the forward can be run, and a call of it, for a plan."""
+        leaves, spec = flattened(args, kwargs)
+
         def reversible(*args: Any, **kwargs: Any) -> Any:
             return self._call(model, args, kwargs, *flattened(args, kwargs))
 

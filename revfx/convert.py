@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from revfx.conversion import Options
 from revfx.converted import Reversible, reversible
-from revfx.fit.budget import checked_memory
+from revfx.fit.budget import Budget, checked_memory
 from revfx.passes.grid import checked_exact, checked_grid
 from revfx.passes.plan import checked_every
 
@@ -19,7 +19,7 @@ def convert(
     *,
     exact: bool = True,
     grid: int | None = None,
-    memory: float | str | None = None,
+    memory: float | str | Budget | None = None,
     compile: bool = False,
     anchor_every: int | None = None,
     capture: str = "auto",

@@ -43,7 +43,7 @@ class Planner:
     """Plans of one step. `masks` and `nested` can be left out, to see what they bring."""
 
     def __init__(self, needs: Needs, costs: Sequence[Cost], *, masks: bool = True, nested: bool = True) -> None:
-        self.needs, self.nested = needs, nested
+        self.needs, self.nested, self.seconds = needs, nested, sum(c.seconds for c in costs)
         self.runs = Runs(needs, costs, masks)
         self.model = self.runs.model
         everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)

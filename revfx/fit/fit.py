@@ -5,26 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
+from revfx.capture.guards import name_of
 from revfx.eager.modes import is_simulating, runs_plain
 from revfx.errors import BudgetError
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
-from revfx.fit.holders import holders
+from revfx.fit.kernels import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
-from revfx.fit.plan import Plan
 from revfx.fit.record import record
-from revfx.fit.simulate import Load
 from revfx.fit.step import Course, Step, sources_of
-from revfx.units import size
+from revfx.fit.survey import Chosen, Survey
+from revfx.fit.tape import Tape
 
 
 MOST_PLANS = 16  # per model; the oldest one makes room for a new one
@@ -68,9 +68,7 @@ class Fitted:
 
     key: Any
     numbers: Numbers
-    way: str
-    plan: Plan
-    load: Load
+    chosen: Chosen
     plain: int  # bytes at the peak of the plain model's step
     barred: frozenset[int]  # operators that are given other numbers from call to call
     course: Course | None
@@ -92,10 +90,10 @@ class Fit:
             BudgetError: no plan stays within the budget.
         """
         fitted = self.prepare(model, ways, call)
-        run = ways.runs[fitted.way]
+        run = ways.runs[fitted.chosen.way]
         if fitted.course is None:
             return run(*call.args, **call.kwargs)
-        step = Step(fitted.course, sources_of(fitted.plan, model, call.leaves))
+        step = Step(fitted.course, sources_of(fitted.chosen.plan, model, call.leaves))
         token = _inside.set(True)
         try:
             with saved_tensors_hooks(step.pack, step.unpack):
@@ -118,43 +116,22 @@ class Fit:
             return fitted
 
     def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Fitted | None) -> Fitted:
-        numbers = Numbers.of(model, call.leaves)
-        found: list[Fitted] = []
-        planners: list[Planner] = []
-        first = 0.0
-        for way in ("plain", "reversible") if ways.is_reversible() else ("plain",):
-            tape = record(model, ways.runs[way], call.args, call.kwargs)
-            costs = self.costs.of(tape)
-            barred = frozenset[int]()
-            if before is not None and before.way == way and (other := differing(before.plan.needs.tape, tape)):
-                barred, numbers = before.barred | other, numbers.common(before.numbers)
-            planner = Planner(Needs(tape, barred), costs)
-            planners.append(planner)
-            seconds = sum(c.seconds for c in costs)
-            first = first or seconds
-            plain = planners[0].plain[1].peak
-            best = planner.best(planner.bytes_of(self.budget, planners[0])) if self.budget.share != 1 else planner.plain
-            if best is not None:
-                load = replace(best[1], seconds=best[1].seconds + seconds - first)
-                course = Course(best[0]) if best[0].dropped or best[0].signs else None
-                found.append(Fitted(call.key, numbers, way, best[0], load, plain, barred, course))
-                if course is None:
-                    break
-        if not found:
-            raise BudgetError(self._infeasible(type(model).__name__, planners))
-        return min(found, key=lambda f: f.load.seconds)
-
-    def _infeasible(self, name: str, planners: Sequence[Planner]) -> str:
-        plain = planners[0].plain[1].peak
-        for planner in planners:
-            planner.bytes_of(Budget("", bytes=1), planners[0])
-        planner = min(planners, key=lambda p: p.least()[1].peak)
-        plan, load = planner.least()
-        held = "\n  ".join(str(h) for h in holders(planner.model, plan, load)[:3])
-        budget, share = self.budget.of(plain), self.budget.share
-        asked = size(budget) if share is None else f"{share:.0%} of {size(plain)}, {size(budget)}"
-        return (
-            f"`convert({name}, {self.budget.text})`: no plan stays within {asked}. The least feasible budget is"
-            f" {load.peak} bytes ({size(load.peak)}, {load.peak / plain:.1%} of the plain model's {size(plain)}). Its"
-            f" peak is held by\n  {held}"
+        numbers, barred = Numbers.of(model, call.leaves), frozenset[int]()
+        tapes = self.tapes(model, ways, call)
+        others = dict[str, frozenset[int]]()
+        if before is not None and (other := differing(before.chosen.plan.needs.tape, tapes[before.chosen.way][0])):
+            numbers, barred = numbers.common(before.numbers), before.barred | other
+            others[before.chosen.way] = barred
+        survey = Survey({w: Planner(Needs(t, others.get(w, frozenset[int]())), c) for w, (t, c) in tapes.items()})
+        chosen = survey.best(self.budget)
+        if chosen is None:
+            raise BudgetError(survey.infeasible(name_of(model), self.budget))
+        return Fitted(
+            call.key, numbers, chosen, survey.peak, barred, Course(chosen.plan) if chosen.plan.drops else None
         )
+
+    def tapes(self, model: nn.Module, ways: Ways, call: Call) -> dict[str, tuple[Tape, list[Cost]]]:
+        """Return the tape of each way to run the forward, and what its operators cost."""
+        names = ("plain", "reversible") if ways.is_reversible() else ("plain",)
+        tapes = {way: record(model, ways.runs[way], call.args, call.kwargs) for way in names}
+        return {way: (tape, self.costs.of(tape)) for way, tape in tapes.items()}

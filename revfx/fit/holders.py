@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Load, Model
+from revfx.fit.tape import Op
 from revfx.units import size
 
 
@@ -27,23 +28,29 @@ def holders(model: Model, plan: Plan, load: Load) -> list[Holder]:
     direction = "forward" if at < tape.turn else "backward"
     found: list[Holder] = []
     if at < len(tape.ops) and model.costs[at].scratch:
-        found.append(Holder(model.costs[at].scratch, f"within `{op.func}` itself ({op.where})"))
+        found.append(Holder(model.costs[at].scratch, f"within {named(op)} itself"))
     for m in tape.memories:
         if m.source is None and m.born <= at and (m.dead is None or m.dead > at):
             maker = tape.ops[m.born] if m.born < len(tape.ops) else op
             whose = "a result of the forward" if m.born < tape.turn else "a gradient"
-            found.append(Holder(m.size, f"{whose}, of `{maker.func}` ({maker.where})"))
+            found.append(Holder(m.size, f"{whose}, of {named(maker)}"))
     for v in plan.kept:
         m = tape.memories[tape.memory_of[v]]
         until = model.through(model.needs.wanted[v])
         if m.dead is not None and m.dead <= at < until:
             maker = tape.ops[m.born]
-            found.append(Holder(m.size, f"kept for the backward, of `{maker.func}` ({maker.where})"))
+            found.append(Holder(m.size, f"kept for the backward, of {named(maker)}"))
     if at == tape.turn and model.loss:
         found.append(Holder(model.loss, "what a loss outside may take, as far as is known"))
     if at >= tape.turn and model.late:
         found.append(Holder(model.late, "what the forward returned, which the caller may hold"))
     told = sum(h.bytes for h in found)
     if load.peak > told:
-        found.append(Holder(load.peak - told, f"computed again for `{op.func}` in the {direction}"))
+        found.append(Holder(load.peak - told, f"computed again for {named(op)} in the {direction}"))
     return sorted(found, key=lambda h: -h.bytes)
+
+
+def named(op: Op) -> str:
+    """Return what an operator is called, and where it is."""
+    place = ", ".join(filter(None, (op.module, op.where)))
+    return f"`{op.func}`" + f" ({place})" * bool(place)

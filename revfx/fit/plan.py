@@ -43,6 +43,11 @@ class Plan:
     def _read_again(self) -> set[int]:
         return {v for op in self.above([self.needs.value(k) for k in self.dropped]) for v in self._reads[op]}
 
+    @property
+    def drops(self) -> bool:
+        """Return whether anything is not kept as autograd does."""
+        return bool(self.dropped or self.signs)
+
     def is_base(self, value: int) -> bool:
         """Return whether the backward finds a value as it was."""
         return value in self.kept or self.needs.is_there(value)

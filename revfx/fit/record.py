@@ -105,8 +105,8 @@ class Recorder(TorchDispatchMode):
         outs = tuple([self.spot(t, made=True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
         reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.memory_of)))
-        drawn, where = draws(func, args, kwargs), self._where()
-        self.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, where))
+        drawn = draws(func, args, kwargs)
+        self.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, *self._where()))
         return out
 
     def _answer(self) -> Any:
@@ -120,18 +120,18 @@ class Recorder(TorchDispatchMode):
         with _torch.no_modes(), self.mode:
             return pytree.tree_map(made, self.asked.pop(0))
 
-    def _where(self) -> str:
-        """Return the innermost module that runs, and the user's line; in the backward the node of autograd's graph."""
+    def _where(self) -> tuple[str, str]:
+        """Return the innermost module that runs, and the line in its forward; in the backward autograd's name."""
         node = _torch.backward_node()
         if node is not None:
-            return node.name()
+            return "", node.name()
         frame = _torch.caller()
         while frame is not None:
             name = self.names.get(id(frame.f_locals.get("self"))) if frame.f_code.co_name == "forward" else None
             if name is not None:
-                return f"{name or 'the model'}, {frame.f_code.co_filename}:{frame.f_lineno}"
+                return name, f"{frame.f_code.co_filename}:{frame.f_lineno}"
             frame = frame.f_back
-        return ""
+        return "", ""
 
     def _note_packs(self, given: list[Any]) -> None:
         for at, t in enumerate(given):

@@ -57,7 +57,8 @@ class Op:
     writes: tuple[Spot, ...]  # of the values before
     makes: tuple[int, ...]  # values, by a result or by a write
     draws: bool
-    where: str = ""  # the module, and the user's line; in the backward what autograd calls the step
+    module: str = ""  # the innermost one that runs
+    where: str = ""  # the line in its forward; in the backward what autograd calls the step
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from revfx.errors import Refusal
 from revfx.report.drift import Drift
+from revfx.report.fit import FitInfo
 from revfx.report.remedies import remedy
 from revfx.units import count, size
 
@@ -128,7 +129,7 @@ class Findings:
     `inputs` are the types of the arguments, `refusals` what is left as it was and why, `ways` what a step takes
     plainly, with a checkpoint around every coupling, and with revfx. `drift` is measured on request. Of a compiled
     model `graphs` holds the regions of each graph once more, and `breaks` why one ended. `advice` says what else to do,
-    `notes` what could not be found out.
+    `notes` what could not be found out. `fit` is what a budget of memory comes to, if there is one.
     """
 
     model: str
@@ -141,6 +142,7 @@ class Findings:
     breaks: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fit: FitInfo | None = None
 
     @property
     def couplings(self) -> int:

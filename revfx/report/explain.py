@@ -26,11 +26,13 @@ from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import RegionPlan
 from revfx.eager.witness import DRIFT
 from revfx.errors import RevfxError
+from revfx.fit.budget import Budget, checked_memory
 from revfx.inspection import is_floating
 from revfx.report.data import RegionInfo, Usage
 from revfx.report.describe import describe, describe_recorded, types_of
 from revfx.report.drift import Drift, drift
 from revfx.report.explanation import Explanation
+from revfx.report.fit import explain_fit
 from revfx.report.progress import stage
 from revfx.report.simulate import Simulation, measured
 
@@ -41,6 +43,7 @@ Loss = Callable[[Any], Tensor]
 def explain(
     model: nn.Module,
     *args: Any,
+    memory: float | str | None = None,
     measure: bool = False,
     backend: str | None = None,
     loss: Loss | None = None,
@@ -55,6 +58,8 @@ def explain(
     Args:
         model: a plain model (what would `convert` do?) or a converted one (with the options that it has).
         args, kwargs: its arguments.
+        memory: a budget, as for `convert`: what is kept, masked and computed again for it, by module, the peak and what
+            holds it, and what other budgets would cost. The operators of the model are run once or twice for that.
         measure: also train a few real steps, on a copy of the model, and measure memory, time and drift.
         backend: "revfx" for what `torch.compile(model, backend="revfx")` finds in each of its graphs; the model is
             captured by one real forward, on a copy.
@@ -62,7 +67,7 @@ def explain(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: an unknown `backend`.
+        ValueError: an unknown `backend`, a `memory` that is no budget.
         Exception: whatever the model raises for these arguments; on fake tensors, unless real steps are measured too,
             and unless it asks for a value that is not there.
     """
@@ -74,6 +79,7 @@ def explain(
         from revfx.report.compiled import explain_compiled
 
         return explain_compiled(model, args, kwargs, loss or total, measure)
+    budget = checked_memory(memory)
     options = model.revfx.options if isinstance(model, Reversible) else Options("fx", False)
     forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
     stage("looking for regions")
@@ -82,12 +88,15 @@ def explain(
     not_compiled = dict.fromkeys(model.revfx.not_compiled if isinstance(model, Reversible) else ())
     found: Drift | None = None
     if measure:
-        ways, found, more = _measured(model, options, args, kwargs, loss or total, ways)
+        ways, found, more = _measured(model, options, args, kwargs, loss or total, ways, budget)
         notes = (*notes, *more)
+    fit, fit_advice = None, list[str]()
+    if budget is not None:
+        fit, fit_advice = explain_fit(unconverted(model), args, kwargs, budget)
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
         refusals=(*outcome.refusals, *not_compiled), ways=ways, drift=found, notes=notes,
-        advice=tuple(_advice(regions, ways, found)),
+        advice=(*_advice(regions, ways, found), *fit_advice), fit=fit,
     )  # fmt: skip
 
 
@@ -167,13 +176,21 @@ def _cuts(run: Regeneration) -> int:
 
 # --- measured
 def _measured(
-    model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage]
+    model: nn.Module,
+    options: Options,
+    args: Any,
+    kwargs: Any,
+    loss: Loss,
+    ways: Sequence[Usage],
+    budget: Budget | None,
 ) -> tuple[tuple[Usage, ...], Drift | None, tuple[str, ...]]:
     """Return the ways with what they were seen to take, the drift, and what could not be measured."""
     own = unconverted(copy.deepcopy(model))
     asked: dict[str, Any] = {"exact": options.exact, "grid": options.grid}
     ours = convert(own, **asked, anchor_every=options.anchor_every)
     models = {"plain": own, "checkpoint": convert(own, **asked, anchor_every=1), "revfx": ours}
+    if budget is not None:
+        models["fitted"] = convert(own, memory=budget)
     predicted = {u.way: u for u in ways}
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")

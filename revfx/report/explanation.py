@@ -68,6 +68,8 @@ def _lines(e: Explanation) -> Iterator[str]:
         yield f"  {'':12}" + "".join(f"{head:>15}" for head in found)
         for u in e.ways:
             yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in found.values())
+    if e.fit is not None:
+        yield from e.fit.lines()
     if e.drift is not None and e.drift.steps:
         yield f"measured drift: {e.drift.worst:.1e} (relative, the worst regenerated value)"
     yield from (f"advice: {text}" for text in e.advice)

@@ -20,7 +20,7 @@ def stage(text: str) -> None:
 
 
 @contextlib.contextmanager
-def bar(total: int, text: str = "") -> Generator[Callable[..., Any]]:
+def bar(total: int | None, text: str = "") -> Generator[Callable[..., Any]]:
     """Open a context with a bar of `total` steps on stderr; it gives a function, to be called after each of them.
 
     A stage that is announced inside is a step too.

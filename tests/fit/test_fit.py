@@ -17,7 +17,7 @@ from revfx.testing import measure_memory
 
 
 def tape_of(model: nn.Module) -> Tape:
-    return model.revfx.fit.plans[-1].plan.needs.tape  # type: ignore[union-attr]
+    return model.revfx.fit.plans[-1].chosen.plan.needs.tape  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
@@ -62,7 +62,7 @@ def test_the_plain_step_is_foreseen_to_the_byte(name: str) -> None:
     fitted = revfx.convert(model, args, memory=1.0)
     out = model(*args)
     size = 4 * (out[0] if isinstance(out, tuple) else out).numel()
-    load = fitted.revfx.fit.plans[0].load  # type: ignore[union-attr]
+    load = fitted.revfx.fit.plans[0].chosen.load  # type: ignore[union-attr]
     assert abs(load.live[tape_of(fitted).turn] - measured.kept) <= 5 * size
     assert abs(load.peak - measured.peak) <= 4 * size
 
@@ -72,7 +72,7 @@ def test_a_mask_takes_the_place_of_what_only_its_signs_are_read_of() -> None:
     fitted = revfx.convert(model, args, memory=0.6)
     want = state(model, lambda: loss(model(*args)))
     assert equal(state(model, lambda: loss(fitted(*args))), want)
-    plan = fitted.revfx.fit.plans[0].plan  # type: ignore[union-attr]
+    plan = fitted.revfx.fit.plans[0].chosen.plan  # type: ignore[union-attr]
     assert len(plan.signs) + len(plan.coins) > 0
 
 
@@ -110,7 +110,7 @@ def test_what_is_reversible_is_one_way() -> None:
         fitted = revfx.convert(model, x, memory=share)
         assert peak(model, partial(step, fitted)) <= share * plain
         assert equal(state(model, partial(step, fitted)), want)
-        ways.append(fitted.revfx.fit.plans[0].way)  # type: ignore[union-attr]
+        ways.append(fitted.revfx.fit.plans[0].chosen.way)  # type: ignore[union-attr]
     assert ways == ["plain", "reversible"]
 
 

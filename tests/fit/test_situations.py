@@ -24,7 +24,7 @@ def pair(name: str = "mlp", memory: float = 0.5) -> tuple[nn.Module, nn.Module, 
     """A model, the same with a budget, and its argument."""
     model, (x,), _ = make(name)
     fitted = revfx.convert(model, x, memory=memory)
-    assert fit_of(fitted).plans[0].plan.dropped
+    assert fit_of(fitted).plans[0].chosen.plan.dropped
     return model, fitted, x
 
 

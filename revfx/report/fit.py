@@ -1,0 +1,235 @@
+"""What a budget comes to (`explain(..., memory=...)`): what is kept of each module and what is not, the peak and what
+holds it, and what other budgets would cost. And the largest batch that a budget has room for (`revfx fit`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from revfx.convert import convert
+from revfx.fit.budget import Budget, checked_memory
+from revfx.fit.choose import Planner
+from revfx.fit.fit import Fit
+from revfx.fit.needs import Needs
+from revfx.fit.plan import Plan
+from revfx.fit.survey import Chosen, Survey
+from revfx.report.figures import PALETTE, picture
+from revfx.report.progress import stage
+from revfx.search import search
+from revfx.units import size
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # budgets of the curve
+LISTED = 12  # modules that are shown
+ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
+    "log_softmax|nll_loss|cross_entropy": "the loss holds the peak: `torch.nn.functional.linear_cross_entropy` makes no"
+    " logits of all tokens at once.",
+    r"softmax|bmm|baddbmm": "attention holds the peak: `scaled_dot_product_attention` without a mask of its own, and"
+    " without dropout, keeps no probabilities.",
+    "convolution": "a convolution holds the peak, by its own operands and workspace: a smaller batch, or a stem with"
+    " larger strides, is what helps.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What is done with what autograd would keep of a module, in bytes: `kept`, `recomputed`, or `masked`, kept as a
+    bit an element.
+    """
+
+    module: str
+    kept: int
+    recomputed: int
+    masked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What the fastest plan within a budget takes: bytes at its peak, and times the plain step, both predicted."""
+
+    budget: int
+    peak: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class FitInfo:
+    """What a `budget` of bytes comes to, beside the `plain` step's peak. `way`: "plain", or "reversible", where
+    couplings are inverted as well; "" where no plan stays within it. `peak`, and `time` in plain steps, are predicted;
+    `held` says what the peak consists of, largest first. `curve` are other budgets, `least` the least feasible one
+    (bytes), `seconds` what it took to find all this.
+    """
+
+    budget: int
+    plain: int
+    way: str
+    peak: int
+    time: float
+    modules: tuple[Share, ...]
+    held: tuple[str, ...]
+    curve: tuple[Point, ...]
+    least: int
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        """Yield this as text."""
+        if self.way:
+            share = f"{self.peak / self.plain:.0%} of the plain model's {size(self.plain)}"
+            peak = f"predicted peak {size(self.peak)}, {share}"
+            yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time"
+            yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'masked':>12}"
+            rows = sorted(self.modules, key=lambda m: -m.kept - m.recomputed - m.masked)
+            for m in rows[:LISTED]:
+                numbers = "".join(f"{size(n) if n else '-':>12}" for n in (m.kept, m.recomputed, m.masked))
+                yield f"  {m.module or 'the root':28}{numbers}"
+            if len(rows) > LISTED:
+                yield f"  and {len(rows) - LISTED} more modules"
+            if self.way == "reversible":
+                yield "  couplings are inverted as well"
+        else:
+            yield f"budget {size(self.budget)}: no plan stays within it"
+        yield "at its peak" if self.way else "at the peak of the plan with the least"
+        yield from (f"  {text}" for text in self.held)
+        yield f"least feasible budget: {self.least} bytes, {size(self.least)}"
+        yield "budgets and the time they cost, in plain steps"
+        yield from (f"  {size(p.budget):>10}  {p.budget / self.plain:>4.0%}  {p.time:.3f}" for p in self.curve)
+
+
+def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tuple[FitInfo, list[str]]:
+    """Return what a budget comes to for `model(*args, **kwargs)`, and advice."""
+    stage("planning for the budget")
+    start = time.perf_counter()
+    survey = survey_of(model, args, kwargs)
+    chosen, (least, held) = survey.best(budget), survey.least()
+    plan = least if chosen is None else chosen
+    if chosen is not None:
+        held = survey.holders(chosen)
+    curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
+    points = [Point(b.of(survey.peak), c.load.peak, 1 + c.seconds / survey.seconds) for b, c in curve]
+    points.append(Point(least.load.peak, least.load.peak, 1 + least.seconds / survey.seconds))
+    found = FitInfo(
+        budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
+        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(map(str, held[:3])), tuple(points),
+        least.load.peak, time.perf_counter() - start,
+    )  # fmt: skip
+    text = " ".join(found.held)
+    return found, [advice for names, advice in ADVICE.items() if re.search(names, text)]
+
+
+def survey_of(model: nn.Module, args: Any, kwargs: Any) -> Survey:
+    """Return the planners of a model for these arguments."""
+    found: Any = convert(model, memory=1.0)
+    fit: Fit = found.revfx.fit
+    tapes = fit.tapes(found, *found.revfx.to_fit(found, args, kwargs))
+    return Survey({way: Planner(Needs(tape), costs) for way, (tape, costs) in tapes.items()})
+
+
+def _modules(plan: Plan) -> Iterable[Share]:
+    """Yield what is done with what autograd would keep, by module: layers of a list whole."""
+    needs, tape = plan.needs, plan.needs.tape
+    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    told = {needs.coins[v] for v in plan.coins}
+    for v, packs in needs.wanted.items():
+        made = tape.made_by[v]
+        path = tape.ops[made].module if made is not None else ""
+        column = 0 if v in plan.kept else 2 if v in told or plan.signs.issuperset(packs) else 1
+        rows[re.match(r"(.*?\.\d+(?=\.|$))?", path)[0] or path.partition(".")[0]][column] += tape.size(v)  # type: ignore[index]
+    return [Share(name, *row) for name, row in rows.items()]
+
+
+def curve_svg(info: FitInfo, model: str) -> str:
+    """Draw time over budgets, as SVG.
+
+    Raises:
+        RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
+    """
+
+    def draw(fig: Figure) -> None:
+        axes = fig.subplots()
+        xs, ys = [p.peak / info.plain for p in info.curve], [p.time for p in info.curve]
+        axes.plot(xs, ys, "o-", color=PALETTE["revfx"], linewidth=1.5, markersize=4)
+        axes.axvline(info.budget / info.plain, color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_title(f"Time over memory: {model}", loc="left", fontsize=10.5, weight="bold", parse_math=False)
+        axes.set_xlabel("peak, of the plain step's; dashed: the budget", fontsize=8.5, color=PALETTE["muted"])
+        axes.set_ylabel("time, of the plain step's (predicted)", fontsize=8.5, color=PALETTE["muted"])
+        axes.grid(color=PALETTE["faint"], linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8)
+
+    return picture("`Explanation.save`", "budget", f"Time over memory of {model}", (7, 3.2), draw)
+
+
+# --- the largest batch
+def batched(inputs: Sequence[Any], batch: int) -> list[Any]:
+    """Return inputs with another batch: the first extent of all tensors that have the first one's."""
+    first = next(t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim())
+
+    def one(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.dim() or t.shape[0] != first:
+            return t
+        return t[:1].expand(batch, *t.shape[1:]).contiguous()
+
+    return [one(t) for t in inputs]
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest batch that a budget of bytes has room for: plainly, and under a plan, which takes `peak` bytes and
+    `time` plain steps, both predicted.
+    """
+
+    budget: int
+    plain: int
+    batch: int
+    peak: int = 0
+    time: float = 0.0
+
+    def __str__(self) -> str:
+        within = f"within {size(self.budget)}"
+        if not self.batch:
+            return f"{within} not even a batch of 1 trains"
+        plainly = f"plainly {self.plain}" if self.plain else "plainly not even 1"
+        return (
+            f"{within} the largest batch is {self.batch} ({plainly}): predicted peak {size(self.peak)}, at"
+            f" {self.time:.2f} of the plain model's time. Train `revfx.convert(model, memory=...)`."
+        )
+
+
+def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
+    """Return the largest batch that trains within a budget of bytes, found by plans alone.
+
+    Raises:
+        ValueError: `memory` is no number of bytes, or no input has a batch.
+    """
+    budget = checked_memory(memory)
+    if budget is None or budget.bytes is None:
+        raise ValueError(f"--memory {memory}: give bytes, such as 2GiB; a share has no largest batch")
+    most: int = budget.bytes
+
+    @functools.cache
+    def survey(batch: int) -> Survey:
+        stage(f"a batch of {batch}")
+        return survey_of(model, tuple(batched(inputs, batch)), {})
+
+    @functools.cache
+    def planned(batch: int) -> Chosen | None:
+        return survey(batch).best(budget)
+
+    batch, over = search(lambda n: planned(n) is not None, 0, None, lambda: False)
+    plain, _ = search(lambda n: survey(n).peak <= most, 0, over, lambda: False)
+    found = Largest(most, plain, batch)
+    if (chosen := planned(batch) if batch else None) is not None:
+        found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).seconds)
+    return found

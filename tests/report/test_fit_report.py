@@ -1,0 +1,80 @@
+"""What `explain` says of a budget, and the largest batch that `revfx fit` finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fit_models import make
+
+import revfx
+from revfx.cli import main
+from revfx.report.fit import Largest, curve_svg, largest
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+"""
+
+
+def test_a_budget_is_explained() -> None:
+    model, args, _ = make("encoder")
+    found = revfx.explain(model, *args, memory=0.5)
+    fit, text = found.fit, str(found)
+    assert fit is not None and fit.way == "plain"
+    assert fit.peak <= fit.budget == fit.plain // 2
+    assert {m.module for m in fit.modules} >= {f"layers.{i}" for i in range(4)}
+    assert sum(m.kept for m in fit.modules) > 0 and sum(m.recomputed for m in fit.modules) > 0
+    times = [p.time for p in fit.curve]
+    assert times[0] == 1.0 and times == sorted(times)
+    assert "budget" in text and "recomputed" in text and f"least feasible budget: {fit.least} bytes" in text
+    assert any("attention" in a for a in found.advice) == ("softmax" in " ".join(fit.held))
+    assert json.loads(json.dumps(found.to_dict()))["fit"]["budget"] == fit.budget
+    assert "plain step" in curve_svg(fit, found.model)
+
+
+def test_a_budget_that_is_too_small_is_explained() -> None:
+    model, args, _ = make("unet")
+    found = revfx.explain(model, *args, memory=1000)
+    assert found.fit is not None and found.fit.way == "" and found.fit.least > 1000
+    assert "no plan stays within it" in str(found)
+
+
+def test_a_budget_is_measured_beside() -> None:
+    model, args, _ = make("mlp")
+    found = revfx.explain(model, *args, memory=0.6, measure=True)
+    plain, fitted = found.way("plain"), found.way("fitted")
+    assert plain is not None and fitted is not None
+    assert plain.measured_peak is not None and fitted.measured_peak is not None
+    assert fitted.measured_peak <= 0.6 * plain.measured_peak
+
+
+def test_the_largest_batch() -> None:
+    model, (x,), _ = make("mlp")
+    found = largest(model, [x], "4MiB")
+    assert isinstance(found, Largest) and found.batch > 1.5 * found.plain > 0
+    assert found.peak <= found.budget == 4 * 2**20
+    assert largest(model, [x], 1000).batch == 0
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "budgeted.py"
+    file.write_text(MODEL)
+    assert main(["fit", f"{file}:Net", "--input", "8,64", "--memory", "2MiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch"] > 8
+    assert main(["fit", f"{file}:Net", "--input", "8,64", "--memory", "50%"]) == 2
+    assert "give bytes" in capsys.readouterr().err
+    main(["explain", f"{file}:Net", "--input", "256,64", "--memory", "60%"])
+    assert "least feasible budget" in capsys.readouterr().out
