@@ -1,10 +1,15 @@
-"""Tensors of which only one bit an element matters: what is positive, and what is not zero."""
+"""Tensors of which a few bits an element matter: what is positive, what is not zero, where in its window it lies."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from revfx.fit.tape import Op, Spot
 from revfx.layout import flat
 
 
@@ -25,3 +30,86 @@ def decode(code: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     """Return a flat tensor of so many ones and zeros."""
     spread = code.to(torch.int64).mul_(_SPREAD).bitwise_and_(_EACH)
     return spread.view(torch.uint8)[:elements].ne(0).to(dtype)
+
+
+# --- what operators of the backward read of what autograd keeps for them
+class Mark(Protocol):
+    """What is kept in the place of a tensor: so many `bits` an element, and `more` bytes for a moment on either way."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def more(self) -> int: ...
+
+    def encode(self, t: Tensor) -> Tensor: ...
+
+    def decode(self, code: Tensor, spot: Spot) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Which elements are not less than or equal to zero: ones, and zeros elsewhere, are read in their place."""
+
+    bits: int = 1
+    more: int = 2
+
+    def encode(self, t: Tensor) -> Tensor:
+        """Return the code of a tensor."""
+        return encode((t <= 0).logical_not_())
+
+    def decode(self, code: Tensor, spot: Spot) -> Tensor:
+        """Return what is read in its place."""
+        return decode(code, math.prod(spot.shape), spot.dtype).as_strided(spot.shape, spot.stride)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which element of its window each maximum is: rows and columns of windows of a plane that is `width` wide."""
+
+    width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    bits: int = 8
+    more: int = 32
+
+    def _first(self, size: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the first row and the first column of each window."""
+        rows, columns = (
+            torch.arange(n, device=device) * self.stride[i] - self.padding[i] for i, n in enumerate(size[-2:])
+        )
+        return rows[:, None], columns
+
+    def encode(self, t: Tensor) -> Tensor:
+        """Return the code of a tensor."""
+        row, column = self._first(t.shape, t.device)
+        down = (t.div(self.width, rounding_mode="floor") - row).div_(self.dilation[0], rounding_mode="floor")
+        along = (t % self.width - column).div_(self.dilation[1], rounding_mode="floor")
+        return down.mul_(self.kernel[1]).add_(along).to(torch.uint8)
+
+    def decode(self, code: Tensor, spot: Spot) -> Tensor:
+        """Return the tensor."""
+        row, column = self._first(code.shape, code.device)
+        t = code.to(torch.int64)
+        along = (t % self.kernel[1]).mul_(self.dilation[1]).add_(column)
+        return (
+            t.div_(self.kernel[1], rounding_mode="floor").mul_(self.dilation[0]).add_(row).mul_(self.width).add_(along)
+        )
+
+
+def mark_of(op: Op, argument: int) -> Mark | None:
+    """Return what is enough of an argument that an operator of the backward reads; None where all of it is."""
+    aten: Any = torch.ops.aten
+    if op.func == aten.threshold_backward.default and argument == 1 and op.args[2] == 0:
+        return Sign()
+    if op.func == aten.max_pool2d_with_indices_backward.default and op.args[7] is op.reads[-1] and argument >= 2:
+        kernel, stride, padding, dilation = (_pair(op.args[i]) for i in (2, 3, 4, 5))
+        if math.prod(kernel) <= 256:
+            return Window(op.args[1].shape[-1], kernel, stride if any(stride) else kernel, padding, dilation)
+    return None
+
+
+def _pair(given: Any) -> tuple[int, int]:
+    return (given[0], given[-1]) if given else (0, 0)

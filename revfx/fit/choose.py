@@ -27,7 +27,7 @@ from revfx.fit.simulate import Load, Model
 BINS = 512  # of the budget, in which held bytes are counted
 NESTED = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # blocks in a row of which none is kept but the input
 LOSS = 4  # times what the forward returns is what a loss makes of it at most: `y.square().mean()` in its backward
-TRIES = 10  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
+TRIES = 8  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
 NEAR = 1 / 256  # of the budget: how near that is
 
 
@@ -79,9 +79,10 @@ class Planner:
                 low = asked
             else:
                 high = asked
-            if high - low <= budget * NEAR:
+            near = asked if load is None else asked + budget - load.peak
+            asked = near if low < near < high else (low + high) // 2
+            if high - low <= budget * NEAR or (load is not None and 0 <= budget - load.peak <= budget * NEAR):
                 break
-            asked = (low + high) // 2
         if found is None:
             least = self.least()
             found = least if least[1].peak <= budget else None
@@ -127,15 +128,15 @@ class Planner:
     def _whole(self, chosen: Sequence[tuple[int, int, Entry]]) -> Plan:
         borders, own = self.runs.blocks.borders, self.runs.blocks.of_operators()
         kept = {v for v in self.needs.wanted if self.needs.tape.made_by[v] is None}
-        signs, coins = set[int](), set[int]()
+        marks, coins = set[int](), set[int]()
         for i, j, e in chosen:
             run = self.runs[i, j, e.nested][0]
             kept.update(run.values[n] for n in e.choice.kept)
-            signs.update(run.packs[n] for n in e.choice.signs)
+            marks.update(run.packs[n] for n in e.choice.marks)
             coins.update(run.values[n] for n in e.choice.coins)
             if not e.nested:
                 own[borders[i] : borders[j]] = [i] * (borders[j] - borders[i])
-        return Plan(self.needs, frozenset(kept), frozenset(signs), frozenset(coins), own)
+        return Plan(self.needs, frozenset(kept), frozenset(marks), frozenset(coins), own)
 
 
 def _relax(steps: Sequence[_Step], i: int, j: int, entry: Entry, most: int, held: int) -> None:

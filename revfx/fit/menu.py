@@ -7,11 +7,12 @@ seconds; a value there whose operator is not is kept, for its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+from networkx.algorithms.flow import boykov_kolmogorov
 
 from revfx.fit.kernels import Cost
 from revfx.fit.needs import Needs
@@ -23,10 +24,10 @@ PRICES = 10  # how many are tried, besides none
 
 @dataclass(frozen=True)
 class Choice:
-    """What is kept of some operators: values, packs of which the signs are, coins."""
+    """What is kept of some operators: values, packs as their marks, coins."""
 
     kept: frozenset[int]
-    signs: frozenset[int]
+    marks: frozenset[int]
     coins: frozenset[int]
 
 
@@ -39,14 +40,18 @@ class Menu:
         self.needs, self.costs, self.ops, self.given, self.masks = needs, costs, ops, given, masks
         self.values = {v: o for o in self.ops for v in needs.tape.ops[o].makes}
 
-    def choices(self) -> Iterator[Choice]:
-        """Yield what differs, from nothing but what must be kept to everything."""
-        found = set[Choice]()
-        for price in (0.0, *self._prices()):
-            choice = self.choice(price)
-            if choice not in found:
-                found.add(choice)
-                yield choice
+    def choices(self) -> list[Choice]:
+        """Return what differs, from nothing but what must be kept to everything."""
+        prices = [0.0, *self._prices()]
+        found = {0: self.choice(prices[0]), len(prices) - 1: self.choice(prices[-1])}
+        spans = [(0, len(prices) - 1)]
+        while spans:  # between prices at which the same is chosen, nothing else is
+            low, high = spans.pop()
+            if high - low > 1 and found[low] != found[high]:
+                middle = (low + high) // 2
+                found[middle] = self.choice(prices[middle])
+                spans += (low, middle), (middle, high)
+        return [*dict.fromkeys(found[i] for i in sorted(found))]
 
     def _prices(self) -> list[float]:
         """Return prices between which choices differ: those at which an operator is worth its results."""
@@ -73,7 +78,7 @@ class Menu:
             return price * (self.costs[o].seconds + OVERHEAD)
 
         graph.add_nodes_from(("S", "T"))
-        signs = self.needs.signs if self.masks else frozenset[int]()
+        marks = self.needs.marks if self.masks else {}
         for v, o in self.values.items():
             if v in self.given:
                 continue
@@ -88,16 +93,17 @@ class Menu:
                 for r in {s.value for s in op.reads} & self.values.keys() - self.given:
                     edge(r, maker)
             packs = self.needs.wanted.get(v, ())
-            if packs and signs.issuperset(packs):
-                edge(v, "T", len(packs) * (-(-self.needs.elements(v) // BITS) + paid(o)))
+            if packs and marks.keys() >= set(packs):
+                edge(v, "T", sum(marks[k].bits * self.needs.elements(v) / BITS + paid(o) for k in packs))
             elif packs:
                 edge(v, "T")
-        _, (_, there) = nx.minimum_cut(graph, "S", "T")
+        _, (_, there) = nx.minimum_cut(graph, "S", "T", flow_func=boykov_kolmogorov)
         coins = {v for v in self.values if v in there and self.masks and self.needs.coins.get(v) in self.values}
         run = {o for o in self.ops if ("operator", o) in there}
         kept = {v for v, o in self.values.items() if v in there and o not in run and v not in coins}
-        marks = {k for v in self.values if v not in there and v not in self.given for k in self.needs.wanted.get(v, ())}
-        return Choice(frozenset(kept), frozenset(marks), frozenset(coins))
+        gone = [v for v in self.values if v not in there and v not in self.given]
+        marked = {k for v in gone for k in self.needs.wanted.get(v, ())}
+        return Choice(frozenset(kept), frozenset(marked), frozenset(coins))
 
     def worth(self, value: int) -> float | None:
         """Return the bytes that keeping a value takes: none where it is there all the same. None: it can't be kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from revfx.fit.bits import Mark, mark_of
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.passes._torch import is_pure, writes
 
@@ -27,14 +29,14 @@ SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor
 class Needs:
     """A tape, seen from its backward.
 
-    `wanted`: the values that autograd keeps, with the numbers of the packs; of `signs` no more than what is positive.
+    `wanted`: the values that autograd keeps, with the numbers of the packs; `marks`: what is enough of some packs.
     `stuck`: packs that stay as they are, as what they are of is written over.
     """
 
     tape: Tape
     barred: frozenset[int] = frozenset()  # operators that don't run again
     wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
-    signs: set[int] = field(default_factory=set[int])  # packs
+    marks: dict[int, Mark] = field(default_factory=dict[int, Mark])
     stuck: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
@@ -46,9 +48,9 @@ class Needs:
                 continue
             p.spot = replace(p.spot, value=self.tape.memories[self.tape.memory_of[p.spot.value]].values[-1])
             self.wanted.setdefault(p.spot.value, []).append(k)
-            read = self.tape.reads.get(k, set())
-            if read and all(at == 1 and _reads_sign(self.tape.ops[o]) for o, at in read):
-                self.signs.add(k)
+            marks = {mark_of(self.tape.ops[o], at) for o, at in self.tape.reads.get(k, ())}
+            if len(marks) == 1 and (mark := marks.pop()) is not None and is_dense(p.spot):
+                self.marks[k] = mark
 
     def _stays(self, spot: Spot) -> bool:
         """Return whether what is written to the memory of a spot later is written elsewhere in it."""
@@ -136,9 +138,10 @@ def overlap(a: Spot, b: Spot) -> bool:
     return bool(marked.as_strided(b.shape, b.stride, b.offset).any())
 
 
-def _reads_sign(op: Op) -> bool:
-    """Return whether an operator of the backward reads of its second argument only what is positive."""
-    return op.func == aten.threshold_backward.default and op.args[2] == 0
+def is_dense(spot: Spot) -> bool:
+    """Return whether the elements of a spot lie beside each other, each once."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(spot.shape, spot.stride, strict=True))
+    return math.prod(spot.shape) == extent
 
 
 def _scales(op: Op) -> bool:

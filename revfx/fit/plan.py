@@ -19,11 +19,11 @@ from revfx.fit.needs import Needs
 
 @dataclass
 class Plan:
-    """Which values are kept whole, which packs as signs, which coins as bits; and the block of each operator."""
+    """Which values are kept whole, which packs as marks, which coins as bits; and the block of each operator."""
 
     needs: Needs
     kept: frozenset[int]
-    signs: frozenset[int]
+    marks: frozenset[int]
     coins: frozenset[int]
     block_of: Sequence[int]
 
@@ -33,7 +33,7 @@ class Plan:
         wanted = ((v, k) for v, packs in self.needs.wanted.items() if v not in self.kept for k in packs)
         last = len(self.block_of) - 1
         packs = self.needs.tape.packs
-        return {k: self.block_of[min(packs[k].packed, last)] for _, k in wanted if k not in self.signs}
+        return {k: self.block_of[min(packs[k].packed, last)] for _, k in wanted if k not in self.marks}
 
     def is_end(self, value: int) -> bool:
         """Return whether nothing that runs again reads a value."""
@@ -46,7 +46,7 @@ class Plan:
     @property
     def drops(self) -> bool:
         """Return whether anything is not kept as autograd does."""
-        return bool(self.dropped or self.signs)
+        return bool(self.dropped or self.marks)
 
     def is_base(self, value: int) -> bool:
         """Return whether the backward finds a value as it was."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import pairwise
 
 from revfx.fit.blocks import blocks_of
 from revfx.fit.costs import signature
@@ -13,7 +14,7 @@ from revfx.fit.menu import Choice, Menu
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Model
-from revfx.fit.tape import Spot, running
+from revfx.fit.tape import running
 
 
 MERGED = 4  # blocks that are treated as one at most
@@ -58,14 +59,13 @@ class Run:
 
 
 class Runs:
-    """All runs of a step; `masks`: signs and coins may be kept as bits."""
+    """All runs of a step; `masks`: marks and coins may be kept as bits."""
 
     def __init__(self, needs: Needs, costs: Sequence[Cost], masks: bool = True) -> None:
         self.needs, self.costs, self.masks = needs, costs, masks
         self.model, self.blocks = Model(needs, costs), blocks_of(needs, costs)
         self.entries: dict[Hashable, list[Entry]] = {}
         self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}
-        self.keys = [signature(needs.tape, op) for op in needs.tape.ops[: needs.tape.turn]]
 
     def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
         """Return the run of the blocks from one to another, nested or not, with its entries, and the most bytes that
@@ -76,7 +76,7 @@ class Runs:
             run = self._run(i, j)
             mine = set(run.values)
             given = frozenset(v for v in self.blocks.over[j] if v in mine) if j < len(self.blocks) else frozenset[int]()
-            key = self._key(run, given), nested
+            key = tuple(self._keys[i:j]), j < len(self.blocks), nested
             if key not in self.entries:
                 self.entries[key] = [*self._entries(run, i, given, nested)]
             self.found[where] = run, [(e, self._peak(run, e)) for e in self.entries[key]]
@@ -90,28 +90,40 @@ class Runs:
         back = (min(u for u, _ in times), max(r for _, r in times)) if times else (tape.turn, tape.turn)
         return Run(start, stop, back, values, packs)
 
-    def _key(self, run: Run, given: frozenset[int]) -> Hashable:
-        """Return what runs have in common whose entries are the same."""
-        tape, place, others = self.needs.tape, {v: n for n, v in enumerate(run.values)}, dict[int, int]()
+    @cached_property
+    def _keys(self) -> list[Hashable]:
+        """Return what blocks have in common that are alike: operators, what these read, and when what autograd keeps of
+        them is let go of; values by how many operators before they were made, or if that is far, as such.
+        """
+        tape, borders = self.needs.tape, self.blocks.borders
+        starts = [self._run(b, b + 1).back[0] for b in range(len(self.blocks))]
+        far = 2 * max(stop - start for start, stop in pairwise(borders))
 
-        def name(s: Spot) -> Any:
-            if s.value in place or self.needs.is_there(s.value):
-                return place.get(s.value, "there")
-            return "other", others.setdefault(s.value, len(others)), s.value in self.needs.wanted
+        def name(o: int, v: int) -> Hashable:
+            made = tape.made_by[v]
+            if self.needs.is_there(v):
+                return "there"
+            return v if made is None or o - made > far else (o - made, tape.ops[made].makes.index(v))
 
-        def death(v: int) -> int:
+        def death(o: int, v: int) -> int:
             dead = tape.memories[tape.memory_of[v]].dead
-            return -1 if dead is None else min(dead, run.stop + 1) - run.start
+            return -1 if dead is None else min(dead - o, far)
 
-        def times(k: int) -> tuple[Any, ...]:
+        def times(o: int, k: int, start: int) -> Hashable:
             p = tape.packs[k]
-            back = tuple([None if t is None else t - run.back[0] for t in (p.unpacked, p.released)])
-            return place[self.needs.value(k)], p.packed - run.start, *back, k in self.needs.signs
+            back = [None if t is None else t - start for t in (p.unpacked, p.released)]
+            return (p.packed - o, *back, k in self.needs.marks)
 
-        ops = range(run.start, run.stop)
-        kinds = tuple([(self.keys[o], *map(name, tape.ops[o].reads), self.needs.replayed[o] is None) for o in ops])
-        deaths, packs = tuple(map(death, run.values)), tuple(map(times, run.packs))
-        return kinds, deaths, packs, frozenset(place[v] for v in given), run.back[1] - run.back[0]
+        def block(b: int) -> Iterator[Hashable]:
+            yield starts[b - 1] - starts[b] if b else 0
+            for o in range(borders[b], borders[b + 1]):
+                op = tape.ops[o]
+                yield signature(tape, op), self.needs.replayed[o] is None, *[name(o, s.value) for s in op.reads]
+                for v in op.makes:
+                    yield death(o, v), *[times(o, k, starts[b]) for k in self.needs.wanted.get(v, ())]
+
+        numbers: dict[Hashable, int] = {}
+        return [numbers.setdefault(tuple(block(b)), len(numbers)) for b in range(len(self.blocks))]
 
     def _entries(self, run: Run, i: int, given: frozenset[int], nested: bool) -> Iterator[Entry]:
         menu = Menu(self.needs, self.costs, range(run.start, run.stop), given, self.masks)
@@ -123,14 +135,14 @@ class Runs:
         block_of = own if nested else [i if run.start <= o < run.stop else b for o, b in enumerate(own)]
         for c in [menu.choice(0.0)] if nested else menu.choices():
             kept = c.kept | given
-            plan = Plan(self.needs, kept | around, c.signs, c.coins, block_of)
+            plan = Plan(self.needs, kept | around, c.marks, c.coins, block_of)
             held, spikes, seconds = self.model.changes(plan, mine)
             extra = running(held)
             parts = [
                 Part(extra[a : b + 1], [(t - a, extra[t - 1] + n) for t, n in spikes.items() if a <= t <= b])
                 for a, b in ((run.start, run.stop), run.back)
             ]
-            places = frozenset(place[v] for v in kept if v in place), frozenset(number[k] for k in c.signs)
+            places = frozenset(place[v] for v in kept if v in place), frozenset(number[k] for k in c.marks)
             choice = Choice(*places, frozenset(place[v] for v in c.coins))
             yield Entry(choice, nested, seconds, extra[self.needs.tape.turn], (parts[0], parts[1]))
 

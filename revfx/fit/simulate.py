@@ -13,7 +13,7 @@ from revfx.fit.plan import Plan, Replay
 from revfx.fit.tape import running
 
 
-BITS = 8  # elements in a byte: of signs, and of coins
+BITS = 8  # in a byte
 WITNESS, EACH = 2**16, 1024  # bytes at most of what is noted of tensors: weights of checksums; of each
 OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
 
@@ -115,9 +115,10 @@ class Model:
                 until[v] = self.through(packs)
             dropped += [k for k in packs if k in plan.dropped]
             for k in packs:
-                if k in plan.signs and v not in plan.kept:
-                    self._marks(hold, spikes, v, tape.packs[k].packed, tape.packs[k].released)
-                    self._decoded(hold, spikes, k)
+                if k in plan.marks and v not in plan.kept:
+                    mark = self.needs.marks[k]
+                    self._marks(hold, spikes, v, tape.packs[k].packed, tape.packs[k].released, mark.bits, mark.more)
+                    self._decoded(hold, spikes, k, mark.more)
         for block in dict.fromkeys(plan.dropped[k] for k in dropped):
             for v in plan.bases[block]:
                 until[v] = max(until.get(v, 0), self.through(plan.asked[block]))
@@ -132,17 +133,19 @@ class Model:
         """Return before which operator autograd lets go of the last of some packs."""
         return max(self.needs.tape.packs[k].released or 0 for k in packs)
 
-    def _marks(self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None) -> None:
-        """Hold one bit an element; there are eight while it is made."""
+    def _marks(
+        self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None, bits: int = 1, more: int = 2
+    ) -> None:
+        """Hold some bits an element, and more bytes of each while they are made."""
         elements = self.needs.elements(value)
-        hold(-(-elements // BITS), start, stop)
-        spikes[start] = max(spikes.get(start, 0), elements + elements // BITS)
+        hold(-(-elements * bits // BITS), start, stop)
+        spikes[start] = max(spikes.get(start, 0), elements * more)
 
-    def _decoded(self, hold: Hold, spikes: dict[int, int], k: int) -> None:
+    def _decoded(self, hold: Hold, spikes: dict[int, int], k: int, more: int) -> None:
         p, value = self.needs.tape.packs[k], self.needs.value(k)
         if p.unpacked is not None:
             hold(self.needs.tape.size(value), p.unpacked, p.released)
-            spike = self.needs.tape.size(value) + 2 * self.needs.elements(value)
+            spike = self.needs.tape.size(value) + more * self.needs.elements(value)
             spikes[p.unpacked] = max(spikes.get(p.unpacked, 0), spike)
 
     def _replay(self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,8 @@ from revfx import _torch
 from revfx.ambient import kernels_of
 from revfx.errors import RevfxError
 from revfx.fit import bits
+from revfx.fit.bits import Mark
+from revfx.fit.needs import is_dense
 from revfx.fit.plan import Plan, Replay
 from revfx.fit.script import Machine, Scene, Values, placed, script_of, whole
 from revfx.fit.tape import Spot
@@ -43,18 +44,17 @@ class _Kept:
         return self.tensor
 
 
-class _Signs:
-    """A tensor of which nothing is kept but where it is not less than or equal to zero."""
+class _Marked:
+    """A tensor of which a few bits an element are kept."""
 
-    __slots__ = ("bits", "spot")
+    __slots__ = ("code", "mark", "spot")
 
-    def __init__(self, tensor: Tensor, spot: Spot) -> None:
-        self.bits, self.spot = bits.encode((tensor <= 0).logical_not_()), spot
+    def __init__(self, tensor: Tensor, spot: Spot, mark: Mark) -> None:
+        self.code, self.spot, self.mark = mark.encode(tensor), spot, mark
 
     def get(self) -> Tensor:
-        """Return ones there, and zeros elsewhere."""
-        s = self.spot
-        return bits.decode(self.bits, math.prod(s.shape), s.dtype).as_strided(s.shape, s.stride)
+        """Return what the backward may read in its place."""
+        return self.mark.decode(self.code, self.spot)
 
 
 class _Dropped:
@@ -96,9 +96,7 @@ class Course:
 
 
 def _is_looked_at(spot: Spot | None) -> bool:
-    if spot is None or not spot.dtype.is_floating_point or 0 in spot.shape:
-        return False
-    return math.prod(spot.shape) == 1 + sum((n - 1) * s for n, s in zip(spot.shape, spot.stride, strict=True))
+    return spot is not None and spot.dtype.is_floating_point and 0 not in spot.shape and is_dense(spot)
 
 
 class Step:
@@ -140,8 +138,8 @@ class Step:
                     if noted is None:
                         noted = t.detach() if v == spot.value else bits.encode(whole(t.detach()) != 0)
                     self.kept[block][v] = noted
-        if k in plan.signs:
-            return _Signs(t.detach(), spot)
+        if k in plan.marks:
+            return _Marked(t.detach(), spot, plan.needs.marks[k])
         block = plan.dropped.get(k)
         if block is None:
             return _Kept(t)

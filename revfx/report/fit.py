@@ -144,7 +144,7 @@ def _modules(plan: Plan) -> Iterable[Share]:
     for v, packs in needs.wanted.items():
         made = tape.made_by[v]
         path = tape.ops[made].module if made is not None else ""
-        column = 0 if v in plan.kept else 2 if v in told or plan.signs.issuperset(packs) else 1
+        column = 0 if v in plan.kept else 2 if v in told or plan.marks.issuperset(packs) else 1
         rows[re.match(r"(.*?\.\d+(?=\.|$))?", path)[0] or path.partition(".")[0]][column] += tape.size(v)  # type: ignore[index]
     return [Share(name, *row) for name, row in rows.items()]
 

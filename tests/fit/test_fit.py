@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,26 @@ def test_a_mask_takes_the_place_of_what_only_its_signs_are_read_of() -> None:
     want = state(model, lambda: loss(model(*args)))
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     plan = fitted.revfx.fit.plans[0].chosen.plan  # type: ignore[union-attr]
-    assert len(plan.signs) + len(plan.coins) > 0
+    assert len(plan.marks) + len(plan.coins) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 1, "padding": 1}, {"dilation": 2, "ceil_mode": True}])
+def test_where_a_maximum_lies_takes_one_byte(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, **options), nn.Conv2d(16, 4, 3)]
+    model, x = nn.Sequential(*layers), torch.randn(8, 3, 24, 33)
+
+    def step(of: nn.Module) -> Tensor:
+        return of(x).square().mean()
+
+    want = state(model, partial(step, model))
+    marked = 0
+    for share in (0.9, 0.8, 0.7):
+        with contextlib.suppress(BudgetError):
+            fitted = revfx.convert(model, x, memory=share)
+            assert equal(state(model, partial(step, fitted)), want)
+            marked += len(fitted.revfx.fit.plans[0].chosen.plan.marks)  # type: ignore[union-attr]
+    assert marked
 
 
 def test_a_share_of_one_leaves_autograd_alone() -> None:
