@@ -99,15 +99,34 @@ class Window:
         )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Nothing but the shape, of a tensor that is contiguous."""
+
+    bits: int = 0
+    more: int = 0
+
+    def encode(self, t: Tensor) -> Tensor:
+        """Return one number."""
+        return t.new_zeros(())
+
+    def decode(self, code: Tensor, spot: Spot) -> Tensor:
+        """Return it, over and over."""
+        return code.expand(spot.shape)
+
+
 def mark_of(op: Op, argument: int) -> Mark | None:
     """Return what is enough of an argument that an operator of the backward reads; None where all of it is."""
     aten: Any = torch.ops.aten
     if op.func == aten.threshold_backward.default and argument == 1 and op.args[2] == 0:
         return Sign()
-    if op.func == aten.max_pool2d_with_indices_backward.default and op.args[7] is op.reads[-1] and argument >= 2:
+    if op.func == aten.max_pool2d_with_indices_backward.default and argument:
+        spot = op.args[1]
+        if argument == 1:
+            return Shape() if spot.stride == torch.empty(spot.shape, device="meta").stride() else None
         kernel, stride, padding, dilation = (_pair(op.args[i]) for i in (2, 3, 4, 5))
         if math.prod(kernel) <= 256:
-            return Window(op.args[1].shape[-1], kernel, stride if any(stride) else kernel, padding, dilation)
+            return Window(spot.shape[-1], kernel, stride if any(stride) else kernel, padding, dilation)
     return None
 
 

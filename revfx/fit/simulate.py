@@ -143,7 +143,7 @@ class Model:
 
     def _decoded(self, hold: Hold, spikes: dict[int, int], k: int, more: int) -> None:
         p, value = self.needs.tape.packs[k], self.needs.value(k)
-        if p.unpacked is not None:
+        if p.unpacked is not None and self.needs.marks[k].bits:
             hold(self.needs.tape.size(value), p.unpacked, p.released)
             spike = self.needs.tape.size(value) + more * self.needs.elements(value)
             spikes[p.unpacked] = max(spikes.get(p.unpacked, 0), spike)
