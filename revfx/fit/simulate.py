@@ -50,7 +50,7 @@ class Model:
             n + s + c.scratch for n, s, c in zip(tape.natural(), self._stuck(), [*self.costs, Cost()], strict=False)
         ]
         found = [n + self.late * (t >= tape.turn) for t, n in enumerate(found)]
-        found[tape.turn] = max(found[tape.turn], self.before[tape.turn] + self.loss)
+        found[tape.turn] += self.loss
         return found
 
     @cached_property
