@@ -55,11 +55,14 @@ class Planner:
 
         Of a share, both the plain step and that of the plan are those of one caller, whichever it is.
         """
-        tape, returned, load = self.needs.tape, sum(m.size for m in self.needs.tape.returned), plain.plain[1]
+        tape, load, turn = self.needs.tape, plain.plain[1], plain.needs.tape.turn
+        returned, loss = sum(m.size for m in tape.returned), LOSS * tape.loss
         if budget.share is not None:
-            holding = max(load.peak, max(load.live[plain.needs.tape.turn :]) + plain.model.returned)
+            holding = max(load.peak, max(load.live[turn:]) + plain.model.returned)
             returned = max(0, returned - int(budget.share * (holding - load.peak)))
-        self.model = self.runs.model = Model(self.needs, self.model.costs, returned, LOSS * tape.loss)
+            more = loss - (load.peak - load.live[turn])  # by which the loss may raise the plain peak as well
+            loss -= max(0, int(budget.share * more))
+        self.model = self.runs.model = Model(self.needs, self.model.costs, returned, loss)
         self.runs.found.clear()
         return budget.of(load.peak)
 

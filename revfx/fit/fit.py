@@ -119,9 +119,11 @@ class Fit:
         numbers, barred = Numbers.of(model, call.leaves), frozenset[int]()
         tapes = self.tapes(model, ways, call)
         others = dict[str, frozenset[int]]()
-        if before is not None and (other := differing(before.chosen.plan.needs.tape, tapes[before.chosen.way][0])):
-            numbers, barred = numbers.common(before.numbers), before.barred | other
-            others[before.chosen.way] = barred
+        if before is not None and (way := before.chosen.way) in tapes:
+            other = differing(before.chosen.plan.needs.tape, tapes[way][0])
+            if other is not None:
+                numbers, barred = numbers.common(before.numbers), before.barred | other
+                others[way] = barred
         survey = Survey({w: Planner(Needs(t, others.get(w, frozenset[int]())), c) for w, (t, c) in tapes.items()})
         chosen = survey.best(self.budget)
         if chosen is None:

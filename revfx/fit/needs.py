@@ -30,20 +30,20 @@ class Needs:
     """A tape, seen from its backward.
 
     `wanted`: the values that autograd keeps, with the numbers of the packs; `marks`: what is enough of some packs.
-    `stuck`: packs that stay as they are, as what they are of is written over.
+    `stuck`: packs that stay as they are, as what they are of is written over, or the backward does not come by.
     """
 
     tape: Tape
-    barred: frozenset[int] = frozenset()  # operators that don't run again
+    barred: frozenset[int] = frozenset()  # operators that don't run again, beside those that vary
     wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     marks: dict[int, Mark] = field(default_factory=dict[int, Mark])
     stuck: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
         for k, p in enumerate(self.tape.packs):
-            if p.spot is None or p.released is None or self.source(p.spot.value) is not None:
+            if p.spot is None or self.source(p.spot.value) is not None:
                 continue
-            if not self._stays(p.spot):
+            if p.unpacked is None or not self._stays(p.spot):
                 self.stuck.append(k)
                 continue
             p.spot = replace(p.spot, value=self.tape.memories[self.tape.memory_of[p.spot.value]].values[-1])
@@ -78,11 +78,27 @@ class Needs:
         """Return where to find a value that was there before the step; None of others."""
         return self.tape.memories[self.tape.memory_of[value]].source
 
+    def _is_whole(self, spot: Spot) -> bool:
+        return is_dense(spot) and math.prod(spot.shape) * spot.dtype.itemsize == self.tape.size(spot.value)
+
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
         source = self.source(value)
         memory = self.tape.memories[self.tape.memory_of[value]]
-        return source is not None and source[0] in ("parameter", "buffer", "argument") and len(memory.values) == 1
+        if source is None or source[0] not in ("parameter", "buffer", "argument") or len(memory.values) > 1:
+            return False
+        return self.tape.memory_of[value] not in self._updated
+
+    @cached_property
+    def _updated(self) -> set[int]:
+        """Return the memories of running statistics that normalisations write, whatever their schemas say."""
+        ops = [op for op in self.tape.ops if op.func in STATISTICS and op.args[5]]
+        given = [op.args[i] for op in ops for i in STATISTICS[op.func]]
+        return {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
+
+    @cached_property
+    def _never(self) -> frozenset[int]:
+        return self.barred | self.tape.varies
 
     @cached_property
     def replayed(self) -> list[Op | None]:
@@ -91,7 +107,7 @@ class Needs:
         tape = self.tape
         for o, op in enumerate(tape.ops[: tape.turn]):
             op_ = twin(op)
-            ok = o not in self.barred and not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
+            ok = o not in self._never and not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
             ok = ok and (is_pure(op.func) or writes(op.func))
             for s in op_.reads if ok else ():
                 v = s.value
@@ -119,11 +135,11 @@ class Needs:
         found: dict[int, int] = {}
         tape = self.tape
         for op in tape.ops[: tape.turn]:
-            if op.func == aten.bernoulli_.float and len(op.makes) == 1:
+            if op.func == aten.bernoulli_.float and len(op.makes) == 1 and self._is_whole(op.writes[0]):
                 drawn = op.makes[0]
                 values = tape.memories[tape.memory_of[drawn]].values
                 rest = [tape.made_by[v] or 0 for v in values[values.index(drawn) + 1 :]]
-                if all(o not in self.barred and _scales(tape.ops[o]) for o in rest) and values[-1] in self.wanted:
+                if all(o not in self._never and _scales(tape.ops[o]) for o in rest) and values[-1] in self.wanted:
                     found[drawn] = values[-1]
         return found
 

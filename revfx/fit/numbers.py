@@ -18,7 +18,7 @@ from revfx.fit.tape import Spot, Tape
 
 @dataclass
 class Numbers:
-    """Fractions and flags of modules, by their attribute tables and names; fractions among arguments, by place; and
+    """Numbers and flags of modules, by their attribute tables and names; fractions among arguments, by place; and
     which parameters need gradients.
     """
 
@@ -31,7 +31,7 @@ class Numbers:
         """Return those of now."""
         tables = [vars(m) for m in model.modules()]
         return Numbers(
-            [(t, name, n) for t in tables for name, n in t.items() if isinstance(n, (float, bool))],
+            [(t, name, n) for t in tables for name, n in t.items() if isinstance(n, (float, int))],
             [(i, x) for i, x in enumerate(leaves) if isinstance(x, float)],
             [(p, p.requires_grad) for p in model.parameters()],
         )

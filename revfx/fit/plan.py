@@ -35,10 +35,6 @@ class Plan:
         packs = self.needs.tape.packs
         return {k: self.block_of[min(packs[k].packed, last)] for _, k in wanted if k not in self.marks}
 
-    def is_end(self, value: int) -> bool:
-        """Return whether nothing that runs again reads a value."""
-        return value not in self._read_again
-
     @cached_property
     def _read_again(self) -> set[int]:
         return {v for op in self.above([self.needs.value(k) for k in self.dropped]) for v in self._reads[op]}

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _fake, _torch
 from revfx.capture.effects import none_left
+from revfx.capture.guards import is_plain
 from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
 from revfx.fit.asked import Shape, answers, asks
+from revfx.fit.numbers import differing
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted, tensors_of
@@ -190,7 +192,12 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
     try:
         return _record(model, run, args, kwargs, None)
     except _fake.DATA_DEPENDENT:
-        return _record(model, run, args, kwargs, answers(model, run, args, kwargs))
+        found = answers(model, run, args, kwargs)
+    tape = _record(model, run, args, kwargs, [*found])
+    if any(isinstance(x, float) for x in found):  # numbers of data: whatever is given others if these are, varies
+        others = [x * (1 + 1e-6) if isinstance(x, float) else x for x in found]
+        tape.varies = differing(tape, _record(model, run, args, kwargs, others)) or frozenset()
+    return tape
 
 
 def _record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, asked: list[Any] | None) -> Tape:
@@ -209,7 +216,10 @@ def _step(recorder: Recorder, run: Callable[..., Any], args: Any, kwargs: Any) -
         with saved_tensors_hooks(recorder.pack, recorder.unpack):
             result = run(*args, **kwargs)
         turn = len(recorder.ops)
-        outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+        outs = [t for t in tensors_in(result) if t.requires_grad]
+        outs = [t for t in outs if not t.dim()] or outs  # where there is a loss, it is what is differentiated
+        if not outs and recorder.packs:
+            raise RevfxError("the forward returns no tensor that needs a gradient, as far as can be seen.")
         if outs:
             torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
     left = [m for m in recorder.memories if m.dead is None and m.source is None]
@@ -222,6 +232,13 @@ def _step(recorder: Recorder, run: Callable[..., Any], args: Any, kwargs: Any) -
         recorder.memories, recorder.memory_of, recorder.made_by, recorder.ops, recorder.packs, turn, recorder.reads,
         returned, loss,
     )  # fmt: skip
+
+
+def tensors_in(result: Any, depth: int = 3) -> list[Tensor]:
+    """Return the tensors in what a forward returns: in containers, and in the attributes of plain objects."""
+    leaves = pytree.tree_leaves(result)
+    inner = [vars(x) for x in leaves if depth and is_plain(x) and not isinstance(x, Tensor)]
+    return [t for t in leaves if isinstance(t, Tensor)] + [t for x in inner for t in tensors_in(x, depth - 1)]
 
 
 def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, Any]]:

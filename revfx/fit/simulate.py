@@ -71,7 +71,8 @@ class Model:
         tape, until = self.needs.tape, dict[int, int]()
         for k in self.needs.stuck:
             m = tape.memory_of[self.needs.value(k)]
-            until[m] = max(until.get(m, 0), tape.packs[k].released or 0)
+            released = tape.packs[k].released
+            until[m] = max(until.get(m, 0), len(tape.ops) + 1 if released is None else released)
         change = [0] * (len(tape.ops) + 2)
         for m, stop in until.items():
             if (dead := tape.memories[m].dead) is not None and dead < stop:

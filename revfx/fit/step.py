@@ -15,7 +15,6 @@ from revfx.ambient import kernels_of
 from revfx.errors import RevfxError
 from revfx.fit import bits
 from revfx.fit.bits import Mark
-from revfx.fit.needs import is_dense
 from revfx.fit.plan import Plan, Replay
 from revfx.fit.script import Machine, Scene, Values, placed, script_of, whole
 from revfx.fit.tape import Spot
@@ -82,8 +81,8 @@ def unchanged(t: Tensor, version: int) -> None:
 class Course:
     """What all steps under one plan have in common.
 
-    `ends`: the packs that are looked at in both directions; those of values that nothing which runs again reads, the
-    first of each, if dense. Not bytes: workspaces of kernels have gaps in which anything may be.
+    `looks`: the packs that are looked at in both directions; the first of each value. Not bytes: workspaces of kernels
+    have gaps in which anything may be.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -91,12 +90,12 @@ class Course:
         self.scenes: list[Scene] = script_of(plan)
         self.spots = [p.spot for p in plan.needs.tape.packs]
         first = {plan.needs.value(k): k for k in sorted(plan.dropped, reverse=True)}
-        self.ends = {k for v, k in first.items() if plan.is_end(v) and _is_looked_at(self.spots[k])}
+        self.looks = {k for k in first.values() if _is_looked_at(self.spots[k])}
         self.calls = 0
 
 
 def _is_looked_at(spot: Spot | None) -> bool:
-    return spot is not None and spot.dtype.is_floating_point and 0 not in spot.shape and is_dense(spot)
+    return spot is not None and spot.dtype != torch.uint8 and 0 not in spot.shape
 
 
 class Step:
@@ -136,14 +135,14 @@ class Step:
             for block in blocks:
                 if v not in self.kept[block]:
                     if noted is None:
-                        noted = t.detach() if v == spot.value else bits.encode(whole(t.detach()) != 0)
+                        noted = bits.encode(whole(t.detach()) != 0) if v in plan.coins else t.detach()
                     self.kept[block][v] = noted
         if k in plan.marks:
             return _Marked(t.detach(), spot, plan.needs.marks[k])
         block = plan.dropped.get(k)
         if block is None:
             return _Kept(t)
-        if k in course.ends:
+        if k in course.looks:
             self.witness.then(spot, t.detach())
         return _Dropped(self, k, self.kept[block])
 
@@ -176,7 +175,7 @@ class Step:
                         tensor = self._improvise(k, spot)
             finally:
                 self.now = _NOTHING
-            if k in course.ends:
+            if k in course.looks:
                 self.witness.now(spot, tensor)
             return tensor
 

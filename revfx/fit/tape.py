@@ -81,7 +81,7 @@ class Tape:
     `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None of what was there);
     `reads`: by pack, the operators of the backward that read it, each with which argument it is;
     `returned`: what the forward returns, held as if the caller let go of it at once; `loss`: the bytes of what has a
-    gradient in it, but for single numbers.
+    gradient in it, but for single numbers; `varies`: the operators that are given numbers which the forward asked for.
     """
 
     memories: list[Memory]
@@ -93,6 +93,7 @@ class Tape:
     reads: dict[int, set[tuple[int, int]]]
     returned: list[Memory]
     loss: int
+    varies: frozenset[int] = frozenset()
 
     def size(self, value: int) -> int:
         """Return the bytes of the memory that a value lies in."""
