@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch
 from revfx.capture.guards import name_of
 from revfx.eager.modes import is_simulating, runs_plain
-from revfx.errors import BudgetError
+from revfx.errors import BudgetError, RevfxError, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
@@ -56,8 +57,13 @@ def may_fit(leaves: Sequence[Any]) -> bool:
     another model with a budget, which knows of it.
     """
     tensors = [t for t in leaves if isinstance(t, Tensor)]
-    busy = _inside.get() or is_simulating() or _torch.has_saved_tensors_hooks()
-    return not busy and not runs_plain(tensors)
+    if _inside.get() or is_simulating() or runs_plain(tensors):
+        return False
+    if _torch.has_saved_tensors_hooks():
+        what = "hooks on what autograd saves are active around a model with a budget, such as those of a checkpoint"
+        warnings.warn(f"{what}: it runs plainly, and the budget is not kept.", RevfxWarning, stacklevel=6)
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,17 @@ class Fit:
         )
 
     def tapes(self, model: nn.Module, ways: Ways, call: Call) -> dict[str, tuple[Tape, list[Cost]]]:
-        """Return the tape of each way to run the forward, and what its operators cost."""
-        names = ("plain", "reversible") if ways.is_reversible() else ("plain",)
-        tapes = {way: record(model, ways.runs[way], call.args, call.kwargs) for way in names}
+        """Return the tape of each way to run the forward, and what its operators cost.
+
+        Raises:
+            RevfxError: the forward can't run on fake tensors, or raises.
+        """
+        tapes: dict[str, Tape] = {}
+        for way in ("plain", "reversible") if ways.is_reversible() else ("plain",):
+            try:
+                tapes[way] = record(model, ways.runs[way], call.args, call.kwargs)
+            except Exception as e:
+                if way == "plain":
+                    what = f"a step of it can't be recorded: {type(e).__name__}: {e}"
+                    raise RevfxError(f"`convert({name_of(model)}, {self.budget.text})`: {what}") from e
         return {way: (tape, self.costs.of(tape)) for way, tape in tapes.items()}

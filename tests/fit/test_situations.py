@@ -11,9 +11,10 @@ import pytest
 import torch
 from fit_models import Residual, branch, equal, make, peak, square, state
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import revfx
-from revfx.errors import RegenerationError
+from revfx.errors import RegenerationError, RevfxError, RevfxWarning
 
 
 def fit_of(model: nn.Module) -> Any:
@@ -122,6 +123,129 @@ def test_a_number_that_nobody_sees_is_told() -> None:
     factor[0] = 2.0
     with pytest.raises(RegenerationError, match=r"is another one .* number that the forward reads from Python"):
         square(fitted(x)).backward()
+
+
+def test_a_mask_that_another_number_made_is_told() -> None:
+    """What nothing reads again but operators that don't see the number is looked at all the same."""
+    factor = [1.0]
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers[:5]:
+                x = x + layer(x).tanh().exp() * 0.1
+            a = self.layers[5](x) * factor[0]
+            return a.pow(2).masked_fill(a < 0, 0)
+
+    torch.manual_seed(0)
+    model, x, told = Masked(), torch.randn(512, 64), 0
+    for share in (0.8, 0.7, 0.6, 0.5):
+        factor[0] = 1.0
+        fitted = revfx.convert(model, x, memory=share)
+        factor[0] = 2.0
+        want = state(model, lambda: square(model(x)))
+        try:
+            assert equal(state(model, lambda f=fitted: square(f(x))), want)
+        except RegenerationError:
+            told += 1
+    assert told
+
+
+def test_numbers_of_the_data_vary_from_call_to_call() -> None:
+    def joined(x: Tensor, h: Tensor) -> Tensor:
+        scale = h.detach().abs().mean().item()
+        return x + (h / scale).tanh().exp() * scale
+
+    torch.manual_seed(0)
+    model = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=joined)
+    fitted = revfx.convert(model, torch.randn(512, 64), memory=0.8)
+    for i in range(3):
+        x = torch.randn(512, 64) * (1 + i)
+        assert equal(state(model, lambda x=x: square(fitted(x))), state(model, lambda x=x: square(model(x))))
+    assert len(fit_of(fitted).plans) == 1
+
+
+def drawn(x: Tensor, h: Tensor) -> Tensor:
+    return x + (h * torch.empty_like(h).bernoulli_(0.5) * 2).exp().sin() * 0.1
+
+
+def drawn_in_part(x: Tensor, h: Tensor) -> Tensor:
+    m = torch.full_like(h, 2.0)
+    m[:, :32].bernoulli_(0.8)
+    return x + h.tanh() * m
+
+
+def half_relu(x: Tensor, h: Tensor) -> Tensor:
+    h[:, ::2].relu_()
+    return x + h
+
+
+@pytest.mark.parametrize("join", [drawn, drawn_in_part, half_relu])
+def test_parts_of_memory_and_draws(join: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=join), torch.randn(512, 64)
+    want = state(model, lambda: square(model(x)))
+    for share in (0.9, 0.8, 0.7):
+        fitted = revfx.convert(model, x, memory=share)
+        assert equal(state(model, lambda f=fitted: square(f(x))), want)
+
+
+def test_running_statistics_are_read_before_they_are_written() -> None:
+    class Normed(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                h, bn = layer[0](x), layer[1]  # type: ignore[index]
+                y = (h - bn.running_mean) / (bn.running_var + 1).sqrt()
+                x = x + bn(h).tanh() * y.exp().clamp(max=3)
+            return x
+
+    torch.manual_seed(0)
+    model = Normed(*(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)) for _ in range(6)))
+    x = torch.randn(512, 64)
+    want = state(model, lambda: square(model(x)))
+    for share in (0.85, 0.7):
+        fitted = revfx.convert(model, x, memory=share)
+        assert equal(state(model, lambda f=fitted: square(f(x))), want)
+
+
+def test_an_object_of_the_users_may_be_returned() -> None:
+    class Output:
+        def __init__(self, loss: Tensor, hidden: list[Tensor]) -> None:
+            self.loss, self.hidden = loss, hidden
+
+    class Returning(Residual):
+        def forward(self, x: Tensor) -> Any:
+            hidden: list[Tensor] = []
+            for layer in self.layers:
+                x = x + layer(x)
+                hidden.append(x)
+            return Output(x.square().mean(), hidden)
+
+    torch.manual_seed(0)
+    model, x = Returning(*(branch() for _ in range(6))), torch.randn(256, 64)
+    plain, want = peak(model, lambda: model(x).loss), state(model, lambda: model(x).loss)
+    fitted = revfx.convert(model, x, memory=0.6)
+    assert equal(state(model, lambda: fitted(x).loss), want)
+    assert peak(model, lambda: fitted(x).loss) <= 0.6 * plain
+
+
+def test_what_cannot_be_recorded_says_so() -> None:
+    class Numpy(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float(x.detach().numpy().max())
+
+    model, x = Numpy(branch()), torch.randn(8, 64)
+    with pytest.raises(RevfxError, match="a step of it can't be recorded"):
+        revfx.convert(model, x, memory=0.5)
+
+
+def test_a_checkpoint_around_it_is_warned_of() -> None:
+    _, fitted, x = pair()
+    with pytest.warns(RevfxWarning, match="the budget is not kept"):
+        checkpoint(fitted, x, use_reentrant=False)
 
 
 def test_what_is_frozen_later_is_noticed() -> None:
