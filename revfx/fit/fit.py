@@ -103,13 +103,14 @@ class Fit:
         token = _inside.set(True)
         try:
             with saved_tensors_hooks(step.pack, step.unpack):
-                return run(*call.args, **call.kwargs)
+                result = run(*call.args, **call.kwargs)
         finally:
             _inside.reset(token)
             step.end()
-            if step.moved:
-                with self.lock:
-                    self.plans = [f for f in self.plans if f is not fitted]
+        if step.moved:
+            with self.lock:
+                self.plans = [f for f in self.plans if f is not fitted]
+        return result
 
     def prepare(self, model: nn.Module, ways: Ways, call: Call) -> Fitted:
         """Return the plan for a call."""

@@ -31,7 +31,8 @@ class _Kept:
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor.detach(), _torch.version(tensor)
+        self.tensor = tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
+        self.version = _torch.version(tensor)
 
     def get(self) -> Tensor:
         """Return it.
@@ -121,9 +122,7 @@ class Step:
         k, course = self.number, self.course
         self.number = k + 1
         spot = course.spots[k] if k < len(course.spots) else None
-        if isinstance(t, nn.Parameter):
-            return t
-        if self.moved or spot is None:
+        if self.moved or spot is None or isinstance(t, nn.Parameter):
             self.moved = self.moved or k >= len(course.spots)
             return _Kept(t)
         if t.shape != spot.shape or t.dtype != spot.dtype or t.stride() != spot.stride:
@@ -152,9 +151,9 @@ class Step:
         self.moved = self.moved or self.number != len(self.course.spots)
 
     @staticmethod
-    def unpack(held: Any) -> Tensor:
+    def unpack(held: _Kept | _Marked | _Dropped) -> Tensor:
         """Return what autograd reads."""
-        return held if isinstance(held, Tensor) else held.get()
+        return held.get()
 
     # --- the backward
     def again(self, k: int, kept: Values) -> Tensor:
