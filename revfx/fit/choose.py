@@ -27,7 +27,7 @@ from revfx.fit.simulate import Load, Model
 BINS = 512  # of the budget, in which held bytes are counted
 NESTED = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # blocks in a row of which none is kept but the input
 LOSS = 4  # times what the forward returns is what a loss makes of it at most: `y.square().mean()` in its backward
-TRIES = 8  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
+TRIES = 10  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
 NEAR = 1 / 256  # of the budget: how near that is
 
 
@@ -73,7 +73,7 @@ class Planner:
             return self.plain[0], load
         found: tuple[Plan, Load] | None = None
         asked, low, high = budget, 0, 2 * budget  # the program knows nothing of what lies between runs
-        for _ in range(TRIES):
+        for n in range(TRIES):
             plan = self.plan(asked)
             load = None if plan is None else self.model.load(plan)
             if plan is not None and load is not None and load.peak <= budget:
@@ -82,7 +82,8 @@ class Planner:
                 low = asked
             else:
                 high = asked
-            near = asked if load is None else asked + budget - load.peak
+            over = 0 if load is None else load.peak - budget
+            near = asked - over * (2**n if over > 0 else 1)  # further down each time, as plans come in steps
             asked = near if low < near < high else (low + high) // 2
             if high - low <= budget * NEAR or (load is not None and 0 <= budget - load.peak <= budget * NEAR):
                 break

@@ -117,12 +117,14 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
     if chosen is not None:
         held = survey.holders(chosen)
     curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
-    points = [Point(b.of(survey.peak), c.load.peak, 1 + c.seconds / survey.seconds) for b, c in curve]
-    points.append(Point(least.load.peak, least.load.peak, 1 + least.seconds / survey.seconds))
+    points = [Point(least.load.peak, least.load.peak, 1 + least.seconds / survey.seconds)]
+    for b, c in reversed(curve):  # what fits in less fits in more, and may be the faster plan that was found
+        point = Point(b.of(survey.peak), c.load.peak, 1 + c.seconds / survey.seconds)
+        points.append(min(point, replace(points[-1], budget=point.budget), key=lambda p: p.time))
     found = FitInfo(
         budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
-        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(map(str, held[:3])), tuple(points),
-        least.load.peak, time.perf_counter() - start,
+        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(map(str, held[:3])),
+        tuple(reversed(points)), least.load.peak, time.perf_counter() - start,
     )  # fmt: skip
     text = " ".join(found.held)
     return found, [advice for names, advice in ADVICE.items() if re.search(names, text)]

@@ -10,6 +10,7 @@ from typing import Any
 from revfx.errors import RevfxError
 from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, short
 from revfx.report.figures import DARK, PALETTE, printable, themed
+from revfx.report.fit import curve_svg
 from revfx.report.graph import MARKS, graph_svg, has_timeline, memory_svg
 from revfx.report.remedies import remedy
 from revfx.units import count, size
@@ -81,6 +82,8 @@ def _pictures(e: Findings) -> str:
         RevfxError: matplotlib is not installed.
     """
     drawn = {"Memory over time": memory_svg(e)} if has_timeline(e) else {}
+    if e.fit is not None:
+        drawn["Time over memory"] = curve_svg(e.fit, e.model)
     drawn["Graph"] = graph_svg(e)
     wide = 'class="wide" tabindex="0" role="region" aria-label='
     return "".join(_section(name, f'<div {wide}"{name}">{themed(svg)}</div>') for name, svg in drawn.items())

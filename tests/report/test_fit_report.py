@@ -44,6 +44,7 @@ def test_a_budget_is_explained() -> None:
     assert any("attention" in a for a in found.advice) == ("softmax" in " ".join(fit.held))
     assert json.loads(json.dumps(found.to_dict()))["fit"]["budget"] == fit.budget
     assert "plain step" in curve_svg(fit, found.model)
+    assert "Time over memory" in found._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_budget_that_is_too_small_is_explained() -> None:
