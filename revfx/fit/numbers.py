@@ -62,7 +62,8 @@ def plain_leaves(leaves: Sequence[Any]) -> list[Any]:
 
 def differing(a: Tape, b: Tape) -> frozenset[int] | None:
     """Return the operators that were given other numbers; None if the tapes differ in more."""
-    if len(a.ops) != len(b.ops) or a.turn != b.turn or [p.spot for p in a.packs] != [p.spot for p in b.packs]:
+    kept = [[(p.packed, p.spot and p.spot.place) for p in tape.packs] for tape in (a, b)]
+    if len(a.ops) != len(b.ops) or a.turn != b.turn or kept[0] != kept[1]:
         return None
     found: set[int] = set()
     for o, (x, y) in enumerate(zip(a.ops, b.ops, strict=True)):

@@ -106,7 +106,7 @@ def tagger() -> Made:
 
 
 def gru() -> Made:
-    return nn.GRU(32, 64, 2, batch_first=True, dropout=0.1), (torch.randn(16, 16, 32),), square
+    return nn.GRU(32, 64, 2, batch_first=True, dropout=0.1), (torch.randn(64, 16, 32),), square
 
 
 def in_place() -> Made:
@@ -146,7 +146,7 @@ def functions() -> Made:
         made: Any = Exp.apply(-h.abs())
         return x + made
 
-    return Residual(*(nn.Linear(64, 64) for _ in range(8)), join=joined), (torch.randn(256, 64),), square
+    return Residual(*(nn.Linear(64, 64) for _ in range(8)), join=joined), (torch.randn(1024, 64),), square
 
 
 def asking() -> Made:
@@ -159,7 +159,7 @@ def asking() -> Made:
 def spectral() -> Made:
     norm: Any = nn.utils.parametrizations.spectral_norm
     layers = (nn.Sequential(norm(nn.Linear(64, 64)), nn.Tanh()) for _ in range(8))
-    return Residual(*layers), (torch.randn(256, 64),), square
+    return Residual(*layers), (torch.randn(1024, 64),), square
 
 
 class Attention(nn.MultiheadAttention):
