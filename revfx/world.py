@@ -1,4 +1,4 @@
-"""A world without data, in which a model's parameters, buffers and arguments are fake tensors for a while."""
+"""Worlds in which a model's parameters, buffers and arguments are other tensors for a while: fake ones, or doubles."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class World:
 
     @contextlib.contextmanager
     def entered(self) -> Generator[tuple[Any, Any]]:
-        """Open a context that gives fake arguments; after it the model and Python's random numbers are as before."""
+        """Open a context that gives its arguments; after it the model and Python's random numbers are as before."""
         modules = list(self.model.modules())
         before, drawn = Snapshot(modules), all_generators()
         read = GlobalReads(type(m).forward for m in modules)
         try:
             for table, then in itertools.chain(*before.tables):
-                table.update({name: self._fake(t) for name, t in then.items() if isinstance(t, Tensor)})
-            yield pytree.tree_map_only(Tensor, self._fake, self.given)
+                table.update({name: self.stand_in(t) for name, t in then.items() if isinstance(t, Tensor)})
+            yield pytree.tree_map_only(Tensor, self.stand_in, self.given)
         finally:
             before.restore()
             read.put_back()
             restore(drawn)
 
-    def _fake(self, t: Tensor) -> Tensor:
+    def stand_in(self, t: Tensor) -> Tensor:
         """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
         if self.whole and not t.is_floating_point() and not t.is_complex() and t.numel() <= FEW and _torch.is_plain(t):
             return self.fakes.setdefault(id(t), (t, t.clone()))[1]
@@ -60,3 +60,24 @@ class World:
                         fake.grad = torch.empty_like(fake)
             self.fakes[id(t)] = t, fake
         return self.fakes[id(t)][1]
+
+
+class RealWorld(World):
+    """A world with the model's own numbers: parameters are in the same memory, but gradients go nowhere; buffers and
+    arguments are copies.
+    """
+
+    def stand_in(self, t: Tensor) -> Tensor:
+        """Return what is there in the place of a tensor."""
+        if id(t) not in self.fakes:
+            own = t.detach() if isinstance(t, nn.Parameter) else t.detach().clone()
+            if isinstance(t, nn.Parameter):
+                own = nn.Parameter(own, t.requires_grad)
+                if t.requires_grad:
+                    own.register_post_accumulate_grad_hook(_let_go)
+            self.fakes[id(t)] = t, own.requires_grad_(t.requires_grad)
+        return self.fakes[id(t)][1]
+
+
+def _let_go(t: Tensor) -> None:
+    t.grad = None

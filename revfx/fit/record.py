@@ -1,7 +1,12 @@
-"""Recording the tape of a training step on fake tensors: the user's Python runs once, and nothing is allocated."""
+"""Recording the tape of a training step on fake tensors: the user's Python runs once, and nothing is allocated.
+
+Code that asks for numbers, or that no fake tensors pass, runs on real ones, of which autograd keeps none: the backward
+runs on zeros in their place, and its results are thrown away.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,35 +22,41 @@ from revfx.capture.effects import none_left
 from revfx.capture.guards import is_plain
 from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
-from revfx.fit.asked import Shape, answers, asks
 from revfx.fit.numbers import differing
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted, tensors_of
-from revfx.world import World
+from revfx.world import RealWorld, World
+
+
+NUDGE = 1e-6
 
 
 class _Kept:
-    """What autograd holds in the place of a tensor; the double is read in its place, in memory of its own."""
+    """What autograd holds in the place of a tensor."""
 
-    def __init__(self, double: Tensor) -> None:
-        self.double = double
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class Recorder(TorchDispatchMode):
-    """Notes operators, memory and what autograd keeps, while it is active."""
+    """Notes operators, memory and what autograd keeps, while it is active; with no `mode`, on real tensors.
+
+    `nudged`: what operators make of parameters is off by a little, so that all numbers of the data are.
+    """
 
     def __init__(
-        self, mode: _fake.FakeMode, sources: Mapping[int, tuple[str, Any]], model: nn.Module, asked: list[Any] | None
+        self, mode: _fake.FakeMode | None, sources: Mapping[int, tuple[str, Any]], model: nn.Module, nudged: bool
     ) -> None:
         super().__init__()
-        self.mode, self.sources, self.asked = mode, sources, asked
+        self.mode, self.sources, self.nudged = mode, sources, nudged
         self.names = {id(m): name for name, m in model.named_modules()}
         self.memories, self.memory_of, self.made_by = list[Memory](), list[int](), list[int | None]()
         self.ops, self.packs = list[Op](), list[Pack]()
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
         self.reads: dict[int, set[tuple[int, int]]] = {}
         self.turns = 0
+        self.watched: list[weakref.ref[_Kept]] = []
 
     # --- memory
     def spot(self, t: Tensor, made: bool = False) -> Spot | None:
@@ -76,6 +87,11 @@ class Recorder(TorchDispatchMode):
         memory.dead = len(self.ops)
         del self.known[key]
 
+    def _kind(self, spot: Spot) -> str | None:
+        """Return what was there before the step: "parameter", say; None of what the step has made."""
+        source = self.memories[self.memory_of[spot.value]].source
+        return None if source is None else source[0]
+
     def _value(self, memory: int, op: int | None) -> int:
         self.memories[memory].values.append(len(self.memory_of))
         self.memory_of.append(memory)
@@ -87,7 +103,11 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         given, spec = pytree.tree_flatten((args, kwargs))
         spots = [self.spot(t) if isinstance(t, Tensor) else t for t in given]
-        out = func(*args, **kwargs) if self.asked is None or not asks(func) else self._answer()
+        written = _written(func, args, kwargs) if writes(func) else ()
+        old = tuple([s for t in written if (s := self.spot(t)) is not None])
+        if self.mode is None and any(self._kind(s) == "parameter" for s in old):
+            raise RevfxError("it asks for numbers, and writes to a parameter.")
+        out = func(*args, **kwargs)
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         owned = {_torch.storage_key(t) for t in given if isinstance(t, Tensor) and t.layout == torch.strided}
         if (
@@ -100,27 +120,19 @@ class Recorder(TorchDispatchMode):
             return out
         self._note_packs(given)
         before = len(self.memory_of)
-        written = _written(func, args, kwargs) if writes(func) else ()
-        old = tuple([s for t in written if (s := self.spot(t)) is not None])
         for s in old:
             self._value(self.memory_of[s.value], len(self.ops))
         outs = tuple([self.spot(t, made=True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
         reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.memory_of)))
+        if self.nudged and not old and any(self._kind(s) is not None for s in reads):
+            with _torch.no_modes(), torch.no_grad():
+                for t in tensors:
+                    if t.is_floating_point():
+                        t.mul_(1 + NUDGE)
         drawn = draws(func, args, kwargs)
         self.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, *self._where()))
         return out
-
-    def _answer(self) -> Any:
-        """Return what an operator gave for real whose result no fake tensors tell."""
-        if not self.asked:
-            raise RevfxError("the forward asks for other values than when it ran before, for real.")
-
-        def made(t: Any) -> Any:
-            return torch.empty_strided(t.size, t.stride, dtype=t.dtype, device=t.device) if isinstance(t, Shape) else t
-
-        with _torch.no_modes(), self.mode:
-            return pytree.tree_map(made, self.asked.pop(0))
 
     def _where(self) -> tuple[str, str]:
         """Return the innermost module that runs, and the line in its forward; in the backward autograd's name."""
@@ -149,29 +161,36 @@ class Recorder(TorchDispatchMode):
         if spot is None or isinstance(t, nn.Parameter):
             self.packs.append(Pack(None, len(self.ops)))
             return t
-        with _torch.no_modes(), self.mode:
-            double = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         number, pack = len(self.packs), Pack(spot, len(self.ops))
-        storage = double.untyped_storage()
+        self.packs.append(pack)
+        kept = _Kept(number)
+        self.watched.append(weakref.ref(kept, lambda _: setattr(pack, "released", len(self.ops))))
+        return kept
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Return what autograd reads: a double, in memory of its own."""
+        if not isinstance(kept, _Kept):
+            return kept
+        pack = self.packs[kept.number]
+        if pack.unpacked is None:
+            pack.unpacked, pack.turn = len(self.ops), self.turns
+            self.turns += 1
+        assert pack.spot is not None
+        with _torch.no_modes(), self.mode or contextlib.nullcontext():
+            double = zeros(pack.spot, self.memories[self.memory_of[pack.spot.value]].device)
         key = _torch.storage_key(double)
 
         def released(_: Any) -> None:
             pack.released = len(self.ops)
             del self.known[key]
 
-        self.known[key] = -1 - number, weakref.ref(storage, released)
-        self.packs.append(pack)
-        return _Kept(double)
+        self.known[key] = -1 - kept.number, weakref.ref(double.untyped_storage(), released)
+        return double
 
-    def unpack(self, kept: Any) -> Tensor:
-        """Return what autograd reads."""
-        if not isinstance(kept, _Kept):
-            return kept
-        pack = self.packs[-1 - self.known[_torch.storage_key(kept.double)][0]]
-        if pack.unpacked is None:
-            pack.unpacked, pack.turn = len(self.ops), self.turns
-            self.turns += 1
-        return kept.double
+
+def zeros(spot: Spot, device: torch.device) -> Tensor:
+    """Return a tensor of zeros, laid out like one at `spot`."""
+    return torch.empty_strided(spot.shape, spot.stride, dtype=spot.dtype, device=device).zero_()
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -190,28 +209,31 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
         Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
     """
     try:
-        return _record(model, run, args, kwargs, None)
-    except _fake.DATA_DEPENDENT:
-        found = answers(model, run, args, kwargs)
-    tape = _record(model, run, args, kwargs, [*found])
-    if any(isinstance(x, float) for x in found):  # numbers of data: whatever is given others if these are, varies
-        others = [x * (1 + 1e-6) if isinstance(x, float) else x for x in found]
-        tape.varies = differing(tape, _record(model, run, args, kwargs, others)) or frozenset()
+        return _record(World(model, args, kwargs, whole=True), run)
+    except RevfxError:
+        raise
+    except Exception:
+        tape, nudged = (_record(RealWorld(model, args, kwargs), run, n) for n in (False, True))
+    tape.varies = differing(tape, nudged) or frozenset()  # what is given other numbers if the data are others
     return tape
 
 
-def _record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, asked: list[Any] | None) -> Tape:
-    world = World(model, args, kwargs, whole=True)
-    with none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), simulating(), torch.enable_grad():
-        try:
-            with world.entered() as (fake_args, fake_kwargs):
-                recorder = Recorder(world.mode, _sources(model, fake_args, fake_kwargs), model, asked)
-                return _step(recorder, run, fake_args, fake_kwargs)
-        finally:
-            world.fakes.clear()
+def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape:
+    real = isinstance(world, RealWorld)
+    with contextlib.ExitStack() as stack:
+        for context in (none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), simulating()):
+            stack.enter_context(context)
+        stack.enter_context(torch.enable_grad())
+        if real:
+            stack.enter_context(torch.random.fork_rng())
+        stack.callback(world.fakes.clear)
+        return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
 
 
-def _step(recorder: Recorder, run: Callable[..., Any], args: Any, kwargs: Any) -> Tape:
+def _step(
+    mode: _fake.FakeMode | None, model: nn.Module, nudged: bool, run: Callable[..., Any], args: Any, kwargs: Any
+) -> Tape:
+    recorder = Recorder(mode, _sources(model, args, kwargs), model, nudged)
     with recorder:
         with saved_tensors_hooks(recorder.pack, recorder.unpack):
             result = run(*args, **kwargs)

@@ -212,14 +212,65 @@ def test_an_object_of_the_users_may_be_returned() -> None:
     assert peak(model, lambda: fitted(x).loss) <= 0.6 * plain
 
 
-def test_what_cannot_be_recorded_says_so() -> None:
-    class Numpy(Residual):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * float(x.detach().numpy().max())
+class Numpy(Residual):
+    """Numbers of the data that only real tensors give."""
 
-    model, x = Numpy(branch()), torch.randn(8, 64)
-    with pytest.raises(RevfxError, match="a step of it can't be recorded"):
-        revfx.convert(model, x, memory=0.5)
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + (layer(x) * float(x.detach().numpy().std())).sin()
+        return x
+
+
+def test_code_that_asks_for_numbers_is_recorded_for_real() -> None:
+    """Nothing of that stays: neither gradients, nor buffers, nor what is drawn."""
+    torch.manual_seed(0)
+    model = Numpy(*(nn.Sequential(*branch(), nn.BatchNorm1d(64)) for _ in range(6)))
+    x = torch.randn(256, 64)
+    plain, before = peak(model, lambda: square(model(x))), copy.deepcopy(model.state_dict())
+    drawn, grads = torch.get_rng_state(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    fitted = revfx.convert(model, x, memory=0.6)
+    assert equal([*model.state_dict().values()], [*before.values()])
+    assert equal([*(p.grad for p in model.parameters())], grads) and torch.equal(torch.get_rng_state(), drawn)
+    for i in range(3):
+        y = x * (1 + i)
+        assert equal(state(model, lambda y=y: square(fitted(y))), state(model, lambda y=y: square(model(y))))
+    assert peak(model, lambda: square(fitted(x))) <= 0.6 * plain
+    assert len(fit_of(fitted).plans) == 1
+
+
+def test_sequences_may_be_packed() -> None:
+    class Packed(nn.LSTM):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], batch_first=True)[0]
+
+    torch.manual_seed(0)
+    model = Packed(32, 64, 3, batch_first=True, dropout=0.1)
+    given = torch.randn(16, 32, 32), torch.randint(5, 32, (16,))
+    want, plain = state(model, lambda: square(model(*given))), peak(model, lambda: square(model(*given)))
+    fitted = revfx.convert(model, given, memory=0.9)
+    assert equal(state(model, lambda: square(fitted(*given))), want)
+    assert peak(model, lambda: square(fitted(*given))) <= 0.9 * plain
+
+
+def test_what_raises_and_what_writes_to_parameters_says_so() -> None:
+    class Raising(Numpy):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("no such head")
+
+    class Averaging(Numpy):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                next(self.parameters()).mul_(0.99)
+            return super().forward(x)
+
+    x = torch.randn(8, 64)
+    for kind, why in ((Raising, "can't be recorded: ValueError: no such head"), (Averaging, "writes to a parameter")):
+        model = kind(branch())
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(RevfxError, match=why):
+            revfx.convert(model, x, memory=0.5)
+        assert equal([*model.state_dict().values()], [*before.values()])
 
 
 def test_a_checkpoint_around_it_is_warned_of() -> None:
