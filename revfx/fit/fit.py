@@ -29,6 +29,7 @@ from revfx.fit.tape import Tape
 
 
 MOST_PLANS = 16  # per model; the oldest one makes room for a new one
+WANDERS = 4  # calls that went another way than planned, and a quarter of all, until no more plans are made
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,20 @@ class Fit:
         self.costs = Costs()
         self.plans: list[Fitted] = []
         self.lock = threading.RLock()
+        self.calls = self.moves = 0
+        self.wanders = False
 
     def call(self, model: nn.Module, ways: Ways, call: Call) -> Any:
         """Return what the model returns, under the plan for calls of this kind; it is made now if there is none.
 
         Raises:
             BudgetError: no plan stays within the budget.
+
+        Warns:
+            RevfxWarning: it went another way than when it was recorded, so more was kept.
         """
+        if self.wanders:
+            return ways.runs["plain"](*call.args, **call.kwargs)
         fitted = self.prepare(model, ways, call)
         run = ways.runs[fitted.chosen.way]
         if fitted.course is None:
@@ -107,10 +115,21 @@ class Fit:
         finally:
             _inside.reset(token)
             step.end()
+        self.calls += 1
         if step.moved:
-            with self.lock:
-                self.plans = [f for f in self.plans if f is not fitted]
+            self._moved(name_of(model), fitted)
         return result
+
+    def _moved(self, name: str, fitted: Fitted) -> None:
+        with self.lock:
+            self.plans = [f for f in self.plans if f is not fitted]
+            self.moves += 1
+            self.wanders = self.moves >= max(WANDERS, self.calls / 4)
+        what = "went another way than the one that was recorded, so what came after was kept"
+        then = "it is recorded anew at its next call"
+        if self.wanders:
+            then = "that happens again and again, so it runs plainly from now on: convert sub-modules that go one way"
+        warnings.warn(f"`convert({name}, {self.budget.text})`: a forward {what}; {then}.", RevfxWarning, stacklevel=6)
 
     def prepare(self, model: nn.Module, ways: Ways, call: Call) -> Fitted:
         """Return the plan for a call."""

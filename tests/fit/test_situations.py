@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from functools import partial
@@ -306,11 +307,19 @@ def test_a_forward_that_goes_another_way_is_kept_whole_and_planned_anew() -> Non
     model, x = Branching(*(branch() for _ in range(6))), torch.randn(256, 64)
     fitted = revfx.convert(model, x, memory=0.5)
     for deep in (6, 4, 4):
+        moved = deep != Branching.deep
         Branching.deep = deep
-        assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
-    Branching.deep = 4
+        with pytest.warns(RevfxWarning, match="another way") if moved else contextlib.nullcontext():
+            got = state(model, lambda: square(fitted(x)))
+        assert equal(got, state(model, lambda: square(model(x))))
     plain = peak(model, lambda: square(model(x)))
     assert peak(model, lambda: square(fitted(x))) <= 0.5 * plain
+    for deep in (3, 5, 4):
+        Branching.deep = deep
+        with pytest.warns(RevfxWarning, match="runs plainly from now on" if deep == 4 else "recorded anew"):
+            got = state(model, lambda: square(fitted(x)))
+        assert equal(got, state(model, lambda: square(model(x))))
+        assert equal(state(model, lambda: square(fitted(x))), got)
 
 
 def test_copies_have_plans_of_their_own() -> None:
