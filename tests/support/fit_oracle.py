@@ -1,0 +1,159 @@
+"""The least extra time that any plan can take within a budget, by mixed-integer programming (HiGHS, through scipy).
+
+After Checkmate (Jain et al. 2020, arXiv:1910.02653): before each read t of the backward, R[t, o] says that operator o
+runs again, S[t, v] that value v is there from before. While an operator runs again its operands and results are there,
+and all that is there both before and after this read; what else is, and drawn bits, take no memory here. So the optimum
+is a bound from below: no plan is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from revfx.fit.kernels import Cost
+from revfx.fit.needs import Needs
+from revfx.fit.simulate import OVERHEAD, Model
+
+
+@dataclass
+class Program:
+    """Binary variables by name, their costs, and rows `sum of terms <= bound`."""
+
+    number: dict[Hashable, int] = field(default_factory=dict[Hashable, int])
+    cost: dict[int, float] = field(default_factory=dict[int, float])
+    rows: list[tuple[dict[int, float], float]] = field(default_factory=list[tuple[dict[int, float], float]])
+
+    def __getitem__(self, name: Hashable) -> int:
+        return self.number.setdefault(name, len(self.number))
+
+    def most(self, bound: float, *terms: tuple[float, Hashable]) -> None:
+        """Add a row."""
+        row: dict[int, float] = {}
+        for factor, name in terms:
+            row[self[name]] = row.get(self[name], 0.0) + factor
+        self.rows.append((row, bound))
+
+    def least(self, seconds: float) -> float:
+        """Return a bound from below for the cost, found in so many seconds; infinity if nothing is feasible."""
+        n = len(self.number)
+        cost = np.array([self.cost.get(i, 0.0) for i in range(n)])
+        entries = [(r, i, f) for r, (row, _) in enumerate(self.rows) for i, f in row.items()]
+        at = [e[0] for e in entries], [e[1] for e in entries]
+        matrix = csr_array(([e[2] for e in entries], at), shape=(len(self.rows), n))
+        rows = LinearConstraint(matrix, ub=np.array([b for _, b in self.rows]))
+        options = {"time_limit": seconds, "mip_rel_gap": 0.01}
+        found = milp(cost, constraints=rows, integrality=np.ones(n), bounds=Bounds(0, 1), options=options)
+        return float("inf") if found.status == 2 else float(found.mip_dual_bound)
+
+
+def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.0) -> float:
+    """Return seconds that no plan within `budget` bytes is faster than."""
+    tape, program = needs.tape, Program()
+    reads = sorted((p.turn, k) for k, p in enumerate(tape.packs) if p.unpacked is not None and _wanted(needs, k))
+    events = [k for _, k in reads]
+    ops = [o for o, op in enumerate(tape.ops[: tape.turn]) if op.makes]
+    values = [v for o in ops for v in tape.ops[o].makes if needs.source(v) is None]
+    unit = 2.0**20
+
+    def is_free(v: int) -> bool:
+        return needs.is_there(v)
+
+    for t, k in enumerate(events, 1):
+        v = needs.value(k)
+        there = [(-1.0, ("S", t, v)), (-1.0, ("R", t, tape.made_by[v]))]
+        program.most(-1, *there, *([(-1.0, ("mark", k))] if k in needs.marks else []))
+        for o in ops:
+            program.cost[program["R", t, o]] = costs[o].seconds + OVERHEAD
+            op = needs.replayed[o]
+            if op is None:
+                program.most(
+                    0, (1.0, ("R", t, o)), *((-1.0, ("coin", v)) for v in tape.ops[o].makes if v in needs.coins)
+                )
+                continue
+            for r in {s.value for s in op.reads if not is_free(s.value)}:
+                program.most(0, (1.0, ("R", t, o)), (-1.0, ("S", t, r)), (-1.0, ("R", t, tape.made_by[r])))
+        for v in values:
+            program.most(0, (1.0, ("S", t + 1, v)), (-1.0, ("S", t, v)), (-1.0, ("R", t, tape.made_by[v])))
+    for v in values:
+        if v not in needs.wanted:
+            program.most(0, (1.0, ("S", 1, v)))
+    for t in range(1, len(events) + 2):
+        for v in values:
+            program.most(0, (1.0, ("S", t, v)), (-1.0, ("W", t, tape.memory_of[v])))
+    during, before = Model(needs, costs).during, Model(needs, costs).before
+    memories = {tape.memory_of[v] for v in values}
+    size = {m: tape.memories[m].size / unit for m in memories}
+
+    def gone(q: int) -> set[int]:
+        return {m for m in memories if (dead := tape.memories[m].dead) is not None and dead <= q}
+
+    def handed(q: int, of: Sequence[int]) -> set[int]:
+        return {tape.memory_of[needs.value(k)] for k in of if (tape.packs[k].released or 0) > q}
+
+    def room(q: int, there: int, held: set[int]) -> float:
+        return (budget - there) / unit - sum(size[m] for m in held & gone(q))
+
+    marks = {k: (needs.elements(needs.value(k)) / unit, needs.marks[k]) for k in events if k in needs.marks}
+
+    def marked(q: int) -> list[tuple[float, Hashable]]:
+        """Return the bytes of marks that are held."""
+        packs = tape.packs
+        return [
+            (n * m.bits / 8, ("mark", k)) for k, (n, m) in marks.items() if packs[k].packed <= q < packs[k].released
+        ]
+
+    for q in range(len(tape.ops)):
+        done = [k for k in events if (tape.packs[k].unpacked or 0) <= q]
+        there = handed(q, done)
+        kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(q) - there]
+        program.most(room(q, during[q], there), *kept, *marked(q))
+        for k, (n, m) in marks.items():
+            if tape.packs[k].packed == q:
+                program.most(room(q, before[q], set()), *kept, *marked(q - 1), (n * m.more, ("mark", k)))
+    for t, k in enumerate(events, 1):
+        q = tape.packs[k].unpacked or 0
+        there = handed(q, events[: t - 1])
+        passing = gone(q) - there
+        base = room(q, before[q], there)
+        program.most(base, *((size[m], ("W", t, m)) for m in passing))
+        for v in values:
+            program.most(1, (1.0, ("S", t, v)), (1.0, ("S", t + 1, v)), (-1.0, ("P", t, tape.memory_of[v])))
+        if k in marks:
+            n, m = marks[k]
+            spike = (size[tape.memory_of[needs.value(k)]] + n * m.more, ("mark", k))
+            program.most(base, *((size[m], ("P", t, m)) for m in passing), spike)
+        for o in ops:
+            op = needs.replayed[o]
+            near = {tape.memory_of[v] for v in tape.ops[o].makes} | {
+                tape.memory_of[s.value] for s in (op.reads if op is not None else ()) if not is_free(s.value)
+            }
+            for m in near & passing:
+                program.most(0, (1.0, ("P", t, m)), (-1.0, ("Z", t, o, m)))
+                program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)))
+            own = [(size[m], ("Z", t, o, m)) for m in near & passing]
+            program.most(base, *((size[m], ("P", t, m)) for m in passing - near), *own)
+    return program.least(seconds)
+
+
+def _wanted(needs: Needs, k: int) -> bool:
+    spot = needs.tape.packs[k].spot
+    return spot is not None and k in needs.wanted.get(spot.value, ())
+
+
+def made_up(needs: Needs) -> list[Cost]:
+    """Return what operators of a tape might take: 10 GB and 100 GFLOP a second."""
+
+    def seconds(o: int) -> float:
+        op = needs.tape.ops[o]
+        spots = [*op.reads, *(s for s in op.outs if s is not None)]
+        sizes = [float(np.prod(s.shape)) for s in spots]
+        product = any(word in str(op.func) for word in ("mm", "conv", "attention"))
+        flops = 2 * float(np.prod(sizes[:3])) ** 0.5 if product and len(sizes) >= 3 else 0.0
+        return sum(4 * n for n in sizes) / 1e10 + flops / 1e11
+
+    return [Cost(seconds(o)) for o in range(len(needs.tape.ops))]
