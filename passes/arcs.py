@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from revfx.passes.bounds import UNKNOWN, Interval, bounds
 from revfx.passes.elimination import ONE
@@ -19,7 +18,7 @@ from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import directions_of, taken_apart
 from revfx.passes.program import SELECTS, Arc, Op, Program, Value
-from revfx.passes.sizes import NUMBERS, as_number, same_shape
+from revfx.passes.sizes import NUMBERS, as_number, same
 from revfx.passes.tilings import tilings
 from revfx.rules import (
     NOT_INJECTIVE,
@@ -199,7 +198,7 @@ class _Lowering:
             return ()
         for d in found:
             a, f = d.solves.meta["val"], 1.0 if d.factor is None else d.factor
-            alike = d.solves.op == "get_attr" or (a.dtype == y.dtype and same_shape(a, y))
+            alike = d.solves.op == "get_attr" or (a.dtype == y.dtype and same(a.shape, y.shape))
             scaled = isinstance(f, (int, float)) and not isinstance(self._factor(d, y.dtype), str)
             if d.rest is None or not alike or not scaled or d.solves in (self.barred or ()):
                 return ()
@@ -229,7 +228,7 @@ class _Lowering:
                 return f"`{op_name(node.target)}` turns {a.dtype} into {y.dtype}"
             if inverse.matrix is not None and inverse.matrix not in self.constant:
                 return f"`{op_name(node.target)}` multiplies by a matrix that is computed from data"
-            if inverse.matrix is None and not same_shape(a, y):
+            if inverse.matrix is None and not same(a.shape, y.shape):
                 return f"`{op_name(node.target)}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}"
         factor = self._factor(inverse, y.dtype)
         if isinstance(factor, str):
@@ -238,7 +237,6 @@ class _Lowering:
             head=self.index[inverse.solves], tail=(self.index[result], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
-            partial=not statically_known_true(a.numel() == y.numel()),
             assumes=assumed(given, self.index) if inverse.exact else (),
             coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
             declared=inverse.declared or declared_by_user(node, self._module(node)),

@@ -103,4 +103,4 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
             env[a.head] = a.solve(*(env[v] for v in a.tail))
         return env[arc.head]
 
-    return replace(arc, tail=tail, solve=solve, partial=True, declared=declared, runs=runs)
+    return replace(arc, tail=tail, solve=solve, declared=declared, runs=runs)

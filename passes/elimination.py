@@ -82,7 +82,6 @@ class Elimination:
             exact=False,
             factor=1 / max(1.0, *map(abs, weights.values())),
             text=f"{values[head].name} <- {said}  (solved together)",
-            partial=True,
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from revfx.passes.facts import BINARY, Mask, Masks, bare
 from revfx.passes.program import Arc
-from revfx.passes.sizes import same_shape
+from revfx.passes.sizes import same
 from revfx.rules import Direction, Inverse, Masked
 
 
@@ -174,7 +174,7 @@ class MaskedArcs:
         assumes = () if mask.meta["val"].dtype == torch.bool else ((self.index[mask], BINARY),)
         text = f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
         values = tuple(self.index[n] for n in tail)
-        return Arc(self.index[head], values, solve, text=text, partial=True, assumes=assumes, **more)
+        return Arc(self.index[head], values, solve, text=text, assumes=assumes, **more)
 
 
 def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
@@ -184,7 +184,7 @@ def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
 
 def _alike(whole: fx.Node, node: fx.Node) -> bool:
     a, y = whole.meta.get("val"), node.meta["val"]
-    return isinstance(a, Tensor) and a.dtype == y.dtype and same_shape(a, y)
+    return isinstance(a, Tensor) and a.dtype == y.dtype and same(a.shape, y.shape)
 
 
 def _chain(first: Callable[..., Tensor], n: int, then: Callable[..., Tensor], *tail: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from revfx.passes.closure import Derivation, Forward, made_by, read_by
 from revfx.passes.cuts import Step, needed
 from revfx.passes.program import Program
-from revfx.passes.samples import some_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,6 @@ def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[tuple
 
 MARGIN = 8.0  # by how much a gradient may be off more than the stream that it was computed from
 CHECK_EVERY, MOST_CHECKS = 4, 32  # of every fourth cut a sample is kept, to see in the backward how far rounding went
-SAMPLE = 64  # elements of each value
 GARBAGE = 1e-2  # a regenerated cut that is off by more raises
 
 
@@ -164,11 +162,6 @@ def is_checked(cut: int, steps: int) -> bool:
     return cut % max(CHECK_EVERY, steps // MOST_CHECKS) == 1
 
 
-def sample(t: Tensor, most: int = SAMPLE) -> Tensor:
-    """Return a copy of some elements of `t`, evenly spread over all its dimensions."""
-    return some_of(t.detach(), most).clone()
-
-
 def inverted_from(step: Step) -> dict[int, int]:
     """Return, for each value of the step's entry that is inverted, the one of its exit that this starts from."""
     above = {a.head: a.tail[0] for a in step.arcs}
@@ -180,16 +173,6 @@ def inverted_from(step: Step) -> dict[int, int]:
         if at != v:
             found[v] = at
     return found
-
-
-def drifted(now: Tensor, before: Tensor, image: Tensor) -> Tensor:
-    """Return whether |now - before| > 1 % of the larger of |before| and |image|, what it was computed back from, as a
-    tensor.
-
-    A difference of two large numbers that is zero comes back as their rounding. Not where `before` was not finite.
-    """
-    error, scale = (now - before).norm(), before.norm()
-    return ~(error <= GARBAGE * torch.maximum(scale, image.norm())) & torch.isfinite(scale)
 
 
 def type_text(program: Program, value: int) -> str:

@@ -22,9 +22,9 @@ class Value:
 
     `source` values are alive whatever we do and are free to read in the backward. `storage` numbers the memory that
     the value lives in, so views of one tensor share it. `written` says that an operation outside any region writes to
-    that memory later. `given` marks what lives in the memory
-    of the program's own inputs or of a source. `nbytes` is the size of the whole memory that a value keeps alive.
-    `grid`: it is a multiple of 2^-grid. `kept` values are not derived but held for the backward, where they are made.
+    that memory later. `given` marks what lives in the memory of the program's own inputs or of a source. `nbytes` is
+    the size of the whole memory that a value keeps alive. `grid`: it is a multiple of 2^-grid. `kept` values are not
+    derived but held for the backward, where they are made.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Arc:
     the others round. `barred` says why a compiled graph, which has no codes, keeps the head instead. The solved operand
     was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
-    `partial`: the tail holds more than the operation's own result and operands. Of a measured factor `least` is the
-    smallest magnitude that its making admits (0: only the run can tell), and `typical` a guess at its usual magnitude,
-    for where the run can't be asked. `assumes`: values, and what their elements must be (see `revfx.passes.facts`).
-    `coupling` is the exact form of the operation, which can be undone bit for bit, or why there is none; `grid` says
-    that the arc is the inverse of one. `coded`: without a code it is not worth having. `declared`: what of
-    the user's or a library's says so, and may be wrong. `runs`: operations whose own modules solving runs again.
+    Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
+    `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: values, and what their
+    elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
+    for bit, or why there is none; `grid` says that the arc is the inverse of one. `coded`: without a code it is not
+    worth having. `declared`: what of the user's or a library's says so, and may be wrong. `runs`: operations whose own
+    modules solving runs again.
     """
 
     head: int
@@ -64,7 +64,6 @@ class Arc:
     measured: bool = False
     reciprocal: bool = False
     text: str = ""
-    partial: bool = False
     least: float = 1.0
     typical: float = 1.0
     assumes: tuple[tuple[int, str | tuple[int, ...]], ...] = ()

@@ -36,13 +36,8 @@ def tensors_of(val: Any) -> list[Any]:
     return [val] if isinstance(val, Tensor) else [t for t in pytree.tree_leaves(val) if isinstance(t, Tensor)]
 
 
-def same_shape(a: Tensor, b: Tensor) -> bool:
-    """Return whether two shapes are equal for every value of the symbols in them."""
-    return statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
-
-
-def same_strides(a: Any, b: Any) -> bool:
-    """Return whether two sequences of numbers are equal for every value of the symbols in them."""
+def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Return whether two shapes, or strides, are equal for every value of the symbols in them."""
     return statically_known_true(sym_eq(tuple(a), tuple(b)))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from revfx.passes import _torch
 from revfx.passes.moves import directions_of, joined, taken_apart
-from revfx.passes.sizes import same_shape
+from revfx.passes.sizes import same
 from revfx.rules import Tile, op_name
 
 
@@ -183,7 +183,7 @@ def _result(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -> Atom
     if trait.kind is Kind.FILL or (trait.kind is Kind.MOVE and name in WRITES):
         return max(most, _filled(node, name))
     if trait.kind is Kind.SUM:
-        whole = [n for n in operands if same_shape(n.meta["val"], node.meta["val"])]
+        whole = [n for n in operands if same(n.meta["val"].shape, node.meta["val"].shape)]
         if most == Atoms.NONE or any(found[n] == Atoms.NONE for n in whole):
             return Atoms.NONE
         return most if len(whole) == len(operands) else Atoms.ANY  # a bias moves zeros

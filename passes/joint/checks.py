@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,9 @@ from revfx.passes.facts import Fact, check
 from revfx.passes.grid import checksum, limit
 from revfx.passes.joint.forward import BACKWARD, FORWARD
 from revfx.passes.joint.record import Recorder
-from revfx.passes.plan import MARGIN, amplification, drifted, larger, precision, sample, tolerance_of
+from revfx.passes.plan import GARBAGE, MARGIN, amplification, larger, precision, tolerance_of
 from revfx.passes.program import Arc, Program
-from revfx.passes.samples import mean_size, nearest
+from revfx.passes.sizes import as_number
 
 
 DRIFTED = (
@@ -43,6 +44,7 @@ JITTER = (
     " there is not deterministic, or runs on another number of threads. Gradients are right up to such rounding"
 )
 
+SAMPLE = 64  # elements of each value
 
 # The regenerated nodes of a cut's values, what they were computed back from, and where the cut lies.
 Cut = tuple[Mapping[int, fx.Node], Mapping[int, int], str]
@@ -83,7 +85,7 @@ class Checks:
             f"revfx: a factor of the coupling at {where} came nearer to 0 than {least:.0e}, so its input can't be "
             "computed back from its output; compile with options={'unbounded': 'store'} to keep such inputs"
         )
-        self._check_forward(lambda c: ~(nearest(c, arc.reciprocal) < least), [own], message)
+        self._check_forward(lambda c: ~(_nearest(c, arc.reciprocal) < least), [own], message)
 
     def limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
         """Raise, in every run, where factors that are data let rounding grow too much between two kept cuts."""
@@ -101,7 +103,7 @@ class Checks:
         worst = {by: 1 / max(a.least, 1e-300) for by, a in factors.items()}
         if _grown(steps, worst) <= most:
             return
-        sizes = [self.record(functools.partial(mean_size, by), [self.original(v)]) for v, by in factors]
+        sizes = [self.record(functools.partial(_mean_size, by), [self.original(v)]) for v, by in factors]
         where = self.program.ops[steps[0].start].where, self.program.ops[steps[-1].stop - 1].where
         message = (
             f"revfx: rounding grows too much where the couplings from {where[0]} to {where[1]} are computed back, as "
@@ -140,8 +142,8 @@ class Checks:
                 before = self.record(checksum, [self.original(v)])
                 self._check_backward(lambda a, b: checksum(a) == b, now, [before], message, serious=on_grid)
             if not on_grid:
-                samples = [self.record(sample, [self.original(i)]) for i in (v, origins.get(v, v))]
-                self._check_backward(lambda a, b, c: ~drifted(sample(a), b, c), now, samples, off)
+                samples = [self.record(_sample, [self.original(i)]) for i in (v, origins.get(v, v))]
+                self._check_backward(lambda a, b, c: ~_drifted(_sample(a), b, c), now, samples, off)
 
     def check_ranges(self) -> None:
         """Check in every run that no value leaves the grid, and that all of those that lie on it are finite."""
@@ -214,3 +216,32 @@ def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> A
     for step in steps:
         growth = amplification(step, growth, measured)
     return functools.reduce(larger, growth.values(), 1.0)
+
+
+def _sample(t: Tensor) -> Tensor:
+    """Return a copy of some elements of `t`, evenly spread over all its dimensions."""
+    n = as_number(t.numel())
+    stride = max(1, n // SAMPLE)
+    while math.gcd(stride, n) > 1:  # else it might see one column only
+        stride += 1
+    return t.detach().reshape(-1)[::stride].clone()
+
+
+def _drifted(now: Tensor, before: Tensor, image: Tensor) -> Tensor:
+    """Return whether |now - before| > 1 % of the larger of |before| and |image|, what it was computed back from.
+
+    A difference of two large numbers that is zero comes back as their rounding. Not where `before` was not finite.
+    """
+    error, scale = (now - before).norm(), before.norm()
+    return ~(error <= GARBAGE * torch.maximum(scale, image.norm())) & torch.isfinite(scale)
+
+
+def _mean_size(reciprocal: bool, c: Tensor) -> Tensor:
+    """Return the root mean square of 1/|c|, or of |c| for a divisor: by what rounding grows, on average."""
+    c = c.detach().to(torch.float64 if c.dtype == torch.float64 else torch.float32)
+    return (c if reciprocal else c.reciprocal()).square().mean().sqrt()
+
+
+def _nearest(c: Tensor, reciprocal: bool) -> Tensor:
+    """Return the smallest magnitude of c, or of 1/c."""
+    return c.abs().amax().reciprocal() if reciprocal else c.abs().amin()

@@ -25,7 +25,7 @@ from revfx.passes.joint.record import Recorder, Unrecordable
 from revfx.passes.plan import inverted_from, schedule
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region
-from revfx.passes.sizes import as_number, same_strides, tensors_of
+from revfx.passes.sizes import as_number, same, tensors_of
 
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
     for d in reversed(order):
         dense[d], size = size, size * t.shape[d]
     now = [t.stride(d) for d in dims]
-    if same_strides(now, [like.stride(d) for d in dims]) or same_strides(now, [dense[d] for d in dims]):
+    if same(now, [like.stride(d) for d in dims]) or same(now, [dense[d] for d in dims]):
         return None
     return (*(d for d in range(like.dim()) if d not in dims), *order)
 

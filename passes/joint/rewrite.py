@@ -6,20 +6,22 @@ they are put right before their first use, so that one layer's are freed before 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
+from revfx.passes.arcs import Lowered
 from revfx.passes.composed import composed_all
-from revfx.passes.cuts import Step
+from revfx.passes.cuts import Step, Stuck
 from revfx.passes.diagnose import diagnose
+from revfx.passes.exact import exact_regions, put_on_grid
 from revfx.passes.facts import Facts, ancestors
+from revfx.passes.grid import Coupling, ToGrid
 from revfx.passes.joint.borders import POLICY, store_borders
-from revfx.passes.joint.exact import exact_forward
 from revfx.passes.joint.forward import (
     BACKWARD,
     FORWARD,
@@ -89,7 +91,7 @@ def rewrite(
         regions, stuck = find_regions(forward.lowered.program)
         written = forward.lowered.program
     else:
-        forward, regions, stuck, written = exact_forward(joint, num_outputs, static, facts, options.grid, recorder)
+        forward, regions, stuck, written = _exact_forward(joint, num_outputs, static, facts, options.grid, recorder)
     program = forward.lowered.program
     refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(written, s)))
     readers = read_later(joint, forward.nodes)
@@ -127,6 +129,34 @@ def rewrite(
             for step_of in (_steps_forward(forward, steps), _steps_backward(joint, forward, regenerator)):
                 store_borders(step_of, regenerator.checks.kept, options.stored)
     return Report(tuple(reversed(found)), refusals, tuple(filter(None, warnings)), tuple(reversed(details)))
+
+
+def _exact_forward(
+    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None, k: int, recorder: Recorder
+) -> tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]:
+    """Return the forward half of `joint` once its regions compute on the grid 2^-k, the regions, and, of the program as
+    it was written, where the search for them got stuck.
+    """
+    forward = forward_half(joint, num_outputs, static, facts)
+    lowered = forward.lowered
+    program, regions, stuck = exact_regions(lowered.program, carries=False)
+    if not regions:
+        return forward, (), stuck, program
+    op_nodes, value_nodes = (
+        tuple(forward.origin[n] for n in nodes) for nodes in (lowered.op_nodes, lowered.value_nodes)
+    )
+
+    def insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:
+        by = function.value if isinstance(function, (Coupling, ToGrid)) else function
+        with joint.inserting_before(before):
+            return recorder.record(by, args, FORWARD, like)
+
+    put_on_grid(Lowered(program, op_nodes, value_nodes), regions, k, insert)
+    *order, output = pulled(list(joint.nodes), {})  # new nodes may read sizes that stand further down
+    for node in order:
+        output.prepend(node)
+    forward = forward_half(joint, num_outputs, static, facts, exact=True)
+    return forward, find_regions(forward.lowered.program, all_pay=True)[0], stuck, program
 
 
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
