@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import has_side_effect
 from torch.utils import _python_dispatch
@@ -37,7 +37,7 @@ _warned = Counter[str]()
 
 
 class Said(NamedTuple):
-    """What a check that fails raises; or warns of, where it is not `serious`."""
+    """What a check that fails raises; or warns of, where it is not `serious`: what is comes first."""
 
     message: str
     serious: bool = True
@@ -62,17 +62,6 @@ has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd t
 def overflows() -> int:
     """Return how many backward passes so far warned that codes had found no room."""
     return _warned[NO_ROOM]
-
-
-def add_check(graph: fx.Graph, ok: fx.Node, said: Sequence[Said], meta: Mapping[str, Any]) -> fx.Node:
-    """Add to the end of a graph that a run raises, or warns, for the first element of `ok` that is false, what is
-    `said`; what is serious comes first.
-    """
-    arguments = ok, [s.message for s in said], [s.serious for s in said]
-    with graph.inserting_before(graph.output_node()):
-        node = graph.call_function(torch.ops.revfx.check.default, arguments)
-    node.meta.update(meta, val=None)
-    return node
 
 
 def is_overload(target: Any) -> bool:

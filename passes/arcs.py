@@ -64,12 +64,11 @@ def lower(
     exact: bool = False,
     barred: Mapping[fx.Node, str] | None = None,
 ) -> Lowered:
-    """Return the program of a graph whose nodes carry fake results in `meta["val"]`; with `exact`, without arcs that
-    round.
-
-    `barred`: why no inverse that rounds may give nodes back, where no code corrects it; None: codes do.
+    """Return the program of a graph whose nodes carry fake results in `meta["val"]`.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
+    `exact`: without arcs that round. `barred`: why no inverse that rounds may give nodes back, where no code corrects
+    it; None: codes do.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
     contain the node), `where` (the user's file and line), `constant`, `facts`, `grid`, `kept` and `directions` (what
@@ -83,20 +82,18 @@ def lower(
     return replace(lowered, program=replace(lowered.program, ops=tuple(ops)))
 
 
+@dataclass(eq=False)
 class _Lowering:
-    def __init__(
-        self,
-        graph: fx.Graph,
-        module_of: Callable[[str], torch.nn.Module] | None,
-        sources: Collection[fx.Node],
-        barred: Mapping[fx.Node, str] | None,
-    ) -> None:
-        self.graph, self.module_of, self.sources = graph, module_of, sources
-        self.bounds, self.barred = bounds(graph), barred
-        self.coded = barred is None
+    graph: fx.Graph
+    module_of: Callable[[str], torch.nn.Module] | None
+    sources: Collection[fx.Node]
+    barred: Mapping[fx.Node, str] | None
+
+    def __post_init__(self) -> None:
+        self.bounds, self.masks = bounds(self.graph), masks(self.graph)
+        self.constant = _constant(self.graph, self.sources)
+        self.coded = self.barred is None
         self.directions: dict[fx.Node, list[Direction]] = {}
-        self.constant = _constant(graph, sources)
-        self.masks = masks(graph)
         self.values: list[Value] = []
         self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -54,7 +53,7 @@ class Closure:
         self._waiting: dict[int, list[int]] = {}
         self._missing: list[int] = []
         self._pending: list[Derivation] = []
-        self._ready: tuple[deque[int], ...] = (deque(), deque(), deque(), deque())  # by `_rank`
+        self._ready: tuple[list[int], ...] = ([], [], [], [])  # by `_rank`
         self.sums = Elimination(program, self)  # which holds none unless `sums`
         self._adds_sums = sums
         self.together = False  # whether sums were solved together

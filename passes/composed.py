@@ -22,9 +22,7 @@ def rounds(arc: Arc) -> bool:
 
 
 def composed_all(program: Program, steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Return the steps, composed, and joined where a cut in the midst of arithmetic would be one more value that is
-    read.
-    """
+    """Return the steps, composed, and joined where a cut in the midst of arithmetic would be one more value read."""
     found: list[tuple[Step, Step]] = []  # as they are, and composed
     for step in steps:
         one = step, composed(program, step)
@@ -55,9 +53,7 @@ def _joined(first: Step, then: Step) -> Step:
 
 
 def composed(program: Program, step: Step) -> Step:
-    """Return the step with inverses that give values which are read on the way to its entry, each from values that are
-    right themselves; all else runs forwards.
-    """
+    """Return the step with inverses that give, of right values alone, what is read; all else runs forwards."""
     derive = needed(program, step.derive, step.entry)
     read = {*step.entry, *(v for d in derive if isinstance(d, Forward) for v in read_by(program, d))}
     inverses = {d.arc.head: d.arc for d in derive if isinstance(d, Invert)}

@@ -75,14 +75,9 @@ class Elimination:
         weights = {v: -w / row[head] for v, w in row.items() if v not in (head, ONE)}
         values, number = self._program.values, -row.get(ONE, 0.0) / row[head]
         said = " + ".join(f"{w:g}*{values[v].name}" for v, w in weights.items())
-        return Arc(
-            head,
-            tuple(weights),
-            _sum(tuple(weights.values()), number),
-            exact=False,
-            factor=1 / max(1.0, *map(abs, weights.values())),
-            text=f"{values[head].name} <- {said}  (solved together)",
-        )
+        solve, factor = _sum(tuple(weights.values()), number), 1 / max(1.0, *map(abs, weights.values()))
+        text = f"{values[head].name} <- {said}  (solved together)"
+        return Arc(head, tuple(weights), solve, exact=False, factor=factor, text=text)
 
 
 def _less(row: Row, other: Row, pivot: int) -> Row:

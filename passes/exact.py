@@ -28,8 +28,7 @@ Insert = Callable[[fx.Node, Callable[..., Tensor], Sequence[fx.Node], fx.Node], 
 
 
 def exact_regions(program: Program, carries: bool = True) -> tuple[Program, tuple[Region, ...], tuple[Stuck, ...]]:
-    """Return the program with those arcs only that can be undone bit for bit, its regions, and where the search got
-    stuck.
+    """Return the program with only those arcs that can be undone bit for bit, its regions, and where it got stuck.
 
     Of each operation one arc that rounds is left at most: the one by which a region reaches its cuts. `carries`:
     streams in half precision may be carried in float32.

@@ -34,10 +34,9 @@ Facts = tuple[tuple[int, Fact], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """Return what holds of which inputs: pairs of a number and a fact; which numbers they hold only of a model's own
-    tensors, since a graph is compiled, and cached, for these.
-    """
+    """Return what holds of which inputs: pairs of a number and a fact."""
     tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
+    # which numbers they hold only of a model's own tensors: a graph is compiled, and cached, for these
     return tuple((i, fact) for i, t in tensors for fact in _facts(t) if isinstance(fact, str) or _torch.is_held(t))
 
 
@@ -91,8 +90,7 @@ def check(fact: Fact, name: str, where: str) -> tuple[Callable[..., Tensor], str
 
 # --- facts of the nodes of a graph
 def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[Fact]], owner: Any) -> dict[fx.Node, tuple[Fact, ...]]:
-    """Return the facts of a graph's nodes that follow from those `known` of its inputs and from what tensors `owner`
-    holds.
+    """Return the facts of nodes that follow from those `known` of inputs and from the tensors that `owner` holds.
 
     They are hints: what relies on one checks the very node.
     """
@@ -170,8 +168,7 @@ NOWHERE: Places = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Of the nodes of a graph, those that are masks, and where others are exactly zero, or one: (root, value) for each
-    place.
+    """Which nodes of a graph are masks, and where others are exactly zero, or one: (root, value) for each place.
 
     Both hold up to broadcasting: a root says the same about every row that it is repeated for.
     """
@@ -190,8 +187,7 @@ def masks(graph: fx.Graph) -> Masks:
     for node in graph.nodes:
         if not isinstance(node.meta.get("val"), Tensor):
             continue
-        mask = _mask(node, of, parts)
-        if mask is not None:
+        if (mask := _mask(node, of, parts)) is not None:
             of[node] = mask
         if of and (where := _zero(node, of, zero)):
             zero[node] = where
@@ -215,20 +211,16 @@ def _mask(node: fx.Node, of: Mapping[fx.Node, Mask], parts: MutableMapping[tuple
                 return of[a]
             if name in LAID_OUT:  # the same part of one mask, such as `masks[0]`, is one root
                 return Mask(parts.setdefault((of[a], name, str(node.args[1:]), str(node.kwargs)), node), True)
-            taken_off_one = name == "rsub" and _is_one(b) and len(node.args) == 2 and not node.kwargs
+            taken_off_one = name == "rsub" and b == 1 and len(node.args) == 2 and not node.kwargs
             inverted = name in ("bitwise_not", "invert") and val.dtype == torch.bool
             if name == "logical_not" or inverted or taken_off_one:
                 return Mask(of[a].root, not of[a].value)
-        if name == "sub" and _is_one(a) and isinstance(b, fx.Node) and b in of and not node.kwargs:
+        if name == "sub" and a == 1 and isinstance(b, fx.Node) and b in of and not node.kwargs:
             return Mask(of[b].root, not of[b].value)
     held = node.meta.get("constant")
     if val.dtype == torch.bool or BINARY in node.meta.get("facts", ()) or (held is not None and is_mask(held)):
         return Mask(node, True)
     return None
-
-
-def _is_one(x: Any) -> bool:
-    return isinstance(x, (int, float)) and x == 1
 
 
 def _zero(node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, Places]) -> Places:

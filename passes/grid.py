@@ -42,10 +42,9 @@ def checked_exact(exact: Any, grid: Any) -> bool:
     Raises:
         ValueError: it is something else, or False beside a `grid`.
     """
-    if isinstance(exact, int) and not isinstance(exact, bool):
-        raise ValueError(f"`exact={exact!r}` must be True or False; `grid={exact!r}` is a grid of 2^-{exact}.")
     if not isinstance(exact, bool):
-        raise ValueError(f"`exact={exact!r}` must be True or False.")
+        instead = f"; `grid={exact!r}` is a grid of 2^-{exact}" if isinstance(exact, int) else ""
+        raise ValueError(f"`exact={exact!r}` must be True or False{instead}.")
     if not exact and grid is not None:
         raise ValueError(f"`exact=False` and `grid={grid!r}`: what lies on a grid is exact.")
     return exact
@@ -146,9 +145,7 @@ class Coupling:
         return y if self.rest is None else y + to_grid(_tensor(self.rest(*given), x), self.k)
 
     def parts(self, given: int) -> list[tuple[Coupling, tuple[int, ...]]]:
-        """Return the multiplication and the addition, each with a result of its own that must stay in range, and the
-        numbers of those of the `given` operands that it reads.
-        """
+        """Return multiplication and addition, whose results must both stay in range, and which operands each reads."""
         every = tuple(range(given))
         if not self.scales or self.rest is None:
             return [(self, every)]

@@ -49,6 +49,7 @@ UNSAID = object()  # the rest of a sum that is not simply its other addend
 PRODUCTS, QUOTIENTS, SUMS = ("mul", "multiply"), ("div", "divide", "true_divide"), ("add", "sub", "subtract")
 
 
+@dataclass(eq=False)
 class MaskedArcs:
     """Finds arcs whose tail holds parts of their head under a mask.
 
@@ -56,19 +57,16 @@ class MaskedArcs:
     is known against an arc that rounds for the sake of its head; None: what rounds is corrected.
     """
 
-    def __init__(
-        self,
-        op_nodes: Sequence[fx.Node],
-        masks: Masks,
-        index: Mapping[fx.Node, int],
-        barred: Mapping[fx.Node, str] | None,
-        arc_of: Callable[[fx.Node, Inverse], Arc | str],
-        directions_of: Callable[[fx.Node], list[Direction]],
-    ) -> None:
-        self.index, self.barred, self.arc_of, self.directions_of = index, barred, arc_of, directions_of
-        self.position = {node: i for i, node in enumerate(op_nodes)}
-        self.masks = masks
-        found = {node: [m for m in self._masked(node) if m.mask in index] for node in op_nodes}
+    op_nodes: Sequence[fx.Node]
+    masks: Masks
+    index: Mapping[fx.Node, int]
+    barred: Mapping[fx.Node, str] | None
+    arc_of: Callable[[fx.Node, Inverse], Arc | str]
+    directions_of: Callable[[fx.Node], list[Direction]]
+
+    def __post_init__(self) -> None:
+        self.position = {node: i for i, node in enumerate(self.op_nodes)}
+        found = {node: [m for m in self._masked(node) if m.mask in self.index] for node in self.op_nodes}
         self.selects = {node: sides for node, sides in found.items() if sides}
         self.halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}
 
@@ -151,27 +149,19 @@ class MaskedArcs:
         n = len(half.tail)
 
         def solve(*tail: Tensor) -> Tensor:
-            held, mask = half.solve(*tail[:n]), _set(tail[n])
-            other = tail[n + 1] if fill else m.other
+            held, mask = half.solve(*tail[:n]), _set(tail[-1])
+            other = tail[n] if fill else m.other
             return torch.where(mask, held, other) if m.value else torch.where(mask, other, held)
 
         exact = half.rounding is None
         why = "it is filled by a constant, which a rounding inverse leaves alone, but may hold zeros"
         barred = None if exact or self.barred is None else why
-        arc = self._arc(y, (*half.tail, m.mask, *fill), solve, exact=exact, barred=barred, mask=m.mask)
+        arc = self._arc(y, (*half.tail, *fill, m.mask), solve, exact=exact, barred=barred)
         return min(self.position[y], half.at), arc
 
-    def _arc(
-        self,
-        head: fx.Node,
-        tail: Sequence[fx.Node],
-        solve: Callable[..., Tensor],
-        mask: fx.Node | None = None,
-        **more: Any,
-    ) -> Arc:
-        """Return an arc through a `mask`, the last of its tail by default; it relies on that holding zeros and ones."""
-        mask = tail[-1] if mask is None else mask
-        assumes = () if mask.meta["val"].dtype == torch.bool else ((self.index[mask], BINARY),)
+    def _arc(self, head: fx.Node, tail: Sequence[fx.Node], solve: Callable[..., Tensor], **more: Any) -> Arc:
+        """Return an arc through a mask, the last of its tail; it relies on that holding zeros and ones."""
+        assumes = () if tail[-1].meta["val"].dtype == torch.bool else ((self.index[tail[-1]], BINARY),)
         text = f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
         values = tuple(self.index[n] for n in tail)
         return Arc(self.index[head], values, solve, text=text, assumes=assumes, **more)

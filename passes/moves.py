@@ -11,9 +11,7 @@ from revfx.rules import Direction, arguments, op_name, rule_for
 
 
 def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direction]:
-    """Return what the rule of a node, which calls `module`, yields, and what else is declared of it; nothing where a
-    size is not fixed.
-    """
+    """Return what a node's rule yields, if all sizes in it are fixed, and what else is declared of the node."""
     if "directions" in node.meta:
         return list(node.meta["directions"])
     rule, declared = rule_for(node, module), [*node.meta.get("declared", ())]

@@ -56,8 +56,7 @@ def larger(a: Any, b: Any) -> Any:
 
 
 def amplification(step: Step, before: Mapping[int, Any], measured: Mapping[tuple[int, bool], Any]) -> dict[int, Any]:
-    """Return how large a rounding error of 1 at the last kept cut has grown, per value of the step, from that of its
-    entry.
+    """Return how large a rounding error of 1 at the last kept cut has grown in each value, from that `before`.
 
     Along each stream an inverse multiplies the error by 1/|factor| (as declared, or as measured while the forward
     ran). One that amplifies also adds a rounding of its own: over n steps of amplification a that sums to (a^n -
@@ -131,8 +130,7 @@ def deep_in_half_precision(program: Program, steps: Sequence[Step], cuts: Collec
 def anchors(
     program: Program, steps: Sequence[Step], tolerance: float | None, store: bool, every: int | None = None
 ) -> frozenset[int]:
-    """Return the cuts inside a region to keep since rounding would grow too much, going by what is known without
-    running.
+    """Return the cuts inside a region to keep since rounding would grow too much, by what is known without running.
 
     Cut j lies before step j. Of factors that are data a typical magnitude is assumed; with `store` the smallest that
     they may have, and the entry of a step whose factor may reach zero is kept as well. `every`: see `asked_for`.
@@ -173,9 +171,3 @@ def inverted_from(step: Step) -> dict[int, int]:
         if at != v:
             found[v] = at
     return found
-
-
-def type_text(program: Program, value: int) -> str:
-    """Return a value's dtype and shape in the form `float32[8, 256]`."""
-    v = program.values[value]
-    return f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}"

@@ -59,10 +59,10 @@ class Walk:
 
 
 def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
-    """Return the regions of a program in order, and the stuck points between them (nearest the end first); where there
-    are no regions at all, also what would have had to be kept.
+    """Return the regions of a program in order, and the stuck points between them (nearest the end first).
 
-    A region must free more bytes than it keeps, unless `all_pay` says that this is known.
+    Where there are no regions at all, these hold also what would have had to be kept. A region must free more bytes
+    than it keeps, unless `all_pay` says that this is known.
     """
     regions: list[Region] = []
     stuck: list[Stuck] = []

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from revfx.passes.arcs import Lowered
-from revfx.passes.plan import type_text
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.rules import op_name
@@ -79,6 +78,8 @@ def _index(value: object) -> str:
 def _action(program: Program, region: Region, index: int) -> str:
     saved = {*region.entry, *region.exit, *region.saved, *region.side}
     inverted = {a.head for s in region.steps[1:] for a in s.arcs}
-    outs = program.ops[index].outs
-    actions = ("save" if v in saved else "invert" if v in inverted else "recompute" for v in outs)
-    return ", ".join(f"{action} {type_text(program, v)}" for action, v in zip(actions, outs, strict=True))
+    said: list[str] = []
+    for v, value in ((v, program.values[v]) for v in program.ops[index].outs):
+        action = "save" if v in saved else "invert" if v in inverted else "recompute"
+        said.append(f"{action} {str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
+    return ", ".join(said)

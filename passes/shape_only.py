@@ -17,18 +17,16 @@ DRAWN: Mapping[str, str] = {"rand_like": "rand", "randn_like": "randn"}
 
 
 def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> tuple[str, Any, dict[str, Any]] | None:
-    """Return the name, arguments and options of what makes a tensor like `made` of its shape alone; None where nothing
-    does.
+    """Return the name, arguments and options of what makes a tensor like `made` of its shape alone, if anything does.
 
     `y = randn_like(a)` is `y = randn(shape of y)`: the same numbers where y is contiguous, and the generator torch's.
     """
-    if not any(name in names for names in (FILLED, UNFILLED, VALUE_AT, DRAWN)):
+    known = any(name in names for names in (FILLED, UNFILLED, VALUE_AT, DRAWN))
+    if not known or kwargs.get("generator") is not None or kwargs.get("requires_grad"):
         return None
-    if kwargs.get("generator") is not None or kwargs.get("requires_grad"):
+    if not isinstance(made, torch.Tensor) or made.layout != torch.strided or not fixed(made.shape):
         return None
-    if not isinstance(made, torch.Tensor) or made.layout != torch.strided:
-        return None
-    if not fixed(made.shape) or not made.is_contiguous():
+    if not made.is_contiguous():
         return None
     options = {"dtype": made.dtype, "device": made.device}
     if name in DRAWN:

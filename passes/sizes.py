@@ -43,15 +43,13 @@ def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
 
 @contextlib.contextmanager
 def no_new_guards(node: fx.Node) -> Generator[None]:
-    """Return a context that ends early, without an error, where something in it depends on a size that is not fixed, of
-    the node's result or among what it reads, for which a node stands that can't be computed with.
-    """
+    """Return a context that ends early, without an error, where something depends on a size that is not fixed."""
     modes = (getattr(t, "fake_mode", None) for t in tensors_of(node.meta["val"]))
     env: Any = next((e for mode in modes if (e := getattr(mode, "shape_env", None)) is not None), None)
     if env is None:
         yield
         return
-    reads = any(isinstance(n.meta.get("val"), NUMBERS) for n in node.all_input_nodes)
+    reads = any(isinstance(n.meta.get("val"), NUMBERS) for n in node.all_input_nodes)  # a node can't be computed with
     early = (GUARDED, TypeError) if reads else (GUARDED,)
     with contextlib.suppress(*early), muted(symbolic_shapes.__name__), env.error_on_new_guards():
         yield

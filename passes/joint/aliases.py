@@ -18,9 +18,7 @@ from revfx.passes.sizes import tensors_of
 
 
 def save_bases(forward: fx.Graph, backward: fx.Graph, num_outputs: int) -> None:
-    """Rewrite the halves of a joint graph, of whose forward's results the first `num_outputs` are outputs, and the
-    others are saved for the backward, whose placeholders go by their names.
-    """
+    """Rewrite the halves of a joint graph; after `num_outputs` results of the forward come those that it saves."""
     results = list(output_args(forward))
     outputs = {n for n in results[:num_outputs] if isinstance(n, fx.Node)}
     inputs = set(forward.find_nodes(op="placeholder"))

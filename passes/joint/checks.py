@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,24 +51,20 @@ SAMPLE = 64  # elements of each value
 Cut = tuple[Mapping[int, fx.Node], Mapping[int, int], str]
 
 
+@dataclass(eq=False)
 class Checks:
-    """The checks of one joint graph. `original` gives the forward's node of a value, `kept` takes what must be saved,
-    and `attached` the flags to compute right after a node.
-    """
+    """The checks of one joint graph; `kept` takes what must be saved, `attached` the flags to compute after a node."""
 
-    def __init__(
-        self,
-        joint: fx.Graph,
-        program: Program,
-        recorder: Recorder,
-        original: Callable[[int], fx.Node],
-        tolerance: float | None,
-        lossless: bool,
-    ) -> None:
-        self.joint, self.program, self.recorder, self.original = joint, program, recorder, original
-        self.tolerance, self.lossless = tolerance, lossless
-        self.output = joint.output_node()
-        self._first = next(n for n in joint.nodes if n.op != "placeholder")
+    joint: fx.Graph
+    program: Program
+    recorder: Recorder
+    original: Callable[[int], fx.Node]
+    tolerance: float | None
+    lossless: bool
+
+    def __post_init__(self) -> None:
+        self.output = self.joint.output_node()
+        self._first = next(n for n in self.joint.nodes if n.op != "placeholder")
         self.kept: set[fx.Node] = set()
         self.attached: dict[fx.Node, list[fx.Node]] = {}
         self.stretches: list[list[Cut]] = []
@@ -160,9 +157,7 @@ class Checks:
             self._check_forward(lambda t, most=most: t.abs().amax() < most, [node], message)
 
     def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], last: fx.Node | None = None) -> fx.Node:
-        """Return the node of `by(*tail)` in the forward, right behind the `last` one of the tail; behind all inputs
-        where that is one.
-        """
+        """Return the node of `by(*tail)` in the forward, right behind the `last` of the tail, and behind all inputs."""
         last = tail[0] if last is None else last
         with self.joint.inserting_before(self._first if last.op == "placeholder" else last.next):
             return self.recorder.record(by, tail, FORWARD, last)
@@ -180,9 +175,7 @@ class Checks:
     def _check_backward(
         self, test: Callable[..., Tensor], now: fx.Node, then: Sequence[fx.Node], message: str, serious: bool = True
     ) -> None:
-        """Let the backward raise so, or warn, if a test of what is `now` regenerated, and was kept `then`, gives
-        false.
-        """
+        """Let the backward raise so, or warn, if a test of what is regenerated `now`, and kept `then`, gives false."""
         self.kept.update(then)
         with self.joint.inserting_before(self.output):
             ok = self.recorder.record(test, [now, *then], BACKWARD, now)
@@ -207,7 +200,10 @@ class Checks:
             with self.joint.inserting_before(self.output):
                 # a copy of what the forward saved, as the check is said to write it
                 ok = self.recorder.record(lambda *t: torch.cat(t).clone(), parts, BACKWARD, parts[0])
-            yield _torch.add_check(self.joint, ok, texts, {"partitioner_tag": BACKWARD})
+                arguments = ok, [s.message for s in texts], [s.serious for s in texts]
+                end = self.joint.call_function(torch.ops.revfx.check.default, arguments)
+            end.meta.update(partitioner_tag=BACKWARD, val=None)
+            yield end
 
 
 def _grown(steps: Sequence[Step], measured: Mapping[tuple[int, bool], Any]) -> Any:

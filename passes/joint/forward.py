@@ -183,11 +183,6 @@ def is_strided(val: Any) -> bool:
     return isinstance(val, torch.Tensor) and val.layout == torch.strided
 
 
-def is_tangent(node: fx.Node) -> bool:
-    """Return whether a node is a gradient that comes into the backward."""
-    return node.op == "placeholder" and str(node.target).startswith("tangents")
-
-
 def output_args(graph: fx.Graph) -> Sequence[Any]:
     """Return what the graph returns, flat."""
     returned = graph.output_node().args[0]
@@ -203,7 +198,8 @@ def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes that depend on a gradient coming in."""
     found: set[fx.Node] = set()
     for node in nodes:
-        if is_tangent(node) or not found.isdisjoint(node.all_input_nodes):
+        tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
+        if tangent or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

@@ -279,8 +279,7 @@ def described(node: fx.Node, tag: str) -> dict[str, Any]:
 
 
 def _dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
-    """Return the order of dimensions in which `t` must be laid out so that it can be viewed as `like` can; None: it can
-    now.
+    """Return in which order of dimensions `t` must be laid out to be viewed as `like` can; None: as it is.
 
     `like` may be a part of a larger tensor; then the dense layout with its order of dimensions does as well.
     """

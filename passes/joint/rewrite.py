@@ -78,11 +78,10 @@ class Report:
 def rewrite(
     joint: fx.Graph, num_outputs: int, static: Collection[int], options: Options, facts: Facts | None
 ) -> Report:
-    """Return what was found in `joint`, which is rewritten in place; without a region it stays as it is, but for what
-    would be wrong: reads of inputs that the step updates.
+    """Return what was found in `joint`, which is rewritten in place.
 
-    `facts` is what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in
-    every run.
+    Without a region it stays as it is, but for what would be wrong: reads of inputs that the step updates. `facts` is
+    what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in every run.
     """
     recorder = Recorder(joint, options.decompositions)
     _pin_updates(joint, num_outputs, recorder)
@@ -134,9 +133,7 @@ def rewrite(
 def _exact_forward(
     joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None, k: int, recorder: Recorder
 ) -> tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]:
-    """Return the forward half of `joint` once its regions compute on the grid 2^-k, the regions, and, of the program as
-    it was written, where the search for them got stuck.
-    """
+    """Return the forward half with its regions on the grid 2^-k, these, and where the search got stuck in what."""
     forward = forward_half(joint, num_outputs, static, facts)
     lowered = forward.lowered
     program, regions, stuck = exact_regions(lowered.program, carries=False)
