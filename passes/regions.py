@@ -199,13 +199,8 @@ def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool
     What running forwards from `side` alone gives does not count: that is checkpointing, which needs no inverse.
     """
     given = _recomputable(program, steps, side)
-    using = [
-        s
-        for s in steps
-        if any(not a.exact and a.head not in given for a in s.arcs)
-        and any(v in side for i in range(s.start, s.stop) for v in program.ops[i].ins)
-    ]
-    if len(using) < 2:
+    inverting = [s for s in steps if any(not a.exact and a.head not in given for a in s.arcs)]
+    if sum(not side.isdisjoint(_read(program, s.start, s.stop)) for s in inverting) < 2:
         return False
     freed = {program.values[v].storage: program.values[v].nbytes for s in steps for v in s.entry if v not in given}
     return sum(freed.values()) > program.nbytes(tuple(side))
@@ -236,9 +231,7 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     high = min(range(trusted[-1], len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))
     steps = steps[low : high + 1]
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
-    side = tuple(
-        v for v in sorted(walk.side) if any(v in program.ops[i].ins for s in steps for i in range(s.start, s.stop))
-    )
+    side = tuple(sorted(walk.side.intersection(_read(program, steps[0].start, steps[-1].stop))))
     kept = (*steps[0].entry, *steps[-1].exit, *saved, *side)
     kept_storage = {program.values[v].storage for v in kept}
     freed = [_made(program, s.start, s.stop, kept_storage) for s in steps]
@@ -262,7 +255,12 @@ def _is_carrier(program: Program, step: Step) -> bool:
     return not computes or all(a.coded for a in step.arcs if not a.exact)
 
 
+def _read(program: Program, start: int, stop: int) -> Iterator[int]:
+    """Return the values that operations start..stop-1 read."""
+    return (v for op in program.ops[start:stop] for v in op.ins)
+
+
 def _made(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:
     """Return bytes that operations start..stop-1 make, besides the storage that is kept."""
-    outs = [program.values[v] for i in range(start, stop) for v in program.ops[i].outs]
+    outs = [program.values[v] for op in program.ops[start:stop] for v in op.outs]
     return sum({v.storage: v.nbytes for v in outs if v.storage not in kept}.values())

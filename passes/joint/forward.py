@@ -55,12 +55,7 @@ class Forward:
 
 
 def forward_half(
-    joint: fx.Graph,
-    num_outputs: int,
-    static: Collection[int],
-    facts: Facts | None = None,
-    exact: bool = False,
-    coded: bool = False,
+    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, exact: bool = False, coded: bool = False
 ) -> Forward:
     """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
@@ -77,14 +72,15 @@ def forward_half(
     # what only updates an input, such as running statistics, is no part of the program
     used = ancestors([*outputs, *held, *read_later(joint, nodes)], stateless_inputs)
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
+    lasting = [p for i, p in enumerate(primals) if i in static]
     mutated = frozenset(written_inputs(joint))
-    known = _known(joint, primals, static, facts or ())
+    known = _known(joint, lasting, facts)
     constant = constants(joint, known)
     for node in known:
         node.meta["facts"] = known[node]
     given = {p for p in primals if p not in mutated and _is_no_data(p.meta["val"])}
-    weights = trained(joint, output_args(joint), [p for i, p in enumerate(primals) if i in static])
-    apart = {} if coded else barred(joint, weights)  # also by a backward of the user's own
+    # also by a backward of the user's own
+    apart = {} if coded else barred(joint, trained(joint, output_args(joint), lasting))
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -98,21 +94,16 @@ def forward_half(
     for new in (n for n in half.nodes if "directions" in n.meta):  # which tell of nodes further down, too
         new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
     half.output([copy[n] for n in outputs])
-    sources = {copy[n] for n in _sources(joint, primals, static, mutated, nodes) if n in copy}
+    sources = {copy[n] for n in _sources(joint, lasting, mutated, nodes) if n in copy}
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
     lowered = lower(half, sources=sources, exact=exact, barred=None if coded else theirs)
     return Forward(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
 
 
-def _known(
-    joint: fx.Graph, primals: Sequence[fx.Node], static: Collection[int], facts: Facts
-) -> dict[fx.Node, tuple[Fact, ...]]:
+def _known(joint: fx.Graph, lasting: Sequence[fx.Node], facts: Facts) -> dict[fx.Node, tuple[Fact, ...]]:
     """Return what is known of the values of nodes; nothing of a model's own inputs, which differ from step to step."""
-    of: dict[int, list[Fact]] = {}
-    for number, fact in facts:
-        of.setdefault(number, []).append(fact)
-    inputs = {p: _torch.plain_input(p) for i, p in enumerate(primals) if i in static}
-    return annotate(joint, {p: of[i] for p, i in inputs.items() if i is not None and i in of}, joint.owning_module)
+    inputs = {p: _torch.plain_input(p) for p in lasting}
+    return annotate(joint, {p: [f for i, f in facts if i == at] for p, at in inputs.items()}, joint.owning_module)
 
 
 def _read_no_shapes(joint: fx.Graph) -> None:
@@ -129,17 +120,13 @@ SMALL = 1024  # bytes of a constant that are not worth computing again
 
 
 def _sources(
-    joint: fx.Graph,
-    primals: Sequence[fx.Node],
-    static: Collection[int],
-    mutated: Collection[Any],
-    ahead: Collection[fx.Node],
+    joint: fx.Graph, lasting: Iterable[fx.Node], mutated: Collection[Any], ahead: Collection[fx.Node]
 ) -> set[fx.Node]:
     """Return what the backward can read at little cost: parameters and buffers, what follows from them alone and is not
     larger than they are (views, casts, masks turned round), what is filled with a number, inductor's seeds, and masks
     that are drawn once for several readers.
     """
-    found = {p for i, p in enumerate(primals) if i in static}
+    found = set(lasting)
     held = {n for n in joint.nodes if n.op == "get_attr" and is_strided(n.meta.get("val"))}
     copies = {n for n in joint.nodes if n.meta.get("copy_of") in found}
     clean = {n for n in found | held if n not in mutated} | copies

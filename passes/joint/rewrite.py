@@ -83,7 +83,7 @@ def rewrite(
     Without a region it stays as it is, but for what would be wrong: reads of inputs that the step updates. `facts` is
     what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in every run.
     """
-    recorder = Recorder(joint, options.decompositions)
+    recorder, facts = Recorder(joint, options.decompositions), facts or ()
     _pin_updates(joint, num_outputs, recorder)
     if options.grid is None:
         forward = forward_half(joint, num_outputs, static, facts, coded=options.coder is not None)
@@ -99,16 +99,15 @@ def rewrite(
     warnings: list[str | None] = []
     details: list[tuple[Program, Region, frozenset[int]]] = []
     for region in reversed(regions):
-        if options.coder is not None:
+        if options.coder is None:
+            cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
+        else:
             region = replace(region, steps=composed_all(program, region.steps))
+            cuts = asked_for(region.steps, options.anchor_every)
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
         if options.grid is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
-        if options.coder is None:
-            cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
-        else:
-            cuts = asked_for(region.steps, options.anchor_every) - {0}
         try:
             regenerator.region(region, wanted, ops, cuts)
         except Unrecordable as error:
@@ -131,7 +130,7 @@ def rewrite(
 
 
 def _exact_forward(
-    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts | None, k: int, recorder: Recorder
+    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, k: int, recorder: Recorder
 ) -> tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]:
     """Return the forward half with its regions on the grid 2^-k, these, and where the search got stuck in what."""
     forward = forward_half(joint, num_outputs, static, facts)
