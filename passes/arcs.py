@@ -178,10 +178,9 @@ class _Lowering:
         )
 
     def _statistics(self, name: str, ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[Arc]:
-        """Yield results that may be kept for want of an inverse, as the mean and scale that a batch is freed of: small
-        beside what they are made of. Where inverses round, none that was selected from it.
-        """
+        """Yield results that may be kept for want of an inverse, as the mean and scale that a batch is freed of."""
         most = max((_size(self.values[v]) for v in ins if not self.values[v].source), default=0)
+        # where inverses round, none that was selected from what may come back by one
         for v in outs if self.coded or name.strip("_") not in SELECTS else ():
             if 0 < _size(self.values[v]) * SMALLER <= most:
                 yield Arc(v, (), _kept, exact=False, barred="it is small beside what it is made of")

@@ -20,6 +20,8 @@ BEYOND = 3  # times as many operations are looked at for a cut that needs nothin
 ABOVE = 64  # operations above a cut that are run again for it
 FURTHER, IN_VAIN = 64, 16  # operations that are looked at for sums alone; searches for them without success
 
+Values = tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -34,12 +36,12 @@ class Step:
 
     start: int
     stop: int
-    entry: tuple[int, ...]
-    exit: tuple[int, ...]
-    saved: tuple[int, ...]
+    entry: Values
+    exit: Values
+    saved: Values
     derive: tuple[Derivation, ...]
     arcs: tuple[Arc, ...]
-    again: tuple[int, ...] = ()
+    again: Values = ()
 
     @property
     def inverts(self) -> bool:
@@ -62,9 +64,9 @@ class Stuck:
 
     start: int
     stop: int
-    unknown: tuple[int, ...]
+    unknown: Values
     barrier: str | None = None
-    nearest: tuple[int, tuple[int, ...]] | None = None
+    nearest: tuple[int, Values] | None = None
 
 
 def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, None]:
@@ -75,12 +77,12 @@ def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, 
     return before
 
 
-def find_step(program: Program, stop: int, exit: tuple[int, ...], side: frozenset[int], patience: int) -> Step | Stuck:
+def find_step(program: Program, stop: int, exit: Values, side: frozenset[int], patience: int) -> Step | Stuck:
     """Return the step that ends at the cut before operation `stop`, or why there is none."""
     closure = Closure(program, (*exit, *side), sums=program.in_vain[0] < IN_VAIN)
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
-    nearest: tuple[int, tuple[int, ...]] | None = None
+    nearest: tuple[int, Values] | None = None
     nearer: Step | None = None
     blocked: Stuck | None = None
     start, idle, touch = stop, 0, program.first_touch
@@ -124,13 +126,7 @@ def find_step(program: Program, stop: int, exit: tuple[int, ...], side: frozense
 
 
 def _step(
-    program: Program,
-    closure: Closure,
-    start: int,
-    stop: int,
-    entry: tuple[int, ...],
-    exit: tuple[int, ...],
-    side: frozenset[int],
+    program: Program, closure: Closure, start: int, stop: int, entry: Values, exit: Values, side: frozenset[int]
 ) -> Step | None:
     chosen = {v: program.selected[v] for v in exit if v in program.selected}
     again = tuple(v for v, s in chosen.items() if start <= s.first)
@@ -153,7 +149,7 @@ def _step(
 
 
 def _with_above(
-    program: Program, start: int, stop: int, entry: tuple[int, ...], exit: tuple[int, ...], side: frozenset[int]
+    program: Program, start: int, stop: int, entry: Values, exit: Values, side: frozenset[int]
 ) -> Step | None:
     """Return a step whose entry takes operations above it; None where that does not do either."""
     if any(v in program.selected for v in exit):

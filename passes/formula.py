@@ -70,15 +70,11 @@ def _arguments(args: Any, kwargs: Mapping[str, Any]) -> str:
 
 def formula(program: Program, arc: Arc, names: Mapping[int, str]) -> str:
     """Return `x1 <- y1 - f(x2)` for an arc; `names` says what else than their own names values are called."""
-
-    def name(v: int) -> str:
-        return names.get(v, program.values[v].name)
-
-    head = program.values[arc.head].name
+    head, tail = program.values[arc.head].name, [names.get(v, program.values[v].name) for v in arc.tail]
     try:
-        found = arc.solve(*(Term(name(v)) for v in arc.tail))
+        found = arc.solve(*map(Term, tail))
         if isinstance(found, Term) and len(found.text) <= LONGEST:
             return f"{head} <- {found.text}"
     except Exception:  # it asks for shapes, or for what only a tensor has
         pass
-    return f"{head} <- {arc.text.partition(' <- ')[2] or ', '.join(name(v) for v in arc.tail)}"
+    return f"{head} <- {arc.text.partition(' <- ')[2] or ', '.join(tail)}"

@@ -160,8 +160,7 @@ class Coupling:
 
     def inverse(self, y: Tensor, *given: Tensor) -> Tensor:
         """Return x from y and, where `bits` is not 0, what `index` gave as the last operand."""
-        index = given[-1] if self.bits else None
-        given = given[:-1] if self.bits else given
+        given, index = (given[:-1], given[-1]) if self.bits else (given, None)
         y = self._less_rest(y, given)
         if not self.scales:
             return y if self.scale == 1 else 0.0 - y
@@ -175,9 +174,7 @@ class Coupling:
         return packed(units(x, self.k).double() - lowest, self.bits)
 
     def _less_rest(self, y: Tensor, given: tuple[Tensor, ...]) -> Tensor:
-        if self.rest is None:
-            return y
-        return y - rounded(_tensor(self.rest(*given), y), self.k)
+        return y if self.rest is None else y - rounded(_tensor(self.rest(*given), y), self.k)
 
     # --- multiplication by c, in float64 and in units of the grid
     def _scaled(self, x: Tensor, *given: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes.facts import BINARY, Mask, Masks, bare
-from revfx.passes.program import Arc
+from revfx.passes.program import Arc, Found
 from revfx.passes.sizes import same
 from revfx.rules import Direction, Inverse, Masked
 
@@ -44,7 +44,6 @@ class Half:
         return self.rounding is not None and self.rounding.factor is not None
 
 
-Found = tuple[int, Arc]
 UNSAID = object()  # the rest of a sum that is not simply its other addend
 PRODUCTS, QUOTIENTS, SUMS = ("mul", "multiply"), ("div", "divide", "true_divide"), ("add", "sub", "subtract")
 

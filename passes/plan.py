@@ -98,9 +98,8 @@ def checked_every(every: int | None) -> int | None:
 
 
 def asked_for(steps: Sequence[Step], every: int | None) -> frozenset[int]:
-    """Return the cuts, each before the step of its number, that are anchors by the user's wish: one for every so many
-    couplings, which are the steps that are inverted, or would be if their entry were not kept for another reason.
-    """
+    """Return the cuts, each before the step of its number, that are anchors by the user's wish."""
+    # what would be inverted if its entry were not kept for another reason is a coupling, too
     couplings = [j for j, step in enumerate(steps) if step.inverts or step.saved]
     return frozenset(couplings[every::every]) if every is not None else frozenset()
 

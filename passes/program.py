@@ -84,6 +84,9 @@ class Arc:
         return int(self.factor or 0), self.reciprocal
 
 
+Found = tuple[int, Arc]  # an arc with the first operation that it involves
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """One operation: the values it reads and makes, its inverse arcs, and why each operand lacks one.

@@ -9,12 +9,9 @@ from torch import Tensor, fx
 
 from revfx.passes._torch import is_real
 from revfx.passes.facts import assumed
-from revfx.passes.program import Arc, Value
+from revfx.passes.program import Arc, Found, Value
 from revfx.passes.sizes import fixed
 from revfx.rules import Direction, Patch, Tile, op_name
-
-
-Found = tuple[int, Arc]
 
 
 def tilings(

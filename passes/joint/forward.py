@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from revfx.passes.facts import Fact, Facts, ancestors, annotate, constants
 from revfx.passes.shape_only import of_its_shape
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.passes.traits import barred, trained
-from revfx.rules import Inverse
 
 
 NAMESPACES = ("aten", "prims", "inductor")  # operators that do nothing but compute their result
@@ -92,7 +91,10 @@ def forward_half(
             if node in given:
                 new.meta["kept"] = True
     for new in (n for n in half.nodes if "directions" in n.meta):  # which tell of nodes further down, too
-        new.meta["directions"] = tuple(_copied(d, copy) for d in new.meta["directions"])
+        new.meta["directions"] = tuple(
+            replace(d, solves=copy[d.solves], given=fx.map_arg(d.given, copy.__getitem__))
+            for d in new.meta["directions"]
+        )
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, lasting, mutated, nodes) if n in copy}
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
@@ -220,10 +222,6 @@ def _annotate(node: fx.Node, new: fx.Node) -> None:
         new.meta["storage_nbytes"] = as_number(val.untyped_storage().nbytes())
     if node.op == "call_function" and (barrier := _barrier(node)) is not None:
         new.meta["barrier"] = barrier
-
-
-def _copied(inverse: Inverse, copy: Mapping[fx.Node, fx.Node]) -> Inverse:
-    return replace(inverse, solves=copy[inverse.solves], given=fx.map_arg(inverse.given, copy.__getitem__))
 
 
 def _barrier(node: fx.Node) -> str | None:
