@@ -102,8 +102,7 @@ def may_draw(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     drawing = [o for o in overloads if torch.Tag.nondeterministic_seeded in o.tags]
     if not drawing or "scaled_dot_product" in name:
         return any(draws(o, args, kwargs) for o in drawing)
-    training = args[2] if "dropout" in name and len(args) > 2 else kwargs.get("training", True)
-    return bool(training)
+    return bool(args[2] if "dropout" in name and len(args) > 2 else kwargs.get("training", True))
 
 
 @functools.cache

@@ -135,10 +135,7 @@ ULPS = 8  # by which other functions may miss the nearest number
 
 
 def bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
-    """Return, for every node of a graph, the interval in which all its elements lie, as floating point computes them.
-
-    Elements that are not a number lie in none.
-    """
+    """Return, for every node, in which interval its elements lie, but for NaN, as floating point computes them."""
     found: dict[fx.Node, Interval] = {}
     for node in graph.nodes:
         dtype = _dtype(node)

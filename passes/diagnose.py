@@ -66,8 +66,7 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
 
     Unless all of them pass through one that nothing gives back: then they form a loop only because of that.
     """
-    waist = _waist(program, stuck, members)
-    if waist is not None:
+    if (waist := _waist(program, stuck, members)) is not None:
         return [_lost(program, stuck, waist)]
     wanted, window = members.intersection(stuck.unknown), reversed(range(stuck.start, stuck.stop))
     for i, head in ((at, a.head) for at in window for a in program.ops[at].arcs if a.head in wanted):

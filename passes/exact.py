@@ -65,16 +65,14 @@ def _restricted(program: Program, why_not: Callable[[int, Arc], str | None]) -> 
     """Return the program without the arcs for which there is a reason; no other rounds, so none is barred."""
 
     def limited(i: int, op: Op) -> Op:
-        reasons = [why_not(i, a) for a in op.arcs]
-        arcs = [
-            a
-            if a.exact and isinstance(a.coupling, str)
-            else replace(a, exact=False, barred=None, factor=None, measured=False)
-            for a, reason in zip(op.arcs, reasons, strict=True)
-            if reason is None
-        ]
-        refused = [(a.head, reason) for a, reason in zip(op.arcs, reasons, strict=True) if reason]
-        return replace(op, arcs=tuple(arcs), refused=(*op.refused, *refused), terms=())
+        arcs, refused = list[Arc](), list(op.refused)
+        for a in op.arcs:
+            if reason := why_not(i, a):
+                refused.append((a.head, reason))
+            elif reason is None:
+                moves = a.exact and isinstance(a.coupling, str)
+                arcs.append(a if moves else replace(a, exact=False, barred=None, factor=None, measured=False))
+        return replace(op, arcs=tuple(arcs), refused=tuple(refused), terms=())
 
     return replace(program, ops=[limited(i, op) for i, op in enumerate(program.ops)])
 
@@ -114,8 +112,7 @@ class _Rewrite:
             self._round(v, nodes[0], reads)
         for i in range(region.start, region.stop):
             op, node = program.ops[i], self.lowered.op_nodes[i]
-            arc = next((a for a in op.arcs if not a.exact), None)
-            if arc is not None:
+            if (arc := next((a for a in op.arcs if not a.exact), None)) is not None:
                 self._couple(node, op, arc)
                 continue
             ins = [v for v in op.ins if _is_float(program, v)]

@@ -26,22 +26,14 @@ MOST_BITS = 8  # kept per element: factors down to 1/256
 
 
 def checked_grid(grid: Any) -> int | None:
-    """Return `grid`, the k of a grid 2^-k, or None.
-
-    Raises:
-        ValueError: it is no whole number from 1 to `FINEST`.
-    """
+    """Return `grid`, the k of a grid 2^-k, or None; a ValueError where it is no whole number from 1 to `FINEST`."""
     if grid is None or (isinstance(grid, int) and not isinstance(grid, bool) and 1 <= grid <= FINEST):
         return grid
     raise ValueError(f"`grid={grid!r}` must be None, or the k of a grid 2^-k, from 1 to {FINEST}.")
 
 
 def checked_exact(exact: Any, grid: Any) -> bool:
-    """Return `exact`, which is True or False.
-
-    Raises:
-        ValueError: it is something else, or False beside a `grid`.
-    """
+    """Return `exact`; a ValueError where it is something else than True or False, or False beside a `grid`."""
     if not isinstance(exact, bool):
         instead = f"; `grid={exact!r}` is a grid of 2^-{exact}" if isinstance(exact, int) else ""
         raise ValueError(f"`exact={exact!r}` must be True or False{instead}.")

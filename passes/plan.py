@@ -87,11 +87,7 @@ def tolerance_of(dtype: torch.dtype, tolerance: float | None) -> float:
 
 
 def checked_every(every: int | None) -> int | None:
-    """Return `every`, a number of steps between anchors, or None.
-
-    Raises:
-        ValueError: it is no positive number.
-    """
+    """Return `every`, a number of steps between anchors, or None; a ValueError where it is not positive."""
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"`anchor_every={every!r}` must be a positive whole number, or None.")
     return every

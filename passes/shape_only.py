@@ -24,9 +24,8 @@ def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> 
     known = any(name in names for names in (FILLED, UNFILLED, VALUE_AT, DRAWN))
     if not known or kwargs.get("generator") is not None or kwargs.get("requires_grad"):
         return None
-    if not isinstance(made, torch.Tensor) or made.layout != torch.strided or not fixed(made.shape):
-        return None
-    if not made.is_contiguous():
+    strided = isinstance(made, torch.Tensor) and made.layout == torch.strided
+    if not strided or not fixed(made.shape) or not made.is_contiguous():
         return None
     options = {"dtype": made.dtype, "device": made.device}
     if name in DRAWN:

@@ -113,8 +113,6 @@ def trait_of(node: fx.Node) -> Trait:
     """Return what is known of the operation of a node."""
     if node.target is operator.getitem:
         return TRAITS["getitem"]
-    if not _torch.is_overload(node.target):
-        return UNKNOWN
     name = _torch.packet_name(node.target)
     trait = TRAITS.get(name)
     if trait is None:
@@ -150,10 +148,7 @@ def is_continuous(value: Any) -> bool:
 
 
 def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms]:
-    """Return the atoms of every node of a graph; `trained` weights have none, all else that comes in may have any.
-
-    A part of what was put together has those of the parts that it overlaps.
-    """
+    """Return the atoms of every node of a graph; `trained` weights have none, all else that comes in may have any."""
     found = dict.fromkeys(trained, Atoms.NONE)
     put: dict[fx.Node, list[tuple[fx.Node, int, range]]] = {}
     for node in graph.nodes:
@@ -166,7 +161,7 @@ def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms
             put[node] = parts
         if not _is_read(node):
             found[node] = Atoms.ANY
-        elif overlapped := _parts_of(node, put):
+        elif overlapped := _parts_of(node, put):  # a part of what was put together has the atoms of these
             found[node] = max(found[p] for p in overlapped)
         else:
             found[node] = _result(node, trait_of(node), found)

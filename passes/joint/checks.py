@@ -82,7 +82,7 @@ class Checks:
             f"revfx: a factor of the coupling at {where} came nearer to 0 than {least:.0e}, so its input can't be "
             "computed back from its output; compile with options={'unbounded': 'store'} to keep such inputs"
         )
-        self._check_forward(lambda c: ~(_nearest(c, arc.reciprocal) < least), [own], message)
+        self.check_forward(lambda c: ~(_nearest(c, arc.reciprocal) < least), [own], message)
 
     def limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
         """Raise, in every run, where factors that are data let rounding grow too much between two kept cuts."""
@@ -107,9 +107,7 @@ class Checks:
             "their factors come too near to 0; compile with options={'unbounded': 'store'} or {'anchor_every': 4}, "
             "which keep more, or use a wider dtype for the streams"
         )
-        order = {node: i for i, node in enumerate(self.joint.nodes)}
-        last = max(sizes, key=lambda n: order[n])
-        self._check_forward(lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most, sizes, message, last)
+        self.check_forward(lambda *t: _grown(steps, dict(zip(factors, t, strict=True))) <= most, sizes, message)
 
     def hold(self, op: int, value: int, fact: Fact) -> None:
         """Check in every run that a fact still holds of a value."""
@@ -117,12 +115,10 @@ class Checks:
         if (own, fact) not in self._made:
             self._made.add((own, fact))
             test, message = check(fact, own.name, self.program.ops[op].where)
-            self._check_forward(test, [own], message)
+            self.check_forward(test, [own], message)
 
     def compare(self, alive: Collection[fx.Node]) -> None:
-        """Compare samples of regenerated values with the forward's: of the lowest cut, where rounding has grown most,
-        that the backward reads. `alive` holds the nodes that something needs.
-        """
+        """Compare with the forward what is `alive` of the lowest cuts, where rounding has grown most."""
         for stretch in self.stretches:
             for cut, origins, where in reversed(stretch):
                 read = {v: n for v, n in cut.items() if n in alive and precision(n.meta["val"].dtype) > 0}
@@ -154,23 +150,19 @@ class Checks:
                 f"{most:.4g}, where a grid of steps 2^-{value.grid} has room in {value.dtype}; use a smaller `grid`, "
                 "scale the activations down, or do without"
             )
-            self._check_forward(lambda t, most=most: t.abs().amax() < most, [node], message)
+            self.check_forward(lambda t, most=most: t.abs().amax() < most, [node], message)
 
     def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], last: fx.Node | None = None) -> fx.Node:
         """Return the node of `by(*tail)` in the forward, right behind the `last` of the tail, and behind all inputs."""
-        last = tail[0] if last is None else last
+        last = max(tail) if last is None else last
         with self.joint.inserting_before(self._first if last.op == "placeholder" else last.next):
             return self.recorder.record(by, tail, FORWARD, last)
 
-    def _check_forward(
-        self, test: Callable[..., Tensor], tail: Sequence[fx.Node], message: str, last: fx.Node | None = None
+    def check_forward(
+        self, test: Callable[..., Tensor], tail: Sequence[fx.Node], message: str, serious: bool = True
     ) -> None:
-        """Let the backward raise with this message if a test of the forward's nodes, see `record`, gives false."""
-        self._flags[self.record(test, tail, last)] = FORWARD, _torch.Said(message)
-
-    def found_room(self, lost: fx.Node) -> None:
-        """Let the backward warn if a code found no room for all of its escapes."""
-        self._flags[self.record(lambda n: n == 0, [lost])] = FORWARD, _torch.Said(_torch.NO_ROOM, serious=False)
+        """Let the backward raise so, or warn, if a test of the forward's nodes, see `record`, gives false."""
+        self._flags[self.record(test, tail)] = FORWARD, _torch.Said(message, serious)
 
     def _check_backward(
         self, test: Callable[..., Tensor], now: fx.Node, then: Sequence[fx.Node], message: str, serious: bool = True

@@ -57,8 +57,7 @@ class Recorder:
             return int(expr) if expr.is_integer else float(expr)
         if str(expr) in self.symbols:
             return self.symbols[str(expr)]
-        by = SIZES.get(type(expr))
-        if by is None:
+        if (by := SIZES.get(type(expr))) is None:
             raise Unrecordable(f"the size {expr} is not at hand")
         parts = [self.size(part) for part in expr.args]
         several = len(parts) > 1  # sums and products may have more than two
@@ -154,10 +153,7 @@ class _Mode(TorchDispatchMode):
 
 
 def pulled(nodes: Sequence[fx.Node], attached: Mapping[fx.Node, Sequence[fx.Node]]) -> Iterator[fx.Node]:
-    """Yield `nodes` in their order, each after what it reads, which is taken as late as that allows.
-
-    Whatever is `attached` to a node comes right after it.
-    """
+    """Yield `nodes` in order, each as late as it is read, after what it reads and before what is `attached` to it."""
     done: set[fx.Node] = set()
     for wanted in nodes:
         stack = [wanted]

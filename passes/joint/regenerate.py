@@ -79,7 +79,7 @@ class Regenerator:
         self._codes: dict[int, tuple[fx.Node, ...]] = {}
         self._step = 0
 
-    def region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
+    def region(self, region: Region, wanted: set[int], ops: set[int], cuts: frozenset[int]) -> None:
         """Regenerate the `wanted` values and what the operations `ops` return, cut after cut from the exit.
 
         Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j.
@@ -100,8 +100,8 @@ class Regenerator:
             self.recorder.symbols = symbols
             raise
 
-    def _region(self, region: Region, wanted: Mapping[int, Any], ops: Iterable[int], cuts: frozenset[int]) -> None:
-        program, steps, ops = self.program, region.steps, frozenset(ops)
+    def _region(self, region: Region, wanted: set[int], ops: set[int], cuts: frozenset[int]) -> None:
+        program, steps = self.program, region.steps
         self._keep((*region.exit, *region.saved, *region.side))
         if self.options.coder is None:
             self.checks.limit_growth(steps, cuts)
@@ -121,8 +121,8 @@ class Regenerator:
                 for v in step.entry:
                     self.values.pop(v, None)
                     self._laid_out.pop(v, None)
-            want = frozenset((made & wanted.keys()) | (set() if replay else {v for v in step.entry if v not in known}))
-            for do in schedule(program, step, known, replay, want, ops & set(inside)):
+            want = frozenset((made & wanted) | (set() if replay else {v for v in step.entry if v not in known}))
+            for do in schedule(program, step, known, replay, want, frozenset(ops.intersection(inside))):
                 if isinstance(do.run, Rerun):
                     self._rerun(do.run.op, known)
                     self.step_of[self.tuples[do.run.op]] = self._step
@@ -191,9 +191,7 @@ class Regenerator:
         return self.laid_out(self.index[node]) if node in self.index else self._own(node)
 
     def laid_out(self, value: int) -> fx.Node:
-        """Return what stands for a value in the backward: the forward's own node, or the regenerated one, in the
-        forward's order of dimensions in memory, which views and kernels rely on.
-        """
+        """Return what stands for a value in the backward, laid out as in the forward: views and kernels rely on it."""
         if value not in self.values:
             return self._original(value)
         if value in self._laid_out:
@@ -260,7 +258,7 @@ class Regenerator:
             self.checks.kept.update(made)
             self._codes[arc.head] = made
             if coder.may_lose(x.meta["val"]):
-                self.checks.found_room(made[-1])
+                self.checks.check_forward(lambda n: n == 0, [made[-1]], _torch.NO_ROOM, serious=False)
         return self._codes[arc.head]
 
     def whole_steps(self, alive: Collection[fx.Node]) -> None:

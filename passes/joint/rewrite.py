@@ -179,21 +179,15 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
                 user.replace_input_with(p, copy)
 
 
-def _wanted(
-    forward: Forward, region: Region, readers: Mapping[fx.Node, Sequence[fx.Node]]
-) -> tuple[dict[int, None], list[int]]:
+def _wanted(forward: Forward, region: Region, readers: Collection[fx.Node]) -> tuple[set[int], set[int]]:
     """Return a region's values that the backward reads, and the operations whose tuples it takes apart itself."""
     program = forward.lowered.program
     again = {v for step in region.steps for v in step.again}
     kept = {*region.exit, *region.entry, *region.saved, *region.side} - again
-    wanted: dict[int, None] = {}
-    ops: list[int] = []
-    for i in range(region.start, region.stop):
-        wanted.update(dict.fromkeys(v for v in program.ops[i].outs if forward.value_node(v) in readers))
-        several = not program.ops[i].outs or forward.op_node(i) is not forward.value_node(program.ops[i].outs[0])
-        if several and forward.op_node(i) in readers:
-            ops.append(i)
-    return {v: None for v in wanted if v not in kept}, ops
+    outs = {i: program.ops[i].outs for i in range(region.start, region.stop)}
+    wanted = {v for of_one in outs.values() for v in of_one if forward.value_node(v) in readers}
+    tuples = {i for i in outs if forward.op_node(i) not in map(forward.value_node, outs[i])}
+    return wanted - kept, {i for i in tuples if forward.op_node(i) in readers}
 
 
 def _uncheckpoint(forward: Forward, region: Region) -> None:
@@ -205,7 +199,7 @@ def _uncheckpoint(forward: Forward, region: Region) -> None:
                 node.meta.pop(mark, None)
 
 
-def _freed(forward: Forward, region: Region, wanted: Mapping[int, None]) -> list[int]:
+def _freed(forward: Forward, region: Region, wanted: Collection[int]) -> list[int]:
     """Return per step, the bytes of what the backward reads and need not be kept."""
     program = forward.lowered.program
     made = [{v for op in program.ops[s.start : s.stop] for v in op.outs} for s in region.steps]
