@@ -132,7 +132,7 @@ def rewrite(
 def _exact_forward(
     joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, k: int, recorder: Recorder
 ) -> tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]:
-    """Return the forward half with its regions on the grid 2^-k, these, and where the search got stuck in what."""
+    """Return the forward half with its regions on the grid 2^-k, these, where the search got stuck, and in what."""
     forward = forward_half(joint, num_outputs, static, facts)
     lowered = forward.lowered
     program, regions, stuck = exact_regions(lowered.program, carries=False)
