@@ -73,11 +73,8 @@ class Reference:
 def measure_steps(setting: Setting, ways: Sequence[Way], rounds: int, tick: Callable[[str], None]) -> list[Row]:
     """Measure memory, gradients and times of training steps, by way, in the given order.
 
-    Args:
-        setting: the model.
-        ways: the contenders; "plain" must be among them, if times are to be compared with its.
-        rounds: how often each way takes its step in turn; one more goes before them.
-        tick: called with a few words before each thing that is done.
+    Each way takes its step in turn, once more than there are `rounds`: the first is not timed. "plain" must be among
+    them, if times are to be compared with its. `tick` is called with a few words before each thing that is done.
     """
     reference = reference_of(setting)
     candidates: list[Candidate] = []

@@ -17,20 +17,20 @@ from torch.nn import functional as F
 
 
 class Chain(nn.Module):
-    """`enter`, then block after block, then `leave`.
+    """`enter`, then block after block, each from a state, given as arguments, to the next; then `leave`.
 
-    Args:
-        blocks: modules from a state, given as arguments, to the next state.
-        axis: of the streams, the one along which they lie side by side.
+    Streams lie side by side along `axis`.
     """
+
+    stem: nn.Module
 
     def __init__(self, blocks: Sequence[nn.Module], axis: int = -1) -> None:
         super().__init__()
         self.blocks, self.axis = nn.ModuleList(blocks), axis
 
     def enter(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the first state."""
-        raise NotImplementedError
+        """Return the first state: two streams, halves of what the stem gives."""
+        return self.stem(x).chunk(2, self.axis)
 
     def leave(self, *state: Tensor) -> Any:
         """Return the output, of the last state."""
@@ -70,10 +70,6 @@ class CouplingMlp(Chain):
         super().__init__([Coupling(*(mlp(width, 4 * width, width) for _ in "fg")) for _ in range(depth)])
         self.stem, self.head = nn.Linear(features, 2 * width), nn.Linear(2 * width, features)
 
-    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return two streams (B, width)."""
-        return self.stem(x).chunk(2, -1)
-
     def leave(self, *state: Tensor) -> Tensor:
         """Return (B, features)."""
         return self.head(torch.cat(state, -1))
@@ -96,10 +92,6 @@ class RevNet(Chain):
     def __init__(self, depth: int, channels: int = 12, classes: int = 10) -> None:
         super().__init__([Coupling(convolutions(channels), convolutions(channels)) for _ in range(depth)], axis=1)
         self.stem, self.head = nn.Conv2d(3, 2 * channels, 3, padding=1), nn.Linear(2 * channels, classes)
-
-    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return two streams (B, channels, H, W)."""
-        return self.stem(x).chunk(2, 1)
 
     def leave(self, *state: Tensor) -> Tensor:
         """Return logits (B, classes)."""
@@ -227,16 +219,10 @@ class Springs(Chain):
 # --- the five
 @dataclass(frozen=True)
 class BenchModel:
-    """One model of the bench.
+    """One model of the bench: the `name` that `--models` calls it, how it is built for a depth, the arguments of its
+    forward for a batch size, the same in every call, its loss, from the output to a scalar, and the default sizes.
 
-    Args:
-        name: what `--models` calls it.
-        title: what it is.
-        build: from a depth to the model.
-        inputs: from a batch size to the arguments of its forward, the same in every call.
-        loss: from its output to a scalar.
-        depth, batch: the default sizes.
-        otherwise: why its blocks are no additive couplings on two streams, as the end of a sentence; "" if they are.
+    `otherwise` says why its blocks are no additive couplings on two streams, as the end of a sentence; "" if they are.
     """
 
     name: str

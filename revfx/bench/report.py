@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,14 +89,9 @@ def _columns(report: Report, found: Sequence[Any]) -> tuple[str, list[tuple[str,
         ]
     if sweep is not None:
         other = f"batch {one.batch}" if sweep == "depth" else f"depth {one.depth}"
+        of = operator.attrgetter(sweep)
         return f"{other}: peak (kept)", [
-            (
-                f"{sweep} {n}",
-                lambda r, n=n, sweep=sweep: (
-                    f"{_mib(r.peak)} ({_mib(r.kept)})" if getattr(r, sweep) == n and r.peak is not None else ""
-                ),
-            )
-            for n in sorted({getattr(r, sweep) for r in found})
+            (f"{sweep} {n}", lambda r, n=n: _peak(r) if of(r) == n else "") for n in sorted(set(map(of, found)))
         ]
     plain = next((r.peak for r in found if r.way == "plain"), None)
     return f"depth {one.depth}, batch {one.batch}", [
@@ -118,6 +114,10 @@ def _notes(found: Sequence[Row | Fit]) -> tuple[str, ...]:
 
 def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / MIB:.1f} MiB"
+
+
+def _peak(r: Row) -> str:
+    return "" if r.peak is None else f"{_mib(r.peak)} ({_mib(r.kept)})"
 
 
 def _largest(f: Fit) -> str:

@@ -28,21 +28,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of training one model at one size; None stands for what was not measured.
+    """One way of training one model at one size, in blocks and samples; None stands for what was not measured.
 
-    Args:
-        model, way: their names.
-        depth: blocks.
-        batch: samples.
-        gradients: bytes of the parameters' gradients, which are not part of `peak`.
-        kept: bytes that are held after the forward, beyond what was there before.
-        peak: bytes that a step takes at its peak, beyond what was there before.
-        seconds: of a step, the median.
-        ratio, ratio_low, ratio_high: the step's time over plain's in the same round: median and quartiles.
-        first: seconds of preparing the model and its first step, in which plans and compilations are made.
-        error: the worst relative error of a parameter's gradient against plain autograd's in fp64.
-        notes: what else there is to say; why it was not measured.
-        failed: it raised, or its gradients are wrong.
+    `kept` after the forward and the `peak` of a step are bytes beyond what was there before, without the `gradients` of
+    parameters; `seconds` are the median of its steps, `ratio` that of their times over plain's in the same round, with
+    its quartiles. `first`: seconds of preparing the model and its first step, in which plans and compilations are made.
+    `error`: the worst relative error of a parameter's gradient against plain autograd's in fp64. `notes` say what else
+    there is to say, or why it was not measured. `failed`: it raised, or its gradients are wrong.
     """
 
     model: str
@@ -64,17 +56,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Fit:
-    """The largest size at which one way trains one model in some memory.
+    """The largest size at which one way trains one model in some memory: bytes, of parameters, gradients and all else.
 
-    Args:
-        model, way: their names.
-        sweep: "depth" or "batch": what was made larger.
-        other: the size of the one that was not.
-        memory: bytes, of parameters, gradients and all else.
-        largest: what fitted; 0 if nothing did, None if it was not looked for.
-        over: the smallest size that was found not to fit; None where the search ended before there was one.
-        notes: what else there is to say; why it was not looked for.
-        failed: it raised something that has nothing to do with memory.
+    `sweep` is "depth" or "batch", what was made larger, and `other` the size of the one that was not. `largest` is what
+    fitted: 0 if nothing did, None if it was not looked for; `over` the smallest size that was found not to fit, None
+    where the search ended before there was one. `failed`: it raised something that has nothing to do with memory.
     """
 
     model: str

@@ -30,17 +30,12 @@ Build = Callable[[BenchModel, Chain, Inputs], Call]
 
 @dataclass(frozen=True)
 class Way:
-    """One contender.
+    """One contender: the `name` that `--ways` calls it, and its `title` in tables.
 
-    Args:
-        name: what `--ways` calls it.
-        title: what it is, in tables.
-        build: from the description, the model and its arguments to a way of calling it; a warning of revfx's is a note.
-            The model's parameters are what it trains, and the model is its own: it may do with it what it likes.
-        library: what must be installed, as it is imported.
-        additive: it takes chains of additive couplings on two streams only.
-        compiled: it compiles, which takes its time.
-        own: it is revfx's.
+    `build` goes from the description, the model and its arguments to a way of calling it; a warning of revfx's is a
+    note. The model's parameters are what it trains, and the model is its own: it may do with it what it likes.
+    `library` must be installed, as it is imported; `additive`: it takes chains of additive couplings on two streams
+    only; `compiled`: it compiles, which takes its time; `own`: it is revfx's.
     """
 
     name: str
