@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import revfx
+from revfx.cli_models import load
 from revfx.errors import RevfxError, WrongArguments
 
 
@@ -47,19 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from revfx import __version__
+    from revfx import demo
     from revfx.bench import command as bench, options
 
     layout: Any = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     text = "Depth-free activation memory for PyTorch models, by inferred reversibility."
     parser = argparse.ArgumentParser(prog="revfx", description=text, **layout)
-    parser.add_argument("--version", action="version", version=f"revfx {__version__}")
+    parser.add_argument("--version", action="version", version=f"revfx {revfx.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{explain,fit,demo,bench}")
     benched = {f"--{name}": given for name, given in options.ARGUMENTS.items()}
     for name, run, text, arguments in (
         ("explain", _explain, "say what revfx finds in a model, what it saves and what it costs", EXPLAIN),
         ("fit", _fit, "find the largest batch that trains within a budget of memory", FIT),
-        ("demo", _demo, "train a RevNet on handwritten digits, plainly and converted, and compare", DEMO),
+        ("demo", demo.main, "train a RevNet on handwritten digits, plainly and converted, and compare", DEMO),
         ("bench", bench.main, "compare memory, time and gradients with other ways to train reversible models", benched),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **layout)
@@ -104,8 +106,6 @@ DEMO: Mapping[str, dict[str, Any]] = {
 
 
 def _explain(args: argparse.Namespace) -> int:
-    import revfx
-    from revfx.cli_models import load
     from revfx.report.progress import bar
 
     if args.save and not args.save.endswith((".html", ".svg", ".json")):
@@ -127,7 +127,6 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from revfx.cli_models import load
     from revfx.report.fit import largest
     from revfx.report.progress import bar
 
@@ -139,9 +138,3 @@ def _fit(args: argparse.Namespace) -> int:
             raise WrongArguments(str(e)) from e
     print(json.dumps(asdict(found)) if args.json else found)
     return 0 if found.batch else 1
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from revfx.demo import demo
-
-    return demo(args.epochs, args.depth, args.save, args.json)

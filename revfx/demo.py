@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -23,9 +24,11 @@ from revfx.units import size
 
 BATCH = 64
 DIGITS = Path(__file__).parent / "data" / "digits.pt"
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+Results = dict[str, dict[str, Any]]
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def digits() -> Data:
     """Return images (N, 3, 8, 8) and labels to train with, then to test with: every fourth of 1,797 scans."""
     held = torch.load(DIGITS, weights_only=True)
     x, y = held["images"].float().div(16).unsqueeze(1).expand(-1, 3, -1, -1), held["labels"].long()
@@ -39,35 +42,30 @@ def make(depth: int) -> nn.Module:
     return RevNet(depth, channels=16)
 
 
-def demo(epochs: int, depth: int, save: str, as_json: bool) -> int:
-    """Train, print a table, and return 0 if both runs learn the digits and the converted one takes less memory, else 1.
-
-    `save` is the page to write: .html, .svg or .json.
-    """
-    x, y, x_test, y_test = digits()
-    models = {"plain": make(depth), "revfx": revfx.convert(make(depth))}
+def main(args: argparse.Namespace) -> int:
+    """Train, print a table, and return 0 if both runs learn the digits and the converted one takes less memory."""
+    data = x, y, *_ = digits()
+    models = {"plain": make(args.depth), "revfx": revfx.convert(make(args.depth))}
     torch.set_num_threads(1)  # small images gain nothing by more, and one thread repeats
-    with bar(epochs * (len(x) // BATCH) + 2, "training") as advance:
+    with bar(args.epochs * (len(x) // BATCH) + 2, "training") as advance:
         apart = max_difference(models["revfx"], x[:BATCH], y[:BATCH])
-        runs = train(models, x, y, x_test, y_test, epochs, advance)
+        runs = train(models, data, args.epochs, advance)
         advance("explaining")
-        found = revfx.explain(make(depth), x[:BATCH], loss=lambda out: F.cross_entropy(out, y[:BATCH]))
-        found.save(save)
+        found = revfx.explain(make(args.depth), x[:BATCH], loss=lambda out: F.cross_entropy(out, y[:BATCH]))
+        found.save(args.save)
         advance()
     learnt = min(run["right"][-1] for run in runs.values()) > 0.9
     flat = runs["revfx"]["peak"] < 0.6 * runs["plain"]["peak"]
-    if as_json:
-        print(json.dumps({"runs": runs, "gradients": apart, "saved": save}))
+    if args.json:
+        print(json.dumps({"runs": runs, "gradients": apart, "saved": args.save}))
     else:
-        print(table(runs, apart, len(x), depth))
-        print(f"saved {save}: what was found, and memory over one step")
+        print(table(runs, apart, len(x), args.depth))
+        print(f"saved {args.save}: what was found, and memory over one step")
     return 0 if learnt and flat else 1
 
 
 class Run:
-    """A model in training, with what has come of it so far: the memory of a step, the seconds and the loss of each, and
-    the share of test digits named rightly after each epoch.
-    """
+    """A model in training, with what has come of it so far."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
         self.memory = measure_memory(lambda: F.cross_entropy(model(x), y))
@@ -104,13 +102,9 @@ class Run:
         return {**asdict(self.memory), "seconds": seconds, "right": self.right, "loss": loss}
 
 
-Results = dict[str, dict[str, Any]]
-
-
-def train(
-    models: dict[str, nn.Module], x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, epochs: int, advance: Any
-) -> Results:
+def train(models: dict[str, nn.Module], data: Data, epochs: int, advance: Any) -> Results:
     """Train all models, which take their steps in turn on the same batches, and return what came of each, by name."""
+    x, y, x_test, y_test = data
     steps = len(x) // BATCH
     runs = {name: Run(model, x[:BATCH], y[:BATCH], epochs * steps) for name, model in models.items()}
     order = torch.Generator().manual_seed(0)
