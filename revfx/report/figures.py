@@ -25,6 +25,14 @@ COLOURS = {
     "plain": ("#6c7681", "#97a1ac"), "revfx": ("#7c3aed", "#b794f6"),
 }  # fmt: skip
 PALETTE, DARK = ({name: both[i] for name, both in COLOURS.items()} for i in range(2))
+LOOKS = {
+    "svg.fonttype": "none", "text.color": PALETTE["ink"], "text.parse_math": False,
+    "axes.axisbelow": True, "axes.edgecolor": PALETTE["outside-edge"], "axes.labelsize": 8.5,
+    "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.titleweight": "bold",
+    "grid.color": PALETTE["faint"], "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 4,
+    "xtick.color": PALETTE["ink"], "xtick.labelsize": 8, "ytick.color": PALETTE["ink"], "ytick.labelsize": 8,
+}  # fmt: skip
 
 
 def figure(who: str, width: float, height: float) -> Figure:
@@ -58,7 +66,7 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
 
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name}]):
+    with style.context(["default", {**LOOKS, "svg.hashsalt": name}]):
         fig = figure(who, *size)
         draw(fig)
         fig.savefig(out, format="svg", metadata={**nothing, "Title": printable(title)})

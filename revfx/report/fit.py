@@ -161,14 +161,12 @@ def curve_svg(info: FitInfo, model: str) -> str:
     def draw(fig: Figure) -> None:
         axes = fig.subplots()
         xs, ys = [p.peak / info.plain for p in info.curve], [p.time for p in info.curve]
-        axes.plot(xs, ys, "o-", color=PALETTE["revfx"], linewidth=1.5, markersize=4)
+        axes.plot(xs, ys, "o-", color=PALETTE["revfx"])
         axes.axvline(info.budget / info.plain, color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_title(f"Time over memory: {model}", loc="left", fontsize=10.5, weight="bold", parse_math=False)
-        axes.set_xlabel("peak, of the plain step's; dashed: the budget", fontsize=8.5, color=PALETTE["muted"])
-        axes.set_ylabel("time, of the plain step's (predicted)", fontsize=8.5, color=PALETTE["muted"])
-        axes.grid(color=PALETTE["faint"], linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8)
+        axes.set_title(f"Time over memory: {model}")
+        axes.set_xlabel("peak, of the plain step's; dashed: the budget", color=PALETTE["muted"])
+        axes.set_ylabel("time, of the plain step's (predicted)", color=PALETTE["muted"])
+        axes.grid()
 
     return picture("`Explanation.save`", "budget", f"Time over memory of {model}", (7, 3.2), draw)
 
@@ -178,12 +176,10 @@ def batched(inputs: Sequence[Any], batch: int) -> list[Any]:
     """Return inputs with another batch: the first extent of all tensors that have the first one's."""
     first = next(t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim())
 
-    def one(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.dim() or t.shape[0] != first:
-            return t
-        return t[:1].expand(batch, *t.shape[1:]).contiguous()
-
-    return [one(t) for t in inputs]
+    alike = [isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == first for t in inputs]
+    return [
+        t[:1].expand(batch, *t.shape[1:]).contiguous() if same else t for t, same in zip(inputs, alike, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

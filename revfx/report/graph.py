@@ -13,7 +13,7 @@ from revfx.errors import Refusal
 from revfx.report.data import LISTED, Findings, RegionInfo, alike, counted, short
 from revfx.report.figures import PALETTE, picture, printable
 from revfx.report.graph_layout import SOLVED, Frame, Layout, Node, layout
-from revfx.report.memory import has_timeline as has_timeline, memory_svg as memory_svg
+from revfx.report.memory import memory_svg as memory_svg
 from revfx.units import size
 
 
@@ -105,7 +105,7 @@ class _Pen:
 
     def text(self, x: float, y: float, text: str, points: float = 8, colour: str = "ink", **options: Any) -> None:
         """Write text at x, its middle at y."""
-        options = {"va": "center", "ha": "left", "color": PALETTE[colour], "parse_math": False, **options}
+        options = {"va": "center", "color": PALETTE[colour], **options}
         self.axes.text(x, self.top + y, printable(text), fontsize=points, **options)
 
     def box(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", **options: Any) -> None:

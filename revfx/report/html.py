@@ -11,7 +11,7 @@ from revfx.errors import RevfxError
 from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, short
 from revfx.report.figures import DARK, PALETTE, printable, themed
 from revfx.report.fit import curve_svg
-from revfx.report.graph import MARKS, graph_svg, has_timeline, memory_svg
+from revfx.report.graph import MARKS, graph_svg, memory_svg
 from revfx.report.remedies import remedy
 from revfx.units import count, size
 
@@ -81,7 +81,7 @@ def _pictures(e: Findings) -> str:
     Raises:
         RevfxError: matplotlib is not installed.
     """
-    drawn = {"Memory over time": memory_svg(e)} if has_timeline(e) else {}
+    drawn = {"Memory over time": memory_svg(e)} if any(u.timeline for u in e.ways) else {}
     if e.fit is not None:
         drawn["Time over memory"] = curve_svg(e.fit, e.model)
     drawn["Graph"] = graph_svg(e)

@@ -22,18 +22,13 @@ ENLARGED = 4  # how many times more the plain step takes before revfx's is drawn
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def has_timeline(e: Findings) -> bool:
-    """Return whether there is something for `memory_svg` to draw."""
-    return any(u.timeline is not None and u.timeline.live for u in e.ways)
-
-
 def memory_svg(e: Findings) -> str:
     """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx.
 
     Raises:
         RevfxError: the explanation has no timeline; matplotlib is not installed (`pip install 'revfx[viz]'`).
     """
-    ways = {name: u.timeline for name in ("plain", "revfx") if (u := e.way(name)) and u.timeline and u.timeline.live}
+    ways = {u.way: u.timeline for u in e.ways if u.timeline is not None}
     if not ways:
         raise RevfxError("`memory_svg`: this explanation holds no timeline of a step.")
     last_way = list(ways.values())[-1]
@@ -44,17 +39,16 @@ def memory_svg(e: Findings) -> str:
                                  gridspec_kw={"height_ratios": [3, 2] if enlarged else [1]})  # fmt: skip
         top, last = rows[0][0], rows[-1][0]
         _lines(top, ways, e.way("checkpoint"))
-        top.set_title(f"Memory of one training step: {e.model}", loc="left", fontsize=10.5, weight="bold",
-                      color=PALETTE["ink"], parse_math=False)  # fmt: skip
+        top.set_title(f"Memory of one training step: {e.model}")
         if enlarged:
             _lines(last, {"revfx": ways["revfx"]}, None)
-            last.set_title("revfx alone, enlarged", loc="left", fontsize=8.5, color=PALETTE["revfx"])
+            last.set_title("revfx alone, enlarged", fontsize=8.5, weight="normal", color=PALETTE["revfx"])
         for axes in rows[:, 0]:
             _frame(axes, last_way)
         split = _split(last_way)
         for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
             last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
-                          ha="center", va="top", fontsize=9, color=PALETTE["ink"])  # fmt: skip
+                          ha="center", va="top", fontsize=9)  # fmt: skip
         counts = ", ".join(f"{t.backward:,} + {len(t.live) - t.backward:,} ({way})" for way, t in ways.items())
         scaled = "; each phase drawn at the same length" * (len(ways) > 1)
         ticks = "; ticks: couplings begin" * any(t.marks for t in ways.values())
@@ -81,10 +75,10 @@ def _lines(axes: Axes, ways: Mapping[str, Timeline], checkpoint: Usage | None) -
         colour = PALETTE[way]
         ys = [y / scale for y in ys]
         axes.fill_between(xs, ys, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(xs, ys, color=colour, linewidth=1.5, solid_joinstyle="round")
+        axes.plot(xs, ys, color=colour)
         top = max(ys)
         x = xs[ys.index(top)]
-        axes.plot([x], [top], "o", color=colour, markersize=4)
+        axes.plot([x], [top], "o", color=colour)
         axes.annotate(
             f"{way} {size(t.peak)}", (x, top), (-7 if x > 0.4 else 7, 6), textcoords="offset points",
             ha="right" if x > 0.4 else "left", fontsize=9, weight="bold", color=colour,
@@ -97,7 +91,7 @@ def _lines(axes: Axes, ways: Mapping[str, Timeline], checkpoint: Usage | None) -
             ha="center", fontsize=7.5, color=PALETTE["muted"],
         )  # fmt: skip
     axes.set_ylim(0, 1.2 * highest / scale)
-    axes.set_ylabel(unit, fontsize=8.5, color=PALETTE["ink"])
+    axes.set_ylabel(unit, color=PALETTE["ink"])
 
 
 def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
@@ -113,16 +107,10 @@ def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
 
 
 def _frame(axes: Axes, t: Timeline) -> None:
-    """Draw what lies around the lines: the backward's begin, where steps of regions begin, plain axes."""
+    """Draw what lies around the lines: the backward's begin, and where steps of regions begin."""
     axes.set_xlim(0, 1)
     axes.set_xticks([])
-    axes.tick_params(labelsize=8, colors=PALETTE["ink"])
-    axes.set_facecolor(PALETTE["paper"])
-    axes.grid(axis="y", color=PALETTE["faint"], linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(PALETTE["outside-edge"])
+    axes.grid(axis="y")
     split = _split(t)
     axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
     for at, _ in t.marks[:: 1 + len(t.marks) // TICKS]:
