@@ -39,11 +39,7 @@ def load(spec: str, shapes: Sequence[str], dtype: str) -> tuple[nn.Module, tuple
 
 
 def tensor(text: str, dtype: str) -> Tensor:
-    """Return an input for `8,3,32,32` or `16,64:int64`: normal random numbers, zeros where they are whole.
-
-    Raises:
-        WrongArguments: it is no shape, or no dtype.
-    """
+    """Return an input for `8,3,32,32` or `16,64:int64`: normal random numbers, zeros where they are whole."""
     numbers, _, own = text.partition(":")
     kind = getattr(torch, own or dtype, None)
     if not isinstance(kind, torch.dtype):

@@ -81,11 +81,7 @@ def watched(watch: Callable[[Regeneration], Watch]) -> Generator[None]:
 
 
 def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[Regeneration, Env]]:
-    """Run `model(*inputs)` and return its regions, in order, with copies of all their values.
-
-    Raises:
-        RevfxError: there is none; `who` asks.
-    """
+    """Run `model(*inputs)` and return its regions, in order, with copies of all their values; `who` asks for some."""
     found: list[tuple[Regeneration, Env]] = []
 
     def watch(run: Regeneration) -> Watch:
@@ -158,11 +154,9 @@ class _Stored(nn.Module):
         self.__dict__["model"] = model
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return the model's own."""
         return self.__dict__["model"].named_parameters(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with ordinary storage."""
         with store_activations():
             return self.__dict__["model"](*args, **kwargs)
 

@@ -50,9 +50,8 @@ def _is_plains(model: object) -> bool:
     """
     if not isinstance(model, Reversible):
         return False
-    parts = [m.revfx for m in model.modules() if isinstance(m, Reversible)]
-    wished = all(p.options.exact and p.options.grid is None and not p.options.compile for p in parts)
-    return wished and all(p.compiled is None for p in parts)
+    parts = [(m.revfx.options, m.revfx.compiled) for m in model.modules() if isinstance(m, Reversible)]
+    return all(o.exact and o.grid is None and not o.compile and compiled is None for o, compiled in parts)
 
 
 def assert_same_grads(
@@ -135,7 +134,6 @@ class _Operation(nn.Module):
         self.op = op() if isinstance(op, type) else op
 
     def forward(self, first: Any, *rest: Any) -> Any:
-        """Return `op(first, *rest)`."""
         first = first.clone() if isinstance(first, Tensor) else first
         return getattr(first, self.op)(*rest) if isinstance(self.op, str) else self.op(first, *rest)
 

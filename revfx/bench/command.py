@@ -40,12 +40,7 @@ ENVIRONMENT = {
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command and return its exit status: 1 if one of revfx's own ways, or plain autograd, raised or gave wrong
-    gradients.
-
-    Raises:
-        WrongArguments: they make no sense, or ask for what is not there.
-    """
+    """Run the command and return its exit status: 1 if one of revfx's own ways, or plain autograd, failed."""
     try:
         options = options_of(args)
     except RevfxError as e:

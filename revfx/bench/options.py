@@ -76,11 +76,7 @@ WRITTEN = ("csv", "json", "plot", "markdown")  # where and how figures are writt
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Check the arguments; compiled ways are left out of quick runs, sweeps and searches unless they are named.
-
-    Raises:
-        WrongArguments: one of them makes no sense, here.
-    """
+    """Check the arguments; compiled ways are left out of quick runs, sweeps and searches unless they are named."""
     given = {name: value for name in ARGUMENTS if (value := getattr(args, name)) is not None}
     for name, known in (("models", MODELS), ("ways", WAYS)):
         if name in given:
@@ -129,11 +125,7 @@ def _known(what: str, asked: Iterable[str], known: Iterable[str]) -> tuple[str, 
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a text such as 512MiB or 1.5GiB stands for.
-
-    Raises:
-        WrongArguments: it is none.
-    """
+    """Return the bytes that a text such as 512MiB or 1.5GiB stands for."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get((match[2] or "b").lower()) if match else None
     if match is None or unit is None or not (size := int(float(match[1]) * unit)):

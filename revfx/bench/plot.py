@@ -17,11 +17,7 @@ STYLES = {name: {"color": f"C{i % 10}", "marker": "osv^D*P<X>hd"[i % 12]} for i,
 
 
 def plot(report: Report, path: str | Path) -> None:
-    """Draw peaks over step times or sizes, or the largest sizes that fit, into a file of the kind that `path` ends in.
-
-    Raises:
-        RevfxError: matplotlib is not installed.
-    """
+    """Draw peaks over step times or sizes, or the largest sizes that fit, into a file whose ending says its kind."""
     names = list(dict.fromkeys(r.model for r in report.found))
     fig = figure("`--plot`", 5.5 * max(1, len(names)), 4.5)
     for i, name in enumerate(names):

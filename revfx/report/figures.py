@@ -57,9 +57,6 @@ def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Ca
     """Return what `draw` puts on a figure of `size` inches, as SVG with text as text: the same bytes each time.
 
     `name` is what the parts of the picture are called by, since a page may hold several; `title` says what it shows.
-
-    Raises:
-        RevfxError: matplotlib is not installed.
     """
     figure(who, *size)  # raises before anything else where it can't be made
     from matplotlib import style

@@ -152,11 +152,7 @@ def _modules(plan: Plan) -> Iterable[Share]:
 
 
 def curve_svg(info: FitInfo, model: str) -> str:
-    """Draw time over budgets, as SVG.
-
-    Raises:
-        RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
-    """
+    """Draw time over budgets, as SVG."""
 
     def draw(fig: Figure) -> None:
         axes = fig.subplots()

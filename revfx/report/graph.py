@@ -37,11 +37,7 @@ MEANING = {
 
 
 def graph_svg(e: Findings) -> str:
-    """Draw a model's regions as SVG: every value by what the backward does with it, layers that come again once.
-
-    Raises:
-        RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
-    """
+    """Draw a model's regions as SVG: every value by what the backward does with it, layers that come again once."""
     parts = list(_parts(e))
     width = max([WIDTH, *(p.width for p in parts)])
     height = sum(p.height for p in parts)

@@ -24,14 +24,11 @@ LOOKS = Path(__file__).parent.parent / "data"  # `page.css`, and the one script:
 def page(e: Findings) -> str:
     """Return a whole page: figures, pictures, refusals, and a table of all values that can be searched and sorted.
 
-    `page.html#search=invert` opens it with a search.
-
-    Raises:
-        RevfxError: matplotlib is not installed (`pip install 'revfx[viz]'`).
+    `page.html#search=invert` opens it with a search. It needs matplotlib.
     """
     # the one script is a constant: what comes from the model is escaped text, and never code
     script = _file("page.js")
-    parts = "\n".join((*_content(e, _pictures(e), "h1"), *values(e), _as_text(e)))
+    parts = "\n".join(_content(e, _pictures(e), "h1", values(e)))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -61,38 +58,28 @@ def fragment(e: Findings) -> str:
         drawn = _pictures(e)
     except RevfxError:
         drawn = ""
-    parts = "\n".join((*_content(e, drawn, "h2"), _as_text(e)))
+    parts = "\n".join(_content(e, drawn, "h2", ()))
     return f'<div class="revfx">\n<style>{_style(".revfx")}</style>\n{parts}\n</div>\n'
 
 
-def _content(e: Findings, drawn: str, heading: str) -> Iterator[str]:
-    """Yield all but the table of values."""
+def _content(e: Findings, drawn: str, heading: str, table: Iterable[str]) -> Iterator[str]:
     inputs = f"({', '.join(e.inputs)})"
     yield f'<header><{heading} class="title">{text(e.model)}<small>{text(inputs)}</small></{heading}>'
     yield f'<p class="lead">{text(e.summary.capitalize())}.</p></header>'
     yield from (*cards(e), *listed("Advice", e.advice), *usage(e), *([drawn] if drawn else ()), *regions(e))
     yield from listed("Graphs", (f"graph {g.number}: {counted(len(g.regions), 'region')}" for g in e.graphs))
-    yield from (*listed("Graph breaks", e.breaks), *refusals(e), *listed("Notes", e.notes))
+    yield from (*listed("Graph breaks", e.breaks), *refusals(e), *listed("Notes", e.notes), *table)
+    as_text = f'<div class="wide"><pre>{text(e)}</pre></div>'
+    yield f"<section><details><summary>As text</summary>{as_text}</details></section>"
 
 
 def _pictures(e: Findings) -> str:
-    """Draw the pictures of a page.
-
-    Raises:
-        RevfxError: matplotlib is not installed.
-    """
     drawn = {"Memory over time": memory_svg(e)} if any(u.timeline for u in e.ways) else {}
     if e.fit is not None:
         drawn["Time over memory"] = curve_svg(e.fit, e.model)
     drawn["Graph"] = graph_svg(e)
     wide = 'class="wide" tabindex="0" role="region" aria-label='
     return "".join(_section(name, f'<div {wide}"{name}">{themed(svg)}</div>') for name, svg in drawn.items())
-
-
-def _as_text(e: Findings) -> str:
-    return (
-        f'<section><details><summary>As text</summary><div class="wide"><pre>{text(e)}</pre></div></details></section>'
-    )
 
 
 def _file(name: str) -> str:

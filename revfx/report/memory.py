@@ -26,7 +26,7 @@ def memory_svg(e: Findings) -> str:
     """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx.
 
     Raises:
-        RevfxError: the explanation has no timeline; matplotlib is not installed (`pip install 'revfx[viz]'`).
+        RevfxError: the explanation has no timeline, or `figure` raises.
     """
     ways = {u.way: u.timeline for u in e.ways if u.timeline is not None}
     if not ways:
