@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from revfx.capture.guards import name_of
 from revfx.compiled import _inductor, partitioner
@@ -18,12 +17,10 @@ from revfx.converted import unconverted
 from revfx.report.data import GraphInfo, Usage, short
 from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
-from revfx.report.simulate import measured
+from revfx.report.simulate import Loss, measured
 
 
-def explain_compiled(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], measure: bool
-) -> Explanation:
+def explain_compiled(model: nn.Module, args: Any, kwargs: Any, loss: Loss, measure: bool) -> Explanation:
     """Explain what the backend finds in each graph of `model(*args, **kwargs)`, which runs forwards once, on a copy.
 
     With `measure` a few steps are trained too, eagerly, under inductor, and under inductor with revfx.
@@ -35,7 +32,7 @@ def explain_compiled(
     if measure:
         inductor, backend = torch.compile(with_own_code(own)), torch.compile(with_own_code(own), backend="revfx")
         with _quiet():
-            ways = measured({"plain": own, "inductor": inductor, "revfx": backend}, args, kwargs, loss, own)
+            ways = measured({"plain": own, "inductor": inductor, "revfx": backend}, args, kwargs, loss)
     described = (tuple(describe(*detail, {}, "") for detail in report.details) for report in reports)
     graphs = tuple(GraphInfo(number, regions) for number, regions in enumerate(described))
     return Explanation(

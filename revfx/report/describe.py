@@ -112,11 +112,7 @@ def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) 
 
 
 def _lines(
-    program: Program,
-    region: Region,
-    kept_cuts: Collection[int],
-    uncoded: Collection[int],
-    names: Mapping[int, str],
+    program: Program, region: Region, kept_cuts: Collection[int], uncoded: Collection[int], names: Mapping[int, str]
 ) -> Iterator[ValueLine]:
     saved = {*region.exit, *region.saved, *region.side, *uncoded}
     saved.update(v for j in kept_cuts if j < len(region.steps) for v in region.steps[j].entry)

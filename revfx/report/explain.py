@@ -34,10 +34,7 @@ from revfx.report.drift import Drift, drift
 from revfx.report.explanation import Explanation
 from revfx.report.fit import explain_fit
 from revfx.report.progress import stage
-from revfx.report.simulate import Simulation, measured
-
-
-Loss = Callable[[Any], Tensor]
+from revfx.report.simulate import Loss, Simulation, measured
 
 
 def explain(
@@ -75,24 +72,24 @@ def explain(
         raise TypeError(f"`explain` takes an nn.Module, not a {type(model).__name__}; wrap the function in a module.")
     if backend not in (None, "revfx"):
         raise ValueError(f"`backend={backend!r}` is not known; use 'revfx', or leave it out.")
+    loss = loss or total
     if backend is not None:
         from revfx.report.compiled import explain_compiled
 
-        return explain_compiled(model, args, kwargs, loss or total, measure)
+        return explain_compiled(model, args, kwargs, loss, measure)
     budget = checked_memory(memory)
-    options = model.revfx.options if isinstance(model, Reversible) else Options("fx", False)
-    forward = model.revfx.forward(model) if isinstance(model, Reversible) else model.forward
+    own = model.revfx if isinstance(model, Reversible) else None
+    options = Options("fx", False) if own is None else own.options
+    forward = model.forward if own is None else own.forward(model)
     stage("looking for regions")
     outcome = make_plan(model, forward, args, kwargs, options.wishes)
-    ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss or total, measure)
-    not_compiled = dict.fromkeys(model.revfx.not_compiled if isinstance(model, Reversible) else ())
+    ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss, measure)
+    not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
     found: Drift | None = None
     if measure:
-        ways, found, more = _measured(model, options, args, kwargs, loss or total, ways, budget)
-        notes = (*notes, *more)
-    fit, fit_advice = None, list[str]()
-    if budget is not None:
-        fit, fit_advice = explain_fit(unconverted(model), args, kwargs, budget)
+        ways, found, more = _measured(model, options, args, kwargs, loss, ways, budget)
+        notes += more
+    fit, fit_advice = (None, ()) if budget is None else explain_fit(unconverted(model), args, kwargs, budget)
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
         refusals=(*outcome.refusals, *not_compiled), ways=ways, drift=found, notes=notes,
@@ -176,13 +173,7 @@ def _cuts(run: Regeneration) -> int:
 
 # --- measured
 def _measured(
-    model: nn.Module,
-    options: Options,
-    args: Any,
-    kwargs: Any,
-    loss: Loss,
-    ways: Sequence[Usage],
-    budget: Budget | None,
+    model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage], budget: Budget | None
 ) -> tuple[tuple[Usage, ...], Drift | None, tuple[str, ...]]:
     """Return the ways with what they were seen to take, the drift, and what could not be measured."""
     own = unconverted(copy.deepcopy(model))
@@ -195,7 +186,7 @@ def _measured(
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         stage("measuring")
-        seen = measured(models, args, kwargs, loss, own)
+        seen = measured(models, args, kwargs, loss)
         found, notes = None, ()
         try:
             found = drift(functools.partial(ours, **kwargs) if kwargs else ours, *args)

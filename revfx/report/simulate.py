@@ -13,11 +13,11 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -37,6 +37,7 @@ from revfx.world import World
 
 aten = torch.ops.aten
 REPEATS = 5  # steps of each way that are timed
+Loss = Callable[[Any], Tensor]  # from a model's output to a scalar
 
 
 class Ledger(TorchDispatchMode):
@@ -83,12 +84,7 @@ class Ledger(TorchDispatchMode):
 class Simulation(World):
     """A model and its arguments in a world without data, where steps are counted."""
 
-    def step(
-        self,
-        run: Callable[..., Any],
-        loss: Callable[[Any], Tensor],
-        seen: Callable[[Regeneration], None] | None = None,
-    ) -> Timeline:
+    def step(self, run: Callable[..., Any], loss: Loss, seen: Callable[[Regeneration], None] | None = None) -> Timeline:
         """Return what `loss(run(*args, **kwargs))` and its backward hold; `seen` is called with the regions that ran,
         while they are there, and then their steps are marked.
 
@@ -184,18 +180,13 @@ def seconds_of(step: Callable[[], Tensor], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measured(
-    ways: Mapping[str, Callable[..., Any]],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    loss: Callable[[Any], Tensor],
-    model: nn.Module,
-) -> tuple[Usage, ...]:
+def measured(ways: Mapping[str, Callable[..., Any]], args: Any, kwargs: Any, loss: Loss) -> tuple[Usage, ...]:
     """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take.
 
-    All run on the device of the first parameter of `model`.
+    "plain" is the model itself; all run on the device of its first parameter.
     """
-    device = str(next((p.device for p in model.parameters()), "cpu"))
+    plain: Any = ways["plain"]
+    device = str(next((p.device for p in plain.parameters()), "cpu"))
     steps = {name: lambda way=way: loss(way(*args, **kwargs)) for name, way in ways.items()}
     memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
     spent: dict[str, list[float]] = {name: [] for name in steps}
