@@ -155,11 +155,7 @@ def _limit(memory: int, device: str) -> None:
 
 
 def data_bytes() -> int:
-    """Return the bytes of this process that a limit on its data segment counts: the heap, and private mappings.
-
-    Raises:
-        RevfxError: the system is not Linux, or does not tell.
-    """
+    """Return the bytes of this process that a limit on its data segment counts: the heap, and private mappings."""
     status = Path("/proc/self/status")
     found = re.search(r"^VmData:\s*(\d+)", status.read_text() if status.exists() else "", re.MULTILINE)
     if found is None:

@@ -69,11 +69,7 @@ class Drift:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the errors over the steps, from the last to the first, into a file of the kind that `path` ends in.
-
-        Raises:
-            RevfxError: matplotlib is not installed.
-        """
+        """Draw the errors over the steps, from the last to the first, into a file of the kind that `path` ends in."""
         fig = figure("`Drift.plot`", 7, 4)
         axes = fig.add_subplot(xlabel="step, from the last one to the first", yscale="log")
         axes.set_ylabel("relative error of the regenerated value")
@@ -133,9 +129,8 @@ def _of_gradients(
     ours = gradients_of(copy.deepcopy(model), inputs, loss)
     plain = gradients_of(stored(copy.deepcopy(model)), inputs, loss)
     exact = gradients_of(stored(copy.deepcopy(model).double()), doubled(list(inputs)), loss)
-    all_three = ((name, got, plain[name], exact[name]) for name, got in ours.items())
     return tuple(
         GradientDrift(name, relative_error(got, p), relative_error(p, e), relative_error(got, e))
-        for name, got, p, e in all_three
-        if got is not None and p is not None and e is not None
+        for name, got in ours.items()
+        if got is not None and (p := plain[name]) is not None and (e := exact[name]) is not None
     )

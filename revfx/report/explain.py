@@ -99,11 +99,10 @@ def explain(
 
 def total(output: Any) -> Tensor:
     """Return the sum of all floating-point tensors of a model's output."""
-    leaves = [t for t in pytree.tree_leaves(output) if is_floating(t)]
-    differentiable = [t.sum() for t in leaves if t.requires_grad]
-    if not differentiable:
+    sums = [t.sum() for t in pytree.tree_leaves(output) if is_floating(t) and t.requires_grad]
+    if not sums:
         raise RevfxError("no output of the model needs a gradient, so there is no training step to be explained.")
-    return functools.reduce(torch.add, differentiable)
+    return functools.reduce(torch.add, sums)
 
 
 # --- predicted

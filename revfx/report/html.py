@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from revfx.errors import RevfxError
 from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, short
@@ -121,25 +120,19 @@ def cards(e: Findings) -> Iterator[str]:
     plain, ours = e.way("plain"), e.way("revfx")
     if plain is None or ours is None:
         return
-    made: list[str] = []
-
-    def card(title: str, field: str, form: Callable[[Any], str], ratio: Callable[[float, float], str]) -> bool:
-        a, b = getattr(plain, field), getattr(ours, field)
+    timed, made = plain.seconds and ours.seconds, ""
+    last = ("Time of a step", "seconds", "{:.3f} s".format) if timed else ("FLOPs of a step", "flops", count)
+    for title, field, form in (("Peak memory of a step", "peak", size), ("Kept for the backward", "kept", size), last):
+        a, b = (getattr(u, f"measured_{field}", None) or getattr(u, field) for u in (plain, ours))
         if a and b:
-            made.append(
-                f'<div class="card"><div>{title}</div><strong>{ratio(a, b)}</strong><div><span class="plain">{form(a)}'
+            less = f"{a / b:.1f} × less" if a > b else f"{b / a:.1f} × more"
+            times = less if form is size else f"{b / a:.2f} × as {'long' if timed else 'many'}"
+            made += (
+                f'<div class="card"><div>{title}</div><strong>{times}</strong><div><span class="plain">{form(a)}'
                 f' plain</span> → <span class="ours">{form(b)} revfx</span></div></div>'
             )
-        return bool(a and b)
-
-    for title, field in (("Peak memory of a step", "peak"), ("Kept for the backward", "kept")):
-        seen = None not in (getattr(plain, f"measured_{field}"), getattr(ours, f"measured_{field}"))
-        field = f"measured_{field}" if seen else field
-        card(title, field, size, lambda a, b: f"{a / b:.1f} × less" if a > b else f"{b / a:.1f} × more")
-    if not card("Time of a step", "seconds", "{:.3f} s".format, lambda a, b: f"{b / a:.2f} × as long"):
-        card("FLOPs of a step", "flops", count, lambda a, b: f"{b / a:.2f} × as many")
     if made:
-        yield f'<div class="cards">{"".join(made)}</div>'
+        yield f'<div class="cards">{made}</div>'
 
 
 def usage(e: Findings) -> Iterator[str]:

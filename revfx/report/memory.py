@@ -43,8 +43,6 @@ def memory_svg(e: Findings) -> str:
         if enlarged:
             _lines(last, {"revfx": ways["revfx"]}, None)
             last.set_title("revfx alone, enlarged", fontsize=8.5, weight="normal", color=PALETTE["revfx"])
-        for axes in rows[:, 0]:
-            _frame(axes, last_way)
         split = _split(last_way)
         for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
             last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
@@ -66,10 +64,11 @@ def _split(t: Timeline) -> float:
 
 
 def _lines(axes: Axes, ways: Mapping[str, Timeline], checkpoint: Usage | None) -> None:
-    """Draw live bytes over the operations, and label the peaks."""
+    """Draw live bytes over the operations, with labels of the peaks, the backward's begin, and where steps begin."""
     highest = max(1, *(t.peak for t in ways.values()))
     unit, scale = next((name, n) for name, n in UNITS if highest >= n)
-    split = _split(list(ways.values())[-1])
+    last = list(ways.values())[-1]
+    split = _split(last)
     for way, t in ways.items():
         xs, ys = thinned(t, split)
         colour = PALETTE[way]
@@ -92,6 +91,15 @@ def _lines(axes: Axes, ways: Mapping[str, Timeline], checkpoint: Usage | None) -
         )  # fmt: skip
     axes.set_ylim(0, 1.2 * highest / scale)
     axes.set_ylabel(unit, color=PALETTE["ink"])
+    axes.set_xlim(0, 1)
+    axes.set_xticks([])
+    axes.grid(axis="y")
+    axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
+    for at, _ in last.marks[:: 1 + len(last.marks) // TICKS]:
+        forward = split * at / max(1, last.backward)
+        backward = split + (1 - split) * (at - last.backward) / max(1, len(last.live) - last.backward)
+        x = forward if at < last.backward else backward
+        axes.axvline(x, 0, 0.035, color=PALETTE["outside-edge"], linewidth=0.7)
 
 
 def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
@@ -104,17 +112,3 @@ def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
             xs.append(start + (stop - start) * (c + 1) / columns)
             ys.append(float(max(these)))
     return xs, ys
-
-
-def _frame(axes: Axes, t: Timeline) -> None:
-    """Draw what lies around the lines: the backward's begin, and where steps of regions begin."""
-    axes.set_xlim(0, 1)
-    axes.set_xticks([])
-    axes.grid(axis="y")
-    split = _split(t)
-    axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
-    for at, _ in t.marks[:: 1 + len(t.marks) // TICKS]:
-        forward = split * at / max(1, t.backward)
-        backward = split + (1 - split) * (at - t.backward) / max(1, len(t.live) - t.backward)
-        x = forward if at < t.backward else backward
-        axes.axvline(x, 0, 0.035, color=PALETTE["outside-edge"], linewidth=0.7)

@@ -9,14 +9,12 @@ from contextvars import ContextVar
 from typing import Any
 
 
-_listener: ContextVar[Callable[[str], None] | None] = ContextVar("revfx_progress", default=None)
+_listener: ContextVar[Callable[[str], object]] = ContextVar("revfx_progress", default=lambda text: None)
 
 
 def stage(text: str) -> None:
     """Announce what is done next, to whoever shows it."""
-    listener = _listener.get()
-    if listener is not None:
-        listener(text)
+    _listener.get()(text)
 
 
 @contextlib.contextmanager

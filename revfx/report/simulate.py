@@ -86,10 +86,7 @@ class Simulation(World):
 
     def step(self, run: Callable[..., Any], loss: Loss, seen: Callable[[Regeneration], None] | None = None) -> Timeline:
         """Return what `loss(run(*args, **kwargs))` and its backward hold; `seen` is called with the regions that ran,
-        while they are there, and then their steps are marked.
-
-        Raises:
-            Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
+        while they are there, and then their steps are marked. Code that asks for values raises torch's own error.
         """
         ledger, runs = Ledger(), list[Regeneration]()
 
