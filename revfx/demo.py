@@ -6,7 +6,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,9 +72,7 @@ class Run:
         self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-2, total_steps=steps)
-        self.spent: list[float] = []
-        self.right: list[float] = []
-        self.losses: list[float] = []
+        self.spent, self.right, self.losses = list[float](), list[float](), list[float]()
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Take one step of gradient descent."""
@@ -128,18 +125,16 @@ def max_difference(converted: nn.Module, x: Tensor, y: Tensor) -> float:
 def table(runs: Results, apart: float, images: int, depth: int) -> str:
     """Format the result as text."""
     plain, ours = runs["plain"], runs["revfx"]
-    lines = [f"a RevNet of {depth} couplings, {len(plain['right'])} epochs of {images} handwritten digits"]
-    lines.append(f"{'':28}{'plain':>14}{'revfx':>14}")
-
-    def line(name: str, form: Callable[[Any], str], a: Any, b: Any, ratio: str = "") -> None:
-        lines.append(f"{name:28}{form(a):>14}{form(b):>14}   {ratio}".rstrip())
-
+    rows = [("", "plain", "revfx", "")]
     for name, field in (("peak memory of a step", "peak"), ("kept after the forward", "kept")):
-        line(name, size, plain[field], ours[field], f"{plain[field] / ours[field]:.1f} x less")
+        a, b = plain[field], ours[field]
+        rows.append((name, size(a), size(b), f"{a / b:.1f} x less"))
     a, b = plain["seconds"], ours["seconds"]
-    line("time of a step", lambda seconds: f"{seconds * 1e3:.1f} ms", a, b, f"{b / a:.2f} x as long")
-    line("loss in the last epoch", "{:.4f}".format, plain["loss"], ours["loss"])
+    rows.append(("time of a step", f"{a * 1e3:.1f} ms", f"{b * 1e3:.1f} ms", f"{b / a:.2f} x as long"))
+    rows.append(("loss in the last epoch", f"{plain['loss']:.4f}", f"{ours['loss']:.4f}", ""))
     for epoch, (a, b) in enumerate(zip(plain["right"], ours["right"], strict=True), 1):
-        line(f"test digits right, epoch {epoch}", "{:.2%}".format, a, b)
-    lines.append(f"gradients differ from those of stored activations by {apart:.1e} (relative, the worst)")
-    return "\n".join(lines)
+        rows.append((f"test digits right, epoch {epoch}", f"{a:.2%}", f"{b:.2%}", ""))
+    first = f"a RevNet of {depth} couplings, {len(plain['right'])} epochs of {images} handwritten digits"
+    lines = (f"{name:28}{a:>14}{b:>14}   {ratio}".rstrip() for name, a, b, ratio in rows)
+    last = f"gradients differ from those of stored activations by {apart:.1e} (relative, the worst)"
+    return "\n".join((first, *lines, last))

@@ -72,7 +72,7 @@ def describe(
         freed_bytes=region.freed_bytes,
         drift=_drift(program, steps, kept_cuts) if code_bytes is None else 0.0,
         code_bytes=code_bytes or 0,
-        values=tuple(_lines(program, region, kept_cuts, uncoded, names)),
+        values=tuple(_lines(program, region, kept_cuts, {*kept, *anchored}, names)),
         entry=tuple(_entry(program, region)),
     )
 
@@ -112,10 +112,8 @@ def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) 
 
 
 def _lines(
-    program: Program, region: Region, kept_cuts: Collection[int], uncoded: Collection[int], names: Mapping[int, str]
+    program: Program, region: Region, kept_cuts: Collection[int], saved: Collection[int], names: Mapping[int, str]
 ) -> Iterator[ValueLine]:
-    saved = {*region.exit, *region.saved, *region.side, *uncoded}
-    saved.update(v for j in kept_cuts if j < len(region.steps) for v in region.steps[j].entry)
     first = _first_derivations(program, region.steps, kept_cuts)
     calls: dict[int, str] = {}
     for i in range(region.start, region.stop):

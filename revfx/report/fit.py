@@ -112,10 +112,8 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
     stage("planning for the budget")
     start = time.perf_counter()
     survey = survey_of(model, args, kwargs)
-    chosen, (least, held) = survey.best(budget), survey.least()
-    plan = least if chosen is None else chosen
-    if chosen is not None:
-        held = survey.holders(chosen)
+    chosen, (least, _) = survey.best(budget), survey.least()
+    plan = chosen or least
     curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
     points = [Point(least.load.peak, least.load.peak, 1 + least.seconds / survey.seconds)]
     for b, c in reversed(curve):  # what fits in less fits in more, and may be the faster plan that was found
@@ -123,7 +121,7 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
         points.append(min(point, replace(points[-1], budget=point.budget), key=lambda p: p.time))
     found = FitInfo(
         budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
-        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(map(str, held[:3])),
+        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(map(str, survey.holders(plan)[:3])),
         tuple(reversed(points)), least.load.peak, time.perf_counter() - start,
     )  # fmt: skip
     text = " ".join(found.held)

@@ -18,6 +18,7 @@ from revfx.report.data import RegionInfo, ValueLine, folded
 
 
 READS, SOLVED = "reads", "solved"  # kinds of edges
+Edge = tuple[int, int, str]  # from, to, and of what kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,10 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The nodes of a region, edges (from, to, kind), frames of what is drawn once, and the values `left_out`."""
+    """The nodes of a region, its edges, frames of what is drawn once, and the values `left_out`."""
 
     nodes: tuple[Node, ...]
-    edges: tuple[tuple[int, int, str], ...]
+    edges: tuple[Edge, ...]
     frames: tuple[Frame, ...]
     left_out: int = 0
 
@@ -101,11 +102,9 @@ def spanned(first: str, last: str) -> str:
     return "".join(a if a == b else f"{{{a}…{b}}}" for a, b in zip(parts, others, strict=True))
 
 
-def _edges(
-    firsts: Sequence[ValueLine], lasts: Sequence[ValueLine], node_of: Mapping[str, int]
-) -> list[tuple[int, int, str]]:
+def _edges(firsts: Sequence[ValueLine], lasts: Sequence[ValueLine], node_of: Mapping[str, int]) -> list[Edge]:
     """Return the edges: what a layer reads, by the first of a frame (it lies above), what solves it, by the last."""
-    found: dict[tuple[int, int, str], None] = {}
+    found: dict[Edge, None] = {}
     for node, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
         for names, kind in ((first.reads, READS), (last.solved, SOLVED)):
             found.update(((node_of[n], node, kind), None) for n in names if node_of.get(n, node) != node)
@@ -113,7 +112,7 @@ def _edges(
 
 
 # --- columns
-def _columns(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) -> list[float]:
+def _columns(lines: Sequence[ValueLine], edges: Sequence[Edge]) -> list[float]:
     """Return the column of each node."""
     lanes = _lanes(lines, edges)
     xs = [float(lanes.get(i, 0)) for i in range(len(lines))]
@@ -129,7 +128,7 @@ def _columns(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) 
     return xs
 
 
-def _lanes(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) -> dict[int, int]:
+def _lanes(lines: Sequence[ValueLine], edges: Sequence[Edge]) -> dict[int, int]:
     """Return the lane of each value that is not inside a function: one for all that follow from each other."""
     solved: dict[int, list[int]] = {}
     for a, b, kind in edges:
@@ -163,7 +162,7 @@ def _lanes(lines: Sequence[ValueLine], edges: Sequence[tuple[int, int, str]]) ->
 
 # --- rows
 def _rows(
-    block_of: Sequence[int], times_of: Sequence[int], edges: Sequence[tuple[int, int, str]], xs: Sequence[float]
+    block_of: Sequence[int], times_of: Sequence[int], edges: Sequence[Edge], xs: Sequence[float]
 ) -> tuple[list[int], tuple[Frame, ...]]:
     """Return the row of each node, block under block: below all that it reads, and alone in its column there."""
     rows: list[int] = []
