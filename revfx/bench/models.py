@@ -264,11 +264,10 @@ def _mean_square(output: Tensor) -> Tensor:
 
 
 _AFFINE = "its couplings scale as well as add, and carry a log-determinant"
-_ALL = (
+MODELS: Mapping[str, BenchModel] = {m.name: m for m in (
     BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), _mean_square, 16, 2048),
     BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 8, 64),
     BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 8, 32),
     BenchModel("flow", "affine flow", Flow, _normal(64), lambda density: -density.mean(), 16, 4096, _AFFINE),
     BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), _mean_square, 16, 256),
-)
-MODELS: Mapping[str, BenchModel] = {m.name: m for m in _ALL}
+)}  # fmt: skip

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,13 +18,12 @@ from revfx.errors import WrongArguments
 from revfx.report.figures import figure
 
 
-T = TypeVar("T")
 UNITS: Mapping[str, int] = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 ROUNDS, QUICK_ROUNDS, QUICK_DEPTH, QUICK_BATCH = 9, 2, 4, 2  # the last divides the batch
 SWEPT: Mapping[str, tuple[int, ...]] = {"depth": (4, 8, 16, 32), "batch": (1, 2, 4, 8)}  # the latter: of a quarter
 
 
-def option(default: T, text: str, metavar: str | None = None, **given: Any) -> T:
+def option(default: Any, text: str, metavar: str | None = None, **given: Any) -> Any:
     """Return the field of an option: its default, and what `argparse` is given."""
     return field(default=default, metadata={"help": text, **({"metavar": metavar} if metavar else {}), **given})
 

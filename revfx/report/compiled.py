@@ -33,8 +33,7 @@ def explain_compiled(model: nn.Module, args: Any, kwargs: Any, loss: Loss, measu
         inductor, backend = torch.compile(with_own_code(own)), torch.compile(with_own_code(own), backend="revfx")
         with _quiet():
             ways = measured({"plain": own, "inductor": inductor, "revfx": backend}, args, kwargs, loss)
-    described = (tuple(describe(*detail, {}, "") for detail in report.details) for report in reports)
-    graphs = tuple(GraphInfo(number, regions) for number, regions in enumerate(described))
+    graphs = tuple(GraphInfo(n, tuple(describe(*d, {}, "") for d in r.details)) for n, r in enumerate(reports))
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)),
         regions=tuple(r for graph in graphs for r in graph.regions),

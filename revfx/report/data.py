@@ -191,10 +191,8 @@ def folded(values: Sequence[ValueLine]) -> Iterator[tuple[list[ValueLine], int]]
 
 def _repeats(looks: Sequence[object], at: int, period: int) -> int:
     """Return how often the next `period` items come in a row."""
-    times, block = 1, looks[at : at + period]
-    while len(block) == period and looks[at + times * period : at + (times + 1) * period] == block:
-        times += 1
-    return times
+    blocks = (looks[i : i + period] for i in range(at, len(looks), period))
+    return sum(1 for _ in itertools.takewhile(looks[at : at + period].__eq__, blocks))
 
 
 def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:

@@ -168,8 +168,7 @@ def describe_recorded(
     """
     nodes = plan.lowered.op_nodes
     names = {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(nodes)}
-    inside = (n.meta for n in nodes[region.start : region.stop])
-    scopes = [str(meta["scope"]).split(".") for meta in inside if "scope" in meta]
+    scopes = [str(n.meta["scope"]).split(".") for n in nodes[region.start : region.stop] if "scope" in n.meta]
     levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*scopes, strict=False))
     module = ".".join(level[0] for level in levels)
     outside = [s for s in plan.segments if s.region is None]

@@ -35,8 +35,8 @@ def memory_svg(e: Findings) -> str:
     enlarged = len(ways) == 2 and ways["plain"].peak > ENLARGED * ways["revfx"].peak
 
     def draw(fig: Figure) -> None:
-        rows: Any = fig.subplots(2 if enlarged else 1, 1, sharex=True, squeeze=False,
-                                 gridspec_kw={"height_ratios": [3, 2] if enlarged else [1]})  # fmt: skip
+        shares = [3, 2] if enlarged else [1]
+        rows: Any = fig.subplots(len(shares), 1, sharex=True, squeeze=False, height_ratios=shares)
         top, last = rows[0][0], rows[-1][0]
         _lines(top, ways, e.way("checkpoint"))
         top.set_title(f"Memory of one training step: {e.model}")

@@ -186,11 +186,8 @@ def measured(ways: Mapping[str, Callable[..., Any]], args: Any, kwargs: Any, los
     device = str(next((p.device for p in plain.parameters()), "cpu"))
     steps = {name: lambda way=way: loss(way(*args, **kwargs)) for name, way in ways.items()}
     memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
-    spent: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(REPEATS):
-        for name, step in steps.items():
-            spent[name].append(seconds_of(step, device))
+    rounds = [[seconds_of(step, device) for step in steps.values()] for _ in range(REPEATS)]
     return tuple(
-        Usage(name, measured_kept=memory[name].kept, measured_peak=memory[name].peak, seconds=statistics.median(s))
-        for name, s in spent.items()
+        Usage(name, measured_kept=m.kept, measured_peak=m.peak, seconds=statistics.median(seconds))
+        for (name, m), *seconds in zip(memory.items(), *rounds, strict=True)
     )
