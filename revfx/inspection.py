@@ -29,9 +29,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
-    """Return the relative error of one inversion by step and value, for every region that `model(*inputs)` runs.
-
-    In the dtype of the model and once more in fp64, on a copy.
+    """Return the relative error of one inversion by step and value, for every region that `model(*inputs)` runs: in the
+    dtype of the model and once more in fp64, on a copy.
     """
     runs = originals_of(model, inputs, "check_inverse")
     floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if is_floating(t)]

@@ -80,16 +80,14 @@ def describe(
 def _kind(steps: Sequence[Step]) -> str:
     """Return the usual name of the couplings, by what their inverses divide by."""
     arcs = [a for s in steps for a in s.arcs if not a.exact]
-    kinds: list[str] = []
-    if any(a.factor is None for a in arcs):
-        kinds.append("additive")
-    if any(a.measured for a in arcs):
-        kinds.append("affine")
     scales = sorted({abs(a.factor) for a in arcs if a.factor is not None and not a.measured})
-    kinds.extend(f"scaled by {s:.3g}" for s in scales[:3])
-    if any(a.grid for a in arcs):
-        kinds.append("on a grid")
-    return ", ".join(kinds) or "layout"
+    kinds = {
+        "additive": any(a.factor is None for a in arcs),
+        "affine": any(a.measured for a in arcs),
+        **{f"scaled by {s:.3g}": True for s in scales[:3]},
+        "on a grid": any(a.grid for a in arcs),
+    }
+    return ", ".join(kind for kind, there in kinds.items() if there) or "layout"
 
 
 def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> float:

@@ -45,9 +45,7 @@ ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What is done with what autograd would keep of a module, in bytes: `kept`, `recomputed`, or `masked`, kept as a
-    bit an element.
-    """
+    """Bytes of what autograd would keep of a module: `kept`, `recomputed`, or `masked`, kept as a bit an element."""
 
     module: str
     kept: int
@@ -178,9 +176,7 @@ def batched(inputs: Sequence[Any], batch: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest batch that a budget of bytes has room for: plainly, and under a plan, which takes `peak` bytes and
-    `time` plain steps, both predicted.
-    """
+    """The largest batch within a budget of bytes: plainly, and under a plan, with its predicted peak and time."""
 
     budget: int
     plain: int

@@ -212,15 +212,14 @@ class _Region:
 
     def __init__(self, number: int, region: RegionInfo, found: Layout, followed: bool) -> None:
         self.number, self.region, self.found, self.followed = number, region, found, followed
-        left, right = found.columns
-        self.span = (right - left) * COLUMN
+        xs, rows = [n.x for n in found.nodes] or [0.0], max((n.row for n in found.nodes), default=-1) + 1
+        self.left, self.span = min(xs), (max(xs) - min(xs)) * COLUMN
         self.width = self.span + BOX + 4 * MARGIN
-        self.height = HEAD + found.rows * STEP + GAP * (2 if found.left_out else 1)
+        self.height = HEAD + rows * STEP + GAP * (2 if found.left_out else 1)
 
     def place(self, pen: _Pen, node: Node) -> tuple[float, float]:
         """Return the middle of a node."""
-        left = (pen.width - self.span) / 2
-        return left + (node.x - self.found.columns[0]) * COLUMN, HEAD + (node.row + 0.5) * STEP
+        return (pen.width - self.span) / 2 + (node.x - self.left) * COLUMN, HEAD + (node.row + 0.5) * STEP
 
     def draw(self, pen: _Pen) -> None:
         """Draw the region, its values and what they are made from."""

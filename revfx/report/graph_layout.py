@@ -52,17 +52,6 @@ class Layout:
     frames: tuple[Frame, ...]
     left_out: int = 0
 
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-        return max((n.row for n in self.nodes), default=-1) + 1
-
-    @property
-    def columns(self) -> tuple[float, float]:
-        """The first and the last column."""
-        xs = [n.x for n in self.nodes] or [0.0]
-        return min(xs), max(xs)
-
 
 def layout(region: RegionInfo, most: int) -> Layout:
     """Return where to draw the values of a region, of which `most` are drawn, after folding."""

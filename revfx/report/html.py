@@ -26,7 +26,6 @@ def page(e: Findings) -> str:
     `page.html#search=invert` opens it with a search. It needs matplotlib.
     """
     # the one script is a constant: what comes from the model is escaped text, and never code
-    script = _file("page.js")
     parts = "\n".join(_content(e, _pictures(e), "h1", values(e)))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
@@ -45,7 +44,7 @@ body {{ margin: 0 }}</style>
 <main class="revfx">
 {parts}
 </main>
-<script>{script}</script>
+<script>{_file("page.js")}</script>
 </body>
 </html>
 """

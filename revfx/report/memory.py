@@ -23,11 +23,7 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
 def memory_svg(e: Findings) -> str:
-    """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx.
-
-    Raises:
-        RevfxError: the explanation has no timeline, or `figure` raises.
-    """
+    """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx."""
     ways = {u.way: u.timeline for u in e.ways if u.timeline is not None}
     if not ways:
         raise RevfxError("`memory_svg`: this explanation holds no timeline of a step.")
