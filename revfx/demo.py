@@ -117,9 +117,8 @@ def train(models: dict[str, nn.Module], data: Data, epochs: int, advance: Any) -
 
 def max_difference(converted: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the largest relative difference between gradients with regenerated activations and with stored ones."""
-    got, want = (gradients(m, [x], lambda out: F.cross_entropy(out, y)) for m in (converted, stored(converted)))
-    pairs = zip(got.values(), want.values(), strict=True)
-    return max(relative_error(g, w) for g, w in pairs if g is not None and w is not None)
+    both = (gradients(m, [x], lambda out: F.cross_entropy(out, y)).values() for m in (converted, stored(converted)))
+    return max(relative_error(g, w) for g, w in zip(*both, strict=True) if g is not None and w is not None)
 
 
 def table(runs: Results, apart: float, images: int, depth: int) -> str:

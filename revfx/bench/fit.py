@@ -51,11 +51,9 @@ class Question:
 def largest(question: Question) -> Fit:
     """Return the answer of a child process, or of several one after the other, where they die."""
     q = question
-    fit = Fit(q.model, q.way, q.sweep, q.other, q.memory)
-    reason = why_not(WAYS[q.way], MODELS[q.model])
-    if reason is not None:
-        return replace(fit, notes=(reason,))
-    fit = replace(fit, largest=0)
+    fit = Fit(q.model, q.way, q.sweep, q.other, q.memory, largest=0)
+    if (reason := why_not(WAYS[q.way], MODELS[q.model])) is not None:
+        return replace(fit, largest=None, notes=(reason,))
     for _ in range(DEATHS):
         said = ask(q, fit.largest or 0, fit.over)
         fit = replace(fit, largest=said.low, over=said.high)

@@ -101,8 +101,7 @@ def prepare(setting: Setting, way: Way, reference: Reference | None = None) -> C
     """Return a candidate with its memory and, given a reference, its error, or with why there is none."""
     row = Row(setting.bench.name, way.name, setting.depth, setting.batch)
     model, inputs = setting.make()
-    reason = why_not(way, setting.bench)
-    if reason is not None:
+    if (reason := why_not(way, setting.bench)) is not None:
         return Candidate(way, model, replace(row, notes=(reason,)))
     row = replace(row, gradients=sum(p.numel() * p.element_size() for p in model.parameters()))
     with warnings.catch_warnings(record=True) as warned:

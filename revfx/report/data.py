@@ -81,8 +81,7 @@ class Timeline:
 
     `live[i]` is what is alive after operation i, `backward` the number of the first operation of the backward, `kept`
     what is alive when it begins. `marks` are places on the way: (operation, text). `flops` counts floating-point
-    operations of matrix products, convolutions and attention, forward and backward, as
-    `torch.utils.flop_counter` does.
+    operations of matrix products, convolutions and attention, in both directions (`torch.utils.flop_counter`).
     """
 
     live: tuple[int, ...]

@@ -63,8 +63,7 @@ class Drift:
             dtype = str(s.dtype).removeprefix("torch.")
             lines.append(f"{f'{s.region}.{s.number}':>8}  {error:>8}  {dtype:<8}  {s.name}  {s.where}")
         if self.gradients:
-            head = f"{'error':>8}  {'fp64':>8}  {'plain':>8}"
-            lines.append(f"{head}  gradient (error to plain's; to fp64; plain's to fp64)")
+            lines.append("   error      fp64     plain  gradient (error to plain's; to fp64; plain's to fp64)")
             lines.extend(f"{g.error:8.1e}  {g.to_fp64:8.1e}  {g.plain_to_fp64:8.1e}  {g.name}" for g in self.gradients)
         return "\n".join(lines)
 

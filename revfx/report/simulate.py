@@ -74,8 +74,7 @@ class Ledger(TorchDispatchMode):
             self.enter(t)
         if draws(func, args, kwargs):
             torch.rand(())  # so that the generator's state changes, as it would
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         self.live.append(self.now + scratch(func, args, out))
         return out
