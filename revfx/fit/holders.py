@@ -35,7 +35,7 @@ def holders(model: Model, plan: Plan, load: Load) -> list[Holder]:
             whose = "a result of the forward" if m.born < tape.turn else "a gradient"
             found.append(Holder(m.size, f"{whose}, of {named(maker)}"))
     for v in plan.kept:
-        m = tape.memories[tape.memory_of[v]]
+        m = tape.memory(v)
         until = model.through(model.needs.wanted[v])
         if m.dead is not None and m.dead <= at < until:
             maker = tape.ops[m.born]

@@ -110,5 +110,5 @@ class Menu:
         if value not in self.needs.wanted:
             return None
         tape = self.needs.tape
-        dead = tape.memories[tape.memory_of[value]].dead
+        dead = tape.memory(value).dead
         return 0.0 if dead is None else tape.size(value)

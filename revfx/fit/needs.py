@@ -46,7 +46,7 @@ class Needs:
             if p.unpacked is None or not self._stays(p.spot):
                 self.stuck.append(k)
                 continue
-            p.spot = replace(p.spot, value=self.tape.memories[self.tape.memory_of[p.spot.value]].values[-1])
+            p.spot = replace(p.spot, value=self.tape.memory(p.spot.value).values[-1])
             self.wanted.setdefault(p.spot.value, []).append(k)
             marks = {mark_of(self.tape.ops[o], at) for o, at in self.tape.reads.get(k, ())}
             if len(marks) == 1 and (mark := marks.pop()) is not None and is_dense(p.spot):
@@ -54,7 +54,7 @@ class Needs:
 
     def _stays(self, spot: Spot) -> bool:
         """Return whether what is written to the memory of a spot later is written elsewhere in it."""
-        tape, values = self.tape, self.tape.memories[self.tape.memory_of[spot.value]].values
+        tape, values = self.tape, self.tape.memory(spot.value).values
         at = values.index(spot.value)
         written = [s for v in values[at + 1 :] for s in tape.ops[tape.made_by[v] or 0].writes]
         return not any(tape.memory_of[s.value] == tape.memory_of[spot.value] and overlap(s, spot) for s in written)
@@ -76,7 +76,7 @@ class Needs:
 
     def source(self, value: int) -> tuple[str, Any] | None:
         """Return where to find a value that was there before the step; None of others."""
-        return self.tape.memories[self.tape.memory_of[value]].source
+        return self.tape.memory(value).source
 
     def _is_whole(self, spot: Spot) -> bool:
         return is_dense(spot) and math.prod(spot.shape) * spot.dtype.itemsize == self.tape.size(spot.value)
@@ -84,7 +84,7 @@ class Needs:
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
         source = self.source(value)
-        memory = self.tape.memories[self.tape.memory_of[value]]
+        memory = self.tape.memory(value)
         if source is None or source[0] not in ("parameter", "buffer", "argument") or len(memory.values) > 1:
             return False
         return self.tape.memory_of[value] not in self._updated

@@ -9,12 +9,30 @@ once, or twice where nothing is kept between the blocks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from revfx.fit.needs import Needs
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """An operator that runs again; it may write over values that it reads last (`goes`), and leaves none of `drops`."""
+
+    op: int
+    goes: frozenset[int]
+    drops: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What runs before autograd gets the tensor of a pack, and what is let go of then."""
+
+    pack: int
+    reruns: tuple[Rerun, ...]
+    drops: tuple[int, ...]
 
 
 @dataclass
@@ -36,8 +54,9 @@ class Plan:
         return {k: self.block_of[min(packs[k].packed, last)] for _, k in wanted if k not in self.marks}
 
     @cached_property
-    def _read_again(self) -> set[int]:
-        return {v for op in self.above([self.needs.value(k) for k in self.dropped]) for v in self._reads[op]}
+    def again(self) -> frozenset[int]:
+        """Return the operators that run again, whatever autograd asks for."""
+        return frozenset(self.above([self.needs.value(k) for k in self.dropped]))
 
     @property
     def drops(self) -> bool:
@@ -55,12 +74,9 @@ class Plan:
             raise AssertionError(f"nothing makes value {value} again")
         return op
 
-    def reads(self, op: int) -> tuple[int, ...]:
-        """Return the values that an operator reads when it runs again; a coin is decoded."""
-        return self._reads[op]
-
     @cached_property
-    def _reads(self) -> list[tuple[int, ...]]:
+    def reads(self) -> list[tuple[int, ...]]:
+        """Return the values that each operator reads when it runs again; a coin is decoded."""
         coins = {self.needs.tape.made_by[v] for v in self.coins}
         return [
             () if op is None or o in coins else tuple(dict.fromkeys(s.value for s in op.reads))
@@ -77,7 +93,7 @@ class Plan:
             op = self.op_of(v)
             if op not in seen and block in (None, self.block_of[op]):
                 seen.add(op)
-                todo += self._reads[op]
+                todo += self.reads[op]
                 yield op
 
     @cached_property
@@ -96,7 +112,7 @@ class Plan:
             values = [self.needs.value(k) for k in packs]
             found.update((block, v) for v in values)
             for op in self.above(values, block):
-                found.update((block, v) for v in self._reads[op] if not self.is_base(v))
+                found.update((block, v) for v in self.reads[op] if not self.is_base(v))
         return found
 
     @cached_property
@@ -106,7 +122,7 @@ class Plan:
         for block, packs in self.asked.items():
             values = [self.needs.value(k) for k in packs]
             ops = [*self.above(values)]
-            read = {v for op in ops for v in self._reads[op] if v in self.kept}
+            read = {v for op in ops for v in self.reads[op] if v in self.kept}
             made = {v for op in ops for v in self.needs.tape.ops[op].makes}
             found[block] = frozenset(read | (made & self.coins))
         return found
@@ -128,61 +144,59 @@ class Plan:
     @cached_property
     def sources(self) -> dict[int, tuple[str, Any]]:
         """Return where to find what was there before the step and is read by what runs again."""
-        return {v: source for v in self._read_again if (source := self.needs.source(v)) is not None}
+        read = {v for op in self.again for v in self.reads[op]}
+        return {v: source for v in read if (source := self.needs.source(v)) is not None}
+
+    def segments(self, packs: Iterable[int]) -> Iterator[Segment]:
+        """Yield what is done for some dropped packs, in the order in which they were asked for when recorded."""
+        all_packs, replay = self.needs.tape.packs, Replay(self)
+        for k in sorted((k for k in packs if all_packs[k].unpacked is not None), key=lambda k: all_packs[k].turn):
+            yield replay.segment(k)
 
 
 class Replay:
-    """What was made again in one backward and is still there: which operators run next, and what goes.
+    """What was made again in one backward and is still there: which operators run next, and what goes."""
 
-    `run` runs an operator, given the values that are not needed after it; `drop` lets a value go.
-    """
+    def __init__(self, plan: Plan, there: Iterable[int] = ()) -> None:
+        self.plan, self.there, self.left = plan, set(there), dict(plan.uses)
+        # by value: how many blocks that it was not made in will still read it
+        self.outside = Counter(v for block, v in plan.uses if plan.block_of[plan.op_of(v)] != block)
 
-    def __init__(self, plan: Plan, run: Callable[[int, set[int]], None], drop: Callable[[int], None]) -> None:
-        self.plan, self.run, self.drop = plan, run, drop
-        self.there, self.left = set[int](), dict(plan.uses)
-        self.outside = Counter[int]()  # by value: how many blocks that it was not made in will still read it
-        self.outside.update(v for block, v in plan.uses if plan.block_of[plan.op_of(v)] != block)
-
-    def obtain(self, value: int, block: int) -> None:
-        """Have a value there that `block` asks for."""
-        plan, ops, todo = self.plan, set[int](), [value]
+    def segment(self, pack: int) -> Segment:
+        """Return what is done when autograd asks for a pack next."""
+        plan, value, block = self.plan, self.plan.needs.value(pack), self.plan.dropped[pack]
+        ops, todo = set[int](), [value]
         while todo:
             v = todo.pop()
             if v not in self.there and not plan.is_base(v) and (op := plan.op_of(v)) not in ops:
                 ops.add(op)
-                todo += plan.reads(op)
-        order = sorted(ops)
-        last = {v: op for op in order for v in plan.reads(op)}
+                todo += plan.reads[op]
+        order, reruns = sorted(ops), list[Rerun]()
+        last = {v: op for op in order for v in plan.reads[op]}
+        last[value] = len(plan.reads)
         for op in order:
-            reads, own = plan.reads(op), plan.block_of[op] == block
-            if own:
+            reads, makes = plan.reads[op], plan.needs.tape.ops[op].makes
+            if plan.block_of[op] == block:
                 for v in reads:
                     self._note(v, block)
-            goes = {v for v in reads if v in self.there and last[v] == op and not self._stays(v, block) and v != value}
-            self.run(op, goes)
-            self._gone(goes)
-            makes = plan.needs.tape.ops[op].makes
+            goes = frozenset([v for v in reads if v in self.there and last[v] == op and not self._stays(v, block)])
+            unread = [v for v in makes if last.get(v, -1) <= op and not self._stays(v, block)]
             self.there.update(makes)
-            self._gone([v for v in makes if last.get(v, -1) <= op and v != value and not self._stays(v, block)])
+            self.there.difference_update(goes, unread)
+            reruns.append(Rerun(op, goes, (*goes, *unread)))
+        self._note(value, block)
+        through = (value,) if value in self.there and not self._stays(value, block) else ()
+        self.there.difference_update(through)
+        return Segment(pack, tuple(reruns), through)
 
     def _stays(self, value: int, block: int) -> bool:
         """Return whether a value is needed beyond what runs now: by the block that asks, or by others than its own."""
         return self.outside[value] > 0 or self.left.get((block, value), 0) > 0
 
     def _note(self, value: int, block: int) -> None:
+        """Note that a block has read a value."""
         n = self.left.get((block, value), 0)
         if n:
             self.left[block, value] = n - 1
             if n == 1 and self.plan.block_of[self.plan.op_of(value)] != block:
                 self.outside[value] -= 1
-
-    def took(self, value: int, block: int) -> None:
-        """Note that the backward has read a value that `block` asked for."""
-        self._note(value, block)
-        if value in self.there and not self._stays(value, block):
-            self._gone([value])
-
-    def _gone(self, values: Collection[int]) -> None:
-        for v in values:
-            self.there.discard(v)
-            self.drop(v)

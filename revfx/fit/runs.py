@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from revfx.fit.blocks import blocks_of
 from revfx.fit.costs import signature
@@ -14,7 +14,6 @@ from revfx.fit.menu import Choice, Menu
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Model
-from revfx.fit.tape import running
 
 
 MERGED = 4  # blocks that are treated as one at most
@@ -106,7 +105,7 @@ class Runs:
             return v if made is None or o - made > far else (o - made, tape.ops[made].makes.index(v))
 
         def death(o: int, v: int) -> int:
-            dead = tape.memories[tape.memory_of[v]].dead
+            dead = tape.memory(v).dead
             return -1 if dead is None else min(dead - o, far)
 
         def times(o: int, k: int, start: int) -> Hashable:
@@ -137,7 +136,7 @@ class Runs:
             kept = c.kept | given
             plan = Plan(self.needs, kept | around, c.marks, c.coins, block_of)
             held, spikes, seconds = self.model.changes(plan, mine)
-            extra = running(held)
+            extra = [*accumulate(held)]
             parts = [
                 Part(extra[a : b + 1], [(t - a, extra[t - 1] + n) for t, n in spikes.items() if a <= t <= b])
                 for a, b in ((run.start, run.stop), run.back)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from revfx.fit.kernels import Cost
 from revfx.fit.needs import Needs
-from revfx.fit.plan import Plan, Replay
-from revfx.fit.tape import running
+from revfx.fit.plan import Plan
 
 
 BITS = 8  # in a byte
@@ -45,40 +44,42 @@ class Model:
     @cached_property
     def during(self) -> list[int]:
         """Return the bytes while each operator runs that are there whatever autograd keeps."""
-        tape = self.needs.tape
-        found = [
-            n + s + c.scratch for n, s, c in zip(tape.natural(), self._stuck(), [*self.costs, Cost()], strict=False)
-        ]
-        found = [n + self.late * (t >= tape.turn) for t, n in enumerate(found)]
-        found[tape.turn] += self.loss
+        found = [n + c.scratch for n, c in zip(self._natural(0, self._stuck), [*self.costs, Cost()], strict=True)]
+        found[self.needs.tape.turn] += self.loss
         return found
 
     @cached_property
     def before(self) -> list[int]:
         """Return these right before each operator."""
+        return self._natural(1, list(map(max, pairwise([0, *self._stuck]))))
+
+    def _natural(self, shift: int, more: Sequence[int]) -> list[int]:
+        """Return what is there if autograd keeps nothing, so many operators later, and `more`."""
         tape = self.needs.tape
         n = len(tape.ops) + 1
         change = [0] * (n + 2)
         for m in tape.memories:
             if m.source is None:
-                change[m.born + 1] += m.size
-                change[n if m.dead is None else m.dead + 1] -= m.size
-        found = [b + max(s) for b, s in zip(running(change), pairwise([0, *self._stuck()]), strict=False)]
-        return [b + self.late * (t >= tape.turn) for t, b in enumerate(found[:n])]
+                change[m.born + shift] += m.size
+                change[n if m.dead is None else m.dead + shift] -= m.size
+        change[tape.turn] += self.late
+        return [a + b for a, b in zip(accumulate(change[:n]), more, strict=True)]
 
+    @cached_property
     def _stuck(self) -> list[int]:
-        """Return how the bytes change that autograd keeps in any case."""
+        """Return the bytes at each operator that autograd keeps in any case."""
         tape, until = self.needs.tape, dict[int, int]()
+        n = len(tape.ops) + 1
         for k in self.needs.stuck:
             m = tape.memory_of[self.needs.value(k)]
             released = tape.packs[k].released
-            until[m] = max(until.get(m, 0), len(tape.ops) + 1 if released is None else released)
-        change = [0] * (len(tape.ops) + 2)
+            until[m] = max(until.get(m, 0), n if released is None else released)
+        change = [0] * (n + 1)
         for m, stop in until.items():
             if (dead := tape.memories[m].dead) is not None and dead < stop:
                 change[dead] += tape.memories[m].size
                 change[stop] -= tape.memories[m].size
-        return running(change)
+        return [*accumulate(change[:n])]
 
     @property
     def returned(self) -> int:
@@ -90,7 +91,7 @@ class Model:
     def load(self, plan: Plan) -> Load:
         """Return what the step holds under `plan`."""
         held, spikes, seconds = self.changes(plan, self.needs.wanted)
-        extra = running(held)
+        extra = [*accumulate(held)]
         noted = WITNESS * bool(plan.dropped) + EACH * len(plan.dropped)
         live = [d + e + noted for d, e in zip(self.during, extra, strict=False)]
         for at, size in spikes.items():
@@ -126,7 +127,7 @@ class Model:
         for v, stop in until.items():
             if v in plan.coins:
                 self._marks(hold, spikes, v, tape.packs[self.needs.wanted[self.needs.coins[v]][0]].packed, stop)
-            elif (dead := tape.memories[tape.memory_of[v]].dead) is not None:
+            elif (dead := tape.memory(v).dead) is not None:
                 hold(tape.size(v), dead, stop)
         return held, spikes, self._replay(plan, dropped, hold, spikes)
 
@@ -154,26 +155,10 @@ class Model:
         tape = self.needs.tape
         since, taken = dict[int, int](), set[int]()  # by value: when its memory was made again; whose was taken over
         handed = dict[int, int]()  # by value: until when autograd holds what it was given
-        now = most = at = until = 0
+        now = most = at = 0
         seconds = 0.0
 
-        def run(op: int, goes: set[int]) -> None:
-            nonlocal now, most, seconds
-            seconds += self.costs[op].seconds + OVERHEAD
-            for v in tape.ops[op].makes:
-                values = tape.memories[tape.memory_of[v]].values
-                was = values[values.index(v) - 1] if v != values[0] else None
-                if was in goes:
-                    taken.add(was)
-                    since[v] = since[was]
-                else:
-                    now += tape.size(v)
-                    since[v] = at
-            coins = [v for v in tape.ops[op].makes if v in plan.coins]
-            scratch = 2 * self.needs.elements(coins[0]) if coins else self.costs[op].scratch
-            most = max(most, now + scratch)
-
-        def drop(v: int) -> None:
+        def drop(v: int, until: int) -> None:
             nonlocal now
             if v in taken:
                 taken.discard(v)
@@ -182,15 +167,26 @@ class Model:
                 now -= tape.size(v) if since[v] == stop == at else 0
                 hold(tape.size(v), since[v], stop)
 
-        replay = Replay(plan, run, drop)
-        times = sorted((p.turn, p.unpacked, k) for k in packs if (p := tape.packs[k]).unpacked is not None)
-        for _, unpacked, k in times:
-            value, released = self.needs.value(k), tape.packs[k].released
-            if at != unpacked:
-                at, now, most = unpacked, 0, 0
-            until = at
-            replay.obtain(value, plan.dropped[k])
+        for segment in plan.segments(packs):
+            p, value = tape.packs[segment.pack], self.needs.value(segment.pack)
+            if p.unpacked is not None and at != p.unpacked:
+                at, now, most = p.unpacked, 0, 0
+            for rerun in segment.reruns:
+                op, cost = tape.ops[rerun.op], self.costs[rerun.op]
+                seconds += cost.seconds + OVERHEAD
+                for v in op.makes:
+                    if (was := tape.before(v)) in rerun.goes:
+                        taken.add(was)
+                        since[v] = since[was]
+                    else:
+                        now += tape.size(v)
+                        since[v] = at
+                coins = [v for v in op.makes if v in plan.coins]
+                most = max(most, now + (2 * self.needs.elements(coins[0]) if coins else cost.scratch))
+                for v in rerun.drops:
+                    drop(v, at)
             spikes[at] = max(spikes.get(at, 0), most)
-            until = handed[value] = max(released or at, at)
-            replay.took(value, plan.dropped[k])
+            handed[value] = max(p.released or at, at)
+            for v in segment.drops:
+                drop(v, handed[value])
         return seconds

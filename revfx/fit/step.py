@@ -15,8 +15,8 @@ from revfx.ambient import kernels_of
 from revfx.errors import RevfxError
 from revfx.fit import bits
 from revfx.fit.bits import Mark
-from revfx.fit.plan import Plan, Replay
-from revfx.fit.script import Machine, Scene, Values, placed, script_of, whole
+from revfx.fit.plan import Plan, Replay, Segment
+from revfx.fit.rerun import Operator, Values, placed, whole
 from revfx.fit.tape import Spot
 from revfx.fit.witness import Witness
 
@@ -87,8 +87,8 @@ class Course:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.machine = plan, Machine(plan)
-        self.scenes: list[Scene] = script_of(plan)
+        self.plan, self.segments = plan, [*plan.segments(plan.dropped)]
+        self.operators = {o: Operator(plan, o) for o in plan.again}
         self.spots = [p.spot for p in plan.needs.tape.packs]
         first = {plan.needs.value(k): k for k in sorted(plan.dropped, reverse=True)}
         self.looks = {k for k in first.values() if _is_looked_at(self.spots[k])}
@@ -112,8 +112,8 @@ class Step:
         course.calls += 1
         self.values: Values = {}
         self.now = _NOTHING  # what the block that asks has kept
-        self.task, self.scene = -1, 0
-        self.replay: Replay | None = None
+        self.task, self.segment = -1, 0
+        self.replay: Replay | None = None  # where autograd asks otherwise than when it was recorded
         self.lock = threading.RLock()
 
     # --- the forward
@@ -166,12 +166,8 @@ class Step:
             try:
                 spot = course.spots[k]
                 assert spot is not None
-                follows = self.replay is None and self.scene < len(course.scenes)
                 with _AS_IT_IS if self.same else kernels_of(self.settings):
-                    if follows and course.scenes[self.scene].pack == k:
-                        tensor = self._follow(course.scenes[self.scene], spot)
-                    else:
-                        tensor = self._improvise(k, spot)
+                    tensor = self._run(self._next(k), spot)
             finally:
                 self.now = _NOTHING
             if k in course.looks:
@@ -185,30 +181,25 @@ class Step:
         if task >= 0:
             _torch.at_end_of_backward(self._end)
 
-    def _follow(self, scene: Scene, spot: Spot) -> Tensor:
-        self.scene += 1
-        values = self.values
-        for act in scene.acts:
-            self.course.machine.run(act.op, act.goes, values, self.now, self._find)
-            for v in act.drops:
+    def _next(self, k: int) -> Segment:
+        """Return what is to run for a pack, as it was planned, or found now (by `autograd.grad` of some inputs)."""
+        segments = self.course.segments
+        if self.replay is None:
+            if self.segment < len(segments) and (segment := segments[self.segment]).pack == k:
+                self.segment += 1
+                return segment
+            self.replay = Replay(self.course.plan, self.values)
+        return self.replay.segment(k)
+
+    def _run(self, segment: Segment, spot: Spot) -> Tensor:
+        values, operators = self.values, self.course.operators
+        for rerun in segment.reruns:
+            operators[rerun.op].run(rerun.goes, values, self.now, self._find)
+            for v in rerun.drops:
                 del values[v]
         tensor = self._find(spot)
-        for v in scene.drops:
+        for v in segment.drops:
             del values[v]
-        return tensor
-
-    def _improvise(self, k: int, spot: Spot) -> Tensor:
-        plan, values = self.course.plan, self.values
-        if self.replay is None:
-
-            def run(op: int, goes: set[int]) -> None:
-                self.course.machine.run(op, frozenset(goes), values, self.now, self._find)
-
-            self.replay = Replay(plan, run, values.__delitem__)
-            self.replay.there.update(values)
-        self.replay.obtain(spot.value, plan.dropped[k])
-        tensor = self._find(spot)
-        self.replay.took(spot.value, plan.dropped[k])
         return tensor
 
     def _find(self, spot: Spot) -> Tensor:
@@ -228,7 +219,7 @@ class Step:
 
     def _forget(self) -> None:
         self.values.clear()
-        self.replay, self.scene, self.task = None, 0, -1
+        self.replay, self.segment, self.task = None, 0, -1
 
 
 def sources_of(plan: Plan, model: nn.Module, leaves: Sequence[Any]) -> dict[int, Tensor]:

@@ -6,7 +6,6 @@ a value, so that views are spots of what they view, and no operations. A **pack*
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,31 +94,20 @@ class Tape:
     loss: int
     varies: frozenset[int] = frozenset()
 
+    def memory(self, value: int) -> Memory:
+        """Return the memory that a value lies in."""
+        return self.memories[self.memory_of[value]]
+
     def size(self, value: int) -> int:
-        """Return the bytes of the memory that a value lies in."""
-        return self.memories[self.memory_of[value]].size
+        """Return the bytes of that memory."""
+        return self.memory(value).size
 
-    def is_last(self, value: int) -> bool:
-        """Return whether a value is there until its memory is let go, not overwritten by another."""
-        return self.memories[self.memory_of[value]].values[-1] == value
+    def before(self, value: int) -> int | None:
+        """Return the value that `value` was written over."""
+        values = self.memory(value).values
+        return values[values.index(value) - 1] if value != values[0] else None
 
-    def natural(self) -> list[int]:
-        """Return the bytes that are there while each operator runs if autograd keeps nothing."""
-        change = [0] * (len(self.ops) + 2)
-        for m in self.memories:
-            if m.source is None:
-                change[m.born] += m.size
-                change[len(self.ops) + 1 if m.dead is None else m.dead] -= m.size
-        return running(change)[: len(self.ops) + 1]
-
-
-def running(changes: Sequence[int]) -> list[int]:
-    """Return the sums of all up to each."""
-
-    def sums() -> Iterator[int]:
-        now = 0
-        for c in changes:
-            now += c
-            yield now
-
-    return [*sums()]
+    def after(self, value: int) -> list[int]:
+        """Return the values that were written over `value`, one after another."""
+        values = self.memory(value).values
+        return values[values.index(value) + 1 :]
