@@ -73,9 +73,19 @@ def graph_task_id() -> int:
     return torch._C._current_graph_task_id()
 
 
-def is_profiling() -> bool:
-    """Return whether a profiler is active; there can be one at a time."""
-    return torch._C._autograd._profiler_enabled()
+def allocations(run: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """Return what `run` returns, and the bytes that it allocates on the CPU, or frees (negative), in order.
+
+    The older profiler is one of its thread: on another, the user's may be active.
+    """
+    autograd, options = _C._autograd, (False, True, False, False, False)  # memory alone
+    config = _C._profiler.ProfilerConfig(_C._profiler.ProfilerState.CPU, *options, _C._profiler._ExperimentalConfig())
+    autograd._enable_profiler_legacy(config)
+    try:
+        out = run()
+    finally:
+        events = autograd._disable_profiler_legacy()
+    return out, [e.cpu_memory_usage() for thread in events for e in thread if e.kind() == "memory_alloc"]
 
 
 def has_saved_tensors_hooks() -> bool:

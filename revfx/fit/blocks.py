@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from revfx.fit.kernels import Cost
+from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from revfx.fit.budget import Budget
-from revfx.fit.kernels import Cost
+from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.runs import MERGED, Entry, Runs

@@ -6,17 +6,35 @@ and on some machines an exponential takes as long as reading memory ten times.
 
 from __future__ import annotations
 
-import contextlib
+import time
 import warnings
-from collections.abc import Generator, Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.fit.kernels import Cost, device_of, on_cpu, on_cuda, operands, seconds
 from revfx.fit.tape import Op, Spot, Tape
+
+
+REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it takes longer than ...
+LONG = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, bytes that are there while it runs besides operands and results, and dtypes, shapes and strides of
+    these.
+    """
+
+    seconds: float = 0.0
+    scratch: int = 0
+    results: tuple[Any, ...] = ()
 
 
 class Costs:
@@ -34,8 +52,9 @@ class Costs:
         for start, stop in ((0, tape.turn), (tape.turn, len(tape.ops))):
             keys = [signature(tape, op) for op in tape.ops[start:stop]]
             new = {k: op for k, op in zip(keys, tape.ops[start:stop], strict=True) if k not in self.known}
-            with torch.random.fork_rng(), torch.enable_grad(), _plain(), _torch.below_autograd():
-                self.known |= _measured(tape, new)
+            with ThreadPoolExecutor(1) as thread:  # in which no autocast, mode or profiler of the user's is active
+                found = thread.submit(_measured, tape, [*new.values()], torch.get_num_threads())
+                self.known |= zip(new, found.result(), strict=True)
             costs += [self.known[k] for k in keys]
             if start == 0:
                 _correct(tape, costs)
@@ -51,7 +70,7 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
                 dtype, shape, stride = found
                 real[spot] = replace(spot, dtype=dtype, shape=shape, stride=stride)
                 extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-                tape.memories[tape.memory_of[spot.value]].size = extent * dtype.itemsize * (0 not in shape)
+                tape.memory(spot.value).size = extent * dtype.itemsize * (0 not in shape)
 
     def corrected(s: Spot) -> Spot:
         return real.get(s, s)
@@ -63,15 +82,6 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
             op.args, op.kwargs, op.reads, op.outs = pytree.tree_map_only(
                 Spot, corrected, (op.args, op.kwargs, op.reads, op.outs)
             )
-
-
-@contextlib.contextmanager
-def _plain() -> Generator[None]:
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore")
-        for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def signature(tape: Tape, op: Op) -> Hashable:
@@ -88,13 +98,68 @@ def signature(tape: Tape, op: Op) -> Hashable:
     return op.func, tuple(found), str(spec)
 
 
-def _measured(tape: Tape, new: dict[Hashable, Op]) -> dict[Hashable, Cost]:
-    found: dict[Hashable, Cost] = {}
-    for device in dict.fromkeys(device_of(tape, op) for op in new.values()):
-        mine = {k: op for k, op in new.items() if device_of(tape, op) == device}
-        found |= zip(mine, (on_cpu if device.type == "cpu" else on_cuda)(tape, [*mine.values()]), strict=True)
-    for k, op in new.items():
-        if op.makes:
-            with contextlib.suppress(Exception):
-                found[k] = replace(found[k], seconds=seconds(op, *operands(tape, op), device_of(tape, op)))
-    return found
+# --- running single operators on made-up operands
+def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
+    """Return arguments like those of `op`: random numbers, and zeros of whole ones, which are valid as indices."""
+    blocks: dict[int, Tensor] = {}
+
+    def made(leaf: Any) -> Any:
+        if not isinstance(leaf, Spot):
+            return leaf
+        memory = tape.memory_of[leaf.value]
+        if memory not in blocks:
+            size, device = tape.memories[memory].size, tape.memories[memory].device
+            n = -(-size // leaf.dtype.itemsize)
+            draw = leaf.dtype.is_floating_point and leaf.dtype.itemsize > 1
+            blocks[memory] = (torch.rand if draw else torch.zeros)(n, dtype=leaf.dtype, device=device)
+        whole = blocks[memory]
+        typed = whole if whole.dtype == leaf.dtype else whole.view(torch.uint8).view(leaf.dtype)
+        return typed.as_strided(leaf.shape, leaf.stride, leaf.offset)
+
+    return pytree.tree_map_only(Spot, made, (op.args, op.kwargs))
+
+
+def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:
+    torch.set_num_threads(threads)
+    with torch.random.fork_rng(), warnings.catch_warnings(), _torch.below_autograd():
+        warnings.simplefilter("ignore")
+        return [_cost(tape, op) for op in ops]
+
+
+def _cost(tape: Tape, op: Op) -> Cost:
+    """Return what an operator costs; nothing where it does not take such operands."""
+    spots = (*op.reads, *(s for s in op.outs if s is not None))
+    device = next((tape.memory(s.value).device for s in spots), torch.device("cpu"))
+    try:
+        args, kwargs = _operands(tape, op)
+        if device.type == "cpu":
+            out, changes = _torch.allocations(lambda: op.func(*args, **kwargs))
+            used = [0, *accumulate(changes)]
+            scratch = max(used) - max(used[-1], 0)
+        else:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            out = op.func(*args, **kwargs)
+            scratch = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        results = [
+            (t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)
+        ]
+        del out
+        return Cost(_seconds(op, args, kwargs, device) if op.makes else 0.0, scratch, tuple(results))
+    except Exception:
+        return Cost()
+
+
+def _seconds(op: Op, args: Any, kwargs: Any, device: torch.device) -> float:
+    fastest = float("inf")
+    for _ in range(REPEATS):
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        op.func(*args, **kwargs)
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+        if fastest > LONG:
+            break
+    return fastest

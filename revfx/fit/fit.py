@@ -18,8 +18,7 @@ from revfx.eager.modes import is_simulating, runs_plain
 from revfx.errors import BudgetError, RevfxError, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
-from revfx.fit.costs import Costs
-from revfx.fit.kernels import Cost
+from revfx.fit.costs import Cost, Costs
 from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
 from revfx.fit.record import record

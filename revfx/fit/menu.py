@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 from networkx.algorithms.flow import boykov_kolmogorov
 
-from revfx.fit.kernels import Cost
+from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.simulate import BITS, OVERHEAD
 

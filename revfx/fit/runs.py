@@ -8,8 +8,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from revfx.fit.blocks import blocks_of
-from revfx.fit.costs import signature
-from revfx.fit.kernels import Cost
+from revfx.fit.costs import Cost, signature
 from revfx.fit.menu import Choice, Menu
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan

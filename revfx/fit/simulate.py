@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from revfx.fit.kernels import Cost
+from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 

@@ -53,7 +53,7 @@ def test_a_budget_is_kept_and_no_bit_changes(name: str, autocast: bool) -> None:
 
 
 def test_the_first_step_may_be_profiled() -> None:
-    """There is one profiler at a time: operators are measured in another process then."""
+    """There is one profiler at a time and thread: operators are measured in another thread."""
     model, args, loss = make("convolutions")
     plain = peak(model, lambda: loss(model(*args)))
     fitted = revfx.convert(model, memory=0.75)

@@ -31,7 +31,6 @@ RUNS = frozenset("eval exec compile __import__".split())  # as bare names: built
 LOADERS = frozenset("pickle marshal shelve dill cloudpickle joblib runpy code".split())
 ALLOWED = {
     ("revfx/cli_models.py", "exec_module"): "the file that the command line names: the user asks for it to be run",
-    ("revfx/fit/kernels.py", "pickle"): "operators that a child process of ours is to measure, and what it found",
 }
 
 
