@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,38 +33,39 @@ def decode(code: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
 
 
 # --- what operators of the backward read of what autograd keeps for them
-class Mark(Protocol):
-    """What is kept in the place of a tensor: so many `bits` an element, and `more` bytes for a moment on either way."""
-
-    @property
-    def bits(self) -> int: ...
-
-    @property
-    def more(self) -> int: ...
-
-    def encode(self, t: Tensor) -> Tensor: ...
-
-    def decode(self, code: Tensor, spot: Spot) -> Tensor: ...
-
-
 @dataclass(frozen=True)
-class Sign:
-    """Which elements are not less than or equal to zero: ones, and zeros elsewhere, are read in their place."""
+class Mark:
+    """What is kept in the place of a tensor: so many `bits` an element, and `more` bytes for a moment on either way.
 
-    bits: int = 1
-    more: int = 2
+    Here nothing but the shape, of a tensor that is contiguous.
+    """
+
+    bits: ClassVar[int] = 0
+    more: ClassVar[int] = 0
 
     def encode(self, t: Tensor) -> Tensor:
         """Return the code of a tensor."""
-        return encode((t <= 0).logical_not_())
+        return t.new_zeros(())
 
     def decode(self, code: Tensor, spot: Spot) -> Tensor:
         """Return what is read in its place."""
+        return code.expand(spot.shape)
+
+
+class Sign(Mark):
+    """Which elements are not less than or equal to zero: ones, and zeros elsewhere, are read in their place."""
+
+    bits, more = 1, 2
+
+    def encode(self, t: Tensor) -> Tensor:
+        return encode((t <= 0).logical_not_())
+
+    def decode(self, code: Tensor, spot: Spot) -> Tensor:
         return decode(code, math.prod(spot.shape), spot.dtype).as_strided(spot.shape, spot.stride)
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Mark):
     """Which element of its window each maximum is: rows and columns of windows of a plane that is `width` wide."""
 
     width: int
@@ -72,8 +73,7 @@ class Window:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-    bits: int = 8
-    more: int = 32
+    bits, more = 8, 32
 
     def _first(self, size: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the first row and the first column of each window."""
@@ -83,36 +83,18 @@ class Window:
         return rows[:, None], columns
 
     def encode(self, t: Tensor) -> Tensor:
-        """Return the code of a tensor."""
         row, column = self._first(t.shape, t.device)
         down = (t.div(self.width, rounding_mode="floor") - row).div_(self.dilation[0], rounding_mode="floor")
         along = (t % self.width - column).div_(self.dilation[1], rounding_mode="floor")
         return down.mul_(self.kernel[1]).add_(along).to(torch.uint8)
 
     def decode(self, code: Tensor, spot: Spot) -> Tensor:
-        """Return the tensor."""
         row, column = self._first(code.shape, code.device)
         t = code.to(torch.int64)
         along = (t % self.kernel[1]).mul_(self.dilation[1]).add_(column)
         return (
             t.div_(self.kernel[1], rounding_mode="floor").mul_(self.dilation[0]).add_(row).mul_(self.width).add_(along)
         )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Nothing but the shape, of a tensor that is contiguous."""
-
-    bits: int = 0
-    more: int = 0
-
-    def encode(self, t: Tensor) -> Tensor:
-        """Return one number."""
-        return t.new_zeros(())
-
-    def decode(self, code: Tensor, spot: Spot) -> Tensor:
-        """Return it, over and over."""
-        return code.expand(spot.shape)
 
 
 def mark_of(op: Op, argument: int) -> Mark | None:
@@ -123,7 +105,7 @@ def mark_of(op: Op, argument: int) -> Mark | None:
     if op.func == aten.max_pool2d_with_indices_backward.default and argument:
         spot = op.args[1]
         if argument == 1:
-            return Shape() if spot.stride == torch.empty(spot.shape, device="meta").stride() else None
+            return Mark() if spot.stride == torch.empty(spot.shape, device="meta").stride() else None
         kernel, stride, padding, dilation = (_pair(op.args[i]) for i in (2, 3, 4, 5))
         if math.prod(kernel) <= 256:
             return Window(spot.shape[-1], kernel, stride if any(stride) else kernel, padding, dilation)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
-from revfx.fit.holders import Holder, holders
+from revfx.fit.holders import holders
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Load
 from revfx.units import size
@@ -56,7 +56,7 @@ class Survey:
                     break
         return min(found, key=lambda c: c.seconds, default=None)
 
-    def least(self) -> tuple[Chosen, list[Holder]]:
+    def least(self) -> tuple[Chosen, list[str]]:
         """Return the plan with the least peak that is found, whatever the caller holds, and what holds that."""
         found: list[Chosen] = []
         for way, planner in self.planners.items():
@@ -66,7 +66,7 @@ class Survey:
         chosen = min(found, key=lambda c: c.load.peak)
         return chosen, self.holders(chosen)
 
-    def holders(self, chosen: Chosen) -> list[Holder]:
+    def holders(self, chosen: Chosen) -> list[str]:
         """Return what is there at the peak of a plan, largest first."""
         return holders(self.planners[chosen.way].model, chosen.plan, chosen.load)
 
@@ -79,5 +79,5 @@ class Survey:
         return (
             f"`convert({name}, {budget.text})`: no plan stays within {asked}. The least feasible budget is {least}"
             f" bytes ({size(least)}, {least / self.peak:.1%} of the plain model's {size(self.peak)}). Its peak is held"
-            + "\n  ".join([" by", *map(str, held[:3])])
+            + "\n  ".join([" by", *held[:3]])
         )

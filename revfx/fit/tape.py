@@ -59,6 +59,10 @@ class Op:
     module: str = ""  # the innermost one that runs
     where: str = ""  # the line in its forward; in the backward what autograd calls the step
 
+    def __str__(self) -> str:
+        place = ", ".join(filter(None, (self.module, self.where)))
+        return f"`{self.func}`" + f" ({place})" * bool(place)
+
 
 @dataclass(slots=True)
 class Pack:

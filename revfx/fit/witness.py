@@ -13,7 +13,6 @@ from torch import Tensor
 
 from revfx.eager.witness import checksum, elements
 from revfx.errors import RegenerationError, RevfxWarning
-from revfx.fit.holders import named
 from revfx.fit.needs import Needs
 from revfx.fit.tape import Spot
 from revfx.layout import is_dense
@@ -75,7 +74,7 @@ def _differ(then: tuple[Tensor, Tensor | None], now: tuple[Tensor, Tensor | None
 def _judge(needs: Needs, value: int, then: Tensor, now: Tensor) -> None:
     a, b = then.double(), now.double()
     error = ((a - b).norm() / a.norm().clamp_min(1e-300)).item()
-    name = f"what {named(needs.tape.ops[needs.tape.made_by[value] or 0])} computes for the backward"
+    name = f"what {needs.tape.ops[needs.tape.made_by[value] or 0]} computes for the backward"
     if then.dtype.is_floating_point and 0 < error <= JITTER:
         warnings.warn(
             f"{name} is rounded otherwise when it is computed again (off by {error:.1e}, relative): a kernel is not"

@@ -119,7 +119,7 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
         points.append(min(point, replace(points[-1], budget=point.budget), key=lambda p: p.time))
     found = FitInfo(
         budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
-        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(map(str, survey.holders(plan)[:3])),
+        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(survey.holders(plan)[:3]),
         tuple(reversed(points)), least.load.peak, time.perf_counter() - start,
     )  # fmt: skip
     text = " ".join(found.held)
