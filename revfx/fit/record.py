@@ -51,10 +51,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.mode, self.sources, self.nudged = mode, sources, nudged
         self.names = {id(m): name for name, m in model.named_modules()}
-        self.memories, self.memory_of, self.made_by = list[Memory](), list[int](), list[int | None]()
-        self.ops, self.packs = list[Op](), list[Pack]()
+        self.tape = Tape()
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
-        self.reads: dict[int, set[tuple[int, int]]] = {}
         self.turns = 0
         self.watched: list[weakref.ref[_Kept]] = []
 
@@ -68,35 +66,35 @@ class Recorder(TorchDispatchMode):
             self._enter(t, key, made)
         memory, offset = self.known[key][0], int(t.storage_offset())
         if memory < 0:
-            packed = self.packs[-1 - memory].spot
+            packed = self.tape.packs[-1 - memory].spot
             assert packed is not None
             value, offset = packed.value, offset + packed.offset
         else:
-            value = self.memories[memory].values[-1]
+            value = self.tape.memories[memory].values[-1]
         return Spot(value, t.dtype, tuple(t.shape), tuple(t.stride()), offset)
 
     def _enter(self, t: Tensor, key: int, made: bool) -> None:
-        storage, number = t.untyped_storage(), len(self.memories)
+        storage, number = t.untyped_storage(), len(self.tape.memories)
         source = None if made else self.sources.get(key, ("", None))
-        memory = Memory(storage.nbytes(), t.device, len(self.ops), source=source)
-        self.memories.append(memory)
-        self._value(number, len(self.ops) if made else None)
+        memory = Memory(storage.nbytes(), t.device, len(self.tape.ops), source=source)
+        self.tape.memories.append(memory)
+        self._value(number, len(self.tape.ops) if made else None)
         self.known[key] = number, weakref.ref(storage, lambda _: self._leave(key, memory))
 
     def _leave(self, key: int, memory: Memory) -> None:
-        memory.dead = len(self.ops)
+        memory.dead = len(self.tape.ops)
         del self.known[key]
 
     def _kind(self, spot: Spot) -> str | None:
         """Return what was there before the step: "parameter", say; None of what the step has made."""
-        source = self.memories[self.memory_of[spot.value]].source
+        source = self.tape.memory(spot.value).source
         return None if source is None else source[0]
 
     def _value(self, memory: int, op: int | None) -> int:
-        self.memories[memory].values.append(len(self.memory_of))
-        self.memory_of.append(memory)
-        self.made_by.append(op)
-        return len(self.memory_of) - 1
+        self.tape.memories[memory].values.append(len(self.tape.memory_of))
+        self.tape.memory_of.append(memory)
+        self.tape.made_by.append(op)
+        return len(self.tape.memory_of) - 1
 
     # --- operators
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,20 +116,22 @@ class Recorder(TorchDispatchMode):
             return out  # a view
         if not tensors and not writes(func):
             return out
-        self._note_packs(given)
-        before = len(self.memory_of)
+        for at, (t, spot) in enumerate(zip(given, spots, strict=True)):
+            if isinstance(spot, Spot) and (k := self.known[_torch.storage_key(t)][0]) < 0:
+                self.tape.reads.setdefault(-1 - k, set()).add((len(self.tape.ops), at))
+        before = len(self.tape.memory_of)
         for s in old:
-            self._value(self.memory_of[s.value], len(self.ops))
+            self._value(self.tape.memory_of[s.value], len(self.tape.ops))
         outs = tuple([self.spot(t, made=True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
-        reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.memory_of)))
+        reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.tape.memory_of)))
         if self.nudged and not old and any(self._kind(s) is not None for s in reads):
             with _torch.no_modes(), torch.no_grad():
                 for t in tensors:
                     if t.is_floating_point():
                         t.mul_(1 + NUDGE)
         drawn = draws(func, args, kwargs)
-        self.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, *self._where()))
+        self.tape.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, *self._where()))
         return out
 
     def _where(self) -> tuple[str, str]:
@@ -147,50 +147,39 @@ class Recorder(TorchDispatchMode):
             frame = frame.f_back
         return "", ""
 
-    def _note_packs(self, given: list[Any]) -> None:
-        for at, t in enumerate(given):
-            if isinstance(t, Tensor) and t.layout == torch.strided:
-                known = self.known.get(_torch.storage_key(t))
-                if known is not None and known[0] < 0:
-                    self.reads.setdefault(-1 - known[0], set()).add((len(self.ops), at))
-
     # --- autograd
     def pack(self, t: Tensor) -> Any:
         """Return what autograd is to hold in the place of `t`."""
-        spot = self.spot(t)
+        spot, packs = self.spot(t), self.tape.packs
+        packs.append(pack := Pack(spot, len(self.tape.ops)))
         if spot is None or isinstance(t, nn.Parameter):
-            self.packs.append(Pack(None, len(self.ops)))
+            pack.spot = None
             return t
-        number, pack = len(self.packs), Pack(spot, len(self.ops))
-        self.packs.append(pack)
-        kept = _Kept(number)
-        self.watched.append(weakref.ref(kept, lambda _: setattr(pack, "released", len(self.ops))))
+        kept = _Kept(len(packs) - 1)
+        self.watched.append(weakref.ref(kept, lambda _: setattr(pack, "released", len(self.tape.ops))))
         return kept
 
     def unpack(self, kept: Any) -> Tensor:
-        """Return what autograd reads: a double, in memory of its own."""
+        """Return what autograd reads: zeros, in memory of their own."""
         if not isinstance(kept, _Kept):
             return kept
-        pack = self.packs[kept.number]
+        pack = self.tape.packs[kept.number]
         if pack.unpacked is None:
-            pack.unpacked, pack.turn = len(self.ops), self.turns
+            pack.unpacked, pack.turn = len(self.tape.ops), self.turns
             self.turns += 1
-        assert pack.spot is not None
+        spot = pack.spot
+        assert spot is not None
         with _torch.no_modes(), self.mode or contextlib.nullcontext():
-            double = zeros(pack.spot, self.memories[self.memory_of[pack.spot.value]].device)
+            device = self.tape.memory(spot.value).device
+            double = torch.empty_strided(spot.shape, spot.stride, dtype=spot.dtype, device=device).zero_()
         key = _torch.storage_key(double)
 
         def released(_: Any) -> None:
-            pack.released = len(self.ops)
+            pack.released = len(self.tape.ops)
             del self.known[key]
 
         self.known[key] = -1 - kept.number, weakref.ref(double.untyped_storage(), released)
         return double
-
-
-def zeros(spot: Spot, device: torch.device) -> Tensor:
-    """Return a tensor of zeros, laid out like one at `spot`."""
-    return torch.empty_strided(spot.shape, spot.stride, dtype=spot.dtype, device=device).zero_()
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -198,8 +187,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     schema = func._schema.arguments
     names = {a.name: i for i, a in enumerate(schema)}
     given = [*((schema[i], a) for i, a in enumerate(args)), *((schema[names[n]], a) for n, a in kwargs.items())]
-    found = [t for s, a in given if s.alias_info is not None and s.alias_info.is_write for t in tensors_of(a)]
-    return found
+    return [t for s, a in given if s.alias_info is not None and s.alias_info.is_write for t in tensors_of(a)]
 
 
 def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Tape:
@@ -234,26 +222,24 @@ def _step(
     mode: _fake.FakeMode | None, model: nn.Module, nudged: bool, run: Callable[..., Any], args: Any, kwargs: Any
 ) -> Tape:
     recorder = Recorder(mode, _sources(model, args, kwargs), model, nudged)
+    tape = recorder.tape
     with recorder:
         with saved_tensors_hooks(recorder.pack, recorder.unpack):
             result = run(*args, **kwargs)
-        turn = len(recorder.ops)
+        tape.turn = len(tape.ops)
         outs = [t for t in tensors_in(result) if t.requires_grad]
         outs = [t for t in outs if not t.dim()] or outs  # where there is a loss, it is what is differentiated
-        if not outs and recorder.packs:
+        if not outs and tape.packs:
             raise RevfxError("the forward returns no tensor that needs a gradient, as far as can be seen.")
         if outs:
             torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
-    left = [m for m in recorder.memories if m.dead is None and m.source is None]
-    loss = sum(t.numel() * t.element_size() for t in outs if t.dim())
+    left = [m for m in tape.memories if m.dead is None and m.source is None]
+    tape.loss = sum(t.nbytes for t in outs if t.dim())
     del result, outs
-    returned = [m for m in left if m.dead is not None and m.born < turn]
-    for m in returned:
-        m.dead = max(turn, m.born + 1)
-    return Tape(
-        recorder.memories, recorder.memory_of, recorder.made_by, recorder.ops, recorder.packs, turn, recorder.reads,
-        returned, loss,
-    )  # fmt: skip
+    tape.returned = [m for m in left if m.dead is not None and m.born < tape.turn]
+    for m in tape.returned:
+        m.dead = max(tape.turn, m.born + 1)
+    return tape
 
 
 def tensors_in(result: Any, depth: int = 3) -> list[Tensor]:
@@ -270,8 +256,7 @@ def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, A
         if isinstance(t, Tensor) and t.layout == torch.strided:
             found[_torch.storage_key(t)] = "argument", i
     for path, module in model.named_modules():
-        tables = (("parameter", _torch.parameters(module)), ("buffer", _torch.buffers(module)))
-        for kind, table in tables:
+        for kind, table in (("parameter", _torch.parameters(module)), ("buffer", _torch.buffers(module))):
             for name, t in table.items():
                 if t is not None and t.layout == torch.strided:
                     found.setdefault(_torch.storage_key(t), (kind, (path, name)))

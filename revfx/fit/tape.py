@@ -87,15 +87,15 @@ class Tape:
     gradient in it, but for single numbers; `varies`: the operators that are given numbers which the forward asked for.
     """
 
-    memories: list[Memory]
-    memory_of: list[int]
-    made_by: list[int | None]
-    ops: list[Op]
-    packs: list[Pack]
-    turn: int
-    reads: dict[int, set[tuple[int, int]]]
-    returned: list[Memory]
-    loss: int
+    memories: list[Memory] = field(default_factory=list[Memory])
+    memory_of: list[int] = field(default_factory=list[int])
+    made_by: list[int | None] = field(default_factory=list[int | None])
+    ops: list[Op] = field(default_factory=list[Op])
+    packs: list[Pack] = field(default_factory=list[Pack])
+    turn: int = 0
+    reads: dict[int, set[tuple[int, int]]] = field(default_factory=dict[int, set[tuple[int, int]]])
+    returned: list[Memory] = field(default_factory=list[Memory])
+    loss: int = 0
     varies: frozenset[int] = frozenset()
 
     def memory(self, value: int) -> Memory:
