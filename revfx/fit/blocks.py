@@ -40,26 +40,20 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
     for o in range(turn):
         for s in tape.ops[o].reads:
             last[s.value] = o
-    made = {v: o for o in range(turn) for v in tape.ops[o].makes}
-    ends: dict[int, list[int]] = {}
-    for v, o in made.items():
-        if v not in free and last.get(v, -1) > o:
-            ends.setdefault(last[v], []).append(v)
     over, sizes, live = [frozenset[int]()], [0], set[int]()
     for o in range(turn):  # `over[p]`: before operator p
-        live.update(v for v in tape.ops[o].makes if v not in free and last.get(v, -1) > o)
-        live.difference_update(ends.get(o, ()))
+        live.update(v for v in tape.ops[o].makes if v not in free)
+        live = {v for v in live if last.get(v, -1) > o}
         over.append(frozenset(live))
         sizes.append(sum(tape.size(v) for v in live))
     kept = [0] * (turn + 1)
     for values in needs.wanted.values():
-        first = needs.tape.packs[values[0]]
-        kept[min(first.packed, turn)] += tape.size(needs.value(values[0]))
+        kept[min(tape.packs[values[0]].packed, turn)] += tape.size(needs.value(values[0]))
     borders, held = [0], 0
     for p in range(1, turn):
         held += kept[p - 1]
-        passes = sizes[p] <= sizes[p - 1] and sizes[p] <= sizes[p + 1] and all(map(needs.keepable, over[p]))
-        new = sum(tape.size(v) for v in over[p] if made[v] >= borders[-1])
+        passes = sizes[p] <= sizes[p - 1] and sizes[p] <= sizes[p + 1] and over[p] <= needs.wanted.keys()
+        new = sum(tape.size(v) for v in over[p] if (tape.made_by[v] or 0) >= borders[-1])
         if passes and over[p] and held >= WORTH * new:
             borders.append(p)
             held = 0

@@ -40,11 +40,10 @@ class _Step:
 
 
 class Planner:
-    """Plans of one step. `masks` and `nested` can be left out, to see what they bring."""
+    """Plans of one step."""
 
-    def __init__(self, needs: Needs, costs: Sequence[Cost], *, masks: bool = True, nested: bool = True) -> None:
-        self.needs, self.nested, self.seconds = needs, nested, sum(c.seconds for c in costs)
-        self.runs = Runs(needs, costs, masks)
+    def __init__(self, needs: Needs, costs: Sequence[Cost]) -> None:
+        self.needs, self.seconds, self.runs = needs, sum(c.seconds for c in costs), Runs(needs, costs)
         self.model = self.runs.model
         everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)
         self.plain = everything, self.model.load(everything)
@@ -111,7 +110,7 @@ class Planner:
         unit, n = max(1, -(-budget // BINS)), len(self.runs.blocks)
         steps = [_Step(torch.full((BINS + 1,), math.inf, dtype=torch.float64), {}) for _ in range(n + 1)]
         steps[0].time[0] = 0.0
-        kinds = [(x, False) for x in range(1, MERGED + 1)] + [(x, True) for x in NESTED if self.nested]
+        kinds = [(x, False) for x in range(1, MERGED + 1)] + [(x, True) for x in NESTED]
         for i in range(n):
             if not torch.isfinite(steps[i].time).any():
                 continue
@@ -135,9 +134,8 @@ class Planner:
         marks, coins = set[int](), set[int]()
         for i, j, e in chosen:
             run = self.runs[i, j, e.nested][0]
-            kept.update(run.values[n] for n in e.choice.kept)
-            marks.update(run.packs[n] for n in e.choice.marks)
-            coins.update(run.values[n] for n in e.choice.coins)
+            c = e.choice.renamed(dict(enumerate(run.values)), dict(enumerate(run.packs)))
+            kept, marks, coins = kept | c.kept, marks | c.marks, coins | c.coins
             if not e.nested:
                 own[borders[i] : borders[j]] = [i] * (borders[j] - borders[i])
         return Plan(self.needs, frozenset(kept), frozenset(marks), frozenset(coins), own)

@@ -7,7 +7,7 @@ seconds; a value there whose operator is not is kept, for its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,19 @@ class Choice:
     marks: frozenset[int]
     coins: frozenset[int]
 
+    def renamed(self, values: Mapping[int, int], packs: Mapping[int, int]) -> Choice:
+        """Return it with other names; what has none is left out."""
+        names = ((self.kept, values), (self.marks, packs), (self.coins, values))
+        return Choice(*[frozenset([new[x] for x in old if x in new]) for old, new in names])
+
 
 class Menu:
     """The choices for some operators; `given` values are kept in any case."""
 
-    def __init__(
-        self, needs: Needs, costs: Sequence[Cost], ops: range, given: frozenset[int], masks: bool = True
-    ) -> None:
-        self.needs, self.costs, self.ops, self.given, self.masks = needs, costs, ops, given, masks
+    def __init__(self, needs: Needs, costs: Sequence[Cost], ops: range, given: frozenset[int]) -> None:
+        self.needs, self.costs, self.ops, self.given = needs, costs, ops, given
         self.values = {v: o for o in self.ops for v in needs.tape.ops[o].makes}
+        self.coins = {v for v in self.values if needs.coins.get(v) in self.values}
 
     def choices(self) -> list[Choice]:
         """Return what differs, from nothing but what must be kept to everything."""
@@ -69,27 +73,24 @@ class Menu:
         graph = nx.DiGraph()
 
         def edge(a: Any, b: Any, capacity: float | None = None) -> None:
-            if capacity is None:
-                graph.add_edge(a, b)
-            else:
-                graph.add_edge(a, b, capacity=int(capacity))
+            graph.add_edge(a, b, **({} if capacity is None else {"capacity": int(capacity)}))
 
         def paid(o: int) -> float:
             return price * (self.costs[o].seconds + OVERHEAD)
 
         graph.add_nodes_from(("S", "T"))
-        marks = self.needs.marks if self.masks else {}
+        marks = self.needs.marks
         for v, o in self.values.items():
             if v in self.given:
                 continue
             op, maker = self.needs.replayed[o], ("operator", o)
-            if self.masks and self.needs.coins.get(v) in self.values:
+            if v in self.coins:
                 edge("S", v, -(-self.needs.elements(v) // BITS) + paid(o))
             elif op is None:
-                edge("S", v, self.worth(v))
+                edge("S", v, self._worth(v))
             else:
                 edge("S", maker, paid(o))
-                edge(maker, v, self.worth(v))
+                edge(maker, v, self._worth(v))
                 for r in {s.value for s in op.reads} & self.values.keys() - self.given:
                     edge(r, maker)
             packs = self.needs.wanted.get(v, ())
@@ -98,17 +99,15 @@ class Menu:
             elif packs:
                 edge(v, "T")
         _, (_, there) = nx.minimum_cut(graph, "S", "T", flow_func=boykov_kolmogorov)
-        coins = {v for v in self.values if v in there and self.masks and self.needs.coins.get(v) in self.values}
-        run = {o for o in self.ops if ("operator", o) in there}
-        kept = {v for v, o in self.values.items() if v in there and o not in run and v not in coins}
-        gone = [v for v in self.values if v not in there and v not in self.given]
+        coins = self.coins & there
+        kept = {v for v, o in self.values.items() if v in there and ("operator", o) not in there} - coins
+        gone = self.values.keys() - there - self.given
         marked = {k for v in gone for k in self.needs.wanted.get(v, ())}
         return Choice(frozenset(kept), frozenset(marked), frozenset(coins))
 
-    def worth(self, value: int) -> float | None:
+    def _worth(self, value: int) -> float | None:
         """Return the bytes that keeping a value takes: none where it is there all the same. None: it can't be kept."""
         if value not in self.needs.wanted:
             return None
-        tape = self.needs.tape
-        dead = tape.memory(value).dead
-        return 0.0 if dead is None else tape.size(value)
+        memory = self.needs.tape.memory(value)
+        return 0.0 if memory.dead is None else memory.size

@@ -29,7 +29,8 @@ SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor
 class Needs:
     """A tape, seen from its backward.
 
-    `wanted`: the values that autograd keeps, with the numbers of the packs; `marks`: what is enough of some packs.
+    `wanted`: the values that autograd keeps, as they are in the backward, with the numbers of the packs; `marks`: what
+    is enough of some packs; `coins`: zeros and ones that were drawn, and can be told from a value that is kept.
     `stuck`: packs that stay as they are, as what they are of is written over, or the backward does not come by.
     """
 
@@ -54,10 +55,9 @@ class Needs:
 
     def _stays(self, spot: Spot) -> bool:
         """Return whether what is written to the memory of a spot later is written elsewhere in it."""
-        tape, values = self.tape, self.tape.memory(spot.value).values
-        at = values.index(spot.value)
-        written = [s for v in values[at + 1 :] for s in tape.ops[tape.made_by[v] or 0].writes]
-        return not any(tape.memory_of[s.value] == tape.memory_of[spot.value] and overlap(s, spot) for s in written)
+        tape = self.tape
+        written = [s for v in tape.after(spot.value) for s in tape.ops[tape.made_by[v] or 0].writes]
+        return not any(tape.memory(s.value) is tape.memory(spot.value) and overlap(s, spot) for s in written)
 
     def spot(self, pack: int) -> Spot:
         """Return where a pack lies, of which a memory is known."""
@@ -97,37 +97,28 @@ class Needs:
         return {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
 
     @cached_property
-    def _never(self) -> frozenset[int]:
-        return self.barred | self.tape.varies
-
-    @cached_property
     def replayed(self) -> list[Op | None]:
         """Return, by operator of the forward, what computes the same again; None where nothing does."""
         found: list[Op | None] = []
         tape = self.tape
         for o, op in enumerate(tape.ops[: tape.turn]):
             op_ = twin(op)
-            ok = o not in self._never and not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
+            ok = not self._varies(o) and not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
             ok = ok and (is_pure(op.func) or writes(op.func))
             for s in op_.reads if ok else ():
                 v = s.value
                 if self.source(v) is not None:
                     ok = ok and self.is_there(v)
                 elif (by := tape.made_by[v]) is None or (
-                    found[by] is None and not self.keepable(v) and not self.is_coin(v)
+                    found[by] is None and v not in self.wanted and v not in self.coins
                 ):
                     ok = False
             ok = ok and all(self.source(v) is None for v in op.makes)
             found.append(op_ if ok else None)
         return found
 
-    def keepable(self, value: int) -> bool:
-        """Return whether autograd hands the value out in the forward, as it is to be in the backward."""
-        return value in self.wanted
-
-    def is_coin(self, value: int) -> bool:
-        """Return whether a value holds zeros and ones that were drawn, and can be told from a value that is kept."""
-        return value in self.coins
+    def _varies(self, op: int) -> bool:
+        return op in self.barred or op in self.tape.varies
 
     @cached_property
     def coins(self) -> Mapping[int, int]:
@@ -136,11 +127,10 @@ class Needs:
         tape = self.tape
         for op in tape.ops[: tape.turn]:
             if op.func == aten.bernoulli_.float and len(op.makes) == 1 and self._is_whole(op.writes[0]):
-                drawn = op.makes[0]
-                values = tape.memories[tape.memory_of[drawn]].values
-                rest = [tape.made_by[v] or 0 for v in values[values.index(drawn) + 1 :]]
-                if all(o not in self._never and _scales(tape.ops[o]) for o in rest) and values[-1] in self.wanted:
-                    found[drawn] = values[-1]
+                drawn, last = op.makes[0], tape.memory(op.makes[0]).values[-1]
+                rest = [tape.made_by[v] or 0 for v in tape.after(drawn)]
+                if all(not self._varies(o) and _scales(tape.ops[o]) for o in rest) and last in self.wanted:
+                    found[drawn] = last
         return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -40,7 +40,7 @@ class Entry:
     nested: bool
     seconds: float
     held: int
-    parts: tuple[Part, Part]
+    parts: tuple[Part, ...]
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Run:
 
 
 class Runs:
-    """All runs of a step; `masks`: marks and coins may be kept as bits."""
+    """All runs of a step."""
 
-    def __init__(self, needs: Needs, costs: Sequence[Cost], masks: bool = True) -> None:
-        self.needs, self.costs, self.masks = needs, costs, masks
+    def __init__(self, needs: Needs, costs: Sequence[Cost]) -> None:
+        self.needs, self.costs = needs, costs
         self.model, self.blocks = Model(needs, costs), blocks_of(needs, costs)
         self.entries: dict[Hashable, list[Entry]] = {}
         self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}
@@ -124,9 +124,8 @@ class Runs:
         return [numbers.setdefault(tuple(block(b)), len(numbers)) for b in range(len(self.blocks))]
 
     def _entries(self, run: Run, i: int, given: frozenset[int], nested: bool) -> Iterator[Entry]:
-        menu = Menu(self.needs, self.costs, range(run.start, run.stop), given, self.masks)
-        place = {v: n for n, v in enumerate(run.values)}
-        number = {k: n for n, k in enumerate(run.packs)}
+        menu = Menu(self.needs, self.costs, range(run.start, run.stop), given)
+        places = [{x: n for n, x in enumerate(named)} for named in (run.values, run.packs)]
         mine = [v for v in run.values if v in self.needs.wanted]
         around = self.needs.wanted.keys() - set(mine)
         own = self.blocks.of_operators()
@@ -140,9 +139,8 @@ class Runs:
                 Part(extra[a : b + 1], [(t - a, extra[t - 1] + n) for t, n in spikes.items() if a <= t <= b])
                 for a, b in ((run.start, run.stop), run.back)
             ]
-            places = frozenset(place[v] for v in kept if v in place), frozenset(number[k] for k in c.marks)
-            choice = Choice(*places, frozenset(place[v] for v in c.coins))
-            yield Entry(choice, nested, seconds, extra[self.needs.tape.turn], (parts[0], parts[1]))
+            choice = replace(c, kept=kept).renamed(*places)
+            yield Entry(choice, nested, seconds, extra[self.needs.tape.turn], tuple(parts))
 
     def _peak(self, run: Run, entry: Entry) -> int:
         most = 0
