@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import product
 
 import torch
-from torch import Tensor
 
 from revfx.fit.budget import Budget
 from revfx.fit.costs import Cost
@@ -29,14 +28,6 @@ NESTED = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # blocks in a row of which none is kep
 LOSS = 4  # times what the forward returns is what a loss makes of it at most: `y.square().mean()` in its backward
 TRIES = 10  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
 NEAR = 1 / 256  # of the budget: how near that is
-
-
-@dataclass
-class _Step:
-    """The least seconds by held bins, and how they come about: the earlier border, its bins, and the entry."""
-
-    time: Tensor
-    back: dict[int, tuple[int, int, Entry]]
 
 
 class Planner:
@@ -73,18 +64,16 @@ class Planner:
         found: tuple[Plan, Load] | None = None
         asked, low, high = budget, 0, 2 * budget  # the program knows nothing of what lies between runs
         for n in range(TRIES):
-            plan = self.plan(asked)
-            load = None if plan is None else self.model.load(plan)
-            if plan is not None and load is not None and load.peak <= budget:
-                found = (plan, load) if found is None or load.seconds < found[1].seconds else found
-            if load is None or load.peak <= budget:
-                low = asked
-            else:
+            tried = self.plan(asked)
+            over = 0 if tried is None else tried[1].peak - budget
+            if over > 0:
                 high = asked
-            over = 0 if load is None else load.peak - budget
+            else:
+                low = asked
+                found = min(filter(None, (found, tried)), key=lambda f: f[1].seconds, default=None)
             near = asked - over * (2**n if over > 0 else 1)  # further down each time, as plans come in steps
             asked = near if low < near < high else (low + high) // 2
-            if high - low <= budget * NEAR or (load is not None and 0 <= budget - load.peak <= budget * NEAR):
+            if high - low <= budget * NEAR or (tried is not None and 0 <= -over <= budget * NEAR):
                 break
         if found is None:
             least = self.least()
@@ -97,36 +86,41 @@ class Planner:
         low, high = 0, found[1].peak
         while high - low > max(1, high * NEAR):
             asked = (low + high) // 2
-            plan = self.plan(asked)
-            if plan is None:
+            tried = self.plan(asked)
+            if tried is None:
                 low = asked
             else:
-                load, high = self.model.load(plan), asked
-                found = (plan, load) if load.peak < found[1].peak else found
+                high, found = asked, min(found, tried, key=lambda f: f[1].peak)
         return found
 
-    def plan(self, budget: int) -> Plan | None:
-        """Return the fastest plan of runs that fit, each for itself; None if there is none."""
+    def plan(self, budget: int) -> tuple[Plan, Load] | None:
+        """Return the fastest plan of runs that fit, each for itself, and what it holds; None if there is none."""
         unit, n = max(1, -(-budget // BINS)), len(self.runs.blocks)
-        steps = [_Step(torch.full((BINS + 1,), math.inf, dtype=torch.float64), {}) for _ in range(n + 1)]
-        steps[0].time[0] = 0.0
         kinds = [(x, False) for x in range(1, MERGED + 1)] + [(x, True) for x in NESTED]
-        for i in range(n):
-            if not torch.isfinite(steps[i].time).any():
-                continue
-            for length, nested in kinds:
-                if i + length <= n:
-                    for e, peak in self.runs[i, i + length, nested][1]:
-                        _relax(steps, i, i + length, e, (budget - peak) // unit, -(-e.held // unit))
-        held = int(steps[n].time.argmin())
-        if math.isinf(steps[n].time[held]):
+        # the least seconds by borders and held bins, and how they come about: the earlier border, its bins, the entry
+        times = torch.full((n + 1, BINS + 1), math.inf, dtype=torch.float64)
+        back: list[dict[int, tuple[int, int, Entry]]] = [{} for _ in range(n + 1)]
+        times[0, 0] = 0.0
+        for i, (length, nested) in product(range(n), kinds):
+            j = i + length
+            for e, peak in self.runs[i, j, nested][1] if j <= n and times[i].isfinite().any() else ():
+                held = -(-e.held // unit)
+                stop = min((budget - peak) // unit, BINS - held) + 1
+                if stop > 0:
+                    new, old = times[i, :stop] + e.seconds, times[j, held : held + stop]
+                    for h in (new < old).nonzero().flatten().tolist():
+                        back[j][h + held] = i, h, e
+                    torch.minimum(new, old, out=old)
+        held = int(times[n].argmin())
+        if math.isinf(times[n, held]):
             return None
         chosen, j = list[tuple[int, int, Entry]](), n
         while j:
-            i, held, e = steps[j].back[held]
+            i, held, e = back[j][held]
             chosen.append((i, j, e))
             j = i
-        return self._whole(chosen)
+        plan = self._whole(chosen)
+        return plan, self.model.load(plan)
 
     def _whole(self, chosen: Sequence[tuple[int, int, Entry]]) -> Plan:
         borders, own = self.runs.blocks.borders, self.runs.blocks.of_operators()
@@ -139,13 +133,3 @@ class Planner:
             if not e.nested:
                 own[borders[i] : borders[j]] = [i] * (borders[j] - borders[i])
         return Plan(self.needs, frozenset(kept), frozenset(marks), frozenset(coins), own)
-
-
-def _relax(steps: Sequence[_Step], i: int, j: int, entry: Entry, most: int, held: int) -> None:
-    """Take an entry where it is faster: after at most so many bins held before it, and so many more after it."""
-    stop = min(most, BINS - held) + 1
-    if stop > 0:
-        new, old = steps[i].time[:stop] + entry.seconds, steps[j].time[held : held + stop]
-        for h in (new < old).nonzero().flatten().tolist():
-            steps[j].back[h + held] = i, h, entry
-        torch.minimum(new, old, out=old)

@@ -147,7 +147,7 @@ class Fit:
         if before is not None and (way := before.chosen.way) in tapes:
             other = differing(before.chosen.plan.needs.tape, tapes[way][0])
             if other is not None:
-                numbers, barred = numbers.common(before.numbers), before.barred | other
+                numbers, barred = before.numbers.common(model, call.leaves), before.barred | other
                 others[way] = barred
         survey = Survey({w: Planner(Needs(t, others.get(w, frozenset[int]())), c) for w, (t, c) in tapes.items()})
         chosen = survey.best(self.budget)

@@ -44,14 +44,12 @@ class Numbers:
             and all([p.requires_grad == flag for p, flag in self.flags])
         )
 
-    def common(self, other: Numbers) -> Numbers:
-        """Return those that are the same in two calls."""
-        held = {(id(t), name): n for t, name, n in other.held}
-        given = dict(other.given)
+    def common(self, model: nn.Module, leaves: Sequence[Any]) -> Numbers:
+        """Return those that are what they were, and the flags of now."""
         return Numbers(
-            [(t, name, n) for t, name, n in self.held if held.get((id(t), name)) == n],
-            [(i, x) for i, x in self.given if given.get(i) == x],
-            self.flags,
+            [(t, name, n) for t, name, n in self.held if t.get(name) == n],
+            [(i, x) for i, x in self.given if leaves[i] == x],
+            [(p, p.requires_grad) for p in model.parameters()],
         )
 
 

@@ -19,19 +19,10 @@ MERGED = 4  # blocks that are treated as one at most
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a step, from its first operator on: the bytes that a run holds there while each operator runs, and
-    what is there for a moment right before one.
-    """
-
-    extra: Sequence[int]
-    spikes: Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True)
 class Entry:
     """A choice for a run, by the places of its values and packs; the seconds that it takes more than keeping all, the
-    bytes that are held after it, and what is held in the run's own parts of the forward and the backward.
+    bytes that are held after it, and in the run's own `parts` of the forward and the backward: the bytes while each
+    operator runs, and what is there for a moment right before one.
 
     `nested`: its blocks stay what they are, with nothing kept in between.
     """
@@ -40,7 +31,7 @@ class Entry:
     nested: bool
     seconds: float
     held: int
-    parts: tuple[Part, ...]
+    parts: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]]
 
 
 @dataclass
@@ -136,15 +127,15 @@ class Runs:
             held, spikes, seconds = self.model.changes(plan, mine)
             extra = [*accumulate(held)]
             parts = [
-                Part(extra[a : b + 1], [(t - a, extra[t - 1] + n) for t, n in spikes.items() if a <= t <= b])
+                (extra[a : b + 1], [(t - a, extra[t - 1] + n) for t, n in spikes.items() if a <= t <= b])
                 for a, b in ((run.start, run.stop), run.back)
             ]
             choice = replace(c, kept=kept).renamed(*places)
-            yield Entry(choice, nested, seconds, extra[self.needs.tape.turn], tuple(parts))
+            yield Entry(choice, nested, seconds, extra[self.needs.tape.turn], parts)
 
     def _peak(self, run: Run, entry: Entry) -> int:
-        most = 0
-        for first, part in zip((run.start, run.back[0]), entry.parts, strict=True):
-            most = max(most, *(self.model.during[first + t] + n for t, n in enumerate(part.extra)))
-            most = max([most, *(self.model.before[first + t] + n for t, n in part.spikes)])
-        return most
+        peaks = [0]
+        for first, (extra, spikes) in zip((run.start, run.back[0]), entry.parts, strict=True):
+            peaks += [self.model.during[first + t] + n for t, n in enumerate(extra)]
+            peaks += [self.model.before[first + t] + n for t, n in spikes]
+        return max(peaks)

@@ -166,12 +166,11 @@ def curve_svg(info: FitInfo, model: str) -> str:
 # --- the largest batch
 def batched(inputs: Sequence[Any], batch: int) -> list[Any]:
     """Return inputs with another batch: the first extent of all tensors that have the first one's."""
-    first = next(t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim())
-
-    alike = [isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == first for t in inputs]
-    return [
-        t[:1].expand(batch, *t.shape[1:]).contiguous() if same else t for t, same in zip(inputs, alike, strict=True)
-    ]
+    first = next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), None)
+    if first is None:
+        raise ValueError("--memory asks for the largest batch, and no input has one")
+    has = [isinstance(t, Tensor) and t.dim() and t.shape[0] == first for t in inputs]
+    return [t[:1].expand(batch, *t.shape[1:]).contiguous() if h else t for t, h in zip(inputs, has, strict=True)]
 
 
 @dataclass(frozen=True)
