@@ -83,11 +83,9 @@ class Needs:
 
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
-        source = self.source(value)
-        memory = self.tape.memory(value)
-        if source is None or source[0] not in ("parameter", "buffer", "argument") or len(memory.values) > 1:
-            return False
-        return self.tape.memory_of[value] not in self._updated
+        kind, _ = self.source(value) or ("", None)
+        unwritten = len(self.tape.memory(value).values) == 1 and self.tape.memory_of[value] not in self._updated
+        return kind in ("parameter", "buffer", "argument") and unwritten
 
     @cached_property
     def _updated(self) -> set[int]:
@@ -101,20 +99,17 @@ class Needs:
         """Return, by operator of the forward, what computes the same again; None where nothing does."""
         found: list[Op | None] = []
         tape = self.tape
+
+        def is_known(v: int) -> bool:
+            by = tape.made_by[v]
+            known = v in self.wanted or v in self.coins or self.is_there(v)
+            return known or (by is not None and found[by] is not None)
+
         for o, op in enumerate(tape.ops[: tape.turn]):
             op_ = twin(op)
             ok = not self._varies(o) and not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
-            ok = ok and (is_pure(op.func) or writes(op.func))
-            for s in op_.reads if ok else ():
-                v = s.value
-                if self.source(v) is not None:
-                    ok = ok and self.is_there(v)
-                elif (by := tape.made_by[v]) is None or (
-                    found[by] is None and v not in self.wanted and v not in self.coins
-                ):
-                    ok = False
-            ok = ok and all(self.source(v) is None for v in op.makes)
-            found.append(op_ if ok else None)
+            ok = ok and (is_pure(op.func) or writes(op.func)) and all(is_known(s.value) for s in op_.reads)
+            found.append(op_ if ok and all(self.source(v) is None for v in op.makes) else None)
         return found
 
     def _varies(self, op: int) -> bool:

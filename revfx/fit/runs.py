@@ -63,8 +63,7 @@ class Runs:
         if where not in self.found:
             i, j, nested = where
             run = self._run(i, j)
-            mine = set(run.values)
-            given = frozenset(v for v in self.blocks.over[j] if v in mine) if j < len(self.blocks) else frozenset[int]()
+            given = self.blocks.over[j].intersection(run.values)
             key = tuple(self._keys[i:j]), j < len(self.blocks), nested
             if key not in self.entries:
                 self.entries[key] = [*self._entries(run, i, given, nested)]
