@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, meta, register_inverse
-from revfx.rules.layout import part_of, permuted
+from revfx.rules.layout import part_of, permuted, reshaped, shape_of
 
 
 @register_inverse(aten.slice.Tensor)
 def slice_(node: fx.Node) -> Iterator[Direction]:
     """`y = a[..., start:end:step, ...]`, a part of a along one dimension."""
     a, dim, start, end, step = arguments(node, "input", dim=0, start=None, end=None, step=1)
-    shape = tuple(meta(a).shape)
+    shape = shape_of(a)
     dim = dim % len(shape)
     index = range(shape[dim])[start:end:step]
-    if len(index) == shape[dim]:
-        yield Inverse(a, lambda y: y.reshape(shape), exact=True)
-    else:
-        yield Tile(a, dim, index)
+    yield reshaped(a) if len(index) == shape[dim] else Tile(a, dim, index)
 
 
-@register_inverse(aten.slice_scatter.default)
-def slice_scatter(node: fx.Node) -> Iterator[Direction]:
-    """`y = a with a[start:end:step] = b`; `b = y[start:end:step]`, and y holds the rest of a."""
-    a, b, dim, start, end, step = arguments(node, "input", "src", dim=0, start=None, end=None, step=1)
-    index = range(meta(a).shape[dim])[start:end:step]
-    yield part_of(node, b, lambda y: y[(*[slice(None)] * (dim % y.dim()), slice(start, end, step))])
-    yield Patch(a, dim % meta(a).dim(), index, part=b)
-
-
-@register_inverse(aten.select_scatter.default)
-def select_scatter(node: fx.Node) -> Iterator[Direction]:
-    """`y = a with a.select(dim, i) = b`; `b = y.select(dim, i)`, and y holds the rest of a."""
-    a, b, dim, i = arguments(node, "input", "src", "dim", "index")
-    i = i % meta(a).shape[dim]
-    yield part_of(node, b, lambda y: y.select(dim, i))
-    yield Patch(a, dim % meta(a).dim(), range(i, i + 1), squeezed=True, part=b)
+@register_inverse(aten.slice_scatter.default, aten.select_scatter.default)
+def scatter(node: fx.Node) -> Iterator[Direction]:
+    """`y = a with a[..., i, ...] = b`, for a slice or an index i; `b = y[..., i, ...]`, and y holds the rest of a."""
+    squeezed = node.target is aten.select_scatter.default
+    names = {"index": None} if squeezed else {"start": None, "end": None, "step": 1}
+    a, b, dim, *at = arguments(node, "input", "src", dim=0, **names)
+    shape = shape_of(a)
+    dim = dim % len(shape)
+    i: Any = at[0] % shape[dim] if squeezed else slice(*at)
+    yield part_of(node, b, lambda y: y[(*[slice(None)] * dim, i)])
+    yield Patch(a, dim, range(i, i + 1) if squeezed else range(shape[dim])[i], squeezed, part=b)
 
 
 @register_inverse(aten.copy.default)
@@ -48,21 +41,10 @@ def copy(node: fx.Node) -> Iterator[Direction]:
     yield NoInverse(a, "it is overwritten")
     if meta(a).dtype != meta(b).dtype:
         yield NoInverse(b, f"the cast from {meta(b).dtype} to {meta(a).dtype} loses bits")
-    elif meta(a).device != meta(b).device or tuple(meta(a).shape) != tuple(meta(b).shape):
+    elif meta(a).device != meta(b).device or shape_of(a) != shape_of(b):
         yield NoInverse(b, "`copy` repeats it or moves it to another device")
     else:
         yield Inverse(b, lambda y: y.clone(), exact=True)
-
-
-@register_inverse(aten.expand.default)
-def expand(node: fx.Node) -> Iterator[Direction]:
-    """`y = a.expand(shape)` that repeats nothing; `a = y.reshape(a.shape)`."""
-    a = arguments(node, "input")[0]
-    shape = tuple(meta(a).shape)
-    if meta(a).numel() == meta(node).numel():
-        yield Inverse(a, lambda y: y.reshape(shape), exact=True)
-    else:
-        yield NoInverse(a, "`expand` repeats it")
 
 
 @register_inverse(aten.index.Tensor, aten._unsafe_index.Tensor)

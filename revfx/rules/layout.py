@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, given, meta, register_inverse
 
 
-def _shape(node: Any) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[int, ...]:
     return tuple(meta(node).shape)
 
 
@@ -26,22 +26,30 @@ def _shape(node: Any) -> tuple[int, ...]:
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten.alias.default,
     aten.lift_fresh_copy.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.detach.default,
+    aten.expand.default,
 )  # fmt: skip
 def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
     (a,) = arguments(node, "input")
     if meta(a).dtype != meta(node).dtype:
         yield NoInverse(a, "a view with another dtype is not followed")
-        return
-    shape = _shape(a)
-    yield Inverse(a, lambda y: y.reshape(shape), exact=True)
+    elif node.target is aten.expand.default and meta(a).numel() != meta(node).numel():
+        yield NoInverse(a, "`expand` repeats it")
+    else:
+        yield reshaped(a)
+
+
+def reshaped(a: Any) -> Direction:
+    """Return the inverse of an operation that keeps all elements in their order."""
+    shape = shape_of(a)
+    return Inverse(a, lambda y: y.reshape(shape), exact=True)
 
 
 @register_inverse(torch.permute, "permute", aten.permute.default)
 def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
     a, *dims = given(node)
-    n = len(_shape(a))
+    n = len(shape_of(a))
     dims = dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims
     back = sorted(range(n), key=lambda i: dims[i] % n)
     yield Inverse(a, lambda y: y.permute(back), exact=True)
@@ -95,7 +103,7 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
     a, r = given(node)
     back = F.pixel_shuffle if "unshuffle" in str(node.target) else F.pixel_unshuffle
-    shape = _shape(a)  # without elements torch's functions give other shapes than each other's
+    shape = shape_of(a)  # without elements torch's functions give other shapes than each other's
     yield Inverse(a, lambda y: back(y, r) if y.numel() else y.reshape(shape), exact=True)
 
 
@@ -103,7 +111,7 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
 def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
     a, groups = given(node)
-    back = _shape(a)[1] // groups
+    back = shape_of(a)[1] // groups
     yield Inverse(a, lambda y: torch.channel_shuffle(y, back), exact=True)
 
 
@@ -115,8 +123,8 @@ def cat(node: fx.Node) -> Iterator[Direction]:
     dim = dim if axis is None else axis
     at = 0
     for part in parts:
-        if len(_shape(part)) == meta(node).dim():  # else it is an empty vector, which goes with any shape
-            size = _shape(part)[dim]
+        if len(shape_of(part)) == meta(node).dim():  # else it is an empty vector, which goes with any shape
+            size = shape_of(part)[dim]
             yield part_of(node, part, lambda y, at=at, size=size: y.narrow(dim, at, size))
             at += size
 
@@ -142,7 +150,7 @@ def stack(node: fx.Node) -> Iterator[Direction]:
 def split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
     a, _, dim = arguments(node, "input", "sizes", dim=0)
-    dim = dim % len(_shape(a))
+    dim = dim % len(shape_of(a))
     at = 0
     for i, part in enumerate(node.meta["val"]):
         size = part.shape[dim]
@@ -158,10 +166,10 @@ def tensor_split(node: fx.Node) -> Iterator[Direction]:
     if isinstance(where, int):
         yield from split(node)
     elif isinstance(where, (tuple, list)):
-        dim = dim % len(_shape(a))
+        dim = dim % len(shape_of(a))
         bounds = (None, *where, None)
         for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            yield Tile(a, dim, range(_shape(a)[dim])[start:stop], part=i)
+            yield Tile(a, dim, range(shape_of(a)[dim])[start:stop], part=i)
     else:
         yield NoInverse(a, "`tensor_split` at indices that a tensor holds is not followed")
 
@@ -170,7 +178,7 @@ def tensor_split(node: fx.Node) -> Iterator[Direction]:
 def unbind(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a.select(d, i)`."""
     a, dim = arguments(node, "input", dim=0)
-    dim = dim % len(_shape(a))
+    dim = dim % len(shape_of(a))
     for i in range(len(node.meta["val"])):
         yield Tile(a, dim, range(i, i + 1), part=i, squeezed=True)
 
@@ -179,18 +187,17 @@ def unbind(node: fx.Node) -> Iterator[Direction]:
 def narrow(node: fx.Node) -> Iterator[Direction]:
     """`y = a[..., start:start+length, ...]`."""
     a, dim, start, length = arguments(node, "input", "dim", "start", "length")
-    dim = dim % len(_shape(a))
+    dim = dim % len(shape_of(a))
     if isinstance(start, int):
-        start = start % max(1, _shape(a)[dim])
-        yield Tile(a, dim, range(start, start + length))
+        yield Tile(a, dim, range(shape_of(a)[dim])[start:][:length])
 
 
 @register_inverse(torch.select, "select", aten.select.int)
 def select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.select(dim, i)`."""
     a, dim, i = arguments(node, "input", "dim", "index")
-    dim = dim % len(_shape(a))
-    i = i % _shape(a)[dim]
+    dim = dim % len(shape_of(a))
+    i = i % shape_of(a)[dim]
     yield Tile(a, dim, range(i, i + 1), squeezed=True)
 
 
@@ -200,7 +207,7 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
     a, index = arguments(node, "input", "index")
     if not isinstance(a, fx.Node) or not isinstance(a.meta.get("val"), Tensor):
         return
-    found = _along(_shape(a), _without_new(index) if meta(node).numel() == meta(a).numel() else index)
+    found = _along(shape_of(a), _without_new(index) if meta(node).numel() == meta(a).numel() else index)
     if isinstance(found, str):
         yield NoInverse(a, found)
         return
@@ -208,8 +215,7 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
     if isinstance(i, int):
         yield Tile(a, dim, range(i, i + 1), squeezed=True)
     elif isinstance(i, range):
-        shape = _shape(a)
-        yield Inverse(a, lambda y: y.reshape(shape), exact=True) if dim < 0 else Tile(a, dim, i)
+        yield reshaped(a) if dim < 0 else Tile(a, dim, i)
     else:
         yield from permuted(a, dim, i)
 
@@ -255,18 +261,18 @@ def put_at(node: fx.Node) -> Iterator[Direction]:
     a, index, b, accumulate = arguments(node, "input", "index", "other", accumulate=False)
     if node.target is not put:
         index = tuple(slice(None) if i is None else i for i in index)
-    found = "it is added to" if accumulate else _along(_shape(a), index)
+    found = "it is added to" if accumulate else _along(shape_of(a), index)
     if isinstance(found, str):
         yield NoInverse(a, found)
         return
     dim, i = found
-    positions = range(i, i + 1) if isinstance(i, int) else _positions(i, _shape(a)[dim])
+    positions = range(i, i + 1) if isinstance(i, int) else _positions(i, shape_of(a)[dim])
     if positions is None or dim < 0:
         yield NoInverse(a, "it is overwritten")
         return
     squeezed = isinstance(i, int)
-    sizes = (*_shape(a)[:dim], *(() if squeezed else (len(positions),)), *_shape(a)[dim + 1 :])
-    whole = isinstance(b, fx.Node) and _shape(b) == sizes
+    sizes = (*shape_of(a)[:dim], *(() if squeezed else (len(positions),)), *shape_of(a)[dim + 1 :])
+    whole = isinstance(b, fx.Node) and shape_of(b) == sizes
     if whole:
         index = index if isinstance(index, tuple) else (index,)
         held = tuple(k for k in index if isinstance(k, fx.Node))
@@ -278,8 +284,8 @@ def put_at(node: fx.Node) -> Iterator[Direction]:
 def index_select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.index_select(d, p)` for a permutation p; `a = y.index_select(d, argsort(p))`."""
     a, dim, index = arguments(node, "input", "dim", "index")
-    if _shape(a):
-        yield from permuted(a, dim % len(_shape(a)), index)
+    if shape_of(a):
+        yield from permuted(a, dim % len(shape_of(a)), index)
     else:
         yield NoInverse(a, "a value without dimensions is not followed through an index")
 
@@ -303,8 +309,8 @@ def permuted(a: fx.Node, dim: int, index: Any) -> Iterator[Direction]:
 
     Whoever plans must guard both.
     """
-    size = _shape(a)[dim]
-    if isinstance(index, fx.Node) and "permutation" in index.meta.get("facts", ()) and _shape(index) == (size,):
+    size = shape_of(a)[dim]
+    if isinstance(index, fx.Node) and "permutation" in index.meta.get("facts", ()) and shape_of(index) == (size,):
         yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p)), (index,), exact=True)
         return
     if isinstance(index, fx.Node) and index.meta.get("constant") is None:

@@ -52,13 +52,12 @@ def _is_matrix(m: Any) -> bool:
     return meta(m).dim() >= 2 and meta(m).layout == torch.strided and meta(m).device.type != "mps"
 
 
-def _is_square(m: Any) -> bool:
-    sizes: list[Any] = [*meta(m).shape[-2:]] if _is_matrix(m) else [0, 1]
+def _may_solve(node: fx.Node, a: Any, m: Any) -> bool:
+    """Return whether a product has the dtype of its operand `a`, and its other one is a square matrix."""
+    if not isinstance(a, fx.Node) or meta(a).dtype != meta(node).dtype or not _is_matrix(m):
+        return False
+    sizes: list[Any] = [*meta(m).shape[-2:]]
     return all(isinstance(n, int) for n in sizes) and sizes[0] == sizes[1]
-
-
-def _keeps_dtype(node: fx.Node, a: Any) -> bool:
-    return isinstance(a, fx.Node) and meta(a).dtype == meta(node).dtype
 
 
 @register_inverse(F.linear)
@@ -66,7 +65,7 @@ def linear(node: fx.Node) -> Iterator[Direction]:
     """`y = a @ w.T + b`; `a = (y - b) @ inverse(w).T`."""
     a, w, b = arguments(node, "input", "weight", bias=None)
     inverse = _InverseMatrix()
-    if _is_square(w) and _keeps_dtype(node, a):
+    if _may_solve(node, a, w):
         yield Inverse(a, lambda y, w, b: F.linear(_less(y, b), inverse(w)), (w, b), coded=True, matrix=w)
 
 
@@ -90,9 +89,9 @@ def addmm(node: fx.Node) -> Iterator[Direction]:
 
 def _products(node: fx.Node, a: Any, b: Any, c: Any) -> Iterator[Direction]:
     left, right = _InverseMatrix(), _InverseMatrix()
-    if _is_square(b) and _keeps_dtype(node, a):
+    if _may_solve(node, a, b):
         yield Inverse(a, lambda y, m, c: torch.matmul(_less(y, c), right(m)), (b, c), coded=True, matrix=b)
-    if _is_square(a) and _keeps_dtype(node, b):
+    if _may_solve(node, b, a):
         yield Inverse(b, lambda y, m, c: torch.matmul(left(m), _less(y, c)), (a, c), coded=True, matrix=a)
 
 
@@ -107,7 +106,7 @@ def einsum(node: fx.Node) -> Iterator[Direction]:
     inputs, _, out = equation.replace(" ", "").partition("->")
     for (a, old), (w, pair) in itertools.permutations(zip(operands, inputs.split(","), strict=True)):
         shared, new = [c for c in pair if c in old], [c for c in pair if c not in old]
-        if not (len(shared) == len(new) == 1 and _is_square(w) and _keeps_dtype(node, a)):
+        if not (len(shared) == len(new) == 1 and _may_solve(node, a, w)):
             continue
         if sorted(out) == sorted(old.replace(shared[0], new[0])) and old.count(shared[0]) == 1:
             back, inverse = f"{out},{pair[::-1]}->{old}", _InverseMatrix()
@@ -126,9 +125,9 @@ def tensordot(node: fx.Node) -> Iterator[Direction]:
     (i,), (j,) = dims
     back: tuple[Any, Any] = ([-1], [j]), ([i], [0])
     left, right = _InverseMatrix(), _InverseMatrix()
-    if _is_square(b) and meta(b).dim() == 2 and _keeps_dtype(node, a):
+    if _may_solve(node, a, b) and meta(b).dim() == 2:
         yield Inverse(a, lambda y, w: torch.tensordot(y, right(w), back[0]).movedim(-1, i), (b,), coded=True, matrix=b)
-    if _is_square(a) and meta(a).dim() == 2 and _keeps_dtype(node, b):
+    if _may_solve(node, b, a) and meta(a).dim() == 2:
         yield Inverse(b, lambda y, w: torch.tensordot(left(w), y, back[1]).movedim(0, j), (a,), coded=True, matrix=a)
 
 
@@ -175,7 +174,7 @@ def _convolution(
     dense = math.prod(kernel) == 1 or set(_each(dilation, kernel)) == {1}
     sizes: list[Any] = [*meta(a).shape[-len(kernel) :]]
     whole = transposed or all(isinstance(n, int) and n % k == 0 for n, k in zip(sizes, kernel, strict=True))
-    if not (apart and dense and whole and math.prod(shape[1:]) == n and _keeps_dtype(node, a)):
+    if not (apart and dense and whole and math.prod(shape[1:]) == n and meta(a).dtype == meta(node).dtype):
         return
     inverse, rest = _InverseMatrix(), (0,) * len(kernel)
 
