@@ -80,10 +80,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """The result is `whole` but for `index` along `dim`, where `part` was written.
-
-    Another operation's `Tile` of `whole` with the same index completes it.
-    """
+    """The result is `whole` with `part` written at `index` along `dim`; a `Tile` of that index completes it."""
 
     whole: Any
     dim: int
@@ -160,9 +157,7 @@ def by_call(back: Callable[..., Any], node: fx.Node, x: fx.Node, y: fx.Node, nam
 
 
 def _by_method(by: str | Callable[..., Any]) -> Rule:
-    """Return the rule of modules called whole: `y, ... = m(x, ...)`; `x, ... = m.inverse(y, ...)`, of that name, or
-    what a function gives of the module and the same arguments.
-    """
+    """Return the rule of modules called whole: what inverts them is a method, or a function that is given them too."""
 
     def rule(node: fx.Node) -> Iterator[Direction]:
         ref, first = node.meta["module"], next(iter(pytree.tree_leaves(node.meta["val"])), None)
@@ -266,6 +261,7 @@ _WHY = {
     "is not monotone": "gelu silu mish",
     "has a kink that rounding can cross": "leaky_relu",
     "loses the sign": "square abs",
+    "is not injective (an even power loses the sign)": "pow",
     "is periodic": "sin cos",
     "saturates: it is not invertible in floating point": "tanh sigmoid",
     "keeps only the maxima": "max_pool2d max_pool2d_with_indices",
@@ -284,8 +280,6 @@ NOT_INJECTIVE = {name: reason for reason, names in _WHY.items() for name in name
 
 def why_none(name: str) -> str:
     """Return why an operation without a rule can't be inverted, as the end of a sentence that starts with its name."""
-    if name == "pow":
-        return "is not injective (an even power loses the sign)"
     return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")
 
 

@@ -1,4 +1,4 @@
-"""Inverse rules of operations that only compiled graphs spell out: slices, scatters, copies and decomposed indexing."""
+"""Inverse rules of operations that only compiled graphs spell out: slices, scatters and copies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, meta, register_inverse
-from revfx.rules.layout import part_of, permuted, reshaped, shape_of
+from revfx.rules.layout import part_of, reshaped, shape_of
 
 
 @register_inverse(aten.slice.Tensor)
@@ -45,14 +45,3 @@ def copy(node: fx.Node) -> Iterator[Direction]:
         yield NoInverse(b, "`copy` repeats it or moves it to another device")
     else:
         yield Inverse(b, lambda y: y.clone(), exact=True)
-
-
-@register_inverse(aten.index.Tensor, aten._unsafe_index.Tensor)
-def index(node: fx.Node) -> Iterator[Direction]:
-    """`y = a[:, p]` for a permutation p; `a = y[:, argsort(p)]`."""
-    a, indices = arguments(node, "input", "indices")
-    real = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(real) == 1:
-        yield from permuted(a, *real[0])
-    else:
-        yield NoInverse(a, "an index in more than one dimension is not followed")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from revfx import _torch
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, given, meta, register_inverse
 
 
@@ -21,12 +22,10 @@ def shape_of(node: Any) -> tuple[int, ...]:
 @register_inverse(
     torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.ravel, torch.clone,
     "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "contiguous",
-    "clone",
-    torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
+    "clone", torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten.alias.default,
-    aten.lift_fresh_copy.default,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.detach.default,
-    aten.expand.default,
+    aten.lift_fresh_copy.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+    aten.detach.default, aten.expand.default,
 )  # fmt: skip
 def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
@@ -92,10 +91,10 @@ def flip(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.roll, "roll", aten.roll.default)
 def roll(node: fx.Node) -> Iterator[Direction]:
     """`y = a.roll(s, d)`; `a = y.roll(-s, d)`."""
-    a, shifts, dims = arguments(node, "input", "shifts", dims=None)
-    dims = dims if dims or isinstance(dims, int) else None  # aten spells "over the flattened tensor" as []
+    a, shifts, dims = arguments(node, "input", "shifts", dims=())
+    dims = () if dims is None else dims  # over the flattened tensor
     back = [-s for s in shifts] if isinstance(shifts, (tuple, list)) else -shifts
-    yield Inverse(a, (lambda y: y.roll(back)) if dims is None else (lambda y: y.roll(back, dims)), exact=True)
+    yield Inverse(a, lambda y: y.roll(back, dims), exact=True)
 
 
 @register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle, aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
@@ -167,8 +166,7 @@ def tensor_split(node: fx.Node) -> Iterator[Direction]:
         yield from split(node)
     elif isinstance(where, (tuple, list)):
         dim = dim % len(shape_of(a))
-        bounds = (None, *where, None)
-        for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        for i, (start, stop) in enumerate(itertools.pairwise((None, *where, None))):
             yield Tile(a, dim, range(shape_of(a)[dim])[start:stop], part=i)
     else:
         yield NoInverse(a, "`tensor_split` at indices that a tensor holds is not followed")
@@ -201,13 +199,17 @@ def select(node: fx.Node) -> Iterator[Direction]:
     yield Tile(a, dim, range(i, i + 1), squeezed=True)
 
 
-@register_inverse("__getitem__", operator.getitem)
+@register_inverse("__getitem__", operator.getitem, aten.index.Tensor, aten._unsafe_index.Tensor)
 def getitem(node: fx.Node) -> Iterator[Direction]:
     """`y = a[..., i:j:k, ...]`, a part of a along one dimension; `y = a[:, p]` for a permutation p, all of it."""
     a, index = arguments(node, "input", "index")
     if not isinstance(a, fx.Node) or not isinstance(a.meta.get("val"), Tensor):
         return
-    found = _along(shape_of(a), _without_new(index) if meta(node).numel() == meta(a).numel() else index)
+    if _torch.packet_name(node.target):
+        index = _with_slices(index)
+    elif meta(node).numel() == meta(a).numel():
+        index = _without_new(index)
+    found = _along(shape_of(a), index)
     if isinstance(found, str):
         yield NoInverse(a, found)
         return
@@ -220,15 +222,18 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
         yield from permuted(a, dim, i)
 
 
+def _with_slices(index: Any) -> Any:
+    """Return an index of aten's, which has None for a whole dimension, as Python spells it."""
+    return tuple(slice(None) if i is None else i for i in index)
+
+
 def _without_new(index: Any) -> Any:
     """Return an index without the dimensions of size 1 that it adds by None."""
     return tuple(i for i in index if i is not None) if isinstance(index, tuple) else () if index is None else index
 
 
 def _along(shape: tuple[int, ...], index: Any) -> tuple[int, Any] | str:
-    """Return along which dimension an index takes parts, and which: a position, a range or an index of many; dimension
-    -1 where it takes all; or why that is not followed.
-    """
+    """Return along which dimension (-1: all is taken), and which position, range or index of many; or why not."""
     index = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(i, bool) or not (isinstance(i, (int, slice, fx.Node, type(...))) or _is_list(i)) for i in index):
         return "an index with None or booleans is not followed"
@@ -260,7 +265,7 @@ def put_at(node: fx.Node) -> Iterator[Direction]:
     """`y = a with a[..., i, ...] = b`; `b = y[..., i, ...]`, and y holds the rest of a."""
     a, index, b, accumulate = arguments(node, "input", "index", "other", accumulate=False)
     if node.target is not put:
-        index = tuple(slice(None) if i is None else i for i in index)
+        index = _with_slices(index)
     found = "it is added to" if accumulate else _along(shape_of(a), index)
     if isinstance(found, str):
         yield NoInverse(a, found)

@@ -115,9 +115,7 @@ def einsum(node: fx.Node) -> Iterator[Direction]:
 
 @register_inverse(torch.tensordot)
 def tensordot(node: fx.Node) -> Iterator[Direction]:
-    """`y = tensordot(a, w, ([i], [j]))`; `a = tensordot(y, inverse(w), ([-1], [j])).movedim(-1, i)`, and `w` first
-    likewise.
-    """
+    """`y = tensordot(a, w, ([i], [j]))`; `a = tensordot(y, inverse(w), ([-1], [j])).movedim(-1, i)`; `w` likewise."""
     a, b, dims = arguments(node, "a", "b", dims=2)
     dims = ([-1], [0]) if dims == 1 else dims
     if not isinstance(dims, (tuple, list)) or [len(d) for d in dims] != [1, 1]:
@@ -139,49 +137,45 @@ def _less(y: Tensor, c: Tensor | None) -> Tensor:
 @register_inverse(F.conv1d, F.conv2d, F.conv3d)
 def conv(node: fx.Node) -> Iterator[Direction]:
     """`y = conv(a, w, stride=k)` with a kernel of k; `a = conv_transpose(y, inverse(w).mT, stride=k)`."""
-    a, w, b, stride, padding, dilation, groups = arguments(
-        node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1
-    )
-    yield from _convolution(node, a, w, b, stride, (padding, 0), dilation, groups, transposed=False)
+    *given, groups = arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
+    yield from _convolution(node, *given, transposed=False, further=0, groups=groups)
 
 
 @register_inverse(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def conv_transpose(node: fx.Node) -> Iterator[Direction]:
     """`y = conv_transpose(a, w, stride=k)` with a kernel of k; `a = conv(y, inverse(w).mT, stride=k)`."""
-    a, w, b, stride, padding, more, groups, dilation = arguments(
-        node, "input", "weight", bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
-    )
-    yield from _convolution(node, a, w, b, stride, (padding, more), dilation, groups, transposed=True)
+    more = {"output_padding": 0, "groups": 1, "dilation": 1}
+    *given, further, groups, dilation = arguments(node, "input", "weight", bias=None, stride=1, padding=0, **more)
+    yield from _convolution(node, *given, dilation=dilation, transposed=True, further=further, groups=groups)
 
 
 @register_inverse(aten.convolution.default)
 def aten_convolution(node: fx.Node) -> Iterator[Direction]:
     """Return the same of both, as compiled graphs spell them."""
-    args: tuple[Any, ...] = node.args
-    a, w, b, stride, padding, dilation, transposed, more, groups = args
-    yield from _convolution(node, a, w, b, stride, (padding, more), dilation, groups, transposed=bool(transposed))
+    yield from _convolution(node, *node.args)
 
 
 def _convolution(
-    node: fx.Node, a: Any, w: Any, b: Any, stride: Any, padding: tuple[Any, Any], dilation: Any, groups: int,
-    transposed: bool,
+    node: fx.Node, a: Any, w: Any, b: Any, stride: Any, padding: Any, dilation: Any, transposed: Any,
+    further: Any, groups: Any,
 ) -> Iterator[Direction]:  # fmt: skip
     if not _is_matrix(w):
         return
     shape = tuple(meta(w).shape)
     n, kernel = shape[0] // groups, shape[2:]
-    apart = _each(stride, kernel) == kernel and not any(_each(p, kernel) != (0,) * len(kernel) for p in padding)
+    none = (0,) * len(kernel)
+    apart = [_each(x, kernel) for x in (stride, padding, further)] == [kernel, none, none]
     dense = math.prod(kernel) == 1 or set(_each(dilation, kernel)) == {1}
     sizes: list[Any] = [*meta(a).shape[-len(kernel) :]]
     whole = transposed or all(isinstance(n, int) and n % k == 0 for n, k in zip(sizes, kernel, strict=True))
     if not (apart and dense and whole and math.prod(shape[1:]) == n and meta(a).dtype == meta(node).dtype):
         return
-    inverse, rest = _InverseMatrix(), (0,) * len(kernel)
+    inverse = _InverseMatrix()
 
     def by(y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         dual = inverse(w.reshape(groups, n, n)).mT.reshape(shape)
         y = _less(y, None if b is None else b.view(-1, *(1 for _ in kernel)))
-        return torch.convolution(y, dual, None, kernel, rest, (1,) * len(kernel), not transposed, rest, groups)
+        return torch.convolution(y, dual, None, kernel, none, (1,) * len(kernel), not transposed, none, groups)
 
     yield Inverse(a, by, (w, b), coded=True, matrix=w)
 
