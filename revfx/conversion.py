@@ -38,22 +38,14 @@ MOST_PLANS = 32  # per model; the oldest one makes room for a new one
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Wishes):
     """What `convert` was asked for; `part` is set for the sub-modules of a model that can't be recorded."""
 
-    capture: str
-    strict: bool
+    capture: str = "auto"
+    strict: bool = False
     part: bool = False
-    anchor_every: int | None = None
-    exact: bool = True
-    grid: int | None = None
     compile: bool = False
     memory: Budget | None = None
-
-    @property
-    def wishes(self) -> Wishes:
-        """Return what regions are asked for."""
-        return Wishes(self.exact, self.grid, self.anchor_every)
 
 
 class Conversion:
@@ -151,7 +143,7 @@ class Conversion:
                     f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"
                     " an argument or a buffer."
                 )
-            given = model, self.forward(model), args, kwargs, self.options.wishes
+            given = model, self.forward(model), args, kwargs, self.options
             outcome = make_plan(*given, self._carries(model, why))
             if outcome.plan is not None and self.options.compile:
                 outcome = replace(outcome, plan=self._with_kernels(outcome.plan))
@@ -191,7 +183,7 @@ class Conversion:
         if self.fit is not None:
             return
         asks = self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
-        if outcome.untraceable and outcome.compiles and asks:  # once whether `torch.compile` can capture it
+        if outcome.untraceable and asks:  # once whether `torch.compile` can capture it
             self.pending, self.compiled = outcome, self._compile(model)
             return
         reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"

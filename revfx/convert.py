@@ -96,9 +96,9 @@ def convert(
     budget = checked_memory(memory)
     if budget is not None and (not exact or compile or strict or capture != "auto" or (grid, every) != (None, None)):
         raise ValueError(f"`{budget.text}` changes no bit and decides by itself what is kept: leave other options out.")
-    options = Options(capture, strict, anchor_every=every, exact=exact, grid=grid, compile=compile, memory=budget)
+    options = Options(exact, grid, every, capture, strict, compile=compile, memory=budget)
     if isinstance(model, Reversible):
-        if options in (model.revfx.options, Options("auto", False)):
+        if options in (model.revfx.options, Options()):
             return model
         raise ValueError(
             f"`convert`: this {type(model).__name__} is converted already, with other options; convert the model that"

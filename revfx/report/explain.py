@@ -79,10 +79,10 @@ def explain(
         return explain_compiled(model, args, kwargs, loss, measure)
     budget = checked_memory(memory)
     own = model.revfx if isinstance(model, Reversible) else None
-    options = Options("fx", False) if own is None else own.options
+    options = Options(capture="fx") if own is None else own.options
     forward = model.forward if own is None else own.forward(model)
     stage("looking for regions")
-    outcome = make_plan(model, forward, args, kwargs, options.wishes)
+    outcome = make_plan(model, forward, args, kwargs, options)
     ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss, measure)
     not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
     found: Drift | None = None
