@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Generator
 from typing import Any
 
@@ -39,7 +38,7 @@ class World:
         before, drawn = Snapshot(modules), all_generators()
         read = GlobalReads(type(m).forward for m in modules)
         try:
-            for table, then in itertools.chain(*before.tables):
+            for _, table, then in before.tables:
                 table.update({name: self.stand_in(t) for name, t in then.items() if isinstance(t, Tensor)})
             yield pytree.tree_map_only(Tensor, self.stand_in, self.given)
         finally:

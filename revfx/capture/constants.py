@@ -40,11 +40,7 @@ class Constants:
             node.meta["constant"] = t
 
     def forget(self, memory: int) -> None:
-        """Forget what lives in some memory, which is written to.
-
-        Raises:
-            Untraceable: its numbers were asked for.
-        """
+        """Forget what lives in some memory, which is written to; refuse that where its numbers were asked for."""
         spoilt = [n for n in self.held if n.meta["storage"][0] == memory]
         if any("asked" in n.meta for n in spoilt):
             raise Untraceable(f"{ASKS}, and then it writes to that", once=True)
@@ -68,7 +64,9 @@ class Constants:
         try:
             for node in self.graph.nodes:
                 if node in above and node not in self.values:
-                    self.values[node] = self._value(node)
+                    if node not in self.held and not is_pure(node):
+                        raise Untraceable(ASKS)
+                    self.values[node] = self.held[node] if node in self.held else _result(node, self.values)
             found = _called(function, args, kwargs, self.values)
             if may_draw(op_name(function), args, kwargs) or drew(drawn, all_generators()) is not None:
                 raise Untraceable(ASKS)
@@ -83,16 +81,11 @@ class Constants:
     def fold(self, node: fx.Node) -> None:
         """Note what a node holds that is computed from indices and masks whose numbers are noted, or from none."""
         made, inputs = tensors(node.meta.get("val")), node.all_input_nodes
-        if (
-            made
-            and "constant" not in node.meta
-            and all("constant" in n.meta for n in inputs)
-            and all(map(_is_small, made))
-            and is_pure(node)
-        ):
-            found = _called(_function(node), node.args, node.kwargs, {n: n.meta["constant"] for n in inputs})
+        known = "constant" not in node.meta and all("constant" in n.meta for n in inputs)
+        if made and known and all(t.numel() <= LIMIT for t in made) and is_pure(node):
+            found = _result(node, {n: n.meta["constant"] for n in inputs})
             # masks may be large, and are made again
-            node.meta.update(constant=found, kept=all(map(_is_index, made)))
+            node.meta.update(constant=found, kept=all(_is_whole(t) and t.dtype != torch.bool for t in made))
             self.made.setdefault(_memory(node), []).append(node)
 
     def fold_all(self) -> None:
@@ -102,13 +95,6 @@ class Constants:
         for node in self.graph.nodes:
             if _memory(node) not in written:
                 self.fold(node)
-
-    def _value(self, node: fx.Node) -> Any:
-        if node in self.held:
-            return self.held[node]
-        if not is_pure(node):
-            raise Untraceable(ASKS)
-        return _called(_function(node), node.args, node.kwargs, self.values)
 
 
 def positions(index: Any, nodes: Mapping[int, fx.Node], call: Callable[..., Any]) -> Any:
@@ -135,8 +121,9 @@ def is_pure(node: fx.Node) -> bool:
     return runs and not writes and not may_draw(op_name(node.target), node.args, node.kwargs)
 
 
-def _function(node: fx.Node) -> Any:
-    return getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+def _result(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+    return _called(function, node.args, node.kwargs, values)
 
 
 def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[fx.Node, Any]) -> Any:
@@ -145,14 +132,6 @@ def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mappin
         return function(*args, **kwargs)
 
 
-def _is_small(t: Tensor) -> bool:
-    return t.numel() <= LIMIT
-
-
 def _is_whole(t: Tensor) -> bool:
     """Return whether a tensor may be an index or a mask of few elements."""
-    return not (t.is_floating_point() or t.is_complex()) and _is_small(t)
-
-
-def _is_index(t: Tensor) -> bool:
-    return _is_whole(t) and t.dtype != torch.bool
+    return not (t.is_floating_point() or t.is_complex()) and t.numel() <= LIMIT

@@ -22,19 +22,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
-from revfx.capture.guards import ATOMS, is_plain, key
+from revfx.capture.guards import ATOMS, DEPTH, is_plain, key
 from revfx.eager.reach import CONTAINERS, is_users
 from revfx.eager.state import content, fill, holds
 
 
 LONG = 10_000  # entries of a container that is data, and not noted
-DEPTH = 6  # how far containers and objects that a forward is given are followed
-Held = list[tuple[Any, tuple[Any, ...]]]  # containers, each with what was in it
 
 
 # --- modules, and what a forward is given
-def held_by(values: Iterable[Any], depth: int = DEPTH) -> Held:
-    """Return the containers, and the attribute tables of plain objects, among `values` and in each other."""
+def held_by(values: Iterable[Any], depth: int = DEPTH) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Return containers, and attribute tables of plain objects, among `values` and in each other, and their items."""
     found: dict[int, tuple[Any, tuple[Any, ...]]] = {}
     level = [*values]
     for _ in range(depth):
@@ -52,18 +50,12 @@ def _table(value: Any) -> Any:
     return value if isinstance(value, CONTAINERS) else vars(value) if is_plain(value) else None
 
 
-def put_back(held: Held) -> None:
-    """Make each container hold again what it held."""
-    for container, then in held:
-        fill(container, then)
-
-
 class Snapshot:
     """The attribute tables of some modules as they were, and the containers in them."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
-        self.tables = [[(t, dict(t)) for t in _tables(m)] for m in modules]
+        self.tables = [(i, t, dict(t)) for i, m in enumerate(modules) for t in _tables(m)]
         self.held = [
             (i, k, held)
             for i, m in enumerate(modules)
@@ -73,10 +65,8 @@ class Snapshot:
 
     def changes(self) -> Generator[tuple[int, str]]:
         """Yield what is not as it was: which module, and the name of its attribute."""
-        for i, tables in enumerate(self.tables):
-            for table, then in tables:
-                if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
-                    yield from ((i, k) for k in {**then, **table} if not _same(table.get(k, self), then.get(k, self)))
+        for i, table, then in self._touched():
+            yield from ((i, k) for k in {**then, **table} if not _same(table.get(k, self), then.get(k, self)))
         yield from ((i, k) for i, k, held in self.held if not all(holds(c, then) for c, then in held))
 
     def written(self) -> set[tuple[type, str]]:
@@ -85,13 +75,16 @@ class Snapshot:
 
     def restore(self) -> None:
         """Make every table hold again what it held, and so the containers in them."""
-        for *_, held in self.held:
-            put_back(held)
-        for tables in self.tables:
-            for table, then in tables:
-                if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
-                    table.clear()
-                    table.update(then)
+        for container, then in (pair for *_, held in self.held for pair in held):
+            fill(container, then)
+        for _, table, then in self._touched():
+            table.clear()
+            table.update(then)
+
+    def _touched(self) -> Generator[tuple[int, dict[str, Any], dict[str, Any]]]:
+        for i, table, then in self.tables:
+            if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
+                yield i, table, then
 
 
 def _same(now: Any, then: Any) -> bool:
@@ -105,10 +98,7 @@ def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 @contextmanager
 def left_alone(tree: Any, error: Exception) -> Generator[None]:
-    """Return a context that raises `error` where lists, dicts or objects in some arguments are not left as they were.
-
-    They are put back first.
-    """
+    """Return a context that puts back lists, dicts and objects among arguments, and raises `error` if they changed."""
     leaves, spec = pytree.tree_flatten(tree)
     held = held_by(x for x in leaves if not isinstance(x, Tensor))
     try:
@@ -116,7 +106,8 @@ def left_alone(tree: Any, error: Exception) -> Generator[None]:
         now, spec_now = pytree.tree_flatten(tree)
         same = spec_now == spec and all(map(is_, leaves, now)) and all(holds(c, then) for c, then in held)
     finally:
-        put_back(held)
+        for container, then in held:
+            fill(container, then)
     if not same:
         raise error
 

@@ -11,11 +11,10 @@ from torch import Tensor, fx
 
 from revfx.capture.constants import is_pure
 from revfx.passes._torch import may_draw
-from revfx.rules import op_name
+from revfx.rules import aten, op_name
 from revfx.rules.layout import put
 
 
-aten = torch.ops.aten
 FUNCTIONAL = frozenset(
     """add sub mul div neg addcmul addcdiv lerp relu tanh sigmoid exp clamp clamp_min clamp_max abs square sqrt
     floor ceil round trunc""".split()
@@ -68,9 +67,8 @@ def _put_last(
     moved = {n for n in nodes if position[n] >= first}
     last = graph.output_node()
     owners = [f"{n.target}." for n in graph.find_nodes(op="call_module") if position[n] > first]
-    written = {
-        w.meta["storage"][0] for n in writes if n not in moved and position[n] > first for w in n.meta["mutates"]
-    }
+    later = [n for n in writes if n not in moved and position[n] > first]
+    written = {w.meta["storage"][0] for n in later for w in n.meta["mutates"]}
     if (
         any(n.op == "get_attr" and str(n.target).startswith((*owners,)) for n in nodes)
         or any(position[u] > first and u not in moved and u is not last for n in nodes for u in n.users)
@@ -101,11 +99,10 @@ def _why_not(
     name = op_name(node.target)
     if len(written) != 1 or not node.args or node.args[0] is not written[0]:
         return "it writes in place to something other than its first operand"
-    functional = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
-    functional = functional or node.target is set_item
+    named = name.rstrip("_") in FUNCTIONAL and name.endswith("_") and not name.endswith("__")
     # no tensor says with what, and it was made of none
     fills = name in FILLING and node.all_input_nodes == written and not written[0].all_input_nodes
-    if not functional and not fills and node.kwargs.get("inplace") is not True:
+    if not (named or fills or node.target is set_item) and node.kwargs.get("inplace") is not True:
         return "it writes in place, and has no functional form"
     if node.meta.get("unseen"):
         return "it writes in place, without gradients, to a value that has one"
@@ -115,14 +112,11 @@ def _why_not(
     if _dtype_differs(node, written[0]):
         return "it writes in place a result of another dtype"
     here = position[node]
-    for other in whole:
-        if other is node or position[other] > here:
-            continue
+    for other in (n for n in whole if position[n] < here):
         if other.op in ("placeholder", "get_attr"):
             return f"it writes in place to memory of `{other.name}`, which is an input or an attribute of the model"
-        if _apart(other.meta["val"], written[0].meta["val"]):
-            continue
-        if any(position[user] > here for user in other.users):
+        apart = _apart(other.meta["val"], written[0].meta["val"])
+        if not apart and any(position[user] > here for user in other.users):
             return f"it writes in place to a value whose alias or view `{other.name}` is read later"
     return None
 
@@ -153,11 +147,9 @@ def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def _dtype_differs(node: fx.Node, operand: fx.Node) -> bool:
-    others = [n.meta["val"] for n in node.all_input_nodes if n is not operand and isinstance(n.meta.get("val"), Tensor)]
-    mine = operand.meta["val"]
-    return any(
-        torch.promote_types(mine.dtype, o.dtype) != mine.dtype for o in others if o.is_floating_point() or o.dim() > 0
-    )
+    mine = operand.meta["val"].dtype
+    others = [v for n in node.all_input_nodes if n is not operand and isinstance(v := n.meta.get("val"), Tensor)]
+    return any(torch.promote_types(mine, o.dtype) != mine for o in others if o.is_floating_point() or o.dim() > 0)
 
 
 def _make_functional(node: fx.Node) -> None:

@@ -18,13 +18,8 @@ from revfx.eager.trees import meta
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
     """Return a key for which two modules give the same on fake tensors: class, attributes, shapes, children."""
-    d = vars(module)
-    plain = tuple((k, key(v)) for k, v in d.items() if is_users(k))
-    tensors = tuple(
-        (k, None if t is None else (tuple(t.shape), t.dtype, t.device, t.requires_grad))
-        for table in (_torch.parameters(module), _torch.buffers(module))
-        for k, t in table.items()
-    )
+    plain = tuple((k, key(v)) for k, v in vars(module).items() if is_users(k))
+    tensors = key((_torch.parameters(module), _torch.buffers(module)))
     children = tuple((k, None if m is None else structure(m)) for k, m in _torch.children(module).items())
     return type(module), dtensor.casts(module), plain, tensors, children
 
@@ -42,20 +37,18 @@ class Seen:
         """Return what a module gave; None where results share memory with arguments or each other."""
         leaves, spec = pytree.tree_flatten(out)
         made = [t for t in leaves if isinstance(t, Tensor)]
-        if any(t.layout != torch.strided for t in (*made, *inputs)):
-            return None
-        if any(t.requires_grad and t.clone().stride() != t.stride() for t in made):
+        strided = all(t.layout == torch.strided for t in (*made, *inputs))
+        if not strided or any(t.requires_grad and t.clone().stride() != t.stride() for t in made):
             return None
         keys = [_torch.storage_key(t) for t in made]
-        if len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys):
-            return None
-        return Seen(tuple(map(meta, leaves)), spec, drew)
+        shared = len(set(keys)) < len(keys) or {_torch.storage_key(t) for t in inputs} & set(keys)
+        return None if shared else Seen(tuple(map(meta, leaves)), spec, drew)
 
     def fresh(self) -> Any:
         """Return new fake results."""
-        made = [
-            None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=m[3], requires_grad=m[4])
-            for m in self.metas
-        ]
-        made = [t.clone() if t is not None and t.requires_grad else t for t in made]  # a leaf could not be written to
-        return pytree.tree_unflatten(made, self.spec)
+        return pytree.tree_unflatten([None if m is None else _like(*m) for m in self.metas], self.spec)
+
+
+def _like(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, needs_grad: bool) -> Tensor:
+    t = torch.empty_strided(shape, stride, dtype=dtype, device=device, requires_grad=needs_grad)
+    return t.clone() if needs_grad else t  # a leaf could not be written to

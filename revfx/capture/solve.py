@@ -90,11 +90,10 @@ class Solver(Search):
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Any, ...], tuple[Any, ...]]:
         captured, lowered = self._lowered(opened)
-        values = tuple(replace(v, kept=False) for v in lowered.program.values)  # none is held, as there is no forward
-        ops = tuple(
-            replace(o, arcs=tuple(a for a in o.arcs if a.amplification <= MOST_AMPLIFIED)) for o in lowered.program.ops
-        )
-        return captured, replace(lowered, program=replace(lowered.program, values=values, ops=ops)), (), ()
+        program = lowered.program
+        values = tuple(replace(v, kept=False) for v in program.values)  # none is held, as there is no forward
+        ops = tuple(replace(o, arcs=tuple(a for a in o.arcs if a.amplification <= MOST_AMPLIFIED)) for o in program.ops)
+        return captured, replace(lowered, program=replace(program, values=values, ops=ops)), (), ()
 
     def _solve(self) -> Solution:
         (captured, lowered, *_), opened = self._find_opening(frozenset())

@@ -24,15 +24,13 @@ GIVEN = f"writes to a list, dict or object that it was given, {LOST}"
 @dataclass(eq=False, repr=False)
 class Untraceable(Exception):
     """The forward can't be recorded: `reason`, `where` (the user's file and line), the `path` of the module at fault,
-    whether `torch.compile` captures what it does (`compiles`), whether it may be recorded where the module `opens`, so
-    that its own code is seen, whether it may be recorded once it has run (`once`): a first call sets up what later ones
-    find, and whether it may be where a function is called `whole`.
+    whether it may be recorded where the module `opens`, so that its own code is seen, whether it may be once it has run
+    (`once`): a first call sets up what later ones find, and whether it may be where a function is called `whole`.
     """
 
     reason: str
     where: str = ""
     path: str | None = None
-    compiles: bool = True
     opens: str | None = None
     once: bool = False
     whole: Callable[..., Any] | None = None
