@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -36,11 +36,10 @@ class Capture:
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
     attributes: dict[fx.Node, Spot]
-    opened: frozenset[str]
-    tied: tuple[tuple[Spot, Spot], ...] = ()
-    sets: tuple[Spot, ...] = ()
-    written: frozenset[tuple[type, str]] = frozenset()
-    reads: AttributeReads = field(default_factory=AttributeReads)
+    tied: tuple[tuple[Spot, Spot], ...]
+    sets: tuple[Spot, ...]
+    written: frozenset[tuple[type, str]]
+    reads: AttributeReads
 
     @property
     def leaves(self) -> tuple[Any, ...]:

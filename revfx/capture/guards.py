@@ -5,7 +5,6 @@ and shapes. Found when the plan is made, compared at every call; what else Pytho
 from __future__ import annotations
 
 import random
-import threading
 import types
 import weakref
 from collections import deque
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.capture.untraceable import Untraceable
+from revfx.eager.modes import recording
 from revfx.eager.reach import EMPTY, global_names, held_in, is_users
 
 
@@ -190,7 +190,7 @@ def module_guards(
     """
     own = {id(m): m for m in opened}
     inside = {id(m): m for root in whole for m in root.modules() if id(m) not in own}
-    elsewhere = {id(m): m for m in reads.modules() if id(m) not in inside}
+    elsewhere = {id(m): m for m in [*reads.names] if id(m) not in inside}
     guards = [ModuleGuard(m, reads.of(m), frozenset(), True) for m in {**own, **elsewhere}.values()]
     for m in inside.values():
         unset = frozenset(name for kind, name in written if kind is type(m))
@@ -204,42 +204,32 @@ class AttributeReads:
     """The attributes of modules that recorded code read."""
 
     def __init__(self) -> None:
-        self.names: dict[int, set[str]] = {}
-        self.refs: dict[int, weakref.ref[nn.Module]] = {}
-
-    def note(self, module: nn.Module, name: str) -> None:
-        """Add an attribute of a module."""
-        self.names.setdefault(id(module), set()).add(name)
-        self.refs.setdefault(id(module), weakref.ref(module))
-
-    def modules(self) -> list[nn.Module]:
-        """Return the modules of which something was read."""
-        return [m for ref in self.refs.values() if (m := ref()) is not None]
+        self.names: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
     def functions(self) -> list[Any]:
         """Return the functions among the attributes that were read."""
-        read = (vars(m).get(name) for m in self.modules() for name in self.of(m))
+        read = (vars(m).get(name) for m in [*self.names] for name in self.of(m))
         return [f for f in read if isinstance(f, types.FunctionType)]
 
     def of(self, module: nn.Module) -> list[str]:
         """Return the names that were read of a module; all that it has, where its whole table was asked for."""
-        names = self.names.get(id(module), set[str]())
+        names = self.names.get(module, set[str]())
         every = [k for k in vars(module) if is_users(k)] if "__dict__" in names else []
         return sorted(k for k in {*names, *every} if is_users(k) and not k.startswith("__"))
 
 
 @contextmanager
-def noting_reads(active: Callable[[], bool], numbers: Mapping[tuple[int, str], Tensor]) -> Generator[AttributeReads]:
-    """Return a context in which reads of attributes of modules by this thread are noted, while it is `active`; those of
-    `numbers`, which are no part of what is recorded, give a tensor.
+def noting_reads(numbers: Mapping[tuple[int, str], Tensor]) -> Generator[AttributeReads]:
+    """Return a context in which reads of attributes of modules, by code that this thread's recorder sees, are noted;
+    those of `numbers`, which are no part of what is recorded, give a tensor.
 
     Raises:
         Untraceable: an attribute holds something that gives something else each time it is asked.
     """
-    thread, reads, plain = threading.get_ident(), AttributeReads(), nn.Module.__getattribute__
+    reads, plain = AttributeReads(), nn.Module.__getattribute__
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
-        if threading.get_ident() != thread or not active():
+        if recording.recorder is None or recording.recorder.suspended:
             return plain(self, name)
         if (id(self), name) in numbers:
             return numbers[id(self), name]
@@ -248,7 +238,7 @@ def noting_reads(active: Callable[[], bool], numbers: Mapping[tuple[int, str], T
             return value  # which this forward set
         # torch looks into the table on behalf of whoever reads one attribute
         if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
-            reads.note(self, name)
+            reads.names.setdefault(self, set()).add(name)
         if is_users(name) and gives_anew(value):
             raise Untraceable(f"its forward reads `{name}`: a {type(value).__name__} gives something else every time")
         return value

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revfx.capture.untraceable import Untraceable
 
@@ -18,36 +17,17 @@ LINEAR = frozenset(
 
 
 class Numbers:
-    """The numbers that a recording carries as tensors: `of` which module and attribute; and what is computed of them
-    alone.
-    """
+    """Numbers recorded as tensors, `of` which module and attribute; `known`: ids, also of what they alone make."""
 
     def __init__(self) -> None:
         self.of: dict[tuple[int, str], Tensor] = {}
-        self._known: set[int] = set()
-
-    def __contains__(self, t: Tensor) -> bool:
-        return id(t) in self._known
-
-    def add(self, t: Tensor) -> None:
-        """Count a tensor among them."""
-        self._known.add(id(t))
-
-    def carry(self, module: nn.Module, name: str) -> Tensor:
-        """Return what stands for the number of that name."""
-        t = self.of[id(module), name] = torch.tensor(getattr(module, name), dtype=torch.float64)
-        self.add(t)
-        return t
+        self.known: set[int] = set()
 
     def follow(self, name: str, operands: Sequence[Tensor], made: Sequence[Tensor]) -> None:
-        """Note what the operation of that name computes of numbers alone.
-
-        Raises:
-            Untraceable: it takes a number otherwise than a tensor of one element.
-        """
-        others = [t for t in operands if t not in self]
+        """Note what an operation computes of numbers alone; refuse one that takes them otherwise than such a tensor."""
+        others = [t for t in operands if id(t) not in self.known]
         if len(others) == len(operands):
             return
         if name.strip("_") not in LINEAR or not all(t.is_floating_point() and t.dim() for t in others):
             raise Untraceable(f"`{name}` reads a number of the model that changes from call to call")
-        self._known.update(id(t) for t in made if not others)
+        self.known.update(id(t) for t in made if not others)

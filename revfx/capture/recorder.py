@@ -12,8 +12,8 @@ import operator
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,14 +27,13 @@ from revfx.capture.carried import Carried, carried
 from revfx.capture.constants import Constants, positions
 from revfx.capture.data import Capture, Spot, where_held
 from revfx.capture.effects import Snapshot, lasts, left_alone
-from revfx.capture.guards import ATOMS
+from revfx.capture.guards import ATOMS, AttributeReads
 from revfx.capture.inplace import functionalise, set_item
 from revfx.capture.memo import Seen, structure
 from revfx.capture.numbers import Numbers
-from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, LOST, OWN_GENERATOR, Untraceable
+from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, OWN_GENERATOR, Untraceable
 from revfx.capture.whole import faked, refuse_hidden, shapes_of
 from revfx.eager import dtensor
-from revfx.eager.modes import recording
 from revfx.eager.trees import meta, tensors
 from revfx.passes._torch import updated_statistics
 from revfx.passes.shape_only import of_its_shape
@@ -52,7 +51,8 @@ class Recorder(TorchFunctionMode):
         self.numbers = Numbers()
         for path, name in carried:
             module = root.get_submodule(path)
-            t = self.numbers.carry(module, name)
+            t = self.numbers.of[id(module), name] = torch.tensor(getattr(module, name), dtype=torch.float64)
+            self.numbers.known.add(id(t))
             self.real[id(t)] = t, path, name
         self.fakes: dict[int, Tensor] = {}
         self.written = set[tuple[type, str]]()
@@ -63,7 +63,7 @@ class Recorder(TorchFunctionMode):
         self.demanded: list[Tensor] = []
         self.given: tuple[str, set[int]] | None = None  # a module that is called whole, and the tensors it is given
         self.sets: dict[Spot, Tensor] = {}  # attributes that the forward sets, by where they hang
-        self.suspended = 0
+        self.suspended = 0  # above that the code that runs is that of a module called whole, and not recorded
         self.drew: str | None = None  # the generator from which the latest call that was not recorded drew
         self.generation: dict[int, int] = {}
         self.born: dict[int, int] = {}  # when memory was first seen, counted in such
@@ -75,25 +75,6 @@ class Recorder(TorchFunctionMode):
         self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes
         self.computed_in = dtensor.computed_in(root.modules())
         self.lasting = {id(v) for m in root.modules() for v in vars(m).values()}  # objects that it does not
-
-    @contextmanager
-    def active(self) -> Generator[None]:
-        recording.recorder = self
-        try:
-            with self.fake, self:
-                yield
-        finally:
-            recording.recorder = None
-
-    def sees(self) -> bool:
-        """Return whether the code that runs is recorded, and not that of a module called whole."""
-        return self.suspended == 0
-
-    def forget(self) -> frozenset[int]:
-        """Return the ids of the fake tensors that were recorded; they are no longer held here."""
-        recorded = frozenset(self.nodes)
-        vars(self).clear()
-        return recorded
 
     # --- inputs, attributes and results
     def fake_inputs(self, tree: Any) -> Any:
@@ -151,8 +132,8 @@ class Recorder(TorchFunctionMode):
         # ahead of all others: attributes are sources in the graph
         with nullcontext() if first is None else self.graph.inserting_before(first):
             node = self.graph.create_node("get_attr", qualified, (), {}, name=qualified.replace(".", "_"))
-        if t in self.numbers:
-            self.numbers.add(fake)
+        if id(t) in self.numbers.known:
+            self.numbers.known.add(id(fake))
         else:
             self.constants.hold(node, t)
         self._name(node, fake)
@@ -167,7 +148,7 @@ class Recorder(TorchFunctionMode):
         self.born.setdefault(key, len(self.born) if node.op.startswith("call") else -1)
         self.alive.append(fake)
 
-    def finish(self, result: Any) -> Capture:
+    def finish(self, result: Any, reads: AttributeReads) -> Capture:
         """Return the capture, once the forward has returned `result`."""
         leaves, spec = pytree.tree_flatten(result)
         outputs: list[Any] = []
@@ -185,8 +166,8 @@ class Recorder(TorchFunctionMode):
         self.graph.lint()
         read = set(self.attributes.values())
         tied = tuple(pair for pair in self.tied if pair[1] in read)
-        sources = tuple(self.inputs), tuple(outputs), spec, self.attributes, self.opened, tied
-        return Capture(self.graph, *sources, tuple(self.sets), frozenset(self.written))
+        sources = tuple(self.inputs), tuple(outputs), spec, self.attributes, tied
+        return Capture(self.graph, *sources, tuple(self.sets), frozenset(self.written), reads)
 
     def _refuse_unseen_functions(self) -> None:
         for t in self.alive:
@@ -235,12 +216,10 @@ class Recorder(TorchFunctionMode):
         mutated += updated_statistics(name, args, kwargs)
         if self.numbers.of:
             self.numbers.follow(name, tensors((args, kwargs)), tensors(out))
-        told = of_its_shape(name, args, kwargs, out) if _torch.is_plain(out) else None
-        if told is not None:
-            return self.record("call_function", getattr(torch, told[0]), told[1], told[2], out, mutated)
-        return self.record(
-            "call_method" if method else "call_function", name if method else func, args, kwargs, out, mutated
-        )
+        kind, target = ("call_method", name) if method else ("call_function", func)
+        if _torch.is_plain(out) and (told := of_its_shape(name, args, kwargs, out)) is not None:
+            kind, target, args, kwargs = "call_function", getattr(torch, told[0]), told[1], told[2]
+        return self.record(kind, target, args, kwargs, out, mutated)
 
     def record(
         self, kind: str, target: Any, args: Any, kwargs: Any, out: Any, mutated: list[Tensor], **meta: Any
@@ -250,7 +229,7 @@ class Recorder(TorchFunctionMode):
             return out
         node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
         node = self.graph.create_node(kind, target, node_args, node_kwargs)
-        node.meta.update(meta, where=where(), opaque=meta.get("opaque", False), scope=self.stack[-1])
+        node.meta.update(meta, where=where(), scope=self.stack[-1])
         if (ambient := Ambience.now()) != self.ambient:
             node.meta["ambient"] = ambient
         if (drawn := OWN_GENERATOR if _draws((args, kwargs)) else meta.get("drew")) is not None:
@@ -328,43 +307,38 @@ class Recorder(TorchFunctionMode):
             hooked = any(map(_torch.hooks, module.modules()))
             key = (structure(module), hooked, str(spec), tuple(map(meta, leaves)), Ambience.now())
             versions = [(t, _torch.version(t)) for t in leaves if isinstance(t, Tensor)]
-            more: dict[str, Any] = {"opaque": True, "module": weakref.ref(module)}
             seen = self.memo.get(key)
-            if seen is not None:
-                out = self.record("call_module", path, args, kwargs, seen.fresh(), [], **more, drew=seen.drew)
-                self.hooked = (len(self.born), path) if hooked else self.hooked
-                return out
-        with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
-            try:
-                self.given = path, {id(t) for t in tensors((args, kwargs))}
-                out = self._run_whole(module, args, kwargs)
-            except _fake.DATA_DEPENDENT as e:
-                raise Untraceable(ASKS, where_raised(e), opens=path) from None  # its own code may ask a buffer
+            out = None if seen is None else seen.fresh()
+        if seen is None:
+            with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
+                out = self._run_whole(path, module, args, kwargs)
         with _torch.no_torch_function():
             mutated = [t for t, v in versions if _torch.version(t) != v]
-            odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
-            if odd:
-                text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
-                raise Untraceable(text, opens=path)
-            if not mutated:
+            if seen is None and not mutated:
                 self.memo[key] = Seen.of(out, [t for t, _ in versions], self.drew)
-            out = self.record("call_module", path, args, kwargs, out, mutated, **more, drew=self.drew)
+            ref, drawn = weakref.ref(module), self.drew if seen is None else seen.drew
+            out = self.record("call_module", path, args, kwargs, out, mutated, opaque=True, module=ref, drew=drawn)
             self.hooked = (len(self.born), path) if hooked else self.hooked
             return out
 
-    def _run_whole(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _run_whole(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return what `module` returns, as fakes; what its Python code leaves behind is undone."""
         before, drawn, self.drew = Snapshot([*module.modules()]), generators(), None
+        given = tensors((args, kwargs))
         self.suspended += 1
+        self.given = path, {id(t) for t in given}
         try:
             try:
                 out = dtensor.run(module, args, kwargs)
-            except _fake.DATA_DEPENDENT:
-                if not has_rule(type(module)):
-                    raise
-                given = [*tensors((args, kwargs)), *module.parameters()]
-                out = faked(self, shapes_of(module, args, kwargs), given)
+            except _fake.DATA_DEPENDENT as e:
+                if not has_rule(type(module)):  # its own code may ask a buffer
+                    raise Untraceable(ASKS, where_raised(e), opens=path) from None
+                out = faked(self, shapes_of(module, args, kwargs), [*given, *module.parameters()])
             with _torch.no_torch_function():
+                odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]
+                if odd:
+                    text = f"`{path}` returns something other than tensors in tuples, lists or dicts: {odd[0]}"
+                    raise Untraceable(text, opens=path)
                 return self.convert(out)
         finally:
             self.suspended, self.given = self.suspended - 1, None
@@ -372,10 +346,6 @@ class Recorder(TorchFunctionMode):
             self.written |= before.written()
             before.restore()
             restore(drawn)
-
-    def set_rng_state(self) -> None:  # what `fork_rng` ends with
-        if not self.suspended:
-            raise Untraceable(f"its forward sets the state of torch's generator, {LOST}")
 
     def call_function(
         self, function: type[torch.autograd.Function], apply: Callable[..., Any], args: Any, kwargs: Any

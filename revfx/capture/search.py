@@ -46,15 +46,13 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded, and whether
-    `torch.compile` may do better then. `once`: more may be recorded when it has run. `guard`: how the root was where
-    there is no plan.
+    """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded. `once`: more
+    may be recorded when it has run. `guard`: how the root was where there is no plan.
     """
 
     plan: Plan | None
     refusals: tuple[Refusal, ...]
     untraceable: bool = False
-    compiles: bool = True
     once: bool = False
     guard: ModuleGuard | None = None
 
@@ -85,20 +83,14 @@ def make_plan(
         name = name_of(root)
         refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)
         refusals = (*search.refusals.values(), refusal)
-        return Outcome(None, refusals, untraceable=True, compiles=e.compiles, once=e.once, guard=_modes_of(root))
+        return Outcome(None, refusals, untraceable=True, once=e.once, guard=_modes_of(root))
 
 
 class Search:
     """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
 
     def __init__(
-        self,
-        root: nn.Module,
-        forward: Forward,
-        args: Any,
-        kwargs: Any,
-        wishes: Wishes,
-        carried: frozenset[Spot],
+        self, root: nn.Module, forward: Forward, args: Any, kwargs: Any, wishes: Wishes, carried: frozenset[Spot]
     ) -> None:
         self.wishes, self.carried = wishes, carried
         self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
@@ -172,17 +164,15 @@ class Search:
 
     def _openable(self, path: str) -> bool:
         module = self.modules[path]
-        reason = None
-        if isinstance(module, torch.jit.ScriptModule):
-            reason = "it is a ScriptModule"
-        elif _torch.has_hooks(module) and any(True for _ in module.children()):
-            reason = "it has hooks, which run only when it is called whole"
-        if reason is not None:
+        script, hooked = isinstance(module, torch.jit.ScriptModule), _torch.has_hooks(module)
+        if script or (hooked and [*module.children()]):
+            reason = "it is a ScriptModule" if script else "it has hooks, which run only when it is called whole"
             self.closed.add(path)
             self.refusals[path] = Refusal(f"`{path}` stays whole: {reason}", path, "")
-        seen_through = isinstance(module, (nn.Sequential, *LAYOUT, *ONE_TO_ONE)) or _is_square(module)
+            return False
+        seen_through = isinstance(module, SEEN_THROUGH) or _is_square(module)
         builtin = type(module).__module__.startswith("torch.") and not seen_through
-        return reason is None and not builtin and not has_rule(type(module)) and not _torch.has_hooks(module)
+        return not builtin and not has_rule(type(module)) and not hooked
 
     def _close(self, error: Untraceable, more: frozenset[str]) -> None:
         """Leave whole the module at fault and its like; all that was just opened where it can't be told which."""
@@ -214,17 +204,14 @@ class Search:
     def _readable(self, captured: Capture) -> tuple[list[nn.Module], list[nn.Module]]:
         """Return the modules whose code was recorded, and those that are called whole."""
         whole = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
-        found: dict[str, nn.Module] = {}
-        for path, module in self.modules.items():  # parents come first; what is inside a whole one is not read
-            parent = path.rpartition(".")[0]
-            if path == "" or (parent in found and parent not in whole):
-                found[path] = module
-        return [m for p, m in found.items() if p not in whole], [m for p, m in found.items() if p in whole]
+        inside = tuple(f"{p}." for p in whole)  # which is not read
+        own = [m for p, m in self.modules.items() if p not in whole and not p.startswith(inside)]
+        return own, [self.modules[p] for p in whole if not p.startswith(inside)]
 
     def _plan(self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...]) -> Plan:
         sources = [(lowered.index[n], self._place(*at)) for n, at in captured.attributes.items()]
-        guarded = [
-            (n.meta["constant"], self._place(*at))
+        constants = [
+            (t := n.meta["constant"], _torch.version(t), _torch.data_address(t), self._place(*at))
             for n, at in captured.attributes.items()
             if "constant" in n.meta and (n.users or "asked" in n.meta)
         ]
@@ -235,8 +222,7 @@ class Search:
             lowered, captured, segments(lowered.program, regions),
             {r.start: RegionPlan(lowered.program, r, self.wishes.exact, self.wishes.anchor_every) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
-            tuple((t, _torch.version(t), _torch.data_address(t), place) for t, place in guarded), tuple(tied),
-            tuple(inside), tuple(self._place(*at) for at in captured.sets),
+            tuple(constants), tuple(tied), tuple(inside), tuple(self._place(*at) for at in captured.sets),
             module_guards(own, whole, captured.reads, captured.written),
             GlobalReads([self.forward, *(type(m).forward for m in own), *captured.reads.functions()]),
         )  # fmt: skip
@@ -262,9 +248,11 @@ def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.
     return node
 
 
-ONE_TO_ONE = (nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYOUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+SEEN_THROUGH = (
+    nn.Sequential, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
+    nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus,
+)  # fmt: skip
 
 
 def _is_square(module: nn.Module) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -20,6 +20,7 @@ from revfx.capture.recorder import Recorder
 from revfx.capture.transforms import declared_by_transforms
 from revfx.capture.untraceable import GIVEN, LOST, Untraceable, untraceable
 from revfx.capture.whole import called_whole
+from revfx.eager.modes import recording
 
 
 _lock = threading.Lock()
@@ -44,9 +45,11 @@ def capture(
         recorder = Recorder(root, opened, carried)
         try:
             with called_whole(whole):
-                found = _recorded(recorder, root, forward, args, kwargs, opened)
+                found = _recorded(recorder, root, forward, args, kwargs)
         finally:
-            left = let_go(recorder.fake, recorder.forget())
+            fake, recorded = recorder.fake, frozenset(recorder.nodes)
+            vars(recorder).clear()  # it holds what it recorded
+            left = let_go(fake, recorded)
         if isinstance(found, Untraceable):
             raise found
         if left is not None:
@@ -55,18 +58,19 @@ def capture(
 
 
 def _recorded(
-    recorder: Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, opened: frozenset[str]
+    recorder: Recorder, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Capture | Untraceable:
     modules, given = [*root.named_modules()], pytree.tree_leaves((args, kwargs))
-    watched = {i: path for i, (path, _) in enumerate(modules) if path == "" or path in opened}
+    watched = {"", *recorder.opened}
     before, drawn = Snapshot([m for _, m in modules]), all_generators()
-    read = GlobalReads([forward, *(type(modules[i][1]).forward for i in watched)])
+    read = GlobalReads([forward, *(type(m).forward for path, m in modules if path in watched)])
     try:
         if any(map(gives_anew, given)):
             raise Untraceable("it is given an iterator, which gives something else every time")
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
-        noting = noting_reads(recorder.sees, recorder.numbers.of)
-        with intercepted(), declared_by_transforms(), recorder.ambient.entered(), noting as reads, recorder.active():
+        noting, ambient = noting_reads(recorder.numbers.of), recorder.ambient.entered()
+        told = mock.patch.object(recording, "recorder", recorder)
+        with intercepted(), declared_by_transforms(), ambient, noting as reads, told, recorder.fake, recorder:
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
             with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
                 result = forward(*fake_args, **fake_kwargs)
@@ -75,7 +79,7 @@ def _recorded(
             what = f"its forward sets `{name_of(module)}.{name}`"
             if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
                 raise Untraceable(f"{what}, {LOST}", path=path, once=True)
-            if i not in watched:
+            if path not in watched:
                 raise Untraceable(f"{what} of a module that it calls whole", opens=path)
             recorder.sets[path, name] = value
         if (name := read.changed()) is not None:
@@ -85,7 +89,7 @@ def _recorded(
         if Ambience.now() != recorder.ambient:
             raise Untraceable(f"its forward changes how kernels compute and leaves it so, {LOST}")
         with _torch.no_torch_function():
-            return replace(recorder.finish(result), reads=reads)
+            return recorder.finish(result, reads)
     except MemoryError:  # says nothing of the forward
         raise
     except Exception as e:

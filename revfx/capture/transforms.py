@@ -55,8 +55,8 @@ def _telling(own: Callable[..., Any], inverse: str) -> Callable[..., Any]:
     @functools.wraps(own)
     def method(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         out = own(self, x, *args, **kwargs)
-        recorder = getattr(recording, "recorder", None)
-        if recorder is not None and recorder.sees():
+        recorder = recording.recorder
+        if recorder is not None and not recorder.suspended:
             with _torch.no_torch_function():
                 _declare(recorder, self, inverse, x, next(iter(pytree.tree_leaves(out)), None))
         return out

@@ -49,19 +49,17 @@ def told_to_invert() -> Callable[..., Any] | None:
 
 
 @contextmanager
-def called_whole(functions: Collection[Callable[..., Any]]) -> Generator[None]:
+def called_whole(functions: Collection[Any]) -> Generator[None]:
     """Return a context in which this thread's recorder is told of calls of `functions`, whoever holds them."""
-    own = {f: _twin(f) for f in functions}
+    _told.update((id(f), (f, _twin(f))) for f in functions)
     try:
-        for function, twin in own.items():
-            _told[id(function)] = function, twin
+        for function in functions:
             consts = tuple(id(function) if c == NAME else c for c in _tell.__code__.co_consts)
             function.__code__ = _tell.__code__.replace(co_consts=consts)
         yield
     finally:
-        for function, twin in own.items():
-            function.__code__ = twin.__code__
-            del _told[id(function)]
+        for function in functions:
+            function.__code__ = _told.pop(id(function))[1].__code__
 
 
 _told: dict[int, tuple[Any, Any]] = {}  # functions whose code is another for a while, and twins with their own
@@ -80,12 +78,10 @@ def _tell(*args: Any, **kwargs: Any) -> Any:
 
 
 def called(key: Any, args: Any, kwargs: Any) -> Any:
-    """Return what a function gives, the call of which is recorded; in other threads, and in modules called whole, run
-    as it is.
-    """
+    """Return what a function gives, and record the call; in other threads, and in modules called whole, run it only."""
     function, twin = _told[key]
-    recorder: Recorder | None = getattr(recording, "recorder", None)
-    if recorder is None or not recorder.sees():
+    recorder: Recorder | None = recording.recorder
+    if recorder is None or recorder.suspended:
         return twin(*args, **kwargs)
     with _torch.no_torch_function():
         args, kwargs = recorder.convert((args, kwargs))
@@ -102,11 +98,7 @@ def called(key: Any, args: Any, kwargs: Any) -> Any:
 
 
 def refuse_hidden(recorder: Recorder, args: Any) -> None:
-    """Refuse a tensor that the forward made and set as an attribute, where a module that is called whole finds it.
-
-    Raises:
-        Untraceable: one of `args` is such; the module may be opened.
-    """
+    """Refuse a tensor that the forward made and set as an attribute, where a module that is called whole finds it."""
     if recorder.given is None:
         return
     path, given = recorder.given

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from revfx.eager.region_plan import RegionPlan
 
 
-recording = threading.local()  # its `recorder` is that of this thread, if any
+class _Recording(threading.local):
+    recorder: Any = None  # that of this thread, if any
+
+
+recording = _Recording()
 _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
 _simulating: ContextVar[bool] = ContextVar("revfx_simulating", default=False)
 
@@ -83,7 +87,7 @@ def can_store(inputs: Iterable[Tensor]) -> bool:
     which tracers take for strided. Nor where tensors have tangents beside them, or `parametrize.cached()` keeps what
     weights are computed to: a re-run would have neither.
     """
-    if getattr(recording, "recorder", None) is not None or _torch.in_functorch_transform() or _torch.bars_reruns():
+    if recording.recorder is not None or _torch.in_functorch_transform() or _torch.bars_reruns():
         return False
     return _simulating.get() or not any(_torch.is_fake(t) or t.is_meta or t.is_mkldnn for t in inputs)
 
