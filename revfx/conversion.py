@@ -9,7 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,13 @@ from revfx.capture.memo import structure
 from revfx.capture.plan import InvalidError, Plan
 from revfx.capture.search import Outcome, Wishes, make_plan
 from revfx.compiled.dynamo import Compiled
+from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.eager.calls import Slot
 from revfx.eager.modes import can_store, runs_plain, store_activations, storing
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
 from revfx.fit.numbers import plain_leaves
-
-
-if TYPE_CHECKING:
-    from revfx.compiled.functions import CompiledFunction
 
 
 MOST_PLANS = 32  # per model; the oldest one makes room for a new one
@@ -158,8 +155,6 @@ class Conversion:
 
     def _with_kernels(self, plan: Plan) -> Plan:
         """Return the plan with the modules that its regions call compiled, those that are alike once."""
-        from revfx.compiled.functions import CompiledFunction, Kernels
-
         kernels, calls, program = defaultdict[Any, Kernels](Kernels), list(plan.calls), plan.lowered.program
         for i in (i for r in plan.regions.values() for i in range(r.region.start, r.region.stop)):
             call, op = calls[i], program.ops[i]

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from revfx.ambient import all_generators, drew
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.capture.whole import told_to_invert
-from revfx.eager.trees import tensors
+from revfx.eager.calls import tensors
 from revfx.passes._torch import may_draw, outside_modes
 from revfx.passes.facts import LIMIT, ancestors, is_mask
 from revfx.rules import op_name

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.capture.guards import key
 from revfx.eager import dtensor
+from revfx.eager.calls import meta
 from revfx.eager.reach import is_users
-from revfx.eager.trees import meta
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:

@@ -17,8 +17,7 @@ from revfx.capture.carried import Carried
 from revfx.capture.data import Capture, held_at
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key
 from revfx.eager.calls import Call, Slot
-from revfx.eager.executor import run_region
-from revfx.eager.modes import store_region
+from revfx.eager.executor import run_region, store_region
 from revfx.eager.region_plan import RegionPlan
 from revfx.passes.arcs import Lowered
 from revfx.passes.segments import Segment, text

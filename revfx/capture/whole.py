@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.ambient import all_generators, drew, restore
 from revfx.capture.untraceable import ASKS, Untraceable
+from revfx.eager.calls import tensors
 from revfx.eager.modes import recording
-from revfx.eager.trees import tensors
 from revfx.passes._torch import outside_modes
 from revfx.rules import by_call, op_name
 

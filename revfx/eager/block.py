@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx.eager import block_program
-from revfx.eager.coupling import Function, apply, couple, plain
-from revfx.eager.executor import run_region
-from revfx.eager.modes import can_store, runs_plain, store_region
+from revfx.eager.block_program import Function, apply, couple, plain
+from revfx.eager.executor import run_region, store_region
+from revfx.eager.modes import can_store, runs_plain
 from revfx.eager.reach import Reach
 from revfx.eager.region_plan import RegionPlan
 from revfx.passes.grid import carrier, checked_exact, checked_grid, to_grid

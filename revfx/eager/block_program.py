@@ -1,10 +1,10 @@
-"""The program of a chain of couplings that a user writes out, for the executor: it needs no capture."""
+"""A chain of additive couplings `x + h` that a user writes out: run as it is, and as a program for the executor."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,55 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.eager.calls import Call, Slot
-from revfx.eager.coupling import Function, couple
 from revfx.errors import NotReversibleError
-from revfx.passes.grid import Coupling
+from revfx.passes.grid import Coupling, to_grid
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, extend
 
 
+Function = Callable[..., Tensor]
 Meta = tuple[tuple[int, ...], torch.dtype, int]
 Shapes = tuple[int, Meta, Meta, tuple[int, ...], int | None]
+
+
+def apply(function: Function, x: Tensor, side: Any) -> Tensor:
+    """Return what a function of a coupling gives, which takes its side input only where there is one."""
+    return function(x) if side is None else function(x, side)
+
+
+def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign: int = 1) -> Tensor:
+    """Return `x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype; h is
+    rounded to the grid 2^-k where k is given.
+
+    Raises:
+        TypeError, ValueError: h is none of that; the text names the function and the layer.
+    """
+    if not isinstance(h, Tensor):
+        raise TypeError(f"`{name}` of layer {layer} returned a {type(h).__name__}; it must return one tensor.")
+    if h.shape != x.shape:
+        raise ValueError(
+            f"`{name}` of layer {layer} returned shape {tuple(h.shape)}, but the stream that it is added to has shape"
+            f" {tuple(x.shape)}: a coupling must keep the shape."
+        )
+    if h.device != x.device:
+        raise ValueError(f"`{name}` of layer {layer} returned a tensor on {h.device}, but its stream is on {x.device}.")
+    if h.dtype != x.dtype and torch.promote_types(h.dtype, x.dtype) != x.dtype:
+        raise ValueError(
+            f"`{name}` of layer {layer} returned {h.dtype}, which would turn its stream from {x.dtype} into"
+            f" {torch.promote_types(h.dtype, x.dtype)}: a coupling must keep the dtype."
+        )
+    h = h if k is None else to_grid(h, k)
+    return x + h if sign > 0 else x - h
+
+
+def plain(
+    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any], k: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (y1, y2) of the chain."""
+    for layer, (f, g) in enumerate(layers):
+        x1 = couple(x1, apply(f, x2, sides[0]), "f", layer, k)
+        x2 = couple(x2, apply(g, x1, sides[1]), "g", layer, k)
+    return x1, x2
 
 
 def meta(x: Tensor) -> Meta:

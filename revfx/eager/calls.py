@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from revfx.eager.reach import Reach
@@ -69,3 +70,23 @@ def fill(tree: Any, env: Mapping[int, Tensor]) -> Any:
     if isinstance(tree, slice):
         return slice(fill(tree.start, env), fill(tree.stop, env), fill(tree.step, env))
     return tree
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in tuples, lists, dicts and slices."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [t for x in tree for t in tensors(x)]
+    if isinstance(tree, dict):
+        return [t for x in tree.values() for t in tensors(x)]
+    if isinstance(tree, slice):
+        return tensors((tree.start, tree.stop, tree.step))
+    return []
+
+
+def meta(x: Any) -> Any:
+    """Return a key that two arguments share for which a module gives the like: of a tensor all but its numbers."""
+    if isinstance(x, Tensor):
+        return tuple(x.shape), x.stride() if x.layout == torch.strided else None, x.dtype, x.device, x.requires_grad
+    return x if isinstance(x, (int, float, str, bool, type(None))) else id(x)

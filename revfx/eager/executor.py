@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
+from revfx.eager.ranges import Ranges
 from revfx.eager.regeneration import Regeneration, unpack
 from revfx.eager.region_plan import Env, Handle, RegionPlan, StepPlan
 from revfx.eager.state import CallState, Random
@@ -43,6 +44,18 @@ def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
     return run
 
 
+def store_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
+    """Run the operations of a region with ordinary autograd storage."""
+    region, ranges = plan.region, Ranges(plan.program)
+    for v in region.entry:
+        ranges.note(v, env[v])
+    for index in range(region.start, region.stop):
+        for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
+            env[v] = t
+            ranges.note(v, t)
+    ranges.close()
+
+
 class RegionRun(Regeneration):
     """The forward of one call of a region, which keeps what its backward starts from."""
 
@@ -54,8 +67,8 @@ class RegionRun(Regeneration):
             for v in env:
                 self._note(v, env[v])
             given = ((v, program.values[v]) for v in env if last[v] >= region.start)
-            self._keep_all(self.kept, [v for v, value in given if value.source or value.kept], env)
-            self._keep_all(self.kept, (*region.side, *region.saved, *region.entry), env)
+            self._keep(self.kept, [v for v, value in given if value.source or value.kept], env)
+            self._keep(self.kept, (*region.side, *region.saved, *region.entry), env)
         self.kept_cuts[0] = {v: self.kept[v] for v in region.entry if v in self.kept}
         held = {*region.saved, *region.side}
 
@@ -78,7 +91,7 @@ class RegionRun(Regeneration):
         noted = self.lossless or plan.anchored or number == 0  # else what comes back tells
         with self.quiet:
             if plan.anchored:
-                self._keep_all(self.kept_cuts.setdefault(number, {}), step.entry, env)
+                self._keep(self.kept_cuts.setdefault(number, {}), step.entry, env)
             if plan.sampled or (lowest and self.plan.on_grid):
                 self._witness((v for v in step.entry if v not in self.kept), env)
         for at, index in enumerate(range(step.start, step.stop)):
@@ -89,7 +102,7 @@ class RegionRun(Regeneration):
                     env[v] = t
                     self._note(v, t)
                 if held:
-                    self._keep_all(self.kept, [v for v in made if v in held], env)
+                    self._keep(self.kept, [v for v in made if v in held], env)
                 for arc in codes.get(index, ()):
                     self._encode(number, arc, env, lowest)
             for v in plan.dead[at]:
@@ -98,7 +111,7 @@ class RegionRun(Regeneration):
             if codes and all(v in self.kept for v in step.entry):
                 self.kept_cuts[number] = {v: self.kept[v] for v in step.entry}
             if number == len(self.plan.steps) - 1:
-                self._keep_all(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
+                self._keep(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
             for v, y in plan.images.items():
                 if y in env:
                     self.witness.measure(-1 - v, (env[y],))
@@ -124,7 +137,7 @@ class RegionRun(Regeneration):
             if codec.width is None:
                 self.plan.distrust(v)
         if code is None:
-            self._keep(self.kept, v, env[v])
+            self._keep(self.kept, (v,), env)
             self.uncoded[number] = self.uncoded.get(number, frozenset()) | {v}
             return
         self.codes[v] = code
@@ -156,15 +169,13 @@ class RegionRun(Regeneration):
         if self.watch is not None:
             self.watch.made(self, v, t)
 
-    def _keep_all(self, into: Env, values: Iterable[int], env: Env) -> None:
+    def _keep(self, into: Env, values: Iterable[int], env: Env) -> None:
+        """Hold aliases without autograd history: holding the tensors would make a cycle through the graph."""
         for v in values:
             if v in env:
-                self._keep(into, v, env[v])
-
-    def _keep(self, into: Env, v: int, t: Tensor) -> None:
-        """Hold an alias without autograd history: holding the tensor itself would make a cycle through the graph."""
-        kept = into[v] = t.detach().clone() if self.program.values[v].written else t.detach()
-        self.versions.append((v, kept, _torch.version(kept)))
+                t = env[v].detach()
+                kept = into[v] = t.clone() if self.program.values[v].written else t
+                self.versions.append((v, kept, _torch.version(kept)))
 
     def _call(self, index: int, env: Env, exits: tuple[int, ...], noted: bool) -> tuple[Tensor, ...]:
         op, call = self.program.ops[index], self.calls[index]

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
-from revfx.eager.ranges import Ranges
-
-
-if TYPE_CHECKING:
-    from revfx.eager.calls import Call
-    from revfx.eager.region_plan import RegionPlan
 
 
 class _Recording(threading.local):
@@ -67,18 +61,6 @@ def storing() -> bool:
 def runs_plain(inputs: Iterable[Tensor]) -> bool:
     """Return whether regions run with ordinary storage now: no gradients, `store_activations`, or tracers."""
     return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
-
-
-def store_region(plan: RegionPlan, calls: Sequence[Call], env: dict[int, Tensor]) -> None:
-    """Run the operations of a region with ordinary autograd storage."""
-    region, ranges = plan.region, Ranges(plan.program)
-    for v in region.entry:
-        ranges.note(v, env[v])
-    for index in range(region.start, region.stop):
-        for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
-            env[v] = t
-            ranges.note(v, t)
-    ranges.close()
 
 
 def can_store(inputs: Iterable[Tensor]) -> bool:
