@@ -7,6 +7,7 @@ Without Storing Activations", NeurIPS 2017, https://arxiv.org/abs/1707.04585.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -30,6 +31,8 @@ from revfx.traced import free_couplings
 
 
 Functions = Function | Sequence[Function] | nn.ModuleList
+Layers = list[tuple[Function, Function]]
+Sides = tuple[Any, Any]
 
 
 def rev_block(
@@ -64,9 +67,7 @@ def rev_block(
         is_training: False computes the same with ordinary autograd storage.
         exact: False: without codes, so that memory does not grow with num_layers and gradients are right up to
             rounding.
-        grid: round x1, x2 and what f and g return to multiples of 2^-k for `grid=k`, in float32 where the streams are
-            in half precision, so that the backward computes the very bits back without codes. Below 2^(24-k) only, in
-            float32. See `convert`.
+        grid: round x1, x2 and what f and g return to multiples of 2^-k for `grid=k`; see `convert`.
         anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
             grows with num_layers / anchor_every, and without codes rounding only from one to the next. In a model
             compiled with `backend="revfx"` the backend's option of this name says so; in one compiled by inductor the
@@ -89,42 +90,30 @@ def rev_block(
     floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
     if num_layers == 0 or not floating:
         return plain(x1, x2, layers, sides)
-    if k is None:
-        return _chain(x1, x2, layers, sides, is_training, None, exact, anchor_every)
-    dtypes = x1.dtype, x2.dtype
-    layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
-    y1, y2 = _chain(to_grid(x1, k), to_grid(x2, k), layers, sides, is_training, k, exact, anchor_every)
-    return y1.to(dtypes[0]), y2.to(dtypes[1])
+    if k is not None:
+        s1, s2, layers = _on_grid(x1, x2, layers, k)
+        y1, y2 = _chain(s1, s2, layers, sides, is_training, k, exact, anchor_every)
+        return y1.to(x1.dtype), y2.to(x2.dtype)
+    return _chain(x1, x2, layers, sides, is_training, None, exact, anchor_every)
 
 
 def _chain(
-    x1: Tensor,
-    x2: Tensor,
-    layers: list[tuple[Function, Function]],
-    sides: tuple[Any, Any],
-    is_training: bool,
-    k: int | None,
-    exact: bool,
-    anchor_every: int | None,
+    x1: Tensor, x2: Tensor, layers: Layers, sides: Sides, trains: bool, k: int | None, exact: bool, every: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return (y1, y2), with streams on the grid 2^-k where k is given."""
     if torch.compiler.is_compiling():
-        if is_training and k is None:
-            free_couplings(anchor_every)
-        return plain(x1, x2, layers, sides, k)
-    leaves = [t for side in sides for t in pytree.tree_leaves(side) if isinstance(t, Tensor)]
-    storing = not is_training or runs_plain((x1, x2, *leaves))
-    if storing and (k is None or not can_store((x1, x2, *leaves))):
+        if trains and k is None:
+            free_couplings(every)
         return plain(x1, x2, layers, sides, k)
     side_tensors, side_slots = block_program.number_sides(sides, first=2)
-    shapes = len(layers), block_program.meta(x1), block_program.meta(x2), tuple(len(t) for t in side_tensors), k
-    plan = _plan_of(layers[0][0], shapes, exact, anchor_every)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
-    calls = block_program.calls(layers, side_slots, len(env), k)
-    if storing:
-        store_region(plan, calls, env)
-    else:
-        run_region(plan, calls, env)
+    storing = not trains or runs_plain(env.values())
+    if storing and (k is None or not can_store(env.values())):
+        return plain(x1, x2, layers, sides, k)
+    shapes = len(layers), block_program.meta(x1), block_program.meta(x2), tuple(len(t) for t in side_tensors), k
+    plan = _plan_of(layers[0][0], shapes, exact, every)
+    run = store_region if storing else run_region
+    run(plan, block_program.calls(layers, side_slots, len(env), k), env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
 
@@ -194,8 +183,7 @@ class RevBlock(nn.Module):
         f_side, g_side = _side(f_side_input), _side(g_side_input)
         layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.grid
         if k is not None:
-            y1, y2 = to_grid(y1, k), to_grid(y2, k)
-            layers = [(_between(f, *dtypes[::-1]), _between(g, *dtypes)) for f, g in layers]
+            y1, y2, layers = _on_grid(y1, y2, layers, k)
         for layer, (f, g) in reversed(list(enumerate(layers))):
             y2 = couple(y2, apply(g, y1, g_side), "g", layer, k, sign=-1)
             y1 = couple(y1, apply(f, y2, f_side), "f", layer, k, sign=-1)
@@ -208,7 +196,7 @@ class RevBlock(nn.Module):
 
 
 # --- arguments
-def _layers(f: Functions, g: Functions, num_layers: int) -> list[tuple[Function, Function]]:
+def _layers(f: Functions, g: Functions, num_layers: int) -> Layers:
     if num_layers < 0:
         raise ValueError(f"`num_layers` must be at least 0, not {num_layers}.")
     return list(zip(_sequence("f", f, num_layers), _sequence("g", g, num_layers), strict=True))
@@ -233,11 +221,9 @@ def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
 def _per_layer(name: str, f: Any, num_layers: int) -> Any:
     """Return the functions of all layers, in a ModuleList where they are modules."""
     functions: list[Any]
-    if isinstance(f, (list, tuple, nn.ModuleList)):
-        functions = list(_sequence(name, f, num_layers))
-    elif isinstance(f, nn.Module):
+    if isinstance(f, nn.Module) and not isinstance(f, nn.ModuleList):
         functions = [f, *(_fresh(f) for _ in range(num_layers - 1))][:num_layers]
-    elif isinstance(f, type) or _takes_nothing(f):
+    elif not isinstance(f, nn.ModuleList) and (isinstance(f, type) or _takes_nothing(f)):
         functions = [f() for _ in range(num_layers)]
         wrong = next((m for m in functions if not isinstance(m, nn.Module)), None)
         if wrong is not None:
@@ -251,11 +237,10 @@ def _per_layer(name: str, f: Any, num_layers: int) -> Any:
 
 
 def _takes_nothing(f: Callable[..., Any]) -> bool:
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         inspect.signature(f).bind()
-    except (TypeError, ValueError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _fresh(module: nn.Module) -> nn.Module:
@@ -268,10 +253,10 @@ def _fresh(module: nn.Module) -> nn.Module:
 
 
 def _side(side: Any) -> Any:
-    return None if side is None or (isinstance(side, (list, tuple, dict)) and not side) else side
+    return None if isinstance(side, (list, tuple, dict)) and not side else side
 
 
-def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Function]], sides: tuple[Any, Any]) -> None:
+def _check_streams(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides) -> None:
     streams = ("x1", x1), ("x2", x2)
     for name, x in streams:
         if x.is_nested or x.layout != torch.strided:
@@ -292,6 +277,12 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Sequence[tuple[Function, Func
 
 
 # --- the computation
+def _on_grid(x1: Tensor, x2: Tensor, layers: Layers, k: int) -> tuple[Tensor, Tensor, Layers]:
+    """Return two streams on a grid, and functions that read and add to these."""
+    d1, d2 = x1.dtype, x2.dtype
+    return to_grid(x1, k), to_grid(x2, k), [(_between(f, d2, d1), _between(g, d1, d2)) for f, g in layers]
+
+
 def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
     """Return `function` as it is outside of a block on a grid, of a stream `reads`, added to one of dtype `adds`."""
     if carrier(reads) == reads and carrier(adds) == adds:
