@@ -37,6 +37,7 @@ TYPICAL, USUAL = 2, 0.018  # bits, and escapes an element, that a code is taken 
 MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
 HEADROOM, LEAST = 1.5, 64  # how many escapes are made room for on an accelerator, of what was seen
 
+Room = tuple[int, int]  # for so many escapes, and so many far ones
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -86,7 +87,7 @@ class Codec:
         self.calls, self.escapes, self.wide = 0, 0, wide
         self.direct = False
         self.width: int | None = None
-        self.room: tuple[int, int] | None = None
+        self.room: Room | None = None
         self.due = True
 
     def asks(self, x: Tensor) -> bool:
@@ -116,12 +117,7 @@ class Codec:
 
 
 def encode(
-    x: Tensor,
-    predicted: Tensor,
-    width: int,
-    room: tuple[int, int] | None = None,
-    spent: bool = False,
-    direct: bool = False,
+    x: Tensor, predicted: Tensor, width: int, room: Room | None = None, spent: bool = False, direct: bool = False
 ) -> Code:
     """Return the code of `x`, next to `predicted`, in `width` bits an element; with `room` for so many escapes and far
     ones, where the host must not wait to learn how many there are. `spent`: the prediction's memory may be written to.

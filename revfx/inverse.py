@@ -129,10 +129,8 @@ class Inverse(nn.Module):
     # --- programs, by batch size and conditions
     @_torch.uncompiled
     def _solution_for(self, outputs: list[Tensor], conditions: Mapping[str, Any]) -> Solution:
-        """Return the program for tensors of these shapes, found anew where the model has changed.
-
-        Raises:
-            TypeError: a condition is missing, or not known; shapes differ from the example's in more than the batch.
+        """Return the program for tensors of these shapes, found anew where the model has changed. They may differ from
+        the example's in the batch alone.
         """
         args, known = self._example
         if not conditions.keys() <= known.keys() or not conditions.keys() >= {*self.conditions}:
@@ -171,11 +169,7 @@ class Inverse(nn.Module):
         return found
 
     def _check(self, names: list[str]) -> None:
-        """Try functions that are inverted by themselves once, on the example, as nobody else knows whether they are.
-
-        Raises:
-            NotReversibleError: the example does not come back.
-        """
+        """Try functions that are inverted by themselves once, on the example, as nobody else knows whether they are."""
         args, kwargs = self._example
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         with torch.no_grad(), torch.random.fork_rng():

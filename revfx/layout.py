@@ -11,14 +11,12 @@ from revfx import _torch
 ALIGNED, ALIGNED_ELSEWHERE = 64, 256  # bytes, on the CPU and not: kernels round by the address, less a multiple of it
 
 
-def address(t: Tensor) -> int:
-    """Return where a tensor's elements lie; 0 of those without any, and of classes that do not tell."""
-    if t.layout is not torch.strided or not _torch.is_plain(t):
-        return 0
-    if type(t) is Tensor:
-        return t.data_ptr()
+def address(t: Tensor) -> int | None:
+    """Return where a tensor's elements lie; 0 of those without any, None of classes and layouts that do not tell."""
+    if not _torch.is_fake(t):
+        return _torch.data_address(t)
     # of a fake tensor there is no address: storages tell
-    return _torch.storage_key(t) + int(t.storage_offset()) if _torch.is_fake(t) else t.data_ptr()
+    return _torch.storage_key(t) + int(t.storage_offset()) if t.layout is torch.strided else None
 
 
 def is_dense(t: Tensor) -> bool:

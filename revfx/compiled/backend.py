@@ -41,10 +41,7 @@ def revfx(
     """
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     inner = given.pop("inner", "inductor")
-    coded = False
-    if inner == "aot_eager":
-        grid = given.get("grid")
-        coded = checked_exact(given.pop("exact", True), grid) and grid is None
+    exact = inner == "aot_eager" and checked_exact(given.pop("exact", True), given.get("grid"))
     own = {name: given.pop(name) for name in OWN if name in given}
     partitioner = ReversiblePartitioner(**own).knowing(example_inputs)
     if inner not in ("inductor", "aot_eager"):
@@ -57,7 +54,7 @@ def revfx(
     if inner == "aot_eager":
         if given or mode is not None:
             raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
-        if coded:
+        if exact and partitioner.options.grid is None:
             partitioner.options = replace(partitioner.options, coder=Coder)
         return _inductor.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
     if "custom_partitioner_fn" in given:

@@ -46,13 +46,10 @@ class Coder:
             if self._seen != (now := overflows()):
                 self._seen, self.codec.due = now, True
             code = self.codec.encode(x, predicted, spent) if self.codec.asks(x) else None
-        width = 0 if code is None else code.width
-        place = torch.tensor([width, offset_of(x), *x.stride()], dtype=torch.int64)
-        lost = place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
-        if code is None:
-            none = x.new_empty(0, dtype=torch.bool)
-            return x.clone(), none, none, none, none, place, lost
-        return *_tensors(code, x), place, lost if code.lost is None else code.lost
+        code = Code(0, x.clone(), None, None, None, None) if code is None else code
+        place = torch.tensor([code.width, offset_of(x), *x.stride()], dtype=torch.int64)
+        none = place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
+        return *_tensors(code, x), place, none if code.lost is None else code.lost
 
     def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
         """Return the value of which `encode` made a code, placed as it was."""

@@ -243,10 +243,8 @@ def _checked(compiled: Callable[..., Any], name: str, uncounted: Collection[int]
 
 
 def _check(name: str, leaves: Sequence[tuple[weakref.ref[Tensor], int | None]], grad: Tensor) -> None:
-    """Check that a compiled graph, whose backward `grad` is about to reach, may regenerate its activations.
-
-    Raises:
-        RevfxError: the backward is itself to be differentiated, or would read other parameters than the forward did.
+    """Raise where a compiled graph, whose backward `grad` is about to reach, may not regenerate its activations: the
+    backward is to be differentiated itself, or would read other parameters than the forward did.
     """
     if torch.is_grad_enabled():
         raise RevfxError(

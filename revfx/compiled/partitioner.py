@@ -107,11 +107,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         return self.partition(gm, joint_inputs, options, **kwargs)
 
     def partition(
-        self,
-        gm: fx.GraphModule,
-        joint_inputs: Sequence[object],
-        options: Options | None = None,
-        **kwargs: Any,
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options | None = None, **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Return the forward and the backward graph, with `options` as the inner compiler needs them."""
         static = kwargs.get("static_lifetime_input_indices") or ()

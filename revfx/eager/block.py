@@ -140,8 +140,6 @@ def _plan_of(first: Any, shapes: block_program.Shapes, exact: bool, anchor_every
 class RevBlock(nn.Module):
     """A chain of additive couplings as a module; calling it gives (y1, y2), `inverse` gives (x1, x2) back.
 
-    Forward, per layer: `y1 = x1 + f_i(x2)`, `y2 = x2 + g_i(y1)`; inverse: `x2 = y2 - g_i(y1)`, `x1 = y1 - f_i(x2)`.
-
     Args:
         f, g: what each layer applies, with weights of its own per layer: a zero-argument factory (a class or function
             that returns a module), called once per layer; or a module, used in the first layer, deep-copied and

@@ -30,11 +30,8 @@ def apply(function: Function, x: Tensor, side: Any) -> Tensor:
 
 
 def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign: int = 1) -> Tensor:
-    """Return `x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype; h is
-    rounded to the grid 2^-k where k is given.
-
-    Raises:
-        TypeError, ValueError: h is none of that; the text names the function and the layer.
+    """Return `x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype, else
+    raise; h is rounded to the grid 2^-k where k is given.
     """
     if not isinstance(h, Tensor):
         raise TypeError(f"`{name}` of layer {layer} returned a {type(h).__name__}; it must return one tensor.")

@@ -243,7 +243,7 @@ class RegionRun(Regeneration):
         """
         step = self.plan.step_of[index]
         outs, exit = self.program.ops[index].outs, self.region.steps[step].exit
-        known: dict[int, list[tuple[int, Tensor]]] = {}
+        known: dict[int | None, list[tuple[int, Tensor]]] = {}
         for v, t in candidates:
             if (at := address(t)) and not (v in outs and v in exit):
                 known.setdefault(at, []).append((v, t))

@@ -26,11 +26,7 @@ class Ranges:
             self.extremes[v] = torch.aminmax(t.detach())  # NaN if any element is
 
     def close(self) -> None:
-        """Raise where a value has left its grid.
-
-        Raises:
-            RangeError: a value has left the grid, or is not finite.
-        """
+        """Raise a RangeError where a value has left its grid, or is not finite."""
         if not self.extremes or _torch.in_functorch_transform():  # there are no numbers to be read there
             return
         both = torch.stack([t.double() for pair in self.extremes.values() for t in pair])

@@ -28,8 +28,6 @@ CONTAINERS = (list, dict, set, deque)
 _INNER = frozenset(vars(nn.Module())) - {"training"}  # torch's own tables in `vars(module)`
 ATOMS = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device, type})
 _NOT_THEIRS = sys.stdlib_module_names | {"torch"}
-
-
 EMPTY = object()
 
 
@@ -85,11 +83,7 @@ def layout_of(module: nn.Module, table: dict[str, Any]) -> Layout:
 
 
 class Reach:
-    """The modules and tensors that a function can see.
-
-    Raises:
-        ValueError: a lazy module is among them.
-    """
+    """The modules and tensors that a function can see; no lazy module may be among them."""
 
     def __init__(self, function: Any) -> None:
         self.modules: dict[int, nn.Module] = {}

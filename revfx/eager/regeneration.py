@@ -28,7 +28,6 @@ from revfx.passes.program import Arc
 
 
 _AS_IT_IS = contextlib.nullcontext()
-_NONE = frozenset[int]()
 
 
 class Regeneration:
@@ -173,7 +172,7 @@ class Regeneration:
 
     def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:
         """Return the regenerated values of one step; with `target` also those that autograd asks for."""
-        step, uncoded = self.region.steps[number], self.uncoded.get(number, _NONE)
+        step, uncoded = self.region.steps[number], self.uncoded.get(number, frozenset())
         kept = self.kept if not step.again else {v: t for v, t in self.kept.items() if v not in step.again}
         wanted: set[int] = set() if replay else {v for v in step.entry if v not in kept}
         captured: set[int] = set()
@@ -247,11 +246,7 @@ class Regeneration:
         return restrided(dtensor.spread(t, self.spread.get(v)), shape, stride)
 
     def judge(self, key: int, differs: bool, error: float) -> None:
-        """Say what it means that a result, or a value, is off by `error` (see `Witness`).
-
-        Raises:
-            RegenerationError: it is off by more than rounding explains.
-        """
+        """Warn, or raise, as a result, or a value, is off by `error` (see `Witness`)."""
         dtypes = [self.program.values[v].dtype for v in (self.program.ops[key].outs if key >= 0 else (-1 - key,))]
         eps = max(self.eps, *map(precision, dtypes))
         if key >= 0:

@@ -106,10 +106,8 @@ def _plain(whole: Tensor) -> list[Tensor]:
         return [whole] if whole.numel() and not whole.is_meta else []
     if whole.layout != torch.strided or whole.is_nested:
         return []
-    if _torch.is_fake(whole):
-        return [whole] if whole.numel() else []
     found = [dtensor.piece(t) for t in _torch.parts(dtensor.arrived(whole))]
-    return [t for t in found if t.numel() and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided]
+    return [t for t in found if t.numel() and _torch.is_plain(t) and t.layout == torch.strided]
 
 
 def elements(t: Tensor, most: int) -> Tensor:
@@ -191,12 +189,7 @@ def join(task: int, run: Regeneration) -> None:
 
 def compare(runs: Sequence[Regeneration]) -> None:
     """Compare what the backward of some regions gave with what was there: in one read of the device where all is right.
-
-    Raises:
-        RegenerationError: a function, or a value, is not what it was.
-
-    Warns:
-        RevfxWarning: it is, but for rounding.
+    Raise where a function, or a value, is not what it was; warn where it is but for rounding.
     """
     noted = [(run, key, run.witness.then[key], now) for run in runs for key, now in run.witness.now]
     noted = [n for n in noted if n[2].some.shape == n[3].some.shape and not _torch.is_fake(n[3].some)]
@@ -269,10 +262,8 @@ def changed(saved: Metas, again: Metas, returned: Metas, returned_again: Metas) 
 
 
 def judged(name: str, differs: bool, error: float, eps: float, whole: bool, warn: bool) -> bool:
-    """Return whether a result that is off by `error` was warned of; `eps` is that of the narrowest dtype around.
-
-    Raises:
-        RegenerationError: it is off by more than rounding explains.
+    """Return whether a result that is off by `error` was warned of, if not by more than rounding explains, which is an
+    error; `eps` is that of the narrowest dtype around.
     """
     limit = JITTER * eps ** (2 / 3) if whole else DRIFT * eps**0.5
     if not differs or (not whole and error <= limit):
