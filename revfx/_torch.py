@@ -142,21 +142,15 @@ _uncompiled: set[Any] = set()
 # --- what decides which kernel runs, and how it rounds
 _C: Any = torch._C
 _FP32 = [(b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")] + [("generic", "all")]
+_SWITCHES = "mkldnn_enabled", "mkldnn_deterministic", "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic"
+_ATTENTION = "flash", "mem_efficient", "math", "cudnn", "overrideable"
 _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, _C._set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled),
-    (_C._get_mkldnn_deterministic, _C._set_mkldnn_deterministic),
-    (_C._get_cudnn_enabled, _C._set_cudnn_enabled),
-    (_C._get_cudnn_benchmark, _C._set_cudnn_benchmark),
-    (_C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
-    (_C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
-    (_C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
-    (_C._get_math_sdp_enabled, _C._set_sdp_use_math),
-    (_C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
-    (_C._get_overrideable_sdp_enabled, _C._set_sdp_use_overrideable),
+    *((getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}")) for name in _SWITCHES),
+    *((getattr(_C, f"_get_{name}_sdp_enabled"), getattr(_C, f"_set_sdp_use_{name}")) for name in _ATTENTION),
     (_C._get_sdp_priority_order, _C._set_sdp_priority_order),
     *(
         (partial(_C._get_fp32_precision_getter, b, op), partial(_C._set_fp32_precision_setter, b, op))
@@ -349,8 +343,7 @@ def data_address(t: torch.Tensor) -> int | None:
 
 @contextlib.contextmanager
 def uncollected() -> Generator[None]:
-    """Return a context without garbage collection: while a graph grows, all that it finds are the graph's own cycles,
-    alive.
+    """Return a context without garbage collection: while a graph grows, all that it finds are its cycles, alive.
 
     At 200 layers of a transformer it took a third of the rewrite; the same goes for autograd on fake tensors.
     """

@@ -172,8 +172,7 @@ def decode(predicted: Tensor, code: Code) -> Tensor:
 
 
 def cheapest(x: Tensor, predicted: Tensor) -> tuple[int | None, int, int]:
-    """Return the width of the cheapest code of `x`, None where `x` itself is smaller, and how many escapes and how many
-    far ones it has.
+    """Return the width of the cheapest code of `x`, None where `x` itself is smaller; how many escapes and far ones.
 
     The time that an escape takes counts as `SLOW` bytes. The host waits for the numbers.
     """
@@ -209,9 +208,7 @@ def _unbits(bits: Tensor, like: Tensor) -> Tensor:
 
 
 def _distances(bits: Tensor, p: Tensor, spent: bool = False) -> Tensor:
-    """Return in 8 bits each how far numbers are from predictions, the memory of which may be written to where they are
-    `spent`.
-    """
+    """Return in 8 bits each how far numbers are from predictions, which may be written to where they are `spent`."""
     if p.element_size() == 2:
         k = bits - p
         k.masked_fill_(k < _to_zero(p), FAR)

@@ -37,7 +37,7 @@ class Reversible(nn.Module):
     @property
     def revfx(self) -> Conversion:
         """Return what the conversion knows about this model."""
-        conversion = _conversion(self)
+        conversion, _ = _known(self)
         if conversion is None:
             raise RevfxError(f"this {type(self).__name__} was made by its class and not by `convert`; it runs plainly.")
         return conversion
@@ -45,13 +45,13 @@ class Reversible(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         """Return one of the replicas that `nn.DataParallel` makes at every step."""
         replica = super()._replicate_for_data_parallel()
-        if (known := _known(self)) is not None:
+        if (known := _known(self))[0] is not None:
             object.__setattr__(replica, "_revfx", known)
         return replica
 
     def __repr__(self) -> str:
         """Return the model's own text, and the rewritten programs."""
-        conversion = _conversion(self)
+        conversion, _ = _known(self)
         return super().__repr__() + ("" if conversion is None else f"\n{conversion.code}")
 
     def __copy__(self) -> Any:
@@ -75,27 +75,21 @@ def _deepcopy(self: Reversible, memo: dict[int, Any]) -> Any:
     return _adopt(made, copy.deepcopy(unconverted(self), memo), _options(self))
 
 
-def _known(module: Reversible) -> tuple[Conversion, nn.Module] | None:
+def _known(module: Reversible) -> tuple[Conversion, nn.Module] | tuple[None, None]:
     try:
         return object.__getattribute__(module, "_revfx")  # the model's own `__getattr__` may ask another model
     except AttributeError:
-        return None
-
-
-def _conversion(module: Reversible) -> Conversion | None:
-    known = _known(module)
-    return None if known is None else known[0]
+        return None, None
 
 
 def _options(module: Reversible) -> Options | None:
-    conversion = _conversion(module)
+    conversion, _ = _known(module)
     return None if conversion is None else conversion.options
 
 
 @functools.cache
 def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
-    """Return the class of converted models of class `base`; `patched` ones have a forward of their own among their
-    attributes.
+    """Return the class of converted models of class `base`; `patched` ones have a forward among their attributes.
 
     It goes by the name of the model's own class, which others look things up by, and write into checkpoints.
     """
@@ -105,12 +99,12 @@ def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
         if torch.compiler.is_compiling():
             free_couplings_of(self)
             return base.forward(self, *args, **kwargs)
-        conversion = _conversion(self)
+        conversion, _ = _known(self)
         return base.forward(self, *args, **kwargs) if conversion is None else conversion.call(self, args, kwargs)
 
     def found(self: Any) -> Any:
         own: Any = vars(self)["forward"]
-        conversion = None if torch.compiler.is_compiling() else _conversion(self)
+        conversion = None if torch.compiler.is_compiling() else _known(self)[0]
         if conversion is None or own is not conversion.own_forward:  # patched once more
             return own
         return functools.wraps(own)(lambda *args, **kwargs: conversion.call(self, args, kwargs))
@@ -152,9 +146,9 @@ def unconverted(model: nn.Module) -> nn.Module:
     """Return the model that a converted one was made of, which shares everything with it; other modules as they are."""
     if not isinstance(model, Reversible):
         return model
-    known = _known(model)
-    if known is not None and vars(known[1]) is vars(model):
-        return known[1]
+    _, plain = _known(model)
+    if plain is not None and vars(plain) is vars(model):
+        return plain
     plain = object.__new__(model._revfx_base)  # pyright: ignore[reportPrivateUsage]
     object.__setattr__(plain, "__dict__", vars(model))
     _fsdp.share_state(model, plain)

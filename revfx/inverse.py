@@ -129,9 +129,7 @@ class Inverse(nn.Module):
     # --- programs, by batch size and conditions
     @_torch.uncompiled
     def _solution_for(self, outputs: list[Tensor], conditions: Mapping[str, Any]) -> Solution:
-        """Return the program for tensors of these shapes, found anew where the model has changed. They may differ from
-        the example's in the batch alone.
-        """
+        """Return the program for such tensors, like the example's but for the batch; new if that has changed."""
         args, known = self._example
         if not conditions.keys() <= known.keys() or not conditions.keys() >= {*self.conditions}:
             theirs = ", ".join(f"`{n}`" for n in self.conditions) or "none"
@@ -145,11 +143,9 @@ class Inverse(nn.Module):
         if found is None or found.plan.changed() is not None:
             size = next((t.shape[0] for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and t.dim()), 0)
             if rows is not None:
-
-                def resized(t: Tensor) -> Tensor:
-                    return t.new_empty((rows, *t.shape[1:])) if t.shape[:1] == (size,) else t
-
-                args = pytree.tree_map_only(Tensor, resized, args)
+                args = pytree.tree_map_only(
+                    Tensor, lambda t: t.new_empty((rows, *t.shape[1:])) if t.shape[:1] == (size,) else t, args
+                )
             found = self._solve(kind, args, {**known, **conditions})
         if [k for k, _ in found.outputs] != [k for k, _ in self._first.outputs]:
             raise TypeError(f"the inverse of {name_of(self.model)} would read other results for these conditions.")

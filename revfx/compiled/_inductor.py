@@ -99,9 +99,8 @@ def _number(node: Any, key: str) -> int | None:
 
 @contextlib.contextmanager
 def merged_once(gm: fx.GraphModule) -> Generator[None]:
-    """Return a context before which equal nodes of `gm` are merged, and in which the partitioner does not do so again.
-
-    It would merge what is regenerated with the forward's.
+    """Merge equal nodes of `gm`, and return a context in which the partitioner does not, as it would those of both
+    directions.
     """
     gm.graph.eliminate_dead_code()
     if functorch_config.cse:
@@ -153,9 +152,7 @@ def run_by_eager_kernels(
 
 
 def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Return the forward; of the tensors that it saves the backward gets none to write to, which eager kernels would
-    not, and which would bar any later backward from keeping the graph.
-    """
+    """Return the forward, which gives the backward no tensors to write to: that would bar later backwards."""
     metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
     if metadata is not None and metadata.bw_donated_idxs:
         metadata.bw_donated_idxs.clear()
@@ -251,8 +248,7 @@ NO_NEWS = ("torch._dynamo.convert_frame", "torch._dynamo.variables.tensor", FAKE
 
 @contextlib.contextmanager
 def capturing() -> Generator[None]:
-    """Return a context in which functions given to `torch.compile` run plainly where they can't be captured, whatever
-    the user set for compilations of their own.
+    """Return a context in which what `torch.compile` can't capture runs plainly, whatever the user set for theirs.
 
     They are captured again when hooks are put on a module, and up to `MOST_GRAPHS` times.
     """

@@ -19,9 +19,7 @@ from revfx.passes.sizes import as_number
 
 
 class Coder:
-    """The code of one value of a graph: the tensors of a `Code` (or the value itself where that is smaller), its width
-    and where the value lay, and how many escapes found no room.
-    """
+    """The code of one value of a graph: the tensors of a `Code` (or the value itself), its place, and what is lost."""
 
     def __init__(self) -> None:
         self.codec, self._lock, self._seen = Codec(), threading.Lock(), 0

@@ -44,8 +44,7 @@ class Compiled:
 
     Args:
         name: what messages call the model.
-        function: the forward. One that is a method of the model takes it as the first argument, lest this object hold
-            on to the model.
+        function: the forward, not bound to the model, lest this object hold on to it.
         exact, anchor_every, grid: see `convert`.
     """
 
@@ -182,8 +181,7 @@ def _in_own_code(graph: fx.Graph, where: str) -> bool:
 
 
 def _written_wrongly(graph: fx.Graph) -> str | None:
-    """Return why an input without gradient, which the graph writes to in place, is none that the compiler does right
-    by.
+    """Return why the compiler does not do right by an input without gradient that the graph writes to in place.
 
     torch's partitioner holds one that is also read to be there in the backward, and computes again from it what was
     computed before the write, with a wrong gradient and no error. And what is written to a single number in float64 is

@@ -19,8 +19,7 @@ from revfx.compiled.dynamo import compiler, with_own_code
 class Kernels:
     """What functions of one structure are compiled to.
 
-    `ran` has each kind of call and whether it could be compiled; `failed` why the first that could not was not: None
-    where all could.
+    `ran` has each kind of call and whether it could be compiled; `failed` why the first that could not was not.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,7 @@
 """`rev_block` and `RevBlock`: additive couplings that the user writes out, after `tf.contrib.layers.rev_block`.
 
-Layer i: `y1 = x1 + f_i(x2)`, `y2 = x2 + g_i(y1)`; its inverse: `x2 = y2 - g_i(y1)`, `x1 = y1 - f_i(x2)`. Only the last
-(y1, y2) is kept for the backward, besides the inputs. Gomez et al., "The Reversible Residual Network: Backpropagation
-Without Storing Activations", NeurIPS 2017, https://arxiv.org/abs/1707.04585.
+Gomez et al., "The Reversible Residual Network: Backpropagation Without Storing Activations", NeurIPS 2017,
+https://arxiv.org/abs/1707.04585.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from revfx.eager import block_program
 from revfx.eager.block_program import Function, apply, couple, plain
@@ -122,9 +120,7 @@ _plans: weakref.WeakKeyDictionary[Any, dict[Any, RegionPlan]] = weakref.WeakKeyD
 
 
 def _plan_of(first: Any, shapes: block_program.Shapes, exact: bool, anchor_every: int | None) -> RegionPlan:
-    """Return the plan of the chains that begin with a function, which learns from their calls, and warns once for them;
-    one of its own where nothing can be known of the function later.
-    """
+    """Return the plan of the chains that begin with a function, which learns from calls; a new one if it is unknown."""
     key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
     try:
         mine = _plans.setdefault(key, {})
@@ -263,10 +259,7 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides) -> None
                 f" {'padded ones, or the values of a jagged tensor' if x.is_nested else f'`{name}.to_dense()`'}."
             )
     wrong = [(n, x) for n, x in streams if not x.is_floating_point()]
-    if not wrong or not torch.is_grad_enabled():
-        return
-    tensors = [x1, x2, *(t for s in sides for t in pytree.tree_leaves(s) if isinstance(t, Tensor))]
-    if any(t.requires_grad for t in tensors) or Reach(layers).needs_grad():
+    if wrong and torch.is_grad_enabled() and Reach((x1, x2, *sides, *layers)).needs_grad():
         name, x = wrong[0]
         raise TypeError(
             f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."

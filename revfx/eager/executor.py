@@ -187,9 +187,9 @@ class RegionRun(Regeneration):
         for v, t in zip(op.outs, outs, strict=True) if exits else ():
             planned = self.program.values[v]
             if v in exits and (t.shape != planned.shape or t.dtype != planned.dtype):
+                made, want = (f"{x.dtype}{list(x.shape)}" for x in (t, planned))
                 raise NotReversibleError(
-                    f"`{call.name}` ({op.where or 'unknown place'}) returned {t.dtype}{list(t.shape)} where"
-                    f" {planned.dtype}{list(planned.shape)} was planned; does a hook change its output?"
+                    f"{self._named(index)} returned {made} where {want} was planned; does a hook change its output?"
                 )
         if fresh:
             read = [(v, env[v]) for v in op.ins if v in env]
@@ -230,8 +230,8 @@ class RegionRun(Regeneration):
         for t, version in zip(data, versions, strict=True):
             if _torch.version(t) != version:
                 raise NotReversibleError(
-                    f"`{call.name}` ({op.where or 'unknown place'}) writes to its input in place, so the value that"
-                    " the next operations read can't be regenerated. Let it work on a copy (`x.clone()`)."
+                    f"{self._named(index)} writes to its input in place, so the value that the next operations read"
+                    " can't be regenerated. Let it work on a copy (`x.clone()`)."
                 )
         return outs
 

@@ -26,8 +26,7 @@ _simulating: ContextVar[bool] = ContextVar("revfx_simulating", default=False)
 
 @contextlib.contextmanager
 def store_activations() -> Generator[None]:
-    """Return a context in which converted models, `rev_block` and `RevBlock` run the same forward with ordinary
-    storage.
+    """Return a context in which converted models and blocks run the same forward with ordinary storage.
 
     The oracle of every test of revfx, and the way out where a region can't be regenerated.
     """

@@ -223,9 +223,7 @@ class Regeneration:
         return dtensor.holding(whole, decode(dtensor.piece(whole), code))
 
     def predicted(self, arc: Arc, env: Env) -> Tensor:
-        """Return what an inverse gives, by the same kernels in the forward and in the backward: without autocast, or,
-        where it runs the user's modules, as they ran.
-        """
+        """Return what an inverse gives, by the same kernels both times: without autocast; modules in it as they ran."""
         tail = [env[v] if v in env else self.kept[v] for v in arc.tail]
         if not (arc.runs or any([torch.is_autocast_enabled(d) for d, *_ in self.autocast])):
             return arc.solve(*tail)

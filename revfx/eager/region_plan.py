@@ -78,8 +78,7 @@ class StepPlan:
 
 @dataclass(eq=False)
 class RegionPlan:
-    """A region of a program as one owner runs it, with the schedules made for it so far (one per step, direction and
-    need).
+    """A region of a program as one owner runs it, with the schedules made so far, one per step, direction and need.
 
     `lossless`: what inverses miss is coded, and results must be the same to the last bit. `anchors` are the cuts that
     are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the number of cuts that the latest

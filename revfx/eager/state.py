@@ -120,9 +120,7 @@ class CallState:
             self.locks.pop().release()
 
     def put_back(self) -> Callable[[], None]:
-        """Put all back as it was when the call began, and return what puts things as they are now. Raise where a tensor
-        that must not change did.
-        """
+        """Put all back as it was when the call began, if no tensor changed that must not; return what undoes that."""
         locks = [w.lock for _, w in self.reach.buffers] if self.buffers else []
         for lock in locks:
             lock.acquire()

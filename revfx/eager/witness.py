@@ -44,9 +44,7 @@ _AS_IT_IS = contextlib.nullcontext()
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is noted of some tensors: a checksum, and elements; the size that an error is measured by, where those are
-    not the measure.
-    """
+    """What is noted of some tensors: a checksum, elements, and the size by which an error counts, if not by theirs."""
 
     total: Tensor
     some: Tensor
@@ -111,9 +109,7 @@ def _plain(whole: Tensor) -> list[Tensor]:
 
 
 def elements(t: Tensor, most: int) -> Tensor:
-    """Return a view of some elements of a tensor, complex ones as pairs: spread over its memory, or along its longest
-    dimension where it is not dense.
-    """
+    """Return a view of some elements, complex ones as pairs: across memory, or its longest dimension if not dense."""
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
     if t.dtype.itemsize < 2 and t.dtype.is_floating_point:
@@ -219,8 +215,8 @@ def _same(noted: Sequence[tuple[Any, int, Seen, Seen]]) -> bool:
 def _differences(
     noted: Sequence[tuple[Any, int, Seen, Seen]], lost: Sequence[Tensor]
 ) -> tuple[tuple[list[float], list[float], list[float]], float]:
-    """Return of each pair whether a bit differs, how far its elements are apart, and the size that this counts by; and
-    how many escapes found no room.
+    """Return of each pair whether a bit differs, how far it is apart, and by which size; and for how many escapes there
+    was no room.
     """
     then, now = [n[2] for n in noted], [n[3] for n in noted]
     with torch.no_grad():
@@ -242,11 +238,7 @@ def _differences(
 
 
 def changed(saved: Metas, again: Metas, returned: Metas, returned_again: Metas) -> str | None:
-    """Return what a call did otherwise when it was run again: in the tensors that it saved, or in the shapes that it
-    returned.
-
-    None where it did the same.
-    """
+    """Return what a call saved or returned otherwise when it was run again; None where it did the same."""
     if saved == again and returned == returned_again:
         return None
     if len(saved) != len(again):
