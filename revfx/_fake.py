@@ -63,10 +63,7 @@ def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> 
 
 def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return a fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces
-    the processes hold.
-
-    Raises:
-        NO_FAKE: tensors of this kind have no fake ones.
+    the processes hold. Of a nested one there is none, which raises NO_FAKE.
     """
     if tensor.is_nested:
         raise NO_FAKE("a nested tensor has no fake one")

@@ -229,8 +229,7 @@ def version(tensor: torch.Tensor) -> int:
 
 def uncounted_writes(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[None]:
     """Return a context whose writes to these tensors autograd does not count."""
-    context: Any = torch.autograd._unsafe_preserve_version_counter(tensors)
-    return context
+    return torch.autograd._unsafe_preserve_version_counter(tensors)
 
 
 def in_autocast() -> bool:

@@ -85,10 +85,9 @@ class Codec:
 
     def __init__(self, wide: bool = False) -> None:
         self.calls, self.escapes, self.wide = 0, 0, wide
-        self.direct = False
         self.width: int | None = None
         self.room: Room | None = None
-        self.due = True
+        self.due, self.direct = True, False
 
     def asks(self, x: Tensor) -> bool:
         """Return whether the next call makes a code of `x`, or measures, and so needs the prediction."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -182,10 +181,6 @@ class Inverse(nn.Module):
         """Return the program, for `print`."""
         return self._first.code
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inverse:
-        """Return the inverse of a copy of the model."""
-        return Inverse(copy.deepcopy(self.model, memo), *self._example)
-
     def __reduce__(self) -> Any:
-        """Return how it is pickled: as the model and the example; programs are found again."""
+        """Return how it is pickled and copied: as the model and the example; programs are found again."""
         return Inverse, (self.model, *self._example)

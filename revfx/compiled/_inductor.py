@@ -156,8 +156,7 @@ def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
     if metadata is not None and metadata.bw_donated_idxs:
         metadata.bw_donated_idxs.clear()
-    run: Any = boxed_nop(gm, inputs)
-    return run
+    return boxed_nop(gm, inputs)
 
 
 def _eager_backward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

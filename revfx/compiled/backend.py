@@ -27,8 +27,6 @@ def revfx(
     """Return the compiled function of `gm`, whose reversible regions keep no activations for the backward.
 
     Args:
-        gm: what dynamo captured.
-        example_inputs: its inputs.
         mode: a mode of `torch.compile`, for inductor.
         options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels and so, with `exact` (default
             there), gives what torch's own "aot_eager" gives, bit for bit, by codes; `unbounded`, `tolerance`, `strict`,

@@ -42,10 +42,7 @@ REMEDY = (
 class Compiled:
     """A forward, compiled at its first call and again where dynamo's guards fail; `graphs` tells what was found.
 
-    Args:
-        name: what messages call the model.
-        function: the forward, not bound to the model, lest this object hold on to it.
-        exact, anchor_every, grid: see `convert`.
+    The `function` is not bound to the model, which messages call `name`, lest this object hold on to it.
     """
 
     def __init__(

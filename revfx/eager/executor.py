@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.ranges import Ranges
 from revfx.eager.regeneration import Regeneration, unpack
-from revfx.eager.region_plan import Env, Handle, RegionPlan, StepPlan
+from revfx.eager.region_plan import Env, Handle, Ranges, RegionPlan, StepPlan
 from revfx.eager.state import CallState, Random
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.layout import address, offset_of, same_view
@@ -30,11 +28,7 @@ from revfx.passes.program import Arc
 
 
 def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
-    """Run the region's operations on the values in `env`, which then holds its last cut, and return the run's state.
-
-    Raises:
-        NotReversibleError: an operation wrote to its input in place, or returned another shape or dtype than planned.
-    """
+    """Run the region's operations on the values in `env`, which then holds its last cut, and return the run's state."""
     if plan.warning is not None:
         warning, plan.warning = plan.warning, None
         warnings.warn(warning, RevfxWarning, stacklevel=2)
@@ -247,16 +241,14 @@ class RegionRun(Regeneration):
         for v, t in candidates:
             if (at := address(t)) and not (v in outs and v in exit):
                 known.setdefault(at, []).append((v, t))
-        metas: list[tuple[Any, ...]] = []
         for handle, t in fresh:
-            metas.append((t.shape, t.dtype))
             handle.spoilt = _torch.version(t) != handle.version
             handle.value = next((v for v, other in known.get(address(t), ()) if same_view(t, other)), None)
             if handle.value is not None:
                 self.wanted.setdefault(step, set()).add(handle.value)
             else:
                 self.captured_ops.setdefault(step, set()).add(index)
-        self.saved_meta[index] = metas
+        self.saved_meta[index] = [(t.shape, t.dtype) for _, t in fresh]
 
 
 def _is_own(handle: Handle, t: Tensor) -> bool:

@@ -16,8 +16,7 @@ from revfx.ambient import autocast_of, autocast_states, kernels_of
 from revfx.codes import Code, decode
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.ranges import Ranges
-from revfx.eager.region_plan import Env, Handle, RegionPlan, watching
+from revfx.eager.region_plan import Env, Handle, Ranges, RegionPlan, watching
 from revfx.eager.state import CallState, Random
 from revfx.eager.witness import Witness, changed, compare, join, judged
 from revfx.errors import RegenerationError
@@ -279,19 +278,16 @@ class Regeneration:
                 raise RegenerationError("the graph of a re-run is never differentiated")
             return saved[k]
 
-        undo = None if state is None else state.put_back()
-        try:
-            with contextlib.ExitStack() as stack:
-                if modes:
-                    stack.enter_context(_torch.modes_of(self.settings[1]))
-                if casts:
-                    stack.enter_context(autocast_of(self.autocast, self.cached))
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(saved_tensors_hooks(pack, unpack))
-                outs = [dtensor.arrived(t.detach()) for t in call.invoke(inputs)]
-        finally:
-            if undo is not None:
-                undo()
+        with contextlib.ExitStack() as stack:
+            if state is not None:
+                stack.callback(state.put_back())
+            if modes:
+                stack.enter_context(_torch.modes_of(self.settings[1]))
+            if casts:
+                stack.enter_context(autocast_of(self.autocast, self.cached))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(saved_tensors_hooks(pack, unpack))
+            outs = [dtensor.arrived(t.detach()) for t in call.invoke(inputs)]
         shapes = [self.layout[v][0] for v in op.outs], [t.shape for t in outs]
         if (change := changed(self.saved_meta.get(index, []), metas, *shapes)) is not None:
             raise RegenerationError(
