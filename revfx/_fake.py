@@ -37,7 +37,7 @@ class FakeMode(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs or {})
-        for t in (out,) if isinstance(out, FakeTensor) else out if isinstance(out, (tuple, list)) else ():
+        for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, FakeTensor):
                 self.note(t)
         return out

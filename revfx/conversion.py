@@ -65,11 +65,10 @@ class Conversion:
         self.lock = threading.RLock()
         self.warned: set[str] = set()
         self.carried, self.constant = frozenset[Spot](), frozenset[Spot]()  # numbers that change: inputs, or not
-        self.parts_converted = False
+        self.parts_converted = self.compiled_tried = False
         self.compiled: Compiled | None = None
         self.pending: Outcome | None = None
         self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
-        self.compiled_tried = False
         self.fit = None if options.memory is None or options.part else Fit(options.memory)
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []  # with their names and places
 

@@ -99,8 +99,8 @@ def _number(node: Any, key: str) -> int | None:
 
 @contextlib.contextmanager
 def merged_once(gm: fx.GraphModule) -> Generator[None]:
-    """Merge equal nodes of `gm`, and return a context in which the partitioner does not, as it would those of both
-    directions.
+    """Merge equal nodes of `gm`, and return a context in which the partitioner does not: it would merge what is
+    regenerated with the forward's.
     """
     gm.graph.eliminate_dead_code()
     if functorch_config.cse:
@@ -152,7 +152,7 @@ def run_by_eager_kernels(
 
 
 def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Return the forward, which gives the backward no tensors to write to: that would bar later backwards."""
+    """Return the forward, whose saved tensors the backward may not write to: else it could not keep the graph."""
     metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
     if metadata is not None and metadata.bw_donated_idxs:
         metadata.bw_donated_idxs.clear()
@@ -227,17 +227,15 @@ def graph_breaks() -> Generator[list[tuple[str, str]]]:
     """Return a context that gives a list; when it ends that holds why graphs of dynamo ended: (reason, file:line)."""
     found: list[tuple[str, str]] = []
     before, skipped = len(graph_break_reasons), Counter(counters["unimplemented"])
-    try:
-        yield found
-    finally:
-        for reason in graph_break_reasons[before:]:
-            place = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
-            found.append((reason.reason.splitlines()[0], place))
-        for text in Counter(counters["unimplemented"]) - skipped:
-            frame = re.search(r"frame skipped: \w+ \((.*) line (\d+)\)", text)
-            if frame is not None:
-                reason = f"{text.splitlines()[0]} in a loop, so that all of this function runs plainly"
-                found.append((reason, f"{frame[1]}:{frame[2]}"))
+    yield found
+    for reason in graph_break_reasons[before:]:
+        place = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+        found.append((reason.reason.splitlines()[0], place))
+    for text in Counter(counters["unimplemented"]) - skipped:
+        frame = re.search(r"frame skipped: \w+ \((.*) line (\d+)\)", text)
+        if frame is not None:
+            reason = f"{text.splitlines()[0]} in a loop, so that all of this function runs plainly"
+            found.append((reason, f"{frame[1]}:{frame[2]}"))
 
 
 # What says, in pages of traceback, that something can't be captured and runs plainly; if it raises there too, that is

@@ -17,16 +17,13 @@ from revfx.compiled.dynamo import compiler, with_own_code
 
 
 class Kernels:
-    """What functions of one structure are compiled to.
-
-    `ran` has each kind of call and whether it could be compiled; `failed` why the first that could not was not.
-    """
+    """What functions of one structure are compiled to."""
 
     def __init__(self) -> None:
         # a size that is found to vary would give an earlier call's re-run other kernels than it had
         self.run: Callable[..., Any] = torch.compile(with_own_code(nn.Module.__call__), dynamic=False)
-        self.failed: str | None = None
-        self.ran: dict[Hashable, bool] = {}
+        self.failed: str | None = None  # why the first that could not be compiled was not
+        self.ran: dict[Hashable, bool] = {}  # each kind of call, and whether it could be compiled
 
 
 class CompiledFunction:

@@ -87,7 +87,8 @@ class RegionRun(Regeneration):
             if plan.anchored:
                 self._keep(self.kept_cuts.setdefault(number, {}), step.entry, env)
             if plan.sampled or (lowest and self.plan.on_grid):
-                self._witness((v for v in step.entry if v not in self.kept), env)
+                for v in [v for v in step.entry if v not in self.kept]:
+                    self.witness.note(-1 - v, (env[v],))
         for at, index in enumerate(range(step.start, step.stop)):
             made = self.program.ops[index].outs
             outs = self._call(index, env, plan.exits[at], noted)
@@ -138,7 +139,7 @@ class RegionRun(Regeneration):
         if code.lost is not None:
             self.witness.lost.append(code.lost)
         if lowest:
-            self._witness((v,), env)
+            self.witness.note(-1 - v, (env[v],))
 
     def _is_fresh(self, predicted: Tensor, tail: tuple[int, ...], env: Env) -> bool:
         """Return whether nothing that an inverse read shares memory with what it gave."""
@@ -146,10 +147,6 @@ class RegionRun(Regeneration):
             return False
         memory = _torch.storage_key(predicted)
         return all([_torch.storage_key(env[v] if v in env else self.kept[v]) != memory for v in tail])
-
-    def _witness(self, values: Iterable[int], env: Env) -> None:
-        for v in values:
-            self.witness.note(-1 - v, (env[v],))
 
     def _note(self, v: int, t: Tensor) -> None:
         strided = t.layout == torch.strided

@@ -37,8 +37,7 @@ class Regeneration:
     """
 
     def __init__(self, plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
-        program, region = plan.program, plan.region
-        self.plan, self.program, self.region, self.calls = plan, program, region, calls
+        self.plan, self.program, self.region, self.calls = plan, plan.program, plan.region, calls
         self.states: dict[int, CallState] = {}
         self.saved_meta: dict[int, list[tuple[Any, ...]]] = {}
         self.wanted: dict[int, set[int]] = {}
@@ -51,7 +50,7 @@ class Regeneration:
         self.codes: dict[int, Code] = {}
         self.uncoded: dict[int, frozenset[int]] = {}  # of each step what is kept as its code would be no smaller
         self.versions: list[tuple[int, Tensor, int]] = []
-        self.ranges = Ranges(program)
+        self.ranges = Ranges(self.program)
         watch = watching.get()
         self.watch = watch(self) if watch is not None else None
         self.devices = dict.fromkeys(t.device for t in env.values() if t.device.type != "cpu")
@@ -112,8 +111,7 @@ class Regeneration:
 
     def _look_up(self, handle: Handle) -> Tensor | None:
         """Return the tensor if it is there; what was captured is handed out once, to be freed when it was used."""
-        if handle.value is not None:
-            v = handle.value
+        if (v := handle.value) is not None:
             return self.values[v] if v in self.values else self.kept.get(v)
         captured = self.captures.get(handle.op)
         if captured is None:

@@ -47,17 +47,14 @@ watching: ContextVar[Callable[[Regeneration], Watch] | None] = ContextVar("revfx
 
 @dataclass(eq=False, slots=True)
 class Handle:
-    """Stands for the k-th tensor that autograd saved during operation `op`; `value` where that is a program value.
-
-    `spoilt`: the operation wrote to the tensor after autograd had saved it, which only matters if it is asked for.
-    """
+    """Stands for the k-th tensor that autograd saved during operation `op`; `value` where that is a program value."""
 
     op: int
     k: int
     state: Regeneration
     version: int
     value: int | None = None
-    spoilt: bool = False
+    spoilt: bool = False  # the operation wrote to it after it was saved, which only matters if it is asked for
 
 
 @dataclass(frozen=True, slots=True)

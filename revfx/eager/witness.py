@@ -136,7 +136,6 @@ def checksum(t: Tensor) -> Tensor:
         bits = bits.as_strided((rows, n - (rows - 1) * step), (step, 1)).sum(0)
         n = bits.numel()
     weights = _weights(t.device, 1 << (n - 1).bit_length())[:n]
-    bits = bits.view(-1) if bits.dim() != 1 else bits
     return bits.dot(weights) if t.is_cpu and bits.dtype == torch.int64 else (bits * weights).sum()
 
 
