@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -19,6 +20,7 @@ from revfx.fit.budget import Budget
 from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
+from revfx.fit.polish import polished
 from revfx.fit.runs import MERGED, Entry, Runs
 from revfx.fit.simulate import Load, Model
 
@@ -78,7 +80,8 @@ class Planner:
         if found is None:
             least = self.least()
             found = least if least[1].peak <= budget else None
-        return found
+        by_blocks = replace(self.plain[0], block_of=self.runs.blocks.of_operators())
+        return polished(self.model, (self.plain[0], by_blocks), found, budget)
 
     def least(self) -> tuple[Plan, Load]:
         """Return the plan with the least peak that is found, and what it holds."""

@@ -68,10 +68,14 @@ class Plan:
         return value in self.kept or self.needs.is_there(value)
 
     def op_of(self, value: int) -> int:
-        """Return which operator makes a value that is not there again."""
+        """Return which operator makes a value that is not there again.
+
+        Raises:
+            LookupError: none does.
+        """
         op = self.needs.tape.made_by[value]
         if op is None or (value not in self.coins and self.needs.replayed[op] is None):
-            raise AssertionError(f"nothing makes value {value} again")
+            raise LookupError(f"nothing makes value {value} again")
         return op
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from revfx.fit.choose import Planner
 from revfx.fit.needs import Needs
 from revfx.fit.record import record
+from revfx.fit.simulate import EACH, WITNESS
 
 
 def conv() -> nn.Sequential:
@@ -47,30 +47,43 @@ class Gated(nn.Module):
         return x
 
 
-def images(c: int = 16) -> Tensor:
-    return torch.empty(32, c, 64, 64)
+def attention() -> nn.Module:
+    return Residual(*(Attention(64, 4, dropout=0.1, batch_first=True) for _ in range(2)))
 
 
-GRAPHS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "mlp": lambda: (Residual(*(branch(256) for _ in range(4))), torch.empty(4096, 256)),
-    "relu": lambda: (Residual(*(branch(256, nn.ReLU) for _ in range(3))), torch.empty(4096, 256)),
-    "tanh": lambda: (nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(256, 256), nn.Tanh()))), torch.empty(4096, 256)),
-    "convolutions": lambda: (Residual(*(conv() for _ in range(5))), images()),
-    "plain convolutions": lambda: (nn.Sequential(*(conv() for _ in range(6))), images()),
-    "unet": lambda: (UNet(16), images(3)),
-    "attention": lambda: (Residual(*(Attention(64, 4, dropout=0.1, batch_first=True) for _ in range(2))), torch.empty(16, 256, 64)),
-    "dense": lambda: (Dense(), images()),
-    "gated": lambda: (Gated(), torch.empty(4096, 256)),
-    "encoder": lambda: (nn.TransformerEncoderLayer(128, 4, 512, 0.1, batch_first=True, norm_first=True), torch.empty(16, 256, 128)),
-}  # fmt: skip
+def layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(128, 4, 512, 0.1, batch_first=True, norm_first=True)
+
+
+def tanhs() -> nn.Module:
+    return nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(256, 256), nn.Tanh())))
+
+
+ROWS, IMAGES, TOKENS = (4096, 256), (32, 16, 64, 64), (16, 256)
+GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: Residual(*(branch(256) for _ in range(4))), ROWS),
+    "relu": (lambda: Residual(*(branch(256, nn.ReLU) for _ in range(3))), ROWS),
+    "tanh": (tanhs, ROWS),
+    "convolutions": (lambda: Residual(*(conv() for _ in range(5))), IMAGES),
+    "plain convolutions": (lambda: nn.Sequential(*(conv() for _ in range(6))), IMAGES),
+    "unet": (lambda: UNet(16), (32, 3, 64, 64)),
+    "attention": (attention, (*TOKENS, 64)),
+    "dense": (Dense, IMAGES),
+    "gated": (Gated, ROWS),
+    "encoder": (layer, (*TOKENS, 128)),
+}
 
 
 def needs_of(name: str) -> Needs:
-    model, x = GRAPHS[name]()
-    return Needs(record(model.train(), model, (x,), {}))
+    make, shape = GRAPHS[name]
+    model = make().train()
+    return Needs(record(model, model, (torch.empty(shape),), {}))
 
 
-@pytest.mark.parametrize("name", GRAPHS if os.environ.get("REVFX_DEEP") else ["mlp", "plain convolutions", "gated"])
+OPTIMAL = {"tanh", "convolutions", "plain convolutions", "unet", "gated"}  # of others the bound is not tight
+
+
+@pytest.mark.parametrize("name", GRAPHS)
 def test_plans_are_near_the_optimum(name: str) -> None:
     needs = needs_of(name)
     assert needs.tape.turn <= 60
@@ -81,6 +94,22 @@ def test_plans_are_near_the_optimum(name: str) -> None:
         budget = int(least + part * (most - least))
         found = planner.best(budget)
         assert found is not None
-        want = bound(needs, costs, budget)
+        want = bound(needs, costs, budget - WITNESS - EACH * len(found[0].dropped))
         print(f"{name:20}{part:6}{found[1].seconds:10.6f}{want:10.6f}{planner.seconds:10.6f}")
-        assert found[1].seconds <= 1.05 * want + 0.005 * planner.seconds
+        slack = 0.002 if name in OPTIMAL else 0.025
+        assert found[1].peak <= budget
+        assert found[1].seconds <= 1.05 * want + slack * planner.seconds
+
+
+def test_what_masks_bring() -> None:
+    """The same budgets without a bit for signs and drawn masks take longer, or no plan stays within them."""
+    for name, part in (("relu", 0.75), ("convolutions", 0.5), ("mlp", 0.25)):
+        needs, bare = needs_of(name), needs_of(name)
+        costs: Any = made_up(needs)
+        bare.marks.clear()
+        bare.coins = {}
+        with_masks, without = Planner(needs, costs), Planner(bare, costs)
+        most, least = with_masks.plain[1].peak, with_masks.least()[1].peak
+        budget = int(least + part * (most - least))
+        found, other = with_masks.best(budget), without.best(budget)
+        assert found is not None and (other is None or found[1].seconds < 0.9 * other[1].seconds)

@@ -2,20 +2,21 @@
 
 After Checkmate (Jain et al. 2020, arXiv:1910.02653): before each read t of the backward, R[t, o] says that operator o
 runs again, S[t, v] that value v is there from before. While an operator runs again its operands and results are there,
-and all that is there both before and after this read; what else is, and drawn bits, take no memory here. So the optimum
-is a bound from below: no plan is faster.
+and all that is there both before and after this read; what else is, and drawn bits in the backward, take no memory
+here. So the optimum is a bound from below: no plan is faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from revfx.fit.kernels import Cost
+from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.simulate import OVERHEAD, Model
 
@@ -45,7 +46,8 @@ class Program:
         entries = [(r, i, f) for r, (row, _) in enumerate(self.rows) for i, f in row.items()]
         at = [e[0] for e in entries], [e[1] for e in entries]
         matrix = csr_array(([e[2] for e in entries], at), shape=(len(self.rows), n))
-        rows = LinearConstraint(matrix, ub=np.array([b for _, b in self.rows]))
+        upper: Any = np.array([b for _, b in self.rows])
+        rows = LinearConstraint(matrix, ub=upper)
         options = {"time_limit": seconds, "mip_rel_gap": 0.01}
         found = milp(cost, constraints=rows, integrality=np.ones(n), bounds=Bounds(0, 1), options=options)
         return float("inf") if found.status == 2 else float(found.mip_dual_bound)
@@ -102,16 +104,19 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
 
     def marked(q: int) -> list[tuple[float, Hashable]]:
         """Return the bytes of marks that are held."""
-        packs = tape.packs
-        return [
-            (n * m.bits / 8, ("mark", k)) for k, (n, m) in marks.items() if packs[k].packed <= q < packs[k].released
-        ]
+        held = {k: (tape.packs[k].packed, tape.packs[k].released or 0) for k in marks}
+        return [(n * m.bits / 8, ("mark", k)) for k, (n, m) in marks.items() if held[k][0] <= q < held[k][1]]
 
+    coins = {v: (needs.elements(v) / unit, tape.packs[needs.wanted[told][0]].packed) for v, told in needs.coins.items()}
     for q in range(len(tape.ops)):
         done = [k for k in events if (tape.packs[k].unpacked or 0) <= q]
         there = handed(q, done)
         kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(q) - there]
-        program.most(room(q, during[q], there), *kept, *marked(q))
+        bits = [(n / 8, ("coin", v)) for v, (n, packed) in coins.items() if packed <= q <= tape.turn]
+        program.most(room(q, during[q], there), *kept, *marked(q), *bits)
+        for v, (n, packed) in coins.items():
+            if packed == q:
+                program.most(room(q, before[q], set()), *kept, *marked(q - 1), (2 * n, ("coin", v)))
         for k, (n, m) in marks.items():
             if tape.packs[k].packed == q:
                 program.most(room(q, before[q], set()), *kept, *marked(q - 1), (n * m.more, ("mark", k)))

@@ -1,0 +1,105 @@
+"""Plans made better one choice at a time, each simulated whole: what a dynamic program can't see whose menus hold one
+plan for each price of time. Small steps find the optimum in most of them; of large ones there is time for few choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from revfx.fit.plan import Plan
+from revfx.fit.simulate import Load, Model
+
+
+SIMULATED = 200_000  # operators, in all plans that are tried
+PAIRS = 12  # values that there is no room for, which are tried in the place of another one
+
+Found = tuple[Plan, Load]
+
+
+@dataclass
+class Search:
+    """A search for faster plans within a budget, of so many simulations."""
+
+    model: Model
+    budget: int
+    left: int
+
+    def tried(self, plans: Iterator[Plan]) -> Iterator[Found]:
+        """Yield plans with what they hold: those in which all comes back, as many as there is time for."""
+        for plan in plans:
+            if self.left <= 0:
+                return
+            with suppress(LookupError):
+                yield plan, self.model.load(plan)
+                self.left -= 1
+
+    def over(self, load: Load) -> int:
+        """Return how many bytes the peak is above the budget."""
+        return max(0, load.peak - self.budget)
+
+    def brought_down(self, found: Found) -> Found | None:
+        """Return a plan within the budget: what takes the least time for what it frees is let go of first."""
+        while over := self.over(found[1]):
+            seconds = found[1].seconds
+            rates = [
+                ((f[1].seconds - seconds) / (over - now), n, f)
+                for n, f in enumerate(self.tried(less(found[0])))
+                if (now := self.over(f[1])) < over
+            ]
+            if not rates or self.left <= 0:
+                return None
+            found = min(rates)[2]
+        return found
+
+    def made_faster(self, found: Found) -> Found:
+        """Return a plan that no single choice makes faster, nor a value kept in the place of another one."""
+        while True:
+            faster = [f for f in self.tried(changed(found[0])) if f[1].seconds < found[1].seconds]
+            fits = [f for f in faster if f[1].peak <= self.budget]
+            if not fits:
+                near = sorted((f for f in faster), key=lambda f: f[1].peak)[:PAIRS]
+                fits = [
+                    g
+                    for f in near
+                    for g in self.tried(less(f[0]))
+                    if g[1].peak <= self.budget and g[1].seconds < found[1].seconds
+                ]
+            if not fits:
+                return found
+            found = min(fits, key=lambda f: f[1].seconds)
+
+
+def changed(plan: Plan) -> Iterator[Plan]:
+    """Yield plans in which one value more is kept, or one less; late ones first, as they are held shortest."""
+    needs = plan.needs
+    for v, packs in reversed(needs.wanted.items()):
+        if v not in plan.kept and needs.tape.made_by[v] is not None:
+            yield replace(plan, kept=plan.kept | {v}, marks=plan.marks.difference(packs), coins=plan.coins - {v})
+    yield from less(plan)
+
+
+def less(plan: Plan) -> Iterator[Plan]:
+    """Yield plans in which one value less is kept: none of it, or its mark, or its coin."""
+    needs = plan.needs
+    for v, packs in reversed(needs.wanted.items()):
+        kept = plan.kept - {v}
+        if needs.marks.keys() >= {*packs} and not plan.marks.issuperset(packs):
+            yield replace(plan, kept=kept, marks=plan.marks.union(packs))
+        if v in plan.kept and needs.tape.made_by[v] is not None:
+            yield replace(plan, kept=kept)
+    for coin, v in needs.coins.items():
+        if coin not in plan.coins:
+            yield replace(plan, kept=plan.kept - {v}, coins=plan.coins | {coin})
+
+
+def polished(model: Model, starts: Sequence[Plan], found: Found | None, budget: int) -> Found | None:
+    """Return the fastest plan that is found from all sides: from `found`, if that is one, and from keeping all."""
+    search = Search(model, budget, SIMULATED // len(model.needs.tape.ops))
+    choices = sum(1 for _ in less(starts[0]))
+    if len(starts) * choices * choices // 2 < search.left:
+        for start in starts:
+            if (down := search.brought_down((start, model.load(start)))) is not None:
+                found = min(filter(None, (found, search.made_faster(down))), key=lambda f: f[1].seconds)
+    return None if found is None else search.made_faster(found)
