@@ -25,6 +25,11 @@ def parameters(module: Any) -> list[torch.Tensor]:
     return [p.sharded_param for group in groups for p in group.fsdp_params]
 
 
+def gathers(hook: Any) -> bool:
+    """Return whether a hook of a module is FSDP2's, which gathers parameters and lets go of them."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
+
+
 def share_state(module: Any, twin: torch.nn.Module) -> None:
     """Make what `fully_shard` knows of `module` known of `twin` too, which has the same parameters and hooks: the
     methods that it adds, such as `set_requires_gradient_sync`, ask for it.

@@ -123,6 +123,17 @@ def constant_when_compiled(function: _F) -> _F:
     return function
 
 
+def breaks_graph(function: _F) -> _F:
+    """Return `function`, at whose call `torch.compile` ends the graph, and which runs as it is."""
+    vars(function)["_torchdynamo_disable"] = True
+    return uncompiled(function)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Return whether calls of a module run compiled code."""
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
 def uncompiled(function: _F) -> _F:
     """Return `function`, marked so that `torch.compile` leaves it, and all that it calls, as they are.
 

@@ -87,6 +87,17 @@ def _options(module: Reversible) -> Options | None:
     return None if conversion is None else conversion.options
 
 
+def _keeps_a_budget(module: Any) -> bool:
+    known = getattr(module, "_revfx", None)
+    return known is not None and known[0].options.memory is not None
+
+
+@_torch.breaks_graph
+def _left_alone(module: Any, args: Any, kwargs: Any) -> Any:
+    """Return what a model within a budget returns, which nobody compiles: what is compiled keeps what it likes."""
+    return module.revfx.call(module, args, kwargs)
+
+
 @functools.cache
 def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
     """Return the class of converted models of class `base`; `patched` ones have a forward among their attributes.
@@ -97,6 +108,8 @@ def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            if _keeps_a_budget(self):
+                return _left_alone(self, args, kwargs)
             free_couplings_of(self)
             return base.forward(self, *args, **kwargs)
         conversion, _ = _known(self)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _fake, _torch
+from revfx import _fake, _fsdp, _torch
 from revfx.ambient import all_generators, restore
 from revfx.capture.effects import Snapshot
 from revfx.capture.guards import GlobalReads
+from revfx.eager import dtensor
 
 
 FEW = 2**20  # elements of a tensor of whole numbers that may be there for real
@@ -30,6 +31,7 @@ class World:
         self.model, self.given, self.whole = model, (args, kwargs), whole
         self.mode = _fake.FakeMode()
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the real one, with it
+        self.computed_in = dtensor.computed_in(model.modules())
 
     @contextlib.contextmanager
     def entered(self) -> Generator[tuple[Any, Any]]:
@@ -38,6 +40,8 @@ class World:
         before, drawn = Snapshot(modules), all_generators()
         read = GlobalReads(type(m).forward for m in modules)
         try:
+            for m in filter(_fsdp.is_sharded, modules):
+                dtensor.ungathered(m)
             for _, table, then in before.tables:
                 table.update({name: self.stand_in(t) for name, t in then.items() if isinstance(t, Tensor)})
             yield pytree.tree_map_only(Tensor, self.stand_in, self.given)
@@ -51,7 +55,8 @@ class World:
         if self.whole and not t.is_floating_point() and not t.is_complex() and t.numel() <= FEW and _torch.is_plain(t):
             return self.fakes.setdefault(id(t), (t, t.clone()))[1]
         if id(t) not in self.fakes:
-            fake = _fake.to_fake(self.mode, t.detach()).requires_grad_(t.requires_grad)
+            fake = _fake.to_fake(self.mode, t.detach(), self.computed_in.get(id(t)))
+            fake.requires_grad_(t.requires_grad)
             if isinstance(t, nn.Parameter):
                 fake = nn.Parameter(fake, t.requires_grad)
                 if t.requires_grad:

@@ -6,6 +6,7 @@ Nothing here imports torch.distributed: what was not imported is not in use.
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,17 @@ def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
     before, after = casts(module)
     args, kwargs = _cast((args, kwargs), before)
     return _cast(module.forward(*args, **kwargs), after)
+
+
+def ungathered(module: nn.Module) -> None:
+    """Take FSDP2's hooks off `module`, but for its casts: where its parameters are whole there is nothing to gather."""
+    before, after = casts(module)
+    own = vars(module)
+    enter = {k: h for k, h in own["_forward_pre_hooks"].items() if not _fsdp.gathers(h)}
+    leave = {k: h for k, h in own["_forward_hooks"].items() if not _fsdp.gathers(h)}
+    own["_forward_pre_hooks"] = OrderedDict({-1: lambda _, *given: _cast(given, before), **enter})
+    own["_forward_pre_hooks_with_kwargs"] = OrderedDict({**own["_forward_pre_hooks_with_kwargs"], -1: True})
+    own["_forward_hooks"] = OrderedDict({**leave, -1: lambda _, given, out: _cast(out, after)})
 
 
 def computed_in(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:

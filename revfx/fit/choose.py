@@ -106,6 +106,8 @@ class Planner:
         times[0, 0] = 0.0
         for i, (length, nested) in product(range(n), kinds):
             j = i + length
+            if length > 1 and j <= n and len(self.runs.units(i, j)) > 1:
+                continue
             for e, peak in self.runs[i, j, nested][1] if j <= n and times[i].isfinite().any() else ():
                 held = -(-e.held // unit)
                 stop = min((budget - peak) // unit, BINS - held) + 1
@@ -123,7 +125,10 @@ class Planner:
             chosen.append((i, j, e))
             j = i
         plan = self._whole(chosen)
-        return plan, self.model.load(plan)
+        try:
+            return plan, self.model.load(plan)
+        except LookupError:
+            return None
 
     def _whole(self, chosen: Sequence[tuple[int, int, Entry]]) -> Plan:
         borders, own = self.runs.blocks.borders, self.runs.blocks.of_operators()

@@ -22,7 +22,7 @@ from revfx.fit.costs import Cost, Costs
 from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
 from revfx.fit.record import record
-from revfx.fit.step import Course, Step, sources_of
+from revfx.fit.step import Course, Step
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import Tape
 
@@ -106,7 +106,7 @@ class Fit:
         run = ways.runs[fitted.chosen.way]
         if fitted.course is None:
             return run(*call.args, **call.kwargs)
-        step = Step(fitted.course, sources_of(fitted.chosen.plan, model, call.leaves))
+        step = Step(fitted.course, model, call.leaves)
         token = _inside.set(True)
         try:
             with saved_tensors_hooks(step.pack, step.unpack):

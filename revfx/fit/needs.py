@@ -112,6 +112,16 @@ class Needs:
             found.append(op_ if ok and all(self.source(v) is None for v in op.makes) else None)
         return found
 
+    def unit(self, path: str) -> str:
+        """Return the sharded module that a module is, or lies in; none, "", if its parameters stay gathered."""
+        return next((u for u in self.tape.sharded if path == u or path.startswith(u + ".")), "")
+
+    @cached_property
+    def units(self) -> list[set[str]]:
+        """Return the sharded modules whose parameters each operator reads when it runs again."""
+        read = ([self.source(s.value) for s in op.reads] if op is not None else [] for op in self.replayed)
+        return [{u for s in of if s is not None and s[0] == "parameter" and (u := self.unit(s[1][0]))} for of in read]
+
     def _varies(self, op: int) -> bool:
         return op in self.barred or op in self.tape.varies
 

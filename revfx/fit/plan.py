@@ -58,6 +58,17 @@ class Plan:
         """Return the operators that run again, whatever autograd asks for."""
         return frozenset(self.above([self.needs.value(k) for k in self.dropped]))
 
+    def check_gathered(self) -> None:
+        """Do nothing, if what runs again reads no parameters but those that FSDP2 has gathered then.
+
+        Raises:
+            LookupError: it does.
+        """
+        for k in self.dropped if self.needs.tape.sharded else ():
+            unit = self.needs.unit(self.needs.tape.packs[k].module)
+            if any(not self.needs.units[op] <= {unit} for op in self.above([self.needs.value(k)])):
+                raise LookupError("parameters are not gathered where they are read again")
+
     @property
     def drops(self) -> bool:
         """Return whether anything is not kept as autograd does."""

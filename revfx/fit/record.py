@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revfx import _fake, _torch
+from revfx import _fake, _fsdp, _torch
 from revfx.capture.effects import none_left
 from revfx.capture.guards import is_plain
 from revfx.eager.modes import simulating
@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.mode, self.sources, self.nudged = mode, sources, nudged
         self.names = {id(m): name for name, m in model.named_modules()}
-        self.tape = Tape()
+        self.tape = Tape(sharded=_sharded(model))
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
         self.turns = 0
         self.watched: list[weakref.ref[_Kept]] = []
@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
     def pack(self, t: Tensor) -> Any:
         """Return what autograd is to hold in the place of `t`."""
         spot, packs = self.spot(t), self.tape.packs
-        packs.append(pack := Pack(spot, len(self.tape.ops)))
+        packs.append(pack := Pack(spot, len(self.tape.ops), module=self._where()[0] if self.tape.sharded else ""))
         if spot is None or isinstance(t, nn.Parameter):
             pack.spot = None
             return t
@@ -194,8 +194,15 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
     """Return the tape of `run(*args, **kwargs)`, which calls `model`, and of its backward.
 
     Raises:
-        Exception: whatever the model raises; of code that asks for values, one of torch's for fake tensors.
+        RevfxError: parts of it are compiled, or its parameters spread by others than FSDP2.
+        Exception: whatever the model raises.
     """
+    for name, m in model.named_modules():
+        if _torch.is_compiled(m):
+            what = f"`{name or 'the root'}` is compiled, and what compiled code keeps is its own affair:"
+            raise RevfxError(f"{what} leave it uncompiled, or see torch's `activation_memory_budget`.")
+    if any(map(_torch.is_dtensor, model.parameters())) and not any(map(_fsdp.is_sharded, model.modules())):
+        raise RevfxError("its parameters are spread over processes, and not by FSDP2.")
     try:
         return _record(World(model, args, kwargs, whole=True), run)
     except RevfxError:
@@ -247,6 +254,12 @@ def tensors_in(result: Any, depth: int = 3) -> list[Tensor]:
     leaves = pytree.tree_leaves(result)
     inner = [vars(x) for x in leaves if depth and is_plain(x) and not isinstance(x, Tensor)]
     return [t for t in leaves if isinstance(t, Tensor)] + [t for x in inner for t in tensors_in(x, depth - 1)]
+
+
+def _sharded(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of sub-modules that FSDP2 gathers parameters for, innermost first."""
+    names = [name for name, m in model.named_modules() if name and _fsdp.is_sharded(m)]
+    return tuple(sorted(names, key=len, reverse=True))
 
 
 def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, Any]]:

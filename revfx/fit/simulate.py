@@ -89,7 +89,12 @@ class Model:
         return sum(m.size for m in self.needs.tape.returned if not any(memories[k] is m for k in kept))
 
     def load(self, plan: Plan) -> Load:
-        """Return what the step holds under `plan`."""
+        """Return what the step holds under `plan`.
+
+        Raises:
+            LookupError: something in it can't be computed again.
+        """
+        plan.check_gathered()
         held, spikes, seconds = self.changes(plan, self.needs.wanted)
         extra = [*accumulate(held)]
         noted = WITNESS * bool(plan.dropped) + EACH * len(plan.dropped)

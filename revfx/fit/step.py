@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,9 +102,9 @@ def _is_looked_at(spot: Spot | None) -> bool:
 class Step:
     """A forward and its backward."""
 
-    def __init__(self, course: Course, sources: Mapping[int, Tensor]) -> None:
-        self.course, self.sources = course, sources
-        self.versions = {v: _torch.version(t) for v, t in sources.items()}
+    def __init__(self, course: Course, model: nn.Module, leaves: Sequence[Any]) -> None:
+        self.course, self.model, self.sources = course, model, sources_of(course.plan, model, leaves)
+        self.versions = {v: _torch.version(t) for v, t in self.sources.items()}
         self.kept: dict[int, Values] = {block: {} for block in course.plan.bases}
         self.number, self.moved, self.same = 0, False, True
         self.settings = _torch.kernel_settings()
@@ -209,8 +209,11 @@ class Step:
         if t is None:
             t = self.now.get(v)
             if t is None:
-                t = self.sources[v]
-                unchanged(t, self.versions[v])
+                t = self.sources.get(v)
+                if t is None:
+                    t = _held(self.model, self.course.plan.sources[v][1])
+                else:
+                    unchanged(t, self.versions[v])
         return placed(t, spot)
 
     def _end(self) -> None:
@@ -223,11 +226,19 @@ class Step:
 
 
 def sources_of(plan: Plan, model: nn.Module, leaves: Sequence[Any]) -> dict[int, Tensor]:
-    """Return what was there before the step, of what runs again: parameters, buffers and arguments."""
-    found: dict[int, Tensor] = {}
-    for v, (kind, where) in plan.sources.items():
-        t = leaves[where] if kind == "argument" else getattr(model.get_submodule(where[0]), where[1])
-        if not isinstance(t, Tensor):
-            raise RevfxError(f"`{'.'.join(where)}` is no tensor any more.")
-        found[v] = t
-    return found
+    """Return what was there before the step, of what runs again: parameters, buffers and arguments; but no parameters
+    that FSDP2 has not gathered yet.
+    """
+    sharded = plan.needs.tape.sharded
+    return {
+        v: leaves[where] if kind == "argument" else _held(model, where)
+        for v, (kind, where) in plan.sources.items()
+        if not (sharded and kind == "parameter" and plan.needs.unit(where[0]))
+    }
+
+
+def _held(model: nn.Module, where: tuple[str, str]) -> Tensor:
+    t = getattr(model.get_submodule(where[0]), where[1])
+    if not isinstance(t, Tensor) or _torch.is_dtensor(t):
+        raise RevfxError(f"`{'.'.join(where)}` is no tensor any more, or not gathered.")
+    return t

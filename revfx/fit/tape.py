@@ -75,6 +75,7 @@ class Pack:
     unpacked: int | None = None
     released: int | None = None
     turn: int = 0
+    module: str = ""  # the innermost one that runs
 
 
 @dataclass
@@ -84,7 +85,8 @@ class Tape:
     `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None of what was there);
     `reads`: by pack, the operators of the backward that read it, each with which argument it is;
     `returned`: what the forward returns, held as if the caller let go of it at once; `loss`: the bytes of what has a
-    gradient in it, but for single numbers; `varies`: the operators that are given numbers which the forward asked for.
+    gradient in it, but for single numbers; `varies`: the operators that are given numbers which the forward asked for;
+    `sharded`: the sub-modules whose parameters FSDP2 gathers for them alone, innermost first.
     """
 
     memories: list[Memory] = field(default_factory=list[Memory])
@@ -97,6 +99,7 @@ class Tape:
     returned: list[Memory] = field(default_factory=list[Memory])
     loss: int = 0
     varies: frozenset[int] = frozenset()
+    sharded: tuple[str, ...] = ()
 
     def memory(self, value: int) -> Memory:
         """Return the memory that a value lies in."""

@@ -367,3 +367,27 @@ def test_a_parameter_that_was_written_to_raises() -> None:
             model.get_parameter("layers.0.4.weight").mul_(1.01)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_compiled_parts_say_so() -> None:
+    for compiled in (
+        lambda m: m.layers[2].compile(backend="eager"),
+        lambda m: m.layers.append(torch.compile(m.layers[0])),
+    ):
+        model, (x,), _ = make("mlp")
+        compiled(model)
+        with pytest.raises(RevfxError, match=r"`layers.\d` is compiled"):
+            revfx.convert(model, x, memory=0.5)
+
+
+def test_a_compiler_around_it_leaves_it_alone() -> None:
+    model, fitted, x = pair()
+    outer = torch.compile(nn.Sequential(nn.Identity(), fitted), backend="eager")
+    assert equal(state(model, lambda: square(outer(x))), state(model, lambda: square(model(x))))
+    assert peak(model, lambda: square(outer(x))) <= 0.5 * peak(model, lambda: square(model(x)))
+
+
+def test_the_compilers_backend_takes_no_budget() -> None:
+    model, (x,), _ = make("mlp")
+    with pytest.raises(Exception, match=r"kept by eager code: `revfx.convert\(model, memory=...\)`"):
+        torch.compile(model, backend="revfx", options={"memory": 0.5})(x)
