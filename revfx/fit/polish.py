@@ -53,6 +53,21 @@ class Search:
             found = min(rates)[2]
         return found
 
+    def at_a_price(self, plan: Plan) -> Found | None:
+        """Return a plan within the budget that lets go of all that comes back fast for its size, and of no more."""
+        needs, size = plan.needs, plan.needs.tape.size
+        makers = [(v, o) for v in needs.wanted if (o := needs.tape.made_by[v]) is not None and needs.replayed[o]]
+        order = [v for v, o in sorted(makers, key=lambda m: self.model.costs[m[1]].seconds / max(1, size(m[0])))]
+        found, low, high = None, 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            tried = next(self.tried(iter([replace(plan, kept=plan.kept.difference(order[: middle + 1]))])), None)
+            if tried is not None and tried[1].peak <= self.budget:
+                found, high = tried, middle
+            else:
+                low = middle + 1
+        return found
+
     def made_faster(self, found: Found) -> Found:
         """Return a plan that no single choice makes faster, nor a value kept in the place of another one."""
         while True:
@@ -98,8 +113,11 @@ def polished(model: Model, starts: Sequence[Plan], found: Found | None, budget: 
     """Return the fastest plan that is found from all sides: from `found`, if that is one, and from keeping all."""
     search = Search(model, budget, SIMULATED // len(model.needs.tape.ops))
     choices = sum(1 for _ in less(starts[0]))
-    if len(starts) * choices * choices // 2 < search.left:
-        for start in starts:
-            if (down := search.brought_down((start, model.load(start)))) is not None:
-                found = min(filter(None, (found, search.made_faster(down))), key=lambda f: f[1].seconds)
+    for start in starts:
+        if len(starts) * choices * choices // 2 < search.left:
+            down = search.brought_down((start, model.load(start)))
+            down = None if down is None else search.made_faster(down)
+        else:
+            down = search.at_a_price(start)
+        found = min(filter(None, (found, down)), key=lambda f: f[1].seconds, default=None)
     return None if found is None else search.made_faster(found)
