@@ -52,9 +52,10 @@ def convert(
             only calls that need gradients are rounded, and no streams in half precision.
         memory: train within this budget, without changing a bit: a share of what the plain model's step takes at its
             peak, a float in (0, 1], or bytes, as an int or a text such as "2GiB". Any model will do: at its first call
-            a step is recorded on fake tensors, the costs of its operators are measured, and what autograd would keep is
-            kept, computed again, or kept as one bit an element, as is fastest within the budget. What is reversible is
-            one way among others. The peak counts from before the step, with gradients there already.
+            a step is recorded (on fake tensors; where code asks for numbers, on real ones), the costs of its operators
+            are measured, and what autograd would keep is kept, computed again, or kept as one bit an element, as is
+            fastest within the budget. What is reversible is one way among others. The peak counts from before the
+            step, with gradients there already. Where `torch.compile` captures, the model runs uncompiled.
         compile: compile each module that a region calls, by `torch.compile` with its defaults; those that are alike
             once, at their first call. The same kernels run in the forward and again in the backward, so gradients are
             those of the model with the same compiled modules, bit for bit. A module that the compiler can't take runs
