@@ -136,7 +136,8 @@ def test_a_way_does_what_plain_code_does_or_what_the_table_says(
             with pytest.raises(otherwise.type, match=otherwise.text):
                 report_of(name, build)
         else:
-            assert report_of(name, build).differs_in(expected) == otherwise
+            found = report_of(name, build).differs_in(expected)
+            assert otherwise - {ROUNDED} <= found <= otherwise  # another order may give the same, by the processor
     texts = [str(w.message) for w in caught]
     assert all(issubclass(w.category, RevfxWarning) for w in caught)
     assert not texts if refused is None else any(refused in text for text in texts), texts
