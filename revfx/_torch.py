@@ -88,6 +88,13 @@ def allocations(run: Callable[[], Any]) -> tuple[Any, list[int]]:
     return out, [e.cpu_memory_usage() for thread in events for e in thread if e.kind() == "memory_alloc"]
 
 
+def allocated(device: torch.device) -> tuple[int, int] | None:
+    """Return the bytes that are allocated on an accelerator, now and at most so far; None where nobody counts them."""
+    if device.type in ("cpu", "meta"):
+        return None
+    return torch.accelerator.memory_allocated(device), torch.accelerator.max_memory_allocated(device)
+
+
 def has_saved_tensors_hooks() -> bool:
     """Return whether hooks on what autograd saves are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

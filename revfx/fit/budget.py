@@ -13,15 +13,18 @@ _TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?\s*", re.IGNORECA
 
 @dataclass(frozen=True)
 class Budget:
-    """What a step may take at its peak, beyond what was there before it: a `share` of the plain model's, or `bytes`."""
+    """What a step may take at its peak, beyond what was there before it: a `share` of the plain model's, or `bytes`;
+    `less` bytes are left out, as steps were seen to take so many more than foreseen.
+    """
 
     text: str
     bytes: int | None = None
     share: float | None = None
+    less: int = 0
 
     def of(self, plain: int) -> int:
         """Return the bytes for a model whose plain step takes so many at its peak."""
-        return self.bytes if self.bytes is not None else int((self.share or 0.0) * plain)
+        return (self.bytes if self.bytes is not None else int((self.share or 0.0) * plain)) - self.less
 
 
 def checked_memory(memory: Any) -> Budget | None:

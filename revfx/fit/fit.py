@@ -6,9 +6,11 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -19,12 +21,14 @@ from revfx.errors import BudgetError, RevfxError, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.costs import Cost, Costs
+from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
 from revfx.fit.record import record
 from revfx.fit.step import Course, Step
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import Tape
+from revfx.units import size
 
 
 MOST_PLANS = 16  # per model; the oldest one makes room for a new one
@@ -77,6 +81,7 @@ class Fitted:
     chosen: Chosen
     plain: int  # bytes at the peak of the plain model's step
     barred: frozenset[int]  # operators that are given other numbers from call to call
+    device: torch.device
     course: Course | None
 
 
@@ -106,7 +111,9 @@ class Fit:
         run = ways.runs[fitted.chosen.way]
         if fitted.course is None:
             return run(*call.args, **call.kwargs)
-        step = Step(fitted.course, model, call.leaves)
+        most = replace(self.budget, less=0).of(fitted.plain)
+        meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
+        step = Step(fitted.course, model, call.leaves, meter)
         token = _inside.set(True)
         try:
             with saved_tensors_hooks(step.pack, step.unpack):
@@ -118,6 +125,14 @@ class Fit:
         if step.moved:
             self._moved(name_of(model), fitted)
         return result
+
+    def _missed(self, name: str, over: int) -> None:
+        with self.lock:
+            self.budget, self.plans = replace(self.budget, less=self.budget.less + over), []
+        what = (
+            f"a step took {size(over)} more than its budget, as the allocator counts: the next one is planned for less"
+        )
+        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}.", RevfxWarning, stacklevel=2)
 
     def _moved(self, name: str, fitted: Fitted) -> None:
         with self.lock:
@@ -153,9 +168,9 @@ class Fit:
         chosen = survey.best(self.budget)
         if chosen is None:
             raise BudgetError(survey.infeasible(name_of(model), self.budget))
-        return Fitted(
-            call.key, numbers, chosen, survey.peak, barred, Course(chosen.plan) if chosen.plan.drops else None
-        )
+        devices = [t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor)]
+        course = Course(chosen.plan) if chosen.plan.drops else None
+        return Fitted(call.key, numbers, chosen, survey.peak, barred, devices[0], course)
 
     def tapes(self, model: nn.Module, ways: Ways, call: Call) -> dict[str, tuple[Tape, list[Cost]]]:
         """Return the tape of each way to run the forward, and what its operators cost.

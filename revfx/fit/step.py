@@ -15,6 +15,7 @@ from revfx.ambient import kernels_of
 from revfx.errors import RevfxError
 from revfx.fit import bits
 from revfx.fit.bits import Mark
+from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
 from revfx.fit.rerun import Operator, Values, placed, whole
 from revfx.fit.tape import Spot
@@ -102,12 +103,12 @@ def _is_looked_at(spot: Spot | None) -> bool:
 class Step:
     """A forward and its backward."""
 
-    def __init__(self, course: Course, model: nn.Module, leaves: Sequence[Any]) -> None:
+    def __init__(self, course: Course, model: nn.Module, leaves: Sequence[Any], meter: Meter) -> None:
         self.course, self.model, self.sources = course, model, sources_of(course.plan, model, leaves)
         self.versions = {v: _torch.version(t) for v, t in self.sources.items()}
         self.kept: dict[int, Values] = {block: {} for block in course.plan.bases}
         self.number, self.moved, self.same = 0, False, True
-        self.settings = _torch.kernel_settings()
+        self.settings, self.meter = _torch.kernel_settings(), meter
         self.witness = Witness(course.calls)
         course.calls += 1
         self.values: Values = {}
@@ -218,6 +219,7 @@ class Step:
 
     def _end(self) -> None:
         self._forget()
+        self.meter.check()
         self.witness.compare(self.course.plan.needs)
 
     def _forget(self) -> None:

@@ -1,11 +1,16 @@
-"""What a budget may be written as."""
+"""What a budget may be written as, and what becomes of one that is missed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from fit_models import equal, make, square, state
 from torch import nn
 
 import revfx
+from revfx import _torch
+from revfx.errors import RevfxWarning
 from revfx.fit.budget import checked_memory
 
 
@@ -34,3 +39,22 @@ def test_what_is_no_budget(given: object) -> None:
 def test_a_budget_decides_alone(other: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="leave other options out"):
         revfx.convert(nn.Linear(2, 2), memory=0.5, **other)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_budget_that_was_missed_is_planned_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an accelerator's allocator counts: here one that says what it is told to."""
+    model, (x,), _ = make("mlp")
+    fitted: Any = revfx.convert(model, x, memory=0.6)
+    first = fitted.revfx.fit.plans[0]
+    most, base = int(0.6 * first.plain), 10_000
+    readings = iter([(base, 0), (base, base + most + 50_000)])
+    monkeypatch.setattr(_torch, "allocated", lambda device: next(readings))
+    model.zero_grad(set_to_none=False)
+    want = state(model, lambda: square(model(x)))
+    with pytest.warns(RevfxWarning, match=r"took 48.8 KiB more than its budget"):
+        got = state(model, lambda: square(fitted(x)))
+    assert equal(got, want)
+    monkeypatch.setattr(_torch, "allocated", lambda device: None)
+    assert equal(state(model, lambda: square(fitted(x))), want)
+    assert first.chosen.load.peak > most - 50_000
+    assert fitted.revfx.fit.plans[0].chosen.load.peak <= most - 50_000

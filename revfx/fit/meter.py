@@ -1,0 +1,38 @@
+"""What a step really takes, where an accelerator's allocator counts: a budget that was missed is planned for anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from revfx import _torch
+
+
+@dataclass
+class Meter:
+    """Calls `missed` with the bytes by which a step that begins now went over `most`, once its backward has ended.
+
+    What is there before the step does not count, nor do the gradients that it is the first to make.
+    """
+
+    model: nn.Module
+    device: torch.device
+    most: int
+    missed: Callable[[int], None]
+    before: tuple[int, int] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = _torch.allocated(self.device)
+        if self.before is not None:
+            new = sum(p.nbytes for p in self.model.parameters() if p.requires_grad and p.grad is None)
+            self.most += self.before[0] + new
+
+    def check(self) -> None:
+        """Compare; a peak that is not above all that were before tells nothing."""
+        after = None if self.before is None else _torch.allocated(self.device)
+        if after is not None and self.before is not None and after[1] > max(self.before[1], self.most):
+            self.missed(after[1] - self.most)
+        self.before = None
