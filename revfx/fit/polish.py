@@ -56,8 +56,11 @@ class Search:
     def at_a_price(self, plan: Plan) -> Found | None:
         """Return a plan within the budget that lets go of all that comes back fast for its size, and of no more."""
         needs, size = plan.needs, plan.needs.tape.size
-        makers = [(v, o) for v in needs.wanted if (o := needs.tape.made_by[v]) is not None and needs.replayed[o]]
-        order = [v for v, o in sorted(makers, key=lambda m: self.model.costs[m[1]].seconds / max(1, size(m[0])))]
+        makers = ((v, needs.tape.made_by[v]) for v in needs.wanted)
+        prices = {
+            v: self.model.costs[o].seconds / max(1, size(v)) for v, o in makers if o is not None and needs.replayed[o]
+        }
+        order = sorted(prices, key=prices.__getitem__)
         found, low, high = None, 0, len(order)
         while low < high:
             middle = (low + high) // 2

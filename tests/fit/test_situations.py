@@ -389,5 +389,6 @@ def test_a_compiler_around_it_leaves_it_alone() -> None:
 
 def test_the_compilers_backend_takes_no_budget() -> None:
     model, (x,), _ = make("mlp")
+    options: Any = {"memory": 0.5}
     with pytest.raises(Exception, match=r"kept by eager code: `revfx.convert\(model, memory=...\)`"):
-        torch.compile(model, backend="revfx", options={"memory": 0.5})(x)
+        torch.compile(model, backend="revfx", options=options)(x)

@@ -21,7 +21,7 @@ from revfx.testing import measure_memory
 
 
 SHARE = 0.6
-Place = Callable[[nn.Module], nn.Module]
+Place = Callable[[nn.Module], Any]
 
 
 def _sharded(model: Any, **options: Any) -> nn.Module:
@@ -37,7 +37,7 @@ CASES: dict[str, Place] = {
     "DDP, views of tiny buckets": partial(DistributedDataParallel, gradient_as_bucket_view=True, bucket_cap_mb=0.01),
     "FSDP2, layers": _sharded,
     "FSDP2, layers kept gathered": partial(_sharded, reshard_after_forward=False),
-    "FSDP2, the whole": fully_shard,
+    "FSDP2, the whole": lambda model: fully_shard(model),
     "FSDP2 in bf16": partial(_sharded, mp_policy=HALF),
 }
 
@@ -70,7 +70,7 @@ def _made() -> nn.Module:
 def _compared(place: Place, x: Tensor) -> dict[str, Any]:
     plain, most = _trained(place(_made()), x)
     found: dict[str, Any] = {}
-    fitted: dict[str, Callable[[], nn.Module]] = {
+    fitted: dict[str, Callable[[], Any]] = {
         "converted first": lambda: place(convert(_made(), memory=SHARE)),
         "converted last": lambda: convert(place(_made()), memory=SHARE),
     }

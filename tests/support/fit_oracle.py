@@ -48,7 +48,7 @@ class Program:
         matrix = csr_array(([e[2] for e in entries], at), shape=(len(self.rows), n))
         upper: Any = np.array([b for _, b in self.rows])
         rows = LinearConstraint(matrix, ub=upper)
-        options = {"time_limit": seconds, "mip_rel_gap": 0.01}
+        options: dict[str, Any] = {"time_limit": seconds, "mip_rel_gap": 0.01}
         found = milp(cost, constraints=rows, integrality=np.ones(n), bounds=Bounds(0, 1), options=options)
         return float("inf") if found.status == 2 else float(found.mip_dual_bound)
 
