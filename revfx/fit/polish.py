@@ -78,12 +78,8 @@ class Search:
             fits = [f for f in faster if f[1].peak <= self.budget]
             if not fits:
                 near = sorted((f for f in faster), key=lambda f: f[1].peak)[:PAIRS]
-                fits = [
-                    g
-                    for f in near
-                    for g in self.tried(less(f[0]))
-                    if g[1].peak <= self.budget and g[1].seconds < found[1].seconds
-                ]
+                down = (self.brought_down(f) for f in near)
+                fits = [f for f in down if f is not None and f[1].seconds < found[1].seconds]
             if not fits:
                 return found
             found = min(fits, key=lambda f: f[1].seconds)

@@ -2,8 +2,8 @@
 
 After Checkmate (Jain et al. 2020, arXiv:1910.02653): before each read t of the backward, R[t, o] says that operator o
 runs again, S[t, v] that value v is there from before. While an operator runs again its operands and results are there,
-and all that is there both before and after this read; what else is, and drawn bits in the backward, take no memory
-here. So the optimum is a bound from below: no plan is faster.
+and all that is there both before and after this read; what else is takes no memory here. So the optimum is
+a bound from below: no plan is faster.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
         done = [k for k in events if (tape.packs[k].unpacked or 0) <= q]
         there = handed(q, done)
         kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(q) - there]
-        bits = [(n / 8, ("coin", v)) for v, (n, packed) in coins.items() if packed <= q <= tape.turn]
+        bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, packed) in coins.items() if packed <= q]
         program.most(room(q, during[q], there), *kept, *marked(q), *bits)
         for v, (n, packed) in coins.items():
             if packed == q:
@@ -140,7 +140,11 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
             for m in near & passing:
                 program.most(0, (1.0, ("P", t, m)), (-1.0, ("Z", t, o, m)))
                 program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)))
-            own = [(size[m], ("Z", t, o, m)) for m in near & passing]
+            own: list[tuple[float, Hashable]] = [(size[m], ("Z", t, o, m)) for m in near & passing]
+            for v in set(tape.ops[o].makes) & coins.keys():
+                own.append((2 * coins[v][0], ("R", t, o)))
+                program.most(0, (1.0, ("R", t, o)), (-1.0, ("K", t, v)))
+                program.most(0, (1.0, ("K", t + 1, v)), (-1.0, ("K", t, v)))
             program.most(base, *((size[m], ("P", t, m)) for m in passing - near), *own)
     return program.least(seconds)
 
