@@ -168,9 +168,9 @@ class Fit:
         chosen = survey.best(self.budget)
         if chosen is None:
             raise BudgetError(survey.infeasible(name_of(model), self.budget))
-        devices = [t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor)]
+        devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
         course = Course(chosen.plan) if chosen.plan.drops else None
-        return Fitted(call.key, numbers, chosen, survey.peak, barred, devices[0], course)
+        return Fitted(call.key, numbers, chosen, survey.peak, barred, next(devices, torch.device("cpu")), course)
 
     def tapes(self, model: nn.Module, ways: Ways, call: Call) -> dict[str, tuple[Tape, list[Cost]]]:
         """Return the tape of each way to run the forward, and what its operators cost.

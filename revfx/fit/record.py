@@ -29,7 +29,7 @@ from revfx.passes.sizes import muted, tensors_of
 from revfx.world import RealWorld, World
 
 
-NUDGE = 1e-6
+NUDGE = 1e-6  # relative: what numbers of the data are off by when a forward is recorded once more
 
 
 class _Kept:
@@ -42,7 +42,7 @@ class _Kept:
 class Recorder(TorchDispatchMode):
     """Notes operators, memory and what autograd keeps, while it is active; with no `mode`, on real tensors.
 
-    `nudged`: what operators make of parameters is off by a little, so that all numbers of the data are.
+    `nudged`: what operators make of parameters and arguments is off by a little, and so are all numbers of the data.
     """
 
     def __init__(
@@ -221,6 +221,7 @@ def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape
         stack.enter_context(torch.enable_grad())
         if real:
             stack.enter_context(torch.random.fork_rng())
+            stack.callback(torch.clear_autocast_cache)  # which holds casts of what stands for parameters
         stack.callback(world.fakes.clear)
         return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
 
