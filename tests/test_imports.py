@@ -33,7 +33,7 @@ MAY: dict[str, set[str]] = {
     "eager": {*BOTTOM, *CODES, "passes", "traced"},
     "capture": {*BOTTOM, "rules", "passes", "eager"},
     "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint"},
-    "world": {*BOTTOM, "capture"},
+    "world": {*BOTTOM, "eager", "capture"},
     "fit": {*BOTTOM, "layout", "passes", "eager", "capture", "world"},
 }
 MAY["conversion"] = {*BOTTOM, "passes", "eager", "capture", "compiled", "fit"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,8 +15,6 @@ from revfx.layout import flat
 
 
 _GATHER = 0x0102040810204080  # the sum of 2^(7k): brings the lowest bits of eight bytes into the highest byte
-_SPREAD = 0x0101010101010101
-_EACH = 0x8040201008040201 - (1 << 64)  # of byte k the bit k
 
 
 def encode(marked: Tensor) -> Tensor:
@@ -28,8 +27,14 @@ def encode(marked: Tensor) -> Tensor:
 
 def decode(code: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     """Return a flat tensor of so many ones and zeros."""
-    spread = code.to(torch.int64).mul_(_SPREAD).bitwise_and_(_EACH)
-    return spread.view(torch.uint8)[:elements].ne(0).to(dtype)
+    return _eights(code.device).index_select(0, code.int()).view(torch.uint8)[:elements].to(dtype)
+
+
+@functools.cache
+def _eights(device: torch.device) -> Tensor:
+    """Return for each byte its bits as bytes, in one number."""
+    bits = torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten()
 
 
 # --- what operators of the backward read of what autograd keeps for them

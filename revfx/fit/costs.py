@@ -6,9 +6,10 @@ and on some machines an exponential takes as long as reading memory ten times.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
+from revfx.fit import bits
 from revfx.fit.tape import Op, Spot, Tape
 
 
 REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it takes longer than ...
 LONG = 0.05  # seconds
+FEW = 2**18  # elements
 
 
 @dataclass(frozen=True)
@@ -145,18 +148,26 @@ def _cost(tape: Tape, op: Op) -> Cost:
             (t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)
         ]
         del out
-        return Cost(_seconds(op, args, kwargs, device) if op.makes else 0.0, scratch, tuple(results))
+        run = functools.partial(op.func, *args, **kwargs)
+        return Cost(_seconds(run, device) if op.makes else 0.0, scratch, tuple(results))
     except Exception:
         return Cost()
 
 
-def _seconds(op: Op, args: Any, kwargs: Any, device: torch.device) -> float:
+@functools.cache
+def bit_seconds(device: torch.device) -> float:
+    """Return what it takes to keep one element as a bit, and to make it of that again."""
+    t = torch.zeros(FEW, device=device)
+    return _seconds(lambda: bits.decode(bits.encode(t != 0), FEW, t.dtype), device) / FEW
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     fastest = float("inf")
     for _ in range(REPEATS):
         if device.type != "cpu":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        op.func(*args, **kwargs)
+        run()
         if device.type != "cpu":
             torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - start)

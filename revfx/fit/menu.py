@@ -7,16 +7,14 @@ seconds; a value there whose operator is not is kept, for its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 from networkx.algorithms.flow import boykov_kolmogorov
 
-from revfx.fit.costs import Cost
-from revfx.fit.needs import Needs
-from revfx.fit.simulate import BITS, OVERHEAD
+from revfx.fit.simulate import BITS, OVERHEAD, Model
 
 
 PRICES = 10  # how many are tried, besides none
@@ -39,10 +37,10 @@ class Choice:
 class Menu:
     """The choices for some operators; `given` values are kept in any case."""
 
-    def __init__(self, needs: Needs, costs: Sequence[Cost], ops: range, given: frozenset[int]) -> None:
-        self.needs, self.costs, self.ops, self.given = needs, costs, ops, given
-        self.values = {v: o for o in self.ops for v in needs.tape.ops[o].makes}
-        self.coins = {v for v in self.values if needs.coins.get(v) in self.values}
+    def __init__(self, model: Model, ops: range, given: frozenset[int]) -> None:
+        self.model, self.needs, self.costs, self.ops, self.given = model, model.needs, model.costs, ops, given
+        self.values = {v: o for o in self.ops for v in self.needs.tape.ops[o].makes}
+        self.coins = {v for v in self.values if self.needs.coins.get(v) in self.values}
 
     def choices(self) -> list[Choice]:
         """Return what differs, from nothing but what must be kept to everything."""
@@ -85,7 +83,7 @@ class Menu:
                 continue
             op, maker = self.needs.replayed[o], ("operator", o)
             if v in self.coins:
-                edge("S", v, -(-self.needs.elements(v) // BITS) + paid(o))
+                edge("S", v, -(-self.needs.elements(v) // BITS) + price * self.model.coin_seconds(v))
             elif op is None:
                 edge("S", v, self._worth(v))
             else:
@@ -95,7 +93,8 @@ class Menu:
                     edge(r, maker)
             packs = self.needs.wanted.get(v, ())
             if packs and marks.keys() >= set(packs):
-                edge(v, "T", sum(marks[k].bits * self.needs.elements(v) / BITS + paid(o) for k in packs))
+                elements, spent = self.needs.elements(v), price * sum(map(self.model.mark_seconds, packs))
+                edge(v, "T", sum(marks[k].bits * elements / BITS for k in packs) + spent)
             elif packs:
                 edge(v, "T")
         _, (_, there) = nx.minimum_cut(graph, "S", "T", flow_func=boykov_kolmogorov)

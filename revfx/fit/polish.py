@@ -72,17 +72,27 @@ class Search:
         return found
 
     def made_faster(self, found: Found) -> Found:
-        """Return a plan that no single choice makes faster, nor a value kept in the place of another one."""
+        """Return a plan that no single choice makes faster, nor a value kept in the place of others."""
         while True:
             faster = [f for f in self.tried(changed(found[0])) if f[1].seconds < found[1].seconds]
-            fits = [f for f in faster if f[1].peak <= self.budget]
+            fits = sorted((f for f in faster if f[1].peak <= self.budget), key=lambda f: f[1].seconds)
             if not fits:
-                near = sorted((f for f in faster), key=lambda f: f[1].peak)[:PAIRS]
+                near = sorted(faster, key=lambda f: f[1].peak)[:PAIRS]
                 down = (self.brought_down(f) for f in near)
-                fits = [f for f in down if f is not None and f[1].seconds < found[1].seconds]
+                fits = [f for f in down if f is not None and f[1].seconds < found[1].seconds][:1]
             if not fits:
                 return found
-            found = min(fits, key=lambda f: f[1].seconds)
+            start, found = found[0], fits[0]
+            for plan, _ in fits[1:]:  # as many of them as there is room for
+                for both in self.tried(iter([joined(found[0], start, plan)])):
+                    if both[1].peak <= self.budget and both[1].seconds < found[1].seconds:
+                        found = both
+
+
+def joined(plan: Plan, start: Plan, other: Plan) -> Plan:
+    """Return a plan with what `other` chooses otherwise than `start`."""
+    kept, marks, coins = start.kept ^ other.kept, start.marks ^ other.marks, start.coins ^ other.coins
+    return replace(plan, kept=plan.kept ^ kept, marks=plan.marks ^ marks, coins=plan.coins ^ coins)
 
 
 def changed(plan: Plan) -> Iterator[Plan]:

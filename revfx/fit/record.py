@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
         memory.dead = len(self.tape.ops)
         del self.known[key]
 
-    def _kind(self, spot: Spot) -> str | None:
+    def kind(self, spot: Spot) -> str | None:
         """Return what was there before the step: "parameter", say; None of what the step has made."""
         source = self.tape.memory(spot.value).source
         return None if source is None else source[0]
@@ -103,7 +103,7 @@ class Recorder(TorchDispatchMode):
         spots = [self.spot(t) if isinstance(t, Tensor) else t for t in given]
         written = _written(func, args, kwargs) if writes(func) else ()
         old = tuple([s for t in written if (s := self.spot(t)) is not None])
-        if self.mode is None and any(self._kind(s) == "parameter" for s in old):
+        if self.mode is None and any(self.kind(s) == "parameter" for s in old):
             raise RevfxError("it asks for numbers, and writes to a parameter.")
         out = func(*args, **kwargs)
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
@@ -125,7 +125,7 @@ class Recorder(TorchDispatchMode):
         outs = tuple([self.spot(t, made=True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
         reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.tape.memory_of)))
-        if self.nudged and not old and any(self._kind(s) is not None for s in reads):
+        if self.nudged and not old and any(self.kind(s) is not None for s in reads):
             with _torch.no_modes(), torch.no_grad():
                 for t in tensors:
                     if t.is_floating_point():
@@ -221,7 +221,8 @@ def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape
         stack.enter_context(torch.enable_grad())
         if real:
             stack.enter_context(torch.random.fork_rng())
-            stack.callback(torch.clear_autocast_cache)  # which holds casts of what stands for parameters
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)  # it would hold casts of what stands for parameters
         stack.callback(world.fakes.clear)
         return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
 
@@ -241,6 +242,10 @@ def _step(
             raise RevfxError("the forward returns no tensor that needs a gradient, as far as can be seen.")
         if outs:
             torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
+    for op in tape.ops[: tape.turn] if _torch.in_autocast() else ():  # which holds casts of parameters until its end
+        if op.func == torch.ops.aten._to_copy.default and recorder.kind(op.reads[0]) == "parameter" and op.makes:
+            memory = tape.memory(op.makes[0])
+            memory.dead = tape.turn if memory.dead is None else max(memory.dead, tape.turn)
     left = [m for m in tape.memories if m.dead is None and m.source is None]
     tape.loss = sum(t.nbytes for t in outs if t.dim())
     del result, outs

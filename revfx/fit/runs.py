@@ -119,7 +119,7 @@ class Runs:
         return [numbers.setdefault(tuple(block(b)), len(numbers)) for b in range(len(self.blocks))]
 
     def _entries(self, run: Run, i: int, given: frozenset[int], nested: bool) -> Iterator[Entry]:
-        menu = Menu(self.needs, self.costs, range(run.start, run.stop), given)
+        menu = Menu(self.model, range(run.start, run.stop), given)
         places = [{x: n for n, x in enumerate(named)} for named in (run.values, run.packs)]
         mine = [v for v in run.values if v in self.needs.wanted]
         around = self.needs.wanted.keys() - set(mine)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from revfx.fit.costs import Cost
+from revfx.fit.costs import Cost, bit_seconds
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 
@@ -40,6 +40,19 @@ class Model:
     costs: Sequence[Cost]
     late: int = 0  # bytes of what the forward returns that the caller still holds in the backward
     loss: int = 0  # bytes that are there while the caller's loss is computed, and its gradient
+
+    @cached_property
+    def bit(self) -> float:
+        """Return the seconds an element that a bit in its place takes."""
+        return bit_seconds(self.needs.tape.memories[0].device)
+
+    def coin_seconds(self, value: int) -> float:
+        """Return what it takes to have a coin again."""
+        return OVERHEAD + self.bit * self.needs.elements(value)
+
+    def mark_seconds(self, pack: int) -> float:
+        """Return what it takes to keep a pack as its mark."""
+        return self.bit * self.needs.marks[pack].bits * self.needs.elements(self.needs.value(pack))
 
     @cached_property
     def during(self) -> list[int]:
@@ -115,6 +128,7 @@ class Model:
                 held[start] += size
                 held[end + 1 if stop is None else stop] -= size
 
+        seconds = 0.0
         until, dropped = dict[int, int](), list[int]()  # by value that is kept: when the last that needs it is through
         for v in values:
             packs = self.needs.wanted[v]
@@ -126,6 +140,7 @@ class Model:
                     mark = self.needs.marks[k]
                     self._marks(hold, spikes, v, tape.packs[k].packed, tape.packs[k].released, mark.bits, mark.more)
                     self._decoded(hold, spikes, k, mark.more)
+                    seconds += self.mark_seconds(k)
         for block in dict.fromkeys(plan.dropped[k] for k in dropped):
             for v in plan.bases[block]:
                 until[v] = max(until.get(v, 0), self.through(plan.asked[block]))
@@ -134,7 +149,7 @@ class Model:
                 self._marks(hold, spikes, v, tape.packs[self.needs.wanted[self.needs.coins[v]][0]].packed, stop)
             elif (dead := tape.memory(v).dead) is not None:
                 hold(tape.size(v), dead, stop)
-        return held, spikes, self._replay(plan, dropped, hold, spikes)
+        return held, spikes, seconds + self._replay(plan, dropped, hold, spikes)
 
     def through(self, packs: Iterable[int]) -> int:
         """Return before which operator autograd lets go of the last of some packs."""
@@ -178,7 +193,6 @@ class Model:
                 at, now, most = p.unpacked, 0, 0
             for rerun in segment.reruns:
                 op, cost = tape.ops[rerun.op], self.costs[rerun.op]
-                seconds += cost.seconds + OVERHEAD
                 for v in op.makes:
                     if (was := tape.before(v)) in rerun.goes:
                         taken.add(was)
@@ -187,6 +201,7 @@ class Model:
                         now += tape.size(v)
                         since[v] = at
                 coins = [v for v in op.makes if v in plan.coins]
+                seconds += self.coin_seconds(coins[0]) if coins else cost.seconds + OVERHEAD
                 most = max(most, now + (2 * self.needs.elements(coins[0]) if coins else cost.scratch))
                 for v in rerun.drops:
                     drop(v, at)

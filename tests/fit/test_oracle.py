@@ -11,6 +11,7 @@ from fit_models import Attention, Residual, UNet, branch
 from fit_oracle import bound, made_up
 from torch import Tensor, nn
 
+from revfx.fit import simulate
 from revfx.fit.choose import Planner
 from revfx.fit.needs import Needs
 from revfx.fit.record import record
@@ -78,6 +79,12 @@ def needs_of(name: str) -> Needs:
     make, shape = GRAPHS[name]
     model = make().train()
     return Needs(record(model, model, (torch.empty(shape),), {}))
+
+
+@pytest.fixture(autouse=True)
+def bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a bit in the place of an element takes."""
+    monkeypatch.setattr(simulate, "bit_seconds", lambda device: 4e-10)
 
 
 OPTIMAL = {"tanh", "convolutions", "plain convolutions", "unet", "gated"}  # of others the bound is not tight

@@ -65,12 +65,18 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     def is_free(v: int) -> bool:
         return needs.is_there(v)
 
+    model = Model(needs, costs)
+    for k in events:
+        if k in needs.marks:
+            program.cost[program["mark", k]] = model.mark_seconds(k)
     for t, k in enumerate(events, 1):
         v = needs.value(k)
         there = [(-1.0, ("S", t, v)), (-1.0, ("R", t, tape.made_by[v]))]
         program.most(-1, *there, *([(-1.0, ("mark", k))] if k in needs.marks else []))
         for o in ops:
-            program.cost[program["R", t, o]] = costs[o].seconds + OVERHEAD
+            drawn = [v for v in tape.ops[o].makes if v in needs.coins]
+            again = model.coin_seconds(drawn[0]) if drawn else costs[o].seconds + OVERHEAD
+            program.cost[program["R", t, o]] = again
             op = needs.replayed[o]
             if op is None:
                 program.most(
@@ -87,7 +93,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     for t in range(1, len(events) + 2):
         for v in values:
             program.most(0, (1.0, ("S", t, v)), (-1.0, ("W", t, tape.memory_of[v])))
-    during, before = Model(needs, costs).during, Model(needs, costs).before
+    during, before = model.during, model.before
     memories = {tape.memory_of[v] for v in values}
     size = {m: tape.memories[m].size / unit for m in memories}
 
