@@ -94,7 +94,8 @@ def fitted(task: Task, memory: Any) -> Way:
 
 def ways_of(task: Task, shares: list[float], with_rivals: bool) -> Iterator[tuple[Way, float | None]]:
     """The plain model, budgets with their shares, and rivals each before revfx at its peak."""
-    plain = Way("plain", task, task.model)
+    own = copy.deepcopy(task)  # buffers of `task` stay as they are
+    plain = Way("plain", own, own.model)
     plain.measure()
     yield plain, None
     least = 0
