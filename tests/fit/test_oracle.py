@@ -103,7 +103,7 @@ def test_plans_are_near_the_optimum(name: str) -> None:
         assert found is not None
         want = bound(needs, costs, budget - WITNESS - EACH * len(found[0].dropped))
         print(f"{name:20}{part:6}{found[1].seconds:10.6f}{want:10.6f}{planner.seconds:10.6f}")
-        slack = 0.002 if name in OPTIMAL else 0.025
+        slack = 0.002 if name in OPTIMAL else 0.03
         assert found[1].peak <= budget
         assert found[1].seconds <= 1.05 * want + slack * planner.seconds
 
