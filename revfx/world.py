@@ -67,9 +67,7 @@ class World:
 
 
 class RealWorld(World):
-    """A world with the model's own numbers: parameters are in the same memory, but gradients go nowhere; buffers and
-    arguments are copies.
-    """
+    """A world of the model's own numbers, whose gradients go nowhere; buffers and arguments are copies."""
 
     def stand_in(self, t: Tensor) -> Tensor:
         """Return what is there in the place of a tensor."""

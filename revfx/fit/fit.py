@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from revfx.eager.modes import is_simulating, runs_plain
 from revfx.errors import BudgetError, RevfxError, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
-from revfx.fit.costs import Cost, Costs
+from revfx.fit.costs import Costs
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
@@ -30,6 +31,8 @@ from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import Tape
 from revfx.units import size
 
+
+Varying = Callable[[str, Tape], frozenset[int]]  # by way and tape, operators that are given other numbers each time
 
 MOST_PLANS = 16  # per model; the oldest one makes room for a new one
 WANDERS = 4  # calls that went another way than planned, and a quarter of all, until no more plans are made
@@ -157,14 +160,16 @@ class Fit:
 
     def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Fitted | None) -> Fitted:
         numbers, barred = Numbers.of(model, call.leaves), frozenset[int]()
-        tapes = self.tapes(model, ways, call)
-        others = dict[str, frozenset[int]]()
-        if before is not None and (way := before.chosen.way) in tapes:
-            other = differing(before.chosen.plan.needs.tape, tapes[way][0])
-            if other is not None:
+
+        def varying(way: str, tape: Tape) -> frozenset[int]:
+            nonlocal numbers, barred
+            if before is None or way != before.chosen.way:
+                return frozenset()
+            if (other := differing(before.chosen.plan.needs.tape, tape)) is not None:
                 numbers, barred = before.numbers.common(model, call.leaves), before.barred | other
-                others[way] = barred
-        survey = Survey({w: Planner(Needs(t, others.get(w, frozenset[int]())), c) for w, (t, c) in tapes.items()})
+            return barred
+
+        survey = self.survey(model, ways, call, varying)
         chosen = survey.best(self.budget)
         if chosen is None:
             raise BudgetError(survey.infeasible(name_of(model), self.budget))
@@ -172,18 +177,23 @@ class Fit:
         course = Course(chosen.plan) if chosen.plan.drops else None
         return Fitted(call.key, numbers, chosen, survey.peak, barred, next(devices, torch.device("cpu")), course)
 
-    def tapes(self, model: nn.Module, ways: Ways, call: Call) -> dict[str, tuple[Tape, list[Cost]]]:
-        """Return the tape of each way to run the forward, and what its operators cost.
+    def survey(self, model: nn.Module, ways: Ways, call: Call, varying: Varying | None = None) -> Survey:
+        """Return planners for a call, whose `varying` operators don't run again.
 
         Raises:
-            RevfxError: the forward can't run on fake tensors, or raises.
+            RevfxError: the forward can't be recorded, or raises.
         """
-        tapes: dict[str, Tape] = {}
-        for way in ("plain", "reversible") if ways.is_reversible() else ("plain",):
+
+        def planner(way: str) -> Planner:
             try:
-                tapes[way] = record(model, ways.runs[way], call.args, call.kwargs)
+                tape = record(model, ways.runs[way], call.args, call.kwargs)
             except Exception as e:
-                if way == "plain":
-                    what = f"a step of it can't be recorded: {type(e).__name__}: {e}"
-                    raise RevfxError(f"`convert({name_of(model)}, {self.budget.text})`: {what}") from e
-        return {way: (tape, self.costs.of(tape)) for way, tape in tapes.items()}
+                what = f"a step of it can't be recorded: {type(e).__name__}: {e}"
+                raise RevfxError(f"`convert({name_of(model)}, {self.budget.text})`: {what}") from e
+            return Planner(Needs(tape, frozenset() if varying is None else varying(way, tape)), self.costs.of(tape))
+
+        def reversible() -> Planner | None:
+            with suppress(RevfxError):
+                return planner("reversible") if ways.is_reversible() else None
+
+        return Survey(planner("plain"), reversible)

@@ -13,9 +13,8 @@ from revfx import _torch
 
 @dataclass
 class Meter:
-    """Calls `missed` with the bytes by which a step that begins now went over `most`, once its backward has ended.
-
-    What is there before the step does not count, nor do the gradients that it is the first to make.
+    """Calls `missed` with the bytes by which a step that begins now went over `most`, once its backward has ended; what
+    is there before does not count, nor do the gradients that it is the first to make.
     """
 
     model: nn.Module

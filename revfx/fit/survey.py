@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from revfx.fit.budget import Budget
@@ -11,6 +13,9 @@ from revfx.fit.holders import holders
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Load
 from revfx.units import size
+
+
+DEAR = 0.25  # of a step's time: what inverting takes at least
 
 
 class Chosen(NamedTuple):
@@ -24,14 +29,15 @@ class Chosen(NamedTuple):
 
 @dataclass
 class Survey:
-    """Planners by the ways that they plan, the plain one first."""
+    """The planner of the plain way, and what looks for that of the reversible one, if there is any."""
 
-    planners: dict[str, Planner]
+    plain: Planner
+    look: Callable[[], Planner | None]
 
-    @property
-    def plain(self) -> Planner:
-        """Return that of the plain way."""
-        return next(iter(self.planners.values()))
+    @cached_property
+    def reversible(self) -> Planner | None:
+        """Return the planner of the reversible way."""
+        return self.look()
 
     @property
     def peak(self) -> int:
@@ -44,31 +50,36 @@ class Survey:
         return self.plain.seconds
 
     def best(self, budget: Budget) -> Chosen | None:
-        """Return the fastest plan that is found to stay within the budget; None if none does."""
+        """Return the fastest plan that is found to stay within the budget; None if none does.
+
+        Inverting runs functions again, so it is not looked for where the plain way takes less than that.
+        """
         if budget.share == 1:
-            return Chosen("plain", *self.plain.plain, 0.0)
-        found: list[Chosen] = []
-        for way, planner in self.planners.items():
-            best = planner.best(planner.bytes_of(budget, self.plain))
-            if best is not None:
-                found.append(Chosen(way, *best, best[1].seconds + planner.seconds - self.seconds))
-                if not best[0].drops:
-                    break
-        return min(found, key=lambda c: c.seconds, default=None)
+            return self._chosen("plain", self.plain, self.plain.plain)
+        found = self._chosen("plain", self.plain, self.plain.best(self.plain.bytes_of(budget, self.plain)))
+        if (found is None or found.seconds > DEAR * self.seconds) and (other := self.reversible) is not None:
+            both = found, self._chosen("reversible", other, other.best(other.bytes_of(budget, self.plain)))
+            found = min(filter(None, both), key=lambda c: c.seconds, default=None)
+        return found
+
+    def _chosen(self, way: str, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
+        return None if found is None else Chosen(way, *found, found[1].seconds + planner.seconds - self.seconds)
 
     def least(self) -> tuple[Chosen, list[str]]:
         """Return the plan with the least peak that is found, whatever the caller holds, and what holds that."""
         found: list[Chosen] = []
-        for way, planner in self.planners.items():
-            planner.bytes_of(Budget("", bytes=1), self.plain)
-            plan, load = planner.least()
-            found.append(Chosen(way, plan, load, load.seconds + planner.seconds - self.seconds))
+        for way, planner in (("plain", self.plain), ("reversible", self.reversible)):
+            if planner is not None:
+                planner.bytes_of(Budget("", bytes=1), self.plain)
+                found += filter(None, [self._chosen(way, planner, planner.least())])
         chosen = min(found, key=lambda c: c.load.peak)
         return chosen, self.holders(chosen)
 
     def holders(self, chosen: Chosen) -> list[str]:
         """Return what is there at the peak of a plan, largest first."""
-        return holders(self.planners[chosen.way].model, chosen.plan, chosen.load)
+        planner = self.reversible if chosen.way == "reversible" else self.plain
+        assert planner is not None
+        return holders(planner.model, chosen.plan, chosen.load)
 
     def infeasible(self, name: str, budget: Budget) -> str:
         """Return what to say where no plan stays within the budget."""

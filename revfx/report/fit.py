@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from revfx.convert import convert
 from revfx.fit.budget import Budget, checked_memory
-from revfx.fit.choose import Planner
 from revfx.fit.fit import Fit
-from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.survey import Chosen, Survey
 from revfx.report.figures import PALETTE, picture
@@ -130,8 +128,7 @@ def survey_of(model: nn.Module, args: Any, kwargs: Any) -> Survey:
     """Return the planners of a model for these arguments."""
     found: Any = convert(model, memory=1.0)
     fit: Fit = found.revfx.fit
-    tapes = fit.tapes(found, *found.revfx.to_fit(found, args, kwargs))
-    return Survey({way: Planner(Needs(tape), costs) for way, (tape, costs) in tapes.items()})
+    return fit.survey(found, *found.revfx.to_fit(found, args, kwargs))
 
 
 def _modules(plan: Plan) -> Iterable[Share]:
