@@ -45,6 +45,9 @@ class Plan:
     coins: frozenset[int]
     block_of: Sequence[int]
 
+    def __post_init__(self) -> None:
+        self.coins -= self.kept  # what is kept whole is no bits
+
     @cached_property
     def dropped(self) -> dict[int, int]:
         """Return the packs whose values are computed again, each with the block that asks for it."""

@@ -35,18 +35,14 @@ class Search:
                 yield plan, self.model.load(plan)
                 self.left -= 1
 
-    def over(self, load: Load) -> int:
-        """Return how many bytes the peak is above the budget."""
-        return max(0, load.peak - self.budget)
-
     def brought_down(self, found: Found) -> Found | None:
         """Return a plan within the budget: what takes the least time for what it frees is let go of first."""
-        while over := self.over(found[1]):
+        while (over := found[1].peak - self.budget) > 0:
             seconds = found[1].seconds
             rates = [
                 ((f[1].seconds - seconds) / (over - now), n, f)
                 for n, f in enumerate(self.tried(less(found[0])))
-                if (now := self.over(f[1])) < over
+                if (now := max(0, f[1].peak - self.budget)) < over
             ]
             if not rates or self.left <= 0:
                 return None
@@ -100,7 +96,7 @@ def changed(plan: Plan) -> Iterator[Plan]:
     needs = plan.needs
     for v, packs in reversed(needs.wanted.items()):
         if v not in plan.kept and needs.tape.made_by[v] is not None:
-            yield replace(plan, kept=plan.kept | {v}, marks=plan.marks.difference(packs), coins=plan.coins - {v})
+            yield replace(plan, kept=plan.kept | {v}, marks=plan.marks.difference(packs))
     yield from less(plan)
 
 

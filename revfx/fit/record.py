@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
         if self.nudged and not old and any(self.kind(s) is not None for s in reads):
             with _torch.no_modes(), torch.no_grad():
                 for t in tensors:
-                    if t.is_floating_point():
+                    if t.is_floating_point() and _torch.storage_key(t) not in owned:
                         t.mul_(1 + NUDGE)
         drawn = draws(func, args, kwargs)
         self.tape.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, *self._where()))

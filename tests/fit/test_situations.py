@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -172,6 +173,18 @@ def test_parts_of_memory_and_draws(join: Any) -> None:
     for share in (0.9, 0.8, 0.7):
         fitted = revfx.convert(model, x, memory=share)
         assert equal(state(model, lambda f=fitted: square(f(x))), want)
+
+
+def test_what_is_kept_whole_is_no_bits() -> None:
+    """A mask that is saved as it was drawn may be either, and each choice is made without the other one."""
+    torch.manual_seed(0)
+    model, x = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=drawn), torch.randn(512, 64)
+    plan = fit_of(revfx.convert(model, x, memory=0.7)).plans[0].chosen.plan
+    (mask, told), *_ = plan.needs.coins.items()
+    assert mask == told
+    for first in (replace(plan, kept=plan.kept | {mask}), replace(plan, coins=plan.coins | {mask})):
+        both = replace(first, kept=first.kept | {mask}, coins=first.coins | {mask})
+        assert mask in both.kept and mask not in both.coins
 
 
 def test_running_statistics_are_read_before_they_are_written() -> None:
