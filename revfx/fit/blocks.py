@@ -36,10 +36,12 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
     """
     tape, turn = needs.tape, needs.tape.turn
     free = _free(needs, costs)
-    last: dict[int, int] = {}
-    for o in range(turn):
-        for s in tape.ops[o].reads:
-            last[s.value] = o
+    last, needed = dict[int, int](), {*needs.wanted}  # what the backward needs, or is computed from: not a sum of losses
+    for o in reversed(range(turn)):
+        if not needed.isdisjoint(tape.ops[o].makes):
+            for s in tape.ops[o].reads:
+                needed.add(s.value)
+                last.setdefault(s.value, o)
     over, sizes, live = [frozenset[int]()], [0], set[int]()
     for o in range(turn):  # `over[p]`: before operator p
         live.update(v for v in tape.ops[o].makes if v not in free)
@@ -54,7 +56,7 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
         held += kept[p - 1]
         passes = sizes[p] <= sizes[p - 1] and sizes[p] <= sizes[p + 1] and over[p] <= needs.wanted.keys()
         new = sum(tape.size(v) for v in over[p] if (tape.made_by[v] or 0) >= borders[-1])
-        if passes and over[p] and held >= WORTH * new:
+        if passes and over[p] and held >= max(1, WORTH * new):
             borders.append(p)
             held = 0
     borders.append(turn)
