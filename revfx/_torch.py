@@ -73,8 +73,9 @@ def graph_task_id() -> int:
     return torch._C._current_graph_task_id()
 
 
-def allocations(run: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """Return what `run` returns, and the bytes that it allocates on the CPU, or frees (negative), in order.
+def allocations(ready: Callable[[], Callable[[], Any]]) -> tuple[Any, list[int]]:
+    """Return what `ready()()` returns, the bytes on the CPU that `ready()` leaves there, and those that the second call
+    then allocates, or frees (negative), in order.
 
     The older profiler is one of its thread: on another, the user's may be active.
     """
@@ -82,10 +83,14 @@ def allocations(run: Callable[[], Any]) -> tuple[Any, list[int]]:
     config = _C._profiler.ProfilerConfig(_C._profiler.ProfilerState.CPU, *options, _C._profiler._ExperimentalConfig())
     autograd._enable_profiler_legacy(config)
     try:
-        out = run()
+        run = ready()
+        with torch.autograd.profiler.record_function("run"):
+            out = run()
     finally:
-        events = autograd._disable_profiler_legacy()
-    return out, [e.cpu_memory_usage() for thread in events for e in thread if e.kind() == "memory_alloc"]
+        events = [e for thread in autograd._disable_profiler_legacy() for e in thread]
+    start = next(i for i, e in enumerate(events) if e.name() == "run")
+    sizes = [e.cpu_memory_usage() if e.kind() == "memory_alloc" else 0 for e in events]
+    return out, [sum(sizes[:start]), *sizes[start:]]
 
 
 def allocated(device: torch.device) -> tuple[int, int] | None:
@@ -139,6 +144,14 @@ def breaks_graph(function: _F) -> _F:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Return whether calls of a module run compiled code."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, whatever `module.compile()` has put before it
+
+
+def replace_call(module: torch.nn.Module, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Have calls of a module run what `by` makes of what they run now, as `module.compile()` does."""
+    vars(module)["_compiled_call_impl"] = by(module._compiled_call_impl or module._call_impl)
 
 
 def uncompiled(function: _F) -> _F:
@@ -319,6 +332,18 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+no_dispatch: Any = _python_dispatch._disable_current_modes  # a context in which dispatch modes see nothing
+_excluded: Any = _C._dispatch_tls_local_exclude_set
+_OUTSIDE = _excluded()
+with below_autograd():
+    _BELOW = _excluded() - _OUTSIDE
+
+
+def above_autograd() -> Any:
+    """Return a context in which operators record what autograd needs, inside of `below_autograd` as well."""
+    return _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), _excluded() - _BELOW)
+
+
 class no_modes:
     """A context, to be entered any number of times, in which the user's function and dispatch modes see nothing."""
 
@@ -328,7 +353,7 @@ class no_modes:
     def __enter__(self) -> None:
         stack = contextlib.ExitStack()
         stack.enter_context(no_torch_function())
-        stack.enter_context(_python_dispatch._disable_current_modes())
+        stack.enter_context(no_dispatch())
         self.stacks.append(stack)
 
     def __exit__(self, *_: object) -> None:

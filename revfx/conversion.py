@@ -251,7 +251,8 @@ class Conversion:
             return self._call(model, args, kwargs, *flattened(args, kwargs))
 
         def is_reversible() -> bool:
-            return self.prepare(model, args, kwargs, leaves, spec).plan is not None
+            compiled = any(map(_torch.is_compiled, model.modules()))
+            return not compiled and self.prepare(model, args, kwargs, leaves, spec).plan is not None
 
         ways = Ways({"plain": store_activations()(self.forward(model)), "reversible": reversible}, is_reversible)
         return ways, FitCall(args, kwargs, leaves, (_call_key(plain_leaves(leaves)), spec, ambient_state()))

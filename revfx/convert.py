@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revfx.compiled.functions import compile_blocks
 from revfx.conversion import Options
 from revfx.converted import Reversible, reversible
 from revfx.fit.budget import Budget, checked_memory
@@ -37,7 +38,7 @@ def convert(
     usually; an activation whose code would be no smaller is kept.
 
     Args:
-        model: any module; it is not changed, and not run on real data for analysis.
+        model: any module; it is not changed (but see `compile`), and not run on real data for analysis.
         example_inputs: a tuple of arguments (or a dict of keyword arguments, or the only argument, a tensor) to make
             the plan for now.
         exact: make the regenerated activations those of the forward, bit for bit, by codes. False: have none, so that
@@ -59,7 +60,10 @@ def convert(
         compile: compile each module that a region calls, by `torch.compile` with its defaults; those that are alike
             once, at their first call. The same kernels run in the forward and again in the backward, so gradients are
             those of the model with the same compiled modules, bit for bit. A module that the compiler can't take runs
-            as it is, and `.revfx.refusals` says so.
+            as it is, and `.revfx.refusals` says so. With `memory`: compile the blocks of the model instead, in place,
+            as `block.compile()` does, and keep all that compiled code saves of one or run it again whole. Blocks are
+            the members of lists, the innermost ones, that have modules of their own; what is compiled already, by
+            `part.compile()` or `torch.compile(part)`, needs no `compile=True`.
         anchor_every: keep the activations before every so many couplings of a region as well (each line such as
             `x = x + f(y)` is one), from which the backward goes on: memory then grows with depth / anchor_every, and
             rounding, with `exact=False`, only from one anchor to the next.
@@ -95,7 +99,7 @@ def convert(
         raise ValueError("`compile=True` compiles what a recorded forward calls; `capture='dynamo'` records nothing.")
     exact = checked_exact(exact, grid)
     budget = checked_memory(memory)
-    if budget is not None and (not exact or compile or strict or capture != "auto" or (grid, every) != (None, None)):
+    if budget is not None and (not exact or strict or capture != "auto" or (grid, every) != (None, None)):
         raise ValueError(f"`{budget.text}` changes no bit and decides by itself what is kept: leave other options out.")
     options = Options(exact, grid, every, capture, strict, compile=compile, memory=budget)
     if isinstance(model, Reversible):
@@ -106,6 +110,8 @@ def convert(
             " it was made of."
         )
     converted = reversible(model, options)
+    if compile and budget is not None:
+        converted.revfx.compiled_functions += compile_blocks(model)
     if example_inputs is not None:
         kwargs = example_inputs if isinstance(example_inputs, dict) else {}
         args = (example_inputs,) if isinstance(example_inputs, Tensor) else () if kwargs else tuple(example_inputs)

@@ -32,13 +32,13 @@ MAY: dict[str, set[str]] = {
     "codes": {"_torch", "layout"},
     "eager": {*BOTTOM, *CODES, "passes", "traced"},
     "capture": {*BOTTOM, "rules", "passes", "eager"},
-    "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint"},
+    "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "capture"},
     "world": {*BOTTOM, "eager", "capture"},
     "fit": {*BOTTOM, "layout", "passes", "eager", "capture", "world"},
 }
 MAY["conversion"] = {*BOTTOM, "passes", "eager", "capture", "compiled", "fit"}
 MAY["converted"] = {*BOTTOM, "conversion", "traced"}
-MAY["convert"] = {*BOTTOM, "passes", "conversion", "converted", "fit"}
+MAY["convert"] = {*BOTTOM, "passes", "compiled", "conversion", "converted", "fit"}
 MAY["inverse"] = {*BOTTOM, "capture", "converted", "passes"}
 MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}

@@ -1,4 +1,5 @@
-"""The functions of a region, compiled one by one: the same kernels run in the forward and again in the backward.
+"""The functions of a region, or the blocks of a model, compiled one by one: the same kernels run in the forward and
+again in the backward.
 
 So, unlike in a whole graph that is compiled, what is regenerated is the forward's, bit for bit.
 """
@@ -7,13 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Hashable
+from collections import defaultdict
+from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revfx import _torch
+from revfx.capture.memo import structure
 from revfx.compiled.dynamo import compiler, with_own_code
+
+
+LISTS = nn.ModuleList, nn.ModuleDict  # which have no forward
 
 
 class Kernels:
@@ -21,7 +28,7 @@ class Kernels:
 
     def __init__(self) -> None:
         # a size that is found to vary would give an earlier call's re-run other kernels than it had
-        self.run: Callable[..., Any] = torch.compile(with_own_code(nn.Module.__call__), dynamic=False)
+        self.run: Callable[..., Any] = torch.compile(with_own_code(_torch.UNCOMPILED_CALL), dynamic=False)
         self.failed: str | None = None  # why the first that could not be compiled was not
         self.ran: dict[Hashable, bool] = {}  # each kind of call, and whether it could be compiled
 
@@ -46,7 +53,34 @@ class CompiledFunction:
             else:
                 kernels.ran[kind] = True
                 return result
-        return self.module(*args, **kwargs)
+        return _torch.UNCOMPILED_CALL(self.module, *args, **kwargs)
+
+
+def compile_blocks(model: nn.Module) -> list[tuple[str, str, CompiledFunction]]:
+    """Compile the members of a model's innermost lists that have modules of their own, as `module.compile()` does, but
+    those that are alike once; return them, each with its name and that of its class.
+
+    Raises:
+        ValueError: there are none.
+    """
+    kernels, blocks = defaultdict[Any, Kernels](Kernels), {id(m) for m in _blocks(model)}
+    if not blocks:
+        what = f"`compile=True` compiles the blocks in a model's lists, and this {type(model).__name__} has none"
+        raise ValueError(f"{what}: compile the parts that are to be by `part.compile()` instead.")
+    found: list[tuple[str, str, CompiledFunction]] = []
+    for name, m in model.named_modules():
+        if id(m) in blocks and not _torch.is_compiled(m):
+            function = CompiledFunction(m, kernels[structure(m)])
+            found.append((name, type(m).__name__, function))
+            _torch.replace_call(m, lambda _, function=function: function)
+    return found
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for m in module.children():
+        inner = [*_blocks(m)]
+        listed = isinstance(module, (*LISTS, nn.Sequential)) and not isinstance(m, LISTS) and any(m.children())
+        yield from inner or [m] * listed
 
 
 def _kind(*args: Any) -> Hashable:

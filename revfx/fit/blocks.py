@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
+from revfx.fit.compiled import Whole
 from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 
@@ -36,7 +38,10 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
     """
     tape, turn = needs.tape, needs.tape.turn
     free = _free(needs, costs)
-    last, needed = dict[int, int](), {*needs.wanted}  # what the backward needs, or is computed from: not a sum of losses
+    last, needed = (
+        dict[int, int](),
+        {*needs.wanted},
+    )  # by the backward: a sum of losses is not
     for o in reversed(range(turn)):
         if not needed.isdisjoint(tape.ops[o].makes):
             for s in tape.ops[o].reads:
@@ -49,12 +54,14 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
         over.append(frozenset(live))
         sizes.append(sum(tape.size(v) for v in live))
     kept = [0] * (turn + 1)
-    for values in needs.wanted.values():
-        kept[min(tape.packs[values[0]].packed, turn)] += tape.size(needs.value(values[0]))
+    for packs in filter(None, needs.wanted.values()):
+        kept[min(tape.packs[packs[0]].packed, turn)] += tape.size(needs.value(packs[0]))
     borders, held = [0], 0
     for p in range(1, turn):
         held += kept[p - 1]
-        passes = sizes[p] <= sizes[p - 1] and sizes[p] <= sizes[p + 1] and over[p] <= needs.wanted.keys()
+        before = inf if isinstance(tape.ops[p - 1].func, Whole) else sizes[p - 1]  # much is there within compiled parts
+        after = inf if isinstance(tape.ops[p].func, Whole) else sizes[p + 1]
+        passes = sizes[p] <= min(before, after) and over[p] <= needs.wanted.keys()
         new = sum(tape.size(v) for v in over[p] if (tape.made_by[v] or 0) >= borders[-1])
         if passes and over[p] and held >= max(1, WORTH * new):
             borders.append(p)

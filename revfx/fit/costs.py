@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.fit import bits
+from revfx.fit.compiled import Back
 from revfx.fit.tape import Op, Spot, Tape
+from revfx.passes.sizes import tensors_of
 
 
 REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it takes longer than ...
@@ -134,22 +136,27 @@ def _cost(tape: Tape, op: Op) -> Cost:
     spots = (*op.reads, *(s for s in op.outs if s is not None))
     device = next((tape.memory(s.value).device for s in spots), torch.device("cpu"))
     try:
-        args, kwargs = _operands(tape, op)
+        (args, kwargs), frees = _operands(tape, op), isinstance(op.func, Back)
+
+        def ready() -> Callable[[], Any]:
+            return op.func.ready(*args) if frees else functools.partial(op.func, *args, **kwargs)
+
         if device.type == "cpu":
-            out, changes = _torch.allocations(lambda: op.func(*args, **kwargs))
-            used = [0, *accumulate(changes)]
-            scratch = max(used) - max(used[-1], 0)
+            out, changes = _torch.allocations(ready)
+            used = [*accumulate(changes)]
+            most, end = max(used), max(0, used[-1])
         else:
             torch.cuda.synchronize(device)
+            start, run = torch.cuda.memory_allocated(device), ready()
             torch.cuda.reset_peak_memory_stats(device)
-            out = op.func(*args, **kwargs)
-            scratch = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+            out = run()
+            most, end = (f(device) - start for f in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated))
         results = [
             (t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)
         ]
+        made = sum(t.nbytes for t in tensors_of(out)) if frees else end
         del out
-        run = functools.partial(op.func, *args, **kwargs)
-        return Cost(_seconds(run, device) if op.makes else 0.0, scratch, tuple(results))
+        return Cost(_seconds(ready, device) if op.makes else 0.0, max(0, most - made), tuple(results))
     except Exception:
         return Cost()
 
@@ -158,12 +165,13 @@ def _cost(tape: Tape, op: Op) -> Cost:
 def bit_seconds(device: torch.device) -> float:
     """Return what it takes to keep one element as a bit, and to make it of that again."""
     t = torch.zeros(FEW, device=device)
-    return _seconds(lambda: bits.decode(bits.encode(t != 0), FEW, t.dtype), device) / FEW
+    return _seconds(lambda: lambda: bits.decode(bits.encode(t != 0), FEW, t.dtype), device) / FEW
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _seconds(ready: Callable[[], Callable[[], Any]], device: torch.device) -> float:
     fastest = float("inf")
     for _ in range(REPEATS):
+        run = ready()
         if device.type != "cpu":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

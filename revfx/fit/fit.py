@@ -6,7 +6,6 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from revfx.eager.modes import is_simulating, runs_plain
 from revfx.errors import BudgetError, RevfxError, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
+from revfx.fit.compiled import watching
 from revfx.fit.costs import Costs
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
@@ -56,15 +56,12 @@ class Ways:
     is_reversible: Callable[[], bool]
 
 
-_inside: ContextVar[bool] = ContextVar("revfx_fitting", default=False)
-
-
 def may_fit(leaves: Sequence[Any]) -> bool:
     """Return whether a call is a step of training with ordinary tensors, on which nobody else has hooks: not a part of
     another model with a budget, which knows of it.
     """
     tensors = [t for t in leaves if isinstance(t, Tensor)]
-    if _inside.get() or is_simulating() or runs_plain(tensors):
+    if watching.get() is not None or is_simulating() or runs_plain(tensors):
         return False
     if _torch.has_saved_tensors_hooks():
         what = "hooks on what autograd saves are active around a model with a budget, such as those of a checkpoint"
@@ -117,12 +114,12 @@ class Fit:
         most = replace(self.budget, less=0).of(fitted.plain)
         meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
         step = Step(fitted.course, model, call.leaves, meter)
-        token = _inside.set(True)
+        token = watching.set(step)
         try:
             with saved_tensors_hooks(step.pack, step.unpack):
                 result = run(*call.args, **call.kwargs)
         finally:
-            _inside.reset(token)
+            watching.reset(token)
             step.end()
         self.calls += 1
         if step.moved:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from revfx.fit.bits import Mark, mark_of
+from revfx.fit.compiled import Whole
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.passes._torch import is_pure, writes
 
@@ -29,7 +30,7 @@ SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor
 class Needs:
     """A tape, seen from its backward.
 
-    `wanted`: the values that autograd keeps, as they are in the backward, with the numbers of the packs; `marks`: what
+    `wanted`: the values that can be kept, as they are in the backward, with the numbers of the packs; `marks`: what
     is enough of some packs; `coins`: zeros and ones that were drawn, and can be told from a value that is kept.
     `stuck`: packs that stay as they are, as what they are of is written over, or the backward does not come by.
     """
@@ -43,6 +44,10 @@ class Needs:
     def __post_init__(self) -> None:
         for k, p in enumerate(self.tape.packs):
             if p.spot is None or self.source(p.spot.value) is not None:
+                continue
+            if p.offered:
+                if p.spot.value == self.tape.memory(p.spot.value).values[-1]:
+                    self.wanted.setdefault(p.spot.value, [])
                 continue
             if p.unpacked is None or not self._stays(p.spot):
                 self.stuck.append(k)
@@ -107,8 +112,8 @@ class Needs:
 
         for o, op in enumerate(tape.ops[: tape.turn]):
             op_ = twin(op)
-            ok = not self._varies(o) and not op.draws and op.func.namespace in ("aten", "prims") and bool(op.makes)
-            ok = ok and (is_pure(op.func) or writes(op.func)) and all(is_known(s.value) for s in op_.reads)
+            ok = not self._varies(o) and not op.draws and bool(op.makes) and _runs_again(op.func)
+            ok = ok and all(is_known(s.value) for s in op_.reads)
             found.append(op_ if ok and all(self.source(v) is None for v in op.makes) else None)
         return found
 
@@ -134,7 +139,7 @@ class Needs:
             if op.func == aten.bernoulli_.float and len(op.makes) == 1 and self._is_whole(op.writes[0]):
                 drawn, last = op.makes[0], tape.memory(op.makes[0]).values[-1]
                 rest = [tape.made_by[v] or 0 for v in tape.after(drawn)]
-                if all(not self._varies(o) and _scales(tape.ops[o]) for o in rest) and last in self.wanted:
+                if all(not self._varies(o) and _scales(tape.ops[o]) for o in rest) and self.wanted.get(last):
                     found[drawn] = last
         return found
 
@@ -153,6 +158,10 @@ def is_dense(spot: Spot) -> bool:
     """Return whether the elements of a spot lie beside each other, each once."""
     extent = 1 + sum((n - 1) * s for n, s in zip(spot.shape, spot.stride, strict=True))
     return math.prod(spot.shape) == extent
+
+
+def _runs_again(func: Any) -> bool:
+    return isinstance(func, Whole) or (func.namespace in ("aten", "prims") and (is_pure(func) or writes(func)))
 
 
 def _scales(op: Op) -> bool:

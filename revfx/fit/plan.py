@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from revfx.fit.compiled import Whole
 from revfx.fit.needs import Needs
 
 
@@ -60,6 +61,12 @@ class Plan:
     def again(self) -> frozenset[int]:
         """Return the operators that run again, whatever autograd asks for."""
         return frozenset(self.above([self.needs.value(k) for k in self.dropped]))
+
+    @cached_property
+    def parts(self) -> frozenset[int]:
+        """Return which calls of compiled parts run again, of all in a step."""
+        ops = [self.needs.tape.ops[o] for o in self.again]
+        return frozenset([op.args[0].number for op in ops if isinstance(op.func, Whole)])
 
     def check_gathered(self) -> None:
         """Do nothing, if what runs again reads no parameters but those that FSDP2 has gathered then.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from revfx.capture.effects import none_left
 from revfx.capture.guards import is_plain
 from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
+from revfx.fit.compiled import Back, Began, Bracket, Gradients, Part, Whole, parts_of, watching
 from revfx.fit.numbers import differing
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import draws, writes
@@ -55,6 +56,8 @@ class Recorder(TorchDispatchMode):
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
         self.turns = 0
         self.watched: list[weakref.ref[_Kept]] = []
+        self.parts, self.cached = 0, torch.is_autocast_cache_enabled()  # compiled ones that were called, and how
+        self.inside: list[Tensor] | None = None  # what is there until the one that runs has ended
 
     # --- memory
     def spot(self, t: Tensor, made: bool = False) -> Spot | None:
@@ -125,14 +128,63 @@ class Recorder(TorchDispatchMode):
         outs = tuple([self.spot(t, made=True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
         reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.tape.memory_of)))
-        if self.nudged and not old and any(self.kind(s) is not None for s in reads):
-            with _torch.no_modes(), torch.no_grad():
-                for t in tensors:
-                    if t.is_floating_point() and _torch.storage_key(t) not in owned:
-                        t.mul_(1 + NUDGE)
+        if not old and any(self.kind(s) is not None for s in reads):
+            self._nudge([t for t in tensors if _torch.storage_key(t) not in owned])
         drawn = draws(func, args, kwargs)
         self.tape.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, *self._where()))
         return out
+
+    def _nudge(self, made: Sequence[Tensor]) -> None:
+        with _torch.no_modes(), torch.no_grad():
+            for t in made if self.nudged else ():
+                if t.is_floating_point():
+                    t.mul_(1 + NUDGE)
+
+    def part(self, part: Part, args: Any, kwargs: Any) -> Any:
+        """Return what a compiled part returns; it is noted as one operator, and so is its backward."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = tensors_of(leaves)
+        whole, versions = Whole.of(part, leaves, spec, self.cached), [_torch.version(t) for t in tensors]
+        spots = [self.spot(t) if isinstance(t, Tensor) else t for t in leaves]
+        self.tape.packs += [Pack(self.spot(t), len(self.tape.ops), offered=True) for t in tensors]
+        operands, where = (Began(self.parts), *spots), (self.names.get(id(part.module), ""), self._where()[1])
+        self.parts += 1
+        backward, results = list[Gradients](), list[Any]()
+
+        def run() -> Sequence[Tensor]:
+            result, gradients = whole.run(leaves)
+            backward.append(gradients)
+            results.append(result)
+            return tensors_of(result)
+
+        def back(of: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+            given = [None if g is None else self.spot(g) for g in of]
+            return self._as_one(Back(whole), (*operands, *given), where, lambda: backward[0](of))
+
+        needing = [t for t in (*tensors, *part.module.parameters()) if t.requires_grad]
+        outs = Bracket.apply(lambda: self._as_one(whole, operands, where, run), back, *needing)
+        if versions != [_torch.version(t) for t in tensors]:
+            raise RevfxError(f"`{where[0]}`, which is compiled, writes to its arguments.")
+        owned, made = {_torch.storage_key(t) for t in tensors}, iter(outs)
+        self._nudge([t for t in outs if _torch.storage_key(t) not in owned])
+        return pytree.tree_map_only(Tensor, lambda _: next(made), results[0])
+
+    def _as_one(self, func: Any, operands: tuple[Any, ...], where: tuple[str, str], run: Callable[[], Any]) -> Any:
+        """Return the tensors that `run` returns, noted as results of one operator, as is what autograd keeps of it."""
+        before, first, self.inside = len(self.tape.memory_of), len(self.tape.packs), []
+        torch.set_autocast_cache_enabled(self.cached)
+        try:
+            with _torch.no_dispatch():
+                results = run()
+                made = [None if t is None else self.spot(t, made=True) for t in results]
+                outs = (*[p.spot for p in self.tape.packs[first:]], *made)
+                makes = tuple([v for v in range(before, len(self.tape.memory_of)) if self.tape.made_by[v] is not None])
+                reads = tuple([s for s in operands if isinstance(s, Spot)])
+                self.tape.ops.append(Op(func, operands, {}, reads, outs, (), makes, False, *where))
+                return results
+        finally:
+            torch.set_autocast_cache_enabled(False)
+            self.inside = None
 
     def _where(self) -> tuple[str, str]:
         """Return the innermost module that runs, and the line in its forward; in the backward autograd's name."""
@@ -148,17 +200,22 @@ class Recorder(TorchDispatchMode):
         return "", ""
 
     # --- autograd
+    @_torch.uncompiled
     def pack(self, t: Tensor) -> Any:
         """Return what autograd is to hold in the place of `t`."""
-        spot, packs = self.spot(t), self.tape.packs
+        made = self.inside is not None and _torch.storage_key(t) not in self.sources
+        spot, packs = self.spot(t, made), self.tape.packs
         packs.append(pack := Pack(spot, len(self.tape.ops), module=self._where()[0] if self.tape.sharded else ""))
         if spot is None or isinstance(t, nn.Parameter):
             pack.spot = None
             return t
+        if self.inside is not None:
+            self.inside.append(t)
         kept = _Kept(len(packs) - 1)
         self.watched.append(weakref.ref(kept, lambda _: setattr(pack, "released", len(self.tape.ops))))
         return kept
 
+    @_torch.uncompiled
     def unpack(self, kept: Any) -> Tensor:
         """Return what autograd reads: zeros, in memory of their own."""
         if not isinstance(kept, _Kept):
@@ -179,6 +236,8 @@ class Recorder(TorchDispatchMode):
             del self.known[key]
 
         self.known[key] = -1 - kept.number, weakref.ref(double.untyped_storage(), released)
+        if self.inside is not None and self.tape.made_by[spot.value] != pack.packed:  # what it made itself goes earlier
+            self.inside.append(double)
         return double
 
 
@@ -194,21 +253,22 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
     """Return the tape of `run(*args, **kwargs)`, which calls `model`, and of its backward.
 
     Raises:
-        RevfxError: parts of it are compiled, or its parameters spread by others than FSDP2.
+        RevfxError: it is compiled as a whole, or its parameters are spread by others than FSDP2.
         Exception: whatever the model raises.
     """
-    for name, m in model.named_modules():
-        if _torch.is_compiled(m):
-            what = f"`{name or 'the root'}` is compiled, and what compiled code keeps is its own affair:"
-            raise RevfxError(f"{what} leave it uncompiled, or see torch's `activation_memory_budget`.")
-    if any(map(_torch.is_dtensor, model.parameters())) and not any(map(_fsdp.is_sharded, model.modules())):
+    compiled, sharded = parts_of(model), any(map(_fsdp.is_sharded, model.modules()))
+    if any(map(_torch.is_dtensor, model.parameters())) and not sharded:
         raise RevfxError("its parameters are spread over processes, and not by FSDP2.")
-    try:
-        return _record(World(model, args, kwargs, whole=True), run)
-    except RevfxError:
-        raise
-    except Exception:
-        tape, nudged = (_record(RealWorld(model, args, kwargs), run, n) for n in (False, True))
+    if compiled and sharded:
+        raise RevfxError(f"FSDP2 gathers parameters, and `{compiled[0]}` is compiled: leave it uncompiled.")
+    if not compiled:
+        try:
+            return _record(World(model, args, kwargs, whole=True), run)
+        except RevfxError:
+            raise
+        except Exception:  # it asks for numbers, or no fake tensors pass
+            pass
+    tape, nudged = (_record(RealWorld(model, args, kwargs), run, n) for n in (False, True))
     tape.varies = differing(tape, nudged) or frozenset()  # what is given other numbers if the data are others
     return tape
 
@@ -222,7 +282,6 @@ def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape
         if real:
             stack.enter_context(torch.random.fork_rng())
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-        torch.set_autocast_cache_enabled(False)  # it would hold casts of what stands for parameters
         stack.callback(world.fakes.clear)
         return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
 
@@ -232,9 +291,14 @@ def _step(
 ) -> Tape:
     recorder = Recorder(mode, _sources(model, args, kwargs), model, nudged)
     tape = recorder.tape
+    torch.set_autocast_cache_enabled(False)  # it would hold casts of what stands for parameters
     with recorder:
-        with saved_tensors_hooks(recorder.pack, recorder.unpack):
-            result = run(*args, **kwargs)
+        token = watching.set(recorder)
+        try:
+            with saved_tensors_hooks(recorder.pack, recorder.unpack):
+                result = run(*args, **kwargs)
+        finally:
+            watching.reset(token)
         tape.turn = len(tape.ops)
         outs = [t for t in tensors_in(result) if t.requires_grad]
         outs = [t for t in outs if not t.dim()] or outs  # where there is a loss, it is what is differentiated

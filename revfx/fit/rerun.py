@@ -11,11 +11,12 @@ from torch.utils import _pytree as pytree
 
 from revfx.errors import RegenerationError
 from revfx.fit import bits
+from revfx.fit.compiled import Began
 from revfx.fit.plan import Plan
 from revfx.fit.tape import Spot
 
 
-Find = Callable[[Spot], Tensor]
+Find = Callable[[Any], Any]  # of a spot its tensor, of what a call of a compiled part begins with that
 Values = dict[int, Tensor]  # by value: a tensor in its memory
 
 
@@ -61,7 +62,7 @@ class Operator:
 
 
 def _filled(a: Any, find: Find) -> Any:
-    if isinstance(a, Spot):
+    if isinstance(a, (Spot, Began)):
         return find(a)
     return [_filled(x, find) for x in a] if isinstance(a, (list, tuple)) else a
 

@@ -113,7 +113,8 @@ class Runs:
                 op = tape.ops[o]
                 yield signature(tape, op), self.needs.replayed[o] is None, *[name(o, s.value) for s in op.reads]
                 for v in op.makes:
-                    yield death(o, v), *[times(o, k, starts[b]) for k in self.needs.wanted.get(v, ())]
+                    wanted = self.needs.wanted.get(v)
+                    yield death(o, v), wanted is None, *[times(o, k, starts[b]) for k in wanted or ()]
 
         numbers: dict[Hashable, int] = {}
         return [numbers.setdefault(tuple(block(b)), len(numbers)) for b in range(len(self.blocks))]

@@ -14,6 +14,7 @@ from revfx.fit.plan import Plan
 
 BITS = 8  # in a byte
 WITNESS, EACH = 2**16, 1024  # bytes at most of what is noted of tensors: weights of checksums; of each
+STATE = 2**13  # bytes of the random state that is noted for a compiled part that runs again
 OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
 
 Hold = Callable[[int, int, int | None], None]  # so many bytes from before one operator to before another
@@ -110,7 +111,7 @@ class Model:
         plan.check_gathered()
         held, spikes, seconds = self.changes(plan, self.needs.wanted)
         extra = [*accumulate(held)]
-        noted = WITNESS * bool(plan.dropped) + EACH * len(plan.dropped)
+        noted = WITNESS * bool(plan.dropped) + EACH * len(plan.dropped) + STATE * len(plan.parts)
         live = [d + e + noted for d, e in zip(self.during, extra, strict=False)]
         for at, size in spikes.items():
             live[at] = max(live[at], self.before[at] + extra[at - 1] + size + noted)
@@ -153,7 +154,7 @@ class Model:
 
     def through(self, packs: Iterable[int]) -> int:
         """Return before which operator autograd lets go of the last of some packs."""
-        return max(self.needs.tape.packs[k].released or 0 for k in packs)
+        return max((self.needs.tape.packs[k].released or 0 for k in packs), default=0)
 
     def _marks(
         self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None, bits: int = 1, more: int = 2

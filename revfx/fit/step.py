@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.ambient import kernels_of
+from revfx.eager.state import CallState
 from revfx.errors import RevfxError
 from revfx.fit import bits
 from revfx.fit.bits import Mark
+from revfx.fit.compiled import Began, Part
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
 from revfx.fit.rerun import Operator, Values, placed, whole
 from revfx.fit.tape import Spot
 from revfx.fit.witness import Witness
+from revfx.passes.sizes import tensors_of
 
 
 _NOTHING: Values = {}
@@ -107,7 +110,8 @@ class Step:
         self.course, self.model, self.sources = course, model, sources_of(course.plan, model, leaves)
         self.versions = {v: _torch.version(t) for v, t in self.sources.items()}
         self.kept: dict[int, Values] = {block: {} for block in course.plan.bases}
-        self.number, self.moved, self.same = 0, False, True
+        self.states: dict[int, CallState] = {}  # by number, what calls of compiled parts began with
+        self.number, self.parts, self.moved, self.same = 0, 0, False, True
         self.settings, self.meter = _torch.kernel_settings(), meter
         self.witness = Witness(course.calls)
         course.calls += 1
@@ -118,6 +122,7 @@ class Step:
         self.lock = threading.RLock()
 
     # --- the forward
+    @_torch.uncompiled
     def pack(self, t: Tensor) -> Any:
         """Return what autograd holds in the place of `t`."""
         k, course = self.number, self.course
@@ -146,12 +151,30 @@ class Step:
             self.witness.then(spot, t.detach())
         return _Dropped(self, k, self.kept[block])
 
+    def part(self, part: Part, args: Any, kwargs: Any) -> Any:
+        """Return what a compiled part returns, having noted what its call began with, if it is to run again."""
+        for t in tensors_of((args, kwargs)):
+            self.pack(t)
+        n = self.parts
+        self.parts = n + 1
+        if n not in self.course.plan.parts:
+            return part.call(*args, **kwargs)
+        state, returned = part.began(), False
+        try:
+            result = part.call(*args, **kwargs)
+            returned = True
+        finally:
+            state.settle(returned)
+        self.states[n] = state
+        return result
+
     def end(self) -> None:
         """Note that the forward is through: from now on, what is kept is held by autograd alone."""
         self.kept = {}
         self.moved = self.moved or self.number != len(self.course.spots)
 
     @staticmethod
+    @_torch.uncompiled
     def unpack(held: _Kept | _Marked | _Dropped) -> Tensor:
         """Return what autograd reads."""
         return held.get()
@@ -203,8 +226,10 @@ class Step:
             del values[v]
         return tensor
 
-    def _find(self, spot: Spot) -> Tensor:
-        """Return a tensor that is there."""
+    def _find(self, spot: Spot | Began) -> Any:
+        """Return a tensor that is there, or what a call of a compiled part began with."""
+        if isinstance(spot, Began):
+            return self.states[spot.number]
         v = spot.value
         t = self.values.get(v)
         if t is None:

@@ -67,7 +67,8 @@ class Op:
 @dataclass(slots=True)
 class Pack:
     """What autograd keeps from before operator `packed` to before operator `released`; it reads it first by `unpacked`,
-    as the tensor of this `turn`. `spot` is None of what no memory is known of.
+    as the tensor of this `turn`. `spot` is None of what no memory is known of. Arguments of compiled parts are
+    `offered`: seen, and not kept.
     """
 
     spot: Spot | None
@@ -76,6 +77,7 @@ class Pack:
     released: int | None = None
     turn: int = 0
     module: str = ""  # the innermost one that runs
+    offered: bool = False
 
 
 @dataclass

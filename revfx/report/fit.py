@@ -136,7 +136,10 @@ def _modules(plan: Plan) -> Iterable[Share]:
     needs, tape = plan.needs, plan.needs.tape
     rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     told = {needs.coins[v] for v in plan.coins}
+    bases = frozenset[int]().union(*plan.bases.values())
     for v, packs in needs.wanted.items():
+        if not packs and v not in bases:
+            continue  # an argument of a compiled part
         made = tape.made_by[v]
         path = tape.ops[made].module if made is not None else ""
         column = 0 if v in plan.kept else 2 if v in told or plan.marks.issuperset(packs) else 1

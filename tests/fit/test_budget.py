@@ -33,8 +33,7 @@ def test_what_is_no_budget(given: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"exact": False}, {"grid": 12}, {"anchor_every": 2}, {"capture": "fx"}, {"strict": True}, {"compile": True}],
+    "other", [{"exact": False}, {"grid": 12}, {"anchor_every": 2}, {"capture": "fx"}, {"strict": True}]
 )
 def test_a_budget_decides_alone(other: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="leave other options out"):

@@ -382,17 +382,6 @@ def test_a_parameter_that_was_written_to_raises() -> None:
             loss.backward()
 
 
-def test_compiled_parts_say_so() -> None:
-    for compiled in (
-        lambda m: m.layers[2].compile(backend="eager"),
-        lambda m: m.layers.append(torch.compile(m.layers[0])),
-    ):
-        model, (x,), _ = make("mlp")
-        compiled(model)
-        with pytest.raises(RevfxError, match=r"`layers.\d` is compiled"):
-            revfx.convert(model, x, memory=0.5)
-
-
 def test_a_compiler_around_it_leaves_it_alone() -> None:
     model, fitted, x = pair()
     outer = torch.compile(nn.Sequential(nn.Identity(), fitted), backend="eager")

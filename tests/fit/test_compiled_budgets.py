@@ -1,0 +1,187 @@
+"""Compiled parts of a model with a budget: each runs again whole, by the same kernels."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compiled import QUIET
+from fit_models import Made, Residual, branch, equal, make, peak, square, state
+from torch import Tensor, nn
+from torch._dynamo import graph_break
+
+import revfx
+from revfx.errors import BudgetError, RevfxError
+
+
+pytestmark = QUIET
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing is compiled before or after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def parts_again(fitted: Any) -> int:
+    """How many calls of compiled parts run again under the only plan."""
+    (found,) = fitted.revfx.fit.plans
+    return len(found.chosen.plan.parts)
+
+
+def check(model: nn.Module, fitted: Any, x: Tensor, memory: float, half: bool = False) -> None:
+    """Steps are those of `model`, whose parts are compiled, in less memory."""
+
+    def step(m: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = m(x)
+        return square(out).float()
+
+    most = memory * peak(model, partial(step, model))
+    assert peak(fitted, partial(step, fitted)) <= most
+    for seed in range(3):
+        assert equal(state(fitted, partial(step, fitted), seed), state(model, partial(step, model), seed))
+    assert parts_again(fitted)
+
+
+def convolutions() -> Made:
+    """Layers with BatchNorm; the compiler keeps none of their inputs as they are."""
+    layers: list[Any] = [layer for _ in range(3) for layer in make("convolutions")[0].layers]  # type: ignore[union-attr]
+    return Residual(*layers), (torch.randn(16, 16, 16, 16),), square
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "encoder", "asks"])
+def test_blocks_are_compiled_and_run_again(name: str, half: bool) -> None:
+    """Dropout, BatchNorm and attention within them; numbers are asked for between them."""
+    model, (x,), _ = make(name) if name != "convolutions" else convolutions()
+    fitted: Any = revfx.convert(model, memory=0.6, compile=True)
+    check(model, fitted, x, 0.6, half)
+    assert not fitted.revfx.refusals
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "breaks"])
+def test_some_parts_may_be_compiled(how: str) -> None:
+    """By `module.compile()`, by `torch.compile(module)`, or with two graphs in one; the others run as they are."""
+    model, (x,), _ = make("mlp")
+    layers: Any = model.layers
+    for i in (1, 2, 4):
+        if how == "wrapped":
+            layers[i] = torch.compile(layers[i], backend="aot_eager")
+        else:
+            if how == "breaks":
+                layers[i].insert(2, Breaks())
+            layers[i].compile(backend="aot_eager")
+    fitted: Any = revfx.convert(model, x, memory=0.4)
+    check(model, fitted, x, 0.4)
+    assert any(str(op.func).startswith("aten") for op in again(fitted))
+
+
+class Breaks(nn.Module):
+    """Something at which the compiler ends a graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        graph_break()
+        return x.sin()
+
+
+def again(fitted: Any) -> list[Any]:
+    """The operators that run again."""
+    plan = fitted.revfx.fit.plans[0].chosen.plan
+    return [plan.needs.tape.ops[o] for o in plan.again]
+
+
+def test_copies_and_pickles_run_uncompiled_as_those_of_torch() -> None:
+    model, (x,), _ = make("mlp")
+    fitted: Any = revfx.convert(model, x, memory=0.5, compile=True)
+    for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
+        plain = copy.deepcopy(model)
+        assert equal(state(twin, lambda m=twin: square(m(x))), state(plain, lambda m=plain: square(m(x))))
+
+
+def test_evaluation_and_several_forwards_in_between() -> None:
+    model, (x,), _ = make("mlp")
+    fitted = revfx.convert(model, x, memory=0.5, compile=True)
+    found: list[list[Tensor]] = []
+    for m in (model, fitted):
+        model.zero_grad()
+        torch.manual_seed(1)
+        losses = [square(m(x)), square(m(x + 1))]
+        with torch.no_grad():
+            value = m(x)
+        for loss in losses:
+            loss.backward()
+        found.append([value, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert equal(*found)
+
+
+def test_the_least_names_the_part() -> None:
+    model, (x,), _ = make("mlp")
+    with pytest.raises(BudgetError, match=r"(?s)least feasible budget is \d+ bytes.*compiled Sequential"):
+        revfx.convert(model, x, memory=0.05, compile=True)
+
+
+def test_explain_names_parts() -> None:
+    model, (x,), _ = make("mlp")
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.compile(backend="aot_eager")
+    report = revfx.explain(model, x, memory=0.5)
+    assert report.fit is not None and report.fit.peak <= 0.5 * report.fit.plain
+    assert "layers.2" in str(report)
+
+
+def _root(model: Any) -> None:
+    model.compile(backend="eager")
+
+
+def _writing(model: Any) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x.add_(1)
+            return x.sin()
+
+    model.layers[2] = nn.Sequential(nn.Linear(64, 64), Writes())
+    model.layers[2][1].compile(backend="eager")
+
+
+@pytest.mark.parametrize("change, says", [(_root, "compiled as a whole"), (_writing, r"layers.2.1.*its arguments")])
+def test_what_can_not_be_said_no_to_quietly(change: Callable[[Any], None], says: str) -> None:
+    model, (x,), _ = make("mlp")
+    change(model)
+    with pytest.raises(RevfxError, match=says):
+        revfx.convert(model, x, memory=0.5)
+
+
+def test_a_model_without_blocks_says_so() -> None:
+    with pytest.raises(ValueError, match=r"this Linear has none.*part.compile"):
+        revfx.convert(nn.Linear(4, 4), memory=0.5, compile=True)
+
+
+def test_what_the_compiler_can_not_take_runs_as_it_is_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", failing)
+    model, (x,), _ = make("mlp")
+    plain = copy.deepcopy(model)
+    fitted: Any = revfx.convert(model, x, memory=0.5, compile=True)
+    assert equal(state(fitted, lambda: square(fitted(x))), state(plain, lambda: square(plain(x))))
+    assert ["layers.3" in str(r) for r in fitted.revfx.refusals].count(True) == 1 and parts_again(fitted)
+
+
+def test_alike_blocks_are_compiled_once() -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    model = Residual(*(branch() for _ in range(12)))
+    x = torch.randn(64, 64)
+    fitted = revfx.convert(model, x, memory=0.5, compile=True)
+    square(fitted(x)).backward()
+    assert counters["stats"]["unique_graphs"] == 2  # the input of the first needs no gradient
