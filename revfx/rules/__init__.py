@@ -283,6 +283,6 @@ def why_none(name: str) -> str:
     return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")
 
 
-for _file in ("arithmetic", "activations", "layout", "linear", "decomposed"):  # they fill the table
+for _file in ("arithmetic", "activations", "layout", "linear"):  # they fill the table
     importlib.import_module(f"revfx.rules.{_file}")
 _ours = dict(_table)

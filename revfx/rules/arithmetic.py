@@ -24,13 +24,8 @@ def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
 
 
 # --- arithmetic: y = a + alpha*b and its relatives
-def _scaled_by_a_tensor(*operands: Any) -> Iterator[Direction]:
-    """Yield refusals where a tensor holds the number that scales an operand.
-
-    `alpha=` and `value=` take one of no dimensions, and so does the old order `torch.add(a, alpha, b)`.
-    """
-    for operand in operands:
-        yield NoInverse(operand, "a tensor stands where a number scales an operand")
+# `alpha=` and `value=` take a tensor of no dimensions as well, and so does the old order `torch.add(a, alpha, b)`.
+SCALED = "a tensor stands where a number scales an operand"
 
 
 @register_inverse(
@@ -41,7 +36,7 @@ def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
     if isinstance(alpha, fx.Node):
-        yield from _scaled_by_a_tensor(a, b)
+        yield from (NoInverse(operand, SCALED) for operand in (a, b))
         return
     yield Inverse(a, lambda y, b: y - scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, alpha))
     yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
@@ -49,23 +44,14 @@ def add(node: fx.Node) -> Iterator[Direction]:
 
 @register_inverse(
     torch.sub, torch.subtract, "sub", "sub_", "subtract", "__sub__", "__isub__", operator.sub, operator.isub,
-    aten.sub.Tensor, aten.sub.Scalar,
+    aten.sub.Tensor, aten.sub.Scalar, torch.rsub, "__rsub__", aten.rsub.Tensor, aten.rsub.Scalar,
 )  # fmt: skip
 def sub(node: fx.Node) -> Iterator[Direction]:
-    """`y = a - alpha*b`; `a = y + alpha*b`, `b = (a - y)/alpha`."""
-    yield from _difference(*arguments(node, "input", "other", alpha=1))
-
-
-@register_inverse(torch.rsub, "__rsub__", aten.rsub.Tensor, aten.rsub.Scalar)
-def rsub(node: fx.Node) -> Iterator[Direction]:
-    """`y = b - alpha*a`; `a = (b - y)/alpha`, `b = y + alpha*a`."""
+    """`y = a - alpha*b`, of `rsub` for its operands the other way round; `a = y + alpha*b`, `b = (a - y)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
-    yield from reversed([*_difference(b, a, alpha)])
-
-
-def _difference(a: Any, b: Any, alpha: Any) -> Iterator[Direction]:
+    a, b = (b, a) if "rsub" in str(node.target) else (a, b)
     if isinstance(alpha, fx.Node):
-        yield from _scaled_by_a_tensor(a, b)
+        yield from (NoInverse(operand, SCALED) for operand in (a, b))
         return
     yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
     yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
@@ -111,7 +97,7 @@ def add_product(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b*c` or `y = a + value*b/c`; `a` is y less the same."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
     if isinstance(value, fx.Node):
-        yield from _scaled_by_a_tensor(a)
+        yield NoInverse(a, SCALED)
         return
     divides = "addcdiv" in str(node.target)
     add, product = (torch.addcdiv, operator.truediv) if divides else (torch.addcmul, operator.mul)
@@ -124,8 +110,8 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
     """`y = (1-w)*a + w*b` for a number w; `a = (y - w*b)/(1-w)`, `b = (y - (1-w)*a)/w`."""
     a, b, w = arguments(node, "input", "end", "weight")
     if not isinstance(w, Scalar) or isinstance(w, bool):
-        for operand in (a, b):
-            yield NoInverse(operand, "lerp with a tensor weight is not bounded away from zero")
+        why = "lerp with a tensor weight is not bounded away from zero"
+        yield from (NoInverse(operand, why) for operand in (a, b))
         return
     yield Inverse(a, lambda y, b: (y - w * b) / (1 - w), (b,), factor=1 - w, rest=lambda b: w * b)
     yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w, rest=lambda a: (1 - w) * a)

@@ -114,6 +114,19 @@ def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: torch.channel_shuffle(y, back), exact=True)
 
 
+@register_inverse(aten.copy.default)
+def copy(node: fx.Node) -> Iterator[Direction]:
+    """`y = b`, written over a; `b = y`."""
+    a, b = arguments(node, "input", "src")
+    yield NoInverse(a, "it is overwritten")
+    if meta(a).dtype != meta(b).dtype:
+        yield NoInverse(b, f"the cast from {meta(b).dtype} to {meta(a).dtype} loses bits")
+    elif meta(a).device != meta(b).device or shape_of(a) != shape_of(b):
+        yield NoInverse(b, "`copy` repeats it or moves it to another device")
+    else:
+        yield Inverse(b, lambda y: y.clone(), exact=True)
+
+
 # --- a whole from its parts, and parts from their whole
 @register_inverse(torch.cat, torch.concat, torch.concatenate, aten.cat.default)
 def cat(node: fx.Node) -> Iterator[Direction]:
@@ -199,6 +212,29 @@ def select(node: fx.Node) -> Iterator[Direction]:
     yield Tile(a, dim, range(i, i + 1), squeezed=True)
 
 
+@register_inverse(aten.slice.Tensor)
+def slice_(node: fx.Node) -> Iterator[Direction]:
+    """`y = a[..., start:end:step, ...]`, a part of a along one dimension."""
+    a, dim, start, end, step = arguments(node, "input", dim=0, start=None, end=None, step=1)
+    shape = shape_of(a)
+    dim = dim % len(shape)
+    index = range(shape[dim])[start:end:step]
+    yield reshaped(a) if len(index) == shape[dim] else Tile(a, dim, index)
+
+
+@register_inverse(aten.slice_scatter.default, aten.select_scatter.default)
+def scatter(node: fx.Node) -> Iterator[Direction]:
+    """`y = a with a[..., i, ...] = b`, for a slice or an index i; `b = y[..., i, ...]`, and y holds the rest of a."""
+    squeezed = node.target is aten.select_scatter.default
+    names = {"index": None} if squeezed else {"start": None, "end": None, "step": 1}
+    a, b, dim, *at = arguments(node, "input", "src", dim=0, **names)
+    shape = shape_of(a)
+    dim = dim % len(shape)
+    i: Any = at[0] % shape[dim] if squeezed else slice(*at)
+    yield part_of(node, b, lambda y: y[(*[slice(None)] * dim, i)])
+    yield Patch(a, dim, range(i, i + 1) if squeezed else range(shape[dim])[i], squeezed, part=b)
+
+
 @register_inverse("__getitem__", operator.getitem, aten.index.Tensor, aten._unsafe_index.Tensor)
 def getitem(node: fx.Node) -> Iterator[Direction]:
     """`y = a[..., i:j:k, ...]`, a part of a along one dimension; `y = a[:, p]` for a permutation p, all of it."""
@@ -208,7 +244,8 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
     if _torch.packet_name(node.target):
         index = _with_slices(index)
     elif meta(node).numel() == meta(a).numel():
-        index = _without_new(index)
+        # without the dimensions of size 1 that None adds
+        index = tuple(i for i in index if i is not None) if isinstance(index, tuple) else () if index is None else index
     found = _along(shape_of(a), index)
     if isinstance(found, str):
         yield NoInverse(a, found)
@@ -225,11 +262,6 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
 def _with_slices(index: Any) -> Any:
     """Return an index of aten's, which has None for a whole dimension, as Python spells it."""
     return tuple(slice(None) if i is None else i for i in index)
-
-
-def _without_new(index: Any) -> Any:
-    """Return an index without the dimensions of size 1 that it adds by None."""
-    return tuple(i for i in index if i is not None) if isinstance(index, tuple) else () if index is None else index
 
 
 def _along(shape: tuple[int, ...], index: Any) -> tuple[int, Any] | str:
