@@ -16,6 +16,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import has_side_effect
 from torch.utils import _python_dispatch
 
+from revfx._torch import packet_name as packet_name, storage_key as storage_key
 from revfx.errors import RegenerationError, RevfxWarning
 
 
@@ -69,11 +70,6 @@ def is_overload(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
-def packet_name(target: Any) -> str:
-    """Return the bare name of an operator overload; the empty string of anything else."""
-    return target.overloadpacket.__name__ if is_overload(target) else ""
-
-
 def writes(target: Any) -> bool:
     """Return whether an operator overload writes one of its arguments."""
     return target._schema.is_mutable
@@ -111,11 +107,6 @@ def may_alias(target: Any) -> bool:
     if packet_name(target) == "_unsafe_view":
         return True
     return is_overload(target) and any(r.alias_info is not None for r in target._schema.returns)
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Return a number that two live tensors share exactly when they share memory."""
-    return tensor.untyped_storage()._cdata
 
 
 def plain_input(placeholder: Any) -> int | None:

@@ -26,7 +26,7 @@ MAY: dict[str, set[str]] = {
     "ambient": {"_torch"},
     "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
     "rules": BOTTOM,
-    "passes": {"errors", "rules"},
+    "passes": {"_torch", "errors", "rules"},
     "passes.joint": {"errors", "rules", "passes"},
     "layout": {"_torch"},
     "codes": {"_torch", "layout"},
