@@ -22,7 +22,6 @@ from revfx.passes.sizes import NUMBERS, as_number, same
 from revfx.passes.tilings import tilings
 from revfx.rules import (
     NOT_INJECTIVE,
-    Direction,
     Inverse,
     NoInverse,
     Patch,
@@ -93,9 +92,7 @@ class _Lowering:
         self.bounds, self.masks = bounds(self.graph), masks(self.graph)
         self.constant = _constant(self.graph, self.sources)
         self.coded = self.barred is None
-        self.directions: dict[fx.Node, list[Direction]] = {}
         self.values: list[Value] = []
-        self.value_nodes: list[fx.Node] = []
         self.index: dict[fx.Node, int] = {}
         self.storages: dict[object, int] = {}
         self.owner: dict[fx.Node, int] = {}
@@ -120,14 +117,15 @@ class _Lowering:
                 self.owner[node] = len(op_nodes)
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
+        self.directions = {node: directions_of(node, self._module(node)) for node in op_nodes}
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        masked = MaskedArcs(op_nodes, self.masks, self.index, self.barred, self._arc, self._directions)
-        for i, arc in (*tilings(self.values, self.index, op_nodes, outs, self._directions), *masked.run()):
+        masked = MaskedArcs(self.directions, self.masks, self.index, self.barred, self._arc)
+        for i, arc in (*tilings(self.values, self.index, self.directions, outs), *masked.run()):
             ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
         written = {self.values[v].storage for op in ops if "writes" in (op.barrier or "") for v in op.ins}
         theirs = {v.storage for v in self.values if v.given or v.source}
         values = (replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
-        return Lowered(Program(tuple(values), tuple(ops), outputs), tuple(op_nodes), tuple(self.value_nodes))
+        return Lowered(Program(tuple(values), tuple(ops), outputs), tuple(op_nodes), tuple(self.index))
 
     def _value(self, node: fx.Node, source: bool = False, given: bool = False) -> int:
         val = node.meta["val"]
@@ -136,14 +134,13 @@ class _Lowering:
         index = self.index[node] = len(self.values)
         more: dict[str, Any] = {"grid": node.meta.get("grid"), "kept": node.meta.get("kept", False)}
         self.values.append(Value(node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given, **more))
-        self.value_nodes.append(node)
         return index
 
     def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Op:
         ins = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
         arcs: list[Arc] = []
         refused: dict[int, str] = {}
-        directions = self._directions(node)
+        directions = self.directions[node]
         for direction in directions if outs else ():
             if not isinstance(direction, (Inverse, NoInverse)):
                 continue
@@ -188,7 +185,7 @@ class _Lowering:
     def _terms(self, node: fx.Node, ins: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
         """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
         y, factors, number = node.meta["val"], dict.fromkeys(ins, 0.0), 0.0
-        found = [d for d in self._directions(node) if isinstance(d, Inverse) and d.solves in node.all_input_nodes]
+        found = [d for d in self.directions[node] if isinstance(d, Inverse) and d.solves in node.all_input_nodes]
         solved = {self.index.get(d.solves) for d in found}
         if not solved or solved != {*ins} or not (isinstance(y, Tensor) and y.is_floating_point()):
             return ()
@@ -287,11 +284,6 @@ class _Lowering:
 
     def _module(self, node: fx.Node) -> torch.nn.Module | None:
         return self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
-
-    def _directions(self, node: fx.Node) -> list[Direction]:
-        if node not in self.directions:
-            self.directions[node] = directions_of(node, self._module(node))
-        return self.directions[node]
 
 
 def _constant(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:

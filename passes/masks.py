@@ -52,20 +52,20 @@ PRODUCTS, QUOTIENTS, SUMS = ("mul", "multiply"), ("div", "divide", "true_divide"
 class MaskedArcs:
     """Finds arcs whose tail holds parts of their head under a mask.
 
-    `index` numbers values, `arc_of` gives the arc of one direction of a node, or why there is none. `barred` says what
-    is known against an arc that rounds for the sake of its head; None: what rounds is corrected.
+    `directions` holds those of every operation, in order; `index` numbers values, `arc_of` gives the arc of one
+    direction of a node, or why there is none. `barred` says what is known against an arc that rounds for the sake of
+    its head; None: what rounds is corrected.
     """
 
-    op_nodes: Sequence[fx.Node]
+    directions: Mapping[fx.Node, Sequence[Direction]]
     masks: Masks
     index: Mapping[fx.Node, int]
     barred: Mapping[fx.Node, str] | None
     arc_of: Callable[[fx.Node, Inverse], Arc | str]
-    directions_of: Callable[[fx.Node], list[Direction]]
 
     def __post_init__(self) -> None:
-        self.position = {node: i for i, node in enumerate(self.op_nodes)}
-        found = {node: [m for m in self._masked(node) if m.mask in self.index] for node in self.op_nodes}
+        self.position = {node: i for i, node in enumerate(self.directions)}
+        found = {node: [m for m in self._masked(node) if m.mask in self.index] for node in self.directions}
         self.selects = {node: sides for node, sides in found.items() if sides}
         self.halves: dict[tuple[fx.Node, fx.Node], list[Half]] = {}
 
@@ -89,7 +89,7 @@ class MaskedArcs:
     def _masked(self, node: fx.Node) -> Iterator[Masked]:
         """Yield what a node holds under masks: as its rule says, and as arithmetic with masks of 0 and 1 says."""
         known = self.masks
-        for m in self.directions_of(node):
+        for m in self.directions[node]:
             if isinstance(m, Masked) and isinstance(m.mask, fx.Node):
                 mask = known.of.get(m.mask, Mask(m.mask, True))
                 yield Masked(m.whole, mask.root, m.value == mask.value, m.other)
@@ -115,7 +115,7 @@ class MaskedArcs:
         for m in self.selects.get(whole, []):
             if m.mask is mask and m.value == known.value:
                 self._spread(m.whole, mask, replace(known, at=at), depth)
-        for inverse in self.directions_of(whole) if whole in self.position and depth else ():
+        for inverse in self.directions.get(whole, ()) if depth else ():
             if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
                 continue
             arc = self.arc_of(whole, inverse)

@@ -17,11 +17,14 @@ from revfx.rules import Direction, Patch, Tile, op_name
 def tilings(
     values: Sequence[Value],
     index: Mapping[fx.Node, int],
-    op_nodes: Sequence[fx.Node],
+    directions: Mapping[fx.Node, Sequence[Direction]],
     outs: Sequence[Sequence[int]],
-    directions: Callable[[fx.Node], Sequence[Direction]],
 ) -> Iterator[Found]:
-    """Yield arcs from parts that tile a value, or complete a patched copy, each with an operation that makes one."""
+    """Yield arcs from parts that tile a value, or complete a patched copy, each with an operation that makes one.
+
+    `directions` holds those of every operation, in order.
+    """
+    op_nodes = [*directions]
 
     def moved(ops: Sequence[int], head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Found:
         text = f"{values[head].name} <- {', '.join(values[v].name for v in tail)}  ({how})"
@@ -30,8 +33,8 @@ def tilings(
 
     tiles: dict[tuple[int, int], list[tuple[int, int, Tile | Patch]]] = {}
     patches: list[tuple[int, int, Patch]] = []
-    for i, node in enumerate(op_nodes):
-        for t in directions(node):
+    for i, found in enumerate(directions.values()):
+        for t in found:
             whole = index.get(_copied(t.whole)) if isinstance(t, (Tile, Patch)) else None
             if isinstance(t, Tile) and whole is not None and t.part < len(outs[i]):
                 tiles.setdefault((whole, t.dim), []).append((i, outs[i][t.part], t))
