@@ -135,13 +135,15 @@ def _step(
     known = {*exit, *side}.difference(again)
     # The search meets what reads a value before what makes it, and so solves for it first, though it may be run again.
     if again or any(isinstance(d, Invert) and program.made_at[d.arc.head] >= start for d in closure.order):
-        closure = _closure(program, start, stop, known)
+        closure = Closure(program, known)
+        closure.add(range(start, stop))
         if any(v not in closure for v in entry):
             return None
     saved = tuple(d.arc.head for d in needed(program, closure.order, entry) if isinstance(d, Invert) and d.arc.barred)
     if any(isinstance(d, Invert) and d.arc.barred for d in closure.order):
         # again from what is kept, by trusted arcs alone: what only a barred one gave first has another derivation
-        closure = _closure(program, start, stop, known.union(saved), trusted=True)
+        closure = Closure(program, known.union(saved), trusted=True)
+        closure.add(range(start, stop))
     saved += tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
     derive = tuple(closure.order)
     arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
@@ -154,7 +156,8 @@ def _with_above(
     """Return a step whose entry takes operations above it; None where that does not do either."""
     if any(v in program.selected for v in exit):
         return None
-    closure = _closure(program, start, stop, {*exit, *side}, trusted=True)
+    closure = Closure(program, {*exit, *side}, trusted=True)
+    closure.add(range(start, stop))
     while any([closure.run(_made_of(program, v, closure)) for v in entry if v not in closure]):
         pass  # until nothing more becomes known
     order = tuple(closure.order)
@@ -190,12 +193,6 @@ def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
     live = set(live)
     chosen = [v for v in live if v in program.selected and program.made_at[v] < start]
     return any(not live.isdisjoint(program.selected[v].roots) for v in chosen)
-
-
-def _closure(program: Program, start: int, stop: int, known: Iterable[int], trusted: bool = False) -> Closure:
-    closure = Closure(program, known, trusted)
-    closure.add(range(start, stop))
-    return closure
 
 
 def needed(program: Program, order: Sequence[Derivation], wanted: Iterable[int]) -> list[Derivation]:

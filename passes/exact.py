@@ -102,10 +102,11 @@ class _Rewrite:
         program, must = self.program, _on_grid(self.program, region)
         nodes = self.lowered.op_nodes[region.start : region.stop]
         order = {node: i for i, node in enumerate(self.graph.nodes)}
-        start = min((s for n in nodes if (s := _sequence(n)) is not None), default=0)
+        # autograd gives an operation and its backward, where a graph holds both, the same number
+        start = min((n.meta["seq_nr"] for n in nodes if n.meta.get("seq_nr") is not None), default=0)
 
         def reads(user: fx.Node) -> bool:  # as part of the region or after it, or in the backward of such
-            theirs = _sequence(user)
+            theirs = user.meta.get("seq_nr")
             return order.get(user, -1) >= order[nodes[0]] and (theirs is None or theirs >= start)
 
         for v in sorted(v for v in must if program.made_at[v] < region.start):
@@ -124,9 +125,9 @@ class _Rewrite:
             if moved and must.issuperset(ins):
                 self.moved.update(self.now[v] for v in op.outs)
                 continue
-            own = _sequence(node)  # its backward reads its own result
+            own = node.meta.get("seq_nr")  # its backward reads its own result
             for v in must.intersection(op.outs):
-                self._round(v, self.now[v].next, lambda user, own=own: own is None or _sequence(user) != own)
+                self._round(v, self.now[v].next, lambda user, own=own: own is None or user.meta.get("seq_nr") != own)
         return must
 
     def _round(self, v: int, before: fx.Node, replaces: Callable[[fx.Node], bool]) -> None:
@@ -169,11 +170,6 @@ class _Rewrite:
             cast = self.insert(user, Cast(dtype), (node,), node)
             cast.meta["directions"] = ()
             user.replace_input_with(node, cast)
-
-
-def _sequence(node: fx.Node) -> int | None:
-    """Return the number that autograd gave to an operation and to its backward, where a graph holds both."""
-    return node.meta.get("seq_nr")
 
 
 def _on_grid(program: Program, region: Region) -> set[int]:

@@ -58,11 +58,7 @@ def no_new_guards(node: fx.Node) -> Generator[None]:
 @contextlib.contextmanager
 def muted(name: str) -> Generator[None]:
     """Return a context in which the logger of this name says nothing."""
-    log = logging.getLogger(name)
-
-    def nothing(record: logging.LogRecord) -> bool:  # one of its own, as such contexts may lie in each other
-        return False
-
+    log, nothing = logging.getLogger(name), logging.Filter("\0")  # one of its own, as contexts may lie in each other
     log.addFilter(nothing)
     try:
         yield

@@ -36,9 +36,11 @@ def store_borders(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], s
     # of a part of a split, the split says whether it lies in another's memory
     makers = {n: n.args[0] if n.target is getitem else n for n in step_of}
     views = {n for n, maker in makers.items() if isinstance(maker, fx.Node) and _torch.may_alias(maker.target)}
-    for node in [n for n in step_of if n not in spared and n not in views and _crosses(n, step_of, views)]:
+    for node in [n for n in step_of if n not in spared and n not in views and _outlives(n, step_of[n], step_of, views)]:
+        if not isinstance(val := node.meta.get("val"), Tensor) or not fixed(val.shape):
+            continue
         with node.graph.inserting_before(node.next):
-            arguments: tuple[Any, ...] = (node, *further(node.meta["val"]))
+            arguments: tuple[Any, ...] = (node, *further(val))
             new = node.graph.call_function(operator, arguments)
         new.meta = {k: v for k, v in node.meta.items() if k not in POLICY}
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
@@ -47,11 +49,6 @@ def store_borders(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], s
         node.meta[STEP] = step
 
 
-def _crosses(node: fx.Node, step_of: Mapping[fx.Node, int], views: Collection[fx.Node]) -> bool:
-    """Return whether a tensor is read in a later step, itself or through views."""
-    val = node.meta.get("val")
-    return isinstance(val, Tensor) and fixed(val.shape) and _read_later(node, step_of[node], step_of, views)
-
-
-def _read_later(node: fx.Node, step: int, step_of: Mapping[fx.Node, int], views: Collection[fx.Node]) -> bool:
-    return any(step_of.get(u, step) > step or (u in views and _read_later(u, step, step_of, views)) for u in node.users)
+def _outlives(node: fx.Node, step: int, step_of: Mapping[fx.Node, int], views: Collection[fx.Node]) -> bool:
+    """Return whether a value is read after a step, itself or through views."""
+    return any(step_of.get(u, step) > step or (u in views and _outlives(u, step, step_of, views)) for u in node.users)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.facts import Fact, Facts, ancestors, annotate, constants
+from revfx.passes.facts import Facts, ancestors, annotate, constants
 from revfx.passes.shape_only import of_its_shape
 from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
 from revfx.passes.traits import barred, trained
@@ -73,7 +73,9 @@ def forward_half(
     primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
     lasting = [p for i, p in enumerate(primals) if i in static]
     mutated = frozenset(written_inputs(joint))
-    known = _known(joint, lasting, facts)
+    # nothing of the values of a model's own inputs, which differ from step to step
+    inputs = {p: _torch.plain_input(p) for p in lasting}
+    known = annotate(joint, {p: [f for i, f in facts if i == at] for p, at in inputs.items()}, joint.owning_module)
     constant = constants(joint, known)
     for node in known:
         node.meta["facts"] = known[node]
@@ -100,12 +102,6 @@ def forward_half(
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
     lowered = lower(half, sources=sources, exact=exact, barred=None if coded else theirs)
     return Forward(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
-
-
-def _known(joint: fx.Graph, lasting: Sequence[fx.Node], facts: Facts) -> dict[fx.Node, tuple[Fact, ...]]:
-    """Return what is known of the values of nodes; nothing of a model's own inputs, which differ from step to step."""
-    inputs = {p: _torch.plain_input(p) for p in lasting}
-    return annotate(joint, {p: [f for i, f in facts if i == at] for p, at in inputs.items()}, joint.owning_module)
 
 
 def _read_no_shapes(joint: fx.Graph) -> None:
