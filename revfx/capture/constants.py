@@ -5,7 +5,7 @@ It gets the numbers that are there, and the plan that this leads to is valid whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,7 @@ class Constants:
 
     def asked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return what `function` gives of nodes; the attributes that they follow from are marked, to be guarded.
-
-        Raises:
-            Untraceable: they do not follow from constants alone; it names the function that may be called whole.
+        Untraceable where they do not follow from constants alone; it names the function that may be called whole.
         """
         asked: list[fx.Node] = []
         fx.map_arg((args, kwargs), asked.append)
@@ -135,3 +133,28 @@ def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mappin
 def _is_whole(t: Tensor) -> bool:
     """Return whether a tensor may be an index or a mask of few elements."""
     return not (t.is_floating_point() or t.is_complex()) and t.numel() <= LIMIT
+
+
+# --- numbers that change from call to call, such as an annealed temperature: inputs of plans
+# What takes a number of the model's as it takes a tensor of one element.
+LINEAR = frozenset(
+    """add sub subtract rsub lerp mul multiply div divide true_divide truediv iadd isub imul itruediv radd rmul
+    rdiv""".split()
+)
+
+
+class Numbers:
+    """Numbers recorded as tensors, `of` which module and attribute; `known`: ids, also of what they alone make."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[int, str], Tensor] = {}
+        self.known: set[int] = set()
+
+    def follow(self, name: str, operands: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """Note what an operation computes of numbers alone; refuse one that takes them otherwise than such a tensor."""
+        others = [t for t in operands if id(t) not in self.known]
+        if len(others) == len(operands):
+            return
+        if name.strip("_") not in LINEAR or not all(t.is_floating_point() and t.dim() for t in others):
+            raise Untraceable(f"`{name}` reads a number of the model that changes from call to call")
+        self.known.update(id(t) for t in made if not others)

@@ -221,10 +221,8 @@ class AttributeReads:
 @contextmanager
 def noting_reads(numbers: Mapping[tuple[int, str], Tensor]) -> Generator[AttributeReads]:
     """Return a context in which reads of attributes of modules, by code that this thread's recorder sees, are noted;
-    those of `numbers`, which are no part of what is recorded, give a tensor.
-
-    Raises:
-        Untraceable: an attribute holds something that gives something else each time it is asked.
+    those of `numbers`, which are no part of what is recorded, give a tensor. Untraceable where an attribute holds
+    something that gives something else each time it is asked.
     """
     reads, plain = AttributeReads(), nn.Module.__getattribute__
 

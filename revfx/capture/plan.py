@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.capture.carried import Carried
-from revfx.capture.data import Capture, held_at
+from revfx.capture.data import Capture, Carried, held_at
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key
 from revfx.eager.calls import Call, Slot
 from revfx.eager.executor import run_region, store_region
@@ -85,9 +84,7 @@ class Plan:
 
     def run(self, leaves: Sequence[Any], store: bool) -> Any:
         """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage.
-
-        Raises:
-            InvalidError: a distribution that validates what it is given would raise.
+        InvalidError where a distribution that validates what it is given would raise.
         """
         program, last = self.lowered.program, self.lowered.program.last_use
         env: dict[int, Tensor] = {

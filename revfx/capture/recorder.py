@@ -23,14 +23,12 @@ from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
 from revfx.ambient import Ambience, drew, generators, restore, where, where_raised
-from revfx.capture.carried import Carried, carried
-from revfx.capture.constants import Constants, positions
-from revfx.capture.data import Capture, Spot, where_held
+from revfx.capture.constants import Constants, Numbers, positions
+from revfx.capture.data import Capture, Carried, Spot, carried, where_held
 from revfx.capture.effects import Snapshot, lasts, left_alone
 from revfx.capture.guards import ATOMS, AttributeReads
 from revfx.capture.inplace import functionalise, set_item
 from revfx.capture.memo import Seen, structure
-from revfx.capture.numbers import Numbers
 from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, OWN_GENERATOR, Untraceable
 from revfx.capture.whole import faked, refuse_hidden, shapes_of
 from revfx.eager import dtensor

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx import _fake, _torch
-from revfx.capture.carried import Carried
-from revfx.capture.data import Capture, Spot, steps_to
+from revfx.capture.data import Capture, Carried, Spot, steps_to
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key, module_guards, name_of
 from revfx.capture.plan import Place, Plan, call_of
 from revfx.capture.trace import capture

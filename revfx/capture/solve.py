@@ -75,11 +75,7 @@ class Solver(Search):
         self.names, self.inputs = names, len(names)
 
     def solve(self) -> Solution:
-        """Return how the inputs come back.
-
-        Raises:
-            NotReversibleError: they don't, or the model can't be recorded.
-        """
+        """Return how the inputs come back; NotReversibleError where they don't, or the model can't be recorded."""
         try:
             with without_hooks(), outside_modes(), muted(_fake.FAKE_LOGGER):
                 return self._solve()

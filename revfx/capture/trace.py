@@ -36,10 +36,8 @@ def capture(
     whole: frozenset[Callable[..., Any]] = frozenset(),
 ) -> Capture:
     """Return the recorded `forward(*args, **kwargs)` of `root`, with the numbers that are attributes at `carried` as
-    inputs, and calls of `whole` functions as one operation each.
-
-    Raises:
-        Untraceable: the forward needs a value, leaves something behind, or uses tensors that are nowhere registered.
+    inputs, and calls of `whole` functions as one operation each. Untraceable where the forward needs a value, leaves
+    something behind, or uses tensors that are nowhere registered.
     """
     with _lock:
         recorder = Recorder(root, opened, carried)

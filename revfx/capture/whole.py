@@ -118,9 +118,7 @@ def faked(recorder: Recorder, out: Any, given: Iterable[Tensor]) -> Any:
 
 def shapes_of(function: Any, args: Any, kwargs: Any) -> Any:
     """Return what `function` gives of zeros that are like its arguments in shape; a copy of it, where it is a module.
-
-    Raises:
-        Untraceable: it can't be called so, or draws and is no module.
+    Untraceable where it can't be called so, or draws and is no module.
     """
     with torch.no_grad(), _torch.no_torch_function(), outside_modes():
         module = copy.deepcopy(function) if isinstance(function, nn.Module) else None
