@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,3 +64,28 @@ def muted(name: str) -> Generator[None]:
         yield
     finally:
         log.removeFilter(nothing)
+
+
+# --- what reads no more of a tensor than its shape, said without the tensor: that would look like a use
+# What is empty has any numbers: zeros are the same in every run.
+FILLED = {"zeros_like": 0, "new_zeros": 0, "empty": 0, "empty_like": 0, "new_empty": 0, "ones_like": 1, "new_ones": 1}
+VALUE_AT = {"full_like": 1, "new_full": 2}  # which argument they are filled with
+DRAWN = {"rand_like": "rand", "randn_like": "randn"}
+
+
+def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> tuple[str, Any, dict[str, Any]] | None:
+    """Return the name, arguments and options of what makes a tensor like `made` of its shape alone, if anything does.
+
+    `y = randn_like(a)` is `y = randn(shape of y)`: the same numbers where y is contiguous, and the generator torch's.
+    """
+    if name not in {*FILLED, *VALUE_AT, *DRAWN} or kwargs.get("generator") is not None or kwargs.get("requires_grad"):
+        return None
+    strided = isinstance(made, Tensor) and made.layout == torch.strided
+    if not strided or not fixed(made.shape) or not made.is_contiguous():
+        return None
+    options = {"dtype": made.dtype, "device": made.device}
+    if name in DRAWN:
+        return DRAWN[name], (list(made.shape),), options
+    at = VALUE_AT.get(name)
+    value = FILLED[name] if at is None else next(iter(args[at:]), kwargs.get("fill_value"))
+    return ("full", (list(made.shape), value), options) if isinstance(value, (bool, int, float)) else None

@@ -21,8 +21,7 @@ from torch.utils import _pytree as pytree
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.facts import Facts, ancestors, annotate, constants
-from revfx.passes.shape_only import of_its_shape
-from revfx.passes.sizes import NUMBERS, as_number, fixed, tensors_of
+from revfx.passes.sizes import NUMBERS, as_number, fixed, of_its_shape, tensors_of
 from revfx.passes.traits import barred, trained
 
 

@@ -34,7 +34,7 @@ from revfx.capture.whole import faked, refuse_hidden, shapes_of
 from revfx.eager import dtensor
 from revfx.eager.calls import meta, tensors
 from revfx.passes._torch import updated_statistics
-from revfx.passes.shape_only import of_its_shape
+from revfx.passes.sizes import of_its_shape
 from revfx.rules import has_rule, op_name
 
 

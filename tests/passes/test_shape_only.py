@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import revfx
 from revfx.compiled.partitioner import reports
-from revfx.passes.shape_only import of_its_shape
+from revfx.passes.sizes import of_its_shape
 from revfx.testing import assert_same_grads, measure_memory, store_activations
 
 
