@@ -28,11 +28,11 @@ MANY = 1000  # items of a container, or objects of one module, that are not look
 class Capture:
     """A recorded forward: the graph, where its inputs come from, and how its result is put together.
 
-    `inputs` are positions among the flattened arguments; `outputs` holds nodes, constants and objects to be made anew,
-    `spec` their structure.
-    `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are pairs of such places that
-    held one tensor, which the graph reads from the first of them only. `sets` are attributes that the forward sets to
-    the last of the `outputs`. `reads` are those that the code read, `written` those that modules called whole set.
+    `inputs` are positions among the flattened arguments; `outputs` holds nodes, or `Carried` for what is no tensor, and
+    `spec` their structure. `attributes` says where each get_attr node's tensor hangs: (module path, name). `tied` are
+    pairs of such places that held one tensor, which the graph reads from the first of them only. `sets` are attributes
+    that the forward sets to the last of the `outputs`. `reads` are those that the code read, `written` those that
+    modules called whole set.
     """
 
     graph: fx.Graph

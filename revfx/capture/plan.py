@@ -118,7 +118,7 @@ class Plan:
     def _given_back(self, output: Any, env: Mapping[int, Tensor]) -> Any:
         if isinstance(output, Carried):
             return output.made([env[self.lowered.index[n]] for n in output.tensors])
-        return env[self.lowered.index[output]] if isinstance(output, fx.Node) else output
+        return env[self.lowered.index[output]]
 
     @property
     def code(self) -> str:

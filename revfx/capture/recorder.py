@@ -26,7 +26,7 @@ from revfx.ambient import Ambience, drew, generators, restore, where, where_rais
 from revfx.capture.constants import Constants, Numbers, positions
 from revfx.capture.data import Capture, Carried, Spot, carried, where_held
 from revfx.capture.effects import Snapshot, lasts, left_alone
-from revfx.capture.guards import ATOMS, AttributeReads
+from revfx.capture.guards import AttributeReads
 from revfx.capture.inplace import functionalise, set_item
 from revfx.capture.memo import Seen, structure
 from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, OWN_GENERATOR, Untraceable
@@ -153,8 +153,6 @@ class Recorder(TorchFunctionMode):
         for leaf in (*leaves, *self.demanded, *self.sets.values()):
             if isinstance(leaf, Tensor):
                 outputs.append(self._node(self.convert(leaf)))
-            elif isinstance(leaf, ATOMS):
-                outputs.append(leaf)
             else:
                 outputs.append(carried(leaf, lambda t: self._node(self.convert(t)), self.lasting))
         self._refuse_unseen_functions()
