@@ -1,4 +1,4 @@
-"""What the rules of operations say of a graph's nodes, and which nodes take values apart or put them together."""
+"""What the rules of operations say of a graph's nodes, and which nodes take values apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 from torch import Tensor, fx, nn
 
 from revfx.passes.sizes import no_new_guards
-from revfx.rules import Direction, arguments, op_name, rule_for
+from revfx.rules import Direction, rule_for
 
 
 def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direction]:
@@ -26,22 +26,3 @@ def taken_apart(node: fx.Node) -> fx.Node | None:
     """Return the node whose tuple, list or dict this one takes a part of; None where it does something else."""
     source = node.args[0] if node.target is operator.getitem else None
     return source if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) else None
-
-
-def joined(node: fx.Node) -> list[tuple[fx.Node, int, range]]:
-    """Return the operands that a node puts one behind another: each with the dimension, and where it lies along it."""
-    if op_name(node.target) not in ("cat", "concat", "concatenate"):
-        return []
-    parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
-    whole = node.meta.get("val")
-    if not isinstance(whole, Tensor) or not all(isinstance(p, fx.Node) for p in parts):
-        return []
-    dim = (dim if axis is None else axis) % whole.dim()
-    at, found = 0, list[tuple[fx.Node, int, range]]()
-    for p in parts:
-        size = p.meta["val"].shape[dim] if p.meta["val"].dim() == whole.dim() else 0
-        if not isinstance(size, int):
-            return []
-        found.append((p, dim, range(at, at + size)))
-        at += size
-    return found

@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from revfx.passes import _torch
-from revfx.passes.moves import directions_of, joined, taken_apart
-from revfx.passes.sizes import same
+from revfx.passes.moves import directions_of, taken_apart
+from revfx.passes.sizes import fixed, same
 from revfx.rules import Tile, op_name
+from revfx.rules.layout import joined
 
 
 class Atoms(IntEnum):
@@ -150,14 +151,15 @@ def is_continuous(value: Any) -> bool:
 def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms]:
     """Return the atoms of every node of a graph; `trained` weights have none, all else that comes in may have any."""
     found = dict.fromkeys(trained, Atoms.NONE)
-    put: dict[fx.Node, list[tuple[fx.Node, int, range]]] = {}
+    put: dict[fx.Node, list[tuple[fx.Node, int, int, int]]] = {}
     for node in graph.nodes:
         if node in found:
             continue
         if node.op != "call_function":
             found[node] = Atoms.ANY
             continue
-        if parts := joined(node):
+        parts = [*joined(node)] if op_name(node.target) == "cat" else []
+        if parts and fixed(size for *_, size in parts):
             put[node] = parts
         if not _is_read(node):
             found[node] = Atoms.ANY
@@ -257,7 +259,7 @@ def _reason(atoms: Atoms, by: fx.Node) -> str:
     return f"{name} may tell its numbers from those that an inverse returns"
 
 
-def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, range]]]) -> list[fx.Node]:
+def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, int, int]]]) -> list[fx.Node]:
     """Return the parts of what was `put` together that a node taken of it overlaps."""
     split = taken_apart(node)
     taken, number = (node, 0) if split is None else (split, node.args[1])
@@ -267,8 +269,8 @@ def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, rang
         p
         for t in (directions_of(taken) if parts else ())
         if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == parts[0][1] and len(t.index)
-        for p, _, r in parts
-        if r.start <= t.index[-1] and t.index[0] < r.stop
+        for p, _, at, size in parts
+        if at <= t.index[-1] and t.index[0] < at + size
     ]
 
 

@@ -131,14 +131,19 @@ def copy(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.cat, torch.concat, torch.concatenate, aten.cat.default)
 def cat(node: fx.Node) -> Iterator[Direction]:
     """`y = cat([a, b, ...], d)`; each part is the slice of y where it lies."""
+    for part, dim, at, size in joined(node):
+        yield part_of(node, part, lambda y, dim=dim, at=at, size=size: y.narrow(dim, at, size))
+
+
+def joined(node: fx.Node) -> Iterator[tuple[Any, int, int, int]]:
+    """Yield what `cat` puts one behind another: each operand with the dimension, where it begins along it, its size."""
     parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
-    dim = dim if axis is None else axis
+    dim = (dim if axis is None else axis) % meta(node).dim()
     at = 0
     for part in parts:
         if len(shape_of(part)) == meta(node).dim():  # else it is an empty vector, which goes with any shape
-            size = shape_of(part)[dim]
-            yield part_of(node, part, lambda y, at=at, size=size: y.narrow(dim, at, size))
-            at += size
+            yield part, dim, at, shape_of(part)[dim]
+            at += shape_of(part)[dim]
 
 
 def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor], given: tuple[Any, ...] = ()) -> Direction:
