@@ -45,10 +45,10 @@ def rdiv(node: fx.Node) -> Iterator[Direction]:
 def leaky_relu(node: fx.Node) -> Iterator[Direction]:
     """`y = a` above 0, `slope*a` below; `a = y` above 0, `y/slope` below."""
     a, slope = arguments(node, "input", negative_slope=0.01)
-    if not isinstance(slope, Scalar) or slope <= 0:
+    if isinstance(slope, Scalar) and slope > 0:
+        yield Inverse(a, lambda y: torch.where(y > 0, y, y / slope), coded=True)
+    else:
         yield NoInverse(a, f"`leaky_relu` with a slope of {slope} is not one-to-one")
-        return
-    yield Inverse(a, lambda y: torch.where(y > 0, y, y / slope), coded=True)
 
 
 def _exponential(a: Any, alpha: Any, scale: float = 1.0) -> Direction:
@@ -81,7 +81,7 @@ def selu(node: fx.Node) -> Iterator[Direction]:
 def softplus(node: fx.Node) -> Iterator[Direction]:
     """`y = log(1 + exp(beta*a))/beta`; `a = y + log(1 - exp(-beta*y))/beta`."""
     a, beta = arguments(node, "input", beta=1)
-    if not isinstance(beta, Scalar) or beta <= 0:
+    if isinstance(beta, Scalar) and beta > 0:
+        yield Inverse(a, lambda y: y + torch.log(-torch.expm1(-beta * y)) / beta, coded=True)
+    else:
         yield NoInverse(a, f"`softplus` with a beta of {beta} is not one-to-one")
-        return
-    yield Inverse(a, lambda y: y + torch.log(-torch.expm1(-beta * y)) / beta, coded=True)
