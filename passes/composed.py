@@ -27,7 +27,10 @@ def composed_all(program: Program, steps: Sequence[Step]) -> tuple[Step, ...]:
     for step in steps:
         one = step, composed(program, step)
         if found and (_is_arithmetic(program, step) or _is_arithmetic(program, found[-1][0])):
-            both = _joined(found[-1][0], step)
+            first = found[-1][0]
+            saved, again = (*first.saved, *step.saved), (*first.again, *step.again)
+            derive, arcs = (*step.derive, *first.derive), (*step.arcs, *first.arcs)
+            both = Step(first.start, step.stop, first.entry, step.exit, saved, derive, arcs, again)
             joint = both, composed(program, both)
             before = 0 if len(found) == 1 else _rounding(found[-1][1])  # the first step runs forwards
             if (0 if len(found) == 1 else _rounding(joint[1])) < before + _rounding(one[1]):
@@ -44,12 +47,6 @@ def _rounding(step: Step) -> int:
 def _is_arithmetic(program: Program, step: Step) -> bool:
     """Return whether a step runs no function, and takes nothing from its exit anew."""
     return not step.again and not any(op.opaque for op in program.ops[step.start : step.stop])
-
-
-def _joined(first: Step, then: Step) -> Step:
-    saved, again = (*first.saved, *then.saved), (*first.again, *then.again)
-    derive, arcs = (*then.derive, *first.derive), (*then.arcs, *first.arcs)
-    return Step(first.start, then.stop, first.entry, then.exit, saved, derive, arcs, again)
 
 
 def composed(program: Program, step: Step) -> Step:

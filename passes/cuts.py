@@ -8,7 +8,7 @@ cut is the best one, and when nothing of a live set is known no earlier point ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.closure import Closure, Derivation, Forward, Invert, made_by, read_by
@@ -183,16 +183,13 @@ def _made_of(program: Program, value: int, known: Closure) -> list[int]:
     return sorted(found)
 
 
-def _parts_selected(program: Program, start: int, live: Iterable[int]) -> bool:
+def _parts_selected(program: Program, start: int, live: Collection[int]) -> bool:
     """Return whether a cut before `start` would hold both a selected value and what it was selected from.
 
     Operations below the cut may compare them, so they must be regenerated together.
     """
-    if not program.selected:
-        return False
-    live = set(live)
     chosen = [v for v in live if v in program.selected and program.made_at[v] < start]
-    return any(not live.isdisjoint(program.selected[v].roots) for v in chosen)
+    return any(not program.selected[v].roots.isdisjoint(live) for v in chosen)
 
 
 def needed(program: Program, order: Sequence[Derivation], wanted: Iterable[int]) -> list[Derivation]:

@@ -172,11 +172,8 @@ class Coupling:
     def _scaled(self, x: Tensor, *given: Tensor) -> Tensor:
         if not self.scales:
             return x if self.scale == 1 else 0.0 - x  # zeros stay positive
-        if self.by is None:
-            plain = x * self.scale
-        else:
-            plain = x / given[self.by] if self.reciprocal else x * given[self.by]
-        return straight(plain, self._product(x, given))
+        c = self.scale if self.by is None else given[self.by]
+        return straight(x / c if self.reciprocal else x * c, self._product(x, given))
 
     def _product(self, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """Return c*x on the grid, without a gradient."""

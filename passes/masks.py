@@ -116,8 +116,10 @@ class MaskedArcs:
             if m.mask is mask and m.value == known.value:
                 self._spread(m.whole, mask, replace(known, at=at), depth)
         for inverse in self.directions.get(whole, ()) if depth else ():
-            if not isinstance(inverse, Inverse) or not _elementwise(inverse, whole):
+            if not isinstance(inverse, Inverse) or not isinstance(inverse.solves, fx.Node):
                 continue
+            if inverse.exact and whole.target not in ("neg", torch.neg):
+                continue  # on each element alone works all that rounds; of the exact ones only a sign
             arc = self.arc_of(whole, inverse)
             if isinstance(arc, str) or (arc.factor is not None and known.divides):
                 continue
@@ -164,11 +166,6 @@ class MaskedArcs:
         text = f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
         values = tuple(self.index[n] for n in tail)
         return Arc(self.index[head], values, solve, text=text, assumes=assumes, **more)
-
-
-def _elementwise(inverse: Inverse, node: fx.Node) -> bool:
-    """Return whether the inverse works on each element alone: all that rounds does; of the exact ones only a sign."""
-    return isinstance(inverse.solves, fx.Node) and (not inverse.exact or node.target in ("neg", torch.neg))
 
 
 def _alike(whole: fx.Node, node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.closure import Forward, Invert
@@ -93,7 +93,9 @@ def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region,
             reruns -= bool(walk.steps)
             stop -= 1
             live = live_before(program, live, stop)
-    return tuple(reversed(regions)), tuple(stuck if regions else (*stuck, *_each_once(program, kept)))
+    last = {program.ops[s.start].where: s for s in sorted(kept, key=lambda s: s.start)}  # one for each line of code
+    once = sorted(last.values(), key=lambda s: -s.start)
+    return tuple(reversed(regions)), tuple(stuck if regions else (*stuck, *once))
 
 
 def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
@@ -102,12 +104,6 @@ def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
         for i in range(step.start, step.stop):
             for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.tail and a.head in step.saved):
                 yield Stuck(i, i + 1, (arc.head,), f"`{program.values[arc.head].name}` has to be kept: {arc.barred}")
-
-
-def _each_once(program: Program, found: Iterable[Stuck]) -> tuple[Stuck, ...]:
-    """Return the last of those in the same line of code, nearest the end first."""
-    last = {program.ops[s.start].where: s for s in sorted(found, key=lambda s: s.start)}
-    return tuple(sorted(last.values(), key=lambda s: -s.start))
 
 
 def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -96,24 +97,14 @@ def _taken(t: Tile | Patch) -> Callable[..., Tensor]:
     index, dim, at = _on_device(t.index), t.dim, t.index
     if not isinstance(at, range):
         return lambda y: y.index_select(dim, index(y))
-    if t.squeezed:
-        return lambda y: y.select(dim, at.start)
-    return lambda y: y[(*[slice(None)] * dim, slice(at.start, at.stop, at.step))]
+    taken = at.start if t.squeezed else slice(at.start, at.stop, at.step)
+    return lambda y: y[(*[slice(None)] * dim, taken)]
 
 
 def _on_device(positions: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """Return the function of a tensor that gives `positions` as an index on its device, made once for each."""
-    made: dict[torch.device, Tensor] = {}
-
-    def index(like: Tensor) -> Tensor:
-        found = made.get(like.device)
-        if found is None:
-            found = torch.tensor(positions, device=like.device)
-            if is_real(like):
-                made[like.device] = found
-        return found
-
-    return index
+    on = functools.cache(lambda device: torch.tensor(positions, device=device))
+    return lambda like: on(like.device) if is_real(like) else on.__wrapped__(like.device)
 
 
 def _exact_cover(parts: Sequence[Sequence[int]], size: int) -> list[int] | None:

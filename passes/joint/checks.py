@@ -7,7 +7,6 @@ values came back as they were.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,12 +83,8 @@ class Checks:
         )
         self.check_forward(lambda c: ~(_nearest(c, arc.reciprocal) < least), [own], message)
 
-    def limit_growth(self, steps: Sequence[Step], cuts: frozenset[int]) -> None:
-        """Raise, in every run, where factors that are data let rounding grow too much between two kept cuts."""
-        for cut, following in itertools.pairwise([0, *sorted(cuts), len(steps)]):
-            self._limit_stretch(steps[cut + 1 : following])
-
-    def _limit_stretch(self, steps: Sequence[Step]) -> None:
+    def limit_growth(self, steps: Sequence[Step]) -> None:
+        """Raise, in every run, where factors that are data let rounding grow too much over steps between kept cuts."""
         arcs = [a for s in steps for a in s.arcs if a.measured]
         dtypes = {self.program.values[a.head].dtype for a in arcs}
         if not arcs:

@@ -7,6 +7,7 @@ of what inverses miss, and that what the compiler can't prove is checked.
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -82,10 +83,8 @@ class Regenerator:
     def region(self, region: Region, wanted: set[int], ops: set[int], cuts: frozenset[int]) -> None:
         """Regenerate the `wanted` values and what the operations `ops` return, cut after cut from the exit.
 
-        Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j.
-
-        Raises:
-            Unrecordable: an inverse can't be written into the graph, which is left as it was.
+        Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j. Unrecordable where an
+        inverse can't be written into the graph, which is left as it was.
         """
         nodes, symbols = frozenset(self.joint.nodes), dict(self.recorder.symbols)
         parts = (self, self.checks)
@@ -104,7 +103,8 @@ class Regenerator:
         program, steps = self.program, region.steps
         self._keep((*region.exit, *region.saved, *region.side))
         if self.options.coder is None:
-            self.checks.limit_growth(steps, cuts)
+            for cut, following in itertools.pairwise([0, *sorted(cuts), len(steps)]):
+                self.checks.limit_growth(steps[cut + 1 : following])
         cuts_since: list[Cut] = []  # regenerated since the last kept one
         origins: dict[int, int] = {}  # also of what a step passes on
         for j in range(len(steps) - 1, -1, -1):
