@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 import revfx
 from revfx.testing import Memory, measure_memory, relative_error
 
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its start and stop on stderr
 
 Loss = Callable[[nn.Module], Tensor]
 
