@@ -13,7 +13,7 @@ import networkx as nx
 import pytest
 
 
-BOTTOM = {"_fake", "_fsdp", "_torch", "errors", "ambient", "units", "search"}
+BOTTOM = {"_fake", "_fsdp", "_torch", "errors", "ambient", "units"}
 CODES = {"codes", "layout"}
 # What the files of a folder, or a file of the package's own folder, may import besides their own folder.
 MAY: dict[str, set[str]] = {
@@ -22,7 +22,6 @@ MAY: dict[str, set[str]] = {
     "_fake": {"_torch"},
     "errors": set(),
     "units": set(),
-    "search": set(),
     "ambient": {"_torch"},
     "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
     "rules": BOTTOM,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from revfx.bench import plot, report as bench_report
+from revfx.bench import report as bench_report
 from revfx.bench.fit import Question, largest
 from revfx.bench.measure import Setting, measure_steps, prepare
 from revfx.bench.models import MODELS
@@ -68,7 +68,7 @@ def run(options: Options) -> int:
         elif path is not None:
             Path(path).write_text(form(report).rstrip("\n") + "\n")
     if options.plot is not None:
-        plot.plot(report, options.plot)
+        bench_report.plot(report, options.plot)
     return int(any(r.failed and (r.way == "plain" or WAYS[r.way].own) for r in report.found))
 
 

@@ -26,8 +26,8 @@ from revfx.bench.models import MODELS
 from revfx.bench.results import Fit
 from revfx.bench.ways import WAYS, why_not
 from revfx.errors import RevfxError
+from revfx.report.fit import search
 from revfx.report.simulate import seconds_of
-from revfx.search import search
 
 
 WANTS = ("memory", "alloc", "could not create a primitive")  # what errors say that come of it; the last is oneDNN's

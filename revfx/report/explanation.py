@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import LISTED, Findings, RegionInfo, columns, folded, short
+from revfx.report.data import LISTED, Findings, RegionInfo, columns, folded, remedy, short
 from revfx.report.graph import graph_svg
 from revfx.report.html import fragment, page
-from revfx.report.remedies import remedy
 from revfx.units import size
 
 

@@ -8,7 +8,7 @@ import functools
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from revfx.fit.plan import Plan
 from revfx.fit.survey import Chosen, Survey
 from revfx.report.figures import PALETTE, picture
 from revfx.report.progress import stage
-from revfx.search import search
 from revfx.units import size
 
 
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # budgets of the curve
 LISTED = 12  # modules that are shown
+MOST = 65536  # what is not looked beyond
+RESOLUTION = 32  # the largest is found to this part of itself
 ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
     "log_softmax|nll_loss|cross_entropy": "the loss holds the peak: `torch.nn.functional.linear_cross_entropy` makes no"
     " logits of all tokens at once.",
@@ -220,3 +221,25 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
     if (chosen := planned(batch) if batch else None) is not None:
         found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).seconds)
     return found
+
+
+def search(
+    fits: Callable[[int], bool], low: int, high: int | None, enough: Callable[[], bool]
+) -> tuple[int, int | None]:
+    """Return the largest size found to fit, and the smallest found not to, if any.
+
+    Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION`.
+
+    Args:
+        fits: whether a size fits.
+        low: a size that is known to fit, or 0.
+        high: one that is known not to, if there is any.
+        enough: whether to stop with what there is.
+    """
+    while high is None and low < MOST and not enough():
+        size = max(1, 2 * low)
+        low, high = (size, None) if fits(size) else (low, size)
+    while high is not None and high - low > max(1, low // RESOLUTION) and not enough():
+        size = (low + high) // 2
+        low, high = (size, high) if fits(size) else (low, size)
+    return low, high

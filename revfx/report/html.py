@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, short
+from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, remedy, short
 from revfx.report.figures import DARK, PALETTE, printable, themed
 from revfx.report.fit import curve_svg
 from revfx.report.graph import MARKS, graph_svg, memory_svg
-from revfx.report.remedies import remedy
 from revfx.units import count, size
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from revfx.bench import fit as bench_fit
 from revfx.bench.fit import Question, data_bytes, largest
 from revfx.bench.results import Fit
-from revfx.search import MOST, RESOLUTION, search
+from revfx.report.fit import MOST, RESOLUTION, search
 
 
 QUESTION = Question("mlp", "plain", "batch", 4, 8 * 2**20, "cpu", 1, 20.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from revfx.bench import plot, report as bench_report
+from revfx.bench import report as bench_report
 from revfx.bench.results import Fit, Machine, Report, Row, this_machine
 from revfx.errors import RevfxError
 
@@ -123,7 +123,7 @@ def test_pictures(report: Report, tmp_path: Path) -> None:
         fits=(*report.fits, *(replace(f, model="flow") for f in report.fits)),
     )
     for number, r in enumerate((report, both)):
-        plot.plot(r, tmp_path / f"{number}.svg")
+        bench_report.plot(r, tmp_path / f"{number}.svg")
     one, two = ((tmp_path / f"{n}.svg").read_text() for n in range(2))
     assert "coupling MLP" in one and "convert" in one and "affine flow" not in one
     assert "affine flow" in two and two.count("<path") > one.count("<path")
@@ -132,7 +132,7 @@ def test_pictures(report: Report, tmp_path: Path) -> None:
 def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RevfxError, match=r"`--plot` needs matplotlib: pip install 'revfx\[viz\]'"):
-        plot.plot(STEPS, "unused.svg")
+        bench_report.plot(STEPS, "unused.svg")
 
 
 def test_this_machine_has_a_name() -> None:

@@ -15,10 +15,9 @@ from zoo import ZOO
 
 import revfx
 from revfx.passes.formula import Term
-from revfx.report.data import ValueLine, folded
+from revfx.report.data import ValueLine, folded, remedy
 from revfx.report.describe import type_name
 from revfx.report.explanation import Explanation
-from revfx.report.remedies import remedy
 from revfx.units import count, size
 
 
