@@ -25,33 +25,24 @@ NO_FAKE = UnsupportedFakeTensorException
 
 
 class FakeMode(FakeTensorMode):
-    """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands.
-
-    It knows which of the tensors made under it are alive.
+    """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands. It knows
+    which of the tensors made under it are alive.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.made: list[weakref.ref[torch.Tensor]] = []
-        self.room = 4096
+        self.made = weakref.WeakValueDictionary[int, torch.Tensor]()  # by their ids
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs or {})
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, FakeTensor):
-                self.note(t)
+                self.made[id(t)] = t
         return out
-
-    def note(self, t: torch.Tensor) -> None:
-        """Note that `t` was made."""
-        if len(self.made) > self.room:
-            self.made = [r for r in self.made if r() is not None]
-            self.room = 4096 + 2 * len(self.made)
-        self.made.append(weakref.ref(t))
 
     def alive(self) -> list[torch.Tensor]:
         """Return the tensors that somebody holds."""
-        return list({id(t): t for r in self.made if (t := r()) is not None}.values())
+        return list(self.made.values())
 
 
 def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> list[torch.Tensor]:
@@ -69,7 +60,7 @@ def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = No
         raise NO_FAKE("a nested tensor has no fake one")
     if not is_dtensor(tensor):
         fake = mode.from_tensor(tensor)
-        mode.note(fake)
+        mode.made[id(fake)] = fake
         return fake
     with mode:
         whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)

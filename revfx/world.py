@@ -23,8 +23,7 @@ FEW = 2**20  # elements of a tensor of whole numbers that may be there for real
 class World:
     """A model and its arguments: the model holds fake tensors while the world is entered.
 
-    `whole`: tensors of whole numbers and flags, such as masks and token ids, are copies of the real ones instead, as
-    code may ask for their values.
+    `whole`: those of whole numbers and flags, such as token ids, are real copies, as code may ask for their values.
     """
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any, *, whole: bool = False) -> None:
@@ -76,10 +75,6 @@ class RealWorld(World):
             if isinstance(t, nn.Parameter):
                 own = nn.Parameter(own, t.requires_grad)
                 if t.requires_grad:
-                    own.register_post_accumulate_grad_hook(_let_go)
+                    own.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             self.fakes[id(t)] = t, own.requires_grad_(t.requires_grad)
         return self.fakes[id(t)][1]
-
-
-def _let_go(t: Tensor) -> None:
-    t.grad = None
