@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,16 @@ def kernels_of(then: tuple[Any, ...]) -> Generator[None]:
         yield
     finally:
         _torch.set_kernels(then, now)
+
+
+@contextmanager
+def given(variable: ContextVar[Any], value: Any) -> Generator[None]:
+    """Return a context in which a variable has this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def where() -> str:

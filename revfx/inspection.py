@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revfx.ambient import given
 from revfx.capture.data import held_at, steps_to
 from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
@@ -69,14 +70,9 @@ class Originals(Watch):
         self.values[value] = tensor.detach().clone()
 
 
-@contextlib.contextmanager
-def watched(watch: Callable[[Regeneration], Watch]) -> Generator[None]:
-    """Open a context in which every region that runs forwards gets a `watch`."""
-    token = watching.set(watch)
-    try:
-        yield
-    finally:
-        watching.reset(token)
+def watched(watch: Callable[[Regeneration], Watch]) -> AbstractContextManager[None]:
+    """Return a context in which every region that runs forwards gets a `watch`."""
+    return given(watching, watch)
 
 
 def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[Regeneration, Env]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
+from revfx.ambient import given
 
 
 class _Recording(threading.local):
@@ -30,21 +31,15 @@ def store_activations() -> Generator[None]:
 
     The oracle of every test of revfx, and the way out where a region can't be regenerated.
     """
-    token = _storing.set(True)
-    try:
+    with given(_storing, True):
         yield
-    finally:
-        _storing.reset(token)
 
 
 @contextlib.contextmanager
 def simulating() -> Generator[None]:
     """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones."""
-    token = _simulating.set(True)
-    try:
+    with given(_simulating, True):
         yield
-    finally:
-        _simulating.reset(token)
 
 
 def is_simulating() -> bool:
@@ -77,8 +72,7 @@ def can_store(inputs: Iterable[Tensor]) -> bool:
 def without_hooks() -> Generator[None]:
     """Return a context in which saved-tensor hooks around it, the user's or a region's, see nothing of what revfx does.
 
-    An operation's result, packed as it is, would be held by its own history, for ever: a cycle through autograd's
-    graph, where Python's collector can't look.
+    An operation's result, packed as it is, would be held by its own history: a cycle that no collector can look into.
     """
     with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
         yield

@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from typing import Any
 
+from revfx.ambient import given
+
 
 _listener: ContextVar[Callable[[str], object]] = ContextVar("revfx_progress", default=lambda text: None)
 
@@ -23,11 +25,10 @@ def bar(total: int | None, text: str = "") -> Generator[Callable[..., Any]]:
 
     A stage that is announced inside is a step too.
     """
-    try:
+    opened: Any = contextlib.nullcontext()
+    with contextlib.suppress(ImportError):
         from tqdm import tqdm
-    except ImportError:
-        opened = contextlib.nullcontext()
-    else:
+
         opened = tqdm(total=total, desc=text, leave=False, file=sys.stderr, disable=None)  # without a terminal
     with opened as shown:
 
@@ -36,8 +37,5 @@ def bar(total: int | None, text: str = "") -> Generator[Callable[..., Any]]:
                 shown.set_description_str(text, refresh=False) if text else None
                 shown.update()
 
-        token = _listener.set(advance)
-        try:
+        with given(_listener, advance):
             yield advance
-        finally:
-            _listener.reset(token)
