@@ -17,15 +17,14 @@ from torch.fx import GraphModule
 from revfx import _fsdp, _torch
 from revfx.conversion import Conversion, Options
 from revfx.errors import RevfxError
-from revfx.traced import free_couplings_of
+from revfx.traced import free_couplings
 
 
 class Reversible(nn.Module):
     """Base of the classes of converted models; `model.revfx` tells what was found: `.code`, `.plans`, `.refusals`.
 
     An object of such a class and the model that it was made of have one table of attributes: what knows that model,
-    such as methods bound to it, lambdas and hooks, sees what becomes of this one. An object that others make of the
-    class (`type(model)()`) runs plainly.
+    such as bound methods, lambdas and hooks, sees what becomes of this one. What `type(model)()` makes runs plainly.
     """
 
     _revfx_base: type[nn.Module]
@@ -87,11 +86,6 @@ def _options(module: Reversible) -> Options | None:
     return None if conversion is None else conversion.options
 
 
-def _keeps_a_budget(module: Any) -> bool:
-    known = getattr(module, "_revfx", None)
-    return known is not None and known[0].options.memory is not None
-
-
 @_torch.breaks_graph
 def _left_alone(module: Any, args: Any, kwargs: Any) -> Any:
     """Return what a model within a budget returns, which nobody compiles: what is compiled keeps what it likes."""
@@ -108,9 +102,12 @@ def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            if _keeps_a_budget(self):
+            known = getattr(self, "_revfx", None)
+            options = None if known is None else known[0].options
+            if options is not None and options.memory is not None:
                 return _left_alone(self, args, kwargs)
-            free_couplings_of(self)
+            if options is not None and options.grid is None:  # on a grid inductor would round as it likes
+                free_couplings(options.anchor_every)
             return base.forward(self, *args, **kwargs)
         conversion, _ = _known(self)
         return base.forward(self, *args, **kwargs) if conversion is None else conversion.call(self, args, kwargs)

@@ -30,10 +30,3 @@ def say_rounding() -> None:
         "in a whole graph that inductor compiles, activations of converted models and blocks come back up to rounding: "
         "the kernels of the backward are others. `convert(model, compile=True)`, not compiled again, is lossless"
     )
-
-
-def free_couplings_of(model: Any) -> None:
-    """Do as `free_couplings` for a converted model, unless it lies on a grid: inductor rounds as it likes."""
-    known = getattr(model, "_revfx", None)
-    if known is not None and known[0].options.grid is None:
-        free_couplings(known[0].options.anchor_every)
