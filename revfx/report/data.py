@@ -51,8 +51,7 @@ class RegionInfo:
     the backward to start from, and what the first cut, the last one, side inputs and saved values take (bytes); how
     many cuts are kept, and what is regenerated (bytes). `drift`: what the relative error of the lowest regenerated
     cut comes to, as far as can be said beforehand; 0 where codes, of `code_bytes`, correct it. `values` are those made
-    in the region, `entry` those made before it that it reads (in step -1); `before` and `after` name the operations
-    between this region and its neighbours.
+    in the region, `entry` those from before it that it reads (step -1); `before` and `after` name what runs around it.
     """
 
     module: str
@@ -98,8 +97,7 @@ class Timeline:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What a training step takes in one way of running it, in bytes beyond what was there before: `kept` after the
-    forward, `peak` of the whole step, both predicted; and measured, with the seconds it took. `flops` of forward and
-    backward.
+    forward, `peak` of the whole step, and `flops`, all predicted; and measured, with the seconds it took.
     """
 
     way: str

@@ -87,8 +87,7 @@ def drift(
 ) -> Drift:
     """Measure how far every regenerated value of `model(*inputs)` is off, and on request every gradient.
 
-    A module is copied first, so its buffers stay as they are; random numbers are put back. The forward's values are all
-    held for a while, as plain training does.
+    A module is copied first, so its buffers stay as they are; random numbers are put back. All values are held a while.
 
     Args:
         model: a converted model, a `RevBlock`, or a function that calls `rev_block`.

@@ -164,8 +164,7 @@ def _codes(run: Regeneration) -> int:
 def _cuts(run: Regeneration) -> int:
     """Return the bytes of the cuts that a checkpoint around every coupling would keep and the region does not."""
     program = run.program
-    theirs = {v for j in run.kept_cuts for v in run.kept_cuts[j]} | run.kept.keys()
-    held = {program.values[v].storage for v in theirs}
+    held = {program.values[v].storage for kept in (run.kept, *run.kept_cuts.values()) for v in kept}
     more = {v for s in run.region.steps if s.inverts for v in s.entry if program.values[v].storage not in held}
     return program.nbytes(tuple(more))
 

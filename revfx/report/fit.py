@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,13 +19,9 @@ from revfx.fit.budget import Budget, checked_memory
 from revfx.fit.fit import Fit
 from revfx.fit.plan import Plan
 from revfx.fit.survey import Chosen, Survey
-from revfx.report.figures import PALETTE, picture
+from revfx.report.figures import PALETTE, Figure, picture
 from revfx.report.progress import stage
 from revfx.units import size
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # budgets of the curve
@@ -226,15 +222,10 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
 def search(
     fits: Callable[[int], bool], low: int, high: int | None, enough: Callable[[], bool]
 ) -> tuple[int, int | None]:
-    """Return the largest size found to fit, and the smallest found not to, if any.
+    """Return the largest size found to fit, and the smallest found not to, if any; `low` is known to fit, or 0, and
+    `high` not to.
 
-    Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION`.
-
-    Args:
-        fits: whether a size fits.
-        low: a size that is known to fit, or 0.
-        high: one that is known not to, if there is any.
-        enough: whether to stop with what there is.
+    Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION` or until `enough`.
     """
     while high is None and low < MOST and not enough():
         size = max(1, 2 * low)

@@ -7,19 +7,14 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from revfx.errors import Refusal
 from revfx.report.data import LISTED, Findings, RegionInfo, alike, counted, short
-from revfx.report.figures import PALETTE, picture, printable
+from revfx.report.figures import PALETTE, Axes, Figure, picture, printable
 from revfx.report.graph_layout import SOLVED, Frame, Layout, Node, layout
 from revfx.report.memory import memory_svg as memory_svg
 from revfx.units import size
-
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 MOST_NODES, MOST_REGIONS = 90, 8  # that are drawn

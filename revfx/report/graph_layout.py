@@ -128,23 +128,21 @@ def _lanes(lines: Sequence[ValueLine], edges: Sequence[Edge]) -> dict[int, int]:
         i for i, line in enumerate(lines)
         if line.action != "recompute" and not any(lines[a].step < 0 for a in solved.get(i, ()))
     ]  # fmt: skip
-    next_of: dict[int, int] = {}
+    flow = nx.DiGraph()
+    flow.add_nodes_from(streams)
     links = [(i, solved[i][0]) for i in reversed(streams) if i in solved]
     links += [(a, b) for a, b, kind in edges if kind == READS]
     for upper, lower in links:
-        free = upper not in next_of and lower not in next_of.values()
-        if upper < lower and free and upper in streams and lower in streams:
-            next_of[upper] = lower
+        if upper < lower and upper in flow and lower in flow and not flow.succ[upper] and not flow.pred[lower]:
+            flow.add_edge(upper, lower)
     last_read = {a: max(b for other, b, _ in edges if other == a) for a, _, _ in edges}
     lanes: dict[int, int] = {}
     taken: list[int] = []  # by lane, the last node that needs it
-    for first in (i for i in streams if i not in next_of.values()):
-        chain = [first]
-        while chain[-1] in next_of:
-            chain.append(next_of[chain[-1]])
+    for chain in map(sorted, nx.weakly_connected_components(flow)):
+        first, end = chain[0], chain[-1]
         start = -1 if lines[first].step < 0 else first
         lane = next((k for k, last in enumerate(taken) if last < start), len(taken))
-        taken[lane : lane + 1] = [max(chain[-1], last_read.get(chain[-1], 0))]
+        taken[lane : lane + 1] = [max(end, last_read.get(end, 0))]
         lanes.update(dict.fromkeys(chain, lane))
     return lanes
 

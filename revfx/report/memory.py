@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from revfx.errors import RevfxError
 from revfx.report.data import Findings, Timeline, Usage
-from revfx.report.figures import PALETTE, picture
+from revfx.report.figures import PALETTE, Axes, Figure, picture
 from revfx.units import size
-
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 COLUMNS = 400  # points of a line; each shows the most of the operations that fall into it

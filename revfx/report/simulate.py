@@ -51,11 +51,8 @@ class Ledger(TorchDispatchMode):
         self.marks: list[tuple[int, str]] = []
 
     def enter(self, t: Tensor, counted: bool = True) -> None:
-        """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go.
-
-        Fake tensors of sparse layouts have no memory.
-        """
-        if t.layout != torch.strided:
+        """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go."""
+        if t.layout != torch.strided:  # fakes of other layouts have none
             return
         storage = t.untyped_storage()
         key = _torch.storage_key(t)
