@@ -103,7 +103,7 @@ def _chain(
         if trains and k is None:
             free_couplings(every)
         return plain(x1, x2, layers, sides, k)
-    side_tensors, side_slots = block_program.number_sides(sides, first=2)
+    side_tensors, side_slots = block_program.number_sides(sides)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
     storing = not trains or runs_plain(env.values())
     if storing and (k is None or not can_store(env.values())):
@@ -111,7 +111,7 @@ def _chain(
     shapes = len(layers), block_program.meta(x1), block_program.meta(x2), tuple(len(t) for t in side_tensors), k
     plan = _plan_of(layers[0][0], shapes, exact, every)
     run = store_region if storing else run_region
-    run(plan, block_program.calls(layers, side_slots, len(env), k), env)
+    run(plan, block_program.calls(plan.program, layers, side_slots, k), env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
 
@@ -197,15 +197,13 @@ def _layers(f: Functions, g: Functions, num_layers: int) -> Layers:
 
 
 def _sequence(name: str, f: Functions, num_layers: int) -> Sequence[Function]:
-    if isinstance(f, (list, tuple, nn.ModuleList)):
-        functions: list[Any] = list(f)
-        if len(functions) != num_layers:
-            raise ValueError(
-                f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one"
-                " function for all layers, or one per layer."
-            )
-    else:
-        functions = [f] * num_layers
+    several = isinstance(f, (list, tuple, nn.ModuleList))
+    functions: list[Any] = list(f) if several else [f] * num_layers
+    if several and len(functions) != num_layers:
+        raise ValueError(
+            f"`{name}` is a sequence of {len(functions)} functions, but `num_layers` is {num_layers}: give one function"
+            " for all layers, or one per layer."
+        )
     for layer, function in enumerate(functions):
         if not callable(function):
             raise TypeError(f"`{name}` of layer {layer} is a {type(function).__name__}, which can't be called.")

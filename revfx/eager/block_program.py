@@ -65,11 +65,11 @@ def meta(x: Tensor) -> Meta:
     return tuple(x.shape), x.dtype, x.numel() * x.element_size()
 
 
-def number_sides(sides: tuple[Any, Any], first: int) -> tuple[list[list[Tensor]], list[Any]]:
+def number_sides(sides: tuple[Any, Any]) -> tuple[list[list[Tensor]], list[Any]]:
     """Return per side input its tensors, and the structure with each tensor's value index in its place."""
     tensors: list[list[Tensor]] = []
     slots: list[Any] = []
-    numbers = itertools.count(first)
+    numbers = itertools.count(2)  # after both streams
     for side in sides:
         leaves, spec = _torch.flatten(side)
         slots.append(pytree.tree_unflatten([Slot(next(numbers)) if isinstance(t, Tensor) else t for t in leaves], spec))
@@ -120,17 +120,14 @@ def _leaving_alone(function: Function, name: str, x: Tensor, side: Any) -> Any:
     return result
 
 
-def calls(layers: Sequence[tuple[Function, Function]], slots: list[Any], first: int, k: int | None) -> list[Call]:
-    calls: list[Call] = []
-    streams, at = [0, 1], first
-    for layer, pair in enumerate(layers):
-        for i, function in enumerate(pair):
-            name = "fg"[i]
-            args = (Slot(streams[1 - i]),) if slots[i] is None else (Slot(streams[1 - i]), slots[i])
-            several = isinstance(slots[i], (list, tuple, dict))
-            fn = functools.partial(_leaving_alone, function, f"`{name}` of layer {layer}") if several else function
-            calls.append(Call(f"{name} of layer {layer}", fn, args))
-            calls.append(Call(f"add of layer {layer}", couple, (Slot(streams[i]), Slot(at), name, layer, k)))
-            streams[i] = at + 1
-            at += 2
-    return calls
+def calls(program: Program, layers: Sequence[tuple[Function, Function]], slots: list[Any], k: int | None) -> list[Call]:
+    """Return how the operations of a chain's program are run."""
+    made: list[Call] = []
+    functions = ((layer, i, function) for layer, pair in enumerate(layers) for i, function in enumerate(pair))
+    for (layer, i, function), op, add in zip(functions, program.ops[::2], program.ops[1::2], strict=True):
+        name, x, side = "fg"[i], Slot(op.ins[0]), slots[i]
+        several = isinstance(side, (list, tuple, dict))
+        fn = functools.partial(_leaving_alone, function, f"`{name}` of layer {layer}") if several else function
+        made.append(Call(f"{name} of layer {layer}", fn, (x,) if side is None else (x, side)))
+        made.append(Call(f"add of layer {layer}", couple, (*map(Slot, add.ins), name, layer, k)))
+    return made

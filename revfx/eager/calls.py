@@ -76,13 +76,11 @@ def tensors(tree: Any) -> list[Tensor]:
     """Return the tensors in tuples, lists, dicts and slices."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, (list, tuple)):
-        return [t for x in tree for t in tensors(x)]
-    if isinstance(tree, dict):
-        return [t for x in tree.values() for t in tensors(x)]
     if isinstance(tree, slice):
-        return tensors((tree.start, tree.stop, tree.step))
-    return []
+        tree = tree.start, tree.stop, tree.step
+    elif isinstance(tree, dict):
+        tree = [*tree.values()]
+    return [t for x in tree for t in tensors(x)] if isinstance(tree, (list, tuple)) else []
 
 
 def meta(x: Any) -> Any:

@@ -18,7 +18,7 @@ from revfx.eager import dtensor
 from revfx.eager.calls import Call
 from revfx.eager.region_plan import Env, Handle, Ranges, RegionPlan, watching
 from revfx.eager.state import CallState, Random
-from revfx.eager.witness import Witness, changed, compare, join, judged
+from revfx.eager.witness import AS_IT_IS, Witness, changed, compare, join, judged
 from revfx.errors import RegenerationError
 from revfx.layout import leaf, placed, restrided
 from revfx.passes.closure import Forward, Invert
@@ -26,14 +26,10 @@ from revfx.passes.plan import Instruction, precision, schedule
 from revfx.passes.program import Arc
 
 
-_AS_IT_IS = contextlib.nullcontext()
-
-
 class Regeneration:
     """One call of a region: what it kept, and the values regenerated for the step that the backward is in.
 
-    Cut c lies before step c; step s goes from cut s to cut s+1. State belongs to the call, so the same module may be
-    called several times, from several threads.
+    Cut c lies before step c; step s goes from cut s to cut s+1. State belongs to the call: threads may share a module.
     """
 
     def __init__(self, plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
@@ -51,15 +47,14 @@ class Regeneration:
         self.uncoded: dict[int, frozenset[int]] = {}  # of each step what is kept as its code would be no smaller
         self.versions: list[tuple[int, Tensor, int]] = []
         self.ranges = Ranges(self.program)
-        watch = watching.get()
-        self.watch = watch(self) if watch is not None else None
+        self.watch = watching.get()(self)
         self.devices = dict.fromkeys(t.device for t in env.values() if t.device.type != "cpu")
         self.autocast = autocast_states(dict.fromkeys(("cpu", *(d.type for d in self.devices))))
         self.cached = torch.is_autocast_cache_enabled()
         self.settings = _torch.kernel_settings(), _torch.modes()  # around the region
         casting = [torch.finfo(dtype).eps for _, enabled, dtype in self.autocast if enabled]
         self.casts = bool(self.devices or casting)
-        self.quiet = _torch.no_modes() if any(self.settings[1]) else _AS_IT_IS  # for what is none of the user's
+        self.quiet = _torch.no_modes() if any(self.settings[1]) else AS_IT_IS  # for what is none of the user's
         self.lossless = plan.lossless
         self.witness = Witness(self.lossless)
         self.eps = max(casting, default=0.0)
@@ -163,8 +158,8 @@ class Regeneration:
     @contextlib.contextmanager
     def _as_in_the_forward(self) -> Generator[None]:
         """Return a context for regeneration: the forward's kernels, and none of the user's modes."""
-        with kernels_of(self.settings[0]) if self.differs else _AS_IT_IS, torch.no_grad():
-            with _torch.no_modes() if any(_torch.modes()) else _AS_IT_IS:
+        with kernels_of(self.settings[0]) if self.differs else AS_IT_IS, torch.no_grad():
+            with _torch.no_modes() if any(_torch.modes()) else AS_IT_IS:
                 yield
 
     def _run_step(self, number: int, known: Env, replay: bool, target: bool) -> Env:

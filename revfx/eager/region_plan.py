@@ -42,7 +42,7 @@ class Watch:
         """Look at a value that the backward derives, before anything reads it."""
 
 
-watching: ContextVar[Callable[[Regeneration], Watch] | None] = ContextVar("revfx_watching", default=None)
+watching: ContextVar[Callable[[Regeneration], Watch | None]] = ContextVar("revfx_watching", default=lambda run: None)
 
 
 @dataclass(eq=False, slots=True)
@@ -128,7 +128,7 @@ class RegionPlan:
             )
 
     def _step(self, number: int, step: Step) -> StepPlan:
-        program, last, alive = self.program, self.program.last_use, {*self.program.outputs}
+        program, last, values = self.program, self.program.last_use, self.program.values
         anchored = number in self.anchors
         codes: dict[int, tuple[Arc, ...]] = {}
         held: set[int] = set()
@@ -142,12 +142,8 @@ class RegionPlan:
                 self.declared[arc.head] = f"`{arc.declared}` ({op.where})"
         ops = [program.ops[i] for i in range(step.start, step.stop)]
         dead = [
-            tuple(
-                v
-                for v in dict.fromkeys((*op.ins, *op.outs))
-                if last[v] <= index and not (v in alive or v in held or program.values[v].source)
-            )
-            for index, op in enumerate(ops, step.start)
+            tuple(v for v in dict.fromkeys((*op.ins, *op.outs)) if last[v] <= i and not (v in held or values[v].source))
+            for i, op in enumerate(ops, step.start)
         ]
         exits = tuple(tuple(v for v in op.outs if v in step.exit) for op in ops)
         sampled = not self.lossless and is_checked(number, len(self.region.steps))

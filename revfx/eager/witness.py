@@ -39,7 +39,7 @@ GARBAGE = 1e-2  # what they may be off by before it is an error
 JITTER = 4.0  # times eps^(2/3): what a kernel that rounds otherwise when it runs again may be off by
 
 Metas = Sequence[tuple[Any, ...]]  # a shape and a dtype each
-_AS_IT_IS = contextlib.nullcontext()
+AS_IT_IS = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Witness:
             self.then[key] = replace(self.then[key], size=seen.some.norm())
 
     def _look(self, results: Iterable[Tensor], saved: Iterable[Tensor]) -> Seen | None:
-        with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
+        with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
             outs = [t for whole in results for t in _plain(whole)]
             parts = [elements(t, SOME) for t in outs]
             parts += [elements(t, FEW) for whole in saved for t in _plain(whole)]
@@ -214,9 +214,7 @@ def _same(noted: Sequence[tuple[Any, int, Seen, Seen]]) -> bool:
 def _differences(
     noted: Sequence[tuple[Any, int, Seen, Seen]], lost: Sequence[Tensor]
 ) -> tuple[tuple[list[float], list[float], list[float]], float]:
-    """Return of each pair whether a bit differs, how far it is apart, and by which size; and for how many escapes there
-    was no room.
-    """
+    """Return of each pair whether a bit differs, how far apart it is, by which size; and how many escapes lack room."""
     then, now = [n[2] for n in noted], [n[3] for n in noted]
     with torch.no_grad():
         lengths = torch.tensor([t.some.numel() for t in then])
@@ -238,8 +236,6 @@ def _differences(
 
 def changed(saved: Metas, again: Metas, returned: Metas, returned_again: Metas) -> str | None:
     """Return what a call saved or returned otherwise when it was run again; None where it did the same."""
-    if saved == again and returned == returned_again:
-        return None
     if len(saved) != len(again):
         return f"{len(saved)} saved in the forward, {len(again)} now"
     for number, (then, now) in enumerate(zip(saved, again, strict=True), 1):
