@@ -68,7 +68,6 @@ class Run:
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
         self.memory = measure_memory(lambda: F.cross_entropy(model(x), y))
-        model.zero_grad()
         self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-2, total_steps=steps)

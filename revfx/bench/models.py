@@ -147,12 +147,11 @@ class Affine(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return both halves, and the log-determinant (B,) so far."""
-        s, t = self.first(x2).chunk(2, -1)
-        s = torch.tanh(s)
-        x1, log_det = x1 * torch.exp(s) + t, log_det + s.sum(-1)
-        s, t = self.second(x1).chunk(2, -1)
-        s = torch.tanh(s)
-        return x1, x2 * torch.exp(s) + t, log_det + s.sum(-1)
+        for net in (self.first, self.second):
+            s, t = net(x2).chunk(2, -1)
+            s = torch.tanh(s)
+            x1, x2, log_det = x2, x1 * torch.exp(s) + t, log_det + s.sum(-1)
+        return x1, x2, log_det
 
 
 class Flow(Chain):
@@ -259,15 +258,11 @@ def _cross_entropy(logits: Tensor) -> Tensor:
     return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device) % rows.shape[-1])
 
 
-def _mean_square(output: Tensor) -> Tensor:
-    return output.square().mean()
-
-
 _AFFINE = "its couplings scale as well as add, and carry a log-determinant"
 MODELS: Mapping[str, BenchModel] = {m.name: m for m in (
-    BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), _mean_square, 16, 2048),
+    BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), lambda y: y.square().mean(), 16, 2048),
     BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 8, 64),
     BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 8, 32),
     BenchModel("flow", "affine flow", Flow, _normal(64), lambda density: -density.mean(), 16, 4096, _AFFINE),
-    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), _mean_square, 16, 256),
+    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), lambda q: q.square().mean(), 16, 256),
 )}  # fmt: skip

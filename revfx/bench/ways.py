@@ -73,8 +73,7 @@ _numbers = itertools.count()
 def compiled(model: nn.Module, **compile_kwargs: Any) -> Call:
     """Compile `model` with these arguments of `torch.compile`, apart from all other calls.
 
-    Dynamo keeps what it compiled by code object, and what it learnt of sizes by the name: it finds there what another
-    backend or setting has left.
+    Dynamo finds what it compiled by the code object, and what it learnt of sizes by the name, whoever left it there.
     """
     call: Any = with_own_code(model)
     call.__code__ = call.__code__.replace(co_name=f"run_{next(_numbers)}")
