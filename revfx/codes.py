@@ -47,8 +47,7 @@ class Code:
 
     `packed`: `width` bits of each, in bytes (None of width 0, and of width 8, whose distances are `near`). `near`: 8
     bits of each in the escapes, which lie at `where`. `values`: the bits of the fours at `far` (of width 8: of the
-    elements there), None where there are none. `lost` counts those for which there was no room, on a device where the
-    host does not know how many there are.
+    elements there), None where there are none. `lost` counts those that found no room, where the host can't know.
     """
 
     width: int
@@ -270,9 +269,7 @@ def _table(width: int, device: torch.device) -> Tensor:
 
 
 def _found(words: Tensor, room: int | None) -> tuple[Tensor, Tensor | None]:
-    """Return where numbers are not zero, in order; with `room` for so many, the last place of all where there are
-    fewer, and how many found none.
-    """
+    """Return where numbers are not zero, in order (with `room` for more: the last place), and how many found none."""
     if room is None:
         return words.nonzero().view(-1), None
     found = torch.nonzero_static(words, size=room, fill_value=-1).view(-1).remainder_(len(words))
@@ -280,9 +277,7 @@ def _found(words: Tensor, room: int | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _positions(where: Tensor, n: int) -> Tensor:
-    """Return where escapes or far ones are among `n`, of which the lowest 16 bits are given: in each block the first
-    one is at its beginning.
-    """
+    """Return where escapes or far ones are among `n`, by their lowest 16 bits; each block's first is at its start."""
     places = where.to(torch.int32)
     if n > BLOCK:
         places += (torch.cumsum(places == 0, 0, dtype=torch.int32) - 1) * BLOCK

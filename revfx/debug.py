@@ -16,9 +16,8 @@ from revfx.passes.closure import Derivation, Forward
 def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None]:
     """Open a context whose forwards keep every value of a region, and whose backwards compare what they regenerate.
 
-    The backward may come later. What this finds: an f that does not compute the same when it is run again, a rule of
-    the user's that is no inverse, a write in place that nothing saw. It is for `convert`, `rev_block` and `RevBlock` in
-    eager mode.
+    The backward may come later. What this finds: an f that does not compute the same when run again, a rule of the
+    user's that is no inverse, an unseen write in place. For `convert`, `rev_block` and `RevBlock` in eager mode.
 
     Args:
         rtol: the largest norm of a difference, relative to the norm; default: the square root of the dtype's eps, of

@@ -138,8 +138,7 @@ def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: 
     """Measure the bytes that `step()`, which returns a scalar loss, keeps after the forward, and the peak of the step.
 
     Counted from what was allocated before the call; gradients of parameters count unless they exist already (they do
-    after the warm-up run). On CPU the bytes are those of the profiler's memory events, exact and repeatable; on CUDA
-    the caching allocator's.
+    after the warm-up run). On CPU the profiler's memory events tell, exact and repeatable; on CUDA the allocator.
     """
     if warm_up:
         step().backward()
