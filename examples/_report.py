@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 import revfx
 from revfx.testing import Memory, measure_memory, relative_error
 
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its start and stop on stderr
 
 Loss = Callable[[nn.Module], Tensor]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +29,7 @@ exit status: 0 if all went well, 1 if nothing reversible was found or something 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 (failed, or nothing reversible found) or 2 (wrong arguments)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its start and stop
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch, rules
+from revfx import rules
 from revfx.converted import Reversible
 from revfx.eager.block import RevBlock
 from revfx.eager.modes import store_activations as store_activations
@@ -144,10 +145,25 @@ def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: 
         step().backward()
     if device != "cpu":
         return _measure_cuda(step, device)
-    loss, forward = _torch.allocations(step)
-    _, backward = _torch.allocations(loss.backward)
-    held = list(itertools.accumulate((*forward, *backward), initial=0))
-    return Memory(held[len(forward)], max(held))
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Profiler clears events")  # between cycles: this is one
+            prof = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
+        loss = step()
+        with record_function("revfx::backward"):
+            loss.backward()
+    kept = peak = now = 0
+    recorded: Any = prof.profiler
+    events = [(e.name(), e) for e in recorded.kineto_results.events()]
+    starts = [e.start_ns() for name, e in events if name == "revfx::backward"]
+    for e in sorted((e for name, e in events if name == "[memory]"), key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        peak = max(peak, now)
+        if e.start_ns() <= starts[0]:
+            kept = now
+    return Memory(kept, peak)
 
 
 def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:

@@ -30,10 +30,11 @@ from revfx.errors import RevfxError, WrongArguments
 from revfx.report.progress import bar
 
 
-# glibc reads the first two when a process starts, torch the third
+# glibc reads the first two when a process starts, torch the others
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "KINETO_LOG_LEVEL": "99",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 

@@ -82,7 +82,7 @@ def ask(question: Question, low: int, high: int | None) -> Said:
     """Ask a child process, which looks between a size that fits and one that does not."""
     command = [sys.executable, "-m", "revfx.bench.fit", json.dumps([asdict(question), low, high])]
     # every large block is a mapping of its own, which goes back to the system when it is freed
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "KINETO_LOG_LEVEL": "99"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
     lines = done.stdout.splitlines()
     return Said(**json.loads(lines[-1])) if lines else Said(low, high)
