@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 @dataclass
 class Task:
-    """A model, what it is called with, its loss, and its repeated blocks; `half`: under bf16 autocast."""
+    """A model, what it is called with, its loss, and its repeated blocks; `half`: under bf16 autocast; `compiled`: its
+    blocks are.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -22,6 +24,7 @@ class Task:
     blocks: Callable[[Any], list[nn.Module]]
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     half: bool = False
+    compiled: bool = False
 
 
 def _square(out: Any) -> Tensor:

@@ -85,7 +85,7 @@ def fitted(task: Task, memory: Any) -> Way:
     own = copy.deepcopy(task)
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16) if own.half else contextlib.nullcontext():
-        converted: Any = revfx.convert(own.model, memory=memory)
+        converted: Any = revfx.convert(own.model, memory=memory, compile=own.compiled)
         converted.revfx.ready(converted, own.args, own.kwargs)
     way = Way(memory if isinstance(memory, str) else f"memory={memory:g}", own, converted)
     way.note = f"{time.perf_counter() - start:.1f}"
@@ -96,6 +96,11 @@ def ways_of(task: Task, shares: list[float], with_rivals: bool) -> Iterator[tupl
     """The plain model, budgets with their shares, and rivals each before revfx at its peak."""
     own = copy.deepcopy(task)  # buffers of `task` stay as they are
     plain = Way("plain", own, own.model)
+    if own.compiled:
+        before = copy.deepcopy(own.model.state_dict())
+        revfx.convert(own.model, memory=1.0, compile=True)
+        plain.loss().backward()  # compiles
+        own.model.load_state_dict(before)
     plain.measure()
     yield plain, None
     least = 0
@@ -112,7 +117,7 @@ def ways_of(task: Task, shares: list[float], with_rivals: bool) -> Iterator[tupl
         way.measure()
         way.name = "the least"
         yield way, least / plain.peak
-    for name, build in rivals(task, with_rivals):
+    for name, build in [] if task.compiled else rivals(task, with_rivals):
         own = copy.deepcopy(task)
         rival = Way(name, own, build(own.model))
         rival.measure()
@@ -163,6 +168,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rivals", action="store_true", help="also selective checkpoints, torch's budget")
     parser.add_argument("--half", action="store_true", help="under bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="the blocks of all ways; without rivals")
     parser.add_argument("--no-dropout", action="store_true", help="with it torch's own budget gives wrong gradients")
     parser.add_argument("--short", action="store_true")
     args = parser.parse_args()
@@ -174,9 +180,11 @@ def main() -> None:
     for name in names:
         torch.manual_seed(0)
         task = MODELS[name](args.short, args.half)
+        task.compiled = args.compile
         if args.no_dropout:
             without_dropout(task.model)
-        table(task, name + " in bf16" * args.half, shares, rounds, args.rivals)
+        label = name + " in bf16" * args.half + ", compiled" * args.compile
+        table(task, label, shares, rounds, args.rivals)
 
 
 if __name__ == "__main__":

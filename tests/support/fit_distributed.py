@@ -30,11 +30,18 @@ def _sharded(model: Any, **options: Any) -> nn.Module:
     return fully_shard(model, **options)
 
 
+def _compiled(model: Any) -> nn.Module:
+    for layer in model.layers[1:]:
+        layer.compile(backend="aot_eager")
+    return DistributedDataParallel(model)
+
+
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
 CASES: dict[str, Place] = {
     "DDP": DistributedDataParallel,
     "DDP, static graph": partial(DistributedDataParallel, static_graph=True),
     "DDP, views of tiny buckets": partial(DistributedDataParallel, gradient_as_bucket_view=True, bucket_cap_mb=0.01),
+    "DDP, compiled layers": _compiled,
     "FSDP2, layers": _sharded,
     "FSDP2, layers kept gathered": partial(_sharded, reshard_after_forward=False),
     "FSDP2, the whole": lambda model: fully_shard(model),
@@ -89,8 +96,8 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     warnings.simplefilter("error")
-    for message in (".*NumPy.*", ".*torch.jit.*", ".*Profiler clears.*", ".*returned a view tensor.*"):
-        warnings.filterwarnings("ignore", message=message)
+    for message in ("NumPy", "torch.jit", "Profiler clears", "returned a view tensor", "not a leaf Tensor"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
     torch.manual_seed(5 + rank)
     x, results = torch.randn(256, 64), dict[str, Any]()
     for name, place in CASES.items():
