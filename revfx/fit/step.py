@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from revfx.ambient import kernels_of
 from revfx.eager.state import CallState
 from revfx.errors import RevfxError
 from revfx.fit import bits
-from revfx.fit.bits import Mark
 from revfx.fit.compiled import Began, Part
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
@@ -29,58 +29,18 @@ _NOTHING: Values = {}
 _AS_IT_IS = contextlib.nullcontext()
 
 
-class _Kept:
-    """A tensor that is kept."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
-        self.version = _torch.version(tensor)
-
-    def get(self) -> Tensor:
-        """Return it.
-
-        Raises:
-            RuntimeError: it was written to since, as autograd says.
-        """
-        unchanged(self.tensor, self.version)
-        return self.tensor
-
-
-class _Marked:
-    """A tensor of which a few bits an element are kept."""
-
-    __slots__ = ("code", "mark", "spot")
-
-    def __init__(self, tensor: Tensor, spot: Spot, mark: Mark) -> None:
-        self.code, self.spot, self.mark = mark.encode(tensor), spot, mark
-
-    def get(self) -> Tensor:
-        """Return what the backward may read in its place."""
-        return self.mark.decode(self.code, self.spot)
-
-
-class _Dropped:
-    """A tensor that is computed again when autograd asks for it; it holds what that takes."""
-
-    __slots__ = ("kept", "number", "step")
-
-    def __init__(self, step: Step, number: int, kept: Values) -> None:
-        self.step, self.number, self.kept = step, number, kept
-
-    def get(self) -> Tensor:
-        """Return it."""
-        return self.step.again(self.number, self.kept)
-
-
-def unchanged(t: Tensor, version: int) -> None:
-    """Raise what autograd raises if a tensor was written to."""
+def unchanged(t: Tensor, version: int) -> Tensor:
+    """Return a tensor; raise what autograd raises if it was written to."""
     if _torch.version(t) != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation:"
             f" [{t.dtype}, {list(t.shape)}] is at version {_torch.version(t)}; expected version {version} instead."
         )
+    return t
+
+
+def _as_it_is(t: Tensor) -> Callable[[], Tensor]:
+    return partial(unchanged, t if isinstance(t, nn.Parameter) else t.detach(), _torch.version(t))
 
 
 class Course:
@@ -95,19 +55,24 @@ class Course:
         self.operators = {o: Operator(plan, o) for o in plan.again}
         self.spots = [p.spot for p in plan.needs.tape.packs]
         first = {plan.needs.value(k): k for k in sorted(plan.dropped, reverse=True)}
-        self.looks = {k for k in first.values() if _is_looked_at(self.spots[k])}
+        spots = ((k, plan.needs.spot(k)) for k in first.values())
+        self.looks = {k for k, s in spots if s.dtype != torch.uint8 and 0 not in s.shape}
+        sharded = plan.needs.tape.sharded
+        self.sources = {  # but for parameters, which FSDP2 may not have gathered yet
+            v: (kind, where)
+            for v, (kind, where) in plan.sources.items()
+            if not (sharded and kind == "parameter" and plan.needs.unit(where[0]))
+        }
         self.calls = 0
-
-
-def _is_looked_at(spot: Spot | None) -> bool:
-    return spot is not None and spot.dtype != torch.uint8 and 0 not in spot.shape
 
 
 class Step:
     """A forward and its backward."""
 
     def __init__(self, course: Course, model: nn.Module, leaves: Sequence[Any], meter: Meter) -> None:
-        self.course, self.model, self.sources = course, model, sources_of(course.plan, model, leaves)
+        self.course, self.model = course, model
+        sources = course.sources.items()  # what was there before the step
+        self.sources = {v: leaves[at] if kind == "argument" else _held(model, at) for v, (kind, at) in sources}
         self.versions = {v: _torch.version(t) for v, t in self.sources.items()}
         self.kept: dict[int, Values] = {block: {} for block in course.plan.bases}
         self.states: dict[int, CallState] = {}  # by number, what calls of compiled parts began with
@@ -123,17 +88,17 @@ class Step:
 
     # --- the forward
     @_torch.uncompiled
-    def pack(self, t: Tensor) -> Any:
-        """Return what autograd holds in the place of `t`."""
+    def pack(self, t: Tensor) -> Callable[[], Tensor]:
+        """Return what autograd holds in the place of `t`, and what that is computed from if it is dropped."""
         k, course = self.number, self.course
         self.number = k + 1
         spot = course.spots[k] if k < len(course.spots) else None
         if self.moved or spot is None or isinstance(t, nn.Parameter):
             self.moved = self.moved or k >= len(course.spots)
-            return _Kept(t)
+            return _as_it_is(t)
         if t.shape != spot.shape or t.dtype != spot.dtype or t.stride() != spot.stride:
             self.moved = True
-            return _Kept(t)
+            return _as_it_is(t)
         plan = course.plan
         for v, blocks in plan.users.get(spot.value, ()):
             noted = None
@@ -143,13 +108,14 @@ class Step:
                         noted = bits.encode(whole(t.detach()) != 0) if v in plan.coins else t.detach()
                     self.kept[block][v] = noted
         if k in plan.marks:
-            return _Marked(t.detach(), spot, plan.needs.marks[k])
+            mark = plan.needs.marks[k]
+            return partial(mark.decode, mark.encode(t.detach()), spot)
         block = plan.dropped.get(k)
         if block is None:
-            return _Kept(t)
+            return _as_it_is(t)
         if k in course.looks:
             self.witness.then(spot, t.detach())
-        return _Dropped(self, k, self.kept[block])
+        return partial(self.again, k, self.kept[block])
 
     def part(self, part: Part, args: Any, kwargs: Any) -> Any:
         """Return what a compiled part returns, having noted what its call began with, if it is to run again."""
@@ -175,9 +141,9 @@ class Step:
 
     @staticmethod
     @_torch.uncompiled
-    def unpack(held: _Kept | _Marked | _Dropped) -> Tensor:
+    def unpack(held: Callable[[], Tensor]) -> Tensor:
         """Return what autograd reads."""
-        return held.get()
+        return held()
 
     # --- the backward
     def again(self, k: int, kept: Values) -> Tensor:
@@ -250,18 +216,6 @@ class Step:
     def _forget(self) -> None:
         self.values.clear()
         self.replay, self.segment, self.task = None, 0, -1
-
-
-def sources_of(plan: Plan, model: nn.Module, leaves: Sequence[Any]) -> dict[int, Tensor]:
-    """Return what was there before the step, of what runs again: parameters, buffers and arguments; but no parameters
-    that FSDP2 has not gathered yet.
-    """
-    sharded = plan.needs.tape.sharded
-    return {
-        v: leaves[where] if kind == "argument" else _held(model, where)
-        for v, (kind, where) in plan.sources.items()
-        if not (sharded and kind == "parameter" and plan.needs.unit(where[0]))
-    }
 
 
 def _held(model: nn.Module, where: tuple[str, str]) -> Tensor:
