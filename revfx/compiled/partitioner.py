@@ -18,6 +18,7 @@ from torch import fx
 
 import revfx
 from revfx import _torch, passes, rules
+from revfx.ambient import given
 from revfx.compiled import _inductor
 from revfx.errors import NotReversibleError, RevfxWarning
 from revfx.passes.facts import Facts, facts_of
@@ -38,11 +39,8 @@ _listeners: ContextVar[tuple[list[Report], ...]] = ContextVar("revfx_reports", d
 def reports() -> Generator[list[Report]]:
     """Return a context that gives a list of what was found in each graph compiled in it (not out of a cache)."""
     found: list[Report] = []
-    token = _listeners.set((*_listeners.get(), found))
-    try:
+    with given(_listeners, (*_listeners.get(), found)):
         yield found
-    finally:
-        _listeners.reset(token)
 
 
 class ReversiblePartitioner(_inductor.CustomPartitionerFn):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
+from revfx.ambient import given
 from revfx.capture.guards import name_of
 from revfx.eager.modes import is_simulating, runs_plain
 from revfx.errors import BudgetError, RevfxError, RevfxWarning
@@ -114,12 +115,10 @@ class Fit:
         most = replace(self.budget, less=0).of(fitted.plain)
         meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
         step = Step(fitted.course, model, call.leaves, meter)
-        token = watching.set(step)
         try:
-            with saved_tensors_hooks(step.pack, step.unpack):
+            with given(watching, step), saved_tensors_hooks(step.pack, step.unpack):
                 result = run(*call.args, **call.kwargs)
         finally:
-            watching.reset(token)
             step.end()
         self.calls += 1
         if step.moved:

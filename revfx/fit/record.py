@@ -7,8 +7,10 @@ runs on zeros in their place, and its results are thrown away.
 from __future__ import annotations
 
 import contextlib
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _fake, _fsdp, _torch
+from revfx.ambient import given
 from revfx.capture.effects import none_left
 from revfx.capture.guards import is_plain
 from revfx.eager.modes import simulating
@@ -33,11 +36,11 @@ from revfx.world import RealWorld, World
 NUDGE = 1e-6  # relative: what numbers of the data are off by when a forward is recorded once more
 
 
+@dataclass(eq=False)
 class _Kept:
     """What autograd holds in the place of a tensor."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    number: int
 
 
 class Recorder(TorchDispatchMode):
@@ -109,16 +112,10 @@ class Recorder(TorchDispatchMode):
         if self.mode is None and any(self.kind(s) == "parameter" for s in old):
             raise RevfxError("it asks for numbers, and writes to a parameter.")
         out = func(*args, **kwargs)
-        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         owned = {_torch.storage_key(t) for t in given if isinstance(t, Tensor) and t.layout == torch.strided}
-        if (
-            not writes(func)
-            and tensors
-            and all(_torch.storage_key(t) in owned for t in tensors if t.layout == torch.strided)
-        ):
-            return out  # a view
-        if not tensors and not writes(func):
-            return out
+        made = [t for t in tensors_of(out) if t.layout == torch.strided and _torch.storage_key(t) not in owned]
+        if not made and not writes(func):
+            return out  # views, or no tensors
         for at, (t, spot) in enumerate(zip(given, spots, strict=True)):
             if isinstance(spot, Spot) and (k := self.known[_torch.storage_key(t)][0]) < 0:
                 self.tape.reads.setdefault(-1 - k, set()).add((len(self.tape.ops), at))
@@ -129,7 +126,7 @@ class Recorder(TorchDispatchMode):
         args_of, kwargs_of = pytree.tree_unflatten(spots, spec)
         reads, makes = tuple([s for s in spots if isinstance(s, Spot)]), tuple(range(before, len(self.tape.memory_of)))
         if not old and any(self.kind(s) is not None for s in reads):
-            self._nudge([t for t in tensors if _torch.storage_key(t) not in owned])
+            self._nudge(made)
         drawn = draws(func, args, kwargs)
         self.tape.ops.append(Op(func, tuple(args_of), kwargs_of, reads, outs, old, makes, drawn, *self._where()))
         return out
@@ -191,12 +188,10 @@ class Recorder(TorchDispatchMode):
         node = _torch.backward_node()
         if node is not None:
             return "", node.name()
-        frame = _torch.caller()
-        while frame is not None:
+        for frame, line in traceback.walk_stack(_torch.caller()):
             name = self.names.get(id(frame.f_locals.get("self"))) if frame.f_code.co_name == "forward" else None
             if name is not None:
-                return name, f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            frame = frame.f_back
+                return name, f"{frame.f_code.co_filename}:{line}"
         return "", ""
 
     # --- autograd
@@ -243,10 +238,9 @@ class Recorder(TorchDispatchMode):
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the tensors among the arguments that an operator writes."""
-    schema = func._schema.arguments
-    names = {a.name: i for i, a in enumerate(schema)}
-    given = [*((schema[i], a) for i, a in enumerate(args)), *((schema[names[n]], a) for n, a in kwargs.items())]
-    return [t for s, a in given if s.alias_info is not None and s.alias_info.is_write for t in tensors_of(a)]
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    given = {**{a.name: x for a, x in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+    return [t for n in names for t in tensors_of(given.get(n))]
 
 
 def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Tape:
@@ -276,11 +270,9 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
 def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape:
     real = isinstance(world, RealWorld)
     with contextlib.ExitStack() as stack:
-        for context in (none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), simulating()):
+        contexts = none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), simulating()
+        for context in (*contexts, torch.enable_grad(), torch.random.fork_rng(enabled=real)):
             stack.enter_context(context)
-        stack.enter_context(torch.enable_grad())
-        if real:
-            stack.enter_context(torch.random.fork_rng())
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         stack.callback(world.fakes.clear)
         return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
@@ -293,12 +285,8 @@ def _step(
     tape = recorder.tape
     torch.set_autocast_cache_enabled(False)  # it would hold casts of what stands for parameters
     with recorder:
-        token = watching.set(recorder)
-        try:
-            with saved_tensors_hooks(recorder.pack, recorder.unpack):
-                result = run(*args, **kwargs)
-        finally:
-            watching.reset(token)
+        with given(watching, recorder), saved_tensors_hooks(recorder.pack, recorder.unpack):
+            result = run(*args, **kwargs)
         tape.turn = len(tape.ops)
         outs = [t for t in tensors_in(result) if t.requires_grad]
         outs = [t for t in outs if not t.dim()] or outs  # where there is a loss, it is what is differentiated
