@@ -38,10 +38,7 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
     """
     tape, turn = needs.tape, needs.tape.turn
     free = _free(needs, costs)
-    last, needed = (
-        dict[int, int](),
-        {*needs.wanted},
-    )  # by the backward: a sum of losses is not
+    last, needed = dict[int, int](), {*needs.wanted}  # by the backward: a sum of losses is not
     for o in reversed(range(turn)):
         if not needed.isdisjoint(tape.ops[o].makes):
             for s in tape.ops[o].reads:

@@ -29,6 +29,7 @@ from revfx.passes.sizes import tensors_of
 
 Gradients = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
 
+_ITSELF: Callable[[Tensor], Tensor] = _torch.uncompiled(lambda t: t)
 watching: ContextVar[Any] = ContextVar("revfx_watching", default=None)  # a step, or what records one
 
 
@@ -147,18 +148,13 @@ class Whole:
             stack.callback(began.put_back())
             stack.enter_context(autocast_of(self.autocast, self.cached))
             stack.enter_context(_torch.above_autograd())
-            stack.enter_context(saved_tensors_hooks(pack, _itself))
+            stack.enter_context(saved_tensors_hooks(pack, _ITSELF))
             return *self.run(leaves), kept
 
     def __call__(self, began: CallState | Began, *leaves: Any) -> list[Tensor]:
         """Return what autograd keeps of the call, and its results."""
         result, _, kept = self.again(began, *leaves)
         return [*kept, *(t.detach() for t in tensors_of(result))]
-
-
-@_torch.uncompiled
-def _itself(t: Tensor) -> Tensor:
-    return t
 
 
 @dataclass(frozen=True)

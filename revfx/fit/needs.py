@@ -36,12 +36,13 @@ class Needs:
     """
 
     tape: Tape
-    barred: frozenset[int] = frozenset()  # operators that don't run again, beside those that vary
+    barred: frozenset[int] = frozenset()  # operators that don't run again, and those that vary
     wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     marks: dict[int, Mark] = field(default_factory=dict[int, Mark])
     stuck: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
+        self.barred |= self.tape.varies
         for k, p in enumerate(self.tape.packs):
             if p.spot is None or self.source(p.spot.value) is not None:
                 continue
@@ -83,9 +84,6 @@ class Needs:
         """Return where to find a value that was there before the step; None of others."""
         return self.tape.memory(value).source
 
-    def _is_whole(self, spot: Spot) -> bool:
-        return is_dense(spot) and math.prod(spot.shape) * spot.dtype.itemsize == self.tape.size(spot.value)
-
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
         kind, _ = self.source(value) or ("", None)
@@ -112,7 +110,7 @@ class Needs:
 
         for o, op in enumerate(tape.ops[: tape.turn]):
             op_ = twin(op)
-            ok = not self._varies(o) and not op.draws and bool(op.makes) and _runs_again(op.func)
+            ok = o not in self.barred and not op.draws and bool(op.makes) and _runs_again(op.func)
             ok = ok and all(is_known(s.value) for s in op_.reads)
             found.append(op_ if ok and all(self.source(v) is None for v in op.makes) else None)
         return found
@@ -127,19 +125,17 @@ class Needs:
         read = ([self.source(s.value) for s in op.reads] if op is not None else [] for op in self.replayed)
         return [{u for s in of if s is not None and s[0] == "parameter" and (u := self.unit(s[1][0]))} for of in read]
 
-    def _varies(self, op: int) -> bool:
-        return op in self.barred or op in self.tape.varies
-
     @cached_property
     def coins(self) -> Mapping[int, int]:
         """Return values of drawn zeros and ones, each with the wanted value of the same memory that tells them."""
         found: dict[int, int] = {}
         tape = self.tape
         for op in tape.ops[: tape.turn]:
-            if op.func == aten.bernoulli_.float and len(op.makes) == 1 and self._is_whole(op.writes[0]):
-                drawn, last = op.makes[0], tape.memory(op.makes[0]).values[-1]
+            if op.func == aten.bernoulli_.float and len(op.makes) == 1:
+                drawn, last, at = op.makes[0], tape.memory(op.makes[0]).values[-1], op.writes[0]
                 rest = [tape.made_by[v] or 0 for v in tape.after(drawn)]
-                if all(not self._varies(o) and _scales(tape.ops[o]) for o in rest) and self.wanted.get(last):
+                whole = is_dense(at) and math.prod(at.shape) * at.dtype.itemsize == tape.size(drawn)
+                if whole and all(o not in self.barred and _scales(tape.ops[o]) for o in rest) and self.wanted.get(last):
                     found[drawn] = last
         return found
 

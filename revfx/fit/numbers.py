@@ -7,7 +7,7 @@ recording twice: operators that were given another number then don't run again, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -46,11 +46,8 @@ class Numbers:
 
     def common(self, model: nn.Module, leaves: Sequence[Any]) -> Numbers:
         """Return those that are what they were, and the flags of now."""
-        return Numbers(
-            [(t, name, n) for t, name, n in self.held if t.get(name) == n],
-            [(i, x) for i, x in self.given if leaves[i] == x],
-            [(p, p.requires_grad) for p in model.parameters()],
-        )
+        held = [(t, name, n) for t, name, n in self.held if t.get(name) == n]
+        return replace(Numbers.of(model, leaves), held=held, given=[(i, x) for i, x in self.given if leaves[i] == x])
 
 
 def plain_leaves(leaves: Sequence[Any]) -> list[Any]:

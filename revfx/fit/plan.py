@@ -9,7 +9,7 @@ once, or twice where nothing is kept between the blocks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,7 +60,7 @@ class Plan:
     @cached_property
     def again(self) -> frozenset[int]:
         """Return the operators that run again, whatever autograd asks for."""
-        return frozenset(self.above([self.needs.value(k) for k in self.dropped]))
+        return frozenset(self.above(self.dropped))
 
     @cached_property
     def parts(self) -> frozenset[int]:
@@ -76,7 +76,7 @@ class Plan:
         """
         for k in self.dropped if self.needs.tape.sharded else ():
             unit = self.needs.unit(self.needs.tape.packs[k].module)
-            if any(not self.needs.units[op] <= {unit} for op in self.above([self.needs.value(k)])):
+            if any(not self.needs.units[op] <= {unit} for op in self.above([k])):
                 raise LookupError("parameters are not gathered where they are read again")
 
     @property
@@ -108,9 +108,9 @@ class Plan:
             for o, op in enumerate(self.needs.replayed)
         ]
 
-    def above(self, values: Collection[int], block: int | None = None) -> Iterator[int]:
-        """Yield the operators that make `values` again, last ones first: all, or those of a block alone."""
-        todo, seen = [*values], set[int]()
+    def above(self, packs: Iterable[int], block: int | None = None) -> Iterator[int]:
+        """Yield the operators that make `packs` again, last ones first: all, or those of a block alone."""
+        todo, seen = [self.needs.value(k) for k in packs], set[int]()
         while todo:
             v = todo.pop()
             if self.is_base(v):
@@ -134,9 +134,8 @@ class Plan:
         """Return how often each block reads each value that is made again: by packs, and by what it runs again."""
         found = Counter[tuple[int, int]]()
         for block, packs in self.asked.items():
-            values = [self.needs.value(k) for k in packs]
-            found.update((block, v) for v in values)
-            for op in self.above(values, block):
+            found.update((block, self.needs.value(k)) for k in packs)
+            for op in self.above(packs, block):
                 found.update((block, v) for v in self.reads[op] if not self.is_base(v))
         return found
 
@@ -145,8 +144,7 @@ class Plan:
         """Return the values that each block runs again from: those that are kept, and coins."""
         found: dict[int, frozenset[int]] = {}
         for block, packs in self.asked.items():
-            values = [self.needs.value(k) for k in packs]
-            ops = [*self.above(values)]
+            ops = [*self.above(packs)]
             read = {v for op in ops for v in self.reads[op] if v in self.kept}
             made = {v for op in ops for v in self.needs.tape.ops[op].makes}
             found[block] = frozenset(read | (made & self.coins))
@@ -157,14 +155,12 @@ class Plan:
         """Return, by kept value that the forward hands out, what is noted of it: itself, or a coin, and for which
         blocks.
         """
-        blocks: dict[int, list[int]] = {}
+        found: dict[int, dict[int, list[int]]] = {}
         for block, values in self.bases.items():
             for v in values:
-                blocks.setdefault(v, []).append(block)
-        found: dict[int, list[tuple[int, list[int]]]] = {}
-        for v, whom in blocks.items():
-            found.setdefault(self.needs.coins[v] if v in self.coins else v, []).append((v, whom))
-        return found
+                told = self.needs.coins[v] if v in self.coins else v
+                found.setdefault(told, {}).setdefault(v, []).append(block)
+        return {v: [*of.items()] for v, of in found.items()}
 
     @cached_property
     def sources(self) -> dict[int, tuple[str, Any]]:
