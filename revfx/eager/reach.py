@@ -145,14 +145,11 @@ class Reach:
 
     def _module(self, module: nn.Module) -> list[Any]:
         further = list[Any]()
-        stack = [module]
-        while stack:
-            m = stack.pop()
+        for m in module.modules():
             if id(m) not in self.modules:
                 self.modules[id(m)] = m
                 table = vars(m)
                 further += [v for v in layout_of(m, table).read(table) if type(v) not in ATOMS]
-                stack.extend(c for c in _torch.children(m).values() if c is not None)
         return further
 
 
