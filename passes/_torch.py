@@ -7,16 +7,14 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import has_side_effect
-from torch.utils import _python_dispatch
 
-from revfx._torch import packet_name as packet_name, storage_key as storage_key
+from revfx._torch import no_dispatch as no_dispatch, packet_name as packet_name, storage_key as storage_key
 from revfx.errors import RegenerationError, RevfxWarning
 
 
@@ -123,11 +121,6 @@ def is_held(t: Tensor) -> bool:
 def is_real(t: Tensor) -> bool:
     """Return whether a parameter has values that this process may look at: not fake, meta or spread over others."""
     return type(t) in (Tensor, nn.Parameter) and not t.is_meta
-
-
-def outside_modes() -> AbstractContextManager[Any]:
-    """Return a context in which real tensors can be computed with, though a graph is traced around."""
-    return _python_dispatch._disable_current_modes()
 
 
 def updated_statistics(name: str, args: Any, kwargs: Any) -> list[Any]:

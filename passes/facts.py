@@ -45,7 +45,7 @@ def _facts(t: Tensor) -> tuple[Fact, ...]:
         return ()
     if not 0 < t.numel() <= LIMIT or t.dtype == torch.bool or t.is_complex():
         return ()
-    with torch.no_grad(), _torch.outside_modes():
+    with torch.no_grad(), _torch.no_dispatch():
         found: list[Fact] = []
         if t.dim() == 1 and t.dtype in INDICES:
             found.append(PERMUTATION if bool(_is_permutation(t)) else tuple(t.tolist()))
@@ -115,7 +115,7 @@ def constants(graph: fx.Graph, facts: MutableMapping[fx.Node, tuple[Fact, ...]])
     seen = set[fx.Node]()
     for node in graph.nodes:
         numbers = next((f for f in facts.get(node, ()) if isinstance(f, tuple)), None)
-        with torch.no_grad(), _torch.outside_modes():
+        with torch.no_grad(), _torch.no_dispatch():
             if numbers is not None and fixed((val := node.meta["val"]).shape):
                 found[node] = torch.tensor(numbers, dtype=val.dtype, device=val.device).reshape(val.shape)
                 seen.add(node)

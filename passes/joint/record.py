@@ -137,7 +137,7 @@ class _Mode(TorchDispatchMode):
         graph = self.recorder.graph
         name, owner = f"_revfx_constant{len(graph.nodes)}", graph.owning_module
         assert owner is not None
-        with _torch.outside_modes():
+        with _torch.no_dispatch():
             held = held.to(self.device)  # at once, not in every run
         owner.register_buffer(name, held, persistent=False)
         out = torch.ops.aten.lift_fresh.default(held)

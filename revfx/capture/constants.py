@@ -15,7 +15,7 @@ from revfx.ambient import all_generators, drew
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.capture.whole import told_to_invert
 from revfx.eager.calls import tensors
-from revfx.passes._torch import may_draw, outside_modes
+from revfx.passes._torch import may_draw, no_dispatch
 from revfx.passes.facts import LIMIT, ancestors, is_mask
 from revfx.rules import op_name
 
@@ -125,7 +125,7 @@ def _result(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 
 
 def _called(function: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[fx.Node, Any]) -> Any:
-    with torch.no_grad(), outside_modes():
+    with torch.no_grad(), no_dispatch():
         args, kwargs = fx.map_arg((args, kwargs), values.__getitem__)
         return function(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from revfx.capture.untraceable import Untraceable
 from revfx.eager.modes import without_hooks
 from revfx.eager.region_plan import RegionPlan
 from revfx.errors import Refusal
-from revfx.passes._torch import outside_modes
+from revfx.passes._torch import no_dispatch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
 from revfx.passes.diagnose import diagnose
@@ -76,7 +76,7 @@ def make_plan(
     search = Search(root, forward, args, kwargs, wishes or Wishes(), carried)
     try:
         # the fake forward may run inside another region, and under modes that count or change what runs
-        with without_hooks(), outside_modes(), muted(_fake.FAKE_LOGGER):
+        with without_hooks(), no_dispatch(), muted(_fake.FAKE_LOGGER):
             return search.run()
     except Untraceable as e:
         name = name_of(root)

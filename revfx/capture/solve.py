@@ -16,7 +16,7 @@ from revfx.capture.search import Search, Wishes
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.modes import without_hooks
 from revfx.errors import NotReversibleError, Refusal
-from revfx.passes._torch import may_draw, outside_modes
+from revfx.passes._torch import may_draw, no_dispatch
 from revfx.passes.arcs import Lowered
 from revfx.passes.closure import Closure, Derivation, Invert, read_by
 from revfx.passes.cuts import Stuck, needed
@@ -77,7 +77,7 @@ class Solver(Search):
     def solve(self) -> Solution:
         """Return how the inputs come back; NotReversibleError where they don't, or the model can't be recorded."""
         try:
-            with without_hooks(), outside_modes(), muted(_fake.FAKE_LOGGER):
+            with without_hooks(), no_dispatch(), muted(_fake.FAKE_LOGGER):
                 return self._solve()
         except Untraceable as e:
             raise NotReversibleError(

@@ -24,7 +24,7 @@ from revfx.ambient import all_generators, drew, restore
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.eager.calls import tensors
 from revfx.eager.modes import recording
-from revfx.passes._torch import outside_modes
+from revfx.passes._torch import no_dispatch
 from revfx.rules import by_call, op_name
 
 
@@ -120,7 +120,7 @@ def shapes_of(function: Any, args: Any, kwargs: Any) -> Any:
     """Return what `function` gives of zeros that are like its arguments in shape; a copy of it, where it is a module.
     Untraceable where it can't be called so, or draws and is no module.
     """
-    with torch.no_grad(), _torch.no_torch_function(), outside_modes():
+    with torch.no_grad(), _torch.no_torch_function(), no_dispatch():
         module = copy.deepcopy(function) if isinstance(function, nn.Module) else None
         drawn = all_generators()
 
