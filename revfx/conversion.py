@@ -28,7 +28,6 @@ from revfx.eager.modes import can_store, runs_plain, store_activations, storing
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
-from revfx.fit.numbers import plain_leaves
 
 
 MOST_PLANS = 32  # per model; the oldest one makes room for a new one
@@ -255,7 +254,8 @@ class Conversion:
             return not compiled and self.prepare(model, args, kwargs, leaves, spec).plan is not None
 
         ways = Ways({"plain": store_activations()(self.forward(model)), "reversible": reversible}, is_reversible)
-        return ways, FitCall(args, kwargs, leaves, (_call_key(plain_leaves(leaves)), spec, ambient_state()))
+        plain = [float if isinstance(x, float) else x for x in leaves]  # its plans stand on fractions by themselves
+        return ways, FitCall(args, kwargs, leaves, (_call_key(plain), spec, ambient_state()))
 
     def _call(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Any:
         forward = self.forward(model)

@@ -68,7 +68,7 @@ class Costs:
 
 def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
     """Give a tape the results that operators of its forward really have."""
-    real: dict[Spot, Spot] = {}
+    real: dict[Spot | None, Spot] = {}
     for op, cost in zip(tape.ops, costs, strict=False):
         for spot, found in zip(op.outs, cost.results, strict=False):
             if spot is not None and found not in (None, spot.place[:3]) and spot.value in op.makes:
@@ -77,15 +77,12 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
                 extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
                 tape.memory(spot.value).size = extent * dtype.itemsize * (0 not in shape)
 
-    def corrected(s: Spot) -> Spot:
-        return real.get(s, s)
-
     if real:
         for p in tape.packs:
-            p.spot = None if p.spot is None else corrected(p.spot)
+            p.spot = real.get(p.spot, p.spot)
         for op in tape.ops:
             op.args, op.kwargs, op.reads, op.outs = pytree.tree_map_only(
-                Spot, corrected, (op.args, op.kwargs, op.reads, op.outs)
+                Spot, lambda s: real.get(s, s), (op.args, op.kwargs, op.reads, op.outs)
             )
 
 

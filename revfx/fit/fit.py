@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -188,6 +188,7 @@ class Fit:
                 raise RevfxError(f"`convert({name_of(model)}, {self.budget.text})`: {what}") from e
             return Planner(Needs(tape, frozenset() if varying is None else varying(way, tape)), self.costs.of(tape))
 
+        @cache
         def reversible() -> Planner | None:
             with suppress(RevfxError):
                 return planner("reversible") if ways.is_reversible() else None

@@ -50,11 +50,6 @@ class Numbers:
         return replace(Numbers.of(model, leaves), held=held, given=[(i, x) for i, x in self.given if leaves[i] == x])
 
 
-def plain_leaves(leaves: Sequence[Any]) -> list[Any]:
-    """Return the leaves of some arguments, with the type of each fraction in its place."""
-    return [float if isinstance(x, float) else x for x in leaves]
-
-
 def differing(a: Tape, b: Tape) -> frozenset[int] | None:
     """Return the operators that were given other numbers; None if the tapes differ in more."""
     kept = [[(p.packed, p.spot and p.spot.place) for p in tape.packs] for tape in (a, b)]

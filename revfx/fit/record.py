@@ -54,8 +54,10 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.mode, self.sources, self.nudged = mode, sources, nudged
-        self.names = {id(m): name for name, m in model.named_modules()}
-        self.tape = Tape(sharded=_sharded(model))
+        named = dict(model.named_modules())
+        self.names = {id(m): name for name, m in named.items()}
+        sharded = sorted((n for n, m in named.items() if n and _fsdp.is_sharded(m)), key=len, reverse=True)
+        self.tape = Tape(sharded=tuple(sharded))
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
         self.turns = 0
         self.watched: list[weakref.ref[_Kept]] = []
@@ -312,12 +314,6 @@ def tensors_in(result: Any, depth: int = 3) -> list[Tensor]:
     leaves = pytree.tree_leaves(result)
     inner = [vars(x) for x in leaves if depth and is_plain(x) and not isinstance(x, Tensor)]
     return [t for t in leaves if isinstance(t, Tensor)] + [t for x in inner for t in tensors_in(x, depth - 1)]
-
-
-def _sharded(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of sub-modules that FSDP2 gathers parameters for, innermost first."""
-    names = [name for name, m in model.named_modules() if name and _fsdp.is_sharded(m)]
-    return tuple(sorted(names, key=len, reverse=True))
 
 
 def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, Any]]:

@@ -43,10 +43,8 @@ class Operator:
         aside: Values = {}
         for _, was in self.overwrites:
             if was not in goes:
-                t = values.get(was, kept.get(was))
-                assert t is not None
-                aside[was] = t
-                values[was] = whole(t).clone()
+                aside[was] = values[was] if was in values else kept[was]
+                values[was] = whole(aside[was]).clone()
         out = op.func(*[_filled(a, find) for a in op.args], **{n: _filled(a, find) for n, a in op.kwargs.items()})
         for v, was in self.overwrites:
             values[v] = values[was]

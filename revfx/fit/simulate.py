@@ -138,9 +138,12 @@ class Model:
             dropped += [k for k in packs if k in plan.dropped]
             for k in packs:
                 if k in plan.marks and v not in plan.kept:
-                    mark = self.needs.marks[k]
-                    self._marks(hold, spikes, v, tape.packs[k].packed, tape.packs[k].released, mark.bits, mark.more)
-                    self._decoded(hold, spikes, k, mark.more)
+                    mark, p = self.needs.marks[k], tape.packs[k]
+                    self._marks(hold, spikes, v, p.packed, p.released, mark.bits, mark.more)
+                    if p.unpacked is not None and mark.bits:
+                        hold(tape.size(v), p.unpacked, p.released)
+                        spike = tape.size(v) + mark.more * self.needs.elements(v)
+                        spikes[p.unpacked] = max(spikes.get(p.unpacked, 0), spike)
                     seconds += self.mark_seconds(k)
         for block in dict.fromkeys(plan.dropped[k] for k in dropped):
             for v in plan.bases[block]:
@@ -163,13 +166,6 @@ class Model:
         elements = self.needs.elements(value)
         hold(-(-elements * bits // BITS), start, stop)
         spikes[start] = max(spikes.get(start, 0), elements * more)
-
-    def _decoded(self, hold: Hold, spikes: dict[int, int], k: int, more: int) -> None:
-        p, value = self.needs.tape.packs[k], self.needs.value(k)
-        if p.unpacked is not None and self.needs.marks[k].bits:
-            hold(self.needs.tape.size(value), p.unpacked, p.released)
-            spike = self.needs.tape.size(value) + more * self.needs.elements(value)
-            spikes[p.unpacked] = max(spikes.get(p.unpacked, 0), spike)
 
     def _replay(self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]) -> float:
         """Return the seconds of what runs again for `packs`; `hold` what is there from one operator to another."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from revfx.fit.budget import Budget
@@ -29,25 +28,15 @@ class Chosen(NamedTuple):
 
 @dataclass
 class Survey:
-    """The planner of the plain way, and what looks for that of the reversible one, if there is any."""
+    """The planner of the plain way, and what returns that of the reversible one, if there is any."""
 
     plain: Planner
-    look: Callable[[], Planner | None]
-
-    @cached_property
-    def reversible(self) -> Planner | None:
-        """Return the planner of the reversible way."""
-        return self.look()
+    reversible: Callable[[], Planner | None]
 
     @property
     def peak(self) -> int:
         """Return the most bytes that the plain step holds."""
         return self.plain.plain[1].peak
-
-    @property
-    def seconds(self) -> float:
-        """Return what the operators of the plain step take."""
-        return self.plain.seconds
 
     def best(self, budget: Budget) -> Chosen | None:
         """Return the fastest plan that is found to stay within the budget; None if none does.
@@ -57,18 +46,18 @@ class Survey:
         if budget.share == 1:
             return self._chosen("plain", self.plain, self.plain.plain)
         found = self._chosen("plain", self.plain, self.plain.best(self.plain.bytes_of(budget, self.plain)))
-        if (found is None or found.seconds > DEAR * self.seconds) and (other := self.reversible) is not None:
+        if (found is None or found.seconds > DEAR * self.plain.seconds) and (other := self.reversible()) is not None:
             both = found, self._chosen("reversible", other, other.best(other.bytes_of(budget, self.plain)))
             found = min(filter(None, both), key=lambda c: c.seconds, default=None)
         return found
 
     def _chosen(self, way: str, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
-        return None if found is None else Chosen(way, *found, found[1].seconds + planner.seconds - self.seconds)
+        return None if found is None else Chosen(way, *found, found[1].seconds + planner.seconds - self.plain.seconds)
 
     def least(self) -> tuple[Chosen, list[str]]:
         """Return the plan with the least peak that is found, whatever the caller holds, and what holds that."""
         found: list[Chosen] = []
-        for way, planner in (("plain", self.plain), ("reversible", self.reversible)):
+        for way, planner in (("plain", self.plain), ("reversible", self.reversible())):
             if planner is not None:
                 planner.bytes_of(Budget("", bytes=1), self.plain)
                 found += filter(None, [self._chosen(way, planner, planner.least())])
@@ -77,7 +66,7 @@ class Survey:
 
     def holders(self, chosen: Chosen) -> list[str]:
         """Return what is there at the peak of a plan, largest first."""
-        planner = self.reversible if chosen.way == "reversible" else self.plain
+        planner = self.reversible() if chosen.way == "reversible" else self.plain
         assert planner is not None
         return holders(planner.model, chosen.plan, chosen.load)
 

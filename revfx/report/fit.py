@@ -108,13 +108,13 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
     chosen, (least, _) = survey.best(budget), survey.least()
     plan = chosen or least
     curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
-    points = [Point(least.load.peak, least.load.peak, 1 + least.seconds / survey.seconds)]
+    points = [Point(least.load.peak, least.load.peak, 1 + least.seconds / survey.plain.seconds)]
     for b, c in reversed(curve):  # what fits in less fits in more, and may be the faster plan that was found
-        point = Point(b.of(survey.peak), c.load.peak, 1 + c.seconds / survey.seconds)
+        point = Point(b.of(survey.peak), c.load.peak, 1 + c.seconds / survey.plain.seconds)
         points.append(min(point, replace(points[-1], budget=point.budget), key=lambda p: p.time))
     found = FitInfo(
         budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
-        1 + plan.seconds / survey.seconds, tuple(_modules(plan.plan)), tuple(survey.holders(plan)[:3]),
+        1 + plan.seconds / survey.plain.seconds, tuple(_modules(plan.plan)), tuple(survey.holders(plan)[:3]),
         tuple(reversed(points)), least.load.peak, time.perf_counter() - start,
     )  # fmt: skip
     text = " ".join(found.held)
@@ -215,7 +215,7 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
     plain, _ = search(lambda n: survey(n).peak <= most, 0, over, lambda: False)
     found = Largest(most, plain, batch)
     if (chosen := planned(batch) if batch else None) is not None:
-        found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).seconds)
+        found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).plain.seconds)
     return found
 
 
