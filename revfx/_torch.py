@@ -68,9 +68,16 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def graph_task_id() -> int:
-    """Return the number of the backward pass that runs on this thread; -1 outside any."""
-    return torch._C._current_graph_task_id()
+# What gives the number of the backward pass that runs on this thread; -1 outside any.
+graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
+# What gives the node of autograd's graph that runs on this thread; None outside any backward.
+backward_node: Callable[[], Any] = torch._C._current_autograd_node
+# What makes a context whose writes to some tensors, a tuple, autograd does not count.
+uncounted_writes: Any = torch.autograd._unsafe_preserve_version_counter
+# What makes a context in which torch functions run without modes or subclass hooks.
+no_torch_function: Any = torch._C.DisableTorchFunction
+# What makes a context in which operators run as autograd runs them, with gradients on, and record nothing.
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 def allocations(ready: Callable[[], Callable[[], Any]]) -> tuple[Any, list[int]]:
@@ -103,11 +110,6 @@ def allocated(device: torch.device) -> tuple[int, int] | None:
 def has_saved_tensors_hooks() -> bool:
     """Return whether hooks on what autograd saves are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def backward_node() -> Any:
-    """Return the node of autograd's graph that runs on this thread; None outside any backward."""
-    return torch._C._current_autograd_node()
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
@@ -258,21 +260,11 @@ def version(tensor: torch.Tensor) -> int:
         return 0
 
 
-def uncounted_writes(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[None]:
-    """Return a context whose writes to these tensors autograd does not count."""
-    return torch.autograd._unsafe_preserve_version_counter(tensors)
-
-
 def in_autocast() -> bool:
     """Return whether this runs inside a context of autocast, on or off."""
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return depth > 1
-
-
-def no_torch_function() -> Any:
-    """Return a context in which torch functions run without modes or subclass hooks."""
-    return torch._C.DisableTorchFunction()
 
 
 Modes = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -325,11 +317,6 @@ def _set_modes(functions: Iterable[Any], dispatched: Iterable[Any]) -> None:
         overrides._push_mode(mode)
     for mode in dispatched:
         _python_dispatch._push_mode(mode)
-
-
-def below_autograd() -> Any:
-    """Return a context in which operators run as autograd runs them, with gradients on, and record nothing."""
-    return torch._C._AutoDispatchBelowAutograd()
 
 
 no_dispatch: Any = _python_dispatch._disable_current_modes  # a context in which dispatch modes see nothing
