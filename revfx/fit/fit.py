@@ -128,10 +128,9 @@ class Fit:
     def _missed(self, name: str, over: int) -> None:
         with self.lock:
             self.budget, self.plans = replace(self.budget, less=self.budget.less + over), []
-        what = (
-            f"a step took {size(over)} more than its budget, as the allocator counts: the next one is planned for less"
-        )
-        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}.", RevfxWarning, stacklevel=2)
+        what = f"a step took {size(over)} more than its budget, as the allocator counts"
+        then = "the next one is planned for less"
+        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}: {then}.", RevfxWarning, stacklevel=2)
 
     def _moved(self, name: str, fitted: Fitted) -> None:
         with self.lock:
@@ -170,7 +169,7 @@ class Fit:
         if chosen is None:
             raise BudgetError(survey.infeasible(name_of(model), self.budget))
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
-        course = Course(chosen.plan) if chosen.plan.drops else None
+        course = Course(chosen.plan) if chosen.plan.dropped or chosen.plan.marks else None
         return Fitted(call.key, numbers, chosen, survey.peak, barred, next(devices, torch.device("cpu")), course)
 
     def survey(self, model: nn.Module, ways: Ways, call: Call, varying: Varying | None = None) -> Survey:

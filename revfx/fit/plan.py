@@ -79,11 +79,6 @@ class Plan:
             if any(not self.needs.units[op] <= {unit} for op in self.above([k])):
                 raise LookupError("parameters are not gathered where they are read again")
 
-    @property
-    def drops(self) -> bool:
-        """Return whether anything is not kept as autograd does."""
-        return bool(self.dropped or self.marks)
-
     def is_base(self, value: int) -> bool:
         """Return whether the backward finds a value as it was."""
         return value in self.kept or self.needs.is_there(value)

@@ -260,10 +260,9 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
     if not compiled:
         try:
             return _record(World(model, args, kwargs, whole=True), run)
-        except RevfxError:
-            raise
-        except Exception:  # it asks for numbers, or no fake tensors pass
-            pass
+        except Exception as e:  # it asks for numbers, or no fake tensors pass
+            if isinstance(e, RevfxError):
+                raise
     tape, nudged = (_record(RealWorld(model, args, kwargs), run, n) for n in (False, True))
     tape.varies = differing(tape, nudged) or frozenset()  # what is given other numbers if the data are others
     return tape

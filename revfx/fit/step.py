@@ -150,8 +150,11 @@ class Step:
         """Return the tensor of a pack that was dropped; `kept` is what it is computed from."""
         course = self.course
         with self.lock, torch.enable_grad(), _torch.below_autograd():
-            if self.task != (task := _torch.graph_task_id()):
-                self._begin(task)
+            if self.task != (task := _torch.graph_task_id()):  # another backward pass asks
+                self._forget()
+                self.task, self.same = task, _torch.kernel_settings() == self.settings
+                if task >= 0:
+                    _torch.at_end_of_backward(self._end)
             self.now = kept
             try:
                 spot = course.spots[k]
@@ -163,13 +166,6 @@ class Step:
             if k in course.looks:
                 self.witness.now(spot, tensor)
             return tensor
-
-    def _begin(self, task: int) -> None:
-        """Note that another backward pass asks."""
-        self._forget()
-        self.task, self.same = task, _torch.kernel_settings() == self.settings
-        if task >= 0:
-            _torch.at_end_of_backward(self._end)
 
     def _next(self, k: int) -> Segment:
         """Return what is to run for a pack, as it was planned, or found now (by `autograd.grad` of some inputs)."""
