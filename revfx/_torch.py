@@ -11,6 +11,7 @@ import gc
 import sys
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -204,24 +205,12 @@ def set_kernels(now: tuple[Any, ...], to: tuple[Any, ...]) -> None:
             set_to(list(value) if isinstance(value, tuple) else value)
 
 
-def has_global_module_hooks() -> bool:
-    """Return whether hooks are registered that run for every nn.Module."""
-    return bool(torch.nn.modules.module._has_any_global_hook())
-
-
-def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """Return the module's own table of parameters, to read and to write."""
-    return module._parameters
-
-
-def buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
-    """Return the module's own table of buffers, to read and to write."""
-    return module._buffers
-
-
-def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
-    """Return the module's own table of sub-modules, to read."""
-    return module._modules
+# What tells whether hooks are registered that run for every nn.Module.
+has_global_module_hooks: Callable[[], Any] = torch.nn.modules.module._has_any_global_hook
+# What gives a module's own tables of parameters and buffers, to read and to write, and of sub-modules, to read.
+parameters: Callable[[torch.nn.Module], dict[str, torch.nn.Parameter | None]] = attrgetter("_parameters")
+buffers: Callable[[torch.nn.Module], dict[str, torch.Tensor | None]] = attrgetter("_buffers")
+children: Callable[[torch.nn.Module], dict[str, torch.nn.Module | None]] = attrgetter("_modules")
 
 
 def caller() -> Any:
