@@ -152,9 +152,12 @@ def is_compiled(module: torch.nn.Module) -> bool:
 UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, whatever `module.compile()` has put before it
 
 
+COMPILED = "_compiled_call_impl"  # the attribute with what `module.compile()` makes calls run
+
+
 def replace_call(module: torch.nn.Module, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Have calls of a module run what `by` makes of what they run now, as `module.compile()` does."""
-    vars(module)["_compiled_call_impl"] = by(module._compiled_call_impl or module._call_impl)
+    vars(module)[COMPILED] = by(module._compiled_call_impl or module._call_impl)
 
 
 def uncompiled(function: _F) -> _F:

@@ -1,5 +1,4 @@
-"""The functions of a region, or the blocks of a model, compiled one by one: the same kernels run in the forward and
-again in the backward.
+"""Functions of regions, and blocks of models, compiled one by one: the same kernels run in forward and backward.
 
 So, unlike in a whole graph that is compiled, what is regenerated is the forward's, bit for bit.
 """

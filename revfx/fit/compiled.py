@@ -25,6 +25,7 @@ from revfx.eager.state import CallState, Random
 from revfx.errors import RevfxError
 from revfx.layout import leaf
 from revfx.passes.sizes import tensors_of
+from revfx.world import RealWorld
 
 
 Gradients = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
@@ -51,7 +52,7 @@ class Part:
         """Return what a call can see."""
         return Reach((self.module,))
 
-    def began(self) -> CallState:
+    def state(self) -> CallState:
         """Return what a call that begins now depends on, to be settled when it has ended."""
         state = CallState(type(self.module).__name__, self.reach)
         devices = {p.device for p in (*self.module.parameters(), *self.module.buffers())}
@@ -78,7 +79,7 @@ def parts_of(model: nn.Module) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Began:
+class StateOf:
     """In the place of an operator's argument: the state that the how-many-th call of a part in a step begins with."""
 
     number: int = field(compare=False)
@@ -102,9 +103,8 @@ class Whole:
     def of(part: Part, leaves: Sequence[Any], spec: pytree.TreeSpec, cached: bool) -> Whole:
         """Return that of a call that is made now."""
         needs = tuple([isinstance(t, Tensor) and t.requires_grad for t in leaves])
-        autocast = autocast_states(device_types())
         kind = structure(getattr(part.module, "_orig_mod", part.module))
-        return Whole(part, kind, spec, needs, torch.is_grad_enabled(), autocast, cached)
+        return Whole(part, kind, spec, needs, torch.is_grad_enabled(), autocast_states(device_types()), cached)
 
     def __str__(self) -> str:
         return f"compiled {type(getattr(self.part.module, '_orig_mod', self.part.module)).__name__}"
@@ -117,7 +117,7 @@ class Whole:
             root = torch.zeros((), requires_grad=True)
             starts = [needs and self.grad for needs in self.needs]
             given = [
-                Start.apply(root, t) if start else leaf(t, needs) if isinstance(t, Tensor) else t
+                Entry.apply(root, t) if start else leaf(t, needs) if isinstance(t, Tensor) else t
                 for t, start, needs in zip(leaves, starts, self.needs, strict=True)
             ]
             args, kwargs = pytree.tree_unflatten(given, self.spec)
@@ -132,8 +132,10 @@ class Whole:
 
         return result, gradients
 
-    def again(self, began: CallState | Began, *leaves: Any) -> tuple[Any, Gradients, list[Tensor]]:
-        """Return the same of the call as it is made once more, as it began, and what autograd keeps of it."""
+    def again(self, state: CallState | StateOf, *leaves: Any) -> tuple[Any, Gradients, list[Tensor]]:
+        """Return the same of the call as it is made once more, from its state (none: to see what it costs, with nothing
+        of the user's changed or told), and what autograd keeps of it.
+        """
         kept: list[Tensor] = []
 
         @_torch.uncompiled
@@ -141,19 +143,19 @@ class Whole:
             kept.append(t.detach())
             return kept[-1]
 
-        if isinstance(began, Began):  # to see what it costs
-            began = self.part.began()
-            began.settle(returned=False)
         with contextlib.ExitStack() as stack:
-            stack.callback(began.put_back())
+            if isinstance(state, CallState):
+                stack.callback(state.put_back())
+            else:
+                stack.enter_context(RealWorld(self.part.module, (), {}).entered())
             stack.enter_context(autocast_of(self.autocast, self.cached))
             stack.enter_context(_torch.above_autograd())
             stack.enter_context(saved_tensors_hooks(pack, _ITSELF))
             return *self.run(leaves), kept
 
-    def __call__(self, began: CallState | Began, *leaves: Any) -> list[Tensor]:
+    def __call__(self, state: CallState | StateOf, *leaves: Any) -> list[Tensor]:
         """Return what autograd keeps of the call, and its results."""
-        result, _, kept = self.again(began, *leaves)
+        result, _, kept = self.again(state, *leaves)
         return [*kept, *(t.detach() for t in tensors_of(result))]
 
 
@@ -173,8 +175,8 @@ class Back:
         return lambda: gradients(operands[n:])
 
 
-class Start(torch.autograd.Function):
-    """The identity of the second of two tensors, whose history begins with the first."""
+class Entry(torch.autograd.Function):
+    """The identity of the second of two tensors, at which a graph of autograd's begins: it leads on to the first."""
 
     @staticmethod
     def forward(ctx: Any, root: Tensor, t: Tensor) -> Tensor:

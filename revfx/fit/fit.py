@@ -154,7 +154,7 @@ class Fit:
             return fitted
 
     def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Fitted | None) -> Fitted:
-        numbers, barred = Numbers.of(model, call.leaves), frozenset[int]()
+        numbers, barred = None, frozenset[int]()
 
         def varying(way: str, tape: Tape) -> frozenset[int]:
             nonlocal numbers, barred
@@ -170,6 +170,7 @@ class Fit:
             raise BudgetError(survey.infeasible(name_of(model), self.budget))
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
         course = Course(chosen.plan) if chosen.plan.dropped or chosen.plan.marks else None
+        numbers = numbers or Numbers.of(model, call.leaves)
         return Fitted(call.key, numbers, chosen, survey.peak, barred, next(devices, torch.device("cpu")), course)
 
     def survey(self, model: nn.Module, ways: Ways, call: Call, varying: Varying | None = None) -> Survey:

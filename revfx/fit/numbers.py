@@ -13,13 +13,14 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from revfx import _torch
 from revfx.fit.tape import Spot, Tape
 
 
 @dataclass
 class Numbers:
-    """Numbers and flags of modules, by their attribute tables and names; fractions among arguments, by place; and
-    which parameters need gradients.
+    """Numbers and flags of modules, and whether they are compiled, by their attribute tables and names; fractions among
+    arguments, by place; and which parameters need gradients.
     """
 
     held: list[tuple[dict[str, Any], str, Any]]
@@ -30,8 +31,9 @@ class Numbers:
     def of(model: nn.Module, leaves: Sequence[Any]) -> Numbers:
         """Return those of now."""
         tables = [vars(m) for m in model.modules()]
+        held = [(t, name, n) for t in tables for name, n in t.items() if isinstance(n, (float, int))]
         return Numbers(
-            [(t, name, n) for t in tables for name, n in t.items() if isinstance(n, (float, int))],
+            [*held, *((t, _torch.COMPILED, t.get(_torch.COMPILED)) for t in tables)],
             [(i, x) for i, x in enumerate(leaves) if isinstance(x, float)],
             [(p, p.requires_grad) for p in model.parameters()],
         )

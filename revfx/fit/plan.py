@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from revfx.fit.compiled import Whole
+from revfx.fit.compiled import Part, Whole
 from revfx.fit.needs import Needs
 
 
@@ -63,10 +63,10 @@ class Plan:
         return frozenset(self.above(self.dropped))
 
     @cached_property
-    def parts(self) -> frozenset[int]:
-        """Return which calls of compiled parts run again, of all in a step."""
+    def parts(self) -> dict[int, Part]:
+        """Return which calls of compiled parts run again, of all in a step, and of which parts."""
         ops = [self.needs.tape.ops[o] for o in self.again]
-        return frozenset([op.args[0].number for op in ops if isinstance(op.func, Whole)])
+        return {op.args[0].number: op.func.part for op in ops if isinstance(op.func, Whole)}
 
     def check_gathered(self) -> None:
         """Do nothing, if what runs again reads no parameters but those that FSDP2 has gathered then.

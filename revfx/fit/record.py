@@ -25,7 +25,7 @@ from revfx.capture.effects import none_left
 from revfx.capture.guards import is_plain
 from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
-from revfx.fit.compiled import Back, Began, Bracket, Gradients, Part, Whole, parts_of, watching
+from revfx.fit.compiled import Back, Bracket, Gradients, Part, StateOf, Whole, parts_of, watching
 from revfx.fit.numbers import differing
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import draws, writes
@@ -61,8 +61,8 @@ class Recorder(TorchDispatchMode):
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
         self.turns = 0
         self.watched: list[weakref.ref[_Kept]] = []
-        self.parts, self.cached = 0, torch.is_autocast_cache_enabled()  # compiled ones that were called, and how
-        self.inside: list[Tensor] | None = None  # what is there until the one that runs has ended
+        self.calls, self.cached = 0, torch.is_autocast_cache_enabled()  # compiled ones that were called, and how
+        self.held: list[Tensor] | None = None  # what is there until the one that runs has ended
 
     # --- memory
     def spot(self, t: Tensor, made: bool = False) -> Spot | None:
@@ -146,8 +146,8 @@ class Recorder(TorchDispatchMode):
         whole, versions = Whole.of(part, leaves, spec, self.cached), [_torch.version(t) for t in tensors]
         spots = [self.spot(t) if isinstance(t, Tensor) else t for t in leaves]
         self.tape.packs += [Pack(self.spot(t), len(self.tape.ops), offered=True) for t in tensors]
-        operands, where = (Began(self.parts), *spots), (self.names.get(id(part.module), ""), self._where()[1])
-        self.parts += 1
+        operands, where = (StateOf(self.calls), *spots), (self.names.get(id(part.module), ""), self._where()[1])
+        self.calls += 1
         backward, results = list[Gradients](), list[Any]()
 
         def run() -> Sequence[Tensor]:
@@ -164,13 +164,15 @@ class Recorder(TorchDispatchMode):
         outs = Bracket.apply(lambda: self._as_one(whole, operands, where, run), back, *needing)
         if versions != [_torch.version(t) for t in tensors]:
             raise RevfxError(f"`{where[0]}`, which is compiled, writes to its arguments.")
+        if len(outs) != len(tensors_in(results[0])):
+            raise RevfxError(f"`{where[0]}`, which is compiled, returns tensors in an object of its own.")
         owned, made = {_torch.storage_key(t) for t in tensors}, iter(outs)
         self._nudge([t for t in outs if _torch.storage_key(t) not in owned])
         return pytree.tree_map_only(Tensor, lambda _: next(made), results[0])
 
     def _as_one(self, func: Any, operands: tuple[Any, ...], where: tuple[str, str], run: Callable[[], Any]) -> Any:
         """Return the tensors that `run` returns, noted as results of one operator, as is what autograd keeps of it."""
-        before, first, self.inside = len(self.tape.memory_of), len(self.tape.packs), []
+        before, first, self.held = len(self.tape.memory_of), len(self.tape.packs), []
         torch.set_autocast_cache_enabled(self.cached)
         try:
             with _torch.no_dispatch():
@@ -183,7 +185,7 @@ class Recorder(TorchDispatchMode):
                 return results
         finally:
             torch.set_autocast_cache_enabled(False)
-            self.inside = None
+            self.held = None
 
     def _where(self) -> tuple[str, str]:
         """Return the innermost module that runs, and the line in its forward; in the backward autograd's name."""
@@ -200,14 +202,14 @@ class Recorder(TorchDispatchMode):
     @_torch.uncompiled
     def pack(self, t: Tensor) -> Any:
         """Return what autograd is to hold in the place of `t`."""
-        made = self.inside is not None and _torch.storage_key(t) not in self.sources
+        made = self.held is not None and _torch.storage_key(t) not in self.sources
         spot, packs = self.spot(t, made), self.tape.packs
         packs.append(pack := Pack(spot, len(self.tape.ops), module=self._where()[0] if self.tape.sharded else ""))
         if spot is None or isinstance(t, nn.Parameter):
             pack.spot = None
             return t
-        if self.inside is not None:
-            self.inside.append(t)
+        if self.held is not None:
+            self.held.append(t)
         kept = _Kept(len(packs) - 1)
         self.watched.append(weakref.ref(kept, lambda _: setattr(pack, "released", len(self.tape.ops))))
         return kept
@@ -233,8 +235,8 @@ class Recorder(TorchDispatchMode):
             del self.known[key]
 
         self.known[key] = -1 - kept.number, weakref.ref(double.untyped_storage(), released)
-        if self.inside is not None and self.tape.made_by[spot.value] != pack.packed:  # what it made itself goes earlier
-            self.inside.append(double)
+        if self.held is not None and self.tape.made_by[spot.value] != pack.packed:  # what it made itself goes earlier
+            self.held.append(double)
         return double
 
 

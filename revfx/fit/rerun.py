@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from revfx.errors import RegenerationError
 from revfx.fit import bits
-from revfx.fit.compiled import Began
+from revfx.fit.compiled import StateOf
 from revfx.fit.plan import Plan
 from revfx.fit.tape import Spot
 
@@ -52,7 +52,10 @@ class Operator:
                 values[was] = aside[was]
                 if was in kept:
                     del values[was]
-        for spot, t in zip(self.outs, (out,) if isinstance(out, Tensor) else pytree.tree_leaves(out), strict=True):
+        results = (out,) if isinstance(out, Tensor) else pytree.tree_leaves(out)
+        if len(results) != len(self.outs):
+            raise RegenerationError(f"{op.func} gave another number of tensors than when it was recorded.")
+        for spot, t in zip(self.outs, results, strict=True):
             if spot is not None:
                 if t.stride() != spot.stride or t.shape != spot.shape:
                     raise RegenerationError(f"{op.func} gave a tensor of other strides than when it was recorded.")
@@ -60,7 +63,7 @@ class Operator:
 
 
 def _filled(a: Any, find: Find) -> Any:
-    if isinstance(a, (Spot, Began)):
+    if isinstance(a, (Spot, StateOf)):
         return find(a)
     return [_filled(x, find) for x in a] if isinstance(a, (list, tuple)) else a
 

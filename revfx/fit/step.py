@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from revfx import _torch
 from revfx.ambient import kernels_of
 from revfx.eager.state import CallState
-from revfx.errors import RevfxError
+from revfx.errors import RegenerationError, RevfxError
 from revfx.fit import bits
-from revfx.fit.compiled import Began, Part
+from revfx.fit.compiled import Part, StateOf
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
 from revfx.fit.rerun import Operator, Values, placed, whole
@@ -76,7 +76,7 @@ class Step:
         self.versions = {v: _torch.version(t) for v, t in self.sources.items()}
         self.kept: dict[int, Values] = {block: {} for block in course.plan.bases}
         self.states: dict[int, CallState] = {}  # by number, what calls of compiled parts began with
-        self.number, self.parts, self.moved, self.same = 0, 0, False, True
+        self.number, self.part_calls, self.moved, self.same = 0, 0, False, True
         self.settings, self.meter = _torch.kernel_settings(), meter
         self.witness = Witness(course.calls)
         course.calls += 1
@@ -121,18 +121,18 @@ class Step:
         """Return what a compiled part returns, having noted what its call began with, if it is to run again."""
         for t in tensors_of((args, kwargs)):
             self.pack(t)
-        n = self.parts
-        self.parts = n + 1
-        if n not in self.course.plan.parts:
+        n = self.part_calls
+        self.part_calls, planned = n + 1, self.course.plan.parts.get(n)
+        if planned is not part:
+            self.moved = self.moved or planned is not None
             return part.call(*args, **kwargs)
-        state, returned = part.began(), False
+        self.states[n], returned = part.state(), False
         try:
             result = part.call(*args, **kwargs)
             returned = True
+            return result
         finally:
-            state.settle(returned)
-        self.states[n] = state
-        return result
+            self.states[n].settle(returned)
 
     def end(self) -> None:
         """Note that the forward is through: from now on, what is kept is held by autograd alone."""
@@ -161,6 +161,11 @@ class Step:
                 assert spot is not None
                 with _AS_IT_IS if self.same else kernels_of(self.settings):
                     tensor = self._run(self._next(k), spot)
+            except KeyError as e:
+                if not self.moved:
+                    raise
+                what = "the forward went another way than planned, before all that its backward takes was there"
+                raise RegenerationError(f"{what}: repeat the step, for which it is planned anew.") from e
             finally:
                 self.now = _NOTHING
             if k in course.looks:
@@ -188,9 +193,9 @@ class Step:
             del values[v]
         return tensor
 
-    def _find(self, spot: Spot | Began) -> Any:
+    def _find(self, spot: Spot | StateOf) -> Any:
         """Return a tensor that is there, or what a call of a compiled part began with."""
-        if isinstance(spot, Began):
+        if isinstance(spot, StateOf):
             return self.states[spot.number]
         v = spot.value
         t = self.values.get(v)

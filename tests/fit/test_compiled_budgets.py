@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import graph_break
 
 import revfx
-from revfx.errors import BudgetError, RevfxError
+from revfx.errors import BudgetError, RevfxError, RevfxWarning
 
 
 pytestmark = QUIET
@@ -137,6 +138,48 @@ def test_explain_names_parts() -> None:
     assert "layers.2" in str(report)
 
 
+def test_what_is_compiled_after_it_was_planned_is_planned_anew() -> None:
+    model, (x,), _ = make("mlp")
+    fitted: Any = revfx.convert(model, x, memory=0.5)
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.compile(backend="aot_eager")
+    for _ in range(2):
+        assert equal(state(fitted, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+    assert [bool(p.chosen.plan.parts) for p in fitted.revfx.fit.plans] == [False, True]
+
+
+def test_parts_that_change_places_are_no_others() -> None:
+    """A forward that calls them in another order keeps the rest, with a warning, and is planned anew."""
+
+    class Turned(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in reversed(self.layers) if x[0, 0] < 0 else self.layers:
+                x = x + layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Turned(*(branch() for _ in range(6))), torch.randn(256, 64).abs()
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+    fitted = revfx.convert(model, x, memory=0.5)
+    with pytest.warns(RevfxWarning, match="went another way"):
+        got = state(fitted, lambda: square(fitted(-x)))
+    assert equal(got, state(model, lambda: square(model(-x))))
+
+
+def test_hooks_of_parameters_hear_of_real_gradients_alone() -> None:
+    model, (x,), _ = make("mlp")
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.compile(backend="aot_eager")
+    heard: list[Tensor] = []
+    for p in model.parameters():
+        p.register_hook(heard.append)
+    fitted = revfx.convert(model, x, memory=0.5)
+    assert not heard
+    square(fitted(x)).backward()
+    assert len(heard) == len([*model.parameters()])
+
+
 def _root(model: Any) -> None:
     model.compile(backend="eager")
 
@@ -151,8 +194,29 @@ def _writing(model: Any) -> None:
     model.layers[2][1].compile(backend="eager")
 
 
-@pytest.mark.parametrize("change, says", [(_root, "compiled as a whole"), (_writing, r"layers.2.1.*its arguments")])
-def test_what_can_not_be_said_no_to_quietly(change: Callable[[Any], None], says: str) -> None:
+@dataclass
+class Result:
+    y: Tensor
+
+
+def _objects(model: Any) -> None:
+    class Gives(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return Result(super().forward(x))
+
+    class Takes(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[0](x).y
+
+    model.layers[2] = Takes(Gives(64, 64))
+    model.layers[2][0].compile(backend="eager")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [(_root, "compiled as a whole"), (_writing, r"layers.2.1.*its arguments"), (_objects, r"layers.2.0.*of its own")],
+)
+def test_what_can_not_run_again_says_so(change: Callable[[Any], None], says: str) -> None:
     model, (x,), _ = make("mlp")
     change(model)
     with pytest.raises(RevfxError, match=says):
