@@ -201,12 +201,12 @@ class Result:
 
 def _objects(model: Any) -> None:
     class Gives(nn.Linear):
-        def forward(self, x: Tensor) -> Any:
-            return Result(super().forward(x))
+        def forward(self, input: Tensor) -> Any:
+            return Result(super().forward(input))
 
     class Takes(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return self[0](x).y
+        def forward(self, input: Tensor) -> Tensor:
+            return self[0](input).y
 
     model.layers[2] = Takes(Gives(64, 64))
     model.layers[2][0].compile(backend="eager")
