@@ -38,7 +38,7 @@ def revfx(
         NotReversibleError: `strict` was given and a graph is left as it was.
     """
     if "memory" in (options or {}):
-        raise ValueError("a budget of memory is kept by eager code: `revfx.convert(model, memory=...)`, uncompiled.")
+        raise ValueError("a budget is kept by eager code: `revfx.convert(model, memory=...)`; see its `compile`.")
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     inner = given.pop("inner", "inductor")
     exact = inner == "aot_eager" and checked_exact(given.pop("exact", True), given.get("grid"))
