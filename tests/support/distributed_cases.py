@@ -183,11 +183,11 @@ def _wide(model: nn.Module) -> Callable[[], Tensor]:
 
 
 def _measured(place: Callable[[nn.Module], nn.Module]) -> Case:
-    """The least of three steps: gloo's threads let go of what a collective wrote to when they get to it."""
+    """The least of eight steps: gloo's threads let go of what a collective wrote to when they get to it."""
 
     def run(build: Build, rank: int, world: int) -> Result:
         step = _wide(place(chain_of(build, depth=8)))
-        found = [measure_memory(step) for _ in range(3)]
+        found = [measure_memory(step) for _ in range(8)]
         return Result(memory=Memory(min(m.kept for m in found), min(m.peak for m in found)))
 
     return run
