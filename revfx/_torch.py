@@ -150,8 +150,6 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, whatever `module.compile()` has put before it
-
-
 COMPILED = "_compiled_call_impl"  # the attribute with what `module.compile()` makes calls run
 
 

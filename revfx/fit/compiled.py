@@ -30,7 +30,6 @@ from revfx.world import RealWorld
 
 Gradients = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
 
-_ITSELF: Callable[[Tensor], Tensor] = _torch.uncompiled(lambda t: t)
 watching: ContextVar[Any] = ContextVar("revfx_watching", default=None)  # a step, or what records one
 
 
@@ -150,7 +149,7 @@ class Whole:
                 stack.enter_context(RealWorld(self.part.module, (), {}).entered())
             stack.enter_context(autocast_of(self.autocast, self.cached))
             stack.enter_context(_torch.above_autograd())
-            stack.enter_context(saved_tensors_hooks(pack, _ITSELF))
+            stack.enter_context(saved_tensors_hooks(pack, _torch.uncompiled(lambda t: t)))
             return *self.run(leaves), kept
 
     def __call__(self, state: CallState | StateOf, *leaves: Any) -> list[Tensor]:

@@ -110,8 +110,9 @@ class Needs:
 
         for o, op in enumerate(tape.ops[: tape.turn]):
             op_ = twin(op)
-            ok = o not in self.barred and not op.draws and bool(op.makes) and _runs_again(op.func)
-            ok = ok and all(is_known(s.value) for s in op_.reads)
+            ok = o not in self.barred and not op.draws and bool(op.makes) and all(is_known(s.value) for s in op_.reads)
+            aten_ = getattr(op.func, "namespace", "") in ("aten", "prims") and (is_pure(op.func) or writes(op.func))
+            ok = ok and (aten_ or isinstance(op.func, Whole))
             found.append(op_ if ok and all(self.source(v) is None for v in op.makes) else None)
         return found
 
@@ -154,10 +155,6 @@ def is_dense(spot: Spot) -> bool:
     """Return whether the elements of a spot lie beside each other, each once."""
     extent = 1 + sum((n - 1) * s for n, s in zip(spot.shape, spot.stride, strict=True))
     return math.prod(spot.shape) == extent
-
-
-def _runs_again(func: Any) -> bool:
-    return isinstance(func, Whole) or (func.namespace in ("aten", "prims") and (is_pure(func) or writes(func)))
 
 
 def _scales(op: Op) -> bool:

@@ -167,6 +167,38 @@ def test_parts_that_change_places_are_no_others() -> None:
     assert equal(got, state(model, lambda: square(model(-x))))
 
 
+def test_an_argument_that_is_written_to_before_the_backward_raises() -> None:
+    """One element, of what a part reads and autograd does not keep."""
+
+    class Doubling(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward((input * 2).sin())
+
+    class Added(Residual):
+        seen: list[Tensor]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = []
+            for layer in self.layers:
+                self.seen.append(x := x + 1)
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model: Any = Added(*(Doubling(*branch()) for _ in range(8)))
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    x = torch.randn(256, 64)
+    fitted: Any = revfx.convert(model, x, memory=0.5)
+    assert parts_again(fitted)
+    loss = square(fitted(x))
+    with torch.no_grad():
+        for t in fitted.seen:
+            t[3, 5] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_hooks_of_parameters_hear_of_real_gradients_alone() -> None:
     model, (x,), _ = make("mlp")
     for layer in model.layers:  # type: ignore[union-attr]
