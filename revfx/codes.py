@@ -98,8 +98,9 @@ class Codec:
         """Return the code of `x`, or None where keeping `x` takes less; `spent`: see `encode`."""
         if x.shape != predicted.shape or x.dtype != predicted.dtype:
             return None
-        if _torch.is_fake(predicted):
-            return expected(x, x.numel(), self.wide)
+        if _torch.is_fake(predicted):  # as long as such a code is wont to take
+            escapes = int(USUAL * x.numel() * (1 + x.is_complex()))
+            return encode(x, predicted, 8 if self.wide else TYPICAL, (escapes, 0), spent)
         if self.due:
             self.due = False
             self.width, self.escapes, far = cheapest(x, predicted)
@@ -290,11 +291,9 @@ def is_counted(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
-def expected(x: Tensor, n: int, wide: bool = False) -> Code:
-    """Return a code of a tensor of `n` elements without numbers, as large as such are wont to be; `wide` in 8 bits."""
+def expected(x: Tensor, n: int) -> Code:
+    """Return a code of a tensor of `n` elements without numbers, as large as such are wont to be."""
     n *= 2 if x.is_complex() else 1
-    if wide:
-        return Code(8, None, None, x.new_empty(-(-n // FOUR), dtype=torch.int32), None, None)
     escapes = int(USUAL * n)
     sizes = (-(-n // FOUR), torch.uint8), (escapes, torch.uint16), (escapes, torch.int32)
     packed, where, near = (x.new_empty(size, dtype=dtype) for size, dtype in sizes)

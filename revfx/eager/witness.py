@@ -89,7 +89,7 @@ class Witness:
             parts += [elements(t, FEW) for whole in saved for t in _plain(whole)]
             if not parts:
                 return None
-            sums = [checksum(t) for t in outs if t.numel() > SOME and not _torch.is_fake(t)] if self.whole else ()
+            sums = [checksum(t) for t in outs if t.numel() > SOME] if self.whole else ()
             total = sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else _zero(parts[0].device)
             return Seen(total, torch.cat(parts) if len(parts) > 1 else parts[0].clone())
 
@@ -135,7 +135,7 @@ def checksum(t: Tensor) -> Tensor:
         step = (n // rows - 1) | 1
         bits = bits.as_strided((rows, n - (rows - 1) * step), (step, 1)).sum(0)
         n = bits.numel()
-    weights = _weights(t.device, 1 << (n - 1).bit_length())[:n]
+    weights = (_weights.__wrapped__ if _torch.is_fake(t) else _weights)(t.device, 1 << (n - 1).bit_length())[:n]
     return bits.dot(weights) if t.is_cpu and bits.dtype == torch.int64 else (bits * weights).sum()
 
 

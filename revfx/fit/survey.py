@@ -10,7 +10,7 @@ from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.holders import holders
 from revfx.fit.plan import Plan
-from revfx.fit.simulate import Load
+from revfx.fit.simulate import OVERHEAD, Load
 from revfx.units import size
 
 
@@ -52,7 +52,9 @@ class Survey:
         return found
 
     def _chosen(self, way: str, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
-        return None if found is None else Chosen(way, *found, found[1].seconds + planner.seconds - self.plain.seconds)
+        ops = len(planner.needs.tape.ops) - len(self.plain.needs.tape.ops)
+        more = planner.seconds - self.plain.seconds + OVERHEAD * ops
+        return None if found is None else Chosen(way, *found, found[1].seconds + more)
 
     def least(self) -> tuple[Chosen, list[str]]:
         """Return the plan with the least peak that is found, whatever the caller holds, and what holds that."""

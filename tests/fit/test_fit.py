@@ -127,13 +127,16 @@ def test_what_is_reversible_is_one_way() -> None:
         return of(x).square().mean()
 
     plain, want = peak(model, partial(step, model)), state(model, partial(step, model))
-    ways: list[str] = []
+    ways, packed = list[str](), 0
     for share in (0.7, 0.2):
         fitted = revfx.convert(model, x, memory=share)
         assert peak(model, partial(step, fitted)) <= share * plain
         assert equal(state(model, partial(step, fitted)), want)
-        ways.append(fitted.revfx.fit.plans[0].chosen.way)  # type: ignore[union-attr]
+        chosen = fitted.revfx.fit.plans[0].chosen  # type: ignore[union-attr]
+        ways.append(chosen.way)
+        packed = sum("bitwise_right_shift" in str(op.func) for op in chosen.plan.needs.tape.ops)
     assert ways == ["plain", "reversible"]
+    assert packed == 39  # what codes take is foreseen
 
 
 def test_no_budget_is_too_small_to_be_told_how_much_it_takes() -> None:
