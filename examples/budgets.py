@@ -127,7 +127,7 @@ def ways_of(task: Task, shares: list[float], with_rivals: bool) -> Iterator[tupl
             continue
         yield rival, None
         with contextlib.suppress(BudgetError):
-            ours = fitted(task, rival.peak)
+            ours = fitted(task, min(1.0, rival.peak / plain.peak))  # of the same caller, who holds as much
             ours.measure()
             ours.name = "  revfx at that peak"
             yield ours, rival.peak / plain.peak
