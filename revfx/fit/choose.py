@@ -47,7 +47,7 @@ class Planner:
 
         Of a share, both the plain step and that of the plan are those of one caller, whichever it is.
         """
-        tape, load, turn = self.needs.tape, plain.plain[1], plain.needs.tape.turn
+        tape, load, turn = self.needs.tape, plain.plain[1], 2 * plain.needs.tape.turn + 1
         returned, loss = sum(m.size for m in tape.returned), LOSS * tape.loss
         if budget.share is not None:
             holding = max(load.peak, max(load.live[turn:]) + plain.model.returned)
@@ -80,8 +80,12 @@ class Planner:
         if found is None:
             least = self.least()
             found = least if least[1].peak <= budget else None
-        by_blocks = replace(self.plain[0], block_of=self.runs.blocks.of_operators())
-        return polished(self.model, (self.plain[0], by_blocks), found, budget)
+        needs, everything = self.needs, self.plain[0]
+        by_blocks = replace(everything, block_of=self.runs.blocks.of_operators())
+        told = {v for v, packs in needs.wanted.items() if packs and needs.marks.keys() >= {*packs}}
+        kept = everything.kept.difference(told, needs.coins.values())
+        masked = replace(everything, kept=kept, marks=frozenset(needs.marks), coins=frozenset(needs.coins))
+        return polished(self.model, (everything, by_blocks, masked), found, budget)
 
     def least(self) -> tuple[Plan, Load]:
         """Return the plan with the least peak that is found, and what it holds."""

@@ -9,27 +9,27 @@ from revfx.units import size
 
 def holders(model: Model, plan: Plan, load: Load) -> list[str]:
     """Return what is there at the peak, largest first."""
-    tape, at = model.needs.tape, load.live.index(load.peak)
+    tape, slot = model.needs.tape, load.live.index(load.peak)
+    at, runs = divmod(slot, 2)
     op = tape.ops[min(at, len(tape.ops) - 1)]
-    direction = "forward" if at < tape.turn else "backward"
     found: list[tuple[int, str]] = []
-    if at < len(tape.ops) and model.costs[at].scratch:
+    if runs and at < len(tape.ops) and model.costs[at].scratch:
         found.append((model.costs[at].scratch, f"within {op} itself"))
     for m in tape.memories:
-        if m.source is None and m.born <= at and (m.dead is None or m.dead > at):
+        if m.source is None and 2 * m.born < slot and (m.end is None or m.end > slot):
             maker = tape.ops[m.born] if m.born < len(tape.ops) else op
             whose = "a result of the forward" if m.born < tape.turn else "a gradient"
             found.append((m.size, f"{whose}, of {maker}"))
     for v in plan.kept:
         m = tape.memory(v)
         until = model.through(model.needs.wanted[v])
-        if m.dead is not None and m.dead <= at < until:
+        if m.end is not None and m.end <= slot < until:
             found.append((m.size, f"kept for the backward, of {tape.ops[m.born]}"))
-    if at == tape.turn and model.loss:
+    if slot == 2 * tape.turn + 1 and model.loss:
         found.append((model.loss, "what a loss outside may take, as far as is known"))
     if at >= tape.turn and model.late:
         found.append((model.late, "what the forward returned, which the caller may hold"))
     told = sum(n for n, _ in found)
     if load.peak > told:
-        found.append((load.peak - told, f"computed again for {op} in the {direction}"))
+        found.append((load.peak - told, f"computed again for {op} in the {'back' if at >= tape.turn else 'for'}ward"))
     return [f"{size(n)}: {what}" for n, what in sorted(found, key=lambda h: -h[0])]

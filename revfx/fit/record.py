@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         sharded = sorted((n for n, m in named.items() if n and _fsdp.is_sharded(m)), key=len, reverse=True)
         self.tape = Tape(sharded=tuple(sharded))
         self.known: dict[int, tuple[int, Any]] = {}  # by storage: the memory, or -1 - a pack, and a reference
-        self.turns = 0
+        self.turns, self.moment = 0, -1  # how much was read; before which operator autograd kept or read last
         self.watched: list[weakref.ref[_Kept]] = []
         self.calls, self.cached = 0, torch.is_autocast_cache_enabled()  # compiled ones that were called, and how
         self.held: list[Tensor] | None = None  # what is there until the one that runs has ended
@@ -90,8 +90,14 @@ class Recorder(TorchDispatchMode):
         self.known[key] = number, weakref.ref(storage, lambda _: self._leave(key, memory))
 
     def _leave(self, key: int, memory: Memory) -> None:
-        memory.dead = len(self.tape.ops)
+        memory.dead, memory.late = self._now()
         del self.known[key]
+
+    def _now(self) -> tuple[int, bool]:
+        return len(self.tape.ops), self.moment == len(self.tape.ops)
+
+    def _release(self, pack: Pack) -> None:
+        pack.released, pack.late = self._now()
 
     def kind(self, spot: Spot) -> str | None:
         """Return what was there before the step: "parameter", say; None of what the step has made."""
@@ -203,7 +209,7 @@ class Recorder(TorchDispatchMode):
     def pack(self, t: Tensor) -> Any:
         """Return what autograd is to hold in the place of `t`."""
         made = self.held is not None and _torch.storage_key(t) not in self.sources
-        spot, packs = self.spot(t, made), self.tape.packs
+        spot, packs, self.moment = self.spot(t, made), self.tape.packs, len(self.tape.ops)
         packs.append(pack := Pack(spot, len(self.tape.ops), module=self._where()[0] if self.tape.sharded else ""))
         if spot is None or isinstance(t, nn.Parameter):
             pack.spot = None
@@ -211,7 +217,7 @@ class Recorder(TorchDispatchMode):
         if self.held is not None:
             self.held.append(t)
         kept = _Kept(len(packs) - 1)
-        self.watched.append(weakref.ref(kept, lambda _: setattr(pack, "released", len(self.tape.ops))))
+        self.watched.append(weakref.ref(kept, lambda _: self._release(pack)))
         return kept
 
     @_torch.uncompiled
@@ -219,7 +225,7 @@ class Recorder(TorchDispatchMode):
         """Return what autograd reads: zeros, in memory of their own."""
         if not isinstance(kept, _Kept):
             return kept
-        pack = self.tape.packs[kept.number]
+        pack, self.moment = self.tape.packs[kept.number], len(self.tape.ops)
         if pack.unpacked is None:
             pack.unpacked, pack.turn = len(self.tape.ops), self.turns
             self.turns += 1
@@ -231,7 +237,7 @@ class Recorder(TorchDispatchMode):
         key = _torch.storage_key(double)
 
         def released(_: Any) -> None:
-            pack.released = len(self.tape.ops)
+            self._release(pack)
             del self.known[key]
 
         self.known[key] = -1 - kept.number, weakref.ref(double.untyped_storage(), released)

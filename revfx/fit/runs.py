@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from revfx.fit.blocks import blocks_of
 from revfx.fit.costs import Cost, signature
@@ -21,8 +21,7 @@ MERGED = 4  # blocks that are treated as one at most
 @dataclass(frozen=True)
 class Entry:
     """A choice for a run, by the places of its values and packs; the seconds that it takes more than keeping all, the
-    bytes that are held after it, and in the run's own `parts` of the forward and the backward: the bytes while each
-    operator runs, and what is there for a moment right before one.
+    bytes that are held after it, and in each slot of the run's own `parts` of the forward and the backward.
 
     `nested`: its blocks stay what they are, with nothing kept in between.
     """
@@ -31,7 +30,7 @@ class Entry:
     nested: bool
     seconds: float
     held: int
-    parts: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]]
+    parts: Sequence[Sequence[int]]
 
 
 @dataclass
@@ -99,12 +98,12 @@ class Runs:
             return v if made is None or o - made > far else (o - made, tape.ops[made].makes.index(v))
 
         def death(o: int, v: int) -> int:
-            dead = tape.memory(v).dead
-            return -1 if dead is None else min(dead - o, far)
+            end = tape.memory(v).end
+            return -1 if end is None else min(end - 2 * o, far)
 
         def times(o: int, k: int, start: int) -> Hashable:
             p = tape.packs[k]
-            back = [None if t is None else t - start for t in (p.unpacked, p.released)]
+            back = [None if t is None else t - start for t in (p.unpacked, p.released)] + [p.late]
             return (p.packed - o, *back, k in self.needs.marks)
 
         def block(b: int) -> Iterator[Hashable]:
@@ -129,18 +128,11 @@ class Runs:
         for c in [menu.choice(0.0)] if nested else menu.choices():
             kept = c.kept | given
             plan = Plan(self.needs, kept | around, c.marks, c.coins, block_of)
-            held, spikes, seconds = self.model.changes(plan, mine)
-            extra = [*accumulate(held)]
-            parts = [
-                (extra[a : b + 1], [(t - a, extra[t - 1] + n) for t, n in spikes.items() if a <= t <= b])
-                for a, b in ((run.start, run.stop), run.back)
-            ]
+            held, seconds = self.model.changes(plan, mine)
+            parts = [held[2 * a : 2 * b + 2] for a, b in ((run.start, run.stop), run.back)]
             choice = replace(c, kept=kept).renamed(*places)
-            yield Entry(choice, nested, seconds, extra[self.needs.tape.turn], parts)
+            yield Entry(choice, nested, seconds, held[2 * self.needs.tape.turn + 1], parts)
 
     def _peak(self, run: Run, entry: Entry) -> int:
-        peaks = [0]
-        for first, (extra, spikes) in zip((run.start, run.back[0]), entry.parts, strict=True):
-            peaks += [self.model.during[first + t] + n for t, n in enumerate(extra)]
-            peaks += [self.model.before[first + t] + n for t, n in spikes]
-        return max(peaks)
+        parts = zip((run.start, run.back[0]), entry.parts, strict=True)
+        return max(self.model.natural[2 * first + t] + n for first, part in parts for t, n in enumerate(part))

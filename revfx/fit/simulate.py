@@ -1,11 +1,14 @@
-"""What a step holds under a plan, at every operator of its forward and its backward, and how long it takes more."""
+"""What a step holds under a plan, at every operator of its forward and its backward, and how long it takes more.
+
+Bytes are counted by **slots**: while operator o runs is 2*o + 1; 2*o is before that, when autograd keeps and reads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from revfx.fit.costs import Cost, bit_seconds
 from revfx.fit.needs import Needs
@@ -17,12 +20,12 @@ WITNESS, EACH = 2**16, 1024  # bytes at most of what is noted of tensors: weight
 STATE = 2**13  # bytes of the random state that is noted for a compiled part that runs again
 OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
 
-Hold = Callable[[int, int, int | None], None]  # so many bytes from before one operator to before another
+Hold = Callable[[int, int, int | None], None]  # so many bytes from one slot up to another
 
 
 @dataclass(frozen=True)
 class Load:
-    """Bytes while each operator runs, and what plain autograd does not do, in seconds."""
+    """Bytes in each slot, and what plain autograd does not do, in seconds."""
 
     live: list[int]
     seconds: float
@@ -56,44 +59,29 @@ class Model:
         return self.bit * self.needs.marks[pack].bits * self.needs.elements(self.needs.value(pack))
 
     @cached_property
-    def during(self) -> list[int]:
-        """Return the bytes while each operator runs that are there whatever autograd keeps."""
-        found = [n + c.scratch for n, c in zip(self._natural(0, self._stuck), [*self.costs, Cost()], strict=True)]
-        found[self.needs.tape.turn] += self.loss
-        return found
-
-    @cached_property
-    def before(self) -> list[int]:
-        """Return these right before each operator."""
-        return self._natural(1, list(map(max, pairwise([0, *self._stuck]))))
-
-    def _natural(self, shift: int, more: Sequence[int]) -> list[int]:
-        """Return what is there if autograd keeps nothing, so many operators later, and `more`."""
-        tape = self.needs.tape
-        n = len(tape.ops) + 1
-        change = [0] * (n + 2)
-        for m in tape.memories:
-            if m.source is None:
-                change[m.born + shift] += m.size
-                change[n if m.dead is None else m.dead + shift] -= m.size
-        change[tape.turn] += self.late
-        return [a + b for a, b in zip(accumulate(change[:n]), more, strict=True)]
-
-    @cached_property
-    def _stuck(self) -> list[int]:
-        """Return the bytes at each operator that autograd keeps in any case."""
+    def natural(self) -> list[int]:
+        """Return the bytes in each slot that are there whatever a plan keeps."""
         tape, until = self.needs.tape, dict[int, int]()
-        n = len(tape.ops) + 1
+        end = 2 * len(tape.ops) + 2
+        change = [0] * (end + 1)
+
+        def hold(size: int, start: int, stop: int) -> None:
+            change[start] += size
+            change[stop] -= size
+
         for k in self.needs.stuck:
-            m = tape.memory_of[self.needs.value(k)]
-            released = tape.packs[k].released
-            until[m] = max(until.get(m, 0), n if released is None else released)
-        change = [0] * (n + 1)
-        for m, stop in until.items():
-            if (dead := tape.memories[m].dead) is not None and dead < stop:
-                change[dead] += tape.memories[m].size
-                change[stop] -= tape.memories[m].size
-        return [*accumulate(change[:n])]
+            m, stop = tape.memory_of[self.needs.value(k)], tape.packs[k].end
+            until[m] = max(until.get(m, 0), end if stop is None else stop)
+        for n, m in enumerate(tape.memories):
+            if m.source is None:
+                hold(m.size, 2 * m.born + 1, end if m.end is None else max(m.end, until.get(n, 0)))
+            elif m.end is not None and m.end < until.get(n, 0):
+                hold(m.size, m.end, until[n])
+        for o, c in enumerate(self.costs):
+            hold(c.scratch, 2 * o + 1, 2 * o + 2)
+        hold(self.late, 2 * tape.turn, end)
+        hold(self.loss, 2 * tape.turn + 1, 2 * tape.turn + 2)
+        return [*accumulate(change[:end])]
 
     @property
     def returned(self) -> int:
@@ -109,25 +97,19 @@ class Model:
             LookupError: something in it can't be computed again.
         """
         plan.check_gathered()
-        held, spikes, seconds = self.changes(plan, self.needs.wanted)
-        extra = [*accumulate(held)]
+        held, seconds = self.changes(plan, self.needs.wanted)
         noted = WITNESS * bool(plan.dropped) + EACH * len(plan.dropped) + STATE * len(plan.parts)
-        live = [d + e + noted for d, e in zip(self.during, extra, strict=False)]
-        for at, size in spikes.items():
-            live[at] = max(live[at], self.before[at] + extra[at - 1] + size + noted)
-        return Load(live, seconds)
+        return Load([a + b + noted for a, b in zip(self.natural, held, strict=True)], seconds)
 
-    def changes(self, plan: Plan, values: Iterable[int]) -> tuple[list[int], dict[int, int], float]:
-        """Return how the bytes that `plan` holds of some values change before each operator, what is there for a
-        moment besides, and the seconds that it takes.
-        """
-        tape, end = self.needs.tape, len(self.needs.tape.ops)
-        held, spikes = [0] * (end + 2), dict[int, int]()
+    def changes(self, plan: Plan, values: Iterable[int]) -> tuple[list[int], float]:
+        """Return the bytes in each slot that `plan` takes for some values, and the seconds."""
+        tape, end = self.needs.tape, 2 * len(self.needs.tape.ops) + 2
+        change, spikes = [0] * (end + 1), dict[int, int]()  # what is there for a moment, by slot
 
         def hold(size: int, start: int, stop: int | None) -> None:
             if stop is None or stop > start:
-                held[start] += size
-                held[end + 1 if stop is None else stop] -= size
+                change[start] += size
+                change[end if stop is None else stop] -= size
 
         seconds = 0.0
         until, dropped = dict[int, int](), list[int]()  # by value that is kept: when the last that needs it is through
@@ -139,11 +121,11 @@ class Model:
             for k in packs:
                 if k in plan.marks and v not in plan.kept:
                     mark, p = self.needs.marks[k], tape.packs[k]
-                    self._marks(hold, spikes, v, p.packed, p.released, mark.bits, mark.more)
+                    self._marks(hold, spikes, v, p.packed, p.end, mark.bits, mark.more)
                     if p.unpacked is not None and mark.bits:
-                        hold(tape.size(v), p.unpacked, p.released)
+                        hold(tape.size(v), 2 * p.unpacked + 1, p.end)
                         spike = tape.size(v) + mark.more * self.needs.elements(v)
-                        spikes[p.unpacked] = max(spikes.get(p.unpacked, 0), spike)
+                        spikes[2 * p.unpacked] = max(spikes.get(2 * p.unpacked, 0), spike)
                     seconds += self.mark_seconds(k)
         for block in dict.fromkeys(plan.dropped[k] for k in dropped):
             for v in plan.bases[block]:
@@ -151,24 +133,28 @@ class Model:
         for v, stop in until.items():
             if v in plan.coins:
                 self._marks(hold, spikes, v, tape.packs[self.needs.wanted[self.needs.coins[v]][0]].packed, stop)
-            elif (dead := tape.memory(v).dead) is not None:
+            elif (dead := tape.memory(v).end) is not None:
                 hold(tape.size(v), dead, stop)
-        return held, spikes, seconds + self._replay(plan, dropped, hold, spikes)
+        seconds += self._replay(plan, dropped, hold, spikes)
+        held = [*accumulate(change[:end])]
+        for slot, size in spikes.items():
+            held[slot] += size
+        return held, seconds
 
     def through(self, packs: Iterable[int]) -> int:
-        """Return before which operator autograd lets go of the last of some packs."""
-        return max((self.needs.tape.packs[k].released or 0 for k in packs), default=0)
+        """Return from which slot on autograd has let go of the last of some packs."""
+        return max((self.needs.tape.packs[k].end or 0 for k in packs), default=0)
 
     def _marks(
         self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None, bits: int = 1, more: int = 2
     ) -> None:
-        """Hold some bits an element, and more bytes of each while they are made."""
+        """Hold some bits an element from an operator on, and more bytes of each while they are made."""
         elements = self.needs.elements(value)
-        hold(-(-elements * bits // BITS), start, stop)
-        spikes[start] = max(spikes.get(start, 0), elements * more)
+        hold(-(-elements * bits // BITS), 2 * start + 1, stop)
+        spikes[2 * start] = max(spikes.get(2 * start, 0), elements * more)
 
     def _replay(self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]) -> float:
-        """Return the seconds of what runs again for `packs`; `hold` what is there from one operator to another."""
+        """Return the seconds of what runs again for `packs`; `hold` what is there from one slot to another."""
         tape = self.needs.tape
         since, taken = dict[int, int](), set[int]()  # by value: when its memory was made again; whose was taken over
         handed = dict[int, int]()  # by value: until when autograd holds what it was given
@@ -186,8 +172,8 @@ class Model:
 
         for segment in plan.segments(packs):
             p, value = tape.packs[segment.pack], self.needs.value(segment.pack)
-            if p.unpacked is not None and at != p.unpacked:
-                at, now, most = p.unpacked, 0, 0
+            if p.unpacked is not None and at != 2 * p.unpacked + 1:
+                at, now, most = 2 * p.unpacked + 1, 0, 0
             for rerun in segment.reruns:
                 op, cost = tape.ops[rerun.op], self.costs[rerun.op]
                 for v in op.makes:
@@ -202,8 +188,8 @@ class Model:
                 most = max(most, now + (2 * self.needs.elements(coins[0]) if coins else cost.scratch))
                 for v in rerun.drops:
                     drop(v, at)
-            spikes[at] = max(spikes.get(at, 0), most)
-            handed[value] = max(p.released or at, at)
+            spikes[at - 1] = max(spikes.get(at - 1, 0), most)
+            handed[value] = max(p.end or at, at)
             for v in segment.drops:
                 drop(v, handed[value])
         return seconds

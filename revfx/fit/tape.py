@@ -31,7 +31,7 @@ class Spot:
 @dataclass(slots=True)
 class Memory:
     """An allocation of `size` bytes, there from operator `born` up to operator `dead`, before it (None: beyond the
-    step), as long as nothing but autograd holds it.
+    step), as long as nothing but autograd holds it; `late`: when autograd has kept or read something there.
 
     What was there before the step has a `source`: where to find it, of parameters, buffers and arguments, or "".
     """
@@ -40,8 +40,14 @@ class Memory:
     device: torch.device
     born: int
     dead: int | None = None
+    late: bool = True
     source: tuple[str, Any] | None = None
     values: list[int] = field(default_factory=list[int])  # the last one is there in the backward
+
+    @property
+    def end(self) -> int | None:
+        """Return from which slot on it is not there: 2*o is before operator o, 2*o + 1 while that runs."""
+        return None if self.dead is None else 2 * self.dead + self.late
 
 
 @dataclass(slots=True)
@@ -66,18 +72,24 @@ class Op:
 
 @dataclass(slots=True)
 class Pack:
-    """What autograd keeps from before operator `packed` to before operator `released`; it reads it first by `unpacked`,
-    as the tensor of this `turn`. `spot` is None of what no memory is known of. Arguments of compiled parts are
-    `offered`: seen, and not kept.
+    """What autograd keeps from before operator `packed` to before operator `released` (`late` as of memories); it reads
+    it first by `unpacked`, as the tensor of this `turn`. `spot` is None of what no memory is known of. Arguments of
+    compiled parts are `offered`: seen, and not kept.
     """
 
     spot: Spot | None
     packed: int
     unpacked: int | None = None
     released: int | None = None
+    late: bool = True
     turn: int = 0
     module: str = ""  # the innermost one that runs
     offered: bool = False
+
+    @property
+    def end(self) -> int | None:
+        """Return from which slot on it is not kept."""
+        return None if self.released is None else 2 * self.released + self.late
 
 
 @dataclass

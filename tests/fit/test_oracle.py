@@ -87,7 +87,7 @@ def bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "bit_seconds", lambda device: 4e-10)
 
 
-OPTIMAL = {"tanh", "convolutions", "plain convolutions", "unet", "gated"}  # of others the bound is not tight
+ABOVE = {("mlp", 0.5): 0.004, ("attention", 0.25): 0.022}  # of a step: what is kept for one read only, or runs twice
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -103,9 +103,8 @@ def test_plans_are_near_the_optimum(name: str) -> None:
         assert found is not None
         want = bound(needs, costs, budget - WITNESS - EACH * len(found[0].dropped))
         print(f"{name:20}{part:6}{found[1].seconds:10.6f}{want:10.6f}{planner.seconds:10.6f}")
-        slack = 0.002 if name in OPTIMAL else 0.03
         assert found[1].peak <= budget
-        assert found[1].seconds <= 1.05 * want + slack * planner.seconds
+        assert found[1].seconds <= 1.05 * want + ABOVE.get((name, part), 0.0) * planner.seconds
 
 
 def test_what_masks_bring() -> None:

@@ -1,14 +1,14 @@
 """The least extra time that any plan can take within a budget, by mixed-integer programming (HiGHS, through scipy).
 
 After Checkmate (Jain et al. 2020, arXiv:1910.02653): before each read t of the backward, R[t, o] says that operator o
-runs again, S[t, v] that value v is there from before. While an operator runs again its operands and results are there,
-and all that is there both before and after this read; what else is takes no memory here. So the optimum is
-a bound from below: no plan is faster.
+runs again, S[t, v] that value v is there from before. They run in the order of the forward. While one runs its operands
+and results are there, what later ones of this read take, and what is there after it. A value may be let go of after any
+read, and made again as often as that pays. So the optimum is a bound from below: no plan is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +21,21 @@ from revfx.fit.needs import Needs
 from revfx.fit.simulate import OVERHEAD, Model
 
 
+Term = tuple[float, tuple[Any, ...]]
+
+
 @dataclass
 class Program:
     """Binary variables by name, their costs, and rows `sum of terms <= bound`."""
 
-    number: dict[Hashable, int] = field(default_factory=dict[Hashable, int])
+    number: dict[tuple[Any, ...], int] = field(default_factory=dict[tuple[Any, ...], int])
     cost: dict[int, float] = field(default_factory=dict[int, float])
     rows: list[tuple[dict[int, float], float]] = field(default_factory=list[tuple[dict[int, float], float]])
 
-    def __getitem__(self, name: Hashable) -> int:
+    def __getitem__(self, name: tuple[Any, ...]) -> int:
         return self.number.setdefault(name, len(self.number))
 
-    def most(self, bound: float, *terms: tuple[float, Hashable]) -> None:
+    def most(self, bound: float, *terms: Term) -> None:
         """Add a row."""
         row: dict[int, float] = {}
         for factor, name in terms:
@@ -49,7 +52,8 @@ class Program:
         upper: Any = np.array([b for _, b in self.rows])
         rows = LinearConstraint(matrix, ub=upper)
         options: dict[str, Any] = {"time_limit": seconds, "mip_rel_gap": 0.01}
-        found = milp(cost, constraints=rows, integrality=np.ones(n), bounds=Bounds(0, 1), options=options)
+        kinds = np.array([name[0] in ("R", "S", "mark", "coin") for name in self.number], dtype=float)
+        found = milp(cost, constraints=rows, integrality=kinds, bounds=Bounds(0, 1), options=options)
         return float("inf") if found.status == 2 else float(found.mip_dual_bound)
 
 
@@ -93,44 +97,41 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     for t in range(1, len(events) + 2):
         for v in values:
             program.most(0, (1.0, ("S", t, v)), (-1.0, ("W", t, tape.memory_of[v])))
-    during, before = model.during, model.before
     memories = {tape.memory_of[v] for v in values}
     size = {m: tape.memories[m].size / unit for m in memories}
 
-    def gone(q: int) -> set[int]:
-        return {m for m in memories if (dead := tape.memories[m].dead) is not None and dead <= q}
+    def gone(slot: int) -> set[int]:
+        return {m for m in memories if (end := tape.memories[m].end) is not None and end <= slot}
 
-    def handed(q: int, of: Sequence[int]) -> set[int]:
-        return {tape.memory_of[needs.value(k)] for k in of if (tape.packs[k].released or 0) > q}
+    def handed(slot: int, of: Sequence[int]) -> set[int]:
+        return {tape.memory_of[needs.value(k)] for k in of if (tape.packs[k].end or 0) > slot}
 
-    def room(q: int, there: int, held: set[int]) -> float:
-        return (budget - there) / unit - sum(size[m] for m in held & gone(q))
+    def room(slot: int, held: set[int]) -> float:
+        return (budget - model.natural[slot]) / unit - sum(size[m] for m in held & gone(slot))
 
     marks = {k: (needs.elements(needs.value(k)) / unit, needs.marks[k]) for k in events if k in needs.marks}
 
-    def marked(q: int) -> list[tuple[float, Hashable]]:
+    def marked(slot: int) -> list[Term]:
         """Return the bytes of marks that are held."""
-        held = {k: (tape.packs[k].packed, tape.packs[k].released or 0) for k in marks}
-        return [(n * m.bits / 8, ("mark", k)) for k, (n, m) in marks.items() if held[k][0] <= q < held[k][1]]
+        held = {k: (2 * tape.packs[k].packed + 1, tape.packs[k].end or 0) for k in marks}
+        return [(n * m.bits / 8, ("mark", k)) for k, (n, m) in marks.items() if held[k][0] <= slot < held[k][1]]
 
     coins = {v: (needs.elements(v) / unit, tape.packs[needs.wanted[told][0]].packed) for v, told in needs.coins.items()}
     for q in range(len(tape.ops)):
         done = [k for k in events if (tape.packs[k].unpacked or 0) <= q]
-        there = handed(q, done)
-        kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(q) - there]
-        bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, packed) in coins.items() if packed <= q]
-        program.most(room(q, during[q], there), *kept, *marked(q), *bits)
-        for v, (n, packed) in coins.items():
-            if packed == q:
-                program.most(room(q, before[q], set()), *kept, *marked(q - 1), (2 * n, ("coin", v)))
-        for k, (n, m) in marks.items():
-            if tape.packs[k].packed == q:
-                program.most(room(q, before[q], set()), *kept, *marked(q - 1), (n * m.more, ("mark", k)))
+        for slot in (2 * q + 1, 2 * q) if q <= tape.turn else (2 * q + 1,):
+            there = handed(slot, done)
+            kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(slot) - there]
+            bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, packed) in coins.items() if 2 * packed < slot]
+            more = [(2 * n, ("coin", v)) for v, (n, packed) in coins.items() if 2 * packed == slot]
+            more += [(n * m.more, ("mark", k)) for k, (n, m) in marks.items() if 2 * tape.packs[k].packed == slot]
+            for spike in [(term,) for term in more] or [()]:
+                program.most(room(slot, there), *kept, *marked(slot), *bits, *spike)
     for t, k in enumerate(events, 1):
-        q = tape.packs[k].unpacked or 0
-        there = handed(q, events[: t - 1])
-        passing = gone(q) - there
-        base = room(q, before[q], there)
+        slot = 2 * (tape.packs[k].unpacked or 0)
+        there = handed(slot, events[: t - 1])
+        passing = gone(slot) - there
+        base = room(slot, there)
         program.most(base, *((size[m], ("W", t, m)) for m in passing))
         for v in values:
             program.most(1, (1.0, ("S", t, v)), (1.0, ("S", t + 1, v)), (-1.0, ("P", t, tape.memory_of[v])))
@@ -138,20 +139,29 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
             n, m = marks[k]
             spike = (size[tape.memory_of[needs.value(k)]] + n * m.more, ("mark", k))
             program.most(base, *((size[m], ("P", t, m)) for m in passing), spike)
+        later = [(o, {s.value for s in op.reads}) for o in ops if (op := needs.replayed[o]) is not None]
         for o in ops:
             op = needs.replayed[o]
-            near = {tape.memory_of[v] for v in tape.ops[o].makes} | {
-                tape.memory_of[s.value] for s in (op.reads if op is not None else ()) if not is_free(s.value)
-            }
-            for m in near & passing:
+            near = {*tape.ops[o].makes} | {s.value for s in (op.reads if op is not None else ())}
+            own: list[Term] = [(size[m], ("Z", t, o, m)) for m in passing]
+            for m in passing:
                 program.most(0, (1.0, ("P", t, m)), (-1.0, ("Z", t, o, m)))
-                program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)))
-            own: list[tuple[float, Hashable]] = [(size[m], ("Z", t, o, m)) for m in near & passing]
+            for v in values:
+                if (m := tape.memory_of[v]) not in passing:
+                    continue
+                if v in near:
+                    program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)))
+                elif (tape.made_by[v] or 0) < o:
+                    for j in [("R", t, j) for j, read in later if j > o and v in read] + [("S", t + 1, v)]:
+                        program.most(1, (1.0, ("R", t, o)), (1.0, j), (-1.0, ("Z", t, o, m)))
+                    if v == needs.value(k):
+                        marked_instead = [(-1.0, ("mark", k))] * (k in marks)
+                        program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)), *marked_instead)
             for v in set(tape.ops[o].makes) & coins.keys():
                 own.append((2 * coins[v][0], ("R", t, o)))
                 program.most(0, (1.0, ("R", t, o)), (-1.0, ("K", t, v)))
                 program.most(0, (1.0, ("K", t + 1, v)), (-1.0, ("K", t, v)))
-            program.most(base, *((size[m], ("P", t, m)) for m in passing - near), *own)
+            program.most(base, *own)
     return program.least(seconds)
 
 
