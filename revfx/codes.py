@@ -16,6 +16,7 @@ https://arxiv.org/abs/1502.03492) make fixed-point arithmetic reversible; here t
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ SLOW = 2  # bytes
 FEW = 32  # escapes, which are not worth the time to make them small
 SMALL = 1 << 12  # bytes: a code of so few is not worth its time
 TYPICAL, USUAL = 2, 0.018  # bits, and escapes an element, that a code is taken to have where there are no numbers
+foreseen = ContextVar("revfx_foreseen", default=TYPICAL)  # bits, while steps run on fake tensors
 MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
 HEADROOM, LEAST = 1.5, 64  # how many escapes are made room for on an accelerator, of what was seen
 
@@ -100,7 +102,7 @@ class Codec:
             return None
         if _torch.is_fake(predicted):  # as long as such a code is wont to take
             escapes = int(USUAL * x.numel() * (1 + x.is_complex()))
-            return encode(x, predicted, 8 if self.wide else TYPICAL, (escapes, 0), spent)
+            return encode(x, predicted, 8 if self.wide else foreseen.get(), (escapes, 0), spent)
         if self.due:
             self.due = False
             self.width, self.escapes, far = cheapest(x, predicted)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from revfx import _torch
+from revfx import _torch, codes
 from revfx.ambient import given
 
 
@@ -36,9 +36,11 @@ def store_activations() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def simulating() -> Generator[None]:
-    """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones."""
-    with given(_simulating, True):
+def simulating(bits: int = codes.TYPICAL) -> Generator[None]:
+    """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones; codes
+    take so many bits an element.
+    """
+    with given(_simulating, True), given(codes.foreseen, bits):
         yield
 
 

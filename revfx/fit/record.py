@@ -33,6 +33,7 @@ from revfx.passes.sizes import muted, tensors_of
 from revfx.world import RealWorld, World
 
 
+CODES = 4  # bits an element, of what is inverted: many take two, but a budget is to hold
 NUDGE = 1e-6  # relative: what numbers of the data are off by when a forward is recorded once more
 
 
@@ -90,14 +91,12 @@ class Recorder(TorchDispatchMode):
         self.known[key] = number, weakref.ref(storage, lambda _: self._leave(key, memory))
 
     def _leave(self, key: int, memory: Memory) -> None:
-        memory.dead, memory.late = self._now()
+        memory.end = self._slot()
         del self.known[key]
 
-    def _now(self) -> tuple[int, bool]:
-        return len(self.tape.ops), self.moment == len(self.tape.ops)
-
-    def _release(self, pack: Pack) -> None:
-        pack.released, pack.late = self._now()
+    def _slot(self) -> int:
+        """Return from which slot on what goes now is not there."""
+        return 2 * len(self.tape.ops) + (self.moment == len(self.tape.ops))
 
     def kind(self, spot: Spot) -> str | None:
         """Return what was there before the step: "parameter", say; None of what the step has made."""
@@ -217,7 +216,7 @@ class Recorder(TorchDispatchMode):
         if self.held is not None:
             self.held.append(t)
         kept = _Kept(len(packs) - 1)
-        self.watched.append(weakref.ref(kept, lambda _: self._release(pack)))
+        self.watched.append(weakref.ref(kept, lambda _: setattr(pack, "end", self._slot())))
         return kept
 
     @_torch.uncompiled
@@ -237,7 +236,7 @@ class Recorder(TorchDispatchMode):
         key = _torch.storage_key(double)
 
         def released(_: Any) -> None:
-            self._release(pack)
+            pack.end = self._slot()
             del self.known[key]
 
         self.known[key] = -1 - kept.number, weakref.ref(double.untyped_storage(), released)
@@ -279,7 +278,7 @@ def record(model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) ->
 def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape:
     real = isinstance(world, RealWorld)
     with contextlib.ExitStack() as stack:
-        contexts = none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), simulating()
+        contexts = none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), simulating(CODES)
         for context in (*contexts, torch.enable_grad(), torch.random.fork_rng(enabled=real)):
             stack.enter_context(context)
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
@@ -306,13 +305,13 @@ def _step(
     for op in tape.ops[: tape.turn] if _torch.in_autocast() else ():  # which holds casts of parameters until its end
         if op.func == torch.ops.aten._to_copy.default and recorder.kind(op.reads[0]) == "parameter" and op.makes:
             memory = tape.memory(op.makes[0])
-            memory.dead = tape.turn if memory.dead is None else max(memory.dead, tape.turn)
-    left = [m for m in tape.memories if m.dead is None and m.source is None]
+            memory.end = max(memory.end or 0, 2 * tape.turn + 1)
+    left = [m for m in tape.memories if m.end is None and m.source is None]
     tape.loss = sum(t.nbytes for t in outs if t.dim())
     del result, outs
-    tape.returned = [m for m in left if m.dead is not None and m.born < tape.turn]
+    tape.returned = [m for m in left if m.end is not None and m.born < tape.turn]
     for m in tape.returned:
-        m.dead = max(tape.turn, m.born + 1)
+        m.end = 2 * max(tape.turn, m.born + 1) + 1
     return tape
 
 

@@ -78,7 +78,7 @@ class Runs:
         tape, start, stop = self.needs.tape, self.blocks.borders[i], self.blocks.borders[j]
         values = [v for o in range(start, stop) for v in tape.ops[o].makes]
         packs = [k for v in values for k in self.needs.wanted.get(v, ())]
-        times = [(p.unpacked, p.released or 0) for k in packs if (p := tape.packs[k]).unpacked is not None]
+        times = [(p.unpacked, (p.end or 0) // 2) for k in packs if (p := tape.packs[k]).unpacked is not None]
         back = (min(u for u, _ in times), max(r for _, r in times)) if times else (tape.turn, tape.turn)
         return Run(start, stop, back, values, packs)
 
@@ -103,7 +103,7 @@ class Runs:
 
         def times(o: int, k: int, start: int) -> Hashable:
             p = tape.packs[k]
-            back = [None if t is None else t - start for t in (p.unpacked, p.released)] + [p.late]
+            back = [None if t is None else t - 2 * start for t in (p.unpacked and 2 * p.unpacked, p.end)]
             return (p.packed - o, *back, k in self.needs.marks)
 
         def block(b: int) -> Iterator[Hashable]:

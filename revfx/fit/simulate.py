@@ -1,7 +1,4 @@
-"""What a step holds under a plan, at every operator of its forward and its backward, and how long it takes more.
-
-Bytes are counted by **slots**: while operator o runs is 2*o + 1; 2*o is before that, when autograd keeps and reads.
-"""
+"""What a step holds under a plan, in every slot of its forward and its backward, and how long it takes more."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from revfx.units import size
 
 
 DEAR = 0.25  # of a step's time: what inverting takes at least
+MARGIN = 1.002  # times the least peak is what can be asked for again: times that are measured anew make other plans
 
 
 class Chosen(NamedTuple):
@@ -75,7 +76,7 @@ class Survey:
     def infeasible(self, name: str, budget: Budget) -> str:
         """Return what to say where no plan stays within the budget."""
         chosen, held = self.least()
-        least, asked = chosen.load.peak, size(budget.of(self.peak))
+        least, asked = int(chosen.load.peak * MARGIN), size(budget.of(self.peak))
         if budget.share is not None:
             asked = f"{budget.share:.0%} of {size(self.peak)}, {asked}"
         return (

@@ -2,6 +2,8 @@
 
 A **memory** is an allocation; a **value** is what it holds between two writes to it; a **spot** is a tensor's place in
 a value, so that views are spots of what they view, and no operations. A **pack** is a tensor that autograd keeps.
+Times are counted in operators, or finer in **slots**: 2*o + 1 is while operator o runs, 2*o before that, when autograd
+keeps and reads tensors: what was there when it began to, but not any more when o runs, ends at 2*o + 1.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ class Spot:
 
 @dataclass(slots=True)
 class Memory:
-    """An allocation of `size` bytes, there from operator `born` up to operator `dead`, before it (None: beyond the
-    step), as long as nothing but autograd holds it; `late`: when autograd has kept or read something there.
+    """An allocation of `size` bytes, there from operator `born` up to the slot `end` (None: beyond the step), as long
+    as nothing but autograd holds it.
 
     What was there before the step has a `source`: where to find it, of parameters, buffers and arguments, or "".
     """
@@ -39,15 +41,9 @@ class Memory:
     size: int
     device: torch.device
     born: int
-    dead: int | None = None
-    late: bool = True
+    end: int | None = None
     source: tuple[str, Any] | None = None
     values: list[int] = field(default_factory=list[int])  # the last one is there in the backward
-
-    @property
-    def end(self) -> int | None:
-        """Return from which slot on it is not there: 2*o is before operator o, 2*o + 1 while that runs."""
-        return None if self.dead is None else 2 * self.dead + self.late
 
 
 @dataclass(slots=True)
@@ -72,24 +68,18 @@ class Op:
 
 @dataclass(slots=True)
 class Pack:
-    """What autograd keeps from before operator `packed` to before operator `released` (`late` as of memories); it reads
-    it first by `unpacked`, as the tensor of this `turn`. `spot` is None of what no memory is known of. Arguments of
-    compiled parts are `offered`: seen, and not kept.
+    """What autograd keeps from before operator `packed` up to the slot `end`; it reads it first by `unpacked`, as the
+    tensor of this `turn`. `spot` is None of what no memory is known of. Arguments of compiled parts are `offered`:
+    seen, and not kept.
     """
 
     spot: Spot | None
     packed: int
     unpacked: int | None = None
-    released: int | None = None
-    late: bool = True
+    end: int | None = None
     turn: int = 0
     module: str = ""  # the innermost one that runs
     offered: bool = False
-
-    @property
-    def end(self) -> int | None:
-        """Return from which slot on it is not kept."""
-        return None if self.released is None else 2 * self.released + self.late
 
 
 @dataclass
