@@ -120,7 +120,7 @@ class UNet(nn.Module):
 def unet(short: bool, half: bool) -> Task:
     """A U-Net of four scales."""
     blocks = lambda m: [*m.down, *m.join]  # noqa: E731
-    return Task(UNet().train(), (torch.randn(8, 3, 64, 64),), _square, blocks, half=half)
+    return Task(UNet().train(), (torch.randn(16, 3, 64, 64),), _square, blocks, half=half)
 
 
 class Tagger(nn.Module):
@@ -172,7 +172,7 @@ def revnet(short: bool, half: bool) -> Task:
         return nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU())
 
     model = Couplings([layer() for _ in range(24)]).train()
-    return Task(model, (torch.randn(16, 32, 32, 32),), _square, lambda m: [*m.layers], half=half)
+    return Task(model, (torch.randn(32, 32, 32, 32),), _square, lambda m: [*m.layers], half=half)
 
 
 class Flow(nn.Module):
