@@ -76,7 +76,7 @@ class Step:
         self.versions = {v: _torch.version(t) for v, t in self.sources.items()}
         self.kept: dict[int, Values] = {block: {} for block in course.plan.bases}
         self.states: dict[int, CallState] = {}  # by number, what calls of compiled parts began with
-        self.bases: dict[int, list[Callable[[], Tensor]]] = {}  # and arguments that are kept, which must not change
+        self.bases: dict[int, list[tuple[int, int]]] = {}  # and versions of arguments that are kept, by value
         self.number, self.part_calls, self.moved, self.same = 0, 0, False, True
         self.settings, self.meter = _torch.kernel_settings(), meter
         self.witness = Witness(course.calls)
@@ -121,14 +121,15 @@ class Step:
     def part(self, part: Part, args: Any, kwargs: Any) -> Any:
         """Return what a compiled part returns, having noted what its call began with, if it is to run again."""
         first, plan = self.number, self.course.plan
-        held = [self.pack(t) for t in tensors_of((args, kwargs))]
-        n = self.part_calls
+        tensors, n = tensors_of((args, kwargs)), self.part_calls
+        for t in tensors:
+            self.pack(t)
         self.part_calls, planned = n + 1, plan.parts.get(n)
         if planned is not part:
             self.moved = self.moved or planned is not None
             return part.call(*args, **kwargs)
-        bases = [s is not None and s.value in plan.users for s in self.course.spots[first : self.number]]
-        self.bases[n] = [h for h, base in zip(held, bases, strict=False) if base]
+        spots = zip(self.course.spots[first : self.number], tensors, strict=False)
+        self.bases[n] = [(s.value, _torch.version(t)) for s, t in spots if s is not None and s.value in plan.users]
         self.states[n], returned = part.state(), False
         try:
             result = part.call(*args, **kwargs)
@@ -199,8 +200,9 @@ class Step:
     def _find(self, spot: Spot | StateOf) -> Any:
         """Return a tensor that is there, or what a call of a compiled part began with."""
         if isinstance(spot, StateOf):
-            for base in self.bases[spot.number]:
-                base()
+            for v, version in self.bases[spot.number]:
+                if v in self.now:
+                    unchanged(self.now[v], version)
             return self.states[spot.number]
         v = spot.value
         t = self.values.get(v)

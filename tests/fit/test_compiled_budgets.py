@@ -68,6 +68,14 @@ def test_blocks_are_compiled_and_run_again(name: str, half: bool) -> None:
     assert not fitted.revfx.refusals
 
 
+def test_what_parts_run_again_from_goes_as_the_backward_passes_them() -> None:
+    """Of many layers what they run again from takes as much as one layer within."""
+    torch.manual_seed(0)
+    model, x = Residual(*(branch(64) for _ in range(24))), torch.randn(1024, 64)
+    fitted: Any = revfx.convert(model, x, memory=0.17, compile=True)
+    check(model, fitted, x, 0.17)
+
+
 @pytest.mark.parametrize("how", ["in place", "wrapped", "breaks"])
 def test_some_parts_may_be_compiled(how: str) -> None:
     """By `module.compile()`, by `torch.compile(module)`, or with two graphs in one; the others run as they are."""
