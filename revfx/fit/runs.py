@@ -99,7 +99,7 @@ class Runs:
 
         def death(o: int, v: int) -> int:
             end = tape.memory(v).end
-            return -1 if end is None else min(end - 2 * o, far)
+            return -1 if end is None else min(end - 2 * o, 2 * far)
 
         def times(o: int, k: int, start: int) -> Hashable:
             p = tape.packs[k]

@@ -18,7 +18,7 @@ from revfx.convert import convert
 from revfx.fit.budget import Budget, checked_memory
 from revfx.fit.fit import Fit
 from revfx.fit.plan import Plan
-from revfx.fit.survey import Chosen, Survey
+from revfx.fit.survey import MARGIN, Chosen, Survey
 from revfx.report.figures import PALETTE, Figure, picture
 from revfx.report.progress import stage
 from revfx.units import size
@@ -106,16 +106,16 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
     start = time.perf_counter()
     survey = survey_of(model, args, kwargs)
     chosen, (least, _) = survey.best(budget), survey.least()
-    plan = chosen or least
+    plan, asked = chosen or least, int(least.load.peak * MARGIN)
     curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
-    points = [Point(least.load.peak, least.load.peak, 1 + least.seconds / survey.plain.seconds)]
+    points = [Point(asked, least.load.peak, 1 + least.seconds / survey.plain.seconds)]
     for b, c in reversed(curve):  # what fits in less fits in more, and may be the faster plan that was found
         point = Point(b.of(survey.peak), c.load.peak, 1 + c.seconds / survey.plain.seconds)
         points.append(min(point, replace(points[-1], budget=point.budget), key=lambda p: p.time))
     found = FitInfo(
         budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
         1 + plan.seconds / survey.plain.seconds, tuple(_modules(plan.plan)), tuple(survey.holders(plan)[:3]),
-        tuple(reversed(points)), least.load.peak, time.perf_counter() - start,
+        tuple(reversed(points)), asked, time.perf_counter() - start,
     )  # fmt: skip
     text = " ".join(found.held)
     return found, [advice for names, advice in ADVICE.items() if re.search(names, text)]
