@@ -182,7 +182,7 @@ class CallState:
                 cell.cell_contents = then
             for table, name, _, _, copy in self.buffers:
                 swapped.append((table, name, table.get(name)))
-                table[name] = copy.clone().requires_grad_(copy.requires_grad)
+                table[name] = copy.clone()
             if self.random is not None:
                 self.random.restore()
         except BaseException:
