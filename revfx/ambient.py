@@ -80,13 +80,15 @@ class Ambience:
         return Ambience(torch.is_grad_enabled(), autocast_states(device_types()), _torch.kernel_settings())
 
     @contextmanager
-    def entered(self) -> Generator[None]:
-        """Return a context in which this is set; gradients stay off where they are."""
+    def entered(self, cached: bool | None = None) -> Generator[None]:
+        """Return a context in which this is set; gradients stay off where they are. `cached`: whether autocast keeps
+        what it casts; None: as it is.
+        """
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad and torch.is_grad_enabled()))
             stack.enter_context(kernels_of(self.settings))
             for device, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
             yield
 
 

@@ -66,7 +66,8 @@ def _recorded(
         if any(map(gives_anew, given)):
             raise Untraceable("it is given an iterator, which gives something else every time")
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
-        noting, ambient = noting_reads(recorder.numbers.of), recorder.ambient.entered()
+        # autocast's cache would hold casts of fake parameters, which nothing can take out of it
+        noting, ambient = noting_reads(recorder.numbers.of), recorder.ambient.entered(cached=False)
         told = mock.patch.object(recording, "recorder", recorder)
         with intercepted(), declared_by_transforms(), ambient, noting as reads, told, recorder.fake, recorder:
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
