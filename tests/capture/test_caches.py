@@ -403,6 +403,10 @@ def test_nothing_is_searched_where_nothing_is_left(monkeypatch: pytest.MonkeyPat
     model, x = InF(make), torch.randn(3, 8, requires_grad=True)
     revfx.explain(model, x)
     assert_same_grads(revfx.convert(model), model, [x])
+    with torch.autocast("cpu", torch.bfloat16):  # whose cache would hold casts of fake parameters
+        converted: Any = revfx.convert(InF(functools.partial(torch.ones, dtype=torch.float32)).float())
+        converted(x.float())
+    assert converted.revfx.plans
 
 
 class Deque(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 import torch
 from compiled import QUIET
 from fit_models import Made, Residual, branch, equal, make, peak, square, state
+from helpers import deep_but
 from torch import Tensor, nn
 from torch._dynamo import graph_break
 
@@ -58,8 +60,12 @@ def convolutions() -> Made:
     return Residual(*layers), (torch.randn(16, 16, 16, 16),), square
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("name", ["mlp", "convolutions", "encoder", "asks"])
+KINDS = [*itertools.product(("mlp", "convolutions", "encoder", "asks"), (False, True))]
+
+
+@pytest.mark.parametrize(
+    ("name", "half"), deep_but([("mlp", False), ("convolutions", False), ("encoder", True), ("asks", True)], KINDS)
+)
 def test_blocks_are_compiled_and_run_again(name: str, half: bool) -> None:
     """Dropout, BatchNorm and attention within them; numbers are asked for between them."""
     model, (x,), _ = make(name) if name != "convolutions" else convolutions()

@@ -95,7 +95,7 @@ def test_gradients_are_plain_autograds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", deep_but(OF_EACH_SORT, ZOO))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("dtype", deep_but(["float32", "autocast"], ["float32", "bfloat16", "autocast"]))
 def test_by_eager_kernels_all_is_as_it_was_to_the_last_bit(name: str, dtype: str) -> None:
     """As in torch's own "aot_eager", which under autocast casts a weight of several functions once for each."""
     torch.manual_seed(0)
