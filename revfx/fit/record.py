@@ -283,7 +283,12 @@ def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape
             stack.enter_context(context)
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         stack.callback(world.fakes.clear)
-        return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
+        try:
+            return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
+        except Exception as e:
+            if not real:  # its frames hold fake tensors; it is tried again on real ones
+                traceback.clear_frames(e.__traceback__)
+            raise
 
 
 def _step(
