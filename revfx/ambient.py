@@ -81,7 +81,7 @@ class Ambience:
 
     @contextmanager
     def entered(self, cached: bool | None = None) -> Generator[None]:
-        """Return a context in which this is set, but for gradients that are off; `cached`: whether casts are kept."""
+        """Return a context in which this is set; gradients that are off stay so; `cached`: are casts kept?"""
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad and torch.is_grad_enabled()))
             stack.enter_context(kernels_of(self.settings))

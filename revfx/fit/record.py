@@ -286,8 +286,9 @@ def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape
         try:
             return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
         except Exception as e:
-            if not real:  # its frames hold fake tensors; it is tried again on real ones
+            if not real:  # its frames hold fake tensors, and so do their tables of names; real ones are tried next
                 traceback.clear_frames(e.__traceback__)
+                _ = [frame.f_locals for frame, _ in traceback.walk_tb(e.__traceback__)]  # are made anew
             raise
 
 
