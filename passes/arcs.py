@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from revfx.passes.bounds import UNKNOWN, Interval, bounds
+from revfx.passes.bounds import UNKNOWN, bounds
 from revfx.passes.elimination import ONE
 from revfx.passes.facts import assumed, masks
-from revfx.passes.grid import MOST_BITS, Coupling
 from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import directions_of, taken_apart
 from revfx.passes.program import SELECTS, Arc, Op, Program, Value
@@ -27,7 +26,6 @@ from revfx.rules import (
     Patch,
     Tile,
     declared_by_user,
-    nothing,
     op_name,
     rule_for,
     why_none,
@@ -60,25 +58,19 @@ def lower(
     graph: fx.Graph,
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
-    exact: bool = False,
     barred: Mapping[fx.Node, str] | None = None,
 ) -> Lowered:
     """Return the program of a graph whose nodes carry fake results in `meta["val"]`.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
-    `exact`: without arcs that round. `barred`: why no inverse that rounds may give nodes back, where no code corrects
-    it; None: codes do.
+    `barred`: the reason why no rounding inverse may give a node back, where no code corrects it; None: codes do.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
-    contain the node), `where` (the user's file and line), `constant`, `facts`, `grid`, `kept` and `directions` (what
-    its rule would yield). A node whose result is a tuple and the getitem nodes that take it apart become one operation
-    with several outputs.
+    contain the node), `where` (the user's file and line), `constant`, `facts`, `kept` and `directions` (the
+    directions that its rule would yield). A node whose result is a tuple and the getitem nodes that take it apart
+    become one operation with several outputs.
     """
-    lowered = _Lowering(graph, module_of, sources, barred).run()
-    if not exact:
-        return lowered
-    ops = [replace(o, arcs=tuple(a for a in o.arcs if a.exact or a.grid), terms=()) for o in lowered.program.ops]
-    return replace(lowered, program=replace(lowered.program, ops=tuple(ops)))
+    return _Lowering(graph, module_of, sources, barred).run()
 
 
 @dataclass(eq=False)
@@ -132,8 +124,8 @@ class _Lowering:
         storage = self.storages.setdefault(node.meta.get("storage", node), len(self.storages))
         nbytes = node.meta.get("storage_nbytes", as_number(val.numel()) * val.element_size())
         index = self.index[node] = len(self.values)
-        more: dict[str, Any] = {"grid": node.meta.get("grid"), "kept": node.meta.get("kept", False)}
-        self.values.append(Value(node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given, **more))
+        kept = node.meta.get("kept", False)
+        self.values.append(Value(node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given, kept=kept))
         return index
 
     def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Op:
@@ -231,34 +223,11 @@ class _Lowering:
             solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
             assumes=assumed(given, self.index) if inverse.exact else (),
-            coupling=self._coupling(node, inverse, given), grid=inverse.grid, coded=inverse.coded,
+            coded=inverse.coded,
             declared=inverse.declared or declared_by_user(node, self._module(node)),
             runs=(self.owner[node],) if inverse.runs else (),
-            barred=None if inverse.exact or inverse.grid else (self.barred or {}).get(inverse.solves),
+            barred=None if inverse.exact else (self.barred or {}).get(inverse.solves),
         )  # fmt: skip
-
-    def _coupling(self, node: fx.Node, inverse: Inverse, given: list[fx.Node]) -> Coupling | str:
-        """Return the exact form of an operation that is solved for one operand, or why there is none."""
-        if node.op == "call_module":
-            return "it is a module, which is called as it is"
-        if inverse.rest is None:
-            return "its rule does not say what the operation adds"
-        rest = None if inverse.rest is nothing else _filled(inverse.rest, 0, inverse.given)
-        factor, reciprocal, name = inverse.factor, inverse.reciprocal, op_name(node.target)
-        if isinstance(factor, complex):
-            return "its factor is complex"
-        if factor is None or not isinstance(factor, fx.Node):
-            scale = 1.0 if factor is None else float(1 / factor if reciprocal else factor)
-            made = Coupling(name, 0, rest, scale, least=abs(scale))
-        else:
-            interval = self.bounds.get(factor, UNKNOWN)
-            least = (1 / interval.most if interval.most else 0.0) if reciprocal else interval.least
-            if least == 0:
-                return f"its factor `{factor.name}` has no known lower bound"
-            made = Coupling(name, 0, rest, by=given.index(factor), reciprocal=reciprocal, least=least)
-        if made.bits > MOST_BITS:
-            return f"its factor may be as small as {made.least:.1e}; at most {MOST_BITS} bits per element are kept"
-        return made
 
     def _factor(self, inverse: Inverse, dtype: torch.dtype) -> dict[str, Any] | str:
         """Return what an arc says of what the solved operand was multiplied by, or why that may be zero."""
@@ -272,15 +241,15 @@ class _Lowering:
             if not getattr(info, "tiny", 1) <= value <= info.max:
                 return f"the factor is {f}"
             return {} if value == 1 else {"factor": value}
-        interval: Interval = self.bounds.get(f, UNKNOWN)
-        least, typical = interval.least, interval.typical
+        interval = self.bounds.get(f, UNKNOWN)
+        least = interval.least
         if inverse.reciprocal:
-            least, typical = 1 / max(interval.most, 1e-300), 1 / max(typical, 1e-300)
+            least = 1 / max(interval.most, 1e-300)
         elif f in self.masks.of:
             return f"the factor `{f.name}` is a mask"
         elif least == 0 and not interval.nonzero and not self.coded:
             return f"the factor `{f.name}` is not bounded away from zero"
-        return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least, "typical": typical}
+        return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least}
 
     def _module(self, node: fx.Node) -> torch.nn.Module | None:
         return self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None

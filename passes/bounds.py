@@ -33,13 +33,6 @@ class Interval:
         """The largest magnitude that the interval admits."""
         return max(abs(self.low), abs(self.high))
 
-    @property
-    def typical(self) -> float:
-        """A guess at the usual magnitude: the middle of the interval, on a log scale where it has one; else 1."""
-        if self.most == math.inf:
-            return max(1.0, self.least)
-        return math.sqrt(self.least * self.most) if self.least > 0 else self.most / 2 or 1.0
-
 
 UNKNOWN = Interval()
 

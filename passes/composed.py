@@ -18,7 +18,7 @@ from revfx.passes.program import Arc, Program
 
 def rounds(arc: Arc) -> bool:
     """Return whether an arc gives its head up to rounding only."""
-    return not (arc.exact or arc.grid)
+    return not arc.exact
 
 
 def composed_all(program: Program, steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -96,4 +96,5 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
             env[a.head] = a.solve(*(env[v] for v in a.tail))
         return env[arc.head]
 
-    return replace(arc, tail=tail, solve=solve, declared=declared, runs=runs)
+    coded, measured = any(a.coded for a in chain), any(a.measured for a in chain)
+    return replace(arc, tail=tail, solve=solve, declared=declared, runs=runs, coded=coded, measured=measured)

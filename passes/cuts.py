@@ -18,7 +18,8 @@ from revfx.passes.program import Arc, Program
 PATIENCE = 200  # operations without a newly known value after which a search gives up
 BEYOND = 3  # times as many operations are looked at for a cut that needs nothing from above it
 ABOVE = 64  # operations above a cut that are run again for it
-FURTHER, IN_VAIN = 64, 16  # operations that are looked at for sums alone; searches for them without success
+FURTHER = 64  # operations above a cut that are searched for sums alone
+MOST_FAILED = 16  # searches for sums without success, after which there are no more
 
 Values = tuple[int, ...]
 
@@ -54,6 +55,18 @@ class Step:
         return frozenset(d.op for d in self.derive if isinstance(d, Forward) and d.op < self.start)
 
 
+@dataclass(slots=True)
+class SumSearches:
+    """Searches for sums that tie several values, over one search for regions: too many failures end them."""
+
+    failed: int = 0
+
+    @property
+    def are_worth_it(self) -> bool:
+        """Whether another one is made."""
+        return self.failed < MOST_FAILED
+
+
 @dataclass(frozen=True, slots=True)
 class Stuck:
     """A cut from which no earlier one is derivable: operations start..stop-1 were tried, `unknown` stayed unknown.
@@ -77,9 +90,11 @@ def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, 
     return before
 
 
-def find_step(program: Program, stop: int, exit: Values, side: frozenset[int], patience: int) -> Step | Stuck:
+def find_step(
+    program: Program, stop: int, exit: Values, side: frozenset[int], patience: int, searches: SumSearches
+) -> Step | Stuck:
     """Return the step that ends at the cut before operation `stop`, or why there is none."""
-    closure = Closure(program, (*exit, *side), sums=program.in_vain[0] < IN_VAIN)
+    closure = Closure(program, (*exit, *side), sums=searches.are_worth_it)
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
     nearest: tuple[int, Values] | None = None
@@ -118,7 +133,7 @@ def find_step(program: Program, stop: int, exit: Values, side: frozenset[int], p
             if not closure.sums.ties():
                 return nearer or blocked
         if blocked is not None and nearer is None and blocked.start - start > FURTHER:
-            program.in_vain[0] += 1
+            searches.failed += 1
             return blocked
         if idle > patience:
             break

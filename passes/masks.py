@@ -140,7 +140,7 @@ class MaskedArcs:
         made = self._arc(whole, tail, solve, exact=not roundings)
         if roundings:
             said = next((r for r in roundings if r.factor is not None), roundings[0])  # at most one of them divides
-            fields = ("factor", "measured", "reciprocal", "least", "typical")
+            fields = ("factor", "measured", "reciprocal", "least")
             barred = (self.barred or {}).get(whole)
             made = replace(made, barred=barred, **{name: getattr(said, name) for name in fields})
         return min(inside.at, outside.at), made

@@ -13,8 +13,6 @@ from functools import cached_property
 
 import torch
 
-from revfx.passes.grid import Coupling
-
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -23,8 +21,8 @@ class Value:
     `source` values are alive whatever we do and are free to read in the backward. `storage` numbers the memory that
     the value lives in, so views of one tensor share it. `written` says that an operation outside any region writes to
     that memory later. `given` marks what lives in the memory of the program's own inputs or of a source. `nbytes` is
-    the size of the whole memory that a value keeps alive. `grid`: it is a multiple of 2^-grid. `kept` values are not
-    derived but held for the backward, where they are made.
+    the size of the whole memory that a value keeps alive. `kept` values are not derived but held for the backward,
+    where they are made.
     """
 
     name: str
@@ -35,7 +33,6 @@ class Value:
     source: bool = False
     given: bool = False
     written: bool = False
-    grid: int | None = None
     kept: bool = False
 
 
@@ -47,12 +44,10 @@ class Arc:
     the others round. `barred` says why a compiled graph, which has no codes, keeps the head instead. The solved operand
     was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
     `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
-    Of a measured factor `least` is the smallest magnitude that its making admits (0: only the run can tell), and
-    `typical` a guess at its usual magnitude, for where the run can't be asked. `assumes`: values, and what their
-    elements must be (see `revfx.passes.facts`). `coupling` is the exact form of the operation, which can be undone bit
-    for bit, or why there is none; `grid` says that the arc is the inverse of one. `coded`: without a code it is not
-    worth having. `declared`: what of the user's or a library's says so, and may be wrong. `runs`: operations whose own
-    modules solving runs again.
+    `least`: the smallest magnitude that a measured factor can take (0: only the run can tell). `assumes`: values, and
+    facts about their elements (see `revfx.passes.facts`). `coded`: without a code the inverse is not worth having.
+    `declared`: the user's or a library's declaration that gives this inverse, which may be wrong. `runs`: operations
+    whose own modules solving runs again.
     """
 
     head: int
@@ -65,10 +60,7 @@ class Arc:
     reciprocal: bool = False
     text: str = ""
     least: float = 1.0
-    typical: float = 1.0
     assumes: tuple[tuple[int, str | tuple[int, ...]], ...] = ()
-    coupling: Coupling | str = "its rule does not say what the operation adds"
-    grid: bool = False
     coded: bool = False
     declared: str = ""
     runs: tuple[int, ...] = ()
@@ -147,11 +139,6 @@ class Program:
         last = {v: i for i, op in enumerate(self.ops) for v in op.ins}
         last.update(dict.fromkeys(self.outputs, len(self.ops)))
         return [last.get(v, -1) for v in range(len(self.values))]
-
-    @cached_property
-    def in_vain(self) -> list[int]:
-        """How many searches for sums that are solved together have found none; a list, to be counted up."""
-        return [0]
 
     @cached_property
     def users(self) -> list[list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.closure import Forward, Invert
-from revfx.passes.cuts import PATIENCE, Step, Stuck, find_step, live_before, needed
+from revfx.passes.cuts import PATIENCE, Step, Stuck, SumSearches, find_step, live_before, needed
 from revfx.passes.program import Program
 
 
@@ -50,6 +50,31 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class RegionSummary:
+    """A region for people: its first and last line (`file:line`), its steps, and bytes kept and regenerated."""
+
+    where: tuple[str, str]
+    steps: int
+    inverted: int
+    kept_cuts: int
+    kept_bytes: int
+    freed_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where[0]} .. {self.where[1]}: {self.steps} steps, {self.inverted} inverted, {self.kept_cuts} cuts"
+            f" kept ({self.kept_bytes:,} bytes), {self.freed_bytes:,} bytes regenerated"
+        )
+
+
+def summary(program: Program, region: Region, kept_cuts: int, freed_bytes: int) -> RegionSummary:
+    """Summarize a region of which so many cuts are kept and so many bytes are freed."""
+    where = program.ops[region.start].where, program.ops[region.stop - 1].where
+    inverted = sum(step.inverts for step in region.steps)
+    return RegionSummary(where, len(region.steps), inverted, kept_cuts, region.kept_bytes, freed_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Walk:
     """The steps found upwards from one cut (last one first), the side inputs they took, and where it ended."""
 
@@ -58,20 +83,21 @@ class Walk:
     stuck: Stuck
 
 
-def find_regions(program: Program, all_pay: bool = False) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
+def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
     """Return the regions of a program in order, and the stuck points between them (nearest the end first).
 
     Where there are no regions at all, these hold also what would have had to be kept. A region must free more bytes
-    than it keeps, unless `all_pay` says that this is known.
+    than it keeps.
     """
     regions: list[Region] = []
     stuck: list[Stuck] = []
     kept: list[Stuck] = []
     stop, retries, reruns = len(program.ops), RETRIES, RERUNS
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
+    searches = SumSearches()
     while stop > 0:
-        walk = _walk(program, stop, tuple(live))
-        region = _region(program, walk, all_pay)
+        walk = _walk(program, stop, tuple(live), searches)
+        region = _region(program, walk)
         if walk.stuck.stop > 0:
             stuck.append(walk.stuck)
         kept += _kept_instead(program, walk) if region is None else ()
@@ -106,12 +132,14 @@ def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
                 yield Stuck(i, i + 1, (arc.head,), f"`{program.values[arc.head].name}` has to be kept: {arc.barred}")
 
 
-def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> tuple[list[Step], Stuck]:
+def extend(
+    program: Program, stop: int, live: tuple[int, ...], side: frozenset[int], searches: SumSearches
+) -> tuple[list[Step], Stuck]:
     """Return all steps upwards from one cut with given side inputs, and what stopped the next one."""
     steps: list[Step] = []
     while stop > 0:
         patience = max(PATIENCE, 5 * (steps[-1].stop - steps[-1].start)) if steps else PATIENCE
-        found = find_step(program, stop, live, side, patience)
+        found = find_step(program, stop, live, side, patience, searches)
         if isinstance(found, Stuck):
             return steps, found
         steps.append(found)
@@ -119,13 +147,13 @@ def extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[i
     return steps, Stuck(0, 0, ())
 
 
-def _walk(program: Program, stop: int, live: tuple[int, ...]) -> Walk:
-    found = _climb_across(program, stop, live, frozenset())
+def _walk(program: Program, stop: int, live: tuple[int, ...], searches: SumSearches) -> Walk:
+    found = _climb_across(program, stop, live, frozenset(), searches)
     steps = [*found.steps]
     while found.stuck.stop > 0 and found.stuck.barrier is None:
         top = steps[-1].entry if steps else live
         for candidates in _side_candidates(program, found.stuck, found.side):
-            more = _climb_across(program, found.stuck.stop, top, found.side | candidates)
+            more = _climb_across(program, found.stuck.stop, top, found.side | candidates, searches)
             if _pays(program, more.steps, more.side - found.side):
                 steps, found = [*steps, *more.steps], more
                 break
@@ -134,21 +162,25 @@ def _walk(program: Program, stop: int, live: tuple[int, ...]) -> Walk:
     return Walk(tuple(steps), found.side, found.stuck)
 
 
-def _climb_across(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int]) -> Walk:
+def _climb_across(
+    program: Program, stop: int, live: tuple[int, ...], side: frozenset[int], searches: SumSearches
+) -> Walk:
     """Return all steps upwards from one cut with given side inputs, and with those that are `_shared` within the
     largest step where it takes less memory to keep them.
 
     Nothing tells of such a value but what makes it: a step that reads it goes up to there, past every coupling between.
     """
-    steps, stuck = extend(program, stop, live, side)
+    steps, stuck = extend(program, stop, live, side, searches)
     while inverting := [s for s in steps if s.inverts]:
         largest = max(inverting, key=lambda s: _made(program, s.start, s.stop))
         shared = frozenset(_shared(program, largest, side))
-        with_all = extend(program, largest.stop, largest.exit, side | shared)[0] if shared else []
+        if not shared:
+            break
+        with_all, _ = extend(program, largest.stop, largest.exit, side | shared, searches)
         across = shared.intersection(v for s in with_all for v in s.entry)
         if not across:
             break
-        more, then = extend(program, largest.stop, largest.exit, side | across)
+        more, then = extend(program, largest.stop, largest.exit, side | across, searches)
         instead = [*(s for s in steps if s.start >= largest.stop), *more]
         takes = _taken(program, steps, side, largest.start)
         if not _pays(program, more, across) or _taken(program, instead, side | across, largest.start) >= takes:
@@ -212,7 +244,7 @@ def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int])
     return known
 
 
-def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
+def _region(program: Program, walk: Walk) -> Region | None:
     """Return a walk's region, trimmed of steps that invert nothing at both ends; None where it would not pay."""
     steps = list(reversed(walk.steps))
     while out := [k for k, s in enumerate(steps) if k and any(i < steps[0].start for i in s.above)]:
@@ -237,7 +269,7 @@ def _region(program: Program, walk: Walk, pays: bool) -> Region | None:
     keeps = {i for i, s in enumerate(steps, low) if not all(program.values[v].kept for v in s.saved)}
     by_inverses = [f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or i in keeps]
     alone = all(_is_carrier(program, s) for s in steps if s.inverts)
-    if not pays and (alone or sum(by_inverses) - max(by_inverses) <= kept_bytes):
+    if alone or sum(by_inverses) - max(by_inverses) <= kept_bytes:
         return None  # one step is alive at a time: that much plain checkpointing saves too
     return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
 

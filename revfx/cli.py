@@ -87,10 +87,8 @@ EXPLAIN: Mapping[str, dict[str, Any]] = {
     "--measure": dict(action="store_true", help="also train a few real steps and measure them"),
     "--backend": dict(choices=["revfx"], help="of torch.compile: the regions of each of its graphs"),
     "--rounding": dict(action="store_true", help="with convert(exact=False)"),
-    "--grid": dict(type=int, metavar="K", help="with convert(grid=K)"),
-    "--anchor-every": dict(type=int, metavar="K", help="with convert(anchor_every=K)"),
     "--memory": dict(metavar="BUDGET", help="what a budget comes to: 2GiB, 800MB, 60%%"),
-    "--save": dict(metavar="PATH", help="write a page (.html), the graph (.svg) or the data (.json)"),
+    "--save": dict(metavar="PATH", help="write a page (.html), memory over a step (.svg) or the data (.json)"),
     "--json": dict(action="store_true", help="print the data as JSON, and nothing else"),
 }
 FIT: Mapping[str, dict[str, Any]] = {
@@ -112,11 +110,8 @@ def _explain(args: argparse.Namespace) -> int:
         raise WrongArguments(f"--save {args.save}: the name must end in .html, .svg or .json")
     with bar(5 if args.measure else 3, "loading"):
         model, inputs = load(args.model, args.input, args.dtype)
-        if args.rounding or args.grid is not None or args.anchor_every is not None:
-            try:
-                model = revfx.convert(model, exact=not args.rounding, grid=args.grid, anchor_every=args.anchor_every)
-            except ValueError as e:
-                raise WrongArguments(str(e)) from e
+        if args.rounding:
+            model = revfx.convert(model, exact=False)
         found = revfx.explain(model, *inputs, memory=args.memory, measure=args.measure, backend=args.backend)
         if args.save:
             found.save(args.save)

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revfx import _fake, _fsdp, _torch
+from revfx import _fake, _torch
 from revfx.ambient import ambient_state
 from revfx.capture.data import Spot
 from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
 from revfx.capture.memo import structure
 from revfx.capture.plan import InvalidError, Plan
 from revfx.capture.search import Outcome, Wishes, make_plan
-from revfx.compiled.dynamo import Compiled
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.eager.calls import Slot
-from revfx.eager.modes import can_store, runs_plain, store_activations, storing
+from revfx.eager.modes import runs_plain, store_activations
 from revfx.errors import NotReversibleError, Refusal, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
+from revfx.info import ConversionInfo
 
 
 MOST_PLANS = 32  # per model; the oldest one makes room for a new one
@@ -37,7 +37,6 @@ MOST_PLANS = 32  # per model; the oldest one makes room for a new one
 class Options(Wishes):
     """What `convert` was asked for; `part` is set for the sub-modules of a model that can't be recorded."""
 
-    capture: str = "auto"
     strict: bool = False
     part: bool = False
     compile: bool = False
@@ -45,11 +44,7 @@ class Options(Wishes):
 
 
 class Conversion:
-    """What a converted model knows: its options, and one outcome per kind of call.
-
-    `compiled` stands in for outcomes where `torch.compile` captures the forward; `pending` is the outcome of a root
-    that could not be recorded, until one call through `compiled` has shown whether that does better.
-    """
+    """The options of a converted model, and one outcome per kind of call."""
 
     def __init__(
         self,
@@ -64,9 +59,7 @@ class Conversion:
         self.lock = threading.RLock()
         self.warned: set[str] = set()
         self.carried, self.constant = frozenset[Spot](), frozenset[Spot]()  # numbers that change: inputs, or not
-        self.parts_converted = self.compiled_tried = False
-        self.compiled: Compiled | None = None
-        self.pending: Outcome | None = None
+        self.parts_converted = False
         self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
         self.fit = None if options.memory is None or options.part else Fit(options.memory)
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []  # with their names and places
@@ -77,18 +70,14 @@ class Conversion:
         return [o.plan for *_, o in self.outcomes if o.plan is not None]
 
     @property
-    def kept_cuts(self) -> int:
-        """Return how many cuts the latest forward kept: two per region, and those that numerics demanded."""
-        graphs = [] if self.compiled is None else self.compiled.graphs
-        kept = sum(r.kept_cuts for g in graphs for r in g.regions)
-        return kept + sum(r.kept for p in self.plans for r in p.regions.values())
-
-    @property
-    def refusals(self) -> list[Refusal]:
-        """Return what was left as it was, and why."""
-        compiled = [] if self.compiled is None else self.compiled.refusals
+    def info(self) -> ConversionInfo:
+        """The findings so far, as frozen data."""
+        plans = tuple([p.info for p in self.plans])
         recorded = [r for *_, o in self.outcomes for r in o.refusals]
-        return list(dict.fromkeys((*recorded, *compiled, *self.not_compiled)))
+        refusals = tuple(dict.fromkeys((*recorded, *self.not_compiled)))
+        regions = tuple(r for p in plans for r in p.regions)
+        program = "\n\n".join(map(str, plans)) or "(no plan yet: it is made at the first call)"
+        return ConversionInfo(regions, refusals, plans, program)
 
     @property
     def not_compiled(self) -> list[Refusal]:
@@ -98,14 +87,6 @@ class Conversion:
             for name, where, function in self.compiled_functions
             if function.kernels.failed is not None
         ]
-
-    @property
-    def code(self) -> str:
-        """Return the rewritten programs as readable text."""
-        graphs = [] if self.compiled is None else self.compiled.graphs
-        compiled = "\n".join(f"# graph {i}\n{graph}" for i, graph in enumerate(graphs))
-        found = filter(None, (*(p.code for p in self.plans), compiled))
-        return "\n\n".join(found) or "(no plan yet: it is made at the first call)"
 
     def forward(self, model: nn.Module) -> Callable[..., Any]:
         """Return the model's own forward."""
@@ -175,10 +156,6 @@ class Conversion:
         name = name_of(model)
         if self.fit is not None:
             return
-        asks = self.options.capture == "auto" and not self.compiled_tried and not _fsdp.in_use()
-        if outcome.untraceable and asks:  # once whether `torch.compile` can capture it
-            self.pending, self.compiled = outcome, self._compile(model)
-            return
         reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
         if self.options.strict and (outcome.plan is None or outcome.refusals):
             node = outcome.refusals[0].op if outcome.refusals else None
@@ -187,42 +164,16 @@ class Conversion:
             self.parts_converted = True
             self.convert_parts(model, self.options)
         if outcome.plan is None and not self.options.part:
-            nothing = "nothing reversible was found, so it runs as it was"
-            what = "only its sub-modules are looked at" if outcome.untraceable else nothing
-            self._warn(f"`convert({name})`: {what}:\n  {reasons}")
+            what = "nothing reversible was found, so it runs as it was, with all its activations"
+            if outcome.untraceable:
+                what = "its forward can't be recorded, so it runs as it was; its sub-modules are converted"
+            todo = "`revfx.convert(model, memory=0.5)` trains any model in half of its peak memory"
+            self._warn(f"`convert({name})`: {what}. {todo}.\n  {reasons}")
 
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
             self.warned.add(text)
             warnings.warn(text, RevfxWarning, stacklevel=7)
-
-    def _compile(self, model: nn.Module) -> Compiled:
-        self.compiled_tried = True
-        own, name, options = self.own_forward, name_of(model), self.options
-        forward = type(model)._revfx_base.forward if own is None else own  # type: ignore[union-attr]
-        return Compiled(name, forward, options.exact, options.anchor_every, options.grid)
-
-    def _call_compiled(self, compiled: Compiled, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        result = compiled.call(model, (model, *args) if self.own_forward is None else args, kwargs)
-        with self.lock:
-            if self.pending is not None and (compiled.found or compiled.found_nothing):
-                self._decide(model, compiled, self.pending)
-            if compiled is self.compiled and compiled.found_nothing:
-                self._report(model, Outcome(None, tuple(compiled.refusals)))
-        return result
-
-    def _decide(self, model: nn.Module, compiled: Compiled, recorded: Outcome) -> None:
-        """Keep `compiled` where it frees what the sub-modules alone would not: they give up less."""
-        self.pending = None
-        if not compiled.in_own_code and not self.options.strict:
-            self.compiled = None
-            self._report(model, recorded)
-        elif compiled.found:
-            reasons = "\n  ".join(str(r) for r in recorded.refusals[:8])
-            self._warn(
-                f"`convert({name_of(model)})`: captured by `torch.compile` (see `capture`), as its forward"
-                f" can't be recorded:\n  {reasons}"
-            )
 
     def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return what the model's forward returns for these arguments."""
@@ -233,14 +184,6 @@ class Conversion:
         if self.fit is not None and may_fit(leaves):
             return self.fit.call(model, *self.to_fit(model, args, kwargs))
         return self._call(model, args, kwargs, leaves, spec)
-
-    def ready(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Make the plan for calls like this one."""
-        leaves, spec = flattened(args, kwargs)
-        if self.fit is None:
-            self.prepare(model, args, kwargs, leaves, spec)
-        else:
-            self.fit.prepare(model, *self.to_fit(model, args, kwargs))
 
     def to_fit(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Ways, FitCall]:
         """Return how the forward can be run, and a call of it, for a plan."""
@@ -260,31 +203,22 @@ class Conversion:
     def _call(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Any:
         forward = self.forward(model)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        plain = runs_plain(tensors)
-        store = plain and (storing() or self.options.grid is not None) and can_store(tensors)
-        if (plain and not store) or _torch.has_global_module_hooks():
+        if runs_plain(tensors) or _torch.has_global_module_hooks():
             return forward(*args, **kwargs)
-        if self.options.capture == "dynamo" and self.compiled is None:
-            self.compiled = self._compile(model)
-        outcome = None
-        if self.compiled is None:
-            outcome = self.prepare(model, args, kwargs, leaves, spec)
-            if outcome.plan is not None and (not outcome.once or self._is_known(outcome)):
-                with contextlib.suppress(InvalidError):
-                    return outcome.plan.run(leaves, store=plain)
-        compiled = self.compiled
+        outcome = self.prepare(model, args, kwargs, leaves, spec)
+        if outcome.plan is not None and (not outcome.once or self._is_known(outcome)):
+            with contextlib.suppress(InvalidError):
+                return outcome.plan.run(leaves)
         try:
-            if compiled is not None and not store:
-                return self._call_compiled(compiled, model, args, kwargs)
             result = forward(*args, **kwargs)
-            if outcome is not None and outcome.once and not self._is_known(outcome):
+            if outcome.once and not self._is_known(outcome):
                 outcome = self.prepare(model, args, kwargs, leaves, spec, ran=True)
-            if outcome is not None and outcome.plan is None and self.place is not None:  # a part without a region
+            if outcome.plan is None and self.place is not None:  # a part without a region
                 table, name = self.place
                 table[name] = self.unconverted(model)
             return result
         except BaseException:
-            if outcome is not None and outcome.untraceable:
+            if outcome.untraceable:
                 self._forget(outcome)
             raise
 
@@ -295,9 +229,6 @@ class Conversion:
         """Forget a call that raised, recorded and for real: it tells nothing of the next one."""
         with self.lock:
             self.outcomes = [found for found in self.outcomes if found[-1] is not refused]
-            if self.pending is refused:
-                self.pending = self.compiled = None
-                self.compiled_tried = False
 
 
 _LEAVES = frozenset({Tensor, nn.Parameter, *ATOMS})

@@ -17,11 +17,12 @@ from torch.fx import GraphModule
 from revfx import _fsdp, _torch
 from revfx.conversion import Conversion, Options
 from revfx.errors import RevfxError
+from revfx.info import ConversionInfo
 from revfx.traced import free_couplings
 
 
 class Reversible(nn.Module):
-    """Base of the classes of converted models; `model.revfx` tells what was found: `.code`, `.plans`, `.refusals`.
+    """Base of the classes of converted models; `model.revfx` holds the findings (`ConversionInfo`).
 
     An object of such a class and the model that it was made of have one table of attributes: what knows that model,
     such as bound methods, lambdas and hooks, sees what becomes of this one. What `type(model)()` makes runs plainly.
@@ -34,12 +35,9 @@ class Reversible(nn.Module):
         """Do nothing: the model's own class may register what is derived from it, or refuse it."""
 
     @property
-    def revfx(self) -> Conversion:
-        """Return what the conversion knows about this model."""
-        conversion, _ = _known(self)
-        if conversion is None:
-            raise RevfxError(f"this {type(self).__name__} was made by its class and not by `convert`; it runs plainly.")
-        return conversion
+    def revfx(self) -> ConversionInfo:
+        """The findings on this model up to its latest call: regions, refusals, plans, program."""
+        return conversion_of(self).info
 
     def _replicate_for_data_parallel(self) -> Any:
         """Return one of the replicas that `nn.DataParallel` makes at every step."""
@@ -47,11 +45,6 @@ class Reversible(nn.Module):
         if (known := _known(self))[0] is not None:
             object.__setattr__(replica, "_revfx", known)
         return replica
-
-    def __repr__(self) -> str:
-        """Return the model's own text, and the rewritten programs."""
-        conversion, _ = _known(self)
-        return super().__repr__() + ("" if conversion is None else f"\n{conversion.code}")
 
     def __copy__(self) -> Any:
         """Return the converted copy of the model, which is made by its own rules."""
@@ -67,6 +60,18 @@ class Reversible(nn.Module):
     def __setstate__(self, state: Any) -> None:
         """Take what `__reduce_ex__` gives."""
         _adopt(self, *state)
+
+
+def conversion_of(module: Reversible) -> Conversion:
+    """The working object of a converted model.
+
+    Raises:
+        RevfxError: the model was made by its class, not by `convert`.
+    """
+    conversion, _ = _known(module)
+    if conversion is None:
+        raise RevfxError(f"this {type(module).__name__} was made by its class and not by `convert`; it runs plainly.")
+    return conversion
 
 
 def _deepcopy(self: Reversible, memo: dict[int, Any]) -> Any:
@@ -89,7 +94,7 @@ def _options(module: Reversible) -> Options | None:
 @_torch.breaks_graph
 def _left_alone(module: Any, args: Any, kwargs: Any) -> Any:
     """Return what a model within a budget returns, which nobody compiles: what is compiled keeps what it likes."""
-    return module.revfx.call(module, args, kwargs)
+    return conversion_of(module).call(module, args, kwargs)
 
 
 @functools.cache
@@ -106,8 +111,8 @@ def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
             options = None if known is None else known[0].options
             if options is not None and options.memory is not None:
                 return _left_alone(self, args, kwargs)
-            if options is not None and options.grid is None:  # on a grid inductor would round as it likes
-                free_couplings(options.anchor_every)
+            if options is not None:
+                free_couplings()
             return base.forward(self, *args, **kwargs)
         conversion, _ = _known(self)
         return base.forward(self, *args, **kwargs) if conversion is None else conversion.call(self, args, kwargs)
@@ -179,7 +184,7 @@ def _parts(children: dict[str, nn.Module | None], options: Options) -> dict[str,
     table = {name: _part(m, options) for name, m in children.items()}
     for name, part in table.items():
         if part is not children[name] and isinstance(part, Reversible):
-            part.revfx.place = table, name
+            conversion_of(part).place = table, name
     return table
 
 

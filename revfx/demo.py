@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import revfx
 from revfx.bench.models import RevNet
 from revfx.report.progress import bar
-from revfx.testing import gradients, measure_memory, relative_error, stored
+from revfx.testing import gradients, measure_memory, relative_error, store_activations
 from revfx.units import size
 
 
@@ -116,8 +116,11 @@ def train(models: dict[str, nn.Module], data: Data, epochs: int, advance: Any) -
 
 def max_difference(converted: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the largest relative difference between gradients with regenerated activations and with stored ones."""
-    both = (gradients(m, [x], lambda out: F.cross_entropy(out, y)).values() for m in (converted, stored(converted)))
-    return max(relative_error(g, w) for g, w in zip(*both, strict=True) if g is not None and w is not None)
+    got = gradients(converted, [x], lambda out: F.cross_entropy(out, y))
+    with store_activations():
+        want = gradients(converted, [x], lambda out: F.cross_entropy(out, y))
+    pairs = zip(got.values(), want.values(), strict=True)
+    return max(relative_error(g, w) for g, w in pairs if g is not None and w is not None)
 
 
 def table(runs: Results, apart: float, images: int, depth: int) -> str:

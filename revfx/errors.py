@@ -27,10 +27,6 @@ class RegenerationError(RevfxError):
     """A value that the backward needs can't be computed again as it was: it raises, rather than hand back another."""
 
 
-class RangeError(RevfxError):
-    """A value of an exact forward has no place on its grid: it is too large, or not finite."""
-
-
 class BudgetError(RevfxError):
     """A model can't be trained in the memory that is given; the text says in how much it can, and what holds it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
@@ -15,7 +15,6 @@ from revfx.ambient import given
 from revfx.capture.data import held_at, steps_to
 from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
-from revfx.eager.modes import store_activations
 from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import Env, Watch, watching
 from revfx.errors import RevfxError
@@ -33,10 +32,10 @@ def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
     """Return the relative error of one inversion by step and value, for every region that `model(*inputs)` runs: in the
     dtype of the model and once more in fp64, on a copy.
     """
-    runs = originals_of(model, inputs, "check_inverse")
+    runs = originals_of(model, inputs)
     floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if is_floating(t)]
     if any(t.dtype != torch.float64 for t in floating):
-        runs += originals_of(copy.deepcopy(model).double(), doubled(list(inputs)), "check_inverse")
+        runs += originals_of(copy.deepcopy(model).double(), doubled(list(inputs)))
     errors: dict[str, float] = {}
     for run, originals in runs:
         for number, step in enumerate(run.region.steps):
@@ -75,8 +74,8 @@ def watched(watch: Callable[[Regeneration], Watch]) -> AbstractContextManager[No
     return given(watching, watch)
 
 
-def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> list[tuple[Regeneration, Env]]:
-    """Run `model(*inputs)` and return its regions, in order, with copies of all their values; `who` asks for some."""
+def originals_of(model: Callable[..., Any], inputs: Sequence[Any]) -> list[tuple[Regeneration, Env]]:
+    """Run `model(*inputs)` and return its regions, in order, with copies of all their values."""
     found: list[tuple[Regeneration, Env]] = []
 
     def watch(run: Regeneration) -> Watch:
@@ -87,7 +86,7 @@ def originals_of(model: Callable[..., Any], inputs: Sequence[Any], who: str) -> 
     with torch.enable_grad(), torch.random.fork_rng(), watched(watch):
         model(*inputs)
     if not found:
-        raise RevfxError(f"`{who}`: no reversible region was run by this {type(model).__name__}.")
+        raise RevfxError(f"`check_inverse`: no reversible region was run by this {type(model).__name__}.")
     return found
 
 
@@ -132,24 +131,6 @@ def gradients(
         if not wanted:
             return {}
         return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))
-
-
-def stored(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `model` with ordinary autograd storage: the reference for `assert_same_grads`."""
-    return _Stored(model) if isinstance(model, nn.Module) else store_activations()(model)
-
-
-class _Stored(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["model"] = model
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.__dict__["model"].named_parameters(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with store_activations():
-            return self.__dict__["model"](*args, **kwargs)
 
 
 def _sine(output: Any) -> Tensor:

@@ -17,7 +17,7 @@ from revfx.capture.solve import Solution, Solver
 from revfx.converted import unconverted
 from revfx.errors import NotReversibleError
 from revfx.passes.closure import Invert
-from revfx.passes.plan import GARBAGE
+from revfx.passes.rounding import MAX_ERROR
 
 
 MOST_PROGRAMS = 32  # for batch sizes and conditions, of which the oldest one makes room
@@ -173,7 +173,7 @@ class Inverse(nn.Module):
                 b.copy_(then)
         wanted = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
         off = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(back, wanted, strict=True)]
-        if not all(error < GARBAGE for error in off):
+        if not all(error < MAX_ERROR for error in off):
             text = f"{', '.join(f'`{n}`' for n in names)}, told to invert, does not give the example back"
             raise NotReversibleError(f"`inverse`: {text}: it is off by {max(off):.0e}", names[0])
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import rules
-from revfx.converted import Reversible
+from revfx.converted import Reversible, conversion_of
 from revfx.eager.block import RevBlock
 from revfx.eager.modes import store_activations as store_activations
 from revfx.errors import RevfxError
@@ -24,15 +23,7 @@ from revfx.inspection import (
     is_floating,
     relative_error as relative_error,
     round_trip,
-    stored as stored,
 )
-
-
-if TYPE_CHECKING:
-    from revfx.report.drift import Drift as Drift, drift as drift
-
-
-_LATER = ("Drift", "drift")  # imported at their first use: few programs ask, and they draw pictures
 
 
 @dataclass(frozen=True)
@@ -44,14 +35,11 @@ class Memory:
 
 
 def _is_plains(model: object) -> bool:
-    """Return whether `model` is converted, and has the plain model's gradients to the last bit.
-
-    Not on a grid, whose forward is another; nor where torch compiled functions of it, or captured it.
-    """
+    """Return whether `model` is converted, lossless, and not compiled: its gradients are the plain model's."""
     if not isinstance(model, Reversible):
         return False
-    parts = [(m.revfx.options, m.revfx.compiled) for m in model.modules() if isinstance(m, Reversible)]
-    return all(o.exact and o.grid is None and not o.compile and compiled is None for o, compiled in parts)
+    options = [conversion_of(m).options for m in model.modules() if isinstance(m, Reversible)]
+    return all(o.exact and not o.compile for o in options)
 
 
 def assert_same_grads(
@@ -66,12 +54,11 @@ def assert_same_grads(
     """Raise unless both give the same gradients for every input and parameter: names, dtypes, shapes and values.
 
     Args:
-        model, reference: modules (or functions) of the same inputs; pass the model itself and
-            `stored(model)` to compare with ordinary storage.
+        model, reference: modules (or functions) of the same inputs.
         inputs: arguments; tensors among them, also nested, get gradients if they require one.
         loss: from the output to a scalar.
         rtol: largest norm of the difference relative to the norm; default 0, bit for bit, where `model` is converted
-            and lossless, on no grid and not compiled, else 1e-9 in fp64, 1e-4 in fp32, 5e-2 below.
+            and lossless and not compiled, else 1e-9 in fp64, 1e-4 in fp32, 5e-2 below.
 
     Raises:
         AssertionError: names the worst gradient and by how much it is off.
@@ -174,13 +161,3 @@ def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:
     kept = torch.cuda.memory_allocated(device) - before
     loss.backward()
     return Memory(kept, torch.cuda.max_memory_allocated(device) - before)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module("revfx.report.drift"), name)
-    raise AttributeError(f"module 'revfx.testing' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})

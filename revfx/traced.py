@@ -11,16 +11,16 @@ from revfx import _torch
 
 
 @_torch.constant_when_compiled
-def free_couplings(anchor_every: int | None) -> None:
+def free_couplings() -> None:
     """Have inductor free the couplings of the program that is traced now, as the backend "revfx" does."""
     from revfx.compiled import _inductor
     from revfx.compiled.partitioner import ReversiblePartitioner
 
-    def partition(every: int | None, inputs: Sequence[Any]) -> ReversiblePartitioner:
+    def partition(inputs: Sequence[Any]) -> ReversiblePartitioner:
         say_rounding()
-        return ReversiblePartitioner("store", anchor_every=every).knowing(inputs)
+        return ReversiblePartitioner().knowing(inputs)
 
-    _inductor.partition_traced(partition, anchor_every)
+    _inductor.partition_traced(partition)
 
 
 @functools.cache  # once

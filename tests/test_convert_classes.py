@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import mlp
+from helpers import kept_cuts, mlp
 from torch import Tensor, fx, nn
 
 import revfx
+from revfx.converted import conversion_of
 from revfx.errors import RevfxError
 
 
@@ -81,7 +82,7 @@ def test_what_is_bound_to_the_model_sees_what_becomes_of_it(make: Callable[[], n
     model, plain = COPIES[way](model), COPIES[way](plain)
     assert_alike(model, plain)
     assert_alike(changed(model), changed(plain))
-    assert model.revfx.kept_cuts > 0
+    assert kept_cuts(model) > 0
 
 
 class Branches(nn.Module):
@@ -102,11 +103,11 @@ class Branches(nn.Module):
 @pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
 def test_methods_of_a_model_whose_parts_are_converted_see_what_becomes_of_it() -> None:
     plain: Any = Branches()
-    model: Any = revfx.convert(copy.deepcopy(plain), capture="fx")
+    model: Any = revfx.convert(copy.deepcopy(plain))
     for scale in (1.0, 3.0):
         plain.scale = model.scale = scale
         assert_alike(model, plain)
-    assert model.net.revfx.kept_cuts > 0
+    assert kept_cuts(model.net) > 0
 
 
 def test_the_model_and_its_conversion_have_one_state() -> None:
@@ -120,9 +121,11 @@ def test_the_model_and_its_conversion_have_one_state() -> None:
 
 def test_two_conversions_of_one_model_are_apart() -> None:
     plain = Net()
-    model, exact = revfx.convert(plain), revfx.convert(plain, grid=14)
-    x = torch.randn(5, 8)
-    assert torch.equal(model(x), plain(x)) and not torch.equal(exact(x), plain(x))
+    model, rounding = revfx.convert(plain), revfx.convert(plain, exact=False)
+    x = torch.randn(5, 8, requires_grad=True)
+    assert torch.equal(model(x), plain(x)) and torch.equal(rounding(x), plain(x))
+    assert conversion_of(model).options.exact and not conversion_of(rounding).options.exact
+    assert conversion_of(model).plans[0] is not conversion_of(rounding).plans[0]
     assert not hasattr(plain, "revfx")
 
 
@@ -278,10 +281,10 @@ def test_classes_with_rules_of_their_own_are_converted_and_copied(name: str) -> 
 @pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
 def test_pickled_models_are_converted_ones() -> None:
     for plain in (Flat(), fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))):
-        model: Any = revfx.convert(plain, grid=14)
+        model: Any = revfx.convert(plain, exact=False)
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
-        assert loaded.revfx.options == model.revfx.options
+        assert conversion_of(loaded).options == conversion_of(model).options
         assert_alike(loaded, model)

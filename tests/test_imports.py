@@ -30,14 +30,15 @@ MAY: dict[str, set[str]] = {
     "layout": {"_torch"},
     "codes": {"_torch", "layout"},
     "eager": {*BOTTOM, *CODES, "passes", "traced"},
-    "capture": {*BOTTOM, "rules", "passes", "eager"},
-    "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "capture"},
+    "info": {"errors", "passes"},
+    "capture": {*BOTTOM, "rules", "passes", "eager", "info"},
+    "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "capture", "eager"},
     "world": {*BOTTOM, "eager", "capture"},
     "fit": {*BOTTOM, "layout", "passes", "eager", "capture", "world"},
 }
-MAY["conversion"] = {*BOTTOM, "passes", "eager", "capture", "compiled", "fit"}
-MAY["converted"] = {*BOTTOM, "conversion", "traced"}
-MAY["convert"] = {*BOTTOM, "passes", "compiled", "conversion", "converted", "fit"}
+MAY["conversion"] = {*BOTTOM, "info", "passes", "eager", "capture", "compiled", "fit"}
+MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}
+MAY["convert"] = {*BOTTOM, "compiled", "conversion", "converted", "eager", "fit"}
 MAY["inverse"] = {*BOTTOM, "capture", "converted", "passes"}
 MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
@@ -46,8 +47,8 @@ MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "fit", "pass
 MAY["bench"] = {*MAY["report"], "report"}
 MAY["cli_models"] = {"errors"}
 MAY["demo"] = MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["bench"], "bench", "demo", "cli", "cli_models"}
-# Of the passes, the eager mode takes the data that they make, what it costs to run, and the arithmetic of grids.
-PROGRAMS = {"_torch", "closure", "composed", "cuts", "grid", "plan", "program", "regions", "schedule"}
+# The passes that the eager mode may use: their data, and the order of a step's derivations.
+PROGRAMS = {"_torch", "closure", "composed", "cuts", "program", "regions", "rounding", "schedule"}
 # What `__init__` and the command line import only when it is used: most programs never ask for a report.
 LATER = {"report", "bench", "demo"}
 ASK_LATER = {"", "__main__", "cli", "debug", "testing"}

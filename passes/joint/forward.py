@@ -53,12 +53,12 @@ class Forward:
 
 
 def forward_half(
-    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, exact: bool = False, coded: bool = False
+    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, coded: bool = False
 ) -> Forward:
     """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
-    `facts` says what was seen of the values of the compiled function's inputs. `exact`: see `lower`. `coded`: codes
-    correct what inverses give, so that these may give back anything.
+    `facts` says what was seen of the values of the compiled function's inputs. `coded`: codes correct the
+    inverses, so that these may give back anything.
     """
     _read_no_shapes(joint)
     outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
@@ -99,7 +99,7 @@ def forward_half(
     half.output([copy[n] for n in outputs])
     sources = {copy[n] for n in _sources(joint, lasting, mutated, nodes) if n in copy}
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
-    lowered = lower(half, sources=sources, exact=exact, barred=None if coded else theirs)
+    lowered = lower(half, sources=sources, barred=None if coded else theirs)
     return Forward(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
 
 

@@ -7,7 +7,6 @@ of what inverses miss, and that what the compiler can't prove is checked.
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,13 +18,14 @@ from torch import Tensor, fx
 from revfx.passes import _torch
 from revfx.passes.closure import Forward as Rerun
 from revfx.passes.composed import rounds
+from revfx.passes.joint.anchors import inverted_from
 from revfx.passes.joint.borders import POLICY, Stored
 from revfx.passes.joint.checks import Checks, Cut
 from revfx.passes.joint.forward import BACKWARD, FORWARD, Forward, draws
 from revfx.passes.joint.record import Recorder, Unrecordable
-from revfx.passes.plan import inverted_from, schedule
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region
+from revfx.passes.schedule import schedule
 from revfx.passes.sizes import as_number, same, tensors_of
 
 
@@ -38,19 +38,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Options:
-    """What the rewrite may do: `unbounded` factors are guarded ("assert") or their inputs kept ("store").
+    """The inner compiler's side of a rewrite: `decompositions` spell operators as the graph does.
 
-    `tolerance` is what rounding may grow to between two kept cuts; None: the square root of the dtype's eps. Before
-    every `anchor_every` couplings a cut is kept in any case. `decompositions` says how the graph spells operators.
-    `grid`: regions compute on the grid 2^-grid, and what is regenerated must be bit for bit what it was. `stored` is
-    an identity that an inner compiler which fuses does not look through (see `revfx.passes.joint.borders`). `coder`
-    makes codes, by which eager kernels give the forward's very bits; None: what inverses give is right up to rounding.
+    `stored` is an identity that an inner compiler which fuses does not look through (see
+    `revfx.passes.joint.borders`). `coder` makes codes, by which eager kernels give the forward's very bits; None:
+    inverses are right up to rounding.
     """
 
-    unbounded: str = "assert"
-    tolerance: float | None = None
-    anchor_every: int | None = None
-    grid: int | None = None
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     stored: Stored | None = None
     coder: Callable[[], Coder] | None = None
@@ -69,7 +63,7 @@ class Regenerator:
         self.index = {forward.value_node(v): v for v in range(len(self.program.values))}
         self.output = joint.output_node()
         lossless = options.coder is not None
-        self.checks = Checks(joint, self.program, recorder, self._original, options.tolerance, lossless)
+        self.checks = Checks(joint, self.program, recorder, self._original, lossless)
         self.values: dict[int, fx.Node] = {}
         self.tuples: dict[int, fx.Node] = {}
         self.step_of: dict[fx.Node, int] = {}
@@ -102,9 +96,6 @@ class Regenerator:
     def _region(self, region: Region, wanted: set[int], ops: set[int], cuts: frozenset[int]) -> None:
         program, steps = self.program, region.steps
         self._keep((*region.exit, *region.saved, *region.side))
-        if self.options.coder is None:
-            for cut, following in itertools.pairwise([0, *sorted(cuts), len(steps)]):
-                self.checks.limit_growth(steps[cut + 1 : following])
         cuts_since: list[Cut] = []  # regenerated since the last kept one
         origins: dict[int, int] = {}  # also of what a step passes on
         for j in range(len(steps) - 1, -1, -1):
@@ -229,8 +220,6 @@ class Regenerator:
         if coder is not None and not coder.codes(self.forward.value_node(arc.head).meta["val"]):
             self._keep([arc.head])
             return
-        if coder is None and arc.measured:
-            self.checks.guard(op, arc)
         for value, fact in arc.assumes:
             self.checks.hold(op, value, fact)
         tail = [self.laid_out(v) for v in arc.tail]

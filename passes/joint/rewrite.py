@@ -6,21 +6,19 @@ they are put right before their first use, so that one layer's are freed before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Refusal
-from revfx.passes.arcs import Lowered
 from revfx.passes.composed import composed_all
-from revfx.passes.cuts import Step, Stuck
+from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
-from revfx.passes.exact import exact_regions, put_on_grid
 from revfx.passes.facts import Facts, ancestors
-from revfx.passes.grid import Coupling, ToGrid
+from revfx.passes.joint.anchors import anchors
 from revfx.passes.joint.borders import POLICY, store_borders
 from revfx.passes.joint.forward import (
     BACKWARD,
@@ -35,27 +33,8 @@ from revfx.passes.joint.forward import (
 )
 from revfx.passes.joint.record import Recorder, Unrecordable, pulled
 from revfx.passes.joint.regenerate import Options, Regenerator
-from revfx.passes.plan import anchors, asked_for, deep_in_half_precision
 from revfx.passes.program import Program
-from revfx.passes.regions import Region, find_regions
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A region of a compiled graph: where it lies, how many steps, the cuts kept and the bytes not kept."""
-
-    where: tuple[str, str]
-    steps: int
-    inverted: int
-    kept_cuts: int
-    kept_bytes: int
-    freed_bytes: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.where[0]} .. {self.where[1]}: {self.steps} steps, {self.inverted} inverted, {self.kept_cuts} cuts"
-            f" kept ({self.kept_bytes:,} bytes), {self.freed_bytes:,} bytes regenerated"
-        )
+from revfx.passes.regions import Region, RegionSummary, find_regions, summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +44,8 @@ class Report:
     `details` holds the program, and of each region its steps and the cuts that are kept.
     """
 
-    regions: tuple[Found, ...]
+    regions: tuple[RegionSummary, ...]
     refusals: tuple[Refusal, ...]
-    warnings: tuple[str, ...] = ()
     details: tuple[tuple[Program, Region, frozenset[int]], ...] = ()
 
     def __str__(self) -> str:
@@ -85,28 +63,22 @@ def rewrite(
     """
     recorder, facts = Recorder(joint, options.decompositions), facts or ()
     _pin_updates(joint, num_outputs, recorder)
-    if options.grid is None:
-        forward = forward_half(joint, num_outputs, static, facts, coded=options.coder is not None)
-        regions, stuck = find_regions(forward.lowered.program)
-        written = forward.lowered.program
-    else:
-        forward, regions, stuck, written = _exact_forward(joint, num_outputs, static, facts, options.grid, recorder)
+    forward = forward_half(joint, num_outputs, static, facts, coded=options.coder is not None)
     program = forward.lowered.program
-    refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(written, s)))
+    regions, stuck = find_regions(program)
+    refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(program, s)))
     readers = read_later(joint, forward.nodes)
     regenerator = Regenerator(joint, forward, recorder, options)
-    found: list[Found] = []
-    warnings: list[str | None] = []
+    found: list[RegionSummary] = []
     details: list[tuple[Program, Region, frozenset[int]]] = []
     for region in reversed(regions):
         if options.coder is None:
-            cuts = anchors(program, region.steps, options.tolerance, options.unbounded == "store", options.anchor_every)
+            cuts = anchors(program, region.steps)
         else:
-            region = replace(region, steps=composed_all(program, region.steps))
-            cuts = asked_for(region.steps, options.anchor_every)
+            region, cuts = replace(region, steps=composed_all(program, region.steps)), frozenset[int]()
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed(forward, region, wanted)
-        if options.grid is None and sum(freed) - max(freed, default=0) <= region.kept_bytes:
+        if sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
         try:
             regenerator.region(region, wanted, ops, cuts)
@@ -114,11 +86,7 @@ def rewrite(
             refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
             continue
         _uncheckpoint(forward, region)
-        where = program.ops[region.start].where, program.ops[region.stop - 1].where
-        inverted = sum(step.inverts for step in region.steps)
-        found.append(Found(where, len(region.steps), inverted, len(cuts) + 2, region.kept_bytes, sum(freed)))
-        if options.coder is None:
-            warnings.append(deep_in_half_precision(program, region.steps, cuts))
+        found.append(summary(program, region, len(cuts) + 2, sum(freed)))
         details.append((program, region, cuts))
     if found:
         _rewire(joint, forward, regenerator, readers)
@@ -126,33 +94,7 @@ def rewrite(
             steps = [step for _, region, _ in details for step in region.steps]
             for step_of in (_steps_forward(forward, steps), _steps_backward(joint, forward, regenerator)):
                 store_borders(step_of, regenerator.checks.kept, options.stored)
-    return Report(tuple(reversed(found)), refusals, tuple(filter(None, warnings)), tuple(reversed(details)))
-
-
-def _exact_forward(
-    joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, k: int, recorder: Recorder
-) -> tuple[Forward, tuple[Region, ...], tuple[Stuck, ...], Program]:
-    """Return the forward half with its regions on the grid 2^-k, these, where the search got stuck, and in what."""
-    forward = forward_half(joint, num_outputs, static, facts)
-    lowered = forward.lowered
-    program, regions, stuck = exact_regions(lowered.program, carries=False)
-    if not regions:
-        return forward, (), stuck, program
-    op_nodes, value_nodes = (
-        tuple(forward.origin[n] for n in nodes) for nodes in (lowered.op_nodes, lowered.value_nodes)
-    )
-
-    def insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:
-        by = function.value if isinstance(function, (Coupling, ToGrid)) else function
-        with joint.inserting_before(before):
-            return recorder.record(by, args, FORWARD, like)
-
-    put_on_grid(Lowered(program, op_nodes, value_nodes), regions, k, insert)
-    *order, output = pulled(list(joint.nodes), {})  # new nodes may read sizes that stand further down
-    for node in order:
-        output.prepend(node)
-    forward = forward_half(joint, num_outputs, static, facts, exact=True)
-    return forward, find_regions(forward.lowered.program, all_pay=True)[0], stuck, program
+    return Report(tuple(reversed(found)), refusals, tuple(reversed(details)))
 
 
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
@@ -222,7 +164,6 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
         joint.erase_node(node)
     alive = ancestors(new.output.all_input_nodes)
     new.checks.compare(alive)
-    new.checks.check_ranges()
     new.whole_steps(alive)
     checks = list(new.checks.raise_at_the_end())
     for node in new.checks.kept:

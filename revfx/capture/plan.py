@@ -16,9 +16,11 @@ from revfx import _torch
 from revfx.capture.data import Capture, Carried, held_at
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key
 from revfx.eager.calls import Call, Slot
-from revfx.eager.executor import run_region, store_region
+from revfx.eager.executor import run_region
 from revfx.eager.region_plan import RegionPlan
+from revfx.info import PlanInfo
 from revfx.passes.arcs import Lowered
+from revfx.passes.regions import summary
 from revfx.passes.segments import Segment, text
 from revfx.rules import op_name
 
@@ -82,9 +84,11 @@ class Plan:
                 return Change(f"the numbers in `{place.name}`")
         return None
 
-    def run(self, leaves: Sequence[Any], store: bool) -> Any:
-        """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage.
-        InvalidError where a distribution that validates what it is given would raise.
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Return the model's result for flattened arguments.
+
+        Raises:
+            InvalidError: a distribution that validates its arguments would raise.
         """
         program, last = self.lowered.program, self.lowered.program.last_use
         env: dict[int, Tensor] = {
@@ -92,13 +96,11 @@ class Plan:
         }
         env.update((index, place.tensor()) for index, place in self.sources)
         for segment in self.segments:
-            if segment.region is not None and not store:
+            if segment.region is not None:
                 live = {v: t for v, t in env.items() if last[v] >= segment.start or program.values[v].source}
                 del env
                 run_region(self.regions[segment.start], self.calls, live)
                 env = live
-            elif segment.region is not None:
-                store_region(self.regions[segment.start], self.calls, env)
             else:
                 for i in range(segment.start, segment.stop):
                     op = program.ops[i]
@@ -122,8 +124,15 @@ class Plan:
 
     @property
     def code(self) -> str:
-        """Return the rewritten program, with what the backward does with each value of a region."""
+        """The rewritten program as text, with the backward's action for each value of a region."""
         return text(self.lowered, self.segments)
+
+    @property
+    def info(self) -> PlanInfo:
+        """The plan as frozen data."""
+        program = self.lowered.program
+        found = [summary(program, r.region, r.kept, r.region.freed_bytes) for r in self.regions.values()]
+        return PlanInfo(tuple(found), self.code)
 
 
 def call_of(lowered: Lowered, i: int, module_of: Callable[[str], nn.Module]) -> Call:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from revfx import _fake, _torch
-from revfx.capture.data import Capture, Carried, Spot, steps_to
+from revfx.capture.data import Capture, Spot, steps_to
 from revfx.capture.guards import Change, GlobalReads, ModuleGuard, key, module_guards, name_of
 from revfx.capture.plan import Place, Plan, call_of
 from revfx.capture.trace import capture
@@ -24,7 +24,6 @@ from revfx.passes._torch import no_dispatch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
 from revfx.passes.diagnose import diagnose
-from revfx.passes.exact import exact_regions, put_on_grid
 from revfx.passes.regions import Region, find_regions
 from revfx.passes.segments import segments
 from revfx.passes.sizes import muted
@@ -36,11 +35,9 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What regions are asked for: `exact`, `grid` and `anchor_every` of `convert`."""
+    """Options of regions: `exact` of `convert`."""
 
     exact: bool = True
-    grid: int | None = None
-    anchor_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,6 @@ class Search:
         captured, lowered, regions, stuck = found
         reasons = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
         refusals = tuple(dict.fromkeys((*self.refusals.values(), *reasons)))
-        if regions and self.wishes.grid is not None:
-            captured, lowered, regions = self._on_grid(captured, lowered, regions, self.wishes.grid)
         if not regions:
             return Outcome(None, refusals, once=self.once, guard=_modes_of(self.root))
         return Outcome(self._plan(captured, lowered, regions), refusals, once=self.once)
@@ -133,26 +128,11 @@ class Search:
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Region, ...], tuple[Any, ...]]:
         captured, lowered = self._lowered(opened)
-        if self.wishes.grid is None:
-            return (captured, lowered, *find_regions(lowered.program))
-        program, regions, stuck = exact_regions(lowered.program)
-        return captured, replace(lowered, program=program), regions, stuck
+        return (captured, lowered, *find_regions(lowered.program))
 
     def _lowered(self, opened: frozenset[str]) -> tuple[Capture, Lowered]:
         captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried, self.whole)
-        coded = self.wishes.exact and self.wishes.grid is None
-        return captured, lower(captured.graph, self.modules.__getitem__, barred=None if coded else {})
-
-    def _on_grid(
-        self, captured: Capture, lowered: Lowered, regions: tuple[Region, ...], k: int
-    ) -> tuple[Capture, Lowered, tuple[Region, ...]]:
-        """Return the same forward with its regions on a grid."""
-        put_on_grid(lowered, regions, k, _insert)
-        outputs: Any = next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0]
-        lowered = lower(captured.graph, self.modules.__getitem__, exact=True, barred={})
-        pairs = zip(captured.outputs, outputs, strict=True)
-        outputs = tuple(replace(was, tensors=now) if isinstance(was, Carried) else now for was, now in pairs)
-        return replace(captured, outputs=outputs), lowered, find_regions(lowered.program, all_pay=True)[0]
+        return captured, lower(captured.graph, self.modules.__getitem__)
 
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
         """Return the whole sub-modules outside any region that may be opened."""
@@ -219,7 +199,7 @@ class Search:
         own, whole = self._readable(captured)
         return Plan(
             lowered, captured, segments(lowered.program, regions),
-            {r.start: RegionPlan(lowered.program, r, self.wishes.exact, self.wishes.anchor_every) for r in regions},
+            {r.start: RegionPlan(lowered.program, r, self.wishes.exact) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple(constants), tuple(tied), tuple(inside), tuple(self._place(*at) for at in captured.sets),
             module_guards(own, whole, captured.reads, captured.written),
@@ -234,17 +214,6 @@ def _modes_of(root: nn.Module) -> ModuleGuard:
     """Return a guard for what a model that is left as it was may be switched by; numbers that it counts are none."""
     switches = [k for k, v in vars(root).items() if isinstance(v, (bool, str, type(None)))]
     return ModuleGuard(root, switches, frozenset(), opened=False)
-
-
-def _insert(before: fx.Node, function: Callable[..., Tensor], args: Sequence[fx.Node], like: fx.Node) -> fx.Node:
-    """Return a new node that calls `function`, described as `like` is."""
-    vals = [a.meta["val"] for a in args]
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(function, tuple(args))
-    node.meta = {key: like.meta[key] for key in ("where", "scope", "ambient") if key in like.meta}
-    with torch.no_grad(), vals[0].fake_mode:
-        node.meta["val"] = function(*vals)
-    return node
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -184,24 +184,20 @@ class _Regenerating(fx.Interpreter):
             return super().run_node(n)
 
 
-Partition = Callable[[int | None, Sequence[Any]], CustomPartitionerFn]  # for `anchor_every`, and a graph's inputs
+Partition = Callable[[Sequence[Any]], CustomPartitionerFn]  # for a graph's inputs
 
 
-def partition_traced(partition: Partition, anchor_every: int | None) -> None:
-    """Say how what dynamo traces now is split, if inductor compiles it, unless the user chose that.
+def partition_traced(partition: Partition) -> None:
+    """Choose the partitioner of the graph that dynamo traces now, if inductor compiles it and the user chose none.
 
-    Asked for several times, the least `anchor_every` counts. Nothing where no program is traced: when a graph ended,
-    Python runs what was taken for traced.
+    Does nothing where no program is traced: after a graph break Python runs the code that was to be traced.
     """
     tracing = getattr(symbolic_convert.tls, "current_tx", None)
     if tracing is None:
         return
-    compiler, asked = tracing.output.compiler_fn, [anchor_every]
-    if isinstance(compiler, _Partitioned):
-        asked.append(compiler.anchor_every)
-        compiler = compiler.compiler
-    least = min((n for n in asked if n is not None), default=None)
-    tracing.output.compiler_fn = _Partitioned(compiler, partition, least)
+    compiler = tracing.output.compiler_fn
+    if not isinstance(compiler, _Partitioned):
+        tracing.output.compiler_fn = _Partitioned(compiler, partition)
 
 
 @dataclass(frozen=True)
@@ -210,7 +206,6 @@ class _Partitioned:
 
     compiler: Any
     partition: Partition
-    anchor_every: int | None
 
     @property
     def __name__(self) -> str:  # what errors call it
@@ -218,7 +213,7 @@ class _Partitioned:
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         chosen: Any = inductor_config.custom_partitioner_fn
-        with inductor_config.patch(custom_partitioner_fn=chosen or self.partition(self.anchor_every, inputs)):
+        with inductor_config.patch(custom_partitioner_fn=chosen or self.partition(inputs)):
             return self.compiler(gm, inputs, **kwargs)
 
 

@@ -11,10 +11,10 @@ from torch import fx
 from revfx.compiled import _inductor
 from revfx.compiled.coded import Coder
 from revfx.compiled.partitioner import ReversiblePartitioner
-from revfx.passes.grid import checked_exact
+from revfx.eager.modes import check_exact
 
 
-OWN = ("unbounded", "tolerance", "strict", "anchor_every", "exact", "grid")
+OWN = ("inner", "exact", "strict")
 
 
 def revfx(
@@ -28,10 +28,9 @@ def revfx(
 
     Args:
         mode: a mode of `torch.compile`, for inductor.
-        options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels and so, with `exact` (default
-            there), gives what torch's own "aot_eager" gives, bit for bit, by codes; `unbounded`, `tolerance`, `strict`,
-            `anchor_every`, `exact`, `grid`: see `ReversiblePartitioner`; everything else is a setting of inductor, as
-            without `backend`.
+        options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; with `exact` (the default
+            there) its gradients are those of torch's own "aot_eager", bit for bit, by codes. `strict`: see
+            `ReversiblePartitioner`. Everything else is a setting of inductor, as without `backend`.
 
     Raises:
         ValueError: an unknown option.
@@ -41,27 +40,29 @@ def revfx(
         raise ValueError("a budget is kept by eager code: `revfx.convert(model, memory=...)`; see its `compile`.")
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     inner = given.pop("inner", "inductor")
-    exact = inner == "aot_eager" and checked_exact(given.pop("exact", True), given.get("grid"))
-    own = {name: given.pop(name) for name in OWN if name in given}
-    partitioner = ReversiblePartitioner(**own).knowing(example_inputs)
     if inner not in ("inductor", "aot_eager"):
         raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
+    exact = given.pop("exact", inner == "aot_eager")
+    check_exact(exact)
+    if exact and inner == "inductor":
+        raise ValueError(
+            "`exact=True`: inductor's kernels may round a function otherwise when it runs again in the backward, so a"
+            " graph that it compiles can't be lossless. `options={'inner': 'aot_eager'}` is, and so is"
+            " `revfx.convert(model, compile=True)` in eager mode."
+        )
+    partitioner = ReversiblePartitioner(strict=given.pop("strict", False)).knowing(example_inputs)
     known = _inductor.inductor_config.get_config_copy()
     if unknown := [name for name in given if name not in known]:
-        raise ValueError(
-            f"unknown options {unknown}: neither revfx ({', '.join(('inner', *OWN))}) nor inductor has them."
-        )
+        raise ValueError(f"unknown options {unknown}: neither revfx ({', '.join(OWN)}) nor inductor has them.")
     if inner == "aot_eager":
         if given or mode is not None:
             raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
-        if exact and partitioner.options.grid is None:
+        if exact:
             partitioner.options = replace(partitioner.options, coder=Coder)
         return _inductor.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
     if "custom_partitioner_fn" in given:
         raise ValueError(
             "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."
         )
-    if partitioner.options.grid is not None:
-        given = {"emulate_precision_casts": True, **given}  # else a fused kernel keeps more bits than a lone one
     patches = {**(_inductor.list_mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
     return cast(Any, _inductor.compile_fx)(gm, list(example_inputs), config_patches=patches)

@@ -6,6 +6,7 @@ So, unlike in a whole graph that is compiled, what is regenerated is the forward
 from __future__ import annotations
 
 import contextlib
+import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Iterator
@@ -16,10 +17,30 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.capture.memo import structure
-from revfx.compiled.dynamo import compiler, with_own_code
 
 
 LISTS = nn.ModuleList, nn.ModuleDict  # which have no forward
+
+
+def compiler() -> types.ModuleType:
+    """Return `_inductor`, imported late: it takes a second, and the compiler's warnings are none of the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from revfx.compiled import _inductor
+    return _inductor
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls `function`, with a code object that no other has.
+
+    Dynamo keeps what it compiles with the code object: models of one class would share its limit of recompilations, and
+    keep each other's graphs alive.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
 
 
 class Kernels:

@@ -7,7 +7,6 @@ import copy
 import functools
 import hashlib
 import logging
-import warnings
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -20,14 +19,12 @@ import revfx
 from revfx import _torch, passes, rules
 from revfx.ambient import given
 from revfx.compiled import _inductor
-from revfx.errors import NotReversibleError, RevfxWarning
+from revfx.errors import NotReversibleError
 from revfx.passes.facts import Facts, facts_of
-from revfx.passes.grid import checked_grid
 from revfx.passes.joint.aliases import save_bases
 from revfx.passes.joint.borders import STEP
 from revfx.passes.joint.regenerate import Options
 from revfx.passes.joint.rewrite import Report, rewrite
-from revfx.passes.plan import checked_every
 
 
 LOGGED = 3  # refusals of one graph in the log
@@ -51,42 +48,17 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     would have. Of what is saved and lies in the memory of an input or output, writes raise before the backward. The
     logger "revfx" says at the level INFO what became of each graph.
 
+    The inputs of couplings are kept whose factor can come near zero, such as `exp(s)`. So are cuts between which
+    rounding would grow beyond the square root of the dtype's eps.
+
     Args:
-        unbounded: what to do with couplings whose factor may underflow, such as `exp(s)`: "assert" checks the factor in
-            every step, and what rounding grows to by all factors between two kept cuts, and raises in the backward
-            where it is too much; "store" keeps the inputs of couplings where it might be.
-        tolerance: what rounding may grow to between two kept cuts (relative); None: sqrt(eps) of the dtype.
-        exact: must be False: a whole graph's kernels may round otherwise in the backward, which no code can mend.
-        grid: round what couplings add to multiples of 2^-k for `grid=k`, so that what is regenerated equals the
-            forward's bit for bit, see `revfx.convert`. Under inductor, whose kernels in the backward may round
-            otherwise, a run in which it is not equal raises.
-        anchor_every: keep the cut before every so many couplings of a region as well; None: only where `tolerance`
-            demands it.
         strict: raise NotReversibleError for a graph that is left as it was, with the reason.
     """
 
-    def __init__(
-        self,
-        unbounded: str = "assert",
-        tolerance: float | None = None,
-        strict: bool = False,
-        anchor_every: int | None = None,
-        exact: bool = False,
-        grid: int | None = None,
-    ) -> None:
-        if unbounded not in ("assert", "store"):
-            raise ValueError(f"`unbounded={unbounded!r}` is not known; use 'assert' or 'store'.")
-        if tolerance is not None and not (isinstance(tolerance, float) and 0 < tolerance < 1):
-            raise ValueError(f"`tolerance={tolerance!r}` must be a float between 0 and 1, or None.")
-        if exact:
-            raise ValueError(
-                "`exact=True`: inductor's kernels may round a function otherwise when it runs again in the backward, so"
-                " a graph that it compiles can't be lossless. options={'inner': 'aot_eager'} is, and `revfx.convert` in"
-                " eager mode, also with `compile=True`; `grid=14` keeps what couplings add on a grid."
-            )
+    def __init__(self, *, strict: bool = False) -> None:
         if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"`strict={strict!r}` must be True or False.")
-        self.options = Options(unbounded, tolerance, checked_every(anchor_every), checked_grid(grid))
+            raise TypeError(f"`strict={strict!r}` must be True or False.")
+        self.options = Options()
         self.strict = strict
         self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
 
@@ -114,8 +86,6 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
                 report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
             for listener in _listeners.get():
                 listener.append(report)
-            for warning in report.warnings:
-                warnings.warn(f"a compiled graph: {warning}", RevfxWarning, stacklevel=2)
             if _log.isEnabledFor(logging.INFO):
                 _log.info("a compiled graph: %s", _line(report))
             if self.strict and not report.regions:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,12 +18,10 @@ from torch import Tensor, nn
 
 from revfx.eager import block_program
 from revfx.eager.block_program import Function, apply, couple, plain
-from revfx.eager.executor import run_region, store_region
-from revfx.eager.modes import can_store, runs_plain
+from revfx.eager.executor import run_region
+from revfx.eager.modes import check_exact, runs_plain
 from revfx.eager.reach import Reach
 from revfx.eager.region_plan import RegionPlan
-from revfx.passes.grid import carrier, checked_exact, checked_grid, to_grid
-from revfx.passes.plan import checked_every
 from revfx.traced import free_couplings
 
 
@@ -44,8 +41,6 @@ def rev_block(
     is_training: bool = True,
     *,
     exact: bool = True,
-    grid: int | None = None,
-    anchor_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y1, y2) after `num_layers` additive couplings, keeping for the backward the last pair and, of the others,
     what rounding makes their inverses miss.
@@ -65,53 +60,30 @@ def rev_block(
         is_training: False computes the same with ordinary autograd storage.
         exact: False: without codes, so that memory does not grow with num_layers and gradients are right up to
             rounding.
-        grid: round x1, x2 and what f and g return to multiples of 2^-k for `grid=k`; see `convert`.
-        anchor_every: also keep the pair before every so many couplings, from which the backward goes on: memory then
-            grows with num_layers / anchor_every, and without codes rounding only from one to the next. In a model
-            compiled with `backend="revfx"` the backend's option of this name says so; in one compiled by inductor the
-            least of all blocks in a graph counts.
 
     Raises:
-        RangeError: with `grid`, a stream leaves its range, or is not finite (not looked at by `torch.compile`, where a
-            chain on a grid has ordinary storage unless `backend="revfx"` finds it).
-        ValueError: a wrong `exact`, `grid` or `anchor_every`; a sequence of the wrong length; f or g changes the shape,
-            dtype or device of its stream.
+        ValueError: a sequence of the wrong length; f or g changes the shape, dtype or device of its stream.
         TypeError: x1 or x2 is not floating point while a gradient is needed, or nested, or sparse.
         NotReversibleError: f or g writes to its input in place.
     """
+    check_exact(exact)
     layers = _layers(f, g, num_layers)
     sides = (_side(f_side_input), _side(g_side_input))
     _check_streams(x1, x2, layers, sides)
-    checked_every(anchor_every)
-    k = checked_grid(grid)
-    checked_exact(exact, k)
     floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
     if num_layers == 0 or not floating:
         return plain(x1, x2, layers, sides)
-    if k is not None:
-        s1, s2, layers = _on_grid(x1, x2, layers, k)
-        y1, y2 = _chain(s1, s2, layers, sides, is_training, k, exact, anchor_every)
-        return y1.to(x1.dtype), y2.to(x2.dtype)
-    return _chain(x1, x2, layers, sides, is_training, None, exact, anchor_every)
-
-
-def _chain(
-    x1: Tensor, x2: Tensor, layers: Layers, sides: Sides, trains: bool, k: int | None, exact: bool, every: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return (y1, y2), with streams on the grid 2^-k where k is given."""
     if torch.compiler.is_compiling():
-        if trains and k is None:
-            free_couplings(every)
-        return plain(x1, x2, layers, sides, k)
+        if is_training:
+            free_couplings()
+        return plain(x1, x2, layers, sides)
     side_tensors, side_slots = block_program.number_sides(sides)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
-    storing = not trains or runs_plain(env.values())
-    if storing and (k is None or not can_store(env.values())):
-        return plain(x1, x2, layers, sides, k)
-    shapes = len(layers), block_program.meta(x1), block_program.meta(x2), tuple(len(t) for t in side_tensors), k
-    plan = _plan_of(layers[0][0], shapes, exact, every)
-    run = store_region if storing else run_region
-    run(plan, block_program.calls(plan.program, layers, side_slots, k), env)
+    if not is_training or runs_plain(env.values()):
+        return plain(x1, x2, layers, sides)
+    shapes = len(layers), block_program.meta(x1), block_program.meta(x2), tuple(len(t) for t in side_tensors)
+    plan = _plan_of(layers[0][0], shapes, exact)
+    run_region(plan, block_program.calls(plan.program, layers, side_slots), env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
 
@@ -119,17 +91,16 @@ def _chain(
 _plans: weakref.WeakKeyDictionary[Any, dict[Any, RegionPlan]] = weakref.WeakKeyDictionary()
 
 
-def _plan_of(first: Any, shapes: block_program.Shapes, exact: bool, anchor_every: int | None) -> RegionPlan:
+def _plan_of(first: Any, shapes: block_program.Shapes, exact: bool) -> RegionPlan:
     """Return the plan of the chains that begin with a function, which learns from calls; a new one if it is unknown."""
     key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
     try:
         mine = _plans.setdefault(key, {})
     except TypeError:  # not hashable, or not to be referred to weakly
         mine = {}
-    plan = mine.get((shapes, exact, anchor_every))
+    plan = mine.get((shapes, exact))
     if plan is None:  # `setdefault`: another thread may have made one meanwhile
-        made = RegionPlan(*block_program.program(*shapes), exact, anchor_every and 2 * anchor_every)  # f's and g's step
-        plan = mine.setdefault((shapes, exact, anchor_every), made)
+        plan = mine.setdefault((shapes, exact), RegionPlan(*block_program.program(*shapes), exact))
     return plan
 
 
@@ -142,8 +113,7 @@ class RevBlock(nn.Module):
             re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of `num_layers`
             modules or functions, used as it is; or a function of x without weights, used in every layer.
         num_layers: the number of couplings.
-        exact, grid, anchor_every: see `rev_block`. The `inverse` of a block on a grid gives x1 and x2 back as they were
-            rounded, bit for bit, unless they are in half precision.
+        exact: see `rev_block`.
     """
 
     def __init__(
@@ -153,13 +123,10 @@ class RevBlock(nn.Module):
         num_layers: int = 1,
         *,
         exact: bool = True,
-        grid: int | None = None,
-        anchor_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_layers, self.anchor_every = num_layers, checked_every(anchor_every)
-        self.grid = checked_grid(grid)
-        self.exact = checked_exact(exact, grid)
+        check_exact(exact)
+        self.num_layers, self.exact = num_layers, exact
         self.f = _per_layer("f", f, num_layers)
         self.g = _per_layer("g", g, num_layers)
 
@@ -167,26 +134,22 @@ class RevBlock(nn.Module):
         self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return (y1, y2); see `rev_block`."""
-        wishes: dict[str, Any] = {"exact": self.exact, "grid": self.grid, "anchor_every": self.anchor_every}
-        return rev_block(x1, x2, self.f, self.g, self.num_layers, f_side_input, g_side_input, **wishes)
+        return rev_block(x1, x2, self.f, self.g, self.num_layers, f_side_input, g_side_input, exact=self.exact)
 
     def inverse(
         self, y1: Tensor, y2: Tensor, f_side_input: Any = None, g_side_input: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return (x1, x2) such that `self(x1, x2)` is (y1, y2) up to rounding; differentiable, stored plainly."""
         f_side, g_side = _side(f_side_input), _side(g_side_input)
-        layers, dtypes, k = _layers(self.f, self.g, self.num_layers), (y1.dtype, y2.dtype), self.grid
-        if k is not None:
-            y1, y2, layers = _on_grid(y1, y2, layers, k)
+        layers = _layers(self.f, self.g, self.num_layers)
         for layer, (f, g) in reversed(list(enumerate(layers))):
-            y2 = couple(y2, apply(g, y1, g_side), "g", layer, k, sign=-1)
-            y1 = couple(y1, apply(f, y2, f_side), "f", layer, k, sign=-1)
-        return y1.to(dtypes[0]), y2.to(dtypes[1])
+            y2 = couple(y2, apply(g, y1, g_side), "g", layer, sign=-1)
+            y1 = couple(y1, apply(f, y2, f_side), "f", layer, sign=-1)
+        return y1, y2
 
     def extra_repr(self) -> str:
         """Return the number of couplings, for `print`."""
-        given = {"exact": None if self.exact else False, "grid": self.grid, "anchor_every": self.anchor_every}
-        return ", ".join([f"num_layers={self.num_layers}", *(f"{n}={v}" for n, v in given.items() if v is not None)])
+        return f"num_layers={self.num_layers}" + ("" if self.exact else ", exact=False")
 
 
 # --- arguments
@@ -263,26 +226,3 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides) -> None
             f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."
             f" Convert it (`{name}.float()`), or call it under `torch.no_grad()`."
         )
-
-
-# --- the computation
-def _on_grid(x1: Tensor, x2: Tensor, layers: Layers, k: int) -> tuple[Tensor, Tensor, Layers]:
-    """Return two streams on a grid, and functions that read and add to these."""
-    d1, d2 = x1.dtype, x2.dtype
-    return to_grid(x1, k), to_grid(x2, k), [(_between(f, d2, d1), _between(g, d1, d2)) for f, g in layers]
-
-
-def _between(function: Function, reads: torch.dtype, adds: torch.dtype) -> Function:
-    """Return `function` as it is outside of a block on a grid, of a stream `reads`, added to one of dtype `adds`."""
-    if carrier(reads) == reads and carrier(adds) == adds:
-        return function
-    return functools.partial(_narrowed, function, reads, adds)
-
-
-def _narrowed(function: Function, reads: torch.dtype, dtype: torch.dtype, x: Tensor, *side: Any) -> Any:
-    h: Any = function(x.to(reads), *side)
-    if isinstance(h, Tensor) and torch.promote_types(h.dtype, dtype) != dtype:
-        raise ValueError(
-            f"a function of a coupling returned {h.dtype} for a stream of {dtype}: it must keep the dtype."
-        )
-    return h

@@ -14,14 +14,14 @@ from torch.utils import _pytree as pytree
 from revfx import _torch
 from revfx.eager.calls import Call, Slot
 from revfx.errors import NotReversibleError
-from revfx.passes.grid import Coupling, to_grid
+from revfx.passes.cuts import SumSearches
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.passes.regions import Region, extend
 
 
 Function = Callable[..., Tensor]
 Meta = tuple[tuple[int, ...], torch.dtype, int]
-Shapes = tuple[int, Meta, Meta, tuple[int, ...], int | None]
+Shapes = tuple[int, Meta, Meta, tuple[int, ...]]
 
 
 def apply(function: Function, x: Tensor, side: Any) -> Tensor:
@@ -29,9 +29,9 @@ def apply(function: Function, x: Tensor, side: Any) -> Tensor:
     return function(x) if side is None else function(x, side)
 
 
-def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign: int = 1) -> Tensor:
+def couple(x: Tensor, h: Any, name: str, layer: int, sign: int = 1) -> Tensor:
     """Return `x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype, else
-    raise; h is rounded to the grid 2^-k where k is given.
+    raise.
     """
     if not isinstance(h, Tensor):
         raise TypeError(f"`{name}` of layer {layer} returned a {type(h).__name__}; it must return one tensor.")
@@ -47,17 +47,16 @@ def couple(x: Tensor, h: Any, name: str, layer: int, k: int | None = None, sign:
             f"`{name}` of layer {layer} returned {h.dtype}, which would turn its stream from {x.dtype} into"
             f" {torch.promote_types(h.dtype, x.dtype)}: a coupling must keep the dtype."
         )
-    h = h if k is None else to_grid(h, k)
     return x + h if sign > 0 else x - h
 
 
 def plain(
-    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any], k: int | None = None
+    x1: Tensor, x2: Tensor, layers: Iterable[tuple[Function, Function]], sides: tuple[Any, Any]
 ) -> tuple[Tensor, Tensor]:
     """Return (y1, y2) of the chain."""
     for layer, (f, g) in enumerate(layers):
-        x1 = couple(x1, apply(f, x2, sides[0]), "f", layer, k)
-        x2 = couple(x2, apply(g, x1, sides[1]), "g", layer, k)
+        x1 = couple(x1, apply(f, x2, sides[0]), "f", layer)
+        x2 = couple(x2, apply(g, x1, sides[1]), "g", layer)
     return x1, x2
 
 
@@ -78,13 +77,12 @@ def number_sides(sides: tuple[Any, Any]) -> tuple[list[list[Tensor]], list[Any]]
 
 
 @functools.lru_cache(maxsize=64)
-def program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int | None) -> tuple[Program, Region]:
+def program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...]) -> tuple[Program, Region]:
     """Return the program of a whole chain and its only region; they depend on shapes and dtypes alone."""
-    values = [Value(n, *m, storage=i, given=True, grid=k) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
+    values = [Value(n, *m, storage=i, given=True) for i, (n, m) in enumerate((("x1", x1), ("x2", x2)))]
     values += [Value(f"side_{i}", (), torch.float32, 0, storage=2 + i, source=True) for i in range(sum(sides))]
     side = (tuple(range(2, 2 + sides[0])), tuple(range(2 + sides[0], 2 + sum(sides))))
     ops: list[Op] = []
-    solve = torch.sub if k is None else Coupling("add", k, rest=lambda h: h).inverse
     streams, metas = [0, 1], (x1, x2)
     for layer in range(num_layers):
         barred = None if layer else "the block's input is kept anyway"
@@ -92,15 +90,15 @@ def program(num_layers: int, x1: Meta, x2: Meta, sides: tuple[int, ...], k: int 
             x, other = streams[i], streams[1 - i]
             h, y = len(values), len(values) + 1
             values.append(Value(f"{name}{layer}", *metas[i], storage=h))
-            values.append(Value(f"y{i + 1}_{layer}", *metas[i], storage=y, grid=k))
+            values.append(Value(f"y{i + 1}_{layer}", *metas[i], storage=y))
             where = f"layer {layer}"
             ops.append(Op(f"{name}[{layer}]", (other, *side[i]), (h,), where=where))
             text = f"x{i + 1} <- y{i + 1} - {name}{layer}"
-            arc = Arc(x, (y, h), solve, exact=False, barred=barred, text=text, grid=k is not None)
+            arc = Arc(x, (y, h), torch.sub, exact=False, barred=barred, text=text)
             ops.append(Op("add", (x, h), (y,), (arc,), where=where, opaque=False))
             streams[i] = y
     program = Program(tuple(values), tuple(ops), (streams[0], streams[1]))
-    steps, _ = extend(program, len(ops), (streams[0], streams[1]), frozenset())
+    steps, _ = extend(program, len(ops), (streams[0], streams[1]), frozenset(), SumSearches())
     steps.reverse()
     saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
     region = Region(tuple(steps), saved, (), program.nbytes((0, 1, *streams)), 0)
@@ -120,7 +118,7 @@ def _leaving_alone(function: Function, name: str, x: Tensor, side: Any) -> Any:
     return result
 
 
-def calls(program: Program, layers: Sequence[tuple[Function, Function]], slots: list[Any], k: int | None) -> list[Call]:
+def calls(program: Program, layers: Sequence[tuple[Function, Function]], slots: list[Any]) -> list[Call]:
     """Return how the operations of a chain's program are run."""
     made: list[Call] = []
     functions = ((layer, i, function) for layer, pair in enumerate(layers) for i, function in enumerate(pair))
@@ -129,5 +127,5 @@ def calls(program: Program, layers: Sequence[tuple[Function, Function]], slots: 
         several = isinstance(side, (list, tuple, dict))
         fn = functools.partial(_leaving_alone, function, f"`{name}` of layer {layer}") if several else function
         made.append(Call(f"{name} of layer {layer}", fn, (x,) if side is None else (x, side)))
-        made.append(Call(f"add of layer {layer}", couple, (*map(Slot, add.ins), name, layer, k)))
+        made.append(Call(f"add of layer {layer}", couple, (*map(Slot, add.ins), name, layer)))
     return made

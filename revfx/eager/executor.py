@@ -9,7 +9,6 @@ operation once, its saved tensors captured as it runs) and hands the tensors out
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,34 +19,19 @@ from revfx import _torch
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
 from revfx.eager.regeneration import Regeneration, unpack
-from revfx.eager.region_plan import Env, Handle, Ranges, RegionPlan, StepPlan
+from revfx.eager.region_plan import Env, Handle, RegionPlan, StepPlan
 from revfx.eager.state import CallState, Random
-from revfx.errors import NotReversibleError, RevfxWarning
+from revfx.errors import NotReversibleError
 from revfx.layout import address, offset_of, same_view
 from revfx.passes.program import Arc
 
 
 def run_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> RegionRun:
     """Run the region's operations on the values in `env`, which then holds its last cut, and return the run's state."""
-    if plan.warning is not None:
-        warning, plan.warning = plan.warning, None
-        warnings.warn(warning, RevfxWarning, stacklevel=2)
     run = RegionRun(plan, calls, env)
     run.forward(env)
     plan.kept, plan.coded = len(run.kept_cuts), sum(code.nbytes for code in run.codes.values())
     return run
-
-
-def store_region(plan: RegionPlan, calls: Sequence[Call], env: Env) -> None:
-    """Run the operations of a region with ordinary autograd storage."""
-    region, ranges = plan.region, Ranges(plan.program)
-    for v in region.entry:
-        ranges.note(v, env[v])
-    for index in range(region.start, region.stop):
-        for v, t in zip(plan.program.ops[index].outs, calls[index].invoke(env), strict=True):
-            env[v] = t
-            ranges.note(v, t)
-    ranges.close()
 
 
 class RegionRun(Regeneration):
@@ -76,22 +60,13 @@ class RegionRun(Regeneration):
         with saved_tensors_hooks(pack, unpack):
             for number, plan in enumerate(self.plan.steps):
                 self._run_forward(number, plan, env, held)
-        with self.quiet:
-            self.ranges.close()
 
     def _run_forward(self, number: int, plan: StepPlan, env: Env, held: set[int]) -> None:
-        step, codes = plan.step, plan.codes if self.lossless and number and not plan.anchored else {}
-        lowest = number - 1 in self.kept_cuts  # of its stretch, the last one to come back
-        noted = self.lossless or plan.anchored or number == 0  # else what comes back tells
-        with self.quiet:
-            if plan.anchored:
-                self._keep(self.kept_cuts.setdefault(number, {}), step.entry, env)
-            if plan.sampled or (lowest and self.plan.on_grid):
-                for v in [v for v in step.entry if v not in self.kept]:
-                    self.witness.note(-1 - v, (env[v],))
+        step, codes = plan.step, plan.codes if number else {}
+        lowest = number - 1 in self.kept_cuts  # the last cut of its stretch to come back
         for at, index in enumerate(range(step.start, step.stop)):
             made = self.program.ops[index].outs
-            outs = self._call(index, env, plan.exits[at], noted)
+            outs = self._call(index, env, plan.exits[at], plan.checked)
             with self.quiet:
                 for v, t in zip(made, outs, strict=True):
                     env[v] = t
@@ -107,9 +82,6 @@ class RegionRun(Regeneration):
                 self.kept_cuts[number] = {v: self.kept[v] for v in step.entry}
             if number == len(self.plan.steps) - 1:
                 self._keep(self.kept_cuts.setdefault(number + 1, {}), step.exit, env)
-            for v, y in plan.images.items():
-                if y in env:
-                    self.witness.measure(-1 - v, (env[y],))
         for v in plan.late:
             env.pop(v, None)
 
@@ -138,7 +110,7 @@ class RegionRun(Regeneration):
         self.codes[v] = code
         if code.lost is not None:
             self.witness.lost.append(code.lost)
-        if lowest:
+        if lowest and self.lossless:
             self.witness.note(-1 - v, (env[v],))
 
     def _is_fresh(self, predicted: Tensor, tail: tuple[int, ...], env: Env) -> bool:
@@ -155,8 +127,6 @@ class RegionRun(Regeneration):
             self.spread[v] = dtensor.spread_of(t)
         elif strided and (offset := offset_of(t)):
             self.offsets[v] = offset
-        if self.plan.on_grid:
-            self.ranges.note(v, t)
         if self.watch is not None:
             self.watch.made(self, v, t)
 
@@ -168,7 +138,7 @@ class RegionRun(Regeneration):
                 kept = into[v] = t.clone() if self.program.values[v].written else t
                 self.versions.append((v, kept, _torch.version(kept)))
 
-    def _call(self, index: int, env: Env, exits: tuple[int, ...], noted: bool) -> tuple[Tensor, ...]:
+    def _call(self, index: int, env: Env, exits: tuple[int, ...], checked: bool) -> tuple[Tensor, ...]:
         op, call = self.program.ops[index], self.calls[index]
         outs = self._called(index, env) if op.opaque else self._invoke(call, index, env)
         fresh, self.fresh = self.fresh, []
@@ -185,7 +155,7 @@ class RegionRun(Regeneration):
         if fresh:
             read = [(v, env[v]) for v in op.ins if v in env]
             self._settle(index, fresh, [*read, *zip(op.outs, outs, strict=True)])
-        if op.opaque and noted:
+        if op.opaque and checked:
             with self.quiet:
                 self.witness.note(index, outs, [t if _is_own(handle, t) else None for handle, t in fresh])
         return outs

@@ -25,6 +25,12 @@ _storing: ContextVar[bool] = ContextVar("revfx_storing", default=False)
 _simulating: ContextVar[bool] = ContextVar("revfx_simulating", default=False)
 
 
+def check_exact(exact: Any) -> None:
+    """Raise a TypeError unless the option `exact` is True or False."""
+    if not isinstance(exact, bool):
+        raise TypeError(f"`exact={exact!r}` must be True (lossless) or False (gradients up to rounding).")
+
+
 @contextlib.contextmanager
 def store_activations() -> Generator[None]:
     """Return a context in which converted models and blocks run the same forward with ordinary storage.

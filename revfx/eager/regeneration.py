@@ -16,14 +16,15 @@ from revfx.ambient import autocast_of, autocast_states, kernels_of
 from revfx.codes import Code, decode
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.region_plan import Env, Handle, Ranges, RegionPlan, watching
+from revfx.eager.region_plan import Env, Handle, RegionPlan, watching
 from revfx.eager.state import CallState, Random
-from revfx.eager.witness import AS_IT_IS, Witness, changed, compare, join, judged
+from revfx.eager.witness import AS_IT_IS, Witness, changed, compare, join, judge
 from revfx.errors import RegenerationError
 from revfx.layout import leaf, placed, restrided
 from revfx.passes.closure import Forward, Invert
-from revfx.passes.plan import Instruction, precision, schedule
 from revfx.passes.program import Arc
+from revfx.passes.rounding import precision
+from revfx.passes.schedule import Instruction, schedule
 
 
 class Regeneration:
@@ -46,7 +47,6 @@ class Regeneration:
         self.codes: dict[int, Code] = {}
         self.uncoded: dict[int, frozenset[int]] = {}  # of each step what is kept as its code would be no smaller
         self.versions: list[tuple[int, Tensor, int]] = []
-        self.ranges = Ranges(self.program)
         self.watch = watching.get()(self)
         self.devices = dict.fromkeys(t.device for t in env.values() if t.device.type != "cpu")
         self.autocast = autocast_states(dict.fromkeys(("cpu", *(d.type for d in self.devices))))
@@ -235,7 +235,7 @@ class Regeneration:
             return placed(t, shape, stride, self.offsets.get(v, 0))
         return restrided(dtensor.spread(t, self.spread.get(v)), shape, stride)
 
-    def judge(self, key: int, differs: bool, error: float) -> None:
+    def judge(self, key: int, error: float) -> None:
         """Warn, or raise, as a result, or a value, is off by `error` (see `Witness`)."""
         dtypes = [self.program.values[v].dtype for v in (self.program.ops[key].outs if key >= 0 else (-1 - key,))]
         eps = max(self.eps, *map(precision, dtypes))
@@ -244,7 +244,7 @@ class Regeneration:
         else:
             step = next((n for n, s in enumerate(self.region.steps) if -1 - key in s.entry), 0)
             name = f"`{self.program.values[-1 - key].name}` ({self._place(step)})"
-        if judged(name, differs, error, eps, self.lossless, warn=not self.plan.warned):
+        if judge(name, error, eps, self.lossless, warn=not self.plan.warned):
             self.plan.warned = True
 
     def _rerun(self, index: int, env: Env, capture: bool) -> list[Tensor]:

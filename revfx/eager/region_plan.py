@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from revfx import _torch
 from revfx.codes import Codec
-from revfx.errors import RangeError, RevfxWarning
+from revfx.errors import RevfxWarning
 from revfx.passes._torch import NO_ROOM
 from revfx.passes.closure import Derivation, Invert
 from revfx.passes.composed import composed_all, rounds
 from revfx.passes.cuts import Step
-from revfx.passes.grid import limit
-from revfx.passes.plan import Instruction, asked_for, deep_in_half_precision, inverted_from, is_checked
 from revfx.passes.program import Arc, Program
 from revfx.passes.regions import Region
+from revfx.passes.schedule import Instruction
 
 
 if TYPE_CHECKING:
@@ -30,6 +26,7 @@ if TYPE_CHECKING:
 
 
 Env = dict[int, Tensor]
+CHECKED_STEPS = 32  # of a region without codes, evenly spaced, so that checks are flat in depth, too
 
 
 class Watch:
@@ -63,14 +60,12 @@ class StepPlan:
 
     `codes` are the inverses whose heads get a code, by the operation after which all that they read is there; what they
     read stays until the step ends, and is let go then (`late`); `dead` values behind each operation. `exits` are the
-    values behind each operation whose shapes must be as planned. `images`: from which value of the exit one of the
-    entry comes back, in steps whose entry is `sampled`.
+    values behind each operation whose shapes must be as planned. `checked`: results of its functions are compared
+    with those of the re-run.
     """
 
     step: Step
-    anchored: bool
-    sampled: bool
-    images: Mapping[int, int]
+    checked: bool
     codes: Mapping[int, tuple[Arc, ...]]
     late: tuple[int, ...]
     dead: tuple[tuple[int, ...], ...]
@@ -81,16 +76,15 @@ class StepPlan:
 class RegionPlan:
     """A region of a program as one owner runs it, with the schedules made so far, one per step, direction and need.
 
-    `lossless`: what inverses miss is coded, and results must be the same to the last bit. `anchors` are the cuts that
-    are kept as the user wishes, one for every `anchor_every` couplings. `kept` is the number of cuts that the latest
-    forward kept, `coded` the bytes of its codes; `declared` says of values whose inverse gives them, where that may be
-    wrong; `warned` is set once rounding was warned of, and `warning` is what the first run has to say.
+    `lossless`: all inverses that round are coded, and results must be the same to the last bit; else codes are for
+    inverses that divide by data, saturate or are declared. `kept` is the number of cuts that the latest forward kept,
+    `coded` the bytes of its codes; `declared`: for each value that a declared inverse gives, which may be wrong, the
+    operation; `warned` is set once rounding was warned of.
     """
 
     program: Program
     region: Region
     lossless: bool = True
-    anchor_every: int | None = None
     schedules: dict[object, tuple[Instruction, ...]] = field(default_factory=dict[object, tuple[Instruction, ...]])
     step_of: dict[int, int] = field(default_factory=dict[int, int])
     codecs: dict[int, Codec] = field(default_factory=dict[int, Codec])
@@ -101,9 +95,6 @@ class RegionPlan:
 
     def __post_init__(self) -> None:
         self.region = replace(self.region, steps=composed_all(self.program, self.region.steps))
-        self.anchors = asked_for(self.region.steps, self.anchor_every)
-        self.on_grid = any(v.grid is not None for v in self.program.values)
-        self.warning = None if self.lossless else deep_in_half_precision(self.program, self.region.steps, self.anchors)
         for number, step in enumerate(self.region.steps):
             self.step_of.update(dict.fromkeys(range(step.start, step.stop), number))
         self.steps = [self._step(number, step) for number, step in enumerate(self.region.steps)]
@@ -129,10 +120,9 @@ class RegionPlan:
 
     def _step(self, number: int, step: Step) -> StepPlan:
         program, last, values = self.program, self.program.last_use, self.program.values
-        anchored = number in self.anchors
         codes: dict[int, tuple[Arc, ...]] = {}
         held: set[int] = set()
-        inverts = [d for d in step.derive if isinstance(d, Invert) and rounds(d.arc)] if self.lossless else []
+        inverts = [d for d in step.derive if isinstance(d, Invert) and self._needs_code(d.arc)]
         for op, arc in ((program.ops[d.op], d.arc) for d in inverts):
             at = max(step.start, *(program.made_at[v] for v in (arc.head, *arc.tail)))
             codes[at] = (*codes.get(at, ()), arc)
@@ -146,46 +136,8 @@ class RegionPlan:
             for i, op in enumerate(ops, step.start)
         ]
         exits = tuple(tuple(v for v in op.outs if v in step.exit) for op in ops)
-        sampled = not self.lossless and is_checked(number, len(self.region.steps))
-        images = inverted_from(step) if sampled else {}
-        return StepPlan(step, anchored, sampled, images, codes, tuple(held), tuple(dead), exits)
+        checked = self.lossless or number % max(1, len(self.region.steps) // CHECKED_STEPS) == 0
+        return StepPlan(step, checked, codes, tuple(held), tuple(dead), exits)
 
-
-# --- the range of a grid: what lies on one must stay where its multiples are exact
-class Ranges:
-    """The largest magnitudes of the values of one run that lie on a grid, read all at once when it ends."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.extremes: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def note(self, v: int, t: Tensor) -> None:
-        """Note that `t` is value `v`."""
-        if self.program.values[v].grid is not None and t.numel() and not _torch.is_fake(t):
-            self.extremes[v] = torch.aminmax(t.detach())  # NaN if any element is
-
-    def close(self) -> None:
-        """Raise a RangeError where a value has left its grid, or is not finite."""
-        if not self.extremes or _torch.in_functorch_transform():  # there are no numbers to be read there
-            return
-        both = torch.stack([t.double() for pair in self.extremes.values() for t in pair])
-        sizes = dict(zip(self.extremes, both.view(-1, 2).abs().amax(1).tolist(), strict=True))
-        self.extremes = {}
-        for v, size in sizes.items():
-            value = self.program.values[v]
-            k = value.grid or 0
-            if not size < limit(value.dtype, k):
-                raise RangeError(_beyond(self.program, v, size, k))
-
-
-def _beyond(program: Program, v: int, size: float, k: int) -> str:
-    value, made = program.values[v], program.made_at[v]
-    where = (program.ops[made].where or "an unknown place") if made >= 0 else "an input"
-    if not math.isfinite(size):
-        return f"grid={k}: `{value.name}` ({where}) is not finite, so it can't be regenerated bit for bit."
-    fits = next((coarser for coarser in range(k, 0, -1) if 2 * size < limit(value.dtype, coarser)), None)
-    remedy = f"use grid={fits}" if fits else "scale the activations down, or do without `grid`"
-    return (
-        f"grid={k}: `{value.name}` ({where}) reaches {size:.4g}, and a grid of steps 2^-{k} has room below"
-        f" {limit(value.dtype, k):.4g} in {value.dtype}: {remedy}."
-    )
+    def _needs_code(self, arc: Arc) -> bool:
+        return rounds(arc) and (self.lossless or arc.measured or arc.coded or bool(arc.declared))

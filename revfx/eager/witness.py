@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from revfx import _torch
 from revfx.eager import dtensor
 from revfx.errors import RegenerationError, RevfxWarning
 from revfx.layout import flat, is_dense
+from revfx.passes.rounding import MAX_ERROR
 
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ SOME = 64  # elements of each result
 LAST = 3  # of the tensors that a function saves: how many are looked at
 FEW = 8  # elements of each of those
 COLUMNS = 1021  # places that are told apart, at least; an odd number, as rows of data are no multiples of it
-DRIFT = 16.0  # times sqrt(eps): what rounding inverses may be off by before it is said
-GARBAGE = 1e-2  # what they may be off by before it is an error
 JITTER = 4.0  # times eps^(2/3): what a kernel that rounds otherwise when it runs again may be off by
 
 Metas = Sequence[tuple[Any, ...]]  # a shape and a dtype each
@@ -44,11 +43,10 @@ AS_IT_IS = contextlib.nullcontext()
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is noted of some tensors: a checksum, elements, and the size by which an error counts, if not by theirs."""
+    """A checksum of some tensors, and a few of their elements."""
 
     total: Tensor
     some: Tensor
-    size: Tensor | None = None
 
 
 class Witness:
@@ -76,11 +74,6 @@ class Witness:
         """Note what the backward gave in its place."""
         if key in self.then and (seen := self._look(results, [saved[k] for k in self.saved[key]])) is not None:
             self.now.append((key, seen))
-
-    def measure(self, key: int, results: Iterable[Tensor]) -> None:
-        """Have errors of `key` measured by `results` where these are larger."""
-        if key in self.then and (seen := self._look(results, ())) is not None:
-            self.then[key] = replace(self.then[key], size=seen.some.norm())
 
     def _look(self, results: Iterable[Tensor], saved: Iterable[Tensor]) -> Seen | None:
         with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
@@ -201,7 +194,8 @@ def compare(runs: Sequence[Regeneration]) -> None:
             for run in runs:
                 run.plan.make_room()
         for (run, key, *_), differs, error, size in zip(mine, *found, strict=True):
-            run.judge(key, bool(differs), error / size if size else error)
+            if differs:
+                run.judge(key, error / size if size else error)
 
 
 def _same(noted: Sequence[tuple[Any, int, Seen, Seen]]) -> bool:
@@ -225,8 +219,6 @@ def _differences(
         zeros = torch.zeros(len(then), dtype=torch.float64, device=a.device)
         apart = zeros.index_add(0, which, torch.where(other, b - a, 0.0).square()).sqrt()
         size = zeros.index_add(0, which, a.square()).sqrt()
-        if any(t.size is not None for t in then):
-            size = torch.maximum(size, torch.stack([zeros[0] if t.size is None else t.size.double() for t in then]))
         differs = torch.stack([t.total for t in then]) != torch.stack([t.total for t in now])
         differs = differs | (zeros.index_add(0, which, other.double()) > 0)
         room = torch.stack([zeros.sum(), *(t.double() for t in lost)]).sum().expand(len(then))
@@ -248,18 +240,25 @@ def changed(saved: Metas, again: Metas, returned: Metas, returned_again: Metas) 
     return None
 
 
-def judged(name: str, differs: bool, error: float, eps: float, whole: bool, warn: bool) -> bool:
-    """Return whether a result that is off by `error` was warned of, if not by more than rounding explains, which is an
-    error; `eps` is that of the narrowest dtype around.
+def judge(name: str, error: float, eps: float, whole: bool, warn: bool) -> bool:
+    """Judge a result that differs by a relative `error`; return whether a warning was given.
+
+    Args:
+        name: the operation or value, for messages.
+        error: the relative error of the recomputed elements; 0 where only the checksums differ.
+        eps: the precision of the narrowest dtype around.
+        whole: results must be equal to the last bit; else errors of up to `MAX_ERROR` are expected.
+        warn: whether a kernel that rounds otherwise is worth a warning.
+
+    Raises:
+        RegenerationError: the error is larger than rounding explains.
     """
-    limit = JITTER * eps ** (2 / 3) if whole else DRIFT * eps**0.5
-    if not differs or (not whole and error <= limit):
-        return False
-    if not (error <= limit if whole else error <= max(limit, GARBAGE)):
+    limit = JITTER * eps ** (2 / 3) if whole else MAX_ERROR
+    if not error <= limit:
         raise RegenerationError(_otherwise(name, error, whole))
-    if warn:
-        warnings.warn(_rounded(name, error, whole), RevfxWarning, stacklevel=2)
-    return warn
+    if whole and warn:
+        warnings.warn(_jitters(name, error), RevfxWarning, stacklevel=2)
+    return whole and warn
 
 
 _KEEP = "keep its activations with `revfx.testing.store_activations()`"
@@ -276,15 +275,9 @@ def _otherwise(name: str, error: float, whole: bool) -> str:
     )
 
 
-def _rounded(name: str, error: float, whole: bool) -> str:
-    if whole:
-        return (
-            f"{name} is rounded otherwise when it is computed again for the backward (off by {error:.1e}, relative): a"
-            " kernel in it is not deterministic, or runs on another number of threads. Gradients are right up to such"
-            f" rounding. `torch.use_deterministic_algorithms(True)` may help; or {_KEEP}."
-        )
+def _jitters(name: str, error: float) -> str:
     return (
-        f"{name}, regenerated for the backward, is off by {error:.1e} (relative): the functions of this region amplify"
-        " rounding errors. `exact=True`, the default, has none; or use a wider dtype for the streams, anchors"
-        f" (`anchor_every`), or {_KEEP}."
+        f"{name} is rounded otherwise when it is computed again for the backward (off by {error:.1e}, relative): a"
+        " kernel in it is not deterministic, or runs on another number of threads. Gradients are right up to such"
+        f" rounding. `torch.use_deterministic_algorithms(True)` may help; or {_KEEP}."
     )

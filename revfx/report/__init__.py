@@ -1,1 +1,1 @@
-"""What users read: `explain`, its text, page and pictures, and how far regeneration drifts."""
+"""What users read: `explain`, its text, page and pictures."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from revfx.capture.guards import name_of
 from revfx.compiled import _inductor, partitioner
-from revfx.compiled.dynamo import with_own_code
+from revfx.compiled.functions import with_own_code
 from revfx.converted import unconverted
 from revfx.report.data import GraphInfo, Usage, short
 from revfx.report.describe import describe, types_of

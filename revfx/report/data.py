@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from revfx.errors import Refusal
-from revfx.report.drift import Drift
 from revfx.report.fit import FitInfo
 from revfx.units import count, size
 
@@ -23,11 +22,8 @@ LONGEST_PERIOD = 16  # steps that are repeated together, such as all those of on
 
 @dataclass(frozen=True, slots=True)
 class ValueLine:
-    """One value of a region: its type (`f32[8,256]`), what the backward does with it ("invert", "recompute" or
-    "save"), how, the user's line, the step of the region that it is made in, and its size in bytes.
-
-    `reads` names the values that its operation reads in the forward, `solved` those that the backward solves it from,
-    the result that the inverse starts from first; parameters and constants are left out.
+    """One value of a region: its type (`f32[8,256]`), its `action` in the backward ("invert", "recompute" or "save"),
+    the formula or call that gives it, the user's line, its step in the region, and its size in bytes.
     """
 
     name: str
@@ -37,8 +33,6 @@ class ValueLine:
     where: str
     step: int
     nbytes: int
-    reads: tuple[str, ...] = ()
-    solved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.type} {self.action:9}  {self.how}  {short(self.where)}"
@@ -46,12 +40,13 @@ class ValueLine:
 
 @dataclass(frozen=True, slots=True)
 class RegionInfo:
-    """One reversible region: whose code it lies in (`module`), its first and last line, what `kind` of couplings and
-    how many, in how many steps; the types of the `streams` between them; the names of the values that are `kept` for
-    the backward to start from, and what the first cut, the last one, side inputs and saved values take (bytes); how
-    many cuts are kept, and what is regenerated (bytes). `drift`: what the relative error of the lowest regenerated
-    cut comes to, as far as can be said beforehand; 0 where codes, of `code_bytes`, correct it. `values` are those made
-    in the region, `entry` those from before it that it reads (step -1); `before` and `after` name what runs around it.
+    """One reversible region.
+
+    `module` is the path of the innermost module that holds it, `first` and `last` are its lines, `kind` is the usual
+    name of its couplings. `kept` names the values that the backward starts from: the first and the last cut, side
+    inputs and saved values, of `kept_bytes`. `freed_bytes` are regenerated. Regeneration is `lossless`, or right up to
+    rounding. `code_bytes` is the size of the codes that make it so. `values` are made in the region, `entry` before it
+    (step -1).
     """
 
     module: str
@@ -65,11 +60,9 @@ class RegionInfo:
     kept_bytes: int
     kept_cuts: int
     freed_bytes: int
-    drift: float
+    lossless: bool
     values: tuple[ValueLine, ...] = ()
     entry: tuple[ValueLine, ...] = ()
-    before: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
     code_bytes: int = 0
 
 
@@ -122,10 +115,10 @@ class GraphInfo:
 class Findings:
     """What revfx finds in a model, what it saves and what it costs.
 
-    `inputs` are the types of the arguments, `refusals` what is left as it was and why, `ways` what a step takes
-    plainly, with a checkpoint around every coupling, and with revfx. `drift` is measured on request. Of a compiled
-    model `graphs` holds the regions of each graph once more, and `breaks` why one ended. `advice` says what else to do,
-    `notes` what could not be found out. `fit` is what a budget of memory comes to, if there is one.
+    `inputs` are the types of the arguments, `refusals` the places that are left as they were, with reasons. `ways` are
+    the memory and FLOPs of a training step, plainly and with revfx. `graphs` repeats the regions of a compiled model
+    by graph, and `breaks` holds the reasons of graph breaks. `advice` is for the user, `notes` name figures that could
+    not be found out. `fit` is the plan for a budget of memory, if one is given.
     """
 
     model: str
@@ -133,7 +126,6 @@ class Findings:
     regions: tuple[RegionInfo, ...]
     refusals: tuple[Refusal, ...]
     ways: tuple[Usage, ...] = ()
-    drift: Drift | None = None
     graphs: tuple[GraphInfo, ...] = ()
     breaks: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
@@ -154,14 +146,12 @@ class Findings:
         return f"{counted(len(self.regions), 'reversible region')}{graphs}, {counted(self.couplings, 'coupling')}"
 
     def way(self, name: str) -> Usage | None:
-        """Return what a step takes in the way of this name ("plain", "checkpoint", "revfx"), if it was asked."""
+        """Return the usage of the way of this name ("plain", "revfx", "fitted"), or None."""
         return next((u for u in self.ways if u.way == name), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the data as nested dicts, lists, strings and numbers; sizes in bytes."""
-        found = dataclasses.asdict(dataclasses.replace(self, drift=None))
-        if self.drift is not None:
-            found["drift"] = [{**dataclasses.asdict(s), "dtype": str(s.dtype)} for s in self.drift.steps]
+        found = dataclasses.asdict(self)
         for refusal in found["refusals"]:
             refusal["remedy"] = remedy(refusal["reason"])
         return found

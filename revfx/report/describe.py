@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from revfx.capture.plan import Plan
 from revfx.passes.closure import Derivation, Invert, made_by
 from revfx.passes.cuts import Step
 from revfx.passes.formula import formula
-from revfx.passes.plan import amplification, precision
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.report.data import RegionInfo, ValueLine
@@ -51,9 +49,13 @@ def describe(
 ) -> RegionInfo:
     """Describe a region in words.
 
-    `kept_cuts` numbers the cuts that are kept, `names` says what operations are called where that is not their own
-    name, `module` whose code the region lies in. `uncoded` values are kept, as codes would be no smaller; `code_bytes`
-    is what the codes take, None where there are none.
+    Args:
+        program, region: the region and its program.
+        kept_cuts: numbers of the cuts that are kept.
+        names: names of operations, by their number; the others go by their own.
+        module: path of the module that holds the region.
+        uncoded: values that are kept, as their codes would be no smaller.
+        code_bytes: size of the codes; None without codes.
     """
     steps = region.steps
     kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
@@ -70,7 +72,7 @@ def describe(
         kept_bytes=region.kept_bytes + program.nbytes(tuple(anchored)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),
         freed_bytes=region.freed_bytes,
-        drift=_drift(program, steps, kept_cuts) if code_bytes is None else 0.0,
+        lossless=code_bytes is not None or all(a.exact for s in steps for a in s.arcs),
         code_bytes=code_bytes or 0,
         values=tuple(_lines(program, region, kept_cuts, {*kept, *anchored}, names)),
         entry=tuple(_entry(program, region)),
@@ -85,28 +87,8 @@ def _kind(steps: Sequence[Step]) -> str:
         "additive": any(a.factor is None for a in arcs),
         "affine": any(a.measured for a in arcs),
         **{f"scaled by {s:.3g}": True for s in scales[:3]},
-        "on a grid": any(a.grid for a in arcs),
     }
     return ", ".join(kind for kind, there in kinds.items() if there) or "layout"
-
-
-def _drift(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> float:
-    """Estimate the relative error of a regenerated cut; 0 where nothing rounds.
-
-    Roundings add up as a random walk, a quarter of eps each, and grow by what inverses amplify.
-    """
-    worst, growth, rounded = 0.0, dict[int, float](), 0
-    for j in range(len(steps) - 1, -1, -1):
-        if j + 1 in kept_cuts or j + 1 == len(steps):
-            growth, rounded = {}, 0
-        rounding = [a for a in steps[j].arcs if not (a.exact or a.grid)]
-        rounded += bool(rounding)
-        growth = amplification(steps[j], growth, {a.scaled_by: 1 / a.typical for a in rounding if a.measured})
-        if j in kept_cuts or not rounding:
-            continue
-        eps = max(precision(program.values[a.head].dtype) for a in rounding)
-        worst = max(worst, eps / 4 * rounded**0.5 * max(growth.values(), default=1.0))
-    return worst
 
 
 def _lines(
@@ -128,9 +110,7 @@ def _lines(
                 how = f"{value.name} <- {calls[i]}" if inverse is None else formula(program, inverse, opaque)
                 how += f": {barred[v]}" if v in region.saved and v in barred else ""
                 kind, where = type_name(value.dtype, value.shape), program.ops[i].where
-                reads = _names(program, program.ops[i].ins)
-                solved = () if inverse is None else _names(program, inverse.tail)
-                yield ValueLine(value.name, kind, action, how, where, number, value.nbytes, reads, solved)
+                yield ValueLine(value.name, kind, action, how, where, number, value.nbytes)
 
 
 def _entry(program: Program, region: Region) -> Iterator[ValueLine]:
@@ -141,10 +121,6 @@ def _entry(program: Program, region: Region) -> Iterator[ValueLine]:
         if made < region.start:
             kind, where = type_name(value.dtype, value.shape), program.ops[made].where if made >= 0 else ""
             yield ValueLine(value.name, kind, "save", f"{value.name}, from before the region", where, -1, value.nbytes)
-
-
-def _names(program: Program, values: Sequence[int]) -> tuple[str, ...]:
-    return tuple(program.values[v].name for v in program.data(values))
 
 
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
@@ -161,16 +137,10 @@ def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Colle
 def describe_recorded(
     plan: Plan, region: Region, kept_cuts: Collection[int], uncoded: Collection[int], code_bytes: int | None
 ) -> RegionInfo:
-    """Describe a region of a recorded program, with the innermost module whose code holds all of it, and the operations
-    between it and the regions next to it. Modules that are called whole go by their path.
-    """
+    """Describe a region of a recorded program. Modules that are called whole go by their path."""
     nodes = plan.lowered.op_nodes
     names = {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(nodes)}
     scopes = [str(n.meta["scope"]).split(".") for n in nodes[region.start : region.stop] if "scope" in n.meta]
     levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*scopes, strict=False))
     module = ".".join(level[0] for level in levels)
-    outside = [s for s in plan.segments if s.region is None]
-    before = tuple(names[i] for s in outside if s.stop == region.start for i in range(s.start, s.stop))
-    after = tuple(names[i] for s in outside if s.start == region.stop for i in range(s.start, s.stop))
-    found = describe(plan.lowered.program, region, kept_cuts, names, module, uncoded, code_bytes)
-    return replace(found, before=before, after=after)
+    return describe(plan.lowered.program, region, kept_cuts, names, module, uncoded, code_bytes)

@@ -21,16 +21,14 @@ from revfx.capture.search import make_plan
 from revfx.codes import TYPICAL, USUAL
 from revfx.conversion import Options
 from revfx.convert import convert
-from revfx.converted import Reversible, unconverted
+from revfx.converted import Reversible, conversion_of, unconverted
 from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import RegionPlan
-from revfx.eager.witness import DRIFT
 from revfx.errors import RevfxError
 from revfx.fit.budget import Budget, checked_memory
 from revfx.inspection import is_floating
 from revfx.report.data import RegionInfo, Usage
 from revfx.report.describe import describe, describe_recorded, types_of
-from revfx.report.drift import Drift, drift
 from revfx.report.explanation import Explanation
 from revfx.report.fit import explain_fit
 from revfx.report.progress import stage
@@ -57,7 +55,7 @@ def explain(
         args, kwargs: its arguments.
         memory: a budget, as for `convert`: what is kept, masked and computed again for it, by module, the peak and what
             holds it, and what other budgets would cost. The operators of the model are run once or twice for that.
-        measure: also train a few real steps, on a copy of the model, and measure memory, time and drift.
+        measure: also train a few real steps, on a copy of the model, and measure memory and time.
         backend: "revfx" for what `torch.compile(model, backend="revfx")` finds in each of its graphs; the model is
             captured by one real forward, on a copy.
         loss: from the model's output to a scalar; default the sum of all its floating-point tensors.
@@ -78,22 +76,20 @@ def explain(
 
         return explain_compiled(model, args, kwargs, loss, measure)
     budget = checked_memory(memory)
-    own = model.revfx if isinstance(model, Reversible) else None
-    options = Options(capture="fx") if own is None else own.options
+    own = conversion_of(model) if isinstance(model, Reversible) else None
+    options = Options() if own is None else own.options
     forward = model.forward if own is None else own.forward(model)
     stage("looking for regions")
     outcome = make_plan(model, forward, args, kwargs, options)
     ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss, measure)
     not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
-    found: Drift | None = None
     if measure:
-        ways, found, more = _measured(model, options, args, kwargs, loss, ways, budget)
-        notes += more
+        ways = _measured(model, options, args, kwargs, loss, ways, budget)
     fit, fit_advice = (None, ()) if budget is None else explain_fit(unconverted(model), args, kwargs, budget)
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
-        refusals=(*outcome.refusals, *not_compiled), ways=ways, drift=found, notes=notes,
-        advice=(*_advice(regions, ways, found), *fit_advice), fit=fit,
+        refusals=(*outcome.refusals, *not_compiled), ways=ways, notes=notes,
+        advice=(*_advice(regions, ways), *fit_advice), fit=fit,
     )  # fmt: skip
 
 
@@ -109,7 +105,7 @@ def total(output: Any) -> Tensor:
 def _predicted(
     simulation: Simulation, forward: Callable[..., Any], plan: Plan | None, loss: Loss, measure: bool
 ) -> tuple[tuple[Usage, ...], tuple[RegionInfo, ...], tuple[str, ...]]:
-    """Return what a step takes plainly, checkpointed and with regions; the regions; what could not be found out."""
+    """Return the usage of a plain step and of one with regions, the regions, and notes."""
     try:
         stage("counting a plain step")
         plain = simulation.step(forward, loss)
@@ -122,21 +118,17 @@ def _predicted(
     usage = Usage("plain", plain.kept, plain.peak, plain.flops, timeline=plain)
     if plan is None:
         return (usage,), (), ()
-    regions, cuts, largest = list[RegionInfo](), list[int](), list[int]()
+    regions = list[RegionInfo]()
 
     def seen(run: Regeneration) -> None:
         regions.append(_described(plan, run))
-        cuts.append(_cuts(run) - _codes(run))
-        largest.extend(run.program.nbytes(s.entry) for s in run.region.steps)
 
     stage("counting a step with regions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run that does not take place
-        ours = simulation.step(lambda *a, **k: plan.run(pytree.tree_leaves((a, k)), store=False), loss, seen)
-    more = sum(cuts)
-    checkpoint = Usage("checkpoint", ours.kept + more, ours.peak + max(0, more - max(largest, default=0)), ours.flops)
+        ours = simulation.step(lambda *a, **k: plan.run(pytree.tree_leaves((a, k))), loss, seen)
     found = Usage("revfx", ours.kept, ours.peak, ours.flops, timeline=ours)
-    return (usage, checkpoint, found), tuple(regions), ()
+    return (usage, found), tuple(regions), ()
 
 
 def _described(plan: Plan, run: Regeneration) -> RegionInfo:
@@ -161,23 +153,13 @@ def _codes(run: Regeneration) -> int:
     return sum(code.nbytes for code in run.codes.values())
 
 
-def _cuts(run: Regeneration) -> int:
-    """Return the bytes of the cuts that a checkpoint around every coupling would keep and the region does not."""
-    program = run.program
-    held = {program.values[v].storage for kept in (run.kept, *run.kept_cuts.values()) for v in kept}
-    more = {v for s in run.region.steps if s.inverts for v in s.entry if program.values[v].storage not in held}
-    return program.nbytes(tuple(more))
-
-
 # --- measured
 def _measured(
     model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage], budget: Budget | None
-) -> tuple[tuple[Usage, ...], Drift | None, tuple[str, ...]]:
-    """Return the ways with what they were seen to take, the drift, and what could not be measured."""
+) -> tuple[Usage, ...]:
+    """Return the ways with their measured memory and time."""
     own = unconverted(copy.deepcopy(model))
-    asked: dict[str, Any] = {"exact": options.exact, "grid": options.grid}
-    ours = convert(own, **asked, anchor_every=options.anchor_every)
-    models = {"plain": own, "checkpoint": convert(own, **asked, anchor_every=1), "revfx": ours}
+    models = {"plain": own, "revfx": convert(own, exact=options.exact)}
     if budget is not None:
         models["fitted"] = convert(own, memory=budget)
     predicted = {u.way: u for u in ways}
@@ -185,30 +167,12 @@ def _measured(
         warnings.simplefilter("ignore")
         stage("measuring")
         seen = measured(models, args, kwargs, loss)
-        found, notes = None, ()
-        try:
-            found = drift(functools.partial(ours, **kwargs) if kwargs else ours, *args)
-        except RevfxError as e:
-            notes = (f"drift was not measured: {e}",)
     pairs = [(u, predicted.get(u.way, u)) for u in seen]
-    both = (replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)
-    return tuple(both), found, notes
+    return tuple(replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)
 
 
 # --- advice
-def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage], found: Drift | None) -> Iterator[str]:
-    worst = max((r.drift for r in regions), default=0.0) if found is None else found.worst
-    limit = DRIFT * torch.finfo(torch.float32).eps ** 0.5
-    if not worst <= limit:
-        half = any(s.startswith(("bf16", "f16")) for r in regions for s in r.streams)
-        # how many couplings apart anchors keep the drift within the limit, if it grows as a root of the depth
-        deepest = max((r.couplings for r in regions), default=1)
-        every = max(1, int(deepest * (limit / worst) ** 2)) if math.isfinite(worst) else 1
-        streams = "keep the streams in float32 (autocast may run the functions in half precision), or " if half else ""
-        yield (
-            f"regenerated values are off by about {worst:.0e} ({'predicted' if found is None else 'measured'}):"
-            f" {streams}leave out `exact=False`, or use `anchor_every={every}`, which keeps more."
-        )
+def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage]) -> Iterator[str]:
     peaks = {u.way: u.peak for u in ways}
     plain, ours = peaks.get("plain"), peaks.get("revfx")
     if regions and plain and ours and ours > 0.8 * plain:

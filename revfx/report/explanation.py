@@ -10,8 +10,8 @@ from pathlib import Path
 
 from revfx.errors import RevfxError
 from revfx.report.data import LISTED, Findings, RegionInfo, columns, folded, remedy, short
-from revfx.report.graph import graph_svg
 from revfx.report.html import fragment, page
+from revfx.report.memory import memory_svg
 from revfx.units import size
 
 
@@ -23,10 +23,11 @@ class Explanation(Findings):
         return "\n".join(_lines(self))
 
     def save(self, path: str | Path) -> None:
-        """Write a self-contained page (.html), the graph of the model (.svg), or the data (.json).
+        """Write a self-contained page (.html), a picture of the memory over one step (.svg), or the data (.json).
 
         Raises:
-            RevfxError: another ending; the pictures' extra is not installed (`pip install 'revfx[viz]'`).
+            RevfxError: another ending, a picture without a timeline, or the pictures' extra is not installed (`pip
+                install 'revfx[viz]'`).
         """
         form = FORMS.get(Path(path).suffix)
         if form is None:
@@ -41,7 +42,7 @@ class Explanation(Findings):
 FORMS: Mapping[str, Callable[[Findings], str]] = {
     ".json": lambda e: json.dumps(e.to_dict(), indent=1),
     ".html": page,
-    ".svg": graph_svg,
+    ".svg": memory_svg,
 }
 
 
@@ -69,8 +70,6 @@ def _lines(e: Explanation) -> Iterator[str]:
             yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in found.values())
     if e.fit is not None:
         yield from e.fit.lines()
-    if e.drift is not None and e.drift.steps:
-        yield f"measured drift: {e.drift.worst:.1e} (relative, the worst regenerated value)"
     yield from (f"advice: {text}" for text in e.advice)
     yield from (f"note: {text}" for text in e.notes)
 
@@ -78,7 +77,7 @@ def _lines(e: Explanation) -> Iterator[str]:
 def _regions(regions: Iterable[RegionInfo]) -> Iterator[str]:
     for number, r in enumerate(regions):
         yield f"region {number}  {r.module or 'the root'}  {short(r.first)} .. {short(r.last)}"
-        exactly = f"drift about {r.drift:.0e}" if r.drift else "bit for bit"
+        exactly = "bit for bit" if r.lossless else "up to rounding"
         yield f"  {r.couplings} couplings ({r.kind}) in {r.steps} steps; streams {', '.join(r.streams)}; {exactly}"
         kept, codes = ", ".join(r.kept), f", and codes of {size(r.code_bytes)}" if r.code_bytes else ""
         yield f"  keeps {kept} ({size(r.kept_bytes)}) in {r.kept_cuts} cuts{codes}; regenerates {size(r.freed_bytes)}"

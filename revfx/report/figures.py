@@ -39,7 +39,7 @@ LOOKS = {
 
 
 def figure(who: str, width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches; `who` ("`Drift.plot`") asks for it.
+    """Return an empty figure of so many inches; `who` ("`memory_svg`") asks for it.
 
     Raises:
         RevfxError: matplotlib is not installed.
@@ -57,21 +57,29 @@ def printable(text: str) -> str:
 
 
 def picture(who: str, name: str, title: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    """Return what `draw` puts on a figure of `size` inches, as SVG with text as text: the same bytes each time.
+    """Draw a figure as SVG, with text as text and the same bytes each time.
 
-    `name` is what the parts of the picture are called by, since a page may hold several; `title` says what it shows.
+    Args:
+        who: the function that asks for it, for the error where matplotlib is not installed.
+        name: prefix of the ids of its parts, as a page may hold several pictures.
+        title: its description.
+        size: width and height in inches.
+        draw: draws on the figure.
     """
     figure(who, *size)  # raises before anything else where it can't be made
-    from matplotlib import style
+    from matplotlib import style, text
 
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with style.context(["default", {**LOOKS, "svg.hashsalt": name}]):
         fig = figure(who, *size)
         draw(fig)
+        written: Any = fig.findobj(text.Text)
+        for words in written:
+            words.set_text(printable(words.get_text()))
         fig.savefig(out, format="svg", metadata={**nothing, "Title": printable(title)})
-    text = re.sub(r"<[^>]+>", lambda tag: _tidied(tag[0], name), out.getvalue())
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    tidy = re.sub(r"<[^>]+>", lambda tag: _tidied(tag[0], name), out.getvalue())
+    return "\n".join(line.rstrip() for line in tidy.splitlines()) + "\n"
 
 
 def _tidied(tag: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""An explanation as a web page: one file that asks for nothing from elsewhere; and what a notebook shows of it."""
+"""An explanation as a static web page in one file, and as a notebook cell."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from revfx.errors import RevfxError
 from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, remedy, short
 from revfx.report.figures import DARK, PALETTE, printable, themed
 from revfx.report.fit import curve_svg
-from revfx.report.graph import MARKS, graph_svg, memory_svg
+from revfx.report.memory import memory_svg
 from revfx.units import count, size
 
 
-MOST_ROWS = 5000  # of the table of values
+MOST_ROWS = 1000  # of the table of values
 MOST_REFUSALS = 200
-LOOKS = Path(__file__).parent.parent / "data"  # `page.css`, and the one script: the search in the table and its sorting
+STYLE = Path(__file__).parent.parent / "data" / "page.css"
+MARKS = {"save": "●", "invert": "↑", "recompute": "↻"}
 
 
 def page(e: Findings) -> str:
-    """Return a whole page: figures, pictures, refusals, and a table of all values that can be searched and sorted.
+    """Return a whole page: figures, pictures, refusals, and a table of all values.
 
-    `page.html#search=invert` opens it with a search. It needs matplotlib.
+    The page is static: it has no script and loads nothing. Matplotlib draws its pictures.
     """
-    # the one script is a constant: what comes from the model is escaped text, and never code
     parts = "\n".join(_content(e, _pictures(e), "h1", values(e)))
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -44,7 +44,6 @@ body {{ margin: 0 }}</style>
 <main class="revfx">
 {parts}
 </main>
-<script>{_file("page.js")}</script>
 </body>
 </html>
 """
@@ -75,20 +74,15 @@ def _pictures(e: Findings) -> str:
     drawn = {"Memory over time": memory_svg(e)} if any(u.timeline for u in e.ways) else {}
     if e.fit is not None:
         drawn["Time over memory"] = curve_svg(e.fit, e.model)
-    drawn["Graph"] = graph_svg(e)
     wide = 'class="wide" tabindex="0" role="region" aria-label='
     return "".join(_section(name, f'<div {wide}"{name}">{themed(svg)}</div>') for name, svg in drawn.items())
-
-
-def _file(name: str) -> str:
-    return "\n" + (LOOKS / name).read_text(encoding="utf-8")
 
 
 def _style(scope: str) -> str:
     """Return the colours as variables of `scope`, and the rules that use them."""
     light, dark = (";".join(f"--{name}:{colour}" for name, colour in c.items()) for c in (PALETTE, DARK))
-    rules = _file("page.css")
-    return f"\n{scope} {{ {light} }}\n@media (prefers-color-scheme: dark) {{ {scope} {{ {dark} }} }}\n{rules}"
+    rules = STYLE.read_text(encoding="utf-8")
+    return f"\n{scope} {{ {light} }}\n@media (prefers-color-scheme: dark) {{ {scope} {{ {dark} }} }}\n\n{rules}"
 
 
 def text(words: object) -> str:
@@ -100,9 +94,9 @@ def _section(title: str, content: str, attributes: str = "") -> str:
     return f"<section{attributes}><h2>{title}</h2>{content}</section>"
 
 
-def _table(heads: str, rows: str, caption: str = "", frame: str = 'class="wide"', body: str = "") -> str:
+def _table(heads: str, rows: str, caption: str = "", frame: str = 'class="wide"') -> str:
     caption = caption and f"<caption>{caption}</caption>"
-    return f"<div {frame}><table>{caption}<thead><tr>{heads}</tr></thead><tbody{body}>{rows}</tbody></table></div>"
+    return f"<div {frame}><table>{caption}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
 NUMBER = ' class="number"'
@@ -172,7 +166,7 @@ REGION: Mapping[str, tuple[str, Callable[[int, RegionInfo], object]]] = {
     "keeps": (NUMBER, lambda number, r: f"{size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}"),
     "regenerates": (NUMBER, lambda number, r: size(r.freed_bytes)),
     "codes": (NUMBER, lambda number, r: size(r.code_bytes)),
-    "drift about": (NUMBER, lambda number, r: f"{r.drift:.0e}" if r.drift else "0"),
+    "regenerated": ("", lambda number, r: "bit for bit" if r.lossless else "up to rounding"),
 }
 
 
@@ -210,31 +204,25 @@ def _code(words: str) -> str:
 
 
 # --- every value
-HEADS = dict.fromkeys("name type action how where".split(), "") | dict.fromkeys("bytes region step".split(), NUMBER)
+HEADS: dict[str, str] = dict.fromkeys("name type action how where".split(), "") | dict.fromkeys("bytes region step".split(), NUMBER)
 
 
 def values(e: Findings) -> Iterator[str]:
-    """Yield the table of all values, with a box to search it."""
+    """Yield the table of all values."""
     lines = [(n, v) for n, r in enumerate(e.regions) for v in (*r.entry, *r.values)]
     if not lines:
         return
     rows = "".join(_row(n, v) for n, v in lines[:MOST_ROWS])
     left = len(lines) - MOST_ROWS
     note = f"<p>The first {MOST_ROWS:,} of {len(lines):,} values; `save` as .json for all.</p>" if left > 0 else ""
-    heads = _heads({f'<button type="button">{name}</button>': look for name, look in HEADS.items()})
-    search = (
-        '<p class="search"><label for="search">Search</label>'
-        '<input id="search" type="search" autocomplete="off" spellcheck="false" placeholder="invert f32">'
-        f'<output id="count" for="search">{counted(len(lines[:MOST_ROWS]), "value")}</output></p>'
-    )
     frame = 'class="wide tall" tabindex="0" role="region" aria-label="Values"'
-    yield _section("Values", search + note + _table(heads, rows, "", frame, ' id="rows"'), ' id="values"')
+    yield _section("Values", note + _table(_heads(HEADS), rows, "", frame), ' class="values"')
 
 
 def _row(region: int, v: ValueLine) -> str:
     action = f'<span class="{text(v.action)}">{MARKS.get(v.action, "")} {text(v.action)}</span>'
     place = f'<td title="{text(v.where)}">{text(short(v.where))}</td>'
-    numbers = f'<td class="number" data-value="{v.nbytes}">{size(v.nbytes)}</td><td class="number">{region}</td>'
+    numbers = f'<td class="number">{size(v.nbytes)}</td><td class="number">{region}</td>'
     return (
         f'<tr><td>{text(v.name)}</td><td>{text(v.type)}</td><td>{action}</td><td class="how">{text(v.how)}</td>{place}'
         f'{numbers}<td class="number">{v.step if v.step >= 0 else ""}</td></tr>\n'

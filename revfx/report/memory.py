@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from revfx.errors import RevfxError
-from revfx.report.data import Findings, Timeline, Usage
+from revfx.report.data import Findings, Timeline
 from revfx.report.figures import PALETTE, Axes, Figure, picture
 from revfx.units import size
 
@@ -18,10 +18,13 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
 def memory_svg(e: Findings) -> str:
-    """Draw what one training step holds after each of its operations, as SVG: plainly, and with revfx."""
+    """Draw the live bytes after each operation of one training step, plainly and with revfx, as SVG."""
     ways = {u.way: u.timeline for u in e.ways if u.timeline is not None}
     if not ways:
-        raise RevfxError("`memory_svg`: this explanation holds no timeline of a step.")
+        raise RevfxError(
+            "No picture can be drawn: this explanation has no timeline of a training step. Its notes say why the step"
+            " could not be counted; save it as .html or .json instead."
+        )
     last_way = list(ways.values())[-1]
     enlarged = len(ways) == 2 and ways["plain"].peak > ENLARGED * ways["revfx"].peak
 
@@ -29,10 +32,10 @@ def memory_svg(e: Findings) -> str:
         shares = [3, 2] if enlarged else [1]
         rows: Any = fig.subplots(len(shares), 1, sharex=True, squeeze=False, height_ratios=shares)
         top, last = rows[0][0], rows[-1][0]
-        _lines(top, ways, e.way("checkpoint"))
+        _lines(top, ways)
         top.set_title(f"Memory of one training step: {e.model}")
         if enlarged:
-            _lines(last, {"revfx": ways["revfx"]}, None)
+            _lines(last, {"revfx": ways["revfx"]})
             last.set_title("revfx alone, enlarged", fontsize=8.5, weight="normal", color=PALETTE["revfx"])
         split = _split(last_way)
         for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
@@ -54,7 +57,7 @@ def _split(t: Timeline) -> float:
     return min(max(t.backward / len(t.live), 0.15), 0.85)
 
 
-def _lines(axes: Axes, ways: Mapping[str, Timeline], checkpoint: Usage | None) -> None:
+def _lines(axes: Axes, ways: Mapping[str, Timeline]) -> None:
     """Draw live bytes over the operations, with labels of the peaks, the backward's begin, and where steps begin."""
     highest = max(1, *(t.peak for t in ways.values()))
     unit, scale = next((name, n) for name, n in UNITS if highest >= n)
@@ -72,13 +75,6 @@ def _lines(axes: Axes, ways: Mapping[str, Timeline], checkpoint: Usage | None) -
         axes.annotate(
             f"{way} {size(t.peak)}", (x, top), (-7 if x > 0.4 else 7, 6), textcoords="offset points",
             ha="right" if x > 0.4 else "left", fontsize=9, weight="bold", color=colour,
-        )  # fmt: skip
-    if checkpoint is not None and checkpoint.peak is not None:
-        y = checkpoint.peak / scale
-        axes.axhline(y, color=PALETTE["muted"], linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(
-            f"checkpoint, at most {size(checkpoint.peak)}", (0.7, y), (0, 2.5), textcoords="offset points",
-            ha="center", fontsize=7.5, color=PALETTE["muted"],
         )  # fmt: skip
     axes.set_ylim(0, 1.2 * highest / scale)
     axes.set_ylabel(unit, color=PALETTE["ink"])

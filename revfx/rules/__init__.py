@@ -43,13 +43,12 @@ class Inverse:
 
     `exact` inverses move or relabel elements and give the very bits; the others round. `factor` (a number or an
     operand) is what the solved operand was multiplied by, or divided by where `reciprocal`: it must not reach zero, and
-    rounding errors grow by its reciprocal. `rest` says what the operation adds to the product, as a function of `given`
-    (`nothing` where it adds nothing): with it the operation has an exact form, see `revfx.passes.grid`. `grid` marks
-    the inverse of such a form. `coded` ones saturate, bend or lose bits, and so are taken only where a code corrects
-    what they give. `matrix`: the operand that is inverted as a whole; it must follow from parameters and constants.
-    `result`: the part of the results that the inverse starts from, where there are several. `declared`: what
-    of the user's or a library's says so, and may be wrong. `runs`: solving runs the operation's own module again, which
-    then finds its state, and random numbers, as the call did.
+    rounding errors grow by its reciprocal. `rest`: the term that the operation adds to the product, as a function of
+    `given` (`nothing` where there is none); sums with it can be solved together. `coded` ones saturate, bend or lose
+    bits, and so are taken only where a code corrects them. `matrix`: the operand that is inverted as a whole; it must
+    follow from parameters and constants. `result`: the part of the results that the inverse starts from, where there
+    are several. `declared`: the user's or a library's declaration that gives this inverse, which may be wrong. `runs`:
+    solving runs the operation's own module again, which then finds its state, and random numbers, as the call did.
     """
 
     solves: Any
@@ -59,7 +58,6 @@ class Inverse:
     factor: Any = None
     reciprocal: bool = False
     rest: Callable[..., Any] | None = None
-    grid: bool = False
     coded: bool = False
     matrix: Any = None
     result: Any = None

@@ -356,7 +356,7 @@ class Appends(nn.Module):
 
 
 def test_what_a_recorded_graph_would_not_add_to_a_list_is_refused() -> None:
-    converted: Any = revfx.convert(Appends(), capture="fx")
+    converted: Any = revfx.convert(Appends())
     with silent():
         converted(torch.randn(3, 8, requires_grad=True))
     assert [type(t) for t in HIDDEN["deque"]] == [Tensor]
@@ -371,7 +371,7 @@ def test_forward_that_raises_leaves_none_either() -> None:
 
     model, x = Raises(default), torch.randn(3, 8, requires_grad=True)
     with silent():
-        assert_same_grads(revfx.convert(model, capture="fx"), model, [x])
+        assert_same_grads(revfx.convert(model), model, [x])
     clear()
     revfx.explain(model, x)  # says that there is no prediction
     assert type(model(x)) is Tensor

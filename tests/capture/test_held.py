@@ -13,6 +13,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 from zoo import D
 
 import revfx
+from revfx.converted import conversion_of
 from revfx.testing import assert_same_grads
 
 
@@ -101,4 +102,4 @@ def test_parameters_that_a_list_of_the_model_holds_too_are_their_modules_own() -
     model.held["all"] = list(model.parameters())
     converted: Any = revfx.convert(model)
     assert_same_grads(converted, model, [x])
-    assert all(place.name.startswith(("held['per", "prior")) for place, _ in converted.revfx.plans[0].inside)
+    assert all(place.name.startswith(("held['per", "prior")) for place, _ in conversion_of(converted).plans[0].inside)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import kept_cuts
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 from zoo import D, mlp
@@ -48,7 +49,7 @@ def assert_one_plan(model: nn.Module, calls: int = 3, kept: int = 2) -> None:
     converted: Any = revfx.convert(model)
     for _ in range(calls):
         assert_same_grads(converted, model, [x_()])
-    assert len(converted.revfx.plans) == 1 and converted.revfx.kept_cuts == kept
+    assert len(converted.revfx.plans) == 1 and kept_cuts(converted) == kept
 
 
 class MakesEach(OrderedDict[str, Any]):
@@ -200,7 +201,7 @@ class Reader:
 @pytest.mark.parametrize("kind", [MakesACache, MakesAnObject, PassesAClosure])
 def test_object_that_the_forward_makes_and_passes_on_is_made_at_every_call(kind: Any) -> None:
     model = kind(Counts)
-    converted: Any = revfx.convert(model, capture="fx")
+    converted: Any = revfx.convert(model)
     for _ in range(3):
         assert_same_grads(converted, model, [x_()])
     assert len(converted.revfx.plans) == 1, "what is given it is opened"
@@ -232,7 +233,7 @@ class ReturnsACache(Additive):
 
 def test_object_that_the_forward_makes_and_returns_holds_the_tensors_of_its_call() -> None:
     model = ReturnsACache(Attends)
-    converted: Any = revfx.convert(model, capture="fx")
+    converted: Any = revfx.convert(model)
     x, caches = x_(), list[Keys]()
     for _ in range(2):
         (y, cache), (expected, made) = converted(x), model(x)
@@ -256,7 +257,7 @@ class Collects(Additive):
 
 @pytest.mark.parametrize("into", [Cache(), []], ids=["object", "list"])
 def test_argument_that_the_forward_writes_to_is_written_to_once(into: Any) -> None:
-    converted: Any = revfx.convert(Collects(), capture="fx")
+    converted: Any = revfx.convert(Collects())
     with pytest.warns(RevfxWarning, match="its forward writes to a list, dict or object that it was given"):
         y = converted(x_(), into)
     assert into == Cache(1) if isinstance(into, Cache) else [t is y for t in into] == [True]
@@ -308,7 +309,7 @@ class Logs(Additive):
 
 def test_object_on_the_model_that_the_forward_writes_to_is_written_to_once_per_call() -> None:
     model = Logs()
-    converted: Any = revfx.convert(model, capture="fx")
+    converted: Any = revfx.convert(model)
     with pytest.warns(RevfxWarning, match="its forward sets `Logs.trainer`"):
         sums = [converted(x_()).sum() for _ in range(2)]
     logged = model.trainer.results["loss"]  # type: ignore[attr-defined]

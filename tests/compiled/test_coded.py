@@ -109,12 +109,6 @@ def test_complex_streams(dtype: torch.dtype) -> None:
     assert same(*found)
 
 
-def test_captured_by_dynamo_a_converted_model_trains_as_it_did() -> None:
-    model, x = Additive(DEPTH), torch.randn(ROWS, 2 * D)
-    plain = copy.deepcopy(model)
-    assert same(trained(revfx.convert(model, capture="dynamo"), model, x), trained(plain, plain, x))
-
-
 def test_codes_are_all_that_grows_with_depth() -> None:
     x, kept = leaf(1024, 2 * D, dtype=torch.float32), list[int]()
     for depth in (4, 12):

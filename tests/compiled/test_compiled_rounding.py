@@ -110,17 +110,11 @@ class Saturated(Pairs):
 @pytest.mark.parametrize(
     "make", [lambda: Contracting(-5.0), pytest.param(Saturated, marks=pytest.mark.deep)], ids=["exp", "bounded"]
 )
-def test_contraction_raises_or_is_stored(make: Callable[[], nn.Module]) -> None:
+def test_inputs_of_contractions_are_kept(make: Callable[[], nn.Module]) -> None:
     model, x = make().float(), torch.randn(64, 2 * D, dtype=torch.float32, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"rounding grows too much .*'unbounded': 'store'"):
-        compiled(model, "aot_eager", exact=False)(x).sum().backward()
     want = torch.autograd.grad(model(x).sin().sum(), [x, *model.parameters()])
-    for options in ({"unbounded": "store"}, {"anchor_every": 1}):
-        torch.compiler.reset()
-        got = torch.autograd.grad(
-            compiled(model, "aot_eager", exact=False, **options)(x).sin().sum(), [x, *model.parameters()]
-        )
-        assert relative_error(got, want) < 1e-5
+    got = torch.autograd.grad(compiled(model, "aot_eager", exact=False)(x).sin().sum(), [x, *model.parameters()])
+    assert relative_error(got, want) < 1e-5
 
 
 class BothWays(nn.Module):
@@ -144,8 +138,10 @@ def test_a_factor_that_multiplies_and_divides_is_looked_at_both_ways(exponent: f
     a, b, s = (torch.randn(101, 4) for _ in range(3))
     s = s * 0.1
     s[50, 2] = exponent
-    with pytest.raises(RuntimeError, match=r"rounding grows too much|came nearer to 0"):
-        compiled(BothWays(), "aot_eager", exact=False)(a.requires_grad_(), b, s).sum().backward()
+    model, wanted = BothWays(), [a.requires_grad_(), b, s]
+    got = torch.autograd.grad(compiled(model, "aot_eager", exact=False)(*wanted).sin().sum(), [a, *model.parameters()])
+    want = torch.autograd.grad(model(*wanted).sin().sum(), [a, *model.parameters()])
+    assert relative_error(got, want) < TOLERANCE
 
 
 @pytest.mark.parametrize("inner", INNERS)
@@ -210,9 +206,6 @@ def test_a_stream_that_starts_as_zeros_raises_no_alarm() -> None:
         ({"inner": "aot_eager", "toleranc": 1e-3}, "unknown options .'toleranc'.: neither revfx"),
         ({"Inner": "aot_eager"}, "unknown options .'Inner'.: neither revfx"),
         ({"inner": "aot_eager", "max_autotune": True}, "takes no mode and no options of inductor"),
-        ({"tolerance": "x"}, "`tolerance='x'` must be a float between 0 and 1"),
-        ({"tolerance": float("nan")}, "`tolerance=nan` must be"),
-        ({"tolerance": 10.0}, "`tolerance=10.0` must be"),
         ({"strict": "no"}, "`strict='no'` must be True or False"),
     ],
 )

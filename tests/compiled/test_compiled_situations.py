@@ -366,12 +366,9 @@ def test_exact_zeros_under_inductor(make: Callable[[], nn.Module]) -> None:
         *deep_but((), [("inductor", torch.float32), ("inductor", torch.float64)]),
     ],
 )
-def test_exp_that_underflows_raises_or_is_stored(inner: str, dtype: torch.dtype) -> None:
+def test_inputs_of_an_exp_that_underflows_are_kept(inner: str, dtype: torch.dtype) -> None:
     model = Unclamped(DEPTH).to(dtype)
     model.scale = 4000.0
     x = torch.randn(8, 2 * D, dtype=dtype, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"came nearer to 0.*'unbounded': 'store'"):
-        gradients(compiled(model, inner, exact=False), model, x)
-    torch.compiler.reset()
-    got = gradients(compiled(model, inner, exact=False, unbounded="store"), model, x)
+    got = gradients(compiled(model, inner, exact=False), model, x)
     assert relative_error(got, gradients(model, model, x)) < (1e-9 if dtype == torch.float64 else 1e-3)

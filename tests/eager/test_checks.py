@@ -12,6 +12,7 @@ from helpers import assert_same, leaf, outcome, relative_error
 from torch import Tensor, nn
 
 import revfx
+from revfx.converted import conversion_of
 
 
 D = 8
@@ -83,7 +84,7 @@ def test_cuts_of_complex_streams_are_kept_before_rounding_has_grown(factor: Call
     converted: Any = revfx.convert(model)
     converted(x).sum().backward()  # raised, as the numbers that came back were off by a few percent
     exact(x.double()).sum().backward()
-    (plan,) = converted.revfx.plans
+    (plan,) = conversion_of(converted).plans
     assert plan.regions
     got = [p.grad.double() for p in model.parameters() if p.grad is not None]
     assert relative_error(got, [p.grad for p in exact.parameters()]) < 1e-4

@@ -224,7 +224,7 @@ def test_f_that_asks_torch_func_for_gradients_raises_as_it_does_in_a_checkpoint(
 
 def test_model_whose_f_asks_torch_func_for_gradients_is_left_as_it_was() -> None:
     plain = BUILD["plain"]([Mapped() for _ in range(2)], mlps(2))
-    model, x = convert(plain, capture="fx"), leaf(6, 8)
+    model, x = convert(plain), leaf(6, 8)
     with pytest.warns(RevfxWarning, match="don't yet support saved tensor hooks"):
         got = _trained(model, x)
     model.zero_grad()

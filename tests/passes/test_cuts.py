@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo import D
 
 import revfx
+from revfx.converted import conversion_of
 from revfx.passes.closure import Invert
 
 
@@ -53,16 +54,16 @@ def test_small_addends_of_large_streams_keep_their_digits(way: str, kept: bool) 
     model, x = Coupled(kept).float(), LARGE * torch.randn(16, 2 * D, dtype=torch.float32)
     exact = copy.deepcopy(model).double()
     want = gradients(exact, exact, x.double())
-    call: Any = revfx.convert(model, capture="fx") if way == "convert" else None
+    call: Any = revfx.convert(model) if way == "convert" else None
     call = call or torch.compile(model, backend="revfx", options={"inner": way})
     assert relative_error(gradients(model, call, x), want) < 1e-5  # 1e-3 where tanh is the sum less the stream
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_no_step_solves_for_what_it_can_compute_again(kept: bool) -> None:
-    converted: Any = revfx.convert(Coupled(kept), capture="fx")
+    converted: Any = revfx.convert(Coupled(kept))
     converted(torch.randn(3, 2 * D, requires_grad=True))
-    (plan,) = converted.revfx.plans
+    (plan,) = conversion_of(converted).plans
     (region,) = plan.regions.values()
     inverses = [(s, d.arc.head) for s in region.region.steps for d in s.derive if isinstance(d, Invert)]
     assert inverses

@@ -13,15 +13,17 @@ from torch.nn import functional as F
 from zoo import Additive, D, Pairs, mlp
 
 import revfx
-from revfx.conversion import Conversion
+from revfx.compiled.partitioner import reports
+from revfx.converted import conversion_of
 from revfx.errors import RevfxWarning
+from revfx.info import ConversionInfo
 from revfx.testing import assert_same_grads, gradients, relative_error
 
 
 DEPTH = 4
 
 
-def conversion(model: nn.Module) -> Conversion:
+def conversion(model: nn.Module) -> ConversionInfo:
     return model.revfx  # type: ignore[return-value]
 
 
@@ -117,13 +119,15 @@ NOTHING_FOUND = [
     (times_zero, 2, "the factor is 0"),
     (squared, 2, "loses the sign"),
     (sine, 2, "`sin` is periodic"),
-    (arbitrary_product, 2, "not bounded away from zero"),
-    (down_cast, 2, "loses bits"),
     (broadcast, 2, "`mean` has no inverse"),
     (twice, 2, "both operands of `add` are the same value"),
     (itself_less_itself, 2, "both operands of `sub` are the same value"),
     (overlapping, 1, "no inverse"),
     (tiling, 1, "along more than one dimension"),
+]
+WITHOUT_CODES = [
+    (arbitrary_product, 2, "not bounded away from zero"),
+    (down_cast, 2, "loses bits"),
     (over_determined, 1, "saturates"),
 ]
 
@@ -134,16 +138,28 @@ def test_what_has_no_inverse_is_left_alone_and_said(
 ) -> None:
     model = Chain(step, streams)
     x = torch.randn(6, 2 * D, requires_grad=True)
-    converted = revfx.convert(model, exact=False)  # with codes some are found
+    converted = revfx.convert(model)
     with pytest.warns(RevfxWarning, match="nothing reversible was found"):
         converted(x)
-    assert conversion(converted).plans == []
+    assert conversion(converted).plans == ()
     texts = [str(r) for r in conversion(converted).refusals]
     assert any(reason in t for t in texts), texts
     assert any(t.startswith(__file__) for t in texts), texts
     assert_same_grads(converted, model, [x])
     with pytest.raises(revfx.NotReversibleError, match="left as it was"):
-        revfx.convert(model, exact=False, strict=True)(x)
+        revfx.convert(model, strict=True)(x)
+
+
+@pytest.mark.parametrize(("step", "streams", "reason"), WITHOUT_CODES, ids=lambda v: getattr(v, "__name__", None))
+def test_inverses_that_need_a_code_are_refused_in_a_compiled_graph(
+    step: Callable[..., object], streams: int, reason: str, fp64: None
+) -> None:
+    torch.compiler.reset()
+    with reports() as found:
+        options: dict[str, Any] = {"inner": "aot_eager", "exact": False}
+        torch.compile(Chain(step, streams), backend="revfx", options=options)(torch.randn(6, 2 * D, requires_grad=True))
+    (report,) = found
+    assert not report.regions and any(reason in str(r) for r in report.refusals)
 
 
 class Masked(Chain):
@@ -491,5 +507,5 @@ def test_stream_that_is_read_elsewhere_or_returned_is_found(fp64: None) -> None:
     x = torch.randn(6, 2 * D, requires_grad=True)
     converted = revfx.convert(model)
     assert_same_grads(converted, model, [x])
-    (region,) = conversion(converted).plans[0].regions.values()
+    (region,) = conversion_of(converted).plans[0].regions.values()
     assert sum(s.inverts for s in region.region.steps) >= 2 * DEPTH - 2

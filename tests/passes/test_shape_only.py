@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import revfx
 from revfx.compiled.partitioner import reports
+from revfx.converted import conversion_of
 from revfx.passes.sizes import of_its_shape
 from revfx.testing import assert_same_grads, measure_memory, store_activations
 
@@ -72,7 +73,7 @@ def test_both_couplings_of_a_layer_are_found(name: str) -> None:
     model, x = Scaled(MADE[name]), leaf(8, 8)
     converted: Any = revfx.convert(copy.deepcopy(model))
     assert_same_grads(converted, model, [x])
-    (plan,) = converted.revfx.plans
+    (plan,) = conversion_of(converted).plans
     assert sum(s.inverts for r in plan.regions.values() for s in r.region.steps) >= 6
 
 

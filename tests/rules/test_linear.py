@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import revfx
 from revfx import rules
+from revfx.converted import conversion_of
 from revfx.errors import RevfxWarning
 from revfx.rules import linear
 from revfx.testing import gradients
@@ -130,8 +131,8 @@ def test_maps_are_inverted_and_gradients_are_the_plain_ones(name: str) -> None:
     converted: Any = revfx.convert(copy.deepcopy(model))
     for _ in range(3):
         assert equal(gradients(converted, [x]), gradients(model, [x]))
-    (region,) = converted.revfx.plans[0].regions.values()
-    assert sum(s.inverts for s in region.region.steps) >= 2 * LAYERS - 1, converted.revfx.code
+    (region,) = conversion_of(converted).plans[0].regions.values()
+    assert sum(s.inverts for s in region.region.steps) >= 2 * LAYERS - 1, converted.revfx.program
     assert region.coded < region.kept * x.nbytes + x.nbytes * LAYERS / 2, "codes are smaller than what they stand for"
 
 
@@ -168,7 +169,7 @@ def test_what_need_not_be_invertible_is_left_alone(name: str) -> None:
     model, x = Flow(REFUSED[name], lambda: nn.Linear(D // 2, D // 2)), torch.randn(ROWS, D)
     converted: Any = revfx.convert(copy.deepcopy(model))
     assert equal(gradients(converted, [x]), gradients(model, [x]))
-    steps = [s for p in converted.revfx.plans for r in p.regions.values() for s in r.region.steps]
+    steps = [s for p in conversion_of(converted).plans for r in p.regions.values() for s in r.region.steps]
     assert not any(f"({name})" in a.text for s in steps for a in s.arcs for name in ("linear", "matmul", "conv1d"))
 
 
@@ -183,7 +184,7 @@ def test_a_matrix_without_a_good_inverse_keeps_what_it_reads(smallest: float) ->
     for _ in range(3):
         got, want = gradients(converted, [x]), gradients(model, [x])
         assert equal(got, want) and all(g.isfinite().all() for g in got.values() if g is not None)
-    (region,) = converted.revfx.plans[0].regions.values()
+    (region,) = conversion_of(converted).plans[0].regions.values()
     widths = [codec.width for codec in region.codecs.values()]
     assert widths.count(None) >= LAYERS - 1 if smallest < 0.02 else None not in widths[1:]
 
@@ -238,7 +239,7 @@ def test_modules_that_are_one_to_one_are_seen_through_beside_couplings(activatio
     x = torch.randn(ROWS, D)
     converted: Any = revfx.convert(copy.deepcopy(model))
     assert equal(gradients(converted, [x]), gradients(model, [x]))
-    (region,) = converted.revfx.plans[0].regions.values()
+    (region,) = conversion_of(converted).plans[0].regions.values()
     assert region.region.start <= 1 and sum(s.inverts for s in region.region.steps) >= 2 * LAYERS - 1
 
 

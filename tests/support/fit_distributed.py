@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from revfx import convert
+from revfx.converted import conversion_of
 from revfx.testing import measure_memory
 
 
@@ -85,7 +86,7 @@ def _compared(place: Place, x: Tensor) -> dict[str, Any]:
         model: Any = make()
         got, peak = _trained(model, x)
         inner = model if hasattr(model, "revfx") else model.module
-        plan = inner.revfx.fit.plans[0].chosen.plan
+        plan = conversion_of(inner).fit.plans[0].chosen.plan
         same = len(got) == len(plain) and all(map(torch.equal, got, plain))
         found[order] = same, peak / most, len(plan.dropped)
     return found

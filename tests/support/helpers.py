@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from revfx import RevBlock, convert, rev_block
 from revfx.eager.modes import store_activations
-from revfx.testing import assert_same_grads, measure_memory
+from revfx.testing import assert_same_grads, gradients, measure_memory
 
 
 TOLERANCE = 1e-9  # relative, in fp64
@@ -48,6 +48,17 @@ def deep_but(kept: Container[Any], cases: Iterable[Any]) -> list[Any]:
 def quick_but(left_out: Container[str], cases: Mapping[str, Case]) -> dict[str, Case]:
     """The `cases` of several that run together in processes, without those `left_out` in a run that is not deep."""
     return {name: case for name, case in cases.items() if DEEP or name not in left_out}
+
+
+def assert_same_as_stored(model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None) -> None:
+    """Raise unless a converted model has the gradients of its own forward with ordinary storage, bit for bit."""
+    got = gradients(model, inputs, loss)
+    with store_activations():
+        want = gradients(model, inputs, loss)
+    assert got.keys() == want.keys()
+    for name, w in want.items():
+        g = got[name]
+        assert g is w or (g is not None and w is not None and torch.equal(g, w)), name
 
 
 def lines(fs: Any, gs: Any) -> Block:
@@ -210,3 +221,8 @@ def kept_growth(make: Callable[[int], nn.Module], x: Tensor, layers: tuple[int, 
         kept.append([measure_memory(lambda m=m: m(x).sum()).kept for m in (converted, model)])
     (ours, plain), (ours_deep, plain_deep) = kept
     return (ours_deep - ours) / (plain_deep - plain)
+
+
+def kept_cuts(model: Any) -> int:
+    """The cuts that the latest forward of a converted model kept, over all its regions."""
+    return sum(region.kept_cuts for region in model.revfx.regions)

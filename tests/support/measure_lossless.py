@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import revfx
+from revfx.converted import conversion_of
 
 
 LAYERS, D, LENGTH, BATCH, STEPS = 24, 64, 64, 4, 300
@@ -112,7 +113,7 @@ def side_by_side(
         last = losses[0].item()
     pairs = zip(*(m.state_dict().values() for m in models), strict=True)
     weights = all(torch.equal(a, b) for a, b in pairs)
-    regions = [r for p in models[1].revfx.plans for r in p.regions.values()]
+    regions = [r for p in conversion_of(models[1]).plans for r in p.regions.values()]
     coded = sum(r.coded for r in regions)
     codecs = [(r.program.values[v], c) for r in regions for v, c in r.codecs.items() if c.calls]  # what is read
     sizes = [(torch.Size(v.shape).numel(), v.dtype.itemsize if c.width is None else 0) for v, c in codecs]

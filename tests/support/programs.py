@@ -212,10 +212,3 @@ def minimised(program: Program, fails: Callable[[Program], bool], seconds: float
 def blocked(a: Tensor, b: Tensor, f: Any, g: Any, layers: int, *sides: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`rev_block`, as `couple`."""
     return rev_block(a, b, f, g, layers, *sides, **options)
-
-
-def blocked_exactly(
-    a: Tensor, b: Tensor, f: Any, g: Any, layers: int, *sides: Any, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """`rev_block` with bitwise regeneration, as `couple`."""
-    return rev_block(a, b, f, g, layers, *sides, grid=14, **options)

@@ -311,8 +311,7 @@ def blocks(d: Draft) -> None:
     given = f"[{', '.join(fs)}], [{', '.join(gs)}]"
     if d.chance(1, 3):
         given = f"{fs[0]}, {gs[0]}"
-    options = ", anchor_every=1" if d.chance(1, 6) else ""
-    d.emit(f"{u}, {v} = couple({u}, {v}, {given}, {n}{sides}{options})")
+    d.emit(f"{u}, {v} = couple({u}, {v}, {given}, {n}{sides})")
 
 
 COUPLINGS: tuple[Kind, ...] = (

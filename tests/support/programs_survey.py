@@ -14,7 +14,7 @@ from programs import Program, minimised
 from programs_check import Verdict
 from programs_draw import block_programs, programs
 from programs_slopes import by_slopes
-from programs_ways import by_backend, by_convert, by_convert_exactly, by_rev_block, by_rev_block_exactly
+from programs_ways import by_backend, by_convert, by_rev_block
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ recordable = functools.partial(programs, recordable=True)
 WAYS = {
     "convert": Way(by_convert, programs, 25, 0.5),
     "slopes": Way(by_slopes, programs, 8, 0.05),
-    "convert, exact": Way(by_convert_exactly, recordable, 6, 0.05),
     "rev_block": Way(by_rev_block, block_programs, 180, 0.2),
-    "rev_block, exact": Way(by_rev_block_exactly, block_programs, 60, 0.1),
     "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), functools.partial(often_short, 2), 5, 0.09),
     "inductor": Way(functools.partial(by_backend, inner="inductor"), functools.partial(often_short, 8, True), 1, 0.01),
 }

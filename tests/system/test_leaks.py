@@ -213,10 +213,9 @@ class OfBatch(nn.Module):
         return a * b
 
 
-@pytest.mark.parametrize("capture", ["fx", "auto"])
 @pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
-def test_batches_that_are_objects_are_let_go(capture: str) -> None:
-    model, batches = convert(OfBatch(), capture=capture), list[weakref.ref[Tensor]]()
+def test_batches_that_are_objects_are_let_go() -> None:
+    model, batches = convert(OfBatch()), list[weakref.ref[Tensor]]()
     batch = Batch()
     for _ in range(2 * MOST_PLANS):
         batch = Batch()

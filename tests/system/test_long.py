@@ -13,6 +13,7 @@ from ways import Blocked, Plain
 
 from revfx import convert
 from revfx.compiled.partitioner import reports
+from revfx.converted import conversion_of
 from revfx.testing import measure_memory, store_activations
 
 
@@ -70,7 +71,7 @@ def test_a_converted_model_of_many_couplings(layers: int) -> None:
     model = Plain(*functions(layers))
     call: Any = convert(model, exact=False)
     assert_flat(call, model, layers)
-    (plan,) = call.revfx.plans
+    (plan,) = conversion_of(call).plans
     assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) > 2 * layers - 10
 
 

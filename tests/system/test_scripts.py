@@ -123,7 +123,7 @@ class Nested(nn.Module):
 def test_parts_that_hold_no_region_are_left_as_they_were() -> None:
     model, x = Nested(), leaf(5, 8)
     with pytest.warns(RevfxWarning, match="only its sub-modules are looked at"):
-        converted: Any = revfx.convert(model, capture="fx")
+        converted: Any = revfx.convert(model)
         converted(x)
     assert type(converted.plain) is nn.Sequential and converted.plain[1] is model.plain[1]
     assert len(converted.couplings.revfx.plans) == 1

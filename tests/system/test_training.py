@@ -21,7 +21,7 @@ from ways import BUILD, WAYS, Build
 
 from revfx import NotReversibleError
 from revfx.capture import plan as plans
-from revfx.converted import Reversible
+from revfx.converted import Reversible, conversion_of
 from revfx.eager import block
 from revfx.eager.calls import Call
 from revfx.eager.executor import RegionRun, run_region
@@ -141,7 +141,7 @@ def test_a_way_does_what_plain_code_does_or_what_the_table_says(
     texts = [str(w.message) for w in caught]
     assert all(issubclass(w.category, RevfxWarning) for w in caught)
     assert not texts if refused is None else any(refused in text for text in texts), texts
-    regions = [plan.regions for m in built if isinstance(m, Reversible) for plan in m.revfx.plans]
+    regions = [plan.regions for m in built if isinstance(m, Reversible) for plan in conversion_of(m).plans]
     saves = way != "checkpoint" and refused is None and name not in RUN_PLAINLY and not isinstance(otherwise, Raised)
     assert bool(runs) == saves
     assert all(regions) and bool(regions) == (saves and way == "convert")

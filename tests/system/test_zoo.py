@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import deep_but
+from helpers import assert_same_as_stored, deep_but
 from torch import Tensor, nn
 from zoo import ZOO, Additive, Momentum, Pairs
 
 import revfx
-from revfx.testing import Memory, assert_same_grads, measure_memory, stored
+from revfx.converted import conversion_of
+from revfx.testing import Memory, assert_same_grads, measure_memory
 
 
 def _inputs(name: str, n: int) -> list[Tensor]:
@@ -33,8 +34,8 @@ def test_gradients_are_those_of_plain_autograd(name: str, fp64: None) -> None:
     model, inputs = ZOO[name][0](4), _inputs(name, 8)
     converted: Any = revfx.convert(model)
     assert_same_grads(converted, model, inputs)
-    assert_same_grads(converted, stored(converted), inputs)
-    (plan,) = converted.revfx.plans
+    assert_same_as_stored(converted, inputs)
+    (plan,) = conversion_of(converted).plans
     assert plan.regions
 
 
