@@ -1,21 +1,48 @@
-"""Numbers with units, for people."""
+"""Numbers with units: bytes and counts of operations."""
 
 from __future__ import annotations
 
+import re
+
+
+BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")  # powers of 1024
+DECIMALS = (0, 1, 1, 2, 2)  # of a size in each of them
+COUNT_UNITS = ("", " k", " M", " G", " T")  # powers of 1000
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
+
+
+def binary_unit(nbytes: float) -> tuple[str, int]:
+    """Choose the largest binary unit of which `nbytes` has one or more; return its name and its bytes."""
+    power = _power(nbytes, 1024, len(BINARY_UNITS))
+    return BINARY_UNITS[power], 1024**power
+
 
 def size(nbytes: float) -> str:
-    """Format a number of bytes for people, in powers of 1024."""
-    power, scaled = _scaled(nbytes, 1024, 3)
-    return f"{scaled:.{(0, 1, 1, 2)[power]}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+    """Format a number of bytes in a binary unit: `1.50 GiB`."""
+    unit, scale = binary_unit(nbytes)
+    return f"{nbytes / scale:.{DECIMALS[BINARY_UNITS.index(unit)]}f} {unit}"
+
+
+def parse_size(text: str) -> int | None:
+    """Parse a number of bytes such as "2GiB" (of 1024), "800 MB" (of 1000) or "100"; None if it is not one."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        return None
+    number, prefix, binary = found.groups()
+    base = 1024 if binary else 1000
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * base**power)
 
 
 def count(n: float) -> str:
-    """Format a number of operations for people: `1.34 G`."""
-    power, scaled = _scaled(n, 1000, 4)
-    return f"{scaled:.3g}{('', ' k', ' M', ' G', ' T')[power]}"
+    """Format a number of operations: `1.34 G`."""
+    power = _power(n, 1000, len(COUNT_UNITS))
+    return f"{n / 1000**power:.3g}{COUNT_UNITS[power]}"
 
 
-def _scaled(n: float, base: int, most: int) -> tuple[int, float]:
-    """Return the power of `base`, of at most so much, by which a number is divided to be short, and what it is then."""
-    power = next((p for p in range(most) if abs(n) < base ** (p + 1)), most)
-    return power, n / base**power
+def _power(n: float, base: int, units: int) -> int:
+    """Return the power of `base` to divide `n` by, so that less than `base` is left, or the power of the last unit."""
+    power = 0
+    while power < units - 1 and abs(n) >= base ** (power + 1):
+        power += 1
+    return power

@@ -6,9 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-
-UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
+from revfx import units
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,8 @@ def checked_memory(memory: Any) -> Budget | None:
     if isinstance(memory, str):
         if (percent := re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", memory)) and 0 < float(percent[1]) <= 100:
             return Budget(text, share=float(percent[1]) / 100)
-        found = _TEXT.fullmatch(memory)
-        if found and (n := int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2].upper()])) > 0:
-            return Budget(text, bytes=n)
+        if nbytes := units.parse_size(memory):
+            return Budget(text, bytes=nbytes)
     raise ValueError(
         f"`{text}` is no budget: give a share of what the plain model takes, a float in (0, 1], or bytes, as an"
         ' int or a text such as "2GiB", "800MB" or "65%".'

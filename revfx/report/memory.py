@@ -8,13 +8,12 @@ from typing import Any
 from revfx.errors import RevfxError
 from revfx.report.data import Findings, Timeline
 from revfx.report.figures import PALETTE, Axes, Figure, picture
-from revfx.units import size
+from revfx.units import binary_unit, size
 
 
 COLUMNS = 400  # points of a line; each shows the most of the operations that fall into it
 TICKS = 80  # steps of regions that are marked
 ENLARGED = 4  # how many times more the plain step takes before revfx's is drawn again, enlarged
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
 def memory_svg(e: Findings) -> str:
@@ -60,7 +59,7 @@ def _split(t: Timeline) -> float:
 def _lines(axes: Axes, ways: Mapping[str, Timeline]) -> None:
     """Draw live bytes over the operations, with labels of the peaks, the backward's begin, and where steps begin."""
     highest = max(1, *(t.peak for t in ways.values()))
-    unit, scale = next((name, n) for name, n in UNITS if highest >= n)
+    unit, scale = binary_unit(highest)
     last = list(ways.values())[-1]
     split = _split(last)
     for way, t in ways.items():
