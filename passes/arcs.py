@@ -59,18 +59,20 @@ def lower(
     module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     barred: Mapping[fx.Node, str] | None = None,
+    lossless: bool = True,
 ) -> Lowered:
     """Return the program of a graph whose nodes carry fake results in `meta["val"]`.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
     `barred`: the reason why no rounding inverse may give a node back, where no code corrects it; None: codes do.
+    `lossless`: every value comes back with the forward's bits; else some are off by rounding.
 
     Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
     contain the node), `where` (the user's file and line), `constant`, `facts`, `kept` and `directions` (the
     directions that its rule would yield). A node whose result is a tuple and the getitem nodes that take it apart
     become one operation with several outputs.
     """
-    return _Lowering(graph, module_of, sources, barred).run()
+    return _Lowering(graph, module_of, sources, barred, lossless and barred is None).run()
 
 
 @dataclass(eq=False)
@@ -79,6 +81,7 @@ class _Lowering:
     module_of: Callable[[str], torch.nn.Module] | None
     sources: Collection[fx.Node]
     barred: Mapping[fx.Node, str] | None
+    lossless: bool
 
     def __post_init__(self) -> None:
         self.bounds, self.masks = bounds(self.graph), masks(self.graph)
@@ -170,7 +173,7 @@ class _Lowering:
         """Yield results that may be kept for want of an inverse, as the mean and scale that a batch is freed of."""
         most = max((_size(self.values[v]) for v in ins if not self.values[v].source), default=0)
         # where inverses round, none that was selected from what may come back by one
-        for v in outs if self.coded or name.strip("_") not in SELECTS else ():
+        for v in outs if self.lossless or name.strip("_") not in SELECTS else ():
             if 0 < _size(self.values[v]) * SMALLER <= most:
                 yield Arc(v, (), _kept, exact=False, barred="it is small beside what it is made of")
 

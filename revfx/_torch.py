@@ -230,6 +230,13 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
+def hook_tables(module: torch.nn.Module) -> tuple[dict[int, Any], ...]:
+    """The module's own tables of hooks on its calls, with the tables of their options."""
+    called = module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+    before = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    return *called, *before, module._backward_hooks, module._backward_pre_hooks
+
+
 def hooks(module: torch.nn.Module) -> list[Any]:
     """Return what runs before and after a module's forward, but for torch's own."""
     found = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

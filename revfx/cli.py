@@ -1,4 +1,4 @@
-"""The command line: `revfx explain`, `revfx fit`, `revfx demo` and `revfx bench`."""
+"""The command line: `revfx explain` and `revfx fit`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from revfx.errors import RevfxError, WrongArguments
 
 
 EXAMPLES = """examples:
-  revfx demo                                             train a RevNet on digits, plainly and converted
   revfx explain model.py:make_model --input 8,3,32,32    what would revfx do with this model?
   revfx explain model.py:Net --input 16,64:int64 --measure --save net.html
   revfx explain model.py:Net --input 8,512 --backend revfx --json
   revfx fit model.py:Net --input 8,3,32,32 --memory 2GiB  the largest batch that trains in so much memory
-  revfx bench --models mlp,flow --depth 8                compare with what else there is
 
 exit status: 0 if all went well, 1 if nothing reversible was found or something failed, 2 for wrong arguments
 """
@@ -49,20 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from revfx import demo
-    from revfx.bench import command as bench, options
-
     layout: Any = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     text = "Depth-free activation memory for PyTorch models, by inferred reversibility."
     parser = argparse.ArgumentParser(prog="revfx", description=text, **layout)
     parser.add_argument("--version", action="version", version=f"revfx {revfx.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{explain,fit,demo,bench}")
-    benched = {f"--{name}": given for name, given in options.ARGUMENTS.items()}
+    commands = parser.add_subparsers(dest="command", metavar="{explain,fit}")
     for name, run, text, arguments in (
         ("explain", _explain, "say what revfx finds in a model, what it saves and what it costs", EXPLAIN),
         ("fit", _fit, "find the largest batch that trains within a budget of memory", FIT),
-        ("demo", demo.main, "train a RevNet on handwritten digits, plainly and converted, and compare", DEMO),
-        ("bench", bench.main, "compare memory, time and gradients with other ways to train reversible models", benched),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **layout)
         command.set_defaults(run=run)
@@ -94,12 +86,6 @@ EXPLAIN: Mapping[str, dict[str, Any]] = {
 FIT: Mapping[str, dict[str, Any]] = {
     **{name: EXPLAIN[name] for name in ("model", "--input", "--dtype", "--json")},
     "--memory": dict(metavar="BUDGET", required=True, help="bytes of a training step: 2GiB, 800MB"),
-}
-DEMO: Mapping[str, dict[str, Any]] = {
-    "--epochs": dict(type=int, default=4, help="default: 4"),
-    "--depth": dict(type=int, default=8, help="couplings of convolutions (default: 8)"),
-    "--save": dict(default="revfx-demo.html", metavar="PATH", help="the page to write (default: revfx-demo.html)"),
-    "--json": dict(action="store_true", help="print the result as JSON, and nothing else"),
 }
 
 

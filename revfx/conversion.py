@@ -128,7 +128,7 @@ class Conversion:
                 outcome = make_plan(*given, self.carried)
             if outcome.once and not (ran or self.options.strict):
                 return outcome
-            self._report(model, outcome)
+            self._leave(model, outcome)
             self.outcomes.append((call, _objects(leaves), outcome))
             return outcome
 
@@ -152,23 +152,26 @@ class Conversion:
             self.carried |= found - self.constant
         return self.carried
 
-    def _report(self, model: nn.Module, outcome: Outcome) -> None:
-        name = name_of(model)
+    def _leave(self, model: nn.Module, outcome: Outcome) -> None:
+        """Raise, under `strict`, where something is left as it was; convert the parts of a root that is."""
         if self.fit is not None:
             return
-        reasons = "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
         if self.options.strict and (outcome.plan is None or outcome.refusals):
             node = outcome.refusals[0].op if outcome.refusals else None
-            raise NotReversibleError(f"`convert({name}, strict=True)`: left as it was:\n  {reasons}", node)
+            what = f"`convert({name_of(model)}, strict=True)`: left as it was"
+            raise NotReversibleError(f"{what}:\n  {_reasons(outcome)}", node)
         if outcome.untraceable and not self.parts_converted:
             self.parts_converted = True
             self.convert_parts(model, self.options)
-        if outcome.plan is None and not self.options.part:
+
+    def _warn_unconverted(self, model: nn.Module, outcome: Outcome) -> None:
+        """Warn that a model without a plan runs as it was; after its forward, whose own exception comes first."""
+        if outcome.plan is None and self.fit is None:
             what = "nothing reversible was found, so it runs as it was, with all its activations"
             if outcome.untraceable:
                 what = "its forward can't be recorded, so it runs as it was; its sub-modules are converted"
             todo = "`revfx.convert(model, memory=0.5)` trains any model in half of its peak memory"
-            self._warn(f"`convert({name})`: {what}. {todo}.\n  {reasons}")
+            self._warn(f"`convert({name_of(model)})`: {what}. {todo}.\n  {_reasons(outcome)}")
 
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
@@ -213,6 +216,7 @@ class Conversion:
             result = forward(*args, **kwargs)
             if outcome.once and not self._is_known(outcome):
                 outcome = self.prepare(model, args, kwargs, leaves, spec, ran=True)
+            self._warn_unconverted(model, outcome)
             if outcome.plan is None and self.place is not None:  # a part without a region
                 table, name = self.place
                 table[name] = self.unconverted(model)
@@ -239,6 +243,10 @@ def flattened(args: Any, kwargs: Any) -> tuple[Sequence[Any], Any]:
     leaves = [*args, *kwargs.values()]
     simple = _LEAVES.issuperset(map(type, leaves))
     return (leaves, (len(args), *kwargs)) if simple else _torch.flatten((args, kwargs))
+
+
+def _reasons(outcome: Outcome) -> str:
+    return "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
 
 
 def _objects(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ def test_nothing_reversible_is_status_1(capsys: pytest.CaptureFixture[str], file
         (("explain", "FILE:Net", "--input", "4,15"), 1, "RuntimeError: "),
         (("explain",), 2, "the following arguments are required"),
         (("draw",), 2, "invalid choice: 'draw'"),
-        (("bench", "--models", "nothing"), 2, "mlp"),
+        (("bench",), 2, "invalid choice: 'bench'"),
     ],
 )
 def test_what_is_wrong_is_said(

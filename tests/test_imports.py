@@ -44,13 +44,12 @@ MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
 MAY["testing"] = {*MAY["debug"], "inverse", "rules", "convert", "converted"}
 MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "fit", "passes.joint", "testing", "world"}
-MAY["bench"] = {*MAY["report"], "report"}
 MAY["cli_models"] = {"errors"}
-MAY["demo"] = MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["bench"], "bench", "demo", "cli", "cli_models"}
+MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["report"], "report", "cli", "cli_models"}
 # The passes that the eager mode may use: their data, and the order of a step's derivations.
 PROGRAMS = {"_torch", "closure", "composed", "cuts", "program", "regions", "rounding", "schedule"}
 # What `__init__` and the command line import only when it is used: most programs never ask for a report.
-LATER = {"report", "bench", "demo"}
+LATER = {"report"}
 ASK_LATER = {"", "__main__", "cli", "debug", "testing"}
 # Imports against the direction, each with its reason.
 EXCEPTIONS: dict[tuple[str, str], str] = {}

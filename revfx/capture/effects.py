@@ -64,9 +64,11 @@ class Snapshot:
         ]
 
     def changes(self) -> Generator[tuple[int, str]]:
-        """Yield what is not as it was: which module, and the name of its attribute."""
+        """Yield the changes: the number of a module, and the name of its attribute, or "hooks"."""
         for i, table, then in self._touched():
-            yield from ((i, k) for k in {**then, **table} if not _same(table.get(k, self), then.get(k, self)))
+            for k in {**then, **table}:
+                if not _same(table.get(k, self), then.get(k, self)):
+                    yield i, k if isinstance(k, str) else "hooks"
         yield from ((i, k) for i, k, held in self.held if not all(holds(c, then) for c, then in held))
 
     def written(self) -> set[tuple[type, str]]:
@@ -81,7 +83,7 @@ class Snapshot:
             table.clear()
             table.update(then)
 
-    def _touched(self) -> Generator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    def _touched(self) -> Generator[tuple[int, dict[Any, Any], dict[Any, Any]]]:
         for i, table, then in self.tables:
             if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
                 yield i, table, then
@@ -92,8 +94,9 @@ def _same(now: Any, then: Any) -> bool:
     return now is then or (isinstance(now, ATOMS) and key(now) == key(then))
 
 
-def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return vars(module), _torch.parameters(module), _torch.buffers(module), _torch.children(module)
+def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    own = vars(module), _torch.parameters(module), _torch.buffers(module), _torch.children(module)
+    return *own, *_torch.hook_tables(module)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class Search:
 
     def _lowered(self, opened: frozenset[str]) -> tuple[Capture, Lowered]:
         captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried, self.whole)
-        return captured, lower(captured.graph, self.modules.__getitem__)
+        return captured, lower(captured.graph, self.modules.__getitem__, lossless=self.wishes.exact)
 
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
         """Return the whole sub-modules outside any region that may be opened."""

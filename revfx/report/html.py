@@ -204,7 +204,9 @@ def _code(words: str) -> str:
 
 
 # --- every value
-HEADS: dict[str, str] = dict.fromkeys("name type action how where".split(), "") | dict.fromkeys("bytes region step".split(), NUMBER)
+HEADS: dict[str, str] = dict.fromkeys("name type action how where".split(), "") | dict.fromkeys(
+    "bytes region step".split(), NUMBER
+)
 
 
 def values(e: Findings) -> Iterator[str]:

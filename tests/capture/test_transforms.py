@@ -97,7 +97,7 @@ def test_a_network_is_not_run_once_more_for_an_inverse() -> None:
 
 def test_classes_have_their_methods_again() -> None:
     methods = dict(vars(Bent))
-    revfx.convert(Flow(Bent, 3), [torch.randn(8, 2 * D)])
+    revfx.convert(Flow(Bent, 3))(torch.randn(8, 2 * D))
     assert dict(vars(Bent)) == methods
 
 

@@ -82,7 +82,7 @@ def test_one_that_is_wrong_costs_no_more_than_keeping_and_is_warned_of_once(warp
 
 def test_functions_have_their_code_again() -> None:
     code: Any = warped.__code__
-    revfx.convert(Warps(warped, 3), [torch.randn(8, 2 * D)])
+    revfx.convert(Warps(warped, 3))(torch.randn(8, 2 * D))
     assert warped.__code__ is code
 
 

@@ -14,7 +14,6 @@ from helpers import leaf
 from torch import Tensor, nn
 from zoo import Additive, D, Pairs
 
-import revfx
 from revfx.compiled import coded
 from revfx.errors import RegenerationError, RevfxWarning
 from revfx.testing import measure_memory

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fit_models import make
+from hypothesis import given, strategies as st
 
 import revfx
 from revfx.cli import main
-from revfx.report.fit import Largest, curve_svg, largest
+from revfx.report.fit import MOST, RESOLUTION, Largest, curve_svg, largest, search
 
 
 MODEL = """
@@ -80,3 +82,42 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "give bytes" in capsys.readouterr().err
     main(["explain", f"{file}:Net", "--input", "256,64", "--memory", "60%"])
     assert "least feasible budget" in capsys.readouterr().out
+
+
+# --- the search for the largest size that fits
+def up_to(limit: int, tried: list[int] | None = None) -> Callable[[int], bool]:
+    """A predicate that holds up to a limit, and notes the sizes that it is asked for."""
+
+    def fits(size: int) -> bool:
+        if tried is not None:
+            tried.append(size)
+        return size <= limit
+
+    return fits
+
+
+def never() -> bool:
+    return False
+
+
+@given(st.integers(0, MOST))
+def test_the_largest_is_found_to_its_resolution(limit: int) -> None:
+    tried: list[int] = []
+    low, over = search(up_to(limit, tried), 0, None, never)
+    assert low <= limit and len(tried) <= 30 and len(set(tried)) == len(tried)
+    if limit < MOST:
+        assert over is not None and limit < over and over - low <= max(1, low // RESOLUTION)
+    else:
+        assert (low, over) == (MOST, None)
+
+
+def test_small_sizes_are_found_exactly() -> None:
+    assert [search(up_to(n), 0, None, never) for n in (0, 1, 2, 3, 23)] == [(0, 1), (1, 2), (2, 3), (3, 4), (23, 24)]
+
+
+def test_a_search_continues_between_known_sizes_and_stops_on_request() -> None:
+    tried: list[int] = []
+    assert search(up_to(23, tried), 16, 32, never) == (23, 24)
+    assert all(16 < n < 32 for n in tried)
+    assert search(up_to(1000, tried := []), 0, None, lambda: len(tried) >= 4) == (8, None)
+    assert tried == [1, 2, 4, 8]

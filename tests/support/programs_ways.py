@@ -17,7 +17,6 @@ from torch._functorch import config as functorch_config
 from revfx.compiled.partitioner import reports
 from revfx.convert import convert
 from revfx.converted import Reversible
-from revfx.testing import store_activations
 
 
 # Inductor draws as eager kernels do, and in their order: torch's chain of random operations leaves out those whose

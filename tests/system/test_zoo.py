@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_same_as_stored, deep_but
 from torch import Tensor, nn
-from zoo import ZOO, Additive, Momentum, Pairs
+from zoo import ZOO, Momentum, Pairs
 
 import revfx
 from revfx.converted import conversion_of
@@ -124,10 +124,15 @@ def test_growth_of_codes_in_bytes_per_element_of_a_stream() -> None:
         assert 0.1 < (kept[1] - kept[0]) / 8 / x.numel() < most
 
 
-def test_region_is_found_in_a_model_that_is_never_run_for_analysis(fp64: None) -> None:
-    model = Additive(4)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    state = torch.get_rng_state()
-    revfx.convert(model, (torch.randn(3, 32),))
-    torch.set_rng_state(state)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+def test_planning_runs_nothing_on_real_data(fp64: None) -> None:
+    plain = ZOO["conv+BN"][0](4)
+    model = copy.deepcopy(plain)
+    inputs = ZOO["conv+BN"][1](3)
+    states: list[Tensor] = []
+    for call in (plain, revfx.convert(model)):
+        torch.manual_seed(0)
+        call(*inputs)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    for got, want in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(got, want), "running statistics of one batch"

@@ -1,14 +1,12 @@
-"""The models of `revfx bench`: plain PyTorch, with no wrapper in them and no thought of one.
+"""The reversible models of the bench: chains of blocks in plain PyTorch, without a reversible wrapper.
 
-Each is a chain of blocks that carry a state from one to the next. Libraries of reversible layers build the same model,
-with the same weights, of the modules f and g of its couplings, if it has such.
+Libraries of reversible layers build four of them from the modules f and g of their couplings, with the same weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 
 
 class Chain(nn.Module):
-    """`enter`, then block after block, each from a state, given as arguments, to the next; then `leave`.
+    """`enter`, then blocks that pass a state from one to the next, then `leave`.
 
     Streams lie side by side along `axis`.
     """
@@ -29,11 +27,11 @@ class Chain(nn.Module):
         self.blocks, self.axis = nn.ModuleList(blocks), axis
 
     def enter(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the first state: two streams, halves of what the stem gives."""
+        """Return the first state: two streams, the halves of the stem's output."""
         return self.stem(x).chunk(2, self.axis)
 
     def leave(self, *state: Tensor) -> Any:
-        """Return the output, of the last state."""
+        """Return the output for the last state."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Any:
@@ -79,8 +77,8 @@ class CouplingMlp(Chain):
 def convolutions(c: int) -> nn.Sequential:
     """Return two convolutions with BatchNorm, a SiLU between them.
 
-    With a ReLU one input that rounding takes across zero shows as 1e-2 in the gradient of a narrow layer, in whatever
-    computes it in another order (`torch.compile` too), and nothing smaller could be told.
+    With a ReLU, rounding takes single inputs across zero. This changes the gradient of a narrow layer by 1e-2 in any
+    way that sums in another order, `torch.compile` too, and would hide smaller errors.
     """
     first, second = (nn.Conv2d(c, c, 3, padding=1, bias=False) for _ in range(2))
     return nn.Sequential(first, nn.BatchNorm2d(c), nn.SiLU(), second, nn.BatchNorm2d(c))
@@ -124,7 +122,7 @@ class Transformer(Chain):
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
 
     def enter(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return two streams (B, T, d), which start as the same."""
+        """Return two equal streams (B, T, d)."""
         stream = self.token(x) + self.position.weight[: x.shape[1]]
         return stream, stream
 
@@ -136,7 +134,7 @@ class Transformer(Chain):
 
 # --- affine flow
 class Affine(nn.Module):
-    """`x1 * exp(tanh(s(x2))) + t(x2)`, then x2 likewise of the new x1; (s, t) by one network each."""
+    """`x1 * exp(tanh(s(x2))) + t(x2)`, then the same for x2 from the new x1; one network for each (s, t)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -174,7 +172,7 @@ class Flow(Chain):
 
 # --- leapfrog
 class Kick(nn.Module):
-    """What a step adds to the momenta of a chain of masses: learned forces of both springs' lengths, times `h`."""
+    """The change of momenta in one step: learned forces of the lengths of both springs, times `h`."""
 
     def __init__(self, hidden: int, h: float) -> None:
         super().__init__()
@@ -187,7 +185,7 @@ class Kick(nn.Module):
 
 
 class Drift(nn.Module):
-    """`h * p`: what a step adds to the displacements."""
+    """The change of displacements in one step: `h * p`."""
 
     def __init__(self, h: float) -> None:
         super().__init__()
@@ -199,7 +197,7 @@ class Drift(nn.Module):
 
 
 class Springs(Chain):
-    """Leapfrog steps of a chain of masses of one, all by one learned force; x: displacements (B, masses)."""
+    """Leapfrog steps of a chain of unit masses under one learned force; x: displacements (B, masses)."""
 
     def __init__(self, depth: int, masses: int = 128, hidden: int = 16, h: float = 0.1) -> None:
         kick, drift = Kick(hidden, h), Drift(h)
@@ -207,62 +205,9 @@ class Springs(Chain):
         self.push = nn.Parameter(torch.randn(masses))
 
     def enter(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return momenta, the same learned push for all, and displacements."""
+        """Return momenta (one learned push for all samples) and displacements."""
         return self.push.expand_as(x), x
 
     def leave(self, *state: Tensor) -> Tensor:
         """Return the last displacements."""
         return state[1]
-
-
-# --- the five
-@dataclass(frozen=True)
-class BenchModel:
-    """One model of the bench: the `name` that `--models` calls it, how it is built for a depth, the arguments of its
-    forward for a batch size, the same in every call, its loss, from the output to a scalar, and the default sizes.
-
-    `otherwise` says why its blocks are no additive couplings on two streams, as the end of a sentence; "" if they are.
-    """
-
-    name: str
-    title: str
-    build: Callable[[int], Chain]
-    inputs: Callable[[int], tuple[Tensor, ...]]
-    loss: Callable[[Any], Tensor]
-    depth: int
-    batch: int
-    otherwise: str = ""
-
-    def make(self, depth: int) -> Chain:
-        """Build the model, with the same weights in every call; torch's random generator is left as it was."""
-        return _seeded(lambda: self.build(depth))
-
-
-def _seeded(make: Callable[[], Any]) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make()
-
-
-def _normal(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
-    return lambda batch: (_seeded(lambda: torch.randn(batch, *shape)),)
-
-
-def _tokens(batch: int) -> tuple[Tensor, ...]:
-    return (_seeded(lambda: torch.randint(0, 64, (batch, 64))),)
-
-
-def _cross_entropy(logits: Tensor) -> Tensor:
-    """Return the cross-entropy with classes that are given round-robin."""
-    rows = logits.flatten(0, -2)
-    return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device) % rows.shape[-1])
-
-
-_AFFINE = "its couplings scale as well as add, and carry a log-determinant"
-MODELS: Mapping[str, BenchModel] = {m.name: m for m in (
-    BenchModel("mlp", "coupling MLP", CouplingMlp, _normal(32), lambda y: y.square().mean(), 16, 2048),
-    BenchModel("revnet", "convolutional RevNet", RevNet, _normal(3, 16, 16), _cross_entropy, 8, 64),
-    BenchModel("transformer", "reversible transformer", Transformer, _tokens, _cross_entropy, 8, 32),
-    BenchModel("flow", "affine flow", Flow, _normal(64), lambda density: -density.mean(), 16, 4096, _AFFINE),
-    BenchModel("leapfrog", "leapfrog steps", Springs, _normal(128), lambda q: q.square().mean(), 16, 256),
-)}  # fmt: skip

@@ -1,0 +1,1 @@
+"""The bench: revfx and its rivals, on the same models."""

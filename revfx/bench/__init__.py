@@ -1,1 +1,0 @@
-"""`revfx bench`: revfx and what else there is, on the same models."""

@@ -1,0 +1,221 @@
+"""`convert` of a forward that can't be recorded: it runs as it was, its sub-modules are converted, and why is said."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import fp64, leaf, loss_of
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from zoo import Additive, Pairs
+
+import revfx
+from revfx.errors import RevfxWarning
+from revfx.testing import assert_same_grads
+
+
+__all__ = ["fp64"]
+
+
+class Branches(Pairs):
+    """Couplings behind a branch that depends on data."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        a, b = x.chunk(2, -1)
+        if float(x.detach().sum()) > 1e9:
+            return x * 2
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + scale * f(b)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+class Averages(Branches):
+    """Keeps an average of its inputs, which nothing reads."""
+
+    average: Tensor
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.average.mul_(0.9).add_(x.detach().mean(), alpha=0.1)
+        return super().forward(x, scale)
+
+
+class Container(nn.Module):
+    """A root that can't be recorded around a sub-module that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Additive(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (2.0 if float(x.detach().sum()) > 1e9 else 1.0)
+
+
+class SineByNumPy(torch.autograd.Function):
+    """A sine that the dispatcher does not see: NumPy fills the memory of an empty tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        np.sin(x.detach().numpy(), out=y.numpy())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.cos()
+
+
+class ByNumPy(Pairs):
+    """Couplings of a function by NumPy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + SineByNumPy.apply(f(b))
+            b = b + SineByNumPy.apply(g(a))
+        return torch.cat([a, b], -1)
+
+
+def segformer() -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_attention_heads=[1, 2, 2, 4],
+        num_labels=5,
+    )  # fmt: skip
+    return SegformerForSemanticSegmentation(config)
+
+
+def six_steps(model: nn.Module, call: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
+    """Losses, gradients, and weights and buffers of six steps with SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    found: list[Tensor] = []
+    torch.manual_seed(1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        out = call(*inputs)
+        loss = loss_of(out if isinstance(out, Tensor) else out.logits)
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        optimizer.step()
+    return [*found, *model.state_dict().values()]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
+    "a branch on data": (lambda: Branches(4), lambda: [torch.randn(8, 32)]),
+    "a buffer": (lambda: Averages(2), lambda: [torch.randn(8, 32)]),
+    "around a sub-module": (Container, lambda: [torch.randn(8, 32)]),
+    "NumPy in an autograd.Function": (lambda: ByNumPy(2), lambda: [torch.randn(8, 32)]),
+    "transformers' SegFormer": (segformer, lambda: [torch.randn(2, 3, 32, 32)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_plain_training_to_the_last_bit(name: str) -> None:
+    make, inputs_of = MODELS[name]
+    torch.manual_seed(0)
+    plain, inputs = make(), inputs_of()
+    model = copy.deepcopy(plain)
+    got, want = six_steps(model, revfx.convert(model), inputs), six_steps(plain, plain, inputs)
+    assert len(got) == len(want) and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_sub_modules_are_converted_and_the_reason_is_said(fp64: None) -> None:
+    model, x = Container(), leaf(8, 32)
+    converted: Any = revfx.convert(model)
+    text = r"(?s)can't be recorded, so it runs as it was; its sub-modules.* memory=0\.5\).*the values of a tensor"
+    with pytest.warns(RevfxWarning, match=text) as caught:
+        assert_same_grads(converted, model, [x])
+    assert len(caught) == 1
+    assert converted.inner.revfx.regions and not converted.revfx.regions
+    assert any("values of a tensor" in str(r) for r in converted.revfx.refusals)
+
+
+def test_second_derivatives_are_plains(fp64: None) -> None:
+    model, x = Branches(4), leaf(8, 32)
+    converted = revfx.convert(model)
+    seconds: list[Tensor] = []
+    for call in (model, converted):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RevfxWarning)
+            (first,) = torch.autograd.grad(loss_of(call(x)), x, create_graph=True)
+        seconds += torch.autograd.grad(first.square().sum(), x)
+    assert torch.equal(*seconds)
+
+
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+def test_hooks_put_on_children_later_run() -> None:
+    converted: Any = revfx.convert(Container())
+    converted(leaf(8, 32))
+    seen: list[str] = []
+    converted.inner.f[0].register_forward_hook(lambda *_: seen.append("forward"))
+    converted.inner.f[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    loss_of(converted(leaf(8, 32))).backward()
+    assert "forward" in seen and "backward" in seen
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """The compiler's log, as it is where nobody set TORCH_LOGS."""
+    logs = [logging.getLogger(name) for name in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor")]
+    for log in logs:
+        log.addHandler(caplog.handler)
+    yield caplog
+    for log in logs:
+        log.removeHandler(caplog.handler)
+
+
+@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
+def test_an_error_of_the_forward_is_all_that_the_user_reads(
+    logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    converted = revfx.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+            converted(torch.randn(3, 5))
+    assert [r.getMessage() for r in logged.records if r.levelno >= logging.WARNING] == []
+
+
+# --- sub-modules that the user compiles
+class Own(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh().exp()
+
+
+def _sequential(width: int) -> nn.Module:  # dynamo leaves its forward alone, and goes on to its members
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's
+@pytest.mark.parametrize("make", [_sequential, Own])
+def test_hooks_of_a_region_are_not_compiled_with_a_sub_module(make: Any, fp64: None) -> None:
+    torch.compiler.reset()
+    model: Any = Additive(6)
+    width = model.f[0][0].in_features
+    model.f, model.g = (nn.ModuleList(make(width) for _ in range(6)) for _ in range(2))
+    for f in (*model.f, *model.g):
+        f.compile(backend="eager")
+    converted: Any = revfx.convert(model)
+    x = leaf(5, 2 * width)
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
+        assert_same_grads(converted, model, [x])
+    assert converted.revfx.plans
