@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.errors import Cause, Reason
 from revfx.passes.bounds import UNKNOWN, bounds
 from revfx.passes.elimination import ONE
 from revfx.passes.facts import assumed, masks
@@ -117,7 +118,8 @@ class _Lowering:
         masked = MaskedArcs(self.directions, self.masks, self.index, self.barred, self._arc)
         for i, arc in (*tilings(self.values, self.index, self.directions, outs), *masked.run()):
             ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
-        written = {self.values[v].storage for op in ops if "writes" in (op.barrier or "") for v in op.ins}
+        writing = [op for op in ops if op.barrier is not None and op.barrier.kind is Reason.WRITES_IN_PLACE]
+        written = {self.values[v].storage for op in writing for v in op.ins}
         theirs = {v.storage for v in self.values if v.given or v.source}
         values = (replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
         return Lowered(Program(tuple(values), tuple(ops), outputs), tuple(op_nodes), tuple(self.index))
@@ -134,7 +136,7 @@ class _Lowering:
     def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Op:
         ins = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
         arcs: list[Arc] = []
-        refused: dict[int, str] = {}
+        refused: dict[int, Cause] = {}
         directions = self.directions[node]
         for direction in directions if outs else ():
             if not isinstance(direction, (Inverse, NoInverse)):
@@ -142,8 +144,11 @@ class _Lowering:
             solved = direction.solves
             if not isinstance(solved, fx.Node) or solved.op == "get_attr" or solved not in self.index:
                 continue
-            arc = direction.reason if isinstance(direction, NoInverse) else self._arc(node, direction)
-            if isinstance(arc, str):
+            if isinstance(direction, NoInverse):
+                arc = Cause(direction.kind, direction.reason)
+            else:
+                arc = self._arc(node, direction)
+            if isinstance(arc, Cause):
                 refused[self.index[solved]] = arc
             else:
                 arcs.append(arc)
@@ -155,7 +160,7 @@ class _Lowering:
         solved = {a.head for a in arcs}
         moved = [isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions]
         if unknown:
-            refused = {v: f"`{name}` {why_none(name)}" for v in ins if not self.values[v].source}
+            refused = {v: why_none(name) for v in ins if not self.values[v].source}
         return Op(
             name=name,
             ins=ins,
@@ -194,37 +199,39 @@ class _Lowering:
             number = d.rest(*(0.0 if isinstance(g, fx.Node) else g for g in d.given))
         return (*factors.items(), (ONE, float(number))) if all(factors.values()) and math.isfinite(number) else ()
 
-    def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | str:
-        """Return the arc of one direction, or why its domain does not hold."""
+    def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | Cause:
+        """Return the arc of one direction, or the reason why its domain does not hold."""
+        name = op_name(node.target)
         result = node if inverse.result is None else inverse.result
         a, y = inverse.solves.meta["val"], result.meta["val"]
         if not isinstance(y, Tensor):
-            return "the result is not one tensor"
+            return Cause(Reason.NO_RULE, "the result is not one tensor")
         if inverse.coded and not self.coded:
             if a.dtype != y.dtype:
-                return f"the cast from {a.dtype} to {y.dtype} loses bits"
-            return f"`{op_name(node.target)}` {why_none(op_name(node.target))}"
+                return Cause(Reason.LOSES_BITS, f"the cast from {a.dtype} to {y.dtype} loses bits")
+            return why_none(name)
         given = [g for g in inverse.given if isinstance(g, fx.Node)]
         if any(isinstance(n, fx.Node) and n not in self.index for n in (*given, inverse.factor)):
-            return f"`{op_name(node.target)}` reads a number that only the run knows"
+            return Cause(Reason.DATA_DEPENDENT, f"`{name}` reads a number that only the run knows")
         if inverse.solves in given:
-            return f"both operands of `{op_name(node.target)}` are the same value"
+            return Cause(Reason.NON_INVERTIBLE, f"both operands of `{name}` are the same value")
         if not inverse.exact:
             if not a.is_floating_point() and not a.is_complex():
-                return f"it is {a.dtype}, and only floating-point values are inverted"
+                text = f"it is {a.dtype}, and only floating-point values are inverted"
+                return Cause(Reason.NON_INVERTIBLE, text)
             if a.dtype != y.dtype and not inverse.coded:
-                return f"`{op_name(node.target)}` turns {a.dtype} into {y.dtype}"
+                return Cause(Reason.LOSES_BITS, f"`{name}` turns {a.dtype} into {y.dtype}")
             if inverse.matrix is not None and inverse.matrix not in self.constant:
-                return f"`{op_name(node.target)}` multiplies by a matrix that is computed from data"
+                return Cause(Reason.NON_INVERTIBLE, f"`{name}` multiplies by a matrix that is computed from data")
             if inverse.matrix is None and not same(a.shape, y.shape):
-                return f"`{op_name(node.target)}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}"
+                return Cause(Reason.LAYOUT, f"`{name}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}")
         factor = self._factor(inverse, y.dtype)
         if isinstance(factor, str):
-            return factor
+            return Cause(Reason.ZERO_FACTOR, factor)
         return Arc(
             head=self.index[inverse.solves], tail=(self.index[result], *(self.index[g] for g in given)),
             solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
-            text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({op_name(node.target)})",
+            text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({name})",
             assumes=assumed(given, self.index) if inverse.exact else (),
             coded=inverse.coded,
             declared=inverse.declared or declared_by_user(node, self._module(node)),

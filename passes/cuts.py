@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from revfx.errors import Cause
 from revfx.passes.closure import Closure, Derivation, Forward, Invert, made_by, read_by
 from revfx.passes.program import Arc, Program
 
@@ -78,7 +79,7 @@ class Stuck:
     start: int
     stop: int
     unknown: Values
-    barrier: str | None = None
+    barrier: Cause | None = None
     nearest: tuple[int, Values] | None = None
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import networkx as nx
 
-from revfx.errors import Refusal
+from revfx.errors import Cause, Reason, Refusal
 from revfx.passes.cuts import Stuck
 from revfx.passes.program import Program
 
@@ -20,7 +20,7 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
     """
     if stuck.barrier is not None:
         op = program.ops[stuck.start]
-        return [Refusal(stuck.barrier, op.name, op.where)]
+        return [stuck.barrier.at(op.name, op.where)]
     if stuck.nearest is not None:
         stuck = replace(stuck, start=stuck.nearest[0], unknown=stuck.nearest[1])
     graph = _dependencies(program, stuck)
@@ -55,10 +55,10 @@ def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
 def _lost(program: Program, stuck: Stuck, value: int) -> Refusal:
     name, made = program.values[value].name, program.made_at[value]
     for op in (program.ops[i] for i in program.users[value] if stuck.start <= i < stuck.stop):
-        reason = dict(op.refused).get(value, f"`{op.name}` has no inverse")
-        return Refusal(f"`{name}` can't be computed back: {reason}", op.name, op.where)
+        cause = dict(op.refused).get(value, Cause(Reason.NON_INVERTIBLE, f"`{op.name}` has no inverse"))
+        return Refusal(cause.kind, (op.name,), op.where, f"`{name}` can't be computed back: {cause.text}")
     by, where = (program.ops[made].name, program.ops[made].where) if made >= 0 else (name, "")
-    return Refusal(f"`{name}` is read nowhere that could give it back", by, where)
+    return Refusal(Reason.VALUE_LOST, (by,), where, f"`{name}` is read nowhere that could give it back")
 
 
 def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
@@ -73,8 +73,8 @@ def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
         op, name = program.ops[i], program.values[head].name
         readers = [program.ops[u] for u in program.users[head] if u != i and stuck.start <= u < stuck.stop]
         via = f", and `{readers[0].name}` of it" if readers else ""
-        reason = f"`{name}` is added to something computed from itself{via}: solving for it would need it"
-        return [Refusal(reason, op.name, op.where)]
+        text = f"`{name}` is added to something computed from itself{via}: solving for it would need it"
+        return [Refusal(Reason.NO_COUPLING, (op.name, *(r.name for r in readers[:1])), op.where, text)]
     return []
 
 

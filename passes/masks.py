@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.errors import Cause
 from revfx.passes.facts import BINARY, Mask, Masks, bare
 from revfx.passes.program import Arc, Found
 from revfx.passes.sizes import same
@@ -61,7 +62,7 @@ class MaskedArcs:
     masks: Masks
     index: Mapping[fx.Node, int]
     barred: Mapping[fx.Node, str] | None
-    arc_of: Callable[[fx.Node, Inverse], Arc | str]
+    arc_of: Callable[[fx.Node, Inverse], Arc | Cause]
 
     def __post_init__(self) -> None:
         self.position = {node: i for i, node in enumerate(self.directions)}
@@ -121,7 +122,7 @@ class MaskedArcs:
             if inverse.exact and whole.target not in ("neg", torch.neg):
                 continue  # on each element alone works all that rounds; of the exact ones only a sign
             arc = self.arc_of(whole, inverse)
-            if isinstance(arc, str) or (arc.factor is not None and known.divides):
+            if isinstance(arc, Cause) or (arc.factor is not None and known.divides):
                 continue
             given = tuple(g for g in inverse.given if isinstance(g, fx.Node))
             solve = functools.partial(_chain, known.solve, len(known.tail), arc.solve)

@@ -13,6 +13,8 @@ from functools import cached_property
 
 import torch
 
+from revfx.errors import Cause
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -93,9 +95,9 @@ class Op:
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     arcs: tuple[Arc, ...] = ()
-    refused: tuple[tuple[int, str], ...] = ()
+    refused: tuple[tuple[int, Cause], ...] = ()
     where: str = ""
-    barrier: str | None = None
+    barrier: Cause | None = None
     opaque: bool = True
     moves: bool = False
     terms: tuple[tuple[int, float], ...] = ()

@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
+from revfx.errors import Cause, Reason
 from revfx.passes.closure import Forward, Invert
 from revfx.passes.cuts import PATIENCE, Step, Stuck, SumSearches, find_step, live_before, needed
 from revfx.passes.program import Program
@@ -129,7 +130,8 @@ def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
     for step in walk.steps:
         for i in range(step.start, step.stop):
             for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.tail and a.head in step.saved):
-                yield Stuck(i, i + 1, (arc.head,), f"`{program.values[arc.head].name}` has to be kept: {arc.barred}")
+                text = f"`{program.values[arc.head].name}` has to be kept: {arc.barred}"
+                yield Stuck(i, i + 1, (arc.head,), Cause(Reason.ROUNDING, text))
 
 
 def extend(

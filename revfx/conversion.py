@@ -24,7 +24,7 @@ from revfx.capture.search import Outcome, Wishes, make_plan
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.eager.calls import Slot
 from revfx.eager.modes import runs_plain, store_activations
-from revfx.errors import NotReversibleError, Refusal, RevfxWarning
+from revfx.errors import NotReversibleError, Reason, Refusal, RevfxWarning, listed
 from revfx.fit.budget import Budget
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
 from revfx.info import ConversionInfo
@@ -83,7 +83,7 @@ class Conversion:
     def not_compiled(self) -> list[Refusal]:
         """Return what runs as it is, although it was to be compiled, and why; it shows when it is called."""
         return [
-            Refusal(f"`{name}` is not compiled: {function.kernels.failed}", name, where)
+            Refusal(Reason.NOT_COMPILED, (name,), where, f"`{name}` is not compiled: {function.kernels.failed}")
             for name, where, function in self.compiled_functions
             if function.kernels.failed is not None
         ]
@@ -159,7 +159,7 @@ class Conversion:
         if self.options.strict and (outcome.plan is None or outcome.refusals):
             node = outcome.refusals[0].op if outcome.refusals else None
             what = f"`convert({name_of(model)}, strict=True)`: left as it was"
-            raise NotReversibleError(f"{what}:\n  {_reasons(outcome)}", node)
+            raise NotReversibleError(f"{what}:\n{listed(outcome.refusals)}", node, outcome.refusals)
         if outcome.untraceable and not self.parts_converted:
             self.parts_converted = True
             self.convert_parts(model, self.options)
@@ -170,8 +170,7 @@ class Conversion:
             what = "nothing reversible was found, so it runs as it was, with all its activations"
             if outcome.untraceable:
                 what = "its forward can't be recorded, so it runs as it was; its sub-modules are converted"
-            todo = "`revfx.convert(model, memory=0.5)` trains any model in half of its peak memory"
-            self._warn(f"`convert({name_of(model)})`: {what}. {todo}.\n  {_reasons(outcome)}")
+            self._warn(f"`convert({name_of(model)})`: {what}:\n{listed(outcome.refusals)}")
 
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
@@ -243,10 +242,6 @@ def flattened(args: Any, kwargs: Any) -> tuple[Sequence[Any], Any]:
     leaves = [*args, *kwargs.values()]
     simple = _LEAVES.issuperset(map(type, leaves))
     return (leaves, (len(args), *kwargs)) if simple else _torch.flatten((args, kwargs))
-
-
-def _reasons(outcome: Outcome) -> str:
-    return "\n  ".join(str(r) for r in outcome.refusals[:8]) or "no operation is inverted"
 
 
 def _objects(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import fx
 
@@ -12,15 +14,17 @@ class RevfxError(RuntimeError):
 
 
 class NotReversibleError(RevfxError):
-    """A region that was asked to be reversible is not: carries the `reason` and the `node` that blocks it.
+    """A region that was asked to be reversible is not.
 
-    `node` is the `torch.fx.Node` of the blocking operation, a name, or None where no graph is involved.
+    `reason` is the text, `node` the blocking operation: a `torch.fx.Node`, a name, or None where no graph is involved.
+    `refusals` are all places that block, each with its kind and remedy.
     """
 
-    def __init__(self, reason: str, node: fx.Node | str | None = None) -> None:
+    def __init__(self, reason: str, node: fx.Node | str | None = None, refusals: tuple[Refusal, ...] = ()) -> None:
         super().__init__(reason)
         self.reason = reason
         self.node = node
+        self.refusals = refusals
 
 
 class RegenerationError(RevfxError):
@@ -39,13 +43,122 @@ class RevfxWarning(UserWarning):
     """A model, or a part of it, is left as it was; the text says which part and why."""
 
 
+class Reason(Enum):
+    """A kind of refusal: its meaning, and its `remedy`, the user's way out."""
+
+    NO_COUPLING = (
+        "a value is added to something computed from itself, as in a residual block",
+        "split the stream in two: `y1 = x1 + f(x2); y2 = x2 + g(y1)`, or use `revfx.convert(model, memory=0.5)`, which"
+        " works for any model",
+    )
+    NON_INVERTIBLE = (
+        "the operation discards information",
+        "move it into the function that is added to the other stream, or use `revfx.convert(model, memory=0.5)`, which"
+        " works for any model",
+    )
+    NO_RULE = (
+        "the operation has no inverse rule",
+        "give it one by `revfx.register_inverse`, or move it into the function of a coupling",
+    )
+    ZERO_FACTOR = (
+        "a factor may be zero",
+        "use a factor that is bounded away from zero: `exp(tanh(s))`, or `sigmoid(s) + 0.1`",
+    )
+    LOSES_BITS = (
+        "a stream changes its dtype",
+        "keep each stream in one dtype, float32 if possible, and cast inside the functions",
+    )
+    LAYOUT = (
+        "a shape or an index is not followed",
+        "add something of the stream's own shape, for instance by `expand`; index along one dimension, by constants or"
+        " buffers",
+    )
+    ROUNDING = (
+        "an operation compares elements, and an inverse that rounds would change the result",
+        "use `revfx.convert(model)`, which corrects rounding, or let a layer that mixes the data, such as a linear"
+        " layer, come first",
+    )
+    VALUE_LOST = (
+        "a value is read nowhere that could give it back",
+        "return it, or compute it from what is returned",
+    )
+    WRITES_IN_PLACE = (
+        "an operation writes to memory that something else reads",
+        "work on a copy: `x.clone()`, or write `x = x + ...`",
+    )
+    DATA_DEPENDENT = (
+        "Python code or a size depends on the values of a tensor",
+        "use `torch.where` for the branch, or `revfx.convert(model, memory=0.5)`, which works for any model",
+    )
+    HIDDEN_STATE = (
+        "the forward reads state that is not tracked",
+        "use `register_buffer` for tensors, and draw random numbers from torch's default generator",
+    )
+    SIDE_EFFECT = (
+        "the forward changes state outside of itself",
+        "make the change before: in `__init__`, by `register_buffer`, or in a call under `torch.no_grad()`",
+    )
+    OPAQUE = (
+        "revfx can't look into a module or an operation",
+        "call it inside the function that is added to the other stream; put hooks on the modules inside it",
+    )
+    UNTRACEABLE = (
+        "the forward can't be recorded",
+        "convert its sub-modules one by one, or use `revfx.convert(model, memory=0.5)`, which works for any model",
+    )
+    NOT_COMPILED = (
+        "the compiler does not take a function or a graph",
+        "run with TORCH_LOGS=graph_breaks for the details, or leave out `compile=True`",
+    )
+
+    def __init__(self, meaning: str, remedy: str) -> None:
+        self.meaning, self.remedy = meaning, remedy
+
+    def __repr__(self) -> str:
+        return f"Reason.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """The kind of a refusal with its specific `text`, before its place is known."""
+
+    kind: Reason
+    text: str
+
+    def at(self, op: str, where: str, *others: str) -> Refusal:
+        """Return the refusal for an operation, and `others` that block with it, at a place."""
+        return Refusal(self.kind, (op, *others), where, self.text)
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why one place of a model stays as it was: the reason, the operation and where the user wrote it."""
+    """A place of a model that is left as it was.
 
-    reason: str
-    op: str
+    `nodes` are the names of the operations that block, the one at `where` (file:line) first. `detail` is the reason in
+    words.
+    """
+
+    kind: Reason
+    nodes: tuple[str, ...]
     where: str
+    detail: str = ""
+
+    @property
+    def op(self) -> str:
+        """The name of the operation at `where`."""
+        return self.nodes[0] if self.nodes else ""
 
     def __str__(self) -> str:
-        return f"{self.where or 'unknown place'}: `{self.op}`: {self.reason}"
+        return f"{self.where or 'unknown place'}: `{self.op}`: {self.detail or self.kind.meaning}"
+
+
+LISTED = 8  # refusals in one message
+
+
+def listed(refusals: Sequence[Refusal]) -> str:
+    """Format refusals, and the remedies of their kinds, for the end of a message."""
+    shown = refusals[:LISTED]
+    lines = [f"  {refusal}" for refusal in shown] or ["  no operation is inverted"]
+    remedies = dict.fromkeys(refusal.kind.remedy for refusal in shown)
+    lines += [f"What to do: {remedy}." for remedy in remedies]
+    return "\n".join(lines)

@@ -95,7 +95,7 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
     modules = dict(op.named_modules())
     captured = capture(op, op.forward, tuple(inputs), {}, frozenset())
     lowered = lower(captured.graph, modules.__getitem__, barred={})
-    reasons = "; ".join(reason for o in lowered.program.ops for _, reason in o.refused) or "the rule yields nothing"
+    reasons = "; ".join(cause.text for o in lowered.program.ops for _, cause in o.refused) or "the rule yields nothing"
     if not any(o.arcs for o in lowered.program.ops[1:] or lowered.program.ops):  # the first only copies
         lowered = lower(captured.graph, modules.__getitem__)  # what only a code makes right
     program, leaves = lowered.program, pytree.tree_leaves((tuple(inputs), {}))

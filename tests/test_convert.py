@@ -298,7 +298,7 @@ def test_function_that_draws_from_a_generator_that_is_not_put_back_lies_in_no_re
     _seed()
     assert relative_error([*gradients(converted, [x]).values()], expected) < 1e-4
     assert [len(p.regions) for p in converted.revfx.plans] == [2]
-    assert any(f"it draws from {generator}, whose state is not tracked" in r.reason for r in converted.revfx.refusals)
+    assert any(f"it draws from {generator}, whose state is not tracked" in r.detail for r in converted.revfx.refusals)
     with pytest.raises(NotReversibleError, match="draws from"):
         revfx.convert(model, strict=True)(_x())
 

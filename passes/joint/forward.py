@@ -18,6 +18,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from revfx.errors import Cause, Reason
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.facts import Facts, ancestors, annotate, constants
@@ -219,29 +220,31 @@ def _annotate(node: fx.Node, new: fx.Node) -> None:
         new.meta["barrier"] = barrier
 
 
-def _barrier(node: fx.Node) -> str | None:
-    """Return why an operation can't be run again, or None."""
+def _barrier(node: fx.Node) -> Cause | None:
+    """Return the reason why an operation can't be run again, or None."""
     target: Any = node.target
     val = node.meta.get("val")
     if isinstance(val, NUMBERS) or getattr(target, "__module__", None) == "_operator":
         return None
     if not _torch.is_overload(target):
-        return f"`{getattr(target, '__name__', target)}` is a higher-order operator, which is not run again"
+        name = getattr(target, "__name__", target)
+        return Cause(Reason.OPAQUE, f"`{name}` is a higher-order operator, which is not run again")
     if target.namespace not in NAMESPACES:
         if "c10d" in target.namespace:
-            return f"`{target}` is a collective, which is run once"
-        return f"`{target}` is a custom operator: whether it only computes its result is not known"
+            return Cause(Reason.OPAQUE, f"`{target}` is a collective, which is run once")
+        text = f"`{target}` is a custom operator: whether it only computes its result is not known"
+        return Cause(Reason.OPAQUE, text)
     if _torch.writes(target):
-        return f"`{target}` writes its argument"
+        return Cause(Reason.WRITES_IN_PLACE, f"`{target}` writes its argument")
     if _torch.packet_name(target) == "as_strided":
-        return "`as_strided` reads memory, not a value"
+        return Cause(Reason.LAYOUT, "`as_strided` reads memory, not a value")
     tensors = tensors_of(val)
     if any(free_unbacked_symbols(t) for t in tensors if not fixed(t.shape)):
-        return f"the size of what `{target}` returns depends on data"
+        return Cause(Reason.DATA_DEPENDENT, f"the size of the result of `{target}` depends on data")
     if node.kwargs.get("generator") is not None:
-        return f"`{target}` draws from a generator of its own"
+        return Cause(Reason.HIDDEN_STATE, f"`{target}` draws from a generator of its own")
     if any(t.layout != torch.strided for t in tensors):
-        return f"`{target}` returns a tensor that is not strided"
+        return Cause(Reason.LAYOUT, f"`{target}` returns a tensor that is not strided")
     return None
 
 

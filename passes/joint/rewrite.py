@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from revfx.errors import Refusal
+from revfx.errors import Reason, Refusal
 from revfx.passes.composed import composed_all
 from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
@@ -83,7 +83,8 @@ def rewrite(
         try:
             regenerator.region(region, wanted, ops, cuts)
         except Unrecordable as error:
-            refusals += (Refusal(str(error), program.ops[region.start].name, program.ops[region.start].where),)
+            first = program.ops[region.start]
+            refusals += (Refusal(Reason.DATA_DEPENDENT, (first.name,), first.where, str(error)),)
             continue
         _uncheckpoint(forward, region)
         found.append(summary(program, region, len(cuts) + 2, sum(freed)))

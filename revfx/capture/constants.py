@@ -15,6 +15,7 @@ from revfx.ambient import all_generators, drew
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.capture.whole import told_to_invert
 from revfx.eager.calls import tensors
+from revfx.errors import Reason
 from revfx.passes._torch import may_draw, no_dispatch
 from revfx.passes.facts import LIMIT, ancestors, is_mask
 from revfx.rules import op_name
@@ -43,7 +44,7 @@ class Constants:
         """Forget what lives in some memory, which is written to; refuse that where its numbers were asked for."""
         spoilt = [n for n in self.held if n.meta["storage"][0] == memory]
         if any("asked" in n.meta for n in spoilt):
-            raise Untraceable(f"{ASKS}, and then it writes to that", once=True)
+            raise Untraceable(f"{ASKS}, and then it writes to that", once=True, kind=Reason.DATA_DEPENDENT)
         for node in spoilt:
             del self.held[node]
             if not any("constant" in user.meta for user in node.users):
@@ -63,11 +64,11 @@ class Constants:
             for node in self.graph.nodes:
                 if node in above and node not in self.values:
                     if node not in self.held and not is_pure(node):
-                        raise Untraceable(ASKS)
+                        raise Untraceable(ASKS, kind=Reason.DATA_DEPENDENT)
                     self.values[node] = self.held[node] if node in self.held else _result(node, self.values)
             found = _called(function, args, kwargs, self.values)
             if may_draw(op_name(function), args, kwargs) or drew(drawn, all_generators()) is not None:
-                raise Untraceable(ASKS)
+                raise Untraceable(ASKS, kind=Reason.DATA_DEPENDENT)
         except Untraceable as e:
             e.whole = told_to_invert()
             raise
@@ -156,5 +157,6 @@ class Numbers:
         if len(others) == len(operands):
             return
         if name.strip("_") not in LINEAR or not all(t.is_floating_point() and t.dim() for t in others):
-            raise Untraceable(f"`{name}` reads a number of the model that changes from call to call")
+            text = f"`{name}` reads a number of the model that changes from call to call"
+            raise Untraceable(text, kind=Reason.HIDDEN_STATE)
         self.known.update(id(t) for t in made if not others)

@@ -21,6 +21,7 @@ from revfx import _torch
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.modes import recording
 from revfx.eager.reach import EMPTY, global_names, held_in, is_users
+from revfx.errors import Reason
 
 
 ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -238,7 +239,8 @@ def noting_reads(numbers: Mapping[tuple[int, str], Tensor]) -> Generator[Attribu
         if name != "__dict__" or _torch.caller().f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             reads.names.setdefault(self, set()).add(name)
         if is_users(name) and gives_anew(value):
-            raise Untraceable(f"its forward reads `{name}`: a {type(value).__name__} gives something else every time")
+            text = f"its forward reads `{name}`: a {type(value).__name__} gives something else every time"
+            raise Untraceable(text, kind=Reason.HIDDEN_STATE)
         return value
 
     with mock.patch.object(nn.Module, "__getattribute__", __getattribute__):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.capture.constants import is_pure
+from revfx.errors import Cause, Reason
 from revfx.passes._torch import may_draw
 from revfx.rules import aten, op_name
 from revfx.rules.layout import put
@@ -49,7 +50,7 @@ def functionalise(graph: fx.Graph) -> None:
         if reason is None:
             _make_functional(node)
         else:
-            node.meta["barrier"] = reason
+            node.meta["barrier"] = Cause(Reason.WRITES_IN_PLACE, reason)
     writes = [n for n in graph.nodes if "barrier" in n.meta and "mutates" in n.meta]
     for nodes in memory.values():
         first = min((position[n] for n in nodes if "barrier" in n.meta and "mutates" in n.meta), default=None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from revfx import _torch
 from revfx.capture.untraceable import LOST, Untraceable
 from revfx.eager.modes import recording
+from revfx.errors import Reason
 from revfx.rules import foreign_modules
 
 
@@ -48,7 +49,7 @@ def intercepted() -> Generator[None]:
 
     def patched_set(state: Tensor) -> None:
         if recording.recorder is not None and not recording.recorder.suspended:  # as by `fork_rng` at its end
-            raise Untraceable(f"its forward sets the state of torch's generator, {LOST}")
+            raise Untraceable(f"its forward sets the state of torch's generator, {LOST}", kind=Reason.SIDE_EFFECT)
         set_rng_state(state)
 
     instead: list[tuple[Any, str, Any]] = [

@@ -33,6 +33,7 @@ from revfx.capture.untraceable import ASKS, EFFECTS, GIVEN, KEPT, OWN_GENERATOR,
 from revfx.capture.whole import faked, refuse_hidden, shapes_of
 from revfx.eager import dtensor
 from revfx.eager.calls import meta, tensors
+from revfx.errors import Cause, Reason
 from revfx.passes._torch import updated_statistics
 from revfx.passes.sizes import of_its_shape
 from revfx.rules import has_rule, op_name
@@ -122,7 +123,8 @@ class Recorder(TorchFunctionMode):
         if known is None:
             raise Untraceable(
                 "it reads a tensor that is neither an argument nor a parameter, buffer or attribute of the model (a"
-                " global, or one kept in a container or in an object that it is given); use `register_buffer`"
+                " global, or one kept in a container or in an object that it is given)",
+                kind=Reason.HIDDEN_STATE,
             )
         _, path, name = known
         qualified = f"{path}.{name}" if path else name
@@ -189,7 +191,8 @@ class Recorder(TorchFunctionMode):
             return out
         name = op_name(func)
         if name in EFFECTS:
-            raise Untraceable(f"its forward calls `{name}`, whose effect a recorded graph would not repeat", once=True)
+            text = f"its forward calls `{name}`, whose effect a recorded graph would not repeat"
+            raise Untraceable(text, once=True, kind=Reason.SIDE_EFFECT)
         if name in ("__getitem__", "__setitem__"):
             args = args[0], positions(args[1], self.nodes, self.__torch_function__), *args[2:]
         if name == "_is_all_true":  # a distribution validates what it is given: a run asks this at its end
@@ -229,13 +232,14 @@ class Recorder(TorchFunctionMode):
         if (ambient := Ambience.now()) != self.ambient:
             node.meta["ambient"] = ambient
         if (drawn := OWN_GENERATOR if _draws((args, kwargs)) else meta.get("drew")) is not None:
-            node.meta["barrier"] = f"it draws from {drawn}, whose state is not tracked"
+            node.meta["barrier"] = Cause(Reason.HIDDEN_STATE, f"it draws from {drawn}, whose state is not tracked")
         if mutated:
             node.meta["mutates"] = [self.nodes[id(t)] for t in mutated if id(t) in self.nodes]
             node.meta["unseen"] = not torch.is_grad_enabled() and any(t.requires_grad for t in mutated)
             then, path = self.hooked  # hooks, which don't run here, may have replaced it by any tensor that was there
             if any(self.born[n.meta["storage"][0]] < then for n in node.meta["mutates"]):
-                raise Untraceable(f"it writes in place to what may be the result of `{path}`, which hooks may replace")
+                text = f"it writes in place to what may be the result of `{path}`, which hooks may replace"
+                raise Untraceable(text, kind=Reason.WRITES_IN_PLACE)
             for t in mutated:
                 key = _torch.storage_key(t)
                 self.generation[key] = self.generation.get(key, 0) + 1
@@ -288,7 +292,8 @@ class Recorder(TorchFunctionMode):
         if path is None and id(module) in self.made and type(module).__module__.startswith("torch."):
             return module.forward(*args, **kwargs)  # `CrossEntropyLoss()(x, y)`: what it does is this code's choice
         if path is None:
-            raise Untraceable(f"it calls a {type(module).__name__} that is not registered as a sub-module")
+            text = f"it calls a {type(module).__name__} that is not registered as a sub-module"
+            raise Untraceable(text, kind=Reason.HIDDEN_STATE)
         if path in self.opened:
             self.stack.append(path)
             out = module.forward(*args, **kwargs)
@@ -306,7 +311,8 @@ class Recorder(TorchFunctionMode):
             seen = self.memo.get(key)
             out = None if seen is None else seen.fresh()
         if seen is None:
-            with left_alone((args, kwargs), Untraceable(f"`{path}` {GIVEN}", opens=path)):
+            spoilt = Untraceable(f"`{path}` {GIVEN}", opens=path, kind=Reason.SIDE_EFFECT)
+            with left_alone((args, kwargs), spoilt):
                 out = self._run_whole(path, module, args, kwargs)
         with _torch.no_torch_function():
             mutated = [t for t, v in versions if _torch.version(t) != v]
@@ -328,7 +334,7 @@ class Recorder(TorchFunctionMode):
                 out = dtensor.run(module, args, kwargs)
             except _fake.DATA_DEPENDENT as e:
                 if not has_rule(type(module)):  # its own code may ask a buffer
-                    raise Untraceable(ASKS, where_raised(e), opens=path) from None
+                    raise Untraceable(ASKS, where_raised(e), opens=path, kind=Reason.DATA_DEPENDENT) from None
                 out = faked(self, shapes_of(module, args, kwargs), [*given, *module.parameters()])
             with _torch.no_torch_function():
                 odd = [type(x).__name__ for x in pytree.tree_leaves(out) if not isinstance(x, (Tensor, type(None)))]

@@ -19,7 +19,7 @@ from revfx.capture.trace import capture
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.modes import without_hooks
 from revfx.eager.region_plan import RegionPlan
-from revfx.errors import Refusal
+from revfx.errors import Reason, Refusal
 from revfx.passes._torch import no_dispatch
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.closure import Invert
@@ -77,7 +77,7 @@ def make_plan(
             return search.run()
     except Untraceable as e:
         name = name_of(root)
-        refusal = Refusal(f"{name} can't be recorded: {e.reason}", name, e.where)
+        refusal = Refusal(e.kind, (name,), e.where, f"{name} can't be recorded: {e.reason}")
         refusals = (*search.refusals.values(), refusal)
         return Outcome(None, refusals, untraceable=True, once=e.once, guard=_modes_of(root))
 
@@ -147,7 +147,7 @@ class Search:
         if script or (hooked and [*module.children()]):
             reason = "it is a ScriptModule" if script else "it has hooks, which run only when it is called whole"
             self.closed.add(path)
-            self.refusals[path] = Refusal(f"`{path}` stays whole: {reason}", path, "")
+            self.refusals[path] = Refusal(Reason.OPAQUE, (path,), "", f"`{path}` stays whole: {reason}")
             return False
         seen_through = isinstance(module, SEEN_THROUGH) or _is_square(module)
         builtin = type(module).__module__.startswith("torch.") and not seen_through
@@ -160,7 +160,7 @@ class Search:
         kinds = {type(self.modules[p]) for p in at_fault}
         self.closed.update(p for p in more if type(self.modules[p]) in kinds)
         name = at_fault[0]
-        self.refusals[name] = Refusal(f"`{name}` stays whole: {error.reason}", name, error.where)
+        self.refusals[name] = Refusal(error.kind, (name,), error.where, f"`{name}` stays whole: {error.reason}")
 
     def _close_again(self, found: Any, opened: frozenset[str]) -> Any:
         """Return the same regions with only those modules open whose insides the backward needs to see."""

@@ -15,7 +15,7 @@ from revfx.capture.plan import Plan
 from revfx.capture.search import Search, Wishes
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.modes import without_hooks
-from revfx.errors import NotReversibleError, Refusal
+from revfx.errors import NotReversibleError, Reason, Refusal
 from revfx.passes._torch import may_draw, no_dispatch
 from revfx.passes.arcs import Lowered
 from revfx.passes.closure import Closure, Derivation, Invert, read_by
@@ -80,9 +80,9 @@ class Solver(Search):
             with without_hooks(), no_dispatch(), muted(_fake.FAKE_LOGGER):
                 return self._solve()
         except Untraceable as e:
-            raise NotReversibleError(
-                f"`inverse`: {name_of(self.root)} can't be recorded: {e.reason} ({e.where})"
-            ) from e
+            name = name_of(self.root)
+            refusal = Refusal(e.kind, (name,), e.where, f"{name} can't be recorded: {e.reason}")
+            raise NotReversibleError(f"`inverse`: {refusal.detail} ({e.where})", refusals=(refusal,)) from e
 
     def _find(self, opened: frozenset[str]) -> tuple[Capture, Lowered, tuple[Any, ...], tuple[Any, ...]]:
         captured, lowered = self._lowered(opened)
@@ -134,13 +134,14 @@ class Solver(Search):
         live = {v for i in range(len(program.ops)) for v in program.ops[i].ins if v not in closure}
         written, stuck = _written(lowered), Stuck(0, len(program.ops), tuple(dict.fromkeys((*unknown, *live))))
         reasons = diagnose(program, stuck) if written is None else [written]
-        said = "\n  ".join(dict.fromkeys(_worded(str(r)) for r in reasons[:4]))
+        said = "\n  ".join(dict.fromkeys(map(_worded, reasons[:4])))
         said = said or "of what it returns only floating-point tensors are followed back"
         at = dict(zip(lowered.inputs, captured.inputs, strict=True))
         lost = ", ".join(dict.fromkeys(f"`{self.names[at[v]]}`" for v in unknown)) or "what it takes"
         return NotReversibleError(
             f"`inverse`: {lost} of {name_of(self.root)} does not follow from its outputs:\n  {said}",
             reasons[0].op if reasons else None,
+            tuple(reasons),
         )
 
     def _closure(self, lowered: Lowered, known: Collection[int]) -> Closure:
@@ -161,10 +162,11 @@ def _written(lowered: Lowered) -> Refusal | None:
     """Return what is written to in place, so that values are not what operations before made of them."""
     for op, node in zip(lowered.program.ops, lowered.op_nodes, strict=True):
         if op.barrier is not None and node.meta.get("mutates"):
-            return Refusal(op.barrier, op.name, op.where)
+            return op.barrier.at(op.name, op.where)
     return None
 
 
-def _worded(reason: str) -> str:
-    by = "that takes a fixed point, or one element after the other (autoregression), which `inverse` does not do"
-    return f"{reason}; {by}" if "computed from itself" in reason else reason
+def _worded(refusal: Refusal) -> str:
+    if refusal.kind is not Reason.NO_COUPLING:
+        return str(refusal)
+    return f"{refusal}; that takes a fixed point, or one element after the other (autoregression)"

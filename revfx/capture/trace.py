@@ -21,6 +21,7 @@ from revfx.capture.transforms import declared_by_transforms
 from revfx.capture.untraceable import GIVEN, LOST, Untraceable, untraceable
 from revfx.capture.whole import called_whole
 from revfx.eager.modes import recording
+from revfx.errors import Reason
 
 
 _lock = threading.Lock()
@@ -51,7 +52,7 @@ def capture(
         if isinstance(found, Untraceable):
             raise found
         if left is not None:
-            raise Untraceable(f"its forward leaves a tensor in {left}, {LOST}")
+            raise Untraceable(f"its forward leaves a tensor in {left}, {LOST}", kind=Reason.SIDE_EFFECT)
         return found
 
 
@@ -64,29 +65,33 @@ def _recorded(
     read = GlobalReads([forward, *(type(m).forward for path, m in modules if path in watched)])
     try:
         if any(map(gives_anew, given)):
-            raise Untraceable("it is given an iterator, which gives something else every time")
+            text = "it is given an iterator, which gives something else every time"
+            raise Untraceable(text, kind=Reason.HIDDEN_STATE)
         # an interrupt may come where the forward leaves a `with` of its own: the recorder looks on there too
         # autocast's cache would hold casts of fake parameters, which nothing can take out of it
         noting, ambient = noting_reads(recorder.numbers.of), recorder.ambient.entered(cached=False)
         told = mock.patch.object(recording, "recorder", recorder)
         with intercepted(), declared_by_transforms(), ambient, noting as reads, told, recorder.fake, recorder:
             fake_args, fake_kwargs = recorder.fake_inputs((args, kwargs))
-            with left_alone((fake_args, fake_kwargs), Untraceable(f"its forward {GIVEN}")):
+            spoilt = Untraceable(f"its forward {GIVEN}", kind=Reason.SIDE_EFFECT)
+            with left_alone((fake_args, fake_kwargs), spoilt):
                 result = forward(*fake_args, **fake_kwargs)
         for i, name in before.changes():
             (path, module), value = modules[i], getattr(modules[i][1], name, None)
             what = f"its forward sets `{name_of(module)}.{name}`"
             if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-                raise Untraceable(f"{what}, {LOST}", path=path, once=True)
+                raise Untraceable(f"{what}, {LOST}", path=path, once=True, kind=Reason.SIDE_EFFECT)
             if path not in watched:
-                raise Untraceable(f"{what} of a module that it calls whole", opens=path)
+                raise Untraceable(f"{what} of a module that it calls whole", opens=path, kind=Reason.SIDE_EFFECT)
             recorder.sets[path, name] = value
         if (name := read.changed()) is not None:
-            raise Untraceable(f"its forward changes {name}, {LOST}")
+            raise Untraceable(f"its forward changes {name}, {LOST}", kind=Reason.SIDE_EFFECT)
         if (name := drew(drawn, all_generators())) is not None:
-            raise Untraceable(f"its forward draws from {name} or seeds it, {LOST}")
+            text = f"its forward draws from {name} or seeds it, {LOST}"
+            raise Untraceable(text, kind=Reason.HIDDEN_STATE)
         if Ambience.now() != recorder.ambient:
-            raise Untraceable(f"its forward changes how kernels compute and leaves it so, {LOST}")
+            text = f"its forward changes how kernels compute and leaves it so, {LOST}"
+            raise Untraceable(text, kind=Reason.SIDE_EFFECT)
         with _torch.no_torch_function():
             return recorder.finish(result, reads)
     except MemoryError:  # says nothing of the forward

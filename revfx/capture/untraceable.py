@@ -8,6 +8,7 @@ from typing import Any
 
 from revfx import _fake
 from revfx.ambient import where_raised
+from revfx.errors import Reason
 
 
 EFFECTS = frozenset(
@@ -34,6 +35,7 @@ class Untraceable(Exception):
     opens: str | None = None
     once: bool = False
     whole: Callable[..., Any] | None = None
+    kind: Reason = Reason.UNTRACEABLE
 
     def __str__(self) -> str:
         """Return the reason."""
@@ -53,6 +55,6 @@ def untraceable(error: Exception, path: str) -> Untraceable:
     if isinstance(error, Untraceable):
         return replace(error, where=error.where or where, path=path if error.path is None else error.path)
     if isinstance(error, _fake.DATA_DEPENDENT):
-        return Untraceable(ASKS, where, path)
+        return Untraceable(ASKS, where, path, kind=Reason.DATA_DEPENDENT)
     text = str(error).splitlines()[0] if str(error) else ""
     return Untraceable(f"running it on fake tensors raised {type(error).__name__}: {text}", where, path)

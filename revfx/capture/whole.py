@@ -24,6 +24,7 @@ from revfx.ambient import all_generators, drew, restore
 from revfx.capture.untraceable import ASKS, Untraceable
 from revfx.eager.calls import tensors
 from revfx.eager.modes import recording
+from revfx.errors import Reason
 from revfx.passes._torch import no_dispatch
 from revfx.rules import by_call, op_name
 
@@ -105,7 +106,8 @@ def refuse_hidden(recorder: Recorder, args: Any) -> None:
     for t in tensors(args):
         made = id(t) in recorder.nodes and not any(n.meta["val"] is t for n in recorder.attributes)
         if made and id(t) not in given:
-            raise Untraceable(f"`{path}` reads a tensor that the forward made, and did not give it", opens=path)
+            text = f"`{path}` reads a tensor that the forward made, and did not give it"
+            raise Untraceable(text, opens=path, kind=Reason.HIDDEN_STATE)
 
 
 def faked(recorder: Recorder, out: Any, given: Iterable[Tensor]) -> Any:
@@ -131,11 +133,12 @@ def shapes_of(function: Any, args: Any, kwargs: Any) -> Any:
         try:
             found = (module or function)(*args, **kwargs)
         except Exception as e:
-            raise Untraceable(f"{ASKS}, and `{op_name(function)}` fails for zeros: {e}") from None
+            text = f"{ASKS}, and `{op_name(function)}` fails for zeros: {e}"
+            raise Untraceable(text, kind=Reason.DATA_DEPENDENT) from None
         if module is not None:
             restore(drawn)
         elif drew(drawn, all_generators()) is not None:
-            raise Untraceable(ASKS)
+            raise Untraceable(ASKS, kind=Reason.DATA_DEPENDENT)
         return found
 
 

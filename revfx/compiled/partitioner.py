@@ -19,7 +19,7 @@ import revfx
 from revfx import _torch, passes, rules
 from revfx.ambient import given
 from revfx.compiled import _inductor
-from revfx.errors import NotReversibleError
+from revfx.errors import NotReversibleError, listed
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.joint.aliases import save_bases
 from revfx.passes.joint.borders import STEP
@@ -89,8 +89,8 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
             if _log.isEnabledFor(logging.INFO):
                 _log.info("a compiled graph: %s", _line(report))
             if self.strict and not report.regions:
-                reasons = "\n  ".join(map(str, report.refusals[:8])) or "no operation is inverted"
-                raise NotReversibleError(f"a compiled graph is left as it was:\n  {reasons}")
+                text = f"a compiled graph is left as it was:\n{listed(report.refusals)}"
+                raise NotReversibleError(text, refusals=report.refusals)
             gm.recompile()
             halves = _inductor.min_cut_partition(gm, joint_inputs, bool(report.regions), **kwargs)
         save_bases(halves[0].graph, halves[1].graph, kwargs["num_fwd_outputs"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import LISTED, Findings, RegionInfo, columns, folded, remedy, short
+from revfx.report.data import LISTED, Findings, RegionInfo, columns, folded, short
 from revfx.report.html import fragment, page
 from revfx.report.memory import memory_svg
 from revfx.units import size
@@ -57,11 +57,11 @@ def _lines(e: Explanation) -> Iterator[str]:
         yield from _regions(e.regions)
     if e.refusals:
         yield "left as it was"
-        yield from (f"  {short(r.where)}: `{r.op}`: {r.reason}" for r in e.refusals[:LISTED])
+        yield from (f"  {short(r.where)}: `{r.op}`: {r.detail}" for r in e.refusals[:LISTED])
         if len(e.refusals) > LISTED:
             yield f"  and {len(e.refusals) - LISTED} more"
-        remedies = dict.fromkeys(remedy(r.reason) for r in e.refusals[:LISTED])
-        yield from (f"  -> {text}" for text in remedies if text is not None)
+        kinds = dict.fromkeys(r.kind for r in e.refusals[:LISTED])
+        yield from (f"  -> {kind.remedy}" for kind in kinds)
     if e.ways:
         found = columns(e.ways)  # but for those that nobody has
         yield "one training step, beyond parameters and their gradients"

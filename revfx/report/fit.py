@@ -124,8 +124,9 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
 def survey_of(model: nn.Module, args: Any, kwargs: Any) -> Survey:
     """Return the planners of a model for these arguments."""
     found: Any = convert(model, memory=1.0)
-    fit: Fit = found.revfx.fit
-    return fit.survey(found, *found.revfx.to_fit(found, args, kwargs))
+    conversion = conversion_of(found)
+    assert conversion.fit is not None
+    return conversion.fit.survey(found, *conversion.to_fit(found, args, kwargs))
 
 
 def _modules(plan: Plan) -> Iterable[Share]:

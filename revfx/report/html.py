@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, remedy, short
+from revfx.report.data import Findings, RegionInfo, ValueLine, alike, columns, counted, short
 from revfx.report.figures import DARK, PALETTE, printable, themed
 from revfx.report.fit import curve_svg
 from revfx.report.memory import memory_svg
@@ -182,16 +182,15 @@ def regions(e: Findings) -> Iterator[str]:
 
 
 def refusals(e: Findings) -> Iterator[str]:
-    """Yield what was left as it was, why, and what can be done about it."""
+    """Yield the table of refusals, with their reasons and remedies."""
     if not e.refusals:
         return
     found, rows = alike(e.refusals), ""
     for r, times in found[:MOST_REFUSALS]:
-        advice = remedy(r.reason)
         again = f" × {times:,}" if times > 1 else ""
-        what_to_do = "" if advice is None else f'<div class="remedy">→ {_code(advice)}</div>'
+        remedy = f'<div class="remedy">→ {_code(r.kind.remedy)}</div>'
         rows += f'<tr><td class="place" title="{text(r.where)}">{text(short(r.where))}</td>'
-        rows += f"<td><code>{text(r.op)}</code>{again}</td><td>{_code(r.reason)}{what_to_do}</td></tr>"
+        rows += f"<td><code>{text(r.op)}</code>{again}</td><td>{_code(r.detail)}{remedy}</td></tr>"
     more = len(found) - MOST_REFUSALS
     note = f"<p>{counted(more, 'more refusal')} not shown.</p>" if more > 0 else ""
     heads = _heads(dict.fromkeys(("place", "operation", "why, and what to do"), ""))
@@ -204,9 +203,16 @@ def _code(words: str) -> str:
 
 
 # --- every value
-HEADS: dict[str, str] = dict.fromkeys("name type action how where".split(), "") | dict.fromkeys(
-    "bytes region step".split(), NUMBER
-)
+HEADS = {
+    "name": "",
+    "type": "",
+    "action": "",
+    "how": "",
+    "where": "",
+    "bytes": NUMBER,
+    "region": NUMBER,
+    "step": NUMBER,
+}
 
 
 def values(e: Findings) -> Iterator[str]:

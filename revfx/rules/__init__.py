@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.errors import RevfxError
+from revfx.errors import Cause, Reason, RevfxError
 
 
 Scalar = (int, float)
@@ -103,10 +103,11 @@ class Masked:
 
 @dataclass(frozen=True, slots=True)
 class NoInverse:
-    """The result does not determine `solves`; `reason` is shown to the user."""
+    """The result does not determine `solves`; `reason` is shown to the user, with the remedy of its `kind`."""
 
     solves: Any
     reason: str
+    kind: Reason = Reason.NON_INVERTIBLE
 
 
 Direction = Inverse | Tile | Patch | Masked | NoInverse
@@ -276,9 +277,12 @@ _WHY = {
 NOT_INJECTIVE = {name: reason for reason, names in _WHY.items() for name in names.split()}
 
 
-def why_none(name: str) -> str:
-    """Return why an operation without a rule can't be inverted, as the end of a sentence that starts with its name."""
-    return NOT_INJECTIVE.get(name.rstrip("_"), "has no inverse rule")
+def why_none(name: str) -> Cause:
+    """Return the reason why an operation without a rule can't be inverted."""
+    words = NOT_INJECTIVE.get(name.rstrip("_"))
+    if words is None:
+        return Cause(Reason.NO_RULE, f"`{name}` has no inverse rule")
+    return Cause(Reason.NON_INVERTIBLE, f"`{name}` {words}")
 
 
 for _file in ("arithmetic", "activations", "layout", "linear"):  # they fill the table

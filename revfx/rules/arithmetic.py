@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from revfx.errors import Reason
 from revfx.rules import Direction, Inverse, Masked, NoInverse, Scalar, arguments, aten, meta, nothing, register_inverse
 
 
@@ -36,7 +37,7 @@ def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
     if isinstance(alpha, fx.Node):
-        yield from (NoInverse(operand, SCALED) for operand in (a, b))
+        yield from (NoInverse(operand, SCALED, Reason.ZERO_FACTOR) for operand in (a, b))
         return
     yield Inverse(a, lambda y, b: y - scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, alpha))
     yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
@@ -51,7 +52,7 @@ def sub(node: fx.Node) -> Iterator[Direction]:
     a, b, alpha = arguments(node, "input", "other", alpha=1)
     a, b = (b, a) if "rsub" in str(node.target) else (a, b)
     if isinstance(alpha, fx.Node):
-        yield from (NoInverse(operand, SCALED) for operand in (a, b))
+        yield from (NoInverse(operand, SCALED, Reason.ZERO_FACTOR) for operand in (a, b))
         return
     yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
     yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
@@ -97,7 +98,7 @@ def add_product(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b*c` or `y = a + value*b/c`; `a` is y less the same."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
     if isinstance(value, fx.Node):
-        yield NoInverse(a, SCALED)
+        yield NoInverse(a, SCALED, Reason.ZERO_FACTOR)
         return
     divides = "addcdiv" in str(node.target)
     add, product = (torch.addcdiv, operator.truediv) if divides else (torch.addcmul, operator.mul)
@@ -111,7 +112,7 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
     a, b, w = arguments(node, "input", "end", "weight")
     if not isinstance(w, Scalar) or isinstance(w, bool):
         why = "lerp with a tensor weight is not bounded away from zero"
-        yield from (NoInverse(operand, why) for operand in (a, b))
+        yield from (NoInverse(operand, why, Reason.ZERO_FACTOR) for operand in (a, b))
         return
     yield Inverse(a, lambda y, b: (y - w * b) / (1 - w), (b,), factor=1 - w, rest=lambda b: w * b)
     yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w, rest=lambda a: (1 - w) * a)
@@ -147,4 +148,4 @@ def cast(node: fx.Node) -> Iterator[Direction]:
     elif floats and before.device == after.device:
         yield Inverse(a, lambda y: y.to(before.dtype), coded=True)
     else:
-        yield NoInverse(a, f"the cast from {before.dtype} to {after.dtype} loses bits")
+        yield NoInverse(a, f"the cast from {before.dtype} to {after.dtype} loses bits", Reason.LOSES_BITS)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from revfx import _torch
+from revfx.errors import Reason
 from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, given, meta, register_inverse
 
 
@@ -31,9 +32,9 @@ def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
     (a,) = arguments(node, "input")
     if meta(a).dtype != meta(node).dtype:
-        yield NoInverse(a, "a view with another dtype is not followed")
+        yield NoInverse(a, "a view with another dtype is not followed", Reason.LAYOUT)
     elif node.target is aten.expand.default and meta(a).numel() != meta(node).numel():
-        yield NoInverse(a, "`expand` repeats it")
+        yield NoInverse(a, "`expand` repeats it", Reason.LAYOUT)
     else:
         yield reshaped(a)
 
@@ -78,7 +79,7 @@ def attribute(node: fx.Node) -> Iterator[Direction]:
     if name in ("T", "mT"):
         yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute([*reversed(range(y.ndim))]), exact=True)
     else:
-        yield NoInverse(a, f"the attribute `{name}` is not followed")
+        yield NoInverse(a, f"the attribute `{name}` is not followed", Reason.LAYOUT)
 
 
 @register_inverse(torch.flip, "flip", aten.flip.default, torch.ops.prims.rev.default)
@@ -120,9 +121,9 @@ def copy(node: fx.Node) -> Iterator[Direction]:
     a, b = arguments(node, "input", "src")
     yield NoInverse(a, "it is overwritten")
     if meta(a).dtype != meta(b).dtype:
-        yield NoInverse(b, f"the cast from {meta(b).dtype} to {meta(a).dtype} loses bits")
+        yield NoInverse(b, f"the cast from {meta(b).dtype} to {meta(a).dtype} loses bits", Reason.LOSES_BITS)
     elif meta(a).device != meta(b).device or shape_of(a) != shape_of(b):
-        yield NoInverse(b, "`copy` repeats it or moves it to another device")
+        yield NoInverse(b, "`copy` repeats it or moves it to another device", Reason.LAYOUT)
     else:
         yield Inverse(b, lambda y: y.clone(), exact=True)
 
@@ -149,7 +150,9 @@ def joined(node: fx.Node) -> Iterator[tuple[Any, int, int, int]]:
 def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor], given: tuple[Any, ...] = ()) -> Direction:
     """Return the direction to one of the tensors put together: bitwise, unless that changed its dtype."""
     if meta(part).dtype != meta(node).dtype:
-        return NoInverse(part, f"it is turned into {meta(node).dtype} when it is put together with others")
+        return NoInverse(
+            part, f"it is turned into {meta(node).dtype} when it is put together with others", Reason.LOSES_BITS
+        )
     return Inverse(part, by, given, exact=True)
 
 
@@ -187,7 +190,7 @@ def tensor_split(node: fx.Node) -> Iterator[Direction]:
         for i, (start, stop) in enumerate(itertools.pairwise((None, *where, None))):
             yield Tile(a, dim, range(shape_of(a)[dim])[start:stop], part=i)
     else:
-        yield NoInverse(a, "`tensor_split` at indices that a tensor holds is not followed")
+        yield NoInverse(a, "`tensor_split` at indices that a tensor holds is not followed", Reason.LAYOUT)
 
 
 @register_inverse(torch.unbind, "unbind", aten.unbind.int)
@@ -253,7 +256,7 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
         index = tuple(i for i in index if i is not None) if isinstance(index, tuple) else () if index is None else index
     found = _along(shape_of(a), index)
     if isinstance(found, str):
-        yield NoInverse(a, found)
+        yield NoInverse(a, found, Reason.LAYOUT)
         return
     dim, i = found
     if isinstance(i, int):
@@ -305,7 +308,7 @@ def put_at(node: fx.Node) -> Iterator[Direction]:
         index = _with_slices(index)
     found = "it is added to" if accumulate else _along(shape_of(a), index)
     if isinstance(found, str):
-        yield NoInverse(a, found)
+        yield NoInverse(a, found, Reason.LAYOUT)
         return
     dim, i = found
     positions = range(i, i + 1) if isinstance(i, int) else _positions(i, shape_of(a)[dim])
@@ -329,7 +332,7 @@ def index_select(node: fx.Node) -> Iterator[Direction]:
     if shape_of(a):
         yield from permuted(a, dim % len(shape_of(a)), index)
     else:
-        yield NoInverse(a, "a value without dimensions is not followed through an index")
+        yield NoInverse(a, "a value without dimensions is not followed through an index", Reason.LAYOUT)
 
 
 def _positions(index: Any, size: int) -> Sequence[int] | None:
@@ -356,11 +359,11 @@ def permuted(a: fx.Node, dim: int, index: Any) -> Iterator[Direction]:
         yield Inverse(a, lambda y, p: y.index_select(dim, torch.argsort(p)), (index,), exact=True)
         return
     if isinstance(index, fx.Node) and index.meta.get("constant") is None:
-        yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation")
+        yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation", Reason.LAYOUT)
         return
     positions = _positions(index, size)
     if positions is None:
-        yield NoInverse(a, "the index takes a position twice, or has more than one dimension")
+        yield NoInverse(a, "the index takes a position twice, or has more than one dimension", Reason.LAYOUT)
     elif len(positions) < size or not isinstance(index, fx.Node):
         yield Tile(a, dim, positions)
     else:

@@ -327,7 +327,7 @@ def test_attribute_that_can_not_be_put_back_is_refused() -> None:
     x = torch.randn(3, 8, requires_grad=True)
     with silent():
         assert type(converted(x)) is Tensor
-    assert any("leaves a tensor in `Rope.table`" in r.reason for r in converted.revfx.refusals)
+    assert any("leaves a tensor in `Rope.table`" in r.detail for r in converted.revfx.refusals)
     assert_trains(converted, model)
 
 
@@ -360,7 +360,7 @@ def test_what_a_recorded_graph_would_not_add_to_a_list_is_refused() -> None:
     with silent():
         converted(torch.randn(3, 8, requires_grad=True))
     assert [type(t) for t in HIDDEN["deque"]] == [Tensor]
-    assert any("leaves a tensor in a deque" in r.reason for r in converted.revfx.refusals)
+    assert any("leaves a tensor in a deque" in r.detail for r in converted.revfx.refusals)
 
 
 def test_forward_that_raises_leaves_none_either() -> None:

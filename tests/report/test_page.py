@@ -13,7 +13,7 @@ import torch
 from zoo import Transformer
 
 import revfx
-from revfx.errors import Refusal, RevfxError
+from revfx.errors import Reason, Refusal, RevfxError
 from revfx.report.data import GraphInfo, RegionInfo, Usage, ValueLine
 from revfx.report.explanation import Explanation
 from revfx.report.figures import DARK, PALETTE
@@ -105,7 +105,7 @@ def test_what_comes_from_the_model_is_never_code() -> None:
     line = ValueLine(ODD, ODD, "save", ODD, ODD, 0, 1)
     odd = replace(region(1), module=ODD, first=ODD, kind=ODD, streams=(ODD,), values=(line,))
     e = Explanation(
-        ODD, (ODD,), (odd,), (Refusal(ODD, ODD, ODD),), (Usage(ODD, 1),), (GraphInfo(0, (odd,)),),
+        ODD, (ODD,), (odd,), (Refusal(Reason.NO_RULE, (ODD,), ODD, ODD),), (Usage(ODD, 1),), (GraphInfo(0, (odd,)),),
         (ODD,), (ODD,), (ODD,),
     )  # fmt: skip
     for source in (page(e), fragment(e)):
@@ -171,7 +171,7 @@ def test_advice_notes_graphs_and_breaks_are_shown() -> None:
 
 
 def test_large_tables_are_cut_and_say_so() -> None:
-    many = tuple(Refusal(f"because {i}th", f"op{i}", "m.py:1") for i in range(MOST_REFUSALS + 3))
+    many = tuple(Refusal(Reason.NO_RULE, (f"op{i}",), "m.py:1", f"because {i}th") for i in range(MOST_REFUSALS + 3))
     e = Explanation("Net", (), (region(MOST_ROWS + 7),), many)
     source = page(e)
     assert f"The first {MOST_ROWS:,} of {MOST_ROWS + 7:,} values" in source and "3 more refusals not shown" in source

@@ -163,7 +163,7 @@ def test_what_can_not_be_inverted_is_refused_with_its_operation_and_place(name: 
     op, file, reason = REFUSED[name]
     door = {**EAGER, "options": {"inner": "aot_eager", "exact": False}}  # by codes some of them can be inverted
     measured = Measured(IRREVERSIBLE[name], 2, door, fullgraph=False)
-    said = [(r.op, Path(r.where.rpartition(":")[0]).name, r.reason) for r in measured.refusals]
+    said = [(r.op, Path(r.where.rpartition(":")[0]).name, r.detail) for r in measured.refusals]
     assert any((o, f) == (op, file) and reason in r for o, f, r in said), said
     assert measured.error < TOLERANCE
 

@@ -284,7 +284,7 @@ def test_residual_transformer_is_trained_as_before_and_the_reason_is_said(
         got = train_by_transformers(converted, tmp_path / "revfx")
     assert len(caught) == 1
     got.assert_like(expected, 0.0)
-    assert any("is added to something computed from itself" in r.reason for r in converted.revfx.refusals)
+    assert any("is added to something computed from itself" in r.detail for r in converted.revfx.refusals)
 
 
 def test_model_that_makes_a_cache_and_the_reformer_give_what_they_gave() -> None:

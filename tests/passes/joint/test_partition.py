@@ -70,7 +70,7 @@ def test_a_region_that_cannot_be_written_leaves_nothing_behind(unwritable: None,
         got = _gradients(compiled, model, x)
     assert relative_error(got, _gradients(model, model, x)) < TOLERANCE
     (report,) = found
-    assert any("is not at hand" in refusal.reason for refusal in report.refusals)
+    assert any("is not at hand" in refusal.detail for refusal in report.refusals)
 
 
 def _gradients(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor | None]:
