@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import has_side_effect
 
 from revfx._torch import no_dispatch as no_dispatch, packet_name as packet_name, storage_key as storage_key
-from revfx.errors import RegenerationError, RevfxWarning
+from revfx.errors import NondeterminismWarning, RegenerationError, warn
 
 
 GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv.error_on_new_guards` raises
@@ -28,9 +27,9 @@ _OPERATORS = torch.library.Library("revfx", "FRAGMENT")
 _OPERATORS.define("check(Tensor(a!) ok, str[] messages, bool[] serious) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 
-NO_ROOM = (
-    "codes found no room for all that the inverses missed, as it was far more than in the calls before: gradients of"
-    " this step are right up to rounding. There will be room in the next one."
+OVERFLOWED = (
+    "The correction buffer overflowed: many more elements than usual needed an exact copy. Gradients of this step are"
+    " accurate to rounding. The buffer grows for the next step."
 )
 _warned = Counter[str]()
 
@@ -46,11 +45,11 @@ def _check(ok: Tensor, messages: Sequence[str], serious: Sequence[bool]) -> None
     failed = [Said(m, s) for good, m, s in zip(ok.tolist(), messages, serious, strict=True) if not good]
     if not failed:
         return
-    said = next((s for s in failed if s.serious), failed[0])  # where codes have no room, values are off by rounding
+    said = next((s for s in failed if s.serious), failed[0])  # after an overflow values are off by rounding
     if said.serious:
         raise RegenerationError(said.message)
     _warned[said.message] += 1
-    warnings.warn(said.message, RevfxWarning, stacklevel=2)
+    warn(said.message, NondeterminismWarning)
 
 
 _OPERATORS.impl("check", _check, "CompositeExplicitAutograd")
@@ -59,8 +58,8 @@ has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd t
 
 
 def overflows() -> int:
-    """Return how many backward passes so far warned that codes had found no room."""
-    return _warned[NO_ROOM]
+    """Return how many backward passes so far warned of an overflow."""
+    return _warned[OVERFLOWED]
 
 
 def is_overload(target: Any) -> bool:

@@ -14,7 +14,16 @@ if not (_Path(__file__).parent / "passes").exists():  # imported from the source
 from revfx import debug as debug, testing as testing
 from revfx.convert import convert as convert
 from revfx.eager.block import RevBlock as RevBlock, rev_block as rev_block
-from revfx.errors import NotReversibleError as NotReversibleError, RevfxError as RevfxError
+from revfx.errors import (
+    BudgetError as BudgetError,
+    BudgetWarning as BudgetWarning,
+    NondeterminismWarning as NondeterminismWarning,
+    NotConvertedWarning as NotConvertedWarning,
+    NotReversibleError as NotReversibleError,
+    RegenerationError as RegenerationError,
+    RevfxError as RevfxError,
+    RevfxWarning as RevfxWarning,
+)
 from revfx.inverse import inverse as inverse
 from revfx.rules import register_inverse as register_inverse
 

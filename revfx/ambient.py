@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
 import sys
@@ -11,15 +10,14 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from revfx import _torch
+from revfx.errors import is_users
 
 
-_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
 RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, what sets its state, the state, a form to compare
 
 
@@ -132,12 +130,12 @@ def where() -> str:
     """Return the user's file and line from which this was reached."""
     for frame, line in traceback.walk_stack(_torch.caller()):
         file = frame.f_code.co_filename
-        if not file.startswith(_ROOTS) and not file.startswith("<"):
+        if is_users(file):
             return f"{file}:{line}"
     return ""
 
 
 def where_raised(error: BaseException) -> str:
     """Return the user's file and line nearest to where `error` was raised."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOTS)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 import revfx
-from revfx.cli_models import load
-from revfx.errors import RevfxError, WrongArguments
+from revfx.cli_models import WrongArguments, load
+from revfx.errors import RevfxError
 
 
 EXAMPLES = """examples:

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revfx.errors import RevfxError, WrongArguments
+from revfx.errors import RevfxError
+
+
+class WrongArguments(RevfxError):
+    """The arguments of a command are wrong: exit status 2."""
 
 
 def load(spec: str, shapes: Sequence[str], dtype: str) -> tuple[nn.Module, tuple[Any, ...]]:

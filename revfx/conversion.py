@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from revfx.capture.search import Outcome, Wishes, make_plan
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.eager.calls import Slot
 from revfx.eager.modes import runs_plain, store_activations
-from revfx.errors import NotReversibleError, Reason, Refusal, RevfxWarning, listed
+from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, listed, warn
 from revfx.fit.budget import Budget
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
 from revfx.info import ConversionInfo
@@ -170,12 +169,15 @@ class Conversion:
             what = "nothing reversible was found, so it runs as it was, with all its activations"
             if outcome.untraceable:
                 what = "its forward can't be recorded, so it runs as it was; its sub-modules are converted"
-            self._warn(f"`convert({name_of(model)})`: {what}:\n{listed(outcome.refusals)}")
+            text = f"`convert({name_of(model)})`: {what}:\n{listed(outcome.refusals)}"
+            if "memory=" not in text:
+                text += "\nTo train any model in less memory: `revfx.convert(model, memory=0.5)`."
+            self._warn(text)
 
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
             self.warned.add(text)
-            warnings.warn(text, RevfxWarning, stacklevel=7)
+            warn(text, NotConvertedWarning)
 
     def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return what the model's forward returns for these arguments."""

@@ -1,11 +1,21 @@
-"""The exceptions and warnings that revfx raises, all in one place."""
+"""The exceptions and warnings of revfx, and the kinds of its refusals.
+
+A message has three parts, in this order: what happened, the consequence, what to do.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -35,14 +45,42 @@ class BudgetError(RevfxError):
     """A model can't be trained in the memory that is given; the text says in how much it can, and what holds it."""
 
 
-class WrongArguments(RevfxError):
-    """What is wrong with the arguments of a command on the command line."""
-
-
 class RevfxWarning(UserWarning):
-    """A model, or a part of it, is left as it was; the text says which part and why."""
+    """Base of every warning of revfx."""
 
 
+class NotConvertedWarning(RevfxWarning):
+    """A model, or a part of it, runs as it was: it stores what revfx would free."""
+
+
+class NondeterminismWarning(RevfxWarning):
+    """A recomputed value differs from the forward's by rounding: gradients are accurate to that."""
+
+
+class BudgetWarning(RevfxWarning):
+    """A budget of memory is not kept."""
+
+
+# --- the user's place
+_OURS = [Path(torch.__file__).parent, Path(__file__).parent, Path(__file__).parent.parent / "passes"]
+_FILES = (*(f"{folder}{os.sep}" for folder in _OURS), contextlib.__file__)
+
+
+def is_users(file: str) -> bool:
+    """Return whether code of this file is neither torch's nor revfx's; generated code is nobody's."""
+    return not file.startswith((*_FILES, "<"))
+
+
+def warn(text: str, category: type[RevfxWarning]) -> None:
+    """Warn at the first frame outside of torch and revfx, or at the outermost one."""
+    frame: Any = inspect.currentframe()
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    module, registry = frame.f_globals.get("__name__"), frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
+# --- refusals
 class Reason(Enum):
     """A kind of refusal: its meaning, and its `remedy`, the user's way out."""
 

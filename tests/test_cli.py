@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from revfx.cli import main
-from revfx.cli_models import load, tensor
-from revfx.errors import RevfxError, WrongArguments
+from revfx.cli_models import WrongArguments, load, tensor
+from revfx.errors import RevfxError
 
 
 MODEL = """

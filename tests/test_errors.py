@@ -1,12 +1,21 @@
-"""Kinds of refusals and their remedies, and the messages that list them."""
+"""Kinds of refusals with their remedies, the messages that list them, and the place of a warning."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import warnings
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from revfx.errors import Cause, NotReversibleError, Reason, Refusal, listed
+import revfx
+from revfx.errors import Cause, NotReversibleError, Reason, Refusal, is_users, listed, warn
+
+
+SOURCES = Path(__file__).parent.parent
 
 
 def test_every_kind_has_a_meaning_and_a_remedy_of_its_own() -> None:
@@ -40,3 +49,40 @@ def test_error_carries_the_refusals() -> None:
     refusal = Refusal(Reason.NO_RULE, ("f",), "m.py:9")
     assert NotReversibleError("no").refusals == ()
     assert NotReversibleError("no", "f", (refusal,)).refusals == (refusal,)
+
+
+# --- warnings
+def test_warning_points_at_the_line_of_the_user() -> None:
+    converted = revfx.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        converted(torch.randn(2, 4, requires_grad=True))
+    (found,) = caught
+    assert found.category is revfx.NotConvertedWarning and found.filename == __file__
+    assert "converted(torch.randn" in Path(__file__).read_text().splitlines()[found.lineno - 1]
+    assert "nothing reversible was found" in str(found.message) and "What to do: " in str(found.message)
+
+
+def test_warning_is_shown_once_for_a_line() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warn("once", revfx.BudgetWarning)
+        warn("once", revfx.BudgetWarning)
+    assert [w.filename for w in caught] == [__file__, __file__] and caught[0].lineno != caught[1].lineno
+
+
+def test_files_of_torch_and_of_revfx_are_not_the_user_s() -> None:
+    assert not is_users(nn.__file__) and not is_users(revfx.__file__) and not is_users("<eval_with_key>.1")
+    assert is_users(__file__) and is_users(str(Path(revfx.__file__).parent) + "_model.py")
+
+
+def test_every_warning_of_the_package_goes_through_warn() -> None:
+    """Those of `fit` have a fixed stack level."""
+    files = [*(SOURCES / "revfx").rglob("*.py"), *(SOURCES / "passes").rglob("*.py")]
+    users: set[str] = set()
+    for file in files:
+        called = (n.func for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call))
+        if any(ast.unparse(f) in ("warnings.warn", "warnings.warn_explicit") for f in called):
+            users.add(str(file.relative_to(SOURCES)))
+    assert {f for f in users if not f.startswith(("revfx/fit/", "revfx/bench/"))} == {"revfx/errors.py"}

@@ -22,7 +22,7 @@ MAY: dict[str, set[str]] = {
     "_fake": {"_torch"},
     "errors": set(),
     "units": set(),
-    "ambient": {"_torch"},
+    "ambient": {"_torch", "errors"},
     "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
     "rules": BOTTOM,
     "passes": {"_torch", "errors", "rules"},

@@ -13,7 +13,8 @@ import revfx.passes.regions
 
 PUBLIC = {
     "convert", "rev_block", "RevBlock", "register_inverse", "testing", "ReversiblePartitioner", "RevfxError",
-    "NotReversibleError",
+    "NotReversibleError", "BudgetError", "RegenerationError", "RevfxWarning", "NotConvertedWarning",
+    "NondeterminismWarning", "BudgetWarning",
 }  # fmt: skip
 TESTING = {"assert_same_grads", "check_inverse", "measure_memory", "store_activations"}
 

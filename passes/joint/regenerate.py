@@ -247,7 +247,7 @@ class Regenerator:
             self.checks.kept.update(made)
             self._codes[arc.head] = made
             if coder.may_lose(x.meta["val"]):
-                self.checks.check_forward(lambda n: n == 0, [made[-1]], _torch.NO_ROOM, serious=False)
+                self.checks.check_forward(lambda n: n == 0, [made[-1]], _torch.OVERFLOWED, serious=False)
         return self._codes[arc.head]
 
     def whole_steps(self, alive: Collection[fx.Node]) -> None:

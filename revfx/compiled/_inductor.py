@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import types
-import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from torch._inductor.decomposition import select_decomp_table as select_decomp_t
 from torch._inductor.virtualized import V
 
 from revfx._fake import FAKE_LOGGER
-from revfx.errors import RevfxWarning
+from revfx.errors import BudgetWarning, warn
 from revfx.passes.joint.forward import draws
 from revfx.passes.sizes import muted
 
@@ -122,13 +121,12 @@ def min_cut_partition(
     changed = {**whole, "aggressive_recomputation": False} if regenerates else {}
     if not regenerates and budget < 1 and any(map(draws, gm.graph.nodes)):
         changed = whole
-        warnings.warn(
-            "a compiled graph draws random numbers, as dropout does: torch's `activation_memory_budget` of "
-            f"{budget} is not followed in it, as gradients would be those of other random numbers. Use "
-            "`torch.utils.checkpoint` for what is to be computed again.",
-            RevfxWarning,
-            stacklevel=2,
+        text = (
+            "A compiled graph draws random numbers, as dropout does, and torch would draw others when it recomputes"
+            f" them. So torch's `activation_memory_budget` of {budget} is not followed in this graph, and it takes more"
+            " memory. Use `revfx.convert(model, memory=...)`, or `torch.utils.checkpoint` for the parts to recompute."
         )
+        warn(text, BudgetWarning)
     with functorch_config.patch(changed):
         return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 

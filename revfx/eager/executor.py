@@ -150,7 +150,8 @@ class RegionRun(Regeneration):
             if v in exits and (t.shape != planned.shape or t.dtype != planned.dtype):
                 made, want = (f"{x.dtype}{list(x.shape)}" for x in (t, planned))
                 raise NotReversibleError(
-                    f"{self._named(index)} returned {made} where {want} was planned; does a hook change its output?"
+                    f"{self._named(index)} returned {made} instead of {want}, so its region can't be regenerated."
+                    " Take off the hook that changes its output, if there is one."
                 )
         if fresh:
             read = [(v, env[v]) for v in op.ins if v in env]

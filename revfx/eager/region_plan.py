@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from revfx.codes import Codec
-from revfx.errors import RevfxWarning
-from revfx.passes._torch import NO_ROOM
+from revfx.errors import NondeterminismWarning, NotConvertedWarning, warn
+from revfx.passes._torch import OVERFLOWED
 from revfx.passes.closure import Derivation, Invert
 from revfx.passes.composed import composed_all, rounds
 from revfx.passes.cuts import Step
@@ -100,23 +99,22 @@ class RegionPlan:
         self.steps = [self._step(number, step) for number, step in enumerate(self.region.steps)]
 
     def make_room(self) -> None:
-        """Have all codes measured again at the next call, as some escapes found no room, and say so once."""
+        """Measure all codes again at the next call, as the buffer of one overflowed, and warn once."""
         for codec in self.codecs.values():
             codec.due = True
         if not self.warned:
             self.warned = True
-            warnings.warn(NO_ROOM, RevfxWarning, stacklevel=2)
+            warn(OVERFLOWED, NondeterminismWarning)
 
     def distrust(self, value: int) -> None:
-        """Say, once for each operation, that the inverse that is declared for it is no good, if `value` has such."""
+        """Warn, once for each operation, that the declared inverse of `value` is wrong, if there is one."""
         if (op := self.declared.get(value)) is not None:
             self.declared = {v: other for v, other in self.declared.items() if other != op}
-            warnings.warn(
-                f"the inverse of {op} does not give back what went in, or not nearly, or fails: that is kept, as"
-                " without revfx, and gradients are right",
-                RevfxWarning,
-                stacklevel=2,
+            text = (
+                f"The inverse of {op} does not give back its input, or it fails. The input is kept, as without revfx,"
+                " and gradients are exact. Correct this inverse, or take back its declaration."
             )
+            warn(text, NotConvertedWarning)
 
     def _step(self, number: int, step: Step) -> StepPlan:
         program, last, values = self.program, self.program.last_use, self.program.values

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from revfx import _torch
 from revfx.eager import dtensor
-from revfx.errors import RegenerationError, RevfxWarning
+from revfx.errors import NondeterminismWarning, RegenerationError, warn as warn_user
 from revfx.layout import flat, is_dense
 from revfx.passes.rounding import MAX_ERROR
 
@@ -257,7 +256,7 @@ def judge(name: str, error: float, eps: float, whole: bool, warn: bool) -> bool:
     if not error <= limit:
         raise RegenerationError(_otherwise(name, error, whole))
     if whole and warn:
-        warnings.warn(_jitters(name, error), RevfxWarning, stacklevel=2)
+        warn_user(_jitters(name, error), NondeterminismWarning)
     return whole and warn
 
 
@@ -277,7 +276,7 @@ def _otherwise(name: str, error: float, whole: bool) -> str:
 
 def _jitters(name: str, error: float) -> str:
     return (
-        f"{name} is rounded otherwise when it is computed again for the backward (off by {error:.1e}, relative): a"
-        " kernel in it is not deterministic, or runs on another number of threads. Gradients are right up to such"
-        f" rounding. `torch.use_deterministic_algorithms(True)` may help; or {_KEEP}."
+        f"{name} differs by {error:.1e} (relative) when it is recomputed for the backward: a kernel in it is not"
+        " reproducible, or runs on another number of threads. Gradients are accurate to this rounding. Call"
+        f" `torch.use_deterministic_algorithms(True)`, or {_KEEP}."
     )

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from revfx.convert import convert
+from revfx.converted import conversion_of
 from revfx.fit.budget import Budget, checked_memory
-from revfx.fit.fit import Fit
 from revfx.fit.plan import Plan
 from revfx.fit.survey import MARGIN, Chosen, Survey
 from revfx.report.figures import PALETTE, Figure, picture

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo import Additive, D, Pairs
 
 from revfx.compiled import coded
-from revfx.errors import RegenerationError, RevfxWarning
+from revfx.errors import NondeterminismWarning, RegenerationError, RevfxWarning
 from revfx.testing import measure_memory
 
 
@@ -153,7 +153,7 @@ def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("revfx.codes.HEADROOM", 0.5)
         patch.setattr("revfx.codes.LEAST", 0)
-        with pytest.warns(RevfxWarning, match="codes found no room"):
+        with pytest.warns(NondeterminismWarning, match="correction buffer overflowed"):
             assert not same(step(run), plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RevfxWarning)

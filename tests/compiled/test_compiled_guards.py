@@ -19,7 +19,7 @@ from torch._dynamo import compiled_autograd
 
 from revfx.compiled import _inductor
 from revfx.compiled.partitioner import ReversiblePartitioner
-from revfx.errors import RegenerationError, RevfxWarning
+from revfx.errors import BudgetWarning, RegenerationError
 
 
 pytestmark = QUIET
@@ -238,7 +238,7 @@ def test_a_graph_with_dropout_does_not_follow_a_budget(budget: float) -> None:
     model, x = Dropping(), torch.randn(ROWS, WIDTH, requires_grad=True)
     compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"})
     found: list[Any] = []
-    warned = pytest.warns(RevfxWarning, match=rf"`activation_memory_budget` of {budget}")
+    warned = pytest.warns(BudgetWarning, match=rf"`activation_memory_budget` of {budget}")
     with _inductor.memory_budget(budget), warned:
         for call in compiled, model:
             torch.manual_seed(1)

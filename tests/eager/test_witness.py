@@ -17,7 +17,7 @@ from zoo import ZOO
 import revfx
 from revfx.eager import witness
 from revfx.eager.witness import Seen, Witness, checksum, judge
-from revfx.errors import RegenerationError, RevfxWarning
+from revfx.errors import NondeterminismWarning, RegenerationError, RevfxWarning
 
 
 WIDTH, ROWS, DEPTH = 16, 32, 3
@@ -177,7 +177,7 @@ def test_jitter_is_warned_of_once_and_gradients_are_within_it(dtype: torch.dtype
             loss = (y1.float().square() + y2.float()).mean()
             found.append(list(torch.autograd.grad(loss, [a, b, *(p for m in layers for p in m.parameters())])))
     texts = [str(w.message) for w in caught if issubclass(w.category, RevfxWarning)]
-    assert len(texts) == 1 and "is rounded otherwise when it is computed again" in texts[0]
+    assert len(texts) == 1 and "when it is recomputed for the backward: a kernel in it is not reproducible" in texts[0]
     for ours in found[:2]:
         for got, want in zip(ours, found[2], strict=True):
             assert got.isfinite().all()
@@ -186,7 +186,7 @@ def test_jitter_is_warned_of_once_and_gradients_are_within_it(dtype: torch.dtype
 
 def test_what_is_more_than_rounding_raises_and_what_is_less_does_not() -> None:
     eps = torch.finfo(torch.float32).eps
-    with pytest.warns(RevfxWarning, match="rounded otherwise"):
+    with pytest.warns(NondeterminismWarning, match="is not reproducible"):
         assert judge("f", 1e-6, eps, whole=True, warn=True)
     assert not judge("f", 1e-6, eps, whole=True, warn=False)
     for error in (1e-3, 1.0, float("inf"), float("nan")):
@@ -222,7 +222,7 @@ def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("revfx.codes.HEADROOM", 0.5)
         patch.setattr("revfx.codes.LEAST", 0)
-        with pytest.warns(RevfxWarning, match="codes found no room"):
+        with pytest.warns(NondeterminismWarning, match="correction buffer overflowed"):
             lossy = step()
     assert any(not torch.equal(got, want) for got, want in zip(lossy, plain, strict=True))
     for got, want in zip(lossy, plain, strict=True):

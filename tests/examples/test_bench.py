@@ -86,7 +86,8 @@ def test_bits_and_peaks_of_all_eager_ways(model: str) -> None:
         # checkpoints and libraries run BatchNorm twice; inverses without codes round
         is_twice = name in {*LIBRARIES, "checkpoint", "selective"} and model == "revnet"
         assert (row.buffers > 0) == is_twice, name
-        assert row.is_bitwise == (name not in {*LIBRARIES, "rounding"} and not is_twice), name
+        rounds = name == "rounding" and model != "flow"  # a flow's inverses divide by data, and so have codes
+        assert row.is_bitwise == (name not in LIBRARIES and not rounds and not is_twice), name
 
     assert (
         peak_of(rows, "convert") < 0.7 * peak_of(rows, "plain") and (rows["convert", None].kept or 0) < plain.kept / 3

@@ -135,7 +135,7 @@ def test_layers_keep_little_of_what_they_did(layer: type[Layer]) -> None:
 
 def test_a_wrong_one_is_warned_of_and_what_it_should_give_is_kept() -> None:
     x = torch.randn(256, 2 * D, requires_grad=True)
-    with inverted_by(Wrong), pytest.warns(RevfxWarning, match=r"the inverse of `Wrong` \(.*test_methods.py:\d+\) does"):
+    with inverted_by(Wrong), pytest.warns(RevfxWarning, match=r"The inverse of `Wrong` \(.*test_methods.py:\d+\) does"):
         assert kept_growth(lambda layers: Flow(Wrong, layers), x, (LAYERS // 2, LAYERS)) < 0.3
 
 

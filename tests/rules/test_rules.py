@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import revfx
 from revfx import rules
-from revfx.errors import RevfxWarning
+from revfx.errors import NotConvertedWarning
 from revfx.inspection import directions
 from revfx.rules import Inverse, arguments, aten, op_name
 from revfx.testing import check_inverse
@@ -395,7 +395,9 @@ def test_a_users_rule_that_is_wrong_costs_and_is_warned_of(fp64: None) -> None:
     with scaled_by(2.0):
         model, x = Scaled(), t(512, 8).requires_grad_()
         converted: Any = revfx.convert(model)
-        with pytest.warns(RevfxWarning, match=r"the inverse of `scale` \(.*test_rules.py:\d+\) does not give back"):
+        with pytest.warns(
+            NotConvertedWarning, match=r"The inverse of `scale` \(.*test_rules.py:\d+\) does not give back"
+        ):
             got = converted(x)
         assert torch.equal(got, model(x))
         for g, w in zip(

@@ -115,7 +115,10 @@ def test_a_sharded_model_may_be_converted(results: Results, case: str) -> None:
 def test_blocks_that_are_sharded_as_wholes_are_closed_to_the_model_around_them(results: Results) -> None:
     """A limit: it is warned of, and the remedies are in the two tests above."""
     for by_rank in results[2]:
-        assert "RevfxWarning: `convert(Sequential)`: nothing reversible" in by_rank["closed", "closed", "plain"].error
+        assert (
+            "NotConvertedWarning: `convert(Sequential)`: nothing reversible"
+            in by_rank["closed", "closed", "plain"].error
+        )
 
 
 @pytest.mark.parametrize("way", OWN)
