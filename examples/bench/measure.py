@@ -36,10 +36,7 @@ class Sizes:
         """Build a task."""
         task = model.make(self.depth, self.batch)
         task.to(self.device)
-        task.is_half = self.is_half
-        if self.is_compiled:
-            for block in task.blocks:
-                block.compile()
+        task.is_half, task.is_compiled = self.is_half, self.is_compiled
         return task
 
 
@@ -97,7 +94,7 @@ class Contender:
         self.row = Row(model.name, way.name, setting, _title(way, setting))
         self.seconds: list[float] = []
         self.is_running = False
-        if sizes.is_compiled and not way.takes_blocks:
+        if sizes.is_compiled and not way.compiles_blocks:
             reason = "not with `--compile`"
         else:
             reason = way.refusal(self.task)

@@ -19,7 +19,8 @@ from bench.chains import Chain, CouplingMlp, Flow, RevNet, Springs, Transformer
 class Task:
     """A model in training mode, its arguments, the loss of its output, and its repeated blocks.
 
-    `is_half`: the forward runs under bfloat16 autocast. `budget_bytes` is set by a way that trains within it.
+    `is_half`: the forward runs under bfloat16 autocast. `is_compiled`: each block is to be compiled by itself.
+    `budget_bytes` is set by a way that trains within it.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Task:
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     device: str = "cpu"
     is_half: bool = False
+    is_compiled: bool = False
     budget_bytes: int | None = None
 
     def to(self, device: str) -> None:

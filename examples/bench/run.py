@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     models, ways = _chosen(args, parser)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    if args.threads or args.short:
+        torch.set_num_threads(args.threads or 1)
     _keep_memory()
     torch._dynamo.config.recompile_limit = 64  # ways share the code of a model's class
     rounds = args.rounds or (1 if args.short else ROUNDS)
@@ -87,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_positive, help="samples; default: each model's own")
     parser.add_argument("--rounds", type=_positive, help=f"steps of each way, taken in turn; default: {ROUNDS}")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16: autocast")
-    parser.add_argument("--compile", action="store_true", help="compile each block, in the ways that allow it")
+    parser.add_argument("--compile", action="store_true", help="compile each block, in `plain` and `memory`")
     parser.add_argument("--short", action="store_true", help="small models, one round, nothing that compiles")
-    parser.add_argument("--threads", type=_positive, help="of torch; default: as it is")
+    parser.add_argument("--threads", type=_positive, help="of torch; default: as it is; 1 with --short")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     return parser

@@ -42,7 +42,7 @@ class Way:
         is_additive: takes only chains of additive couplings on two streams.
         compiles: "model", "parts" of it, or "". A backward of a whole compiled model holds the new gradients of all
             parameters until it ends.
-        takes_blocks: calls the model's blocks as they are, so that each may be compiled by itself.
+        compiles_blocks: compiles each block by itself if the task asks for that.
         limit: the largest relative error of a gradient against plain's; more is a failure. 0: bit for bit. None for
             other people's ways: the error is reported.
     """
@@ -54,7 +54,7 @@ class Way:
     library: str = ""
     is_additive: bool = False
     compiles: str = ""
-    takes_blocks: bool = False
+    compiles_blocks: bool = False
     limit: float | None = None
 
     def missing(self) -> str:
@@ -77,7 +77,17 @@ def missing(library: str, extra: str) -> str:
 
 # --- torch's own
 def _plain(task: Task, setting: None) -> Call:
+    if task.is_compiled:
+        for block in task.blocks:
+            block.forward = _compile_function(block.forward)
     return task.model
+
+
+def _compile_function(function: Call) -> Call:
+    def run(*args: Any, **kwargs: Any) -> Any:  # dynamo skips frames of torch.nn, but not this one
+        return function(*args, **kwargs)
+
+    return torch.compile(run, dynamic=False)
 
 
 def _checkpoint(task: Task, every: int, **options: Any) -> Call:
@@ -195,12 +205,12 @@ def _rev_block(task: Task, setting: None) -> Call:
 def _memory(task: Task, budget: float | str) -> Call:
     """Train within a percentage of plain's peak, or within the least feasible budget."""
     if budget != LEAST:
-        return revfx.convert(task.model, memory=float(budget) / 100)
+        return revfx.convert(task.model, memory=float(budget) / 100, compile=task.is_compiled)
     try:
-        task.loss_of(revfx.convert(task.model, memory=1))
+        task.loss_of(revfx.convert(task.model, memory=1, compile=task.is_compiled))
     except BudgetError as e:
         task.budget_bytes = least_bytes(e)
-    return revfx.convert(task.model, memory=task.budget_bytes)
+    return revfx.convert(task.model, memory=task.budget_bytes, compile=task.is_compiled)
 
 
 def least_bytes(error: BudgetError) -> int:
@@ -212,8 +222,8 @@ def least_bytes(error: BudgetError) -> int:
 
 
 WAYS: Mapping[str, Way] = {w.name: w for w in (
-    Way("plain", "plain autograd", _plain, takes_blocks=True, limit=0),
-    Way("checkpoint", "`checkpoint` of 1 block in {}", _checkpoint, (1, 2, 3), takes_blocks=True),
+    Way("plain", "plain autograd", _plain, compiles_blocks=True, limit=0),
+    Way("checkpoint", "`checkpoint` of 1 block in {}", _checkpoint, (1, 2, 3)),
     Way("selective", "selective `checkpoint` of each block", _selective),
     Way("inductor", "`torch.compile`", _compile, compiles="model"),
     Way(
@@ -238,7 +248,7 @@ WAYS: Mapping[str, Way] = {w.name: w for w in (
         compiles="parts", limit=ROUNDING,
     ),
     Way("rev_block", "`revfx.rev_block`", _rev_block, is_additive=True, limit=0),
-    Way("memory", "`revfx.convert`, `memory` {}", _memory, (80, 60, 40, 20, LEAST), takes_blocks=True, limit=0),
+    Way("memory", "`revfx.convert`, `memory` {}", _memory, (80, 60, 40, 20, LEAST), compiles_blocks=True, limit=0),
     Way("backend", '`backend="revfx"`', partial(_compile, backend="revfx"), compiles="model", limit=ROUNDING),
     Way(
         "backend-eager", '`backend="revfx"` over eager kernels', partial(_compile, backend="revfx", inner="aot_eager"),

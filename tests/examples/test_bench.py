@@ -14,7 +14,7 @@ import pytest
 import torch
 from bench import run, ways as bench_ways
 from bench.chains import Coupling, Flow
-from bench.measure import Row, Sizes, measure
+from bench.measure import Contender, Row, Sizes, measure
 from bench.models import MODELS, Task
 from bench.ways import WAYS, Way
 from torch import Tensor
@@ -107,6 +107,13 @@ def test_ways_over_eager_kernels_that_torch_compiles() -> None:
     assert all(row.error is not None and row.error < 1e-5 and not row.notes for row in rows.values())
     peaks = [rows["torch-budget", budget].peak or 0 for budget in (0.7, 0.3)]
     assert peaks[1] < 0.8 * peaks[0] < 0.8 * plain.peak, "each budget has compiled code of its own"
+
+
+def test_compiled_blocks_are_for_plain_and_budgets_alone() -> None:
+    sizes = Sizes(2, 8, is_compiled=True)
+    notes = {name: Contender(MODELS["mlp"], WAYS[name], None, sizes).row.notes for name in WAYS}
+    assert notes.pop("plain") == notes.pop("memory") == []
+    assert all(note == ["not with `--compile`"] for note in notes.values())
 
 
 # --- failures
