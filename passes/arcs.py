@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -118,11 +118,19 @@ class _Lowering:
         masked = MaskedArcs(self.directions, self.masks, self.index, self.barred, self._arc)
         for i, arc in (*tilings(self.values, self.index, self.directions, outs), *masked.run()):
             ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
-        writing = [op for op in ops if op.barrier is not None and op.barrier.kind is Reason.WRITES_IN_PLACE]
-        written = {self.values[v].storage for op in writing for v in op.ins}
-        theirs = {v.storage for v in self.values if v.given or v.source}
-        values = (replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
-        return Lowered(Program(tuple(values), tuple(ops), outputs), tuple(op_nodes), tuple(self.index))
+        program = Program(self._with_memory(ops), tuple(ops), outputs)
+        return Lowered(program, tuple(op_nodes), tuple(self.index))
+
+    def _with_memory(self, ops: Sequence[Op]) -> tuple[Value, ...]:
+        """The values, with the operations that write to their memory, and the inputs that it belongs to, noted."""
+        written, theirs = set[int](), set[int]()
+        for op in ops:
+            if op.barrier is not None and op.barrier.kind is Reason.WRITES_IN_PLACE:
+                written.update(self.values[v].storage for v in op.ins)
+        for v in self.values:
+            if v.given or v.source:
+                theirs.add(v.storage)
+        return tuple(replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
 
     def _value(self, node: fx.Node, source: bool = False, given: bool = False) -> int:
         val = node.meta["val"]

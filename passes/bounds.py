@@ -151,7 +151,7 @@ def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Inte
     if exact == UNKNOWN or dtype is None or dtype.is_complex:
         return exact if dtype is None else UNKNOWN
     name = bare(node)
-    before = next((d for n in node.all_input_nodes if (d := _dtype(n)) is not None), dtype)
+    before = next(filter(None, map(_dtype, node.all_input_nodes)), dtype)
     if not dtype.is_floating_point:
         whole = not before.is_floating_point and dtype != torch.bool
         most = min(torch.iinfo(dtype).max, MOST_WHOLE) if whole else -1

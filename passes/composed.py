@@ -86,9 +86,16 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
     if len(chain) == 1:
         return arc
     made = {a.head for a in chain}
-    tail = tuple(dict.fromkeys(v for a in chain for v in a.tail if v not in made))
-    declared = next((a.declared for a in chain if a.declared), "")
-    runs = tuple(i for a in chain for i in a.runs)
+    reads: dict[int, None] = {}
+    runs: list[int] = []
+    coded, measured, declared = False, False, ""
+    for a in chain:
+        reads.update(dict.fromkeys(a.tail))
+        runs += a.runs
+        coded |= a.coded
+        measured |= a.measured
+        declared = declared or a.declared
+    tail = tuple(v for v in reads if v not in made)
 
     def solve(*values: Tensor) -> Tensor:
         env = dict(zip(tail, values, strict=True))
@@ -96,5 +103,4 @@ def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
             env[a.head] = a.solve(*(env[v] for v in a.tail))
         return env[arc.head]
 
-    coded, measured = any(a.coded for a in chain), any(a.measured for a in chain)
-    return replace(arc, tail=tail, solve=solve, declared=declared, runs=runs, coded=coded, measured=measured)
+    return replace(arc, tail=tail, solve=solve, declared=declared, runs=tuple(runs), coded=coded, measured=measured)

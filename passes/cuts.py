@@ -150,20 +150,23 @@ def _step(
         return None
     known = {*exit, *side}.difference(again)
     # The search meets what reads a value before what makes it, and so solves for it first, though it may be run again.
-    if again or any(isinstance(d, Invert) and program.made_at[d.arc.head] >= start for d in closure.order):
+    if again or any(program.made_at[arc.head] >= start for arc in _inverses(closure.order)):
         closure = Closure(program, known)
         closure.add(range(start, stop))
         if any(v not in closure for v in entry):
             return None
-    saved = tuple(d.arc.head for d in needed(program, closure.order, entry) if isinstance(d, Invert) and d.arc.barred)
-    if any(isinstance(d, Invert) and d.arc.barred for d in closure.order):
-        # again from what is kept, by trusted arcs alone: what only a barred one gave first has another derivation
+    saved: list[int] = []
+    for arc in _inverses(needed(program, closure.order, entry)):
+        if arc.barred:
+            saved.append(arc.head)
+    if any(arc.barred for arc in _inverses(closure.order)):
+        # Derive again from the saved values by trusted arcs alone: a value that a barred arc gave first may have
+        # another derivation.
         closure = Closure(program, known.union(saved), trusted=True)
         closure.add(range(start, stop))
-    saved += tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
+    saved += _kept(program, start, stop)
     derive = tuple(closure.order)
-    arcs = tuple(d.arc for d in needed(program, derive, entry) if isinstance(d, Invert))
-    return Step(start, stop, entry, exit, saved, derive, arcs, again)
+    return Step(start, stop, entry, exit, tuple(saved), derive, _inverses(needed(program, derive, entry)), again)
 
 
 def _with_above(
@@ -179,9 +182,23 @@ def _with_above(
     order = tuple(closure.order)
     if any(v not in closure for v in entry):
         return None
-    saved = tuple(v for i in range(start, stop) for v in program.ops[i].outs if program.values[v].kept)
-    arcs = tuple(d.arc for d in needed(program, order, entry) if isinstance(d, Invert))
-    return Step(start, stop, entry, exit, saved, order, arcs)
+    arcs = _inverses(needed(program, order, entry))
+    return Step(start, stop, entry, exit, _kept(program, start, stop), order, arcs)
+
+
+def _inverses(order: Iterable[Derivation]) -> tuple[Arc, ...]:
+    """The inverse arcs among some derivations, in order."""
+    return tuple(d.arc for d in order if isinstance(d, Invert))
+
+
+def _kept(program: Program, start: int, stop: int) -> Values:
+    """The kept results of operations start..stop-1."""
+    found: list[int] = []
+    for op in program.ops[start:stop]:
+        for v in op.outs:
+            if program.values[v].kept:
+                found.append(v)
+    return tuple(found)
 
 
 def _made_of(program: Program, value: int, known: Closure) -> list[int]:

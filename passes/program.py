@@ -132,15 +132,22 @@ class Program:
     @cached_property
     def made_at(self) -> list[int]:
         """The index of the operation that makes each value; -1 for inputs and sources."""
-        made = {v: i for i, op in enumerate(self.ops) for v in op.outs}
-        return [made.get(v, -1) for v in range(len(self.values))]
+        made = [-1] * len(self.values)
+        for i, op in enumerate(self.ops):
+            for v in op.outs:
+                made[v] = i
+        return made
 
     @cached_property
     def last_use(self) -> list[int]:
         """The index of the last operation that reads each value; len(ops) for outputs, -1 if nothing does."""
-        last = {v: i for i, op in enumerate(self.ops) for v in op.ins}
-        last.update(dict.fromkeys(self.outputs, len(self.ops)))
-        return [last.get(v, -1) for v in range(len(self.values))]
+        last = [-1] * len(self.values)
+        for i, op in enumerate(self.ops):
+            for v in op.ins:
+                last[v] = i
+        for v in self.outputs:
+            last[v] = len(self.ops)
+        return last
 
     @cached_property
     def users(self) -> list[list[int]]:
@@ -154,11 +161,14 @@ class Program:
     @cached_property
     def first_touch(self) -> list[int]:
         """For each value, the first operation that reads it or has an arc starting from it; len(ops) if none does."""
-        first: dict[int, int] = {}
-        for i, op in enumerate(self.ops):
-            for v in (*op.ins, *(v for a in op.arcs for v in a.tail)):
-                first.setdefault(v, i)
-        return [first.get(v, len(self.ops)) for v in range(len(self.values))]
+        first = [len(self.ops)] * len(self.values)
+        for i, op in reversed(list(enumerate(self.ops))):
+            for v in op.ins:
+                first[v] = i
+            for arc in op.arcs:
+                for v in arc.tail:
+                    first[v] = i
+        return first
 
     @cached_property
     def constant(self) -> list[bool]:
@@ -173,7 +183,12 @@ class Program:
     @cached_property
     def always(self) -> set[int]:
         """Values that are there whatever else is: constants, and what may be kept for want of an inverse."""
-        return {v for v, c in enumerate(self.constant) if c} | {a.head for o in self.ops for a in o.arcs if not a.tail}
+        found = {v for v, is_constant in enumerate(self.constant) if is_constant}
+        for op in self.ops:
+            for arc in op.arcs:
+                if not arc.tail:
+                    found.add(arc.head)
+        return found
 
     @cached_property
     def selected(self) -> dict[int, Selection]:

@@ -229,11 +229,15 @@ def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool
     What running forwards from `side` alone gives does not count: that is checkpointing, which needs no inverse.
     """
     given = _recomputable(program, steps, side)
-    inverting = [s for s in steps if any(not a.exact and a.head not in given for a in s.arcs)]
-    if sum(not side.isdisjoint(_read(program, s.start, s.stop)) for s in inverting) < 2:
-        return False
-    freed = {program.values[v].storage: program.values[v].nbytes for s in steps for v in s.entry if v not in given}
-    return sum(freed.values()) > program.nbytes(tuple(side))
+    readers = 0
+    freed: dict[int, int] = {}
+    for s in steps:
+        inverts = any(not a.exact and a.head not in given for a in s.arcs)
+        readers += inverts and not side.isdisjoint(_read(program, s.start, s.stop))
+        for v in s.entry:
+            if v not in given:
+                freed[program.values[v].storage] = program.values[v].nbytes
+    return readers >= 2 and sum(freed.values()) > program.nbytes(tuple(side))
 
 
 def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int]) -> set[int]:
@@ -292,5 +296,10 @@ def _read(program: Program, start: int, stop: int) -> Iterator[int]:
 
 def _made(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:
     """Return bytes that operations start..stop-1 make, besides the storage that is kept."""
-    outs = [program.values[v] for op in program.ops[start:stop] for v in op.outs]
-    return sum({v.storage: v.nbytes for v in outs if v.storage not in kept}.values())
+    made: dict[int, int] = {}
+    for op in program.ops[start:stop]:
+        for v in op.outs:
+            value = program.values[v]
+            if value.storage not in kept:
+                made[value.storage] = value.nbytes
+    return sum(made.values())

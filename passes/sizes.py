@@ -45,7 +45,8 @@ def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
 def no_new_guards(node: fx.Node) -> Generator[None]:
     """Return a context that ends early, without an error, where something depends on a size that is not fixed."""
     modes = (getattr(t, "fake_mode", None) for t in tensors_of(node.meta["val"]))
-    env: Any = next((e for mode in modes if (e := getattr(mode, "shape_env", None)) is not None), None)
+    envs = (getattr(mode, "shape_env", None) for mode in modes)
+    env: Any = next((e for e in envs if e is not None), None)
     if env is None:
         yield
         return

@@ -278,4 +278,4 @@ def trained(joint: fx.Graph, outputs: Sequence[Any], static: Iterable[fx.Node]) 
     """Return those of the `static` inputs of a joint graph that get a gradient."""
     described = zip(outputs, joint.output_node().meta.get("desc", ()), strict=False)
     given = [getattr(d, "grad_of", None) for out, d in described if isinstance(out, fx.Node)]
-    return frozenset(n for n in static if (d := n.meta.get("desc")) is not None and d in given)
+    return frozenset(n for n in static if n.meta.get("desc") is not None and n.meta["desc"] in given)

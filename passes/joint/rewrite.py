@@ -145,8 +145,15 @@ def _uncheckpoint(forward: Forward, region: Region) -> None:
 def _freed(forward: Forward, region: Region, wanted: Collection[int]) -> list[int]:
     """Return per step, the bytes of what the backward reads and need not be kept."""
     program = forward.lowered.program
-    made = [{v for op in program.ops[s.start : s.stop] for v in op.outs} for s in region.steps]
-    return [program.nbytes([v for v in outs if v in wanted and not program.constant[v]]) for outs in made]
+    found: list[int] = []
+    for step in region.steps:
+        read: dict[int, None] = {}
+        for op in program.ops[step.start : step.stop]:
+            for v in op.outs:
+                if v in wanted and not program.constant[v]:
+                    read[v] = None
+        found.append(program.nbytes(tuple(read)))
+    return found
 
 
 def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:

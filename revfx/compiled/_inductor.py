@@ -61,7 +61,11 @@ def fuse_neighbours_only(key: str) -> None:
 
     def can_fuse(scheduler: Any, a: Any, b: Any, *args: Any) -> bool:
         if _has_numbers(scheduler, key):
-            numbers = [n for node in (*a.get_nodes(), *b.get_nodes()) if (n := _number(node, key)) is not None]
+            numbers: list[int] = []
+            for node in (*a.get_nodes(), *b.get_nodes()):
+                number = _number(node, key)
+                if number is not None:
+                    numbers.append(number)
             if (numbers and max(numbers) - min(numbers) > 1) or _forgets_order(scheduler, a, b):
                 return False
         return theirs(scheduler, a, b, *args)
