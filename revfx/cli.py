@@ -98,7 +98,7 @@ def _explain(args: argparse.Namespace) -> int:
         model, inputs = load(args.model, args.input, args.dtype)
         if args.rounding:
             model = revfx.convert(model, exact=False)
-        found = revfx.explain(model, *inputs, memory=args.memory, measure=args.measure, backend=args.backend)
+        found = revfx.explain(model, inputs, memory=args.memory, measure=args.measure, backend=args.backend)
         if args.save:
             found.save(args.save)
     print(json.dumps(found.to_dict()) if args.json else found)

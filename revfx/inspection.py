@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx.ambient import given
+from revfx import ambient
+from revfx.arguments import call_arguments
 from revfx.capture.data import held_at, steps_to
 from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
@@ -28,14 +29,15 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return ((g - w).norm().item() / scale) if scale else g.norm().item()
 
 
-def round_trip(model: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
-    """Return the relative error of one inversion by step and value, for every region that `model(*inputs)` runs: in the
-    dtype of the model and once more in fp64, on a copy.
+def round_trip(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+    """Return the relative error of one inversion by step and value, for every region of `model(*args, **kwargs)`.
+
+    Regions run in the dtype of the model, and in fp64 on a copy.
     """
-    runs = originals_of(model, inputs)
-    floating = [t for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if is_floating(t)]
+    runs = originals_of(model, args, kwargs)
+    floating = [t for t in (*model.parameters(), *pytree.tree_leaves((args, kwargs))) if is_floating(t)]
     if any(t.dtype != torch.float64 for t in floating):
-        runs += originals_of(copy.deepcopy(model).double(), doubled(list(inputs)))
+        runs += originals_of(copy.deepcopy(model).double(), *doubled((args, kwargs)))
     errors: dict[str, float] = {}
     for run, originals in runs:
         for number, step in enumerate(run.region.steps):
@@ -71,11 +73,13 @@ class Originals(Watch):
 
 def watched(watch: Callable[[Regeneration], Watch]) -> AbstractContextManager[None]:
     """Return a context in which every region that runs forwards gets a `watch`."""
-    return given(watching, watch)
+    return ambient.given(watching, watch)
 
 
-def originals_of(model: Callable[..., Any], inputs: Sequence[Any]) -> list[tuple[Regeneration, Env]]:
-    """Run `model(*inputs)` and return its regions, in order, with copies of all their values."""
+def originals_of(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[Regeneration, Env]]:
+    """Run `model(*args, **kwargs)` and return its regions, in order, with copies of all their values."""
     found: list[tuple[Regeneration, Env]] = []
 
     def watch(run: Regeneration) -> Watch:
@@ -84,21 +88,22 @@ def originals_of(model: Callable[..., Any], inputs: Sequence[Any]) -> list[tuple
         return originals
 
     with torch.enable_grad(), torch.random.fork_rng(), watched(watch):
-        model(*inputs)
+        model(*args, **kwargs)
     if not found:
         raise RevfxError(f"`check_inverse`: no reversible region was run by this {type(model).__name__}.")
     return found
 
 
-def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
-    """Return the relative error of solving one operation for each of its operands, by direction, if there is any."""
+def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Return the relative error of solving one operation for each of its operands, by direction."""
+    args, kwargs = call_arguments(args, kwargs)
     modules = dict(op.named_modules())
-    captured = capture(op, op.forward, tuple(inputs), {}, frozenset())
+    captured = capture(op, op.forward, args, kwargs, frozenset())
     lowered = lower(captured.graph, modules.__getitem__, barred={})
     reasons = "; ".join(cause.text for o in lowered.program.ops for _, cause in o.refused) or "the rule yields nothing"
     if not any(o.arcs for o in lowered.program.ops[1:] or lowered.program.ops):  # the first only copies
         lowered = lower(captured.graph, modules.__getitem__)  # what only a code makes right
-    program, leaves = lowered.program, pytree.tree_leaves((tuple(inputs), {}))
+    program, leaves = lowered.program, pytree.tree_leaves((args, kwargs))
     env: Env = {i: leaves[at] for i, at in zip(lowered.inputs, captured.inputs, strict=True)}
     env |= {lowered.index[n]: held_at(modules[path], steps_to(name)) for n, (path, name) in captured.attributes.items()}
     for i, o in enumerate(program.ops):
@@ -112,14 +117,19 @@ def directions(op: nn.Module, inputs: Sequence[Tensor]) -> dict[str, float]:
 
 # --- gradients
 def gradients(
-    model: Callable[..., Any], inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None, seed: int = 0
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Return, by name, the gradients of `loss(model(*inputs))` for all parameters and the inputs that need one.
+    """Return, by name, the gradients of `loss(model(*args, **kwargs))` for parameters and inputs that require one.
 
     Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
     Parameters of `torch.compile(model)` have the names that they have in `model`.
     """
-    leaves, spec = pytree.tree_flatten(list(inputs))
+    leaves, spec = pytree.tree_flatten(call_arguments(args, kwargs))
     fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
     wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
     if isinstance(model, nn.Module):
@@ -127,7 +137,8 @@ def gradients(
         wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        value = (loss or _sine)(model(*pytree.tree_unflatten(fresh, spec)))
+        given, named = pytree.tree_unflatten(fresh, spec)
+        value = (loss or _sine)(model(*given, **named))
         if not wanted:
             return {}
         return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))

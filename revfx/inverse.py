@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
+from revfx.arguments import call_arguments
 from revfx.capture.guards import key, name_of
 from revfx.capture.solve import Solution, Solver
 from revfx.converted import unconverted
@@ -23,31 +24,31 @@ from revfx.passes.rounding import MAX_ERROR
 MOST_PROGRAMS = 32  # for batch sizes and conditions, of which the oldest one makes room
 
 
-def inverse(model: nn.Module, *example_inputs: Any, **example_conditions: Any) -> Inverse:
-    """Return the module that gives what `model` was called with, from what it returned: `inverse(model, x)(model(x))`
-    is `x`, up to rounding.
+def inverse(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> Inverse:
+    """Infer the inverse of a model, as a module: `inverse(model, x)(model(x))` is `x`, up to rounding.
 
-    It shares the model's parameters, is differentiable with respect to them and to what it is given, and prints as the
-    program that it runs: inverses of the model's operations in the opposite order, and its functions as they are. Where
-    the model's random functions draw (dropout in training mode) they can't be run again: call `model.eval()` first.
+    The inverse shares the model's parameters and is differentiable with respect to them and to its inputs. It prints as
+    its program: inverses of the model's operations in the opposite order, and its functions as they are. Functions that
+    draw random numbers (dropout in training mode) can't be recomputed: call `model.eval()` first.
+
+    Call the inverse with the model's result, or only with the tensors that it reads (`reads` names them), such as the
+    latent variable without its log-determinant. Give conditions by name; one that is no tensor defaults to that of the
+    example.
 
     Args:
-        model: any module; a converted one counts as the one that it was made of. It is recorded on fake tensors, with
-            shapes and dtypes like those of the example, and for other batch sizes again.
-        *example_inputs: arguments of the model that shall come back.
-        **example_conditions: arguments that shall not, such as a context.
-
-    The result is called with what the model returned, or with those of its tensors alone that it reads (its `reads`
-    names them), such as the latent variable without its log-determinant, and with the conditions by their names; one
-    that is no tensor is as in the example where it is left out.
+        model: any module; a converted one counts as its original. It is recorded on fake tensors with the shapes and
+            dtypes of the example, and again for other batch sizes.
+        args: example inputs, which the inverse returns: a tensor, or a tuple of positional arguments.
+        kwargs: example conditions, such as a context, which the inverse takes by name.
 
     Raises:
         NotReversibleError: an input does not follow from the outputs; the text says which, and why. No step iterates to
             a fixed point, or solves for one element after the other.
+        TypeError: `model` is not a module, or `args` is neither a tensor nor a tuple.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`inverse` takes an nn.Module, not a {type(model).__name__}.")
-    return Inverse(unconverted(model), example_inputs, example_conditions)
+    return Inverse(unconverted(model), *call_arguments(args, kwargs))
 
 
 class Inverse(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import rules
+from revfx.arguments import call_arguments
 from revfx.converted import Reversible, conversion_of
 from revfx.eager.block import RevBlock
 from revfx.eager.modes import store_activations as store_activations
@@ -45,7 +46,8 @@ def _is_plains(model: object) -> bool:
 def assert_same_grads(
     model: Callable[..., Any],
     reference: Callable[..., Any],
-    inputs: Sequence[Any],
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     *,
     loss: Callable[[Any], Tensor] | None = None,
     rtol: float | None = None,
@@ -55,15 +57,18 @@ def assert_same_grads(
 
     Args:
         model, reference: modules (or functions) of the same inputs.
-        inputs: arguments; tensors among them, also nested, get gradients if they require one.
-        loss: from the output to a scalar.
+        args: example inputs: a tensor, or a tuple of positional arguments. Tensors in them, also nested, get gradients
+            if they require one.
+        kwargs: keyword arguments.
+        loss: from the output to a scalar; default a sum of sines of all outputs.
         rtol: largest norm of the difference relative to the norm; default 0, bit for bit, where `model` is converted
             and lossless and not compiled, else 1e-9 in fp64, 1e-4 in fp32, 5e-2 below.
+        seed: of the random numbers.
 
     Raises:
         AssertionError: names the worst gradient and by how much it is off.
     """
-    got, want = gradients(model, inputs, loss, seed), gradients(reference, inputs, loss, seed)
+    got, want = (gradients(m, args, kwargs, loss=loss, seed=seed) for m in (model, reference))
     if list(got) != list(want):
         raise AssertionError(f"gradients of different names: {sorted(set(got) ^ set(want))}")
     if rtol is None and _is_plains(model):
@@ -85,25 +90,32 @@ def assert_same_grads(
         raise AssertionError(f"the gradient of `{name}` is off by {error:.2e} (relative), more than {limit:.0e}")
 
 
-def check_inverse(target: Any, *inputs: Any, rtol: float | None = None) -> dict[str, float]:
+def check_inverse(
+    target: Any, args: Any, kwargs: Mapping[str, Any] | None = None, *, rtol: float | None = None
+) -> dict[str, float]:
     """Return the relative error of each value that one step back gives, by layer, in the given dtype and in fp64.
 
-    `target` is a converted model, a `RevBlock`, or the operation of a rule in the table (then `inputs` are its
-    operands, and every direction that the rule yields is solved and compared).
+    Args:
+        target: a converted model, a `RevBlock`, or an operation with a rule in the table, of which every direction is
+            solved and compared.
+        args: example inputs, or operands: a tensor, or a tuple of positional arguments.
+        kwargs: keyword arguments.
+        rtol: largest relative error; default 1e3 eps of the dtype.
 
     Raises:
-        AssertionError: an error above `rtol` (default: 1e3 eps of the dtype); it names the worst layer.
+        AssertionError: an error above `rtol`; it names the worst layer.
         RevfxError: `target` has no region and no rule.
     """
+    given, named = call_arguments(args, kwargs)
     if isinstance(target, (Reversible, RevBlock)):
-        errors = round_trip(target, inputs)
+        errors = round_trip(target, given, named)
     elif not isinstance(target, nn.Module) and rules.has_rule(target):
-        errors = directions(_Operation(target), inputs)
+        errors = directions(_Operation(target), given, named)
     else:
         what = "neither a converted model, a `RevBlock`, nor an operation with a rule"
         raise RevfxError(f"`check_inverse`: {target!r} is {what}.")
     worst = max(errors, key=lambda name: errors[name], default=None)
-    dtypes = [t.dtype for t in pytree.tree_leaves(inputs) if is_floating(t)]
+    dtypes = [t.dtype for t in pytree.tree_leaves((given, named)) if is_floating(t)]
     limit = rtol if rtol is not None else 1e3 * max((torch.finfo(d).eps for d in dtypes), default=0)
     if worst is not None and not errors[worst] <= limit:
         raise AssertionError(f"the inverse is off by {errors[worst]:.2e} (relative), more than {limit:.0e}, at {worst}")
@@ -117,9 +129,9 @@ class _Operation(nn.Module):
         super().__init__()
         self.op = op() if isinstance(op, type) else op
 
-    def forward(self, first: Any, *rest: Any) -> Any:
+    def forward(self, first: Any, *rest: Any, **named: Any) -> Any:
         first = first.clone() if isinstance(first, Tensor) else first
-        return getattr(first, self.op)(*rest) if isinstance(self.op, str) else self.op(first, *rest)
+        return getattr(first, self.op)(*rest, **named) if isinstance(self.op, str) else self.op(first, *rest, **named)
 
 
 def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: bool = True) -> Memory:

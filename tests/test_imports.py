@@ -21,6 +21,7 @@ MAY: dict[str, set[str]] = {
     "_fsdp": set(),
     "_fake": {"_torch"},
     "errors": set(),
+    "arguments": set(),
     "units": set(),
     "ambient": {"_torch", "errors"},
     "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
@@ -39,8 +40,8 @@ MAY: dict[str, set[str]] = {
 MAY["conversion"] = {*BOTTOM, "info", "passes", "eager", "capture", "compiled", "fit"}
 MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}
 MAY["convert"] = {*BOTTOM, "compiled", "conversion", "converted", "eager", "fit"}
-MAY["inverse"] = {*BOTTOM, "capture", "converted", "passes"}
-MAY["inspection"] = {*BOTTOM, "passes", "eager", "capture"}
+MAY["inverse"] = {*BOTTOM, "arguments", "capture", "converted", "passes"}
+MAY["inspection"] = {*BOTTOM, "arguments", "passes", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
 MAY["testing"] = {*MAY["debug"], "inverse", "rules", "convert", "converted"}
 MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "fit", "passes.joint", "testing", "world"}

@@ -49,20 +49,20 @@ def made() -> tuple[Affine, Tensor, Tensor]:
 
 def test_it_gives_the_input_back() -> None:
     model, x, context = made()
-    inverse = revfx.inverse(model, x, context=context)
+    inverse = revfx.inverse(model, x, {"context": context})
     result = model(x, context)
     assert inverse.reads == ["y['z']"] and inverse.conditions == ["context"]
     for given in (result, result["z"]):
         torch.testing.assert_close(inverse(given, context=context), x, rtol=1e-10, atol=1e-10)
     assert "mul_11 <- " in repr(inverse) and "getitem_11" in inverse.extra_repr()
-    single = revfx.inverse(copy.deepcopy(model).float(), x.float(), context=context.float())
+    single = revfx.inverse(copy.deepcopy(model).float(), x.float(), {"context": context.float()})
     back = single(single.model(x.float(), context.float()), context=context.float())
     torch.testing.assert_close(back, x.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_other_batch_sizes_and_other_numbers_in_buffers() -> None:
     model, x, context = made()
-    inverse = revfx.inverse(model, x, context=context)
+    inverse = revfx.inverse(model, x, {"context": context})
     for rows in (3, 50, ROWS):
         x, context = torch.randn(rows, 2 * D), torch.randn(rows, 2)
         torch.testing.assert_close(inverse(model(x, context), context=context), x, rtol=1e-9, atol=1e-9)
@@ -72,7 +72,7 @@ def test_other_batch_sizes_and_other_numbers_in_buffers() -> None:
 def test_its_gradients_are_those_of_the_inverse_function() -> None:
     """Of `x = g(y, w)` with `f(x, w) = y`: dx/dy is the inverse of df/dx, dx/dw is less that times df/dw."""
     model, x, context = Affine(2), torch.randn(1, 2 * D), torch.randn(1, 2)
-    inverse = revfx.inverse(model, x, context=context)
+    inverse = revfx.inverse(model, x, {"context": context})
     y = model(x, context)["z"].detach().requires_grad_()
     w = model.mix[0]
     of_x: Any = torch.autograd.functional.jacobian(lambda x: model(x, context)["z"], x)
@@ -88,7 +88,7 @@ def test_it_compiles_copies_and_pickles() -> None:
     model, x, context = made()
     with torch.no_grad():
         result = model(x, context)
-    inverse = revfx.inverse(revfx.convert(model), x, context=context)
+    inverse = revfx.inverse(revfx.convert(model), x, {"context": context})
     assert {id(p) for p in inverse.parameters()} == {id(p) for p in model.parameters()}
     compiled: Any = torch.compile(inverse, backend="aot_eager")
     other: Any = copy.deepcopy(inverse)
@@ -115,7 +115,7 @@ class Streams(nn.Module):
 
 def test_several_inputs_come_back_as_a_tuple() -> None:
     model, a, b = Streams(), torch.randn(ROWS, D), torch.randn(ROWS, D)
-    inverse = revfx.inverse(model, a, b, scale=0.5)
+    inverse = revfx.inverse(model, (a, b), {"scale": 0.5})
     assert inverse.reads == ["y[0]", "y[1]"] and inverse.conditions == []
     result = model(a, b, scale=0.5)
     for given in (inverse(result), inverse(*result)):
@@ -153,15 +153,15 @@ class Drops(Streams):
 def test_where_there_is_none_it_says_which_input_and_why(kind: Any, inputs: int, said: str) -> None:
     xs = [torch.randn(ROWS, D) for _ in range(inputs)]
     with pytest.raises(NotReversibleError, match=rf"(?s){said}"):
-        revfx.inverse(kind(), *xs)
+        revfx.inverse(kind(), xs)
     if kind is Drops:
         model = Drops().eval()
-        torch.testing.assert_close(revfx.inverse(model, *xs)(model(*xs)), tuple(xs))
+        torch.testing.assert_close(revfx.inverse(model, xs)(model(*xs)), tuple(xs))
 
 
 def test_mistakes_are_named() -> None:
     model, x, context = made()
-    inverse = revfx.inverse(model, x, context=context)
+    inverse = revfx.inverse(model, x, {"context": context})
     z = model(x, context)["z"]
     with pytest.raises(TypeError, match="by name: `context`"):
         inverse(z)
@@ -216,7 +216,7 @@ def test_flows_of_libraries_come_back(name: str) -> None:
     loss(x, *context)  # layers that start themselves from data have done so
     model = Latent(flow)
     names = dict(zip(["context"], context, strict=False))
-    inverse = revfx.inverse(model, x, **names)
+    inverse = revfx.inverse(model, x, names)
     with torch.no_grad():
         torch.testing.assert_close(inverse(model(x, **names), **names), x, rtol=1e-10, atol=1e-10)
 
@@ -291,7 +291,7 @@ def test_it_is_right_or_refused(function: Any) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_conditions_and_batch_sizes_that_decide_what_is_computed(compiled: bool) -> None:
     model, x = Runs(scaled), torch.randn(ROWS, 2 * D)
-    inverse: Any = revfx.inverse(model, x, scale=2.0)
+    inverse: Any = revfx.inverse(model, x, {"scale": 2.0})
     call = torch.compile(inverse, backend="aot_eager") if compiled else inverse
     for rows, scale in ((ROWS, 2.0), (ROWS, 3.0), (3, 3.0), (ROWS, 2.0)):
         torch.testing.assert_close(call(model(x[:rows], scale=scale), scale=scale), x[:rows])

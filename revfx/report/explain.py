@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fake
+from revfx.arguments import call_arguments
 from revfx.capture.guards import name_of
 from revfx.capture.plan import Plan
 from revfx.capture.search import make_plan
@@ -37,57 +38,60 @@ from revfx.report.simulate import Loss, Simulation, measured
 
 def explain(
     model: nn.Module,
-    *args: Any,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
     memory: float | str | None = None,
-    measure: bool = False,
     backend: str | None = None,
+    measure: bool = False,
     loss: Loss | None = None,
-    **kwargs: Any,
 ) -> Explanation:
-    """Explain what revfx finds in `model(*args, **kwargs)`: regions, refusals, and what a training step takes.
+    """Explain the regions and refusals of `model(*args, **kwargs)`, and the memory and FLOPs of a training step.
 
-    The model is looked at, and a training step of it counted, on fake tensors: nothing is computed, nothing is
-    allocated, and the model stays as it is; a model that does not fit into memory can be explained on the "meta" device
-    or with smaller arguments. What kernels allocate within themselves is not counted.
+    The step runs on fake tensors: nothing is computed or allocated, and the model stays as it is. A model that does not
+    fit into memory can be explained on the "meta" device, or with smaller arguments. Workspace that kernels allocate
+    within themselves is not counted.
 
     Args:
-        model: a plain model (what would `convert` do?) or a converted one (with the options that it has).
-        args, kwargs: its arguments.
-        memory: a budget, as for `convert`: what is kept, masked and computed again for it, by module, the peak and what
-            holds it, and what other budgets would cost. The operators of the model are run once or twice for that.
+        model: a plain model (what would `convert` do?) or a converted one (with its own options).
+        args: example inputs: a tensor, or a tuple of positional arguments.
+        kwargs: keyword arguments of the model.
+        memory: a budget, as for `convert`. The explanation then has the plan for it by module, the peak, the tensors
+            that hold it, and the cost of other budgets. The operators of the model run once or twice for that.
+        backend: "revfx" explains each graph of `torch.compile(model, backend="revfx")`; the model is captured by one
+            real forward, on a copy.
         measure: also train a few real steps, on a copy of the model, and measure memory and time.
-        backend: "revfx" for what `torch.compile(model, backend="revfx")` finds in each of its graphs; the model is
-            captured by one real forward, on a copy.
         loss: from the model's output to a scalar; default the sum of all its floating-point tensors.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: an unknown `backend`, a `memory` that is no budget.
-        Exception: whatever the model raises for these arguments; on fake tensors, unless real steps are measured too,
-            and unless it asks for a value that is not there.
+        TypeError: `model` is not a module, or `args` is neither a tensor nor a tuple.
+        ValueError: an unknown `backend`, or a `memory` that is no budget.
+        Exception: any error of the model for these arguments; on fake tensors, unless `measure` is set, and unless it
+            asks for a value that fake tensors lack.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`explain` takes an nn.Module, not a {type(model).__name__}; wrap the function in a module.")
     if backend not in (None, "revfx"):
         raise ValueError(f"`backend={backend!r}` is not known; use 'revfx', or leave it out.")
+    given, named = call_arguments(args, kwargs)
     loss = loss or total
     if backend is not None:
         from revfx.report.compiled import explain_compiled
 
-        return explain_compiled(model, args, kwargs, loss, measure)
+        return explain_compiled(model, given, named, loss, measure)
     budget = checked_memory(memory)
     own = conversion_of(model) if isinstance(model, Reversible) else None
     options = Options() if own is None else own.options
     forward = model.forward if own is None else own.forward(model)
     stage("looking for regions")
-    outcome = make_plan(model, forward, args, kwargs, options)
-    ways, regions, notes = _predicted(Simulation(model, args, kwargs), forward, outcome.plan, loss, measure)
+    outcome = make_plan(model, forward, given, named, options)
+    ways, regions, notes = _predicted(Simulation(model, given, named), forward, outcome.plan, loss, measure)
     not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
     if measure:
-        ways = _measured(model, options, args, kwargs, loss, ways, budget)
-    fit, fit_advice = (None, ()) if budget is None else explain_fit(unconverted(model), args, kwargs, budget)
+        ways = _measured(model, options, given, named, loss, ways, budget)
+    fit, fit_advice = (None, ()) if budget is None else explain_fit(unconverted(model), given, named, budget)
     return Explanation(
-        model=name_of(model), inputs=types_of((args, kwargs)), regions=regions,
+        model=name_of(model), inputs=types_of((given, named)), regions=regions,
         refusals=(*outcome.refusals, *not_compiled), ways=ways, notes=notes,
         advice=(*_advice(regions, ways), *fit_advice), fit=fit,
     )  # fmt: skip
@@ -97,7 +101,10 @@ def total(output: Any) -> Tensor:
     """Return the sum of all floating-point tensors of a model's output."""
     sums = [t.sum() for t in pytree.tree_leaves(output) if is_floating(t) and t.requires_grad]
     if not sums:
-        raise RevfxError("no output of the model needs a gradient, so there is no training step to be explained.")
+        raise RevfxError(
+            "no output of the model needs a gradient, so there is no training step to explain. Let parameters or inputs"
+            " require gradients."
+        )
     return functools.reduce(torch.add, sums)
 
 

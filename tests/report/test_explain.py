@@ -110,8 +110,18 @@ def test_keyword_arguments() -> None:
         def forward(self, x: Tensor, *, y: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(torch.cat([x, y], -1))
 
-    found = revfx.explain(Two(4), torch.randn(8, 8), y=torch.randn(8, 8), measure=True)
+    found = revfx.explain(Two(4), torch.randn(8, 8), {"y": torch.randn(8, 8)}, measure=True)
     assert found.couplings == 8 and found.way("revfx") is not None
+
+
+def test_keyword_of_the_model_that_is_called_as_an_option() -> None:
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    target, mem = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    found = revfx.explain(decoder, target, kwargs={"memory": mem})
+    assert found.model == "TransformerDecoder" and found.inputs == ("f32[2,5,16]", "f32[2,7,16]") and found.fit is None
+    assert found.way("plain") is not None
+    budgeted = revfx.explain(decoder, (target,), {"memory": mem}, memory=0.5)
+    assert budgeted.fit is not None and budgeted.fit.budget == budgeted.fit.plain // 2
 
 
 def test_rev_block_inside_a_model() -> None:

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 def test_a_budget_is_explained() -> None:
     model, args, _ = make("encoder")
-    found = revfx.explain(model, *args, memory=0.5)
+    found = revfx.explain(model, args, memory=0.5)
     fit, text = found.fit, str(found)
     assert fit is not None and fit.way == "plain"
     assert fit.peak <= fit.budget == fit.plain // 2
@@ -51,14 +51,14 @@ def test_a_budget_is_explained() -> None:
 
 def test_a_budget_that_is_too_small_is_explained() -> None:
     model, args, _ = make("unet")
-    found = revfx.explain(model, *args, memory=1000)
+    found = revfx.explain(model, args, memory=1000)
     assert found.fit is not None and found.fit.way == "" and found.fit.least > 1000
     assert "no plan stays within it" in str(found)
 
 
 def test_a_budget_is_measured_beside() -> None:
     model, args, _ = make("mlp")
-    found = revfx.explain(model, *args, memory=0.6, measure=True)
+    found = revfx.explain(model, args, memory=0.6, measure=True)
     plain, fitted = found.way("plain"), found.way("fitted")
     assert plain is not None and fitted is not None
     assert plain.measured_peak is not None and fitted.measured_peak is not None

@@ -32,7 +32,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(name: str, dep
     bench = MODELS[name]
     task = bench.make(depth, bench.batch // 8)
     model, inputs = task.model, task.args
-    found = revfx.explain(model, *inputs, loss=task.loss)
+    found = revfx.explain(model, inputs, loss=task.loss)
     ways = {"plain": model, "revfx": revfx.convert(model)}
     for way, call in ways.items():
         seen, usage = measure_memory(lambda call=call: task.loss(call(*inputs))), found.way(way)
@@ -46,7 +46,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(name: str, dep
 def test_the_zoo_is_predicted_as_well(name: str) -> None:
     make, inputs = ZOO[name]
     model, x = make(6), inputs(64)
-    found = revfx.explain(model, *x)
+    found = revfx.explain(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = revfx.convert(model)

@@ -165,7 +165,7 @@ def test_the_inverse_of_the_whole_is_theirs_in_turn() -> None:
 
     whole = Maps().eval()
     with inverted_by(Layer):
-        back = revfx.inverse(whole, x, condition=condition)
+        back = revfx.inverse(whole, x, {"condition": condition})
         assert torch.allclose(back(whole(x, condition), condition=condition), x, rtol=1e-10)
 
 

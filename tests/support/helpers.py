@@ -52,9 +52,9 @@ def quick_but(left_out: Container[str], cases: Mapping[str, Case]) -> dict[str, 
 
 def assert_same_as_stored(model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Tensor] | None = None) -> None:
     """Raise unless a converted model has the gradients of its own forward with ordinary storage, bit for bit."""
-    got = gradients(model, inputs, loss)
+    got = gradients(model, inputs, loss=loss)
     with store_activations():
-        want = gradients(model, inputs, loss)
+        want = gradients(model, inputs, loss=loss)
     assert got.keys() == want.keys()
     for name, w in want.items():
         g = got[name]
