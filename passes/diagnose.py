@@ -20,7 +20,7 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
     """
     if stuck.barrier is not None:
         op = program.ops[stuck.start]
-        return [stuck.barrier.at(op.name, op.where)]
+        return [stuck.barrier.to_refusal(op.name, op.where)]
     if stuck.nearest is not None:
         stuck = replace(stuck, start=stuck.nearest[0], unknown=stuck.nearest[1])
     graph = _dependencies(program, stuck)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-def call_arguments(args: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def normalize_arguments(args: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the keyword arguments of `model(*args, **kwargs)`.
 
     Args:

@@ -23,7 +23,7 @@ from revfx.capture.search import Outcome, Wishes, make_plan
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.eager.calls import Slot
 from revfx.eager.modes import runs_plain, store_activations
-from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, listed, warn
+from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, warn
 from revfx.fit.budget import Budget
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
 from revfx.info import ConversionInfo
@@ -158,7 +158,7 @@ class Conversion:
         if self.options.strict and (outcome.plan is None or outcome.refusals):
             node = outcome.refusals[0].op if outcome.refusals else None
             what = f"`convert({name_of(model)}, strict=True)`: left as it was"
-            raise NotReversibleError(f"{what}:\n{listed(outcome.refusals)}", node, outcome.refusals)
+            raise NotReversibleError(f"{what}:\n{list_refusals(outcome.refusals)}", node, outcome.refusals)
         if outcome.untraceable and not self.parts_converted:
             self.parts_converted = True
             self.convert_parts(model, self.options)
@@ -169,7 +169,7 @@ class Conversion:
             what = "nothing reversible was found, so it runs as it was, with all its activations"
             if outcome.untraceable:
                 what = "its forward can't be recorded, so it runs as it was; its sub-modules are converted"
-            text = f"`convert({name_of(model)})`: {what}:\n{listed(outcome.refusals)}"
+            text = f"`convert({name_of(model)})`: {what}:\n{list_refusals(outcome.refusals)}"
             if "memory=" not in text:
                 text += "\nTo train any model in less memory: `revfx.convert(model, memory=0.5)`."
             self._warn(text)

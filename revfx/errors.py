@@ -163,7 +163,7 @@ class Cause:
     kind: Reason
     text: str
 
-    def at(self, op: str, where: str, *others: str) -> Refusal:
+    def to_refusal(self, op: str, where: str, *others: str) -> Refusal:
         """Return the refusal for an operation, and `others` that block with it, at a place."""
         return Refusal(self.kind, (op, *others), where, self.text)
 
@@ -190,12 +190,12 @@ class Refusal:
         return f"{self.where or 'unknown place'}: `{self.op}`: {self.detail or self.kind.meaning}"
 
 
-LISTED = 8  # refusals in one message
+MAX_REFUSALS = 8  # refusals in one message
 
 
-def listed(refusals: Sequence[Refusal]) -> str:
+def list_refusals(refusals: Sequence[Refusal]) -> str:
     """Format refusals, and the remedies of their kinds, for the end of a message."""
-    shown = refusals[:LISTED]
+    shown = refusals[:MAX_REFUSALS]
     lines = [f"  {refusal}" for refusal in shown] or ["  no operation is inverted"]
     remedies = dict.fromkeys(refusal.kind.remedy for refusal in shown)
     lines += [f"What to do: {remedy}." for remedy in remedies]

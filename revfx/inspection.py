@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import ambient
-from revfx.arguments import call_arguments
+from revfx.arguments import normalize_arguments
 from revfx.capture.data import held_at, steps_to
 from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
@@ -96,7 +96,7 @@ def originals_of(
 
 def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
     """Return the relative error of solving one operation for each of its operands, by direction."""
-    args, kwargs = call_arguments(args, kwargs)
+    args, kwargs = normalize_arguments(args, kwargs)
     modules = dict(op.named_modules())
     captured = capture(op, op.forward, args, kwargs, frozenset())
     lowered = lower(captured.graph, modules.__getitem__, barred={})
@@ -129,7 +129,7 @@ def gradients(
     Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
     Parameters of `torch.compile(model)` have the names that they have in `model`.
     """
-    leaves, spec = pytree.tree_flatten(call_arguments(args, kwargs))
+    leaves, spec = pytree.tree_flatten(normalize_arguments(args, kwargs))
     fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
     wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
     if isinstance(model, nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.arguments import call_arguments
+from revfx.arguments import normalize_arguments
 from revfx.capture.guards import key, name_of
 from revfx.capture.solve import Solution, Solver
 from revfx.converted import unconverted
@@ -48,7 +48,7 @@ def inverse(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`inverse` takes an nn.Module, not a {type(model).__name__}.")
-    return Inverse(unconverted(model), *call_arguments(args, kwargs))
+    return Inverse(unconverted(model), *normalize_arguments(args, kwargs))
 
 
 class Inverse(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import rules
-from revfx.arguments import call_arguments
+from revfx.arguments import normalize_arguments
 from revfx.converted import Reversible, conversion_of
 from revfx.eager.block import RevBlock
 from revfx.eager.modes import store_activations as store_activations
@@ -106,7 +106,7 @@ def check_inverse(
         AssertionError: an error above `rtol`; it names the worst layer.
         RevfxError: `target` has no region and no rule.
     """
-    given, named = call_arguments(args, kwargs)
+    given, named = normalize_arguments(args, kwargs)
     if isinstance(target, (Reversible, RevBlock)):
         errors = round_trip(target, given, named)
     elif not isinstance(target, nn.Module) and rules.has_rule(target):

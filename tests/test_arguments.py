@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import revfx
-from revfx.arguments import call_arguments
+from revfx.arguments import normalize_arguments
 from revfx.testing import assert_same_grads, check_inverse, gradients
 
 
@@ -30,19 +30,19 @@ class Scaled(nn.Module):
 
 def test_one_tensor_is_one_argument() -> None:
     x = torch.ones(2)
-    assert call_arguments(x) == ((x,), {})
-    assert call_arguments((x, 3), {"a": x}) == ((x, 3), {"a": x})
-    assert call_arguments([x, 3], {}) == ((x, 3), {})
-    assert call_arguments(()) == ((), {})
-    assert call_arguments(([x],))[0] == ([x],)
+    assert normalize_arguments(x) == ((x,), {})
+    assert normalize_arguments((x, 3), {"a": x}) == ((x, 3), {"a": x})
+    assert normalize_arguments([x, 3], {}) == ((x, 3), {})
+    assert normalize_arguments(()) == ((), {})
+    assert normalize_arguments(([x],))[0] == ([x],)
 
 
 @pytest.mark.parametrize("args", [None, 3, {"x": torch.ones(2)}, "x"])
 def test_anything_else_is_refused(args: Any) -> None:
     with pytest.raises(TypeError, match=r"`args` is a .*`\(x,\)` for one"):
-        call_arguments(args)
+        normalize_arguments(args)
     with pytest.raises(TypeError, match=r"`kwargs` is a .*Give a dict"):
-        call_arguments((), torch.ones(2))  # type: ignore[arg-type]
+        normalize_arguments((), torch.ones(2))  # type: ignore[arg-type]
 
 
 def test_all_functions_take_keywords_of_the_model_that_are_their_own_options() -> None:

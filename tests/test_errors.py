@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import revfx
-from revfx.errors import Cause, NotReversibleError, Reason, Refusal, is_users, listed, warn
+from revfx.errors import Cause, NotReversibleError, Reason, Refusal, is_users, list_refusals, warn
 
 
 SOURCES = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def test_remedy_names_a_budget_where_nothing_reversible_can_be_found(kind: Reaso
 
 
 def test_refusal_is_frozen_and_reads_as_place_operation_and_reason() -> None:
-    refusal = Cause(Reason.NO_COUPLING, "`x` needs itself").at("add", "m.py:3", "linear")
+    refusal = Cause(Reason.NO_COUPLING, "`x` needs itself").to_refusal("add", "m.py:3", "linear")
     assert refusal == Refusal(Reason.NO_COUPLING, ("add", "linear"), "m.py:3", "`x` needs itself")
     assert str(refusal) == "m.py:3: `add`: `x` needs itself"
     assert str(Refusal(Reason.NO_RULE, ("f",), "")) == "unknown place: `f`: the operation has no inverse rule"
@@ -40,7 +40,7 @@ def test_refusal_is_frozen_and_reads_as_place_operation_and_reason() -> None:
 
 def test_list_of_refusals_ends_with_the_remedy_of_each_kind_once() -> None:
     refusals = [Refusal(Reason.NO_COUPLING, ("add",), f"m.py:{i}", "") for i in range(20)]
-    text = listed([*refusals[:2], Refusal(Reason.NO_RULE, ("f",), "m.py:9"), *refusals[2:]])
+    text = list_refusals([*refusals[:2], Refusal(Reason.NO_RULE, ("f",), "m.py:9"), *refusals[2:]])
     assert text.count("m.py:") == 8 and text.count("What to do: ") == 2
     assert text.endswith(f"What to do: {Reason.NO_RULE.remedy}.")
 

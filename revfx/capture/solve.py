@@ -162,7 +162,7 @@ def _written(lowered: Lowered) -> Refusal | None:
     """Return what is written to in place, so that values are not what operations before made of them."""
     for op, node in zip(lowered.program.ops, lowered.op_nodes, strict=True):
         if op.barrier is not None and node.meta.get("mutates"):
-            return op.barrier.at(op.name, op.where)
+            return op.barrier.to_refusal(op.name, op.where)
     return None
 
 

@@ -19,7 +19,7 @@ import revfx
 from revfx import _torch, passes, rules
 from revfx.ambient import given
 from revfx.compiled import _inductor
-from revfx.errors import NotReversibleError, listed
+from revfx.errors import NotReversibleError, list_refusals
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.joint.aliases import save_bases
 from revfx.passes.joint.borders import STEP
@@ -89,7 +89,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
             if _log.isEnabledFor(logging.INFO):
                 _log.info("a compiled graph: %s", _line(report))
             if self.strict and not report.regions:
-                text = f"a compiled graph is left as it was:\n{listed(report.refusals)}"
+                text = f"a compiled graph is left as it was:\n{list_refusals(report.refusals)}"
                 raise NotReversibleError(text, refusals=report.refusals)
             gm.recompile()
             halves = _inductor.min_cut_partition(gm, joint_inputs, bool(report.regions), **kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fake
-from revfx.arguments import call_arguments
+from revfx.arguments import normalize_arguments
 from revfx.capture.guards import name_of
 from revfx.capture.plan import Plan
 from revfx.capture.search import make_plan
@@ -73,7 +73,7 @@ def explain(
         raise TypeError(f"`explain` takes an nn.Module, not a {type(model).__name__}; wrap the function in a module.")
     if backend not in (None, "revfx"):
         raise ValueError(f"`backend={backend!r}` is not known; use 'revfx', or leave it out.")
-    given, named = call_arguments(args, kwargs)
+    given, named = normalize_arguments(args, kwargs)
     loss = loss or total
     if backend is not None:
         from revfx.report.compiled import explain_compiled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import D
 
 import revfx
-from revfx.errors import RevfxWarning
+from revfx.errors import NotConvertedWarning
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -74,8 +74,8 @@ def test_a_function_that_inverts_itself_is_inverted_by_itself(warp: Warp) -> Non
 
 @pytest.mark.parametrize("warp", [wrong, failing])
 def test_one_that_is_wrong_costs_no_more_than_keeping_and_is_warned_of_once(warp: Any) -> None:
-    text = rf"the inverse of `{warp.__name__}` \(.*test_whole.py:\d+\) does not"
-    with pytest.warns(RevfxWarning, match=text) as said:
+    text = rf"The inverse of `{warp.__name__}` \(.*test_whole.py:\d+\) does not"
+    with pytest.warns(NotConvertedWarning, match=text) as said:
         assert 0.05 < growth(warp) < 0.6
     assert len(said) == 2, "once for each model"
 
