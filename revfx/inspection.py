@@ -17,7 +17,7 @@ from revfx.capture.data import held_at, steps_to
 from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
 from revfx.eager.regeneration import Regeneration
-from revfx.eager.region_plan import Env, Watch, watching
+from revfx.eager.region_plan import Env, Watch, region_observer
 from revfx.errors import RevfxError
 from revfx.passes.arcs import lower
 
@@ -73,7 +73,7 @@ class Originals(Watch):
 
 def watched(watch: Callable[[Regeneration], Watch]) -> AbstractContextManager[None]:
     """Return a context in which every region that runs forwards gets a `watch`."""
-    return ambient.given(watching, watch)
+    return ambient.given(region_observer, watch)
 
 
 def originals_of(

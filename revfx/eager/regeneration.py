@@ -16,7 +16,7 @@ from revfx.ambient import autocast_of, autocast_states, kernels_of
 from revfx.codes import Code, decode
 from revfx.eager import dtensor
 from revfx.eager.calls import Call
-from revfx.eager.region_plan import Env, Handle, RegionPlan, watching
+from revfx.eager.region_plan import Env, Handle, RegionPlan, region_observer
 from revfx.eager.state import CallState, Random
 from revfx.eager.witness import AS_IT_IS, Witness, changed, compare, join, judge
 from revfx.errors import RegenerationError
@@ -47,7 +47,7 @@ class Regeneration:
         self.codes: dict[int, Code] = {}
         self.uncoded: dict[int, frozenset[int]] = {}  # of each step what is kept as its code would be no smaller
         self.versions: list[tuple[int, Tensor, int]] = []
-        self.watch = watching.get()(self)
+        self.watch = region_observer.get()(self)
         self.devices = dict.fromkeys(t.device for t in env.values() if t.device.type != "cpu")
         self.autocast = autocast_states(dict.fromkeys(("cpu", *(d.type for d in self.devices))))
         self.cached = torch.is_autocast_cache_enabled()

@@ -38,7 +38,9 @@ class Watch:
         """Look at a value that the backward derives, before anything reads it."""
 
 
-watching: ContextVar[Callable[[Regeneration], Watch | None]] = ContextVar("revfx_watching", default=lambda run: None)
+region_observer: ContextVar[Callable[[Regeneration], Watch | None]] = ContextVar(
+    "revfx_region_observer", default=lambda run: None
+)
 
 
 @dataclass(eq=False, slots=True)

@@ -30,7 +30,7 @@ from revfx.world import RealWorld
 
 Gradients = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
 
-watching: ContextVar[Any] = ContextVar("revfx_watching", default=None)  # a step, or what records one
+active_step: ContextVar[Any] = ContextVar("revfx_active_step", default=None)  # a step, or what records one
 
 
 class Part:
@@ -40,7 +40,7 @@ class Part:
         self.module, self.call = module, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = None if torch.compiler.is_compiling() else watching.get()
+        watch = None if torch.compiler.is_compiling() else active_step.get()
         return self.call(*args, **kwargs) if watch is None else watch.part(self, args, kwargs)
 
     def __reduce__(self) -> Any:

@@ -21,7 +21,7 @@ from revfx.eager.modes import is_simulating, runs_plain
 from revfx.errors import BudgetError, RevfxError, RevfxWarning
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
-from revfx.fit.compiled import watching
+from revfx.fit.compiled import active_step
 from revfx.fit.costs import Costs
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
@@ -62,7 +62,7 @@ def may_fit(leaves: Sequence[Any]) -> bool:
     another model with a budget, which knows of it.
     """
     tensors = [t for t in leaves if isinstance(t, Tensor)]
-    if watching.get() is not None or is_simulating() or runs_plain(tensors):
+    if active_step.get() is not None or is_simulating() or runs_plain(tensors):
         return False
     if _torch.has_saved_tensors_hooks():
         what = "hooks on what autograd saves are active around a model with a budget, such as those of a checkpoint"
@@ -116,7 +116,7 @@ class Fit:
         meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
         step = Step(fitted.course, model, call.leaves, meter)
         try:
-            with given(watching, step), saved_tensors_hooks(step.pack, step.unpack):
+            with given(active_step, step), saved_tensors_hooks(step.pack, step.unpack):
                 result = run(*call.args, **call.kwargs)
         finally:
             step.end()

@@ -25,7 +25,7 @@ from revfx.capture.effects import none_left
 from revfx.capture.guards import is_plain
 from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
-from revfx.fit.compiled import Back, Bracket, Gradients, Part, StateOf, Whole, parts_of, watching
+from revfx.fit.compiled import Back, Bracket, Gradients, Part, StateOf, Whole, active_step, parts_of
 from revfx.fit.numbers import differing
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import draws, writes
@@ -299,7 +299,7 @@ def _step(
     tape = recorder.tape
     torch.set_autocast_cache_enabled(False)  # it would hold casts of what stands for parameters
     with recorder:
-        with given(watching, recorder), saved_tensors_hooks(recorder.pack, recorder.unpack):
+        with given(active_step, recorder), saved_tensors_hooks(recorder.pack, recorder.unpack):
             result = run(*args, **kwargs)
         tape.turn = len(tape.ops)
         outs = [t for t in tensors_in(result) if t.requires_grad]
