@@ -26,6 +26,7 @@ from revfx.eager.modes import runs_plain, store_activations
 from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, warn
 from revfx.fit.budget import Budget
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
+from revfx.fit.tape import aliases
 from revfx.info import ConversionInfo
 
 
@@ -202,7 +203,7 @@ class Conversion:
 
         ways = Ways({"plain": store_activations()(self.forward(model)), "reversible": reversible}, is_reversible)
         plain = [float if isinstance(x, float) else x for x in leaves]  # its plans stand on fractions by themselves
-        return ways, FitCall(args, kwargs, leaves, (_call_key(plain), spec, ambient_state()))
+        return ways, FitCall(args, kwargs, leaves, (_call_key(plain), aliases(leaves), spec, ambient_state()))
 
     def _call(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Any:
         forward = self.forward(model)

@@ -12,7 +12,7 @@ import torch
 
 from revfx.fit.bits import Mark, mark_of
 from revfx.fit.compiled import Whole
-from revfx.fit.tape import Op, Spot, Tape
+from revfx.fit.tape import Op, Spot, Tape, overlapping
 from revfx.passes._torch import is_pure, writes
 
 
@@ -87,15 +87,22 @@ class Needs:
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
         kind, _ = self.source(value) or ("", None)
-        unwritten = len(self.tape.memory(value).values) == 1 and self.tape.memory_of[value] not in self._updated
-        return kind in ("parameter", "buffer", "argument") and unwritten
+        return kind in ("parameter", "buffer", "argument") and self.tape.memory_of[value] not in self._written
 
     @cached_property
-    def _updated(self) -> set[int]:
-        """Return the memories of running statistics that normalisations write, whatever their schemas say."""
-        ops = [op for op in self.tape.ops if op.func in STATISTICS and op.args[5]]
-        given = [op.args[i] for op in ops for i in STATISTICS[op.func]]
-        return {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
+    def _written(self) -> set[int]:
+        """Return the memories that the step writes, and those of tensors that share elements with a written one."""
+        memories = self.tape.memories
+        written = {n for n, m in enumerate(memories) if len(m.values) > 1}
+        for op in self.tape.ops:
+            if op.func in STATISTICS and op.args[5]:  # running statistics, whatever the schema says
+                given = [op.args[i] for i in STATISTICS[op.func]]
+                written |= {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
+        extents = [e for n in written if (e := memories[n].extent) is not None]
+        for n, m in enumerate(memories):
+            if m.extent is not None and any(overlapping(m.extent, e) for e in extents):
+                written.add(n)
+        return written
 
     @cached_property
     def replayed(self) -> list[Op | None]:

@@ -6,11 +6,13 @@ recording twice: operators that were given another number then don't run again, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
@@ -20,22 +22,23 @@ from revfx.fit.tape import Spot, Tape
 @dataclass
 class Numbers:
     """Numbers and flags of modules, and whether they are compiled, by their attribute tables and names; fractions among
-    arguments, by place; and which parameters need gradients.
+    arguments, by place; and the layouts of parameters and buffers, by their tables and names.
     """
 
     held: list[tuple[dict[str, Any], str, Any]]
     given: list[tuple[int, float]]
-    flags: list[tuple[nn.Parameter, bool]]
+    layouts: list[tuple[Mapping[str, Tensor | None], str, Any]]
 
     @staticmethod
     def of(model: nn.Module, leaves: Sequence[Any]) -> Numbers:
         """Return those of now."""
-        tables = [vars(m) for m in model.modules()]
+        modules = [*model.modules()]
+        tables = [vars(m) for m in modules]
         held = [(t, name, n) for t in tables for name, n in t.items() if isinstance(n, (float, int))]
         return Numbers(
             [*held, *((t, _torch.COMPILED, t.get(_torch.COMPILED)) for t in tables)],
             [(i, x) for i, x in enumerate(leaves) if isinstance(x, float)],
-            [(p, p.requires_grad) for p in model.parameters()],
+            [(t, n, _layout(t[n])) for m in modules for t in (_torch.parameters(m), _torch.buffers(m)) for n in t],
         )
 
     def hold(self, leaves: Sequence[Any]) -> bool:
@@ -43,13 +46,20 @@ class Numbers:
         return (
             all([t.get(name) == n for t, name, n in self.held])
             and all([leaves[i] == x for i, x in self.given])
-            and all([p.requires_grad == flag for p, flag in self.flags])
+            and all([_layout(t.get(name)) == layout for t, name, layout in self.layouts])
         )
 
     def common(self, model: nn.Module, leaves: Sequence[Any]) -> Numbers:
-        """Return those that are what they were, and the flags of now."""
+        """Return those that are what they were, and the layouts of now."""
         held = [(t, name, n) for t, name, n in self.held if t.get(name) == n]
         return replace(Numbers.of(model, leaves), held=held, given=[(i, x) for i, x in self.given if leaves[i] == x])
+
+
+def _layout(t: Tensor | None) -> Any:
+    """Return what a plan takes for granted of a parameter or buffer; where it lies in its storage is not part of it."""
+    if type(t) not in (nn.Parameter, Tensor) and (t is None or is_lazy(t) or t.is_nested):
+        return type(t)
+    return t.requires_grad, t.dtype, t.stride() if t.layout == torch.strided else t.layout
 
 
 def differing(a: Tape, b: Tape) -> frozenset[int] | None:

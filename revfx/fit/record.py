@@ -27,7 +27,7 @@ from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
 from revfx.fit.compiled import Back, Bracket, Gradients, Part, StateOf, Whole, active_step, parts_of
 from revfx.fit.numbers import differing
-from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
+from revfx.fit.tape import Extent, Memory, Op, Pack, Spot, Tape, extent_of
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted, tensors_of
 from revfx.world import RealWorld, World
@@ -35,6 +35,22 @@ from revfx.world import RealWorld, World
 
 CODES = 4  # bits an element, of what is inverted: many take two, but a budget is to hold
 NUDGE = 1e-6  # relative: what numbers of the data are off by when a forward is recorded once more
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that is there before the step: a parameter, buffer or argument, and where to find it.
+
+    `start`: the byte of its storage at which the stand-in begins; `extent`: see `tape.Memory`.
+    """
+
+    kind: str
+    where: Any = None
+    start: int = 0
+    extent: Extent | None = None
+
+
+UNKNOWN = Source("")
 
 
 @dataclass(eq=False)
@@ -51,7 +67,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(
-        self, mode: _fake.FakeMode | None, sources: Mapping[int, tuple[str, Any]], model: nn.Module, nudged: bool
+        self, mode: _fake.FakeMode | None, sources: Mapping[int, Source], model: nn.Module, nudged: bool
     ) -> None:
         super().__init__()
         self.mode, self.sources, self.nudged = mode, sources, nudged
@@ -80,12 +96,15 @@ class Recorder(TorchDispatchMode):
             value, offset = packed.value, offset + packed.offset
         else:
             value = self.tape.memories[memory].values[-1]
+            offset -= self.tape.memories[memory].start // t.dtype.itemsize
         return Spot(value, t.dtype, tuple(t.shape), tuple(t.stride()), offset)
 
     def _enter(self, t: Tensor, key: int, made: bool) -> None:
         storage, number = t.untyped_storage(), len(self.tape.memories)
-        source = None if made else self.sources.get(key, ("", None))
-        memory = Memory(storage.nbytes(), t.device, len(self.tape.ops), source=source)
+        memory = Memory(storage.nbytes(), t.device, len(self.tape.ops))
+        if not made:
+            source = self.sources.get(key, UNKNOWN)
+            memory.source, memory.start, memory.extent = (source.kind, source.where), source.start, source.extent
         self.tape.memories.append(memory)
         self._value(number, len(self.tape.ops) if made else None)
         self.known[key] = number, weakref.ref(storage, lambda _: self._leave(key, memory))
@@ -284,7 +303,7 @@ def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         stack.callback(world.fakes.clear)
         try:
-            return _step(None if real else world.mode, world.model, nudged, run, *stack.enter_context(world.entered()))
+            return _step(world, nudged, run, *stack.enter_context(world.entered()))
         except Exception as e:
             if not real:  # its frames hold fake tensors, and so do their tables of names; real ones are tried next
                 traceback.clear_frames(e.__traceback__)
@@ -292,10 +311,9 @@ def _record(world: World, run: Callable[..., Any], nudged: bool = False) -> Tape
             raise
 
 
-def _step(
-    mode: _fake.FakeMode | None, model: nn.Module, nudged: bool, run: Callable[..., Any], args: Any, kwargs: Any
-) -> Tape:
-    recorder = Recorder(mode, _sources(model, args, kwargs), model, nudged)
+def _step(world: World, nudged: bool, run: Callable[..., Any], args: Any, kwargs: Any) -> Tape:
+    mode, model = None if isinstance(world, RealWorld) else world.mode, world.model
+    recorder = Recorder(mode, _sources(world, args, kwargs), model, nudged)
     tape = recorder.tape
     torch.set_autocast_cache_enabled(False)  # it would hold casts of what stands for parameters
     with recorder:
@@ -328,17 +346,22 @@ def tensors_in(result: Any, depth: int = 3) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor)] + [t for x in inner for t in tensors_in(x, depth - 1)]
 
 
-def _sources(model: nn.Module, args: Any, kwargs: Any) -> dict[int, tuple[str, Any]]:
-    """Return where to find what is there before the step, by its storage."""
-    found: dict[int, tuple[str, Any]] = {}
+def _sources(world: World, args: Any, kwargs: Any) -> dict[int, Source]:
+    """Return where to find the tensors that are there before the step, by the storages of their stand-ins."""
+    found: dict[int, Source] = {}
+    originals = {id(stand_in): t for t, stand_in in world.fakes.values()}
+
+    def source(kind: str, where: Any, t: Tensor) -> Source:
+        return Source(kind, where, t.storage_offset() * t.dtype.itemsize, extent_of(originals.get(id(t), t)))
+
     for i, t in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(t, Tensor) and t.layout == torch.strided:
-            found[_torch.storage_key(t)] = "argument", i
-    for path, module in model.named_modules():
+            found[_torch.storage_key(t)] = source("argument", i, t)
+    for path, module in world.model.named_modules():
         for kind, table in (("parameter", _torch.parameters(module)), ("buffer", _torch.buffers(module))):
             for name, t in table.items():
                 if t is not None and t.layout == torch.strided:
-                    found.setdefault(_torch.storage_key(t), (kind, (path, name)))
+                    found.setdefault(_torch.storage_key(t), source(kind, (path, name), t))
                     if t.grad is not None:
-                        found.setdefault(_torch.storage_key(t.grad), ("gradient", None))
+                        found.setdefault(_torch.storage_key(t.grad), Source("gradient"))
     return found

@@ -73,12 +73,18 @@ def whole(t: Tensor) -> Tensor:
     return t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
 
 
-def placed(t: Tensor, spot: Spot) -> Tensor:
-    """Return the tensor at `spot`, of a tensor in the same memory."""
+def placed(t: Tensor, spot: Spot, start: int = 0) -> Tensor:
+    """Return the tensor at `spot`, of a tensor in the same memory; `start`: the byte at which offsets begin."""
+    offset = start // spot.dtype.itemsize + spot.offset
     if t.dtype != spot.dtype:
         return torch.empty(0, dtype=spot.dtype, device=t.device).set_(
-            t.untyped_storage(), spot.offset, spot.shape, spot.stride
+            t.untyped_storage(), offset, spot.shape, spot.stride
         )
-    if t.shape == spot.shape and t.stride() == spot.stride and t.storage_offset() == spot.offset:
+    if t.shape == spot.shape and t.stride() == spot.stride and t.storage_offset() == offset:
         return t
-    return t.as_strided(spot.shape, spot.stride, spot.offset)
+    return t.as_strided(spot.shape, spot.stride, offset)
+
+
+def placed_in_source(t: Tensor, spot: Spot) -> Tensor:
+    """Return the tensor at `spot` of a parameter, buffer or argument `t`, wherever that lies in this call."""
+    return placed(t, spot, t.storage_offset() * t.dtype.itemsize)

@@ -19,7 +19,7 @@ from revfx.fit import bits
 from revfx.fit.compiled import Part, StateOf
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
-from revfx.fit.rerun import Operator, Values, placed, whole
+from revfx.fit.rerun import Operator, Values, placed, placed_in_source, whole
 from revfx.fit.tape import Spot
 from revfx.fit.witness import Witness
 from revfx.passes.sizes import tensors_of
@@ -208,13 +208,14 @@ class Step:
         t = self.values.get(v)
         if t is None:
             t = self.now.get(v)
-            if t is None:
-                t = self.sources.get(v)
-                if t is None:
-                    t = _held(self.model, self.course.plan.sources[v][1])
-                else:
-                    unchanged(t, self.versions[v])
-        return placed(t, spot)
+        if t is not None:
+            return placed(t, spot)
+        t = self.sources.get(v)
+        if t is None:
+            t = _held(self.model, self.course.plan.sources[v][1])
+        else:
+            unchanged(t, self.versions[v])
+        return placed_in_source(t, spot)
 
     def _end(self) -> None:
         self._forget()
