@@ -81,9 +81,17 @@ class Fitted:
     numbers: Numbers
     chosen: Chosen
     plain: int  # bytes at the peak of the plain model's step
-    barred: frozenset[int]  # operators that are given other numbers from call to call
+    barred: frozenset[int]  # operators whose numbers or results were others in another call
     device: torch.device
     course: Course | None
+
+
+class Unrecorded(RevfxError):
+    """A step can't be recorded, because of `error`."""
+
+    def __init__(self, text: str, error: Exception) -> None:
+        super().__init__(text)
+        self.error = error
 
 
 class Fit:
@@ -93,6 +101,8 @@ class Fit:
         self.budget = budget
         self.costs = Costs()
         self.plans: list[Fitted] = []
+        self.failed: list[Fitted] = []  # plans under which a value was another one when it was computed again
+        self.unrecorded: list[tuple[Any, Numbers]] = []  # kinds of calls that can't be recorded
         self.lock = threading.RLock()
         self.calls = self.moves = 0
         self.wanders = False
@@ -106,15 +116,24 @@ class Fit:
         Warns:
             RevfxWarning: it went another way than when it was recorded, so more was kept.
         """
-        if self.wanders:
+        if self.wanders or self._is_unrecorded(call):
             return ways.runs["plain"](*call.args, **call.kwargs)
-        fitted = self.prepare(model, ways, call)
+        unrecorded: Unrecorded | None = None
+        fitted: Fitted | None = None
+        try:
+            fitted = self.prepare(model, ways, call)
+        except Unrecorded as e:
+            unrecorded = e
+        if fitted is None:  # outside of the `except`, for the model's own error not to be a consequence of that one
+            result = ways.runs["plain"](*call.args, **call.kwargs)
+            self._run_plainly(model, call, unrecorded)
+            return result
         run = ways.runs[fitted.chosen.way]
         if fitted.course is None:
             return run(*call.args, **call.kwargs)
         most = replace(self.budget, less=0).of(fitted.plain)
         meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
-        step = Step(fitted.course, model, call.leaves, meter)
+        step = Step(fitted.course, model, call.leaves, meter, partial(self._failed, fitted))
         try:
             with given(active_step, step), saved_tensors_hooks(step.pack, step.unpack):
                 result = run(*call.args, **call.kwargs)
@@ -131,6 +150,40 @@ class Fit:
         what = f"a step took {size(over)} more than its budget, as the allocator counts"
         then = "the next one is planned for less"
         warnings.warn(f"`convert({name}, {self.budget.text})`: {what}: {then}.", RevfxWarning, stacklevel=2)
+
+    def ready(self, model: nn.Module, ways: Ways, call: Call) -> None:
+        """Make the plan for a call.
+
+        Raises:
+            BudgetError: no plan stays within the budget.
+            Exception: whatever the model raises.
+        """
+        unrecorded: Unrecorded | None = None
+        try:
+            self.prepare(model, ways, call)
+        except Unrecorded as e:
+            unrecorded = e
+        if unrecorded is not None and not isinstance(unrecorded.error, RevfxError):
+            raise unrecorded.error
+        if unrecorded is not None:
+            self._run_plainly(model, call, unrecorded)
+
+    def _is_unrecorded(self, call: Call) -> bool:
+        return any(key == call.key and numbers.hold(call.leaves) for key, numbers in self.unrecorded)
+
+    def _run_plainly(self, model: nn.Module, call: Call, why: Unrecorded | None) -> None:
+        """Have calls of this kind run plainly from now on."""
+        with self.lock:
+            self.unrecorded = [*self.unrecorded[1 - MOST_PLANS :], (call.key, Numbers.of(model, call.leaves))]
+        then = "It runs plainly, and the budget is not kept. Convert sub-modules that can be recorded instead"
+        warnings.warn(f"{why}. {then}.", RevfxWarning, stacklevel=6)
+
+    def _failed(self, fitted: Fitted, varied: frozenset[int]) -> None:
+        """Drop a plan under which these operators gave other values: later plans never run them again."""
+        with self.lock:
+            self.plans = [f for f in self.plans if f is not fitted]
+            failed = replace(fitted, barred=fitted.barred | varied, course=None)
+            self.failed = [*self.failed[1 - MOST_PLANS :], failed]
 
     def _moved(self, name: str, fitted: Fitted) -> None:
         with self.lock:
@@ -149,20 +202,23 @@ class Fit:
             alike = [f for f in reversed(self.plans) if f.key == call.key]
             fitted = next((f for f in alike if f.numbers.hold(call.leaves)), None)
             if fitted is None:
-                fitted = self._choose(model, ways, call, alike[0] if alike else None)
+                failed = [f for f in reversed(self.failed) if f.key == call.key]
+                fitted = self._choose(model, ways, call, [*alike[:1], *failed])
                 self.plans = [*self.plans[1 - MOST_PLANS :], fitted]
             return fitted
 
-    def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Fitted | None) -> Fitted:
-        numbers, barred = None, frozenset[int]()
+    def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Sequence[Fitted]) -> Fitted:
+        """Return a new plan, for which plans of `before` show which operators vary, and which numbers do not."""
+        numbers: Numbers | None = None
+        barred: dict[str, frozenset[int]] = {"plain": frozenset(), "reversible": frozenset()}
 
         def varying(way: str, tape: Tape) -> frozenset[int]:
-            nonlocal numbers, barred
-            if before is None or way != before.chosen.way:
-                return frozenset()
-            if (other := differing(before.chosen.plan.needs.tape, tape)) is not None:
-                numbers, barred = before.numbers.common(model, call.leaves), before.barred | other
-            return barred
+            nonlocal numbers
+            for f in before:
+                if f.chosen.way == way and (other := differing(f.chosen.plan.needs.tape, tape)) is not None:
+                    barred[way] |= f.barred | other
+                    numbers = numbers or f.numbers.common(model, call.leaves)
+            return barred[way]
 
         survey = self.survey(model, ways, call, varying)
         chosen = survey.best(self.budget)
@@ -171,21 +227,22 @@ class Fit:
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
         course = Course(chosen.plan) if chosen.plan.dropped or chosen.plan.marks else None
         numbers = numbers or Numbers.of(model, call.leaves)
-        return Fitted(call.key, numbers, chosen, survey.peak, barred, next(devices, torch.device("cpu")), course)
+        device = next(devices, torch.device("cpu"))
+        return Fitted(call.key, numbers, chosen, survey.peak, barred[chosen.way], device, course)
 
     def survey(self, model: nn.Module, ways: Ways, call: Call, varying: Varying | None = None) -> Survey:
         """Return planners for a call, whose `varying` operators don't run again.
 
         Raises:
-            RevfxError: the forward can't be recorded, or raises.
+            Unrecorded: the forward can't be recorded, or raises.
         """
 
         def planner(way: str) -> Planner:
             try:
                 tape = record(model, ways.runs[way], call.args, call.kwargs)
             except Exception as e:
-                what = f"a step of it can't be recorded: {type(e).__name__}: {e}"
-                raise RevfxError(f"`convert({name_of(model)}, {self.budget.text})`: {what}") from e
+                what = f"a step of it can't be recorded: {type(e).__name__}: {str(e).strip().rstrip('.')}"
+                raise Unrecorded(f"`convert({name_of(model)}, {self.budget.text})`: {what}", e) from e
             return Planner(Needs(tape, frozenset() if varying is None else varying(way, tape)), self.costs.of(tape))
 
         @cache

@@ -8,14 +8,16 @@ once, or twice where nothing is kept between the blocks.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from revfx.fit.compiled import Part, Whole
 from revfx.fit.needs import Needs
+from revfx.fit.tape import Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,31 @@ class Plan:
             found.setdefault(block, []).append(k)
         return found
 
+    def suspects(self, wrong: Collection[int], right: Collection[int]) -> frozenset[int]:
+        """Return the operators that may have made recomputed values wrong.
+
+        These are the operators between the first wrong values and the values that are known to be right. A wrong value
+        that is computed from another wrong one tells nothing.
+        """
+        found = set[int]()
+        for value in wrong:
+            ops, todo, is_first = set[int](), [value], True
+            while todo:
+                op = self.op_of(todo.pop())
+                if op in ops:
+                    continue
+                ops.add(op)
+                for v in self.reads[op]:
+                    if v in wrong:
+                        is_first = False
+                    elif v not in right and not self.is_base(v):
+                        todo.append(v)
+            if is_first:
+                found |= ops
+        # a layer's wrong value hides those of the layers after it, which run the same code
+        code = {_code_of(self.needs.tape.ops[o]) for o in found}
+        return frozenset([o for o, op in enumerate(self.needs.tape.ops) if _code_of(op) in code])
+
     @cached_property
     def uses(self) -> dict[tuple[int, int], int]:
         """Return how often each block reads each value that is made again: by packs, and by what it runs again."""
@@ -168,6 +195,11 @@ class Plan:
         all_packs, replay = self.needs.tape.packs, Replay(self)
         for k in sorted((k for k in packs if all_packs[k].unpacked is not None), key=lambda k: all_packs[k].turn):
             yield replay.segment(k)
+
+
+def _code_of(op: Op) -> tuple[Any, ...]:
+    """Return what an operator has in common with the same one in other layers."""
+    return op.func, op.where, re.sub(r"\d+", "*", op.module)
 
 
 class Replay:

@@ -16,7 +16,7 @@ from revfx.ambient import kernels_of
 from revfx.eager.state import CallState
 from revfx.errors import RegenerationError, RevfxError
 from revfx.fit import bits
-from revfx.fit.compiled import Part, StateOf
+from revfx.fit.compiled import Part, StateOf, Whole
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
 from revfx.fit.rerun import Operator, Values, placed, placed_in_source, whole
@@ -24,6 +24,8 @@ from revfx.fit.tape import Spot
 from revfx.fit.witness import Witness
 from revfx.passes.sizes import tensors_of
 
+
+Failed = Callable[[frozenset[int]], None]  # is called with the operators that gave another value
 
 _NOTHING: Values = {}
 _AS_IT_IS = contextlib.nullcontext()
@@ -69,8 +71,8 @@ class Course:
 class Step:
     """A forward and its backward."""
 
-    def __init__(self, course: Course, model: nn.Module, leaves: Sequence[Any], meter: Meter) -> None:
-        self.course, self.model = course, model
+    def __init__(self, course: Course, model: nn.Module, leaves: Sequence[Any], meter: Meter, failed: Failed) -> None:
+        self.course, self.model, self.failed = course, model, failed
         sources = course.sources.items()  # what was there before the step
         self.sources = {v: leaves[at] if kind == "argument" else _held(model, at) for v, (kind, at) in sources}
         self.versions = {v: _torch.version(t) for v, t in self.sources.items()}
@@ -189,7 +191,12 @@ class Step:
     def _run(self, segment: Segment, spot: Spot) -> Tensor:
         values, operators = self.values, self.course.operators
         for rerun in segment.reruns:
-            operators[rerun.op].run(rerun.goes, values, self.now, self._find)
+            operator = operators[rerun.op]
+            try:
+                operator.run(rerun.goes, values, self.now, self._find)
+            except RegenerationError:
+                self.failed(frozenset() if isinstance(operator.op.func, Whole) else frozenset({rerun.op}))
+                raise
             for v in rerun.drops:
                 del values[v]
         tensor = self._find(spot)
@@ -220,7 +227,12 @@ class Step:
     def _end(self) -> None:
         self._forget()
         self.meter.check()
-        self.witness.compare(self.course.plan.needs)
+        plan, witness = self.course.plan, self.witness
+        try:
+            witness.compare(plan.needs)
+        except RegenerationError:
+            self.failed(plan.suspects(witness.wrong, witness.right))
+            raise
 
     def _forget(self) -> None:
         self.values.clear()

@@ -30,6 +30,7 @@ class Witness:
         self.whole = call < ALWAYS or call & (call - 1) == 0
         self.before: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.again: list[tuple[int, tuple[Tensor, Tensor | None]]] = []
+        self.right, self.wrong = set[int](), set[int]()  # values that were compared
 
     def then(self, spot: Spot, t: Tensor) -> None:
         """Note a tensor of the forward."""
@@ -54,12 +55,18 @@ class Witness:
         """
         noted = [(v, self.before[v], now) for v, now in self.again]
         self.again = []
+        self.right, self.wrong = {v for v, *_ in noted}, set[int]()
+        texts: list[str] = []
         for device in dict.fromkeys(n[1][0].device for n in noted):
             mine = [n for n in noted if n[1][0].device == device]
             differs = torch.stack([_differ(then, now) for _, then, now in mine])
             for (v, then, now), wrong in zip(mine, differs.tolist(), strict=True):
-                if wrong:
-                    _judge(needs, v, then[0], now[0])
+                if wrong and (text := _judge(needs, v, then[0], now[0])) is not None:
+                    texts.append(text)
+                    self.wrong.add(v)
+        self.right -= self.wrong
+        if texts:
+            raise RegenerationError(texts[0])
 
 
 def _differ(then: tuple[Tensor, Tensor | None], now: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -67,7 +74,8 @@ def _differ(then: tuple[Tensor, Tensor | None], now: tuple[Tensor, Tensor | None
     return found if then[1] is None or now[1] is None else found | (then[1] != now[1]).any()
 
 
-def _judge(needs: Needs, value: int, then: Tensor, now: Tensor) -> None:
+def _judge(needs: Needs, value: int, then: Tensor, now: Tensor) -> str | None:
+    """Warn of a value that is off by rounding; return the text of an error for any other one."""
     a, b = then.double(), now.double()
     error = ((a - b).norm() / a.norm().clamp_min(1e-300)).item()
     name = f"what {needs.tape.ops[needs.tape.made_by[value] or 0]} computes for the backward"
@@ -78,9 +86,10 @@ def _judge(needs: Needs, value: int, then: Tensor, now: Tensor) -> None:
             RevfxWarning,
             stacklevel=2,
         )
-        return
-    raise RegenerationError(
+        return None
+    return (
         f"{name} is another one when it is computed again (off by {error:.1e}, relative): a number that the forward"
-        " reads from Python has changed since it was recorded, or its code went another way. Make it a tensor: an"
-        " argument or a buffer."
+        " reads from Python has changed since it was recorded, or its code went another way. The gradients of this"
+        " step are wrong; the next step has a new plan, which keeps this value. Make the number a tensor: an argument"
+        " or a buffer."
     )

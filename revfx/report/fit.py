@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from revfx.convert import convert
 from revfx.converted import conversion_of
 from revfx.fit.budget import Budget, checked_memory
+from revfx.errors import RevfxError
+from revfx.fit.fit import Unrecorded
 from revfx.fit.plan import Plan
 from revfx.fit.survey import MARGIN, Chosen, Survey
 from revfx.report.figures import PALETTE, Figure, picture
@@ -126,7 +128,12 @@ def survey_of(model: nn.Module, args: Any, kwargs: Any) -> Survey:
     found: Any = convert(model, memory=1.0)
     conversion = conversion_of(found)
     assert conversion.fit is not None
-    return conversion.fit.survey(found, *conversion.to_fit(found, args, kwargs))
+    try:
+        return conversion.fit.survey(found, *conversion.to_fit(found, args, kwargs))
+    except Unrecorded as e:
+        if isinstance(e.error, RevfxError):
+            raise
+        raise e.error from None  # the model's own
 
 
 def _modules(plan: Plan) -> Iterable[Share]:
