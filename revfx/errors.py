@@ -42,7 +42,20 @@ class RegenerationError(RevfxError):
 
 
 class BudgetError(RevfxError):
-    """A model can't be trained in the memory that is given; the text says in how much it can, and what holds it."""
+    """No plan stays within a memory budget.
+
+    `least`: the smallest feasible budget in bytes, `asked`: the refused one. The text names the layer that holds the
+    peak of the smallest plan.
+    """
+
+    def __init__(self, text: str, least: int, asked: int) -> None:
+        super().__init__(text)
+        self.least = least
+        self.asked = asked
+
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int, int]]:
+        """Return how it is pickled, as by a process that raises it for another one."""
+        return BudgetError, (str(self), self.least, self.asked)
 
 
 class RevfxWarning(UserWarning):

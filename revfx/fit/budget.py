@@ -25,6 +25,16 @@ class Budget:
         return (self.bytes if self.bytes is not None else int((self.share or 0.0) * plain)) - self.less
 
 
+def as_memory(nbytes: int) -> str:
+    """Return the shortest text for `memory=` that is at least `nbytes`, such as "7.1MiB"."""
+    prefix = next((p for p in "TGMK" if nbytes >= 1024 ** UNITS[p]), "")
+    if not prefix:
+        return str(nbytes)
+    unit = 1024 ** UNITS[prefix]
+    tenths = -(-10 * nbytes // unit)
+    return f"{tenths / 10:.1f}{prefix}iB"
+
+
 def checked_memory(memory: Any) -> Budget | None:
     """Return the budget that is meant, or None.
 

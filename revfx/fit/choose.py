@@ -10,56 +10,69 @@ can take so that H bytes are held are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 
 import torch
 
-from revfx.fit.budget import Budget
-from revfx.fit.costs import Cost
+from revfx.fit.costs import BIT_COST, Cost, estimated
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
-from revfx.fit.polish import polished
+from revfx.fit.polish import Found, lowered, polished
 from revfx.fit.runs import MERGED, Entry, Runs
-from revfx.fit.simulate import Load, Model
+from revfx.fit.simulate import Credit, Load, Model
 
 
 BINS = 512  # of the budget, in which held bytes are counted
 NESTED = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # blocks in a row of which none is kept but the input
-LOSS = 4  # times what the forward returns is what a loss makes of it at most: `y.square().mean()` in its backward
+LOSS = 4  # times the outputs are what a loss such as `(y - 1).square().mean()` takes beside them and their gradient
 TRIES = 10  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
 NEAR = 1 / 256  # of the budget: how near that is
 
+_NO_CREDIT = Credit()
+
 
 class Planner:
-    """Plans of one step."""
+    """Plans of one step.
 
-    def __init__(self, needs: Needs, costs: Sequence[Cost]) -> None:
-        self.needs, self.seconds, self.runs = needs, sum(c.seconds for c in costs), Runs(needs, costs)
-        self.model = self.runs.model
+    `any_caller`: plans are to stay within a budget for any caller, who may hold what the forward returns until the
+    backward ends, and may compute a loss that takes `LOSS` times the outputs beside them and their gradient. `like`: a
+    planner of the same step, whose work is used. `credit`: see `Credit`.
+    """
+
+    def __init__(
+        self,
+        needs: Needs,
+        costs: Sequence[Cost],
+        any_caller: bool = False,
+        like: Planner | None = None,
+        credit: Credit = _NO_CREDIT,
+    ) -> None:
+        self.needs, self.costs, self.seconds = needs, costs, sum(c.seconds for c in costs)
+        self.model = Model(needs, costs, any_caller, LOSS * needs.tape.loss * any_caller, credit)
+        self.runs = Runs(self.model, {} if like is None else like.runs.entries)
+        self.untimed = Untimed(self.model) if like is None else like.untimed
         everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)
-        self.plain = everything, self.model.load(everything)
+        self.plain = everything, Model(needs, costs).load(everything)
 
-    def bytes_of(self, budget: Budget, plain: Planner) -> int:
-        """Return what a plan may take, and have simulations count what is not known: whether the caller holds what the
-        forward returns until the backward ends, and what a loss outside takes.
-
-        Of a share, both the plain step and that of the plan are those of one caller, whichever it is.
-        """
-        tape, load, turn = self.needs.tape, plain.plain[1], 2 * plain.needs.tape.turn + 1
-        returned, loss = sum(m.size for m in tape.returned), LOSS * tape.loss
-        if budget.share is not None:
-            holding = max(load.peak, max(load.live[turn:]) + plain.model.returned)
-            returned = max(0, returned - int(budget.share * (holding - load.peak)))
-            more = loss - (load.peak - load.live[turn])  # by which the loss may raise the plain peak as well
-            loss -= max(0, int(budget.share * more))
-        self.model = self.runs.model = Model(self.needs, self.model.costs, returned, loss)
-        self.runs.found.clear()
-        return budget.of(load.peak)
+    def with_credit(self, budget: int, plain: Planner) -> Planner:
+        """Return a planner for a budget that is compared with the plain step of the same caller, whoever that is."""
+        turn, peak = plain.needs.tape.turn, plain.plain[1].peak
+        load = plain.model.load(plain.plain[0])  # of the plain step of a caller who takes the most
+        backward = load.live[2 * turn : 2 * turn + 1] + load.live[2 * turn + 2 :]
+        share = min(1.0, max(0.0, budget / peak))
+        credit = Credit(int(share * max(0, load.live[2 * turn + 1] - peak)), int(share * max(0, max(backward) - peak)))
+        return Planner(self.needs, self.costs, True, self, credit)
 
     def best(self, budget: int) -> tuple[Plan, Load] | None:
-        """Return the fastest plan that is found to stay within the budget, and what it holds; None if none does."""
+        """Return the fastest plan that is found to stay within the budget, and what it holds.
+
+        Return None if the budget is not feasible, which no measured time has a part in.
+        """
+        fallback = self.untimed.within(budget, self.model.credit)
+        if fallback is None:
+            return None
         load = self.model.load(self.plain[0])
         if load.peak <= budget:
             return self.plain[0], load
@@ -77,9 +90,7 @@ class Planner:
             asked = near if low < near < high else (low + high) // 2
             if high - low <= budget * NEAR or (tried is not None and 0 <= -over <= budget * NEAR):
                 break
-        if found is None:
-            least = self.least()
-            found = least if least[1].peak <= budget else None
+        found = found or (fallback, self.model.load(fallback))
         needs, everything = self.needs, self.plain[0]
         by_blocks = replace(everything, block_of=self.runs.blocks.of_operators())
         told = {v for v, packs in needs.wanted.items() if packs and needs.marks.keys() >= {*packs}}
@@ -89,59 +100,105 @@ class Planner:
 
     def least(self) -> tuple[Plan, Load]:
         """Return the plan with the least peak that is found, and what it holds."""
-        found = self.plain[0], self.model.load(self.plain[0])
-        low, high = 0, found[1].peak
-        while high - low > max(1, high * NEAR):
-            asked = (low + high) // 2
-            tried = self.plan(asked)
-            if tried is None:
-                low = asked
-            else:
-                high, found = asked, min(found, tried, key=lambda f: f[1].peak)
-        return found
+        plan = self.untimed.least
+        return plan, self.model.load(plan)
 
     def plan(self, budget: int) -> tuple[Plan, Load] | None:
         """Return the fastest plan of runs that fit, each for itself, and what it holds; None if there is none."""
-        unit, n = max(1, -(-budget // BINS)), len(self.runs.blocks)
-        kinds = [(x, False) for x in range(1, MERGED + 1)] + [(x, True) for x in NESTED]
-        # the least seconds by borders and held bins, and how they come about: the earlier border, its bins, the entry
-        times = torch.full((n + 1, BINS + 1), math.inf, dtype=torch.float64)
-        back: list[dict[int, tuple[int, int, Entry]]] = [{} for _ in range(n + 1)]
-        times[0, 0] = 0.0
-        for i, (length, nested) in product(range(n), kinds):
-            j = i + length
-            if length > 1 and j <= n and len(self.runs.units(i, j)) > 1:
-                continue
-            for e, peak in self.runs[i, j, nested][1] if j <= n and times[i].isfinite().any() else ():
-                held = -(-e.held // unit)
-                stop = min((budget - peak) // unit, BINS - held) + 1
-                if stop > 0:
-                    new, old = times[i, :stop] + e.seconds, times[j, held : held + stop]
-                    for h in (new < old).nonzero().flatten().tolist():
-                        back[j][h + held] = i, h, e
-                    torch.minimum(new, old, out=old)
-        held = int(times[n].argmin())
-        if math.isinf(times[n, held]):
-            return None
-        chosen, j = list[tuple[int, int, Entry]](), n
-        while j:
-            i, held, e = back[j][held]
-            chosen.append((i, j, e))
-            j = i
-        plan = self._whole(chosen)
-        try:
-            return plan, self.model.load(plan)
-        except LookupError:
-            return None
+        return plan_of_runs(self.runs, budget)
 
-    def _whole(self, chosen: Sequence[tuple[int, int, Entry]]) -> Plan:
-        borders, own = self.runs.blocks.borders, self.runs.blocks.of_operators()
-        kept = {v for v in self.needs.wanted if self.needs.tape.made_by[v] is None}
-        marks, coins = set[int](), set[int]()
-        for i, j, e in chosen:
-            run = self.runs[i, j, e.nested][0]
-            c = e.choice.renamed(dict(enumerate(run.values)), dict(enumerate(run.packs)))
-            kept, marks, coins = kept | c.kept, marks | c.marks, coins | c.coins
-            if not e.nested:
-                own[borders[i] : borders[j]] = [i] * (borders[j] - borders[i])
-        return Plan(self.needs, frozenset(kept), frozenset(marks), frozenset(coins), own)
+
+class Untimed:
+    """A search for plans with small peaks, which always finds the same ones for a model and its inputs.
+
+    Its costs follow from the shapes of tensors. A budget is feasible if one of its plans stays within it.
+    """
+
+    def __init__(self, model: Model) -> None:
+        costs = estimated(model.needs.tape, model.costs)
+        self.model = replace(model, costs=costs, bit_cost=BIT_COST)
+        self.found: list[Found] = []  # so far, in the order of the search, which is the same for all budgets
+        self.rest = self._plans()
+
+    def within(self, budget: int, credit: Credit) -> Plan | None:
+        """Return the first plan that stays within the budget; None if none does."""
+        for plan, load in chain(self.found, self._more()):
+            if load.peak_with(credit, plan.needs.tape.turn) <= budget:
+                return plan
+        return None
+
+    @property
+    def least(self) -> Plan:
+        """Return the plan with the smallest peak."""
+        self.found += self.rest
+        return min(self.found, key=lambda f: f[1].peak)[0]
+
+    def _more(self) -> Iterator[Found]:
+        for found in self.rest:
+            self.found.append(found)
+            yield found
+
+    def _plans(self) -> Iterator[Found]:
+        needs = self.model.needs
+        everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)
+        best = everything, self.model.load(everything)
+        yield best
+        runs, low, high = Runs(self.model, {}), 0, best[1].peak
+        while high - low > max(1, high * NEAR):
+            asked = (low + high) // 2
+            tried = plan_of_runs(runs, asked)
+            if tried is None:
+                low = asked
+                continue
+            high = asked
+            best = min(best, tried, key=lambda f: f[1].peak)
+            yield tried
+        yield lowered(self.model, best)
+
+
+def plan_of_runs(runs: Runs, budget: int) -> Found | None:
+    """Return the fastest plan of runs that fit, each for itself, and what it holds; None if there is none."""
+    unit, n = max(1, -(-budget // BINS)), len(runs.blocks)
+    kinds = [(x, False) for x in range(1, MERGED + 1)] + [(x, True) for x in NESTED]
+    # the least seconds by borders and held bins, and how they come about: the earlier border, its bins, the entry
+    times = torch.full((n + 1, BINS + 1), math.inf, dtype=torch.float64)
+    back: list[dict[int, tuple[int, int, Entry]]] = [{} for _ in range(n + 1)]
+    times[0, 0] = 0.0
+    for i, (length, nested) in product(range(n), kinds):
+        j = i + length
+        if length > 1 and j <= n and len(runs.units(i, j)) > 1:
+            continue
+        for e, peak in runs[i, j, nested][1] if j <= n and times[i].isfinite().any() else ():
+            held = -(-e.held // unit)
+            stop = min((budget - peak) // unit, BINS - held) + 1
+            if stop > 0:
+                new, old = times[i, :stop] + e.seconds, times[j, held : held + stop]
+                for h in (new < old).nonzero().flatten().tolist():
+                    back[j][h + held] = i, h, e
+                torch.minimum(new, old, out=old)
+    held = int(times[n].argmin())
+    if math.isinf(times[n, held]):
+        return None
+    chosen, j = list[tuple[int, int, Entry]](), n
+    while j:
+        i, held, e = back[j][held]
+        chosen.append((i, j, e))
+        j = i
+    plan = _whole(runs, chosen)
+    try:
+        return plan, runs.model.load(plan)
+    except LookupError:
+        return None
+
+
+def _whole(runs: Runs, chosen: Sequence[tuple[int, int, Entry]]) -> Plan:
+    borders, own = runs.blocks.borders, runs.blocks.of_operators()
+    kept = {v for v in runs.needs.wanted if runs.needs.tape.made_by[v] is None}
+    marks, coins = set[int](), set[int]()
+    for i, j, e in chosen:
+        run = runs[i, j, e.nested][0]
+        c = e.choice.renamed(dict(enumerate(run.values)), dict(enumerate(run.packs)))
+        kept, marks, coins = kept | c.kept, marks | c.marks, coins | c.coins
+        if not e.nested:
+            own[borders[i] : borders[j]] = [i] * (borders[j] - borders[i])
+    return Plan(runs.needs, frozenset(kept), frozenset(marks), frozenset(coins), own)

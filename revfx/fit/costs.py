@@ -7,6 +7,7 @@ and on some machines an exponential takes as long as reading memory ten times.
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -29,6 +30,8 @@ from revfx.passes.sizes import tensors_of
 REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it takes longer than ...
 LONG = 0.05  # seconds
 FEW = 2**18  # elements
+BYTES_PER_SECOND = 1e10  # that operators read and write, where their times must not depend on the machine
+BIT_COST = 1e-9  # seconds an element that a bit in its place takes there
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,16 @@ class Costs:
             if start == 0:
                 _correct(tape, costs)
         return costs
+
+
+def estimated(tape: Tape, costs: Sequence[Cost]) -> list[Cost]:
+    """Return costs with seconds that follow from the sizes of operands and results, and the same scratch bytes."""
+    found: list[Cost] = []
+    for op, cost in zip(tape.ops, costs, strict=True):
+        spots = [*op.reads, *(s for s in op.outs if s is not None)]
+        moved = sum(math.prod(s.shape) * s.dtype.itemsize for s in spots)
+        found.append(replace(cost, seconds=moved / BYTES_PER_SECOND))
+    return found
 
 
 def _correct(tape: Tape, costs: Sequence[Cost]) -> None:

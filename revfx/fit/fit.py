@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +20,9 @@ from revfx import _torch
 from revfx.ambient import given
 from revfx.capture.guards import name_of
 from revfx.eager.modes import is_simulating, runs_plain
-from revfx.errors import BudgetError, RevfxError, RevfxWarning
-from revfx.fit.budget import Budget
-from revfx.fit.choose import Planner
+from revfx.errors import RevfxError, RevfxWarning
+from revfx.fit.budget import Budget, as_memory
+from revfx.fit.choose import LOSS, Planner
 from revfx.fit.compiled import active_step
 from revfx.fit.costs import Costs
 from revfx.fit.meter import Meter
@@ -28,6 +30,7 @@ from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
 from revfx.fit.record import record
 from revfx.fit.step import Course, Step
+from revfx.fit.summary import BudgetPlan, summary
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import Tape
 from revfx.units import size
@@ -35,6 +38,7 @@ from revfx.units import size
 
 Varying = Callable[[str, Tape], frozenset[int]]  # by way and tape, operators that are given other numbers each time
 
+LOG = logging.getLogger("revfx")
 MOST_PLANS = 16  # per model; the oldest one makes room for a new one
 WANDERS = 4  # calls that went another way than planned, and a quarter of all, until no more plans are made
 
@@ -55,6 +59,12 @@ class Ways:
 
     runs: Mapping[str, Callable[..., Any]]
     is_reversible: Callable[[], bool]
+
+
+def shapes_of(leaves: Sequence[Any]) -> str:
+    """Return the shapes of the tensors among some arguments as text, such as "inputs (8, 512), (8, 512)"."""
+    found = [str(tuple(t.shape)) for t in leaves if isinstance(t, Tensor)]
+    return f"inputs {', '.join(found)}" if found else "no inputs"
 
 
 def may_fit(leaves: Sequence[Any]) -> bool:
@@ -84,6 +94,7 @@ class Fitted:
     barred: frozenset[int]  # operators whose numbers or results were others in another call
     device: torch.device
     course: Course | None
+    summary: BudgetPlan
 
 
 class Unrecorded(RevfxError):
@@ -106,6 +117,12 @@ class Fit:
         self.lock = threading.RLock()
         self.calls = self.moves = 0
         self.wanders = False
+
+    @property
+    def budget_plans(self) -> tuple[BudgetPlan, ...]:
+        """Return what the plans come to, oldest first; print them."""
+        with self.lock:
+            return tuple([f.summary for f in self.plans])
 
     def call(self, model: nn.Module, ways: Ways, call: Call) -> Any:
         """Return what the model returns, under the plan for calls of this kind; it is made now if there is none.
@@ -209,6 +226,7 @@ class Fit:
 
     def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Sequence[Fitted]) -> Fitted:
         """Return a new plan, for which plans of `before` show which operators vary, and which numbers do not."""
+        start = time.perf_counter()
         numbers: Numbers | None = None
         barred: dict[str, frozenset[int]] = {"plain": frozenset(), "reversible": frozenset()}
 
@@ -222,13 +240,25 @@ class Fit:
 
         survey = self.survey(model, ways, call, varying)
         chosen = survey.best(self.budget)
+        name, inputs, asked = name_of(model), shapes_of(call.leaves), self.budget.of(survey.peak)
         if chosen is None:
-            raise BudgetError(survey.infeasible(name_of(model), self.budget))
+            raise survey.refusal(name, inputs, self.budget)
+        most = survey.peak_of_any_caller(chosen)
+        if self.budget.share is None and most > asked:
+            self._warn_of_losses(name, most)
+        told = summary(survey, chosen, name, inputs, asked, time.perf_counter() - start)
+        LOG.info("%s", told.line)
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
         course = Course(chosen.plan) if chosen.plan.dropped or chosen.plan.marks else None
         numbers = numbers or Numbers.of(model, call.leaves)
         device = next(devices, torch.device("cpu"))
-        return Fitted(call.key, numbers, chosen, survey.peak, barred[chosen.way], device, course)
+        return Fitted(call.key, numbers, chosen, survey.peak, barred[chosen.way], device, course, told)
+
+    def _warn_of_losses(self, name: str, most: int) -> None:
+        what = "the plan stays within the budget only for a loss that takes little memory"
+        much = f"With one that takes {LOSS} times the outputs a step takes up to {size(most)}"
+        todo = f'Compute the loss in the forward, or give `memory="{as_memory(most)}"`'
+        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}. {much}. {todo}.", RevfxWarning, stacklevel=6)
 
     def survey(self, model: nn.Module, ways: Ways, call: Call, varying: Varying | None = None) -> Survey:
         """Return planners for a call, whose `varying` operators don't run again.
@@ -243,7 +273,8 @@ class Fit:
             except Exception as e:
                 what = f"a step of it can't be recorded: {type(e).__name__}: {str(e).strip().rstrip('.')}"
                 raise Unrecorded(f"`convert({name_of(model)}, {self.budget.text})`: {what}", e) from e
-            return Planner(Needs(tape, frozenset() if varying is None else varying(way, tape)), self.costs.of(tape))
+            needs = Needs(tape, frozenset() if varying is None else varying(way, tape))
+            return Planner(needs, self.costs.of(tape), any_caller=True)
 
         @cache
         def reversible() -> Planner | None:

@@ -7,6 +7,20 @@ from revfx.fit.simulate import Load, Model
 from revfx.units import size
 
 
+def layer_at_peak(model: Model, load: Load) -> str:
+    """Return the path of the module whose operator, or whose backward, runs at the peak; "" if none is known."""
+    tape, at = model.needs.tape, min(load.live.index(load.peak) // 2, len(model.needs.tape.ops) - 1)
+    if at < tape.turn:
+        return tape.ops[at].module
+    readers: dict[int, int] = {}  # by operator of the backward, a saved tensor that it reads
+    for pack, uses in tape.reads.items():
+        readers.update((o, pack) for o, _ in uses)
+    last = max((o for o in readers if o <= at), default=None)
+    if last is None:  # nothing was read yet: the peak is where the backward begins
+        return tape.ops[tape.turn - 1].module
+    return tape.ops[min(tape.packs[readers[last]].packed, tape.turn - 1)].module
+
+
 def holders(model: Model, plan: Plan, load: Load) -> list[str]:
     """Return what is there at the peak, largest first."""
     tape, slot = model.needs.tape, load.live.index(load.peak)
@@ -16,19 +30,19 @@ def holders(model: Model, plan: Plan, load: Load) -> list[str]:
     if runs and at < len(tape.ops) and model.costs[at].scratch:
         found.append((model.costs[at].scratch, f"within {op} itself"))
     for m in tape.memories:
-        if m.source is None and 2 * m.born < slot and (m.end is None or m.end > slot):
+        end = model.end(m)
+        if m.source is None and 2 * m.born < slot and (end is None or end > slot):
             maker = tape.ops[m.born] if m.born < len(tape.ops) else op
             whose = "a result of the forward" if m.born < tape.turn else "a gradient"
             found.append((m.size, f"{whose}, of {maker}"))
     for v in plan.kept:
         m = tape.memory(v)
         until = model.through(model.needs.wanted[v])
-        if m.end is not None and m.end <= slot < until:
+        end = model.end(m)
+        if end is not None and end <= slot < until:
             found.append((m.size, f"kept for the backward, of {tape.ops[m.born]}"))
     if slot == 2 * tape.turn + 1 and model.loss:
         found.append((model.loss, "what a loss outside may take, as far as is known"))
-    if at >= tape.turn and model.late:
-        found.append((model.late, "what the forward returned, which the caller may hold"))
     told = sum(n for n, _ in found)
     if load.peak > told:
         found.append((load.peak - told, f"computed again for {op} in the {'back' if at >= tape.turn else 'for'}ward"))

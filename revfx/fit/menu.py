@@ -109,4 +109,4 @@ class Menu:
         if value not in self.needs.wanted:
             return None
         memory = self.needs.tape.memory(value)
-        return 0.0 if memory.end is None else memory.size
+        return 0.0 if self.model.end(memory) is None else memory.size

@@ -85,6 +85,16 @@ class Search:
                         found = both
 
 
+def lowered(model: Model, found: Found) -> Found:
+    """Return a plan that no single choice gives a smaller peak, as far as the simulations suffice."""
+    search = Search(model, 0, SIMULATED // len(model.needs.tape.ops))
+    while True:
+        lower = min(search.tried(changed(found[0])), key=lambda f: f[1].peak, default=found)
+        if lower[1].peak >= found[1].peak:
+            return found
+        found = lower
+
+
 def joined(plan: Plan, start: Plan, other: Plan) -> Plan:
     """Return a plan with what `other` chooses otherwise than `start`."""
     kept, marks, coins = start.kept ^ other.kept, start.marks ^ other.marks, start.coins ^ other.coins

@@ -333,9 +333,9 @@ def _step(world: World, nudged: bool, run: Callable[..., Any], args: Any, kwargs
     left = [m for m in tape.memories if m.end is None and m.source is None]
     tape.loss = sum(t.nbytes for t in outs if t.dim())
     del result, outs
-    tape.returned = [m for m in left if m.end is not None and m.born < tape.turn]
-    for m in tape.returned:
-        m.end = 2 * max(tape.turn, m.born + 1) + 1
+    for m in left:
+        if m.end is not None and m.born < tape.turn:
+            m.returned, m.end = True, 2 * max(tape.turn, m.born + 1) + 1
     return tape
 
 

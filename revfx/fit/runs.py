@@ -8,9 +8,8 @@ from functools import cached_property
 from itertools import pairwise
 
 from revfx.fit.blocks import blocks_of
-from revfx.fit.costs import Cost, signature
+from revfx.fit.costs import signature
 from revfx.fit.menu import Choice, Menu
-from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Model
 
@@ -49,10 +48,10 @@ class Run:
 class Runs:
     """All runs of a step."""
 
-    def __init__(self, needs: Needs, costs: Sequence[Cost]) -> None:
-        self.needs, self.costs = needs, costs
-        self.model, self.blocks = Model(needs, costs), blocks_of(needs, costs)
-        self.entries: dict[Hashable, list[Entry]] = {}
+    def __init__(self, model: Model, entries: dict[Hashable, list[Entry]]) -> None:
+        self.model, self.needs = model, model.needs
+        self.blocks = blocks_of(model.needs, model.costs)
+        self.entries = entries  # by what runs have in common, however much of a budget the caller takes
         self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}
 
     def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
@@ -98,7 +97,7 @@ class Runs:
             return v if made is None or o - made > far else (o - made, tape.ops[made].makes.index(v))
 
         def death(o: int, v: int) -> int:
-            end = tape.memory(v).end
+            end = self.model.end(tape.memory(v))
             return -1 if end is None else min(end - 2 * o, 2 * far)
 
         def times(o: int, k: int, start: int) -> Hashable:

@@ -10,6 +10,7 @@ from itertools import accumulate
 from revfx.fit.costs import Cost, bit_seconds
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
+from revfx.fit.tape import Memory
 
 
 BITS = 8  # in a byte
@@ -18,6 +19,16 @@ STATE = 2**13  # bytes of the random state that is noted for a compiled part tha
 OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
 
 Hold = Callable[[int, int, int | None], None]  # so many bytes from one slot up to another
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Bytes that a plan may take above its budget, as the plain step of the same caller takes more as well: when the
+    caller's loss is computed (`turn`), and in the rest of the backward.
+    """
+
+    turn: int = 0
+    backward: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,20 +43,37 @@ class Load:
         """Return the most bytes."""
         return max(self.live)
 
+    def peak_with(self, credit: Credit, turn: int) -> int:
+        """Return the most bytes above a credit; the backward begins with operator `turn`."""
+        at = 2 * turn + 1
+        backward = max((*self.live[2 * turn : at], *self.live[at + 1 :]), default=0)
+        return max(max(self.live[: 2 * turn], default=0), self.live[at] - credit.turn, backward - credit.backward)
+
 
 @dataclass
 class Model:
-    """A step, what its operators cost, and what is there in any case."""
+    """A step, what its operators cost, and what is there in any case.
+
+    `held`: the caller holds what the forward returns until the backward ends. `loss`: bytes that are there while the
+    caller's loss is computed, beside outputs and their gradient. `credit` is taken off. `bit_cost`: seconds an element
+    that a bit in its place takes; None: it is measured.
+    """
 
     needs: Needs
     costs: Sequence[Cost]
-    late: int = 0  # bytes of what the forward returns that the caller still holds in the backward
-    loss: int = 0  # bytes that are there while the caller's loss is computed, and its gradient
+    held: bool = False
+    loss: int = 0
+    credit: Credit = Credit()
+    bit_cost: float | None = None
 
     @cached_property
     def bit(self) -> float:
         """Return the seconds an element that a bit in its place takes."""
-        return bit_seconds(self.needs.tape.memories[0].device)
+        return bit_seconds(self.needs.tape.memories[0].device) if self.bit_cost is None else self.bit_cost
+
+    def end(self, memory: Memory) -> int | None:
+        """Return the slot from which on nobody but autograd holds an allocation; None: it is held beyond the step."""
+        return None if self.held and memory.returned else memory.end
 
     def coin_seconds(self, value: int) -> float:
         """Return what it takes to have a coin again."""
@@ -71,21 +99,15 @@ class Model:
             until[m] = max(until.get(m, 0), end if stop is None else stop)
         for n, m in enumerate(tape.memories):
             if m.source is None:
-                hold(m.size, 2 * m.born + 1, end if m.end is None else max(m.end, until.get(n, 0)))
+                gone = self.end(m)
+                hold(m.size, 2 * m.born + 1, end if gone is None else max(gone, until.get(n, 0)))
             elif m.end is not None and m.end < until.get(n, 0):
                 hold(m.size, m.end, until[n])
         for o, c in enumerate(self.costs):
             hold(c.scratch, 2 * o + 1, 2 * o + 2)
-        hold(self.late, 2 * tape.turn, end)
-        hold(self.loss, 2 * tape.turn + 1, 2 * tape.turn + 2)
+        hold(-self.credit.backward, 2 * tape.turn, end)
+        hold(self.loss - self.credit.turn + self.credit.backward, 2 * tape.turn + 1, 2 * tape.turn + 2)
         return [*accumulate(change[:end])]
-
-    @property
-    def returned(self) -> int:
-        """Return the bytes of what the forward returns that autograd does not keep."""
-        kept = {self.needs.tape.memory_of[v] for v in self.needs.wanted}
-        memories = self.needs.tape.memories
-        return sum(m.size for m in self.needs.tape.returned if not any(memories[k] is m for k in kept))
 
     def load(self, plan: Plan) -> Load:
         """Return what the step holds under `plan`.
@@ -130,7 +152,7 @@ class Model:
         for v, stop in until.items():
             if v in plan.coins:
                 self._marks(hold, spikes, v, tape.packs[self.needs.wanted[self.needs.coins[v]][0]].packed, stop)
-            elif (dead := tape.memory(v).end) is not None:
+            elif (dead := self.end(tape.memory(v))) is not None:
                 hold(tape.size(v), dead, stop)
         seconds += self._replay(plan, dropped, hold, spikes)
         held = [*accumulate(change[:end])]

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from revfx.fit.budget import Budget
+from revfx.errors import BudgetError
+from revfx.fit.budget import Budget, as_memory
 from revfx.fit.choose import Planner
-from revfx.fit.holders import holders
+from revfx.fit.holders import holders, layer_at_peak
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import OVERHEAD, Load
 from revfx.units import size
 
 
 DEAR = 0.25  # of a step's time: what inverting takes at least
-MARGIN = 1.002  # times the least peak is what can be asked for again: times that are measured anew make other plans
 
 
 class Chosen(NamedTuple):
@@ -42,15 +42,31 @@ class Survey:
     def best(self, budget: Budget) -> Chosen | None:
         """Return the fastest plan that is found to stay within the budget; None if none does.
 
+        Bytes are kept for any caller if that is possible. A share is one of what the plain step takes of
+        the same caller, and so are bytes that are too few for any caller: so both are refused at the same point.
+        """
+        asked, plain = budget.of(self.peak), self._chosen("plain", self.plain, self.plain.plain)
+        if budget.share == 1:
+            return plain
+        found = None if budget.share is not None else self._fastest(asked, lambda planner: planner)
+        if found is None:
+            found = self._fastest(asked, lambda planner: planner.with_credit(asked, self.plain))
+        return plain if found is None and asked >= self.peak else found
+
+    def _fastest(self, asked: int, version: Callable[[Planner], Planner]) -> Chosen | None:
+        """Return the fastest plan of both ways, by one version of their planners.
+
         Inverting runs functions again, so it is not looked for where the plain way takes less than that.
         """
-        if budget.share == 1:
-            return self._chosen("plain", self.plain, self.plain.plain)
-        found = self._chosen("plain", self.plain, self.plain.best(self.plain.bytes_of(budget, self.plain)))
+        found = self._chosen("plain", self.plain, version(self.plain).best(asked))
         if (found is None or found.seconds > DEAR * self.plain.seconds) and (other := self.reversible()) is not None:
-            both = found, self._chosen("reversible", other, other.best(other.bytes_of(budget, self.plain)))
+            both = found, self._chosen("reversible", other, version(other).best(asked))
             found = min(filter(None, both), key=lambda c: c.seconds, default=None)
         return found
+
+    def peak_of_any_caller(self, chosen: Chosen) -> int:
+        """Return the peak of a plan for a caller who holds the outputs and computes a large loss."""
+        return self._planner(chosen.way).model.load(chosen.plan).peak
 
     def _chosen(self, way: str, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
         ops = len(planner.needs.tape.ops) - len(self.plain.needs.tape.ops)
@@ -58,29 +74,42 @@ class Survey:
         return None if found is None else Chosen(way, *found, found[1].seconds + more)
 
     def least(self) -> tuple[Chosen, list[str]]:
-        """Return the plan with the least peak that is found, whatever the caller holds, and what holds that."""
-        found: list[Chosen] = []
+        """Return the plan with the smallest peak, and what holds that."""
+        found = [*filter(None, [self._chosen("plain", self.plain, self.plain.plain)])]
         for way, planner in (("plain", self.plain), ("reversible", self.reversible())):
             if planner is not None:
-                planner.bytes_of(Budget("", bytes=1), self.plain)
                 found += filter(None, [self._chosen(way, planner, planner.least())])
         chosen = min(found, key=lambda c: c.load.peak)
         return chosen, self.holders(chosen)
 
     def holders(self, chosen: Chosen) -> list[str]:
         """Return what is there at the peak of a plan, largest first."""
-        planner = self.reversible() if chosen.way == "reversible" else self.plain
-        assert planner is not None
-        return holders(planner.model, chosen.plan, chosen.load)
+        return holders(self._planner(chosen.way).model, chosen.plan, chosen.load)
 
-    def infeasible(self, name: str, budget: Budget) -> str:
-        """Return what to say where no plan stays within the budget."""
+    def _planner(self, way: str) -> Planner:
+        planner = self.reversible() if way == "reversible" else self.plain
+        assert planner is not None
+        return planner
+
+    def refusal(self, name: str, inputs: str, budget: Budget) -> BudgetError:
+        """Return the error that says that no plan stays within the budget.
+
+        Args:
+            name: the model's class.
+            inputs: the shapes of its inputs, as text.
+            budget: the budget that is refused.
+        """
         chosen, held = self.least()
-        least, asked = int(chosen.load.peak * MARGIN), size(budget.of(self.peak))
+        least, asked = chosen.load.peak, budget.of(self.peak)
+        limit = size(asked)
         if budget.share is not None:
-            asked = f"{budget.share:.0%} of {size(self.peak)}, {asked}"
-        return (
-            f"`convert({name}, {budget.text})`: no plan stays within {asked}. The least feasible budget is {least}"
-            f" bytes ({size(least)}, {least / self.peak:.1%} of the plain model's {size(self.peak)}). Its peak is held"
-            + "\n  ".join([" by", *held[:3]])
+            limit = f"{budget.share:.0%} of {size(self.peak)}, {limit}"
+        layer = layer_at_peak(self._planner(chosen.way).model, chosen.load)
+        text = (
+            f"`convert({name}, {budget.text})`: no plan for {inputs} stays within {limit}. The least feasible budget is"
+            f" {least} bytes ({size(least)}, {least / self.peak:.1%} of the plain model's {size(self.peak)})."
+            " The step did not run, and nothing was changed."
+            f' Write `revfx.convert(model, memory="{as_memory(least)}")`, or make'
+            f" {f'`{layer}`' if layer else 'the model itself'} smaller, which holds the peak of the smallest plan:"
         )
+        return BudgetError("\n  ".join([text, *held[:3]]), least, asked)

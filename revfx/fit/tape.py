@@ -71,6 +71,7 @@ class Memory:
 
     What was there before the step has a `source`: where to find it, of parameters, buffers and arguments, or "". It
     begins at the byte `start` of its storage; its `extent` is the storage, first byte and end byte of the original.
+    `returned`: the forward returns it, so that the caller may hold it until the backward ends.
     """
 
     size: int
@@ -81,6 +82,7 @@ class Memory:
     values: list[int] = field(default_factory=list[int])  # the last one is there in the backward
     start: int = 0
     extent: Extent | None = None
+    returned: bool = False
 
 
 @dataclass(slots=True)
@@ -125,8 +127,8 @@ class Tape:
 
     `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None of what was there);
     `reads`: by pack, the operators of the backward that read it, each with which argument it is;
-    `returned`: what the forward returns, held as if the caller let go of it at once; `loss`: the bytes of what has a
-    gradient in it, but for single numbers; `varies`: the operators that are given numbers which the forward asked for;
+    `loss`: the bytes of the returned tensors that have a gradient, but for single numbers; the caller lets go of what
+    is returned at once. `varies`: the operators that are given numbers which the forward asked for;
     `sharded`: the sub-modules whose parameters FSDP2 gathers for them alone, innermost first.
     """
 
@@ -137,7 +139,6 @@ class Tape:
     packs: list[Pack] = field(default_factory=list[Pack])
     turn: int = 0
     reads: dict[int, set[tuple[int, int]]] = field(default_factory=dict[int, set[tuple[int, int]]])
-    returned: list[Memory] = field(default_factory=list[Memory])
     loss: int = 0
     varies: frozenset[int] = frozenset()
     sharded: tuple[str, ...] = ()

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from revfx.convert import convert
 from revfx.converted import conversion_of
-from revfx.fit.budget import Budget, checked_memory
 from revfx.errors import RevfxError
+from revfx.fit.budget import Budget, checked_memory
 from revfx.fit.fit import Unrecorded
 from revfx.fit.plan import Plan
-from revfx.fit.survey import MARGIN, Chosen, Survey
+from revfx.fit.survey import Chosen, Survey
 from revfx.report.figures import PALETTE, Figure, picture
 from revfx.report.progress import stage
 from revfx.units import size
@@ -108,7 +108,7 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
     start = time.perf_counter()
     survey = survey_of(model, args, kwargs)
     chosen, (least, _) = survey.best(budget), survey.least()
-    plan, asked = chosen or least, int(least.load.peak * MARGIN)
+    plan, asked = chosen or least, least.load.peak
     curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
     points = [Point(asked, least.load.peak, 1 + least.seconds / survey.plain.seconds)]
     for b, c in reversed(curve):  # what fits in less fits in more, and may be the faster plan that was found

@@ -288,7 +288,7 @@ def test_what_raises_and_what_writes_to_parameters_says_so() -> None:
 
     x = torch.randn(8, 64)
     says = pytest.warns(RevfxWarning, match="writes to a parameter.*the budget is not kept")
-    for kind, shown in ((Raising, pytest.raises(ValueError, match="^no such head$")), (Averaging, says)):
+    for kind, shown in ((Raising, pytest.raises(ValueError, match=r"^no such head$")), (Averaging, says)):
         model = kind(branch())
         before = copy.deepcopy(model.state_dict())
         with shown:

@@ -1,0 +1,42 @@
+"""What a plan comes to, as text and in the log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from fit_models import make
+
+import revfx
+
+
+@pytest.mark.parametrize("name", ["mlp", "relu"])
+def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, (x,), loss = make(name)
+    fitted: Any = revfx.convert(model, memory=0.5)
+    with caplog.at_level(logging.INFO, logger="revfx"):
+        for _ in range(2):
+            loss(fitted(x)).backward()
+        loss(fitted(x[:64])).backward()
+    first, second = fitted.revfx.fit.budget_plans
+    lines = [r.getMessage() for r in caplog.records if r.name == "revfx"]
+    assert lines == [first.line, second.line] and all(r.levelno == logging.INFO for r in caplog.records)
+    assert lines[0].startswith("Residual, inputs (256, 64): budget 2.8 MiB, foreseen peak 2.")
+    assert "extra time" in lines[0] and "planned in" in lines[0]
+    assert first.peak <= first.budget < first.plain and first.time > 1 and first.planning > 0
+    plan = fitted.revfx.fit.plans[0].chosen.plan
+    saved = [v for v, packs in plan.needs.wanted.items() if packs]
+    ways = first.kept, first.recomputed, first.marks
+    assert sum(a.tensors for a in ways) == len(saved)
+    assert sum(a.bytes for a in ways) == sum(map(plan.needs.tape.size, saved))
+    assert first.recomputed.tensors and (first.marks.tensors > 0) == (name == "relu" or bool(plan.coins))
+    assert f"recomputed: {first.recomputed.tensors} saved tensors" in str(first)
+    assert "(64, 64)" in str(second)
+
+
+def test_no_budget_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model, args, loss = make("mlp")
+    with caplog.at_level(logging.INFO, logger="revfx"):
+        loss(model(*args)).backward()
+    assert not [r for r in caplog.records if r.name == "revfx"]
