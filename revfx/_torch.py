@@ -158,6 +158,14 @@ def replace_call(module: torch.nn.Module, by: Callable[[Callable[..., Any]], Cal
     vars(module)[COMPILED] = by(module._compiled_call_impl or module._call_impl)
 
 
+def set_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Have calls of a module that is not compiled run `call`; None: its own again."""
+    if call is None:
+        vars(module).pop(COMPILED, None)
+    else:
+        vars(module)[COMPILED] = call
+
+
 def uncompiled(function: _F) -> _F:
     """Return `function`, marked so that `torch.compile` leaves it, and all that it calls, as they are.
 

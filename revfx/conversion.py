@@ -25,6 +25,7 @@ from revfx.eager.calls import Slot
 from revfx.eager.modes import runs_plain, store_activations
 from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, warn
 from revfx.fit.budget import Budget
+from revfx.fit.compiled import BlockCalls
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
 from revfx.fit.tape import aliases
 from revfx.info import ConversionInfo
@@ -62,6 +63,7 @@ class Conversion:
         self.parts_converted = False
         self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
         self.fit = None if options.memory is None or options.part else Fit(options.memory)
+        self.block_calls: BlockCalls | None = None  # compiled ones of a model with a budget
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []  # with their names and places
 
     @property
@@ -185,10 +187,21 @@ class Conversion:
         forward = self.forward(model)
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
+        if self.block_calls is None:
+            return self._run(model, args, kwargs)
+        with self.block_calls.active():
+            return self._run(model, args, kwargs)
+
+    def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = flattened(args, kwargs)
         if self.fit is not None and may_fit(leaves):
             return self.fit.call(model, *self.to_fit(model, args, kwargs))
         return self._call(model, args, kwargs, leaves, spec)
+
+    def compile_blocks(self, functions: Sequence[tuple[str, str, CompiledFunction]]) -> None:
+        """Have blocks run compiled while the converted model runs; see `compiled.functions.compile_blocks`."""
+        self.compiled_functions += functions
+        self.block_calls = BlockCalls([(f.module, f) for *_, f in functions])
 
     def to_fit(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Ways, FitCall]:
         """Return how the forward can be run, and a call of it, for a plan."""

@@ -71,5 +71,5 @@ def convert(
         )
     converted = reversible(model, options)
     if compile and budget is not None:
-        conversion_of(converted).compiled_functions += compile_blocks(model)
+        conversion_of(converted).compile_blocks(compile_blocks(model))
     return converted

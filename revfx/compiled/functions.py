@@ -77,8 +77,8 @@ class CompiledFunction:
 
 
 def compile_blocks(model: nn.Module) -> list[tuple[str, str, CompiledFunction]]:
-    """Compile the members of a model's innermost lists that have modules of their own, as `module.compile()` does, but
-    those that are alike once; return them, each with its name and that of its class.
+    """Return compiled calls of the members of a model's innermost lists that have modules of their own, each with the
+    member's name and that of its class; those that are alike are compiled once. The model stays as it is.
 
     Raises:
         ValueError: there are none.
@@ -90,9 +90,7 @@ def compile_blocks(model: nn.Module) -> list[tuple[str, str, CompiledFunction]]:
     found: list[tuple[str, str, CompiledFunction]] = []
     for name, m in model.named_modules():
         if id(m) in blocks and not _torch.is_compiled(m):
-            function = CompiledFunction(m, kernels[structure(m)])
-            found.append((name, type(m).__name__, function))
-            _torch.replace_call(m, lambda _, function=function: function)
+            found.append((name, type(m).__name__, CompiledFunction(m, kernels[structure(m)])))
     return found
 
 

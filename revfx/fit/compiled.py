@@ -6,7 +6,8 @@ It gives what autograd keeps of it and what it returns, and runs again whole, by
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import Autocast, autocast_of, autocast_states, device_types
+from revfx.ambient import Autocast, autocast_of, autocast_states, device_types, given
 from revfx.capture.memo import structure
 from revfx.eager.reach import Reach
 from revfx.eager.state import CallState, Random
@@ -31,6 +32,8 @@ from revfx.world import RealWorld
 Gradients = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
 
 active_step: ContextVar[Any] = ContextVar("revfx_active_step", default=None)  # a step, or what records one
+
+running: ContextVar[Any] = ContextVar("revfx_running", default=None)  # the compiled calls of the model that runs
 
 
 class Part:
@@ -59,6 +62,47 @@ class Part:
         return state
 
 
+class BlockCall:
+    """The call of a module while a converted model runs: `part` for that model, the module's own for others."""
+
+    def __init__(self, part: Part, owner: BlockCalls) -> None:
+        self.part, self.owner = part, owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if running.get() is not self.owner:  # another thread runs the plain model
+            return _torch.UNCOMPILED_CALL(self.part.module, *args, **kwargs)
+        return self.part(*args, **kwargs)
+
+
+class BlockCalls:
+    """Compiled calls of a model's blocks, which are in place only while the converted model runs.
+
+    The plain model shares its modules with the converted one, and stays uncompiled.
+    """
+
+    def __init__(self, calls: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
+        self.calls = [BlockCall(Part(module, call), self) for module, call in calls]
+        self.lock, self.users = threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def active(self) -> Generator[None]:
+        """Open a context in which blocks run compiled, for the thread that opens it."""
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                for call in self.calls:
+                    _torch.set_call(call.part.module, call)
+        try:
+            with given(running, self):
+                yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    for call in self.calls:
+                        _torch.set_call(call.part.module, None)
+
+
 def parts_of(model: nn.Module) -> list[str]:
     """Return the names of the compiled modules that lie in no others; their calls can be watched from now on.
 
@@ -73,7 +117,7 @@ def parts_of(model: nn.Module) -> list[str]:
             what = "it is compiled as a whole, and no part of that can run again:"
             raise RevfxError(f"{what} compile its blocks instead (`block.compile()`), or see `compile=True`.")
         found.append(name)
-        _torch.replace_call(m, lambda call, m=m: call if isinstance(call, Part) else Part(m, call))
+        _torch.replace_call(m, lambda call, m=m: call if isinstance(call, (Part, BlockCall)) else Part(m, call))
     return found
 
 

@@ -76,7 +76,7 @@ def may_fit(leaves: Sequence[Any]) -> bool:
         return False
     if _torch.has_saved_tensors_hooks():
         what = "hooks on what autograd saves are active around a model with a budget, such as those of a checkpoint"
-        warnings.warn(f"{what}: it runs plainly, and the budget is not kept.", RevfxWarning, stacklevel=6)
+        warnings.warn(f"{what}: it runs plainly, and the budget is not kept.", RevfxWarning, stacklevel=7)
         return False
     return True
 
@@ -193,7 +193,7 @@ class Fit:
         with self.lock:
             self.unrecorded = [*self.unrecorded[1 - MOST_PLANS :], (call.key, Numbers.of(model, call.leaves))]
         then = "It runs plainly, and the budget is not kept. Convert sub-modules that can be recorded instead"
-        warnings.warn(f"{why}. {then}.", RevfxWarning, stacklevel=6)
+        warnings.warn(f"{why}. {then}.", RevfxWarning, stacklevel=8)
 
     def _failed(self, fitted: Fitted, varied: frozenset[int]) -> None:
         """Drop a plan under which these operators gave other values: later plans never run them again."""
@@ -211,7 +211,7 @@ class Fit:
         then = "it is recorded anew at its next call"
         if self.wanders:
             then = "that happens again and again, so it runs plainly from now on: convert sub-modules that go one way"
-        warnings.warn(f"`convert({name}, {self.budget.text})`: a forward {what}; {then}.", RevfxWarning, stacklevel=6)
+        warnings.warn(f"`convert({name}, {self.budget.text})`: a forward {what}; {then}.", RevfxWarning, stacklevel=8)
 
     def prepare(self, model: nn.Module, ways: Ways, call: Call) -> Fitted:
         """Return the plan for a call."""
@@ -258,7 +258,7 @@ class Fit:
         what = "the plan stays within the budget only for a loss that takes little memory"
         much = f"With one that takes {LOSS} times the outputs a step takes up to {size(most)}"
         todo = f'Compute the loss in the forward, or give `memory="{as_memory(most)}"`'
-        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}. {much}. {todo}.", RevfxWarning, stacklevel=6)
+        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}. {much}. {todo}.", RevfxWarning, stacklevel=10)
 
     def survey(self, model: nn.Module, ways: Ways, call: Call, varying: Varying | None = None) -> Survey:
         """Return planners for a call, whose `varying` operators don't run again.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,11 +42,17 @@ def parts_again(fitted: Any) -> int:
     return len(found.chosen.plan.parts)
 
 
+def compiled_as(fitted: Any) -> Any:
+    """A context in which the plain model runs with the compiled blocks of the converted one."""
+    calls = fitted.revfx.block_calls
+    return contextlib.nullcontext() if calls is None else calls.active()
+
+
 def check(model: nn.Module, fitted: Any, x: Tensor, memory: float, half: bool = False) -> None:
     """Steps are those of `model`, whose parts are compiled, in less memory."""
 
     def step(m: nn.Module) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), compiled_as(fitted):
             out = m(x)
         return square(out).float()
 
@@ -128,9 +137,10 @@ def test_evaluation_and_several_forwards_in_between() -> None:
     for m in (model, fitted):
         model.zero_grad()
         torch.manual_seed(1)
-        losses = [square(m(x)), square(m(x + 1))]
-        with torch.no_grad():
-            value = m(x)
+        with compiled_as(fitted):
+            losses = [square(m(x)), square(m(x + 1))]
+            with torch.no_grad():
+                value = m(x)
         for loss in losses:
             loss.backward()
         found.append([value, *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -295,3 +305,58 @@ def test_alike_blocks_are_compiled_once() -> None:
     fitted = revfx.convert(model, x, memory=0.5, compile=True)
     square(fitted(x)).backward()
     assert counters["stats"]["unique_graphs"] == 2  # the input of the first needs no gradient
+
+
+def test_the_plain_model_stays_uncompiled() -> None:
+    """It shares its modules with the converted one, which runs compiled."""
+    from torch._dynamo.utils import counters
+
+    def frames() -> int:
+        return counters["frames"]["total"]
+
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        """Between blocks of the converted model, another thread runs the plain one."""
+        if armed and threading.current_thread() is threading.main_thread():
+            armed.clear()
+            before = frames()
+            with ThreadPoolExecutor(1) as thread:
+                y = thread.submit(lambda: model.eval()(x)).result()
+            found.append(torch.equal(y, want) and frames() == before)
+            model.train()
+        return a + b
+
+    armed: list[bool] = []
+    found: list[bool] = []
+    torch.manual_seed(0)
+    model, x = Residual(*(branch() for _ in range(6)), join=joined), torch.randn(256, 64)
+    want = model.eval()(x)
+    model.train()
+    fitted: Any = revfx.convert(model, memory=0.5, compile=True)
+
+    def are_clean() -> bool:
+        return all(m._compiled_call_impl is None and "_compiled_call_impl" not in vars(m) for m in model.modules())
+
+    assert are_clean()
+    counters.clear()
+    plain = state(model, lambda: square(model(x)))
+    assert frames() == 0
+    square(fitted(x)).backward()
+    compiled = frames()
+    assert compiled and are_clean()
+    assert equal(state(model, lambda: square(model(x))), plain)
+    assert frames() == compiled and fitted.state_dict().keys() == model.state_dict().keys()
+    for _ in range(3):
+        square(fitted(x)).backward()
+    assert frames() == compiled and len(fitted.revfx.fit.plans) == 1 and parts_again(fitted)
+    armed.append(True)
+    square(fitted(x)).backward()
+    assert found == [True] and are_clean()
+
+
+def test_a_forward_that_raises_leaves_nothing_compiled() -> None:
+    model, (x,), _ = make("mlp")
+    fitted = revfx.convert(model, memory=0.5, compile=True)
+    for _ in range(2):
+        with pytest.raises(Exception, match="normalized_shape"):
+            fitted(x[:, :63])
+        assert all(m._compiled_call_impl is None for m in model.modules())
