@@ -19,15 +19,15 @@ from revfx.capture.data import Spot
 from revfx.capture.guards import ATOMS, Change, is_gone, key, name_of
 from revfx.capture.memo import structure
 from revfx.capture.plan import InvalidError, Plan
-from revfx.capture.search import Outcome, Wishes, make_plan
+from revfx.capture.search import Outcome, make_plan
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.eager.calls import Slot
-from revfx.eager.modes import runs_plain, store_activations
+from revfx.eager.modes import can_store, runs_plain, store_activations, storing
 from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, warn
 from revfx.fit.budget import Budget
 from revfx.fit.compiled import BlockCalls
 from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
-from revfx.fit.tape import aliases
+from revfx.fit.tape import find_aliases
 from revfx.info import ConversionInfo
 
 
@@ -35,9 +35,10 @@ MOST_PLANS = 32  # per model; the oldest one makes room for a new one
 
 
 @dataclass(frozen=True)
-class Options(Wishes):
+class Options:
     """What `convert` was asked for; `part` is set for the sub-modules of a model that can't be recorded."""
 
+    exact: bool = True
     strict: bool = False
     part: bool = False
     compile: bool = False
@@ -121,7 +122,7 @@ class Conversion:
                     f" Only the {MOST_PLANS} newest plans are kept. What changes from call to call should be a tensor:"
                     " an argument or a buffer."
                 )
-            given = model, self.forward(model), args, kwargs, self.options
+            given = model, self.forward(model), args, kwargs, self.options.exact
             outcome = make_plan(*given, self._carries(model, why))
             if outcome.plan is not None and self.options.compile:
                 outcome = replace(outcome, plan=self._with_kernels(outcome.plan))
@@ -156,26 +157,33 @@ class Conversion:
 
     def _leave(self, model: nn.Module, outcome: Outcome) -> None:
         """Raise, under `strict`, where something is left as it was; convert the parts of a root that is."""
-        if self.fit is not None:
-            return
+        # An exception may be the model's own: then its real call raises it, and nothing was converted.
+        own = outcome.untraceable and outcome.refusals[-1].kind is Reason.UNTRACEABLE
+        if self.fit is None and not own:
+            self._check_strict(model, outcome)
+            if outcome.untraceable:
+                self._convert_parts(model)
+
+    def _check_strict(self, model: nn.Module, outcome: Outcome) -> None:
         if self.options.strict and (outcome.plan is None or outcome.refusals):
             node = outcome.refusals[0].op if outcome.refusals else None
             what = f"`convert({name_of(model)}, strict=True)`: left as it was"
             raise NotReversibleError(f"{what}:\n{list_refusals(outcome.refusals)}", node, outcome.refusals)
-        if outcome.untraceable and not self.parts_converted:
+
+    def _convert_parts(self, model: nn.Module) -> None:
+        if not self.parts_converted:
             self.parts_converted = True
             self.convert_parts(model, self.options)
 
-    def _warn_unconverted(self, model: nn.Module, outcome: Outcome) -> None:
-        """Warn that a model without a plan runs as it was; after its forward, whose own exception comes first."""
+    def _after_plain_call(self, model: nn.Module, outcome: Outcome) -> None:
+        """Convert the parts of a root that can't be recorded, and warn where there is no plan."""
         if outcome.plan is None and self.fit is None:
+            self._check_strict(model, outcome)
             what = "nothing reversible was found, so it runs as it was, with all its activations"
             if outcome.untraceable:
                 what = "its forward can't be recorded, so it runs as it was; its sub-modules are converted"
-            text = f"`convert({name_of(model)})`: {what}:\n{list_refusals(outcome.refusals)}"
-            if "memory=" not in text:
-                text += "\nTo train any model in less memory: `revfx.convert(model, memory=0.5)`."
-            self._warn(text)
+                self._convert_parts(model)
+            self._warn(f"`convert({name_of(model)})`: {what}:\n{list_refusals(outcome.refusals)}")
 
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
@@ -216,22 +224,24 @@ class Conversion:
 
         ways = Ways({"plain": store_activations()(self.forward(model)), "reversible": reversible}, is_reversible)
         plain = [float if isinstance(x, float) else x for x in leaves]  # its plans stand on fractions by themselves
-        return ways, FitCall(args, kwargs, leaves, (_call_key(plain), aliases(leaves), spec, ambient_state()))
+        return ways, FitCall(args, kwargs, leaves, (_call_key(plain), find_aliases(leaves), spec, ambient_state()))
 
     def _call(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Any:
         forward = self.forward(model)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        if runs_plain(tensors) or _torch.has_global_module_hooks():
+        plain = runs_plain(tensors)
+        stores = storing() and can_store(tensors)  # the same forward, compiled functions too
+        if (plain and not stores) or _torch.has_global_module_hooks():
             return forward(*args, **kwargs)
         outcome = self.prepare(model, args, kwargs, leaves, spec)
         if outcome.plan is not None and (not outcome.once or self._is_known(outcome)):
             with contextlib.suppress(InvalidError):
-                return outcome.plan.run(leaves)
+                return outcome.plan.run(leaves, store=plain)
         try:
             result = forward(*args, **kwargs)
             if outcome.once and not self._is_known(outcome):
                 outcome = self.prepare(model, args, kwargs, leaves, spec, ran=True)
-            self._warn_unconverted(model, outcome)
+            self._after_plain_call(model, outcome)
             if outcome.plan is None and self.place is not None:  # a part without a region
                 table, name = self.place
                 table[name] = self.unconverted(model)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from revfx import _torch
 from revfx.compiled.functions import compile_blocks
 from revfx.conversion import Options
 from revfx.converted import Reversible, conversion_of, reversible
 from revfx.eager.modes import check_exact
+from revfx.errors import NotConvertedWarning, warn
 from revfx.fit.budget import Budget, checked_memory
 
 
@@ -68,6 +70,13 @@ def convert(
         raise ValueError(
             f"`convert`: this {type(model).__name__} is converted already, with other options. Convert the model that"
             " it was made of."
+        )
+    if _torch.is_compiled(model):
+        warn(
+            f"this {type(model).__name__} is compiled as a whole (`model.compile()`), so its calls do not reach revfx:"
+            " nothing is freed, and the budget is not kept. Compile its blocks instead (`block.compile()`), or use"
+            ' `torch.compile(model, backend="revfx")`.',
+            NotConvertedWarning,
         )
     converted = reversible(model, options)
     if compile and budget is not None:

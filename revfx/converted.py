@@ -62,11 +62,11 @@ class Reversible(nn.Module):
         _adopt(self, *state)
 
 
-def conversion_of(module: Reversible) -> Conversion:
+def conversion_of(module: nn.Module) -> Conversion:
     """The working object of a converted model.
 
     Raises:
-        RevfxError: the model was made by its class, not by `convert`.
+        RevfxError: `convert` did not make this model.
     """
     conversion, _ = _known(module)
     if conversion is None:
@@ -79,7 +79,7 @@ def _deepcopy(self: Reversible, memo: dict[int, Any]) -> Any:
     return _adopt(made, copy.deepcopy(unconverted(self), memo), _options(self))
 
 
-def _known(module: Reversible) -> tuple[Conversion, nn.Module] | tuple[None, None]:
+def _known(module: nn.Module) -> tuple[Conversion, nn.Module] | tuple[None, None]:
     try:
         return object.__getattribute__(module, "_revfx")  # the model's own `__getattr__` may ask another model
     except AttributeError:

@@ -210,6 +210,8 @@ def list_refusals(refusals: Sequence[Refusal]) -> str:
     """Format refusals, and the remedies of their kinds, for the end of a message."""
     shown = refusals[:MAX_REFUSALS]
     lines = [f"  {refusal}" for refusal in shown] or ["  no operation is inverted"]
-    remedies = dict.fromkeys(refusal.kind.remedy for refusal in shown)
+    remedies = [*dict.fromkeys(refusal.kind.remedy for refusal in shown)]
+    if not any("memory=" in remedy for remedy in remedies):
+        remedies.append("use `revfx.convert(model, memory=0.5)`, which works for any model")
     lines += [f"What to do: {remedy}." for remedy in remedies]
     return "\n".join(lines)

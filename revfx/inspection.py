@@ -90,7 +90,10 @@ def originals_of(
     with torch.enable_grad(), torch.random.fork_rng(), watched(watch):
         model(*args, **kwargs)
     if not found:
-        raise RevfxError(f"`check_inverse`: no reversible region was run by this {type(model).__name__}.")
+        raise RevfxError(
+            f"`check_inverse`: no reversible region was run by this {type(model).__name__}, so nothing was inverted."
+            " `revfx.explain` lists the reasons."
+        )
     return found
 
 

@@ -80,7 +80,7 @@ class RealWorld(World):
     def stand_in(self, t: Tensor) -> Tensor:
         """Return what is there in the place of a tensor."""
         if id(t) not in self.fakes:
-            own = alone(t) if isinstance(t, nn.Parameter) else copy_of(t)
+            own = with_own_storage(t) if isinstance(t, nn.Parameter) else copy_of(t)
             if isinstance(t, nn.Parameter):
                 own = nn.Parameter(own, t.requires_grad)
                 if t.requires_grad:
@@ -89,7 +89,7 @@ class RealWorld(World):
         return self.fakes[id(t)][1]
 
 
-def alone(t: Tensor) -> Tensor:
+def with_own_storage(t: Tensor) -> Tensor:
     """Return the same elements as those of `t`, in a storage of its own, without a copy if possible."""
     bare = t.detach()
     if not (_torch.is_plain(t) and _is_ordinary(t)) or t.untyped_storage().nbytes() == t.nbytes:

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 import revfx
-import revfx.debug
-import revfx.testing
 
 
 SIGNATURES = {

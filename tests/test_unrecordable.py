@@ -73,7 +73,7 @@ class SineByNumPy(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return grad * x.cos()
 
@@ -92,10 +92,8 @@ class ByNumPy(Pairs):
 def segformer() -> nn.Module:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    config = SegformerConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_attention_heads=[1, 2, 2, 4],
-        num_labels=5,
-    )  # fmt: skip
+    sizes, heads = [8, 16, 24, 32], [1, 2, 2, 4]
+    config = SegformerConfig(depths=[1] * 4, hidden_sizes=sizes, decoder_hidden_size=16, num_attention_heads=heads)
     return SegformerForSemanticSegmentation(config)
 
 
@@ -137,7 +135,7 @@ def test_training_is_plain_training_to_the_last_bit(name: str) -> None:
 def test_sub_modules_are_converted_and_the_reason_is_said(fp64: None) -> None:
     model, x = Container(), leaf(8, 32)
     converted: Any = revfx.convert(model)
-    text = r"(?s)can't be recorded, so it runs as it was; its sub-modules.* memory=0\.5\).*the values of a tensor"
+    text = r"(?s)can't be recorded, so it runs as it was; its sub-modules.*the values of a tensor.* memory=0\.5\)"
     with pytest.warns(RevfxWarning, match=text) as caught:
         assert_same_grads(converted, model, [x])
     assert len(caught) == 1
@@ -166,6 +164,31 @@ def test_hooks_put_on_children_later_run() -> None:
     converted.inner.f[0].register_full_backward_hook(lambda *_: seen.append("backward"))
     loss_of(converted(leaf(8, 32))).backward()
     assert "forward" in seen and "backward" in seen
+
+
+class Picky(nn.Module):
+    """Raises an exception of its own for some inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Additive(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 3:
+            raise KeyError("three rows")
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": True}, {"memory": 0.9}], ids=str)
+def test_an_exception_of_the_model_comes_out_as_itself(options: dict[str, Any]) -> None:
+    model, x = Picky(), leaf(8, 32)
+    converted: Any = revfx.convert(model, **options)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="three rows") as raised:
+            converted(leaf(3, 32))
+        assert raised.value.__cause__ is None and raised.value.__context__ is None
+    assert torch.equal(converted(x), model(x)), "and nothing is left of it"
+    assert type(converted.inner) is Additive
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.models import BenchModel, Task
-from bench.ways import Way, least_bytes
+from bench.ways import Way
 from revfx.errors import BudgetError, RevfxWarning
 from revfx.testing import measure_memory
 
@@ -116,7 +116,7 @@ class Contender:
             except BudgetError as e:
                 self.row.first = None
                 self.row.notes.append(
-                    f"infeasible: the least budget is {least_bytes(e) / plain_peak:.1%} of plain's peak"
+                    f"infeasible: the least budget is {e.least / plain_peak:.1%} of plain's peak"
                 )
             except Exception as e:
                 self._fail(e)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,16 +208,8 @@ def _memory(task: Task, budget: float | str) -> Call:
     try:
         task.loss_of(revfx.convert(task.model, memory=1, compile=task.is_compiled))
     except BudgetError as e:
-        task.budget_bytes = least_bytes(e)
+        task.budget_bytes = e.least
     return revfx.convert(task.model, memory=task.budget_bytes, compile=task.is_compiled)
-
-
-def least_bytes(error: BudgetError) -> int:
-    """Return the least feasible budget that the error names."""
-    least = getattr(error, "least", None)
-    if least is None:
-        least = int(re.findall(r"budget is (\d+) bytes", str(error))[0])
-    return least
 
 
 WAYS: Mapping[str, Way] = {w.name: w for w in (

@@ -28,12 +28,14 @@ DRIFTED = (
     " or plain inductor for this model"
 )
 OTHER = (
-    "revfx: a value regenerated in the backward is another than in the forward (below {where}): what is computed there"
-    " depends on what has changed since, or its kernels are not deterministic"
+    "revfx: a value regenerated in the backward is another than in the forward (below {where}): it depends on state"
+    " that has changed since, or its kernels are not reproducible. Its gradients would be wrong. Make it depend on its"
+    " inputs alone, or compile this model with plain inductor"
 )
 JITTER = (
-    "revfx: a value regenerated in the backward is rounded otherwise than in the forward (below {where}): a kernel"
-    " there is not deterministic, or runs on another number of threads. Gradients are right up to such rounding"
+    "revfx: a value regenerated in the backward differs from the forward's by rounding (below {where}): a kernel there"
+    " is not reproducible, or runs on another number of threads. Gradients are accurate to this rounding. Call"
+    " `torch.use_deterministic_algorithms(True)`, or compile this model with plain inductor"
 )
 
 SAMPLE = 64  # elements of each value

@@ -84,8 +84,8 @@ class Plan:
                 return Change(f"the numbers in `{place.name}`")
         return None
 
-    def run(self, leaves: Sequence[Any]) -> Any:
-        """Return the model's result for flattened arguments.
+    def run(self, leaves: Sequence[Any], store: bool = False) -> Any:
+        """Return the model's result for flattened arguments; with `store`, with ordinary autograd storage.
 
         Raises:
             InvalidError: a distribution that validates its arguments would raise.
@@ -96,7 +96,7 @@ class Plan:
         }
         env.update((index, place.tensor()) for index, place in self.sources)
         for segment in self.segments:
-            if segment.region is not None:
+            if segment.region is not None and not store:
                 live = {v: t for v, t in env.items() if last[v] >= segment.start or program.values[v].source}
                 del env
                 run_region(self.regions[segment.start], self.calls, live)

@@ -34,13 +34,6 @@ Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """Options of regions: `exact` of `convert`."""
-
-    exact: bool = True
-
-
-@dataclass(frozen=True)
 class Outcome:
     """A plan, or None where nothing pays; what was refused; whether the root itself could not be recorded. `once`: more
     may be recorded when it has run. `guard`: how the root was where there is no plan.
@@ -63,14 +56,14 @@ def make_plan(
     forward: Forward,
     args: Any,
     kwargs: Any,
-    wishes: Wishes | None = None,
+    exact: bool = True,
     carried: frozenset[Spot] = frozenset(),
 ) -> Outcome:
     """Return the plan of `forward(*args, **kwargs)`, or why there is none; the model does not run on real data.
 
-    Its regions are as `wishes` says. The numbers that are attributes at `carried` are inputs of the plan.
+    `exact`: see `convert`. The numbers that are attributes at `carried` are inputs of the plan.
     """
-    search = Search(root, forward, args, kwargs, wishes or Wishes(), carried)
+    search = Search(root, forward, args, kwargs, exact, carried)
     try:
         # the fake forward may run inside another region, and under modes that count or change what runs
         with without_hooks(), no_dispatch(), muted(_fake.FAKE_LOGGER):
@@ -86,9 +79,9 @@ class Search:
     """Coarse to fine: sub-modules are whole at first; those outside the regions found are opened, level by level."""
 
     def __init__(
-        self, root: nn.Module, forward: Forward, args: Any, kwargs: Any, wishes: Wishes, carried: frozenset[Spot]
+        self, root: nn.Module, forward: Forward, args: Any, kwargs: Any, exact: bool, carried: frozenset[Spot]
     ) -> None:
-        self.wishes, self.carried = wishes, carried
+        self.exact, self.carried = exact, carried
         self.root, self.forward, self.args, self.kwargs = root, forward, args, kwargs
         self.modules = dict(root.named_modules(remove_duplicate=True))
         self.closed: set[str] = set()
@@ -132,7 +125,7 @@ class Search:
 
     def _lowered(self, opened: frozenset[str]) -> tuple[Capture, Lowered]:
         captured = capture(self.root, self.forward, self.args, self.kwargs, opened, self.carried, self.whole)
-        return captured, lower(captured.graph, self.modules.__getitem__, lossless=self.wishes.exact)
+        return captured, lower(captured.graph, self.modules.__getitem__, lossless=self.exact)
 
     def _outside(self, found: Any, opened: frozenset[str]) -> frozenset[str]:
         """Return the whole sub-modules outside any region that may be opened."""
@@ -199,7 +192,7 @@ class Search:
         own, whole = self._readable(captured)
         return Plan(
             lowered, captured, segments(lowered.program, regions),
-            {r.start: RegionPlan(lowered.program, r, self.wishes.exact) for r in regions},
+            {r.start: RegionPlan(lowered.program, r, self.exact) for r in regions},
             tuple(call_of(lowered, i, self.modules.__getitem__) for i in range(len(lowered.op_nodes))), tuple(sources),
             tuple(constants), tuple(tied), tuple(inside), tuple(self._place(*at) for at in captured.sets),
             module_guards(own, whole, captured.reads, captured.written),

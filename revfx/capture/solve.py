@@ -12,7 +12,7 @@ from revfx import _fake
 from revfx.capture.data import Capture
 from revfx.capture.guards import name_of
 from revfx.capture.plan import Plan
-from revfx.capture.search import Search, Wishes
+from revfx.capture.search import Search
 from revfx.capture.untraceable import Untraceable
 from revfx.eager.modes import without_hooks
 from revfx.errors import NotReversibleError, Reason, Refusal
@@ -71,7 +71,7 @@ class Solver(Search):
     def __init__(
         self, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, names: Sequence[str]
     ) -> None:
-        super().__init__(root, forward, args, kwargs, Wishes(), frozenset())
+        super().__init__(root, forward, args, kwargs, True, frozenset())
         self.names, self.inputs = names, len(names)
 
     def solve(self) -> Solution:

@@ -26,13 +26,10 @@ class Budget:
 
 
 def as_memory(nbytes: int) -> str:
-    """Return the shortest text for `memory=` that is at least `nbytes`, such as "7.1MiB"."""
-    prefix = next((p for p in "TGMK" if nbytes >= 1024 ** UNITS[p]), "")
-    if not prefix:
-        return str(nbytes)
-    unit = 1024 ** UNITS[prefix]
-    tenths = -(-10 * nbytes // unit)
-    return f"{tenths / 10:.1f}{prefix}iB"
+    """Format bytes for `memory=`, rounded up to a tenth of a unit: "7.1MiB"."""
+    unit, scale = units.binary_unit(nbytes)
+    tenths = -(-10 * nbytes // scale)
+    return str(nbytes) if scale == 1 else f"{tenths / 10:.1f}{unit}"
 
 
 def checked_memory(memory: Any) -> Budget | None:

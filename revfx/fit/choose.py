@@ -16,10 +16,10 @@ from itertools import chain, product
 
 import torch
 
-from revfx.fit.costs import BIT_COST, Cost, estimated
+from revfx.fit.costs import BIT_COST, Cost, estimate_costs
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
-from revfx.fit.polish import Found, lowered, polished
+from revfx.fit.polish import Found, lower_peak, polished
 from revfx.fit.runs import MERGED, Entry, Runs
 from revfx.fit.simulate import Credit, Load, Model
 
@@ -115,7 +115,7 @@ class Untimed:
     """
 
     def __init__(self, model: Model) -> None:
-        costs = estimated(model.needs.tape, model.costs)
+        costs = estimate_costs(model.needs.tape, model.costs)
         self.model = replace(model, costs=costs, bit_cost=BIT_COST)
         self.found: list[Found] = []  # so far, in the order of the search, which is the same for all budgets
         self.rest = self._plans()
@@ -153,7 +153,7 @@ class Untimed:
             high = asked
             best = min(best, tried, key=lambda f: f[1].peak)
             yield tried
-        yield lowered(self.model, best)
+        yield lower_peak(self.model, best)
 
 
 def plan_of_runs(runs: Runs, budget: int) -> Found | None:

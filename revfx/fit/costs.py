@@ -69,7 +69,7 @@ class Costs:
         return costs
 
 
-def estimated(tape: Tape, costs: Sequence[Cost]) -> list[Cost]:
+def estimate_costs(tape: Tape, costs: Sequence[Cost]) -> list[Cost]:
     """Return costs with seconds that follow from the sizes of operands and results, and the same scratch bytes."""
     found: list[Cost] = []
     for op, cost in zip(tape.ops, costs, strict=True):

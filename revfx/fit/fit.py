@@ -30,7 +30,7 @@ from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
 from revfx.fit.record import record
 from revfx.fit.step import Course, Step
-from revfx.fit.summary import BudgetPlan, summary
+from revfx.fit.summary import BudgetPlan, summarize
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import Tape
 from revfx.units import size
@@ -120,7 +120,7 @@ class Fit:
 
     @property
     def budget_plans(self) -> tuple[BudgetPlan, ...]:
-        """Return what the plans come to, oldest first; print them."""
+        """Return summaries of the plans, oldest first; print them."""
         with self.lock:
             return tuple([f.summary for f in self.plans])
 
@@ -225,7 +225,7 @@ class Fit:
             return fitted
 
     def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Sequence[Fitted]) -> Fitted:
-        """Return a new plan, for which plans of `before` show which operators vary, and which numbers do not."""
+        """Return a new plan; earlier ones (`before`) show which operators vary, and which numbers stay."""
         start = time.perf_counter()
         numbers: Numbers | None = None
         barred: dict[str, frozenset[int]] = {"plain": frozenset(), "reversible": frozenset()}
@@ -246,13 +246,13 @@ class Fit:
         most = survey.peak_of_any_caller(chosen)
         if self.budget.share is None and most > asked:
             self._warn_of_losses(name, most)
-        told = summary(survey, chosen, name, inputs, asked, time.perf_counter() - start)
-        LOG.info("%s", told.line)
+        plan = summarize(survey, chosen, name, inputs, asked, time.perf_counter() - start)
+        LOG.info("%s", plan.line)
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
         course = Course(chosen.plan) if chosen.plan.dropped or chosen.plan.marks else None
         numbers = numbers or Numbers.of(model, call.leaves)
         device = next(devices, torch.device("cpu"))
-        return Fitted(call.key, numbers, chosen, survey.peak, barred[chosen.way], device, course, told)
+        return Fitted(call.key, numbers, chosen, survey.peak, barred[chosen.way], device, course, plan)
 
     def _warn_of_losses(self, name: str, most: int) -> None:
         what = "the plan stays within the budget only for a loss that takes little memory"

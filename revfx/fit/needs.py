@@ -12,7 +12,7 @@ import torch
 
 from revfx.fit.bits import Mark, mark_of
 from revfx.fit.compiled import Whole
-from revfx.fit.tape import Op, Spot, Tape, overlapping
+from revfx.fit.tape import Op, Spot, Tape, share_bytes
 from revfx.passes._torch import is_pure, writes
 
 
@@ -100,7 +100,7 @@ class Needs:
                 written |= {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
         extents = [e for n in written if (e := memories[n].extent) is not None]
         for n, m in enumerate(memories):
-            if m.extent is not None and any(overlapping(m.extent, e) for e in extents):
+            if m.extent is not None and any(share_bytes(m.extent, e) for e in extents):
                 written.add(n)
         return written
 

@@ -57,7 +57,9 @@ class Numbers:
 
 def _layout(t: Tensor | None) -> Any:
     """Return what a plan takes for granted of a parameter or buffer; where it lies in its storage is not part of it."""
-    if type(t) not in (nn.Parameter, Tensor) and (t is None or is_lazy(t) or t.is_nested):
+    if t is None:
+        return None
+    if type(t) not in (nn.Parameter, Tensor) and (is_lazy(t) or t.is_nested):
         return type(t)
     return t.requires_grad, t.dtype, t.stride() if t.layout == torch.strided else t.layout
 

@@ -85,7 +85,7 @@ class Search:
                         found = both
 
 
-def lowered(model: Model, found: Found) -> Found:
+def lower_peak(model: Model, found: Found) -> Found:
     """Return a plan that no single choice gives a smaller peak, as far as the simulations suffice."""
     search = Search(model, 0, SIMULATED // len(model.needs.tape.ops))
     while True:

@@ -352,7 +352,7 @@ def _sources(world: World, args: Any, kwargs: Any) -> dict[int, Source]:
     originals = {id(stand_in): t for t, stand_in in world.fakes.values()}
 
     def source(kind: str, where: Any, t: Tensor) -> Source:
-        return Source(kind, where, t.storage_offset() * t.dtype.itemsize, extent_of(originals.get(id(t), t)))
+        return Source(kind, where, int(t.storage_offset()) * t.dtype.itemsize, extent_of(originals.get(id(t), t)))
 
     for i, t in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(t, Tensor) and t.layout == torch.strided:

@@ -87,4 +87,4 @@ def placed(t: Tensor, spot: Spot, start: int = 0) -> Tensor:
 
 def placed_in_source(t: Tensor, spot: Spot) -> Tensor:
     """Return the tensor at `spot` of a parameter, buffer or argument `t`, wherever that lies in this call."""
-    return placed(t, spot, t.storage_offset() * t.dtype.itemsize)
+    return placed(t, spot, int(t.storage_offset()) * t.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""What a plan comes to, in numbers and as text."""
+"""Summaries of budget plans, as numbers and as text."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class BudgetPlan:
         return "\n".join(self.lines())
 
 
-def summary(survey: Survey, chosen: Chosen, model: str, inputs: str, budget: int, planning: float) -> BudgetPlan:
-    """Return what a plan comes to.
+def summarize(survey: Survey, chosen: Chosen, model: str, inputs: str, budget: int, planning: float) -> BudgetPlan:
+    """Summarize a plan.
 
     Args:
         survey: the planners of which one made the plan.
@@ -86,13 +86,13 @@ def summary(survey: Survey, chosen: Chosen, model: str, inputs: str, budget: int
     """
     plan, needs = chosen.plan, chosen.plan.needs
     found = {"kept": Amount(), "recomputed": Amount(), "marks": Amount()}
-    told = {needs.coins[v] for v in plan.coins}
+    marked = {needs.coins[v] for v in plan.coins}
     for v, packs in needs.wanted.items():
         if not packs:
             continue  # an argument of a compiled part
         if v in plan.kept:
             way = "kept"
-        elif v in told or plan.marks.issuperset(packs):
+        elif v in marked or plan.marks.issuperset(packs):
             way = "marks"
         else:
             way = "recomputed"

@@ -27,21 +27,21 @@ def extent_of(t: Tensor) -> Extent | None:
     if not _torch.is_plain(t) or _torch.is_fake(t) or t.layout != torch.strided or t.is_nested:
         return None
     elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    start = t.storage_offset() * t.dtype.itemsize
+    start = int(t.storage_offset()) * t.dtype.itemsize
     return _torch.storage_key(t), start, start + elements * t.dtype.itemsize * (t.numel() > 0)
 
 
-def overlapping(a: Extent, b: Extent) -> bool:
+def share_bytes(a: Extent, b: Extent) -> bool:
     """Return whether two extents may have bytes in common."""
     return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
 
 
-def aliases(leaves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+def find_aliases(leaves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     """Return the pairs of tensors among some leaves that may have bytes in common, by their places."""
     extents = [(i, e) for i, t in enumerate(leaves) if isinstance(t, Tensor) and (e := extent_of(t)) is not None]
     if len({e[0] for _, e in extents}) == len(extents):
         return ()
-    return tuple([(i, j) for (i, a), (j, b) in combinations(extents, 2) if overlapping(a, b)])
+    return tuple([(i, j) for (i, a), (j, b) in combinations(extents, 2) if share_bytes(a, b)])
 
 
 @dataclass(frozen=True, slots=True)  # no tuple, as `pytree` would look into it

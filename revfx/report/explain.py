@@ -84,7 +84,7 @@ def explain(
     options = Options() if own is None else own.options
     forward = model.forward if own is None else own.forward(model)
     stage("looking for regions")
-    outcome = make_plan(model, forward, given, named, options)
+    outcome = make_plan(model, forward, given, named, options.exact)
     ways, regions, notes = _predicted(Simulation(model, given, named), forward, outcome.plan, loss, measure)
     not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
     if measure:

@@ -127,7 +127,9 @@ def off_by(much: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coded.Coder, "decode", lambda *args: decode(*args) * (1 + much))
 
 
-@pytest.mark.parametrize(("much", "message"), [(1e-6, "rounded otherwise"), (0.5, "is another than in the forward")])
+@pytest.mark.parametrize(
+    ("much", "message"), [(1e-6, "differs from the forward's by rounding"), (0.5, "is another than in the forward")]
+)
 def test_what_is_off_is_said(much: float, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     off_by(much, monkeypatch)
     model, x = Additive(DEPTH), leaf(ROWS, 2 * D, dtype=torch.float32)

@@ -12,14 +12,13 @@ import pytest
 import torch
 from compiled import INNERS, QUIET, ROWS, WIDTH, compiled, fresh as fresh
 from helpers import TOLERANCE, deep_but, leaf, loss_of, mlp, mlps, relative_error
+from test_found import Unclamped, UsedElsewhere
 from test_refusals import (
     ATOMS,
     NOTHING_FOUND,
     Chain,
     EndsInRelu,
     ReluInTheMiddle,
-    Unclamped,
-    UsedElsewhere,
     ZeroImages,
     tiling,
 )

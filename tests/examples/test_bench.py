@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench import run, ways as bench_ways
+from bench import run
 from bench.chains import Coupling, Flow
 from bench.measure import Contender, Row, Sizes, measure
 from bench.models import MODELS, Task
 from bench.ways import WAYS, Way
 from torch import Tensor
-
-from revfx.errors import BudgetError
 
 
 CHAINS = ("mlp", "revnet", "transformer", "flow", "leapfrog")
@@ -192,14 +190,6 @@ def test_the_exit_status_is_that_of_revfx(capsys: pytest.CaptureFixture[str], mo
         monkeypatch.setattr(run, "WAYS", {**WAYS, "convert": replace(WAYS["convert"], build=raises, limit=limit)})
         found, out, _ = run_bench(capsys, *argv)
         assert found == status and "- revfx.convert (mlp): raises ValueError: no such luck" in out
-
-
-def test_the_least_budget_is_read_from_errors_with_and_without_a_number() -> None:
-    text = "`convert(Net, memory=1)`: no plan stays within 1 B. The least feasible budget is 1234 bytes (1.2 KiB)."
-    assert bench_ways.least_bytes(BudgetError(text)) == 1234
-    error: Any = BudgetError("no plan")
-    error.least = 99
-    assert bench_ways.least_bytes(error) == 99
 
 
 # --- what is printed

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from compiled import QUIET
-from fit_models import Made, Residual, branch, equal, make, peak, square, state
+from fit_models import Made, Residual, branch, equal, make, peak, planned, square, state
 from helpers import deep_but
 from torch import Tensor, nn
 from torch._dynamo import graph_break
 
 import revfx
+from revfx import _torch
+from revfx.converted import conversion_of
 from revfx.errors import BudgetError, RevfxWarning
 
 
@@ -38,13 +40,13 @@ def fresh() -> Iterator[None]:
 
 def parts_again(fitted: Any) -> int:
     """How many calls of compiled parts run again under the only plan."""
-    (found,) = fitted.revfx.fit.plans
+    (found,) = conversion_of(fitted).fit.plans
     return len(found.chosen.plan.parts)
 
 
 def compiled_as(fitted: Any) -> Any:
     """A context in which the plain model runs with the compiled blocks of the converted one."""
-    calls = fitted.revfx.block_calls
+    calls = conversion_of(fitted).block_calls
     return contextlib.nullcontext() if calls is None else calls.active()
 
 
@@ -87,7 +89,7 @@ def test_what_parts_run_again_from_goes_as_the_backward_passes_them() -> None:
     """Of many layers what they run again from takes as much as one layer within."""
     torch.manual_seed(0)
     model, x = Residual(*(branch(64) for _ in range(24))), torch.randn(1024, 64)
-    fitted: Any = revfx.convert(model, x, memory=0.17, compile=True)
+    fitted: Any = planned(model, x, memory=0.17, compile=True)
     check(model, fitted, x, 0.17)
 
 
@@ -103,7 +105,7 @@ def test_some_parts_may_be_compiled(how: str) -> None:
             if how == "breaks":
                 layers[i].insert(2, Breaks())
             layers[i].compile(backend="aot_eager")
-    fitted: Any = revfx.convert(model, x, memory=0.4)
+    fitted: Any = planned(model, x, memory=0.4)
     check(model, fitted, x, 0.4)
     assert any(str(op.func).startswith("aten") for op in again(fitted))
 
@@ -118,13 +120,13 @@ class Breaks(nn.Module):
 
 def again(fitted: Any) -> list[Any]:
     """The operators that run again."""
-    plan = fitted.revfx.fit.plans[0].chosen.plan
+    plan = conversion_of(fitted).fit.plans[0].chosen.plan
     return [plan.needs.tape.ops[o] for o in plan.again]
 
 
 def test_copies_and_pickles_run_uncompiled_as_those_of_torch() -> None:
     model, (x,), _ = make("mlp")
-    fitted: Any = revfx.convert(model, x, memory=0.5, compile=True)
+    fitted: Any = planned(model, x, memory=0.5, compile=True)
     for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
         plain = copy.deepcopy(model)
         assert equal(state(twin, lambda m=twin: square(m(x))), state(plain, lambda m=plain: square(m(x))))
@@ -132,7 +134,7 @@ def test_copies_and_pickles_run_uncompiled_as_those_of_torch() -> None:
 
 def test_evaluation_and_several_forwards_in_between() -> None:
     model, (x,), _ = make("mlp")
-    fitted = revfx.convert(model, x, memory=0.5, compile=True)
+    fitted = planned(model, x, memory=0.5, compile=True)
     found: list[list[Tensor]] = []
     for m in (model, fitted):
         model.zero_grad()
@@ -150,7 +152,7 @@ def test_evaluation_and_several_forwards_in_between() -> None:
 def test_the_least_names_the_part() -> None:
     model, (x,), _ = make("mlp")
     with pytest.raises(BudgetError, match=r"(?s)least feasible budget is \d+ bytes.*compiled Sequential"):
-        revfx.convert(model, x, memory=0.05, compile=True)
+        planned(model, x, memory=0.05, compile=True)
 
 
 def test_explain_names_parts() -> None:
@@ -164,12 +166,12 @@ def test_explain_names_parts() -> None:
 
 def test_what_is_compiled_after_it_was_planned_is_planned_anew() -> None:
     model, (x,), _ = make("mlp")
-    fitted: Any = revfx.convert(model, x, memory=0.5)
+    fitted: Any = planned(model, x, memory=0.5)
     for layer in model.layers:  # type: ignore[union-attr]
         layer.compile(backend="aot_eager")
     for _ in range(2):
         assert equal(state(fitted, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
-    assert [bool(p.chosen.plan.parts) for p in fitted.revfx.fit.plans] == [False, True]
+    assert [bool(p.chosen.plan.parts) for p in conversion_of(fitted).fit.plans] == [False, True]
 
 
 def test_parts_that_change_places_are_no_others() -> None:
@@ -185,7 +187,7 @@ def test_parts_that_change_places_are_no_others() -> None:
     model, x = Turned(*(branch() for _ in range(6))), torch.randn(256, 64).abs()
     for layer in model.layers:
         layer.compile(backend="aot_eager")
-    fitted = revfx.convert(model, x, memory=0.5)
+    fitted = planned(model, x, memory=0.5)
     with pytest.warns(RevfxWarning, match="went another way"):
         got = state(fitted, lambda: square(fitted(-x)))
     assert equal(got, state(model, lambda: square(model(-x))))
@@ -213,7 +215,7 @@ def test_an_argument_that_is_written_to_before_the_backward_raises() -> None:
     for layer in model.layers:
         layer.compile(backend="eager")
     x = torch.randn(256, 64)
-    fitted: Any = revfx.convert(model, x, memory=0.5)
+    fitted: Any = planned(model, x, memory=0.5)
     assert parts_again(fitted)
     loss = square(fitted(x))
     with torch.no_grad():
@@ -230,7 +232,7 @@ def test_hooks_of_parameters_hear_of_real_gradients_alone() -> None:
     heard: list[Tensor] = []
     for p in model.parameters():
         p.register_hook(heard.append)
-    fitted = revfx.convert(model, x, memory=0.5)
+    fitted = planned(model, x, memory=0.5)
     assert not heard
     square(fitted(x)).backward()
     assert len(heard) == len([*model.parameters()])
@@ -276,7 +278,7 @@ def test_what_can_not_run_again_says_so(change: Callable[[Any], None], says: str
     model, (x,), _ = make("mlp")
     change(model)
     with pytest.warns(RevfxWarning, match=f"{says}.*the budget is not kept"):
-        revfx.convert(model, x, memory=0.5)
+        revfx.convert(model, memory=0.5)(x)
 
 
 def test_a_model_without_blocks_says_so() -> None:
@@ -291,7 +293,7 @@ def test_what_the_compiler_can_not_take_runs_as_it_is_and_is_named(monkeypatch: 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", failing)
     model, (x,), _ = make("mlp")
     plain = copy.deepcopy(model)
-    fitted: Any = revfx.convert(model, x, memory=0.5, compile=True)
+    fitted: Any = planned(model, x, memory=0.5, compile=True)
     assert equal(state(fitted, lambda: square(fitted(x))), state(plain, lambda: square(plain(x))))
     assert ["layers.3" in str(r) for r in fitted.revfx.refusals].count(True) == 1 and parts_again(fitted)
 
@@ -302,7 +304,7 @@ def test_alike_blocks_are_compiled_once() -> None:
     counters.clear()
     model = Residual(*(branch() for _ in range(12)))
     x = torch.randn(64, 64)
-    fitted = revfx.convert(model, x, memory=0.5, compile=True)
+    fitted = planned(model, x, memory=0.5, compile=True)
     square(fitted(x)).backward()
     assert counters["stats"]["unique_graphs"] == 2  # the input of the first needs no gradient
 
@@ -334,7 +336,7 @@ def test_the_plain_model_stays_uncompiled() -> None:
     fitted: Any = revfx.convert(model, memory=0.5, compile=True)
 
     def are_clean() -> bool:
-        return all(m._compiled_call_impl is None and "_compiled_call_impl" not in vars(m) for m in model.modules())
+        return not any(_torch.is_compiled(m) or _torch.COMPILED in vars(m) for m in model.modules())
 
     assert are_clean()
     counters.clear()
@@ -347,7 +349,7 @@ def test_the_plain_model_stays_uncompiled() -> None:
     assert frames() == compiled and fitted.state_dict().keys() == model.state_dict().keys()
     for _ in range(3):
         square(fitted(x)).backward()
-    assert frames() == compiled and len(fitted.revfx.fit.plans) == 1 and parts_again(fitted)
+    assert frames() == compiled and len(conversion_of(fitted).fit.plans) == 1 and parts_again(fitted)
     armed.append(True)
     square(fitted(x)).backward()
     assert found == [True] and are_clean()
@@ -359,4 +361,4 @@ def test_a_forward_that_raises_leaves_nothing_compiled() -> None:
     for _ in range(2):
         with pytest.raises(Exception, match="normalized_shape"):
             fitted(x[:, :63])
-        assert all(m._compiled_call_impl is None for m in model.modules())
+        assert not any(map(_torch.is_compiled, model.modules()))

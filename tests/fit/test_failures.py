@@ -12,6 +12,7 @@ from fit_models import Residual, branch, equal, square
 from torch import Tensor, nn
 
 import revfx
+from revfx.converted import conversion_of
 from revfx.errors import RegenerationError, RevfxWarning
 
 
@@ -63,13 +64,14 @@ def test_after_a_failure_the_next_step_has_a_new_plan(join: Any, monkeypatch: py
     change(1)
     with pytest.raises(RegenerationError, match="the next step has a new plan"):
         square(fitted(x)).backward()
-    failed = fitted.revfx.fit.failed[0]
+    failed = conversion_of(fitted).fit.failed[0]
     for n in range(2 * STEPS):
         change(n // 2)
         assert equal(step(model, fitted, x), step(plain, plain, x))
-        (plan,) = fitted.revfx.fit.plans
+        (plan,) = conversion_of(fitted).fit.plans
         assert plan.chosen.plan.dropped
-    assert failed.barred and (join is branching or not plan.chosen.plan.again & failed.barred)
+        assert join is branching or not plan.chosen.plan.again & failed.barred
+    assert failed.barred
 
 
 class Odd(Exception):
@@ -100,7 +102,7 @@ def test_the_models_own_exception_comes_out_as_itself() -> None:
         assert raised.value.__cause__ is None and raised.value.__context__ is None
         assert "revfx" not in "".join(traceback.format_exception_only(raised.value))
     square(fitted(x)).backward()
-    assert fitted.revfx.fit.plans[0].chosen.plan.dropped
+    assert conversion_of(fitted).fit.plans[0].chosen.plan.dropped
 
 
 def test_wrong_arguments_raise_as_they_do_plainly() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import MODELS, Made, equal, make, peak, state
+from fit_models import MODELS, Made, equal, make, peak, planned, state
 from helpers import deep_but
 from torch import nn
 
 import revfx
+from revfx.converted import conversion_of
 from revfx.errors import BudgetError, RevfxWarning
 from revfx.fit import costs, simulate
 from revfx.fit.budget import as_memory, checked_memory
@@ -36,7 +37,7 @@ def perturbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def refused(made: Made, memory: Any) -> BudgetError | None:
     model, args, _ = made
     try:
-        revfx.convert(model, args, memory=memory)
+        planned(model, args, memory=memory)
     except BudgetError as e:
         return e
     return None
@@ -64,8 +65,8 @@ def test_a_budget_has_one_verdict_however_it_is_written(name: str, perturbed: Ca
     warnings.simplefilter("ignore", RevfxWarning)  # see below
     made = make(name)
     model, args, _ = made
-    fitted: Any = revfx.convert(model, args, memory=1.0)
-    plain = fitted.revfx.fit.plans[0].plain
+    fitted: Any = planned(model, args, memory=1.0)
+    plain = conversion_of(fitted).fit.plans[0].plain
     for share in (0.75, 0.5, 0.25):
         as_bytes = int(share * plain)
         found = [refused(made, memory) for memory in (share, as_bytes, f"{as_bytes / 1024:.6f}KiB", f"{100 * share}%")]
@@ -88,12 +89,12 @@ def test_bytes_that_hang_on_the_loss_are_warned_of(recwarn: pytest.WarningsRecor
 
     torch.manual_seed(0)
     model, x = Head(), torch.randn(256, 64)
-    fitted: Any = revfx.convert(model, x, memory=0.75)
-    asked = fitted.revfx.fit.budget_plans[0].budget
+    fitted: Any = planned(model, x, memory=0.75)
+    asked = conversion_of(fitted).fit.budget_plans[0].budget
     assert not recwarn.list
     with pytest.warns(RevfxWarning, match=r"only for a loss that takes little memory\. With one .* takes up to"):
-        fitted = revfx.convert(model, x, memory=asked)
-    assert fitted.revfx.fit.budget_plans[0].peak <= asked
+        fitted = planned(model, x, memory=asked)
+    assert conversion_of(fitted).fit.budget_plans[0].peak <= asked
     for loss in (torch.Tensor.sum, lambda y: y.square().mean()):
         plain = peak(model, lambda loss=loss: loss(model(x)))
         assert peak(model, lambda loss=loss: loss(fitted(x))) <= 0.75 * plain
@@ -138,5 +139,5 @@ def test_what_the_caller_does_is_within_the_budget() -> None:
         model, args, _ = make(name)
         error = refused((model, args, held), 1)
         assert error is not None
-        fitted = revfx.convert(model, args, memory=error.least)
+        fitted = planned(model, args, memory=error.least)
         assert peak(model, lambda f=fitted, a=args: held(f(*a))) <= error.least

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import MODELS, Residual, branch, equal, make, peak, state
+from fit_models import MODELS, Residual, branch, equal, make, peak, planned, state
 from helpers import deep_but
 from torch import Tensor, nn
 
 import revfx
+from revfx.converted import conversion_of
 from revfx.errors import BudgetError
 from revfx.fit.bits import Window
 from revfx.fit.needs import Needs
@@ -23,7 +24,7 @@ from revfx.testing import measure_memory
 
 
 def tape_of(model: nn.Module) -> Tape:
-    return model.revfx.fit.plans[-1].chosen.plan.needs.tape  # type: ignore[union-attr]
+    return conversion_of(model).fit.plans[-1].chosen.plan.needs.tape  # type: ignore[union-attr]
 
 
 HALF = ("encoder", "convolutions", "unet", "in place", "checkpoint", "asks", "attention")  # what others resemble
@@ -50,13 +51,13 @@ def test_a_budget_is_kept_and_no_bit_changes(name: str, autocast: bool) -> None:
     for share in (0.9, 0.75, 0.55):
         try:
             with cast():
-                fitted = revfx.convert(model, args, memory=share)
+                fitted = planned(model, args, memory=share)
         except BudgetError as e:
             assert "least feasible budget is" in str(e)
             continue
         assert peak(model, partial(step, fitted)) <= share * plain
-        assert len(fitted.revfx.fit.plans) == 1  # type: ignore[union-attr]
-        kept += fitted.revfx.fit.plans[0].course is not None  # type: ignore[union-attr]
+        assert len(conversion_of(fitted).fit.plans) == 1  # type: ignore[union-attr]
+        kept += conversion_of(fitted).fit.plans[0].course is not None  # type: ignore[union-attr]
         assert equal(state(model, partial(step, fitted)), want)
         assert equal(state(model, partial(step, fitted)), want)
     assert kept or autocast  # there a stream is saved in half precision alone, and nothing leads back to it
@@ -76,20 +77,20 @@ def test_the_plain_step_is_foreseen_to_the_byte(name: str) -> None:
     model, args, loss = make(name)
     model.zero_grad(set_to_none=False)
     measured = measure_memory(lambda: loss(model(*args)))
-    fitted = revfx.convert(model, args, memory=1.0)
+    fitted = planned(model, args, memory=1.0)
     out = model(*args)
     size = 4 * (out[0] if isinstance(out, tuple) else out).numel()
-    load = fitted.revfx.fit.plans[0].chosen.load  # type: ignore[union-attr]
+    load = conversion_of(fitted).fit.plans[0].chosen.load  # type: ignore[union-attr]
     assert abs(load.live[2 * tape_of(fitted).turn + 1] - measured.kept) <= 5 * size
     assert abs(load.peak - measured.peak) <= 4 * size
 
 
 def test_a_mask_takes_the_place_of_what_only_its_signs_are_read_of() -> None:
     model, args, loss = make("relu")
-    fitted = revfx.convert(model, args, memory=0.6)
+    fitted = planned(model, args, memory=0.6)
     want = state(model, lambda: loss(model(*args)))
     assert equal(state(model, lambda: loss(fitted(*args))), want)
-    plan = fitted.revfx.fit.plans[0].chosen.plan  # type: ignore[union-attr]
+    plan = conversion_of(fitted).fit.plans[0].chosen.plan  # type: ignore[union-attr]
     assert len(plan.marks) + len(plan.coins) > 0
 
 
@@ -110,8 +111,8 @@ def test_where_a_maximum_lies_takes_one_byte(options: dict[str, Any], form: torc
 
 def test_a_share_of_one_leaves_autograd_alone() -> None:
     model, args, loss = make("mlp")
-    fitted = revfx.convert(model, args, memory=1.0)
-    assert fitted.revfx.fit.plans[0].course is None  # type: ignore[union-attr]
+    fitted = planned(model, args, memory=1.0)
+    assert conversion_of(fitted).fit.plans[0].course is None  # type: ignore[union-attr]
     assert equal(state(model, lambda: loss(fitted(*args))), state(model, lambda: loss(model(*args))))
 
 
@@ -139,10 +140,10 @@ def test_what_is_reversible_is_one_way() -> None:
     plain, want = peak(model, partial(step, model)), state(model, partial(step, model))
     ways, packed = list[str](), 0
     for share in (0.7, 0.24):
-        fitted = revfx.convert(model, x, memory=share)
+        fitted = planned(model, x, memory=share)
         assert peak(model, partial(step, fitted)) <= share * plain
         assert equal(state(model, partial(step, fitted)), want)
-        chosen = fitted.revfx.fit.plans[0].chosen  # type: ignore[union-attr]
+        chosen = conversion_of(fitted).fit.plans[0].chosen  # type: ignore[union-attr]
         ways.append(chosen.way)
         packed = sum("bitwise_right_shift" in str(op.func) for op in chosen.plan.needs.tape.ops)
     assert ways == ["plain", "reversible"]
@@ -170,14 +171,14 @@ def test_no_budget_is_too_small_to_be_told_how_much_it_takes(name: str) -> None:
     torch.manual_seed(0)
     model, args, loss = (Flow(), (torch.randn(4096, 64),), lambda y: y) if name == "flow" else make(name)
     with pytest.raises(BudgetError, match=r"The least feasible budget is (\d+) bytes") as raised:
-        revfx.convert(model, args, memory=1)
+        planned(model, args, memory=1)
     least = int(str(raised.value).partition("budget is ")[2].partition(" ")[0])
-    fitted = revfx.convert(model, args, memory=least)
+    fitted = planned(model, args, memory=least)
     want = state(model, lambda: loss(model(*args)))
     assert peak(model, lambda: loss(fitted(*args))) <= least
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     assert "layers" in str(raised.value) or "Backward" in str(raised.value)
-    assert name != "flow" or fitted.revfx.fit.plans[0].chosen.way == "reversible"  # type: ignore[union-attr]
+    assert name != "flow" or conversion_of(fitted).fit.plans[0].chosen.way == "reversible"  # type: ignore[union-attr]
 
 
 def test_what_is_only_added_up_keeps_no_blocks_together() -> None:
@@ -193,6 +194,6 @@ def test_what_is_only_added_up_keeps_no_blocks_together() -> None:
 
     torch.manual_seed(0)
     model, x = Adding(*(branch() for _ in range(16))), torch.randn(1024, 64)
-    fitted = revfx.convert(model, x, memory=0.145)
+    fitted = planned(model, x, memory=0.145)
     assert peak(fitted, lambda: fitted(x)) <= 0.145 * peak(model, lambda: model(x))
     assert equal(state(fitted, lambda: fitted(x)), state(model, lambda: model(x)))

@@ -11,6 +11,7 @@ from fit_models import Residual, branch, equal
 from torch import Tensor, nn
 
 import revfx
+from revfx.converted import conversion_of
 
 
 STEPS = 6
@@ -106,7 +107,7 @@ def check(
         run: Any = model if budget is None else revfx.convert(model, memory=budget)
         torch.manual_seed(1)
         found.append(trained(model, run, calls(), lambda step, model=model: change(model, step)))
-        fit = fit if budget is None else run.revfx.fit
+        fit = fit if budget is None else conversion_of(run).fit
     assert equal(*found)
     assert all(f.chosen.plan.dropped for f in fit.plans)
     return fit
@@ -183,7 +184,7 @@ def test_an_argument_of_a_larger_data_set_is_planned_as_if_it_were_alone() -> No
         torch.manual_seed(0)
         fitted: Any = revfx.convert(mlp(), memory=0.6)
         fitted(data[512:768]).sum().backward()
-        return fitted.revfx.fit.plans[0].plain
+        return conversion_of(fitted).fit.plans[0].plain
 
     assert peak(torch.randn(768, 64)) == peak(torch.randn(512 * 64, 64))
 

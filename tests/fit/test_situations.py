@@ -11,22 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal, make, peak, square, state
+from fit_models import Residual, branch, equal, make, peak, planned, square, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revfx
+from revfx.converted import conversion_of
 from revfx.errors import RegenerationError, RevfxWarning
 
 
 def fit_of(model: nn.Module) -> Any:
-    return model.revfx.fit  # type: ignore[union-attr]
+    return conversion_of(model).fit  # type: ignore[union-attr]
 
 
 def pair(name: str = "mlp", memory: float = 0.5) -> tuple[nn.Module, nn.Module, Tensor]:
     """A model, the same with a budget, and its argument."""
     model, (x,), _ = make(name)
-    fitted = revfx.convert(model, x, memory=memory)
+    fitted = planned(model, x, memory=memory)
     assert fit_of(fitted).plans[0].chosen.plan.dropped
     return model, fitted, x
 
@@ -102,7 +103,7 @@ def test_a_number_that_changes_at_every_call_costs_one_more_plan() -> None:
     torch.manual_seed(0)
     model, x = Annealed(*(branch() for _ in range(6))), torch.randn(256, 64)
     model.temperature = 1.0
-    fitted = revfx.convert(model, x, memory=0.6)
+    fitted = planned(model, x, memory=0.6)
     for i in range(5):
         model.temperature = 1 / (1 + i)
         assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
@@ -121,7 +122,7 @@ def test_a_number_that_nobody_sees_is_told() -> None:
 
     torch.manual_seed(0)
     model, x = Residual(*(nn.Linear(64, 64) for _ in range(12)), join=joined), torch.randn(1024, 64)
-    fitted = revfx.convert(model, x, memory=0.5)
+    fitted = planned(model, x, memory=0.5)
     factor[0] = 2.0
     with pytest.raises(RegenerationError, match=r"is another one .* number that the forward reads from Python"):
         square(fitted(x)).backward()
@@ -143,7 +144,7 @@ def test_numbers_of_the_data_vary_from_call_to_call() -> None:
 
     torch.manual_seed(0)
     model = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=joined)
-    fitted = revfx.convert(model, torch.randn(512, 64), memory=0.8)
+    fitted = planned(model, torch.randn(512, 64), memory=0.8)
     for i in range(3):
         x = torch.randn(512, 64) * (1 + i)
         assert equal(state(model, lambda x=x: square(fitted(x))), state(model, lambda x=x: square(model(x))))
@@ -171,7 +172,7 @@ def test_parts_of_memory_and_draws(join: Any) -> None:
     model, x = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=join), torch.randn(512, 64)
     want = state(model, lambda: square(model(x)))
     for share in (0.9, 0.8, 0.7):
-        fitted = revfx.convert(model, x, memory=share)
+        fitted = planned(model, x, memory=share)
         assert equal(state(model, lambda f=fitted: square(f(x))), want)
 
 
@@ -179,7 +180,7 @@ def test_what_is_kept_whole_is_no_bits() -> None:
     """A mask that is saved as it was drawn may be either, and each choice is made without the other one."""
     torch.manual_seed(0)
     model, x = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=drawn), torch.randn(512, 64)
-    plan = fit_of(revfx.convert(model, x, memory=0.7)).plans[0].chosen.plan
+    plan = fit_of(planned(model, x, memory=0.7)).plans[0].chosen.plan
     (mask, told), *_ = plan.needs.coins.items()
     assert mask == told
     for first in (replace(plan, kept=plan.kept | {mask}), replace(plan, coins=plan.coins | {mask})):
@@ -201,7 +202,7 @@ def test_running_statistics_are_read_before_they_are_written() -> None:
     x = torch.randn(512, 64)
     want = state(model, lambda: square(model(x)))
     for share in (0.85, 0.7):
-        fitted = revfx.convert(model, x, memory=share)
+        fitted = planned(model, x, memory=share)
         assert equal(state(model, lambda f=fitted: square(f(x))), want)
 
 
@@ -221,7 +222,7 @@ def test_an_object_of_the_users_may_be_returned() -> None:
     torch.manual_seed(0)
     model, x = Returning(*(branch() for _ in range(6))), torch.randn(256, 64)
     plain, want = peak(model, lambda: model(x).loss), state(model, lambda: model(x).loss)
-    fitted = revfx.convert(model, x, memory=0.6)
+    fitted = planned(model, x, memory=0.6)
     assert equal(state(model, lambda: fitted(x).loss), want)
     assert peak(model, lambda: fitted(x).loss) <= 0.6 * plain
 
@@ -242,7 +243,7 @@ def test_code_that_asks_for_numbers_is_recorded_for_real() -> None:
     x = torch.randn(256, 64)
     plain, before = peak(model, lambda: square(model(x))), copy.deepcopy(model.state_dict())
     drawn, grads = torch.get_rng_state(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    fitted = revfx.convert(model, x, memory=0.6)
+    fitted = planned(model, x, memory=0.6)
     assert equal([*model.state_dict().values()], [*before.values()])
     assert equal([p.grad for p in model.parameters() if p.grad is not None], grads) and torch.equal(
         torch.get_rng_state(), drawn
@@ -256,7 +257,7 @@ def test_code_that_asks_for_numbers_is_recorded_for_real() -> None:
 
 def test_of_an_attempt_that_asked_for_numbers_nothing_is_left_to_search_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("revfx.capture.effects._take_out", lambda *args: pytest.fail("the heap was searched"))
-    fitted = revfx.convert(*make("asks")[:2], memory=0.75)
+    fitted = planned(*make("asks")[:2], memory=0.75)
     assert fit_of(fitted).plans[0].chosen.plan.dropped
 
 
@@ -270,7 +271,7 @@ def test_sequences_may_be_packed() -> None:
     model = Packed(32, 64, 3, batch_first=True, dropout=0.1)
     given = torch.randn(16, 32, 32), torch.randint(5, 32, (16,))
     want, plain = state(model, lambda: square(model(*given))), peak(model, lambda: square(model(*given)))
-    fitted = revfx.convert(model, given, memory=0.9)
+    fitted = planned(model, given, memory=0.9)
     assert equal(state(model, lambda: square(fitted(*given))), want)
     assert peak(model, lambda: square(fitted(*given))) <= 0.9 * plain
 
@@ -290,10 +291,12 @@ def test_what_raises_and_what_writes_to_parameters_says_so() -> None:
     says = pytest.warns(RevfxWarning, match="writes to a parameter.*the budget is not kept")
     for kind, shown in ((Raising, pytest.raises(ValueError, match=r"^no such head$")), (Averaging, says)):
         model = kind(branch())
-        before = copy.deepcopy(model.state_dict())
+        plain = copy.deepcopy(model)
         with shown:
-            revfx.convert(model, x, memory=0.5)
-        assert equal([*model.state_dict().values()], [*before.values()])
+            revfx.convert(model, memory=0.5)(x)
+        with contextlib.suppress(ValueError):
+            plain(x)
+        assert equal([*model.state_dict().values()], [*plain.state_dict().values()])
 
 
 def test_a_checkpoint_around_it_is_warned_of() -> None:
@@ -327,7 +330,7 @@ def test_a_forward_that_goes_another_way_is_kept_whole_and_planned_anew() -> Non
 
     torch.manual_seed(0)
     model, x = Branching(*(branch() for _ in range(6))), torch.randn(256, 64)
-    fitted = revfx.convert(model, x, memory=0.5)
+    fitted = planned(model, x, memory=0.5)
     for deep in (6, 4, 4):
         moved = deep != Branching.deep
         Branching.deep = deep
@@ -349,7 +352,7 @@ def test_copies_have_plans_of_their_own() -> None:
     want = state(model, lambda: square(model(x)))
     others: list[Any] = [copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))]
     for other in others:
-        assert fit_of(other).plans == [] and other.revfx.options.memory.share == 0.5
+        assert fit_of(other).plans == [] and conversion_of(other).options.memory.share == 0.5
         assert equal(state(other, partial(lambda m: square(m(x)), other)), want)
 
 
@@ -359,7 +362,7 @@ def test_two_models_have_budgets_of_their_own() -> None:
     both, fitted = nn.Sequential(a, b), nn.Sequential(fitted_a, fitted_b)
     want = state(both, lambda: square(both(x)))
     assert equal(state(both, lambda: square(fitted(x))), want)
-    whole = revfx.convert(fitted, x, memory=0.5)
+    whole = planned(fitted, x, memory=0.5)
     assert equal(state(both, lambda: square(whole(x))), want)
     assert peak(both, lambda: square(whole(x))) <= 0.5 * peak(both, lambda: square(both(x)))
 
@@ -373,7 +376,7 @@ def test_what_was_written_to_raises_as_it_does_plainly() -> None:
 
     torch.manual_seed(0)
     model, x = Residual(*(nn.Linear(64, 64) for _ in range(12)), join=joined), torch.randn(1024, 64)
-    fitted = revfx.convert(model, x, memory=0.95)
+    fitted = planned(model, x, memory=0.95)
     for m in (model, fitted):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             square(m(x)).backward()

@@ -9,6 +9,7 @@ import pytest
 from fit_models import make
 
 import revfx
+from revfx.converted import conversion_of
 
 
 @pytest.mark.parametrize("name", ["mlp", "relu"])
@@ -19,13 +20,13 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> 
         for _ in range(2):
             loss(fitted(x)).backward()
         loss(fitted(x[:64])).backward()
-    first, second = fitted.revfx.fit.budget_plans
+    first, second = conversion_of(fitted).fit.budget_plans
     lines = [r.getMessage() for r in caplog.records if r.name == "revfx"]
     assert lines == [first.line, second.line] and all(r.levelno == logging.INFO for r in caplog.records)
     assert lines[0].startswith("Residual, inputs (256, 64): budget 2.8 MiB, foreseen peak 2.")
     assert "extra time" in lines[0] and "planned in" in lines[0]
     assert first.peak <= first.budget < first.plain and first.time > 1 and first.planning > 0
-    plan = fitted.revfx.fit.plans[0].chosen.plan
+    plan = conversion_of(fitted).fit.plans[0].chosen.plan
     saved = [v for v, packs in plan.needs.wanted.items() if packs]
     ways = first.kept, first.recomputed, first.marks
     assert sum(a.tensors for a in ways) == len(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import revfx
+from revfx.converted import conversion_of
 from revfx.testing import measure_memory
 
 
@@ -217,3 +220,14 @@ def peak(model: nn.Module, step: Callable[[], Tensor]) -> int:
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     """Return whether two steps gave the same, to the last bit."""
     return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def planned(model: nn.Module, args: Any, **options: Any) -> Any:
+    """`convert`, with the plan for calls with `args` (a tensor, or a tuple of them) made now."""
+    converted: Any = revfx.convert(model, **options)
+    conversion = conversion_of(converted)
+    assert conversion.fit is not None
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    with contextlib.nullcontext() if conversion.block_calls is None else conversion.block_calls.active():
+        conversion.fit.prepare(converted, *conversion.to_fit(converted, args, {}))
+    return converted
