@@ -153,19 +153,6 @@ UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, whatever
 COMPILED = "_compiled_call_impl"  # the attribute with what `module.compile()` makes calls run
 
 
-def replace_call(module: torch.nn.Module, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Have calls of a module run what `by` makes of what they run now, as `module.compile()` does."""
-    vars(module)[COMPILED] = by(module._compiled_call_impl or module._call_impl)
-
-
-def set_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
-    """Have calls of a module that is not compiled run `call`; None: its own again."""
-    if call is None:
-        vars(module).pop(COMPILED, None)
-    else:
-        vars(module)[COMPILED] = call
-
-
 def uncompiled(function: _F) -> _F:
     """Return `function`, marked so that `torch.compile` leaves it, and all that it calls, as they are.
 

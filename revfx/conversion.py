@@ -26,8 +26,7 @@ from revfx.eager.modes import can_store, runs_plain, store_activations, storing
 from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, warn
 from revfx.fit.budget import Budget
 from revfx.fit.compiled import BlockCalls
-from revfx.fit.fit import Call as FitCall, Fit, Ways, may_fit
-from revfx.fit.tape import find_aliases
+from revfx.fit.fit import Call as FitCall, Fit, may_fit
 from revfx.info import ConversionInfo
 
 
@@ -75,10 +74,11 @@ class Conversion:
     @property
     def info(self) -> ConversionInfo:
         """The findings so far, as frozen data."""
-        plans = tuple([p.info for p in self.plans])
+        found = tuple([p.info for p in self.plans])
         recorded = [r for *_, o in self.outcomes for r in o.refusals]
         refusals = tuple(dict.fromkeys((*recorded, *self.not_compiled)))
-        regions = tuple(r for p in plans for r in p.regions)
+        regions = tuple(r for p in found for r in p.regions)
+        plans = found if self.fit is None else self.fit.budget_plans
         program = "\n\n".join(map(str, plans)) or "(no plan yet: it is made at the first call)"
         return ConversionInfo(regions, refusals, plans, program)
 
@@ -203,7 +203,7 @@ class Conversion:
     def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = flattened(args, kwargs)
         if self.fit is not None and may_fit(leaves):
-            return self.fit.call(model, *self.to_fit(model, args, kwargs))
+            return self.fit.call(model, self.to_fit(model, args, kwargs))
         return self._call(model, args, kwargs, leaves, spec)
 
     def compile_blocks(self, functions: Sequence[tuple[str, str, CompiledFunction]]) -> None:
@@ -211,8 +211,8 @@ class Conversion:
         self.compiled_functions += functions
         self.block_calls = BlockCalls([(f.module, f) for *_, f in functions])
 
-    def to_fit(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Ways, FitCall]:
-        """Return how the forward can be run, and a call of it, for a plan."""
+    def to_fit(self, model: nn.Module, args: Any, kwargs: Any) -> FitCall:
+        """Return a call for a plan, with how the forward can be run."""
         leaves, spec = flattened(args, kwargs)
 
         def reversible(*args: Any, **kwargs: Any) -> Any:
@@ -222,9 +222,10 @@ class Conversion:
             compiled = any(map(_torch.is_compiled, model.modules()))
             return not compiled and self.prepare(model, args, kwargs, leaves, spec).plan is not None
 
-        ways = Ways({"plain": store_activations()(self.forward(model)), "reversible": reversible}, is_reversible)
+        runs = {"plain": store_activations()(self.forward(model)), "reversible": reversible}
         plain = [float if isinstance(x, float) else x for x in leaves]  # its plans stand on fractions by themselves
-        return ways, FitCall(args, kwargs, leaves, (_call_key(plain), find_aliases(leaves), spec, ambient_state()))
+        key = (_call_key(plain), spec, ambient_state())
+        return FitCall(args, kwargs, leaves, key, runs, is_reversible)
 
     def _call(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Any], spec: Any) -> Any:
         forward = self.forward(model)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from revfx.errors import Refusal
 from revfx.passes.regions import RegionSummary
+from revfx.units import size
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,66 @@ class PlanInfo:
 
     def __str__(self) -> str:
         return self.program
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A number of saved tensors and their bytes."""
+
+    tensors: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.tensors} saved tensors, {size(self.bytes)}"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPlan:
+    """The plan for one kind of call of a model with a budget.
+
+    Attributes:
+        inputs: the model's class and the shapes of its inputs, as text.
+        budget: bytes that a step may take.
+        peak: bytes that a step takes at its peak, as foreseen.
+        plain: bytes that the plain model's step takes at its peak, as foreseen.
+        time: of a step, in plain steps, as foreseen.
+        planning: seconds that it took to make the plan.
+        kept: saved tensors that are held until the backward.
+        recomputed: those that are computed again in the backward.
+        marks: those of which a bit per element is kept.
+        inverted: those that are computed from the outputs of couplings.
+    """
+
+    inputs: str
+    budget: int
+    peak: int
+    plain: int
+    time: float
+    planning: float
+    kept: Amount
+    recomputed: Amount
+    marks: Amount
+    inverted: Amount
+
+    @property
+    def line(self) -> str:
+        """Return the plan on one line, for a log."""
+        return (
+            f"{self.inputs}: budget {size(self.budget)}, foreseen peak {size(self.peak)} of the plain"
+            f" model's {size(self.plain)}, foreseen extra time {self.time - 1:.1%}, planned in {self.planning:.1f} s"
+        )
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.inputs}: budget {size(self.budget)}"
+            f"\n  foreseen peak {size(self.peak)}, {self.peak / max(1, self.plain):.0%} of the plain model's"
+            f"\n  foreseen time {self.time:.2f} of the plain model's; planned in {self.planning:.1f} s"
+        )
+        ways = {"kept": self.kept, "recomputed": self.recomputed, "as marks": self.marks, "inverted": self.inverted}
+        for name, amount in ways.items():
+            if amount.tensors:
+                text += f"\n  {name + ':':12}{amount}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -33,7 +93,7 @@ class ConversionInfo:
 
     regions: tuple[RegionSummary, ...]
     refusals: tuple[Refusal, ...]
-    plans: tuple[PlanInfo | Any, ...]
+    plans: tuple[PlanInfo, ...] | tuple[BudgetPlan, ...]
     program: str
 
     def __str__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,14 @@ def address(t: Tensor) -> int | None:
     return _torch.storage_key(t) + int(t.storage_offset()) if t.layout is torch.strided else None
 
 
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Return the number of elements from the first to the last one in memory, with the gaps between them."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
 def is_dense(t: Tensor) -> bool:
     """Return whether the elements of `t` lie beside each other, each once, in whatever order."""
-    return t.is_contiguous() or t.numel() == 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.is_contiguous() or t.numel() == span(t.shape, t.stride())
 
 
 def flat(t: Tensor) -> Tensor:
@@ -49,8 +56,7 @@ def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: i
     if t.stride() == stride and offset_of(t) == offset:
         return t
     aligned = ALIGNED if t.is_cpu else ALIGNED_ELSEWHERE
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
-    room = t.new_empty(extent + aligned // t.element_size())
+    room = t.new_empty(span(shape, stride) + aligned // t.element_size())
     first = (offset - offset_of(room)) % aligned // t.element_size()
     return room.as_strided(shape, stride, first).copy_(t.reshape(shape))
 

@@ -68,52 +68,42 @@ class World:
 
     def _fake(self, t: Tensor) -> Tensor:
         """Return a fake tensor like `t`, in a tape's world at the beginning of an allocation of its own."""
-        if self.whole and _torch.is_plain(t) and _is_ordinary(t):
+        if self.whole and _is_ordinary(t):
             with self.mode:
                 return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         return _fake.to_fake(self.mode, t.detach(), self.computed_in.get(id(t)))
 
 
 class RealWorld(World):
-    """A world of the model's own numbers, whose gradients go nowhere; buffers and arguments are copies."""
+    """A world of the model's own numbers, whose gradients go nowhere; buffers, arguments and parameters that share a
+    storage are copies.
+    """
 
     def stand_in(self, t: Tensor) -> Tensor:
-        """Return what is there in the place of a tensor."""
+        """Return the copy of a tensor; a parameter with a storage of its own is not copied."""
         if id(t) not in self.fakes:
-            own = with_own_storage(t) if isinstance(t, nn.Parameter) else copy_of(t)
             if isinstance(t, nn.Parameter):
-                own = nn.Parameter(own, t.requires_grad)
+                has_own = not _is_ordinary(t) or t.untyped_storage().nbytes() == t.nbytes
+                own = nn.Parameter(t.detach() if has_own else copy_of(t), t.requires_grad)
                 if t.requires_grad:
                     own.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            self.fakes[id(t)] = t, own.requires_grad_(t.requires_grad)
+            else:
+                own = copy_of(t).requires_grad_(t.requires_grad)
+            self.fakes[id(t)] = t, own
         return self.fakes[id(t)][1]
-
-
-def with_own_storage(t: Tensor) -> Tensor:
-    """Return the same elements as those of `t`, in a storage of its own, without a copy if possible."""
-    bare = t.detach()
-    if not (_torch.is_plain(t) and _is_ordinary(t)) or t.untyped_storage().nbytes() == t.nbytes:
-        return bare
-    try:
-        return torch.from_dlpack(bare).as_strided(t.shape, t.stride())
-    except (BufferError, RuntimeError):  # a dtype that DLPack does not know
-        return copy_of(t)
 
 
 def copy_of(t: Tensor) -> Tensor:
     """Return a copy of a tensor with the same strides, at the beginning of an allocation of its own."""
-    source = t.detach()
-    if not (_torch.is_plain(t) and _is_ordinary(t)):
-        return source.clone()
+    if not _is_ordinary(t):
+        return t.detach().clone()
     copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-    target = copy
-    for dim, (extent, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
-        if stride == 0 and extent > 1:  # expanded: `copy_` refuses to write an element twice
-            source, target = source.narrow(dim, 0, 1), target.narrow(dim, 0, 1)
-    target.copy_(source)
+    once = tuple([slice(None) if stride else slice(1) for stride in t.stride()])  # of expanded dimensions one element
+    copy[once].copy_(t.detach()[once])
     return copy
 
 
 def _is_ordinary(t: Tensor) -> bool:
     """Return whether shape, strides and dtype are all that a tensor has besides its elements."""
-    return t.layout == torch.strided and not (t.is_nested or t.is_quantized or t.is_conj() or t.is_neg())
+    special = t.is_nested or t.is_quantized or t.is_conj() or t.is_neg()
+    return _torch.is_plain(t) and t.layout == torch.strided and not special

@@ -78,11 +78,10 @@ def test_files_of_torch_and_of_revfx_are_not_the_user_s() -> None:
 
 
 def test_every_warning_of_the_package_goes_through_warn() -> None:
-    """Those of `fit` have a fixed stack level."""
     files = [*(SOURCES / "revfx").rglob("*.py"), *(SOURCES / "passes").rglob("*.py")]
     users: set[str] = set()
     for file in files:
         called = (n.func for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call))
         if any(ast.unparse(f) in ("warnings.warn", "warnings.warn_explicit") for f in called):
             users.add(str(file.relative_to(SOURCES)))
-    assert {f for f in users if not f.startswith(("revfx/fit/", "revfx/bench/"))} == {"revfx/errors.py"}
+    assert {f for f in users if not f.startswith("revfx/bench/")} == {"revfx/errors.py"}

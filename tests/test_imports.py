@@ -31,11 +31,11 @@ MAY: dict[str, set[str]] = {
     "layout": {"_torch"},
     "codes": {"_torch", "layout"},
     "eager": {*BOTTOM, *CODES, "passes", "traced"},
-    "info": {"errors", "passes"},
+    "info": {"errors", "passes", "units"},
     "capture": {*BOTTOM, "rules", "passes", "eager", "info"},
     "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "capture", "eager"},
     "world": {*BOTTOM, "eager", "capture"},
-    "fit": {*BOTTOM, "layout", "passes", "eager", "capture", "world"},
+    "fit": {*BOTTOM, "layout", "info", "passes", "eager", "capture", "world"},
 }
 MAY["conversion"] = {*BOTTOM, "info", "passes", "eager", "capture", "compiled", "fit"}
 MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}

@@ -79,7 +79,7 @@ class Planner:
         found: tuple[Plan, Load] | None = None
         asked, low, high = budget, 0, 2 * budget  # the program knows nothing of what lies between runs
         for n in range(TRIES):
-            tried = self.plan(asked)
+            tried = plan_of_runs(self.runs, asked)
             over = 0 if tried is None else tried[1].peak - budget
             if over > 0:
                 high = asked
@@ -93,7 +93,7 @@ class Planner:
         found = found or (fallback, self.model.load(fallback))
         needs, everything = self.needs, self.plain[0]
         by_blocks = replace(everything, block_of=self.runs.blocks.of_operators())
-        told = {v for v, packs in needs.wanted.items() if packs and needs.marks.keys() >= {*packs}}
+        told = {v for v, packs in needs.wanted.items() if packs and needs.marks >= {*packs}}
         kept = everything.kept.difference(told, needs.coins.values())
         masked = replace(everything, kept=kept, marks=frozenset(needs.marks), coins=frozenset(needs.coins))
         return polished(self.model, (everything, by_blocks, masked), found, budget)
@@ -102,10 +102,6 @@ class Planner:
         """Return the plan with the least peak that is found, and what it holds."""
         plan = self.untimed.least
         return plan, self.model.load(plan)
-
-    def plan(self, budget: int) -> tuple[Plan, Load] | None:
-        """Return the fastest plan of runs that fit, each for itself, and what it holds; None if there is none."""
-        return plan_of_runs(self.runs, budget)
 
 
 class Untimed:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ Gradients = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
 
 active_step: ContextVar[Any] = ContextVar("revfx_active_step", default=None)  # a step, or what records one
 
-running: ContextVar[Any] = ContextVar("revfx_running", default=None)  # the compiled calls of the model that runs
+running: ContextVar[Sequence[BlockCall]] = ContextVar("revfx_running", default=())  # of the converted model that runs
 
 
 class Part:
@@ -62,16 +62,13 @@ class Part:
         return state
 
 
-class BlockCall:
-    """The call of a module while a converted model runs: `part` for that model, the module's own for others."""
-
-    def __init__(self, part: Part, owner: BlockCalls) -> None:
-        self.part, self.owner = part, owner
+class BlockCall(Part):
+    """A part of the converted model that is `running`; for others its module's own call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if running.get() is not self.owner:  # another thread runs the plain model
-            return _torch.UNCOMPILED_CALL(self.part.module, *args, **kwargs)
-        return self.part(*args, **kwargs)
+        if self not in running.get():  # another thread runs the plain model
+            return _torch.UNCOMPILED_CALL(self.module, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 class BlockCalls:
@@ -81,7 +78,7 @@ class BlockCalls:
     """
 
     def __init__(self, calls: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
-        self.calls = [BlockCall(Part(module, call), self) for module, call in calls]
+        self.calls = [BlockCall(module, call) for module, call in calls]
         self.lock, self.users = threading.Lock(), 0
 
     @contextlib.contextmanager
@@ -89,18 +86,17 @@ class BlockCalls:
         """Open a context in which blocks run compiled, for the thread that opens it."""
         with self.lock:
             self.users += 1
-            if self.users == 1:
-                for call in self.calls:
-                    _torch.set_call(call.part.module, call)
+            for call in self.calls:
+                vars(call.module)[_torch.COMPILED] = call
         try:
-            with given(running, self):
+            with given(running, self.calls):
                 yield
         finally:
             with self.lock:
                 self.users -= 1
                 if not self.users:
                     for call in self.calls:
-                        _torch.set_call(call.part.module, None)
+                        vars(call.module).pop(_torch.COMPILED, None)
 
 
 def parts_of(model: nn.Module) -> list[str]:
@@ -117,7 +113,9 @@ def parts_of(model: nn.Module) -> list[str]:
             what = "it is compiled as a whole, and no part of that can run again:"
             raise RevfxError(f"{what} compile its blocks instead (`block.compile()`), or see `compile=True`.")
         found.append(name)
-        _torch.replace_call(m, lambda call, m=m: call if isinstance(call, (Part, BlockCall)) else Part(m, call))
+        call = vars(m).get(_torch.COMPILED) or partial(_torch.UNCOMPILED_CALL, m)
+        if not isinstance(call, Part):
+            vars(m)[_torch.COMPILED] = Part(m, call)
     return found
 
 

@@ -24,6 +24,7 @@ from revfx import _torch
 from revfx.fit import bits
 from revfx.fit.compiled import Back
 from revfx.fit.tape import Op, Spot, Tape
+from revfx.layout import span
 from revfx.passes.sizes import tensors_of
 
 
@@ -87,8 +88,7 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
             if spot is not None and found not in (None, spot.place[:3]) and spot.value in op.makes:
                 dtype, shape, stride = found
                 real[spot] = replace(spot, dtype=dtype, shape=shape, stride=stride)
-                extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-                tape.memory(spot.value).size = extent * dtype.itemsize * (0 not in shape)
+                tape.memory(spot.value).size = span(shape, stride) * dtype.itemsize
 
     if real:
         for p in tape.packs:

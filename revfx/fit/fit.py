@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from revfx import _torch
 from revfx.ambient import given
 from revfx.capture.guards import name_of
 from revfx.eager.modes import is_simulating, runs_plain
-from revfx.errors import RevfxError, RevfxWarning
+from revfx.errors import BudgetWarning, RevfxError, warn
 from revfx.fit.budget import Budget, as_memory
 from revfx.fit.choose import LOSS, Planner
 from revfx.fit.compiled import active_step
@@ -30,13 +29,12 @@ from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
 from revfx.fit.record import record
 from revfx.fit.step import Course, Step
-from revfx.fit.summary import BudgetPlan, summarize
+from revfx.fit.summary import summarize
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import Tape
+from revfx.info import BudgetPlan
 from revfx.units import size
 
-
-Varying = Callable[[str, Tape], frozenset[int]]  # by way and tape, operators that are given other numbers each time
 
 LOG = logging.getLogger("revfx")
 MOST_PLANS = 16  # per model; the oldest one makes room for a new one
@@ -45,20 +43,20 @@ WANDERS = 4  # calls that went another way than planned, and a quarter of all, u
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments, their leaves, and what tells kinds of calls apart."""
+    """A call of a model: arguments, their leaves, the key of calls of this kind, and how to run the forward: plainly,
+    or with what is reversible in it, if anything is.
+    """
 
     args: Any
     kwargs: Any
     leaves: Sequence[Any]
     key: Any
-
-
-@dataclass(frozen=True)
-class Ways:
-    """How to run a forward: plainly, or with what is reversible in it, if anything is."""
-
     runs: Mapping[str, Callable[..., Any]]
     is_reversible: Callable[[], bool]
+
+    def run(self, way: str) -> Any:
+        """Run the forward."""
+        return self.runs[way](*self.args, **self.kwargs)
 
 
 def shapes_of(leaves: Sequence[Any]) -> str:
@@ -75,8 +73,9 @@ def may_fit(leaves: Sequence[Any]) -> bool:
     if active_step.get() is not None or is_simulating() or runs_plain(tensors):
         return False
     if _torch.has_saved_tensors_hooks():
-        what = "hooks on what autograd saves are active around a model with a budget, such as those of a checkpoint"
-        warnings.warn(f"{what}: it runs plainly, and the budget is not kept.", RevfxWarning, stacklevel=7)
+        what = "hooks on saved tensors, such as those of a checkpoint, are active around a model with a budget"
+        todo = "Leave the hooks out, or convert the model that they are around"
+        warn(f"{what}. It runs plainly, and the budget is not kept. {todo}.", BudgetWarning)
         return False
     return True
 
@@ -90,19 +89,20 @@ class Fitted:
     key: Any
     numbers: Numbers
     chosen: Chosen
-    plain: int  # bytes at the peak of the plain model's step
     barred: frozenset[int]  # operators whose numbers or results were others in another call
     device: torch.device
     course: Course | None
     summary: BudgetPlan
 
 
-class Unrecorded(RevfxError):
-    """A step can't be recorded, because of `error`."""
+def alike_tapes(plans: Sequence[Fitted], way: str, tape: Tape) -> list[tuple[Fitted, frozenset[int]]]:
+    """Return the plans of one way whose tapes differ from a new one in numbers alone, and the operators that do."""
+    found = [(f, differing(f.chosen.plan.needs.tape, tape)) for f in plans if f.chosen.way == way]
+    return [(f, other) for f, other in found if other is not None]
 
-    def __init__(self, text: str, error: Exception) -> None:
-        super().__init__(text)
-        self.error = error
+
+class Unrecorded(RevfxError):
+    """A step can't be recorded, because of another exception, its cause."""
 
 
 class Fit:
@@ -124,36 +124,36 @@ class Fit:
         with self.lock:
             return tuple([f.summary for f in self.plans])
 
-    def call(self, model: nn.Module, ways: Ways, call: Call) -> Any:
+    def call(self, model: nn.Module, call: Call) -> Any:
         """Return what the model returns, under the plan for calls of this kind; it is made now if there is none.
 
         Raises:
             BudgetError: no plan stays within the budget.
 
         Warns:
-            RevfxWarning: it went another way than when it was recorded, so more was kept.
+            BudgetWarning: it can't be recorded, or went another way than when it was recorded, so more was kept.
         """
-        if self.wanders or self._is_unrecorded(call):
-            return ways.runs["plain"](*call.args, **call.kwargs)
-        unrecorded: Unrecorded | None = None
-        fitted: Fitted | None = None
+        if self.wanders or any(key == call.key and numbers.hold(call.leaves) for key, numbers in self.unrecorded):
+            return call.run("plain")
         try:
-            fitted = self.prepare(model, ways, call)
+            fitted = self.prepare(model, call)
         except Unrecorded as e:
-            unrecorded = e
-        if fitted is None:  # outside of the `except`, for the model's own error not to be a consequence of that one
-            result = ways.runs["plain"](*call.args, **call.kwargs)
-            self._run_plainly(model, call, unrecorded)
+            fitted = e
+        if isinstance(fitted, Unrecorded):  # outside of the `except`: the model's own error is no consequence of it
+            result = call.run("plain")
+            with self.lock:
+                self.unrecorded = [*self.unrecorded[1 - MOST_PLANS :], (call.key, Numbers.of(model, call.leaves))]
+            then = "It runs plainly, and the budget is not kept. Convert sub-modules that can be recorded instead"
+            warn(f"{fitted}. {then}.", BudgetWarning)
             return result
-        run = ways.runs[fitted.chosen.way]
         if fitted.course is None:
-            return run(*call.args, **call.kwargs)
-        most = replace(self.budget, less=0).of(fitted.plain)
+            return call.run(fitted.chosen.way)
+        most = replace(self.budget, less=0).of(fitted.summary.plain)
         meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
         step = Step(fitted.course, model, call.leaves, meter, partial(self._failed, fitted))
         try:
             with given(active_step, step), saved_tensors_hooks(step.pack, step.unpack):
-                result = run(*call.args, **call.kwargs)
+                result = call.run(fitted.chosen.way)
         finally:
             step.end()
         self.calls += 1
@@ -165,35 +165,8 @@ class Fit:
         with self.lock:
             self.budget, self.plans = replace(self.budget, less=self.budget.less + over), []
         what = f"a step took {size(over)} more than its budget, as the allocator counts"
-        then = "the next one is planned for less"
-        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}: {then}.", RevfxWarning, stacklevel=2)
-
-    def ready(self, model: nn.Module, ways: Ways, call: Call) -> None:
-        """Make the plan for a call.
-
-        Raises:
-            BudgetError: no plan stays within the budget.
-            Exception: whatever the model raises.
-        """
-        unrecorded: Unrecorded | None = None
-        try:
-            self.prepare(model, ways, call)
-        except Unrecorded as e:
-            unrecorded = e
-        if unrecorded is not None and not isinstance(unrecorded.error, RevfxError):
-            raise unrecorded.error
-        if unrecorded is not None:
-            self._run_plainly(model, call, unrecorded)
-
-    def _is_unrecorded(self, call: Call) -> bool:
-        return any(key == call.key and numbers.hold(call.leaves) for key, numbers in self.unrecorded)
-
-    def _run_plainly(self, model: nn.Module, call: Call, why: Unrecorded | None) -> None:
-        """Have calls of this kind run plainly from now on."""
-        with self.lock:
-            self.unrecorded = [*self.unrecorded[1 - MOST_PLANS :], (call.key, Numbers.of(model, call.leaves))]
-        then = "It runs plainly, and the budget is not kept. Convert sub-modules that can be recorded instead"
-        warnings.warn(f"{why}. {then}.", RevfxWarning, stacklevel=8)
+        then = "The next step is planned for that much less. Give a smaller `memory=` if the device has no such room"
+        warn(f"`convert({name}, {self.budget.text})`: {what}. {then}.", BudgetWarning)
 
     def _failed(self, fitted: Fitted, varied: frozenset[int]) -> None:
         """Drop a plan under which these operators gave other values: later plans never run them again."""
@@ -207,61 +180,51 @@ class Fit:
             self.plans = [f for f in self.plans if f is not fitted]
             self.moves += 1
             self.wanders = self.moves >= max(WANDERS, self.calls / 4)
-        what = "went another way than the one that was recorded, so what came after was kept"
-        then = "it is recorded anew at its next call"
+        then = "It is recorded again at its next call. If this repeats, convert sub-modules that go one way instead"
         if self.wanders:
-            then = "that happens again and again, so it runs plainly from now on: convert sub-modules that go one way"
-        warnings.warn(f"`convert({name}, {self.budget.text})`: a forward {what}; {then}.", RevfxWarning, stacklevel=8)
+            then = "This happens again and again, so it runs plainly from now on. Convert sub-modules that go one way"
+        what = "a forward went another way than the recorded one, so what came after was kept"
+        warn(f"`convert({name}, {self.budget.text})`: {what}. {then}.", BudgetWarning)
 
-    def prepare(self, model: nn.Module, ways: Ways, call: Call) -> Fitted:
+    def prepare(self, model: nn.Module, call: Call) -> Fitted:
         """Return the plan for a call."""
         with self.lock:
             alike = [f for f in reversed(self.plans) if f.key == call.key]
             fitted = next((f for f in alike if f.numbers.hold(call.leaves)), None)
             if fitted is None:
                 failed = [f for f in reversed(self.failed) if f.key == call.key]
-                fitted = self._choose(model, ways, call, [*alike[:1], *failed])
+                fitted = self._choose(model, call, [*alike[:1], *failed])
                 self.plans = [*self.plans[1 - MOST_PLANS :], fitted]
             return fitted
 
-    def _choose(self, model: nn.Module, ways: Ways, call: Call, before: Sequence[Fitted]) -> Fitted:
+    def _choose(self, model: nn.Module, call: Call, before: Sequence[Fitted]) -> Fitted:
         """Return a new plan; earlier ones (`before`) show which operators vary, and which numbers stay."""
         start = time.perf_counter()
-        numbers: Numbers | None = None
-        barred: dict[str, frozenset[int]] = {"plain": frozenset(), "reversible": frozenset()}
-
-        def varying(way: str, tape: Tape) -> frozenset[int]:
-            nonlocal numbers
-            for f in before:
-                if f.chosen.way == way and (other := differing(f.chosen.plan.needs.tape, tape)) is not None:
-                    barred[way] |= f.barred | other
-                    numbers = numbers or f.numbers.common(model, call.leaves)
-            return barred[way]
-
-        survey = self.survey(model, ways, call, varying)
+        survey = self.survey(model, call, before)
         chosen = survey.best(self.budget)
         name, inputs, asked = name_of(model), shapes_of(call.leaves), self.budget.of(survey.peak)
         if chosen is None:
             raise survey.refusal(name, inputs, self.budget)
-        most = survey.peak_of_any_caller(chosen)
+        most = chosen.model.load(chosen.plan).peak
         if self.budget.share is None and most > asked:
             self._warn_of_losses(name, most)
-        plan = summarize(survey, chosen, name, inputs, asked, time.perf_counter() - start)
+        plan = summarize(survey, chosen, f"{name}, {inputs}", asked, time.perf_counter() - start)
         LOG.info("%s", plan.line)
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
         course = Course(chosen.plan) if chosen.plan.dropped or chosen.plan.marks else None
-        numbers = numbers or Numbers.of(model, call.leaves)
+        alike = alike_tapes(before, chosen.way, chosen.plan.needs.tape)
+        numbers = alike[0][0].numbers.common(model, call.leaves) if alike else Numbers.of(model, call.leaves)
         device = next(devices, torch.device("cpu"))
-        return Fitted(call.key, numbers, chosen, survey.peak, barred[chosen.way], device, course, plan)
+        return Fitted(call.key, numbers, chosen, chosen.plan.needs.barred, device, course, plan)
 
     def _warn_of_losses(self, name: str, most: int) -> None:
         what = "the plan stays within the budget only for a loss that takes little memory"
         much = f"With one that takes {LOSS} times the outputs a step takes up to {size(most)}"
         todo = f'Compute the loss in the forward, or give `memory="{as_memory(most)}"`'
-        warnings.warn(f"`convert({name}, {self.budget.text})`: {what}. {much}. {todo}.", RevfxWarning, stacklevel=10)
+        warn(f"`convert({name}, {self.budget.text})`: {what}. {much}. {todo}.", BudgetWarning)
 
-    def survey(self, model: nn.Module, ways: Ways, call: Call, varying: Varying | None = None) -> Survey:
-        """Return planners for a call, whose `varying` operators don't run again.
+    def survey(self, model: nn.Module, call: Call, before: Sequence[Fitted] = ()) -> Survey:
+        """Return planners for a call; operators that varied between earlier ones (`before`) don't run again.
 
         Raises:
             Unrecorded: the forward can't be recorded, or raises.
@@ -269,16 +232,17 @@ class Fit:
 
         def planner(way: str) -> Planner:
             try:
-                tape = record(model, ways.runs[way], call.args, call.kwargs)
+                tape = record(model, call.runs[way], call.args, call.kwargs)
             except Exception as e:
                 what = f"a step of it can't be recorded: {type(e).__name__}: {str(e).strip().rstrip('.')}"
-                raise Unrecorded(f"`convert({name_of(model)}, {self.budget.text})`: {what}", e) from e
-            needs = Needs(tape, frozenset() if varying is None else varying(way, tape))
-            return Planner(needs, self.costs.of(tape), any_caller=True)
+                raise Unrecorded(f"`convert({name_of(model)}, {self.budget.text})`: {what}") from e
+            costs = self.costs.of(tape)
+            barred = [f.barred | other for f, other in alike_tapes(before, way, tape)]
+            return Planner(Needs(tape, frozenset().union(*barred)), costs, any_caller=True)
 
         @cache
         def reversible() -> Planner | None:
             with suppress(RevfxError):
-                return planner("reversible") if ways.is_reversible() else None
+                return planner("reversible") if call.is_reversible() else None
 
         return Survey(planner("plain"), reversible)

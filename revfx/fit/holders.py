@@ -21,7 +21,7 @@ def layer_at_peak(model: Model, load: Load) -> str:
     return tape.ops[min(tape.packs[readers[last]].packed, tape.turn - 1)].module
 
 
-def holders(model: Model, plan: Plan, load: Load) -> list[str]:
+def list_holders(model: Model, plan: Plan, load: Load) -> list[str]:
     """Return what is there at the peak, largest first."""
     tape, slot = model.needs.tape, load.live.index(load.peak)
     at, runs = divmod(slot, 2)

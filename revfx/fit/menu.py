@@ -44,16 +44,7 @@ class Menu:
 
     def choices(self) -> list[Choice]:
         """Return what differs, from nothing but what must be kept to everything."""
-        prices = [0.0, *self._prices()]
-        found = {0: self.choice(prices[0]), len(prices) - 1: self.choice(prices[-1])}
-        spans = [(0, len(prices) - 1)]
-        while spans:  # between prices at which the same is chosen, nothing else is
-            low, high = spans.pop()
-            if high - low > 1 and found[low] != found[high]:
-                middle = (low + high) // 2
-                found[middle] = self.choice(prices[middle])
-                spans += (low, middle), (middle, high)
-        return [*dict.fromkeys(found[i] for i in sorted(found))]
+        return [*dict.fromkeys(self.choice(price) for price in (0.0, *self._prices()))]
 
     def _prices(self) -> list[float]:
         """Return prices between which choices differ: those at which an operator is worth its results."""
@@ -73,28 +64,23 @@ class Menu:
         def edge(a: Any, b: Any, capacity: float | None = None) -> None:
             graph.add_edge(a, b, **({} if capacity is None else {"capacity": int(capacity)}))
 
-        def paid(o: int) -> float:
-            return price * (self.costs[o].seconds + OVERHEAD)
-
         graph.add_nodes_from(("S", "T"))
-        marks = self.needs.marks
         for v, o in self.values.items():
             if v in self.given:
                 continue
             op, maker = self.needs.replayed[o], ("operator", o)
             if v in self.coins:
-                edge("S", v, -(-self.needs.elements(v) // BITS) + price * self.model.coin_seconds(v))
+                edge("S", v, -(-self.needs.elements(v) // BITS) + price * (OVERHEAD + self.model.bits_seconds(v)))
             elif op is None:
                 edge("S", v, self._worth(v))
             else:
-                edge("S", maker, paid(o))
+                edge("S", maker, price * (self.costs[o].seconds + OVERHEAD))
                 edge(maker, v, self._worth(v))
                 for r in {s.value for s in op.reads} & self.values.keys() - self.given:
                     edge(r, maker)
             packs = self.needs.wanted.get(v, ())
-            if packs and marks.keys() >= set(packs):
-                elements, spent = self.needs.elements(v), price * sum(map(self.model.mark_seconds, packs))
-                edge(v, "T", sum(marks[k].bits * elements / BITS for k in packs) + spent)
+            if packs and self.needs.marks >= set(packs):
+                edge(v, "T", len(packs) * (self.needs.elements(v) / BITS + price * self.model.bits_seconds(v)))
             elif packs:
                 edge(v, "T")
         _, (_, there) = nx.minimum_cut(graph, "S", "T", flow_func=boykov_kolmogorov)

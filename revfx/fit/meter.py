@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,22 +10,15 @@ from torch import nn
 from revfx import _torch
 
 
-@dataclass
 class Meter:
     """Calls `missed` with the bytes by which a step that begins now went over `most`, once its backward has ended; what
     is there before does not count, nor do the gradients that it is the first to make.
     """
 
-    model: nn.Module
-    device: torch.device
-    most: int
-    missed: Callable[[int], None]
-    before: tuple[int, int] | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.before = _torch.allocated(self.device)
+    def __init__(self, model: nn.Module, device: torch.device, most: int, missed: Callable[[int], None]) -> None:
+        self.device, self.most, self.missed, self.before = device, most, missed, _torch.allocated(device)
         if self.before is not None:
-            new = sum(p.nbytes for p in self.model.parameters() if p.requires_grad and p.grad is None)
+            new = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
             self.most += self.before[0] + new
 
     def check(self) -> None:

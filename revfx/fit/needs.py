@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from revfx.fit.bits import Mark, mark_of
+from revfx.fit.bits import is_mark_enough
 from revfx.fit.compiled import Whole
-from revfx.fit.tape import Op, Spot, Tape, share_bytes
+from revfx.fit.tape import Op, Spot, Tape
+from revfx.layout import span
 from revfx.passes._torch import is_pure, writes
 
 
@@ -30,15 +31,15 @@ SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor
 class Needs:
     """A tape, seen from its backward.
 
-    `wanted`: the values that can be kept, as they are in the backward, with the numbers of the packs; `marks`: what
-    is enough of some packs; `coins`: zeros and ones that were drawn, and can be told from a value that is kept.
+    `wanted`: the values that can be kept, as they are in the backward, with the numbers of the packs; `marks`: packs
+    of which a bit an element is enough; `coins`: zeros and ones that were drawn, and follow from a value that is kept.
     `stuck`: packs that stay as they are, as what they are of is written over, or the backward does not come by.
     """
 
     tape: Tape
     barred: frozenset[int] = frozenset()  # operators that don't run again, and those that vary
     wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
-    marks: dict[int, Mark] = field(default_factory=dict[int, Mark])
+    marks: set[int] = field(default_factory=set[int])
     stuck: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
@@ -46,21 +47,22 @@ class Needs:
         for k, p in enumerate(self.tape.packs):
             if p.spot is None or self.source(p.spot.value) is not None:
                 continue
+            last = self.tape.memory(p.spot.value).values[-1]
             if p.offered:
-                if p.spot.value == self.tape.memory(p.spot.value).values[-1]:
-                    self.wanted.setdefault(p.spot.value, [])
+                if p.spot.value == last:
+                    self.wanted.setdefault(last, [])
                 continue
             if p.unpacked is None or not self._stays(p.spot):
                 self.stuck.append(k)
                 continue
-            p.spot = replace(p.spot, value=self.tape.memory(p.spot.value).values[-1])
-            self.wanted.setdefault(p.spot.value, []).append(k)
-            marks = {mark_of(self.tape.ops[o], at) for o, at in self.tape.reads.get(k, ())}
-            if len(marks) == 1 and (mark := marks.pop()) is not None and is_dense(p.spot):
-                self.marks[k] = mark
+            p.spot = replace(p.spot, value=last)
+            self.wanted.setdefault(last, []).append(k)
+            reads = self.tape.reads.get(k)
+            if reads and is_dense(p.spot) and all(is_mark_enough(self.tape.ops[o], at) for o, at in reads):
+                self.marks.add(k)
 
     def _stays(self, spot: Spot) -> bool:
-        """Return whether what is written to the memory of a spot later is written elsewhere in it."""
+        """Return whether later writes to the memory of a spot are elsewhere in it."""
         tape = self.tape
         written = [s for v in tape.after(spot.value) for s in tape.ops[tape.made_by[v] or 0].writes]
         return not any(tape.memory(s.value) is tape.memory(spot.value) and overlap(s, spot) for s in written)
@@ -91,18 +93,15 @@ class Needs:
 
     @cached_property
     def _written(self) -> set[int]:
-        """Return the memories that the step writes, and those of tensors that share elements with a written one."""
+        """Return the memories that the step writes, and those of tensors in the same storage."""
         memories = self.tape.memories
         written = {n for n, m in enumerate(memories) if len(m.values) > 1}
         for op in self.tape.ops:
             if op.func in STATISTICS and op.args[5]:  # running statistics, whatever the schema says
                 given = [op.args[i] for i in STATISTICS[op.func]]
                 written |= {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
-        extents = [e for n in written if (e := memories[n].extent) is not None]
-        for n, m in enumerate(memories):
-            if m.extent is not None and any(share_bytes(m.extent, e) for e in extents):
-                written.add(n)
-        return written
+        storages = {memories[n].storage for n in written} - {None}
+        return written | {n for n, m in enumerate(memories) if m.storage in storages}
 
     @cached_property
     def replayed(self) -> list[Op | None]:
@@ -150,7 +149,7 @@ class Needs:
 
 def overlap(a: Spot, b: Spot) -> bool:
     """Return whether two spots in one memory may have elements in common."""
-    n = 1 + max(s.offset + sum((n - 1) * t for n, t in zip(s.shape, s.stride, strict=True)) for s in (a, b))
+    n = max(s.offset + span(s.shape, s.stride) for s in (a, b))
     if a.dtype != b.dtype or n > LARGE:
         return True
     marked = torch.zeros(n, dtype=torch.bool)
@@ -160,8 +159,7 @@ def overlap(a: Spot, b: Spot) -> bool:
 
 def is_dense(spot: Spot) -> bool:
     """Return whether the elements of a spot lie beside each other, each once."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(spot.shape, spot.stride, strict=True))
-    return math.prod(spot.shape) == extent
+    return math.prod(spot.shape) == span(spot.shape, spot.stride)
 
 
 def _scales(op: Op) -> bool:

@@ -107,10 +107,14 @@ class Plan:
 
     def above(self, packs: Iterable[int], block: int | None = None) -> Iterator[int]:
         """Yield the operators that make `packs` again, last ones first: all, or those of a block alone."""
-        todo, seen = [self.needs.value(k) for k in packs], set[int]()
+        return self.between(map(self.needs.value, packs), (), block)
+
+    def between(self, values: Iterable[int], known: Collection[int], block: int | None = None) -> Iterator[int]:
+        """Yield the operators that make values again from `known` ones, or from what is kept."""
+        todo, seen = [*values], set[int]()
         while todo:
             v = todo.pop()
-            if self.is_base(v):
+            if v in known or self.is_base(v):
                 continue
             op = self.op_of(v)
             if op not in seen and block in (None, self.block_of[op]):
@@ -134,18 +138,8 @@ class Plan:
         """
         found = set[int]()
         for value in wrong:
-            ops, todo, is_first = set[int](), [value], True
-            while todo:
-                op = self.op_of(todo.pop())
-                if op in ops:
-                    continue
-                ops.add(op)
-                for v in self.reads[op]:
-                    if v in wrong:
-                        is_first = False
-                    elif v not in right and not self.is_base(v):
-                        todo.append(v)
-            if is_first:
+            ops = {*self.between([value], {*right, *wrong} - {value})}
+            if not any(v in wrong for op in ops for v in self.reads[op]):
                 found |= ops
         # a layer's wrong value hides those of the layers after it, which run the same code
         code = {_code_of(self.needs.tape.ops[o]) for o in found}
@@ -213,13 +207,7 @@ class Replay:
     def segment(self, pack: int) -> Segment:
         """Return what is done when autograd asks for a pack next."""
         plan, value, block = self.plan, self.plan.needs.value(pack), self.plan.dropped[pack]
-        ops, todo = set[int](), [value]
-        while todo:
-            v = todo.pop()
-            if v not in self.there and not plan.is_base(v) and (op := plan.op_of(v)) not in ops:
-                ops.add(op)
-                todo += plan.reads[op]
-        order, reruns = sorted(ops), list[Rerun]()
+        order, reruns = sorted(plan.between([value], self.there)), list[Rerun]()
         last = {v: op for op in order for v in plan.reads[op]}
         last[value] = len(plan.reads)
         for op in order:

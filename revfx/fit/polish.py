@@ -115,7 +115,7 @@ def less(plan: Plan) -> Iterator[Plan]:
     needs = plan.needs
     for v, packs in reversed(needs.wanted.items()):
         kept = plan.kept - {v}
-        if needs.marks.keys() >= {*packs} and not plan.marks.issuperset(packs):
+        if needs.marks >= {*packs} and not plan.marks.issuperset(packs):
             yield replace(plan, kept=kept, marks=plan.marks.union(packs))
         if v in plan.kept and needs.tape.made_by[v] is not None:
             yield replace(plan, kept=kept)

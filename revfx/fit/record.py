@@ -27,7 +27,7 @@ from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
 from revfx.fit.compiled import Back, Bracket, Gradients, Part, StateOf, Whole, active_step, parts_of
 from revfx.fit.numbers import differing
-from revfx.fit.tape import Extent, Memory, Op, Pack, Spot, Tape, extent_of
+from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted, tensors_of
 from revfx.world import RealWorld, World
@@ -37,20 +37,8 @@ CODES = 4  # bits an element, of what is inverted: many take two, but a budget i
 NUDGE = 1e-6  # relative: what numbers of the data are off by when a forward is recorded once more
 
 
-@dataclass(frozen=True)
-class Source:
-    """A tensor that is there before the step: a parameter, buffer or argument, and where to find it.
-
-    `start`: the byte of its storage at which the stand-in begins; `extent`: see `tape.Memory`.
-    """
-
-    kind: str
-    where: Any = None
-    start: int = 0
-    extent: Extent | None = None
-
-
-UNKNOWN = Source("")
+Source = tuple[str, Any, int | None]  # a kind of tensor, where to find it, and the storage of the original
+UNKNOWN: Source = ("", None, None)
 
 
 @dataclass(eq=False)
@@ -96,15 +84,14 @@ class Recorder(TorchDispatchMode):
             value, offset = packed.value, offset + packed.offset
         else:
             value = self.tape.memories[memory].values[-1]
-            offset -= self.tape.memories[memory].start // t.dtype.itemsize
         return Spot(value, t.dtype, tuple(t.shape), tuple(t.stride()), offset)
 
     def _enter(self, t: Tensor, key: int, made: bool) -> None:
         storage, number = t.untyped_storage(), len(self.tape.memories)
         memory = Memory(storage.nbytes(), t.device, len(self.tape.ops))
         if not made:
-            source = self.sources.get(key, UNKNOWN)
-            memory.source, memory.start, memory.extent = (source.kind, source.where), source.start, source.extent
+            kind, where, memory.storage = self.sources.get(key, UNKNOWN)
+            memory.source = kind, where
         self.tape.memories.append(memory)
         self._value(number, len(self.tape.ops) if made else None)
         self.known[key] = number, weakref.ref(storage, lambda _: self._leave(key, memory))
@@ -351,17 +338,17 @@ def _sources(world: World, args: Any, kwargs: Any) -> dict[int, Source]:
     found: dict[int, Source] = {}
     originals = {id(stand_in): t for t, stand_in in world.fakes.values()}
 
-    def source(kind: str, where: Any, t: Tensor) -> Source:
-        return Source(kind, where, int(t.storage_offset()) * t.dtype.itemsize, extent_of(originals.get(id(t), t)))
+    def enter(kind: str, where: Any, t: Any) -> None:
+        # spots in a stand-in are spots in the original if both count from their first elements
+        if isinstance(t, Tensor) and t.layout == torch.strided and not t.storage_offset():
+            storage = _torch.storage_key(originals.get(id(t), t))
+            found.setdefault(_torch.storage_key(t), (kind, where, storage))
 
     for i, t in enumerate(pytree.tree_leaves((args, kwargs))):
-        if isinstance(t, Tensor) and t.layout == torch.strided:
-            found[_torch.storage_key(t)] = source("argument", i, t)
+        enter("argument", i, t)
     for path, module in world.model.named_modules():
         for kind, table in (("parameter", _torch.parameters(module)), ("buffer", _torch.buffers(module))):
             for name, t in table.items():
-                if t is not None and t.layout == torch.strided:
-                    found.setdefault(_torch.storage_key(t), source(kind, (path, name), t))
-                    if t.grad is not None:
-                        found.setdefault(_torch.storage_key(t.grad), Source("gradient"))
+                enter(kind, (path, name), t)
+                enter("gradient", None, None if t is None else t.grad)
     return found

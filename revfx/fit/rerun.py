@@ -83,8 +83,3 @@ def placed(t: Tensor, spot: Spot, start: int = 0) -> Tensor:
     if t.shape == spot.shape and t.stride() == spot.stride and t.storage_offset() == offset:
         return t
     return t.as_strided(spot.shape, spot.stride, offset)
-
-
-def placed_in_source(t: Tensor, spot: Spot) -> Tensor:
-    """Return the tensor at `spot` of a parameter, buffer or argument `t`, wherever that lies in this call."""
-    return placed(t, spot, int(t.storage_offset()) * t.dtype.itemsize)

@@ -14,6 +14,7 @@ from revfx.fit.tape import Memory
 
 
 BITS = 8  # in a byte
+MORE = 2  # bytes an element that are there while bits are made, or made use of
 WITNESS, EACH = 2**16, 1024  # bytes at most of what is noted of tensors: weights of checksums; of each
 STATE = 2**13  # bytes of the random state that is noted for a compiled part that runs again
 OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
@@ -75,13 +76,9 @@ class Model:
         """Return the slot from which on nobody but autograd holds an allocation; None: it is held beyond the step."""
         return None if self.held and memory.returned else memory.end
 
-    def coin_seconds(self, value: int) -> float:
-        """Return what it takes to have a coin again."""
-        return OVERHEAD + self.bit * self.needs.elements(value)
-
-    def mark_seconds(self, pack: int) -> float:
-        """Return what it takes to keep a pack as its mark."""
-        return self.bit * self.needs.marks[pack].bits * self.needs.elements(self.needs.value(pack))
+    def bits_seconds(self, value: int) -> float:
+        """Return what it takes to keep a bit in the place of each element."""
+        return self.bit * self.needs.elements(value)
 
     @cached_property
     def natural(self) -> list[int]:
@@ -139,13 +136,13 @@ class Model:
             dropped += [k for k in packs if k in plan.dropped]
             for k in packs:
                 if k in plan.marks and v not in plan.kept:
-                    mark, p = self.needs.marks[k], tape.packs[k]
-                    self._marks(hold, spikes, v, p.packed, p.end, mark.bits, mark.more)
-                    if p.unpacked is not None and mark.bits:
+                    p = tape.packs[k]
+                    self._marks(hold, spikes, v, p.packed, p.end)
+                    if p.unpacked is not None:
                         hold(tape.size(v), 2 * p.unpacked + 1, p.end)
-                        spike = tape.size(v) + mark.more * self.needs.elements(v)
+                        spike = tape.size(v) + MORE * self.needs.elements(v)
                         spikes[2 * p.unpacked] = max(spikes.get(2 * p.unpacked, 0), spike)
-                    seconds += self.mark_seconds(k)
+                    seconds += self.bits_seconds(v)
         for block in dict.fromkeys(plan.dropped[k] for k in dropped):
             for v in plan.bases[block]:
                 until[v] = max(until.get(v, 0), self.through(plan.asked[block]))
@@ -164,13 +161,11 @@ class Model:
         """Return from which slot on autograd has let go of the last of some packs."""
         return max((self.needs.tape.packs[k].end or 0 for k in packs), default=0)
 
-    def _marks(
-        self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None, bits: int = 1, more: int = 2
-    ) -> None:
-        """Hold some bits an element from an operator on, and more bytes of each while they are made."""
+    def _marks(self, hold: Hold, spikes: dict[int, int], value: int, start: int, stop: int | None) -> None:
+        """Hold a bit an element from an operator on, and `MORE` bytes of each while they are made."""
         elements = self.needs.elements(value)
-        hold(-(-elements * bits // BITS), 2 * start + 1, stop)
-        spikes[2 * start] = max(spikes.get(2 * start, 0), elements * more)
+        hold(-(-elements // BITS), 2 * start + 1, stop)
+        spikes[2 * start] = max(spikes.get(2 * start, 0), elements * MORE)
 
     def _replay(self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]) -> float:
         """Return the seconds of what runs again for `packs`; `hold` what is there from one slot to another."""
@@ -203,8 +198,8 @@ class Model:
                         now += tape.size(v)
                         since[v] = at
                 coins = [v for v in op.makes if v in plan.coins]
-                seconds += self.coin_seconds(coins[0]) if coins else cost.seconds + OVERHEAD
-                most = max(most, now + (2 * self.needs.elements(coins[0]) if coins else cost.scratch))
+                seconds += OVERHEAD + (self.bits_seconds(coins[0]) if coins else cost.seconds)
+                most = max(most, now + (MORE * self.needs.elements(coins[0]) if coins else cost.scratch))
                 for v in rerun.drops:
                     drop(v, at)
             spikes[at - 1] = max(spikes.get(at - 1, 0), most)

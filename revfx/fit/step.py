@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from revfx.fit import bits
 from revfx.fit.compiled import Part, StateOf, Whole
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
-from revfx.fit.rerun import Operator, Values, placed, placed_in_source, whole
+from revfx.fit.rerun import Operator, Values, placed, whole
 from revfx.fit.tape import Spot
 from revfx.fit.witness import Witness
 from revfx.passes.sizes import tensors_of
@@ -43,6 +44,11 @@ def unchanged(t: Tensor, version: int) -> Tensor:
 
 def _as_it_is(t: Tensor) -> Callable[[], Tensor]:
     return partial(unchanged, t if isinstance(t, nn.Parameter) else t.detach(), _torch.version(t))
+
+
+def _decode(code: Tensor, spot: Spot) -> Tensor:
+    """Return ones for the positive elements of a tensor, and zeros elsewhere."""
+    return bits.decode(code, math.prod(spot.shape), spot.dtype).as_strided(spot.shape, spot.stride)
 
 
 class Course:
@@ -111,8 +117,7 @@ class Step:
                         noted = bits.encode(whole(t.detach()) != 0) if v in plan.coins else t.detach()
                     self.kept[block][v] = noted
         if k in plan.marks:
-            mark = plan.needs.marks[k]
-            return partial(mark.decode, mark.encode(t.detach()), spot)
+            return partial(_decode, bits.encode((t.detach() <= 0).logical_not_()), spot)
         block = plan.dropped.get(k)
         if block is None:
             return _as_it_is(t)
@@ -222,17 +227,16 @@ class Step:
             t = _held(self.model, self.course.plan.sources[v][1])
         else:
             unchanged(t, self.versions[v])
-        return placed_in_source(t, spot)
+        return placed(t, spot, int(t.storage_offset()) * t.dtype.itemsize)  # wherever it lies in this call
 
     def _end(self) -> None:
         self._forget()
         self.meter.check()
-        plan, witness = self.course.plan, self.witness
-        try:
-            witness.compare(plan.needs)
-        except RegenerationError:
-            self.failed(plan.suspects(witness.wrong, witness.right))
-            raise
+        plan = self.course.plan
+        wrong, right = self.witness.compare(plan.needs)
+        if wrong:
+            self.failed(plan.suspects(wrong.keys(), right))
+            raise RegenerationError(next(iter(wrong.values())))
 
     def _forget(self) -> None:
         self.values.clear()

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from revfx.errors import BudgetError
 from revfx.fit.budget import Budget, as_memory
 from revfx.fit.choose import Planner
-from revfx.fit.holders import holders, layer_at_peak
+from revfx.fit.holders import layer_at_peak, list_holders
 from revfx.fit.plan import Plan
-from revfx.fit.simulate import OVERHEAD, Load
+from revfx.fit.simulate import OVERHEAD, Load, Model
 from revfx.units import size
 
 
@@ -19,12 +19,20 @@ DEAR = 0.25  # of a step's time: what inverting takes at least
 
 
 class Chosen(NamedTuple):
-    """A plan for one of the ways, what it holds, and the seconds that it takes more than the plain step."""
+    """A plan for one of the ways, what it holds, the seconds that it takes more than the plain step, and the step for a
+    caller who holds the outputs and computes a large loss.
+    """
 
     way: str
     plan: Plan
     load: Load
     seconds: float
+    model: Model
+
+    @property
+    def holders(self) -> list[str]:
+        """What is there at its peak, largest first."""
+        return list_holders(self.model, self.plan, self.load)
 
 
 @dataclass
@@ -64,32 +72,17 @@ class Survey:
             found = min(filter(None, both), key=lambda c: c.seconds, default=None)
         return found
 
-    def peak_of_any_caller(self, chosen: Chosen) -> int:
-        """Return the peak of a plan for a caller who holds the outputs and computes a large loss."""
-        return self._planner(chosen.way).model.load(chosen.plan).peak
-
     def _chosen(self, way: str, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
         ops = len(planner.needs.tape.ops) - len(self.plain.needs.tape.ops)
         more = planner.seconds - self.plain.seconds + OVERHEAD * ops
-        return None if found is None else Chosen(way, *found, found[1].seconds + more)
+        return None if found is None else Chosen(way, *found, found[1].seconds + more, planner.model)
 
-    def least(self) -> tuple[Chosen, list[str]]:
-        """Return the plan with the smallest peak, and what holds that."""
-        found = [*filter(None, [self._chosen("plain", self.plain, self.plain.plain)])]
-        for way, planner in (("plain", self.plain), ("reversible", self.reversible())):
-            if planner is not None:
-                found += filter(None, [self._chosen(way, planner, planner.least())])
-        chosen = min(found, key=lambda c: c.load.peak)
-        return chosen, self.holders(chosen)
-
-    def holders(self, chosen: Chosen) -> list[str]:
-        """Return what is there at the peak of a plan, largest first."""
-        return holders(self._planner(chosen.way).model, chosen.plan, chosen.load)
-
-    def _planner(self, way: str) -> Planner:
-        planner = self.reversible() if way == "reversible" else self.plain
-        assert planner is not None
-        return planner
+    def least(self) -> Chosen:
+        """Return the plan with the smallest peak."""
+        found = [self._chosen("plain", self.plain, f) for f in (self.plain.plain, self.plain.least())]
+        if (other := self.reversible()) is not None:
+            found.append(self._chosen("reversible", other, other.least()))
+        return min(filter(None, found), key=lambda c: c.load.peak)
 
     def refusal(self, name: str, inputs: str, budget: Budget) -> BudgetError:
         """Return the error that says that no plan stays within the budget.
@@ -99,12 +92,12 @@ class Survey:
             inputs: the shapes of its inputs, as text.
             budget: the budget that is refused.
         """
-        chosen, held = self.least()
+        chosen = self.least()
         least, asked = chosen.load.peak, budget.of(self.peak)
         limit = size(asked)
         if budget.share is not None:
             limit = f"{budget.share:.0%} of {size(self.peak)}, {limit}"
-        layer = layer_at_peak(self._planner(chosen.way).model, chosen.load)
+        layer = layer_at_peak(chosen.model, chosen.load)
         text = (
             f"`convert({name}, {budget.text})`: no plan for {inputs} stays within {limit}. The least feasible budget is"
             f" {least} bytes ({size(least)}, {least / self.peak:.1%} of the plain model's {size(self.peak)})."
@@ -112,4 +105,4 @@ class Survey:
             f' Write `revfx.convert(model, memory="{as_memory(least)}")`, or make'
             f" {f'`{layer}`' if layer else 'the model itself'} smaller, which holds the peak of the smallest plan:"
         )
-        return BudgetError("\n  ".join([text, *held[:3]]), least, asked)
+        return BudgetError("\n  ".join([text, *chosen.holders[:3]]), least, asked)

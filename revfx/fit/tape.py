@@ -8,40 +8,10 @@ keeps and reads tensors: what was there when it began to, but not any more when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from revfx import _torch
-
-
-Extent = tuple[int, int, int]  # a storage, and in it the first byte and the end of the last one
-
-
-def extent_of(t: Tensor) -> Extent | None:
-    """Return where the elements of a tensor lie; None if that is unknown."""
-    if not _torch.is_plain(t) or _torch.is_fake(t) or t.layout != torch.strided or t.is_nested:
-        return None
-    elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    start = int(t.storage_offset()) * t.dtype.itemsize
-    return _torch.storage_key(t), start, start + elements * t.dtype.itemsize * (t.numel() > 0)
-
-
-def share_bytes(a: Extent, b: Extent) -> bool:
-    """Return whether two extents may have bytes in common."""
-    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
-
-
-def find_aliases(leaves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """Return the pairs of tensors among some leaves that may have bytes in common, by their places."""
-    extents = [(i, e) for i, t in enumerate(leaves) if isinstance(t, Tensor) and (e := extent_of(t)) is not None]
-    if len({e[0] for _, e in extents}) == len(extents):
-        return ()
-    return tuple([(i, j) for (i, a), (j, b) in combinations(extents, 2) if share_bytes(a, b)])
 
 
 @dataclass(frozen=True, slots=True)  # no tuple, as `pytree` would look into it
@@ -69,8 +39,8 @@ class Memory:
     """An allocation of `size` bytes, there from operator `born` up to the slot `end` (None: beyond the step), as long
     as nothing but autograd holds it.
 
-    What was there before the step has a `source`: where to find it, of parameters, buffers and arguments, or "". It
-    begins at the byte `start` of its storage; its `extent` is the storage, first byte and end byte of the original.
+    What was there before the step has a `source`: where to find it, of parameters, buffers and arguments, or ""; its
+    `storage` is that of the original, which others may share.
     `returned`: the forward returns it, so that the caller may hold it until the backward ends.
     """
 
@@ -80,8 +50,7 @@ class Memory:
     end: int | None = None
     source: tuple[str, Any] | None = None
     values: list[int] = field(default_factory=list[int])  # the last one is there in the backward
-    start: int = 0
-    extent: Extent | None = None
+    storage: int | None = None
     returned: bool = False
 
 

@@ -6,13 +6,11 @@ show in all elements, or in the first calls; so all bits are summed in these, an
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from revfx.eager.witness import checksum, elements
-from revfx.errors import RegenerationError, RevfxWarning
+from revfx.errors import NondeterminismWarning, warn
 from revfx.fit.needs import Needs
 from revfx.fit.tape import Spot
 from revfx.layout import is_dense
@@ -30,7 +28,6 @@ class Witness:
         self.whole = call < ALWAYS or call & (call - 1) == 0
         self.before: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.again: list[tuple[int, tuple[Tensor, Tensor | None]]] = []
-        self.right, self.wrong = set[int](), set[int]()  # values that were compared
 
     def then(self, spot: Spot, t: Tensor) -> None:
         """Note a tensor of the forward."""
@@ -44,29 +41,26 @@ class Witness:
         some = elements(t, SOME).clone()
         return some, checksum(t).view(1) if self.whole and t.numel() > SOME and is_dense(t) else None
 
-    def compare(self, needs: Needs) -> None:
+    def compare(self, needs: Needs) -> tuple[dict[int, str], set[int]]:
         """Compare all that was noted, in one read of each device.
 
-        Raises:
-            RegenerationError: a tensor is another one.
+        Returns:
+            The values that are wrong, each with the text of an error; and those that are right.
 
         Warns:
-            RevfxWarning: a tensor is off by rounding.
+            NondeterminismWarning: a tensor is off by rounding.
         """
         noted = [(v, self.before[v], now) for v, now in self.again]
         self.again = []
-        self.right, self.wrong = {v for v, *_ in noted}, set[int]()
-        texts: list[str] = []
-        for device in dict.fromkeys(n[1][0].device for n in noted):
+        wrong: dict[int, str] = {}
+        for device in dict.fromkeys(then[0].device for _, then, _ in noted):
             mine = [n for n in noted if n[1][0].device == device]
             differs = torch.stack([_differ(then, now) for _, then, now in mine])
-            for (v, then, now), wrong in zip(mine, differs.tolist(), strict=True):
-                if wrong and (text := _judge(needs, v, then[0], now[0])) is not None:
-                    texts.append(text)
-                    self.wrong.add(v)
-        self.right -= self.wrong
-        if texts:
-            raise RegenerationError(texts[0])
+            for (v, then, now), other in zip(mine, differs.tolist(), strict=True):
+                text = _judge(needs, v, then[0], now[0]) if other else None
+                if text is not None:
+                    wrong[v] = text
+        return wrong, {v for v, *_ in noted} - wrong.keys()
 
 
 def _differ(then: tuple[Tensor, Tensor | None], now: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -80,11 +74,11 @@ def _judge(needs: Needs, value: int, then: Tensor, now: Tensor) -> str | None:
     error = ((a - b).norm() / a.norm().clamp_min(1e-300)).item()
     name = f"what {needs.tape.ops[needs.tape.made_by[value] or 0]} computes for the backward"
     if then.dtype.is_floating_point and 0 < error <= JITTER:
-        warnings.warn(
+        warn(
             f"{name} is rounded otherwise when it is computed again (off by {error:.1e}, relative): a kernel is not"
-            " deterministic. Gradients are right up to such rounding.",
-            RevfxWarning,
-            stacklevel=2,
+            " deterministic. Gradients are right up to such rounding. Call `torch.use_deterministic_algorithms(True)`"
+            " if every bit matters.",
+            NondeterminismWarning,
         )
         return None
     return (

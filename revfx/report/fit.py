@@ -107,7 +107,7 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
     stage("planning for the budget")
     start = time.perf_counter()
     survey = survey_of(model, args, kwargs)
-    chosen, (least, _) = survey.best(budget), survey.least()
+    chosen, least = survey.best(budget), survey.least()
     plan, asked = chosen or least, least.load.peak
     curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
     points = [Point(asked, least.load.peak, 1 + least.seconds / survey.plain.seconds)]
@@ -116,7 +116,7 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
         points.append(min(point, replace(points[-1], budget=point.budget), key=lambda p: p.time))
     found = FitInfo(
         budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
-        1 + plan.seconds / survey.plain.seconds, tuple(_modules(plan.plan)), tuple(survey.holders(plan)[:3]),
+        1 + plan.seconds / survey.plain.seconds, tuple(_modules(plan.plan)), tuple(plan.holders[:3]),
         tuple(reversed(points)), asked, time.perf_counter() - start,
     )  # fmt: skip
     text = " ".join(found.held)
@@ -129,11 +129,11 @@ def survey_of(model: nn.Module, args: Any, kwargs: Any) -> Survey:
     conversion = conversion_of(found)
     assert conversion.fit is not None
     try:
-        return conversion.fit.survey(found, *conversion.to_fit(found, args, kwargs))
+        return conversion.fit.survey(found, conversion.to_fit(found, args, kwargs))
     except Unrecorded as e:
-        if isinstance(e.error, RevfxError):
+        if isinstance(e.__cause__, RevfxError) or e.__cause__ is None:
             raise
-        raise e.error from None  # the model's own
+        raise e.__cause__ from None  # the model's own
 
 
 def _modules(plan: Plan) -> Iterable[Share]:

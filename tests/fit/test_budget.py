@@ -45,7 +45,7 @@ def test_a_budget_that_was_missed_is_planned_for_anew(monkeypatch: pytest.Monkey
     model, (x,), _ = make("mlp")
     fitted: Any = planned(model, x, memory=0.6)
     first = conversion_of(fitted).fit.plans[0]
-    most, base = int(0.6 * first.plain), 10_000
+    most, base = int(0.6 * first.summary.plain), 10_000
     readings = iter([(base, 0), (base, base + most + 50_000)])
     monkeypatch.setattr(_torch, "allocated", lambda device: next(readings))
     model.zero_grad(set_to_none=False)

@@ -66,7 +66,7 @@ def test_a_budget_has_one_verdict_however_it_is_written(name: str, perturbed: Ca
     made = make(name)
     model, args, _ = made
     fitted: Any = planned(model, args, memory=1.0)
-    plain = conversion_of(fitted).fit.plans[0].plain
+    plain = conversion_of(fitted).fit.budget_plans[0].plain
     for share in (0.75, 0.5, 0.25):
         as_bytes = int(share * plain)
         found = [refused(made, memory) for memory in (share, as_bytes, f"{as_bytes / 1024:.6f}KiB", f"{100 * share}%")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 import revfx
 from revfx.converted import conversion_of
 from revfx.errors import BudgetError
-from revfx.fit.bits import Window
-from revfx.fit.needs import Needs
-from revfx.fit.record import record
 from revfx.fit.tape import Tape
 from revfx.testing import measure_memory
 
@@ -92,21 +88,6 @@ def test_a_mask_takes_the_place_of_what_only_its_signs_are_read_of() -> None:
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     plan = conversion_of(fitted).fit.plans[0].chosen.plan  # type: ignore[union-attr]
     assert len(plan.marks) + len(plan.coins) > 0
-
-
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("options", [{}, {"stride": 1, "padding": 1}, {"dilation": 2, "ceil_mode": True}])
-def test_where_a_maximum_lies_takes_one_byte(options: dict[str, Any], form: torch.memory_format) -> None:
-    model = nn.MaxPool2d((3, 2), **options)
-    x = torch.randn(4, 3, 24, 33).to(memory_format=form).requires_grad_()
-    tape = record(model, model, (x,), {})
-    needs = Needs(tape)
-    (k,) = (k for k, mark in needs.marks.items() if isinstance(mark, Window))
-    _, indices = nn.functional.max_pool2d(x, (3, 2), return_indices=True, **options)
-    code = needs.marks[k].encode(indices)
-    again = needs.marks[k].decode(code, needs.spot(k))
-    assert code.nbytes * 8 == indices.nbytes
-    assert torch.equal(again, indices) and again.stride() == indices.stride()
 
 
 def test_a_share_of_one_leaves_autograd_alone() -> None:

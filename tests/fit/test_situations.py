@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal, make, peak, planned, square, state
+from fit_models import Residual, branch, equal, make, peak, planned, segformer, square, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revfx
 from revfx.converted import conversion_of
 from revfx.errors import RegenerationError, RevfxWarning
+from revfx.testing import measure_memory
 
 
 def fit_of(model: nn.Module) -> Any:
@@ -341,10 +342,41 @@ def test_a_forward_that_goes_another_way_is_kept_whole_and_planned_anew() -> Non
     assert peak(model, lambda: square(fitted(x))) <= 0.5 * plain
     for deep in (3, 5, 4):
         Branching.deep = deep
-        with pytest.warns(RevfxWarning, match="runs plainly from now on" if deep == 4 else "recorded anew"):
+        with pytest.warns(RevfxWarning, match="runs plainly from now on" if deep == 4 else "recorded again"):
             got = state(model, lambda: square(fitted(x)))
         assert equal(got, state(model, lambda: square(model(x))))
         assert equal(state(model, lambda: square(fitted(x))), got)
+
+
+def test_segformer_trains_within_its_budget() -> None:
+    def three_steps(model: nn.Module, run: Any) -> tuple[list[Tensor], list[int]]:
+        """Losses, gradients and weights of SGD, and the peaks of the steps."""
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        found: list[Tensor] = []
+        peaks: list[int] = []
+
+        def step() -> Tensor:
+            loss = run(x).logits.square().mean()
+            found.append(loss.detach())
+            return loss
+
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        torch.manual_seed(2)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=False)
+            peaks.append(measure_memory(step, warm_up=False).peak)
+            found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+        return [*found, *model.state_dict().values()], peaks
+
+    torch.manual_seed(0)
+    plain = segformer().train()
+    model, x = copy.deepcopy(plain), torch.randn(2, 3, 64, 64)
+    want, plain_peaks = three_steps(plain, plain)
+    got, peaks = three_steps(model, planned(model, x, memory=0.8))
+    assert equal(got, want)
+    assert max(peaks) <= 0.8 * max(plain_peaks)
 
 
 def test_copies_have_plans_of_their_own() -> None:

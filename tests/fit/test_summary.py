@@ -36,6 +36,19 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> 
     assert "(64, 64)" in str(second)
 
 
+def test_a_converted_model_shows_its_plans() -> None:
+    model, (x,), loss = make("mlp")
+    fitted: Any = revfx.convert(model, memory=0.5)
+    assert not fitted.revfx.plans and "no plan yet" in str(fitted.revfx)
+    for batch in (x, x[:64]):
+        loss(fitted(batch)).backward()
+    fit: Any = conversion_of(fitted).fit
+    plans = fitted.revfx.plans
+    assert plans == fit.budget_plans and len(plans) == 2
+    assert str(fitted.revfx) == f"{plans[0]}\n\n{plans[1]}"
+    assert str(fitted.revfx).startswith("Residual, inputs (256, 64): budget 2.8 MiB\n  foreseen peak 2.")
+
+
 def test_no_budget_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model, args, loss = make("mlp")
     with caplog.at_level(logging.INFO, logger="revfx"):

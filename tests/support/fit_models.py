@@ -206,6 +206,16 @@ def state(model: nn.Module, step: Callable[[], Tensor], seed: int = 1) -> list[T
     return found
 
 
+def segformer() -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_attention_heads=[1, 2, 2, 4],
+        num_labels=5,
+    )  # fmt: skip
+    return SegformerForSemanticSegmentation(config)
+
+
 def peak(model: nn.Module, step: Callable[[], Tensor]) -> int:
     """Return the bytes of the first step, of a model that has gradients already; buffers are put back."""
     before = {name: b.clone() for name, b in model.named_buffers()}
@@ -229,5 +239,5 @@ def planned(model: nn.Module, args: Any, **options: Any) -> Any:
     assert conversion.fit is not None
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     with contextlib.nullcontext() if conversion.block_calls is None else conversion.block_calls.active():
-        conversion.fit.prepare(converted, *conversion.to_fit(converted, args, {}))
+        conversion.fit.prepare(converted, conversion.to_fit(converted, args, {}))
     return converted

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 
 from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
-from revfx.fit.simulate import OVERHEAD, Model
+from revfx.fit.simulate import BITS, MORE, OVERHEAD, Model
 
 
 Term = tuple[float, tuple[Any, ...]]
@@ -72,14 +72,14 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     model = Model(needs, costs)
     for k in events:
         if k in needs.marks:
-            program.cost[program["mark", k]] = model.mark_seconds(k)
+            program.cost[program["mark", k]] = model.bits_seconds(needs.value(k))
     for t, k in enumerate(events, 1):
         v = needs.value(k)
         there = [(-1.0, ("S", t, v)), (-1.0, ("R", t, tape.made_by[v]))]
         program.most(-1, *there, *([(-1.0, ("mark", k))] if k in needs.marks else []))
         for o in ops:
             drawn = [v for v in tape.ops[o].makes if v in needs.coins]
-            again = model.coin_seconds(drawn[0]) if drawn else costs[o].seconds + OVERHEAD
+            again = OVERHEAD + (model.bits_seconds(drawn[0]) if drawn else costs[o].seconds)
             program.cost[program["R", t, o]] = again
             op = needs.replayed[o]
             if op is None:
@@ -109,12 +109,12 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     def room(slot: int, held: set[int]) -> float:
         return (budget - model.natural[slot]) / unit - sum(size[m] for m in held & gone(slot))
 
-    marks = {k: (needs.elements(needs.value(k)) / unit, needs.marks[k]) for k in events if k in needs.marks}
+    marks = {k: needs.elements(needs.value(k)) / unit for k in events if k in needs.marks}
 
     def marked(slot: int) -> list[Term]:
         """Return the bytes of marks that are held."""
         held = {k: (2 * tape.packs[k].packed + 1, tape.packs[k].end or 0) for k in marks}
-        return [(n * m.bits / 8, ("mark", k)) for k, (n, m) in marks.items() if held[k][0] <= slot < held[k][1]]
+        return [(n / BITS, ("mark", k)) for k, n in marks.items() if held[k][0] <= slot < held[k][1]]
 
     coins = {v: (needs.elements(v) / unit, tape.packs[needs.wanted[told][0]].packed) for v, told in needs.coins.items()}
     for q in range(len(tape.ops)):
@@ -124,7 +124,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
             kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(slot) - there]
             bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, packed) in coins.items() if 2 * packed < slot]
             more = [(2 * n, ("coin", v)) for v, (n, packed) in coins.items() if 2 * packed == slot]
-            more += [(n * m.more, ("mark", k)) for k, (n, m) in marks.items() if 2 * tape.packs[k].packed == slot]
+            more += [(MORE * n, ("mark", k)) for k, n in marks.items() if 2 * tape.packs[k].packed == slot]
             for spike in [(term,) for term in more] or [()]:
                 program.most(room(slot, there), *kept, *marked(slot), *bits, *spike)
     for t, k in enumerate(events, 1):
@@ -136,8 +136,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
         for v in values:
             program.most(1, (1.0, ("S", t, v)), (1.0, ("S", t + 1, v)), (-1.0, ("P", t, tape.memory_of[v])))
         if k in marks:
-            n, m = marks[k]
-            spike = (size[tape.memory_of[needs.value(k)]] + n * m.more, ("mark", k))
+            spike = (size[tape.memory_of[needs.value(k)]] + MORE * marks[k], ("mark", k))
             program.most(base, *((size[m], ("P", t, m)) for m in passing), spike)
         later = [(o, {s.value for s in op.reads}) for o in ops if (op := needs.replayed[o]) is not None]
         for o in ops:
