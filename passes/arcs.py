@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.errors import Cause, Reason
-from revfx.passes.bounds import UNKNOWN, bounds
+from revfx.passes.bounds import ANY_NUMBER, bounds
 from revfx.passes.elimination import ONE
 from revfx.passes.facts import assumed, masks
 from revfx.passes.masks import MaskedArcs
@@ -188,7 +188,7 @@ class _Lowering:
         # where inverses round, none that was selected from what may come back by one
         for v in outs if self.lossless or name.strip("_") not in SELECTS else ():
             if 0 < _size(self.values[v]) * SMALLER <= most:
-                yield Arc(v, (), _kept, exact=False, barred="it is small beside what it is made of")
+                yield Arc(v, (), _never_run, exact=False, barred="it is small beside what it is made of")
 
     def _terms(self, node: fx.Node, ins: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
         """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
@@ -238,7 +238,8 @@ class _Lowering:
             return Cause(Reason.ZERO_FACTOR, factor)
         return Arc(
             head=self.index[inverse.solves], tail=(self.index[result], *(self.index[g] for g in given)),
-            solve=_filled(inverse.by, 1, inverse.given), exact=inverse.exact, reciprocal=inverse.reciprocal, **factor,
+            solve=_with_numbers(inverse.by, 1, inverse.given), exact=inverse.exact,
+            reciprocal=inverse.reciprocal, **factor,
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({name})",
             assumes=assumed(given, self.index) if inverse.exact else (),
             coded=inverse.coded,
@@ -259,7 +260,7 @@ class _Lowering:
             if not getattr(info, "tiny", 1) <= value <= info.max:
                 return f"the factor is {f}"
             return {} if value == 1 else {"factor": value}
-        interval = self.bounds.get(f, UNKNOWN)
+        interval = self.bounds.get(f, ANY_NUMBER)
         least = interval.least
         if inverse.reciprocal:
             least = 1 / max(interval.most, 1e-300)
@@ -290,11 +291,11 @@ def _size(value: Value) -> int:
     return math.prod(value.shape) if all(type(n) is int for n in value.shape) else 0
 
 
-def _kept() -> Tensor:
+def _never_run() -> Tensor:
     raise AssertionError("a barred inverse is never run")
 
 
-def _filled(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Callable[..., Any]:
+def _with_numbers(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Callable[..., Any]:
     """Return a function of results and `given` operands, with those that are plain numbers put in their places."""
     constants = {i: g for i, g in enumerate(given, results) if not isinstance(g, fx.Node)}
     n = results + len(given)

@@ -34,7 +34,7 @@ class Interval:
         return max(abs(self.low), abs(self.high))
 
 
-UNKNOWN = Interval()
+ANY_NUMBER = Interval()
 
 
 def _monotone(f: Callable[[float], float], nonzero: bool = False) -> Callable[[Interval], Interval]:
@@ -80,7 +80,7 @@ def _square(a: Interval) -> Interval:
     return Interval(a.least * a.least, a.most * a.most, a.nonzero)
 
 
-def _sum(a: Interval) -> Interval:
+def _sum_interval(a: Interval) -> Interval:
     return Interval(0.0 if a.low >= 0 else -math.inf, 0.0 if a.high <= 0 else math.inf)
 
 
@@ -99,8 +99,8 @@ UNARY: dict[str, Callable[[Interval], Interval]] = {
     **{name: lambda a, ends=ends: Interval(*ends) for ends, names in WITHIN.items() for name in names.split()},
     "abs": lambda a: Interval(a.least, a.most, a.nonzero),
     "square": _square,
-    "mean": _sum,
-    "sum": _sum,
+    "mean": _sum_interval,
+    "sum": _sum_interval,
     "neg": _neg,
     "reciprocal": _reciprocal,
 }
@@ -136,7 +136,7 @@ def bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
         def of(x: Any, dtype: torch.dtype | None = dtype) -> Interval:
             if isinstance(x, (int, float)):  # a number is rounded to the dtype of what it is put together with
                 return _rounded(Interval(float(x), float(x), x != 0), dtype, 1)
-            return found.get(x, UNKNOWN) if isinstance(x, fx.Node) else UNKNOWN
+            return found.get(x, ANY_NUMBER) if isinstance(x, fx.Node) else ANY_NUMBER
 
         found[node] = _in_dtype(node, _bound(node, of), dtype)
     return found
@@ -147,20 +147,20 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 
 
 def _in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None) -> Interval:
-    """Return the interval that rounding leaves of an exact one; UNKNOWN where whole numbers may wrap around."""
-    if exact == UNKNOWN or dtype is None or dtype.is_complex:
-        return exact if dtype is None else UNKNOWN
+    """Return the interval that rounding leaves of an exact one; ANY_NUMBER where whole numbers may wrap around."""
+    if exact == ANY_NUMBER or dtype is None or dtype.is_complex:
+        return exact if dtype is None else ANY_NUMBER
     name = bare(node)
     before = next(filter(None, map(_dtype, node.all_input_nodes)), dtype)
     if not dtype.is_floating_point:
         whole = not before.is_floating_point and dtype != torch.bool
         most = min(torch.iinfo(dtype).max, MOST_WHOLE) if whole else -1
         least = max(torch.iinfo(dtype).min, -MOST_WHOLE) if whole else 0
-        return exact if least <= exact.low and exact.high <= most else UNKNOWN
+        return exact if least <= exact.low and exact.high <= most else ANY_NUMBER
     if name in MOVES:
         if before == dtype or name in ("float", "double", "to_copy", "convert_element_type"):
             return exact if before == dtype else _rounded(exact, dtype, 1)
-        return UNKNOWN  # a view of other bits
+        return ANY_NUMBER  # a view of other bits
     return _rounded(exact, dtype, 1 if name in ROUNDED else ULPS)
 
 
@@ -190,26 +190,26 @@ EXACT = (0.0, 0.5, -0.5, 1.0, -1.0, math.inf, -math.inf)
 
 def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
     if node.op not in ("call_function", "call_method"):
-        return UNKNOWN
+        return ANY_NUMBER
     name = bare(node)
     if name in ("clamp", "clip", "hardtanh"):
         limits = {"min_val": -1.0, "max_val": 1.0} if name == "hardtanh" else {"min": None, "max": None}
         a, *given = arguments(node, "input", **limits)
         if not all(x is None or isinstance(x, (int, float)) for x in given):
-            return UNKNOWN  # limits that are data
+            return ANY_NUMBER  # limits that are data
         lowest, highest = (end if x is None else x for x, end in zip(given, (-math.inf, math.inf), strict=True))
         low, high = (min(max(end, lowest), highest) for end in (of(a).low, of(a).high))
         return Interval(low, high, low > 0 or high < 0)
     if name == "softplus" and (len(node.args) > 1 or node.kwargs):
         beta = node.args[1] if len(node.args) > 1 else node.kwargs.get("beta", 1)
-        return Interval(0.0, math.inf, True) if isinstance(beta, (int, float)) and beta > 0 else UNKNOWN
+        return Interval(0.0, math.inf, True) if isinstance(beta, (int, float)) and beta > 0 else ANY_NUMBER
     first, *others = node.args or (None,)
     if isinstance(first, fx.Node) and name == "getitem" and op_name(first.target) in ("var_mean", "std_mean"):
-        return Interval(0.0) if others == [0] else UNKNOWN
+        return Interval(0.0) if others == [0] else ANY_NUMBER
     if (name == "pow" and others == [2]) or (name == "mul" and others == [first]):
         return _square(of(first))
     if node.args and (name in MOVES or name in UNARY):
         return UNARY.get(name, lambda a: a)(of(first))
     if name in BINARY and len(node.args) == 2 and not node.kwargs:
         return BINARY[name](of(first), of(others[0]))
-    return UNKNOWN
+    return ANY_NUMBER

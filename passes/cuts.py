@@ -164,7 +164,7 @@ def _step(
         # another derivation.
         closure = Closure(program, known.union(saved), trusted=True)
         closure.add(range(start, stop))
-    saved += _kept(program, start, stop)
+    saved += _kept_results(program, start, stop)
     derive = tuple(closure.order)
     return Step(start, stop, entry, exit, tuple(saved), derive, _inverses(needed(program, derive, entry)), again)
 
@@ -183,7 +183,7 @@ def _with_above(
     if any(v not in closure for v in entry):
         return None
     arcs = _inverses(needed(program, order, entry))
-    return Step(start, stop, entry, exit, _kept(program, start, stop), order, arcs)
+    return Step(start, stop, entry, exit, _kept_results(program, start, stop), order, arcs)
 
 
 def _inverses(order: Iterable[Derivation]) -> tuple[Arc, ...]:
@@ -191,7 +191,7 @@ def _inverses(order: Iterable[Derivation]) -> tuple[Arc, ...]:
     return tuple(d.arc for d in order if isinstance(d, Invert))
 
 
-def _kept(program: Program, start: int, stop: int) -> Values:
+def _kept_results(program: Program, start: int, stop: int) -> Values:
     """The kept results of operations start..stop-1."""
     found: list[int] = []
     for op in program.ops[start:stop]:

@@ -52,7 +52,7 @@ class Elimination:
 
     def _put(self, row: Row) -> Iterator[Arc]:
         while (pivot := next((v for v in row if v in self._rows), None)) is not None:
-            row = _less(row, self._rows[pivot], pivot)
+            row = _subtract_row(row, self._rows[pivot], pivot)
         unknown = [v for v in row if v != ONE and v not in self._known]
         if len(unknown) == 1 and len(row) > 1:
             yield self._solved(row, unknown[0])
@@ -75,12 +75,12 @@ class Elimination:
         weights = {v: -w / row[head] for v, w in row.items() if v not in (head, ONE)}
         values, number = self._program.values, -row.get(ONE, 0.0) / row[head]
         said = " + ".join(f"{w:g}*{values[v].name}" for v, w in weights.items())
-        solve, factor = _sum(tuple(weights.values()), number), 1 / max(1.0, *map(abs, weights.values()))
+        solve, factor = _weighted_sum(tuple(weights.values()), number), 1 / max(1.0, *map(abs, weights.values()))
         text = f"{values[head].name} <- {said}  (solved together)"
         return Arc(head, tuple(weights), solve, exact=False, factor=factor, text=text)
 
 
-def _less(row: Row, other: Row, pivot: int) -> Row:
+def _subtract_row(row: Row, other: Row, pivot: int) -> Row:
     """Return a sum less so much of another one that `pivot` cancels."""
     times = row[pivot] / other[pivot]
     sums = {v: row.get(v, 0.0) - times * other.get(v, 0.0) for v in {**row, **other} if v != pivot}
@@ -94,7 +94,7 @@ def _without_small(row: Row) -> Row:
     return {v: w for v, w in row.items() if abs(w) > NEGLIGIBLE * largest}
 
 
-def _sum(weights: tuple[float, ...], number: float) -> Callable[..., Tensor]:
+def _weighted_sum(weights: tuple[float, ...], number: float) -> Callable[..., Tensor]:
     def solve(*tail: Tensor) -> Tensor:
         total: Any = tail[0] * weights[0]
         for t, w in zip(tail[1:], weights[1:], strict=True):

@@ -18,7 +18,7 @@ from revfx.passes.sizes import fixed
 from revfx.rules import op_name
 
 
-PERMUTATION, BINARY = "permutation", "binary"
+PERMUTATION, ZEROS_AND_ONES = "permutation", "binary"
 LIMIT = 1 << 16  # elements of a tensor whose values are looked at
 INDICES = (torch.int32, torch.int64)
 SAME = frozenset("alias clone detach lift_fresh_copy contiguous".split())
@@ -29,7 +29,7 @@ LAID_OUT = frozenset(
     " getitem select slice narrow".split()
 )
 
-Fact = str | tuple[int, ...]  # PERMUTATION, BINARY, or the whole numbers that it holds
+Fact = str | tuple[int, ...]  # PERMUTATION, ZEROS_AND_ONES, or the whole numbers that it holds
 Facts = tuple[tuple[int, Fact], ...]
 
 
@@ -51,13 +51,13 @@ def _facts(t: Tensor) -> tuple[Fact, ...]:
             found.append(PERMUTATION if bool(_is_permutation(t)) else tuple(t.tolist()))
         # a mask of one value only masks nothing; and running statistics start as all zeros or ones
         if bool(_is_binary(t)) and not bool((t == t.reshape(-1)[0]).all()):
-            found.append(BINARY)
+            found.append(ZEROS_AND_ONES)
         return tuple(found)
 
 
 def is_mask(t: Tensor) -> bool:
     """Return whether a tensor holds zeros and ones, some of each, and nothing else."""
-    return BINARY in _facts(t)
+    return ZEROS_AND_ONES in _facts(t)
 
 
 # --- checks, recorded into the forward of a graph that relies on a fact
@@ -75,7 +75,7 @@ def _holding(numbers: tuple[int, ...]) -> Callable[..., Tensor]:
 
 CHECKS: Mapping[str, tuple[Callable[..., Tensor], str]] = {
     PERMUTATION: (_is_permutation, "an index is no permutation"),
-    BINARY: (_is_binary, "a mask does not hold zeros and ones only"),
+    ZEROS_AND_ONES: (_is_binary, "a mask does not hold zeros and ones only"),
 }
 
 
@@ -142,7 +142,7 @@ def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.
 
 def assumed(nodes: Iterable[fx.Node], index: Mapping[fx.Node, int]) -> tuple[tuple[int, Fact], ...]:
     """Return what inverses that read `nodes`, numbered by `index`, as indices rely on."""
-    return tuple((index[n], f) for n in nodes if n in index for f in n.meta.get("facts", ()) if f != BINARY)
+    return tuple((index[n], f) for n in nodes if n in index for f in n.meta.get("facts", ()) if f != ZEROS_AND_ONES)
 
 
 def _foldable(node: fx.Node) -> bool:
@@ -189,7 +189,7 @@ def masks(graph: fx.Graph) -> Masks:
             continue
         if (mask := _mask(node, of, parts)) is not None:
             of[node] = mask
-        if of and (where := _zero(node, of, zero)):
+        if of and (where := _zero_places(node, of, zero)):
             zero[node] = where
         if bare(node) == "exp" and node.args[0] in zero:
             one[node] = zero[node.args[0]]
@@ -218,12 +218,12 @@ def _mask(node: fx.Node, of: Mapping[fx.Node, Mask], parts: MutableMapping[tuple
         if name == "sub" and a == 1 and isinstance(b, fx.Node) and b in of and not node.kwargs:
             return Mask(of[b].root, not of[b].value)
     held = node.meta.get("constant")
-    if val.dtype == torch.bool or BINARY in node.meta.get("facts", ()) or (held is not None and is_mask(held)):
+    if val.dtype == torch.bool or ZEROS_AND_ONES in node.meta.get("facts", ()) or (held is not None and is_mask(held)):
         return Mask(node, True)
     return None
 
 
-def _zero(node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, Places]) -> Places:
+def _zero_places(node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, Places]) -> Places:
     """Return where a node is zero: a product where a factor is, a sum where both are."""
     if node.op not in ("call_function", "call_method"):
         return NOWHERE

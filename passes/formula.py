@@ -52,20 +52,20 @@ class Term:
 
 
 def _within(x: Any, level: int) -> str:
-    text = _text(x)
+    text = _format(x)
     return f"({text})" if isinstance(x, Term) and x.level < level else text
 
 
-def _text(x: Any) -> str:
+def _format(x: Any) -> str:
     if isinstance(x, Term):
         return x.text
     if isinstance(x, (list, tuple)):
-        return "[" + ", ".join(_text(i) for i in x) + "]"
+        return "[" + ", ".join(_format(i) for i in x) + "]"
     return f"{x:g}" if isinstance(x, float) else str(x)
 
 
 def _arguments(args: Any, kwargs: Mapping[str, Any]) -> str:
-    return ", ".join([*(_text(a) for a in args), *(f"{k}={_text(v)}" for k, v in kwargs.items())])
+    return ", ".join([*(_format(a) for a in args), *(f"{k}={_format(v)}" for k, v in kwargs.items())])
 
 
 def formula(program: Program, arc: Arc, names: Mapping[int, str]) -> str:

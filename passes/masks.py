@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.errors import Cause
-from revfx.passes.facts import BINARY, Mask, Masks, bare
+from revfx.passes.facts import ZEROS_AND_ONES, Mask, Masks, bare
 from revfx.passes.program import Arc, Found
 from revfx.passes.sizes import same
 from revfx.rules import Direction, Inverse, Masked
@@ -109,7 +109,7 @@ class MaskedArcs:
 
     def _spread(self, whole: Any, mask: fx.Node, known: Half, depth: int) -> None:
         """Note what is known of half of `whole`, and of what it was made from elementwise or by the same mask."""
-        if not isinstance(whole, fx.Node) or not _alike(whole, known.tail[0]):
+        if not isinstance(whole, fx.Node) or not _same_type(whole, known.tail[0]):
             return
         self.halves.setdefault((whole, mask), []).append(known)
         at = min(known.at, self.position.get(whole, known.at))
@@ -163,13 +163,13 @@ class MaskedArcs:
 
     def _arc(self, head: fx.Node, tail: Sequence[fx.Node], solve: Callable[..., Tensor], **more: Any) -> Arc:
         """Return an arc through a mask, the last of its tail; it relies on that holding zeros and ones."""
-        assumes = () if tail[-1].meta["val"].dtype == torch.bool else ((self.index[tail[-1]], BINARY),)
+        assumes = () if tail[-1].meta["val"].dtype == torch.bool else ((self.index[tail[-1]], ZEROS_AND_ONES),)
         text = f"{head.name} <- {', '.join(n.name for n in tail)}  (where)"
         values = tuple(self.index[n] for n in tail)
         return Arc(self.index[head], values, solve, text=text, assumes=assumes, **more)
 
 
-def _alike(whole: fx.Node, node: fx.Node) -> bool:
+def _same_type(whole: fx.Node, node: fx.Node) -> bool:
     a, y = whole.meta.get("val"), node.meta["val"]
     return isinstance(a, Tensor) and a.dtype == y.dtype and same(a.shape, y.shape)
 

@@ -174,7 +174,7 @@ def _climb_across(
     """
     steps, stuck = extend(program, stop, live, side, searches)
     while inverting := [s for s in steps if s.inverts]:
-        largest = max(inverting, key=lambda s: _made(program, s.start, s.stop))
+        largest = max(inverting, key=lambda s: _made_bytes(program, s.start, s.stop))
         shared = frozenset(_shared(program, largest, side))
         if not shared:
             break
@@ -184,8 +184,8 @@ def _climb_across(
             break
         more, then = extend(program, largest.stop, largest.exit, side | across, searches)
         instead = [*(s for s in steps if s.start >= largest.stop), *more]
-        takes = _taken(program, steps, side, largest.start)
-        if not _pays(program, more, across) or _taken(program, instead, side | across, largest.start) >= takes:
+        takes = _region_bytes(program, steps, side, largest.start)
+        if not _pays(program, more, across) or _region_bytes(program, instead, side | across, largest.start) >= takes:
             break
         steps, stuck, side = instead, then, side | across
     return Walk(tuple(steps), side, stuck)
@@ -204,13 +204,13 @@ def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]
             yield v
 
 
-def _taken(program: Program, steps: Sequence[Step], side: frozenset[int], start: int) -> int:
+def _region_bytes(program: Program, steps: Sequence[Step], side: frozenset[int], start: int) -> int:
     """Return bytes of what is kept, of the largest step, and of what lies above the steps from `start` on."""
     kept = [*side, *(v for s in steps for v in s.saved)]
     storage = {program.values[v].storage for v in kept}
     inverting = [s for s in steps if s.inverts]
-    above = _made(program, start, min(s.start for s in inverting), storage)
-    return program.nbytes(kept) + above + max(_made(program, s.start, s.stop, storage) for s in inverting)
+    above = _made_bytes(program, start, min(s.start for s in inverting), storage)
+    return program.nbytes(kept) + above + max(_made_bytes(program, s.start, s.stop, storage) for s in inverting)
 
 
 def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:
@@ -268,7 +268,7 @@ def _region(program: Program, walk: Walk) -> Region | None:
     side = tuple(sorted(walk.side.intersection(_read(program, steps[0].start, steps[-1].stop))))
     kept = (*steps[0].entry, *steps[-1].exit, *saved, *side)
     kept_storage = {program.values[v].storage for v in kept}
-    freed = [_made(program, s.start, s.stop, kept_storage) for s in steps]
+    freed = [_made_bytes(program, s.start, s.stop, kept_storage) for s in steps]
     kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
     # Of what runs again though nothing is inverted, and nothing but indices kept, as in a checkpoint, the step below
     # alone counts, whose exit is regenerated.
@@ -294,7 +294,7 @@ def _read(program: Program, start: int, stop: int) -> Iterator[int]:
     return (v for op in program.ops[start:stop] for v in op.ins)
 
 
-def _made(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:
+def _made_bytes(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:
     """Return bytes that operations start..stop-1 make, besides the storage that is kept."""
     made: dict[int, int] = {}
     for op in program.ops[start:stop]:

@@ -42,7 +42,7 @@ def tilings(
             elif isinstance(t, Patch) and whole is not None:
                 patches.append((i, outs[i][0], t))
     for (whole, dim), parts in tiles.items():
-        yield from (moved(ops, a, (b,), lambda y: y.clone(), "the same part") for ops, a, b in _alike(parts))
+        yield from (moved(ops, a, (b,), lambda y: y.clone(), "the same part") for ops, a, b in _repeated_parts(parts))
         size = values[whole].shape[dim]
         chosen = _exact_cover([t.index for _, _, t in parts], size) if fixed([size]) else None
         if chosen is None or values[whole].source:
@@ -60,7 +60,7 @@ def tilings(
             if same and isinstance(t, Tile) and not values[whole].source:
                 yield moved((i, j), whole, (patched, part), _patch(p), "patch")
             elif set(p.index).isdisjoint(t.index):
-                yield moved((i, j), part, (patched,), _taken(t), "beside the patch")
+                yield moved((i, j), part, (patched,), _take_part(t), "beside the patch")
                 tiles.setdefault((patched, p.dim), []).append((j, part, t))
 
 
@@ -71,7 +71,7 @@ def _copied(node: fx.Node) -> fx.Node:
     return node
 
 
-def _alike(parts: Sequence[tuple[int, int, Tile | Patch]]) -> Iterator[tuple[tuple[int, int], int, int]]:
+def _repeated_parts(parts: Sequence[tuple[int, int, Tile | Patch]]) -> Iterator[tuple[tuple[int, int], int, int]]:
     """Yield pairs of values that are the same part, taken more than once, and the two operations that take it."""
     first: dict[tuple[Sequence[int], bool], tuple[int, int]] = {}
     for i, v, t in parts:
@@ -92,7 +92,7 @@ def _patch(p: Patch) -> Callable[..., Tensor]:
     return solve
 
 
-def _taken(t: Tile | Patch) -> Callable[..., Tensor]:
+def _take_part(t: Tile | Patch) -> Callable[..., Tensor]:
     """Return the function that takes a part out of its whole."""
     index, dim, at = _on_device(t.index), t.dim, t.index
     if not isinstance(at, range):

@@ -60,7 +60,7 @@ class Trait:
     at_zero: bool = True
 
 
-UNKNOWN = Trait(Kind.MAP, Kinks.ANYWHERE, Atoms.ANY, at_zero=False)
+UNKNOWN_TRAIT = Trait(Kind.MAP, Kinks.ANYWHERE, Atoms.ANY, at_zero=False)
 
 _ROWS: dict[Trait, str] = {
     Trait(Kind.MOVE): """cat stack flip roll clone copy index _unsafe_index gather index_select repeat slice_scatter
@@ -120,7 +120,7 @@ def trait_of(node: fx.Node) -> Trait:
         forward, backward, _ = name.partition("_backward")
         if backward:
             return _backward(node, TRAITS.get(forward))
-        return Trait(Kind.MOVE) if _torch.may_alias(node.target) else UNKNOWN
+        return Trait(Kind.MOVE) if _torch.may_alias(node.target) else UNKNOWN_TRAIT
     if name in COMPARED:
         limits = [x for x in (*node.args[1:], *node.kwargs.values()) if x is not None]
         if limits == [0]:
@@ -166,11 +166,11 @@ def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms
         elif overlapped := _parts_of(node, put):  # a part of what was put together has the atoms of these
             found[node] = max(found[p] for p in overlapped)
         else:
-            found[node] = _result(node, trait_of(node), found)
+            found[node] = _result_atoms(node, trait_of(node), found)
     return found
 
 
-def _result(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -> Atoms:
+def _result_atoms(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -> Atoms:
     name, arithmetic = op_name(node.target), trait.kind in (Kind.SUM, Kind.PRODUCT)
     operands = [n for n in node.all_input_nodes if _is_read(n) or (arithmetic and isinstance(n.meta["val"], Tensor))]
     theirs = [found[n] for n in operands]
@@ -178,7 +178,7 @@ def _result(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -> Atom
     if trait.kind in (Kind.NORM, Kind.DRAW):
         return Atoms.NONE
     if trait.kind is Kind.FILL or (trait.kind is Kind.MOVE and name in WRITES):
-        return max(most, _filled(node, name))
+        return max(most, _number_atoms(node, name))
     if trait.kind is Kind.SUM:
         whole = [n for n in operands if same(n.meta["val"].shape, node.meta["val"].shape)]
         if most == Atoms.NONE or any(found[n] == Atoms.NONE for n in whole):
@@ -196,7 +196,7 @@ def _result(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -> Atom
     return max(trait.makes, through, dropped) if trait.kind is Kind.MAP else most
 
 
-def _filled(node: fx.Node, name: str) -> Atoms:
+def _number_atoms(node: fx.Node, name: str) -> Atoms:
     """Return the atoms that the numbers among a node's arguments are, and those that it fills in by itself."""
     if name in ("zeros", "zeros_like", "new_zeros", "tril", "triu", "constant_pad_nd", "_unsafe_masked_index"):
         numbers: Sequence[Any] = node.args[2:] if name in ("constant_pad_nd", "_unsafe_masked_index") else ()

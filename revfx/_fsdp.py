@@ -19,7 +19,7 @@ def policy(module: Any) -> Any:
     return module._get_fsdp_state()._mp_policy
 
 
-def parameters(module: Any) -> list[torch.Tensor]:
+def sharded_parameters(module: Any) -> list[torch.Tensor]:
     """Return the sharded parameters that `fully_shard` gathers when `module` is called."""
     groups = module._get_fsdp_state()._fsdp_param_groups
     return [p.sharded_param for group in groups for p in group.fsdp_params]

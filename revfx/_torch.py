@@ -73,8 +73,6 @@ def storage_key(tensor: torch.Tensor) -> int:
 graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
 # What gives the node of autograd's graph that runs on this thread; None outside any backward.
 backward_node: Callable[[], Any] = torch._C._current_autograd_node
-# What makes a context whose writes to some tensors, a tuple, autograd does not count.
-uncounted_writes: Any = torch.autograd._unsafe_preserve_version_counter
 # What makes a context in which torch functions run without modes or subclass hooks.
 no_torch_function: Any = torch._C.DisableTorchFunction
 # What makes a context in which operators run as autograd runs them, with gradients on, and record nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
+    if sys.stderr.isatty():
+        logging.basicConfig(format="revfx: %(message)s")
+        logging.getLogger("revfx.report").setLevel(logging.INFO)  # the stages of what takes a while
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -90,17 +94,14 @@ FIT: Mapping[str, dict[str, Any]] = {
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from revfx.report.progress import bar
-
     if args.save and not args.save.endswith((".html", ".svg", ".json")):
         raise WrongArguments(f"--save {args.save}: the name must end in .html, .svg or .json")
-    with bar(5 if args.measure else 3, "loading"):
-        model, inputs = load(args.model, args.input, args.dtype)
-        if args.rounding:
-            model = revfx.convert(model, exact=False)
-        found = revfx.explain(model, inputs, memory=args.memory, measure=args.measure, backend=args.backend)
-        if args.save:
-            found.save(args.save)
+    model, inputs = load(args.model, args.input, args.dtype)
+    if args.rounding:
+        model = revfx.convert(model, exact=False)
+    found = revfx.explain(model, inputs, memory=args.memory, measure=args.measure, backend=args.backend)
+    if args.save:
+        found.save(args.save)
     print(json.dumps(found.to_dict()) if args.json else found)
     if args.save and not args.json:
         print(f"saved {args.save}")
@@ -109,13 +110,11 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from revfx.report.fit import largest
-    from revfx.report.progress import bar
 
-    with bar(None, "loading"):
-        model, inputs = load(args.model, args.input, args.dtype)
-        try:
-            found = largest(model, inputs, args.memory)
-        except ValueError as e:
-            raise WrongArguments(str(e)) from e
+    model, inputs = load(args.model, args.input, args.dtype)
+    try:
+        found = largest(model, inputs, args.memory)
+    except ValueError as e:
+        raise WrongArguments(str(e)) from e
     print(json.dumps(asdict(found)) if args.json else found)
     return 0 if found.batch else 1

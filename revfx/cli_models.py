@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ def load(spec: str, shapes: Sequence[str], dtype: str) -> tuple[nn.Module, tuple
     if not colon or not file:
         raise WrongArguments(f"{spec!r}: give a file and a name in it, such as model.py:make_model")
     given = tuple(tensor(text, dtype) for text in shapes)
-    made = _made(_module(Path(file)), file, name)
+    made = _build(_module(Path(file)), file, name)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, given)
     if not isinstance(model, nn.Module):
         raise WrongArguments(f"{spec}: it gives a {type(model).__name__}, not a torch.nn.Module")
@@ -60,16 +59,16 @@ def tensor(text: str, dtype: str) -> Tensor:
 def _module(file: Path) -> ModuleType:
     if not file.is_file():
         raise WrongArguments(f"{file}: no such file")
-    name = file.stem
-    if name in sys.modules or name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None:
-        name = f"revfx_model_{name}"  # the user's takes no other module's place
+    name = f"revfx_model_{file.stem}"  # it takes no other module's place
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise WrongArguments(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # for dataclasses and pickling
-    beside = str(file.resolve().parent)
-    sys.path.insert(_after_standard_library(), beside)  # for what it imports, then and when the factory is called
+    # The file and its factory may import modules beside it: after the standard library, which torch imports late.
+    installed = sysconfig.get_path("purelib")
+    at = sys.path.index(installed) if installed in sys.path else len(sys.path)
+    sys.path.insert(at, str(file.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception as e:
@@ -77,14 +76,7 @@ def _module(file: Path) -> ModuleType:
     return module
 
 
-def _after_standard_library() -> int:
-    """Return the place in `sys.path` after the standard library, which torch imports late, not a model's folder."""
-    folders = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
-    folders |= {os.path.join(f, "lib-dynload") for f in folders}
-    return max((i + 1 for i, p in enumerate(sys.path) if os.path.realpath(p) in folders), default=0)
-
-
-def _made(module: ModuleType, file: str, name: str) -> Any:
+def _build(module: ModuleType, file: str, name: str) -> Any:
     if not hasattr(module, name):
         names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise WrongArguments(f"{file} has no `{name}`" + (f"; it has {', '.join(names)}" if names else ""))

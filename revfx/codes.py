@@ -33,7 +33,7 @@ FAR = 128  # a distance that 8 bits do not hold; in 8 bits both 128 and -128 are
 BLOCK = 1 << 16  # escapes and far ones are found by the lowest 16 bits of where they are
 SLOW = 2  # bytes
 FEW = 32  # escapes, which are not worth the time to make them small
-SMALL = 1 << 12  # bytes: a code of so few is not worth its time
+MIN_CODE_BYTES = 1 << 12  # bytes: a code of so few is not worth its time
 TYPICAL, USUAL = 2, 0.018  # bits, and escapes an element, that a code is taken to have where there are no numbers
 foreseen = ContextVar("revfx_foreseen", default=TYPICAL)  # bits, while steps run on fake tensors
 MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
@@ -73,7 +73,7 @@ class Code:
 
 def pays_for(x: Tensor, nbytes: int) -> bool:
     """Return whether a code of `x`, of that many bytes, may be worth its time."""
-    return nbytes > SMALL and (x.is_floating_point() or x.is_complex())
+    return nbytes > MIN_CODE_BYTES and (x.is_floating_point() or x.is_complex())
 
 
 class Codec:

@@ -24,7 +24,7 @@ from revfx.passes.rounding import MAX_ERROR
 MOST_PROGRAMS = 32  # for batch sizes and conditions, of which the oldest one makes room
 
 
-def inverse(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> Inverse:
+def inverse(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> InverseModule:
     """Infer the inverse of a model, as a module: `inverse(model, x)(model(x))` is `x`, up to rounding.
 
     The inverse shares the model's parameters and is differentiable with respect to them and to its inputs. It prints as
@@ -48,10 +48,10 @@ def inverse(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`inverse` takes an nn.Module, not a {type(model).__name__}.")
-    return Inverse(unconverted(model), *normalize_arguments(args, kwargs))
+    return InverseModule(unconverted(model), *normalize_arguments(args, kwargs))
 
 
-class Inverse(nn.Module):
+class InverseModule(nn.Module):
     """The inverse of a model, for what is shaped as its examples were; see `inverse`."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -184,4 +184,4 @@ class Inverse(nn.Module):
 
     def __reduce__(self) -> Any:
         """Return how it is pickled and copied: as the model and the example; programs are found again."""
-        return Inverse, (self.model, *self._example)
+        return InverseModule, (self.model, *self._example)

@@ -35,14 +35,6 @@ class Memory:
     peak: int
 
 
-def _is_plains(model: object) -> bool:
-    """Return whether `model` is converted, lossless, and not compiled: its gradients are the plain model's."""
-    if not isinstance(model, Reversible):
-        return False
-    options = [conversion_of(m).options for m in model.modules() if isinstance(m, Reversible)]
-    return all(o.exact and not o.compile for o in options)
-
-
 def assert_same_grads(
     model: Callable[..., Any],
     reference: Callable[..., Any],
@@ -71,8 +63,10 @@ def assert_same_grads(
     got, want = (gradients(m, args, kwargs, loss=loss, seed=seed) for m in (model, reference))
     if list(got) != list(want):
         raise AssertionError(f"gradients of different names: {sorted(set(got) ^ set(want))}")
-    if rtol is None and _is_plains(model):
-        rtol = 0.0
+    if rtol is None and isinstance(model, Reversible):
+        options = [conversion_of(m).options for m in model.modules() if isinstance(m, Reversible)]
+        if all(o.exact and not o.compile for o in options):
+            rtol = 0.0  # lossless and not compiled: its gradients are the plain model's
     off: list[tuple[float, str, float, float]] = []  # how many times too much, and what
     for name, w in want.items():
         g = got[name]

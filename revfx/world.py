@@ -17,7 +17,7 @@ from revfx.capture.guards import GlobalReads
 from revfx.eager import dtensor
 
 
-FEW = 2**20  # elements of a tensor of whole numbers that may be there for real
+MAX_REAL_ELEMENTS = 2**20  # elements of a tensor of whole numbers that may be there for real
 
 
 class World:
@@ -53,7 +53,13 @@ class World:
         """Return the fake of a real tensor; it has a gradient already, as after the first step of a training."""
         if id(t) in self.fakes:
             return self.fakes[id(t)][1]
-        if self.whole and not t.is_floating_point() and not t.is_complex() and t.numel() <= FEW and _torch.is_plain(t):
+        if (
+            self.whole
+            and not t.is_floating_point()
+            and not t.is_complex()
+            and t.numel() <= MAX_REAL_ELEMENTS
+            and _torch.is_plain(t)
+        ):
             self.fakes[id(t)] = t, copy_of(t)
         else:
             fake = self._fake(t)

@@ -54,6 +54,8 @@ LATER = {"report"}
 ASK_LATER = {"", "__main__", "cli", "debug", "testing"}
 # Imports against the direction, each with its reason.
 EXCEPTIONS: dict[tuple[str, str], str] = {}
+# Names at module level that several files of the folders of `test_names_mean_one_thing` define, each to the same.
+SHARED_NAMES = {"aten", "_log"}
 PRIVATE = ("torch._C", "torch._subclasses", "torch._functorch", "torch._dynamo", "torch._inductor", "functorch")
 TESTS = Path(__file__).parent
 
@@ -127,6 +129,31 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = nx.DiGraph((m, name) for m in modules() for name, *_ in imports(m) if name != "revfx")
     circles = [" -> ".join(circle) for circle in nx.simple_cycles(graph)]
     assert not circles, "\n".join(circles)
+
+
+def names_of(module: str) -> Iterator[str]:
+    """The names that a module defines at its level, but for dunder names."""
+    for node in ast.parse(modules()[module].read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found = [node.name]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        else:
+            continue
+        yield from (name for name in found if not name.startswith("__"))
+
+
+def test_names_mean_one_thing() -> None:
+    """In these folders, and in the package's own files, no name is defined in two files."""
+    folders = {"compiled", "passes", "passes.joint", "report", "rules"}
+    users: dict[str, set[str]] = {}
+    for module in modules():
+        if folder_of(module) in folders or module.count(".") < 2:
+            for name in names_of(module):
+                users.setdefault(name, set()).add(module)
+    twice = [f"{name}: {sorted(found)}" for name, found in users.items() if len(found) > 1 and name not in SHARED_NAMES]
+    assert not twice, "\n".join(twice)
 
 
 def test_private_torch_api_is_used_in_four_modules() -> None:

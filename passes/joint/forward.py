@@ -32,7 +32,7 @@ SEEDS = "inductor_seeds"  # inductor's random numbers are functions of such a te
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardGraph:
     """What forward outputs need: the joint graph's `nodes`, their program, and which of them stands for what.
 
     `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
@@ -55,7 +55,7 @@ class Forward:
 
 def forward_half(
     joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, coded: bool = False
-) -> Forward:
+) -> ForwardGraph:
     """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
     `facts` says what was seen of the values of the compiled function's inputs. `coded`: codes correct the
@@ -101,7 +101,7 @@ def forward_half(
     sources = {copy[n] for n in _sources(joint, lasting, mutated, nodes) if n in copy}
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
     lowered = lower(half, sources=sources, barred=None if coded else theirs)
-    return Forward(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
+    return ForwardGraph(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
 
 
 def _read_no_shapes(joint: fx.Graph) -> None:
@@ -114,7 +114,7 @@ def _read_no_shapes(joint: fx.Graph) -> None:
             node.kwargs = {**told[2], "pin_memory": False}
 
 
-SMALL = 1024  # bytes of a constant that are not worth computing again
+MIN_CONSTANT_BYTES = 1024  # bytes of a constant that are not worth computing again
 
 
 def _sources(
@@ -134,13 +134,13 @@ def _sources(
             continue
         if _torch.packet_name(node.target) == SEEDS:
             clean.add(node)
-        elif draws(node):
+        elif draws_numbers(node):
             parts = [node] if is_strided(val) else list(node.users)
             clean.update(p for p in parts if sum(u in ahead for u in p.users) > 1)
         elif is_strided(val) and _barrier(node) is None:
             theirs = sum(_nbytes(n.meta["val"]) for n in node.all_input_nodes)
             filled = not node.all_input_nodes and "empty" not in _torch.packet_name(node.target)
-            if filled or _nbytes(val) <= max(SMALL, theirs):
+            if filled or _nbytes(val) <= max(MIN_CONSTANT_BYTES, theirs):
                 clean.add(node)
     return found | clean
 
@@ -174,7 +174,7 @@ def output_args(graph: fx.Graph) -> Sequence[Any]:
     return returned if isinstance(returned, (list, tuple)) else [returned]
 
 
-def draws(node: fx.Node) -> bool:
+def draws_numbers(node: fx.Node) -> bool:
     """Return whether running a node again would give other random numbers."""
     return _torch.is_overload(node.target) and _torch.draws(node.target, node.args, node.kwargs)
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes import _torch
-from revfx.passes.closure import Forward as Rerun
+from revfx.passes.closure import Forward
 from revfx.passes.composed import rounds
 from revfx.passes.joint.anchors import inverted_from
 from revfx.passes.joint.borders import POLICY, Stored
 from revfx.passes.joint.checks import Checks, Cut
-from revfx.passes.joint.forward import BACKWARD, FORWARD, Forward, draws
+from revfx.passes.joint.forward import BACKWARD, FORWARD, ForwardGraph, draws_numbers
 from revfx.passes.joint.record import Recorder, Unrecordable
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region
@@ -37,7 +37,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Options:
+class RewriteOptions:
     """The inner compiler's side of a rewrite: `decompositions` spell operators as the graph does.
 
     `stored` is an identity that an inner compiler which fuses does not look through (see
@@ -57,7 +57,7 @@ class Regenerator:
     step of the backward a node is regenerated.
     """
 
-    def __init__(self, joint: fx.Graph, forward: Forward, recorder: Recorder, options: Options) -> None:
+    def __init__(self, joint: fx.Graph, forward: ForwardGraph, recorder: Recorder, options: RewriteOptions) -> None:
         self.joint, self.forward, self.recorder, self.options = joint, forward, recorder, options
         self.program = forward.lowered.program
         self.index = {forward.value_node(v): v for v in range(len(self.program.values))}
@@ -114,7 +114,7 @@ class Regenerator:
                     self._laid_out.pop(v, None)
             want = frozenset((made & wanted) | (set() if replay else {v for v in step.entry if v not in known}))
             for do in schedule(program, step, known, replay, want, frozenset(ops.intersection(inside))):
-                if isinstance(do.run, Rerun):
+                if isinstance(do.run, Forward):
                     self._rerun(do.run.op, known)
                     self.step_of[self.tuples[do.run.op]] = self._step
                 else:
@@ -152,7 +152,7 @@ class Regenerator:
         node = self.forward.op_node(op)
         target, name = node.target, f"{node.name}_again"
         args: Any = node.args
-        if draws(node):
+        if draws_numbers(node):
             target, args, name = torch.ops.higher_order.run_with_rng_state, (self._state(node), target, *args), None
         elif target is aten._native_batch_norm_legit_functional.default and args[5]:
             # it would read statistics that the step has updated in the meantime

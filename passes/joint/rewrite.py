@@ -23,7 +23,7 @@ from revfx.passes.joint.borders import POLICY, store_borders
 from revfx.passes.joint.forward import (
     BACKWARD,
     FORWARD,
-    Forward,
+    ForwardGraph,
     after_tangents,
     forward_half,
     output_args,
@@ -32,7 +32,7 @@ from revfx.passes.joint.forward import (
     written_inputs,
 )
 from revfx.passes.joint.record import Recorder, Unrecordable, pulled
-from revfx.passes.joint.regenerate import Options, Regenerator
+from revfx.passes.joint.regenerate import Regenerator, RewriteOptions
 from revfx.passes.program import Program
 from revfx.passes.regions import Region, RegionSummary, find_regions, summary
 
@@ -54,7 +54,7 @@ class Report:
 
 
 def rewrite(
-    joint: fx.Graph, num_outputs: int, static: Collection[int], options: Options, facts: Facts | None
+    joint: fx.Graph, num_outputs: int, static: Collection[int], options: RewriteOptions, facts: Facts | None
 ) -> Report:
     """Return what was found in `joint`, which is rewritten in place.
 
@@ -122,7 +122,7 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
                 user.replace_input_with(p, copy)
 
 
-def _wanted(forward: Forward, region: Region, readers: Collection[fx.Node]) -> tuple[set[int], set[int]]:
+def _wanted(forward: ForwardGraph, region: Region, readers: Collection[fx.Node]) -> tuple[set[int], set[int]]:
     """Return a region's values that the backward reads, and the operations whose tuples it takes apart itself."""
     program = forward.lowered.program
     again = {v for step in region.steps for v in step.again}
@@ -133,7 +133,7 @@ def _wanted(forward: Forward, region: Region, readers: Collection[fx.Node]) -> t
     return wanted - kept, {i for i in tuples if forward.op_node(i) in readers}
 
 
-def _uncheckpoint(forward: Forward, region: Region) -> None:
+def _uncheckpoint(forward: ForwardGraph, region: Region) -> None:
     """Take back torch's marks of what a checkpoint of the user's would compute again: the region does so."""
     program = forward.lowered.program
     for i in range(region.start, region.stop):
@@ -142,7 +142,7 @@ def _uncheckpoint(forward: Forward, region: Region) -> None:
                 node.meta.pop(mark, None)
 
 
-def _freed(forward: Forward, region: Region, wanted: Collection[int]) -> list[int]:
+def _freed(forward: ForwardGraph, region: Region, wanted: Collection[int]) -> list[int]:
     """Return per step, the bytes of what the backward reads and need not be kept."""
     program = forward.lowered.program
     found: list[int] = []
@@ -156,7 +156,9 @@ def _freed(forward: Forward, region: Region, wanted: Collection[int]) -> list[in
     return found
 
 
-def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+def _rewire(
+    joint: fx.Graph, forward: ForwardGraph, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]
+) -> None:
     """Let the backward read what was regenerated, and put nodes where they are first needed."""
     for v in list(new.values):
         for reader in readers.get(forward.value_node(v), ()):
@@ -191,7 +193,7 @@ def _rewire(joint: fx.Graph, forward: Forward, new: Regenerator, readers: Mappin
         joint.erase_node(node)
 
 
-def _steps_forward(forward: Forward, steps: Sequence[Step]) -> dict[fx.Node, int]:
+def _steps_forward(forward: ForwardGraph, steps: Sequence[Step]) -> dict[fx.Node, int]:
     """Return in which step each operation of a region runs, and gives its values; numbered in program order."""
     found: dict[fx.Node, int] = {}
     for number, step in enumerate(sorted(steps, key=lambda s: s.start)):
@@ -201,7 +203,7 @@ def _steps_forward(forward: Forward, steps: Sequence[Step]) -> dict[fx.Node, int
     return found
 
 
-def _steps_backward(joint: fx.Graph, forward: Forward, new: Regenerator) -> dict[fx.Node, int]:
+def _steps_backward(joint: fx.Graph, forward: ForwardGraph, new: Regenerator) -> dict[fx.Node, int]:
     """Return, for each node of the backward, the latest step that regenerated anything before it."""
     found: dict[fx.Node, int] = {}
     number = 0

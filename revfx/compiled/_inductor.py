@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch._dynamo import config as dynamo_config, symbolic_convert
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
-from torch._dynamo.exc import RestartAnalysis as RestartAnalysis, TorchDynamoException as TorchDynamoException
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
@@ -35,7 +35,7 @@ from torch._inductor.virtualized import V
 
 from revfx._fake import FAKE_LOGGER
 from revfx.errors import BudgetWarning, warn
-from revfx.passes.joint.forward import draws
+from revfx.passes.joint.forward import draws_numbers
 from revfx.passes.sizes import muted
 
 
@@ -123,7 +123,7 @@ def min_cut_partition(
     whole: dict[str, Any] = {"activation_memory_budget": 1.0}
     budget = functorch_config.activation_memory_budget
     changed = {**whole, "aggressive_recomputation": False} if regenerates else {}
-    if not regenerates and budget < 1 and any(map(draws, gm.graph.nodes)):
+    if not regenerates and budget < 1 and any(map(draws_numbers, gm.graph.nodes)):
         changed = whole
         text = (
             "A compiled graph draws random numbers, as dropout does, and torch would draw others when it recomputes"
@@ -133,11 +133,6 @@ def min_cut_partition(
         warn(text, BudgetWarning)
     with functorch_config.patch(changed):
         return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-
-
-def memory_budget(budget: float) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which torch's partitioner keeps at most that share of what it would keep for the backward."""
-    return functorch_config.patch(activation_memory_budget=budget)
 
 
 def run_by_eager_kernels(

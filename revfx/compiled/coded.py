@@ -36,7 +36,7 @@ class Coder:
         """Return fake tensors, about as large as the code of a fake `x`."""
         with torch.no_grad():
             place, lost = torch.empty(x.dim() + 2, dtype=torch.int64, device="cpu"), x.new_empty((), dtype=torch.int64)
-            return *_tensors(codes.expected(x, as_number(x.numel())), x), place, lost
+            return *_code_tensors(codes.expected(x, as_number(x.numel())), x), place, lost
 
     def encode(self, x: Tensor, predicted: Tensor, spent: bool) -> tuple[Tensor, ...]:
         """Return the code of `x` next to `predicted`, whose memory may be written to where it is `spent`."""
@@ -47,7 +47,7 @@ class Coder:
         code = Code(0, x.clone(), None, None, None, None) if code is None else code
         place = torch.tensor([code.width, offset_of(x), *x.stride()], dtype=torch.int64)
         none = place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
-        return *_tensors(code, x), place, none if code.lost is None else code.lost
+        return *_code_tensors(code, x), place, none if code.lost is None else code.lost
 
     def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
         """Return the value of which `encode` made a code, placed as it was."""
@@ -59,6 +59,6 @@ class Coder:
         return x if 0 in stride else placed(x, tuple(predicted.shape), tuple(stride), offset)
 
 
-def _tensors(code: Code, x: Tensor) -> tuple[Tensor, ...]:
+def _code_tensors(code: Code, x: Tensor) -> tuple[Tensor, ...]:
     none = x.new_empty(0, dtype=torch.bool)
     return tuple(none if t is None else t for t in (code.packed, code.where, code.near, code.far, code.values))

@@ -61,7 +61,7 @@ class CompiledFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module gives. A kind of call that could not be compiled runs as it is in its re-run, too."""
-        kernels, kind = self.kernels, _kind(*args, *kwargs.values())
+        kernels, kind = self.kernels, _call_kind(*args, *kwargs.values())
         known = kernels.ran.get(kind)
         if known is not False:
             try:
@@ -101,7 +101,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from inner or [m] * listed
 
 
-def _kind(*args: Any) -> Hashable:
+def _call_kind(*args: Any) -> Hashable:
     """Return what two calls share that run the same kernels."""
     tensors = ((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in args if isinstance(a, Tensor))
     return *tensors, torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")

@@ -23,7 +23,7 @@ from revfx.errors import NotReversibleError, list_refusals
 from revfx.passes.facts import Facts, facts_of
 from revfx.passes.joint.aliases import save_bases
 from revfx.passes.joint.borders import STEP
-from revfx.passes.joint.regenerate import Options
+from revfx.passes.joint.regenerate import RewriteOptions
 from revfx.passes.joint.rewrite import Report, rewrite
 
 
@@ -58,7 +58,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     def __init__(self, *, strict: bool = False) -> None:
         if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"`strict={strict!r}` must be True or False.")
-        self.options = Options()
+        self.options = RewriteOptions()
         self.strict = strict
         self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
 
@@ -77,7 +77,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         return self.partition(gm, joint_inputs, options, **kwargs)
 
     def partition(
-        self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: Options | None = None, **kwargs: Any
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: RewriteOptions | None = None, **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Return the forward and the backward graph, with `options` as the inner compiler needs them."""
         static = kwargs.get("static_lifetime_input_indices") or ()
@@ -87,7 +87,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
             for listener in _listeners.get():
                 listener.append(report)
             if _log.isEnabledFor(logging.INFO):
-                _log.info("a compiled graph: %s", _line(report))
+                _log.info("a compiled graph: %s", _log_line(report))
             if self.strict and not report.regions:
                 text = f"a compiled graph is left as it was:\n{list_refusals(report.refusals)}"
                 raise NotReversibleError(text, refusals=report.refusals)
@@ -105,13 +105,11 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         return f"{_files()}-{self.options}-{self.strict}-{self.facts}"
 
 
-def _line(report: Report) -> str:
-    """Return what the log says of one graph."""
-    left = [str(r) for r in report.refusals[:LOGGED]]
-    if len(report.refusals) > LOGGED:
-        left.append(f"and {len(report.refusals) - LOGGED} more")
+def _log_line(report: Report) -> str:
+    """Return the text that the log has of one graph."""
     found = "; ".join(map(str, report.regions)) or "nothing"
-    return f"reversible: {found}" + (f" | left as it was: {'; '.join(left)}" if left else "")
+    left = "; ".join(map(str, report.refusals[:LOGGED]))
+    return f"reversible: {found} | left as it was: {left or 'nothing'} ({len(report.refusals)} in all)"
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def computed_in(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
         id(p): dtype
         for m in modules
         if _fsdp.is_sharded(m) and (dtype := _fsdp.policy(m).param_dtype) is not None
-        for p in _fsdp.parameters(m)
+        for p in _fsdp.sharded_parameters(m)
         if p.is_floating_point()
     }
 

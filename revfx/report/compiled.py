@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from typing import Any
@@ -14,7 +13,7 @@ from revfx.capture.guards import name_of
 from revfx.compiled import _inductor, partitioner
 from revfx.compiled.functions import with_own_code
 from revfx.converted import unconverted
-from revfx.report.data import GraphInfo, Usage, short
+from revfx.report.data import Usage, short
 from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
 from revfx.report.simulate import Loss, measured
@@ -26,27 +25,20 @@ def explain_compiled(model: nn.Module, args: Any, kwargs: Any, loss: Loss, measu
     With `measure` a few steps are trained too, eagerly, under inductor, and under inductor with revfx.
     """
     own = unconverted(copy.deepcopy(model))
-    with _inductor.graph_breaks() as breaks, partitioner.reports() as reports, _quiet():
-        torch.compile(with_own_code(own), backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
     ways: tuple[Usage, ...] = ()
-    if measure:
-        inductor, backend = torch.compile(with_own_code(own)), torch.compile(with_own_code(own), backend="revfx")
-        with _quiet():
+    with torch.enable_grad(), torch.random.fork_rng(), warnings.catch_warnings(), _inductor.capturing():
+        warnings.simplefilter("ignore")  # of the compiler
+        with _inductor.graph_breaks() as breaks, partitioner.reports() as reports:
+            torch.compile(with_own_code(own), backend="revfx", options={"inner": "aot_eager"})(*args, **kwargs)
+        if measure:
+            inductor, backend = torch.compile(with_own_code(own)), torch.compile(with_own_code(own), backend="revfx")
             ways = measured({"plain": own, "inductor": inductor, "revfx": backend}, args, kwargs, loss)
-    graphs = tuple(GraphInfo(n, tuple(describe(*d, {}, "") for d in r.details)) for n, r in enumerate(reports))
+    graphs = tuple(tuple(describe(*d, {}, "") for d in report.details) for report in reports)
     return Explanation(
         model=name_of(model), inputs=types_of((args, kwargs)),
-        regions=tuple(r for graph in graphs for r in graph.regions),
+        regions=tuple(r for graph in graphs for r in graph),
         refusals=tuple(dict.fromkeys(r for report in reports for r in report.refusals)),
         ways=ways,
-        graphs=graphs, breaks=tuple(dict.fromkeys(f"{short(where)}: {reason}" for reason, where in breaks)),
+        graphs=graphs, breaks=tuple(dict.fromkeys(f"{short(place)}: {reason}" for reason, place in breaks)),
         notes=() if reports else ("`torch.compile` made no graph that has a gradient.",),
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Open a context that leaves random numbers as they are, and says nothing of the compiler's warnings."""
-    with torch.enable_grad(), torch.random.fork_rng(), warnings.catch_warnings(), _inductor.capturing():
-        warnings.simplefilter("ignore")
-        yield

@@ -16,14 +16,14 @@ from revfx.report.fit import FitInfo
 from revfx.units import count, size
 
 
-LISTED = 12  # refusals, and different steps of a region, that are shown
+MAX_LISTED = 12  # refusals, and different steps of a region, that are shown
 LONGEST_PERIOD = 16  # steps that are repeated together, such as all those of one layer
 
 
 @dataclass(frozen=True, slots=True)
 class ValueLine:
     """One value of a region: its type (`f32[8,256]`), its `action` in the backward ("invert", "recompute" or "save"),
-    the formula or call that gives it, the user's line, its step in the region, and its size in bytes.
+    the formula or call that gives it, the user's line, and its step in the region.
     """
 
     name: str
@@ -32,7 +32,6 @@ class ValueLine:
     how: str
     where: str
     step: int
-    nbytes: int
 
     def __str__(self) -> str:
         return f"{self.type} {self.action:9}  {self.how}  {short(self.where)}"
@@ -45,8 +44,7 @@ class RegionInfo:
     `module` is the path of the innermost module that holds it, `first` and `last` are its lines, `kind` is the usual
     name of its couplings. `kept` names the values that the backward starts from: the first and the last cut, side
     inputs and saved values, of `kept_bytes`. `freed_bytes` are regenerated. Regeneration is `lossless`, or right up to
-    rounding. `code_bytes` is the size of the codes that make it so. `values` are made in the region, `entry` before it
-    (step -1).
+    rounding. `code_bytes` is the size of the codes that make it so. `values` are made in the region.
     """
 
     module: str
@@ -62,35 +60,16 @@ class RegionInfo:
     freed_bytes: int
     lossless: bool
     values: tuple[ValueLine, ...] = ()
-    entry: tuple[ValueLine, ...] = ()
     code_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Timeline:
-    """What one training step holds, in bytes beyond what was there before it, after each of its operations.
-
-    `live[i]` is what is alive after operation i, `backward` the number of the first operation of the backward, `kept`
-    what is alive when it begins. `marks` are places on the way: (operation, text). `flops` counts floating-point
-    operations of matrix products, convolutions and attention, in both directions (`torch.utils.flop_counter`).
-    """
-
-    live: tuple[int, ...]
-    backward: int
-    kept: int
-    flops: int
-    marks: tuple[tuple[int, str], ...] = ()
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that are alive at once."""
-        return max(self.live, default=0)
-
-
-@dataclass(frozen=True, slots=True)
 class Usage:
-    """What a training step takes in one way of running it, in bytes beyond what was there before: `kept` after the
-    forward, `peak` of the whole step, and `flops`, all predicted; and measured, with the seconds it took.
+    """The cost of a training step in one way of running it, predicted and measured.
+
+    `kept` after the forward and `peak` of the step are bytes beyond those before it. `flops` counts floating-point
+    operations of matrix products, convolutions and attention, in both directions (`torch.utils.flop_counter`).
+    `live[i]` is predicted after operation i, and `backward` is the number of the first operation of the backward.
     """
 
     way: str
@@ -100,15 +79,8 @@ class Usage:
     measured_kept: int | None = None
     measured_peak: int | None = None
     seconds: float | None = None
-    timeline: Timeline | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GraphInfo:
-    """One graph that `torch.compile` made: its number and the regions in it."""
-
-    number: int
-    regions: tuple[RegionInfo, ...]
+    live: tuple[int, ...] = ()
+    backward: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +98,7 @@ class Findings:
     regions: tuple[RegionInfo, ...]
     refusals: tuple[Refusal, ...]
     ways: tuple[Usage, ...] = ()
-    graphs: tuple[GraphInfo, ...] = ()
+    graphs: tuple[tuple[RegionInfo, ...], ...] = ()
     breaks: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -193,7 +165,7 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + "s" * (number != 1)
 
 
-COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+USAGE_COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "kept": ("kept", size),
     "peak": ("peak", size),
     "FLOPs": ("flops", count),
@@ -207,6 +179,6 @@ def columns(ways: Sequence[Usage]) -> dict[str, dict[str, tuple[float | None, st
     """Return, by column and way, each figure and its text, "" where there is none; no column that nobody has."""
     table = {
         head: {u.way: (n := getattr(u, field), "" if n is None else form(n)) for u in ways}
-        for head, (field, form) in COLUMNS.items()
+        for head, (field, form) in USAGE_COLUMNS.items()
     }
     return {head: column for head, column in table.items() if any(words for _, words in column.values())}

@@ -64,7 +64,7 @@ def describe(
         module=module,
         first=program.ops[region.start].where,
         last=program.ops[region.stop - 1].where,
-        kind=_kind(steps),
+        kind=_coupling_kind(steps),
         couplings=sum(1 for s in steps if s.inverts or s.saved),
         steps=len(steps),
         streams=tuple(type_name(v.dtype, v.shape) for v in map(program.values.__getitem__, region.exit)),
@@ -74,12 +74,11 @@ def describe(
         freed_bytes=region.freed_bytes,
         lossless=code_bytes is not None or all(a.exact for s in steps for a in s.arcs),
         code_bytes=code_bytes or 0,
-        values=tuple(_lines(program, region, kept_cuts, {*kept, *anchored}, names)),
-        entry=tuple(_entry(program, region)),
+        values=tuple(_value_lines(program, region, kept_cuts, {*kept, *anchored}, names)),
     )
 
 
-def _kind(steps: Sequence[Step]) -> str:
+def _coupling_kind(steps: Sequence[Step]) -> str:
     """Return the usual name of the couplings, by what their inverses divide by."""
     arcs = [a for s in steps for a in s.arcs if not a.exact]
     scales = sorted({abs(a.factor) for a in arcs if a.factor is not None and not a.measured})
@@ -91,7 +90,7 @@ def _kind(steps: Sequence[Step]) -> str:
     return ", ".join(kind for kind, there in kinds.items() if there) or "layout"
 
 
-def _lines(
+def _value_lines(
     program: Program, region: Region, kept_cuts: Collection[int], saved: Collection[int], names: Mapping[int, str]
 ) -> Iterator[ValueLine]:
     first = _first_derivations(program, region.steps, kept_cuts)
@@ -110,17 +109,7 @@ def _lines(
                 how = f"{value.name} <- {calls[i]}" if inverse is None else formula(program, inverse, opaque)
                 how += f": {barred[v]}" if v in region.saved and v in barred else ""
                 kind, where = type_name(value.dtype, value.shape), program.ops[i].where
-                yield ValueLine(value.name, kind, action, how, where, number, value.nbytes)
-
-
-def _entry(program: Program, region: Region) -> Iterator[ValueLine]:
-    """Yield the values from before a region that its operations read: they are kept."""
-    read = dict.fromkeys(v for op in program.ops[region.start : region.stop] for v in program.data(op.ins))
-    for v in read:
-        value, made = program.values[v], program.made_at[v]
-        if made < region.start:
-            kind, where = type_name(value.dtype, value.shape), program.ops[made].where if made >= 0 else ""
-            yield ValueLine(value.name, kind, "save", f"{value.name}, from before the region", where, -1, value.nbytes)
+                yield ValueLine(value.name, kind, action, how, where, number)
 
 
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,11 @@ from revfx.report.data import RegionInfo, Usage
 from revfx.report.describe import describe, describe_recorded, types_of
 from revfx.report.explanation import Explanation
 from revfx.report.fit import explain_fit
-from revfx.report.progress import stage
-from revfx.report.simulate import Loss, Simulation, measured
+from revfx.report.simulate import Loss, measured, simulate_step
+from revfx.world import World
+
+
+_log = logging.getLogger("revfx.report")
 
 
 def explain(
@@ -83,17 +86,20 @@ def explain(
     own = conversion_of(model) if isinstance(model, Reversible) else None
     options = Options() if own is None else own.options
     forward = model.forward if own is None else own.forward(model)
-    stage("looking for regions")
+    _log.info("looking for regions")
     outcome = make_plan(model, forward, given, named, options.exact)
-    ways, regions, notes = _predicted(Simulation(model, given, named), forward, outcome.plan, loss, measure)
+    ways, regions, notes = _predicted(World(model, given, named), forward, outcome.plan, loss, measure)
     not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
     if measure:
-        ways = _measured(model, options, given, named, loss, ways, budget)
-    fit, fit_advice = (None, ()) if budget is None else explain_fit(unconverted(model), given, named, budget)
+        ways = _measure(model, options, given, named, loss, ways, budget)
+    fit, advice = (None, []) if budget is None else explain_fit(unconverted(model), given, named, budget)
+    peaks = [u.peak or 0 for u in ways if u.way in ("plain", "revfx")]
+    if regions and len(peaks) == 2 and peaks[1] > 0.8 * peaks[0]:
+        advice.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
     return Explanation(
         model=name_of(model), inputs=types_of((given, named)), regions=regions,
         refusals=(*outcome.refusals, *not_compiled), ways=ways, notes=notes,
-        advice=(*_advice(regions, ways), *fit_advice), fit=fit,
+        advice=tuple(advice), fit=fit,
     )  # fmt: skip
 
 
@@ -110,37 +116,38 @@ def total(output: Any) -> Tensor:
 
 # --- predicted
 def _predicted(
-    simulation: Simulation, forward: Callable[..., Any], plan: Plan | None, loss: Loss, measure: bool
+    world: World, forward: Callable[..., Any], plan: Plan | None, loss: Loss, measure: bool
 ) -> tuple[tuple[Usage, ...], tuple[RegionInfo, ...], tuple[str, ...]]:
     """Return the usage of a plain step and of one with regions, the regions, and notes."""
     try:
-        stage("counting a plain step")
-        plain = simulation.step(forward, loss)
+        _log.info("counting a plain step")
+        plain = simulate_step(world, forward, loss)
     except Exception as e:
         if not (measure or isinstance(e, (*_fake.DATA_DEPENDENT, _fake.NO_FAKE))):
             raise
         regions = () if plan is None else tuple(_unrun(plan, r) for r in plan.regions.values())
         note = f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`."
         return (), regions, (note,)
-    usage = Usage("plain", plain.kept, plain.peak, plain.flops, timeline=plain)
     if plan is None:
-        return (usage,), (), ()
+        return (plain,), (), ()
     regions = list[RegionInfo]()
-
-    def seen(run: Regeneration) -> None:
-        regions.append(_described(plan, run))
-
-    stage("counting a step with regions")
+    _log.info("counting a step with regions")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run that does not take place
-        ours = simulation.step(lambda *a, **k: plan.run(pytree.tree_leaves((a, k))), loss, seen)
-    found = Usage("revfx", ours.kept, ours.peak, ours.flops, timeline=ours)
-    return (usage, found), tuple(regions), ()
+        ours = simulate_step(
+            world,
+            lambda *args, **kwargs: plan.run(pytree.tree_leaves((args, kwargs))),
+            loss,
+            lambda run: regions.append(_described(plan, run)),
+        )
+    return (plain, ours), tuple(regions), ()
 
 
 def _described(plan: Plan, run: Regeneration) -> RegionInfo:
     """Describe a region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
-    kept, codes = frozenset(run.kept_cuts), _codes(run) if run.lossless else None
+    kept, codes = frozenset(run.kept_cuts), None
+    if run.lossless:
+        codes = sum(code.nbytes for code in run.codes.values())
     uncoded = frozenset[int]().union(*run.uncoded.values())
     if run.program is plan.lowered.program:
         return describe_recorded(plan, run.region, kept, uncoded, codes)
@@ -156,12 +163,8 @@ def _unrun(plan: Plan, planned: RegionPlan) -> RegionInfo:
     return describe_recorded(plan, region, (0, len(region.steps)), (), codes)
 
 
-def _codes(run: Regeneration) -> int:
-    return sum(code.nbytes for code in run.codes.values())
-
-
 # --- measured
-def _measured(
+def _measure(
     model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage], budget: Budget | None
 ) -> tuple[Usage, ...]:
     """Return the ways with their measured memory and time."""
@@ -169,18 +172,7 @@ def _measured(
     models = {"plain": own, "revfx": convert(own, exact=options.exact)}
     if budget is not None:
         models["fitted"] = convert(own, memory=budget)
-    predicted = {u.way: u for u in ways}
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        stage("measuring")
-        seen = measured(models, args, kwargs, loss)
-    pairs = [(u, predicted.get(u.way, u)) for u in seen]
-    return tuple(replace(u, kept=p.kept, peak=p.peak, flops=p.flops, timeline=p.timeline) for u, p in pairs)
-
-
-# --- advice
-def _advice(regions: Sequence[RegionInfo], ways: Sequence[Usage]) -> Iterator[str]:
-    peaks = {u.way: u.peak for u in ways}
-    plain, ours = peaks.get("plain"), peaks.get("revfx")
-    if regions and plain and ours and ours > 0.8 * plain:
-        yield "most of the peak lies outside the regions: a larger batch, or more depth, is where they save."
+        _log.info("measuring")
+        return measured(models, args, kwargs, loss, ways)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import LISTED, Findings, RegionInfo, columns, folded, short
+from revfx.report.data import MAX_LISTED, Findings, RegionInfo, columns, counted, folded, short
 from revfx.report.html import fragment, page
 from revfx.report.memory import memory_svg
 from revfx.units import size
@@ -20,7 +20,7 @@ class Explanation(Findings):
     """What revfx finds in a model, what it saves and what it costs. `print` it, or `save` it; see `Findings`."""
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(_text_lines(self))
 
     def save(self, path: str | Path) -> None:
         """Write a self-contained page (.html), a picture of the memory over one step (.svg), or the data (.json).
@@ -47,20 +47,20 @@ FORMS: Mapping[str, Callable[[Findings], str]] = {
 
 
 # --- as text
-def _lines(e: Explanation) -> Iterator[str]:
+def _text_lines(e: Explanation) -> Iterator[str]:
     yield f"{e.model}({', '.join(e.inputs)}): {e.summary}"
-    for graph in e.graphs:
-        yield f"graph {graph.number}: {len(graph.regions) or 'no'} region{'s' * (len(graph.regions) != 1)}"
-        yield from _regions(graph.regions)
+    for number, regions in enumerate(e.graphs):
+        yield f"graph {number}: {counted(len(regions), 'region')}"
+        yield from _region_lines(regions)
     yield from (f"graph break: {reason}" for reason in e.breaks)
     if not e.graphs:
-        yield from _regions(e.regions)
+        yield from _region_lines(e.regions)
     if e.refusals:
         yield "left as it was"
-        yield from (f"  {short(r.where)}: `{r.op}`: {r.detail}" for r in e.refusals[:LISTED])
-        if len(e.refusals) > LISTED:
-            yield f"  and {len(e.refusals) - LISTED} more"
-        kinds = dict.fromkeys(r.kind for r in e.refusals[:LISTED])
+        yield from (f"  {short(r.where)}: `{r.op}`: {r.detail}" for r in e.refusals[:MAX_LISTED])
+        if len(e.refusals) > MAX_LISTED:
+            yield f"  and {len(e.refusals) - MAX_LISTED} more"
+        kinds = dict.fromkeys(r.kind for r in e.refusals[:MAX_LISTED])
         yield from (f"  -> {kind.remedy}" for kind in kinds)
     if e.ways:
         found = columns(e.ways)  # but for those that nobody has
@@ -74,17 +74,17 @@ def _lines(e: Explanation) -> Iterator[str]:
     yield from (f"note: {text}" for text in e.notes)
 
 
-def _regions(regions: Iterable[RegionInfo]) -> Iterator[str]:
+def _region_lines(regions: Iterable[RegionInfo]) -> Iterator[str]:
     for number, r in enumerate(regions):
         yield f"region {number}  {r.module or 'the root'}  {short(r.first)} .. {short(r.last)}"
         exactly = "bit for bit" if r.lossless else "up to rounding"
         yield f"  {r.couplings} couplings ({r.kind}) in {r.steps} steps; streams {', '.join(r.streams)}; {exactly}"
         kept, codes = ", ".join(r.kept), f", and codes of {size(r.code_bytes)}" if r.code_bytes else ""
         yield f"  keeps {kept} ({size(r.kept_bytes)}) in {r.kept_cuts} cuts{codes}; regenerates {size(r.freed_bytes)}"
-        blocks = list(itertools.islice(folded(r.values), LISTED + 1))
-        for lines, times in blocks[:LISTED]:
+        blocks = list(itertools.islice(folded(r.values), MAX_LISTED + 1))
+        for lines, times in blocks[:MAX_LISTED]:
             yield from (f"    {line}" for line in lines)
             if times > 1:
                 yield f"    ... and {times - 1} more like this"
-        if len(blocks) > LISTED:
+        if len(blocks) > MAX_LISTED:
             yield "    ..."

@@ -5,8 +5,8 @@ holds it, and what other budgets would cost. And the largest batch that a budget
 from __future__ import annotations
 
 import functools
+import logging
 import re
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +21,13 @@ from revfx.fit.budget import Budget, checked_memory
 from revfx.fit.fit import Unrecorded
 from revfx.fit.plan import Plan
 from revfx.fit.survey import Chosen, Survey
-from revfx.report.figures import PALETTE, Figure, picture
-from revfx.report.progress import stage
 from revfx.units import size
 
 
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # budgets of the curve
-LISTED = 12  # modules that are shown
-MOST = 65536  # what is not looked beyond
+_log = logging.getLogger("revfx.report")
+SHARES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # budgets of the curve
+MAX_MODULES = 12  # modules that are shown
+MAX_BATCH = 65536  # what is not looked beyond
 RESOLUTION = 32  # the largest is found to this part of itself
 ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
     "log_softmax|nll_loss|cross_entropy": "the loss holds the peak: `torch.nn.functional.linear_cross_entropy` makes no"
@@ -52,10 +51,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What the fastest plan within a budget takes: bytes at its peak, and times the plain step, both predicted."""
+    """The predicted time of the fastest plan within a budget of bytes, in plain steps."""
 
     budget: int
-    peak: int
     time: float
 
 
@@ -64,7 +62,7 @@ class FitInfo:
     """What a `budget` of bytes comes to, beside the `plain` step's peak. `way`: "plain", or "reversible", where
     couplings are inverted as well; "" where no plan stays within it. `peak`, and `time` in plain steps, are predicted;
     `held` says what the peak consists of, largest first. `curve` are other budgets, `least` the least feasible one
-    (bytes), `seconds` what it took to find all this.
+    (bytes).
     """
 
     budget: int
@@ -76,7 +74,6 @@ class FitInfo:
     held: tuple[str, ...]
     curve: tuple[Point, ...]
     least: int
-    seconds: float
 
     def lines(self) -> Iterator[str]:
         """Yield this as text."""
@@ -86,11 +83,11 @@ class FitInfo:
             yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time"
             yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'masked':>12}"
             rows = sorted(self.modules, key=lambda m: -m.kept - m.recomputed - m.masked)
-            for m in rows[:LISTED]:
+            for m in rows[:MAX_MODULES]:
                 numbers = "".join(f"{size(n) if n else '-':>12}" for n in (m.kept, m.recomputed, m.masked))
                 yield f"  {m.module or 'the root':28}{numbers}"
-            if len(rows) > LISTED:
-                yield f"  and {len(rows) - LISTED} more modules"
+            if len(rows) > MAX_MODULES:
+                yield f"  and {len(rows) - MAX_MODULES} more modules"
             if self.way == "reversible":
                 yield "  couplings are inverted as well"
         else:
@@ -104,20 +101,21 @@ class FitInfo:
 
 def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tuple[FitInfo, list[str]]:
     """Return what a budget comes to for `model(*args, **kwargs)`, and advice."""
-    stage("planning for the budget")
-    start = time.perf_counter()
+    _log.info("planning for the budget")
     survey = survey_of(model, args, kwargs)
     chosen, least = survey.best(budget), survey.least()
     plan, asked = chosen or least, least.load.peak
-    curve = [(b, c) for s in SHARES if (c := survey.best(b := Budget("", share=s))) is not None]
-    points = [Point(asked, least.load.peak, 1 + least.seconds / survey.plain.seconds)]
-    for b, c in reversed(curve):  # what fits in less fits in more, and may be the faster plan that was found
-        point = Point(b.of(survey.peak), c.load.peak, 1 + c.seconds / survey.plain.seconds)
-        points.append(min(point, replace(points[-1], budget=point.budget), key=lambda p: p.time))
+    points = [Point(asked, 1 + least.seconds / survey.plain.seconds)]
+    for share in SHARES:
+        other = survey.best(Budget("", share=share))
+        if other is not None:
+            # A plan for less memory also fits in more, and may be the faster one that was found.
+            time = min(1 + other.seconds / survey.plain.seconds, points[-1].time)
+            points.append(Point(Budget("", share=share).of(survey.peak), time))
     found = FitInfo(
         budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
         1 + plan.seconds / survey.plain.seconds, tuple(_modules(plan.plan)), tuple(plan.holders[:3]),
-        tuple(reversed(points)), asked, time.perf_counter() - start,
+        tuple(reversed(points)), asked,
     )  # fmt: skip
     text = " ".join(found.held)
     return found, [advice for names, advice in ADVICE.items() if re.search(names, text)]
@@ -150,22 +148,6 @@ def _modules(plan: Plan) -> Iterable[Share]:
         column = 0 if v in plan.kept else 2 if v in told or plan.marks.issuperset(packs) else 1
         rows[re.match(r"(.*?\.\d+(?=\.|$))?", path)[0] or path.partition(".")[0]][column] += tape.size(v)  # type: ignore[index]
     return [Share(name, *row) for name, row in rows.items()]
-
-
-def curve_svg(info: FitInfo, model: str) -> str:
-    """Draw time over budgets, as SVG."""
-
-    def draw(fig: Figure) -> None:
-        axes = fig.subplots()
-        xs, ys = [p.peak / info.plain for p in info.curve], [p.time for p in info.curve]
-        axes.plot(xs, ys, "o-", color=PALETTE["revfx"])
-        axes.axvline(info.budget / info.plain, color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_title(f"Time over memory: {model}")
-        axes.set_xlabel("peak, of the plain step's; dashed: the budget", color=PALETTE["muted"])
-        axes.set_ylabel("time, of the plain step's (predicted)", color=PALETTE["muted"])
-        axes.grid()
-
-    return picture("`Explanation.save`", "budget", f"Time over memory of {model}", (7, 3.2), draw)
 
 
 # --- the largest batch
@@ -212,33 +194,35 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
 
     @functools.cache
     def survey(batch: int) -> Survey:
-        stage(f"a batch of {batch}")
+        _log.info("planning a batch of %d", batch)
         return survey_of(model, tuple(batched(inputs, batch)), {})
 
     @functools.cache
     def planned(batch: int) -> Chosen | None:
         return survey(batch).best(budget)
 
-    batch, over = search(lambda n: planned(n) is not None, 0, None, lambda: False)
-    plain, _ = search(lambda n: survey(n).peak <= most, 0, over, lambda: False)
+    batch, over = search(lambda n: planned(n) is not None)
+    plain, _ = search(lambda n: survey(n).peak <= most, high=over)
     found = Largest(most, plain, batch)
     if (chosen := planned(batch) if batch else None) is not None:
         found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).plain.seconds)
     return found
 
 
-def search(
-    fits: Callable[[int], bool], low: int, high: int | None, enough: Callable[[], bool]
-) -> tuple[int, int | None]:
-    """Return the largest size found to fit, and the smallest found not to, if any; `low` is known to fit, or 0, and
-    `high` not to.
+def search(fits: Callable[[int], bool], low: int = 0, high: int | None = None) -> tuple[int, int | None]:
+    """Return the largest size found to fit, and the smallest found not to, if any.
 
-    Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION` or until `enough`.
+    Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION`.
+
+    Args:
+        fits: whether a size fits; the smaller ones do as well.
+        low: a size known to fit, or 0.
+        high: a size known not to fit.
     """
-    while high is None and low < MOST and not enough():
+    while high is None and low < MAX_BATCH:
         size = max(1, 2 * low)
         low, high = (size, None) if fits(size) else (low, size)
-    while high is not None and high - low > max(1, low // RESOLUTION) and not enough():
+    while high is not None and high - low > max(1, low // RESOLUTION):
         size = (low + high) // 2
         low, high = (size, high) if fits(size) else (low, size)
     return low, high

@@ -1,100 +1,143 @@
-"""Memory over time of one training step, plain against revfx, as SVG."""
+"""The picture of memory over one training step, plain against revfx, as SVG, and the colours of pictures and pages."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from revfx.errors import RevfxError
-from revfx.report.data import Findings, Timeline
-from revfx.report.figures import PALETTE, Axes, Figure, picture
+from revfx.report.data import Findings, Usage
 from revfx.units import binary_unit, size
 
 
-COLUMNS = 400  # points of a line; each shows the most of the operations that fall into it
-TICKS = 80  # steps of regions that are marked
-ENLARGED = 4  # how many times more the plain step takes before revfx's is drawn again, enlarged
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Every colour that a picture or a page uses, by name, and its dark form: a page puts variables in their place.
+COLOURS = {
+    "paper": ("#ffffff", "#0d1117"), "ink": ("#1f2328", "#e6edf3"),
+    "muted": ("#59636e", "#9aa4af"), "faint": ("#d1d9e0", "#343b43"),
+    "outside": ("#f0f2f4", "#1c2128"), "outside-edge": ("#808a94", "#7d8791"),
+    "advice": ("#94600a", "#dba53a"),
+    "plain": ("#6c7681", "#97a1ac"), "revfx": ("#7c3aed", "#b794f6"),
+}  # fmt: skip
+PALETTE, DARK = ({name: both[i] for name, both in COLOURS.items()} for i in range(2))
+STYLE = {  # of matplotlib: text stays text, and equal pictures have equal ids
+    "svg.fonttype": "none", "svg.hashsalt": "revfx", "text.color": PALETTE["ink"], "text.parse_math": False,
+    "axes.axisbelow": True, "axes.edgecolor": PALETTE["outside-edge"], "axes.labelsize": 8.5,
+    "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.titleweight": "bold",
+    "grid.color": PALETTE["faint"], "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 4,
+    "xtick.color": PALETTE["ink"], "xtick.labelsize": 8, "ytick.color": PALETTE["ink"], "ytick.labelsize": 8,
+}  # fmt: skip
+LINE_POINTS = 400  # of a line, at most; each shows the largest of the operations that fall into it
+ENLARGED_FROM = 4  # times revfx's peak that the plain one is when revfx's line is drawn once more, enlarged
 
 
 def memory_svg(e: Findings) -> str:
-    """Draw the live bytes after each operation of one training step, plainly and with revfx, as SVG."""
-    ways = {u.way: u.timeline for u in e.ways if u.timeline is not None}
+    """Draw the live bytes after each operation of one training step, plainly and with revfx, as SVG.
+
+    The same findings give the same bytes.
+
+    Raises:
+        RevfxError: there is no timeline of a step, or matplotlib is not installed.
+    """
+    ways = {u.way: u for u in e.ways if u.live}
     if not ways:
         raise RevfxError(
             "No picture can be drawn: this explanation has no timeline of a training step. Its notes say why the step"
             " could not be counted; save it as .html or .json instead."
         )
-    last_way = list(ways.values())[-1]
-    enlarged = len(ways) == 2 and ways["plain"].peak > ENLARGED * ways["revfx"].peak
-
-    def draw(fig: Figure) -> None:
-        shares = [3, 2] if enlarged else [1]
-        rows: Any = fig.subplots(len(shares), 1, sharex=True, squeeze=False, height_ratios=shares)
-        top, last = rows[0][0], rows[-1][0]
-        _lines(top, ways)
-        top.set_title(f"Memory of one training step: {e.model}")
-        if enlarged:
-            _lines(last, {"revfx": ways["revfx"]})
-            last.set_title("revfx alone, enlarged", fontsize=8.5, weight="normal", color=PALETTE["revfx"])
-        split = _split(last_way)
-        for x, words in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
-            last.annotate(words, (x, 0), (0, -6), xycoords=last.get_xaxis_transform(), textcoords="offset points",
-                          ha="center", va="top", fontsize=9)  # fmt: skip
-        counts = ", ".join(f"{t.backward:,} + {len(t.live) - t.backward:,} ({way})" for way, t in ways.items())
-        scaled = "; each phase drawn at the same length" * (len(ways) > 1)
-        ticks = "; ticks: couplings begin" * any(t.marks for t in ways.values())
-        caption = f"operations of the step: {counts}{scaled}\nbeyond parameters and their gradients{ticks}"
-        last.set_xlabel(caption, fontsize=7.5, color=PALETTE["muted"], labelpad=18)
-
-    told = "; ".join(f"{way}: at most {size(t.peak)}" for way, t in ways.items())
-    height = 4.4 if enlarged else 3.1
-    return picture("`memory_svg`", "memory", f"Memory of one training step of {e.model}: {told}", (7, height), draw)
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RevfxError("`memory_svg` needs matplotlib: pip install 'revfx[viz]'") from error
+    title = f"Memory of one training step: {printable(e.model)}"
+    peaks = ", ".join(f"{way} {size(max(u.live))}" for way, u in ways.items())
+    metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type")) | {"Title": f"{title}; peaks: {peaks}"}
+    out = io.StringIO()
+    with style.context(["default", STYLE]):
+        figure = Figure(layout="constrained")
+        _draw(figure, ways, title)
+        figure.savefig(out, format="svg", metadata=metadata)
+    # Two decimals of a point are enough for coordinates.
+    short = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), out.getvalue())
+    return "\n".join(line.rstrip() for line in short.splitlines()) + "\n"
 
 
-def _split(t: Timeline) -> float:
-    """Return which part of the picture's width the forward takes."""
-    return min(max(t.backward / len(t.live), 0.15), 0.85)
+def _draw(figure: Figure, ways: Mapping[str, Usage], title: str) -> None:
+    """Draw all ways on one panel, and revfx's on a second one where it is small."""
+    last = [*ways.values()][-1]
+    enlarged = len(ways) == 2 and max(ways["plain"].live) > ENLARGED_FROM * max(ways["revfx"].live)
+    heights = [3, 2] if enlarged else [1]
+    figure.set_size_inches(7, 4.4 if enlarged else 3.1)
+    panels: Any = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
+    top, bottom = panels[0][0], panels[-1][0]
+    split = min(max(last.backward / len(last.live), 0.15), 0.85)  # part of the width for the forward
+
+    _draw_lines(top, ways, split)
+    top.set_title(title)
+    if enlarged:
+        _draw_lines(bottom, {"revfx": ways["revfx"]}, split)
+        bottom.set_title("revfx alone, enlarged", fontsize=8.5, weight="normal", color=PALETTE["revfx"])
+
+    for x, phase in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
+        bottom.annotate(phase, (x, 0), (0, -6), xycoords=bottom.get_xaxis_transform(), textcoords="offset points",
+                        ha="center", va="top", fontsize=9)  # fmt: skip
+    counts = ", ".join(f"{u.backward:,} + {len(u.live) - u.backward:,} ({way})" for way, u in ways.items())
+    caption = f"operations of the step: {counts}"
+    if len(ways) > 1:
+        caption += "; each phase drawn at the same length"
+    caption += "\nbeyond parameters and their gradients"
+    bottom.set_xlabel(caption, fontsize=7.5, color=PALETTE["muted"], labelpad=18)
 
 
-def _lines(axes: Axes, ways: Mapping[str, Timeline]) -> None:
-    """Draw live bytes over the operations, with labels of the peaks, the backward's begin, and where steps begin."""
-    highest = max(1, *(t.peak for t in ways.values()))
+def _draw_lines(axes: Axes, ways: Mapping[str, Usage], split: float) -> None:
+    """Draw live bytes over the operations, with labels of the peaks and a line where the backward begins."""
+    highest = max(1, *(max(u.live) for u in ways.values()))
     unit, scale = binary_unit(highest)
-    last = list(ways.values())[-1]
-    split = _split(last)
-    for way, t in ways.items():
-        xs, ys = thinned(t, split)
-        colour = PALETTE[way]
+    for way, u in ways.items():
+        xs, ys = thinned(u, split)
         ys = [y / scale for y in ys]
+        colour, top = PALETTE[way], max(ys)
+        x = xs[ys.index(top)]
         axes.fill_between(xs, ys, color=colour, alpha=0.16, linewidth=0)
         axes.plot(xs, ys, color=colour)
-        top = max(ys)
-        x = xs[ys.index(top)]
         axes.plot([x], [top], "o", color=colour)
-        axes.annotate(
-            f"{way} {size(t.peak)}", (x, top), (-7 if x > 0.4 else 7, 6), textcoords="offset points",
-            ha="right" if x > 0.4 else "left", fontsize=9, weight="bold", color=colour,
-        )  # fmt: skip
-    axes.set_ylim(0, 1.2 * highest / scale)
+        side, offset = ("right", -7) if x > 0.7 else ("left", 7)
+        axes.annotate(f"{way} {size(max(u.live))}", (x, top), (offset, 6), textcoords="offset points",
+                      ha=side, fontsize=9, weight="bold", color=colour)  # fmt: skip
+    axes.set(xlim=(0, 1), xticks=[], ylim=(0, 1.2 * highest / scale))
     axes.set_ylabel(unit, color=PALETTE["ink"])
-    axes.set_xlim(0, 1)
-    axes.set_xticks([])
     axes.grid(axis="y")
     axes.axvline(split, color=PALETTE["outside-edge"], linewidth=1, linestyle=(0, (4, 3)))
-    for at, _ in last.marks[:: 1 + len(last.marks) // TICKS]:
-        forward = split * at / max(1, last.backward)
-        backward = split + (1 - split) * (at - last.backward) / max(1, len(last.live) - last.backward)
-        x = forward if at < last.backward else backward
-        axes.axvline(x, 0, 0.035, color=PALETTE["outside-edge"], linewidth=0.7)
 
 
-def thinned(t: Timeline, split: float) -> tuple[list[float], list[float]]:
-    """Return the line of a timeline: each phase has its part of the width, a point is the most that falls into it."""
+def thinned(u: Usage, split: float) -> tuple[list[float], list[float]]:
+    """Return the line of a step: each phase has its part of the width, a point is the most that falls into it."""
     xs, ys = [0.0], [0.0]
-    for values, start, stop in ((t.live[: t.backward], 0.0, split), (t.live[t.backward :], split, 1.0)):
-        columns = min(len(values), max(1, int(COLUMNS * (stop - start))))
-        for c in range(columns):
-            these = values[c * len(values) // columns : (c + 1) * len(values) // columns]
-            xs.append(start + (stop - start) * (c + 1) / columns)
-            ys.append(float(max(these)))
+    for values, start, stop in ((u.live[: u.backward], 0.0, split), (u.live[u.backward :], split, 1.0)):
+        points = min(len(values), max(1, int(LINE_POINTS * (stop - start))))
+        for i in range(points):
+            xs.append(start + (stop - start) * (i + 1) / points)
+            ys.append(float(max(values[i * len(values) // points : (i + 1) * len(values) // points])))
     return xs, ys
+
+
+def printable(text: str) -> str:
+    """Replace the characters that no page or picture can hold, such as those that steer a terminal."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+
+
+def themed(picture: str) -> str:
+    """Return an SVG to put into a page: without its prologue, its colours as variables of the page."""
+    picture = picture[picture.index("<svg") :]
+    picture = re.sub(r"<metadata>.*?</metadata>\s*", "", picture, flags=re.DOTALL)
+    for name, colour in PALETTE.items():
+        picture = picture.replace(f": {colour}", f": var(--{name})")
+    return picture

@@ -8,12 +8,12 @@ what real steps take: memory from the allocator's events, and time in turns.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,15 +28,14 @@ from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import Watch
 from revfx.inspection import watched
 from revfx.passes._torch import draws
-from revfx.passes.closure import Derivation
 from revfx.passes.sizes import muted, tensors_of
-from revfx.report.data import Timeline, Usage
+from revfx.report.data import Usage
 from revfx.testing import measure_memory
 from revfx.world import World
 
 
 aten = torch.ops.aten
-REPEATS = 5  # steps of each way that are timed
+TIMED_STEPS = 5  # of each way
 Loss = Callable[[Any], Tensor]  # from a model's output to a scalar
 
 
@@ -48,7 +47,6 @@ class Ledger(TorchDispatchMode):
         self.held: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self.now = self.flops = 0
         self.live: list[int] = []
-        self.marks: list[tuple[int, str]] = []
 
     def enter(self, t: Tensor, counted: bool = True) -> None:
         """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go."""
@@ -77,64 +75,61 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-class Simulation(World):
-    """A model and its arguments in a world without data, where steps are counted."""
+class RandomStates(Watch):
+    """Counts the states of the random generator that a region keeps: no operation makes them."""
 
-    def step(self, run: Callable[..., Any], loss: Loss, seen: Callable[[Regeneration], None] | None = None) -> Timeline:
-        """Return what `loss(run(*args, **kwargs))` and its backward hold; `seen` is called with the regions that ran,
-        while they are there, and then their steps are marked. Code that asks for values raises torch's own error.
-        """
-        ledger, runs = Ledger(), list[Regeneration]()
-
-        def watch(run: Regeneration) -> Watch:
-            runs.append(run)
-            return Marks(ledger, len(runs) - 1)
-
-        def count() -> Timeline:
-            quiet = muted(_fake.FAKE_LOGGER)  # which prints a traceback besides raising
-            with quiet, _torch.uncollected(), self.entered() as (args, kwargs), simulating(), torch.enable_grad():
-                for _, fake in self.fakes.values():
-                    ledger.enter(fake, counted=False)
-                    if fake.grad is not None:
-                        ledger.enter(fake.grad, counted=False)
-                with watched(watch) if seen else contextlib.nullcontext(), ledger:
-                    value = loss(run(*args, **kwargs))
-                    kept, backward = ledger.now, len(ledger.live)
-                    value.backward()
-                if seen is not None:
-                    for region in runs:
-                        seen(region)
-            return Timeline(tuple(ledger.live), backward, kept, ledger.flops, tuple(ledger.marks))
-
-        with none_left(self.mode):
-            try:
-                return count()
-            finally:
-                runs.clear()
-                self.fakes.clear()
-
-
-class Marks(Watch):
-    """Notes where on the way of a simulated step each step of a region begins, in both directions."""
-
-    def __init__(self, ledger: Ledger, region: int) -> None:
-        self.ledger, self.region = ledger, region
-        self.at: tuple[str, int] | None = None
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
 
     def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
-        """Record the step in which the forward made a value."""
-        self.ledger.enter(run.random.cpu)  # the generator's state, which no operation makes
-        self._come(run, run.program.made_at[value], "forward")
+        """Count the latest state."""
+        self.ledger.enter(run.random.cpu)
 
-    def regenerated(self, run: Regeneration, derivation: Derivation, value: int, tensor: Tensor) -> None:
-        """Record the step in which the backward made a value again."""
-        self._come(run, derivation.op, "backward")
 
-    def _come(self, run: Regeneration, op: int, direction: str) -> None:
-        at = direction, run.plan.step_of.get(op, -1)
-        if at != self.at and at[1] >= 0:
-            self.at = at
-            self.ledger.marks.append((len(self.ledger.live), f"{direction} {self.region} {at[1]}"))
+def simulate_step(
+    world: World, run: Callable[..., Any], loss: Loss, seen: Callable[[Regeneration], None] | None = None
+) -> Usage:
+    """Count `loss(run(*args, **kwargs))` and its backward.
+
+    Args:
+        world: the model and its arguments.
+        run: the model's forward, plain or with regions.
+        loss: from the output to a scalar.
+        seen: called with each region that ran, while it exists.
+
+    Raises:
+        Exception: torch's own error where code asks for values, and any error of the model.
+    """
+    ledger, runs = Ledger(), list[Regeneration]()
+
+    def watch(run: Regeneration) -> Watch:
+        runs.append(run)
+        return RandomStates(ledger)
+
+    def count() -> Usage:
+        quiet = muted(_fake.FAKE_LOGGER)  # which prints a traceback besides raising
+        with quiet, _torch.uncollected(), world.entered() as (args, kwargs), simulating(), torch.enable_grad():
+            for _, fake in world.fakes.values():
+                ledger.enter(fake, counted=False)
+                if fake.grad is not None:
+                    ledger.enter(fake.grad, counted=False)
+            with watched(watch), ledger:
+                value = loss(run(*args, **kwargs))
+                kept, backward = ledger.now, len(ledger.live)
+                value.backward()
+            if seen is not None:
+                for region in runs:
+                    seen(region)
+        way = "plain" if seen is None else "revfx"
+        peak = max(ledger.live, default=0)
+        return Usage(way, kept, peak, ledger.flops, live=tuple(ledger.live), backward=backward)
+
+    with none_left(world.mode):
+        try:
+            return count()
+        finally:
+            runs.clear()
+            world.fakes.clear()
 
 
 # --- what some CPU kernels allocate within themselves, seen in torch 2.13's memory events
@@ -173,17 +168,26 @@ def seconds_of(step: Callable[[], Tensor], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measured(ways: Mapping[str, Callable[..., Any]], args: Any, kwargs: Any, loss: Loss) -> tuple[Usage, ...]:
-    """Measure, by way, the bytes and the median seconds that `loss(way(*args, **kwargs))` and its backward take.
+def measured(
+    models: Mapping[str, Callable[..., Any]], args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage] = ()
+) -> tuple[Usage, ...]:
+    """Measure, by way, the bytes and the median seconds that `loss(model(*args, **kwargs))` and its backward take.
 
-    "plain" is the model itself; all run on the device of its first parameter.
+    Args:
+        models: the model of each way; "plain" is the model itself. All run on the device of its first parameter.
+        args, kwargs: arguments of the models.
+        loss: from a model's output to a scalar.
+        ways: the predicted usage of some ways, to which the measured one is added.
     """
-    plain: Any = ways["plain"]
+    plain: Any = models["plain"]
     device = str(next((p.device for p in plain.parameters()), "cpu"))
-    steps = {name: lambda way=way: loss(way(*args, **kwargs)) for name, way in ways.items()}
+    predicted = {u.way: u for u in ways}
+    steps = {name: lambda model=model: loss(model(*args, **kwargs)) for name, model in models.items()}
     memory = {name: measure_memory(step, device=device) for name, step in steps.items()}
-    rounds = [[seconds_of(step, device) for step in steps.values()] for _ in range(REPEATS)]
-    return tuple(
-        Usage(name, measured_kept=m.kept, measured_peak=m.peak, seconds=statistics.median(seconds))
-        for (name, m), *seconds in zip(memory.items(), *rounds, strict=True)
-    )
+    rounds = [[seconds_of(step, device) for step in steps.values()] for _ in range(TIMED_STEPS)]
+    found: list[Usage] = []
+    for (name, m), *seconds in zip(memory.items(), *rounds, strict=True):
+        usage = predicted.get(name, Usage(name))
+        median = statistics.median(seconds)
+        found.append(replace(usage, measured_kept=m.kept, measured_peak=m.peak, seconds=median))
+    return tuple(found)

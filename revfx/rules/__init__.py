@@ -113,7 +113,7 @@ class NoInverse:
 Direction = Inverse | Tile | Patch | Masked | NoInverse
 Rule = Callable[[fx.Node], Iterator[Direction]]
 
-_table: dict[object, Rule] = {}
+_rules: dict[object, Rule] = {}
 
 
 def register_inverse(*ops: object, by: str | Callable[..., Any] | None = None) -> Callable[[Rule], Rule]:
@@ -129,9 +129,9 @@ def register_inverse(*ops: object, by: str | Callable[..., Any] | None = None) -
 
     def decorate(rule: Rule) -> Rule:
         for op in ops:
-            if op in _table:
-                raise RevfxError(f"`register_inverse`: `{op_name(op)}` has a rule already ({_table[op].__module__}).")
-        _table.update(dict.fromkeys(ops, rule))
+            if op in _rules:
+                raise RevfxError(f"`register_inverse`: `{op_name(op)}` has a rule already ({_rules[op].__module__}).")
+        _rules.update(dict.fromkeys(ops, rule))
         return rule
 
     if by is not None:
@@ -160,7 +160,7 @@ def _by_method(by: str | Callable[..., Any]) -> Rule:
 
     def rule(node: fx.Node) -> Iterator[Direction]:
         ref, first = node.meta["module"], next(iter(pytree.tree_leaves(node.meta["val"])), None)
-        y = next((n for n in _parts(node) if n.meta.get("val") is first), None)
+        y = next((n for n in _result_nodes(node) if n.meta.get("val") is first), None)
 
         def back(*args: Any, **kwargs: Any) -> Any:
             return getattr(ref(), by)(*args, **kwargs) if isinstance(by, str) else by(ref(), *args, **kwargs)
@@ -171,49 +171,49 @@ def _by_method(by: str | Callable[..., Any]) -> Rule:
     return rule
 
 
-def _parts(node: fx.Node) -> Iterator[fx.Node]:
+def _result_nodes(node: fx.Node) -> Iterator[fx.Node]:
     """Yield a node and what takes its result apart."""
     yield node
     for part in (n for n in node.users if n.target is operator.getitem):
-        yield from _parts(part)
+        yield from _result_nodes(part)
 
 
 def registered() -> dict[object, Rule]:
     """Return a copy of the whole table."""
-    return dict(_table)
+    return dict(_rules)
 
 
 def unregister_inverse(*ops: object) -> None:
     """Take the rules of `ops` out of the table, as a test or a notebook cell that registers again needs."""
     for op in ops:
-        _table.pop(op, None)
+        _rules.pop(op, None)
 
 
 def has_foreign() -> bool:
     """Return whether the table is not the one that comes with revfx: rules were added, taken away or replaced."""
-    return _table != _ours
+    return _rules != _ours
 
 
 def foreign_modules() -> list[type[torch.nn.Module]]:
     """Return the classes of modules for which rules were added."""
-    added = (op for op in _table if op not in _ours and isinstance(op, type))
+    added = (op for op in _rules if op not in _ours and isinstance(op, type))
     return [op for op in added if issubclass(op, torch.nn.Module)]
 
 
 def has_rule(op: object) -> bool:
     """Return whether `op` (in one of the spellings that `register_inverse` takes) has a rule."""
-    return op in _table
+    return op in _rules
 
 
 def rule_for(node: fx.Node, module: torch.nn.Module | None = None) -> Rule | None:
     """Return the rule for a node, or None; `module` is what a call_module node calls."""
-    return _table.get(_key(node, module))
+    return _rules.get(_key(node, module))
 
 
 def declared_by_user(node: fx.Node, module: torch.nn.Module | None = None) -> str:
     """Return the name of a node's operation where its rule is one that the user registered, else nothing."""
     key = _key(node, module)
-    return op_name(node.target) if _table.get(key) is not _ours.get(key) else ""
+    return op_name(node.target) if _rules.get(key) is not _ours.get(key) else ""
 
 
 def _key(node: fx.Node, module: torch.nn.Module | None) -> object:
@@ -239,7 +239,7 @@ def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
     return values
 
 
-def given(node: fx.Node) -> list[Any]:
+def operands(node: fx.Node) -> list[Any]:
     """Return the tensor that an operation is applied to, and what else it is given, by position or by name."""
     return [*arguments(node, "input"), *node.args[1:], *(v for k, v in node.kwargs.items() if k not in TENSOR)]
 
@@ -249,7 +249,7 @@ def nothing(*given: Any) -> float:
     return 0.0
 
 
-def meta(node: Any) -> Tensor:
+def fake_result(node: Any) -> Tensor:
     """Return the fake tensor that stands for a node's result: shape, dtype, strides, device, no data."""
     return node.meta["val"]
 
@@ -287,4 +287,4 @@ def why_none(name: str) -> Cause:
 
 for _file in ("arithmetic", "activations", "layout", "linear"):  # they fill the table
     importlib.import_module(f"revfx.rules.{_file}")
-_ours = dict(_table)
+_ours = dict(_rules)

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, fx
 
 from revfx.errors import Reason
-from revfx.rules import Direction, Inverse, Masked, NoInverse, Scalar, arguments, aten, meta, nothing, register_inverse
+from revfx.rules import (
+    Direction,
+    Inverse,
+    Masked,
+    NoInverse,
+    Scalar,
+    arguments,
+    aten,
+    fake_result,
+    nothing,
+    register_inverse,
+)
 
 
 def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
@@ -119,7 +130,7 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
 
 
 @register_inverse(torch.where, "where", aten.where.self)
-def where(node: fx.Node) -> Iterator[Direction]:
+def select_by_mask(node: fx.Node) -> Iterator[Direction]:
     """`y = where(m, a, b)`: a where m holds, b elsewhere; what m does not select of either is not in y."""
     if len(node.args) != 3:
         return
@@ -141,7 +152,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def cast(node: fx.Node) -> Iterator[Direction]:
     """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits, which a code may hold."""
     (a,) = arguments(node, "input")
-    before, after = meta(a), meta(node)
+    before, after = fake_result(a), fake_result(node)
     floats = before.dtype in FLOATS and after.dtype in FLOATS
     if floats and torch.promote_types(before.dtype, after.dtype) == after.dtype:
         yield Inverse(a, lambda y: y.to(before.dtype).to(before.device), exact=True)

@@ -13,11 +13,22 @@ from torch.nn import functional as F
 
 from revfx import _torch
 from revfx.errors import Reason
-from revfx.rules import Direction, Inverse, NoInverse, Patch, Tile, arguments, aten, given, meta, register_inverse
+from revfx.rules import (
+    Direction,
+    Inverse,
+    NoInverse,
+    Patch,
+    Tile,
+    arguments,
+    aten,
+    fake_result,
+    operands,
+    register_inverse,
+)
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    return tuple(meta(node).shape)
+    return tuple(fake_result(node).shape)
 
 
 @register_inverse(
@@ -31,9 +42,9 @@ def shape_of(node: Any) -> tuple[int, ...]:
 def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
     (a,) = arguments(node, "input")
-    if meta(a).dtype != meta(node).dtype:
+    if fake_result(a).dtype != fake_result(node).dtype:
         yield NoInverse(a, "a view with another dtype is not followed", Reason.LAYOUT)
-    elif node.target is aten.expand.default and meta(a).numel() != meta(node).numel():
+    elif node.target is aten.expand.default and fake_result(a).numel() != fake_result(node).numel():
         yield NoInverse(a, "`expand` repeats it", Reason.LAYOUT)
     else:
         yield reshaped(a)
@@ -48,7 +59,7 @@ def reshaped(a: Any) -> Direction:
 @register_inverse(torch.permute, "permute", aten.permute.default)
 def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
-    a, *dims = given(node)
+    a, *dims = operands(node)
     n = len(shape_of(a))
     dims = dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims
     back = sorted(range(n), key=lambda i: dims[i] % n)
@@ -60,7 +71,7 @@ def permute(node: fx.Node) -> Iterator[Direction]:
 )
 def transpose(node: fx.Node) -> Iterator[Direction]:
     """`y = a.transpose(i, j)`; `a = y.transpose(i, j)`."""
-    a, i, j = given(node)
+    a, i, j = operands(node)
     yield Inverse(a, lambda y: y.transpose(i, j), exact=True)
 
 
@@ -74,7 +85,7 @@ def movedim(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.t, "t", getattr, aten.t.default)
 def attribute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.T` (also `a.mT`, `a.t()`); `a = y.T`."""
-    a, *names = given(node)
+    a, *names = operands(node)
     name = names[0] if names else "T"
     if name in ("T", "mT"):
         yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute([*reversed(range(y.ndim))]), exact=True)
@@ -85,7 +96,7 @@ def attribute(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.flip, "flip", aten.flip.default, torch.ops.prims.rev.default)
 def flip(node: fx.Node) -> Iterator[Direction]:
     """`y = a.flip(d)`; `a = y.flip(d)`."""
-    a, *dims = given(node)
+    a, *dims = operands(node)
     yield Inverse(a, lambda y: y.flip(*dims), exact=True)
 
 
@@ -101,7 +112,7 @@ def roll(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle, aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
-    a, r = given(node)
+    a, r = operands(node)
     back = F.pixel_shuffle if "unshuffle" in str(node.target) else F.pixel_unshuffle
     shape = shape_of(a)  # without elements torch's functions give other shapes than each other's
     yield Inverse(a, lambda y: back(y, r) if y.numel() else y.reshape(shape), exact=True)
@@ -110,7 +121,7 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
 @register_inverse(torch.channel_shuffle, aten.channel_shuffle.default, aten.native_channel_shuffle.default)
 def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
-    a, groups = given(node)
+    a, groups = operands(node)
     back = shape_of(a)[1] // groups
     yield Inverse(a, lambda y: torch.channel_shuffle(y, back), exact=True)
 
@@ -120,9 +131,10 @@ def copy(node: fx.Node) -> Iterator[Direction]:
     """`y = b`, written over a; `b = y`."""
     a, b = arguments(node, "input", "src")
     yield NoInverse(a, "it is overwritten")
-    if meta(a).dtype != meta(b).dtype:
-        yield NoInverse(b, f"the cast from {meta(b).dtype} to {meta(a).dtype} loses bits", Reason.LOSES_BITS)
-    elif meta(a).device != meta(b).device or shape_of(a) != shape_of(b):
+    x, y = fake_result(a), fake_result(b)
+    if x.dtype != y.dtype:
+        yield NoInverse(b, f"the cast from {y.dtype} to {x.dtype} loses bits", Reason.LOSES_BITS)
+    elif x.device != y.device or shape_of(a) != shape_of(b):
         yield NoInverse(b, "`copy` repeats it or moves it to another device", Reason.LAYOUT)
     else:
         yield Inverse(b, lambda y: y.clone(), exact=True)
@@ -139,19 +151,19 @@ def cat(node: fx.Node) -> Iterator[Direction]:
 def joined(node: fx.Node) -> Iterator[tuple[Any, int, int, int]]:
     """Yield what `cat` puts one behind another: each operand with the dimension, where it begins along it, its size."""
     parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
-    dim = (dim if axis is None else axis) % meta(node).dim()
+    dim = (dim if axis is None else axis) % fake_result(node).dim()
     at = 0
     for part in parts:
-        if len(shape_of(part)) == meta(node).dim():  # else it is an empty vector, which goes with any shape
+        if len(shape_of(part)) == fake_result(node).dim():  # else it is an empty vector, which goes with any shape
             yield part, dim, at, shape_of(part)[dim]
             at += shape_of(part)[dim]
 
 
 def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor], given: tuple[Any, ...] = ()) -> Direction:
     """Return the direction to one of the tensors put together: bitwise, unless that changed its dtype."""
-    if meta(part).dtype != meta(node).dtype:
+    if fake_result(part).dtype != fake_result(node).dtype:
         return NoInverse(
-            part, f"it is turned into {meta(node).dtype} when it is put together with others", Reason.LOSES_BITS
+            part, f"it is turned into {fake_result(node).dtype} when it is put together with others", Reason.LOSES_BITS
         )
     return Inverse(part, by, given, exact=True)
 
@@ -182,7 +194,7 @@ def split(node: fx.Node) -> Iterator[Direction]:
 def tensor_split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`, between indices that need not ascend: then parts overlap or leave gaps."""
     a, _, dim = arguments(node, "input", "sections", dim=0)
-    where = given(node)[1]
+    where = operands(node)[1]
     if isinstance(where, int):
         yield from split(node)
     elif isinstance(where, (tuple, list)):
@@ -251,7 +263,7 @@ def getitem(node: fx.Node) -> Iterator[Direction]:
         return
     if _torch.packet_name(node.target):
         index = _with_slices(index)
-    elif meta(node).numel() == meta(a).numel():
+    elif fake_result(node).numel() == fake_result(a).numel():
         # without the dimensions of size 1 that None adds
         index = tuple(i for i in index if i is not None) if isinstance(index, tuple) else () if index is None else index
     found = _along(shape_of(a), index)
@@ -311,7 +323,7 @@ def put_at(node: fx.Node) -> Iterator[Direction]:
         yield NoInverse(a, found, Reason.LAYOUT)
         return
     dim, i = found
-    positions = range(i, i + 1) if isinstance(i, int) else _positions(i, shape_of(a)[dim])
+    positions = range(i, i + 1) if isinstance(i, int) else _index_positions(i, shape_of(a)[dim])
     if positions is None or dim < 0:
         yield NoInverse(a, "it is overwritten")
         return
@@ -322,7 +334,7 @@ def put_at(node: fx.Node) -> Iterator[Direction]:
         index = index if isinstance(index, tuple) else (index,)
         held = tuple(k for k in index if isinstance(k, fx.Node))
         yield part_of(node, b, lambda y, *p: y[tuple(p[0] if isinstance(k, fx.Node) else k for k in index)], held)
-    yield Patch(a, dim, positions, squeezed, b if whole and meta(b).dtype == meta(a).dtype else None)
+    yield Patch(a, dim, positions, squeezed, b if whole and fake_result(b).dtype == fake_result(a).dtype else None)
 
 
 @register_inverse(torch.index_select, "index_select", aten.index_select.default)
@@ -335,7 +347,7 @@ def index_select(node: fx.Node) -> Iterator[Direction]:
         yield NoInverse(a, "a value without dimensions is not followed through an index", Reason.LAYOUT)
 
 
-def _positions(index: Any, size: int) -> Sequence[int] | None:
+def _index_positions(index: Any, size: int) -> Sequence[int] | None:
     """Return the positions that a constant index takes along a dimension; None where it takes one twice."""
     if isinstance(index, range):
         return index
@@ -361,7 +373,7 @@ def permuted(a: fx.Node, dim: int, index: Any) -> Iterator[Direction]:
     if isinstance(index, fx.Node) and index.meta.get("constant") is None:
         yield NoInverse(a, "the index is not a constant, so it can't be known to be a permutation", Reason.LAYOUT)
         return
-    positions = _positions(index, size)
+    positions = _index_positions(index, size)
     if positions is None:
         yield NoInverse(a, "the index takes a position twice, or has more than one dimension", Reason.LAYOUT)
     elif len(positions) < size or not isinstance(index, fx.Node):

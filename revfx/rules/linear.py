@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from revfx import _torch
-from revfx.rules import Direction, Inverse, arguments, aten, meta, register_inverse
+from revfx.rules import Direction, Inverse, arguments, aten, fake_result, register_inverse
 
 
 class _InverseMatrix:
@@ -47,16 +47,16 @@ def inverted(m: Tensor) -> Tensor:
 
 def _is_matrix(m: Any) -> bool:
     """Return whether an operand may be inverted: spread over processes it is not whole, and mps has no float64."""
-    if not isinstance(m, fx.Node) or not _torch.is_plain(meta(m)):
+    if not isinstance(m, fx.Node) or not _torch.is_plain(fake_result(m)):
         return False
-    return meta(m).dim() >= 2 and meta(m).layout == torch.strided and meta(m).device.type != "mps"
+    return fake_result(m).dim() >= 2 and fake_result(m).layout == torch.strided and fake_result(m).device.type != "mps"
 
 
 def _may_solve(node: fx.Node, a: Any, m: Any) -> bool:
     """Return whether a product has the dtype of its operand `a`, and its other one is a square matrix."""
-    if not isinstance(a, fx.Node) or meta(a).dtype != meta(node).dtype or not _is_matrix(m):
+    if not isinstance(a, fx.Node) or fake_result(a).dtype != fake_result(node).dtype or not _is_matrix(m):
         return False
-    sizes: list[Any] = [*meta(m).shape[-2:]]
+    sizes: list[Any] = [*fake_result(m).shape[-2:]]
     return all(isinstance(n, int) for n in sizes) and sizes[0] == sizes[1]
 
 
@@ -66,7 +66,7 @@ def linear(node: fx.Node) -> Iterator[Direction]:
     a, w, b = arguments(node, "input", "weight", bias=None)
     inverse = _InverseMatrix()
     if _may_solve(node, a, w):
-        yield Inverse(a, lambda y, w, b: F.linear(_less(y, b), inverse(w)), (w, b), coded=True, matrix=w)
+        yield Inverse(a, lambda y, w, b: F.linear(_minus(y, b), inverse(w)), (w, b), coded=True, matrix=w)
 
 
 @register_inverse(
@@ -90,9 +90,9 @@ def addmm(node: fx.Node) -> Iterator[Direction]:
 def _products(node: fx.Node, a: Any, b: Any, c: Any) -> Iterator[Direction]:
     left, right = _InverseMatrix(), _InverseMatrix()
     if _may_solve(node, a, b):
-        yield Inverse(a, lambda y, m, c: torch.matmul(_less(y, c), right(m)), (b, c), coded=True, matrix=b)
+        yield Inverse(a, lambda y, m, c: torch.matmul(_minus(y, c), right(m)), (b, c), coded=True, matrix=b)
     if _may_solve(node, b, a):
-        yield Inverse(b, lambda y, m, c: torch.matmul(left(m), _less(y, c)), (a, c), coded=True, matrix=a)
+        yield Inverse(b, lambda y, m, c: torch.matmul(left(m), _minus(y, c)), (a, c), coded=True, matrix=a)
 
 
 @register_inverse(torch.einsum)
@@ -123,13 +123,13 @@ def tensordot(node: fx.Node) -> Iterator[Direction]:
     (i,), (j,) = dims
     back: tuple[Any, Any] = ([-1], [j]), ([i], [0])
     left, right = _InverseMatrix(), _InverseMatrix()
-    if _may_solve(node, a, b) and meta(b).dim() == 2:
+    if _may_solve(node, a, b) and fake_result(b).dim() == 2:
         yield Inverse(a, lambda y, w: torch.tensordot(y, right(w), back[0]).movedim(-1, i), (b,), coded=True, matrix=b)
-    if _may_solve(node, b, a) and meta(a).dim() == 2:
+    if _may_solve(node, b, a) and fake_result(a).dim() == 2:
         yield Inverse(b, lambda y, w: torch.tensordot(left(w), y, back[1]).movedim(0, j), (a,), coded=True, matrix=a)
 
 
-def _less(y: Tensor, c: Tensor | None) -> Tensor:
+def _minus(y: Tensor, c: Tensor | None) -> Tensor:
     return y if c is None else y - c
 
 
@@ -161,20 +161,21 @@ def _convolution(
 ) -> Iterator[Direction]:  # fmt: skip
     if not _is_matrix(w):
         return
-    shape = tuple(meta(w).shape)
+    shape = tuple(fake_result(w).shape)
     n, kernel = shape[0] // groups, shape[2:]
     none = (0,) * len(kernel)
     apart = [_each(x, kernel) for x in (stride, padding, further)] == [kernel, none, none]
     dense = math.prod(kernel) == 1 or set(_each(dilation, kernel)) == {1}
-    sizes: list[Any] = [*meta(a).shape[-len(kernel) :]]
+    sizes: list[Any] = [*fake_result(a).shape[-len(kernel) :]]
     whole = transposed or all(isinstance(n, int) and n % k == 0 for n, k in zip(sizes, kernel, strict=True))
-    if not (apart and dense and whole and math.prod(shape[1:]) == n and meta(a).dtype == meta(node).dtype):
+    same_dtype = fake_result(a).dtype == fake_result(node).dtype
+    if not (apart and dense and whole and math.prod(shape[1:]) == n and same_dtype):
         return
     inverse = _InverseMatrix()
 
     def by(y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         dual = inverse(w.reshape(groups, n, n)).mT.reshape(shape)
-        y = _less(y, None if b is None else b.view(-1, *(1 for _ in kernel)))
+        y = _minus(y, None if b is None else b.view(-1, *(1 for _ in kernel)))
         return torch.convolution(y, dual, None, kernel, none, (1,) * len(kernel), not transposed, none, groups)
 
     yield Inverse(a, by, (w, b), coded=True, matrix=w)

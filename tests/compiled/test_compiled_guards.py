@@ -16,8 +16,8 @@ from compiled import QUIET, fresh as fresh
 from helpers import deep_but
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch._functorch import config as functorch_config
 
-from revfx.compiled import _inductor
 from revfx.compiled.partitioner import ReversiblePartitioner
 from revfx.errors import BudgetWarning, RegenerationError
 
@@ -239,7 +239,7 @@ def test_a_graph_with_dropout_does_not_follow_a_budget(budget: float) -> None:
     compiled: Any = torch.compile(model, backend="revfx", options={"inner": "aot_eager"})
     found: list[Any] = []
     warned = pytest.warns(BudgetWarning, match=rf"`activation_memory_budget` of {budget}")
-    with _inductor.memory_budget(budget), warned:
+    with functorch_config.patch(activation_memory_budget=budget), warned:
         for call in compiled, model:
             torch.manual_seed(1)
             found.append(torch.autograd.grad(call(x).sin().sum(), [x, *model.parameters()]))

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo import mark_static_address
 
 from revfx.passes.facts import (
-    BINARY,
     PERMUTATION,
+    ZEROS_AND_ONES,
     Fact,
     ancestors,
     annotate,
@@ -55,7 +55,7 @@ class Values:
         node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
         node.meta["val"] = value
         if is_mask(value):
-            node.meta["facts"] = (BINARY,)
+            node.meta["facts"] = (ZEROS_AND_ONES,)
         return node
 
     def call(self, target: Any, *args: Any) -> fx.Node | None:
@@ -166,7 +166,7 @@ def test_constants_are_what_the_operations_give(data: st.DataObject) -> None:
     made += [values.call(aten.ones.default, [WIDTH]), values.given(torch.arange(WIDTH))]
     index = values.given(torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=WIDTH, max_size=WIDTH))))
     mark_static_address(index.meta["val"], guard=False)
-    facts = {index: tuple(f for _, f in facts_of([index.meta["val"]]) if f != BINARY)}
+    facts = {index: tuple(f for _, f in facts_of([index.meta["val"]]) if f != ZEROS_AND_ONES)}
     found = [*(n for n in made if n is not None), index]
     for _ in range(data.draw(st.integers(1, 6))):
         a, b = data.draw(st.sampled_from(found)), data.draw(st.sampled_from(found))
@@ -189,13 +189,13 @@ def test_constants_are_what_the_operations_give(data: st.DataObject) -> None:
     ("value", "expected"),
     [
         (torch.tensor([2, 0, 1]), (PERMUTATION,)),
-        (torch.tensor([1, 0]), (PERMUTATION, BINARY)),
+        (torch.tensor([1, 0]), (PERMUTATION, ZEROS_AND_ONES)),
         (torch.tensor([1, 1]), ((1, 1),)),
         (torch.tensor([3]), ((3,),)),
-        (torch.tensor([0.0, 1.0, 1.0]), (BINARY,)),
+        (torch.tensor([0.0, 1.0, 1.0]), (ZEROS_AND_ONES,)),
         (torch.tensor([0.0, 1.0, 2.0]), ()),
         (torch.tensor([0.0, 1.0], requires_grad=True), ()),
-        (torch.tensor([[1, 0], [0, 1]]), (BINARY,)),
+        (torch.tensor([[1, 0], [0, 1]]), (ZEROS_AND_ONES,)),
         (torch.tensor([True, False]), ()),
         (torch.zeros(0), ()),
     ],

@@ -14,7 +14,7 @@ from zoo import Transformer
 
 import revfx
 from revfx.errors import RevfxError
-from revfx.report.data import Timeline, Usage
+from revfx.report.data import Usage
 from revfx.report.explanation import Explanation
 from revfx.report.memory import memory_svg, thinned
 
@@ -36,8 +36,9 @@ def explained(*ways: Usage) -> Explanation:
     return Explanation("Net", ("f32[8]",), (), (), ways)
 
 
-def timeline(*live: int) -> Timeline:
-    return Timeline(live, len(live) // 2, live[len(live) // 2 - 1], 10, ((1, "forward 0 0"),))
+def step(way: str, *live: int) -> Usage:
+    """A step with these bytes after its operations, of which the first half are the forward's."""
+    return Usage(way, live[len(live) // 2 - 1], max(live), live=live, backward=len(live) // 2)
 
 
 def test_memory_over_time_names_ways_peaks_and_units(transformer: Explanation) -> None:
@@ -51,16 +52,15 @@ def test_memory_over_time_names_ways_peaks_and_units(transformer: Explanation) -
 
 
 def test_a_small_difference_needs_no_second_panel() -> None:
-    ways = Usage("plain", 4, 9, timeline=timeline(1, 4, 9, 2)), Usage("revfx", 4, 8, timeline=timeline(1, 4, 8, 2))
-    words = texts(memory_svg(explained(*ways)))
+    words = texts(memory_svg(explained(step("plain", 1, 4, 9, 2), step("revfx", 1, 4, 8, 2))))
     assert {"plain 9 B", "revfx 8 B", "B"} <= set(words) and "revfx alone, enlarged" not in words
 
 
 def test_peaks_survive_the_thinning_of_long_timelines() -> None:
     live = [1] * 100_000
     live[77_777] = 5 * 2**30
-    assert max(thinned(timeline(*live), 0.3)[1]) == 5 * 2**30 and len(thinned(timeline(*live), 0.3)[0]) < 1000
-    words = texts(memory_svg(explained(Usage("plain", 1, 5 * 2**30, timeline=timeline(*live)))))
+    assert max(thinned(step("plain", *live), 0.3)[1]) == 5 * 2**30 and len(thinned(step("plain", *live), 0.3)[0]) < 1000
+    words = texts(memory_svg(explained(step("plain", *live))))
     assert {"plain 5.00 GiB", "GiB"} <= set(words)
 
 
@@ -82,8 +82,7 @@ def test_the_same_explanation_gives_the_same_bytes(transformer: Explanation) -> 
 
 
 def test_names_mean_nothing_to_the_picture() -> None:
-    usage = Usage("plain", 4, 9, timeline=timeline(1, 4, 9, 2))
-    words = texts(memory_svg(Explanation("Net<T>&$x^2$", (), (), (), (usage,))))
+    words = texts(memory_svg(Explanation("Net<T>&$x^2$", (), (), (), (step("plain", 1, 4, 9, 2),))))
     assert "Memory of one training step: Net<T>&$x^2$" in words
 
 

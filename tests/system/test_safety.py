@@ -19,7 +19,7 @@ from zoo import Additive, D
 
 import revfx
 from revfx.cli import main
-from revfx.report.data import RegionInfo, Timeline, Usage, ValueLine
+from revfx.report.data import RegionInfo, Usage, ValueLine
 from revfx.report.explanation import Explanation
 from revfx.report.html import page
 from revfx.report.memory import memory_svg
@@ -170,11 +170,11 @@ ODD = "<script>alert(1)</script>\"'&]]>"
 @pytest.fixture
 def odd() -> Explanation:
     """An explanation of a model whose class, sub-modules and file have such a name."""
-    line = ValueLine(ODD, ODD, "invert", ODD, f"/{ODD}/m.py:1", 0, 4)
+    line = ValueLine(ODD, ODD, "invert", ODD, f"/{ODD}/m.py:1", 0)
     region = RegionInfo(ODD, ODD, ODD, "additive", 1, 1, (ODD,), (), 1, 1, 1, False, (line,))
     made = revfx.explain(type(ODD, (Additive,), {})(4), torch.randn(6, 2 * D))
     assert ODD in made.model
-    usage = Usage("plain", 1, 2, timeline=Timeline((1, 2, 1), 2, 2, 0))
+    usage = Usage("plain", 1, 2, live=(1, 2, 1), backward=2)
     return Explanation(ODD, (ODD,), (region,), (), ways=(usage,), notes=(str(made),))
 
 
@@ -192,7 +192,7 @@ def test_a_page_and_a_picture_show_names_and_run_none(odd: Explanation, tmp_path
 
 
 def test_control_characters_leave_a_picture_well_formed(tmp_path: Path) -> None:
-    usage = Usage("plain", 1, 2, timeline=Timeline((1, 2, 1), 2, 2, 0))
+    usage = Usage("plain", 1, 2, live=(1, 2, 1), backward=2)
     e = Explanation("Net\x00\x08\x1b[31m", ("f32[\x0b]",), (), (), ways=(usage,))
     ET.fromstring(memory_svg(e))
     assert "\x00" not in page(e)
