@@ -79,7 +79,10 @@ class Conversion:
         refusals = tuple(dict.fromkeys((*recorded, *self.not_compiled)))
         regions = tuple(r for p in found for r in p.regions)
         plans = found if self.fit is None else self.fit.budget_plans
-        program = "\n\n".join(map(str, plans)) or "(no plan yet: it is made at the first call)"
+        no_plan = "no plan yet: it is made at the first call"
+        if self.outcomes:
+            no_plan = "no plan: nothing reversible was found; `.refusals` lists the reasons"
+        program = "\n\n".join(map(str, plans)) or f"({no_plan})"
         return ConversionInfo(regions, refusals, plans, program)
 
     @property

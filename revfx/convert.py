@@ -73,9 +73,9 @@ def convert(
         )
     if _torch.is_compiled(model):
         warn(
-            f"this {type(model).__name__} is compiled as a whole (`model.compile()`), so its calls do not reach revfx:"
-            " nothing is freed, and the budget is not kept. Compile its blocks instead (`block.compile()`), or use"
-            ' `torch.compile(model, backend="revfx")`.',
+            f"this {type(model).__name__} is compiled as a whole (`model.compile()`), so its calls do not reach revfx."
+            f" Nothing is freed{'' if budget is None else ', and the budget is not kept'}. Compile its blocks instead"
+            ' (`block.compile()`), or use `torch.compile(model, backend="revfx")`.',
             NotConvertedWarning,
         )
     converted = reversible(model, options)

@@ -203,6 +203,7 @@ class Refusal:
         return f"{self.where or 'unknown place'}: `{self.op}`: {self.detail or self.kind.meaning}"
 
 
+FOR_ANY_MODEL = "use `revfx.convert(model, memory=0.5)`, which works for any model"
 MAX_REFUSALS = 8  # refusals in one message
 
 
@@ -212,6 +213,6 @@ def list_refusals(refusals: Sequence[Refusal]) -> str:
     lines = [f"  {refusal}" for refusal in shown] or ["  no operation is inverted"]
     remedies = [*dict.fromkeys(refusal.kind.remedy for refusal in shown)]
     if not any("memory=" in remedy for remedy in remedies):
-        remedies.append("use `revfx.convert(model, memory=0.5)`, which works for any model")
+        remedies.append(FOR_ANY_MODEL)
     lines += [f"What to do: {remedy}." for remedy in remedies]
     return "\n".join(lines)

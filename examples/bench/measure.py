@@ -115,9 +115,7 @@ class Contender:
                 self.is_running = True
             except BudgetError as e:
                 self.row.first = None
-                self.row.notes.append(
-                    f"infeasible: the least budget is {e.least / plain_peak:.1%} of plain's peak"
-                )
+                self.row.notes.append(f"infeasible: the least budget is {e.least / plain_peak:.1%} of plain's peak")
             except Exception as e:
                 self._fail(e)
         for message in dict.fromkeys(_first_line(str(w.message)) for w in warned):

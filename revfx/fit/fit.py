@@ -73,9 +73,11 @@ def may_fit(leaves: Sequence[Any]) -> bool:
     if active_step.get() is not None or is_simulating() or runs_plain(tensors):
         return False
     if _torch.has_saved_tensors_hooks():
-        what = "hooks on saved tensors, such as those of a checkpoint, are active around a model with a budget"
-        todo = "Leave the hooks out, or convert the model that they are around"
-        warn(f"{what}. It runs plainly, and the budget is not kept. {todo}.", BudgetWarning)
+        warn(
+            "hooks on saved tensors, such as those of a checkpoint, are active around a model with a budget. It runs"
+            " plainly, and the budget is not kept. Leave the hooks out, or convert the model that they are around.",
+            BudgetWarning,
+        )
         return False
     return True
 
@@ -83,7 +85,7 @@ def may_fit(leaves: Sequence[Any]) -> bool:
 @dataclass(frozen=True)
 class Fitted:
     """A plan for one way to run the forward, of the calls of one kind as long as `numbers` hold; `course` is None where
-    autograd keeps what it keeps.
+    autograd keeps what it keeps. `suspects`: operators of which some gave another value when they ran again.
     """
 
     key: Any
@@ -93,6 +95,7 @@ class Fitted:
     device: torch.device
     course: Course | None
     summary: BudgetPlan
+    suspects: frozenset[int] = frozenset()
 
 
 def alike_tapes(plans: Sequence[Fitted], way: str, tape: Tape) -> list[tuple[Fitted, frozenset[int]]]:
@@ -143,8 +146,11 @@ class Fit:
             result = call.run("plain")
             with self.lock:
                 self.unrecorded = [*self.unrecorded[1 - MOST_PLANS :], (call.key, Numbers.of(model, call.leaves))]
-            then = "It runs plainly, and the budget is not kept. Convert sub-modules that can be recorded instead"
-            warn(f"{fitted}. {then}.", BudgetWarning)
+            warn(
+                f"{fitted}. It runs plainly, and the budget is not kept. Convert sub-modules that can be recorded"
+                " instead.",
+                BudgetWarning,
+            )
             return result
         if fitted.course is None:
             return call.run(fitted.chosen.way)
@@ -164,15 +170,18 @@ class Fit:
     def _missed(self, name: str, over: int) -> None:
         with self.lock:
             self.budget, self.plans = replace(self.budget, less=self.budget.less + over), []
-        what = f"a step took {size(over)} more than its budget, as the allocator counts"
-        then = "The next step is planned for that much less. Give a smaller `memory=` if the device has no such room"
-        warn(f"`convert({name}, {self.budget.text})`: {what}. {then}.", BudgetWarning)
+        warn(
+            f"`convert({name}, {self.budget.text})`: a step took {size(over)} more than its budget, as the allocator"
+            " counts. The next step is planned for that much less. Give a smaller `memory=` if the device has no such"
+            " room.",
+            BudgetWarning,
+        )
 
-    def _failed(self, fitted: Fitted, varied: frozenset[int]) -> None:
-        """Drop a plan under which these operators gave other values: later plans never run them again."""
+    def _failed(self, fitted: Fitted, suspects: frozenset[int]) -> None:
+        """Drop a plan under which some of these operators gave other values: later plans never run them again."""
         with self.lock:
             self.plans = [f for f in self.plans if f is not fitted]
-            failed = replace(fitted, barred=fitted.barred | varied, course=None)
+            failed = replace(fitted, suspects=suspects, course=None)
             self.failed = [*self.failed[1 - MOST_PLANS :], failed]
 
     def _moved(self, name: str, fitted: Fitted) -> None:
@@ -183,8 +192,11 @@ class Fit:
         then = "It is recorded again at its next call. If this repeats, convert sub-modules that go one way instead"
         if self.wanders:
             then = "This happens again and again, so it runs plainly from now on. Convert sub-modules that go one way"
-        what = "a forward went another way than the recorded one, so what came after was kept"
-        warn(f"`convert({name}, {self.budget.text})`: {what}. {then}.", BudgetWarning)
+        warn(
+            f"`convert({name}, {self.budget.text})`: a forward went another way than the recorded one, so what came"
+            f" after was kept. {then}.",
+            BudgetWarning,
+        )
 
     def prepare(self, model: nn.Module, call: Call) -> Fitted:
         """Return the plan for a call."""
@@ -203,8 +215,16 @@ class Fit:
         survey = self.survey(model, call, before)
         chosen = survey.best(self.budget)
         name, inputs, asked = name_of(model), shapes_of(call.leaves), self.budget.of(survey.peak)
-        if chosen is None:
+        if chosen is None and not any(f.suspects for f in before):
             raise survey.refusal(name, inputs, self.budget)
+        if chosen is None:  # the training has begun: it goes on
+            chosen = survey.least()
+            warn(
+                f"`convert({name}, {self.budget.text})`: results that differ from step to step are kept now, and no"
+                f" plan stays within the budget. A step takes up to {size(chosen.load.peak)}. Make numbers that change"
+                " tensors: arguments or buffers.",
+                BudgetWarning,
+            )
         most = chosen.model.load(chosen.plan).peak
         if self.budget.share is None and most > asked:
             self._warn_of_losses(name, most)
@@ -218,10 +238,12 @@ class Fit:
         return Fitted(call.key, numbers, chosen, chosen.plan.needs.barred, device, course, plan)
 
     def _warn_of_losses(self, name: str, most: int) -> None:
-        what = "the plan stays within the budget only for a loss that takes little memory"
-        much = f"With one that takes {LOSS} times the outputs a step takes up to {size(most)}"
-        todo = f'Compute the loss in the forward, or give `memory="{as_memory(most)}"`'
-        warn(f"`convert({name}, {self.budget.text})`: {what}. {much}. {todo}.", BudgetWarning)
+        warn(
+            f"`convert({name}, {self.budget.text})`: the plan stays within the budget only for a loss that takes"
+            f" little memory. With one that takes {LOSS} times the outputs a step takes up to {size(most)}. Compute"
+            f' the loss in the forward, or give `memory="{as_memory(most)}"`.',
+            BudgetWarning,
+        )
 
     def survey(self, model: nn.Module, call: Call, before: Sequence[Fitted] = ()) -> Survey:
         """Return planners for a call; operators that varied between earlier ones (`before`) don't run again.
@@ -237,7 +259,8 @@ class Fit:
                 what = f"a step of it can't be recorded: {type(e).__name__}: {str(e).strip().rstrip('.')}"
                 raise Unrecorded(f"`convert({name_of(model)}, {self.budget.text})`: {what}") from e
             costs = self.costs.of(tape)
-            barred = [f.barred | other for f, other in alike_tapes(before, way, tape)]
+            # A number that differs explains why a plan failed; else all suspects are barred.
+            barred = [f.barred | (other or f.suspects) for f, other in alike_tapes(before, way, tape)]
             return Planner(Needs(tape, frozenset().union(*barred)), costs, any_caller=True)
 
         @cache

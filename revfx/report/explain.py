@@ -25,7 +25,7 @@ from revfx.convert import convert
 from revfx.converted import Reversible, conversion_of, unconverted
 from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import RegionPlan
-from revfx.errors import RevfxError
+from revfx.errors import FOR_ANY_MODEL, RevfxError
 from revfx.fit.budget import Budget, checked_memory
 from revfx.inspection import is_floating
 from revfx.report.data import RegionInfo, Usage
@@ -96,6 +96,8 @@ def explain(
     peaks = [u.peak or 0 for u in ways if u.way in ("plain", "revfx")]
     if regions and len(peaks) == 2 and peaks[1] > 0.8 * peaks[0]:
         advice.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
+    if not regions and budget is None and not any("memory=" in r.kind.remedy for r in outcome.refusals):
+        advice.append(f"to train in less memory all the same, {FOR_ANY_MODEL}.")
     return Explanation(
         model=name_of(model), inputs=types_of((given, named)), regions=regions,
         refusals=(*outcome.refusals, *not_compiled), ways=ways, notes=notes,

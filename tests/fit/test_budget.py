@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fit_models import equal, make, planned, square, state
+from fit_models import equal, fit_of, make, planned, square, state
 from torch import nn
 
 import revfx
 from revfx import _torch
-from revfx.converted import conversion_of
 from revfx.errors import RevfxWarning
 from revfx.fit.budget import checked_memory
 
@@ -44,7 +43,7 @@ def test_a_budget_that_was_missed_is_planned_for_anew(monkeypatch: pytest.Monkey
     """Where an accelerator's allocator counts: here one that says what it is told to."""
     model, (x,), _ = make("mlp")
     fitted: Any = planned(model, x, memory=0.6)
-    first = conversion_of(fitted).fit.plans[0]
+    first = fit_of(fitted).plans[0]
     most, base = int(0.6 * first.summary.plain), 10_000
     readings = iter([(base, 0), (base, base + most + 50_000)])
     monkeypatch.setattr(_torch, "allocated", lambda device: next(readings))
@@ -56,4 +55,4 @@ def test_a_budget_that_was_missed_is_planned_for_anew(monkeypatch: pytest.Monkey
     monkeypatch.setattr(_torch, "allocated", lambda device: None)
     assert equal(state(model, lambda: square(fitted(x))), want)
     assert first.chosen.load.peak > most - 50_000
-    assert conversion_of(fitted).fit.plans[0].chosen.load.peak <= most - 50_000
+    assert fit_of(fitted).plans[0].chosen.load.peak <= most - 50_000

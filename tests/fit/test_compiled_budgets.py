@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import QUIET
-from fit_models import Made, Residual, branch, equal, make, peak, planned, square, state
+from fit_models import Made, Residual, branch, equal, fit_of, make, peak, planned, square, state
 from helpers import deep_but
 from torch import Tensor, nn
 from torch._dynamo import graph_break
@@ -40,7 +40,7 @@ def fresh() -> Iterator[None]:
 
 def parts_again(fitted: Any) -> int:
     """How many calls of compiled parts run again under the only plan."""
-    (found,) = conversion_of(fitted).fit.plans
+    (found,) = fit_of(fitted).plans
     return len(found.chosen.plan.parts)
 
 
@@ -120,7 +120,7 @@ class Breaks(nn.Module):
 
 def again(fitted: Any) -> list[Any]:
     """The operators that run again."""
-    plan = conversion_of(fitted).fit.plans[0].chosen.plan
+    plan = fit_of(fitted).plans[0].chosen.plan
     return [plan.needs.tape.ops[o] for o in plan.again]
 
 
@@ -171,7 +171,7 @@ def test_what_is_compiled_after_it_was_planned_is_planned_anew() -> None:
         layer.compile(backend="aot_eager")
     for _ in range(2):
         assert equal(state(fitted, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
-    assert [bool(p.chosen.plan.parts) for p in conversion_of(fitted).fit.plans] == [False, True]
+    assert [bool(p.chosen.plan.parts) for p in fit_of(fitted).plans] == [False, True]
 
 
 def test_parts_that_change_places_are_no_others() -> None:
@@ -349,7 +349,7 @@ def test_the_plain_model_stays_uncompiled() -> None:
     assert frames() == compiled and fitted.state_dict().keys() == model.state_dict().keys()
     for _ in range(3):
         square(fitted(x)).backward()
-    assert frames() == compiled and len(conversion_of(fitted).fit.plans) == 1 and parts_again(fitted)
+    assert frames() == compiled and len(fit_of(fitted).plans) == 1 and parts_again(fitted)
     armed.append(True)
     square(fitted(x)).backward()
     assert found == [True] and are_clean()

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import MODELS, Made, equal, make, peak, planned, state
+from fit_models import MODELS, Made, equal, fit_of, make, peak, planned, state
 from helpers import deep_but
 from torch import nn
 
 import revfx
-from revfx.converted import conversion_of
 from revfx.errors import BudgetError, RevfxWarning
 from revfx.fit import costs, simulate
 from revfx.fit.budget import as_memory, checked_memory
@@ -66,7 +65,7 @@ def test_a_budget_has_one_verdict_however_it_is_written(name: str, perturbed: Ca
     made = make(name)
     model, args, _ = made
     fitted: Any = planned(model, args, memory=1.0)
-    plain = conversion_of(fitted).fit.budget_plans[0].plain
+    plain = fit_of(fitted).budget_plans[0].plain
     for share in (0.75, 0.5, 0.25):
         as_bytes = int(share * plain)
         found = [refused(made, memory) for memory in (share, as_bytes, f"{as_bytes / 1024:.6f}KiB", f"{100 * share}%")]
@@ -90,11 +89,11 @@ def test_bytes_that_hang_on_the_loss_are_warned_of(recwarn: pytest.WarningsRecor
     torch.manual_seed(0)
     model, x = Head(), torch.randn(256, 64)
     fitted: Any = planned(model, x, memory=0.75)
-    asked = conversion_of(fitted).fit.budget_plans[0].budget
+    asked = fit_of(fitted).budget_plans[0].budget
     assert not recwarn.list
     with pytest.warns(RevfxWarning, match=r"only for a loss that takes little memory\. With one .* takes up to"):
         fitted = planned(model, x, memory=asked)
-    assert conversion_of(fitted).fit.budget_plans[0].peak <= asked
+    assert fit_of(fitted).budget_plans[0].peak <= asked
     for loss in (torch.Tensor.sum, lambda y: y.square().mean()):
         plain = peak(model, lambda loss=loss: loss(model(x)))
         assert peak(model, lambda loss=loss: loss(fitted(x))) <= 0.75 * plain

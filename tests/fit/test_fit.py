@@ -8,19 +8,18 @@ from functools import partial
 
 import pytest
 import torch
-from fit_models import MODELS, Residual, branch, equal, make, peak, planned, state
+from fit_models import MODELS, Residual, branch, equal, fit_of, make, peak, planned, state
 from helpers import deep_but
 from torch import Tensor, nn
 
 import revfx
-from revfx.converted import conversion_of
 from revfx.errors import BudgetError
 from revfx.fit.tape import Tape
 from revfx.testing import measure_memory
 
 
 def tape_of(model: nn.Module) -> Tape:
-    return conversion_of(model).fit.plans[-1].chosen.plan.needs.tape  # type: ignore[union-attr]
+    return fit_of(model).plans[-1].chosen.plan.needs.tape
 
 
 HALF = ("encoder", "convolutions", "unet", "in place", "checkpoint", "asks", "attention")  # what others resemble
@@ -52,8 +51,8 @@ def test_a_budget_is_kept_and_no_bit_changes(name: str, autocast: bool) -> None:
             assert "least feasible budget is" in str(e)
             continue
         assert peak(model, partial(step, fitted)) <= share * plain
-        assert len(conversion_of(fitted).fit.plans) == 1  # type: ignore[union-attr]
-        kept += conversion_of(fitted).fit.plans[0].course is not None  # type: ignore[union-attr]
+        assert len(fit_of(fitted).plans) == 1
+        kept += fit_of(fitted).plans[0].course is not None
         assert equal(state(model, partial(step, fitted)), want)
         assert equal(state(model, partial(step, fitted)), want)
     assert kept or autocast  # there a stream is saved in half precision alone, and nothing leads back to it
@@ -76,7 +75,7 @@ def test_the_plain_step_is_foreseen_to_the_byte(name: str) -> None:
     fitted = planned(model, args, memory=1.0)
     out = model(*args)
     size = 4 * (out[0] if isinstance(out, tuple) else out).numel()
-    load = conversion_of(fitted).fit.plans[0].chosen.load  # type: ignore[union-attr]
+    load = fit_of(fitted).plans[0].chosen.load
     assert abs(load.live[2 * tape_of(fitted).turn + 1] - measured.kept) <= 5 * size
     assert abs(load.peak - measured.peak) <= 4 * size
 
@@ -86,14 +85,14 @@ def test_a_mask_takes_the_place_of_what_only_its_signs_are_read_of() -> None:
     fitted = planned(model, args, memory=0.6)
     want = state(model, lambda: loss(model(*args)))
     assert equal(state(model, lambda: loss(fitted(*args))), want)
-    plan = conversion_of(fitted).fit.plans[0].chosen.plan  # type: ignore[union-attr]
+    plan = fit_of(fitted).plans[0].chosen.plan
     assert len(plan.marks) + len(plan.coins) > 0
 
 
 def test_a_share_of_one_leaves_autograd_alone() -> None:
     model, args, loss = make("mlp")
     fitted = planned(model, args, memory=1.0)
-    assert conversion_of(fitted).fit.plans[0].course is None  # type: ignore[union-attr]
+    assert fit_of(fitted).plans[0].course is None
     assert equal(state(model, lambda: loss(fitted(*args))), state(model, lambda: loss(model(*args))))
 
 
@@ -124,7 +123,7 @@ def test_what_is_reversible_is_one_way() -> None:
         fitted = planned(model, x, memory=share)
         assert peak(model, partial(step, fitted)) <= share * plain
         assert equal(state(model, partial(step, fitted)), want)
-        chosen = conversion_of(fitted).fit.plans[0].chosen  # type: ignore[union-attr]
+        chosen = fit_of(fitted).plans[0].chosen
         ways.append(chosen.way)
         packed = sum("bitwise_right_shift" in str(op.func) for op in chosen.plan.needs.tape.ops)
     assert ways == ["plain", "reversible"]
@@ -159,7 +158,7 @@ def test_no_budget_is_too_small_to_be_told_how_much_it_takes(name: str) -> None:
     assert peak(model, lambda: loss(fitted(*args))) <= least
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     assert "layers" in str(raised.value) or "Backward" in str(raised.value)
-    assert name != "flow" or conversion_of(fitted).fit.plans[0].chosen.way == "reversible"  # type: ignore[union-attr]
+    assert name != "flow" or fit_of(fitted).plans[0].chosen.way == "reversible"
 
 
 def test_what_is_only_added_up_keeps_no_blocks_together() -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal
+from fit_models import Residual, branch, equal, fit_of
 from torch import Tensor, nn
 
 import revfx
-from revfx.converted import conversion_of
 
 
 STEPS = 6
@@ -107,7 +106,7 @@ def check(
         run: Any = model if budget is None else revfx.convert(model, memory=budget)
         torch.manual_seed(1)
         found.append(trained(model, run, calls(), lambda step, model=model: change(model, step)))
-        fit = fit if budget is None else conversion_of(run).fit
+        fit = fit if budget is None else fit_of(run)
     assert equal(*found)
     assert all(f.chosen.plan.dropped for f in fit.plans)
     return fit
@@ -184,7 +183,7 @@ def test_an_argument_of_a_larger_data_set_is_planned_as_if_it_were_alone() -> No
         torch.manual_seed(0)
         fitted: Any = revfx.convert(mlp(), memory=0.6)
         fitted(data[512:768]).sum().backward()
-        return conversion_of(fitted).fit.budget_plans[0].plain
+        return fit_of(fitted).budget_plans[0].plain
 
     assert peak(torch.randn(768, 64)) == peak(torch.randn(512 * 64, 64))
 

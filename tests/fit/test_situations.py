@@ -11,18 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal, make, peak, planned, segformer, square, state
+from fit_models import Residual, branch, equal, fit_of, make, peak, planned, segformer, square, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revfx
-from revfx.converted import conversion_of
 from revfx.errors import RegenerationError, RevfxWarning
 from revfx.testing import measure_memory
-
-
-def fit_of(model: nn.Module) -> Any:
-    return conversion_of(model).fit  # type: ignore[union-attr]
 
 
 def pair(name: str = "mlp", memory: float = 0.5) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -134,6 +129,7 @@ def test_all_that_is_computed_again_is_looked_at() -> None:
     for name in ("mlp", "encoder", "convolutions"):
         _, fitted, _ = pair(name, 0.7)
         course = fit_of(fitted).plans[0].course
+        assert course is not None
         value = course.plan.needs.value
         assert {value(k) for k in course.looks} == {value(k) for k in course.plan.dropped}
 
@@ -384,7 +380,7 @@ def test_copies_have_plans_of_their_own() -> None:
     want = state(model, lambda: square(model(x)))
     others: list[Any] = [copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))]
     for other in others:
-        assert fit_of(other).plans == [] and conversion_of(other).options.memory.share == 0.5
+        assert fit_of(other).plans == [] and fit_of(other).budget.share == 0.5
         assert equal(state(other, partial(lambda m: square(m(x)), other)), want)
 
 

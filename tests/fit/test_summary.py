@@ -6,10 +6,9 @@ import logging
 from typing import Any
 
 import pytest
-from fit_models import make
+from fit_models import fit_of, make
 
 import revfx
-from revfx.converted import conversion_of
 
 
 @pytest.mark.parametrize("name", ["mlp", "relu"])
@@ -20,13 +19,13 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> 
         for _ in range(2):
             loss(fitted(x)).backward()
         loss(fitted(x[:64])).backward()
-    first, second = conversion_of(fitted).fit.budget_plans
+    first, second = fit_of(fitted).budget_plans
     lines = [r.getMessage() for r in caplog.records if r.name == "revfx"]
     assert lines == [first.line, second.line] and all(r.levelno == logging.INFO for r in caplog.records)
     assert lines[0].startswith("Residual, inputs (256, 64): budget 2.8 MiB, foreseen peak 2.")
     assert "extra time" in lines[0] and "planned in" in lines[0]
     assert first.peak <= first.budget < first.plain and first.time > 1 and first.planning > 0
-    plan = conversion_of(fitted).fit.plans[0].chosen.plan
+    plan = fit_of(fitted).plans[0].chosen.plan
     saved = [v for v, packs in plan.needs.wanted.items() if packs]
     ways = first.kept, first.recomputed, first.marks
     assert sum(a.tensors for a in ways) == len(saved)
@@ -42,7 +41,7 @@ def test_a_converted_model_shows_its_plans() -> None:
     assert not fitted.revfx.plans and "no plan yet" in str(fitted.revfx)
     for batch in (x, x[:64]):
         loss(fitted(batch)).backward()
-    fit: Any = conversion_of(fitted).fit
+    fit: Any = fit_of(fitted)
     plans = fitted.revfx.plans
     assert plans == fit.budget_plans and len(plans) == 2
     assert str(fitted.revfx) == f"{plans[0]}\n\n{plans[1]}"

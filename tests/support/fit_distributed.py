@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fit_models import Residual, branch, square
+from fit_models import Residual, branch, fit_of, square
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from revfx import convert
-from revfx.converted import conversion_of
 from revfx.testing import measure_memory
 
 
@@ -86,7 +85,7 @@ def _compared(place: Place, x: Tensor) -> dict[str, Any]:
         model: Any = make()
         got, peak = _trained(model, x)
         inner = model if hasattr(model, "revfx") else model.module
-        plan = conversion_of(inner).fit.plans[0].chosen.plan
+        plan = fit_of(inner).plans[0].chosen.plan
         same = len(got) == len(plain) and all(map(torch.equal, got, plain))
         found[order] = same, peak / most, len(plan.dropped)
     return found

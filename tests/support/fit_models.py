@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revfx
 from revfx.converted import conversion_of
+from revfx.fit.fit import Fit
 from revfx.testing import measure_memory
 
 
@@ -209,10 +210,8 @@ def state(model: nn.Module, step: Callable[[], Tensor], seed: int = 1) -> list[T
 def segformer() -> nn.Module:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    config = SegformerConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_attention_heads=[1, 2, 2, 4],
-        num_labels=5,
-    )  # fmt: skip
+    sizes, heads = [8, 16, 24, 32], [1, 2, 2, 4]
+    config = SegformerConfig(depths=[1] * 4, hidden_sizes=sizes, decoder_hidden_size=16, num_attention_heads=heads)
     return SegformerForSemanticSegmentation(config)
 
 
@@ -232,12 +231,18 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
+def fit_of(model: nn.Module) -> Fit:
+    """The working object of a converted model with a budget."""
+    fit = conversion_of(model).fit
+    assert fit is not None
+    return fit
+
+
 def planned(model: nn.Module, args: Any, **options: Any) -> Any:
     """`convert`, with the plan for calls with `args` (a tensor, or a tuple of them) made now."""
     converted: Any = revfx.convert(model, **options)
     conversion = conversion_of(converted)
-    assert conversion.fit is not None
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     with contextlib.nullcontext() if conversion.block_calls is None else conversion.block_calls.active():
-        conversion.fit.prepare(converted, conversion.to_fit(converted, args, {}))
+        fit_of(converted).prepare(converted, conversion.to_fit(converted, args, {}))
     return converted
