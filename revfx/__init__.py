@@ -1,4 +1,4 @@
-"""Depth-free activation memory for ordinary PyTorch models, by inferred reversibility."""
+"""Train PyTorch models in less memory, bit for bit: inferred reversible layers and memory budgets."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     layout: Any = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    text = "Depth-free activation memory for PyTorch models, by inferred reversibility."
+    text = "Train PyTorch models in less memory, bit for bit: inferred reversible layers and memory budgets."
     parser = argparse.ArgumentParser(prog="revfx", description=text, **layout)
     parser.add_argument("--version", action="version", version=f"revfx {revfx.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{explain,fit}")

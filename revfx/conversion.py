@@ -79,9 +79,13 @@ class Conversion:
         refusals = tuple(dict.fromkeys((*recorded, *self.not_compiled)))
         regions = tuple(r for p in found for r in p.regions)
         plans = found if self.fit is None else self.fit.budget_plans
-        no_plan = "no plan yet: it is made at the first call"
-        if self.outcomes:
+        no_plan = "no plan yet: the first call makes it"
+        if self.fit is not None:
+            no_plan = "no plan now: the next training step makes one, if the forward can be recorded"
+        elif self.outcomes:
             no_plan = "no plan: nothing reversible was found; `.refusals` lists the reasons"
+            if self.parts_converted:
+                no_plan = "no plan: the forward can't be recorded; its sub-modules have plans of their own"
         program = "\n\n".join(map(str, plans)) or f"({no_plan})"
         return ConversionInfo(regions, refusals, plans, program)
 

@@ -54,7 +54,8 @@ def convert(
             anything. It names the least feasible budget.
 
     Warns:
-        NotConvertedWarning: nothing reversible was found, or the forward can't be recorded; the model runs as it was.
+        NotConvertedWarning: nothing reversible was found, and the model runs as it was; or its forward can't be
+            recorded, and only its sub-modules are converted.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`convert` takes an nn.Module, not a {type(model).__name__}.")
@@ -62,7 +63,7 @@ def convert(
     budget = checked_memory(memory)
     if budget is not None and (not exact or strict):
         option = "strict=True" if strict else "exact=False"
-        raise ValueError(f"`{budget.text}` keeps what it can't recompute and changes no bit: leave `{option}` out.")
+        raise ValueError(f"`{budget.text}`: a budget is for any model, and always lossless. Leave `{option}` out.")
     options = Options(exact, strict, compile=compile, memory=budget)
     if isinstance(model, Reversible):
         if options in (conversion_of(model).options, Options()):

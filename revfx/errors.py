@@ -71,7 +71,7 @@ class NondeterminismWarning(RevfxWarning):
 
 
 class BudgetWarning(RevfxWarning):
-    """A budget of memory is not kept."""
+    """A memory budget, revfx's or torch's, is not kept, or may not be."""
 
 
 # --- the user's place
@@ -94,18 +94,19 @@ def warn(text: str, category: type[RevfxWarning]) -> None:
 
 
 # --- refusals
+FOR_ANY_MODEL = "use `revfx.convert(model, memory=0.5)`, which works for any model"
+
+
 class Reason(Enum):
     """A kind of refusal: its meaning, and its `remedy`, the user's way out."""
 
     NO_COUPLING = (
         "a value is added to something computed from itself, as in a residual block",
-        "split the stream in two: `y1 = x1 + f(x2); y2 = x2 + g(y1)`, or use `revfx.convert(model, memory=0.5)`, which"
-        " works for any model",
+        f"split the stream in two: `y1 = x1 + f(x2); y2 = x2 + g(y1)`, or {FOR_ANY_MODEL}",
     )
     NON_INVERTIBLE = (
         "the operation discards information",
-        "move it into the function that is added to the other stream, or use `revfx.convert(model, memory=0.5)`, which"
-        " works for any model",
+        f"move it into the function that is added to the other stream, or {FOR_ANY_MODEL}",
     )
     NO_RULE = (
         "the operation has no inverse rule",
@@ -120,7 +121,7 @@ class Reason(Enum):
         "keep each stream in one dtype, float32 if possible, and cast inside the functions",
     )
     LAYOUT = (
-        "a shape or an index is not followed",
+        "a broadcast, a shape or an index is not supported",
         "add something of the stream's own shape, for instance by `expand`; index along one dimension, by constants or"
         " buffers",
     )
@@ -139,7 +140,7 @@ class Reason(Enum):
     )
     DATA_DEPENDENT = (
         "Python code or a size depends on the values of a tensor",
-        "use `torch.where` for the branch, or `revfx.convert(model, memory=0.5)`, which works for any model",
+        f"use `torch.where` for the branch, or {FOR_ANY_MODEL}",
     )
     HIDDEN_STATE = (
         "the forward reads state that is not tracked",
@@ -150,12 +151,12 @@ class Reason(Enum):
         "make the change before: in `__init__`, by `register_buffer`, or in a call under `torch.no_grad()`",
     )
     OPAQUE = (
-        "revfx can't look into a module or an operation",
-        "call it inside the function that is added to the other stream; put hooks on the modules inside it",
+        "a module or an operation can't be recorded",
+        "call it inside the function that is added to the other stream, or move its hooks to its sub-modules",
     )
     UNTRACEABLE = (
         "the forward can't be recorded",
-        "convert its sub-modules one by one, or use `revfx.convert(model, memory=0.5)`, which works for any model",
+        f"{FOR_ANY_MODEL}, or take what the reason names out of the forward",
     )
     NOT_COMPILED = (
         "the compiler does not take a function or a graph",
@@ -203,7 +204,6 @@ class Refusal:
         return f"{self.where or 'unknown place'}: `{self.op}`: {self.detail or self.kind.meaning}"
 
 
-FOR_ANY_MODEL = "use `revfx.convert(model, memory=0.5)`, which works for any model"
 MAX_REFUSALS = 8  # refusals in one message
 
 

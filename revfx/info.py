@@ -38,13 +38,13 @@ class BudgetPlan:
     Attributes:
         inputs: the model's class and the shapes of its inputs, as text.
         budget: bytes that a step may take.
-        peak: bytes that a step takes at its peak, as foreseen.
-        plain: bytes that the plain model's step takes at its peak, as foreseen.
-        time: of a step, in plain steps, as foreseen.
+        peak: bytes that a step takes at its peak, as predicted.
+        plain: bytes that the plain model's step takes at its peak, as predicted.
+        time: of a step, in plain steps, as predicted.
         planning: seconds that it took to make the plan.
         kept: saved tensors that are held until the backward.
         recomputed: those that are computed again in the backward.
-        marks: those of which a bit per element is kept.
+        compressed: those of which a bit per element is kept.
         inverted: those that are computed from the outputs of couplings.
     """
 
@@ -56,25 +56,25 @@ class BudgetPlan:
     planning: float
     kept: Amount
     recomputed: Amount
-    marks: Amount
+    compressed: Amount
     inverted: Amount
 
     @property
     def line(self) -> str:
         """Return the plan on one line, for a log."""
         return (
-            f"{self.inputs}: budget {size(self.budget)}, foreseen peak {size(self.peak)} of the plain"
-            f" model's {size(self.plain)}, foreseen extra time {self.time - 1:.1%}, planned in {self.planning:.1f} s"
+            f"{self.inputs}: budget {size(self.budget)}, predicted peak {size(self.peak)} of the plain"
+            f" model's {size(self.plain)}, predicted extra time {self.time - 1:.1%}, planned in {self.planning:.1f} s"
         )
 
     def __str__(self) -> str:
         text = (
             f"{self.inputs}: budget {size(self.budget)}"
-            f"\n  foreseen peak {size(self.peak)}, {self.peak / max(1, self.plain):.0%} of the plain model's"
-            f"\n  foreseen time {self.time:.2f} of the plain model's; planned in {self.planning:.1f} s"
+            f"\n  predicted peak {size(self.peak)}, {self.peak / max(1, self.plain):.0%} of the plain model's"
+            f"\n  predicted time {self.time:.2f} of the plain model's; planned in {self.planning:.1f} s"
         )
-        ways = {"kept": self.kept, "recomputed": self.recomputed, "as marks": self.marks, "inverted": self.inverted}
-        for name, amount in ways.items():
+        for name in ("kept", "recomputed", "compressed", "inverted"):
+            amount: Amount = getattr(self, name)
             if amount.tensors:
                 text += f"\n  {name + ':':12}{amount}"
         return text

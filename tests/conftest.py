@@ -39,7 +39,7 @@ LONG = ("test_distributed", "test_caches", "test_faults")
 COMPILING = (
     "test_zoo_compiled", "test_compiled_caches", "test_flows", "test_compiled_situations", "test_programs",
     "test_compiled_random", "test_block_compiled", "test_compiled_distributed", "test_long",
-    "test_convert_dynamo", "test_compiled_sizes", "test_compiled_state", "test_faults_compiled", "test_backend",
+    "test_compiled_sizes", "test_compiled_state", "test_faults_compiled", "test_backend",
     "test_compiled_rounding", "test_compiled_streams",
 )  # fmt: skip
 

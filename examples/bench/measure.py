@@ -29,14 +29,14 @@ class Sizes:
     depth: int | None = None
     batch: int | None = None
     device: str = "cpu"
-    is_half: bool = False
+    is_bf16: bool = False
     is_compiled: bool = False
 
     def make(self, model: BenchModel) -> Task:
         """Build a task."""
         task = model.make(self.depth, self.batch)
         task.to(self.device)
-        task.is_half, task.is_compiled = self.is_half, self.is_compiled
+        task.is_bf16, task.is_compiled = self.is_bf16, self.is_compiled
         return task
 
 

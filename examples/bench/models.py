@@ -19,7 +19,7 @@ from bench.chains import Chain, CouplingMlp, Flow, RevNet, Springs, Transformer
 class Task:
     """A model in training mode, its arguments, the loss of its output, and its repeated blocks.
 
-    `is_half`: the forward runs under bfloat16 autocast. `is_compiled`: each block is to be compiled by itself.
+    `is_bf16`: the forward runs under bfloat16 autocast. `is_compiled`: each block is to be compiled by itself.
     `budget_bytes` is set by a way that trains within it.
     """
 
@@ -29,7 +29,7 @@ class Task:
     blocks: Sequence[nn.Module]
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     device: str = "cpu"
-    is_half: bool = False
+    is_bf16: bool = False
     is_compiled: bool = False
     budget_bytes: int | None = None
 
@@ -44,7 +44,7 @@ class Task:
 
     def loss_of(self, call: Callable[..., Any]) -> Tensor:
         """Run a forward by `call` and return its loss."""
-        if not self.is_half:
+        if not self.is_bf16:
             return self.loss(call(*self.args, **self.kwargs))
         with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             output = call(*self.args, **self.kwargs)

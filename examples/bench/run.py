@@ -33,9 +33,9 @@ from bench.ways import LEAST, WAYS, Way, missing
 
 DEFAULT_MODELS = ("mlp", "revnet", "transformer", "flow", "leapfrog", "encoder", "lstm")
 SHORT_MODELS = ("mlp", "encoder")
-SHORT_DEPTH, SHORT_BATCH, SHORT_BUDGETS = 3, 8, "60"  # blocks; the divisor of the batch; percentages
+SHORT_DEPTH, SHORT_BATCH_DIVISOR, SHORT_BUDGETS = 3, 8, "60"  # blocks; of the batch; percentages
 ROUNDS = 9
-HEAD = ("model", "way", "kept", "peak", "of plain's", "step", "of plain's", "first step", "gradients")
+HEAD = ("model", "way", "kept", "peak", "peak/plain", "step", "time/plain", "first step", "gradients")
 WIDTHS = (12, 47, 11, 11, 10, 11, 18, 10, 17)
 MIB = 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in models:
             depth, batch = args.depth, args.batch
             if args.short:
-                depth, batch = depth or SHORT_DEPTH, batch or max(2, MODELS[name].batch // SHORT_BATCH)
+                depth, batch = depth or SHORT_DEPTH, batch or max(2, MODELS[name].batch // SHORT_BATCH_DIVISOR)
             sizes = Sizes(depth, batch, args.device, args.precision == "bf16", args.compile)
             found = measure(MODELS[name], ways, rounds, sizes, tick)
             rows += found
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # --- arguments
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python examples/bench", description=__doc__, formatter_class=raw)
     parser.add_argument("--models", help=f"of {', '.join(MODELS)}; default: {','.join(DEFAULT_MODELS)}")
     parser.add_argument("--ways", help=f"of {', '.join(WAYS)}; default: all. plain is always measured")
     parser.add_argument("--budgets", help="for the way `memory`: percentages of plain's peak, and `least`")

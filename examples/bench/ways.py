@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import revfx
 from bench.chains import Chain, Coupling
 from bench.models import Task
-from revfx.errors import BudgetError
+from revfx.errors import BudgetError, RevfxError
 
 
 Call = Callable[..., Any]
@@ -209,6 +209,8 @@ def _memory(task: Task, budget: float | str) -> Call:
         task.loss_of(revfx.convert(task.model, memory=1, compile=task.is_compiled))
     except BudgetError as e:
         task.budget_bytes = e.least
+    else:
+        raise RevfxError("there is no least budget: the forward can't be recorded")
     return revfx.convert(task.model, memory=task.budget_bytes, compile=task.is_compiled)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from revfx.passes import _torch
 from revfx.passes.closure import Forward
 from revfx.passes.composed import rounds
-from revfx.passes.joint.anchors import inverted_from
 from revfx.passes.joint.borders import POLICY, Stored
 from revfx.passes.joint.checks import Checks, Cut
 from revfx.passes.joint.forward import BACKWARD, FORWARD, ForwardGraph, draws_numbers
+from revfx.passes.joint.kept_cuts import inverted_from
 from revfx.passes.joint.record import Recorder, Unrecordable
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region

@@ -18,7 +18,6 @@ from revfx.passes.composed import composed_all
 from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts, ancestors
-from revfx.passes.joint.anchors import anchors
 from revfx.passes.joint.borders import POLICY, store_borders
 from revfx.passes.joint.forward import (
     BACKWARD,
@@ -31,6 +30,7 @@ from revfx.passes.joint.forward import (
     stateless_inputs,
     written_inputs,
 )
+from revfx.passes.joint.kept_cuts import choose_kept_cuts
 from revfx.passes.joint.record import Recorder, Unrecordable, pulled
 from revfx.passes.joint.regenerate import Regenerator, RewriteOptions
 from revfx.passes.program import Program
@@ -73,7 +73,7 @@ def rewrite(
     details: list[tuple[Program, Region, frozenset[int]]] = []
     for region in reversed(regions):
         if options.coder is None:
-            cuts = anchors(program, region.steps)
+            cuts = choose_kept_cuts(program, region.steps)
         else:
             region, cuts = replace(region, steps=composed_all(program, region.steps)), frozenset[int]()
         wanted, ops = _wanted(forward, region, readers)

@@ -1,1 +1,1 @@
-"""What `torch.compile` is given: the backend, the partitioner, and a capture by dynamo."""
+"""Whole-graph compilation: the backend, the partitioner, and compiled functions."""

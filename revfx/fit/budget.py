@@ -51,6 +51,6 @@ def checked_memory(memory: Any) -> Budget | None:
         if nbytes := units.parse_size(memory):
             return Budget(text, bytes=nbytes)
     raise ValueError(
-        f"`{text}` is no budget: give a share of what the plain model takes, a float in (0, 1], or bytes, as an"
-        ' int or a text such as "2GiB", "800MB" or "65%".'
+        f'`{text}` is not a budget. Give bytes (an int, "2GiB", "800MB") or a part of the plain model\'s peak (a'
+        ' float in (0, 1], "65%").'
     )

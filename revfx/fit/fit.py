@@ -75,7 +75,7 @@ def may_fit(leaves: Sequence[Any]) -> bool:
     if _torch.has_saved_tensors_hooks():
         warn(
             "hooks on saved tensors, such as those of a checkpoint, are active around a model with a budget. It runs"
-            " plainly, and the budget is not kept. Leave the hooks out, or convert the model that they are around.",
+            " plainly, and the budget is not kept. Remove the hooks, or convert the outer model that they are around.",
             BudgetWarning,
         )
         return False
@@ -172,8 +172,8 @@ class Fit:
             self.budget, self.plans = replace(self.budget, less=self.budget.less + over), []
         warn(
             f"`convert({name}, {self.budget.text})`: a step took {size(over)} more than its budget, as the allocator"
-            " counts. The next step is planned for that much less. Give a smaller `memory=` if the device has no such"
-            " room.",
+            " counts. The next step is planned for that much less. Give a smaller `memory=` if the device runs out of"
+            " memory.",
             BudgetWarning,
         )
 
@@ -189,12 +189,12 @@ class Fit:
             self.plans = [f for f in self.plans if f is not fitted]
             self.moves += 1
             self.wanders = self.moves >= max(WANDERS, self.calls / 4)
-        then = "It is recorded again at its next call. If this repeats, convert sub-modules that go one way instead"
+        then = "The next call records it again. If this repeats, convert only sub-modules that always take one path"
         if self.wanders:
-            then = "This happens again and again, so it runs plainly from now on. Convert sub-modules that go one way"
+            then = "This happens often, so the model runs plainly now. Convert sub-modules that always take one path"
         warn(
-            f"`convert({name}, {self.budget.text})`: a forward went another way than the recorded one, so what came"
-            f" after was kept. {then}.",
+            f"`convert({name}, {self.budget.text})`: the forward took another path than the recorded one, and all"
+            f" that followed was kept. {then}.",
             BudgetWarning,
         )
 
@@ -221,8 +221,8 @@ class Fit:
             chosen = survey.least()
             warn(
                 f"`convert({name}, {self.budget.text})`: results that differ from step to step are kept now, and no"
-                f" plan stays within the budget. A step takes up to {size(chosen.load.peak)}. Make numbers that change"
-                " tensors: arguments or buffers.",
+                f" plan stays within the budget. A step takes up to {size(chosen.load.peak)}. Pass numbers that change"
+                " as tensors: arguments or buffers.",
                 BudgetWarning,
             )
         most = chosen.model.load(chosen.plan).peak

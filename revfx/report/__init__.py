@@ -1,1 +1,1 @@
-"""What users read: `explain`, its text, page and pictures."""
+"""Reports for users: `explain`, its text, page and picture."""

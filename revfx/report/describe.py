@@ -59,7 +59,7 @@ def describe(
     """
     steps = region.steps
     kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
-    anchored = {*uncoded, *(v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry)} - kept.keys()
+    kept_inside = {*uncoded, *(v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry)} - kept.keys()
     return RegionInfo(
         module=module,
         first=program.ops[region.start].where,
@@ -69,12 +69,12 @@ def describe(
         steps=len(steps),
         streams=tuple(type_name(v.dtype, v.shape) for v in map(program.values.__getitem__, region.exit)),
         kept=tuple(program.values[v].name for v in kept),
-        kept_bytes=region.kept_bytes + program.nbytes(tuple(anchored)),
+        kept_bytes=region.kept_bytes + program.nbytes(tuple(kept_inside)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),
         freed_bytes=region.freed_bytes,
         lossless=code_bytes is not None or all(a.exact for s in steps for a in s.arcs),
         code_bytes=code_bytes or 0,
-        values=tuple(_value_lines(program, region, kept_cuts, {*kept, *anchored}, names)),
+        values=tuple(_value_lines(program, region, kept_cuts, {*kept, *kept_inside}, names)),
     )
 
 

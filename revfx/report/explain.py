@@ -68,7 +68,7 @@ def explain(
 
     Raises:
         TypeError: `model` is not a module, or `args` is neither a tensor nor a tuple.
-        ValueError: an unknown `backend`, or a `memory` that is no budget.
+        ValueError: an unknown `backend`, a `memory` that is not a budget, or both given.
         Exception: any error of the model for these arguments; on fake tensors, unless `measure` is set, and unless it
             asks for a value that fake tensors lack.
     """
@@ -76,6 +76,8 @@ def explain(
         raise TypeError(f"`explain` takes an nn.Module, not a {type(model).__name__}; wrap the function in a module.")
     if backend not in (None, "revfx"):
         raise ValueError(f"`backend={backend!r}` is not known; use 'revfx', or leave it out.")
+    if backend is not None and memory is not None:
+        raise ValueError(f"`memory={memory!r}`: the backend has no budgets. Leave `memory` or `backend` out.")
     given, named = normalize_arguments(args, kwargs)
     loss = loss or total
     if backend is not None:

@@ -41,12 +41,12 @@ ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Bytes of what autograd would keep of a module: `kept`, `recomputed`, or `masked`, kept as a bit an element."""
+    """Bytes of what autograd would keep of a module: `kept`, `recomputed`, or `compressed` to a bit an element."""
 
     module: str
     kept: int
     recomputed: int
-    masked: int
+    compressed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +81,10 @@ class FitInfo:
             share = f"{self.peak / self.plain:.0%} of the plain model's {size(self.plain)}"
             peak = f"predicted peak {size(self.peak)}, {share}"
             yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time"
-            yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'masked':>12}"
-            rows = sorted(self.modules, key=lambda m: -m.kept - m.recomputed - m.masked)
+            yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'compressed':>12}"
+            rows = sorted(self.modules, key=lambda m: -m.kept - m.recomputed - m.compressed)
             for m in rows[:MAX_MODULES]:
-                numbers = "".join(f"{size(n) if n else '-':>12}" for n in (m.kept, m.recomputed, m.masked))
+                numbers = "".join(f"{size(n) if n else '-':>12}" for n in (m.kept, m.recomputed, m.compressed))
                 yield f"  {m.module or 'the root':28}{numbers}"
             if len(rows) > MAX_MODULES:
                 yield f"  and {len(rows) - MAX_MODULES} more modules"
@@ -92,7 +92,7 @@ class FitInfo:
                 yield "  couplings are inverted as well"
         else:
             yield f"budget {size(self.budget)}: no plan stays within it"
-        yield "at its peak" if self.way else "at the peak of the plan with the least"
+        yield "at its peak" if self.way else "at the peak of the smallest plan"
         yield from (f"  {text}" for text in self.held)
         yield f"least feasible budget: {self.least} bytes, {size(self.least)}"
         yield "budgets and the time they cost, in plain steps"

@@ -49,14 +49,14 @@ def memory_svg(e: Findings) -> str:
     ways = {u.way: u for u in e.ways if u.live}
     if not ways:
         raise RevfxError(
-            "No picture can be drawn: this explanation has no timeline of a training step. Its notes say why the step"
-            " could not be counted; save it as .html or .json instead."
+            "No picture can be drawn: no training step was simulated (never with `backend=`; else `.notes` says why)."
+            " Save it as .html or .json."
         )
     try:
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RevfxError("`memory_svg` needs matplotlib: pip install 'revfx[viz]'") from error
+        raise RevfxError("No picture can be drawn without matplotlib. Run pip install 'revfx[viz]'.") from error
     title = f"Memory of one training step: {printable(e.model)}"
     peaks = ", ".join(f"{way} {size(max(u.live))}" for way, u in ways.items())
     metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type")) | {"Title": f"{title}; peaks: {peaks}"}

@@ -179,7 +179,6 @@ TABLES: list[Table] = [
     bounded, unbounded, in_a_pair, in_a_frozen_object, default, OfAClass.get, class_attribute,
     global_dict, global_list, global_deep, global_name, global_object, computed_property, hidden_dict, hidden_deque,
 ]  # fmt: skip
-NAMES = [getattr(t, "__name__", "bounded") for t in TABLES]
 
 
 def clear() -> None:

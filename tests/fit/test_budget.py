@@ -28,14 +28,14 @@ def test_budgets(given: object, expected: int) -> None:
     "given", [0, -1, 0.0, 1.5, -0.5, True, "", "2 XiB", "GiB", "0%", "130%", "nan", [1], float("nan")]
 )
 def test_what_is_no_budget(given: object) -> None:
-    with pytest.raises(ValueError, match="is no budget"):
+    with pytest.raises(ValueError, match="is not a budget"):
         revfx.convert(nn.Linear(2, 2), memory=given)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("other", [{"exact": False}, {"strict": True}], ids=str)
 def test_a_budget_decides_alone(other: dict[str, Any]) -> None:
     ((name, value),) = other.items()
-    with pytest.raises(ValueError, match=f"leave `{name}={value}` out"):
+    with pytest.raises(ValueError, match=f"Leave `{name}={value}` out"):
         revfx.convert(nn.Linear(2, 2), memory=0.5, **other)
 
 

@@ -188,7 +188,7 @@ def test_parts_that_change_places_are_no_others() -> None:
     for layer in model.layers:
         layer.compile(backend="aot_eager")
     fitted = planned(model, x, memory=0.5)
-    with pytest.warns(RevfxWarning, match="went another way"):
+    with pytest.warns(RevfxWarning, match="took another path"):
         got = state(fitted, lambda: square(fitted(-x)))
     assert equal(got, state(model, lambda: square(model(-x))))
 

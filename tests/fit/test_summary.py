@@ -22,15 +22,15 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> 
     first, second = fit_of(fitted).budget_plans
     lines = [r.getMessage() for r in caplog.records if r.name == "revfx"]
     assert lines == [first.line, second.line] and all(r.levelno == logging.INFO for r in caplog.records)
-    assert lines[0].startswith("Residual, inputs (256, 64): budget 2.8 MiB, foreseen peak 2.")
+    assert lines[0].startswith("Residual, inputs (256, 64): budget 2.8 MiB, predicted peak 2.")
     assert "extra time" in lines[0] and "planned in" in lines[0]
     assert first.peak <= first.budget < first.plain and first.time > 1 and first.planning > 0
     plan = fit_of(fitted).plans[0].chosen.plan
     saved = [v for v, packs in plan.needs.wanted.items() if packs]
-    ways = first.kept, first.recomputed, first.marks
+    ways = first.kept, first.recomputed, first.compressed
     assert sum(a.tensors for a in ways) == len(saved)
     assert sum(a.bytes for a in ways) == sum(map(plan.needs.tape.size, saved))
-    assert first.recomputed.tensors and (first.marks.tensors > 0) == (name == "relu" or bool(plan.coins))
+    assert first.recomputed.tensors and (first.compressed.tensors > 0) == (name == "relu" or bool(plan.coins))
     assert f"recomputed: {first.recomputed.tensors} saved tensors" in str(first)
     assert "(64, 64)" in str(second)
 
@@ -38,14 +38,14 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> 
 def test_a_converted_model_shows_its_plans() -> None:
     model, (x,), loss = make("mlp")
     fitted: Any = revfx.convert(model, memory=0.5)
-    assert not fitted.revfx.plans and "no plan yet" in str(fitted.revfx)
+    assert not fitted.revfx.plans and "no plan now" in str(fitted.revfx)
     for batch in (x, x[:64]):
         loss(fitted(batch)).backward()
     fit: Any = fit_of(fitted)
     plans = fitted.revfx.plans
     assert plans == fit.budget_plans and len(plans) == 2
     assert str(fitted.revfx) == f"{plans[0]}\n\n{plans[1]}"
-    assert str(fitted.revfx).startswith("Residual, inputs (256, 64): budget 2.8 MiB\n  foreseen peak 2.")
+    assert str(fitted.revfx).startswith("Residual, inputs (256, 64): budget 2.8 MiB\n  predicted peak 2.")
 
 
 def test_no_budget_says_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,7 @@ def amplification(step: Step, before: Mapping[int, float], most: Mapping[tuple[i
     return {v: growth.get(v, 1.0) for v in step.exit}
 
 
-def anchors(program: Program, steps: Sequence[Step]) -> frozenset[int]:
+def choose_kept_cuts(program: Program, steps: Sequence[Step]) -> frozenset[int]:
     """Numbers of the cuts inside a region to keep; cut j lies before step j.
 
     Factors that are data count with the smallest magnitude that they can have. The entry of a step whose factor may
