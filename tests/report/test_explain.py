@@ -217,6 +217,8 @@ def test_wrong_arguments() -> None:
         revfx.explain(F.relu, torch.ones(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend='inductor'"):
         revfx.explain(Net(2), torch.ones(2, 16), backend="inductor")
+    with pytest.raises(ValueError, match="the backend has no budgets"):
+        revfx.explain(Net(2), torch.ones(2, 16), memory=0.5, backend="revfx")
     with pytest.raises(RuntimeError, match="reduction dim"):
         revfx.explain(Net(2), torch.ones(2, 15))
     with pytest.raises(revfx.RevfxError, match="no output of the model needs a gradient"):
