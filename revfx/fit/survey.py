@@ -50,8 +50,8 @@ class Survey:
     def best(self, budget: Budget) -> Chosen | None:
         """Return the fastest plan that is found to stay within the budget; None if none does.
 
-        Bytes are kept for any caller if that is possible. A share is one of what the plain step takes of
-        the same caller, and so are bytes that are too few for any caller: so both are refused at the same point.
+        A budget in bytes holds for any caller if that is possible. A share is compared with the plain step of the same
+        caller, and so are bytes that are too few for any caller: both are refused at the same point.
         """
         asked, plain = budget.of(self.peak), self._chosen("plain", self.plain, self.plain.plain)
         if budget.share == 1:

@@ -76,14 +76,12 @@ def _judge(needs: Needs, value: int, then: Tensor, now: Tensor) -> str | None:
     if then.dtype.is_floating_point and 0 < error <= JITTER:
         warn(
             f"{name} differs by {error:.1e} (relative) when it is recomputed: a kernel is not reproducible. Gradients"
-            " are accurate to this rounding. Call `torch.use_deterministic_algorithms(True)`"
-            " if every bit matters.",
+            " are accurate to this rounding. Call `torch.use_deterministic_algorithms(True)` if every bit matters.",
             NondeterminismWarning,
         )
         return None
     return (
         f"{name} differs by {error:.1e} (relative) when it is recomputed: a number that the forward reads from Python"
-        " has changed since it was recorded, or its code took another path. The gradients of this"
-        " step are wrong; the next step has a new plan, which keeps this value. Make the number a tensor: an argument"
-        " or a buffer."
+        " has changed since it was recorded, or its code took another path. The gradients of this step are wrong; the"
+        " next step has a new plan, which keeps this value. Make the number a tensor: an argument or a buffer."
     )
