@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import graph
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import has_side_effect
 
@@ -60,6 +61,11 @@ has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd t
 def overflows() -> int:
     """Return how many backward passes so far warned of an overflow."""
     return _warned[OVERFLOWED]
+
+
+def boxed_codegen() -> Any:
+    """Return what has the code of an fx graph take its inputs as one list, which it empties."""
+    return graph._BoxedCodeGen()
 
 
 def is_overload(target: Any) -> bool:

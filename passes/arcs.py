@@ -266,6 +266,8 @@ class _Lowering:
             least = 1 / max(interval.most, 1e-300)
         elif f in self.masks.of:
             return f"the factor `{f.name}` is a mask"
+        elif f in self.masks.zero:
+            return f"the factor `{f.name}` is zero under a mask"
         elif least == 0 and not interval.nonzero and not self.coded:
             return f"the factor `{f.name}` is not bounded away from zero"
         return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least}

@@ -37,10 +37,11 @@ def facts_of(inputs: Iterable[Any]) -> Facts:
     """Return what holds of which inputs: pairs of a number and a fact."""
     tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
     # which numbers they hold only of a model's own tensors: a graph is compiled, and cached, for these
-    return tuple((i, fact) for i, t in tensors for fact in _facts(t) if isinstance(fact, str) or _torch.is_held(t))
+    return tuple((i, fact) for i, t in tensors for fact in facts_about(t) if isinstance(fact, str) or _torch.is_held(t))
 
 
-def _facts(t: Tensor) -> tuple[Fact, ...]:
+def facts_about(t: Tensor) -> tuple[Fact, ...]:
+    """Return the facts about the elements of a tensor; the host waits for them."""
     if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta or t.requires_grad:
         return ()
     if not 0 < t.numel() <= LIMIT or t.dtype == torch.bool or t.is_complex():
@@ -55,9 +56,23 @@ def _facts(t: Tensor) -> tuple[Fact, ...]:
         return tuple(found)
 
 
+def holds(fact: Fact, t: Tensor) -> bool:
+    """Return whether a fact holds of a tensor; the host waits for it."""
+    if isinstance(fact, tuple):
+        return t.numel() == len(fact) and tuple(t.flatten().tolist()) == fact
+    return fact in facts_about(t)
+
+
+def truths_of(t: Tensor) -> tuple[Fact, ...]:
+    """Return the elements of a small tensor of booleans, as a fact; the host waits for them."""
+    if t.dtype != torch.bool or t.is_meta or not 0 < t.numel() <= LIMIT:
+        return ()
+    return (tuple(t.flatten().tolist()),)
+
+
 def is_mask(t: Tensor) -> bool:
     """Return whether a tensor holds zeros and ones, some of each, and nothing else."""
-    return ZEROS_AND_ONES in _facts(t)
+    return ZEROS_AND_ONES in facts_about(t)
 
 
 # --- checks, recorded into the forward of a graph that relies on a fact
@@ -98,7 +113,7 @@ def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[Fact]], owner: An
     for node in graph.nodes:
         if node.op == "get_attr":
             held = getattr(owner, str(node.target), None)
-            found[node] = _facts(held) if isinstance(held, Tensor) else ()
+            found[node] = facts_about(held) if isinstance(held, Tensor) else ()
         elif node.op == "call_function" and isinstance(val := node.meta.get("val"), Tensor) and val.dtype in INDICES:
             if bare(node) in SAME | CASTS | REORDERED and node.args and isinstance(node.args[0], fx.Node):
                 found[node] = tuple(f for f in found.get(node.args[0], ()) if f == PERMUTATION)
@@ -117,7 +132,8 @@ def constants(graph: fx.Graph, facts: MutableMapping[fx.Node, tuple[Fact, ...]])
         numbers = next((f for f in facts.get(node, ()) if isinstance(f, tuple)), None)
         with torch.no_grad(), _torch.no_dispatch():
             if numbers is not None and fixed((val := node.meta["val"]).shape):
-                found[node] = torch.tensor(numbers, dtype=val.dtype, device=val.device).reshape(val.shape)
+                device = "cpu" if val.is_meta else val.device  # a graph without data is about a real device
+                found[node] = torch.tensor(numbers, dtype=val.dtype, device=device).reshape(val.shape)
                 seen.add(node)
             elif _foldable(node) and all(n in found for n in node.all_input_nodes):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: found[n])
@@ -234,6 +250,7 @@ def _zero_places(node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Nod
         return NOWHERE.union(*theirs)
     if name in ("add", "sub", "subtract") and len(theirs) == 2:
         return theirs[0] & theirs[1]
-    if name in ("div", "divide", "true_divide", "neg", "negative", *SAME, *CASTS) and theirs and node.args[0] in zero:
+    same = name in ("div", "divide", "true_divide", "neg", "negative", *SAME, *CASTS)
+    if same and isinstance(node.args[0], fx.Node):
         return theirs[0]
     return NOWHERE

@@ -105,7 +105,7 @@ def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...
         if region is not None:
             regions.append(region)
             stop, live = region.start, dict.fromkeys(region.entry)
-        elif walk.steps and not (reruns and walk.steps[-1].start == 0 and not walk.steps[-1].inverts):
+        elif walk.steps and not (reruns and _ends_at_input(program, walk.steps[-1])):
             # It may be one step of all, as something made above it is read again below it: try again from there.
             top = walk.steps[-1]
             again = max((u for v in top.entry for u in program.users[v] if top.start < u < stop), default=-1)
@@ -123,6 +123,11 @@ def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...
     last = {program.ops[s.start].where: s for s in sorted(kept, key=lambda s: s.start)}  # one for each line of code
     once = sorted(last.values(), key=lambda s: -s.start)
     return tuple(reversed(regions)), tuple(stuck if regions else (*stuck, *once))
+
+
+def _ends_at_input(program: Program, top: Step) -> bool:
+    """Return whether a step goes up to the program's inputs, from which all can be run again."""
+    return top.start == 0 and (not top.inverts or all(program.values[v].given for v in top.entry))
 
 
 def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:

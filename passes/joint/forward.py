@@ -98,7 +98,7 @@ def forward_half(
             for d in new.meta["directions"]
         )
     half.output([copy[n] for n in outputs])
-    sources = {copy[n] for n in _sources(joint, lasting, mutated, nodes) if n in copy}
+    sources = {copy[n] for n in find_sources(joint, lasting, mutated, nodes) if n in copy}
     theirs = {copy[n]: why for n, why in apart.items() if n in copy}
     lowered = lower(half, sources=sources, barred=None if coded else theirs)
     return ForwardGraph(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
@@ -117,7 +117,7 @@ def _read_no_shapes(joint: fx.Graph) -> None:
 MIN_CONSTANT_BYTES = 1024  # bytes of a constant that are not worth computing again
 
 
-def _sources(
+def find_sources(
     joint: fx.Graph, lasting: Iterable[fx.Node], mutated: Collection[Any], ahead: Collection[fx.Node]
 ) -> set[fx.Node]:
     """Return what the backward can read at little cost: parameters and buffers, what follows from them alone and is not

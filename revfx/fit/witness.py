@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revfx.eager.witness import checksum, elements
+from revfx.checksum import checksum, elements
 from revfx.errors import NondeterminismWarning, warn
 from revfx.fit.needs import Needs
 from revfx.fit.tape import Spot

@@ -200,6 +200,12 @@ def foreign_modules() -> list[type[torch.nn.Module]]:
     return [op for op in added if issubclass(op, torch.nn.Module)]
 
 
+def rule_for_class(cls: type[torch.nn.Module]) -> Rule | None:
+    """Return the rule of a class of modules for which one was registered; None for those of torch."""
+    rule = _rules.get(cls)
+    return None if rule is None or rule is _ours.get(cls) else rule
+
+
 def has_rule(op: object) -> bool:
     """Return whether `op` (in one of the spellings that `register_inverse` takes) has a rule."""
     return op in _rules

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import revfx
+from revfx.checksum import checksum
 from revfx.eager import witness
-from revfx.eager.witness import Seen, Witness, checksum, judge
+from revfx.eager.witness import Seen, Witness, judge
 from revfx.errors import NondeterminismWarning, RegenerationError, RevfxWarning
 
 

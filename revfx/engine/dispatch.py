@@ -1,0 +1,96 @@
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
+"""Private API of torch that the engine stands on: dispatch keys, modes and hooks. Read in torch 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _python_dispatch
+
+from revfx import _torch
+
+
+_C: Any = torch._C
+# The keys of this thread outside of any forward, and those with which Python's modes see nothing.
+_INCLUDED, _OUTSIDE = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()
+with _C._DisableTorchDispatch():
+    _UNSEEN = _C._dispatch_tls_local_exclude_set()
+    with _C._AutoDispatchBelowAutograd(), _C._DisableAutocast():
+        _REPLAYING = _C._dispatch_tls_local_exclude_set()
+
+
+def replaying() -> Any:
+    """Return a context in which operators run as autograd and autocast run them, unseen by dispatch modes."""
+    return _C._ForceDispatchKeyGuard(_INCLUDED, _REPLAYING)
+
+
+def unseen() -> Any:
+    """Return a context in which operators run as outside of any forward, unseen by dispatch modes."""
+    return _C._ForceDispatchKeyGuard(_INCLUDED, _UNSEEN)
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """Return `tensor` without its history, unseen by dispatch modes, wherever this is called.
+
+    Writes to either tensor are counted for both; the result of `detach` below autograd has a count of its own. What
+    a parameter is swapped for by `p.data = ...` is not seen through an alias.
+    """
+    if _torch.is_plain(tensor):
+        with unseen():
+            return tensor.detach()
+    with _C._ForceDispatchKeyGuard(_INCLUDED, _OUTSIDE), torch.no_grad(), _torch.no_dispatch():
+        return tensor.detach()  # as its class likes
+
+
+def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return an alias of each tensor."""
+    if not all(map(_torch.is_plain, tensors)):
+        return [alias(t) for t in tensors]
+    with unseen():
+        return [t.detach() for t in tensors]
+
+
+def has_modes() -> bool:
+    """Return whether dispatch modes are on, which would see, or change, operators beside those of a forward."""
+    stack = _python_dispatch._get_current_dispatch_mode_stack()
+    return any(getattr(mode, "_mode_key", None) is None for mode in stack)
+
+
+# --- saved-tensor hooks
+_disable_hooks = torch.autograd.graph.disable_saved_tensors_hooks
+
+
+@contextlib.contextmanager
+def _disable_hooks_beside_ours(error_message: str) -> Generator[None]:
+    """Disable saved-tensor hooks, as `torch.func` does; ours, which look on, are put aside instead of refused."""
+    hooks = _C._autograd
+    top = hooks._top_saved_tensors_default_hooks(True)
+    owner = None if top is None else getattr(top[0], "__self__", None)
+    is_ours = top is not None and getattr(owner, "puts_hooks_aside", False)
+    if is_ours:
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        with _disable_hooks(error_message):
+            yield
+    finally:
+        if top is not None and is_ours:
+            hooks._push_saved_tensors_default_hooks(*top)
+
+
+def let_hooks_be_put_aside() -> None:
+    """Have `torch.func` run inside of hooks whose owners have a true attribute `puts_hooks_aside`."""
+    torch.autograd.graph.disable_saved_tensors_hooks = _disable_hooks_beside_ours
+
+
+# --- the key of the native watcher
+def pass_higher_order_operators(name: str) -> None:
+    """Have higher-order operators (`torch.cond`) pass a dispatch key."""
+    key = _C._parse_dispatch_key(name)
+    operators: Any = torch._ops
+    operators._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS.append(key)  # of those that are yet to come
+    for operator in operators._higher_order_ops.values():
+        operator.fallthrough(key)

@@ -1,0 +1,303 @@
+"""One forward under a plan: the saved tensors that units give back are dropped.
+
+Tensors of a unit are kept until its last operator matched; so a forward that turns out to be another one has lost
+nothing, and a first call can be proven: its replay runs at once, while the saved tensors are there to compare with.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from revfx import _torch
+from revfx.codes import Codec
+from revfx.engine import dispatch
+from revfx.engine.call import Pass, UnitCall, memory_of
+from revfx.engine.checkers import is_alias
+from revfx.engine.fingerprints import fingerprint, is_fingerprinted
+from revfx.engine.match import Match
+from revfx.engine.observe import observer
+from revfx.engine.plan import Plan, UnitPlan
+from revfx.engine.proof import is_close, prove, same_values
+from revfx.engine.saved import SavedTensor
+from revfx.engine.unit import Coded, Unit
+from revfx.errors import NotConvertedWarning, warn
+
+
+class Exit(NamedTuple):
+    """A tensor of the exit of a call, with its slot, and how often it had been written to."""
+
+    tensor: weakref.ref[Tensor]
+    call: UnitCall
+    slot: int
+    version: int
+
+
+class Forward:
+    """One forward under a plan.
+
+    Attributes:
+        count: units that matched.
+        position: of the unit that comes next, if the forward is like the one that was learnt last.
+        coded_bytes: bytes of the codes.
+        writes: the operator that runs now writes to an argument; the write is counted when it has returned.
+        unsettled: a call whose last operator wrote to an argument.
+        kept_cuts: by chain, how many entries and exits of units are held.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
+        self.writes = False
+        self.unsettled: UnitCall | None = None
+        self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
+        self._calls: list[tuple[int, UnitCall]] = []  # with their positions in the sequence
+        self._holders: dict[int, list[UnitCall]] = {}  # by memory that may be written to: calls that hold tensors in it
+        self._exits: dict[int, Exit] = {}  # by the id of a tensor, and by its address
+
+    @property
+    def expected(self) -> UnitPlan | None:
+        """The unit at this position."""
+        sequence = self.plan.sequence
+        return sequence[self.position] if self.position < len(sequence) else None
+
+    @_torch.uncompiled
+    def may_begin(self, match: Match) -> bool:
+        """Return whether a unit may have begun of which the first operator matched.
+
+        The expected one may. Another one has to continue a chain, or to drop something in several operators: views and
+        sums are everywhere.
+        """
+        unit = match.of.unit
+        if match.of is self.expected or (unit.droppable and len(unit.ops) > 1):
+            return True
+        return any(self._exit_of(match.external[slot]) is not None for slot in unit.entry)
+
+    def _exit_of(self, t: Tensor | None) -> Exit | None:
+        """Return the exit that a tensor is, or is an alias of."""
+        if t is None:
+            return None
+        known = self._exits.get(id(t))
+        if known is not None and known.tensor() is t:
+            return known
+        if self._exits and t.layout == torch.strided and _torch.is_plain(t):
+            known = self._exits.get(t.data_ptr())
+            if known is not None and is_alias(known.tensor(), t):
+                return known
+        return None
+
+    @_torch.uncompiled
+    def before_write(self, written: Sequence[Tensor], active: Sequence[Match]) -> None:
+        """Copy tensors that calls, or active matches, hold in memory that is about to be written to."""
+        self.writes = True
+        for key in dict.fromkeys(map(memory_of, written)):
+            if key is None:
+                continue
+            for match in active:
+                match.copy_held(key)
+            for call in self._holders.pop(key, ()):
+                call.copy_held(key)
+
+    @_torch.uncompiled
+    def settle(self) -> None:
+        """Note how often the exit of the latest call had been written to, as its last operator has returned."""
+        call, self.unsettled = self.unsettled, None
+        if call is None:
+            return
+        for slot, (t, _) in call.exits.items():
+            call.exits[slot] = t, _torch.version(t)
+        for key, exit in self._exits.items():
+            if exit.call is call:
+                self._exits[key] = exit._replace(version=_torch.version(call.exits[exit.slot][0]))
+
+    @_torch.uncompiled
+    def save(self, t: Tensor) -> SavedTensor:
+        """Return the object that autograd holds in the place of a tensor that no active match made."""
+        if self.unsettled is not None:
+            self.settle()
+        saved = SavedTensor(t)
+        known = self._exit_of(t)
+        if known is not None and known.version == saved.version:
+            saved.drop(known.call, known.slot)
+        return saved
+
+    def end(self) -> None:
+        """Forget the tensors of the forward, and count the cuts that are kept."""
+        self.settle()
+        self._exits, self._holders = {}, {}
+        for site, call in self._calls:
+            chain = self.plan.chains[site] if site < len(self.plan.chains) else 0
+            held = (not call.inverts) + any(slot not in call.links for slot in call.exits)
+            self.kept_cuts[chain] = self.kept_cuts.get(chain, 0) + held
+        self._calls = []
+
+    @_torch.uncompiled
+    def complete(self, match: Match) -> None:
+        """Drop the saved tensors of a unit that matched to its end."""
+        matched, unit, external = match.of, match.of.unit, match.external
+        if matched.is_broken or not matched.facts_hold(match.tensor):
+            return
+        site = self.plan.site(matched, self.position)
+        earlier = self._earlier_calls(unit, match)
+        call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
+        call.observer = observer.get()
+        if self.plan.notes_settings:
+            call.settings = _torch.kernel_settings()
+        call.inverts = unit.backward is not None and bool(earlier)
+        for slot in unit.held | unit.given | frozenset(() if call.inverts else unit.entry):
+            if slot in match.held:
+                call.given[slot] = match.held[slot]
+            elif external[slot] is not None:
+                call.given[slot] = external[slot]
+        call.given = dict(zip(call.given, dispatch.aliases([*call.given.values()]), strict=True))
+        call.versions = {slot: _torch.version(t) for slot, t in call.given.items()}
+        if call.inverts:
+            self._encode(matched, call, match, site)
+        self._note_exits(call, match)
+        if (site, matched) not in self.plan.proven and not self._prove(matched, call, match):
+            return
+        self.plan.proven.add((site, matched))
+        self._link(call, earlier, match)
+        self._fingerprint(call, earlier, match)
+        if call.observer is not None:
+            call.observer.completed(call, match)
+        self._drop(call, match)
+        trained = {slot for slot in call.given if external[slot] is not None and external[slot].requires_grad}
+        mutable = [t for slot, t in call.given.items() if slot not in trained or slot in unit.entry]
+        for t in (*mutable, *(t for t, _ in call.exits.values())):
+            key = memory_of(t)
+            if key is not None:
+                self._holders.setdefault(key, []).append(call)
+        self.unsettled = call if self.writes else None
+        self.count += 1
+        if earlier or matched is self.expected:  # else it stands alone, and tells nothing of what follows
+            self.position = site + 1
+        self._calls.append((site, call))
+
+    def _earlier_calls(self, unit: Unit, match: Match) -> list[tuple[int, UnitCall, int]]:
+        """Return slots of the entry that are exits of earlier calls: the slot, the call, and the slot there."""
+        found: list[tuple[int, UnitCall, int]] = []
+        for slot in unit.entry:
+            t = match.external[slot]
+            known = self._exit_of(t)
+            if known is not None:
+                found.append((slot, known.call, known.slot))
+        return found
+
+    def _encode(self, matched: UnitPlan, call: UnitCall, match: Match, site: int) -> None:
+        """Make the codes of what inverses miss; hold what is smaller than its code."""
+        for number, coded in enumerate(matched.unit.coded):
+            x = match.operand(coded.head)
+            key = site, matched, number
+            codec = self.plan.codecs.get(key)
+            if codec is None:
+                codec = self.plan.codecs[key] = Codec(wide=coded.arc.coded)
+            code = None
+            if codec.asks(x):
+                predicted = self._predict(coded, match)
+                if predicted is not None:
+                    code = codec.encode(x, predicted)
+                else:
+                    codec.width, codec.due = None, False
+                if codec.width is None and coded.arc.declared:
+                    self._distrust(coded, matched.unit)
+            call.codes.append(dispatch.alias(x) if code is None else code)
+            if code is None:
+                continue
+            self.coded_bytes += code.nbytes
+            if code.lost is not None:
+                self.backward_pass.lost.append((code.lost, codec))
+
+    def _predict(self, coded: Coded, match: Match) -> Tensor | None:
+        """Return the tensor that an inverse gives; None if a declared one raises."""
+        try:
+            with torch.no_grad():
+                return coded.arc.solve(*(match.operand(s) for s in coded.tail))
+        except Exception as e:  # of any class: the code is a library's
+            if not coded.arc.declared or isinstance(e, torch.OutOfMemoryError):
+                raise
+            return None
+
+    def _distrust(self, coded: Coded, unit: Unit) -> None:
+        """Warn, once per place, that a declared inverse does not give back its input."""
+        name = f"`{coded.arc.declared}` ({unit.where[1]})"
+        if name not in self.plan.distrusted:
+            self.plan.distrusted.add(name)
+            text = (
+                f"The inverse of {name} does not give back its input, or it fails. The input is kept, as without revfx,"
+                " and gradients are exact. Correct this inverse, or take back its declaration."
+            )
+            warn(text, NotConvertedWarning)
+
+    def _note_exits(self, call: UnitCall, match: Match) -> None:
+        for slot in call.unit.exit:
+            t = match.tensor(slot)
+            assert t is not None  # as it is held until here
+            call.exits[slot] = dispatch.alias(t), _torch.version(t)
+
+    def _link(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
+        """Have earlier calls take their exits from this call's entry, and note its own exits."""
+        if call.inverts:
+            for slot, before, exit in earlier:
+                before.links[exit] = call, slot
+                before.exits.pop(exit, None)
+                if before.inverts:
+                    call.taken.add(slot)
+        for slot in call.exits:
+            t = match.tensor(slot)
+            assert t is not None
+            exit = Exit(weakref.ref(t), call, slot, _torch.version(t))
+            self._exits[id(t)] = exit
+            if t.layout == torch.strided and _torch.is_plain(t):
+                self._exits[t.data_ptr()] = exit
+
+    def _drop(self, call: UnitCall, match: Match) -> None:
+        for saved, slot in match.saved:
+            if slot in match.of.unit.droppable and slot not in match.of.kept:
+                saved.drop(call, slot)
+                call.pending[slot] = call.pending.get(slot, 0) + 1
+
+    def _fingerprint(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
+        """Note what the end of a chain, which every replay above it leads to, is compared with."""
+        unit = call.unit
+        slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept][-1:]
+        if call.inverts and any(not isinstance(code, Tensor) for code in call.codes):
+            slots = []  # it shows further up
+        if call.inverts and not any(before.inverts for _, before, _ in earlier):
+            slots += [slot for slot in unit.entry if slot not in unit.kept]
+        saved = {slot: s.tensor for s, slot in match.saved}
+        for slot in slots:
+            t = saved.get(slot)
+            if t is None:
+                t = match.held.get(slot)  # as it was before a write
+            if t is None:
+                t = match.tensor(slot)
+            if t is not None and is_fingerprinted(t):
+                call.fingerprints[slot] = fingerprint(t, call.inverts and not self.plan.lossless)
+
+    # --- proof
+    def _prove(self, matched: UnitPlan, call: UnitCall, match: Match) -> bool:
+        """Run the replay of a call and compare; keep for good what differs. Return whether anything may be dropped."""
+        unit, broken = matched.unit, set[int]()
+        replay = unit.backward if call.inverts else unit.forward
+        assert replay is not None
+        is_right = is_close if call.inverts and not self.plan.lossless else same_values
+        saved = {slot: s.tensor for s, slot in match.saved if s.tensor is not None}
+
+        def check(slot: int, t: Tensor) -> None:
+            entry = match.external[slot] if slot in unit.entry else None
+            if call.inverts and entry is not None and not is_right(t, match.operand(slot)):
+                broken.add(slot)
+            elif slot in saved and slot not in matched.kept and not is_right(t, saved[slot]):
+                matched.kept.add(slot)
+                self.plan.reasons[f"{unit}: a saved tensor had other bits when it was replayed"] = None
+
+        prove(replay, call.inputs(replay), check)
+        if broken:
+            matched.is_broken = True
+            self.plan.reasons[f"{unit}: its inverse gave other bits when it was tried"] = None
+            return False
+        return True

@@ -1,0 +1,203 @@
+"""Learning: a forward runs as it is, and a dispatch mode beside it records its tape."""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revfx import _torch
+from revfx.engine import dispatch
+from revfx.engine.operators import written_arguments
+from revfx.engine.randomness import state_before
+from revfx.engine.saved import SavedTensor
+from revfx.engine.tape import Allocation, Op, Ref, Tape, Value, View
+from revfx.errors import is_users
+from revfx.passes._torch import draws, is_overload
+
+
+class Learning(TorchDispatchMode):
+    """Record the tape of the operators that run while it is entered; all saved tensors are kept.
+
+    Args:
+        model: its modules have paths on the tape, and its parameters and buffers roles.
+        inputs: the tensors that the forward is given, which are no constants.
+    """
+
+    supports_higher_order_operators = True
+    puts_hooks_aside = True
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self._inputs = {id(t) for t in inputs}
+        self.tape = Tape()
+        self._settings = _torch.kernel_settings()
+        self.saved: list[weakref.ref[SavedTensor]] = []  # as on the tape
+        self._values: dict[int, tuple[int, weakref.ref[Tensor]]] = {}  # by the id of a tensor
+        self._saved_at: dict[int, int] = {}  # by value: the number of a saved tensor
+        self._tensors: dict[int, weakref.ref[Tensor]] = {}  # by value
+        self._views: dict[tuple[int, int, View], int] = {}  # by allocation, its writes, and view: a value
+        self._memory: dict[int, tuple[int, Any]] = {}  # by storage, or tensor without: an allocation
+        self._modules = {id(m): path for path, m in model.named_modules()}
+        self._roles: dict[int, str] = {}
+        for role, tensors in (("buffer", model.buffers()), ("parameter", model.parameters())):
+            self._roles.update({id(t): role for t in tensors})
+        self._hooks: Any = saved_tensors_hooks(self._pack, SavedTensor.get)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: compiled functions run eagerly inside of the mode."""
+        return False
+
+    def __enter__(self) -> Any:
+        dispatch.let_hooks_be_put_aside()
+        self._hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.__exit__(*error)
+        self._hooks = None  # it holds this object
+
+    @_torch.uncompiled
+    def _pack(self, t: Tensor) -> SavedTensor:
+        saved = SavedTensor(t)
+        value = self.number(t)
+        self.tape.saved.append((len(self.tape.ops), value))
+        self._saved_at[value] = len(self.saved)
+        self.saved.append(weakref.ref(saved))
+        return saved
+
+    # --- values
+    def number(self, t: Tensor) -> int:
+        """Return the number of the value that `t` holds now."""
+        known = self._values.get(id(t))
+        if known is None or known[1]() is not t:
+            return self._enter(t)
+        value = self.tape.values[known[0]]
+        if value.writes == self.tape.allocations[value.allocation].writes:
+            return known[0]
+        return self._enter(t, before=known[0])
+
+    def _enter(self, t: Tensor, op: int | None = None, before: int | None = None) -> int:
+        """Return the value of a tensor that the tape does not know yet, made by an operator or by nobody."""
+        number, view = self._allocation(t, op is not None), _view_of(t)
+        allocation = self.tape.allocations[number]
+        key = number, allocation.writes, view
+        value = self._views.get(key)
+        if value is None:
+            value = self._views[key] = len(self.tape.values)
+            if op is None and allocation.last_write is not None and allocation.writes:
+                op = allocation.last_write  # the tensor is a view of what this operator wrote
+            self.tape.values.append(Value(number, allocation.writes, view, t.device, op, before))
+            is_constant = allocation.is_outside and allocation.role != "input" and not allocation.writes
+            if is_constant and not t.requires_grad:
+                self.tape.constants[value] = t
+        reference = weakref.ref(t)
+        self._values[id(t)] = value, reference
+        self._tensors[value] = reference
+        return value
+
+    def _allocation(self, t: Tensor, is_made: bool) -> int:
+        has_storage = t.layout == torch.strided and _torch.is_plain(t) and not t.is_nested and not is_lazy(t)
+        owner: Any = t.untyped_storage() if has_storage else t
+        key = _torch.storage_key(t) if has_storage else id(t)
+        known = self._memory.get(key)
+        if known is not None and known[1]() is not None:
+            return known[0]
+        number = len(self.tape.allocations)
+        nbytes = owner.nbytes() if has_storage else 0
+        role = "input" if id(t) in self._inputs else self._roles.get(id(t), "")
+        self.tape.allocations.append(Allocation(nbytes, not is_made, has_storage, role))
+        self._memory[key] = number, weakref.ref(owner)
+        return number
+
+    def is_known(self, t: Tensor) -> bool:
+        """Return whether the tape has a value that `t` holds."""
+        known = self._values.get(id(t))
+        return known is not None and known[1]() is t
+
+    def tensor(self, value: int) -> Tensor | None:
+        """Return a tensor that holds a value: the user's, or a saved one; None if there is none any more."""
+        t = self._tensors[value]()
+        if t is not None and self._values[id(t)][0] == value:
+            return t
+        at = self._saved_at.get(value)
+        saved = None if at is None else self.saved[at]()
+        return None if saved is None else saved.tensor
+
+    # --- operators
+    def before(self, module: str) -> None:
+        """Prepare for an operator of a module, which is about to run."""
+
+    def before_write(self, written: Sequence[Tensor]) -> None:
+        """Prepare for an operator that is about to write to tensors."""
+
+    @_torch.uncompiled
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        module, where = self._place()
+        self.tape.changes_settings |= _torch.kernel_settings() != self._settings
+        self.before(module)
+        spec = pytree.tree_map_only(Tensor, lambda t: Ref(self.number(t)), (args, kwargs))
+        is_operator = is_overload(func)
+        state = state_before(args, kwargs) if is_operator and draws(func, args, kwargs) else None
+        written = written_arguments(func, args, kwargs) if is_operator else []
+        before = [self.number(t) for t in written]
+        self.before_write(written)
+        out = func(*args, **kwargs)
+        number = len(self.tape.ops)
+        changed: set[int] = set()
+        for value in before:
+            changed.add(self.tape.values[value].allocation)
+        for at in changed:
+            self.tape.allocations[at].writes += 1
+            self.tape.allocations[at].last_write = number
+        after = [self._written(t, number, was) for t, was in zip(written, before, strict=True)]
+        results = [out] if isinstance(out, Tensor) else pytree.tree_leaves(out)
+        outs: list[int | None] = []
+        for t in results:
+            outs.append(self._result(t, number) if isinstance(t, Tensor) else None)
+        written_to = tuple(zip(before, after, strict=True))
+        is_single = isinstance(out, Tensor)
+        op = Op(func, tuple(spec[0]), spec[1], tuple(outs), is_single, written_to, state, module, where)
+        self.tape.ops.append(op)
+        return out
+
+    def _written(self, t: Tensor, op: int, before: int) -> int:
+        return self._enter(t, op, before)
+
+    def _result(self, t: Tensor, op: int) -> int:
+        known = self._values.get(id(t))
+        if known is not None and known[1]() is t:
+            return self.number(t)
+        return self._enter(t, op)
+
+    def _place(self) -> tuple[str, str]:
+        """Return the path of the innermost module that runs, and the user's file and line."""
+        module = where = ""
+        for frame, line in traceback.walk_stack(_torch.caller()):
+            code = frame.f_code
+            if not where and is_users(code.co_filename):
+                where = f"{code.co_filename}:{line}"
+            if not module and code.co_name == "forward":
+                module = self._modules.get(id(frame.f_locals.get("self")), "")
+            if where and module:
+                break
+        return module, where
+
+
+def _view_of(t: Tensor) -> View:
+    if t.is_nested or is_lazy(t):
+        return View(t.dtype, (), (), id(t))
+    if t.layout != torch.strided or not _torch.is_plain(t):
+        return View(t.dtype, tuple(t.shape), (), id(t))
+    return View(t.dtype, tuple(t.shape), t.stride(), int(t.storage_offset()), t.is_conj(), t.is_neg())

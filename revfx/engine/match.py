@@ -1,0 +1,85 @@
+"""A match: what is noted of a forward while its operators are compared with those of a unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from revfx.engine.call import memory_of
+from revfx.engine.checkers import Checker
+from revfx.engine.plan import UnitPlan
+from revfx.engine.randomness import RandomState
+from revfx.engine.saved import SavedTensor
+
+
+class Match:
+    """The tensors, and what differs from call to call, of a run of operators that is being compared with a unit.
+
+    Attributes:
+        of: the unit.
+        at: the number of operators that matched.
+        saved: saved tensors that operators of the unit made, with their slots.
+        made: by slot, weak references to results of operators.
+        external: by slot, tensors that no operator of the unit made.
+        numbers, states: see `Unit`.
+        held: by slot, tensors that the replays take as they are.
+        alive: by slot, results that stay until the unit ends: of its exit, and those that codes are made of.
+        layouts: by slot, see `Replay`.
+        slot_of: by the id of a result, its slot.
+    """
+
+    __slots__ = ("alive", "at", "external", "held", "layouts", "made", "numbers", "of", "saved", "slot_of", "states")
+
+    def __init__(self, of: UnitPlan) -> None:
+        unit = of.unit
+        self.of, self.at = of, 0
+        self.saved: list[tuple[SavedTensor, int]] = []
+        self.made: list[Any] = [None] * unit.slots
+        self.external: list[Any] = [None] * unit.slots
+        self.numbers: list[Any] = [None] * unit.numbers
+        self.states: list[RandomState] = []
+        self.held: dict[int, Tensor] = {}
+        self.alive: dict[int, Tensor] = {}
+        self.layouts: dict[int, Any] = {}
+        self.slot_of: dict[int, int] = {}
+
+    @property
+    def checker(self) -> Checker:
+        """The checker of the operator that comes next."""
+        return self.of.checkers[self.at]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all operators matched."""
+        return self.at == len(self.of.checkers)
+
+    def copy_held(self, memory: int) -> None:
+        """Copy the tensors that are held in memory that is about to be written to, as operators read them before."""
+        for slot, t in enumerate(self.external):
+            if t is not None and slot not in self.held and memory_of(t) == memory:
+                self.held[slot] = t.detach().clone()
+        for held in (self.held, self.alive):
+            for slot, t in held.items():
+                if memory_of(t) == memory:
+                    held[slot] = t.clone()
+
+    def slot(self, t: Tensor) -> int:
+        """Return the slot of a tensor that an operator of the unit made; -1 of others."""
+        slot = self.slot_of.get(id(t))
+        return slot if slot is not None and self.made[slot]() is t else -1
+
+    def tensor(self, slot: int) -> Tensor | None:
+        """Return the tensor of a slot; None if it is gone, or not there yet."""
+        if self.external[slot] is not None:
+            return self.external[slot]
+        reference = self.made[slot]
+        t = None if reference is None else reference()
+        return self.alive.get(slot) if t is None else t
+
+    def operand(self, slot: int) -> Tensor:
+        """Return a tensor that a code is made of, as it was when an operator read it."""
+        for tensors in (self.held, self.alive):
+            if slot in tensors:
+                return tensors[slot]
+        return self.external[slot]

@@ -1,0 +1,67 @@
+"""Operators of torch as the engine sees them: the arguments that they write, and whether they may run again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revfx.passes._torch import is_overload, may_alias, writes
+
+
+aten: Any = torch.ops.aten
+STATISTICS: dict[Any, tuple[int, int]] = {  # arguments that a normalisation in training writes
+    aten.native_batch_norm.default: (3, 4),
+    aten._native_batch_norm_legit.default: (3, 4),
+    aten.cudnn_batch_norm.default: (3, 4),
+    aten.miopen_batch_norm.default: (3, 4),
+}
+# What their results hold is up to whoever writes to them, perhaps unseen.
+UNINITIALIZED = frozenset("empty empty_like empty_strided new_empty new_empty_strided empty_permuted resize".split())
+# Of their first argument they read the shape, the strides, the dtype and the device alone.
+OF_SHAPE = frozenset(
+    "zeros_like ones_like full_like rand_like randn_like randint_like new_zeros new_ones new_full".split()
+)
+
+
+@cache
+def is_writer(func: Any) -> bool:
+    """Return whether an operator writes to an argument, but for running statistics."""
+    return is_overload(func) and writes(func) and func not in STATISTICS
+
+
+@cache
+def written_positions(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return the positions and names of the arguments that an operator writes to."""
+    found: list[tuple[int, str]] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append((position, argument.name))
+    return tuple(found)
+
+
+def written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors among the arguments that an operator writes to, but for running statistics."""
+    if func in STATISTICS or not writes(func):
+        return []
+    found: list[Tensor] = []
+    for position, name in written_positions(func):
+        given = args[position] if position < len(args) else kwargs.get(name)
+        several = given if isinstance(given, (list, tuple)) else [given]
+        found += [t for t in several if isinstance(t, Tensor)]
+    return found
+
+
+def is_repeatable(func: Any) -> bool:
+    """Return whether an operator computes the same results again, given the random state: one of torch's own."""
+    if not is_overload(func):
+        return False
+    return func.namespace in ("aten", "prims")
+
+
+def is_view(func: Any) -> bool:
+    """Return whether an operator returns a view of its arguments."""
+    return is_overload(func) and may_alias(func) and not writes(func)

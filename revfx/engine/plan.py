@@ -1,0 +1,106 @@
+"""Plans: the units that a model's forward is compared with, and what was learnt about them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from revfx import _torch
+from revfx.codes import Codec
+from revfx.engine.checkers import Checker, checkers_of
+from revfx.engine.unit import Unit
+from revfx.passes.facts import holds
+
+
+MAX_UNITS = 64  # different ones in a plan; the oldest make room for new ones
+
+
+@dataclass(eq=False)
+class UnitPlan:
+    """A unit with its checkers.
+
+    Attributes:
+        kept: slots that are kept for good, as their replays gave other bits.
+        is_broken: nothing of it is dropped, as going backwards gave other bits.
+        verified: by slot, offset, strides and version, the memory of a tensor for which the unit's facts hold.
+    """
+
+    unit: Unit
+    checkers: Sequence[Checker] = ()
+    kept: set[int] = field(default_factory=set[int])
+    is_broken: bool = False
+    verified: dict[Any, weakref.ref[Any]] = field(default_factory=dict[Any, "weakref.ref[Any]"])
+
+    def __post_init__(self) -> None:
+        self.checkers = checkers_of(self.unit)
+
+    def facts_hold(self, tensor: Callable[[int], Tensor | None]) -> bool:
+        """Return whether tensors of a call, by slot, have the elements that inverses rely on."""
+        for slot, fact in self.unit.facts:
+            t = tensor(slot)
+            if t is None:
+                return False
+            storage, key = t.untyped_storage(), (slot, t.storage_offset(), t.stride(), _torch.version(t))
+            known = self.verified.get(key)
+            if known is None or known() is not storage:
+                if not holds(fact, t):
+                    return False
+                self.verified[key] = weakref.ref(storage)
+        return True
+
+
+@dataclass(eq=False)
+class Plan:
+    """The units of a model, and how calls of them are coded.
+
+    Attributes:
+        lossless: replays give the same bits; else those that invert are accurate to rounding.
+        varies: an expected unit began, and then another one ran.
+        copies_returned: tensors that a forward returned were written to, so that calls hold copies of them.
+        notes_settings: kernels are set otherwise in the midst of a forward, so that each call notes how.
+        sequence: the units in the order of the forward that was learnt last.
+        chains: of each unit in the sequence, the number of the chain of units that it belongs to.
+        codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
+        proven: positions of calls, with their units, whose replays gave the same bits.
+        distrusted: declared inverses that are wrong, as text.
+        reasons: what was kept for good, as text.
+    """
+
+    lossless: bool = True
+    varies: bool = False
+    copies_returned: bool = False
+    notes_settings: bool = False
+    sequence: list[UnitPlan] = field(default_factory=list[UnitPlan])
+    chains: list[int] = field(default_factory=list[int])
+    units: dict[Any, UnitPlan] = field(default_factory=dict[Any, UnitPlan])
+    starts: dict[Any, list[UnitPlan]] = field(default_factory=dict[Any, "list[UnitPlan]"])
+    codecs: dict[tuple[int, UnitPlan, int], Codec] = field(default_factory=dict[Any, Codec])
+    proven: set[tuple[int, UnitPlan]] = field(default_factory=set[Any])
+    distrusted: set[str] = field(default_factory=set[str])
+    reasons: dict[str, None] = field(default_factory=dict[str, None])
+
+    def site(self, u: UnitPlan, position: int) -> int:
+        """Return the position of a unit in the sequence: the first one from `position` on, or the first one."""
+        for start in (position, 0):
+            for at in range(start, len(self.sequence)):
+                if self.sequence[at] is u:
+                    return at
+        return position
+
+    def learn(self, units: Sequence[Unit], chains: Sequence[int]) -> None:
+        """Add the units of a forward, with the number of the chain of each; equal ones are one."""
+        self.sequence, self.chains = [], [*chains]
+        for unit in units:
+            key = unit.key
+            known = self.units.pop(key, None) or UnitPlan(unit)
+            self.units[key] = known  # the newest last
+            self.sequence.append(known)
+        while len(self.units) > MAX_UNITS and next(iter(self.units.values())) not in self.sequence:
+            del self.units[next(iter(self.units))]
+        self.starts = {}
+        for known in self.units.values():
+            self.starts.setdefault(known.unit.ops[0].func, []).append(known)

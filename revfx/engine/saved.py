@@ -1,0 +1,62 @@
+"""Saved tensors: the objects that autograd holds in their place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from revfx import _torch
+from revfx.engine import dispatch
+
+
+if TYPE_CHECKING:
+    from revfx.engine.call import UnitCall
+
+
+class SavedTensor:
+    """A saved tensor: kept, or dropped and obtained from the call of a unit.
+
+    Attributes:
+        tensor: the tensor without its history, as a result holds the node of autograd's graph that holds this object;
+            None once it is dropped.
+        version: how often the tensor had been written to when it was saved.
+        call: the call of a unit that gives a dropped tensor back.
+        slot: the number of the tensor in its unit.
+    """
+
+    __slots__ = ("__weakref__", "call", "slot", "tensor", "version")
+
+    @_torch.uncompiled
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = dispatch.alias(tensor)
+        self.version = _torch.version(tensor)
+        self.call: UnitCall | None = None
+        self.slot = -1
+
+    @_torch.uncompiled
+    def drop(self, call: UnitCall, slot: int) -> None:
+        """Let the tensor go; `call` gives it back from a slot."""
+        self.tensor, self.call, self.slot = None, call, slot
+
+    @_torch.uncompiled
+    def get(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: the tensor was written to since it was saved, as without hooks.
+        """
+        if self.call is not None:
+            return self.call.fetch(self.slot)
+        assert self.tensor is not None
+        return unchanged(self.tensor, self.version)
+
+
+def unchanged(t: Tensor, version: int) -> Tensor:
+    """Return `t`; raise autograd's error if it was written to since it had this version."""
+    if _torch.version(t) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation:"
+            f" [{t.dtype}, {list(t.shape)}] is at version {_torch.version(t)}; expected version {version} instead."
+        )
+    return t

@@ -1,0 +1,149 @@
+"""Units: runs of operators whose saved tensors are dropped and obtained again together.
+
+A unit is matched operator by operator while the forward runs. Its tensors have **slots**: external ones are bound to
+the first tensor that appears in their place, the others to results of operators. What differs from call to call (sizes,
+factors, external tensors, random states, codes) is stored per call, and given to the unit's **replays**.
+
+A replay is an `fx.Graph` of aten calls, inverses and decodes. One goes forwards, from the entry; the other one
+backwards, from the exit to the entry. Both yield the saved tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from revfx.passes.program import Arc
+
+
+class Slot(int):
+    """The number of a tensor of a unit, in the place of a tensor among arguments."""
+
+    __slots__ = ()
+
+
+class Number(int):
+    """The index of a number that is stored per call, in its place among arguments."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class UnitOp:
+    """An operator of a unit.
+
+    Attributes:
+        args, kwargs: with slots in the place of tensors, and numbers in the place of what may differ between calls;
+            everything else is compared.
+        outs: the slot of each result, -1 of those that nothing refers to.
+        is_single: it returns one tensor and no sequence.
+        is_view: its results are views, which nobody may hold while autograd makes them its own.
+        state: the index of the random state to note before it; -1 if it draws nothing.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: tuple[int, ...]
+    is_single: bool
+    is_view: bool
+    state: int = -1
+
+
+@dataclass(frozen=True)
+class Coded:
+    """An inverse that rounds: the slots of its head and of its tail."""
+
+    arc: Arc
+    head: int
+    tail: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A graph that takes `inputs` as one list, which it empties, and returns the tensors of `outputs`, slots.
+
+    `inputs`: pairs of a kind ("slot", "number", "state", "code" or "layout") and an index. A layout has the shape, the
+    strides and the offset in bytes of the tensor in a slot, its dtype and its device.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[tuple[str, int], ...]
+    outputs: tuple[int, ...]
+    run: Callable[[list[Any]], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A run of operators; see above.
+
+    Attributes:
+        ops: its operators in order.
+        slots: how many slots it has.
+        numbers: how many numbers it stores per call.
+        external: slots that are bound when they first appear, entries included.
+        entry: slots of the values that are there before.
+        kept: those of them that are held by every call; going backwards gives the others.
+        exit: slots of the values that are there after.
+        held: slots of which the tensors are held for the replay, as nothing computes them.
+        cloned: external slots in outside memory that each forward writes to, of which copies are held.
+        coded: inverses that are corrected by codes; going backwards takes one code each.
+        forward: the replay from the entry.
+        backward: the replay from the exit; None if nothing is inverted.
+        layouts: slots of tensors whose layout in memory is noted.
+        same: slots of tensors that were written to through another view, with the slot of the same tensor before.
+        shapes: the shapes of slots for which inverses were derived.
+        facts: facts about the elements of slots that inverses rely on.
+        where: the first and the last line of the user's code.
+    """
+
+    ops: tuple[UnitOp, ...]
+    slots: int
+    numbers: int
+    external: frozenset[int]
+    entry: tuple[int, ...]
+    kept: frozenset[int]
+    exit: tuple[int, ...]
+    held: frozenset[int]
+    cloned: frozenset[int]
+    coded: tuple[Coded, ...]
+    layouts: frozenset[int]
+    same: Mapping[int, int]
+    shapes: Mapping[int, tuple[int, ...]]
+    facts: tuple[tuple[int, Any], ...]
+    forward: Replay
+    backward: Replay | None
+    where: tuple[str, str] = ("", "")
+    droppable: frozenset[int] = field(init=False)
+    given: frozenset[int] = field(init=False)
+    alive: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the droppable slots, the external ones that a call holds, and those that stay until the unit ends."""
+        object.__setattr__(self, "droppable", frozenset(self.forward.outputs) - self.held)
+        given: set[int] = set()
+        for replay in (self.forward, self.backward):
+            if replay is not None:
+                given.update(i for kind, i in replay.inputs if kind == "slot" and i in self.external)
+        object.__setattr__(self, "given", frozenset(given.difference(self.entry) | given & self.kept))
+        alive: set[int] = set()
+        for coded in self.coded:
+            alive.update((coded.head, *coded.tail))
+        alive.update(self.exit)
+        alive.update(slot for slot, _ in self.facts)
+        object.__setattr__(self, "alive", frozenset(alive))
+
+    def __str__(self) -> str:
+        first, last = self.where
+        return first if first == last else f"{first} .. {last}"
+
+    @property
+    def key(self) -> Any:
+        """What units have in common that match the same operators and drop the same tensors."""
+        ops = tuple((op.func, repr(op.args), repr(op.kwargs), op.outs, op.state) for op in self.ops)
+        inverses = None if self.backward is None else str(self.backward.graph.python_code("self").src)
+        rest = self.entry, self.exit, self.kept, self.held, self.cloned, self.droppable
+        return ops, rest, inverses, tuple(self.shapes.items()), self.facts

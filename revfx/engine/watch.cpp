@@ -1,0 +1,328 @@
+// The native watcher: it compares the operators of a forward with the units of a plan, as watch.py and checkers.py do.
+//
+// Its place is a boxed fallback on DispatchKey::Fake. In torch 2.13 this is the one key that lies below autograd and
+// above BackendSelect, and that nothing else has registered. The alternatives:
+// - at::RecordFunction fires at every level, above autograd too, and gives no inputs of linear, expand, copy_ and more.
+// - The other keys between autograd and BackendSelect (Python, Functionalize, Negative, ...) have fallbacks of torch.
+// - Keys from BackendSelect downwards don't see factories: these have no tensor among their arguments.
+// The key is in a thread's include set while an observer is entered there, and excluded while an operator runs.
+#include "observe.h"
+
+#include <unordered_map>
+#include <unordered_set>
+
+namespace {
+using namespace revfx;
+
+std::unordered_set<OperatorHandle> statistics;  // normalizations: their writes to running statistics don't count
+
+// A match that is being continued, with its unit and saved tensors.
+struct Running {
+  size_t number;  // of the unit in the plan
+  size_t at = 0;  // the number of operators that matched
+  Match match;
+  Shared saved{};  // a list of saved tensors with their slots, once there are any
+};
+
+// A match with Python's objects: the interface of match.py.
+struct PythonMatch {
+  py::object of;
+  Match match;
+  py::list saved, external, numbers, states;
+  py::dict held, alive, layouts;
+
+  PythonMatch(py::object of, Running&& running)
+      : of(std::move(of)), match(std::move(running.match)) {
+    if (running.saved) saved = py::reinterpret_borrow<py::list>(running.saved.get());
+    for (const Tensor& t : match.external) external.append(t);
+    for (const IValue& v : match.numbers) numbers.append(torch::jit::toPyObject(v));
+    for (const auto& [generator, state] : match.states) states.append(py::make_tuple(generator, state));
+    for (const auto& [slot, t] : match.held) held[py::int_(slot)] = t;
+    for (const auto& [slot, t] : match.alive) alive[py::int_(slot)] = t;
+    for (const Layout& l : match.layouts)
+      layouts[py::int_(l.slot)] =
+          py::make_tuple(py::tuple(py::cast(l.shape)), py::tuple(py::cast(l.stride)), l.offset, l.dtype, l.device);
+  }
+
+  py::object tensor(int64_t slot) const {
+    py::object t = external[slot];
+    if (t.is_none()) t = py::cast(Tensor(match.made[slot].lock()));
+    py::int_ key(slot);
+    return t.is_none() && alive.contains(key) ? py::object(alive[key]) : t;
+  }
+
+  py::object operand(int64_t slot) const {
+    py::int_ key(slot);
+    return held.contains(key) ? held[key] : alive.contains(key) ? py::object(alive[key]) : py::object(external[slot]);
+  }
+};
+
+// The units of a plan, each with its `UnitPlan`.
+struct Plan {
+  std::vector<std::pair<Shared, std::shared_ptr<Unit>>> units;
+  std::unordered_map<OperatorHandle, std::vector<size_t>> starts;
+
+  void add(py::object unit_plan, std::shared_ptr<Unit> unit) {
+    starts[unit->operators.front().handle].push_back(units.size());
+    units.emplace_back(share(std::move(unit_plan)), std::move(unit));
+  }
+};
+
+// The watcher of one forward: see watch.py, which it follows step by step.
+class Watcher : public Observer {
+ public:
+  Watcher(std::shared_ptr<Plan> plan, py::object forward, py::object saved_tensor)
+      : plan_(std::move(plan)), forward_(share(std::move(forward))), saved_tensor_(share(std::move(saved_tensor))) {
+    look_ahead();
+  }
+
+  void exit() override {
+    Observer::exit();
+    running_.clear();
+  }
+
+  // Return the object that autograd holds in the place of a tensor.
+  py::object pack(py::handle tensor) {
+    Under here{DispatchKeySet(KEY)};
+    py::object saved;
+    if (is_here()) {
+      for (Running& r : running_) {
+        int64_t slot = r.match.slot(tensor.cast<Tensor>());
+        if (slot < 0) continue;
+        if (!saved) saved = py::handle(saved_tensor_.get())(tensor);
+        if (!r.saved) r.saved = share(py::list());
+        py::reinterpret_borrow<py::list>(r.saved.get()).append(py::make_tuple(saved, slot));
+      }
+    }
+    return saved ? saved : forward().attr("save")(tensor);
+  }
+
+  void see(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) override {
+    if (is_unsettled_) call_python(0, [&] { forward().attr("settle")(); });
+    is_unsettled_ = false;
+    is_writing_ = before_write(op, *stack);
+    if (running_.size() == 1 && next(running_[0]).handle == op) {
+      follow(op, keys, stack, level);
+    } else if (!running_.empty() || plan_->starts.count(op)) {
+      advance(op, keys, stack, level);
+    } else {
+      run(op, keys, stack, level);
+    }
+  }
+
+ private:
+  py::handle forward() const { return forward_.get(); }
+  const Unit& unit(const Running& r) const { return *plan_->units[r.number].second; }
+  const Operator& next(const Running& r) const { return unit(r).operators[r.at]; }
+  bool is_complete(const Running& r) const { return r.at == unit(r).operators.size(); }
+
+  // Copy tensors that matches and calls hold in memory that an operator writes to. Return whether it is a writer.
+  bool before_write(const OperatorHandle& op, const Stack& stack) {
+    if (!op.schema().is_mutable() || statistics.count(op)) return false;
+    std::vector<Tensor> written;
+    for (size_t i = 0; i < op.schema().arguments().size(); i++) {
+      const auto* alias = op.schema().arguments()[i].alias_info();
+      const IValue& v = arguments(op, stack)[i];
+      if (!alias || !alias->isWrite()) continue;
+      if (is_tensor(v)) written.push_back(v.toTensor());
+      if (v.isTensorList())
+        for (const IValue& t : v.toListRef()) written.push_back(t.toTensor());
+    }
+    for (const Tensor& t : written)
+      for (Running& r : running_)
+        if (memory_of(t)) r.match.copy_held(memory_of(t));
+    if (has_calls_) call_python(0, [&] { forward().attr("before_write")(py::cast(written), py::tuple()); });
+    return true;
+  }
+
+  // Run the operator that the one match expects.
+  void follow(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) {
+    const Operator& expected = next(running_[0]);
+    bool fits = running_[0].match.take_arguments(expected, arguments(op, *stack));
+    if (fits) running_[0].match.note_before(expected, arguments(op, *stack));
+    run_or_end(op, keys, stack, level);
+    if (!is_here()) return;  // the kernel of the operator left the watcher
+    if (!fits || !running_[0].match.take_results(expected, *stack)) {
+      discard(0);
+      return;
+    }
+    running_[0].at++;
+    if (is_complete(running_[0])) complete(0);
+  }
+
+  // Run an operator that goes on with several matches, ends some, or begins others.
+  void advance(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) {
+    for (size_t i = running_.size(); i-- > 0;)
+      if (!(next(running_[i]).handle == op)) discard(i);
+    std::vector<bool> fits;
+    for (Running& r : running_) fits.push_back(r.match.take_arguments(next(r), arguments(op, *stack)));
+    std::vector<Running> starting;
+    for (size_t number : candidates(op)) {
+      Running r{number, 0, Match(*plan_->units[number].second)};
+      if (r.match.take_arguments(next(r), arguments(op, *stack))) starting.push_back(std::move(r));
+    }
+    for (size_t i = 0; i < fits.size(); i++)
+      if (fits[i]) running_[i].match.note_before(next(running_[i]), arguments(op, *stack));
+    for (Running& r : starting) r.match.note_before(next(r), arguments(op, *stack));
+    run_or_end(op, keys, stack, level);
+    if (!is_here()) return;
+    for (size_t i = running_.size(); i-- > 0;) {
+      if (fits[i] && running_[i].match.take_results(next(running_[i]), *stack)) {
+        running_[i].at++;
+      } else {
+        discard(i);
+      }
+    }
+    for (Running& r : starting) {
+      if (!r.match.take_results(next(r), *stack) || !may_begin(r)) continue;
+      r.at = 1;
+      running_.push_back(std::move(r));
+    }
+    finish();
+  }
+
+  void run_or_end(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) {
+    try {
+      run(op, keys, stack, level);
+    } catch (...) {  // it may have written to some of its arguments
+      while (!running_.empty()) discard(running_.size() - 1, false);
+      throw;
+    }
+  }
+
+  // Return the units that may begin with an operator: the expected one, others if it is not running.
+  std::vector<size_t> candidates(const OperatorHandle& op) const {
+    auto known = plan_->starts.find(op);
+    if (known == plan_->starts.end()) return {};
+    bool begins = std::count(known->second.begin(), known->second.end(), expected_) > 0;
+    if (varies_ || (running_.empty() && !begins)) return known->second;
+    bool is_running =
+        std::any_of(running_.begin(), running_.end(), [this](const Running& r) { return r.number == expected_; });
+    return begins && !is_running ? std::vector<size_t>{expected_} : std::vector<size_t>{};
+  }
+
+  bool may_begin(const Running& r) const {
+    if (r.number == expected_ || unit(r).may_begin) return true;
+    bool may = false;
+    call_python(0, [&] { may = forward().attr("may_begin")(python_match(Running(r))).cast<bool>(); });
+    return may;
+  }
+
+  // Complete the match that has come to its end, unless that of the expected unit is still running.
+  void finish() {
+    size_t none = running_.size(), complete_one = none, expected = none;
+    for (size_t i = running_.size(); i-- > 0;) {
+      if (is_complete(running_[i])) complete_one = i;
+      if (running_[i].number == expected_) expected = i;
+    }
+    if (complete_one == none) return;
+    size_t chosen = expected == none ? complete_one : expected;
+    if (is_complete(running_[chosen])) {
+      complete(chosen);
+      return;
+    }
+    for (size_t i = running_.size(); i-- > 0;)
+      if (is_complete(running_[i])) discard(i);
+  }
+
+  void complete(size_t chosen) {
+    Running complete = std::move(running_[chosen]);
+    running_.erase(running_.begin() + std::ptrdiff_t(chosen));
+    while (!running_.empty()) discard(running_.size() - 1);
+    call_python(0, [&] {
+      forward().attr("writes") = is_writing_;
+      forward().attr("complete")(python_match(std::move(complete)));
+      is_unsettled_ = !forward().attr("unsettled").is_none();
+      has_calls_ = true;
+      look_ahead();
+    });
+  }
+
+  void discard(size_t i, bool differs = true) {
+    Running r = std::move(running_[i]);
+    running_.erase(running_.begin() + std::ptrdiff_t(i));
+    differs = differs && r.number == expected_ && r.at > 1;
+    if (!differs) return;
+    call_python(0, [&] { forward().attr("plan").attr("varies") = py::bool_(true); });
+    varies_ = true;
+  }
+
+  py::object python_match(Running&& r) const {
+    auto of = py::reinterpret_borrow<py::object>(plan_->units[r.number].first.get());
+    return py::cast(std::make_unique<PythonMatch>(std::move(of), std::move(r)));
+  }
+
+  // Note the unit that comes next.
+  void look_ahead() {
+    varies_ = forward().attr("plan").attr("varies").cast<bool>();
+    py::object unit_plan = forward().attr("expected");
+    for (expected_ = 0; expected_ < plan_->units.size(); expected_++)
+      if (plan_->units[expected_].first.get() == unit_plan.ptr()) return;
+  }
+
+  std::shared_ptr<Plan> plan_;
+  Shared forward_, saved_tensor_;
+  std::vector<Running> running_;
+  size_t expected_ = 0;  // the number of the unit that comes next
+  bool varies_ = false;  // of the plan
+  bool is_writing_ = false, is_unsettled_ = false;  // see `Forward`
+  bool has_calls_ = false;                          // units matched
+};
+
+void watch(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+  // torch excludes Python for operators that no dispatch mode shall see, as in torch.tensor.
+  bool is_hidden = c10::impl::tls_is_dispatch_key_excluded(DispatchKey::Python);
+  run(op, keys, stack, is_hidden ? 0 : std::min(Under::visible, Observer::active.size()));
+}
+
+// Return a saved tensor; a backward inside of a forward may have it replayed.
+py::object unpack(py::handle saved) {
+  Under here{DispatchKeySet(KEY)};
+  return saved.attr("get")();
+}
+
+void install(int64_t aligned, int64_t aligned_elsewhere,
+             const std::vector<std::pair<std::string, std::string>>& normalizations) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  if (dispatcher.hasBackendFallbackForDispatchKey(KEY) || !dispatcher.getRegistrationsForDispatchKey(KEY).empty())
+    throw std::runtime_error(std::string("the dispatch key ") + c10::toString(KEY) + " is taken");
+  aligned_bytes = aligned, aligned_bytes_elsewhere = aligned_elsewhere;
+  for (const auto& [name, overload] : normalizations)
+    statistics.insert(dispatcher.findSchemaOrThrow(name.c_str(), overload.c_str()));
+  // For as long as the process lasts: operators may run while it ends.
+  static auto* fallback = new c10::RegistrationHandleRAII(
+      dispatcher.registerFallback(KEY, c10::KernelFunction::makeFromBoxedFunction<&watch>(), "revfx"));
+  (void)fallback;
+}
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("install", &install);
+  m.def("unpack", &unpack);
+  py::class_<Unit, std::shared_ptr<Unit>>(m, "Unit", py::module_local())
+      .def(py::init<int64_t, int64_t, bool>())
+      .def("add", &Unit::add);
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", py::module_local())
+      .def(py::init<>())
+      .def("add", &Plan::add);
+  py::class_<PythonMatch>(m, "Match", py::module_local())
+      .def_readonly("of", &PythonMatch::of)
+      .def_readonly("saved", &PythonMatch::saved)
+      .def_readonly("external", &PythonMatch::external)
+      .def_readonly("numbers", &PythonMatch::numbers)
+      .def_readonly("states", &PythonMatch::states)
+      .def_readonly("held", &PythonMatch::held)
+      .def_readonly("alive", &PythonMatch::alive)
+      .def_readonly("layouts", &PythonMatch::layouts)
+      .def("tensor", &PythonMatch::tensor)
+      .def("operand", &PythonMatch::operand);
+  py::class_<Observer, std::shared_ptr<Observer>>(m, "Observer", py::module_local())
+      .def("enter", &Observer::enter)
+      .def("exit", &Observer::exit);
+  py::class_<Handler, Observer, std::shared_ptr<Handler>>(m, "Handler", py::module_local())
+      .def(py::init<py::object>());
+  py::class_<Watcher, Observer, std::shared_ptr<Watcher>>(m, "Watcher", py::module_local())
+      .def(py::init<std::shared_ptr<Plan>, py::object, py::object>())
+      .def("pack", &Watcher::pack)
+      .attr("puts_hooks_aside") = true;  // see `_torch.let_hooks_be_put_aside`
+}

@@ -1,0 +1,147 @@
+"""Watching in Python: a dispatch mode compares the operators of a forward with the units of a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revfx import _torch
+from revfx.engine import dispatch
+from revfx.engine.forward import Forward
+from revfx.engine.match import Match
+from revfx.engine.operators import is_writer, written_arguments
+from revfx.engine.plan import Plan, UnitPlan
+from revfx.engine.saved import SavedTensor
+
+
+class Watching(TorchDispatchMode):
+    """Match the operators that run while it is entered; `forward` drops the saved tensors of units that match.
+
+    Usually one match is active, that of the expected unit. While there is none, another unit may begin; if then the
+    expected one begins too, there are two.
+    """
+
+    supports_higher_order_operators = True
+    puts_hooks_aside = True
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan, self.forward = plan, Forward(plan)
+        self.active: list[Match] = []
+        self._hooks: Any = saved_tensors_hooks(self._pack, SavedTensor.get)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: compiled functions run compiled inside of the mode."""
+        return False
+
+    def __enter__(self) -> Any:
+        dispatch.let_hooks_be_put_aside()
+        self._hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.__exit__(*error)
+        self._hooks = None  # it holds this object
+        self.active = []
+        self.forward.end()
+
+    @_torch.uncompiled
+    def _pack(self, t: Tensor) -> SavedTensor:
+        saved = None
+        for match in self.active:
+            slot = match.slot(t)
+            if slot >= 0:
+                saved = saved or SavedTensor(t)
+                match.saved.append((saved, slot))
+        return saved or self.forward.save(t)
+
+    @_torch.uncompiled
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.forward.unsettled is not None:
+            self.forward.settle()
+        if not is_writer(func):
+            return self._run(func, args, kwargs)
+        self.forward.before_write(written_arguments(func, args, kwargs), self.active)
+        try:
+            return self._run(func, args, kwargs)
+        finally:
+            self.forward.writes = False
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        active = self.active
+        if len(active) != 1 or active[0].checker.func is not func:
+            if active or func in self.plan.starts:
+                return self._advance(func, args, kwargs)
+            return func(*args, **kwargs)
+        match = active[0]
+        checker = match.checker
+        if checker.before is not None:
+            checker.before(match, args, kwargs)
+        out = func(*args, **kwargs)
+        if checker.after(match, args, kwargs, out):
+            match.at += 1
+            if match.is_complete:
+                self.active = []
+                self.forward.complete(match)
+        else:
+            self._discard(match)
+        return out
+
+    def _advance(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator that goes on with several matches, ends some, or begins others."""
+        for match in [m for m in self.active if m.checker.func is not func]:
+            self._discard(match)
+        running = [*self.active]
+        starting = [Match(u) for u in self._starting(func)]
+        for match in (*running, *starting):
+            if match.checker.before is not None:
+                match.checker.before(match, args, kwargs)
+        out = func(*args, **kwargs)
+        for match in running:
+            if match.checker.after(match, args, kwargs, out):
+                match.at += 1
+            else:
+                self._discard(match)
+        for match in starting:
+            if match.checker.after(match, args, kwargs, out) and self.forward.may_begin(match):
+                match.at = 1
+                self.active.append(match)
+        self._complete()
+        return out
+
+    def _starting(self, func: Any) -> list[UnitPlan]:
+        """Return the units that may begin with an operator: the expected one, others if it is not running."""
+        candidates = self.plan.starts.get(func, [])
+        expected = self.forward.expected
+        if self.active and not self.plan.varies:
+            return [u for u in candidates if u is expected and all(m.of is not u for m in self.active)]
+        if expected in candidates and not self.plan.varies:
+            return [u for u in candidates if u is expected]
+        return candidates
+
+    def _complete(self) -> None:
+        """Complete the match that has come to its end, unless that of the expected unit is still running."""
+        complete = [m for m in self.active if m.is_complete]
+        if not complete:
+            return
+        expected = next((m for m in self.active if m.of is self.forward.expected), None)
+        chosen = complete[0] if expected is None else expected
+        if not chosen.is_complete:
+            for match in complete:
+                self._discard(match)
+            return
+        for match in [m for m in self.active if m is not chosen]:
+            self._discard(match)
+        self.active = []
+        self.forward.complete(chosen)
+
+    def _discard(self, match: Match) -> None:
+        self.active.remove(match)
+        if match.of is self.forward.expected and match.at > 1:
+            self.plan.varies = True

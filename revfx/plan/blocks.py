@@ -1,0 +1,154 @@
+"""The first forward of a kind: block by block, saved tensors are dropped, as under a checkpoint of each block.
+
+What can be dropped for good is known when a forward is through, which is too late for a model that does not fit. So at
+the end of each block its operators become a unit, which is replayed at once and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from revfx import _torch
+from revfx.engine import dispatch
+from revfx.engine.call import Pass, UnitCall, memory_of
+from revfx.engine.learn import Learning
+from revfx.engine.proof import prove, same_values
+from revfx.engine.saved import SavedTensor
+from revfx.plan.replays import Unreplayable
+from revfx.plan.units import Span, UnitBuilder
+
+
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+MIN_GAIN = 2  # times the bytes of its inputs that a block has to save
+
+
+def block_paths(model: nn.Module) -> dict[str, str]:
+    """Return by the path of each module the block that it lies in: a member, with members, of the innermost list."""
+    found: dict[str, str] = {}
+    lists: set[str] = set()
+    for path, module in model.named_modules():
+        parent = path.rpartition(".")[0]
+        if parent in lists and next(module.children(), None) is not None:
+            found[path] = path
+        elif parent in found:
+            found[path] = found[parent]
+        if isinstance(module, LISTS) and len(module) > 1:
+            lists.add(path)
+    return found
+
+
+class BlockLearning(Learning):
+    """Record the tape of a forward, and drop the saved tensors of each block as it ends."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
+        super().__init__(model, inputs)
+        self.backward_pass = Pass()
+        self._blocks = block_paths(model)
+        self._block = ""  # that runs now
+        self._first = 0  # its first operator
+        self._first_saved = 0
+        self._holders: dict[int | None, list[UnitCall]] = {}  # by memory: calls that hold tensors in it
+        self._operands: dict[int, Tensor] = {}  # by value: tensors from before the block that it reads
+
+    def before(self, module: str) -> None:
+        """End a block, if the next operator lies in another one."""
+        block = self._blocks.get(module, "")
+        if block != self._block:
+            self._end_block()
+            self._block, self._first, self._first_saved = block, len(self.tape.ops), len(self.saved)
+            self._operands = {}
+
+    def number(self, t: Tensor) -> int:
+        """Return the number of the value that `t` holds; hold it until the block ends if another one made it."""
+        value = super().number(t)
+        op = self.tape.values[value].op
+        if self._block and (op is None or op < self._first):
+            self._operands[value] = t
+        return value
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is None:
+            self._end_block()
+
+    def before_write(self, written: Sequence[Tensor]) -> None:
+        """Copy tensors that the calls of earlier blocks hold in memory that is about to be written to."""
+        for key in dict.fromkeys(map(memory_of, written)):
+            if key is None:
+                continue
+            for call in self._holders.pop(key, ()):
+                call.copy_held(key)
+
+    def _end_block(self) -> None:
+        first, last = self._first, len(self.tape.ops) - 1
+        if not self._block or last <= first or self.tape.changes_settings:
+            return
+        span = Span(first, last, (), (), (), frozenset(), frozenset(), frozenset())
+        builder = UnitBuilder(self.tape, span)
+        try:
+            unit = builder.run()
+        except Unreplayable:
+            return
+        call = self._call(builder, unit)
+        if call is None or self._gain(builder, call) <= 0:
+            return
+        dropped: dict[int, list[SavedTensor]] = {}
+        for saved, slot in self._droppable(builder, unit.droppable):
+            dropped.setdefault(slot, []).append(saved)
+
+        def check(slot: int, t: Tensor) -> None:
+            for saved in dropped.get(slot, ()):
+                if saved.tensor is not None and same_values(t, saved.tensor):
+                    saved.drop(call, slot)
+                    call.pending[slot] = call.pending.get(slot, 0) + 1
+
+        prove(unit.forward, call.inputs(unit.forward), check)
+        for t in call.given.values():
+            key = memory_of(t)
+            if key is not None:
+                self._holders.setdefault(key, []).append(call)
+
+    def _droppable(self, builder: UnitBuilder, slots: frozenset[int]) -> Sequence[tuple[SavedTensor, int]]:
+        found: list[tuple[SavedTensor, int]] = []
+        for k in range(self._first_saved, len(self.saved)):
+            saved, slot = self.saved[k](), builder.slots.get(self.tape.saved[k][1])
+            if saved is not None and slot in slots:
+                found.append((saved, slot))
+        return found
+
+    def _gain(self, builder: UnitBuilder, call: UnitCall) -> int:
+        """Return the bytes that dropping frees, less what is held for it, times `MIN_GAIN`."""
+        freed: dict[int, int] = {}
+        held: dict[int, int] = {}
+        for value, slot in builder.slots.items():
+            allocation = self.tape.values[value].allocation
+            if slot in call.given and self.tape.allocations[allocation].role in ("", "input"):
+                held[allocation] = self.tape.nbytes(value)
+        for saved, _ in self._droppable(builder, call.unit.droppable):
+            assert saved.tensor is not None
+            freed[_torch.storage_key(saved.tensor)] = saved.tensor.untyped_storage().nbytes()
+        return sum(freed.values()) - MIN_GAIN * sum(held.values())
+
+    def _call(self, builder: UnitBuilder, unit: Any) -> UnitCall | None:
+        """Return the call of a block's unit; None if a tensor that it reads is gone."""
+        given: dict[int, Tensor] = {}
+        for value, slot in builder.slots.items():
+            if slot in unit.given or slot in unit.held:
+                t = self._operands.get(value)
+                if t is None or super().number(t) != value:
+                    t = self.tensor(value)
+                if t is None:
+                    return None
+                allocation = self.tape.allocations[self.tape.values[value].allocation]
+                is_written = allocation.is_outside and allocation.writes  # so will the next forward
+                given[slot] = t.detach().clone() if is_written else dispatch.alias(t)
+        layouts: dict[int, Any] = {}
+        for value, slot in builder.slots.items():
+            known = self.tape.values[value]
+            layouts[slot] = known.view.shape, known.view.stride, 0, known.view.dtype, known.device
+        states = [op.state for op in self.tape.ops[self._first :] if op.state is not None]
+        versions = {slot: _torch.version(t) for slot, t in given.items()}
+        return UnitCall(unit, self.backward_pass, given, versions, builder.numbers, states, layouts)

@@ -1,0 +1,319 @@
+"""From the regions of a tape to units: one per step, alike ones once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from revfx.engine.operators import UNINITIALIZED, is_repeatable, is_view
+from revfx.engine.tape import Op, Ref, Tape
+from revfx.engine.unit import Coded, Number, Slot, Unit, UnitOp
+from revfx.passes._torch import packet_name
+from revfx.passes.closure import Forward
+from revfx.passes.composed import rounds
+from revfx.passes.cuts import Step
+from revfx.passes.facts import Fact
+from revfx.passes.program import Arc
+from revfx.plan.couplings import Couplings
+from revfx.plan.replays import Action, Builder, Inversion, Memory, Run, Unreplayable
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """An inverse with values of the tape, and the facts about some that it relies on."""
+
+    arc: Arc
+    head: int
+    tail: tuple[int, ...]
+    facts: tuple[tuple[int, Fact], ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Operators first..last of a tape that become a unit.
+
+    Attributes:
+        entry, exit: the values that are there before and after.
+        actions: what going backwards does, with operators and values of the tape in the place of the unit's.
+        given: values of the exit that going backwards starts from.
+        kept: values that are held, as the plan says.
+        inverted: operators that inverses were derived from.
+        constants: values that inverses were derived for, such as indices, with their elements.
+        region: the number of the region that it is a step of.
+    """
+
+    first: int
+    last: int
+    entry: tuple[int, ...]
+    exit: tuple[int, ...]
+    actions: tuple[Run | Inverse, ...]
+    given: frozenset[int]
+    kept: frozenset[int]
+    inverted: frozenset[int]
+    constants: tuple[tuple[int, Fact], ...] = ()
+    region: int = 0
+
+
+def spans(found: Couplings) -> list[Span]:
+    """Return the spans of all regions, in order."""
+    made: list[Span] = []
+    before = -1
+    for number, region in enumerate(found.regions):
+        of_region: list[Span] = []
+        for step in region.steps:
+            span = _span(found, step, region.side)
+            while of_region and any(isinstance(a, Run) and a.op < span.first for a in span.actions):
+                span = _joined(of_region.pop(), span)  # going backwards runs operators further up
+            of_region.append(span)
+        for span in of_region:
+            made.append(replace(_with_operands(found.tape, span, before), region=number))
+            before = span.last
+    return made
+
+
+def _constants(found: Couplings, inverted: set[int], steps: range) -> tuple[tuple[int, Fact], ...]:
+    """Return the elements of constants that inverted operators read."""
+    of, read = found.of, dict[int, Fact]()
+    for i in steps:
+        node = found.lowered.op_nodes[i]
+        if of.op_of[node] not in inverted:
+            continue
+        for n in node.all_input_nodes:
+            constant = n.meta.get("constant")
+            if constant is not None and n in of.value_of:
+                read[of.value_of[n]] = tuple(constant.flatten().tolist())
+    return tuple(read.items())
+
+
+def _joined(first: Span, then: Span) -> Span:
+    """Return two spans as one."""
+    actions = (*then.actions, *first.actions)
+    runs = {a.op for a in actions if isinstance(a, Run)}
+    inverted = (first.inverted | then.inverted) - runs
+    kept = first.kept | then.kept
+    constants = first.constants + then.constants
+    return Span(first.first, then.last, first.entry, then.exit, actions, then.given, kept, inverted, constants)
+
+
+def _with_operands(tape: Tape, span: Span, before: int) -> Span:
+    """Return a span that begins further up, after operator `before`, if inverses read what lies there."""
+    missing: set[int] = set()
+    for action in span.actions:
+        if isinstance(action, Inverse):
+            missing.update(action.tail)
+    for op in tape.ops[span.first : span.last + 1]:
+        missing.difference_update(op.reads, op.outs)
+    first = span.first
+    while missing and first > before + 1:
+        first -= 1
+        missing.difference_update(tape.ops[first].reads, tape.ops[first].outs)
+    return span if missing else replace(span, first=first)
+
+
+def _span(found: Couplings, step: Step, side: tuple[int, ...]) -> Span:
+    lowered, of = found.lowered, found.of
+
+    def value(v: int) -> int:
+        return of.value_of[lowered.value_nodes[v]]
+
+    ops = [of.op_of[lowered.op_nodes[i]] for i in range(step.start, step.stop)]
+    actions: list[Run | Inverse] = []
+    inverted = set(ops)
+    at: set[int] = set()
+    for d in step.derive:
+        number = of.op_of[lowered.op_nodes[d.op]]
+        if isinstance(d, Forward):
+            actions.append(Run(number))
+            inverted.discard(number)
+        else:
+            facts = tuple((value(v), fact) for v, fact in d.arc.assumes)
+            actions.append(Inverse(d.arc, value(d.arc.head), tuple(value(v) for v in d.arc.tail), facts))
+            at.add(number)
+    exit = tuple(value(v) for v in step.exit)
+    at |= inverted
+    constants = _constants(found, at, range(step.start, step.stop))
+    given = frozenset(value(v) for v in step.exit if v not in step.again)
+    kept = frozenset(value(v) for v in (*step.saved, *side))
+    entry = tuple(value(v) for v in step.entry)
+    return Span(min(ops), max(ops), entry, exit, tuple(actions), given, kept, frozenset(at), constants)
+
+
+class UnitBuilder:
+    """Makes the unit of a span.
+
+    Args:
+        tape: the tape of the whole forward.
+        span: the operators.
+        lossless: inverses that round get codes.
+    """
+
+    def __init__(self, tape: Tape, span: Span, lossless: bool = True) -> None:
+        self.tape, self.span, self.lossless = tape, span, lossless
+        self.slots: dict[int, int] = {}  # by value
+        self.external: list[int] = []
+        self.numbers: list[Any] = []  # those of this forward
+        self.states = 0
+        self.made: set[int] = set()  # values
+
+    def run(self) -> Unit:
+        """Return the unit.
+
+        Raises:
+            Unreplayable: it has none.
+        """
+        span, tape = self.span, self.tape
+        ops = [self._op(tape.ops[i], i in span.inverted) for i in range(span.first, span.last + 1)]
+        # values that no operator touches go past the unit
+        entry = tuple(self.slots[v] for v in span.entry if v in self.slots)
+        exit = tuple(self.slots[v] for v in span.exit if v in self.slots)
+        held = frozenset(self.slots[v] for v in self.made if v in span.kept or self._must_be_held(v))
+        external = frozenset(self.external)
+        memory = self._memory()
+        regained = {self.slots[v] for v in span.entry if v in self.slots and v not in span.kept}
+        given = (external - regained) | held
+        runs = [Run(i) for i in range(len(ops))]
+        wanted = self._droppable()
+        forward = Builder(ops, memory, {*given, *entry}, runs, wanted).run()
+        coded: list[Coded] = []
+        facts: set[tuple[int, Fact]] = {(self.slots[v], fact) for v, fact in span.constants if v in self.slots}
+        shapes: dict[int, tuple[int, ...]] = {}
+        actions: list[Action] = []
+        for action in span.actions:
+            if isinstance(action, Run):
+                actions.append(Run(action.op - span.first))
+                continue
+            if any(v not in self.slots for v in (action.head, *action.tail)):
+                raise Unreplayable(f"{tape.ops[span.last].where}: an inverse reads a tensor from elsewhere")
+            head, tail = self.slots[action.head], tuple(self.slots[v] for v in action.tail)
+            code = -1
+            if self._needs_code(action.arc):
+                code = len(coded)
+                coded.append(Coded(action.arc, head, tail))
+            actions.append(Inversion(action.arc, head, tail, code))
+            facts.update((self.slots[v], fact) for v, fact in action.facts)
+            shapes.update(self._fixed_shapes(action))
+        backward = None
+        if any(isinstance(a, Inversion) for a in actions):
+            known = {*given, *(self.slots[v] for v in span.given if v in self.slots)}
+            results = (*wanted, *(s for s in entry if s not in wanted))
+            backward = Builder(ops, memory, known, [*actions, *runs], results).run()
+        layouts: set[int] = set()
+        taken: set[int] = set()
+        for replay in (forward, backward):
+            if replay is not None:
+                layouts.update(i for kind, i in replay.inputs if kind == "layout")
+                taken.update(i for kind, i in replay.inputs if kind == "slot")
+        held &= taken
+        cloned = frozenset(s for v, s in self.slots.items() if s in external and self._is_written(v))
+        made: set[int] = set()
+        for op in ops:
+            made.update(op.outs)
+        same = {s: before for s, before in memory.before.items() if s not in made}
+        where = tape.ops[span.first].where, tape.ops[span.last].where
+        kept = frozenset(self.slots[v] for v in span.entry if v in self.slots and v in span.kept)
+        return Unit(
+            tuple(ops), len(self.slots), len(self.numbers), external, entry, kept, exit, held, cloned, tuple(coded),
+            frozenset(layouts), same, shapes, tuple(sorted(facts, key=repr)), forward, backward, where,
+        )  # fmt: skip
+
+    # --- slots
+    def _slot(self, value: int) -> int:
+        slot = self.slots.get(value)
+        if slot is None:
+            slot = self.slots[value] = len(self.slots)
+            if value not in self.made:
+                self.external.append(slot)
+        return slot
+
+    def _op(self, op: Op, is_inverted: bool) -> UnitOp:
+        args = tuple(self._argument(a, is_inverted) for a in op.args)
+        kwargs = {k: self._argument(v, is_inverted) for k, v in op.kwargs.items()}
+        outs: list[int] = []
+        for v in (*op.outs, *(after for _, after in op.written)):
+            if v is not None and v not in self.slots and not self._is_view_of_outside(v):
+                self.made.add(v)
+        for v in op.outs:
+            outs.append(-1 if v is None or self._is_view_of_outside(v) else self._slot(v))
+        for _, after in op.written:
+            self._slot(after)
+        state = -1
+        if op.state is not None:
+            state = self.states
+            self.states += 1
+        return UnitOp(op.func, args, kwargs, tuple(outs), op.is_single, is_view(op.func), state)
+
+    def _is_view_of_outside(self, value: int) -> bool:
+        known = self.tape.values[value]
+        return self.tape.is_outside(value) and known.writes == 0
+
+    def _argument(self, a: Any, is_inverted: bool) -> Any:
+        """Return an argument in the unit's terms; the inverse of an operator stands for these very numbers."""
+        if type(a) is Ref:
+            return Slot(self._slot(int(a)))
+        if isinstance(a, (list, tuple)) and any(type(x) is Ref for x in a):
+            return type(a)([self._argument(x, is_inverted) for x in a])
+        is_number = isinstance(a, (int, float, complex, list, tuple, torch.Generator)) and not isinstance(a, bool)
+        if is_number and not is_inverted:
+            self.numbers.append(a)
+            return Number(len(self.numbers) - 1)
+        return a
+
+    def _fixed_shapes(self, inverse: Inverse) -> dict[int, tuple[int, ...]]:
+        """Return the shapes of an inverse's values, which it may stand for; none of one by elements."""
+        shapes = {self.slots[v]: self.tape.values[v].view.shape for v in (inverse.head, *inverse.tail)}
+        if not inverse.arc.exact and len(set(shapes.values())) == 1:
+            return {}
+        return shapes
+
+    def _memory(self) -> Memory:
+        tape, span = self.tape, self.span
+        allocation = {s: tape.values[v].allocation for v, s in self.slots.items()}
+        before: dict[int, int] = {}
+        writer: dict[int, int] = {}
+        writes: dict[int, list[tuple[int, int]]] = {}
+        for v, s in self.slots.items():
+            value = tape.values[v]
+            if value.before in self.slots and value.op is not None and span.first <= value.op <= span.last:
+                before[s], writer[s] = self.slots[value.before], value.op - span.first
+        for i in range(span.first, span.last + 1):
+            for was, after in tape.ops[i].written:
+                if was in self.slots and after in self.slots:
+                    writes.setdefault(i - span.first, []).append((self.slots[was], self.slots[after]))
+        return Memory(allocation, before, writer, writes)
+
+    # --- what can't be computed again
+    def _must_be_held(self, value: int) -> bool:
+        """Return whether nothing computes a value that an operator of the unit made."""
+        at = self.tape.values[value].op
+        assert at is not None
+        op = self.tape.ops[at]
+        if not is_repeatable(op.func) or self.tape.is_outside(value):
+            return True
+        if packet_name(op.func) in UNINITIALIZED:
+            return not self._is_filled(value, at)
+        return False
+
+    def _is_filled(self, value: int, at: int) -> bool:
+        """Return whether the first operator that touches uninitialized memory writes to all of it."""
+        for op in self.tape.ops[at + 1 :]:
+            if value in op.reads:
+                return any(was == value for was, _ in op.written)
+        return False
+
+    def _is_written(self, value: int) -> bool:
+        """Return whether the forward writes to the outside memory of a value, so that the next forward will, too."""
+        allocation = self.tape.allocations[self.tape.values[value].allocation]
+        return allocation.is_outside and allocation.writes > 0
+
+    def _droppable(self) -> list[int]:
+        span, found = self.span, list[int]()
+        for at, v in self.tape.saved:
+            if span.first <= at <= span.last + 1 and v in self.slots and self.slots[v] not in found:
+                if v in self.made or v in span.entry:
+                    found.append(self.slots[v])
+        return found
+
+    def _needs_code(self, arc: Arc) -> bool:
+        return rounds(arc) and (self.lossless or arc.measured or arc.coded or bool(arc.declared))
