@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,10 +57,11 @@ class Pass:
         self.task, self.same_settings = task, _torch.kernel_settings() == self.settings
         if task >= 0:
             with _lock:
-                ending = _ending.setdefault(task, [])
-                ending.append(self)
-                if len(ending) == 1:
-                    _torch.at_end_of_backward(partial(_end, task))
+                ending = _endings.get(task)
+                if ending is None:
+                    ending = _endings[task] = Ending(task)
+                    _torch.at_end_of_backward(ending)
+                ending.passes.append(self)
 
     def end(self, task: int) -> tuple[list[Comparison], list[tuple[Tensor, Codec]]]:
         """Let go of replayed tensors as a pass ends; return the fingerprints, and the escapes without room."""
@@ -91,27 +92,40 @@ class Pass:
         self.active, self.task = [], -1
 
 
-_ending: dict[int, list[Pass]] = {}  # by backward pass, the forwards that it came to
+class Ending:
+    """What is done when a backward pass ends. Only its callback holds this, which goes even if the pass raises.
+
+    Attributes:
+        passes: of the forwards that the backward pass came to.
+    """
+
+    def __init__(self, task: int) -> None:
+        self.task, self.passes = task, list[Pass]()
+
+    def __call__(self) -> None:
+        """Check all that the backward pass replayed, by one read of each device."""
+        noted: list[Comparison] = []
+        lost: list[tuple[Tensor, Codec]] = []
+        passes, self.passes = self.passes, []
+        for one in passes:
+            comparisons, without_room = one.end(self.task)
+            noted += comparisons
+            lost += without_room
+        with dispatch.unseen():  # it may be the end of a backward in the midst of a forward
+            if lost and bool(torch.stack([count.sum() for count, _ in lost]).sum() > 0):
+                for _, codec in lost:
+                    codec.due = True
+                warn(OVERFLOWED, NondeterminismWarning)
+                return  # what differs is explained
+            compare(noted)
+
+    def __del__(self) -> None:
+        for one in self.passes:  # those of a pass that raised
+            one.end(self.task)
+
+
+_endings = weakref.WeakValueDictionary[int, Ending]()  # by backward pass
 _lock = threading.Lock()
-
-
-def _end(task: int) -> None:
-    """Check all that a backward pass replayed, by one read of each device."""
-    with _lock:
-        passes = _ending.pop(task, [])
-    noted: list[Comparison] = []
-    lost: list[tuple[Tensor, Codec]] = []
-    for one in passes:
-        comparisons, without_room = one.end(task)
-        noted += comparisons
-        lost += without_room
-    with dispatch.unseen():  # it may be the end of a backward in the midst of a forward
-        if lost and bool(torch.stack([count.sum() for count, _ in lost]).sum() > 0):
-            for _, codec in lost:
-                codec.due = True
-            warn(OVERFLOWED, NondeterminismWarning)
-            return  # what differs is explained
-        compare(noted)
 
 
 @dataclass(eq=False)

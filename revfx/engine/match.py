@@ -75,7 +75,7 @@ class Match:
             return self.external[slot]
         reference = self.made[slot]
         t = None if reference is None else reference()
-        return self.alive.get(slot) if t is None else t
+        return self.alive.get(slot, self.held.get(slot)) if t is None else t
 
     def operand(self, slot: int) -> Tensor:
         """Return a tensor that a code is made of, as it was when an operator read it."""

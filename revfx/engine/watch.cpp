@@ -48,7 +48,8 @@ struct PythonMatch {
     py::object t = external[slot];
     if (t.is_none()) t = py::cast(Tensor(match.made[slot].lock()));
     py::int_ key(slot);
-    return t.is_none() && alive.contains(key) ? py::object(alive[key]) : t;
+    if (!t.is_none()) return t;
+    return alive.contains(key) ? py::object(alive[key]) : held.contains(key) ? py::object(held[key]) : t;
   }
 
   py::object operand(int64_t slot) const {

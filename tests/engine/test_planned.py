@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -132,3 +133,55 @@ def test_a_written_weight_raises_as_without_a_plan() -> None:
             weight.mul_(1.5)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+class Drawing(nn.Module):
+    """Couplings under autocast with a layer that is not registered, and a generator of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.g = [nn.Linear(16, 16)], nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                a = a + self.hidden[0](b) * torch.rand(16, generator=self.generator)
+                b = b + self.g(a)
+        return a, b
+
+
+@pytest.mark.parametrize("watcher", ["native", "python"])
+def test_an_exit_that_a_replay_takes_too_may_be_gone(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.CHOICE, watcher)
+    plain, model, planned, inputs = Drawing(), Drawing(), PlannedModel(), [torch.randn(ROWS, 16) for _ in "ab"]
+    got, want = _trained(model, _calls(planned, model), inputs), _trained(plain, plain, inputs)
+    assert all(map(torch.equal, got, want))
+    (kind,) = planned.kinds.values()
+    assert kind.matched == kind.units > 0
+
+
+def test_a_backward_that_raises_leaves_no_tensors() -> None:
+    def fail(_: Tensor) -> None:
+        raise KeyError("mine")
+
+    def step() -> None:
+        given = [torch.randn(8, 16, requires_grad=True) for _ in "ab"]
+        with pytest.raises(KeyError, match="mine"):
+            _loss(planned.call(model, model.forward, (*given,), {})).backward()
+
+    model, planned = Drawing(), PlannedModel()
+    for _ in range(3):
+        _trained(model, _calls(planned, model), [torch.randn(8, 16) for _ in "ab"], 1)
+    next(model.g.parameters()).register_hook(fail)
+    counts: list[int] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            step()
+            counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[-1] <= counts[0]
