@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -81,9 +82,31 @@ def _disable_hooks_beside_ours(error_message: str) -> Generator[None]:
             hooks._push_saved_tensors_default_hooks(*top)
 
 
-def let_hooks_be_put_aside() -> None:
-    """Have `torch.func` run inside of hooks whose owners have a true attribute `puts_hooks_aside`."""
-    torch.autograd.graph.disable_saved_tensors_hooks = _disable_hooks_beside_ours
+class _Patch:
+    """How many forwards stand on `_disable_hooks_beside_ours`: torch is as it was when none does."""
+
+    def __init__(self) -> None:
+        self.users, self.lock = 0, threading.Lock()
+
+    def use(self, more: int) -> None:
+        with self.lock:
+            self.users += more
+            ours = _disable_hooks_beside_ours if self.users else _disable_hooks
+            torch.autograd.graph.disable_saved_tensors_hooks = ours
+
+
+_patch = _Patch()
+
+
+@contextlib.contextmanager
+def hooks_put_aside(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Generator[None]:
+    """Set saved-tensor hooks which `torch.func` puts aside; their owner has a true attribute `puts_hooks_aside`."""
+    _patch.use(1)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _patch.use(-1)
 
 
 # --- the key of the native watcher

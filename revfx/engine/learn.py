@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +49,7 @@ class Learning(TorchDispatchMode):
         self._roles: dict[int, str] = {}
         for role, tensors in (("buffer", model.buffers()), ("parameter", model.parameters())):
             self._roles.update({id(t): role for t in tensors})
-        self._hooks: Any = saved_tensors_hooks(self._pack, SavedTensor.get)
+        self._hooks: Any = dispatch.hooks_put_aside(self._pack, SavedTensor.get)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -58,7 +57,6 @@ class Learning(TorchDispatchMode):
         return False
 
     def __enter__(self) -> Any:
-        dispatch.let_hooks_be_put_aside()
         self._hooks.__enter__()
         return super().__enter__()
 

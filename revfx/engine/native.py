@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _torch
@@ -126,10 +125,9 @@ class NativeWatching:
         module = _library.get()
         self.forward = Forward(plan)
         self._watcher: Any = module.Watcher(_compiled_plan(module, plan), self.forward, SavedTensor)
-        self._hooks: Any = saved_tensors_hooks(self._watcher.pack, module.unpack)
+        self._hooks: Any = dispatch.hooks_put_aside(self._watcher.pack, module.unpack)
 
     def __enter__(self) -> NativeWatching:
-        dispatch.let_hooks_be_put_aside()
         self._hooks.__enter__()
         self._watcher.enter()
         return self

@@ -325,5 +325,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Watcher, Observer, std::shared_ptr<Watcher>>(m, "Watcher", py::module_local())
       .def(py::init<std::shared_ptr<Plan>, py::object, py::object>())
       .def("pack", &Watcher::pack)
-      .attr("puts_hooks_aside") = true;  // see `_torch.let_hooks_be_put_aside`
+      .attr("puts_hooks_aside") = true;  // see `dispatch.hooks_put_aside`
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _torch
@@ -31,7 +30,7 @@ class Watching(TorchDispatchMode):
         super().__init__()
         self.plan, self.forward = plan, Forward(plan)
         self.active: list[Match] = []
-        self._hooks: Any = saved_tensors_hooks(self._pack, SavedTensor.get)
+        self._hooks: Any = dispatch.hooks_put_aside(self._pack, SavedTensor.get)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -39,7 +38,6 @@ class Watching(TorchDispatchMode):
         return False
 
     def __enter__(self) -> Any:
-        dispatch.let_hooks_be_put_aside()
         self._hooks.__enter__()
         return super().__enter__()
 
