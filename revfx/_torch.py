@@ -250,6 +250,16 @@ def version(tensor: torch.Tensor) -> int:
         return 0
 
 
+def unchanged(t: torch.Tensor, before: int) -> torch.Tensor:
+    """Return `t`; raise autograd's error if it was written to since it had the version `before`."""
+    if version(t) != before:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation:"
+            f" [{t.dtype}, {list(t.shape)}] is at version {version(t)}; expected version {before} instead."
+        )
+    return t
+
+
 def in_autocast() -> bool:
     """Return whether this runs inside a context of autocast, on or off."""
     depth = torch.autocast_increment_nesting()

@@ -27,7 +27,6 @@ from revfx.engine import dispatch
 from revfx.engine.fingerprints import Comparison, Fingerprint, compare, fingerprint
 from revfx.engine.observe import Observer
 from revfx.engine.randomness import RandomState
-from revfx.engine.saved import unchanged
 from revfx.engine.unit import Replay, Unit
 from revfx.errors import NondeterminismWarning, warn
 from revfx.passes._torch import OVERFLOWED
@@ -209,7 +208,7 @@ class UnitCall:
             if entry not in later.entries:
                 later.replay()
             return later.entries[entry]
-        return unchanged(*self.exits[slot])
+        return _torch.unchanged(*self.exits[slot])
 
     def replay(self) -> None:
         """Run the replay, after those of the later calls that it needs."""
@@ -276,7 +275,7 @@ class UnitCall:
             slot = self.unit.same.get(slot, slot)
         t = self.given.get(slot)
         if t is not None:
-            return unchanged(t, self.versions[slot])
+            return _torch.unchanged(t, self.versions[slot])
         return self._exit(slot)
 
 

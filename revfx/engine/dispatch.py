@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _torch
 
@@ -107,6 +108,30 @@ def hooks_put_aside(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tenso
             yield
     finally:
         _patch.use(-1)
+
+
+class HookedMode(TorchDispatchMode):
+    """A dispatch mode with saved-tensor hooks, in which dynamo goes on."""
+
+    supports_higher_order_operators = True
+    puts_hooks_aside = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def set_hooks(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        """Set the hooks, whose owner is this mode, for the time that it is entered."""
+        self._hooks: Any = hooks_put_aside(pack, unpack)
+
+    def __enter__(self) -> Any:
+        self._hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.__exit__(*error)
+        self._hooks = None  # it holds this object
 
 
 # --- the key of the native watcher

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _torch
-from revfx.engine import dispatch
+from revfx.engine.dispatch import HookedMode
 from revfx.engine.operators import written_arguments
 from revfx.engine.randomness import state_before
 from revfx.engine.saved import SavedTensor
@@ -23,16 +22,13 @@ from revfx.errors import is_users
 from revfx.passes._torch import draws, is_overload
 
 
-class Learning(TorchDispatchMode):
+class Learning(HookedMode):
     """Record the tape of the operators that run while it is entered; all saved tensors are kept.
 
     Args:
         model: its modules have paths on the tape, and its parameters and buffers roles.
         inputs: the tensors that the forward is given, which are no constants.
     """
-
-    supports_higher_order_operators = True
-    puts_hooks_aside = True
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()
@@ -49,21 +45,7 @@ class Learning(TorchDispatchMode):
         self._roles: dict[int, str] = {}
         for role, tensors in (("buffer", model.buffers()), ("parameter", model.parameters())):
             self._roles.update({id(t): role for t in tensors})
-        self._hooks: Any = dispatch.hooks_put_aside(self._pack, SavedTensor.get)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Return False: compiled functions run eagerly inside of the mode."""
-        return False
-
-    def __enter__(self) -> Any:
-        self._hooks.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._hooks.__exit__(*error)
-        self._hooks = None  # it holds this object
+        self.set_hooks(self._pack, SavedTensor.get)
 
     @_torch.uncompiled
     def _pack(self, t: Tensor) -> SavedTensor:

@@ -49,14 +49,4 @@ class SavedTensor:
         if self.call is not None:
             return self.call.fetch(self.slot)
         assert self.tensor is not None
-        return unchanged(self.tensor, self.version)
-
-
-def unchanged(t: Tensor, version: int) -> Tensor:
-    """Return `t`; raise autograd's error if it was written to since it had this version."""
-    if _torch.version(t) != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation:"
-            f" [{t.dtype}, {list(t.shape)}] is at version {_torch.version(t)}; expected version {version} instead."
-        )
-    return t
+        return _torch.unchanged(self.tensor, self.version)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _torch
-from revfx.engine import dispatch
+from revfx.engine.dispatch import HookedMode
 from revfx.engine.forward import Forward
 from revfx.engine.match import Match
 from revfx.engine.operators import is_writer, written_arguments
@@ -16,35 +15,21 @@ from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.saved import SavedTensor
 
 
-class Watching(TorchDispatchMode):
+class Watching(HookedMode):
     """Match the operators that run while it is entered; `forward` drops the saved tensors of units that match.
 
     Usually one match is active, that of the expected unit. While there is none, another unit may begin; if then the
     expected one begins too, there are two.
     """
 
-    supports_higher_order_operators = True
-    puts_hooks_aside = True
-
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan, self.forward = plan, Forward(plan)
         self.active: list[Match] = []
-        self._hooks: Any = dispatch.hooks_put_aside(self._pack, SavedTensor.get)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Return False: compiled functions run compiled inside of the mode."""
-        return False
-
-    def __enter__(self) -> Any:
-        self._hooks.__enter__()
-        return super().__enter__()
+        self.set_hooks(self._pack, SavedTensor.get)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._hooks.__exit__(*error)
-        self._hooks = None  # it holds this object
         self.active = []
         self.forward.end()
 

@@ -32,18 +32,8 @@ _NOTHING: Values = {}
 _AS_IT_IS = contextlib.nullcontext()
 
 
-def unchanged(t: Tensor, version: int) -> Tensor:
-    """Return a tensor; raise what autograd raises if it was written to."""
-    if _torch.version(t) != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation:"
-            f" [{t.dtype}, {list(t.shape)}] is at version {_torch.version(t)}; expected version {version} instead."
-        )
-    return t
-
-
 def _as_it_is(t: Tensor) -> Callable[[], Tensor]:
-    return partial(unchanged, t if isinstance(t, nn.Parameter) else t.detach(), _torch.version(t))
+    return partial(_torch.unchanged, t if isinstance(t, nn.Parameter) else t.detach(), _torch.version(t))
 
 
 def _decode(code: Tensor, spot: Spot) -> Tensor:
@@ -214,7 +204,7 @@ class Step:
         if isinstance(spot, StateOf):
             for v, version in self.bases[spot.number]:
                 if v in self.now:
-                    unchanged(self.now[v], version)
+                    _torch.unchanged(self.now[v], version)
             return self.states[spot.number]
         v = spot.value
         t = self.values.get(v)
@@ -226,7 +216,7 @@ class Step:
         if t is None:
             t = _held(self.model, self.course.plan.sources[v][1])
         else:
-            unchanged(t, self.versions[v])
+            _torch.unchanged(t, self.versions[v])
         return placed(t, spot, int(t.storage_offset()) * t.dtype.itemsize)  # wherever it lies in this call
 
     def _end(self) -> None:

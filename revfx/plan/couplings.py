@@ -29,6 +29,7 @@ class Couplings:
 
 
 def find_couplings(tape: Tape, lossless: bool = True) -> Couplings:
+    """Find the regions of a tape, and why others are none; `lossless`: inverses that round get codes."""
     of = graph_of(tape)
     graph = of.graph
     held: dict[fx.Node, tuple[Fact, ...]] = {}
