@@ -58,20 +58,24 @@ class Operand:
 
 
 class CallObserver:
-    """Sees calls while it is entered, and notes on the tape what they declare."""
+    """Note on the tape the inverses that calls declare while this is entered; none under a profiler in C."""
 
     def __init__(self, learning: Learning) -> None:
         self._learning = learning
         self._running: dict[int, Call] = {}  # by the id of a frame
         self._functions: dict[int, tuple[types.CodeType, Any]] = {}  # by the id of their code, which need not hash
         self._before: Any = None
+        self._is_on = False
 
     def __enter__(self) -> None:
         self._before = sys.getprofile()
-        sys.setprofile(self._profile)
+        self._is_on = self._before is None or callable(self._before)  # a profiler in C can't be put back
+        if self._is_on:
+            sys.setprofile(self._profile)
 
     def __exit__(self, *_: object) -> None:
-        sys.setprofile(self._before)
+        if self._is_on:
+            sys.setprofile(self._before)
 
     def _profile(self, frame: Any, event: str, result: Any) -> None:
         if event == "call":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -308,12 +309,16 @@ class UnitBuilder:
         return allocation.is_outside and allocation.writes > 0
 
     def _droppable(self) -> list[int]:
-        span, found = self.span, list[int]()
-        for at, v in self.tape.saved:
-            if span.first <= at <= span.last + 1 and v in self.slots and self.slots[v] not in found:
-                if v in self.made or v in span.entry:
-                    found.append(self.slots[v])
-        return found
+        """Return the slots of the saved tensors that a replay can give back."""
+        span, saved = self.span, self.tape.saved  # in the order of the operators
+        at = bisect_left(saved, (span.first,))
+        found: dict[int, None] = {}
+        while at < len(saved) and saved[at][0] <= span.last + 1:
+            v = saved[at][1]
+            if v in self.slots and (v in self.made or v in span.entry):
+                found[self.slots[v]] = None
+            at += 1
+        return list(found)
 
     def _needs_code(self, arc: Arc) -> bool:
         return rounds(arc) and (self.lossless or arc.measured or arc.coded or bool(arc.declared))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import gc
 from typing import Any
 
@@ -185,3 +186,19 @@ def test_a_backward_that_raises_leaves_no_tensors() -> None:
     finally:
         gc.enable()
     assert counts[-1] <= counts[0]
+
+
+def test_learning_leaves_a_profiler_on() -> None:
+    plain, model, planned, inputs = Drawing(), Drawing(), PlannedModel(), [torch.randn(ROWS, 16) for _ in "ab"]
+    want = _trained(plain, plain, inputs)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        got = _trained(model, _calls(planned, model), inputs)
+        sum([1, 2])
+    finally:
+        profiler.disable()
+    assert all(map(torch.equal, got, want))
+    called = [str(entry.code) for entry in profiler.getstats()]
+    assert any("run_backward" in name for name in called)  # of steps after the one that learns
+    assert any("built-in method builtins.sum" in name for name in called)
