@@ -1,11 +1,11 @@
-"""Calls of units: what one holds of its forward, and how the backward obtains its saved tensors.
+"""Calls of units: the tensors that one holds of its forward, and how the backward obtains its saved tensors.
 
 The calls of a forward form chains: the exit of one is the entry of the next. A call in the midst of a chain inverts:
 its codes and the entry of the next call give its own entry. So no call but the last one of a chain holds its exit, and
 none but the first one its entry.
 
 The backward asks for the saved tensors of the last call first. The first request runs the replay of the call, after
-those of the calls that its exit comes from. Then all that remains of other calls is let go.
+those of the calls that its exit comes from. Then the tensors of other calls are let go.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Pass:
             return noted, lost
 
     def activate(self, call: UnitCall) -> None:
-        """Let go of what remains of other calls, as the backward came to this one."""
+        """Let go of the tensors of other calls, as the backward came to this one."""
         waiting: list[UnitCall] = []
         for other in self.active:
             if other is not call:
@@ -92,7 +92,7 @@ class Pass:
 
 
 class Ending:
-    """What is done when a backward pass ends. Only its callback holds this, which goes even if the pass raises.
+    """The end of a backward pass: its callback, and the only owner of `passes`, which go even if the pass raises.
 
     Attributes:
         passes: of the forwards that the backward pass came to.
@@ -115,7 +115,7 @@ class Ending:
                 for _, codec in lost:
                     codec.due = True
                 warn(OVERFLOWED, NondeterminismWarning)
-                return  # what differs is explained
+                return  # the differences have this cause
             compare(noted)
 
     def __del__(self) -> None:
@@ -134,7 +134,7 @@ class UnitCall:
     Attributes:
         given: by slot, tensors that the replays read: external and held ones.
         versions: by slot, how often they had been written to.
-        numbers, states, codes, layouts: what the replays take of this call.
+        numbers, states, codes, layouts: the other inputs of the replays.
         settings: how kernels are set, if the forward changes that.
         observer: looks on, if there is one.
         inverts: it goes backwards; else it holds its entry and goes forwards.

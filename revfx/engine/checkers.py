@@ -1,4 +1,4 @@
-"""Checkers: generated functions that compare one operator with that of a unit, and note what differs per call."""
+"""Checkers: generated functions that compare one operator with that of a unit, and note the numbers of the call."""
 
 from __future__ import annotations
 

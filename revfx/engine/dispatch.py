@@ -38,8 +38,8 @@ def unseen() -> Any:
 def alias(tensor: Tensor) -> Tensor:
     """Return `tensor` without its history, unseen by dispatch modes, wherever this is called.
 
-    Writes to either tensor are counted for both; the result of `detach` below autograd has a count of its own. What
-    a parameter is swapped for by `p.data = ...` is not seen through an alias.
+    Writes to either tensor are counted for both; the result of `detach` below autograd has a count of its own. An
+    alias goes on to show the old memory after `p.data = ...`.
     """
     if _torch.is_plain(tensor):
         with unseen():

@@ -173,7 +173,7 @@ class Forward:
                 self._holders.setdefault(key, []).append(call)
         self.unsettled = call if self.writes else None
         self.count += 1
-        if earlier or matched is self.expected:  # else it stands alone, and tells nothing of what follows
+        if earlier or matched is self.expected:  # else it stands alone, and no expectation follows from it
             self.position = site + 1
         self._calls.append((site, call))
 
@@ -188,7 +188,7 @@ class Forward:
         return found
 
     def _encode(self, matched: UnitPlan, call: UnitCall, match: Match, site: int) -> None:
-        """Make the codes of what inverses miss; hold what is smaller than its code."""
+        """Make the codes that correct inverses; hold tensors that are smaller than their codes."""
         for number, coded in enumerate(matched.unit.coded):
             x = match.operand(coded.head)
             key = site, matched, number
@@ -261,7 +261,7 @@ class Forward:
                 call.pending[slot] = call.pending.get(slot, 0) + 1
 
     def _fingerprint(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
-        """Note what the end of a chain, which every replay above it leads to, is compared with."""
+        """Note the fingerprint of the end of a chain, which every replay above it leads to."""
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept][-1:]
         if call.inverts and any(not isinstance(code, Tensor) for code in call.codes):
@@ -280,7 +280,7 @@ class Forward:
 
     # --- proof
     def _prove(self, matched: UnitPlan, call: UnitCall, match: Match) -> bool:
-        """Run the replay of a call and compare; keep for good what differs. Return whether anything may be dropped."""
+        """Run the replay of a call and compare; keep tensors that differ. Return whether any may be dropped."""
         unit, broken = matched.unit, set[int]()
         replay = unit.backward if call.inverts else unit.forward
         assert replay is not None

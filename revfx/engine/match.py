@@ -1,4 +1,4 @@
-"""A match: what is noted of a forward while its operators are compared with those of a unit."""
+"""Matches: the tensors and numbers of a forward while its operators are compared with those of a unit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revfx.engine.saved import SavedTensor
 
 
 class Match:
-    """The tensors, and what differs from call to call, of a run of operators that is being compared with a unit.
+    """The tensors and numbers of a run of operators that is being compared with a unit.
 
     Attributes:
         of: the unit.

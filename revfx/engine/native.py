@@ -165,7 +165,7 @@ class _Library:
                 names = [(func._schema.name, func._schema.overload_name) for func in STATISTICS]
                 module.install(ALIGNED, ALIGNED_ELSEWHERE, names)
                 dispatch.pass_higher_order_operators("Fake")
-            except Exception as e:  # whatever a compiler, a loader or another torch may come up with
+            except Exception as e:  # of any class: from a compiler, a loader or another torch
                 self.reason = _first_error(str(e)) or type(e).__name__
                 LOG.warning(
                     "The native watcher is not available: %s. The one in Python costs about 10 us per operator."

@@ -19,7 +19,7 @@ STATISTICS: dict[Any, tuple[int, int]] = {  # arguments that a normalisation in 
     aten.cudnn_batch_norm.default: (3, 4),
     aten.miopen_batch_norm.default: (3, 4),
 }
-# What their results hold is up to whoever writes to them, perhaps unseen.
+# Their results are filled by a later write, perhaps unseen.
 UNINITIALIZED = frozenset("empty empty_like empty_strided new_empty new_empty_strided empty_permuted resize".split())
 # Of their first argument they read the shape, the strides, the dtype and the device alone.
 OF_SHAPE = frozenset(

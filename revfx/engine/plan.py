@@ -1,4 +1,4 @@
-"""Plans: the units that a model's forward is compared with, and what was learnt about them."""
+"""Plans: the units that a model's forward is compared with, and the findings about them."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Plan:
         sequence: the units in the order of the forward that was learnt last.
         chains: of each unit in the sequence, the number of the chain of units that it belongs to.
         codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
-        proven: positions of calls, with their units, whose replays gave the same bits.
+        proven: positions of calls, with their units, of which the replays gave the same bits.
         distrusted: declared inverses that are wrong, as text.
-        reasons: what was kept for good, as text.
+        reasons: why tensors are kept for good, as text.
     """
 
     lossless: bool = True

@@ -30,7 +30,7 @@ def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
     module: Any = torch.get_device_module(device)
-    index = getattr(device, "index", None)  # None of the current one, whatever the annotation says
+    index = getattr(device, "index", None)  # None of the current one, against its annotation
     if index is None:
         index = module.current_device()
     return module.default_generators[index]

@@ -1,8 +1,8 @@
-"""Units: runs of operators whose saved tensors are dropped and obtained again together.
+"""Units: runs of operators with saved tensors that are dropped and obtained again together.
 
 A unit is matched operator by operator while the forward runs. Its tensors have **slots**: external ones are bound to
-the first tensor that appears in their place, the others to results of operators. What differs from call to call (sizes,
-factors, external tensors, random states, codes) is stored per call, and given to the unit's **replays**.
+the first tensor that appears in their place, the others to results of operators. Sizes, factors, external tensors,
+random states and codes differ from call to call: they are stored per call, and given to the unit's **replays**.
 
 A replay is an `fx.Graph` of aten calls, inverses and decodes. One goes forwards, from the entry; the other one
 backwards, from the exit to the entry. Both yield the saved tensors.
@@ -36,8 +36,8 @@ class UnitOp:
     """An operator of a unit.
 
     Attributes:
-        args, kwargs: with slots in the place of tensors, and numbers in the place of what may differ between calls;
-            everything else is compared.
+        args, kwargs: with slots in the place of tensors, and numbers in the place of those that may differ between
+            calls; everything else is compared.
         outs: the slot of each result, -1 of those that nothing refers to.
         is_single: it returns one tensor and no sequence.
         is_view: its results are views, which nobody may hold while autograd makes them its own.
@@ -93,7 +93,7 @@ class Unit:
         coded: inverses that are corrected by codes; going backwards takes one code each.
         forward: the replay from the entry.
         backward: the replay from the exit; None if nothing is inverted.
-        layouts: slots of tensors whose layout in memory is noted.
+        layouts: slots of tensors of which the layout in memory is noted.
         same: slots of tensors that were written to through another view, with the slot of the same tensor before.
         shapes: the shapes of slots for which inverses were derived.
         facts: facts about the elements of slots that inverses rely on.
@@ -142,7 +142,7 @@ class Unit:
 
     @property
     def key(self) -> Any:
-        """What units have in common that match the same operators and drop the same tensors."""
+        """The operators, tensors and inverses that equal units share."""
         ops = tuple((op.func, repr(op.args), repr(op.kwargs), op.outs, op.state) for op in self.ops)
         inverses = None if self.backward is None else str(self.backward.graph.python_code("self").src)
         rest = self.entry, self.exit, self.kept, self.held, self.cloned, self.droppable

@@ -1,7 +1,7 @@
 """The first forward of a kind: block by block, saved tensors are dropped, as under a checkpoint of each block.
 
-What can be dropped for good is known when a forward is through, which is too late for a model that does not fit. So at
-the end of each block its operators become a unit, which is replayed at once and compared.
+The plan is known when a forward is through, which is too late for a model that does not fit. So at the end of each
+block its operators become a unit, which is replayed at once and compared.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class BlockLearning(Learning):
         return found
 
     def _gain(self, builder: UnitBuilder, call: UnitCall) -> int:
-        """Return the bytes that dropping frees, less what is held for it, times `MIN_GAIN`."""
+        """Return the bytes that dropping frees, less `MIN_GAIN` times those that are held for it."""
         freed: dict[int, int] = {}
         held: dict[int, int] = {}
         for value, slot in builder.slots.items():

@@ -6,7 +6,7 @@ replaced. Three kinds of calls declare an inverse:
 - a function with a parameter `inverse`, which is true or false: the same call with the other value, as for the splines
   of nflows and normflows;
 - a method of a `torch.distributions` transform: its opposite;
-- the forward of a module whose class is registered by `revfx.register_inverse`: the rule, or the method.
+- the forward of a module of a class that is registered by `revfx.register_inverse`: the rule, or the method.
 
 The operators inside stay on the tape as they are. The declared inverse is one more way to obtain the first tensor of
 the arguments from the first tensor of the result; where it is wrong, the code that corrects it is large, and the tensor

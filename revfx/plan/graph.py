@@ -41,7 +41,7 @@ class TapeGraph:
 
 
 def graph_of(tape: Tape) -> TapeGraph:
-    """Build the graph of the operators that the returned values need; nodes carry what `lower` reads."""
+    """Build the graph of the operators that the returned values need; nodes carry the metadata that `lower` reads."""
     return _Builder(tape).run()
 
 
@@ -119,7 +119,7 @@ class _Builder:
         outs = [v for v in op.outs if v is not None]
         fresh = [v for v in (*outs, *(b for _, b in op.written)) if v not in self.made.node_of]
         if not fresh or all(self.tape.is_outside(v) for v in fresh):
-            return  # a view of what is there anyway
+            return  # a view of a value that is there anyway
         target, args, kwargs = self._call(op)
         node = self.made.graph.call_function(target, args, kwargs)
         self.made.op_of[node] = number

@@ -115,7 +115,7 @@ class PlannedModel:
         """Run a forward; it runs once, as it is.
 
         Args:
-            model: the model, whose modules and parameters the plan refers to.
+            model: the model; the plan refers to its modules and parameters.
             forward: its own forward.
             args, kwargs: its arguments.
             learnt: called with each kind of call that was learnt.

@@ -184,7 +184,7 @@ class Builder:
             if number not in needed:
                 needed.add(number)
                 todo += self._read_by(self.actions[number])
-        after: dict[int, set[int]] = {number: set() for number in needed}  # what an action waits for
+        after: dict[int, set[int]] = {number: set() for number in needed}  # actions that an action waits for
         for number in needed:
             for slot in self._read_by(self.actions[number]):
                 for s in (slot, *self._needs(slot)):
@@ -271,7 +271,7 @@ class Builder:
                 self._own(op, slot)
 
     def _own(self, op: UnitOp, slot: int) -> None:
-        """Note that the memory of a result is the replay's own, unless it is returned or lies in what was given."""
+        """Note that the memory of a result is the replay's own, unless it is returned or lies in a given tensor."""
         allocation = self.memory.allocation[slot]
         if not op.is_view and allocation not in self.shared:
             self.private.add(allocation)

@@ -37,7 +37,7 @@ class Span:
 
     Attributes:
         entry, exit: the values that are there before and after.
-        actions: what going backwards does, with operators and values of the tape in the place of the unit's.
+        actions: the steps of going backwards, with operators and values of the tape in the place of the unit's.
         given: values of the exit that going backwards starts from.
         kept: values that are held, as the plan says.
         inverted: operators that inverses were derived from.
@@ -99,7 +99,7 @@ def _joined(first: Span, then: Span) -> Span:
 
 
 def _with_operands(tape: Tape, span: Span, before: int) -> Span:
-    """Return a span that begins further up, after operator `before`, if inverses read what lies there."""
+    """Return a span that begins further up, after operator `before`, if inverses read values from there."""
     missing: set[int] = set()
     for action in span.actions:
         if isinstance(action, Inverse):
@@ -284,7 +284,7 @@ class UnitBuilder:
                     writes.setdefault(i - span.first, []).append((self.slots[was], self.slots[after]))
         return Memory(allocation, before, writer, writes)
 
-    # --- what can't be computed again
+    # --- results that can't be computed again
     def _must_be_held(self, value: int) -> bool:
         """Return whether nothing computes a value that an operator of the unit made."""
         at = self.tape.values[value].op
