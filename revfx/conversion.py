@@ -8,10 +8,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
 from revfx.ambient import ambient_state
@@ -22,12 +24,14 @@ from revfx.capture.plan import InvalidError, Plan
 from revfx.capture.search import Outcome, make_plan
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.eager.calls import Slot
-from revfx.eager.modes import can_store, runs_plain, store_activations, storing
+from revfx.eager.modes import can_store, is_distributed, runs_plain, sees_the_engine, store_activations, storing
 from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, warn
 from revfx.fit.budget import Budget
 from revfx.fit.compiled import BlockCalls
 from revfx.fit.fit import Call as FitCall, Fit, may_fit
 from revfx.info import ConversionInfo
+from revfx.plan.couplings import Couplings
+from revfx.plan.model import Kind, PlannedModel, is_watched
 
 
 MOST_PLANS = 32  # per model; the oldest one makes room for a new one
@@ -62,27 +66,44 @@ class Conversion:
         self.carried, self.constant = frozenset[Spot](), frozenset[Spot]()  # numbers that change: inputs, or not
         self.parts_converted = False
         self.place: tuple[dict[str, nn.Module | None], str] | None = None  # of a part: where its parent has it
+        self.planned = None if options.compile or options.memory is not None else PlannedModel(options.exact)
         self.fit = None if options.memory is None or options.part else Fit(options.memory)
         self.block_calls: BlockCalls | None = None  # compiled ones of a model with a budget
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []  # with their names and places
 
     @property
     def plans(self) -> list[Plan]:
-        """Return the plans made so far."""
+        """Return the plans made so far of recorded forwards."""
         return [o.plan for *_, o in self.outcomes if o.plan is not None]
+
+    @property
+    def couplings(self) -> list[Couplings]:
+        """The regions of each kind of call that were found so far."""
+        kinds = () if self.planned is None else self.planned.kinds.values()
+        return [kind.found for kind in kinds if kind.units]
+
+    @property
+    def coded_bytes(self) -> int:
+        """The bytes of the codes of the latest forward."""
+        return 0 if self.planned is None else self.planned.coded_bytes
 
     @property
     def info(self) -> ConversionInfo:
         """The findings so far, as frozen data."""
         found = tuple([p.info for p in self.plans])
-        recorded = [r for *_, o in self.outcomes for r in o.refusals]
-        refusals = tuple(dict.fromkeys((*recorded, *self.not_compiled)))
+        refusals = [r for *_, o in self.outcomes for r in o.refusals]
+        is_called = bool(self.outcomes)
+        if self.planned is not None:
+            found = (*found, *(kind.info for kind in self.planned.kinds.values() if kind.units))
+            refusals += self.planned.refusals
+            is_called = is_called or bool(self.planned.kinds)
+        refusals = tuple(dict.fromkeys((*refusals, *self.not_compiled)))
         regions = tuple(r for p in found for r in p.regions)
         plans = found if self.fit is None else self.fit.budget_plans
         no_plan = "no plan yet: the first call makes it"
         if self.fit is not None:
             no_plan = "no plan now: the next training step makes one, if the forward can be recorded"
-        elif self.outcomes:
+        elif is_called:
             no_plan = "no plan: nothing reversible was found; `.refusals` lists the reasons"
             if self.parts_converted:
                 no_plan = "no plan: the forward can't be recorded; its sub-modules have plans of their own"
@@ -192,6 +213,17 @@ class Conversion:
                 self._convert_parts(model)
             self._warn(f"`convert({name_of(model)})`: {what}:\n{list_refusals(outcome.refusals)}")
 
+    def _learnt(self, model: nn.Module, kind: Kind) -> None:
+        """Raise, under `strict`, if something is left as it was; warn if nothing is dropped."""
+        refusals = kind.found.refusals
+        if self.options.strict and (refusals or not kind.units):
+            node = refusals[0].op if refusals else None
+            what = f"`convert({name_of(model)}, strict=True)`: left as it was"
+            raise NotReversibleError(f"{what}:\n{list_refusals(refusals)}", node, refusals)
+        if not kind.units:
+            what = "nothing reversible was found, so it runs as it was, with all its activations"
+            self._warn(f"`convert({name_of(model)})`: {what}:\n{list_refusals(refusals)}")
+
     def _warn(self, text: str) -> None:
         if text not in self.warned and not self.options.part:
             self.warned.add(text)
@@ -206,6 +238,16 @@ class Conversion:
             return self._run(model, args, kwargs)
         with self.block_calls.active():
             return self._run(model, args, kwargs)
+
+    def call_method(self, model: nn.Module, function: FunctionType, args: Any, kwargs: Any) -> Any:
+        """Return what a method returns; it is watched as the forward is, if it is given tensors."""
+        method = functools.partial(function, model)
+        if self.planned is None or is_watched():
+            return method(*args, **kwargs)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not tensors or runs_plain(tensors) or sees_the_engine() or is_distributed([model], tensors):
+            return method(*args, **kwargs)
+        return self.planned.call(model, method, args, kwargs, name=function.__name__)
 
     def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = flattened(args, kwargs)
@@ -238,6 +280,10 @@ class Conversion:
         forward = self.forward(model)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         plain = runs_plain(tensors)
+        if self.planned is not None and not is_distributed([model], tensors):
+            if plain or sees_the_engine():
+                return forward(*args, **kwargs)
+            return self.planned.call(model, forward, args, kwargs, functools.partial(self._learnt, model))
         stores = storing() and can_store(tensors)  # the same forward, compiled functions too
         if (plain and not stores) or _torch.has_global_module_hooks():
             return forward(*args, **kwargs)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 from abc import ABCMeta
+from collections.abc import Callable
 from dataclasses import replace
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -129,11 +131,37 @@ def _class_for(base: type[nn.Module], patched: bool) -> type[Any]:
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     members: dict[str, Any] = {"forward": property(found, replaced) if patched else forward, "_revfx_base": base}
+    for name, function in _public_methods(base).items():
+        members[name] = _watched(function)
     if hasattr(base, "__deepcopy__"):  # else there is none: a wrapper with a `__getattr__` would take it for its own
         members["__deepcopy__"] = _deepcopy
     kind: Any = type(base)  # neither it nor the base shall register the class
     make = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
     return make(kind, base.__name__, (Reversible, base), {**members, **names, "__slots__": ("_revfx",)})
+
+
+def _public_methods(base: type[nn.Module]) -> dict[str, FunctionType]:
+    """Return the methods that users call beside forward, such as `encode` and `log_prob`."""
+    found: dict[str, FunctionType] = {}
+    for owner in base.__mro__[: base.__mro__.index(nn.Module)]:
+        for name, function in vars(owner).items():
+            suspends = inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function)
+            if isinstance(function, FunctionType) and not suspends and not name.startswith("_"):
+                found.setdefault(name, function)
+    return {name: function for name, function in found.items() if not hasattr(nn.Module, name)}
+
+
+def _watched(function: FunctionType) -> Callable[..., Any]:
+    """Return a method that runs as it is, and under a plan as the forward does."""
+
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        conversion = None if torch.compiler.is_compiling() else _known(self)[0]
+        if conversion is None:
+            return function(self, *args, **kwargs)
+        return conversion.call_method(self, function, args, kwargs)
+
+    return method
 
 
 def reversible(model: nn.Module, options: Options | None) -> Any:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from revfx.ambient import given
 from revfx.eager.regeneration import Regeneration
+from revfx.engine.call import UnitCall
+from revfx.engine.match import Match
+from revfx.engine.observe import Observer, observer
+from revfx.engine.proof import same_values
 from revfx.errors import RegenerationError
 from revfx.inspection import Originals, relative_error, watched
 from revfx.passes.closure import Derivation, Forward
@@ -27,7 +35,50 @@ def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None
         RegenerationError: in the backward, at the first value that is off by more: it names the value, the layer, the
             operation and the user's file and line.
     """
-    return watched(lambda run: _Checks(rtol))
+    return _checking(rtol)
+
+
+@contextmanager
+def _checking(rtol: float | None) -> Generator[None]:
+    with watched(lambda run: _Checks(rtol)), given(observer, _ReplayChecks(rtol)):
+        yield
+
+
+class _ReplayChecks(Observer):
+    """Copies the tensors that units drop, and compares them with those that the replays give."""
+
+    def __init__(self, rtol: float | None) -> None:
+        self.rtol = rtol
+        self.originals: WeakKeyDictionary[UnitCall, dict[int, Tensor]] = WeakKeyDictionary()
+
+    def completed(self, call: UnitCall, match: Match) -> None:
+        """Copy the saved tensors, and the entry if going backwards gives it."""
+        copies: dict[int, Tensor] = {}
+        for saved, slot in match.saved:
+            if saved.tensor is not None:
+                copies[slot] = saved.tensor.detach().clone()
+        for slot in call.unit.entry if call.inverts else ():
+            copies[slot] = match.operand(slot).detach().clone()
+        self.originals[call] = copies
+
+    def replayed(self, call: UnitCall, slot: int, tensor: Tensor) -> None:
+        """Compare a tensor with the forward's."""
+        before = self.originals.get(call, {}).get(slot)
+        if before is None:
+            return
+        limit = self.rtol
+        if limit is None:
+            rounds = call.inverts and not call.unit.coded and before.is_floating_point()
+            limit = torch.finfo(before.dtype).eps ** 0.5 if rounds else 0.0
+        if same_values(tensor, before):
+            return
+        error = relative_error(tensor, before) if tensor.shape == before.shape else math.inf
+        if not error <= limit:
+            way = "going backwards from its exit" if call.inverts else "running its operators again"
+            raise RegenerationError(
+                f"a tensor of {call.unit} is off by {error:.1e} (relative), after {way}: a kernel is not reproducible,"
+                " a rule is no inverse, or something that is no operator of torch wrote to a tensor."
+            )
 
 
 class _Checks(Originals):

@@ -18,6 +18,10 @@ from revfx.capture.plan import call_of
 from revfx.capture.trace import capture
 from revfx.eager.regeneration import Regeneration
 from revfx.eager.region_plan import Env, Watch, region_observer
+from revfx.engine.call import UnitCall
+from revfx.engine.match import Match
+from revfx.engine.observe import Observer, observer
+from revfx.engine.proof import prove
 from revfx.errors import RevfxError
 from revfx.passes.arcs import lower
 
@@ -30,24 +34,62 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def round_trip(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
-    """Return the relative error of one inversion by step and value, for every region of `model(*args, **kwargs)`.
+    """Return the relative error of each inverse, by its place, over all units that `model(*args, **kwargs)` runs.
 
-    Regions run in the dtype of the model, and in fp64 on a copy.
+    The model runs in its own dtype, and in fp64 on a copy; twice each, as the first call learns.
     """
-    runs = originals_of(model, args, kwargs)
+    errors = _errors_of(model, args, kwargs)
     floating = [t for t in (*model.parameters(), *pytree.tree_leaves((args, kwargs))) if is_floating(t)]
     if any(t.dtype != torch.float64 for t in floating):
-        runs += originals_of(copy.deepcopy(model).double(), *doubled((args, kwargs)))
-    errors: dict[str, float] = {}
-    for run, originals in runs:
-        for number, step in enumerate(run.region.steps):
-            for v, t in run.invert(number, {v: originals[v] for v in step.exit}).items():
-                op = run.program.ops[step.stop - 1]
-                dtype = str(originals[v].dtype).removeprefix("torch.")
-                what = f"{dtype} {run.program.values[v].name}"
-                name = f"step {number} ({run.calls[step.start].name} .. {op.name}, {op.where}): {what}"
-                errors[name] = max(errors.get(name, 0.0), relative_error(t, originals[v]))
+        errors.update(_errors_of(copy.deepcopy(model).double(), *doubled((args, kwargs))))
     return errors
+
+
+def _errors_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+    errors = _Errors()
+    with torch.enable_grad(), torch.random.fork_rng(), ambient.given(observer, errors):
+        for _ in range(WARM_UP_CALLS + 1):
+            model(*args, **kwargs)
+    if not errors.found:
+        raise RevfxError(
+            f"`check_inverse`: no reversible region was run by this {type(model).__name__}, so nothing was inverted."
+            " `revfx.explain` lists the reasons."
+        )
+    return errors.found
+
+
+WARM_UP_CALLS = 1  # that a converted model learns from
+
+
+class _Errors(Observer):
+    """Solves each inverse of a unit as it ends, and compares."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def completed(self, call: UnitCall, match: Match) -> None:
+        """Compare the prediction of each code, and, without codes, the entry that going backwards gives."""
+        unit = call.unit
+        if unit.backward is None:
+            return
+        for coded in unit.coded:
+            x = match.operand(coded.head)
+            predicted = coded.arc.solve(*(match.operand(s) for s in coded.tail))
+            self._note(f"{unit}: {coded.arc.text}", predicted, x)
+        entry = dict.fromkeys(unit.entry)
+        for coded in unit.coded:
+            entry.pop(coded.head, None)
+
+        def check(slot: int, t: Tensor) -> None:
+            if slot in entry and slot not in unit.kept and slot not in unit.exit:
+                self._note(f"{unit}: tensor {slot}", t, match.operand(slot))
+
+        if call.inverts:
+            prove(unit.backward, call.inputs(unit.backward), check)
+
+    def _note(self, name: str, got: Tensor, want: Tensor) -> None:
+        name = f"{name}: {str(want.dtype).removeprefix('torch.')}"
+        self.found[name] = max(self.found.get(name, 0.0), relative_error(got, want))
 
 
 def doubled(tree: Any) -> Any:
@@ -74,27 +116,6 @@ class Originals(Watch):
 def watched(watch: Callable[[Regeneration], Watch]) -> AbstractContextManager[None]:
     """Return a context in which every region that runs forwards gets a `watch`."""
     return ambient.given(region_observer, watch)
-
-
-def originals_of(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[Regeneration, Env]]:
-    """Run `model(*args, **kwargs)` and return its regions, in order, with copies of all their values."""
-    found: list[tuple[Regeneration, Env]] = []
-
-    def watch(run: Regeneration) -> Watch:
-        originals = Originals()
-        found.append((run, originals.values))
-        return originals
-
-    with torch.enable_grad(), torch.random.fork_rng(), watched(watch):
-        model(*args, **kwargs)
-    if not found:
-        raise RevfxError(
-            f"`check_inverse`: no reversible region was run by this {type(model).__name__}, so nothing was inverted."
-            " `revfx.explain` lists the reasons."
-        )
-    return found
 
 
 def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:

@@ -128,13 +128,16 @@ class _Operation(nn.Module):
         return getattr(first, self.op)(*rest, **named) if isinstance(self.op, str) else self.op(first, *rest, **named)
 
 
+WARM_UPS = 2  # steps: a converted model learns in the first one, and proves its plan in the second one
+
+
 def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: bool = True) -> Memory:
     """Measure the bytes that `step()`, which returns a scalar loss, keeps after the forward, and the peak of the step.
 
     Counted from what was allocated before the call; gradients of parameters count unless they exist already (they do
     after the warm-up run). On CPU the profiler's memory events tell, exact and repeatable; on CUDA the allocator.
     """
-    if warm_up:
+    for _ in range(WARM_UPS if warm_up else 0):
         step().backward()
     if device != "cpu":
         return _measure_cuda(step, device)

@@ -78,7 +78,7 @@ def test_explain_as_json(capsys: pytest.CaptureFixture[str], file: str) -> None:
     assert status == 0 and found["regions"][0]["couplings"] == 8
     ways = {w["way"]: w for w in found["ways"]}
     assert ways["revfx"]["peak"] < ways["plain"]["peak"]
-    assert abs(ways["revfx"]["peak"] / ways["revfx"]["measured_peak"] - 1) < 0.15
+    assert -0.1 < ways["revfx"]["peak"] / ways["revfx"]["measured_peak"] - 1 < 0.3  # 6 KB more
 
 
 def test_explain_with_options(capsys: pytest.CaptureFixture[str], file: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from helpers import kept_cuts, mlp
+from steps import STEPS, assert_same_bits
 from torch import Tensor, fx, nn
 
 import revfx
@@ -41,13 +42,18 @@ class Net(nn.Module):
         return torch.cat([a, b], -1) * self.seen()
 
 
-def assert_alike(model: nn.Module, plain: nn.Module) -> None:
-    """Both give the same, and the same gradients."""
-    x = torch.randn(5, 8)
-    found, expected = model(x), plain(x)
-    torch.testing.assert_close(found, expected)
-    grads = torch.autograd.grad(found.sin().sum(), list(model.parameters()))
-    torch.testing.assert_close(grads, torch.autograd.grad(expected.sin().sum(), list(plain.parameters())))
+def assert_alike(model: nn.Module, plain: nn.Module, exact: bool = True) -> None:
+    """Both give the same, and the same gradients, in some steps."""
+    for _ in range(STEPS):
+        x = torch.randn(5, 8)
+        found, expected = model(x), plain(x)
+        assert torch.equal(found, expected)
+        grads = torch.autograd.grad(found.sin().sum(), list(model.parameters()))
+        wanted = torch.autograd.grad(expected.sin().sum(), list(plain.parameters()))
+        if exact:
+            assert_same_bits(grads, wanted)
+        else:
+            torch.testing.assert_close(grads, wanted)
 
 
 def changed(model: Any) -> Any:
@@ -86,7 +92,7 @@ def test_what_is_bound_to_the_model_sees_what_becomes_of_it(make: Callable[[], n
 
 
 class Branches(nn.Module):
-    """A model that can't be recorded, of whose sub-modules one has couplings."""
+    """A model that reads what it computes, of whose sub-modules one has couplings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,14 +106,13 @@ class Branches(nn.Module):
         return self.by(self.net(x)) if float(x.detach().sum()) < 1e9 else x
 
 
-@pytest.mark.filterwarnings("ignore::revfx.errors.RevfxWarning")
-def test_methods_of_a_model_whose_parts_are_converted_see_what_becomes_of_it() -> None:
+def test_methods_of_a_model_that_reads_what_it_computes_see_what_becomes_of_it() -> None:
     plain: Any = Branches()
     model: Any = revfx.convert(copy.deepcopy(plain))
     for scale in (1.0, 3.0):
         plain.scale = model.scale = scale
         assert_alike(model, plain)
-    assert kept_cuts(model.net) > 0
+        assert kept_cuts(model) > 0
 
 
 def test_the_model_and_its_conversion_have_one_state() -> None:
@@ -122,10 +127,10 @@ def test_the_model_and_its_conversion_have_one_state() -> None:
 def test_two_conversions_of_one_model_are_apart() -> None:
     plain = Net()
     model, rounding = revfx.convert(plain), revfx.convert(plain, exact=False)
-    x = torch.randn(5, 8, requires_grad=True)
-    assert torch.equal(model(x), plain(x)) and torch.equal(rounding(x), plain(x))
+    assert_alike(model, plain)
+    assert_alike(rounding, plain, exact=False)
     assert conversion_of(model).options.exact and not conversion_of(rounding).options.exact
-    assert conversion_of(model).plans[0] is not conversion_of(rounding).plans[0]
+    assert conversion_of(model).coded_bytes > 0 == conversion_of(rounding).coded_bytes
     assert not hasattr(plain, "revfx")
 
 
@@ -287,4 +292,4 @@ def test_pickled_models_are_converted_ones() -> None:
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
         assert conversion_of(loaded).options == conversion_of(model).options
-        assert_alike(loaded, model)
+        assert_alike(loaded, model, exact=False)

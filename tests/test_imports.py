@@ -31,20 +31,20 @@ MAY: dict[str, set[str]] = {
     "layout": {"_torch"},
     "codes": {"_torch", "layout"},
     "checksum": {"_torch", "layout"},
-    "eager": {*BOTTOM, *CODES, "passes", "traced"},
     "engine": {*BOTTOM, *CODES, "passes"},
     "plan": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "engine", "info"},
+    "eager": {*BOTTOM, *CODES, "passes", "traced", "engine", "plan"},
     "info": {"errors", "passes", "units"},
     "capture": {*BOTTOM, "rules", "passes", "eager", "info"},
     "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "capture", "eager"},
     "world": {*BOTTOM, "eager", "capture"},
     "fit": {*BOTTOM, "checksum", "layout", "info", "passes", "eager", "capture", "world"},
 }
-MAY["conversion"] = {*BOTTOM, "info", "passes", "eager", "capture", "compiled", "fit"}
+MAY["conversion"] = {*BOTTOM, "info", "passes", "plan", "eager", "capture", "compiled", "fit"}
 MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}
 MAY["convert"] = {*BOTTOM, "compiled", "conversion", "converted", "eager", "fit"}
 MAY["inverse"] = {*BOTTOM, "arguments", "capture", "converted", "passes"}
-MAY["inspection"] = {*BOTTOM, "arguments", "passes", "eager", "capture"}
+MAY["inspection"] = {*BOTTOM, "arguments", "passes", "engine", "eager", "capture"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
 MAY["testing"] = {*MAY["debug"], "inverse", "rules", "convert", "converted"}
 MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "fit", "passes.joint", "testing", "world"}

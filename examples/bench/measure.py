@@ -172,9 +172,10 @@ class Contender:
             before = torch.get_rng_state()
             memory = measure_memory(step, device=self.task.device, warm_up=False)
             state.is_random |= not torch.equal(before, torch.get_rng_state())
-            # The peak of a compiled backward may come before it holds all gradients, so kept bytes are a lower bound.
-            self.row.kept = max(self.row.kept, memory.kept)
-            self.row.peak = max(self.row.peak, memory.kept, memory.peak - held)
+            if seed > 0:  # in the one before, after the first step, `convert` proves its plan
+                # A compiled backward's peak may come before it holds all gradients, so kept bytes are a lower bound.
+                self.row.kept = max(self.row.kept, memory.kept)
+                self.row.peak = max(self.row.peak, memory.kept, memory.peak - held)
             state.values[f"loss {seed}"] = losses[-1].clone()
             for name, p in parameters.items():
                 if p.grad is not None:

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from revfx.eager import block_program
 from revfx.eager.block_program import Function, apply, couple, plain
 from revfx.eager.executor import run_region
-from revfx.eager.modes import check_exact, runs_plain
+from revfx.eager.modes import check_exact, is_distributed, runs_plain, sees_the_engine
 from revfx.eager.reach import Reach
 from revfx.eager.region_plan import RegionPlan
+from revfx.plan.model import PlannedModel
 from revfx.traced import free_couplings
 
 
@@ -77,31 +79,46 @@ def rev_block(
         if is_training:
             free_couplings()
         return plain(x1, x2, layers, sides)
+    tensors = [t for t in pytree.tree_leaves((x1, x2, sides)) if isinstance(t, Tensor)]
+    if not is_training or runs_plain(tensors) or sees_the_engine():
+        return plain(x1, x2, layers, sides)
+    if is_distributed([f for pair in layers for f in pair], tensors):
+        return _run_recorded(x1, x2, layers, sides, exact)
+    planned = _planned(layers[0][0], len(layers), exact)
+    return planned.call(_Functions(layers), plain, (x1, x2, layers, sides), {})
+
+
+def _run_recorded(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides, exact: bool) -> tuple[Tensor, Tensor]:
+    """Run a chain as a region whose functions run again in the backward."""
     side_tensors, side_slots = block_program.number_sides(sides)
     env = dict(enumerate((x1, x2, *side_tensors[0], *side_tensors[1])))
-    if not is_training or runs_plain(env.values()):
-        return plain(x1, x2, layers, sides)
     shapes = len(layers), block_program.meta(x1), block_program.meta(x2), tuple(len(t) for t in side_tensors)
-    plan = _plan_of(layers[0][0], shapes, exact)
+    plan = RegionPlan(*block_program.program(*shapes), exact)
     run_region(plan, block_program.calls(plan.program, layers, side_slots), env)
     y1, y2 = plan.program.outputs
     return env[y1], env[y2]
 
 
-_plans: weakref.WeakKeyDictionary[Any, dict[Any, RegionPlan]] = weakref.WeakKeyDictionary()
+class _Functions(nn.Module):
+    """The modules among the functions of a chain."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(f for pair in layers for f in pair if isinstance(f, nn.Module))
+        self.training = any(f.training for f in self.layers)
 
 
-def _plan_of(first: Any, shapes: block_program.Shapes, exact: bool) -> RegionPlan:
-    """Return the plan of the chains that begin with a function, which learns from calls; a new one if it is unknown."""
+_plans: weakref.WeakKeyDictionary[Any, dict[Any, PlannedModel]] = weakref.WeakKeyDictionary()
+
+
+def _planned(first: Any, layers: int, exact: bool) -> PlannedModel:
+    """Return the plans of chains of so many layers that begin with a function; new ones if it is unknown."""
     key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
     try:
         mine = _plans.setdefault(key, {})
     except TypeError:  # not hashable, or not to be referred to weakly
         mine = {}
-    plan = mine.get((shapes, exact))
-    if plan is None:  # `setdefault`: another thread may have made one meanwhile
-        plan = mine.setdefault((shapes, exact), RegionPlan(*block_program.program(*shapes), exact))
-    return plan
+    return mine.setdefault((layers, exact), PlannedModel(exact))
 
 
 class RevBlock(nn.Module):

@@ -9,11 +9,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revfx import _torch, codes
+from revfx import _fsdp, _torch, codes
 from revfx.ambient import given
+from revfx.engine import dispatch
 
 
 class _Recording(threading.local):
@@ -63,6 +64,22 @@ def storing() -> bool:
 def runs_plain(inputs: Iterable[Tensor]) -> bool:
     """Return whether regions run with ordinary storage now: no gradients, `store_activations`, or tracers."""
     return not torch.is_grad_enabled() or _storing.get() or not can_store(inputs)
+
+
+def sees_the_engine() -> bool:
+    """Return whether something of the user's is active that would see other operators, or saved tensors, than those of
+    the plain forward: dispatch modes, or saved-tensor hooks such as a checkpoint's.
+    """
+    return dispatch.has_modes() or _torch.has_saved_tensors_hooks()
+
+
+def is_distributed(functions: Iterable[Any], tensors: Iterable[Tensor]) -> bool:
+    """Return whether DTensors, or parameters that FSDP2 gathers, are about: such forwards are recorded in advance."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    modules = [m for f in functions if isinstance(f, nn.Module) for m in f.modules()]
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    return any(map(_torch.is_dtensor, (*tensors, *parameters))) or any(map(_fsdp.is_sharded, modules))
 
 
 def can_store(inputs: Iterable[Tensor]) -> bool:

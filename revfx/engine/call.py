@@ -181,13 +181,14 @@ class UnitCall:
     def fetch(self, slot: int) -> Tensor:
         """Return the tensor of a slot for the backward."""
         backward_pass = self.backward_pass
-        with backward_pass.lock, torch.enable_grad(), dispatch.replaying():
-            backward_pass.join()
-            with self._as_in_the_forward():
-                if slot in self.unit.exit and slot not in self.pending:
-                    return self._exit(slot)
-                if slot not in self.values:
-                    self.replay()
+        with backward_pass.lock:
+            if slot not in self.values or backward_pass.task != _torch.graph_task_id():
+                backward_pass.join()
+                with torch.enable_grad(), dispatch.replaying(), self._as_in_the_forward():
+                    if slot in self.unit.exit and slot not in self.pending:
+                        return self._exit(slot)
+                    if slot not in self.values:
+                        self.replay()
             t = self.values[slot]
             self.left[slot] -= 1
             if self.left[slot] <= 0:

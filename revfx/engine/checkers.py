@@ -58,7 +58,7 @@ class _Generator:
         self.done: set[int] = set()  # slots of results that were made
         self.names: dict[str, Any] = {
             "Tensor": Tensor, "ref": weakref.ref, "state_before": state_before, "offset_of": offset_of,
-            "alias": dispatch.alias, "is_alias": is_alias,
+            "alias": dispatch.alias, "is_alias": is_alias, "version": _torch.version,
         }  # fmt: skip
         self.lines: list[str] = []
 
@@ -119,7 +119,7 @@ class _Generator:
     def _slot(self, name: str, slot: int) -> None:
         slot = self.unit.same.get(slot, slot)
         if slot not in self.unit.external:
-            self.after.append(f"if made[{slot}]() is not {name} and not is_alias(made[{slot}](), {name}): return False")
+            self.after.append(f"if made[{slot}]() is not {name} and not match.is_made({slot}, {name}): return False")
         elif slot in self.bound:
             self.after.append(
                 f"if external[{slot}] is not {name} and not is_alias(external[{slot}], {name}): return False"
@@ -128,6 +128,8 @@ class _Generator:
             self.bound.add(slot)
             self.after.append(f"if not isinstance({name}, Tensor): return False")
             self.after.append(f"external[{slot}] = {name}")
+            if slot in self.unit.entry:
+                self.after.append(f"match.versions[{slot}] = version({name})")
             self._shape(name, slot)
             self._layout(name, slot)
             if slot in self.unit.cloned:
@@ -151,9 +153,8 @@ class _Generator:
             if slot < 0 or slot in self.bound:
                 continue
             name = "out" if op.is_single else f"out[{k}]"
-            if slot in self.done:  # another name of a tensor, which may outlive it
-                again = f"made[{slot}] = ref({name}); match.slot_of[id({name})] = {slot}"
-                self.after.append(f"if made[{slot}]() is None: {again}")
+            if slot in self.done:
+                self.after.append(f"match.again.append(({slot}, ref({name}))); match.slot_of[id({name})] = {slot}")
                 continue
             self.done.add(slot)
             if slot in unit.external:

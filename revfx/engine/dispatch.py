@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import CompileContext
+from torch.autograd import grad_mode
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,35 +59,63 @@ def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [t.detach() for t in tensors]
 
 
+def version_counters(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Return of each tensor an empty one which goes on to count the writes to its memory, and the count now."""
+    found: list[tuple[Tensor, int]] = []
+    for t in tensors:
+        if _torch.is_plain(t) and t.layout == torch.strided and not (t.is_nested or t.is_inference()):
+            counter = alias(t)
+            counter.data = _empty(t.dtype, t.device)
+            found.append((counter, _torch.version(t)))
+    return found
+
+
+def writes_uncounted(tensors: Iterable[Tensor]) -> Any:
+    """Return a context in which the version counters of tensors stay as they are."""
+    return grad_mode._unsafe_preserve_version_counter(tuple(tensors))
+
+
+@cache
+def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def has_modes() -> bool:
     """Return whether dispatch modes are on, which would see, or change, operators beside those of a forward."""
     stack = _python_dispatch._get_current_dispatch_mode_stack()
     return any(getattr(mode, "_mode_key", None) is None for mode in stack)
 
 
+def is_compiling() -> bool:
+    """Return whether dynamo compiles a function on this thread: it runs operators on tensors without memory."""
+    return CompileContext.try_get() is not None
+
+
+def autograd_time() -> int:
+    """Return the number of the node that autograd makes next on this thread."""
+    return _C._autograd._get_sequence_nr()
+
+
+def is_older(tensor: Tensor, time: int) -> bool:
+    """Return whether a tensor that needs a gradient is a leaf, or was made before a time of autograd."""
+    node: Any = tensor.grad_fn
+    return tensor.requires_grad and (node is None or node._sequence_nr() < time)
+
+
 # --- saved-tensor hooks
-_disable_hooks = torch.autograd.graph.disable_saved_tensors_hooks
+_disable_hooks = _C._autograd._saved_tensors_hooks_disable
 
 
-@contextlib.contextmanager
-def _disable_hooks_beside_ours(error_message: str) -> Generator[None]:
-    """Disable saved-tensor hooks, as `torch.func` does; ours, which look on, are put aside instead of refused."""
-    hooks = _C._autograd
-    top = hooks._top_saved_tensors_default_hooks(True)
-    owner = None if top is None else getattr(top[0], "__self__", None)
-    is_ours = top is not None and getattr(owner, "puts_hooks_aside", False)
-    if is_ours:
-        hooks._pop_saved_tensors_default_hooks()
-    try:
-        with _disable_hooks(error_message):
-            yield
-    finally:
-        if top is not None and is_ours:
-            hooks._push_saved_tensors_default_hooks(*top)
+def _disable_ours_too(error_message: str, fail_if_non_empty: bool = True) -> None:
+    """Disable saved-tensor hooks, as `torch.func` does: it refuses those that are set, but ours just look on."""
+    top = _C._autograd._top_saved_tensors_default_hooks(True)
+    if top is not None and getattr(getattr(top[0], "__self__", None), "looks_on", False):
+        fail_if_non_empty = False
+    _disable_hooks(error_message, fail_if_non_empty)
 
 
 class _Patch:
-    """How many forwards stand on `_disable_hooks_beside_ours`: torch is as it was when none does."""
+    """How many forwards stand on `_disable_ours_too`: torch is as it was when none does."""
 
     def __init__(self) -> None:
         self.users, self.lock = 0, threading.Lock()
@@ -92,16 +123,15 @@ class _Patch:
     def use(self, more: int) -> None:
         with self.lock:
             self.users += more
-            ours = _disable_hooks_beside_ours if self.users else _disable_hooks
-            torch.autograd.graph.disable_saved_tensors_hooks = ours
+            _C._autograd._saved_tensors_hooks_disable = _disable_ours_too if self.users else _disable_hooks
 
 
 _patch = _Patch()
 
 
 @contextlib.contextmanager
-def hooks_put_aside(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Generator[None]:
-    """Set saved-tensor hooks which `torch.func` puts aside; their owner has a true attribute `puts_hooks_aside`."""
+def hooks_that_look_on(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Generator[None]:
+    """Set saved-tensor hooks which `torch.func` disables without an error; their owner's `looks_on` is true."""
     _patch.use(1)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -114,7 +144,7 @@ class HookedMode(TorchDispatchMode):
     """A dispatch mode with saved-tensor hooks, in which dynamo goes on."""
 
     supports_higher_order_operators = True
-    puts_hooks_aside = True
+    looks_on = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -122,7 +152,7 @@ class HookedMode(TorchDispatchMode):
 
     def set_hooks(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
         """Set the hooks, whose owner is this mode, for the time that it is entered."""
-        self._hooks: Any = hooks_put_aside(pack, unpack)
+        self._hooks: Any = hooks_that_look_on(pack, unpack)
 
     def __enter__(self) -> Any:
         self._hooks.__enter__()

@@ -28,6 +28,11 @@ from revfx.engine.unit import Coded, Unit
 from revfx.errors import NotConvertedWarning, warn
 
 
+def drops(unit: Unit) -> bool:
+    """Return whether a unit is worth matching by itself: it drops something in several operators."""
+    return bool(unit.droppable) and len(unit.ops) > 1
+
+
 class Exit(NamedTuple):
     """A tensor of the exit of a call, with its slot, and how often it had been written to."""
 
@@ -46,6 +51,7 @@ class Forward:
         coded_bytes: bytes of the codes.
         writes: the operator that runs now writes to an argument; the write is counted when it has returned.
         unsettled: a call whose last operator wrote to an argument.
+        addresses: of the exits of the latest call that have one.
         kept_cuts: by chain, how many entries and exits of units are held.
     """
 
@@ -53,6 +59,7 @@ class Forward:
         self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
         self.writes = False
         self.unsettled: UnitCall | None = None
+        self.addresses: list[int] = []
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
         self._calls: list[tuple[int, UnitCall]] = []  # with their positions in the sequence
         self._holders: dict[int, list[UnitCall]] = {}  # by memory that may be written to: calls that hold tensors in it
@@ -72,17 +79,17 @@ class Forward:
         sums are everywhere.
         """
         unit = match.of.unit
-        if match.of is self.expected or (unit.droppable and len(unit.ops) > 1):
+        if match.of is self.expected or drops(unit):
             return True
-        return any(self._exit_of(match.external[slot]) is not None for slot in unit.entry)
+        return bool(self._earlier_calls(unit, match))
 
-    def _exit_of(self, t: Tensor | None) -> Exit | None:
-        """Return the exit that a tensor is, or is an alias of."""
+    def _exit_of(self, t: Tensor | None, version: int | None = None) -> Exit | None:
+        """Return the exit that a tensor, which had been written to `version` times, is or is an alias of."""
         if t is None:
             return None
         known = self._exits.get(id(t))
         if known is not None and known.tensor() is t:
-            return known
+            return known if known.version == (_torch.version(t) if version is None else version) else None
         if self._exits and t.layout == torch.strided and _torch.is_plain(t):
             known = self._exits.get(t.data_ptr())
             if known is not None and is_alias(known.tensor(), t):
@@ -103,10 +110,11 @@ class Forward:
 
     @_torch.uncompiled
     def settle(self) -> None:
-        """Note how often the exit of the latest call had been written to, as its last operator has returned."""
+        """Note how often the tensors of the latest call had been written to, as its last operator has returned."""
         call, self.unsettled = self.unsettled, None
         if call is None:
             return
+        call.versions = {slot: _torch.version(t) for slot, t in call.given.items()}
         for slot, (t, _) in call.exits.items():
             call.exits[slot] = t, _torch.version(t)
         for key, exit in self._exits.items():
@@ -119,10 +127,17 @@ class Forward:
         if self.unsettled is not None:
             self.settle()
         saved = SavedTensor(t)
+        self.link(saved, t)
+        return saved
+
+    @_torch.uncompiled
+    def link(self, saved: SavedTensor, t: Tensor) -> None:
+        """Drop a saved tensor that is the exit of a call, which gives it back."""
+        if self.unsettled is not None:
+            self.settle()
         known = self._exit_of(t)
         if known is not None and known.version == saved.version:
             saved.drop(known.call, known.slot)
-        return saved
 
     def end(self) -> None:
         """Forget the tensors of the forward, and count the cuts that are kept."""
@@ -137,7 +152,7 @@ class Forward:
     @_torch.uncompiled
     def complete(self, match: Match) -> None:
         """Drop the saved tensors of a unit that matched to its end."""
-        matched, unit, external = match.of, match.of.unit, match.external
+        matched, unit = match.of, match.of.unit
         if matched.is_broken or not matched.facts_hold(match.tensor):
             return
         site = self.plan.site(matched, self.position)
@@ -147,13 +162,8 @@ class Forward:
         if self.plan.notes_settings:
             call.settings = _torch.kernel_settings()
         call.inverts = unit.backward is not None and bool(earlier)
-        for slot in unit.held | unit.given | frozenset(() if call.inverts else unit.entry):
-            if slot in match.held:
-                call.given[slot] = match.held[slot]
-            elif external[slot] is not None:
-                call.given[slot] = external[slot]
-        call.given = dict(zip(call.given, dispatch.aliases([*call.given.values()]), strict=True))
-        call.versions = {slot: _torch.version(t) for slot, t in call.given.items()}
+        slots = unit.read_backwards if call.inverts else unit.read_forwards
+        call.given, call.versions, trained = match.hold(slots)
         if call.inverts:
             self._encode(matched, call, match, site)
         self._note_exits(call, match)
@@ -165,7 +175,6 @@ class Forward:
         if call.observer is not None:
             call.observer.completed(call, match)
         self._drop(call, match)
-        trained = {slot for slot in call.given if external[slot] is not None and external[slot].requires_grad}
         mutable = [t for slot, t in call.given.items() if slot not in trained or slot in unit.entry]
         for t in (*mutable, *(t for t, _ in call.exits.values())):
             key = memory_of(t)
@@ -181,8 +190,7 @@ class Forward:
         """Return slots of the entry that are exits of earlier calls: the slot, the call, and the slot there."""
         found: list[tuple[int, UnitCall, int]] = []
         for slot in unit.entry:
-            t = match.external[slot]
-            known = self._exit_of(t)
+            known = self._exit_of(match.given(slot), match.version(slot))
             if known is not None:
                 found.append((slot, known.call, known.slot))
         return found
@@ -246,6 +254,7 @@ class Forward:
                 before.exits.pop(exit, None)
                 if before.inverts:
                     call.taken.add(slot)
+        self.addresses = []
         for slot in call.exits:
             t = match.tensor(slot)
             assert t is not None
@@ -253,6 +262,7 @@ class Forward:
             self._exits[id(t)] = exit
             if t.layout == torch.strided and _torch.is_plain(t):
                 self._exits[t.data_ptr()] = exit
+                self.addresses.append(t.data_ptr())
 
     def _drop(self, call: UnitCall, match: Match) -> None:
         for saved, slot in match.saved:
@@ -264,7 +274,8 @@ class Forward:
         """Note the fingerprint of the end of a chain, which every replay above it leads to."""
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept][-1:]
-        if call.inverts and any(not isinstance(code, Tensor) for code in call.codes):
+        corrects = any(not isinstance(code, Tensor) for code in call.codes) if unit.coded else unit.rounds
+        if call.inverts and corrects:
             slots = []  # it shows further up
         if call.inverts and not any(before.inverts for _, before, _ in earlier):
             slots += [slot for slot in unit.entry if slot not in unit.kept]
@@ -288,8 +299,12 @@ class Forward:
         saved = {slot: s.tensor for s, slot in match.saved if s.tensor is not None}
 
         def check(slot: int, t: Tensor) -> None:
-            entry = match.external[slot] if slot in unit.entry else None
-            if call.inverts and entry is not None and not is_right(t, match.operand(slot)):
+            if (
+                call.inverts
+                and slot in unit.entry
+                and match.given(slot) is not None
+                and not is_right(t, match.operand(slot))
+            ):
                 broken.add(slot)
             elif slot in saved and slot not in matched.kept and not is_right(t, saved[slot]):
                 matched.kept.add(slot)

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
+from revfx.engine import dispatch
 from revfx.engine.dispatch import HookedMode
 from revfx.engine.operators import written_arguments
 from revfx.engine.randomness import state_before
@@ -20,6 +21,7 @@ from revfx.engine.saved import SavedTensor
 from revfx.engine.tape import Allocation, Op, Ref, Tape, Value, View
 from revfx.errors import is_users
 from revfx.passes._torch import draws, is_overload
+from revfx.passes.facts import LIMIT
 
 
 class Learning(HookedMode):
@@ -41,6 +43,8 @@ class Learning(HookedMode):
         self._tensors: dict[int, weakref.ref[Tensor]] = {}  # by value
         self._views: dict[tuple[int, int, View], int] = {}  # by allocation, its writes, and view: a value
         self._memory: dict[int, tuple[int, Any]] = {}  # by storage, or tensor without: an allocation
+        self._start = dispatch.autograd_time()
+        self._fixed: set[int] = set()  # operators that read constants alone
         self._modules = {id(m): path for path, m in model.named_modules()}
         self._roles: dict[int, str] = {}
         for role, tensors in (("buffer", model.buffers()), ("parameter", model.parameters())):
@@ -50,6 +54,8 @@ class Learning(HookedMode):
     @_torch.uncompiled
     def _pack(self, t: Tensor) -> SavedTensor:
         saved = SavedTensor(t)
+        if dispatch.is_compiling():
+            return saved
         value = self.number(t)
         self.tape.saved.append((len(self.tape.ops), value))
         self._saved_at[value] = len(self.saved)
@@ -63,7 +69,10 @@ class Learning(HookedMode):
         if known is None or known[1]() is not t:
             return self._enter(t)
         value = self.tape.values[known[0]]
-        if value.writes == self.tape.allocations[value.allocation].writes:
+        allocation = self.tape.allocations[value.allocation]
+        if value.writes == allocation.writes:
+            return known[0]
+        if not any(n > value.writes and view.overlaps(value.view) for n, view in allocation.written):
             return known[0]
         return self._enter(t, before=known[0])
 
@@ -81,6 +90,9 @@ class Learning(HookedMode):
             is_constant = allocation.is_outside and allocation.role != "input" and not allocation.writes
             if is_constant and not t.requires_grad:
                 self.tape.constants[value] = t
+            elif op in self._fixed and allocation.is_strided and t.numel() <= LIMIT:
+                with dispatch.unseen():
+                    self.tape.constants[value] = t.detach().clone()  # it may be written to
         reference = weakref.ref(t)
         self._values[id(t)] = value, reference
         self._tensors[value] = reference
@@ -90,12 +102,16 @@ class Learning(HookedMode):
         has_storage = t.layout == torch.strided and _torch.is_plain(t) and not t.is_nested and not is_lazy(t)
         owner: Any = t.untyped_storage() if has_storage else t
         key = _torch.storage_key(t) if has_storage else id(t)
+        role = "input" if id(t) in self._inputs else self._roles.get(id(t), "")
+        if not role and not is_made and dispatch.is_older(t, self._start):
+            role = "attribute"
         known = self._memory.get(key)
         if known is not None and known[1]() is not None:
-            return known[0]
+            is_set = role in ("parameter", "buffer") and not self.tape.allocations[known[0]].is_outside
+            if not is_set:  # by `p.data = ...` in the forward: the next one finds it there
+                return known[0]
         number = len(self.tape.allocations)
         nbytes = owner.nbytes() if has_storage else 0
-        role = "input" if id(t) in self._inputs else self._roles.get(id(t), "")
         self.tape.allocations.append(Allocation(nbytes, not is_made, has_storage, role))
         self._memory[key] = number, weakref.ref(owner)
         return number
@@ -124,6 +140,8 @@ class Learning(HookedMode):
     @_torch.uncompiled
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if dispatch.is_compiling():
+            return func(*args, **kwargs)
         module, where = self._place()
         self.tape.changes_settings |= _torch.kernel_settings() != self._settings
         self.before(module)
@@ -141,14 +159,19 @@ class Learning(HookedMode):
         for at in changed:
             self.tape.allocations[at].writes += 1
             self.tape.allocations[at].last_write = number
+        for value in before:
+            allocation = self.tape.allocations[self.tape.values[value].allocation]
+            allocation.written.append((allocation.writes, self.tape.values[value].view))
+        op = Op(func, tuple(spec[0]), spec[1], state=state, module=module, where=where)
+        if is_operator and state is None and all(v in self.tape.constants for v in op.reads):
+            self._fixed.add(number)
         after = [self._written(t, number, was) for t, was in zip(written, before, strict=True)]
         results = [out] if isinstance(out, Tensor) else pytree.tree_leaves(out)
         outs: list[int | None] = []
         for t in results:
             outs.append(self._result(t, number) if isinstance(t, Tensor) else None)
-        written_to = tuple(zip(before, after, strict=True))
-        is_single = isinstance(out, Tensor)
-        op = Op(func, tuple(spec[0]), spec[1], tuple(outs), is_single, written_to, state, module, where)
+        op.outs, op.is_single = tuple(outs), isinstance(out, Tensor)
+        op.written = tuple(zip(before, after, strict=True))
         self.tape.ops.append(op)
         return out
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from revfx import _torch
+from revfx.engine import dispatch
 from revfx.engine.call import memory_of
-from revfx.engine.checkers import Checker
+from revfx.engine.checkers import Checker, is_alias
 from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.saved import SavedTensor
@@ -21,7 +25,9 @@ class Match:
         at: the number of operators that matched.
         saved: saved tensors that operators of the unit made, with their slots.
         made: by slot, weak references to results of operators.
+        again: slots of results that are there already, such as views of all of a tensor, with weak references.
         external: by slot, tensors that no operator of the unit made.
+        versions: by slot of the entry, how often the tensor had been written to when it appeared.
         numbers, states: see `Unit`.
         held: by slot, tensors that the replays take as they are.
         alive: by slot, results that stay until the unit ends: of its exit, and those that codes are made of.
@@ -29,14 +35,19 @@ class Match:
         slot_of: by the id of a result, its slot.
     """
 
-    __slots__ = ("alive", "at", "external", "held", "layouts", "made", "numbers", "of", "saved", "slot_of", "states")
+    __slots__ = (
+        "again", "alive", "at", "external", "held", "layouts", "made", "numbers", "of", "saved", "slot_of", "states",
+        "versions",
+    )  # fmt: skip
 
     def __init__(self, of: UnitPlan) -> None:
         unit = of.unit
         self.of, self.at = of, 0
         self.saved: list[tuple[SavedTensor, int]] = []
         self.made: list[Any] = [None] * unit.slots
+        self.again: list[tuple[int, weakref.ref[Tensor]]] = []
         self.external: list[Any] = [None] * unit.slots
+        self.versions: dict[int, int] = {}
         self.numbers: list[Any] = [None] * unit.numbers
         self.states: list[RandomState] = []
         self.held: dict[int, Tensor] = {}
@@ -67,7 +78,44 @@ class Match:
     def slot(self, t: Tensor) -> int:
         """Return the slot of a tensor that an operator of the unit made; -1 of others."""
         slot = self.slot_of.get(id(t))
-        return slot if slot is not None and self.made[slot]() is t else -1
+        is_one = slot is not None and any(name is t for name in self._names(slot))
+        return slot if slot is not None and is_one else -1
+
+    def is_made(self, slot: int, t: Any) -> bool:
+        """Return whether a tensor is a result, or an alias of one."""
+        return any(name is t or is_alias(name, t) for name in self._names(slot))
+
+    def _names(self, slot: int) -> list[Tensor | None]:
+        """Return the tensors that are one result."""
+        return [self.made[slot](), *(reference() for s, reference in self.again if s == slot)]
+
+    def given(self, slot: int) -> Tensor | None:
+        """Return an external tensor; None if the slot is no external one, or did not appear."""
+        return self.external[slot]
+
+    def hold(self, slots: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, int], set[int]]:
+        """Return aliases of held and external tensors for replays.
+
+        Returns:
+            The aliases; how often each had been written to; the slots of those that need a gradient.
+        """
+        found: dict[int, Tensor] = {}
+        trained = set[int]()
+        for slot in slots:
+            t = self.held.get(slot)
+            if t is None:
+                t = self.external[slot]
+                if t is None:
+                    continue
+                if t.requires_grad:
+                    trained.add(slot)
+            found[slot] = t
+        given = dict(zip(found, dispatch.aliases([*found.values()]), strict=True))
+        return given, {slot: _torch.version(t) for slot, t in given.items()}, trained
+
+    def version(self, slot: int) -> int | None:
+        """Return how often the tensor of a slot of the entry had been written to when it appeared."""
+        return self.versions.get(slot)
 
     def tensor(self, slot: int) -> Tensor | None:
         """Return the tensor of a slot; None if it is gone, or not there yet."""

@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _torch
 from revfx.engine import dispatch
 from revfx.engine.checkers import COMPARED
-from revfx.engine.forward import Forward
+from revfx.engine.forward import Forward, drops
 from revfx.engine.operators import STATISTICS, is_writer, written_positions
 from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.saved import SavedTensor
@@ -45,7 +46,7 @@ from revfx.passes._torch import is_overload
 
 
 LOG = logging.getLogger("revfx")
-SOURCES = [Path(__file__).parent / name for name in ("watch.cpp", "watch.h", "observe.h")]
+SOURCES = [Path(__file__).parent / name for name in ("watch.cpp", "watch.h", "observe.h", "saved.h")]
 CHOICE = "REVFX_WATCH"  # the environment variable: "native", "python", or empty for the native one where it is possible
 Mode = TypeVar("Mode", bound=TorchDispatchMode)
 
@@ -125,7 +126,7 @@ class NativeWatching:
         module = _library.get()
         self.forward = Forward(plan)
         self._watcher: Any = module.Watcher(_compiled_plan(module, plan), self.forward, SavedTensor)
-        self._hooks: Any = dispatch.hooks_put_aside(self._watcher.pack, module.unpack)
+        self._hooks: Any = dispatch.hooks_that_look_on(self._watcher.pack, module.unpack)
 
     def __enter__(self) -> NativeWatching:
         self._hooks.__enter__()
@@ -163,7 +164,7 @@ class _Library:
             try:
                 module = _built()
                 names = [(func._schema.name, func._schema.overload_name) for func in STATISTICS]
-                module.install(ALIGNED, ALIGNED_ELSEWHERE, names)
+                module.install(ALIGNED, ALIGNED_ELSEWHERE, Tensor, nn.Parameter, names)
                 dispatch.pass_higher_order_operators("Fake")
             except Exception as e:  # of any class: from a compiler, a loader or another torch
                 self.reason = _first_error(str(e)) or type(e).__name__
@@ -258,7 +259,7 @@ def _first_error(text: str) -> str:
 
 # --- units, as the extension takes them
 MADE, FIRST_EXTERNAL, EXTERNAL, NUMBER, CONSTANT, LIST, ANY = range(7)  # kinds of arguments
-IGNORED, EXTERNAL_RESULT, MADE_RESULT = range(3)  # kinds of results
+IGNORED, EXTERNAL_RESULT, MADE_RESULT, MADE_AGAIN = range(4)  # kinds of results
 NONE, SAME, DETACH, ALIAS = range(4)  # ways to hold a result
 _plans: weakref.WeakKeyDictionary[Plan, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 _units: weakref.WeakKeyDictionary[UnitPlan, Any] = weakref.WeakKeyDictionary()
@@ -282,8 +283,8 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
 
 def _compiled_unit(module: Any, unit: Unit) -> Any:
     """Return a unit for the extension; None if the native watcher can't see or compare one of its operators."""
-    may_begin = bool(unit.droppable) and len(unit.ops) > 1  # as `Forward.may_begin` has it
-    compiled, generator = module.Unit(unit.slots, unit.numbers, may_begin), _Describer(unit)
+    compiled = module.Unit(unit.slots, unit.numbers, drops(unit), unit.renamed)
+    generator = _Describer(unit)
     for op in unit.ops:
         if not is_overload(op.func):
             return None
@@ -359,7 +360,9 @@ class _Describer:
 
     def _result(self, op: UnitOp, slot: int) -> tuple[Any, ...]:
         unit = self.unit
-        if slot < 0 or slot in self.bound or slot in self.done:
+        if slot in self.done:
+            return MADE_AGAIN, slot, None, NONE, NONE, False
+        if slot < 0 or slot in self.bound:
             return IGNORED, -1, None, NONE, NONE, False
         self.done.add(slot)
         if slot in unit.external:

@@ -26,6 +26,7 @@ class UnitPlan:
     Attributes:
         kept: slots that are kept for good, as their replays gave other bits.
         is_broken: nothing of it is dropped, as going backwards gave other bits.
+        may_fail: it was expected, and began, and then the forward went another way.
         verified: by slot, offset, strides and version, the memory of a tensor for which the unit's facts hold.
     """
 
@@ -33,6 +34,7 @@ class UnitPlan:
     checkers: Sequence[Checker] = ()
     kept: set[int] = field(default_factory=set[int])
     is_broken: bool = False
+    may_fail: bool = False
     verified: dict[Any, weakref.ref[Any]] = field(default_factory=dict[Any, "weakref.ref[Any]"])
 
     def __post_init__(self) -> None:
@@ -55,12 +57,12 @@ class UnitPlan:
 
 @dataclass(eq=False)
 class Plan:
-    """The units of a model, and how calls of them are coded.
+    """The units of one kind of call of a model, and how calls of them are coded.
 
     Attributes:
         lossless: replays give the same bits; else those that invert are accurate to rounding.
         varies: an expected unit began, and then another one ran.
-        copies_returned: tensors that a forward returned were written to, so that calls hold copies of them.
+        copies_ends: tensors that a forward took or returned were written to, so that calls hold copies of them.
         notes_settings: kernels are set otherwise in the midst of a forward, so that each call notes how.
         sequence: the units in the order of the forward that was learnt last.
         chains: of each unit in the sequence, the number of the chain of units that it belongs to.
@@ -72,7 +74,7 @@ class Plan:
 
     lossless: bool = True
     varies: bool = False
-    copies_returned: bool = False
+    copies_ends: bool = False
     notes_settings: bool = False
     sequence: list[UnitPlan] = field(default_factory=list[UnitPlan])
     chains: list[int] = field(default_factory=list[int])

@@ -33,6 +33,32 @@ class View:
     is_conj: bool = False
     is_neg: bool = False
 
+    def overlaps(self, other: View) -> bool:
+        """Return whether two views of one allocation may share elements: parts that were sliced from it do not."""
+        if self.dtype != other.dtype or sorted(self.stride) != sorted(other.stride):
+            return True
+        ours, theirs = self._ranges(), other._ranges()
+        if ours is None or theirs is None:
+            return True
+        return all(a[0] < b[1] and b[0] < a[1] for a, b in zip(ours, theirs, strict=True))
+
+    def _ranges(self) -> list[tuple[int, int]] | None:
+        """Return where the view begins and ends in each dimension of memory, that of the largest stride first.
+
+        None if a dimension reaches into the next one, as with windows.
+        """
+        found: list[tuple[int, int]] = []
+        rest, outer = self.offset, 0
+        for stride, size in sorted(zip(self.stride, self.shape, strict=True), reverse=True):
+            first, rest = divmod(rest, stride) if stride else (0, rest)
+            if outer and (first + size) * stride > outer:
+                return None
+            found.append((first, first + size))
+            outer = stride
+        if outer and all(stride % outer == 0 for stride in self.stride):
+            found.append((rest, rest + 1))
+        return found
+
 
 @dataclass(slots=True)
 class Allocation:
@@ -41,8 +67,10 @@ class Allocation:
     Attributes:
         is_outside: it was there before the forward, or something that the tape can't see made it.
         is_strided: it is a storage that tensors may be views of.
-        role: "parameter", "buffer" or "" of memory from outside.
+        role: of memory from outside: "parameter", "buffer", "input", "attribute" of another tensor with a gradient that
+            was there before the forward, or "".
         writes: how often operators wrote to it so far.
+        written: the views that these writes went to, with their numbers from 1.
         last_write: the last operator that did.
     """
 
@@ -51,6 +79,7 @@ class Allocation:
     is_strided: bool
     role: str = ""
     writes: int = 0
+    written: list[tuple[int, View]] = field(default_factory=list[tuple[int, View]])
     last_write: int | None = None
 
 
@@ -126,7 +155,8 @@ class Tape:
         returned: the values that the forward returned.
         changes_settings: kernels are set otherwise, such as TF32, in the midst of the forward.
         declared: inverses that a library or the user declared.
-        constants: by value, tensors that are neither made in the forward nor given to it, such as buffers.
+        constants: by value, tensors that are neither made in the forward nor given to it, such as buffers, and small
+            ones that follow from these alone.
     """
 
     ops: list[Op] = field(default_factory=list[Op])

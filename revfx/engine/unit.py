@@ -81,6 +81,7 @@ class Unit:
     """A run of operators; see above.
 
     Attributes:
+        read_forwards, read_backwards: slots of tensors that a call holds, to go either way.
         ops: its operators in order.
         slots: how many slots it has.
         numbers: how many numbers it stores per call.
@@ -91,10 +92,12 @@ class Unit:
         held: slots of which the tensors are held for the replay, as nothing computes them.
         cloned: external slots in outside memory that each forward writes to, of which copies are held.
         coded: inverses that are corrected by codes; going backwards takes one code each.
+        rounds: an inverse rounds, so that an error in what it reads shows in the entry.
         forward: the replay from the entry.
         backward: the replay from the exit; None if nothing is inverted.
         layouts: slots of tensors of which the layout in memory is noted.
-        same: slots of tensors that were written to through another view, with the slot of the same tensor before.
+        same: slots of tensors that were written to through another view, with the first slot of the same tensor.
+        renamed: those of results, in order: the operator that wrote, the first slot, and the slot from then on.
         shapes: the shapes of slots for which inverses were derived.
         facts: facts about the elements of slots that inverses rely on.
         where: the first and the last line of the user's code.
@@ -110,8 +113,10 @@ class Unit:
     held: frozenset[int]
     cloned: frozenset[int]
     coded: tuple[Coded, ...]
+    rounds: bool
     layouts: frozenset[int]
     same: Mapping[int, int]
+    renamed: tuple[tuple[int, int, int], ...]
     shapes: Mapping[int, tuple[int, ...]]
     facts: tuple[tuple[int, Any], ...]
     forward: Replay
@@ -120,6 +125,8 @@ class Unit:
     droppable: frozenset[int] = field(init=False)
     given: frozenset[int] = field(init=False)
     alive: frozenset[int] = field(init=False)
+    read_forwards: tuple[int, ...] = field(init=False)
+    read_backwards: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Derive the droppable slots, the external ones that a call holds, and those that stay until the unit ends."""
@@ -135,6 +142,17 @@ class Unit:
         alive.update(self.exit)
         alive.update(slot for slot, _ in self.facts)
         object.__setattr__(self, "alive", frozenset(alive))
+        backwards = self.held | self.given
+        object.__setattr__(self, "read_backwards", tuple(backwards))
+        object.__setattr__(self, "read_forwards", tuple(backwards.union(self.entry)))
+
+    def slot_at(self, slot: int, at: int) -> int:
+        """Return the slot of a result when so many operators have run."""
+        now = slot
+        for writer, first, then in self.renamed:
+            if first == slot and writer < at:
+                now = then
+        return now
 
     def __str__(self) -> str:
         first, last = self.where

@@ -7,6 +7,7 @@
 // - Keys from BackendSelect downwards don't see factories: these have no tensor among their arguments.
 // The key is in a thread's include set while an observer is entered there, and excluded while an operator runs.
 #include "observe.h"
+#include "saved.h"
 
 #include <unordered_map>
 #include <unordered_set>
@@ -14,6 +15,7 @@
 namespace {
 using namespace revfx;
 
+py::handle tensor_type, parameter_type;         // `torch.Tensor` and `nn.Parameter`
 std::unordered_set<OperatorHandle> statistics;  // normalizations: their writes to running statistics don't count
 
 // A match that is being continued, with its unit and saved tensors.
@@ -28,13 +30,12 @@ struct Running {
 struct PythonMatch {
   py::object of;
   Match match;
-  py::list saved, external, numbers, states;
+  py::list saved, numbers, states;
   py::dict held, alive, layouts;
 
   PythonMatch(py::object of, Running&& running)
       : of(std::move(of)), match(std::move(running.match)) {
     if (running.saved) saved = py::reinterpret_borrow<py::list>(running.saved.get());
-    for (const Tensor& t : match.external) external.append(t);
     for (const IValue& v : match.numbers) numbers.append(torch::jit::toPyObject(v));
     for (const auto& [generator, state] : match.states) states.append(py::make_tuple(generator, state));
     for (const auto& [slot, t] : match.held) held[py::int_(slot)] = t;
@@ -44,9 +45,37 @@ struct PythonMatch {
           py::make_tuple(py::tuple(py::cast(l.shape)), py::tuple(py::cast(l.stride)), l.offset, l.dtype, l.device);
   }
 
+  py::object given(int64_t slot) const {
+    return match.external[slot].defined() ? py::cast(match.external[slot]) : py::none();
+  }
+
+  py::tuple hold(const std::vector<int64_t>& slots) const {
+    py::dict given, versions;
+    py::set trained;
+    for (int64_t slot : slots) {
+      py::int_ key(slot);
+      Tensor t = match.external[slot];
+      auto copy = std::find_if(match.held.rbegin(), match.held.rend(), [slot](auto& h) { return h.first == slot; });
+      if (copy != match.held.rend()) {
+        t = copy->second;
+      } else if (!t.defined()) {
+        continue;
+      } else if (t.requires_grad()) {
+        trained.add(key);
+      }
+      given[key] = alias_of(t);
+      versions[key] = version_of(t);
+    }
+    return py::make_tuple(given, versions, trained);
+  }
+
+  py::object version(int64_t slot) const {
+    return match.external[slot].defined() ? py::cast(match.versions[slot]) : py::none();
+  }
+
   py::object tensor(int64_t slot) const {
-    py::object t = external[slot];
-    if (t.is_none()) t = py::cast(Tensor(match.made[slot].lock()));
+    if (match.external[slot].defined()) return py::cast(match.external[slot]);
+    py::object t = py::cast(Tensor(match.made[slot].lock()));
     py::int_ key(slot);
     if (!t.is_none()) return t;
     return alive.contains(key) ? py::object(alive[key]) : held.contains(key) ? py::object(held[key]) : t;
@@ -54,17 +83,19 @@ struct PythonMatch {
 
   py::object operand(int64_t slot) const {
     py::int_ key(slot);
-    return held.contains(key) ? held[key] : alive.contains(key) ? py::object(alive[key]) : py::object(external[slot]);
+    return held.contains(key) ? held[key] : alive.contains(key) ? py::object(alive[key]) : given(slot);
   }
 };
 
 // The units of a plan, each with its `UnitPlan`.
 struct Plan {
   std::vector<std::pair<Shared, std::shared_ptr<Unit>>> units;
+  std::vector<bool> may_fail;  // see `UnitPlan`
   std::unordered_map<OperatorHandle, std::vector<size_t>> starts;
 
   void add(py::object unit_plan, std::shared_ptr<Unit> unit) {
     starts[unit->operators.front().handle].push_back(units.size());
+    may_fail.push_back(unit_plan.attr("may_fail").cast<bool>());
     units.emplace_back(share(std::move(unit_plan)), std::move(unit));
   }
 };
@@ -85,17 +116,24 @@ class Watcher : public Observer {
   // Return the object that autograd holds in the place of a tensor.
   py::object pack(py::handle tensor) {
     Under here{DispatchKeySet(KEY)};
+    if (!is_here()) return forward().attr("save")(tensor);
+    const auto& t = tensor.cast<Tensor>();
+    bool is_plain = py::type::handle_of(tensor).is(tensor_type) || py::type::handle_of(tensor).is(parameter_type);
     py::object saved;
-    if (is_here()) {
-      for (Running& r : running_) {
-        int64_t slot = r.match.slot(tensor.cast<Tensor>());
-        if (slot < 0) continue;
-        if (!saved) saved = py::handle(saved_tensor_.get())(tensor);
-        if (!r.saved) r.saved = share(py::list());
-        py::reinterpret_borrow<py::list>(r.saved.get()).append(py::make_tuple(saved, slot));
-      }
+    if (is_plain) saved = py::cast(std::make_shared<Saved>(t));
+    bool is_matched = false;
+    for (Running& r : running_) {
+      int64_t slot = r.match.slot(t);
+      if (slot < 0) continue;
+      if (!saved) saved = py::handle(saved_tensor_.get())(tensor);
+      if (!r.saved) r.saved = share(py::list());
+      py::reinterpret_borrow<py::list>(r.saved.get()).append(py::make_tuple(saved, unit(r).slot_at(slot, r.at)));
+      is_matched = true;
     }
-    return saved ? saved : forward().attr("save")(tensor);
+    if (!saved) return forward().attr("save")(tensor);
+    if (!is_matched && is_plain && is_strided(t) && exits_.count(t.const_data_ptr()))
+      forward().attr("link")(saved, tensor);
+    return saved;
   }
 
   void see(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) override {
@@ -203,21 +241,25 @@ class Watcher : public Observer {
   }
 
   bool may_begin(const Running& r) const {
-    if (r.number == expected_ || unit(r).may_begin) return true;
+    if (r.number == expected_ || unit(r).drops) return true;
     bool may = false;
     call_python(0, [&] { may = forward().attr("may_begin")(python_match(Running(r))).cast<bool>(); });
     return may;
   }
 
-  // Complete the match that has come to its end, unless that of the expected unit is still running.
+  // Complete the match that has come to its end, unless that of the expected unit is still running. If that one failed
+  // before, another one counts instead, which drops something.
   void finish() {
-    size_t none = running_.size(), complete_one = none, expected = none;
+    size_t none = running_.size(), first = none, dropping = none, expected = none;
     for (size_t i = running_.size(); i-- > 0;) {
-      if (is_complete(running_[i])) complete_one = i;
+      if (is_complete(running_[i])) first = i;
+      if (is_complete(running_[i]) && unit(running_[i]).drops) dropping = i;
       if (running_[i].number == expected_) expected = i;
     }
-    if (complete_one == none) return;
-    size_t chosen = expected == none ? complete_one : expected;
+    if (first == none) return;
+    size_t chosen = expected == none ? first : expected;
+    bool waits = is_complete(running_[chosen]) || !plan_->may_fail[running_[chosen].number];
+    if (!waits && dropping != none) chosen = dropping;
     if (is_complete(running_[chosen])) {
       complete(chosen);
       return;
@@ -235,6 +277,8 @@ class Watcher : public Observer {
       forward().attr("complete")(python_match(std::move(complete)));
       is_unsettled_ = !forward().attr("unsettled").is_none();
       has_calls_ = true;
+      for (py::handle address : forward().attr("addresses"))
+        exits_.insert(reinterpret_cast<const void*>(address.cast<uintptr_t>()));
       look_ahead();
     });
   }
@@ -244,8 +288,11 @@ class Watcher : public Observer {
     running_.erase(running_.begin() + std::ptrdiff_t(i));
     differs = differs && r.number == expected_ && r.at > 1;
     if (!differs) return;
-    call_python(0, [&] { forward().attr("plan").attr("varies") = py::bool_(true); });
-    varies_ = true;
+    call_python(0, [&] {
+      forward().attr("plan").attr("varies") = py::bool_(true);
+      py::handle(plan_->units[r.number].first.get()).attr("may_fail") = py::bool_(true);
+    });
+    varies_ = plan_->may_fail[r.number] = true;
   }
 
   py::object python_match(Running&& r) const {
@@ -268,26 +315,30 @@ class Watcher : public Observer {
   bool varies_ = false;  // of the plan
   bool is_writing_ = false, is_unsettled_ = false;  // see `Forward`
   bool has_calls_ = false;                          // units matched
+  std::unordered_set<const void*> exits_;           // addresses of the exits of calls
 };
 
 void watch(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
-  // torch excludes Python for operators that no dispatch mode shall see, as in torch.tensor.
-  bool is_hidden = c10::impl::tls_is_dispatch_key_excluded(DispatchKey::Python);
+  // torch excludes Python for operators that no dispatch mode shall see, as in torch.tensor, and includes Meta for
+  // those of fake tensors.
+  bool is_hidden = c10::impl::tls_is_dispatch_key_excluded(DispatchKey::Python) ||
+                   c10::impl::tls_is_dispatch_key_included(DispatchKey::Meta);
   run(op, keys, stack, is_hidden ? 0 : std::min(Under::visible, Observer::active.size()));
 }
 
 // Return a saved tensor; a backward inside of a forward may have it replayed.
 py::object unpack(py::handle saved) {
   Under here{DispatchKeySet(KEY)};
-  return saved.attr("get")();
+  return py::isinstance<Saved>(saved) ? saved.cast<Saved&>().get() : saved.attr("get")();
 }
 
-void install(int64_t aligned, int64_t aligned_elsewhere,
+void install(int64_t aligned, int64_t aligned_elsewhere, py::handle tensor, py::handle parameter,
              const std::vector<std::pair<std::string, std::string>>& normalizations) {
   auto& dispatcher = c10::Dispatcher::singleton();
   if (dispatcher.hasBackendFallbackForDispatchKey(KEY) || !dispatcher.getRegistrationsForDispatchKey(KEY).empty())
     throw std::runtime_error(std::string("the dispatch key ") + c10::toString(KEY) + " is taken");
   aligned_bytes = aligned, aligned_bytes_elsewhere = aligned_elsewhere;
+  tensor_type = tensor.inc_ref(), parameter_type = parameter.inc_ref();
   for (const auto& [name, overload] : normalizations)
     statistics.insert(dispatcher.findSchemaOrThrow(name.c_str(), overload.c_str()));
   // For as long as the process lasts: operators may run while it ends.
@@ -301,20 +352,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("install", &install);
   m.def("unpack", &unpack);
   py::class_<Unit, std::shared_ptr<Unit>>(m, "Unit", py::module_local())
-      .def(py::init<int64_t, int64_t, bool>())
+      .def(py::init<int64_t, int64_t, bool, std::vector<Renamed>>())
       .def("add", &Unit::add);
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", py::module_local())
       .def(py::init<>())
       .def("add", &Plan::add);
+  py::class_<Saved, std::shared_ptr<Saved>>(m, "Saved", py::module_local())
+      .def_property_readonly("tensor", &Saved::kept)
+      .def_readonly("version", &Saved::version)
+      .def("drop", &Saved::drop)
+      .def("get", &Saved::get);
   py::class_<PythonMatch>(m, "Match", py::module_local())
       .def_readonly("of", &PythonMatch::of)
       .def_readonly("saved", &PythonMatch::saved)
-      .def_readonly("external", &PythonMatch::external)
       .def_readonly("numbers", &PythonMatch::numbers)
       .def_readonly("states", &PythonMatch::states)
       .def_readonly("held", &PythonMatch::held)
       .def_readonly("alive", &PythonMatch::alive)
       .def_readonly("layouts", &PythonMatch::layouts)
+      .def("given", &PythonMatch::given)
+      .def("hold", &PythonMatch::hold)
+      .def("version", &PythonMatch::version)
       .def("tensor", &PythonMatch::tensor)
       .def("operand", &PythonMatch::operand);
   py::class_<Observer, std::shared_ptr<Observer>>(m, "Observer", py::module_local())
@@ -325,5 +383,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Watcher, Observer, std::shared_ptr<Watcher>>(m, "Watcher", py::module_local())
       .def(py::init<std::shared_ptr<Plan>, py::object, py::object>())
       .def("pack", &Watcher::pack)
-      .attr("puts_hooks_aside") = true;  // see `dispatch.hooks_put_aside`
+      .attr("looks_on") = true;  // see `dispatch.hooks_that_look_on`
 }

@@ -34,7 +34,7 @@ inline const DispatchKeySet ABOVE =
     (DispatchKeySet(DispatchKeySet::FULL) - DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Python) -
      DispatchKeySet({DispatchKey::Python, DispatchKey::ZeroTensor, DispatchKey::Conjugate, DispatchKey::Negative}))
         .add(KEY);
-// The keys of `_torch.alias`: autograd counts the writes to a tensor and to its alias together.
+// The keys of `dispatch.alias`: autograd counts the writes to a tensor and to its alias together.
 inline const DispatchKeySet INCLUDED = c10::default_included_set;
 inline const DispatchKeySet EXCLUDED =
     c10::default_excluded_set | DispatchKeySet({DispatchKey::Python, DispatchKey::PythonTLSSnapshot});
@@ -51,7 +51,7 @@ struct Argument {
 };
 
 struct Result {
-  enum Kind { IGNORED, EXTERNAL, MADE } kind = IGNORED;
+  enum Kind { IGNORED, EXTERNAL, MADE, AGAIN } kind = IGNORED;
   enum Hold { NONE, SAME, DETACH, ALIAS };
   int64_t slot = -1;
   Shape shape;
@@ -85,12 +85,24 @@ inline IValue constant_of(py::handle value, const c10::TypePtr& type) {
   return torch::jit::toIValue(value, type);
 }
 
+using Renamed = std::tuple<size_t, int64_t, int64_t>;  // the operator that wrote, the first slot, the slot from then on
+
 struct Unit {
   int64_t slots, numbers;
-  bool may_begin;  // wherever its first operator matches
+  bool drops;  // something in several operators, so that it may begin wherever its first one matches
+  std::vector<Renamed> renamed;
   std::vector<Operator> operators;
 
-  Unit(int64_t slots, int64_t numbers, bool may_begin) : slots(slots), numbers(numbers), may_begin(may_begin) {}
+  Unit(int64_t slots, int64_t numbers, bool drops, std::vector<Renamed> renamed)
+      : slots(slots), numbers(numbers), drops(drops), renamed(std::move(renamed)) {}
+
+  // Return the slot of a result when so many operators have run.
+  int64_t slot_at(int64_t slot, size_t at) const {
+    int64_t now = slot;
+    for (const auto& [writer, first, then] : renamed)
+      if (first == slot && writer < at) now = then;
+    return now;
+  }
 
   void add(const std::string& name, const std::string& overload, const py::list& arguments, const py::list& results,
            bool is_single, bool draws, std::vector<int64_t> cloned) {
@@ -140,6 +152,17 @@ inline bool is_strided(const Tensor& t) {
 // Return the memory that a tensor shares with its views; null if it has none of its own.
 inline const void* memory_of(const Tensor& t) {
   return t.defined() && is_strided(t) ? t.storage().unsafeGetStorageImpl() : nullptr;
+}
+
+// Return how often a tensor was written to; inference tensors do not count.
+inline int64_t version_of(const Tensor& t) {
+  return t.is_inference() ? 0 : int64_t(t.unsafeGetTensorImpl()->version_counter().current_version());
+}
+
+// Return a tensor without its history, which counts writes together with the original: `dispatch.alias`.
+inline Tensor alias_of(const Tensor& t) {
+  c10::impl::ForceDispatchKeyGuard above_autograd(INCLUDED, EXCLUDED);
+  return t.detach();
 }
 
 // Return whether two tensors are the same elements of the same memory, as a detached tensor and its original.
@@ -235,8 +258,10 @@ struct Layout {
 struct Match {
   // Weak references to results keep their addresses from being used again. Autograd would copy a view that is held.
   std::vector<WeakTensor> made;
+  std::vector<std::pair<int64_t, WeakTensor>> again;
   std::vector<std::pair<TensorImpl*, int64_t>> slots;  // of results, the newest last
   std::vector<Tensor> external;
+  std::vector<int64_t> versions;  // of external tensors, when they appeared
   std::vector<IValue> numbers;
   std::vector<std::pair<at::Generator, Tensor>> states;
   std::vector<std::pair<int64_t, Tensor>> held, alive;
@@ -244,13 +269,22 @@ struct Match {
 
   explicit Match(const Unit& unit)
       : made(unit.slots, WeakTensor(c10::intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl>())),
-        external(unit.slots), numbers(unit.numbers) {}
+        external(unit.slots), versions(unit.slots), numbers(unit.numbers) {}
 
   int64_t slot(const Tensor& t) const {
     for (auto known = slots.rbegin(); known != slots.rend(); ++known)
-      if (known->first == t.unsafeGetTensorImpl())
-        return made[known->second]._unsafe_get_target() == known->first ? known->second : -1;
+      if (known->first == t.unsafeGetTensorImpl()) return known->second;
     return -1;
+  }
+
+  // Return whether a tensor is a result, or an alias of one.
+  bool is_made(int64_t slot, const Tensor& t) const {
+    auto is_one = [&t](const WeakTensor& name) {
+      return name._unsafe_get_target() == t.unsafeGetTensorImpl() || is_alias(Tensor(name.lock()), t);
+    };
+    return is_one(made[slot]) || std::any_of(again.begin(), again.end(), [&](const auto& other) {
+             return other.first == slot && is_one(other.second);
+           });
   }
 
   // Compare the arguments of an operator before it runs, and note external tensors and numbers.
@@ -263,9 +297,7 @@ struct Match {
   bool take_argument(const Argument& a, const IValue& v) {
     switch (a.kind) {
       case Argument::MADE:
-        if (!is_tensor(v)) return false;
-        return made[a.index]._unsafe_get_target() == v.unsafeToTensorImpl() ||
-               is_alias(Tensor(made[a.index].lock()), v.toTensor());
+        return is_tensor(v) && is_made(a.index, v.toTensor());
       case Argument::EXTERNAL:
         if (!is_tensor(v)) return false;
         return external[a.index].unsafeGetTensorImpl() == v.unsafeToTensorImpl() ||
@@ -273,6 +305,7 @@ struct Match {
       case Argument::FIRST_EXTERNAL:
         if (!is_tensor(v)) return false;
         external[a.index] = v.toTensor();
+        versions[a.index] = version_of(v.toTensor());
         if (a.shape && v.toTensor().sizes() != *a.shape) return false;
         return !a.has_layout || note_layout(a.index, v.toTensor());
       case Argument::NUMBER:
@@ -348,6 +381,11 @@ struct Match {
       external[r.slot] = t;
       return true;
     }
+    if (r.kind == Result::AGAIN) {
+      again.emplace_back(r.slot, t.getIntrusivePtr());
+      slots.emplace_back(t.unsafeGetTensorImpl(), r.slot);
+      return true;
+    }
     if (r.shape && t.sizes() != *r.shape) return false;
     made[r.slot] = WeakTensor(t.getIntrusivePtr());
     slots.emplace_back(t.unsafeGetTensorImpl(), r.slot);
@@ -366,9 +404,8 @@ struct Match {
 
   static void hold(std::vector<std::pair<int64_t, Tensor>>& kept, int64_t slot, const Tensor& t, Result::Hold how) {
     Under here(ABOVE);
-    if (how == Result::ALIAS) {  // `_torch.alias`
-      c10::impl::ForceDispatchKeyGuard above_autograd(INCLUDED, EXCLUDED);
-      kept.emplace_back(slot, t.detach());
+    if (how == Result::ALIAS) {
+      kept.emplace_back(slot, alias_of(t));
     } else {
       kept.emplace_back(slot, how == Result::DETACH ? t.detach() : t);
     }

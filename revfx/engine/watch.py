@@ -8,7 +8,7 @@ from torch import Tensor
 
 from revfx import _torch
 from revfx.engine.dispatch import HookedMode
-from revfx.engine.forward import Forward
+from revfx.engine.forward import Forward, drops
 from revfx.engine.match import Match
 from revfx.engine.operators import is_writer, written_arguments
 from revfx.engine.plan import Plan, UnitPlan
@@ -40,7 +40,7 @@ class Watching(HookedMode):
             slot = match.slot(t)
             if slot >= 0:
                 saved = saved or SavedTensor(t)
-                match.saved.append((saved, slot))
+                match.saved.append((saved, match.of.unit.slot_at(slot, match.at)))
         return saved or self.forward.save(t)
 
     @_torch.uncompiled
@@ -109,16 +109,22 @@ class Watching(HookedMode):
         return candidates
 
     def _complete(self) -> None:
-        """Complete the match that has come to its end, unless that of the expected unit is still running."""
+        """Complete the match that has come to its end, unless that of the expected unit is still running.
+
+        If that one failed before, another one counts instead, which drops something.
+        """
         complete = [m for m in self.active if m.is_complete]
         if not complete:
             return
         expected = next((m for m in self.active if m.of is self.forward.expected), None)
         chosen = complete[0] if expected is None else expected
         if not chosen.is_complete:
-            for match in complete:
-                self._discard(match)
-            return
+            others = [m for m in complete if chosen.of.may_fail and drops(m.of.unit)]
+            if not others:
+                for match in complete:
+                    self._discard(match)
+                return
+            chosen = others[0]
         for match in [m for m in self.active if m is not chosen]:
             self._discard(match)
         self.active = []
@@ -127,4 +133,4 @@ class Watching(HookedMode):
     def _discard(self, match: Match) -> None:
         self.active.remove(match)
         if match.of is self.forward.expected and match.at > 1:
-            self.plan.varies = True
+            self.plan.varies = match.of.may_fail = True

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.distributions import Transform
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx.engine import dispatch
 from revfx.engine.learn import Learning
 from revfx.engine.tape import Declared
 from revfx.rules import Inverse, rule_for_class
@@ -254,10 +254,10 @@ def _undisturbed(module: nn.Module, by: Callable[..., Any]) -> Callable[..., Any
 
     def run(*tensors: Tensor) -> Any:
         buffers = [(b, b.clone()) for b in module.buffers()]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), dispatch.writes_uncounted(b for b, _ in buffers):
             out = by(*tensors)
-        for buffer, then in buffers:
-            buffer.copy_(then)
+            for buffer, then in buffers:
+                buffer.copy_(then)
         return out
 
     return run
@@ -284,7 +284,7 @@ def _works(by: Callable[..., Any], x: Tensor, y: Tensor, operands: Sequence[Tens
 
     One that raises may do so for these numbers alone.
     """
-    with torch.no_grad(), _torch.no_dispatch(), torch.random.fork_rng():
+    with torch.no_grad(), dispatch.unseen(), torch.random.fork_rng():
         try:
             with _no_module_calls():
                 found = by(y.detach(), *(t.detach() for t in operands))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.ambient import ambient_state
+from revfx.engine import dispatch
 from revfx.engine.native import learner, watcher
 from revfx.engine.plan import Plan
 from revfx.engine.tape import Tape
@@ -30,6 +30,7 @@ from revfx.plan.units import UnitBuilder, spans
 
 
 MAX_KINDS = 64  # of calls; the oldest one makes room for a new one
+MOST_TRIES = 2  # to learn another path through the forward
 PATIENCE = 2  # times as many calls pass between one time that a kind of call is learnt again and the next one
 
 
@@ -38,6 +39,7 @@ class Kind:
     """Calls of one kind.
 
     Attributes:
+        plan: the units that they are compared with.
         found: the regions of the forward that it was learnt from.
         units: how many units matched at most.
         matched: how many did in the latest call.
@@ -45,8 +47,10 @@ class Kind:
         calls: how many calls there were since it was learnt.
         wait: how many calls have to pass before it is learnt again.
         is_due: the next call is learnt again.
+        tries: how many times in a row that brought nothing new: calls may take two paths in turn.
     """
 
+    plan: Plan
     found: Couplings
     units: int
     matched: int = 0
@@ -54,6 +58,13 @@ class Kind:
     calls: int = 0
     wait: int = 0
     is_due: bool = False
+    tries: int = 0
+    ends: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
+
+    @property
+    def takes_another_path(self) -> bool:
+        """Whether most units did not match, so that the next call that takes this path should be learnt."""
+        return 2 * self.matched < self.units and self.tries < MOST_TRIES
 
     @property
     def info(self) -> PlanInfo:
@@ -79,19 +90,19 @@ class _Active(threading.local):
 _active = _Active()
 
 
+def is_watched() -> bool:
+    """Return whether a forward of a planned model runs on this thread."""
+    return _active.is_active
+
+
 @dataclass
 class PlannedModel:
-    """The plan of a model, and the kinds of calls that it was learnt from."""
+    """The kinds of calls of a model that were learnt so far, each with a plan."""
 
     lossless: bool = True
-    plan: Plan = field(init=False)
     kinds: dict[Any, Kind] = field(default_factory=dict[Any, Kind])
     coded_bytes: int = 0  # of the latest forward
-    _returned: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list[Any])
     lock: Any = field(default_factory=threading.RLock)
-
-    def __post_init__(self) -> None:
-        self.plan = Plan(self.lossless)
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -99,9 +110,9 @@ class PlannedModel:
         found: list[Refusal] = []
         for kind in self.kinds.values():
             found += kind.found.refusals
-        for reason in self.plan.reasons:
-            where, _, detail = reason.rpartition(": ")
-            found.append(Refusal(Reason.HIDDEN_STATE, ("unit",), where, detail))
+            for reason in kind.plan.reasons:
+                where, _, detail = reason.rpartition(": ")
+                found.append(Refusal(Reason.HIDDEN_STATE, ("unit",), where, detail))
         return found
 
     def call(
@@ -111,6 +122,7 @@ class PlannedModel:
         args: Any,
         kwargs: Any,
         learnt: Callable[[Kind], None] = lambda _: None,
+        name: str = "forward",
     ) -> Any:
         """Run a forward; it runs once, as it is.
 
@@ -119,36 +131,35 @@ class PlannedModel:
             forward: its own forward.
             args, kwargs: its arguments.
             learnt: called with each kind of call that was learnt.
+            name: of the method; calls of each have plans of their own.
         """
         if _active.is_active:
             return forward(*args, **kwargs)
+        key = (name, *self._key(model, args, kwargs))
+        kind = self.kinds.get(key)
+        is_new = kind is None or kind.is_due
+        if kind is not None and not is_new and not kind.units:
+            return forward(*args, **kwargs)  # converted models inside have plans of their own
         _active.is_active = True
         try:
-            return self._call(model, forward, args, kwargs, learnt)
+            if kind is not None and not is_new:
+                return self._watch(kind, forward, args, kwargs)
+            out, kind = self._learn(key, model, forward, args, kwargs)
         finally:
             _active.is_active = False
+        learnt(kind)
+        return out
 
-    def _call(
-        self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, learnt: Callable[[Kind], None]
-    ) -> Any:
-        key = self._key(model, args, kwargs)
-        kind = self.kinds.get(key)
-        if kind is None or kind.is_due:
-            out, kind = self._learn(key, model, forward, args, kwargs)
-            learnt(kind)
-            return out
-        if not kind.units:
-            return forward(*args, **kwargs)
-        for reference, version in self._returned:
-            t = reference()
-            self.plan.copies_returned |= t is not None and _torch.version(t) != version
-        watching = watcher()(self.plan)
+    def _watch(self, kind: Kind, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        plan = kind.plan
+        plan.copies_ends |= any(_torch.version(t) != version for t, version in kind.ends)
+        watching = watcher()(plan)
         with watching:
             out = forward(*args, **kwargs)
-            returned = tensors_in(out)
-            if self.plan.copies_returned:
-                watching.forward.before_write(returned, ())
-        self._returned = [(weakref.ref(t), _torch.version(t)) for t in returned]
+            ends = tensors_in((args, kwargs, out))
+            if plan.copies_ends:
+                watching.forward.before_write(ends, ())
+        kind.ends = dispatch.version_counters(ends)
         self.coded_bytes = watching.forward.coded_bytes
         kind.kept_cuts = watching.forward.kept_cuts
         self._judge(kind, watching.forward.count)
@@ -167,20 +178,24 @@ class PlannedModel:
     def _learn(
         self, key: Any, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[Any, Kind]:
-        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = tensors_in((args, kwargs))
         learning = learner(BlockLearning)(model, inputs)
         with learning, CallObserver(learning):
             out = forward(*args, **kwargs)
         tape = learning.tape
         returned = tensors_in(out)
         tape.returned = [learning.number(t) for t in returned]
-        self._returned = [(weakref.ref(t), _torch.version(t)) for t in returned]
         del learning
         with self.lock:
             before = self.kinds.get(key)
-            kind = self._plan(tape)
+            plan = Plan(self.lossless) if before is None else before.plan
+            known = set(plan.units)
+            kind = self._plan(tape, plan)
+            kind.ends = dispatch.version_counters([*inputs, *returned])
             tape.constants.clear()
-            if before is not None:
+            if before is not None and kind.units and known.issuperset(plan.units) and before.takes_another_path:
+                kind.is_due, kind.tries, kind.wait = True, before.tries + 1, before.wait
+            elif before is not None:
                 kind.wait = PATIENCE * before.wait + 1
             elif not kind.units:
                 kind.is_due = True  # layers may set themselves up in their first call
@@ -190,10 +205,10 @@ class PlannedModel:
                 del self.kinds[next(iter(self.kinds))]
         return out, kind
 
-    def _plan(self, tape: Tape) -> Kind:
+    def _plan(self, tape: Tape, plan: Plan) -> Kind:
         found = find_couplings(tape, self.lossless)
         if not found.regions:
-            return Kind(found, 0)
+            return Kind(plan, found, 0)
         units: list[Unit] = []
         chains: list[int] = []
         for span in spans(found):
@@ -201,10 +216,10 @@ class PlannedModel:
                 units.append(UnitBuilder(tape, span, self.lossless).run())
                 chains.append(span.region)
             except Unreplayable as e:
-                self.plan.reasons[str(e)] = None
-        self.plan.learn(units, chains)
-        self.plan.notes_settings |= tape.changes_settings
-        return Kind(found, len(units))
+                plan.reasons[str(e)] = None
+        plan.learn(units, chains)
+        plan.notes_settings |= tape.changes_settings
+        return Kind(plan, found, len(units))
 
     def _judge(self, kind: Kind, matched: int) -> None:
         """Have a kind of call learnt again if fewer units matched than before."""

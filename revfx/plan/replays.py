@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from revfx import codes
 from revfx.engine.operators import OF_SHAPE, STATISTICS, UNINITIALIZED
@@ -82,7 +83,19 @@ def run_drawing(func: Any, state: tuple[torch.Generator, Tensor], *args: Any, **
         generator.set_state(then)
         return func(*args, **kwargs)
     finally:
-        generator.set_state(now)
+        try:
+            generator.set_state(now)
+        except BaseException:  # an interrupt
+            generator.set_state(now)
+            raise
+
+
+def _compiled(graph: fx.Graph) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """Return a graph as a function. `fx.GraphModule` would note its source for the life of the process."""
+    code = graph.python_code("self")
+    names = dict(code.globals)
+    exec(compile(code.src, "<replay>", "exec"), names)
+    return functools.partial(names["forward"], None)
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,13 @@ class Builder:
             for slot in self._made_by(action):
                 if slot not in self.known:
                     self.maker.setdefault(slot, number)
+        runs: dict[int, int] = {}  # by operator, the first action that runs it
+        for number, action in enumerate(actions):
+            if isinstance(action, Run):
+                runs.setdefault(action.op, number)
+        for slot, writer in memory.writer.items():  # of tensors that are read again after a write by another view
+            if slot not in self.known and writer in runs:
+                self.maker.setdefault(slot, runs[writer])
         self.private: set[int] = set()  # allocations that the replay made for itself
         self.shared = {memory.allocation[s] for s in self.known}
         for action in actions:
@@ -140,11 +160,10 @@ class Builder:
                 self._invert(action)
             else:
                 self._run(action.op)
-        self.graph.output(tuple(self._get(slot) for slot in self.wanted))
+        self.graph.output(tuple(self._wanted(slot) for slot in self.wanted))
         self.graph.set_codegen(boxed_codegen())
         self.graph.lint()
-        run = fx.GraphModule(nn.Module(), self.graph).forward
-        return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), run)
+        return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), _compiled(self.graph))
 
     # --- order
     def _made_by(self, action: Action) -> list[int]:
@@ -235,6 +254,12 @@ class Builder:
         assert node is not None, slot
         return node
 
+    def _wanted(self, slot: int) -> fx.Node:
+        node = self._get(slot)
+        if slot in self.memory.before and self.env.get(self.memory.before[slot]) is node:
+            node = self.graph.call_function(_written, (node,))
+        return node
+
     def _invert(self, action: Inversion) -> None:
         tail = tuple(self._get(s) for s in action.tail)
         if action.code >= 0:
@@ -305,6 +330,11 @@ class Builder:
         if isinstance(tree, (list, tuple)):
             return type(tree)([self._filled(x) for x in tree])
         return tree
+
+
+def _written(t: Tensor) -> Tensor:
+    """Return `t`, as it is after writes to its memory by other views."""
+    return t
 
 
 def _item(t: Any, position: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from revfx.engine.operators import UNINITIALIZED, is_repeatable, is_view
 from revfx.engine.tape import Op, Ref, Tape
-from revfx.engine.unit import Coded, Number, Slot, Unit, UnitOp
+from revfx.engine.unit import Coded, Number, Replay, Slot, Unit, UnitOp
 from revfx.passes._torch import packet_name
 from revfx.passes.closure import Forward
 from revfx.passes.composed import rounds
@@ -157,6 +158,9 @@ class UnitBuilder:
         self.numbers: list[Any] = []  # those of this forward
         self.states = 0
         self.made: set[int] = set()  # values
+        self.coded: list[Coded] = []
+        self.facts: set[tuple[int, Fact]] = set()
+        self.shapes: dict[int, tuple[int, ...]] = {}
 
     def run(self) -> Unit:
         """Return the unit.
@@ -166,67 +170,88 @@ class UnitBuilder:
         """
         span, tape = self.span, self.tape
         ops = [self._op(tape.ops[i], i in span.inverted) for i in range(span.first, span.last + 1)]
-        # values that no operator touches go past the unit
-        entry = tuple(self.slots[v] for v in span.entry if v in self.slots)
-        exit = tuple(self.slots[v] for v in span.exit if v in self.slots)
-        held = frozenset(self.slots[v] for v in self.made if v in span.kept or self._must_be_held(v))
-        external = frozenset(self.external)
-        memory = self._memory()
-        regained = {self.slots[v] for v in span.entry if v in self.slots and v not in span.kept}
-        given = (external - regained) | held
+        entry, exit = self._known(span.entry), self._known(span.exit)  # others go past the unit
+        kept = frozenset(self._known(v for v in span.entry if v in span.kept))
+        held = frozenset(self._known(v for v in self.made if v in span.kept or self._must_be_held(v)))
+        external, memory = frozenset(self.external), self._memory()
+        given = (external - ({*entry} - kept)) | held
         runs = [Run(i) for i in range(len(ops))]
         wanted = self._droppable()
         forward = Builder(ops, memory, {*given, *entry}, runs, wanted).run()
-        coded: list[Coded] = []
-        facts: set[tuple[int, Fact]] = {(self.slots[v], fact) for v, fact in span.constants if v in self.slots}
-        shapes: dict[int, tuple[int, ...]] = {}
-        actions: list[Action] = []
+        actions, backward = self._actions(), None
+        inverses = [a.arc for a in actions if isinstance(a, Inversion)]
+        if inverses:
+            results = (*wanted, *(s for s in entry if s not in wanted))
+            backward = Builder(ops, memory, {*given, *self._known(span.given)}, [*actions, *runs], results).run()
+        replays = [replay for replay in (forward, backward) if replay is not None]
+        same = _first_slots(ops, memory)
+        read_again = same.keys() - external
+        read = {s for c in self.coded for s in (c.head, *c.tail)}
+        if not read_again.isdisjoint((*read, *exit)):
+            raise Unreplayable(f"{tape.ops[span.last].where}: a tensor was written to by another view of its memory")
+        return Unit(
+            ops=tuple(ops),
+            slots=len(self.slots),
+            numbers=len(self.numbers),
+            external=external,
+            entry=entry,
+            kept=kept,
+            exit=exit,
+            held=held & _inputs_of(replays, "slot"),
+            cloned=frozenset(s for v, s in self.slots.items() if s in external and self._is_written(v)),
+            coded=tuple(self.coded),
+            rounds=any(map(rounds, inverses)),
+            layouts=_inputs_of(replays, "layout"),
+            same=same,
+            renamed=tuple(sorted((memory.writer[s], same[s], s) for s in read_again)),
+            shapes=self.shapes,
+            facts=tuple(sorted(self.facts, key=repr)),
+            forward=forward,
+            backward=backward,
+            where=(tape.ops[span.first].where, tape.ops[span.last].where),
+        )
+
+    def _known(self, values: Iterable[int]) -> tuple[int, ...]:
+        """Return the slots of those values that have one."""
+        return tuple(self.slots[v] for v in values if v in self.slots)
+
+    def _actions(self) -> list[Action]:
+        """Return the steps of going backwards in the unit's terms; note the codes, facts and shapes that they need."""
+        span = self.span
+        self.facts.update((self.slots[v], fact) for v, fact in span.constants if v in self.slots)
+        found: list[Action] = []
         for action in span.actions:
             if isinstance(action, Run):
-                actions.append(Run(action.op - span.first))
+                found.append(Run(action.op - span.first))
                 continue
             if any(v not in self.slots for v in (action.head, *action.tail)):
-                raise Unreplayable(f"{tape.ops[span.last].where}: an inverse reads a tensor from elsewhere")
-            head, tail = self.slots[action.head], tuple(self.slots[v] for v in action.tail)
+                raise Unreplayable(f"{self.tape.ops[span.last].where}: an inverse reads a tensor from elsewhere")
+            head, tail = self.slots[action.head], self._known(action.tail)
             code = -1
             if self._needs_code(action.arc):
-                code = len(coded)
-                coded.append(Coded(action.arc, head, tail))
-            actions.append(Inversion(action.arc, head, tail, code))
-            facts.update((self.slots[v], fact) for v, fact in action.facts)
-            shapes.update(self._fixed_shapes(action))
-        backward = None
-        if any(isinstance(a, Inversion) for a in actions):
-            known = {*given, *(self.slots[v] for v in span.given if v in self.slots)}
-            results = (*wanted, *(s for s in entry if s not in wanted))
-            backward = Builder(ops, memory, known, [*actions, *runs], results).run()
-        layouts: set[int] = set()
-        taken: set[int] = set()
-        for replay in (forward, backward):
-            if replay is not None:
-                layouts.update(i for kind, i in replay.inputs if kind == "layout")
-                taken.update(i for kind, i in replay.inputs if kind == "slot")
-        held &= taken
-        cloned = frozenset(s for v, s in self.slots.items() if s in external and self._is_written(v))
-        made: set[int] = set()
-        for op in ops:
-            made.update(op.outs)
-        same = {s: before for s, before in memory.before.items() if s not in made}
-        where = tape.ops[span.first].where, tape.ops[span.last].where
-        kept = frozenset(self.slots[v] for v in span.entry if v in self.slots and v in span.kept)
-        return Unit(
-            tuple(ops), len(self.slots), len(self.numbers), external, entry, kept, exit, held, cloned, tuple(coded),
-            frozenset(layouts), same, shapes, tuple(sorted(facts, key=repr)), forward, backward, where,
-        )  # fmt: skip
+                code = len(self.coded)
+                self.coded.append(Coded(action.arc, head, tail))
+            found.append(Inversion(action.arc, head, tail, code))
+            self.facts.update((self.slots[v], fact) for v, fact in action.facts)
+            self.shapes.update(self._fixed_shapes(action))
+        return found
 
     # --- slots
     def _slot(self, value: int) -> int:
         slot = self.slots.get(value)
         if slot is None:
             slot = self.slots[value] = len(self.slots)
-            if value not in self.made:
+            if value not in self.made and not self._is_read_again(value):
                 self.external.append(slot)
         return slot
+
+    def _is_read_again(self, value: int) -> bool:
+        """Return whether a value is a tensor that the unit made, after a write to its memory by another view."""
+        known = self.tape.values[value]
+        before = self.slots.get(-1 if known.before is None else known.before)
+        if before is None or known.op is None or not self.span.first <= known.op <= self.span.last:
+            return False
+        return before not in self.external
 
     def _op(self, op: Op, is_inverted: bool) -> UnitOp:
         args = tuple(self._argument(a, is_inverted) for a in op.args)
@@ -315,10 +340,27 @@ class UnitBuilder:
         found: dict[int, None] = {}
         while at < len(saved) and saved[at][0] <= span.last + 1:
             v = saved[at][1]
-            if v in self.slots and (v in self.made or v in span.entry):
+            if v in self.slots and (v in self.made or v in span.entry or self._is_read_again(v)):
                 found[self.slots[v]] = None
             at += 1
         return list(found)
 
     def _needs_code(self, arc: Arc) -> bool:
         return rounds(arc) and (self.lossless or arc.measured or arc.coded or bool(arc.declared))
+
+
+def _inputs_of(replays: Sequence[Replay], kind: str) -> frozenset[int]:
+    """Return the indices of all inputs of a kind."""
+    return frozenset(index for replay in replays for k, index in replay.inputs if k == kind)
+
+
+def _first_slots(ops: Sequence[UnitOp], memory: Memory) -> dict[int, int]:
+    """Return the slots of tensors that were written to by other views, each with the first slot of that tensor."""
+    made: set[int] = set()
+    for op in ops:
+        made.update(op.outs)
+    found = {s: before for s, before in memory.before.items() if s not in made}
+    for s in found:
+        while found[s] in found:
+            found[s] = found[found[s]]
+    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,19 +26,25 @@ from revfx.rules import Direction, Inverse, arguments, aten, fake_result, regist
 class _InverseMatrix:
     """The inverses of square matrices, computed in float64 and rounded to their dtype.
 
-    A forward makes them anew, since a fused optimizer's step counts no version, and its backward takes the same ones.
+    A forward makes them anew, since a fused optimizer's step counts no version, and its backward takes the same ones,
+    which are kept for as long as their matrices.
     """
 
     def __init__(self) -> None:
-        self._made: tuple[tuple[int, int], Tensor] | None = None
+        # By where a matrix lies: its memory, its version, and the inverse.
+        self._made: dict[Any, tuple[weakref.ref[Any], int, Tensor]] = {}
 
     def __call__(self, m: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _torch.is_fake(m):
+        needs_grad = torch.is_grad_enabled() and m.requires_grad
+        if torch.compiler.is_compiling() or needs_grad or _torch.is_fake(m):
             return inverted(m)
-        made, key = self._made, (m.data_ptr(), _torch.version(m))
-        if made is None or made[0] != key or _torch.graph_task_id() == -1:
-            self._made = made = key, inverted(m)
-        return made[1]
+        storage, version, key = m.untyped_storage(), _torch.version(m), (m.data_ptr(), m.shape, m.stride())
+        known = self._made.get(key)
+        if known is not None and known[0]() is storage and known[1] == version and _torch.graph_task_id() != -1:
+            return known[2]
+        self._made = {k: known for k, known in self._made.items() if known[0]() is not None}
+        self._made[key] = weakref.ref(storage), version, (inverse := inverted(m))
+        return inverse
 
 
 def inverted(m: Tensor) -> Tensor:

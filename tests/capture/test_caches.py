@@ -1,195 +1,45 @@
-"""Caches that user code fills for the first time while it runs on fake tensors: none may keep one."""
+"""Caches that user code fills for the first time while it runs: on fake tensors none may keep one."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
+import copy
 import functools
 import gc
-import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from helpers import deep_but, fp64 as fp64, mlp
+from helpers import deep_but, fp64 as fp64, kept_cuts, mlp
+from tables import (
+    HIDDEN,
+    TABLES,
+    Table,
+    bounded,
+    class_attribute,
+    clear,
+    closure,
+    computed_property,
+    default,
+    global_deep,
+    global_list,
+    global_name,
+    global_object,
+    hidden_deque,
+    hidden_dict,
+    hidden_object,
+    in_a_pair,
+    make,
+    unbounded,
+)
 from torch import Tensor, nn
+from training import State, assert_same_state, assert_same_steps, take_step, twins
 
 import revfx
-from revfx import _fake, _torch
 from revfx.capture import effects
-from revfx.capture.effects import let_go
-from revfx.testing import assert_same_grads
-
-
-Table = Callable[[int], Tensor]
-
-
-def make(n: int) -> Tensor:
-    return torch.arange(n).to(torch.float64).cos()
-
-
-@functools.lru_cache(maxsize=4)
-def bounded(n: int) -> Tensor:
-    return make(n)
-
-
-@functools.lru_cache(maxsize=None)  # noqa: UP033
-def unbounded(n: int) -> Tensor:
-    return make(n)
-
-
-@functools.cache
-def pairs(n: int) -> tuple[Tensor, dict[str, Tensor]]:
-    return make(n), {"sin": make(n).sin()}
-
-
-def in_a_pair(n: int) -> Tensor:
-    cos, others = pairs(n)
-    return cos + others["sin"]
-
-
-@dataclass(frozen=True)
-class Frozen:
-    table: Tensor
-
-
-@functools.lru_cache
-def frozen(n: int) -> Frozen:
-    return Frozen(make(n))
-
-
-def in_a_frozen_object(n: int) -> Tensor:
-    return frozen(n).table
-
-
-def default(n: int, known: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006
-    if n not in known:
-        known[n] = make(n)
-    return known[n]
-
-
-class OfAClass:
-    known: ClassVar[dict[int, Tensor]] = {}
-    latest: ClassVar[Tensor | None] = None
-
-    @classmethod
-    def get(cls, n: int) -> Tensor:
-        if n not in cls.known:
-            cls.known[n] = make(n)
-        return cls.known[n]
-
-
-def class_attribute(n: int) -> Tensor:
-    if OfAClass.latest is None:
-        OfAClass.latest = make(n)
-    return OfAClass.latest
-
-
-IN_DICT: dict[int, Tensor] = {}
-IN_LIST: list[Tensor] = []
-DEEP: dict[str, dict[int, tuple[Tensor, ...]]] = {"tables": {}}
-latest: Tensor | None = None
-HIDDEN: dict[str, Any] = {"dict": {}, "deque": collections.deque[Any](maxlen=2)}
-
-
-def global_dict(n: int) -> Tensor:
-    if n not in IN_DICT:
-        IN_DICT[n] = make(n)
-    return IN_DICT[n]
-
-
-def global_list(n: int) -> Tensor:
-    if not IN_LIST:
-        IN_LIST.append(make(n))
-    return IN_LIST[0]
-
-
-def global_deep(n: int) -> Tensor:
-    if n not in DEEP["tables"]:
-        DEEP["tables"][n] = (make(n), make(n).sin())
-    return DEEP["tables"][n][0]
-
-
-def global_name(n: int) -> Tensor:
-    global latest
-    if latest is None:
-        latest = make(n)
-    return latest
-
-
-class Rope:
-    def __init__(self) -> None:
-        self.table: Tensor | None = None
-
-    def __call__(self, n: int) -> Tensor:
-        if self.table is None:
-            self.table = make(n)
-        return self.table
-
-    @functools.cached_property
-    def fixed(self) -> Tensor:
-        return make(4)
-
-
-ROPE = Rope()
-
-
-def global_object(n: int) -> Tensor:
-    return ROPE(n)
-
-
-def computed_property(n: int) -> Tensor:
-    return globals()["ROPE"].fixed
-
-
-def hidden_object(n: int) -> Tensor:
-    return globals()["ROPE"](n)
-
-
-def hidden_dict(n: int) -> Tensor:  # where no one can see from the code which container it is
-    known = globals()["HIDDEN"]["dict"]
-    if n not in known:
-        known[n] = [make(n)]
-    return known[n][0]
-
-
-def hidden_deque(n: int) -> Tensor:
-    known = globals()["HIDDEN"]["deque"]
-    if not known:
-        known.append((make(n), n))
-    return known[0][0]
-
-
-def closure() -> Table:
-    found: Tensor | None = None
-
-    def get(n: int) -> Tensor:
-        nonlocal found
-        if found is None:
-            found = make(n)
-        return found
-
-    return get
-
-
-TABLES: list[Table] = [
-    bounded, unbounded, in_a_pair, in_a_frozen_object, default, OfAClass.get, class_attribute,
-    global_dict, global_list, global_deep, global_name, global_object, computed_property, hidden_dict, hidden_deque,
-]  # fmt: skip
-
-
-def clear() -> None:
-    global latest
-    for cached in (bounded, unbounded, pairs, frozen):
-        cached.cache_clear()
-    defaults: Any = default.__defaults__
-    for held in defaults[0], OfAClass.known, IN_DICT, IN_LIST, DEEP["tables"], *HIDDEN.values():
-        held.clear()
-    OfAClass.latest = latest = ROPE.table = None
-    vars(ROPE).pop("fixed", None)
+from revfx.capture.search import make_plan
 
 
 @pytest.fixture(autouse=True)
@@ -238,22 +88,9 @@ class InRoot(InF):
         return torch.cat([a, b], -1)
 
 
-@contextlib.contextmanager
-def silent() -> Generator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", revfx.errors.RevfxWarning)
-        yield
-
-
-def assert_trains(model: nn.Module, plain: nn.Module, steps: int = 2) -> None:
-    """`model` gives real tensors where it fills the caches itself, and the gradients of `plain`."""
-    x = torch.randn(3, 8, requires_grad=True)
-    with silent():
-        assert type(model(x)) is Tensor
-    for _ in range(steps):
-        with silent():
-            assert_same_grads(model, plain, [x])
-    assert type(plain(x)) is Tensor
+def assert_real(model: nn.Module) -> None:
+    """Raise unless a model, which `explain` ran on fake tensors, computes with real ones."""
+    assert type(model(torch.randn(3, 8))) is Tensor
 
 
 LIKE_OTHERS = [global_list, hidden_deque, in_a_pair, global_deep, computed_property, global_object]
@@ -262,16 +99,24 @@ SOME = [*((InF, t) for t in TABLES if t not in LIKE_OTHERS), (InRoot, global_nam
 
 
 @pytest.mark.parametrize("kind, table", deep_but(SOME, ALL))
-def test_convert_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
-    model = kind(table)
-    assert_trains(revfx.convert(model), model)
+def test_a_converted_model_fills_caches_as_the_plain_one_does(kind: type[InF], table: Table) -> None:
+    converted, plain = twins(kind(table))
+    x = torch.randn(3, 8, requires_grad=True)
+    for seed in range(4):
+        got = take_step(converted, [x], seed=seed)
+        kept = table(4)
+        assert type(kept) is Tensor and torch.equal(kept, table(4))
+        if seed == 0:
+            clear()
+        assert_same_state(got, take_step(plain, [x], seed=seed))
+    assert kept_cuts(converted) == 2
 
 
 @pytest.mark.parametrize("kind, table", deep_but(SOME[::2], ALL))
 def test_explain_leaves_no_fake_tensor(kind: type[InF], table: Table) -> None:
     model, x = kind(table), torch.randn(3, 8)
     revfx.explain(model, x)
-    assert type(model(x)) is Tensor
+    assert_real(model)
     assert type(table(4)) is Tensor
 
 
@@ -295,7 +140,8 @@ def test_what_the_collector_was_told_to_leave_alone_is_found(frozen: bool) -> No
         alive = weakref.ref(garbage)
         del garbage
         model = InF(bounded)
-        assert_trains(revfx.convert(model), model)
+        revfx.explain(model, torch.randn(3, 8))
+        assert_real(model)
         assert (gc.get_freeze_count() > 0) == frozen
         gc.collect()
         assert alive() is None
@@ -307,36 +153,37 @@ def test_what_the_collector_was_told_to_leave_alone_is_found(frozen: bool) -> No
 
 
 @pytest.mark.parametrize("table", [t for t in TABLES[::2] if t not in (global_object, global_name, class_attribute)])
-def test_what_f_caches_costs_no_region(table: Table) -> None:
-    model: Any = revfx.convert(InF(table))
-    with silent():
-        model(torch.randn(3, 8, requires_grad=True))
-    assert len(model.revfx.plans) == 1
+def test_a_table_that_f_caches_costs_no_region(table: Table) -> None:
+    assert revfx.explain(InF(table), torch.randn(3, 8)).regions
 
 
 @pytest.mark.parametrize("kind", [InF, InRoot])
 def test_variable_of_a_closure(kind: type[InF]) -> None:
     model = kind(closure())
-    assert_trains(revfx.convert(model), model)
+    revfx.explain(model, torch.randn(3, 8))
+    assert_real(model)
+    converted, plain = twins(model)
+    assert_same_steps(converted, plain, [torch.randn(3, 8, requires_grad=True)])
+    assert kept_cuts(converted) == 2
 
 
-def test_attribute_that_can_not_be_put_back_is_refused() -> None:
+def test_attribute_that_can_not_be_put_back_is_refused_by_explain() -> None:
     model = InF(hidden_object)
-    converted: Any = revfx.convert(model)
-    x = torch.randn(3, 8, requires_grad=True)
-    with silent():
-        assert type(converted(x)) is Tensor
-    assert any("leaves a tensor in `Rope.table`" in r.detail for r in converted.revfx.refusals)
-    assert_trains(converted, model)
+    found = revfx.explain(model, torch.randn(3, 8))
+    assert any("leaves a tensor in `Rope.table`" in r.detail for r in found.refusals)
+    assert_real(model)
+    clear()
+    assert_same_steps(revfx.convert(copy.deepcopy(model)), model, [torch.randn(3, 8, requires_grad=True)])
 
 
-def test_hook_that_collects_what_a_module_gives() -> None:
+def test_hook_that_collects_the_results_of_a_module() -> None:
     seen: list[Tensor] = []
     model: Any = InF(make)
     model.f[1].inner[0].register_forward_hook(lambda m, args, out: seen.append(out.detach()))
     converted, x = revfx.convert(model), torch.randn(3, 8, requires_grad=True)
-    converted(x)
-    assert [type(t) for t in seen] == [Tensor]
+    for step in range(1, 4):
+        converted(x).sin().sum().backward()
+        assert [type(t) for t in seen] == [Tensor] * step
 
 
 class Appends(nn.Module):
@@ -354,12 +201,18 @@ class Appends(nn.Module):
         return torch.cat([a, b], -1)
 
 
-def test_what_a_recorded_graph_would_not_add_to_a_list_is_refused() -> None:
-    converted: Any = revfx.convert(Appends())
-    with silent():
-        converted(torch.randn(3, 8, requires_grad=True))
-    assert [type(t) for t in HIDDEN["deque"]] == [Tensor]
-    assert any("leaves a tensor in a deque" in r.detail for r in converted.revfx.refusals)
+def test_a_list_that_the_forward_appends_to_is_refused_by_explain_and_has_one_entry_per_call() -> None:
+    model, x = Appends(), torch.randn(3, 8, requires_grad=True)
+    found = revfx.explain(model, x)
+    assert any("leaves a tensor in a deque" in r.detail for r in found.refusals) and not HIDDEN["deque"]
+    converted, plain = twins(model)
+    for seed in range(3):
+        states: list[State] = []
+        for m in (converted, plain):
+            HIDDEN["deque"].clear()
+            states.append(take_step(m, [x], seed=seed) | {f"entry {i}": t for i, t in enumerate(HIDDEN["deque"])})
+        assert_same_state(*states)
+        assert "entry 0" in states[0] and "entry 1" not in states[0]
 
 
 def test_forward_that_raises_leaves_none_either() -> None:
@@ -369,11 +222,10 @@ def test_forward_that_raises_leaves_none_either() -> None:
             return y * y.sum().item()
 
     model, x = Raises(default), torch.randn(3, 8, requires_grad=True)
-    with silent():
-        assert_same_grads(revfx.convert(model), model, [x])
-    clear()
     revfx.explain(model, x)  # says that there is no prediction
-    assert type(model(x)) is Tensor
+    assert_real(model)
+    clear()
+    assert_same_steps(revfx.convert(model), model, [x])
 
 
 def test_interrupt_leaves_none_either() -> None:
@@ -387,11 +239,15 @@ def test_interrupt_leaves_none_either() -> None:
             return y
 
     model, x = Interrupted(unbounded), torch.randn(3, 8, requires_grad=True)
-    converted = revfx.convert(model)
+    converted = revfx.convert(copy.deepcopy(model))
+    with pytest.raises(KeyboardInterrupt):
+        revfx.explain(model, x)
     with pytest.raises(KeyboardInterrupt):
         converted(x)
     Interrupted.stop = False
-    assert type(model(x)) is Tensor
+    assert_real(model)
+    assert_same_steps(converted, model, [x])
+    assert kept_cuts(converted) == 2
 
 
 def test_nothing_is_searched_where_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,13 +255,12 @@ def test_nothing_is_searched_where_nothing_is_left(monkeypatch: pytest.MonkeyPat
         raise AssertionError("the heap was searched")
 
     monkeypatch.setattr(effects, "_take_out", fails)
-    model, x = InF(make), torch.randn(3, 8, requires_grad=True)
-    revfx.explain(model, x)
-    assert_same_grads(revfx.convert(model), model, [x])
-    with torch.autocast("cpu", torch.bfloat16):  # whose cache would hold casts of fake parameters
-        converted: Any = revfx.convert(InF(functools.partial(torch.ones, dtype=torch.float32)).float())
-        converted(x.float())
-    assert converted.revfx.plans
+    x = torch.randn(3, 8, requires_grad=True)
+    revfx.explain(InF(make), x)
+    with torch.autocast("cpu", torch.bfloat16):  # its cache would hold casts of fake parameters
+        model = InF(functools.partial(torch.ones, dtype=torch.float32)).float()
+        found = make_plan(model, model.forward, (x.float(),), {})
+    assert found.plan is not None and found.plan.regions
 
 
 class Deque(nn.Module):
@@ -422,76 +277,10 @@ class Deque(nn.Module):
 def test_deque_of_a_module_holds_one_entry_per_step() -> None:
     model = InF(make)
     model.f = nn.ModuleList(Deque() for _ in range(3))
-    converted, x = revfx.convert(model), torch.randn(3, 8, requires_grad=True)
+    converted, plain = twins(model)
+    x = torch.randn(3, 8, requires_grad=True)
     for step in range(1, 7):
-        converted(x).sin().sum().backward()
-        for f in model.f:
-            assert isinstance(f, Deque) and [type(t) for t in f.latest] == [Tensor] * min(step, 4)
-            assert f.latest.maxlen == 4
-
-
-# --- `let_go` by itself
-class Pair(NamedTuple):
-    first: Tensor
-    second: int
-
-
-class Slots:
-    __slots__ = ("table",)
-
-    def __init__(self, table: Any) -> None:
-        self.table = table
-
-
-def fake() -> tuple[_fake.FakeMode, Tensor]:
-    mode = _fake.FakeMode()
-    with mode:
-        return mode, torch.ones(3)
-
-
-def test_entries_that_lead_to_it_are_removed() -> None:
-    mode, t = fake()
-    kept: dict[Any, Any] = {"a": [t, 1], "b": (2, Pair(t, 1)), "c": {t}, "d": 3, t: 4, "e": collections.deque([t, 5])}
-    kept["f"] = functools.partial(print, t)
-    del t
-    assert let_go(mode) is None and not mode.alive()
-    assert kept == {"a": [1], "c": set(), "d": 3, "e": collections.deque([5])}
-
-
-def test_attributes_are_set_to_none_and_told() -> None:
-    for owner in (Slots(None), Rope(), Rope):
-        mode, t = fake()
-        setattr(owner, "table", t)  # noqa: B010
-        del t
-        left = let_go(mode)
-        assert left is not None and left.endswith(".table`") and not mode.alive()
-        assert getattr(owner, "table", 0) is None
-    del Rope.table  # type: ignore[attr-defined]
-
-
-def test_global_name_is_set_to_none_and_told() -> None:
-    mode, t = fake()
-    globals()["latest"] = t
-    del t
-    left = let_go(mode)
-    assert left is not None and left.endswith("latest`") and "latest" in globals() and latest is None
-
-
-def test_what_nothing_can_be_done_about_is_told() -> None:
-    mode, t = fake()
-    it = iter((t, 1))
-    del t
-    assert let_go(mode) == "a tuple"
-    assert _torch.is_fake(next(it))
-
-
-def test_its_history_goes_with_it() -> None:
-    mode = _fake.FakeMode()
-    kept = list[Tensor]()
-    with mode:
-        y = torch.ones(3, requires_grad=True)
-        for _ in range(200):
-            y = y.sin()
-        kept.append(y)
-    del y
-    assert let_go(mode) is None and not mode.alive() and not kept
+        assert_same_steps(converted, plain, [x], steps=(step,))
+        for f, other in zip(converted.f, plain.f, strict=True):
+            assert len(f.latest) == min(step, 4) and f.latest.maxlen == 4
+            assert all(type(t) is Tensor and torch.equal(t, u) for t, u in zip(f.latest, other.latest, strict=True))

@@ -10,11 +10,11 @@ import torch
 from helpers import kept_growth
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
+from training import assert_same_steps
 from zoo import D
 
 import revfx
-from revfx.converted import conversion_of
-from revfx.testing import assert_same_grads
+from revfx.capture.search import make_plan
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -66,40 +66,42 @@ def test_a_model_that_holds_a_distribution_keeps_little_per_layer(prior: str) ->
     assert kept_growth(lambda layers: RealNVP(PRIORS[prior](), layers), x, (LAYERS // 2, LAYERS)) < 0.05
 
 
-def test_what_objects_hold_is_read_anew_and_another_shape_makes_another_plan() -> None:
-    model, x = RealNVP(PRIORS["multivariate"]()), torch.randn(8, 2 * D, requires_grad=True)
+def test_objects_are_read_in_each_call_and_may_hold_another_shape() -> None:
+    model = RealNVP(PRIORS["multivariate"]())
+    x = torch.randn(8, 2 * D, requires_grad=True)
     converted: Any = revfx.convert(model)
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x])
     model.held["per layer"][0].scale = torch.full((2 * D,), 3.0)
-    assert_same_grads(converted, model, [x])
-    assert len(converted.revfx.plans) == 1
+    assert_same_steps(converted, model, [x])
     model.held["per layer"][0].scale = torch.full((8, 2 * D), 2.0)
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x])
+    assert converted.revfx.regions
     model.held["per layer"].pop()
     with pytest.raises(IndexError):
         converted(x)
 
 
-def test_what_a_distribution_refuses_is_refused() -> None:
+def test_a_sample_that_a_distribution_refuses_is_refused() -> None:
     model, x = RealNVP(PRIORS["multivariate"]()), torch.randn(8, 2 * D)
     converted = revfx.convert(copy.deepcopy(model))
-    converted(x)
+    assert_same_steps(converted, model, [x])
     for call in (model, converted):
         with pytest.raises(ValueError, match="to be within the support"):
             call(x * torch.nan)
+    assert_same_steps(converted, model, [x])
 
 
 def test_an_input_that_a_container_holds_too_is_an_input() -> None:
     model, x = RealNVP(PRIORS["multivariate"]()), torch.randn(8, 2 * D, requires_grad=True)
     model.held["last"] = [x]
     converted = revfx.convert(model)
-    assert_same_grads(converted, model, [x])
-    assert_same_grads(converted, model, [torch.randn(8, 2 * D, requires_grad=True)])
+    assert_same_steps(converted, model, [x])
+    assert_same_steps(converted, model, [torch.randn(8, 2 * D, requires_grad=True)])
 
 
 def test_parameters_that_a_list_of_the_model_holds_too_are_their_modules_own() -> None:
     model, x = RealNVP(PRIORS["independent"]()), torch.randn(8, 2 * D, requires_grad=True)
     model.held["all"] = list(model.parameters())
-    converted: Any = revfx.convert(model)
-    assert_same_grads(converted, model, [x])
-    assert all(place.name.startswith(("held['per", "prior")) for place, _ in conversion_of(converted).plans[0].inside)
+    assert_same_steps(revfx.convert(model), model, [x])
+    plan = make_plan(model, model.forward, (x,), {}).plan
+    assert plan is not None and all(place.name.startswith(("held['per", "prior")) for place, _ in plan.inside)

@@ -1,8 +1,7 @@
-"""What of a user's Python code can be recorded, and what a recorded graph would not repeat."""
+"""Python code of users around couplings: objects, tables, caches and lists that a forward makes, reads and writes."""
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ import torch
 from helpers import kept_cuts
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
+from training import State, assert_same_state, assert_same_steps, state_of, twins
 from zoo import D, mlp
 
 import revfx
-from revfx import conversion
 from revfx.errors import RevfxWarning
-from revfx.testing import assert_same_grads
+from revfx.plan import model
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -44,12 +43,11 @@ class Additive(nn.Module):
         return torch.cat([a, b], -1)
 
 
-def assert_one_plan(model: nn.Module, calls: int = 3, kept: int = 2) -> None:
-    """The same gradients at every call, by one plan, and without a warning."""
-    converted: Any = revfx.convert(model)
-    for _ in range(calls):
-        assert_same_grads(converted, model, [x_()])
-    assert len(converted.revfx.plans) == 1 and kept_cuts(converted) == kept
+def assert_one_plan(model: nn.Module, most: int = 2) -> None:
+    """Raise unless the steps are plain's, by one plan that keeps so many cuts at `most`, without a warning."""
+    converted, plain = twins(model)
+    assert_same_steps(converted, plain, [x_()], steps=4)
+    assert len(converted.revfx.plans) == 1 and 0 < kept_cuts(converted) <= most
 
 
 class MakesEach(OrderedDict[str, Any]):
@@ -118,7 +116,7 @@ class ReadsOutputs(Additive):
 
 
 def test_sub_module_that_returns_a_dict_of_another_class() -> None:
-    assert_one_plan(ReadsOutputs())
+    assert_one_plan(ReadsOutputs(), most=5)
 
 
 class PassesOutputsOn(Additive):
@@ -137,12 +135,7 @@ class Reads(nn.Module):
 
 
 def test_dict_of_another_class_that_is_passed_on_reaches_the_sub_module_as_it_is() -> None:
-    model = PassesOutputsOn()
-    converted: Any = revfx.convert(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RevfxWarning)  # a refusal is as good as a plan
-        for _ in range(2):
-            assert_same_grads(converted, model, [x_()])
+    assert_one_plan(PassesOutputsOn(), most=5)
 
 
 class MakesItsLoss(Additive):
@@ -152,7 +145,7 @@ class MakesItsLoss(Additive):
 
 
 def test_loss_module_made_in_the_forward() -> None:
-    assert_one_plan(MakesItsLoss(), kept=2)
+    assert_one_plan(MakesItsLoss(), most=5)  # the outputs as well, which the losses read
 
 
 @dataclass
@@ -200,11 +193,7 @@ class Reader:
 
 @pytest.mark.parametrize("kind", [MakesACache, MakesAnObject, PassesAClosure])
 def test_object_that_the_forward_makes_and_passes_on_is_made_at_every_call(kind: Any) -> None:
-    model = kind(Counts)
-    converted: Any = revfx.convert(model)
-    for _ in range(3):
-        assert_same_grads(converted, model, [x_()])
-    assert len(converted.revfx.plans) == 1, "what is given it is opened"
+    assert_one_plan(kind(Counts))
 
 
 class Keys:
@@ -232,17 +221,24 @@ class ReturnsACache(Additive):
 
 
 def test_object_that_the_forward_makes_and_returns_holds_the_tensors_of_its_call() -> None:
-    model = ReturnsACache(Attends)
-    converted: Any = revfx.convert(model)
-    x, caches = x_(), list[Keys]()
-    for _ in range(2):
-        (y, cache), (expected, made) = converted(x), model(x)
-        caches.append(cache)
-        assert torch.equal(y, expected) and type(cache) is Keys and cache.kind == "dynamic"
-        for mine, theirs in zip(cache.layers, made.layers, strict=True):
-            assert torch.equal(mine["keys"], theirs["keys"])
-        y.sin().sum().backward()
-    assert len(converted.revfx.plans) == 1 and caches[0].layers is not caches[1].layers
+    converted, model = twins(ReturnsACache(Attends))
+    caches = list[Keys]()
+    for _ in range(4):
+        states: list[State] = []
+        for m, x in zip((converted, model), _same(x_()), strict=True):
+            m.zero_grad()
+            y, cache = m(x)
+            assert type(cache) is Keys and cache.kind == "dynamic"
+            (y.sin().sum() + cache.layers[1]["keys"].sum()).backward()
+            keys = {f"keys {i}": layer["keys"].detach() for i, layer in enumerate(cache.layers)}
+            states.append(state_of(m) | keys | {"x": x.grad, "y": y.detach()})
+            caches.append(cache)
+        assert_same_state(*states)
+    assert len({id(c.layers) for c in caches}) == 8 and converted.revfx.regions
+
+
+def _same(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, x.detach().clone().requires_grad_()
 
 
 class Collects(Additive):
@@ -257,10 +253,17 @@ class Collects(Additive):
 
 @pytest.mark.parametrize("into", [Cache(), []], ids=["object", "list"])
 def test_argument_that_the_forward_writes_to_is_written_to_once(into: Any) -> None:
-    converted: Any = revfx.convert(Collects())
-    with pytest.warns(RevfxWarning, match="its forward writes to a list, dict or object that it was given"):
-        y = converted(x_(), into)
-    assert into == Cache(1) if isinstance(into, Cache) else [t is y for t in into] == [True]
+    converted, plain = twins(Collects())
+    for step in range(1, 5):
+        x = x_()
+        for m, given in ((converted, into), (plain, Cache())):
+            m.zero_grad()
+            y = m(x, given)
+            y.sin().sum().backward()
+            if given is into:
+                assert into == Cache(step) if isinstance(into, Cache) else len(into) == step and into[-1] is y
+        assert_same_state(state_of(converted), state_of(plain))
+    assert kept_cuts(converted) == 2 or isinstance(into, list)
 
 
 class Trainer:
@@ -285,14 +288,14 @@ class Trained(Additive):
 
 
 @pytest.mark.parametrize("reads", ["", "reniart", "vars"])
-def test_object_on_the_model_makes_another_plan_only_where_the_forward_reads_it(reads: str) -> None:
+def test_object_on_the_model_that_changes_in_each_step_is_read_in_each_call(reads: str) -> None:
     model = Trained(reads)
     converted: Any = revfx.convert(model)
-    for _ in range(3):
+    for _ in range(5):
         model.trainer.step += 1
         model.losses.append(1.0)
-        assert_same_grads(converted, model, [x_()])
-    assert len(converted.revfx.plans) == (3 if reads else 1)
+        assert_same_steps(converted, model, [x_()], steps=1)
+    assert len(converted.revfx.plans) == 1 and kept_cuts(converted) == 2
 
 
 class Logs(Additive):
@@ -310,10 +313,14 @@ class Logs(Additive):
 def test_object_on_the_model_that_the_forward_writes_to_is_written_to_once_per_call() -> None:
     model = Logs()
     converted: Any = revfx.convert(model)
-    with pytest.warns(RevfxWarning, match="its forward sets `Logs.trainer`"):
-        sums = [converted(x_()).sum() for _ in range(2)]
+    sums: list[Tensor] = []
+    for _ in range(4):
+        y = converted(x_())
+        y.sin().sum().backward()
+        sums.append(y.sum())
     logged = model.trainer.results["loss"]  # type: ignore[attr-defined]
-    assert len(logged) == 2 and all(torch.equal(a, b) for a, b in zip(logged, sums, strict=True))
+    assert len(logged) == 4 and all(torch.equal(a, b) for a, b in zip(logged, sums, strict=True))
+    assert kept_cuts(converted) == 2
 
 
 class Residual(nn.Module):
@@ -325,14 +332,14 @@ class Residual(nn.Module):
         return x[:, :D] + self.inner(x[:, :D])
 
 
-def test_refusal_is_searched_for_once_while_lists_on_the_model_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_couplings_are_searched_for_twice_at_most_while_lists_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     searches: list[int] = []
-    make = conversion.make_plan
-    monkeypatch.setattr(conversion, "make_plan", lambda *a: (searches.append(1), make(*a))[1])
-    model = Residual()
-    converted = revfx.convert(model)
+    find = model.find_couplings
+    monkeypatch.setattr(model, "find_couplings", lambda *a: (searches.append(1), find(*a))[1])
+    plain = Residual()
+    converted = revfx.convert(plain)
     with pytest.warns(RevfxWarning, match="computed from itself"):
-        for _ in range(3):
-            converted(x_())
-            model.calls.append(1)
-    assert len(searches) == 1
+        for _ in range(4):
+            assert_same_steps(converted, plain, [x_()], steps=1)
+            plain.calls.append(1)
+    assert len(searches) <= 2

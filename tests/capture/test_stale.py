@@ -1,4 +1,4 @@
-"""What changes after a plan was made, where the recorded code did not look: inside modules called whole, in weights."""
+"""Changes after a plan was made: inside of modules, of weights, of flags, by hooks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import kept_cuts
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import assert_same_steps
 from zoo import D, Pairs, mlp
 
 import revfx
 from revfx.capture.guards import GlobalReads
-from revfx.converted import conversion_of
 from revfx.errors import RevfxWarning
-from revfx.testing import assert_same_grads
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -77,21 +77,20 @@ def _additive(model: Any, x: Tensor) -> Tensor:
     return torch.cat([a, b], -1)
 
 
-# --- modules inside those that are called whole
+# --- modules inside of f
 @pytest.mark.parametrize("make", [lambda: nn.Dropout(0.5), lambda: Box(nn.Dropout(0.5))])
-def test_dropout_that_comes_to_return_its_argument_makes_another_plan(make: Callable[[], nn.Module]) -> None:
+def test_dropout_that_comes_to_return_its_argument_is_seen(make: Callable[[], nn.Module]) -> None:
     model = Written(make)
     dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
     converted: Any = revfx.convert(model)
     x = x_()
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x])
     for m in dropouts:
         m.eval()
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x])
     for m in dropouts:
         m.train()
-    assert_same_grads(converted, model, [x])
-    assert len(conversion_of(converted).outcomes) == 2, "the first plan serves again"
+    assert_same_steps(converted, model, [x])
 
 
 class Threshold(nn.Module):
@@ -107,25 +106,25 @@ def _f(inner: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Sequential(nn.Sequential(inner)), nn.Linear(D, D), nn.Dropout(0.5))
 
 
-def test_module_deep_inside_that_is_replaced_makes_another_plan() -> None:
+def test_module_deep_inside_that_is_replaced_is_seen() -> None:
     model = additive(lambda: _f(nn.Tanh()))
     converted: Any = revfx.convert(model)
     x = (torch.tensor([97, 98, 101, 101, 101, 104])[torch.randint(0, 6, (40, 2 * D))] / 255.0).requires_grad_()
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x])
     for f in (*model.f, *model.g):
         f[0][0][0] = Threshold()
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x], steps=5)
 
 
-def test_flag_deep_inside_that_is_flipped_makes_another_plan() -> None:
+def test_flag_deep_inside_that_is_flipped_is_seen() -> None:
     model = additive(lambda: Box(nn.Sequential(nn.ReLU(), nn.Linear(D, D))))
     converted: Any = revfx.convert(model)
     x = x_().detach() * 1
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x])
     for m in model.modules():
         if isinstance(m, nn.ReLU):
             m.inplace = True
-    assert_same_grads(converted, model, [x])
+    assert_same_steps(converted, model, [x], steps=5)
 
 
 def _frozen(f: Any) -> None:
@@ -161,44 +160,51 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize("change", [_frozen, _hooked, _gone, _class])
 def test_change_inside_is_seen(change: Callable[[nn.Module], None]) -> None:
-    model = additive(lambda: Box(Counted()))
-    converted: Any = revfx.convert(model)
-    x = x_()
-    converted(x)
-    converted(x)
-    assert len(converted.revfx.plans) == 1
-    change(model.f[1])
-    converted(x)
-    assert len(converted.revfx.plans) == 2
-    assert_same_grads(converted, model, [x])
+    converted, model = _counting()
+    assert_same_steps(converted, model, [x_()])
+    for m in (converted, model):
+        change(m.f[1])
+    assert_same_steps(converted, model, [x_()])
+    assert kept_cuts(converted) == 2
+    assert _counts(converted) == _counts(model)
 
 
-def test_what_a_module_sets_itself_and_rates_that_change_make_no_other_plan() -> None:
-    model = additive(lambda: Box(Counted()))
-    converted: Any = revfx.convert(model)
-    for step in range(3):
-        for f in model.f:
-            f.inner[0].rate = 0.1 + step / 8
-            f.inner[0].trainer["step"] = step
-        assert_same_grads(converted, model, [x_()])
-    assert len(converted.revfx.plans) == 1
-    model.f[0].inner[0].rate = 0.0
-    assert_same_grads(converted, model, [x_()])
-    assert len(converted.revfx.plans) == 2
+def _counting() -> tuple[Any, Any]:
+    """Return a converted model that counts, and the same plain."""
+    models: list[Any] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(additive(lambda: Box(Counted())))
+    return revfx.convert(models[0]), models[1]
 
 
-# --- hooks, which don't run while a forward is recorded
+def _counts(model: Any) -> list[tuple[int, list[int]]]:
+    return [(f.inner[0].calls, f.inner[0].log) for f in (*model.f, *model.g)]
+
+
+def test_rates_that_change_and_attributes_that_a_module_sets_itself_cost_no_region() -> None:
+    converted, model = _counting()
+    for step in range(6):
+        for m in (converted, model):
+            for f in m.f:
+                f.inner[0].rate = 0.0 if step == 4 else 0.1 + step / 8
+                f.inner[0].trainer["step"] = step
+        assert_same_steps(converted, model, [x_()], steps=(step,))
+    assert len(converted.revfx.plans) == 1 and kept_cuts(converted) == 2
+    assert _counts(converted) == _counts(model)
+
+
+# --- hooks
 @pytest.mark.parametrize("make", [mlp, lambda: Box(mlp())])
 def test_hook_that_returns_the_argument_which_the_root_writes_to(make: Callable[[], nn.Module]) -> None:
     model: Any = Written(make)
     hooked = model.f[1].inner[0] if isinstance(model.f[1], Box) else model.f[1]
     hooked.register_forward_hook(lambda m, args, out: args[0])
-    converted: Any = revfx.convert(model)
-    assert_same_grads(converted, model, [x_()])
-    assert any("hooks" in str(r) for r in converted.revfx.refusals)
+    assert_same_steps(revfx.convert(model), model, [x_()])
+    assert any("hooks" in str(r) for r in revfx.explain(model, x_()).refusals)
 
 
-def test_hooks_that_look_on_and_writes_to_what_is_new_leave_the_plan() -> None:
+def test_hooks_that_look_on_and_writes_to_new_tensors_leave_the_plan() -> None:
     def forward(x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
         for f, g in zip(model.f, model.g, strict=True):
@@ -211,9 +217,9 @@ def test_hooks_that_look_on_and_writes_to_what_is_new_leave_the_plan() -> None:
     seen: list[int] = []
     model.f[1].register_forward_hook(lambda *_: seen.append(1))
     converted: Any = revfx.convert(model)
-    assert_same_grads(converted, model, [x_()])
-    assert seen
-    assert converted.revfx.plans
+    assert_same_steps(converted, model, [x_()])
+    assert len(seen) == 6, "once in each forward of either model"
+    assert kept_cuts(converted) == 2
 
 
 def test_a_variable_that_is_not_assigned_yet_does_not_shift_the_ones_after_it() -> None:

@@ -93,8 +93,7 @@ def test_one_that_is_wrong_costs_no_more_than_keeping_and_is_warned_of() -> None
 
 
 def test_a_network_is_not_run_once_more_for_an_inverse() -> None:
-    with pytest.warns(NotConvertedWarning, match="nothing reversible"):
-        assert growth(WithNet) > 0.5
+    assert 0.3 < growth(WithNet) < 0.6, "half of the stream is kept"
 
 
 def test_classes_have_their_methods_again() -> None:

@@ -1,12 +1,10 @@
-"""`rev_block` and `RevBlock` leave the program as plain training does: random state, buffers, memory."""
+"""`rev_block` and `RevBlock` leave the program as plain training does: random state, buffers, exceptions."""
 
 # pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
 import copy
 import functools
-import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from helpers import (
     Pair,
     assert_like_lines,
     assert_same,
+    assert_steps,
     block,
     both,
     deep_but,
@@ -28,15 +27,12 @@ from helpers import (
     mlp,
     mlps,
     outcome,
-    relative_error,
-    unseen,
 )
+from steps import STEPS, Functions, assert_same_bits, assert_steps_like_lines
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.parametrizations import spectral_norm
 
-import revfx
-from revfx import RevBlock, RevfxError, rev_block
+from revfx import RevBlock
 
 
 ways = pytest.mark.parametrize("way", WAYS)
@@ -59,18 +55,15 @@ def test_noise_in_some_layers_only_is_drawn_again_alike(way: str) -> None:
 
 @ways
 def test_random_numbers_drawn_between_forward_and_backward_do_not_matter(way: str) -> None:
-    fs, gs = (nn.ModuleList(nn.Sequential(mlp(), nn.Dropout(0.4)) for _ in range(3)) for _ in range(2))
-    x1, x2 = leaf(3, 4), leaf(3, 4)
-    tensors = [x1, x2, *both(fs, gs).parameters()]
-    torch.manual_seed(5)
-    expected = torch.autograd.grad(loss_of(lines(fs, gs)(x1, x2)), tensors)
-    torch.manual_seed(5)
-    loss = loss_of(block(way, list(fs), list(gs))(x1, x2))
-    torch.manual_seed(9)
-    torch.randn(7)
-    state = torch.get_rng_state()
-    assert relative_error(torch.autograd.grad(loss, tensors), expected) < 1e-9
-    assert torch.equal(torch.get_rng_state(), state)
+    def make() -> Functions:
+        fs, gs = ([nn.Sequential(mlp(), nn.Dropout(0.4)) for _ in range(3)] for _ in range(2))
+        return fs, gs
+
+    def draw(*_: Any) -> None:
+        torch.manual_seed(9)
+        torch.randn(7)
+
+    assert_steps_like_lines(way, make, [leaf(3, 4), leaf(3, 4)], draw)
 
 
 # --- buffers
@@ -122,8 +115,9 @@ def test_buffers_keep_their_identity(way: str) -> None:
     module = RevBlock(lambda: nn.BatchNorm1d(4), lambda: nn.BatchNorm1d(4), 2)
     before = {k: id(b) for k, b in module.named_buffers()}
     call = module if way == "RevBlock" else block(way, list(module.f), list(module.g))
-    loss_of(call(leaf(5, 4), leaf(5, 4))).backward()
-    assert {k: id(b) for k, b in module.named_buffers()} == before
+    for _ in range(STEPS):
+        loss_of(call(leaf(5, 4), leaf(5, 4))).backward()
+        assert {k: id(b) for k, b in module.named_buffers()} == before
 
 
 @ways
@@ -158,24 +152,14 @@ class RunningScale(nn.Module):
 @pytest.mark.parametrize("width", deep_but((5000,), (4, 5000)))
 @pytest.mark.parametrize("kind", ["buffer written", "buffer replaced", "attribute replaced"])
 def test_state_that_f_updates_itself_is_updated_once(way: str, kind: str, width: int) -> None:
-    def run(call: Any, scales: list[RunningScale]) -> tuple[list[Any], list[Tensor]]:
-        x = [torch.linspace(0, 1, 2 * width).view(2, width).requires_grad_() for _ in range(2)]
-        grads = torch.autograd.grad(loss_of(call(*x)), x)
-        return list(grads), [s.running for s in scales]
-
-    def fresh() -> list[RunningScale]:
+    def make() -> Functions:
         made = [RunningScale(kind, width) for _ in range(2)]
         for m in made:
             m.inner = nn.Identity() if width > 4 else nn.Linear(4, 4, bias=False)  # type: ignore[assignment]
-            for p in m.inner.parameters():
-                nn.init.eye_(p)
-        return made
+        return made, [lambda x: torch.sin(x)] * 2
 
-    scales, plain = fresh(), fresh()
-    got, left = run(block(way, scales, [torch.sin] * 2), scales)
-    expected, plainly_left = run(lines(plain, [torch.sin] * 2), plain)
-    assert relative_error(got, expected) < 1e-9
-    assert all(torch.equal(a, b) for a, b in zip(left, plainly_left, strict=True))
+    x = [torch.linspace(0, 1, 2 * width).view(2, width).requires_grad_() for _ in range(2)]
+    assert_steps_like_lines(way, make, x, state=lambda functions: [m.running for m in functions[0]])
 
 
 @ways
@@ -198,8 +182,7 @@ def test_a_loss_that_f_leaves_as_an_attribute_gets_its_gradient(way: str) -> Non
 
     inputs = [leaf(3, 4), leaf(3, 4)]
     expected = outcome(program(lines(fs, gs)), inputs, both(fs, gs))
-    for _ in range(2):
-        assert_same(outcome(program(block(way, fs, list(gs))), inputs, both(fs, gs)), expected)
+    assert_steps(program(block(way, fs, list(gs))), expected, inputs, both(fs, gs))
 
 
 class Generated(nn.Module):
@@ -228,67 +211,69 @@ def test_generated_weights_set_as_attributes_get_their_gradients(way: str, width
 
     inputs = [leaf(3, width), leaf(width, width)]
     expected = outcome(program(lines(fs, gs)), inputs)
-    assert_same(outcome(program(block(way, fs, gs)), inputs), expected)
+    assert_steps(program(block(way, fs, gs)), expected, inputs)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = torch.tanh(x + self.state)
+        return self.state * 1
 
 
 @ways
-def test_state_that_f_carries_from_layer_to_layer_with_its_gradient_works_or_raises(way: str) -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.state = torch.zeros(3, 4)
+@pytest.mark.parametrize("layers", [2, 4])
+def test_state_that_f_carries_from_layer_to_layer_with_its_gradient(way: str, layers: int) -> None:
+    f = Recurrent()
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.state = torch.tanh(x + self.state)
-            return self.state * 1
+    def wrap(call: Callable[..., Pair]) -> Callable[..., Pair]:
+        def program(*x: Tensor) -> Pair:
+            f.state = torch.zeros(3, 4)
+            return call(*x)
 
-    def run(call: Any) -> list[Tensor]:
-        f.state = torch.zeros(3, 4)
-        return list(torch.autograd.grad(loss_of(call([f] * 4, [torch.sin] * 4)), x))
+        return program
 
-    f, x = Recurrent(), [leaf(3, 4), leaf(3, 4)]
-    expected = run(lambda fs, gs: lines(fs, gs)(*x))
-    try:
-        assert relative_error(run(lambda fs, gs: block(way, fs, gs)(*x)), expected) < 1e-9
-    except RevfxError:
-        assert torch.is_grad_enabled()
+    assert_steps_like_lines(
+        way, lambda: ([f] * layers, [torch.sin] * layers), [leaf(3, 4), leaf(3, 4)], wrap=wrap, state=lambda _: f.state
+    )
 
 
 @ways
 def test_eval_called_between_forward_and_backward_does_not_matter(way: str) -> None:
-    fs, gs = (
-        nn.ModuleList(nn.Sequential(mlp(), nn.BatchNorm1d(4), nn.Dropout(0.4)) for _ in range(3)) for _ in range(2)
+    def make() -> Functions:
+        fs, gs = ([nn.Sequential(mlp(), nn.BatchNorm1d(4), nn.Dropout(0.4)) for _ in range(3)] for _ in range(2))
+        return fs, gs
+
+    assert_steps_like_lines(way, make, [leaf(5, 4), leaf(5, 4)], lambda functions, _: both(*functions).eval())
+    assert_steps_like_lines(
+        way, make, [leaf(5, 4), leaf(5, 4)], lambda functions, _: both(*functions).train(not functions[0][0].training)
     )
-    x = [leaf(5, 4), leaf(5, 4)]
-    torch.manual_seed(1)
-    expected = torch.autograd.grad(loss_of(lines(fs, gs)(*x)), x)
-    torch.manual_seed(1)
-    loss = loss_of(block(way, fs, gs)(*x))
-    both(fs, gs).eval()
-    assert relative_error(torch.autograd.grad(loss, x), expected) < 1e-9
-    assert not any(m.training for m in both(fs, gs)[0].modules())
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.inner(x)
+        return h if self.calls % 2 else h.sin() * self.calls
 
 
 @ways
-def test_a_counter_of_f_is_counted_once_and_read_as_it_was(way: str) -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = mlp()
-            self.calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            h = self.inner(x)
-            return h if self.calls % 2 else h.sin() * self.calls
-
-    f = Counting()
-    x = [leaf(3, 4), leaf(3, 4)]
-    expected = torch.autograd.grad(loss_of(lines([f] * 4, [torch.sin] * 4)(*x)), x)
-    f.calls = 0
-    got = torch.autograd.grad(loss_of(block(way, [f] * 4, [torch.sin] * 4)(*x)), x)
-    assert relative_error(got, expected) < 1e-9
-    assert f.calls == 4
+@pytest.mark.parametrize("layers", [3, 4])
+def test_a_counter_of_f_is_counted_once(way: str, layers: int) -> None:
+    assert_steps_like_lines(
+        way,
+        lambda: ([Counting()] * layers, [torch.sin] * layers),
+        [leaf(3, 4), leaf(3, 4)],
+        state=lambda functions: functions[0][0].calls,
+    )
 
 
 # --- exceptions
@@ -297,11 +282,11 @@ class Failing(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
         self.inner = mlp()
-        self.fails = unseen()
+        self.fails = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.dropout(self.norm(x), 0.3)
-        if self.fails.values:
+        if self.fails:
             raise KeyError("mine")
         return self.inner(x)
 
@@ -309,116 +294,50 @@ class Failing(nn.Module):
 @ways
 def test_an_exception_in_the_forward_comes_through_and_leaves_what_plain_code_leaves(way: str) -> None:
     fs, gs = [Failing() for _ in range(3)], [Failing() for _ in range(3)]
-    fs[2].fails.values.append(True)
-    x = leaf(3, 4), leaf(3, 4)
-    left: list[list[Tensor]] = []
+    x, call = [leaf(3, 4), leaf(3, 4)], block(way, fs, gs)
     start = [b.clone() for b in both(fs, gs).buffers()]
-    for call in (block(way, fs, gs), lines(fs, gs)):
-        for b, value in zip(both(fs, gs).buffers(), start, strict=True):
-            b.copy_(value)
-        torch.manual_seed(1)
-        with pytest.raises(KeyError, match="mine"):
-            call(*x)
-        left.append([torch.get_rng_state(), *(b.clone() for b in both(fs, gs).buffers())])
-    assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
-    fs[2].fails.values.clear()
-    assert_like_lines(way, fs, gs, [leaf(3, 4), leaf(3, 4)])
+    for _ in range(STEPS):
+        left: list[list[Tensor]] = []
+        fs[2].fails = True
+        for run in (call, lines(fs, gs)):
+            for b, value in zip(both(fs, gs).buffers(), start, strict=True):
+                b.copy_(value)
+            torch.manual_seed(1)
+            with pytest.raises(KeyError, match="mine"):
+                run(*x)
+            left.append([torch.get_rng_state(), *(b.clone() for b in both(fs, gs).buffers())])
+        assert_same_bits(*left)
+        fs[2].fails = False
+        assert_same(outcome(call, x, both(fs, gs)), outcome(lines(fs, gs), x, both(fs, gs)), 0.0)
 
 
 @ways
-def test_an_exception_when_f_runs_again_leaves_random_state_and_buffers_as_they_were(way: str) -> None:
+def test_an_exception_in_the_backward_leaves_random_state_and_buffers_as_they_were(way: str) -> None:
     fs, gs = [Failing() for _ in range(3)], [Failing() for _ in range(3)]
-    loss = loss_of(block(way, fs, gs)(leaf(3, 4), leaf(3, 4)))
-    fs[1].fails.values.append(True)
-    torch.manual_seed(2)
-    random, buffers = torch.get_rng_state(), [(id(b), b.clone()) for b in both(fs, gs).buffers()]
-    with pytest.raises(KeyError, match="mine"):
-        loss.backward(retain_graph=True)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert [id(b) for b in both(fs, gs).buffers()] == [i for i, _ in buffers]
-    assert all(torch.equal(b, old) for b, (_, old) in zip(both(fs, gs).buffers(), buffers, strict=True))
-    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    call, x = block(way, fs, gs), [leaf(3, 4), leaf(3, 4)]
+    armed: list[bool] = []
+
+    def fail(g: Tensor) -> None:
+        if armed:
+            raise KeyError("mine")
+
+    fs[1].norm.weight.register_hook(fail)
+    for _ in range(STEPS):
+        loss = loss_of(call(*x))
+        torch.manual_seed(2)
+        random, buffers = torch.get_rng_state(), [(id(b), b.clone()) for b in both(fs, gs).buffers()]
+        armed.append(True)
+        with pytest.raises(KeyError, match="mine"):
+            loss.backward(retain_graph=True)
+        armed.clear()
+        assert torch.equal(torch.get_rng_state(), random)
+        assert [id(b) for b in both(fs, gs).buffers()] == [i for i, _ in buffers]
+        assert all(torch.equal(b, old) for b, (_, old) in zip(both(fs, gs).buffers(), buffers, strict=True))
+        assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        assert_same(outcome(call, x, both(fs, gs)), outcome(lines(fs, gs), x, both(fs, gs)), 0.0)
 
 
-# --- nothing stays behind
-class Remembers(nn.Module):
-    """Leaves its last output as an attribute, as many models do for inspection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = mlp()
-        self.last: Tensor | None = None
-
-    def forward(self, x: Tensor, side: Any) -> Tensor:
-        last = self.last = self.inner(x)
-        return last
-
-
-class Token:
-    pass
-
-
-def kept_by(call: Callable[..., Pair], backward: bool) -> list[Any]:
-    """Weak references to what one call keeps: its state, by a token among its arguments, and its outputs."""
-    token = Token()
-    y = call(leaf(3, 4), leaf(3, 4), [token])
-    refs = [weakref.ref(token), *(StorageWeakRef(t.untyped_storage()) for t in y)]
-    if backward:
-        loss_of(y).backward()
-    return refs
-
-
-def is_gone(ref: Any) -> bool:
-    return ref.expired() if isinstance(ref, StorageWeakRef) else ref() is None
-
-
-@ways
-@pytest.mark.parametrize("backward", [True, False])
-def test_state_is_freed_without_the_garbage_collector(way: str, backward: bool) -> None:
-    modules = mlps(3)
-    f = [lambda x, side, m=m: m(x) for m in modules]
-    call = block(way, f, list(mlps(3)))
-    gc.collect()
-    gc.disable()
-    try:
-        assert all(is_gone(ref) for ref in kept_by(call, backward))
-    finally:
-        gc.enable()
-
-
-@ways
-@pytest.mark.parametrize("backward", deep_but((False,), (True, False)))
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_module_that_remembers_its_output_does_not_keep_the_state_of_older_calls(
-    way: str, backward: bool, shared: bool
-) -> None:
-    f = [Remembers()] * 3 if shared else [Remembers() for _ in range(3)]
-    call = block(way, f, [torch.sin] * 3)
-    refs = [kept_by(call, backward) for _ in range(3)]
-    gc.collect()
-    assert all(is_gone(ref) for older in refs[:2] for ref in older)
-    for m in f:
-        m.last = None
-    gc.collect()
-    assert all(is_gone(ref) for ref in refs[2])
-
-
-@ways
-def test_regenerated_values_are_freed_with_the_backward_that_asked_for_them(way: str) -> None:
-    made = unseen()
-
-    def f(x: Tensor) -> Tensor:
-        h = torch.tanh(x)
-        made.values.append(StorageWeakRef(h.untyped_storage()))
-        return h.exp()
-
-    loss = loss_of(block(way, [f] * 4, [f] * 4)(leaf(3, 4), leaf(3, 4)))
-    for _ in range(2):
-        loss.backward(retain_graph=True)
-        assert len(made.values) > 8 and all(ref.expired() for ref in made.values)
-
-
-# --- state that nothing puts back
+# --- functions that are another one in each call
 def draws_for_a_cache() -> Callable[[Tensor], Tensor]:
     drop = nn.Dropout(0.5)
 
@@ -429,35 +348,41 @@ def draws_for_a_cache() -> Callable[[Tensor], Tensor]:
     return lambda x: drop(x * noise())
 
 
+@ways
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_what_gives_something_else_when_it_runs_again_raises(depth: int) -> None:
-    fs, gs = [draws_for_a_cache() for _ in range(depth)], mlps(depth)
-    y1, y2 = revfx.rev_block(leaf(64, 4), leaf(64, 4), fs, gs, depth)
-    with pytest.raises(RevfxError, match="when it is computed again"):
-        (y1.sin().sum() + y2.sum()).backward()
+def test_random_numbers_that_are_drawn_once_and_kept(way: str, depth: int) -> None:
+    def make() -> Functions:
+        return [draws_for_a_cache() for _ in range(depth)], [mlp() for _ in range(depth)]
+
+    assert_steps_like_lines(way, make, [leaf(64, 4), leaf(64, 4)])
 
 
-def test_random_numbers_of_a_generator_of_its_own_raise_under_autocast_too() -> None:
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(4, 4).float()
+@ways
+def test_random_numbers_of_a_generator_of_its_own_under_autocast(way: str) -> None:
+    def make() -> Functions:
+        generator = torch.Generator().manual_seed(0)
+        layer = nn.Linear(4, 4).float()
+        return [lambda x: layer(x) * torch.rand(4, generator=generator, dtype=torch.float32)] * 3, [mlp().float()] * 3
 
-    def f(x: Tensor) -> Tensor:
-        return layer(x) * torch.rand(4, generator=generator, dtype=torch.float32)
+    def wrap(call: Callable[..., Pair]) -> Callable[..., Pair]:
+        def program(*x: Tensor) -> Pair:
+            with torch.autocast("cpu", torch.bfloat16):
+                return call(*x)
 
-    with torch.autocast("cpu", torch.bfloat16):
-        y1, y2 = revfx.rev_block(leaf(64, 4).float(), leaf(64, 4).float(), f, mlp().float(), 1)
-    with pytest.raises(RevfxError, match="when it is computed again"):
-        (y1.sin().sum() + y2.sum()).backward()
+        return program
+
+    assert_steps_like_lines(way, make, [leaf(64, 4, dtype=torch.float32)] * 2, wrap=wrap)
 
 
-def test_a_change_that_a_normalisation_hides_from_what_functions_give() -> None:
-    scale, linear = unseen(), nn.Linear(4, 4)
-    scale.by = 1.0
+@ways
+def test_a_change_that_a_normalisation_hides_from_what_functions_give(way: str) -> None:
+    scale = [1.0]
 
-    def scaled(x: Tensor) -> Tensor:
-        return linear(F.layer_norm(x * scale.by, (4,)))
+    def make() -> Functions:
+        scale[0], linear = 1.0, nn.Linear(4, 4)
+        return [lambda x: linear(F.layer_norm(x * scale[0], (4,)))] * 6, [mlp() for _ in range(6)]
 
-    y1, y2 = rev_block(leaf(3, 4), leaf(3, 4), scaled, scaled, 6)
-    scale.by = 1.5
-    with pytest.raises(RevfxError, match=r"of layer 5` .* when it is computed again"):
-        (y1.sum() + y2.sum()).backward()
+    def change(*_: Any) -> None:
+        scale[0] *= 1.5
+
+    assert_steps_like_lines(way, make, [leaf(3, 4), leaf(3, 4)], change)

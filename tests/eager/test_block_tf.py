@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WAYS, Pair, assert_same, block, leaf, lines, outcome, relative_error
+from helpers import WAYS, Pair, assert_steps, block, leaf, lines, outcome, relative_error
 from torch import Tensor, nn
 
 from revfx import RevBlock, rev_block
@@ -50,11 +50,7 @@ def uniform(*shape: int) -> Tensor:
 
 
 def assert_trains_like_plain(
-    fs: list[nn.Module],
-    gs: list[nn.Module],
-    x: Tensor,
-    f_side: list[Tensor] | None = None,
-    rtol: float = 1e-5,
+    fs: list[nn.Module], gs: list[nn.Module], x: Tensor, f_side: list[Tensor] | None = None
 ) -> None:
     modules = nn.ModuleList([*fs, *gs])
     module = RevBlock(fs, gs, len(fs))
@@ -73,12 +69,8 @@ def assert_trains_like_plain(
     inputs = [x, *(f_side or ())]
     expected = outcome(lambda *a: run("by hand", *a), inputs, modules)
     for way in ("training", "not training", "RevBlock"):
-        got = outcome(lambda *a, way=way: run(way, *a), inputs, modules)
-        torch.testing.assert_close(got.outputs, expected.outputs, rtol=1e-6, atol=1e-6)
-        assert all(torch.equal(a, b) for a, b in zip(got.buffers, expected.buffers, strict=True))
-        assert all(g is not None for g in (*got.input_grads, *got.parameter_grads))
-        assert relative_error(got.input_grads, expected.input_grads) < rtol
-        assert relative_error(got.parameter_grads, expected.parameter_grads) < rtol
+        assert_steps(lambda *a, way=way: run(way, *a), expected, inputs, modules)
+    assert all(g is not None for g in (*expected.input_grads, *expected.parameter_grads))
 
 
 def test_forward_then_inverse_gives_the_input_back() -> None:
@@ -134,7 +126,7 @@ def test_same_as_plain_with_convolutions_and_batch_norm(training: bool) -> None:
     expected = outcome(lambda x: lines(fs, gs)(*halves(x)), [x], modules)
     for way in WAYS:
         run = block(way, fs, gs)
-        assert_same(outcome(lambda x, run=run: run(*halves(x)), [x], modules), expected)
+        assert_steps(lambda x, run=run: run(*halves(x)), expected, [x], modules)
 
 
 def test_calling_it_again_makes_no_new_parameters() -> None:
@@ -226,10 +218,9 @@ def test_a_step_of_an_encoder_decoder_whose_side_inputs_are_biases_and_the_encod
         assert logits.shape == (SENTENCES, TARGET, VOCABULARY)
         return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
-    got, expected = outcome(lambda: step(True), module=model), outcome(lambda: step(False), module=model)
-    assert all(g is not None and g.abs().sum() > 0 for g in got.parameter_grads)
-    assert torch.equal(got.outputs[0], expected.outputs[0]) and torch.equal(got.random, expected.random)
-    assert relative_error(got.parameter_grads, expected.parameter_grads) < 1e-9
+    expected = outcome(lambda: step(False), module=model)
+    assert all(g is not None and g.abs().sum() > 0 for g in expected.parameter_grads)
+    assert_steps(lambda: step(True), expected, module=model)
 
 
 def test_side_inputs_gradient_sums_over_the_layers() -> None:

@@ -12,7 +12,6 @@ from helpers import kept_cuts
 from torch import Tensor, nn
 
 import revfx
-from revfx.errors import RevfxWarning
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage):UserWarning")
@@ -51,8 +50,8 @@ INPUTS: dict[str, tuple[Callable[[], Tensor], int]] = {  # and how many cuts are
     "csr": (lambda: dense().to_sparse_csr(), 2),
     "bsr": (lambda: dense().to_sparse_bsr((2, 2)), 2),
     "mkldnn": (lambda: dense().to_mkldnn(), 0),
-    "jagged": (lambda: nested(torch.jagged), 0),
-    "nested": (lambda: nested(torch.strided), 0),
+    "jagged": (lambda: nested(torch.jagged), 2),
+    "nested": (lambda: nested(torch.strided), 2),
 }
 
 
@@ -61,14 +60,16 @@ INPUTS: dict[str, tuple[Callable[[], Tensor], int]] = {  # and how many cuts are
 def test_gradients_are_those_of_plain_training(kind: str) -> None:
     torch.manual_seed(0)
     make, kept = INPUTS[kind]
-    plain, inputs = Couplings(), [make(), make()]
+    plain, inputs = Couplings(), [make() for _ in range(4)]
     model: Any = revfx.convert(copy.deepcopy(plain))
-    for x in inputs:  # the second one takes what was made for the first
+    for x in inputs:  # later ones take the plan of the first one
         plain(x).sin().sum().backward()
         model(x).sin().sum().backward()
-    for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad)
+        for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
+            assert found.grad is not None and expected.grad is not None
+            assert torch.equal(found.grad, expected.grad)
     assert kept_cuts(model) == kept
+    assert len(model.revfx.plans) == (kept > 0)
 
 
 def test_calls_in_other_layouts_are_other_calls() -> None:
@@ -80,14 +81,9 @@ def test_calls_in_other_layouts_are_other_calls() -> None:
     assert len(model.revfx.plans) == 3
 
 
-def test_a_nested_tensor_is_refused_by_its_name() -> None:
-    model = revfx.convert(Couplings())
-    with pytest.warns(RevfxWarning, match="a nested tensor has no fake one"):
-        model(nested(torch.jagged)).sum().backward()
-
-
 @pytest.mark.parametrize("kind", ["coo", "csr", "bsr"])
 def test_sparse_inputs_are_explained_as_dense_ones(kind: str) -> None:
+    revfx.explain(Couplings(), dense())  # the first one of a process counts eight bytes more
     torch.manual_seed(0)
     found = revfx.explain(Couplings(), INPUTS[kind][0]())
     torch.manual_seed(0)  # what codes take goes by the numbers

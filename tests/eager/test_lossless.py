@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import mlp, mlps
+from helpers import mlp, mlps, regions_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import Additive, AffineExp, D, Momentum
@@ -62,7 +62,7 @@ def assert_plain(
 
 def coded(converted: Any) -> int:
     """Return the bytes of the codes of the latest forward."""
-    return sum(region.coded for plan in conversion_of(converted).plans for region in plan.regions.values())
+    return conversion_of(converted).coded_bytes
 
 
 class Scaled(nn.Module):
@@ -301,10 +301,10 @@ def test_streams_through_functions_that_only_a_code_makes_invertible(name: str) 
     """Bytes of codes stay below those of the activations: `most` an element and coupling, of 4."""
     through, most = THROUGH[name]
     converted = assert_plain(Through(through).float(), torch.randn(256, 2 * D))
-    (plan,) = conversion_of(converted).plans
-    assert sum(step.inverts for region in plan.regions.values() for step in region.region.steps) >= 6
+    assert sum(step.inverts for region in regions_of(converted) for step in region.steps) >= 6
     assert coded(converted) / (2 * 4 * 256 * D) < most
     model, x = Through(through).float(), torch.randn(256, 2 * D, requires_grad=True)
     rounding: Any = revfx.convert(model, exact=False)
-    revfx.testing.assert_same_grads(rounding, model, [x], rtol=1e-4)
+    for _ in range(STEPS):
+        revfx.testing.assert_same_grads(rounding, model, [x], rtol=1e-4)
     assert 0 < coded(rounding) < coded(converted), "couplings that only add have none"

@@ -63,8 +63,8 @@ def test_small_addends_of_large_streams_keep_their_digits(way: str, kept: bool) 
 def test_no_step_solves_for_what_it_can_compute_again(kept: bool) -> None:
     converted: Any = revfx.convert(Coupled(kept))
     converted(torch.randn(3, 2 * D, requires_grad=True))
-    (plan,) = conversion_of(converted).plans
-    (region,) = plan.regions.values()
-    inverses = [(s, d.arc.head) for s in region.region.steps for d in s.derive if isinstance(d, Invert)]
+    (found,) = conversion_of(converted).couplings
+    (region,) = found.regions
+    inverses = [(s, d.arc.head) for s in region.steps for d in s.derive if isinstance(d, Invert)]
     assert inverses
-    assert all(region.program.made_at[head] < step.start for step, head in inverses)
+    assert all(found.lowered.program.made_at[head] < step.start for step, head in inverses)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import regions_of
 from torch import Tensor
 from zoo import D, Pairs
 
 import revfx
-from revfx.converted import conversion_of
 from revfx.testing import assert_same_grads, gradients
 
 
@@ -37,7 +37,7 @@ def test_unclamped_exp_is_finite_and_right_wherever_plain_is(scale: float, dtype
     want = gradients(model, [x])
     assert all(w is not None and w.isfinite().all() for w in want.values())
     assert_same_grads(converted, model, [x], rtol=1e-9 if dtype == torch.float64 else 1e-3)
-    assert conversion_of(converted).plans[0].regions
+    assert regions_of(converted)
 
 
 # --- what is reversible although something else reads it
@@ -59,5 +59,5 @@ def test_stream_that_is_read_elsewhere_or_returned_is_found(fp64: None) -> None:
     x = torch.randn(6, 2 * D, requires_grad=True)
     converted = revfx.convert(model)
     assert_same_grads(converted, model, [x])
-    (region,) = conversion_of(converted).plans[0].regions.values()
-    assert sum(s.inverts for s in region.region.steps) >= 2 * DEPTH - 2
+    (region,) = regions_of(converted)
+    assert sum(s.inverts for s in region.steps) >= 2 * DEPTH - 2

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from compiled import compiled, fresh as fresh
-from helpers import deep_but, leaf, mlps, relative_error
+from helpers import deep_but, leaf, mlps, regions_of, relative_error
 from torch import Tensor, nn
 
 import revfx
 from revfx.compiled.partitioner import reports
-from revfx.converted import conversion_of
 from revfx.passes.sizes import of_its_shape
 from revfx.testing import assert_same_grads, measure_memory, store_activations
 
@@ -73,8 +72,7 @@ def test_both_couplings_of_a_layer_are_found(name: str) -> None:
     model, x = Scaled(MADE[name]), leaf(8, 8)
     converted: Any = revfx.convert(copy.deepcopy(model))
     assert_same_grads(converted, model, [x])
-    (plan,) = conversion_of(converted).plans
-    assert sum(s.inverts for r in plan.regions.values() for s in r.region.steps) >= 6
+    assert sum(s.inverts for r in regions_of(converted) for s in r.steps) >= 6
 
 
 @pytest.mark.parametrize("name", deep_but(("randn_like", "drop path"), MADE))

@@ -54,7 +54,7 @@ def test_the_zoo_is_predicted_as_well(name: str) -> None:
         seen = measure_memory(lambda: total(converted(*x)))
     usage = found.way("revfx")
     assert usage is not None and usage.peak is not None and found.regions
-    assert abs(usage.peak / seen.peak - 1) < 0.1, (usage.peak, seen.peak)
+    assert -0.1 < usage.peak / seen.peak - 1 < 0.2, (usage.peak, seen.peak)  # from above: it keeps each cut
 
 
 def test_a_model_is_as_it_was_afterwards() -> None:

@@ -15,7 +15,7 @@ from zoo import D
 
 import revfx
 from revfx import rules
-from revfx.errors import RegenerationError, RevfxError, RevfxWarning
+from revfx.errors import RevfxError
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -133,10 +133,10 @@ def test_layers_keep_little_of_what_they_did(layer: type[Layer]) -> None:
     assert ("forward" in vars(layer)) is (layer is not Inherits), "it is as it was"
 
 
-def test_a_wrong_one_is_warned_of_and_what_it_should_give_is_kept() -> None:
+def test_a_wrong_one_is_not_used_where_the_operators_inside_can_be_inverted() -> None:
     x = torch.randn(256, 2 * D, requires_grad=True)
-    with inverted_by(Wrong), pytest.warns(RevfxWarning, match=r"The inverse of `Wrong` \(.*test_methods.py:\d+\) does"):
-        assert kept_growth(lambda layers: Flow(Wrong, layers), x, (LAYERS // 2, LAYERS)) < 0.3
+    with inverted_by(Wrong):
+        assert kept_growth(lambda layers: Flow(Wrong, layers), x, (LAYERS // 2, LAYERS)) < 0.05
 
 
 def test_weights_that_change_before_the_backward_raise() -> None:
@@ -146,7 +146,7 @@ def test_weights_that_change_before_the_backward_raise() -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.5)
-        with pytest.raises(RegenerationError, match="modified in place"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
 

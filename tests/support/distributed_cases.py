@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_models import Result, Task, blocks, chain, chain_of, inputs, model_of, train
+from distributed_models import STEPS, Result, Task, blocks, chain, chain_of, inputs, model_of, train
 from distributed_parallel import PIPELINES, TENSOR, pipelined, tensor_and_data, unwaited
 from distributed_state import STATE
 from helpers import DEEP, kept_cuts, loss_of, quick_but
@@ -28,6 +28,7 @@ from revfx.eager import block
 from revfx.eager.calls import Call
 from revfx.eager.executor import run_region
 from revfx.eager.region_plan import RegionPlan
+from revfx.engine.forward import Forward
 from revfx.testing import Memory, measure_memory
 
 
@@ -146,7 +147,7 @@ def guarded(build: Build, rank: int, world: int) -> Result:
     """In the last process alone a factor is too small to be divided by, so it keeps another cut than the others do."""
     model: Any = Affine() if build is Plain else convert(Affine())
     sharded(model, [*model.s, *model.t])
-    for _ in range(2):
+    for _ in range(STEPS):
         loss_of(model(inputs(rank, 0) * (40.0 if rank == world - 1 else 1.0))).backward()
     gradients: list[Tensor | None] = [p.grad.full_tensor() for p in model.parameters()]
     return Result([gradients], [torch.tensor(0.0 if build is Plain else kept_cuts(model))])
@@ -246,14 +247,19 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    runs = [0]
+    runs, end = [0], Forward.end
 
-    def counted(plan: RegionPlan, calls: list[Call], env: dict[int, Tensor]) -> None:
+    def counted(self: Forward) -> None:
+        runs[0] += self.count > 0
+        end(self)
+
+    def counted_region(plan: RegionPlan, calls: list[Call], env: dict[int, Tensor]) -> None:
         runs[0] += 1
         run_region(plan, calls, env)
 
-    for module in (block, plans):
-        vars(module)["run_region"] = counted
+    Forward.end = counted
+    for module in (block, plans):  # of sharded modules
+        vars(module)["run_region"] = counted_region
     results: dict[Key, Result] = {}
     for (kind, name), (case, ways) in _cases(world).items():
         for way in ("plain", *ways):
@@ -272,5 +278,5 @@ def _result(case: Case, build: Build, rank: int, world: int, runs: list[int]) ->
             result = case(build, rank, world)
     except Exception:
         result = Result(error=traceback.format_exc())
-    result.regions, result.unwaited = runs[0], unwaited()
+    result.dropped, result.unwaited = runs[0], unwaited()
     return result

@@ -18,20 +18,21 @@ from ways import Build, Plain
 from revfx.testing import Memory
 
 
-DEPTH, ROWS, STEPS = 3, 6, 2
+DEPTH, ROWS, STEPS = 3, 6, 4  # the first step learns, the second one proves
 Gradients = list[Tensor | None]
 
 
 @dataclass
 class Result:
-    """Of one case in one process: per step the gradients, and how many regions ran; or the error that came up.
+    """Gradients per step of one case in one process; or the error that came up.
 
-    `unwaited` is how many collectives nobody has waited for, `memory` what a step took where that was measured.
+    `dropped` counts forwards that dropped saved tensors, `unwaited` collectives that nobody has waited for; `memory` is
+    that of a step, if it was measured.
     """
 
     gradients: list[Gradients] = field(default_factory=list[Gradients])
     buffers: list[Tensor] = field(default_factory=list[Tensor])
-    regions: int = 0
+    dropped: int = 0
     unwaited: int = 0
     memory: Memory | None = None
     error: str = ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_models import Gradients, Result, chain_of, inputs, train, update
+from distributed_models import STEPS, Gradients, Result, chain_of, inputs, train, update
 from helpers import loss_of, quick_but
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -145,7 +145,7 @@ def batch() -> Tensor:
 
 
 def pipelined(schedule: Any) -> Callable[[Build, int, int], Result]:
-    """A model of several chains, each in a stage of its own; its gradients are those of two steps."""
+    """A model of several chains, each in a stage of its own; its gradients are those of each step."""
     (name,) = (n for n, s in PIPELINES.items() if s is schedule)
 
     def run(build: Build, rank: int, world: int) -> Result:
@@ -156,7 +156,7 @@ def pipelined(schedule: Any) -> Callable[[Build, int, int], Result]:
         given: Any = stages if len(stages) > 1 else stages[0]
         made = schedule(given, MICROBATCHES, loss_fn=lambda y, _: loss_of(y))
         result, x = Result(), batch()
-        for _ in range(2):
+        for _ in range(STEPS):
             made.step(*([x] if rank == 0 else []), **({"target": x} if rank == world - 1 else {}))
             result.gradients.append([g for m in models for g in update(m)])
         return result
@@ -168,7 +168,7 @@ def pipeline_reference(stages: int) -> list[list[Gradients]]:
     """Per step and stage the gradients, in one process."""
     model = nn.Sequential(*(chain_of(Plain, seed=seed) for seed in range(stages)))
     found: list[list[Gradients]] = []
-    for _ in range(2):
+    for _ in range(STEPS):
         for part in batch().chunk(MICROBATCHES):
             (loss_of(model(part)) / MICROBATCHES).backward()
         found.append([update(stage) for stage in model])

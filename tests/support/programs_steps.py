@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
+STEPS = 4  # a converted model learns in the first one, proves in the second one, and is steady then
 ULPS = 8  # parameters and inputs are changed by up to so many units in the last place, to see what rounding does
 EPS = torch.finfo(torch.float64).eps
 Call = Callable[..., Any]
@@ -44,8 +45,8 @@ def run(program: Program, model: nn.Module, call: Call, perturb: int = 0) -> Run
     """The program's steps by `call`, which runs `model`'s forward; `perturb` changes the numbers a little.
 
     The ways to take them: "once"; "retained", the backward twice; "one by one", a backward per output; "two calls"
-    before one backward; "twice differentiated"; "raises" from inside f in the second of three steps; "accumulated"
-    gradients; "resized", other shapes in the second step; "switched" between training and evaluation, and other
+    before one backward; "twice differentiated"; "raises" from inside f in every second of five steps; "accumulated"
+    gradients; "resized", other shapes in every second step; "switched" between training and evaluation, and other
     parameters frozen; "rewritten" buffers, so that masks and permutations are none any more; "looked at" without
     gradients before, and by hooks; "written" to between forward and backward.
     """
@@ -55,10 +56,10 @@ def run(program: Program, model: nn.Module, call: Call, perturb: int = 0) -> Run
         torch.manual_seed(program.seed)
         if perturb:
             _perturb([p.data for p in model.parameters()], perturb)
-        for number in range(3 if program.way == "raises" else 2):
+        for number in range(5 if program.way == "raises" else STEPS):
             for m in model.modules():
                 if isinstance(m, Raises):
-                    m.armed = program.way == "raises" and number == 1
+                    m.armed = program.way == "raises" and number % 2 == 1
             taken.append(_step(program, model, call, number, perturb))
             _between(program.way, model, call)
     return Run(taken, warned)
@@ -100,7 +101,7 @@ def _step(program: Program, model: nn.Module, call: Call, number: int, perturb: 
     try:
         outputs, losses = list[Any](), list[Tensor]()
         for again in range(2 if way == "two calls" else 1):
-            mine, given = arguments(program, 10 * number + again, rows=number if way == "resized" else 0)
+            mine, given = arguments(program, 10 * number + again, rows=number % 2 if way == "resized" else 0)
             if perturb:
                 with torch.no_grad():
                     _perturb([*mine, *(t for t in given if not t.requires_grad)], perturb)

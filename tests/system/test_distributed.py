@@ -49,17 +49,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def taken(results: Results, world: int, key: Key) -> list[Result]:
-    """What each process gave for a case, in which regions ran where revfx was there, and nothing was left waiting."""
+    """The results of each process for a case: revfx dropped saved tensors, if it was there, and no collective waits."""
     found = [by_rank[key] for by_rank in results[world]]
     for result in found:
         assert not result.error, result.error
-        assert bool(result.regions) == (key[2] not in ("plain", "checkpoint") or key[0] == "converted last")
+        assert bool(result.dropped) == (key[2] not in ("plain", "checkpoint") or key[0] == "converted last")
         assert result.unwaited == 0
     return found
 
 
 def assert_close(got: list[Gradients], expected: list[Gradients], tolerance: float = TOLERANCE) -> None:
-    assert max(relative_error(g, e) for g, e in zip(got, expected, strict=True)) < tolerance
+    assert max(relative_error(g, e) for g, e in zip(got, expected, strict=True)) <= tolerance
+
+
+def assert_same(got: Result, want: Result) -> None:
+    """The gradients of plain's own processes and the buffers, bit for bit."""
+    for g, w in zip([*got.gradients, got.buffers], [*want.gradients, want.buffers], strict=True):
+        assert all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(g, w, strict=True))
 
 
 def check(results: Results, world: int, key: Key, task: Task, plain: Key | None = None) -> None:
@@ -68,8 +74,11 @@ def check(results: Results, world: int, key: Key, task: Task, plain: Key | None 
     expected = reference(world, task)
     for rank, result in enumerate(taken(results, world, key)):
         assert_close(result.gradients, expected[: task.steps(rank)])
-        same = relative_error(result.buffers, results[world][rank][plain or (kind, case, "plain")].buffers) < TOLERANCE
+        theirs = results[world][rank][plain or (kind, case, "plain")]
+        same = relative_error(result.buffers, theirs.buffers) < TOLERANCE
         assert same == (way != "checkpoint")  # it updates batch norm twice
+        if world < 3 and way != "checkpoint" and plain is None:  # more processes add up in the order of their buckets
+            assert_same(result, theirs)
 
 
 # --- DDP
@@ -101,10 +110,11 @@ def test_fsdp2_in_four_processes(results: Results, case: str, way: str) -> None:
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize("case", BLOCKS)
 def test_converted_blocks_may_be_sharded_each(results: Results, case: str, way: str) -> None:
-    expected = reference(2, model=blocks(Plain))
-    for result in taken(results, 2, ("blocks", case, way)):
+    expected, plain = reference(2, model=blocks(Plain)), taken(results, 2, ("blocks", case, "plain"))
+    for result, same in zip(taken(results, 2, ("blocks", case, way)), plain, strict=True):
         assert_close(result.gradients, expected)
-        assert result.regions == 3 * len(expected)
+        assert_same(result, same)
+        assert result.dropped >= 3 * (len(expected) - 1), "but for the first step, which learns"
 
 
 @pytest.mark.parametrize("case", LAST)
@@ -124,30 +134,30 @@ def test_blocks_that_are_sharded_as_wholes_are_closed_to_the_model_around_them(r
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize("case", MIXED)
 def test_fsdp2_in_mixed_precision_computes_as_without_revfx(results: Results, case: str, way: str) -> None:
-    """In float32 where streams are regenerated in float32, else as exactly as in fp64."""
-    expected, streams_in_float32 = reference(2, model=chain_of(Plain)), case in ("f and g, with streams", "all as one")
+    expected = reference(2, model=chain_of(Plain))
     plain = taken(results, 2, ("mixed", case, "plain"))
     for result, same in zip(taken(results, 2, ("mixed", case, way)), plain, strict=True):
         assert_close(result.gradients, expected, 1e-5)
-        assert_close(result.gradients, same.gradients, 1e-5 if streams_in_float32 else TOLERANCE)
+        assert_same(result, same)
         assert 1e-9 < relative_error(same.gradients[0], expected[0])  # it was in float32
 
 
 def test_processes_may_have_codes_of_different_sizes(results: Results) -> None:
-    """What the numbers of one process alone demand doesn't disturb FSDP2's collectives."""
+    """They don't disturb FSDP2's collectives."""
     key = ("guarded", "guarded", "convert")
     found, plain = taken(results, 2, key), taken(results, 2, (*key[:2], "plain"))
     for result, same in zip(found, plain, strict=True):
-        assert_close(result.gradients, same.gradients)
+        assert_close(result.gradients, same.gradients, 0.0)
 
 
 # --- tensor parallel
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize("case", TENSOR)
 def test_tensor_parallel_functions_give_the_plain_gradients(results: Results, case: str, way: str) -> None:
-    expected = reference(1, model=chain_of(Plain))
-    for result in taken(results, 2, ("tensor", case, way)):
+    expected, plain = reference(1, model=chain_of(Plain)), taken(results, 2, ("tensor", case, "plain"))
+    for result, same in zip(taken(results, 2, ("tensor", case, way)), plain, strict=True):
         assert_close(result.gradients, expected)
+        assert_same(result, same)
 
 
 @pytest.mark.parametrize("way", OWN)
@@ -165,8 +175,10 @@ def test_tensor_parallel_functions_may_be_sharded_too(results: Results, way: str
 def test_stages_of_a_pipeline_give_the_plain_gradients(results: Results, world: int, case: str, way: str) -> None:
     stages = [stages_of(case, rank, world) for rank in range(world)]
     expected = pipeline_reference(sum(map(len, stages)))
-    for mine, result in zip(stages, taken(results, world, ("pipeline", case, way)), strict=True):
+    plain = taken(results, world, ("pipeline", case, "plain"))
+    for mine, result, same in zip(stages, taken(results, world, ("pipeline", case, way)), plain, strict=True):
         assert_close(result.gradients, [[g for stage in mine for g in step[stage]] for step in expected])
+        assert_same(result, same)
 
 
 # --- checkpoints
@@ -176,8 +188,7 @@ def test_checkpoints_move_between_plain_and_converted_models(results: Results, c
     for rank, result in enumerate(taken(results, 2, ("state", case, way))):
         plain = results[2][rank]["state", case, "plain"]
         assert_close(result.gradients[0::2], result.gradients[1::2])  # the first model's, and the second's
-        assert_close(result.gradients, plain.gradients)
-        assert relative_error(result.buffers, plain.buffers) < TOLERANCE
+        assert_same(result, plain)
 
 
 # --- memory

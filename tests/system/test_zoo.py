@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_as_stored, deep_but
+from helpers import assert_same_as_stored, deep_but, regions_of
 from torch import Tensor, nn
 from zoo import ZOO, Momentum, Pairs
 
 import revfx
-from revfx.converted import conversion_of
 from revfx.testing import Memory, assert_same_grads, measure_memory
 
 
@@ -35,8 +34,7 @@ def test_gradients_are_those_of_plain_autograd(name: str, fp64: None) -> None:
     converted: Any = revfx.convert(model)
     assert_same_grads(converted, model, inputs)
     assert_same_as_stored(converted, inputs)
-    (plan,) = conversion_of(converted).plans
-    assert plan.regions
+    assert regions_of(converted)
 
 
 @pytest.mark.parametrize("streams", ["float32", "bfloat16", "bfloat16 autocast", "float16 autocast"])
