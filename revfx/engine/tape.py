@@ -168,6 +168,12 @@ class Tape:
     declared: list[Declared] = field(default_factory=list[Declared])
     constants: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
+    def forget_tensors(self) -> None:
+        """Let the tensors of this very forward go, once it is planned."""
+        self.constants.clear()
+        for op in self.ops:
+            op.state = None
+
     def is_outside(self, value: int) -> bool:
         """Return whether a value lies in memory that no operator of the tape made."""
         return self.allocations[self.values[value].allocation].is_outside

@@ -91,7 +91,7 @@ class _Builder:
         graph = self.made.graph
         first = next((n for n in graph.nodes if n.op != "placeholder"), None)
         with graph.inserting_before(first) if first is not None else graph.inserting_after():
-            node = graph.placeholder(f"x{value}")
+            node = graph.create_node("placeholder", f"x{value}", name=f"x{value}")
         self._note(node, value)
         known = self.tape.values[value]
         role = self.tape.allocations[known.allocation].role
@@ -121,7 +121,7 @@ class _Builder:
         if not fresh or all(self.tape.is_outside(v) for v in fresh):
             return  # a view of a value that is there anyway
         target, args, kwargs = self._call(op)
-        node = self.made.graph.call_function(target, args, kwargs)
+        node = self.made.graph.create_node("call_function", target, args, kwargs, name=packet_name(target))
         self.made.op_of[node] = number
         node.meta["where"] = op.where
         if packet_name(target) == "bernoulli":

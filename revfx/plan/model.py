@@ -192,7 +192,7 @@ class PlannedModel:
             known = set(plan.units)
             kind = self._plan(tape, plan)
             kind.ends = dispatch.version_counters([*inputs, *returned])
-            tape.constants.clear()
+            tape.forget_tensors()
             if before is not None and kind.units and known.issuperset(plan.units) and before.takes_another_path:
                 kind.is_due, kind.tries, kind.wait = True, before.tries + 1, before.wait
             elif before is not None:

@@ -232,12 +232,18 @@ class Builder:
         return (0, number) if isinstance(action, Inversion) else (1, action.op)
 
     # --- nodes
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        name = packet_name(target) or getattr(target, "__name__", "")
+        name = name if name.isidentifier() else "solve"  # of a lambda; torch takes longer to find a name
+        return self.graph.create_node("call_function", target, args, kwargs or {}, name=name)
+
     def _input(self, kind: str, index: int) -> fx.Node:
         key = kind, index
         if key not in self.placeholders:
             last = next(reversed(self.placeholders.values()), None)
             with self.graph.inserting_after(last) if last is not None else self._at_start():
-                self.placeholders[key] = self.graph.placeholder(f"{kind}_{index}")
+                name = f"{kind}_{index}"
+                self.placeholders[key] = self.graph.create_node("placeholder", name, name=name)
             self.inputs.append(key)
         return self.placeholders[key]
 
@@ -257,16 +263,16 @@ class Builder:
     def _wanted(self, slot: int) -> fx.Node:
         node = self._get(slot)
         if slot in self.memory.before and self.env.get(self.memory.before[slot]) is node:
-            node = self.graph.call_function(_written, (node,))
+            node = self._call(_written, (node,))
         return node
 
     def _invert(self, action: Inversion) -> None:
         tail = tuple(self._get(s) for s in action.tail)
         if action.code >= 0:
-            node = self.graph.call_function(_corrected(action.arc), (self._input("code", action.code), *tail))
+            node = self._call(_corrected(action.arc), (self._input("code", action.code), *tail))
         else:
-            node = self.graph.call_function(action.arc.solve, tail)
-        self.env[action.head] = self.graph.call_function(place, (node, self._input("layout", action.head)))
+            node = self._call(action.arc.solve, tail)
+        self.env[action.head] = self._call(place, (node, self._input("layout", action.head)))
 
     def _run(self, number: int) -> None:
         op = self.ops[number]
@@ -274,7 +280,7 @@ class Builder:
             self._make_empty(op)
             return
         if packet_name(op.func) in OF_SHAPE:
-            like = self.graph.call_function(empty, (self._input("layout", int(op.args[0])),))
+            like = self._call(empty, (self._input("layout", int(op.args[0])),))
             args = like, *self._filled(op.args[1:])
         else:
             args = self._filled(_replayed_args(op))
@@ -283,16 +289,16 @@ class Builder:
             if self.memory.allocation[before] not in self.private:
                 args = self._cloned(args, before)
         if op.state >= 0:
-            node = self.graph.call_function(run_drawing, (op.func, self._input("state", op.state), *args), kwargs)
+            node = self._call(run_drawing, (op.func, self._input("state", op.state), *args), kwargs)
         else:
-            node = self.graph.call_function(op.func, args, kwargs)
+            node = self._call(op.func, args, kwargs)
         if op.is_single:
             self.env[op.outs[0]] = node
             self._own(op, op.outs[0])
             return
         for position, slot in enumerate(op.outs):
             if slot >= 0:
-                self.env[slot] = self.graph.call_function(_item, (node, position))
+                self.env[slot] = self._call(_item, (node, position))
                 self._own(op, slot)
 
     def _own(self, op: UnitOp, slot: int) -> None:
@@ -304,7 +310,7 @@ class Builder:
     def _cloned(self, args: tuple[Any, ...], slot: int) -> tuple[Any, ...]:
         """Return the arguments of a write with a copy in the place of the tensor that is written to."""
         node = self._get(slot)
-        copy = self.graph.call_function(aten.clone.default, (node,))
+        copy = self._call(aten.clone.default, (node,))
         for other, allocation in self.memory.allocation.items():
             is_beside = allocation == self.memory.allocation[slot] and self._first(other) != self._first(slot)
             if is_beside and other in self.memory.before:
@@ -319,7 +325,7 @@ class Builder:
 
     def _make_empty(self, op: UnitOp) -> None:
         slot = op.outs[0]
-        self.env[slot] = self.graph.call_function(empty, (self._input("layout", slot),))
+        self.env[slot] = self._call(empty, (self._input("layout", slot),))
         self._own(op, slot)
 
     def _filled(self, tree: Any) -> Any:
