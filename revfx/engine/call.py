@@ -275,6 +275,8 @@ class UnitCall:
         if slot not in self.given:
             slot = self.unit.same.get(slot, slot)
         t = self.given.get(slot)
+        if t is not None and t.layout != torch.strided:
+            return t  # kernels count writes of their own
         if t is not None:
             return _torch.unchanged(t, self.versions[slot])
         return self._exit(slot)

@@ -11,7 +11,7 @@ struct Saved {
   Shared call{};    // gives a dropped tensor back, from a slot
   int64_t slot = -1;
 
-  explicit Saved(const Tensor& t) : tensor(alias_of(t)), version(version_of(t)) {}
+  explicit Saved(const Tensor& t) : tensor(alias_of(t)), version(version_of(tensor)) {}
 
   void drop(py::object by, int64_t from) {
     tensor = Tensor();

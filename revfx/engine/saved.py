@@ -30,7 +30,7 @@ class SavedTensor:
     @_torch.uncompiled
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = dispatch.alias(tensor)
-        self.version = _torch.version(tensor)
+        self.version = _torch.version(self.tensor)
         self.call: UnitCall | None = None
         self.slot = -1
 

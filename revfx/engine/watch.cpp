@@ -63,8 +63,9 @@ struct PythonMatch {
       } else if (t.requires_grad()) {
         trained.add(key);
       }
-      given[key] = alias_of(t);
-      versions[key] = version_of(t);
+      Tensor alias = alias_of(t);
+      given[key] = alias;
+      versions[key] = version_of(alias);
     }
     return py::make_tuple(given, versions, trained);
   }

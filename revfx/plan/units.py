@@ -69,10 +69,28 @@ def spans(found: Couplings) -> list[Span]:
             while of_region and any(isinstance(a, Run) and a.op < span.first for a in span.actions):
                 span = _joined(of_region.pop(), span)  # going backwards runs operators further up
             of_region.append(span)
-        for span in of_region:
+        for span in _without_first_map(of_region):
             made.append(replace(_with_operands(found.tape, span, before), region=number))
             before = span.last
     return made
+
+
+def _without_first_map(spans: list[Span]) -> list[Span]:
+    """Join the spans up to a linear map before the first coupling: the start of a chain is replayed forwards.
+
+    So the inverse of the map, which is not cheap, is not needed.
+    """
+    inverting: list[tuple[int, bool]] = []  # with whether a linear map, or something else with long codes, is inverted
+    for number, span in enumerate(spans):
+        arcs = [a.arc for a in span.actions if isinstance(a, Inverse) and not a.arc.exact]
+        if arcs:
+            inverting.append((number, all(arc.coded for arc in arcs)))
+    if len(inverting) < 2 or not inverting[0][1] or inverting[1][1]:
+        return spans
+    joined, *rest = spans
+    for span in rest[: inverting[0][0]]:
+        joined = _joined(joined, span)
+    return [joined, *rest[inverting[0][0] :]]
 
 
 def _constants(found: Couplings, inverted: set[int], steps: range) -> tuple[tuple[int, Fact], ...]:
