@@ -25,11 +25,13 @@ def convert(
 
     The result is the same model seen through another class. It shares all attributes: parameters, buffers,
     sub-modules and hooks; `state_dict` keys, call signature, `train()`/`eval()`, `deepcopy` and pickling are the
-    model's own. The first call with given shapes, dtypes and training state makes a plan.
+    model's own. Public methods that are given tensors are watched like `forward`.
 
     Without `memory`, revfx looks for values that can be computed back from later ones: `x1 = y1 - f(x2)` where the
     model computes `y1 = x1 + f(x2)`. It frees them in the forward and regenerates them, layer by layer, in the
-    backward. A code corrects the rounding of each inverse; it takes 0.1 to 0.6 bytes an element.
+    backward. A code corrects the rounding of each inverse; it takes 0.1 to 0.6 bytes an element. The model's Python
+    runs once a step: its operators are watched, and the backward runs them again. The first call of a kind learns, and
+    frees what a checkpoint of each block would; in the second one every replay is tried before anything is freed.
 
     Args:
         model: any module. It is not changed.
@@ -54,8 +56,8 @@ def convert(
             anything. It names the least feasible budget.
 
     Warns:
-        NotConvertedWarning: nothing reversible was found, and the model runs as it was; or its forward can't be
-            recorded, and only its sub-modules are converted.
+        NotConvertedWarning: nothing reversible was found, and the model runs as it was; or, with `compile=True` and on
+            DTensors, its forward can't be recorded, and only its sub-modules are converted.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`convert` takes an nn.Module, not a {type(model).__name__}.")

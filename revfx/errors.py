@@ -158,6 +158,10 @@ class Reason(Enum):
         "the forward can't be recorded",
         f"{FOR_ANY_MODEL}, or take what the reason names out of the forward",
     )
+    NOT_REPLAYED = (
+        "the operators of a layer can't be run again with the same bits",
+        "let operators of torch, with deterministic kernels, compute what it reads",
+    )
     NOT_COMPILED = (
         "the compiler does not take a function or a graph",
         "run with TORCH_LOGS=graph_breaks for the details, or leave out `compile=True`",

@@ -120,12 +120,14 @@ class BlockLearning(Learning):
         return found
 
     def _gain(self, builder: UnitBuilder, call: UnitCall) -> int:
-        """Return the bytes that dropping frees, less `MIN_GAIN` times those that are held for it."""
+        """Return the bytes that dropping frees, less `MIN_GAIN` times those that are held for it alone."""
         freed: dict[int, int] = {}
         held: dict[int, int] = {}
+        kept = {self.tape.values[value].allocation for _, value in self.tape.saved[self._first_saved :]}
         for value, slot in builder.slots.items():
             allocation = self.tape.values[value].allocation
-            if slot in call.given and self.tape.allocations[allocation].role in ("", "input"):
+            is_temporary = self.tape.allocations[allocation].role in ("", "input")
+            if slot in call.given and is_temporary and allocation not in kept:
                 held[allocation] = self.tape.nbytes(value)
         for saved, _ in self._droppable(builder, call.unit.droppable):
             assert saved.tensor is not None

@@ -112,7 +112,7 @@ class PlannedModel:
             found += kind.found.refusals
             for reason in kind.plan.reasons:
                 where, _, detail = reason.rpartition(": ")
-                found.append(Refusal(Reason.HIDDEN_STATE, ("unit",), where, detail))
+                found.append(Refusal(Reason.NOT_REPLAYED, ("unit",), where, detail))
         return found
 
     def call(
