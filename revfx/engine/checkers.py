@@ -164,7 +164,8 @@ class _Generator:
             self._shape(name, slot)
             self.after.append(f"made[{slot}] = ref({name}); match.slot_of[id({name})] = {slot}")
             if slot in unit.held:
-                self.after.append(f"match.held[{slot}] = alias({name})")
+                held = f"{name}.detach().clone()" if slot in unit.cloned else f"alias({name})"
+                self.after.append(f"match.held[{slot}] = {held}")
             elif slot in unit.alive:
                 # not the result itself: autograd makes a view, or a new tensor, its own if nobody else refers to it
                 self.after.append(f"match.alive[{slot}] = {name}.detach()")

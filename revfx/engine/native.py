@@ -260,7 +260,7 @@ def _first_error(text: str) -> str:
 # --- units, as the extension takes them
 MADE, FIRST_EXTERNAL, EXTERNAL, NUMBER, CONSTANT, LIST, ANY = range(7)  # kinds of arguments
 IGNORED, EXTERNAL_RESULT, MADE_RESULT, MADE_AGAIN = range(4)  # kinds of results
-NONE, SAME, DETACH, ALIAS = range(4)  # ways to hold a result
+NONE, SAME, DETACH, ALIAS, COPY = range(5)  # ways to hold a result
 _plans: weakref.WeakKeyDictionary[Plan, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 _units: weakref.WeakKeyDictionary[UnitPlan, Any] = weakref.WeakKeyDictionary()
 
@@ -370,7 +370,7 @@ class _Describer:
             return EXTERNAL_RESULT, slot, None, NONE, NONE, False
         held = alive = NONE
         if slot in unit.held:
-            held = ALIAS
+            held = COPY if slot in unit.cloned else ALIAS
         elif slot in unit.alive:
             alive = DETACH if op.is_view else SAME
         return MADE_RESULT, slot, unit.shapes.get(slot), held, alive, slot in unit.layouts

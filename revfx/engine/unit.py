@@ -90,7 +90,7 @@ class Unit:
         kept: those of them that are held by every call; going backwards gives the others.
         exit: slots of the values that are there after.
         held: slots of which the tensors are held for the replay, as nothing computes them.
-        cloned: external slots in outside memory that each forward writes to, of which copies are held.
+        cloned: external and held slots in outside memory that each forward writes to, of which copies are held.
         coded: inverses that are corrected by codes; going backwards takes one code each.
         rounds: an inverse rounds, so that an error in what it reads shows in the entry.
         forward: the replay from the entry.

@@ -52,7 +52,7 @@ struct Argument {
 
 struct Result {
   enum Kind { IGNORED, EXTERNAL, MADE, AGAIN } kind = IGNORED;
-  enum Hold { NONE, SAME, DETACH, ALIAS };
+  enum Hold { NONE, SAME, DETACH, ALIAS, COPY };
   int64_t slot = -1;
   Shape shape;
   Hold held = NONE, alive = NONE;
@@ -406,6 +406,8 @@ struct Match {
     Under here(ABOVE);
     if (how == Result::ALIAS) {
       kept.emplace_back(slot, alias_of(t));
+    } else if (how == Result::COPY) {
+      kept.emplace_back(slot, t.detach().clone());
     } else {
       kept.emplace_back(slot, how == Result::DETACH ? t.detach() : t);
     }

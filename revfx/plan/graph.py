@@ -20,7 +20,7 @@ aten: Any = torch.ops.aten
 
 
 def overwrite(*args: Any) -> Tensor:
-    """Stand for an operator that writes to a part of its first argument; it is never called."""
+    """Stand for an operator that writes to a part of its first argument, or moves it; it is never called."""
     raise AssertionError("a write has no function")
 
 
@@ -153,6 +153,8 @@ class _Builder:
             value = self.tape.values[op.outs[0] or 0]
             target = aten.rand.default if op.state is not None else aten.full.default
             return target, (list(value.view.shape), *(() if op.state is not None else (0,))), {}
+        if self._moves(op):
+            return overwrite, tuple(self._node(v) for v in op.reads), {}  # the graph's tensors have no devices
         args, kwargs = self._nodes(op.args), {k: self._nodes(v) for k, v in op.kwargs.items()}
         if op.func in STATISTICS and op.args[5]:
             args = tuple(None if i in STATISTICS[op.func] else a for i, a in enumerate(args))
@@ -166,6 +168,12 @@ class _Builder:
                 return overwrite, tuple(self._node(v) for v in op.reads), {}
             return functional, args, kwargs
         return op.func, args, kwargs
+
+    def _moves(self, op: Op) -> bool:
+        """Return whether an operator copies a tensor to another device; single numbers may lie elsewhere."""
+        made = [self.tape.values[v].device for v in op.outs if v is not None]
+        read = [self.tape.values[v].device for v in op.reads if self.tape.values[v].view.shape]
+        return bool(made) and any(device != made[0] for device in read)
 
     def _is_whole(self, value: int) -> bool:
         view = self.tape.values[value].view

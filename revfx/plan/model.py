@@ -30,6 +30,7 @@ from revfx.plan.units import UnitBuilder, spans
 
 
 MAX_KINDS = 64  # of calls; the oldest one makes room for a new one
+DEPTH, MOST_VISITED = 3, 1000  # of objects that are looked into for tensors
 MOST_TRIES = 2  # to learn another path through the forward
 PATIENCE = 2  # times as many calls pass between one time that a kind of call is learnt again and the next one
 
@@ -185,6 +186,7 @@ class PlannedModel:
         tape = learning.tape
         returned = tensors_in(out)
         tape.returned = [learning.number(t) for t in returned]
+        learning.before_write([*inputs, *returned])  # whether they are shows in the next call
         del learning
         with self.lock:
             before = self.kinds.get(key)
@@ -229,12 +231,19 @@ class PlannedModel:
         kind.units = max(kind.units, matched)
 
 
-def tensors_in(tree: Any, depth: int = 3) -> list[Tensor]:
-    """Return the tensors in a result: in containers, and in attributes of objects, a few levels deep."""
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results: in containers, and in attributes of objects, a few levels deep."""
     found: list[Tensor] = []
-    for x in pytree.tree_leaves(tree):
+    todo: list[tuple[Any, int]] = [(tree, DEPTH)]
+    for _ in range(MOST_VISITED):
+        if not todo:
+            break
+        x, depth = todo.pop()
         if isinstance(x, Tensor):
             found.append(x)
+        elif isinstance(x, (list, tuple, dict)):
+            parts = [*x.values()] if isinstance(x, dict) else x
+            todo += [(part, depth) for part in reversed(parts[:MOST_VISITED])]
         elif depth and hasattr(x, "__dict__") and not isinstance(x, (type, nn.Module)):
-            found += tensors_in([*vars(x).values()], depth - 1)
+            todo += [(part, depth - 1) for part in reversed([*vars(x).values()])]
     return found

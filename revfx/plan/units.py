@@ -205,7 +205,7 @@ class UnitBuilder:
         same = _first_slots(ops, memory)
         read_again = same.keys() - external
         read = {s for c in self.coded for s in (c.head, *c.tail)}
-        if not read_again.isdisjoint((*read, *exit)):
+        if not same.keys().isdisjoint((*read, *exit)):
             raise Unreplayable(f"{tape.ops[span.last].where}: a tensor was written to by another view of its memory")
         return Unit(
             ops=tuple(ops),
@@ -216,7 +216,7 @@ class UnitBuilder:
             kept=kept,
             exit=exit,
             held=held & _inputs_of(replays, "slot"),
-            cloned=frozenset(s for v, s in self.slots.items() if s in external and self._is_written(v)),
+            cloned=frozenset(s for v, s in self.slots.items() if s in external | held and self._is_written(v)),
             coded=tuple(self.coded),
             rounds=any(map(rounds, inverses)),
             layouts=_inputs_of(replays, "layout"),

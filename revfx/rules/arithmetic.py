@@ -155,7 +155,8 @@ def cast(node: fx.Node) -> Iterator[Direction]:
     before, after = fake_result(a), fake_result(node)
     floats = before.dtype in FLOATS and after.dtype in FLOATS
     if floats and torch.promote_types(before.dtype, after.dtype) == after.dtype:
-        yield Inverse(a, lambda y: y.to(before.dtype).to(before.device), exact=True)
+        moved = before.device != after.device
+        yield Inverse(a, lambda y: y.to(before.device, before.dtype) if moved else y.to(before.dtype), exact=True)
     elif floats and before.device == after.device:
         yield Inverse(a, lambda y: y.to(before.dtype), coded=True)
     else:
