@@ -61,6 +61,21 @@ def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: i
     return room.as_strided(shape, stride, first).copy_(t.reshape(shape))
 
 
+def copied(t: Tensor) -> Tensor:
+    """Return a copy of `t`, without its history, that lies in memory as `t` does: kernels round by it."""
+    t = t.detach()
+    if t.layout != torch.strided or t.is_nested or not _torch.is_plain(t) or (is_dense(t) and not offset_of(t)):
+        return t.clone()
+    once = t
+    for d, (n, s) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if n > 1 and s == 0:
+            once = once.narrow(d, 0, 1)
+    aligned = ALIGNED if t.is_cpu else ALIGNED_ELSEWHERE
+    room = t.new_empty(span(once.shape, once.stride()) + aligned // t.element_size())
+    first = (offset_of(t) - offset_of(room)) % aligned // t.element_size()
+    return room.as_strided(once.shape, once.stride(), first).copy_(once).expand(t.shape)
+
+
 def restrided(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Return `t` with given strides, as far as tensors of its class can have them."""
     if t.layout != torch.strided or t.stride() == stride:

@@ -29,6 +29,7 @@ from revfx.engine.observe import Observer
 from revfx.engine.randomness import RandomState
 from revfx.engine.unit import Replay, Unit
 from revfx.errors import NondeterminismWarning, warn
+from revfx.layout import copied
 from revfx.passes._torch import OVERFLOWED
 
 
@@ -171,11 +172,11 @@ class UnitCall:
         """Copy the tensors that this call holds in memory that is about to be written to."""
         for slot, t in self.given.items():
             if memory_of(t) == memory:
-                self.given[slot] = copy = t.detach().clone()
+                self.given[slot] = copy = copied(t)
                 self.versions[slot] = _torch.version(copy)
         for slot, (t, _) in self.exits.items():
             if memory_of(t) == memory:
-                copy = t.clone()
+                copy = copied(t)
                 self.exits[slot] = copy, _torch.version(copy)
 
     def fetch(self, slot: int) -> Tensor:

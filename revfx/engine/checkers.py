@@ -15,7 +15,7 @@ from revfx.engine import dispatch
 from revfx.engine.operators import is_writer, written_positions
 from revfx.engine.randomness import state_before
 from revfx.engine.unit import Number, Slot, Unit, UnitOp
-from revfx.layout import offset_of
+from revfx.layout import copied, offset_of
 
 
 # Arguments of other classes, such as handles of the profiler, tell nothing.
@@ -58,7 +58,7 @@ class _Generator:
         self.done: set[int] = set()  # slots of results that were made
         self.names: dict[str, Any] = {
             "Tensor": Tensor, "ref": weakref.ref, "state_before": state_before, "offset_of": offset_of,
-            "alias": dispatch.alias, "is_alias": is_alias, "version": _torch.version,
+            "alias": dispatch.alias, "is_alias": is_alias, "version": _torch.version, "copied": copied,
         }  # fmt: skip
         self.lines: list[str] = []
 
@@ -98,7 +98,7 @@ class _Generator:
             a = op.args[position] if is_positional else op.kwargs.get(name)
             if type(a) is Slot and int(a) in self.unit.external and int(a) not in self.bound:
                 place = f"args[{position}]" if is_positional else f"kwargs[{name!r}]"
-                self.before.append(f"match.held[{int(a)}] = {place}.detach().clone()")
+                self.before.append(f"match.held[{int(a)}] = copied({place})")
 
     def _argument(self, name: str, a: Any) -> None:
         if type(a) is Slot:
@@ -133,7 +133,7 @@ class _Generator:
             self._shape(name, slot)
             self._layout(name, slot)
             if slot in self.unit.cloned:
-                self.before.append(f"match.held[{slot}] = {name}.clone()")
+                self.before.append(f"match.held[{slot}] = copied({name})")
 
     def _shape(self, name: str, slot: int) -> None:
         shape = self.unit.shapes.get(slot)
@@ -164,7 +164,7 @@ class _Generator:
             self._shape(name, slot)
             self.after.append(f"made[{slot}] = ref({name}); match.slot_of[id({name})] = {slot}")
             if slot in unit.held:
-                held = f"{name}.detach().clone()" if slot in unit.cloned else f"alias({name})"
+                held = f"copied({name})" if slot in unit.cloned else f"alias({name})"
                 self.after.append(f"match.held[{slot}] = {held}")
             elif slot in unit.alive:
                 # not the result itself: autograd makes a view, or a new tensor, its own if nobody else refers to it

@@ -15,6 +15,7 @@ from revfx.engine.checkers import Checker, is_alias
 from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.saved import SavedTensor
+from revfx.layout import copied
 
 
 class Match:
@@ -69,11 +70,11 @@ class Match:
         """Copy the tensors that are held in memory that is about to be written to, as operators read them before."""
         for slot, t in enumerate(self.external):
             if t is not None and slot not in self.held and memory_of(t) == memory:
-                self.held[slot] = t.detach().clone()
+                self.held[slot] = copied(t)
         for held in (self.held, self.alive):
             for slot, t in held.items():
                 if memory_of(t) == memory:
-                    held[slot] = t.clone()
+                    held[slot] = copied(t)
 
     def slot(self, t: Tensor) -> int:
         """Return the slot of a tensor that an operator of the unit made; -1 of others."""

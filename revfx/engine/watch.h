@@ -154,6 +154,27 @@ inline const void* memory_of(const Tensor& t) {
   return t.defined() && is_strided(t) ? t.storage().unsafeGetStorageImpl() : nullptr;
 }
 
+// Return by how many bytes the address of a tensor lies beyond an aligned one.
+inline int64_t offset_of(const Tensor& t) {
+  int64_t aligned = t.is_cpu() ? aligned_bytes : aligned_bytes_elsewhere;
+  return int64_t(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % aligned);
+}
+
+// Return a copy that lies in memory as the tensor does: `copied` of layout.py.
+inline Tensor copy_of(const Tensor& original) {
+  Tensor t = original.detach();
+  if (!is_strided(t) || (t.is_non_overlapping_and_dense() && offset_of(t) == 0)) return t.clone();
+  Tensor once = t;
+  for (int64_t d = 0; d < t.dim(); d++)
+    if (t.size(d) > 1 && t.stride(d) == 0) once = once.narrow(d, 0, 1);
+  int64_t aligned = t.is_cpu() ? aligned_bytes : aligned_bytes_elsewhere, size = t.element_size();
+  int64_t span = once.numel() ? 1 : 0;
+  for (int64_t d = 0; d < once.dim() && once.numel(); d++) span += (once.size(d) - 1) * once.stride(d);
+  Tensor room = t.new_empty({span + aligned / size});
+  int64_t first = (offset_of(t) - offset_of(room) + aligned) % aligned / size;
+  return room.as_strided(once.sizes(), once.strides(), first).copy_(once).expand(t.sizes());
+}
+
 // Return how often a tensor was written to; inference tensors do not count.
 inline int64_t version_of(const Tensor& t) {
   return t.is_inference() ? 0 : int64_t(t.unsafeGetTensorImpl()->version_counter().current_version());
@@ -330,7 +351,7 @@ struct Match {
     if (!op.draws && op.cloned.empty()) return;
     Under here(ABOVE);
     if (op.draws) note_state(given);
-    for (int64_t slot : op.cloned) held.emplace_back(slot, external[slot].clone());
+    for (int64_t slot : op.cloned) held.emplace_back(slot, copy_of(external[slot]));
   }
 
   // As `state_before` of randomness.py.
@@ -356,12 +377,12 @@ struct Match {
       if (memory_of(external[slot]) == memory) copies.emplace_back(slot, external[slot]);
     for (auto* kept : {&held, &alive})
       for (auto& [slot, t] : *kept) {
-        if (memory_of(t) == memory) t = t.clone();
+        if (memory_of(t) == memory) t = copy_of(t);
         if (kept == &held)
           copies.erase(std::remove_if(copies.begin(), copies.end(), [s = slot](const auto& c) { return c.first == s; }),
                        copies.end());
       }
-    for (const auto& [slot, t] : copies) held.emplace_back(slot, t.detach().clone());
+    for (const auto& [slot, t] : copies) held.emplace_back(slot, copy_of(t));
   }
 
   // Compare the results of an operator, and note them.
@@ -396,9 +417,7 @@ struct Match {
 
   bool note_layout(int64_t slot, const Tensor& t) {
     if (!is_strided(t)) return false;
-    int64_t aligned = t.is_cpu() ? aligned_bytes : aligned_bytes_elsewhere;
-    auto offset = int64_t(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % aligned);
-    layouts.push_back({slot, t.sizes().vec(), t.strides().vec(), offset, t.scalar_type(), t.device()});
+    layouts.push_back({slot, t.sizes().vec(), t.strides().vec(), offset_of(t), t.scalar_type(), t.device()});
     return true;
   }
 
@@ -407,7 +426,7 @@ struct Match {
     if (how == Result::ALIAS) {
       kept.emplace_back(slot, alias_of(t));
     } else if (how == Result::COPY) {
-      kept.emplace_back(slot, t.detach().clone());
+      kept.emplace_back(slot, copy_of(t));
     } else {
       kept.emplace_back(slot, how == Result::DETACH ? t.detach() : t);
     }

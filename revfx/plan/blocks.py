@@ -17,6 +17,7 @@ from revfx.engine.call import Pass, UnitCall, memory_of
 from revfx.engine.learn import Learning
 from revfx.engine.proof import prove, same_values
 from revfx.engine.saved import SavedTensor
+from revfx.layout import copied
 from revfx.plan.replays import Unreplayable
 from revfx.plan.units import Span, UnitBuilder
 
@@ -146,7 +147,7 @@ class BlockLearning(Learning):
                     return None
                 allocation = self.tape.allocations[self.tape.values[value].allocation]
                 is_written = allocation.is_outside and allocation.writes  # so will the next forward
-                given[slot] = t.detach().clone() if is_written else dispatch.alias(t)
+                given[slot] = copied(t) if is_written else dispatch.alias(t)
         layouts: dict[int, Any] = {}
         for value, slot in builder.slots.items():
             known = self.tape.values[value]
