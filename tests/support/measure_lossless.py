@@ -2,8 +2,8 @@
 
 `python tests/support/measure_lossless.py`: 24-layer language models of 64 dimensions, with dropout, on text that ships
 with Python, by 300 AdamW steps, in float32 and with bf16 autocast. Printed are how many losses are equal to the last
-bit, whether all weights and buffers are in the end, and the bytes per element of values that have a code, or are kept
-where that takes less. Before them the same of a few steps of what is hard to compute back; `... hard` stops there.
+bit, whether all weights and buffers are in the end, the units that matched, and the bytes of codes. Before them the
+same of a few steps of what is hard to compute back; `... hard` stops there.
 """
 
 from __future__ import annotations
@@ -113,15 +113,14 @@ def side_by_side(
         last = losses[0].item()
     pairs = zip(*(m.state_dict().values() for m in models), strict=True)
     weights = all(torch.equal(a, b) for a, b in pairs)
-    regions = [r for p in conversion_of(models[1]).plans for r in p.regions.values()]
-    coded = sum(r.coded for r in regions)
-    codecs = [(r.program.values[v], c) for r in regions for v, c in r.codecs.items() if c.calls]  # what is read
-    sizes = [(torch.Size(v.shape).numel(), v.dtype.itemsize if c.width is None else 0) for v, c in codecs]
-    kept = sum(n * bytes_ for n, bytes_ in sizes)
+    planned = conversion_of(models[1]).planned
+    assert planned is not None
+    kinds = [*planned.kinds.values()]
+    freed = sum(region.freed_bytes for kind in kinds for region in kind.found.regions)
     print(
         f"{equal} of {steps} losses equal, weights {'equal' if weights else 'NOT equal'}; last loss {last:.4f};"
-        f" {(coded + kept) / max(sum(n for n, _ in sizes), 1):.3f} bytes an element of {len(sizes)} values,"
-        f" of which {sum(whole > 0 for _, whole in sizes)} are kept whole; codes {coded} B"
+        f" {sum(k.matched for k in kinds)} of {sum(k.units for k in kinds)} units matched;"
+        f" codes of {planned.coded_bytes:,} bytes, for {freed:,} bytes that are freed"
     )
 
 
