@@ -92,8 +92,9 @@ class Forward:
             return known if known.version == (_torch.version(t) if version is None else version) else None
         if self._exits and t.layout == torch.strided and _torch.is_plain(t):
             known = self._exits.get(t.data_ptr())
-            if known is not None and is_alias(known.tensor(), t):
-                return known
+            exit = None if known is None else known.tensor()
+            if known is not None and exit is not None and is_alias(exit, t):
+                return known if known.version in (_torch.version(exit), version) else None
         return None
 
     @_torch.uncompiled

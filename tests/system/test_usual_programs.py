@@ -210,6 +210,32 @@ def test_steps(step: Callable[[nn.Module, Tensor], list[Tensor | None]]) -> None
     assert matched(converted) > 0
 
 
+class WritesAtTimes(Net):
+    """A stream that some steps write to between layers, and read through another view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for k, f in enumerate(self.fs):
+            a, b = b.view_as(b), a + f(b)
+            if self.step % 3 == 2 and k == DEPTH // 2:
+                b.mul_(2)
+                b = b.view_as(b)
+        return torch.cat([a, b], -1)
+
+
+def test_a_stream_that_some_steps_write_to_between_layers() -> None:
+    torch.manual_seed(0)
+    model: Any = WritesAtTimes(plain)
+    converted: Any = revfx.convert(copy.deepcopy(model))
+    most = 0
+    for step in range(9):
+        model.step = converted.step = step
+        x = torch.randn(ROWS, 2 * WIDTH)
+        assert_equal(*(gradients(m, m(x).sin().sum()) for m in (converted, model)))
+        most = max(most, matched(converted))
+    assert most >= DEPTH
+
+
 # --- other methods than forward
 class Flow(Net):
     def encode(self, x: Tensor) -> Tensor:
