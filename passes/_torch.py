@@ -94,16 +94,6 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return (args[at] if at < len(args) else kwargs.get("dropout_p", 0.0)) != 0
 
 
-def may_draw(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a function of torch's of that name takes random numbers; dropout only does in training."""
-    packet: Any = getattr(torch.ops.aten, name, None)
-    overloads = [getattr(packet, o) for o in packet.overloads()] if hasattr(packet, "overloads") else []
-    drawing = [o for o in overloads if torch.Tag.nondeterministic_seeded in o.tags]
-    if not drawing or "scaled_dot_product" in name:
-        return any(draws(o, args, kwargs) for o in drawing)
-    return bool(args[2] if "dropout" in name and len(args) > 2 else kwargs.get("training", True))
-
-
 @functools.cache
 def may_alias(target: Any) -> bool:
     """Return whether an operator may return memory of its arguments, as `_unsafe_view` does, which denies it."""
@@ -126,14 +116,3 @@ def is_held(t: Tensor) -> bool:
 def is_real(t: Tensor) -> bool:
     """Return whether a parameter has values that this process may look at: not fake, meta or spread over others."""
     return type(t) in (Tensor, nn.Parameter) and not t.is_meta
-
-
-def updated_statistics(name: str, args: Any, kwargs: Any) -> list[Any]:
-    """Return the running statistics that a call of `batch_norm` or `instance_norm` is given and writes to."""
-    if name not in ("batch_norm", "instance_norm"):
-        return []
-    flag = "training" if name == "batch_norm" else "use_input_stats"
-    names = ("input", "running_mean", "running_var", "weight", "bias", flag)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    statistics = [given.get("running_mean"), given.get("running_var")]
-    return [x for x in statistics if x is not None] if given.get(flag, name == "instance_norm") else []

@@ -57,7 +57,6 @@ class Lowered:
 
 def lower(
     graph: fx.Graph,
-    module_of: Callable[[str], torch.nn.Module] | None = None,
     sources: Collection[fx.Node] = (),
     barred: Mapping[fx.Node, str] | None = None,
     lossless: bool = True,
@@ -73,13 +72,12 @@ def lower(
     directions that its rule would yield). A node whose result is a tuple and the getitem nodes that take it apart
     become one operation with several outputs.
     """
-    return _Lowering(graph, module_of, sources, barred, lossless and barred is None).run()
+    return _Lowering(graph, sources, barred, lossless and barred is None).run()
 
 
 @dataclass(eq=False)
 class _Lowering:
     graph: fx.Graph
-    module_of: Callable[[str], torch.nn.Module] | None
     sources: Collection[fx.Node]
     barred: Mapping[fx.Node, str] | None
     lossless: bool
@@ -113,7 +111,7 @@ class _Lowering:
                 self.owner[node] = len(op_nodes)
                 op_nodes.append(node)
                 outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
-        self.directions = {node: directions_of(node, self._module(node)) for node in op_nodes}
+        self.directions = {node: directions_of(node) for node in op_nodes}
         ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
         masked = MaskedArcs(self.directions, self.masks, self.index, self.barred, self._arc)
         for i, arc in (*tilings(self.values, self.index, self.directions, outs), *masked.run()):
@@ -161,9 +159,9 @@ class _Lowering:
             else:
                 arcs.append(arc)
         name = op_name(node.target)
-        ruled = "directions" in node.meta or rule_for(node, self._module(node)) is not None
+        ruled = "directions" in node.meta or rule_for(node) is not None
         unknown = not ruled or (name in NOT_INJECTIVE and not directions)
-        whole = node.op == "call_module" or any(getattr(d, "matrix", None) for d in directions)
+        whole = any(getattr(d, "matrix", None) for d in directions)
         arcs += self._statistics(name, ins, outs)
         solved = {a.head for a in arcs}
         moved = [isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions]
@@ -243,7 +241,7 @@ class _Lowering:
             text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({name})",
             assumes=assumed(given, self.index) if inverse.exact else (),
             coded=inverse.coded,
-            declared=inverse.declared or declared_by_user(node, self._module(node)),
+            declared=inverse.declared or declared_by_user(node),
             runs=(self.owner[node],) if inverse.runs else (),
             barred=None if inverse.exact else (self.barred or {}).get(inverse.solves),
         )  # fmt: skip
@@ -271,9 +269,6 @@ class _Lowering:
         elif least == 0 and not interval.nonzero and not self.coded:
             return f"the factor `{f.name}` is not bounded away from zero"
         return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least}
-
-    def _module(self, node: fx.Node) -> torch.nn.Module | None:
-        return self.module_of(str(node.target)) if node.op == "call_module" and self.module_of else None
 
 
 def _constant(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:

@@ -189,7 +189,7 @@ EXACT = (0.0, 0.5, -0.5, 1.0, -1.0, math.inf, -math.inf)
 
 
 def _bound(node: fx.Node, of: Callable[[Any], Interval]) -> Interval:
-    if node.op not in ("call_function", "call_method"):
+    if node.op != "call_function":
         return ANY_NUMBER
     name = bare(node)
     if name in ("clamp", "clip", "hardtanh"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from revfx.passes.elimination import Elimination
@@ -43,11 +43,18 @@ class Closure:
     A value is known when every tail of one of its arcs is. What can be computed again is: the difference of two large
     streams has fewer digits of what was added than the function that gave it. Arcs barred for the head's sake are used
     only when nothing else gives anything new: what they give must be saved rather than regenerated. `trusted`: they are
-    not used at all. `sums`: solve those together that tie several values.
+    not used at all. `sums`: solve those together that tie several values. `once`: operations that are only inverted.
     """
 
-    def __init__(self, program: Program, known: Iterable[int], trusted: bool = False, sums: bool = True) -> None:
-        self._trusted = trusted
+    def __init__(
+        self,
+        program: Program,
+        known: Iterable[int],
+        trusted: bool = False,
+        sums: bool = True,
+        once: Collection[int] = (),
+    ) -> None:
+        self._trusted, self._once = trusted, once
         self._program = program
         self._known = set(known)
         self._waiting: dict[int, list[int]] = {}
@@ -71,7 +78,8 @@ class Closure:
         indices = tuple(indices)
         for index in indices:
             op = self._program.ops[index]
-            self._offer(Forward(index))
+            if index not in self._once:
+                self._offer(Forward(index))
             for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
                 self._offer(Invert(index, arc))
         new = self._derive(min(indices, default=0))

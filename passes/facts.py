@@ -221,7 +221,7 @@ def bare(node: fx.Node) -> str:
 def _mask(node: fx.Node, of: Mapping[fx.Node, Mask], parts: MutableMapping[tuple[object, ...], fx.Node]) -> Mask | None:
     val, name = node.meta["val"], bare(node)
     a, b = (*node.args, None, None)[:2]
-    if node.op in ("call_function", "call_method"):
+    if node.op == "call_function":
         if isinstance(a, fx.Node) and a in of and a.meta["val"].device == val.device:
             if name in SAME | CASTS:
                 return of[a]
@@ -241,7 +241,7 @@ def _mask(node: fx.Node, of: Mapping[fx.Node, Mask], parts: MutableMapping[tuple
 
 def _zero_places(node: fx.Node, of: Mapping[fx.Node, Mask], zero: Mapping[fx.Node, Places]) -> Places:
     """Return where a node is zero: a product where a factor is, a sum where both are."""
-    if node.op not in ("call_function", "call_method"):
+    if node.op != "call_function":
         return NOWHERE
     name = bare(node)
     operands = [x for x in node.args[:2] if isinstance(x, fx.Node)]

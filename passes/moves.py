@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import operator
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from revfx.passes.sizes import no_new_guards
 from revfx.rules import Direction, rule_for
 
 
-def directions_of(node: fx.Node, module: nn.Module | None = None) -> list[Direction]:
+def directions_of(node: fx.Node) -> list[Direction]:
     """Return what a node's rule yields, if all sizes in it are fixed, and what else is declared of the node."""
     if "directions" in node.meta:
         return list(node.meta["directions"])
-    rule, declared = rule_for(node, module), [*node.meta.get("declared", ())]
+    rule, declared = rule_for(node), [*node.meta.get("declared", ())]
     if rule is None or node.meta.get("barrier") is not None or not node.all_input_nodes:
         return declared
     with no_new_guards(node):

@@ -56,12 +56,8 @@ def _line(lowered: Lowered, index: int) -> str:
     op, node = lowered.program.ops[index], lowered.op_nodes[index]
     outs = ", ".join(lowered.program.values[v].name for v in op.outs) or "_"
     args = [repr(a) for a in node.args] + [f"{k}={v!r}" for k, v in node.kwargs.items()]
-    if node.op == "call_module":
-        return f"{outs} = self.{node.target}({', '.join(args)})"
-    if op_name(node.target) in ("__getitem__", "getitem"):
+    if op_name(node.target) == "getitem":
         return f"{outs} = {args[0]}[{_index(node.args[1])}]"
-    if node.op == "call_method":
-        return f"{outs} = {args[0]}.{node.target}({', '.join(args[1:])})"
     return f"{outs} = {op_name(node.target)}({', '.join(args)})"
 
 

@@ -12,8 +12,8 @@ if not (_Path(__file__).parent / "passes").exists():  # imported from the source
     __path__.append(str(_Path(__file__).parent.parent))
 
 from revfx import debug as debug, testing as testing
+from revfx.block import RevBlock as RevBlock, rev_block as rev_block
 from revfx.convert import convert as convert
-from revfx.eager.block import RevBlock as RevBlock, rev_block as rev_block
 from revfx.errors import (
     BudgetError as BudgetError,
     BudgetWarning as BudgetWarning,

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
-    in_kernel_invocation_manager,
 )
 
 from revfx._torch import is_dtensor
@@ -43,13 +41,6 @@ class FakeMode(FakeTensorMode):
     def alive(self) -> list[torch.Tensor]:
         """Return the tensors that somebody holds."""
         return list(self.made.values())
-
-
-def moved(fakes: Iterable[torch.Tensor], source: FakeMode, target: FakeMode) -> list[torch.Tensor]:
-    """Return fake tensors of `target` in the memory of `fakes`, to which they do not lead: leaves without a history."""
-    with torch.no_grad(), in_kernel_invocation_manager(source):
-        bare = [(t.detach(), t.requires_grad, getattr(t, "fake_device", t.device)) for t in fakes]
-    return [FakeTensor(target, meta, device).requires_grad_(needs) for meta, needs, device in bare]
 
 
 def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

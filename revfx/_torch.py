@@ -9,34 +9,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
-from torch import overrides
 from torch._subclasses import FakeTensor
 from torch.utils import _python_dispatch, _pytree as pytree
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-# What `autograd.Function.apply` calls in turn, whoever looked that up, and whenever (`mine = Mine.apply`).
-_APPLY = vars(torch.autograd.Function)["apply"]
-# In torch 2.15 `Function.apply` is compiled, and calls nothing below it that could be replaced.
-BELOW_APPLY: Any = (
-    torch.autograd.function._SingleLevelFunction if isinstance(_APPLY, classmethod) else torch.autograd.Function
-)
-
-
-def ran_unseen(tensor: torch.Tensor) -> bool:
-    """Return whether an autograd function made `tensor`, and may have done so by an `apply` that was looked up before
-    `BELOW_APPLY.apply` was replaced: then its forward was seen instead.
-    """
-    compiled = BELOW_APPLY is torch.autograd.Function
-    return compiled and isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction)
 
 
 def is_dtensor(value: object) -> bool:
@@ -50,18 +33,14 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def is_fake_class(kind: type) -> bool:
+    """Return whether tensors of a class are fake."""
+    return issubclass(kind, FakeTensor)
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Return whether `tensor` is an ordinary one, or a fake of such; not of a subclass with its own ways."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
-
-
-def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that hold the numbers of `tensor`: itself, those that it wraps, or none if it won't say."""
-    ordinary = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-    if ordinary or is_fake(tensor) or is_dtensor(tensor):
-        return [tensor]
-    names: list[str] = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
-    return [part for name in names for part in parts(getattr(tensor, name))]
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -199,8 +178,6 @@ def set_kernels(now: tuple[Any, ...], to: tuple[Any, ...]) -> None:
             set_to(list(value) if isinstance(value, tuple) else value)
 
 
-# What tells whether hooks are registered that run for every nn.Module.
-has_global_module_hooks: Callable[[], Any] = torch.nn.modules.module._has_any_global_hook
 # What gives a module's own tables of parameters and buffers, to read and to write, and of sub-modules, to read.
 parameters: Callable[[torch.nn.Module], dict[str, torch.nn.Parameter | None]] = attrgetter("_parameters")
 buffers: Callable[[torch.nn.Module], dict[str, torch.Tensor | None]] = attrgetter("_buffers")
@@ -217,29 +194,11 @@ def packet_name(op: object) -> str:
     return op.overloadpacket.__name__ if isinstance(op, torch._ops.OpOverload) else ""
 
 
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Return whether calling `module` runs more than its forward, or its forward was replaced on the instance."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
-
-
 def hook_tables(module: torch.nn.Module) -> tuple[dict[int, Any], ...]:
     """The module's own tables of hooks on its calls, with the tables of their options."""
     called = module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
     before = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     return *called, *before, module._backward_hooks, module._backward_pre_hooks
-
-
-def hooks(module: torch.nn.Module) -> list[Any]:
-    """Return what runs before and after a module's forward, but for torch's own."""
-    found = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return [h for h in found if not _is_torchs(h)]
-
-
-def _is_torchs(function: Any) -> bool:
-    while isinstance(function, partial):
-        function = function.func
-    return (getattr(function, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -265,58 +224,6 @@ def in_autocast() -> bool:
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return depth > 1
-
-
-Modes = tuple[tuple[Any, ...], tuple[Any, ...]]
-
-
-def modes() -> Modes:
-    """Return the function modes and the dispatch modes that are on and may change what is computed.
-
-    Dispatch modes of torch's own, and revfx's, count, look on or trace.
-    """
-    return tuple(overrides._get_current_function_mode_stack()), tuple(m for m in _dispatched() if not _looks_on(m))
-
-
-def _dispatched() -> list[Any]:
-    """Return the dispatch modes that are on, but for those below all others, with which torch traces."""
-    return [m for m in _python_dispatch._get_current_dispatch_mode_stack() if getattr(m, "_mode_key", None) is None]
-
-
-def _looks_on(mode: object) -> bool:
-    return type(mode).__module__.partition(".")[0] in ("torch", "revfx")
-
-
-@contextlib.contextmanager
-def modes_of(then: Modes) -> Generator[None]:
-    """Return a context with the modes that `modes` noted; those that look on stay as they are, below them.
-
-    What their classes do when they are entered, such as counting from zero, is left out.
-    """
-    if modes() == then:
-        yield
-        return
-    functions, dispatched = overrides._get_current_function_mode_stack(), _dispatched()
-    kind = _python_dispatch.TorchDispatchMode
-    with contextlib.ExitStack() as stack:
-        stack.callback(_set_modes, functions, dispatched)
-        _set_modes(then[0], filter(_looks_on, dispatched))
-        for mode in then[1]:
-            kind.__enter__(mode)
-            stack.callback(kind.__exit__, mode, None, None, None)
-        yield
-
-
-def _set_modes(functions: Iterable[Any], dispatched: Iterable[Any]) -> None:
-    """Put these modes in the place of those that are on, but for those with which torch traces."""
-    for _ in overrides._get_current_function_mode_stack():
-        overrides._pop_mode()
-    for _ in _dispatched():
-        _python_dispatch._pop_mode()
-    for mode in functions:
-        overrides._push_mode(mode)
-    for mode in dispatched:
-        _python_dispatch._push_mode(mode)
 
 
 no_dispatch: Any = _python_dispatch._disable_current_modes  # a context in which dispatch modes see nothing

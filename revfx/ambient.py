@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,12 +36,6 @@ def all_generators() -> list[RandomState]:
     return [*generators(), ("torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist())]
 
 
-def drew(before: list[RandomState], now: list[RandomState]) -> str | None:
-    """Return the first of some generators that has gone on, or was seeded, since it was noted; None where none has."""
-    both = zip(before, now, strict=False)  # NumPy may have been imported meanwhile
-    return next((name for (name, *_, then), (*_, state) in both if state != then), None)
-
-
 def restore(states: list[RandomState]) -> None:
     """Make the generators go on from these states."""
     for _, set_state, state, _ in states:
@@ -62,30 +55,6 @@ Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 def autocast_states(devices: Iterable[str]) -> Autocast:
     """Return for each type of device whether autocast is on, and to which dtype."""
     return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices])
-
-
-@dataclass(frozen=True)
-class Ambience:
-    """What a `with` around operations changes for them: grad mode, autocast, and the kernels' settings."""
-
-    grad: bool
-    autocast: Autocast
-    settings: tuple[Any, ...]
-
-    @staticmethod
-    def now() -> Ambience:
-        """Return what is set now."""
-        return Ambience(torch.is_grad_enabled(), autocast_states(device_types()), _torch.kernel_settings())
-
-    @contextmanager
-    def entered(self, cached: bool | None = None) -> Generator[None]:
-        """Return a context in which this is set; gradients that are off stay so; `cached`: are casts kept?"""
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self.grad and torch.is_grad_enabled()))
-            stack.enter_context(kernels_of(self.settings))
-            for device, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
-            yield
 
 
 def ambient_state() -> tuple[Any, ...]:
@@ -133,9 +102,3 @@ def where() -> str:
         if is_users(file):
             return f"{file}:{line}"
     return ""
-
-
-def where_raised(error: BaseException) -> str:
-    """Return the user's file and line nearest to where `error` was raised."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -8,9 +8,9 @@ from revfx import _torch
 from revfx.compiled.functions import compile_blocks
 from revfx.conversion import Options
 from revfx.converted import Reversible, conversion_of, reversible
-from revfx.eager.modes import check_exact
 from revfx.errors import NotConvertedWarning, warn
 from revfx.fit.budget import Budget, checked_memory
+from revfx.modes import check_exact
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
             optimizer state do not count. For each activation the fastest choice that fits is made: keep it, keep one
             bit an element, invert it, or compute it again.
         compile: run functions of the model through `torch.compile`, alike ones compiled once. Without `memory`: the
-            modules that a reversible region calls. With `memory`: the blocks of the model, the members of its innermost
+            largest modules that couplings call. With `memory`: the blocks of the model, the members of its innermost
             lists. Gradients are those of the model with the same compiled parts, bit for bit.
         exact: False: store no codes where an inverse only adds or scales by constants. Memory is then flat in depth and
             gradients are accurate to rounding.
@@ -56,8 +56,7 @@ def convert(
             anything. It names the least feasible budget.
 
     Warns:
-        NotConvertedWarning: nothing reversible was found, and the model runs as it was; or, with `compile=True` and on
-            DTensors, its forward can't be recorded, and only its sub-modules are converted.
+        NotConvertedWarning: nothing reversible was found, and the model runs as it was.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`convert` takes an nn.Module, not a {type(model).__name__}.")

@@ -8,8 +8,7 @@ import functools
 import inspect
 from abc import ABCMeta
 from collections.abc import Callable
-from dataclasses import replace
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -179,7 +178,7 @@ def _adopt(made: Any, plain: nn.Module, options: Options | None) -> Any:
         if hasattr(plain, name):
             object.__setattr__(made, name, getattr(plain, name))
     if options is not None:
-        conversion = Conversion(vars(plain).get("forward"), options, convert_parts, unconverted)
+        conversion = Conversion(vars(plain).get("forward"), options)
         object.__setattr__(made, "_revfx", (conversion, plain))
     _fsdp.share_state(plain, made)
     return made
@@ -196,36 +195,3 @@ def unconverted(model: nn.Module) -> nn.Module:
     object.__setattr__(plain, "__dict__", vars(model))
     _fsdp.share_state(model, plain)
     return plain
-
-
-def convert_parts(model: nn.Module, options: Options) -> None:
-    """Convert the largest sub-modules in the place of a root that can't be recorded."""
-    was, parts = unconverted(model), _parts(_torch.children(model), options)
-    own = {**vars(model), "_modules": parts}  # the model that this was made of keeps its own
-    bound = {k: v for k, v in own.items() if isinstance(v, MethodType) and v.__self__ is was}
-    own.update({k: MethodType(v.__func__, model) for k, v in bound.items()})
-    object.__setattr__(model, "__dict__", own)
-
-
-def _parts(children: dict[str, nn.Module | None], options: Options) -> dict[str, nn.Module | None]:
-    """Return a table of sub-modules with what `_part` makes of them, which know their place in it."""
-    table = {name: _part(m, options) for name, m in children.items()}
-    for name, part in table.items():
-        if part is not children[name] and isinstance(part, Reversible):
-            conversion_of(part).place = table, name
-    return table
-
-
-def _part(module: nn.Module | None, options: Options) -> nn.Module | None:
-    """Return a sub-module of a root that can't be recorded: converted, or a container looked into."""
-    if module is None or isinstance(module, (Reversible, torch.jit.ScriptModule)) or _torch.has_hooks(module):
-        return module
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        twin = object.__new__(type(module))
-        twin.__dict__.update(vars(module))
-        twin.__dict__["_modules"] = _parts(_torch.children(module), options)
-        return twin
-    theirs = type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential)
-    if theirs or next(module.children(), None) is None:
-        return module
-    return reversible(module, replace(options, strict=False, part=True))

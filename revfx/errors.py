@@ -146,17 +146,9 @@ class Reason(Enum):
         "the forward reads state that is not tracked",
         "use `register_buffer` for tensors, and draw random numbers from torch's default generator",
     )
-    SIDE_EFFECT = (
-        "the forward changes state outside of itself",
-        "make the change before: in `__init__`, by `register_buffer`, or in a call under `torch.no_grad()`",
-    )
     OPAQUE = (
         "a module or an operation can't be recorded",
         "call it inside the function that is added to the other stream, or move its hooks to its sub-modules",
-    )
-    UNTRACEABLE = (
-        "the forward can't be recorded",
-        f"{FOR_ANY_MODEL}, or take what the reason names out of the forward",
     )
     NOT_REPLAYED = (
         "the operators of a layer can't be run again with the same bits",
@@ -209,6 +201,11 @@ class Refusal:
 
 
 MAX_REFUSALS = 8  # refusals in one message
+
+
+def name_of(module: torch.nn.Module) -> str:
+    """Return the name of the class that the user wrote."""
+    return getattr(type(module), "_revfx_base", type(module)).__name__
 
 
 def list_refusals(refusals: Sequence[Refusal]) -> str:

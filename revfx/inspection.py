@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
 import torch
@@ -13,17 +12,16 @@ from torch.utils import _pytree as pytree
 
 from revfx import ambient
 from revfx.arguments import normalize_arguments
-from revfx.capture.data import held_at, steps_to
-from revfx.capture.plan import call_of
-from revfx.capture.trace import capture
-from revfx.eager.regeneration import Regeneration
-from revfx.eager.region_plan import Env, Watch, region_observer
 from revfx.engine.call import UnitCall
+from revfx.engine.learn import Learning
 from revfx.engine.match import Match
+from revfx.engine.native import learner
 from revfx.engine.observe import Observer, observer
 from revfx.engine.proof import prove
 from revfx.errors import RevfxError
-from revfx.passes.arcs import lower
+from revfx.plan.couplings import lowered_tape
+from revfx.plan.model import tensors_in
+from revfx.plan.solve import computed
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -102,41 +100,33 @@ def is_floating(t: Any) -> TypeGuard[Tensor]:
     return isinstance(t, Tensor) and t.is_floating_point()
 
 
-class Originals(Watch):
-    """Looks on while a region runs, and copies every value that it makes."""
-
-    def __init__(self) -> None:
-        self.values: Env = {}
-
-    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
-        """Keep a copy."""
-        self.values[value] = tensor.detach().clone()
-
-
-def watched(watch: Callable[[Regeneration], Watch]) -> AbstractContextManager[None]:
-    """Return a context in which every region that runs forwards gets a `watch`."""
-    return ambient.given(region_observer, watch)
-
-
 def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """Return the relative error of solving one operation for each of its operands, by direction."""
+    """Return the relative error of solving the operators of a module for their operands, by direction.
+
+    The first one only copies. What only a code makes right is solved where there is nothing else.
+    """
     args, kwargs = normalize_arguments(args, kwargs)
-    modules = dict(op.named_modules())
-    captured = capture(op, op.forward, args, kwargs, frozenset())
-    lowered = lower(captured.graph, modules.__getitem__, barred={})
-    reasons = "; ".join(cause.text for o in lowered.program.ops for _, cause in o.refused) or "the rule yields nothing"
-    if not any(o.arcs for o in lowered.program.ops[1:] or lowered.program.ops):  # the first only copies
-        lowered = lower(captured.graph, modules.__getitem__)  # what only a code makes right
-    program, leaves = lowered.program, pytree.tree_leaves((args, kwargs))
-    env: Env = {i: leaves[at] for i, at in zip(lowered.inputs, captured.inputs, strict=True)}
-    env |= {lowered.index[n]: held_at(modules[path], steps_to(name)) for n, (path, name) in captured.attributes.items()}
-    for i, o in enumerate(program.ops):
-        env.update(zip(o.outs, call_of(lowered, i, modules.__getitem__).invoke(env), strict=True))
-    arcs = [a for o in (program.ops[1:] or program.ops) for a in o.arcs]
-    arcs = [a for a in arcs if program.values[a.head].dtype == program.values[a.tail[0]].dtype or a.exact]
+    learning = learner(Learning)(op, tensors_in((args, kwargs)))
+    with learning:
+        out = op(*args, **kwargs)
+    tape = learning.tape
+    tape.returned = [learning.number(t) for t in tensors_in(out)]
+    of, lowered = lowered_tape(tape, lossless=False, from_inputs=True)
+    ops = lowered.program.ops
+    reasons = "; ".join(cause.text for o in ops for _, cause in o.refused) or "the rule yields nothing"
+    if not any(o.arcs for o in ops[1:] or ops):
+        of, lowered = lowered_tape(tape, lossless=True, from_inputs=True)
+    values, arcs = lowered.program.values, [a for o in lowered.program.ops[1:] or lowered.program.ops for a in o.arcs]
+    arcs = [a for a in arcs if values[a.head].dtype == values[a.tail[0]].dtype or a.exact]
     if not arcs:
         raise RevfxError(f"`check_inverse`: no operand can be solved for: {reasons}")
-    return {a.text: relative_error(a.solve(*(env[v] for v in a.tail)), env[a.head]) for a in arcs}
+    run, outside = computed(tape, of, lowered, [v for a in arcs for v in (a.head, *a.tail)])
+    found: dict[str, float] = {}
+    results = iter(run([learning.tensor(value) for value in outside]))
+    for arc in arcs:
+        head, *tail = (next(results) for _ in (arc.head, *arc.tail))
+        found[arc.text] = relative_error(arc.solve(*tail), head)
+    return found
 
 
 # --- gradients

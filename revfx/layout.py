@@ -38,12 +38,6 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,)) if is_dense(t) else t.reshape(-1)
 
 
-def same_view(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors at one address are the same elements in the same order."""
-    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-    return alike and a.numel() > 0 and a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
-
-
 def offset_of(t: Tensor) -> int:
     """Return by how many bytes the address of `t` lies beyond an aligned one; 0 where there is none."""
     if t.is_cpu and type(t) is Tensor:
@@ -74,17 +68,6 @@ def copied(t: Tensor) -> Tensor:
     room = t.new_empty(span(once.shape, once.stride()) + aligned // t.element_size())
     first = (offset_of(t) - offset_of(room)) % aligned // t.element_size()
     return room.as_strided(once.shape, once.stride(), first).copy_(once).expand(t.shape)
-
-
-def restrided(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """Return `t` with given strides, as far as tensors of its class can have them."""
-    if t.layout != torch.strided or t.stride() == stride:
-        return t
-    if not _torch.is_plain(t):
-        return t.contiguous() if stride == torch.empty(shape, device="meta").stride() else t
-    if 0 in stride or tuple(t.shape) != shape:
-        return t.reshape(shape)
-    return t.new_empty_strided(shape, stride).copy_(t)
 
 
 def leaf(t: Tensor, requires_grad: bool) -> Tensor:

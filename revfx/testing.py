@@ -14,9 +14,8 @@ from torch.utils import _pytree as pytree
 
 from revfx import rules
 from revfx.arguments import normalize_arguments
+from revfx.block import RevBlock
 from revfx.converted import Reversible, conversion_of
-from revfx.eager.block import RevBlock
-from revfx.eager.modes import store_activations as store_activations
 from revfx.errors import RevfxError
 from revfx.inspection import (
     directions,
@@ -25,6 +24,7 @@ from revfx.inspection import (
     relative_error as relative_error,
     round_trip,
 )
+from revfx.modes import store_activations as store_activations
 
 
 @dataclass(frozen=True)

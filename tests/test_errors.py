@@ -24,7 +24,7 @@ def test_every_kind_has_a_meaning_and_a_remedy_of_its_own() -> None:
     assert all(kind.meaning and kind.remedy and "checkpoint" not in kind.remedy for kind in Reason)
 
 
-@pytest.mark.parametrize("kind", [Reason.NO_COUPLING, Reason.NON_INVERTIBLE, Reason.UNTRACEABLE])
+@pytest.mark.parametrize("kind", [Reason.NO_COUPLING, Reason.NON_INVERTIBLE, Reason.DATA_DEPENDENT])
 def test_remedy_names_a_budget_where_nothing_reversible_can_be_found(kind: Reason) -> None:
     assert "`revfx.convert(model, memory=0.5)`" in kind.remedy
 

@@ -13,17 +13,19 @@ import networkx as nx
 import pytest
 
 
-BOTTOM = {"_fake", "_fsdp", "_torch", "errors", "ambient", "units"}
+BOTTOM = {"_fake", "_fsdp", "_substitute", "_torch", "errors", "ambient", "parts", "units"}
 CODES = {"checksum", "codes", "layout"}
 # What the files of a folder, or a file of the package's own folder, may import besides their own folder.
 MAY: dict[str, set[str]] = {
     "_torch": set(),
-    "_fsdp": set(),
+    "_fsdp": {"_torch", "_substitute"},
+    "_substitute": set(),
     "_fake": {"_torch"},
     "errors": set(),
     "arguments": set(),
     "units": set(),
     "ambient": {"_torch", "errors"},
+    "parts": {"_torch", "_fsdp", "ambient", "errors"},
     "traced": {"_torch", "compiled"},  # called only where `torch.compile` traces
     "rules": BOTTOM,
     "passes": {"_torch", "errors", "rules"},
@@ -33,21 +35,21 @@ MAY: dict[str, set[str]] = {
     "checksum": {"_torch", "layout"},
     "engine": {*BOTTOM, *CODES, "passes"},
     "plan": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "engine", "info"},
-    "eager": {*BOTTOM, *CODES, "passes", "traced", "engine", "plan"},
+    "modes": {*BOTTOM, *CODES, "engine"},
+    "block": {*BOTTOM, "modes", "plan", "traced", "world"},
     "info": {"errors", "passes", "units"},
-    "capture": {*BOTTOM, "rules", "passes", "eager", "info"},
-    "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "capture", "eager"},
-    "world": {*BOTTOM, "eager", "capture"},
-    "fit": {*BOTTOM, "checksum", "layout", "info", "passes", "eager", "capture", "world"},
+    "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "modes"},
+    "world": BOTTOM,
+    "fit": {*BOTTOM, "checksum", "layout", "info", "passes", "modes", "world"},
 }
-MAY["conversion"] = {*BOTTOM, "info", "passes", "plan", "eager", "capture", "compiled", "fit"}
+MAY["conversion"] = {*BOTTOM, "info", "passes", "plan", "modes", "compiled", "fit", "world"}
 MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}
-MAY["convert"] = {*BOTTOM, "compiled", "conversion", "converted", "eager", "fit"}
-MAY["inverse"] = {*BOTTOM, "arguments", "capture", "converted", "passes"}
-MAY["inspection"] = {*BOTTOM, "arguments", "passes", "engine", "eager", "capture"}
+MAY["convert"] = {*BOTTOM, "compiled", "conversion", "converted", "modes", "fit"}
+MAY["inverse"] = {*BOTTOM, "arguments", "converted", "engine", "passes", "plan"}
+MAY["inspection"] = {*BOTTOM, "arguments", "passes", "engine", "plan"}
 MAY["debug"] = {*MAY["inspection"], "inspection"}
-MAY["testing"] = {*MAY["debug"], "inverse", "rules", "convert", "converted"}
-MAY["report"] = {*MAY["testing"], *CODES, "conversion", "compiled", "fit", "passes.joint", "testing", "world"}
+MAY["testing"] = {*MAY["debug"], "modes", "block", "inverse", "rules", "convert", "converted"}
+MAY["report"] = {*MAY["testing"], *CODES, "plan", "conversion", "compiled", "fit", "passes.joint", "testing", "world"}
 MAY["cli_models"] = {"errors"}
 MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["report"], "report", "cli", "cli_models"}
 # The passes that the eager mode may use: their data, and the order of a step's derivations.

@@ -11,7 +11,7 @@ from torch import fx
 from revfx.compiled import _inductor
 from revfx.compiled.coded import Coder
 from revfx.compiled.partitioner import ReversiblePartitioner
-from revfx.eager.modes import check_exact
+from revfx.modes import check_exact
 
 
 OWN = ("inner", "exact", "strict")

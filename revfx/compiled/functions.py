@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from revfx import _torch
-from revfx.capture.memo import structure
+from revfx.parts import structure
 
 
 LISTS = nn.ModuleList, nn.ModuleDict  # which have no forward

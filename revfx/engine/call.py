@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revfx import _torch
+from revfx import _fsdp, _torch
 from revfx.ambient import kernels_of
 from revfx.codes import Codec
 from revfx.engine import dispatch
@@ -111,6 +111,8 @@ class Ending:
             comparisons, without_room = one.end(self.task)
             noted += comparisons
             lost += without_room
+        if dispatch.on_fakes.get():
+            return
         with dispatch.unseen():  # it may be the end of a backward in the midst of a forward
             if lost and bool(torch.stack([count.sum() for count, _ in lost]).sum() > 0):
                 for _, codec in lost:
@@ -136,6 +138,7 @@ class UnitCall:
         given: by slot, tensors that the replays read: external and held ones.
         versions: by slot, how often they had been written to.
         numbers, states, codes, layouts: the other inputs of the replays.
+        site: its position in the sequence of the plan.
         settings: how kernels are set, if the forward changes that.
         observer: looks on, if there is one.
         inverts: it goes backwards; else it holds its entry and goes forwards.
@@ -155,6 +158,7 @@ class UnitCall:
     numbers: Sequence[Any]
     states: Sequence[RandomState]
     layouts: dict[int, Any]
+    site: int = 0
     settings: tuple[Any, ...] | None = None
     observer: Observer | None = None
     codes: list[Any] = field(default_factory=list[Any])
@@ -242,7 +246,8 @@ class UnitCall:
         for later, entry in self.links.values():
             later.entries.pop(entry, None)
         self.backward_pass.activate(self)
-        with self._as_in_the_forward() if self.settings is not None else contextlib.nullcontext():
+        settings = self._as_in_the_forward() if self.settings is not None else contextlib.nullcontext()
+        with settings, _fsdp.gathered(self.given.values()):
             results = replay.run(inputs)
         self.left = dict(self.pending)
         for slot, t in zip(replay.outputs, results, strict=True):

@@ -15,7 +15,7 @@ from revfx.engine import dispatch
 from revfx.engine.operators import is_writer, written_positions
 from revfx.engine.randomness import state_before
 from revfx.engine.unit import Number, Slot, Unit, UnitOp
-from revfx.layout import copied, offset_of
+from revfx.layout import address, copied, offset_of
 
 
 # Arguments of other classes, such as handles of the profiler, tell nothing.
@@ -48,7 +48,7 @@ def is_alias(a: Tensor | None, b: Any) -> bool:
         return False
     if not (_torch.is_plain(a) and _torch.is_plain(b)) or a.layout != torch.strided or b.layout != torch.strided:
         return False
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+    return address(a) == address(b) and a.stride() == b.stride()
 
 
 class _Generator:

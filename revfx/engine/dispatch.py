@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._guards import CompileContext
 from torch.autograd import grad_mode
 from torch.utils import _python_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from revfx import _torch
+from revfx._substitute import Substitute
 
 
 _C: Any = torch._C
@@ -28,14 +29,34 @@ with _C._DisableTorchDispatch():
         _REPLAYING = _C._dispatch_tls_local_exclude_set()
 
 
+on_fakes: ContextVar[bool] = ContextVar("revfx_on_fakes", default=False)  # forwards run on fake tensors, to be counted
+
+
 def replaying() -> Any:
-    """Return a context in which operators run as autograd and autocast run them, unseen by dispatch modes."""
+    """Return a context in which operators run as autograd and autocast run them, unseen by dispatch modes.
+
+    Those on fake tensors are seen, as they are dispatched to the class of these tensors.
+    """
+    if on_fakes.get():
+        stack = contextlib.ExitStack()
+        stack.enter_context(_C._AutoDispatchBelowAutograd())
+        stack.enter_context(_C._DisableAutocast())
+        return stack
     return _C._ForceDispatchKeyGuard(_INCLUDED, _REPLAYING)
 
 
 def unseen() -> Any:
     """Return a context in which operators run as outside of any forward, unseen by dispatch modes."""
+    if on_fakes.get():
+        return outside()
     return _C._ForceDispatchKeyGuard(_INCLUDED, _UNSEEN)
+
+
+@contextlib.contextmanager
+def outside() -> Generator[None]:
+    """Open a context in which the class of a tensor sees operators, as outside of any forward, and modes do not."""
+    with _C._ForceDispatchKeyGuard(_INCLUDED, _OUTSIDE), _torch.no_dispatch():
+        yield
 
 
 def alias(tensor: Tensor) -> Tensor:
@@ -47,8 +68,8 @@ def alias(tensor: Tensor) -> Tensor:
     if _torch.is_plain(tensor):
         with unseen():
             return tensor.detach()
-    with _C._ForceDispatchKeyGuard(_INCLUDED, _OUTSIDE), torch.no_grad(), _torch.no_dispatch():
-        return tensor.detach()  # as its class likes
+    with outside(), torch.no_grad():
+        return tensor.detach()
 
 
 def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -63,7 +84,8 @@ def version_counters(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
     """Return of each tensor an empty one which goes on to count the writes to its memory, and the count now."""
     found: list[tuple[Tensor, int]] = []
     for t in tensors:
-        if _torch.is_plain(t) and t.layout == torch.strided and not (t.is_nested or t.is_inference()):
+        has_memory = _torch.is_plain(t) and not (t.is_nested or t.is_inference() or _torch.is_fake(t))
+        if has_memory and t.layout == torch.strided:
             counter = alias(t)
             counter.data = _empty(t.dtype, t.device)
             found.append((counter, _torch.version(t)))
@@ -75,6 +97,14 @@ def writes_uncounted(tensors: Iterable[Tensor]) -> Any:
     return grad_mode._unsafe_preserve_version_counter(tuple(tensors))
 
 
+def unwatched() -> Any:
+    """Return a context in which neither dispatch modes nor the native watcher see operators."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(_torch.no_dispatch())
+    stack.enter_context(_C._ExcludeDispatchKeyGuard(_C.DispatchKeySet(_C._parse_dispatch_key("Fake"))))
+    return stack
+
+
 @cache
 def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
@@ -84,6 +114,12 @@ def has_modes() -> bool:
     """Return whether dispatch modes are on, which would see, or change, operators beside those of a forward."""
     stack = _python_dispatch._get_current_dispatch_mode_stack()
     return any(getattr(mode, "_mode_key", None) is None for mode in stack)
+
+
+@cache
+def is_wrapper(kind: type) -> bool:
+    """Return whether tensors of a class are made of others, which it tells."""
+    return is_traceable_wrapper_subclass_type(kind)
 
 
 def is_compiling() -> bool:
@@ -108,36 +144,25 @@ _disable_hooks = _C._autograd._saved_tensors_hooks_disable
 
 def _disable_ours_too(error_message: str, fail_if_non_empty: bool = True) -> None:
     """Disable saved-tensor hooks, as `torch.func` does: it refuses those that are set, but ours just look on."""
-    top = _C._autograd._top_saved_tensors_default_hooks(True)
+    top = hooks_around()
     if top is not None and getattr(getattr(top[0], "__self__", None), "looks_on", False):
         fail_if_non_empty = False
     _disable_hooks(error_message, fail_if_non_empty)
 
 
-class _Patch:
-    """How many forwards stand on `_disable_ours_too`: torch is as it was when none does."""
-
-    def __init__(self) -> None:
-        self.users, self.lock = 0, threading.Lock()
-
-    def use(self, more: int) -> None:
-        with self.lock:
-            self.users += more
-            _C._autograd._saved_tensors_hooks_disable = _disable_ours_too if self.users else _disable_hooks
-
-
-_patch = _Patch()
+_substitute = Substitute(_C._autograd, "_saved_tensors_hooks_disable", _disable_ours_too)
 
 
 @contextlib.contextmanager
 def hooks_that_look_on(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Generator[None]:
     """Set saved-tensor hooks which `torch.func` disables without an error; their owner's `looks_on` is true."""
-    _patch.use(1)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        _patch.use(-1)
+    with _substitute.active(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def hooks_around() -> Any:
+    """Return the innermost saved-tensor hooks that are set, as a pair; None if there are none."""
+    return _C._autograd._top_saved_tensors_default_hooks(True)
 
 
 class HookedMode(TorchDispatchMode):

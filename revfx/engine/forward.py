@@ -13,19 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from revfx import _torch
+from revfx import _fsdp, _torch
 from revfx.codes import Codec
 from revfx.engine import dispatch
 from revfx.engine.call import Pass, UnitCall, memory_of
 from revfx.engine.checkers import is_alias
+from revfx.engine.collectives import all_agree
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
 from revfx.engine.match import Match
 from revfx.engine.observe import observer
 from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.proof import is_close, prove, same_values
-from revfx.engine.saved import SavedTensor
+from revfx.engine.saved import Hooks, SavedTensor
 from revfx.engine.unit import Coded, Unit
 from revfx.errors import NotConvertedWarning, warn
+from revfx.layout import address
 
 
 def drops(unit: Unit) -> bool:
@@ -53,15 +55,16 @@ class Forward:
         unsettled: a call whose last operator wrote to an argument.
         addresses: of the exits of the latest call that have one.
         kept_cuts: by chain, how many entries and exits of units are held.
+        hooks: for the saved tensors that are kept, those around the forward; None if they just stay.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, hooks: Hooks | None = None) -> None:
         self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
-        self.writes = False
+        self.writes, self.hooks = False, hooks
         self.unsettled: UnitCall | None = None
         self.addresses: list[int] = []
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
-        self._calls: list[tuple[int, UnitCall]] = []  # with their positions in the sequence
+        self._calls: list[UnitCall] = []
         self._holders: dict[int, list[UnitCall]] = {}  # by memory that may be written to: calls that hold tensors in it
         self._exits: dict[int, Exit] = {}  # by the id of a tensor, and by its address
 
@@ -85,13 +88,20 @@ class Forward:
 
     def _exit_of(self, t: Tensor | None, version: int | None = None) -> Exit | None:
         """Return the exit that a tensor, which had been written to `version` times, is or is an alias of."""
-        if t is None:
+        known = None if t is None else self._known_exit(t, version)
+        if known is None:
             return None
+        call, slot = known.call, known.slot
+        while slot in call.links and call.links[slot][1] in call.links[slot][0].unit.exit:
+            call, slot = call.links[slot]  # the later call gives it on
+        return known._replace(call=call, slot=slot)
+
+    def _known_exit(self, t: Tensor, version: int | None) -> Exit | None:
         known = self._exits.get(id(t))
         if known is not None and known.tensor() is t:
             return known if known.version == (_torch.version(t) if version is None else version) else None
         if self._exits and t.layout == torch.strided and _torch.is_plain(t):
-            known = self._exits.get(t.data_ptr())
+            known = self._exits.get(address(t) or 0)
             exit = None if known is None else known.tensor()
             if known is not None and exit is not None and is_alias(exit, t):
                 return known if known.version in (_torch.version(exit), version) else None
@@ -129,7 +139,17 @@ class Forward:
             self.settle()
         saved = SavedTensor(t)
         self.link(saved, t)
+        if self.hooks is not None:
+            saved.hand_over(self.hooks, t)
         return saved
+
+    def hand_over(self, match: Match, others: Sequence[Match] = ()) -> None:
+        """Leave the saved tensors of a match that are kept, and that no other one has, to the hooks around."""
+        if self.hooks is not None:
+            theirs = {id(saved) for other in others for saved, _ in other.saved}
+            for saved, _ in match.saved:
+                if id(saved) not in theirs:
+                    saved.hand_over(self.hooks)
 
     @_torch.uncompiled
     def link(self, saved: SavedTensor, t: Tensor) -> None:
@@ -144,8 +164,8 @@ class Forward:
         """Forget the tensors of the forward, and count the cuts that are kept."""
         self.settle()
         self._exits, self._holders = {}, {}
-        for site, call in self._calls:
-            chain = self.plan.chains[site] if site < len(self.plan.chains) else 0
+        for call in self._calls:
+            chain = self.plan.chain(call.site)
             held = (not call.inverts) + any(slot not in call.links for slot in call.exits)
             self.kept_cuts[chain] = self.kept_cuts.get(chain, 0) + held
         self._calls = []
@@ -153,12 +173,17 @@ class Forward:
     @_torch.uncompiled
     def complete(self, match: Match) -> None:
         """Drop the saved tensors of a unit that matched to its end."""
+        self._complete(match)
+        self.hand_over(match)
+
+    def _complete(self, match: Match) -> None:
         matched, unit = match.of, match.of.unit
         if matched.is_broken or not matched.facts_hold(match.tensor):
             return
         site = self.plan.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
+        call.site = site
         call.observer = observer.get()
         if self.plan.notes_settings:
             call.settings = _torch.kernel_settings()
@@ -168,7 +193,8 @@ class Forward:
         if call.inverts:
             self._encode(matched, call, match, site)
         self._note_exits(call, match)
-        if (site, matched) not in self.plan.proven and not self._prove(matched, call, match):
+        is_proven = (site, matched) in self.plan.proven or dispatch.on_fakes.get()
+        if not is_proven and not self._prove(matched, call, match):
             return
         self.plan.proven.add((site, matched))
         self._link(call, earlier, match)
@@ -185,7 +211,7 @@ class Forward:
         self.count += 1
         if earlier or matched is self.expected:  # else it stands alone, and no expectation follows from it
             self.position = site + 1
-        self._calls.append((site, call))
+        self._calls.append(call)
 
     def _earlier_calls(self, unit: Unit, match: Match) -> list[tuple[int, UnitCall, int]]:
         """Return slots of the entry that are exits of earlier calls: the slot, the call, and the slot there."""
@@ -261,9 +287,10 @@ class Forward:
             assert t is not None
             exit = Exit(weakref.ref(t), call, slot, _torch.version(t))
             self._exits[id(t)] = exit
-            if t.layout == torch.strided and _torch.is_plain(t):
-                self._exits[t.data_ptr()] = exit
-                self.addresses.append(t.data_ptr())
+            at = address(t) if t.layout == torch.strided else None
+            if at is not None:
+                self._exits[at] = exit
+                self.addresses.append(at)
 
     def _drop(self, call: UnitCall, match: Match) -> None:
         for saved, slot in match.saved:
@@ -311,8 +338,13 @@ class Forward:
                 matched.kept.add(slot)
                 self.plan.reasons[f"{unit}: a saved tensor had other bits when it was replayed"] = None
 
-        prove(replay, call.inputs(replay), check)
-        if broken:
+        with _fsdp.gathered(call.given.values()):
+            prove(replay, call.inputs(replay), check)
+        is_broken = bool(broken)
+        if matched.groups:
+            device = next(iter(call.given.values())).device
+            is_broken = not all_agree(not broken and not matched.kept, matched.groups, device)
+        if is_broken:
             matched.is_broken = True
             self.plan.reasons[f"{unit}: its inverse gave other bits when it was tried"] = None
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.engine import dispatch
-from revfx.engine.dispatch import HookedMode
-from revfx.engine.operators import written_arguments
+from revfx.engine.dispatch import HookedMode, is_wrapper
+from revfx.engine.operators import is_question, written_arguments
 from revfx.engine.randomness import state_before
 from revfx.engine.saved import SavedTensor
 from revfx.engine.tape import Allocation, Op, Ref, Tape, Value, View
+from revfx.engine.whole import Whole, whole_call
+from revfx.engine.wrappers import SavedWrapper, unwrapped
 from revfx.errors import is_users
+from revfx.parts import Part
 from revfx.passes._torch import draws, is_overload
 from revfx.passes.facts import LIMIT
 
@@ -34,7 +37,7 @@ class Learning(HookedMode):
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self._inputs = {id(t) for t in inputs}
+        self._inputs = {id(t) for t in unwrapped(inputs)}
         self.tape = Tape()
         self._settings = _torch.kernel_settings()
         self.saved: list[weakref.ref[SavedTensor]] = []  # as on the tape
@@ -48,19 +51,24 @@ class Learning(HookedMode):
         self._modules = {id(m): path for path, m in model.named_modules()}
         self._roles: dict[int, str] = {}
         for role, tensors in (("buffer", model.buffers()), ("parameter", model.parameters())):
-            self._roles.update({id(t): role for t in tensors})
-        self.set_hooks(self._pack, SavedTensor.get)
+            self._roles.update({id(t): role for t in unwrapped(tensors)})
+        self.set_hooks(self._pack, lambda saved: saved.get())
 
     @_torch.uncompiled
-    def _pack(self, t: Tensor) -> SavedTensor:
+    def _pack(self, t: Tensor) -> SavedTensor | SavedWrapper:
+        if is_wrapper(type(t)) and not t.is_nested:
+            return SavedWrapper(t, self._pack)
         saved = SavedTensor(t)
         if dispatch.is_compiling():
             return saved
+        self._note_saved(saved, t)
+        return saved
+
+    def _note_saved(self, saved: SavedTensor, t: Tensor) -> None:
         value = self.number(t)
         self.tape.saved.append((len(self.tape.ops), value))
         self._saved_at[value] = len(self.saved)
         self.saved.append(weakref.ref(saved))
-        return saved
 
     # --- values
     def number(self, t: Tensor) -> int:
@@ -140,18 +148,35 @@ class Learning(HookedMode):
     @_torch.uncompiled
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if dispatch.is_compiling():
+        if any(map(is_wrapper, types)):
+            return NotImplemented  # their class runs others
+        is_foreign = any(map(_torch.is_fake_class, types)) and not dispatch.on_fakes.get()
+        if is_foreign or dispatch.is_compiling() or is_question(func):
             return func(*args, **kwargs)
+        return self._record(func, args, kwargs, func)
+
+    def part(self, part: Part, args: Any, kwargs: Any) -> Any:
+        """Make the call of a compiled part, and record it as an operator."""
+        call = whole_call(part, args, kwargs)
+        self._record(call.whole, call.operands, {}, call.run)
+        for saved in call.saved:
+            assert saved.tensor is not None
+            self._note_saved(saved, saved.tensor)
+        return call.result
+
+    def _record(self, func: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
+        """Run an operator, or what stands for it, and add it to the tape."""
         module, where = self._place()
         self.tape.changes_settings |= _torch.kernel_settings() != self._settings
         self.before(module)
         spec = pytree.tree_map_only(Tensor, lambda t: Ref(self.number(t)), (args, kwargs))
         is_operator = is_overload(func)
-        state = state_before(args, kwargs) if is_operator and draws(func, args, kwargs) else None
+        is_random = draws(func, args, kwargs) if is_operator else isinstance(func, Whole)
+        state = state_before(args, kwargs) if is_random else None
         written = written_arguments(func, args, kwargs) if is_operator else []
         before = [self.number(t) for t in written]
         self.before_write(written)
-        out = func(*args, **kwargs)
+        out = run(*args, **kwargs)
         number = len(self.tape.ops)
         changed: set[int] = set()
         for value in before:
@@ -167,6 +192,8 @@ class Learning(HookedMode):
             self._fixed.add(number)
         after = [self._written(t, number, was) for t, was in zip(written, before, strict=True)]
         results = [out] if isinstance(out, Tensor) else pytree.tree_leaves(out)
+        if any(is_wrapper(type(t)) for t in results):
+            results = unwrapped(results)
         outs: list[int | None] = []
         for t in results:
             outs.append(self._result(t, number) if isinstance(t, Tensor) else None)

@@ -6,8 +6,7 @@ Composite operators of torch run other operators while a dispatch mode is on: `r
 learnt natively: `learner` takes care of that.
 
 The extension is built for the installed torch when it is first needed. This takes about 15 seconds and a C++ compiler;
-later processes load it from torch's folder of extensions. The watcher in Python takes its place if that fails, and for
-dispatch modes and tensor subclasses.
+later processes load it from torch's folder of extensions. The watcher in Python takes its place if that fails.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.saved import SavedTensor
 from revfx.engine.unit import Number, Slot, Unit, UnitOp
 from revfx.engine.watch import Watching
+from revfx.engine.wrappers import SavedWrapper
 from revfx.errors import RevfxError
 from revfx.layout import ALIGNED, ALIGNED_ELSEWHERE
 from revfx.passes._torch import is_overload
@@ -125,7 +125,8 @@ class NativeWatching:
     def __init__(self, plan: Plan) -> None:
         module = _library.get()
         self.forward = Forward(plan)
-        self._watcher: Any = module.Watcher(_compiled_plan(module, plan), self.forward, SavedTensor)
+        compiled = _compiled_plan(module, plan)
+        self._watcher: Any = module.Watcher(compiled, self.forward, SavedTensor, dispatch.is_wrapper, SavedWrapper)
         self._hooks: Any = dispatch.hooks_that_look_on(self._watcher.pack, module.unpack)
 
     def __enter__(self) -> NativeWatching:

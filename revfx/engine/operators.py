@@ -56,10 +56,22 @@ def written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def is_repeatable(func: Any) -> bool:
-    """Return whether an operator computes the same results again, given the random state: one of torch's own."""
+    """Return whether an operator computes the same results again, given the random state: one of torch's own, or a
+    collective.
+    """
     if not is_overload(func):
-        return False
-    return func.namespace in ("aten", "prims")
+        return getattr(func, "is_repeatable", False)  # a compiled part
+    return func.namespace in ("aten", "prims") or is_collective(func)
+
+
+def is_collective(func: Any) -> bool:
+    """Return whether all processes of a group run an operator together, or wait for one."""
+    return is_overload(func) and func.namespace in ("_c10d_functional", "_c10d_functional_autograd")
+
+
+def is_question(func: Any) -> bool:
+    """Return whether an operator asks a tensor for its device or layout, as happens to fake ones alone."""
+    return is_overload(func) and func.namespace == "prim"
 
 
 def is_view(func: Any) -> bool:

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from revfx import _torch
+from revfx import _fsdp, _torch
 from revfx.codes import Codec
+from revfx.engine import dispatch
 from revfx.engine.checkers import Checker, checkers_of
+from revfx.engine.collectives import groups_of
 from revfx.engine.unit import Unit
 from revfx.passes.facts import holds
 
@@ -26,12 +28,14 @@ class UnitPlan:
     Attributes:
         kept: slots that are kept for good, as their replays gave other bits.
         is_broken: nothing of it is dropped, as going backwards gave other bits.
+        groups: of processes that run its collectives; they prove it together.
         may_fail: it was expected, and began, and then the forward went another way.
         verified: by slot, offset, strides and version, the memory of a tensor for which the unit's facts hold.
     """
 
     unit: Unit
     checkers: Sequence[Checker] = ()
+    groups: Sequence[Any] = ()
     kept: set[int] = field(default_factory=set[int])
     is_broken: bool = False
     may_fail: bool = False
@@ -39,12 +43,13 @@ class UnitPlan:
 
     def __post_init__(self) -> None:
         self.checkers = checkers_of(self.unit)
+        self.groups = groups_of(self.unit)
 
     def facts_hold(self, tensor: Callable[[int], Tensor | None]) -> bool:
         """Return whether tensors of a call, by slot, have the elements that inverses rely on."""
-        for slot, fact in self.unit.facts:
+        for slot, fact in self.unit.facts if not dispatch.on_fakes.get() else ():
             t = tensor(slot)
-            if t is None:
+            if t is None or _fsdp.is_freed(t):
                 return False
             storage, key = t.untyped_storage(), (slot, t.storage_offset(), t.stride(), _torch.version(t))
             known = self.verified.get(key)
@@ -92,6 +97,10 @@ class Plan:
                 if self.sequence[at] is u:
                     return at
         return position
+
+    def chain(self, site: int) -> int:
+        """Return the number of the chain of the unit at a position in the sequence."""
+        return self.chains[site] if site < len(self.chains) else 0
 
     def learn(self, units: Sequence[Unit], chains: Sequence[int]) -> None:
         """Add the units of a forward, with the number of the chain of each; equal ones are one."""

@@ -104,8 +104,13 @@ struct Plan {
 // The watcher of one forward: see watch.py, which it follows step by step.
 class Watcher : public Observer {
  public:
-  Watcher(std::shared_ptr<Plan> plan, py::object forward, py::object saved_tensor)
-      : plan_(std::move(plan)), forward_(share(std::move(forward))), saved_tensor_(share(std::move(saved_tensor))) {
+  Watcher(std::shared_ptr<Plan> plan, py::object forward, py::object saved_tensor, py::object is_wrapper,
+          py::object saved_wrapper)
+      : plan_(std::move(plan)),
+        forward_(share(std::move(forward))),
+        saved_tensor_(share(std::move(saved_tensor))),
+        is_wrapper_(share(std::move(is_wrapper))),
+        saved_wrapper_(share(std::move(saved_wrapper))) {
     look_ahead();
   }
 
@@ -120,6 +125,10 @@ class Watcher : public Observer {
     if (!is_here()) return forward().attr("save")(tensor);
     const auto& t = tensor.cast<Tensor>();
     bool is_plain = py::type::handle_of(tensor).is(tensor_type) || py::type::handle_of(tensor).is(parameter_type);
+    if (!is_plain && !t.is_nested() && py::handle(is_wrapper_.get())(py::type::handle_of(tensor)).cast<bool>()) {
+      auto pack_part = py::cpp_function([this](py::handle part) { return pack(part); });
+      return py::handle(saved_wrapper_.get())(tensor, pack_part);
+    }
     py::object saved;
     if (is_plain) saved = py::cast(std::make_shared<Saved>(t));
     bool is_matched = false;
@@ -310,7 +319,7 @@ class Watcher : public Observer {
   }
 
   std::shared_ptr<Plan> plan_;
-  Shared forward_, saved_tensor_;
+  Shared forward_, saved_tensor_, is_wrapper_, saved_wrapper_;  // classes, and a function, of Python
   std::vector<Running> running_;
   size_t expected_ = 0;  // the number of the unit that comes next
   bool varies_ = false;  // of the plan
@@ -382,7 +391,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Handler, Observer, std::shared_ptr<Handler>>(m, "Handler", py::module_local())
       .def(py::init<py::object>());
   py::class_<Watcher, Observer, std::shared_ptr<Watcher>>(m, "Watcher", py::module_local())
-      .def(py::init<std::shared_ptr<Plan>, py::object, py::object>())
+      .def(py::init<std::shared_ptr<Plan>, py::object, py::object, py::object, py::object>())
       .def("pack", &Watcher::pack)
       .attr("looks_on") = true;  // see `dispatch.hooks_that_look_on`
 }

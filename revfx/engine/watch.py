@@ -7,34 +7,46 @@ from typing import Any
 from torch import Tensor
 
 from revfx import _torch
-from revfx.engine.dispatch import HookedMode
+from revfx.engine.dispatch import HookedMode, is_wrapper
 from revfx.engine.forward import Forward, drops
 from revfx.engine.match import Match
-from revfx.engine.operators import is_writer, written_arguments
+from revfx.engine.operators import is_question, is_writer, written_arguments
 from revfx.engine.plan import Plan, UnitPlan
-from revfx.engine.saved import SavedTensor
+from revfx.engine.saved import Hooks, SavedTensor
+from revfx.engine.whole import whole_call
+from revfx.engine.wrappers import SavedWrapper
+from revfx.parts import Part
 
 
 class Watching(HookedMode):
     """Match the operators that run while it is entered; `forward` drops the saved tensors of units that match.
 
+    Args:
+        plan: the units.
+        hooks: see `Forward`.
+
     Usually one match is active, that of the expected unit. While there is none, another unit may begin; if then the
     expected one begins too, there are two.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, hooks: Hooks | None = None) -> None:
         super().__init__()
-        self.plan, self.forward = plan, Forward(plan)
+        self.plan, self.forward = plan, Forward(plan, hooks)
         self.active: list[Match] = []
-        self.set_hooks(self._pack, SavedTensor.get)
+        self._pending: list[SavedTensor] = []  # of the compiled part that runs
+        self.set_hooks(self._pack, lambda saved: saved.get())
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.active = []
+        for match in [*self.active]:
+            self.active.remove(match)
+            self.forward.hand_over(match, self.active)
         self.forward.end()
 
     @_torch.uncompiled
-    def _pack(self, t: Tensor) -> SavedTensor:
+    def _pack(self, t: Tensor) -> SavedTensor | SavedWrapper:
+        if is_wrapper(type(t)) and not t.is_nested:
+            return SavedWrapper(t, self._pack)
         saved = None
         for match in self.active:
             slot = match.slot(t)
@@ -45,7 +57,11 @@ class Watching(HookedMode):
 
     @_torch.uncompiled
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(map(is_wrapper, types)):
+            return NotImplemented  # their class runs others
         kwargs = kwargs or {}
+        if types and is_question(func):
+            return func(*args, **kwargs)
         if self.forward.unsettled is not None:
             self.forward.settle()
         if not is_writer(func):
@@ -56,19 +72,38 @@ class Watching(HookedMode):
         finally:
             self.forward.writes = False
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        active = self.active
+    def part(self, part: Part, args: Any, kwargs: Any) -> Any:
+        """Make the call of a compiled part, which is an operator of units."""
+        call = whole_call(part, args, kwargs)
+        self._pending = call.saved
+        self._run(call.whole, call.operands, {}, call.run)
+        self._pending = []
+        return call.result
+
+    def _attach(self, match: Match) -> None:
+        """Have a match know the saved tensors of a compiled part that it made."""
+        for saved in self._pending:
+            slot = -1 if saved.tensor is None else match.slot(saved.tensor)
+            if slot >= 0:
+                match.saved.append((saved, slot))
+            elif saved.tensor is not None:
+                self.forward.link(saved, saved.tensor)  # an operand, which may be the exit of a call
+
+    def _run(self, func: Any, args: Any, kwargs: Any, run: Any = None) -> Any:
+        active, run = self.active, run or func
         if len(active) != 1 or active[0].checker.func is not func:
             if active or func in self.plan.starts:
-                return self._advance(func, args, kwargs)
-            return func(*args, **kwargs)
+                return self._advance(func, args, kwargs, run)
+            return run(*args, **kwargs)
         match = active[0]
         checker = match.checker
         if checker.before is not None:
             checker.before(match, args, kwargs)
-        out = func(*args, **kwargs)
+        out = run(*args, **kwargs)
         if checker.after(match, args, kwargs, out):
             match.at += 1
+            if self._pending:
+                self._attach(match)
             if match.is_complete:
                 self.active = []
                 self.forward.complete(match)
@@ -76,7 +111,7 @@ class Watching(HookedMode):
             self._discard(match)
         return out
 
-    def _advance(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _advance(self, func: Any, args: Any, kwargs: Any, run: Any) -> Any:
         """Run an operator that goes on with several matches, ends some, or begins others."""
         for match in [m for m in self.active if m.checker.func is not func]:
             self._discard(match)
@@ -85,16 +120,18 @@ class Watching(HookedMode):
         for match in (*running, *starting):
             if match.checker.before is not None:
                 match.checker.before(match, args, kwargs)
-        out = func(*args, **kwargs)
+        out = run(*args, **kwargs)
         for match in running:
             if match.checker.after(match, args, kwargs, out):
                 match.at += 1
+                self._attach(match)
             else:
                 self._discard(match)
         for match in starting:
             if match.checker.after(match, args, kwargs, out) and self.forward.may_begin(match):
                 match.at = 1
                 self.active.append(match)
+                self._attach(match)
         self._complete()
         return out
 
@@ -132,5 +169,6 @@ class Watching(HookedMode):
 
     def _discard(self, match: Match) -> None:
         self.active.remove(match)
+        self.forward.hand_over(match, self.active)
         if match.of is self.forward.expected and match.at > 1:
             self.plan.varies = match.of.may_fail = True

@@ -6,117 +6,40 @@ It gives what autograd keeps of it and what it returns, and runs again whole, by
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Generator, Hashable, Sequence
-from contextvars import ContextVar
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import Autocast, autocast_of, autocast_states, device_types, given
-from revfx.capture.memo import structure
-from revfx.eager.reach import Reach
-from revfx.eager.state import CallState, Random
-from revfx.errors import RevfxError
+from revfx.ambient import Autocast, autocast_of, autocast_states, device_types
 from revfx.layout import leaf
+from revfx.parts import Part, structure
 from revfx.passes.sizes import tensors_of
-from revfx.world import RealWorld
+from revfx.world.fake import RealWorld
+from revfx.world.reach import Reach
+from revfx.world.state import CallState, Random
 
 
 Gradients = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
 
-active_step: ContextVar[Any] = ContextVar("revfx_active_step", default=None)  # a step, or what records one
-
-running: ContextVar[Sequence[BlockCall]] = ContextVar("revfx_running", default=())  # of the converted model that runs
+_reaches: weakref.WeakKeyDictionary[Part, Reach] = weakref.WeakKeyDictionary()
 
 
-class Part:
-    """What stands in the place of a module's compiled `call`: it tells who is watching."""
-
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        self.module, self.call = module, call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = None if torch.compiler.is_compiling() else active_step.get()
-        return self.call(*args, **kwargs) if watch is None else watch.part(self, args, kwargs)
-
-    def __reduce__(self) -> Any:
-        return Part, (self.module, self.call)
-
-    @cached_property
-    def reach(self) -> Reach:
-        """Return what a call can see."""
-        return Reach((self.module,))
-
-    def state(self) -> CallState:
-        """Return what a call that begins now depends on, to be settled when it has ended."""
-        state = CallState(type(self.module).__name__, self.reach)
-        devices = {p.device for p in (*self.module.parameters(), *self.module.buffers())}
-        state.random = Random(d for d in devices if d.type != "cpu")
-        return state
-
-
-class BlockCall(Part):
-    """A part of the converted model that is `running`; for others its module's own call."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self not in running.get():  # another thread runs the plain model
-            return _torch.UNCOMPILED_CALL(self.module, *args, **kwargs)
-        return super().__call__(*args, **kwargs)
-
-
-class BlockCalls:
-    """Compiled calls of a model's blocks, which are in place only while the converted model runs.
-
-    The plain model shares its modules with the converted one, and stays uncompiled.
-    """
-
-    def __init__(self, calls: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
-        self.calls = [BlockCall(module, call) for module, call in calls]
-        self.lock, self.users = threading.Lock(), 0
-
-    @contextlib.contextmanager
-    def active(self) -> Generator[None]:
-        """Open a context in which blocks run compiled, for the thread that opens it."""
-        with self.lock:
-            self.users += 1
-            for call in self.calls:
-                vars(call.module)[_torch.COMPILED] = call
-        try:
-            with given(running, self.calls):
-                yield
-        finally:
-            with self.lock:
-                self.users -= 1
-                if not self.users:
-                    for call in self.calls:
-                        vars(call.module).pop(_torch.COMPILED, None)
-
-
-def parts_of(model: nn.Module) -> list[str]:
-    """Return the names of the compiled modules that lie in no others; their calls can be watched from now on.
-
-    Raises:
-        RevfxError: the model is compiled as a whole.
-    """
-    found: list[str] = []
-    for name, m in model.named_modules():
-        if not _torch.is_compiled(m) or any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        if not name:
-            what = "it is compiled as a whole, and no part of that can run again:"
-            raise RevfxError(f"{what} compile its blocks instead (`block.compile()`), or see `compile=True`.")
-        found.append(name)
-        call = vars(m).get(_torch.COMPILED) or partial(_torch.UNCOMPILED_CALL, m)
-        if not isinstance(call, Part):
-            vars(m)[_torch.COMPILED] = Part(m, call)
-    return found
+def state_of(part: Part) -> CallState:
+    """Return what a call of a part that begins now depends on, to be settled when it has ended."""
+    module = part.module
+    if part not in _reaches:
+        _reaches[part] = Reach((module,))
+    state = CallState(type(module).__name__, _reaches[part])
+    devices = {p.device for p in (*module.parameters(), *module.buffers())}
+    state.random = Random(d for d in devices if d.type != "cpu")
+    return state
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revfx import _torch
 from revfx.ambient import given
-from revfx.capture.guards import name_of
-from revfx.eager.modes import is_simulating, runs_plain
-from revfx.errors import BudgetWarning, RevfxError, warn
+from revfx.errors import BudgetWarning, RevfxError, name_of, warn
 from revfx.fit.budget import Budget, as_memory
 from revfx.fit.choose import LOSS, Planner
-from revfx.fit.compiled import active_step
 from revfx.fit.costs import Costs
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
@@ -33,6 +30,8 @@ from revfx.fit.summary import summarize
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import Tape
 from revfx.info import BudgetPlan
+from revfx.modes import is_simulating, runs_plain
+from revfx.parts import looking_on
 from revfx.units import size
 
 
@@ -70,7 +69,7 @@ def may_fit(leaves: Sequence[Any]) -> bool:
     another model with a budget, which knows of it.
     """
     tensors = [t for t in leaves if isinstance(t, Tensor)]
-    if active_step.get() is not None or is_simulating() or runs_plain(tensors):
+    if looking_on.get() is not None or is_simulating() or runs_plain(tensors):
         return False
     if _torch.has_saved_tensors_hooks():
         warn(
@@ -158,7 +157,7 @@ class Fit:
         meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
         step = Step(fitted.course, model, call.leaves, meter, partial(self._failed, fitted))
         try:
-            with given(active_step, step), saved_tensors_hooks(step.pack, step.unpack):
+            with given(looking_on, step), saved_tensors_hooks(step.pack, step.unpack):
                 result = call.run(fitted.chosen.way)
         finally:
             step.end()

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from revfx.fit.compiled import Part, Whole
+from revfx.fit.compiled import Whole
 from revfx.fit.needs import Needs
 from revfx.fit.tape import Op
+from revfx.parts import Part
 
 
 @dataclass(frozen=True, slots=True)

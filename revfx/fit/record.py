@@ -21,16 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _fake, _fsdp, _torch
 from revfx.ambient import given
-from revfx.capture.effects import none_left
-from revfx.capture.guards import is_plain
-from revfx.eager.modes import simulating
 from revfx.errors import RevfxError
-from revfx.fit.compiled import Back, Bracket, Gradients, Part, StateOf, Whole, active_step, parts_of
+from revfx.fit.compiled import Back, Bracket, Gradients, StateOf, Whole
 from revfx.fit.numbers import differing
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
+from revfx.modes import simulating
+from revfx.parts import Part, looking_on, parts_of
 from revfx.passes._torch import draws, writes
 from revfx.passes.sizes import muted, tensors_of
-from revfx.world import RealWorld, World
+from revfx.world.fake import RealWorld, World
+from revfx.world.left import none_left
+from revfx.world.values import is_plain
 
 
 CODES = 4  # bits an element, of what is inverted: many take two, but a budget is to hold
@@ -304,7 +305,7 @@ def _step(world: World, nudged: bool, run: Callable[..., Any], args: Any, kwargs
     tape = recorder.tape
     torch.set_autocast_cache_enabled(False)  # it would hold casts of what stands for parameters
     with recorder:
-        with given(active_step, recorder), saved_tensors_hooks(recorder.pack, recorder.unpack):
+        with given(looking_on, recorder), saved_tensors_hooks(recorder.pack, recorder.unpack):
             result = run(*args, **kwargs)
         tape.turn = len(tape.ops)
         outs = [t for t in tensors_in(result) if t.requires_grad]

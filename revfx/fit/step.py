@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.ambient import kernels_of
-from revfx.eager.state import CallState
 from revfx.errors import RegenerationError, RevfxError
 from revfx.fit import bits
-from revfx.fit.compiled import Part, StateOf, Whole
+from revfx.fit.compiled import StateOf, Whole, state_of
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment
 from revfx.fit.rerun import Operator, Values, placed, whole
 from revfx.fit.tape import Spot
 from revfx.fit.witness import Witness
+from revfx.parts import Part
 from revfx.passes.sizes import tensors_of
+from revfx.world.state import CallState
 
 
 Failed = Callable[[frozenset[int]], None]  # is called with the operators that gave another value
@@ -127,7 +128,7 @@ class Step:
             return part.call(*args, **kwargs)
         spots = zip(self.course.spots[first : self.number], tensors, strict=False)
         self.bases[n] = [(s.value, _torch.version(t)) for s, t in spots if s is not None and s.value in plan.users]
-        self.states[n], returned = part.state(), False
+        self.states[n], returned = state_of(part), False
         try:
             result = part.call(*args, **kwargs)
             returned = True

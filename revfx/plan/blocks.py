@@ -12,9 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from revfx import _torch
+from revfx._fsdp import is_freed
 from revfx.engine import dispatch
 from revfx.engine.call import Pass, UnitCall, memory_of
 from revfx.engine.learn import Learning
+from revfx.engine.operators import is_collective
 from revfx.engine.proof import prove, same_values
 from revfx.engine.saved import SavedTensor
 from revfx.layout import copied
@@ -87,6 +89,8 @@ class BlockLearning(Learning):
         first, last = self._first, len(self.tape.ops) - 1
         if not self._block or last <= first or self.tape.changes_settings:
             return
+        if any(is_collective(op.func) for op in self.tape.ops[first:]):
+            return  # processes may differ in what they gain
         span = Span(first, last, (), (), (), frozenset(), frozenset(), frozenset())
         builder = UnitBuilder(self.tape, span)
         try:
@@ -143,7 +147,7 @@ class BlockLearning(Learning):
                 t = self._operands.get(value)
                 if t is None or super().number(t) != value:
                     t = self.tensor(value)
-                if t is None:
+                if t is None or is_freed(t):
                     return None
                 allocation = self.tape.allocations[self.tape.values[value].allocation]
                 is_written = allocation.is_outside and allocation.writes  # so will the next forward

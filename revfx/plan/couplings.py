@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from revfx.engine.tape import Tape
+from revfx._fsdp import is_freed
+from revfx.engine.tape import Op, Tape
 from revfx.errors import Refusal
 from revfx.passes.arcs import Lowered, lower
 from revfx.passes.composed import composed_all
@@ -27,23 +28,40 @@ class Couplings:
     regions: tuple[Region, ...]
     refusals: tuple[Refusal, ...]
 
+    def op(self, number: int) -> Op:
+        """Return the operator of the tape that an operation of the program stands for."""
+        return self.tape.ops[self.of.op_of[self.lowered.op_nodes[number]]]
+
 
 def find_couplings(tape: Tape, lossless: bool = True) -> Couplings:
     """Find the regions of a tape, and why others are none; `lossless`: inverses that round get codes."""
-    of = graph_of(tape)
+    of, lowered = lowered_tape(tape, lossless)
+    found, stuck = find_regions(lowered.program)
+    regions = tuple(replace(r, steps=composed_all(lowered.program, r.steps)) for r in found)
+    refusals = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
+    return Couplings(tape, of, lowered, regions, tuple(dict.fromkeys(refusals)))
+
+
+def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple[TapeGraph, Lowered]:
+    """Return a tape as a graph and as a program.
+
+    Args:
+        tape: the tape.
+        lossless: inverses that round get codes; else those that codes alone make right are left out, if nothing is
+            there but the inputs.
+        from_inputs: nothing is there but the inputs: not what was drawn either.
+    """
+    of = graph_of(tape, from_inputs)
     graph = of.graph
     held: dict[fx.Node, tuple[Fact, ...]] = {}
     for value, t in tape.constants.items():
-        if value in of.node_of:
+        if value in of.node_of and not is_freed(t):
             held[of.node_of[value]] = facts_about(t) or truths_of(t)
     known = annotate(graph, held, None)
     for node, value in constants(graph, known).items():
         node.meta["constant"] = value
     for node, facts in known.items():
         node.meta["facts"] = facts
-    sources = find_sources(graph, of.lasting, frozenset(), list(graph.nodes))
-    lowered = lower(graph, sources=sources, lossless=lossless)
-    found, stuck = find_regions(lowered.program)
-    regions = tuple(replace(r, steps=composed_all(lowered.program, r.steps)) for r in found)
-    refusals = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
-    return Couplings(tape, of, lowered, regions, tuple(dict.fromkeys(refusals)))
+    sources = find_sources(graph, of.lasting, frozenset(), () if from_inputs else list(graph.nodes))
+    barred = {} if from_inputs and not lossless else None
+    return of, lower(graph, sources=sources, barred=barred, lossless=lossless)

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from revfx.engine import dispatch
 from revfx.engine.learn import Learning
 from revfx.engine.tape import Declared
+from revfx.engine.whole import undisturbed
 from revfx.rules import Inverse, rule_for_class
 
 
@@ -253,12 +254,8 @@ def _undisturbed(module: nn.Module, by: Callable[..., Any]) -> Callable[..., Any
     """Return `by`, which runs a module, without effect on random states and on the buffers of the module."""
 
     def run(*tensors: Tensor) -> Any:
-        buffers = [(b, b.clone()) for b in module.buffers()]
-        with torch.random.fork_rng(), dispatch.writes_uncounted(b for b, _ in buffers):
-            out = by(*tensors)
-            for buffer, then in buffers:
-                buffer.copy_(then)
-        return out
+        with undisturbed(module):
+            return by(*tensors)
 
     return run
 

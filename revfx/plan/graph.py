@@ -40,14 +40,20 @@ class TapeGraph:
     op_of: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
 
 
-def graph_of(tape: Tape) -> TapeGraph:
-    """Build the graph of the operators that the returned values need; nodes carry the metadata that `lower` reads."""
-    return _Builder(tape).run()
+def graph_of(tape: Tape, is_inverted: bool = False) -> TapeGraph:
+    """Build the graph of the operators that the returned values need; nodes carry the metadata that `lower` reads.
+
+    Args:
+        tape: the tape.
+        is_inverted: the graph is that of a function of the inputs, and not of memory: views of inputs are computed, and
+            what is written to a part of a tensor is a value of that part.
+    """
+    return _Builder(tape, is_inverted).run()
 
 
 class _Builder:
-    def __init__(self, tape: Tape) -> None:
-        self.tape, self.made = tape, TapeGraph(fx.Graph())
+    def __init__(self, tape: Tape, is_inverted: bool) -> None:
+        self.tape, self.made, self.is_inverted = tape, TapeGraph(fx.Graph()), is_inverted
         self.needed = _needed(tape)
 
     def run(self) -> TapeGraph:
@@ -118,10 +124,11 @@ class _Builder:
     def _add(self, number: int, op: Op) -> None:
         outs = [v for v in op.outs if v is not None]
         fresh = [v for v in (*outs, *(b for _, b in op.written)) if v not in self.made.node_of]
-        if not fresh or all(self.tape.is_outside(v) for v in fresh):
-            return  # a view of a value that is there anyway
+        if not fresh or all(self._is_there(v) for v in fresh):
+            return
         target, args, kwargs = self._call(op)
-        node = self.made.graph.create_node("call_function", target, args, kwargs, name=packet_name(target))
+        name = packet_name(target) or getattr(target, "__name__", "")
+        node = self.made.graph.create_node("call_function", target, args, kwargs, name=name)
         self.made.op_of[node] = number
         node.meta["where"] = op.where
         if packet_name(target) == "bernoulli":
@@ -139,12 +146,20 @@ class _Builder:
             return
         node.meta["val"] = tuple(None for _ in op.outs)
         for position, v in enumerate(op.outs):
-            if v is None or v in self.made.node_of:
+            if v is None:
                 continue
             part = self.made.graph.call_function(operator.getitem, (node, position))
+            if v in self.made.node_of:  # such as a part that is the whole
+                part.meta.update(self.made.node_of[v].meta)
+                continue
             self._note(part, v)
             part.meta["kept"] = part.meta.get("kept", False) or keeps
         node.meta["val"] = tuple(None if v is None else self.made.node_of[v].meta["val"] for v in op.outs)
+
+    def _is_there(self, value: int) -> bool:
+        """Return whether a value is a view of one that is there anyway."""
+        allocation = self.tape.allocations[self.tape.values[value].allocation]
+        return allocation.is_outside and not (self.is_inverted and allocation.role == "input")
 
     def _call(self, op: Op) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return the functional form of an operator."""
@@ -163,7 +178,7 @@ class _Builder:
         if op.written:
             packet = getattr(aten, name.removesuffix("_"), None)
             functional = getattr(packet, op.func._overloadname, None) if name.endswith("_") else None
-            whole = len(op.written) == 1 and self._is_whole(op.written[0][0])
+            whole = len(op.written) == 1 and (self.is_inverted or self._is_whole(op.written[0][0]))
             if functional is None or not whole:
                 return overwrite, tuple(self._node(v) for v in op.reads), {}
             return functional, args, kwargs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,15 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
-from revfx.ambient import ambient_state
+from revfx import _fsdp, _torch
+from revfx.ambient import ambient_state, given
 from revfx.engine import dispatch
+from revfx.engine.learn import Learning
 from revfx.engine.native import learner, watcher
 from revfx.engine.plan import Plan
 from revfx.engine.tape import Tape
 from revfx.engine.unit import Unit
+from revfx.engine.wrappers import unwrapped
 from revfx.errors import Reason, Refusal
 from revfx.info import PlanInfo
+from revfx.parts import looking_on
 from revfx.passes.regions import RegionSummary, summary
 from revfx.passes.segments import segments, text
 from revfx.plan.blocks import BlockLearning
@@ -91,6 +95,16 @@ class _Active(threading.local):
 _active = _Active()
 
 
+@contextlib.contextmanager
+def seen_whole() -> Generator[None]:
+    """Open a context in which the forwards of planned models run as they are, inside of one that is watched."""
+    before, _active.is_active = _active.is_active, True
+    try:
+        yield
+    finally:
+        _active.is_active = before
+
+
 def is_watched() -> bool:
     """Return whether a forward of a planned model runs on this thread."""
     return _active.is_active
@@ -101,6 +115,7 @@ class PlannedModel:
     """The kinds of calls of a model that were learnt so far, each with a plan."""
 
     lossless: bool = True
+    has_parts: bool = False  # compiled ones, which the watcher in Python sees as operators
     kinds: dict[Any, Kind] = field(default_factory=dict[Any, Kind])
     coded_bytes: int = 0  # of the latest forward
     lock: Any = field(default_factory=threading.RLock)
@@ -138,24 +153,39 @@ class PlannedModel:
             return forward(*args, **kwargs)
         key = (name, *self._key(model, args, kwargs))
         kind = self.kinds.get(key)
-        is_new = kind is None or kind.is_due
-        if kind is not None and not is_new and not kind.units:
+        learns = self.learns(kind)
+        if not learns and (kind is None or not kind.units):
             return forward(*args, **kwargs)  # converted models inside have plans of their own
-        _active.is_active = True
-        try:
-            if kind is not None and not is_new:
+        with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
+            if kind is not None and not learns:
                 return self._watch(kind, forward, args, kwargs)
             out, kind = self._learn(key, model, forward, args, kwargs)
-        finally:
-            _active.is_active = False
         learnt(kind)
         return out
+
+    def learns(self, kind: Kind | None) -> bool:
+        """Return whether the next call of a kind is learnt."""
+        return kind is None or kind.is_due
+
+    def watching(self, plan: Plan) -> Any:
+        """Return what watches a forward."""
+        return watcher(self.has_parts)(plan)
+
+    def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Learning:
+        """Return what learns a forward."""
+        return learner(BlockLearning, self.has_parts)(model, inputs)
+
+    def _seeing_parts(self, mode: Any) -> contextlib.AbstractContextManager[None]:
+        return given(looking_on, mode) if self.has_parts else contextlib.nullcontext()
+
+    def learnt(self, tape: Tape) -> None:
+        """Look at a tape that is about to be planned."""
 
     def _watch(self, kind: Kind, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         plan = kind.plan
         plan.copies_ends |= any(_torch.version(t) != version for t, version in kind.ends)
-        watching = watcher()(plan)
-        with watching:
+        watching = self.watching(plan)
+        with watching, self._seeing_parts(watching):
             out = forward(*args, **kwargs)
             ends = tensors_in((args, kwargs, out))
             if plan.copies_ends:
@@ -180,10 +210,11 @@ class PlannedModel:
         self, key: Any, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[Any, Kind]:
         inputs = tensors_in((args, kwargs))
-        learning = learner(BlockLearning)(model, inputs)
-        with learning, CallObserver(learning):
+        learning = self.learning(model, inputs)
+        with learning, CallObserver(learning), self._seeing_parts(learning):
             out = forward(*args, **kwargs)
         tape = learning.tape
+        self.learnt(tape)
         returned = tensors_in(out)
         tape.returned = [learning.number(t) for t in returned]
         learning.before_write([*inputs, *returned])  # whether they are shows in the next call
@@ -246,4 +277,4 @@ def tensors_in(tree: Any) -> list[Tensor]:
             todo += [(part, depth) for part in reversed(parts[:MOST_VISITED])]
         elif depth and hasattr(x, "__dict__") and not isinstance(x, (type, nn.Module)):
             todo += [(part, depth - 1) for part in reversed([*vars(x).values()])]
-    return found
+    return unwrapped(found)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from revfx import codes
-from revfx.engine.operators import OF_SHAPE, STATISTICS, UNINITIALIZED
+from revfx.engine.collectives import run_collective
+from revfx.engine.operators import OF_SHAPE, STATISTICS, UNINITIALIZED, is_collective
 from revfx.engine.unit import Number, Replay, Slot, UnitOp
 from revfx.layout import placed
 from revfx.passes._torch import boxed_codegen, packet_name
@@ -75,22 +76,26 @@ def _corrected(arc: Arc) -> Callable[..., Tensor]:
     return invert
 
 
-def run_drawing(func: Any, state: tuple[torch.Generator, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """Run an operator that draws random numbers from the generator's state before it."""
-    generator, then = state
-    now = generator.get_state()
-    try:
-        generator.set_state(then)
-        return func(*args, **kwargs)
-    finally:
+def _drawing(func: Any) -> Callable[..., Any]:
+    """Return an operator that draws random numbers as a function that first takes the generator with its state."""
+
+    def drawn(state: tuple[torch.Generator, Tensor], *args: Any, **kwargs: Any) -> Any:
+        generator, then = state
+        now = generator.get_state()
         try:
-            generator.set_state(now)
-        except BaseException:  # an interrupt
-            generator.set_state(now)
-            raise
+            generator.set_state(then)
+            return func(*args, **kwargs)
+        finally:
+            try:
+                generator.set_state(now)
+            except BaseException:  # an interrupt
+                generator.set_state(now)
+                raise
+
+    return drawn
 
 
-def _compiled(graph: fx.Graph) -> Callable[[list[Any]], tuple[Any, ...]]:
+def compiled_graph(graph: fx.Graph) -> Callable[[list[Any]], tuple[Any, ...]]:
     """Return a graph as a function. `fx.GraphModule` would note its source for the life of the process."""
     code = graph.python_code("self")
     names = dict(code.globals)
@@ -163,7 +168,7 @@ class Builder:
         self.graph.output(tuple(self._wanted(slot) for slot in self.wanted))
         self.graph.set_codegen(boxed_codegen())
         self.graph.lint()
-        return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), _compiled(self.graph))
+        return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), compiled_graph(self.graph))
 
     # --- order
     def _made_by(self, action: Action) -> list[int]:
@@ -289,7 +294,9 @@ class Builder:
             if self.memory.allocation[before] not in self.private:
                 args = self._cloned(args, before)
         if op.state >= 0:
-            node = self._call(run_drawing, (op.func, self._input("state", op.state), *args), kwargs)
+            node = self._call(_drawing(op.func), (self._input("state", op.state), *args), kwargs)
+        elif is_collective(op.func):
+            node = self._call(run_collective, (op.func, *args), kwargs)
         else:
             node = self._call(op.func, args, kwargs)
         if op.is_single:

@@ -12,6 +12,7 @@ import torch
 from revfx.engine.operators import UNINITIALIZED, is_repeatable, is_view
 from revfx.engine.tape import Op, Ref, Tape
 from revfx.engine.unit import Coded, Number, Replay, Slot, Unit, UnitOp
+from revfx.parts import Part
 from revfx.passes._torch import packet_name
 from revfx.passes.closure import Forward
 from revfx.passes.composed import rounds
@@ -298,7 +299,7 @@ class UnitBuilder:
             return Slot(self._slot(int(a)))
         if isinstance(a, (list, tuple)) and any(type(x) is Ref for x in a):
             return type(a)([self._argument(x, is_inverted) for x in a])
-        is_number = isinstance(a, (int, float, complex, list, tuple, torch.Generator)) and not isinstance(a, bool)
+        is_number = isinstance(a, (int, float, complex, list, tuple, torch.Generator, Part)) and not isinstance(a, bool)
         if is_number and not is_inverted:
             self.numbers.append(a)
             return Number(len(self.numbers) - 1)

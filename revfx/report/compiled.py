@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from revfx.capture.guards import name_of
 from revfx.compiled import _inductor, partitioner
 from revfx.compiled.functions import with_own_code
 from revfx.converted import unconverted
+from revfx.errors import name_of
 from revfx.report.data import Usage, short
 from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,14 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revfx.capture.plan import Plan
 from revfx.passes.closure import Derivation, Invert, made_by
 from revfx.passes.cuts import Step
 from revfx.passes.formula import formula
 from revfx.passes.program import Program
 from revfx.passes.regions import Region
 from revfx.report.data import RegionInfo, ValueLine
-from revfx.rules import op_name
 
 
 LETTERS = {"bfloat": "bf", "float": "f", "complex": "c", "uint": "u", "int": "i"}
@@ -44,7 +41,6 @@ def describe(
     kept_cuts: Collection[int],
     names: Mapping[int, str],
     module: str,
-    uncoded: Collection[int] = (),
     code_bytes: int | None = None,
 ) -> RegionInfo:
     """Describe a region in words.
@@ -54,12 +50,11 @@ def describe(
         kept_cuts: numbers of the cuts that are kept.
         names: names of operations, by their number; the others go by their own.
         module: path of the module that holds the region.
-        uncoded: values that are kept, as their codes would be no smaller.
         code_bytes: size of the codes; None without codes.
     """
     steps = region.steps
     kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
-    kept_inside = {*uncoded, *(v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry)} - kept.keys()
+    kept_inside = {v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry} - kept.keys()
     return RegionInfo(
         module=module,
         first=program.ops[region.start].where,
@@ -121,15 +116,3 @@ def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Colle
                 if v not in steps[number].exit:
                     found.setdefault(v, d)
     return found
-
-
-def describe_recorded(
-    plan: Plan, region: Region, kept_cuts: Collection[int], uncoded: Collection[int], code_bytes: int | None
-) -> RegionInfo:
-    """Describe a region of a recorded program. Modules that are called whole go by their path."""
-    nodes = plan.lowered.op_nodes
-    names = {i: str(n.target) if n.op == "call_module" else op_name(n.target) for i, n in enumerate(nodes)}
-    scopes = [str(n.meta["scope"]).split(".") for n in nodes[region.start : region.stop] if "scope" in n.meta]
-    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*scopes, strict=False))
-    module = ".".join(level[0] for level in levels)
-    return describe(plan.lowered.program, region, kept_cuts, names, module, uncoded, code_bytes)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,20 @@ from torch.utils import _pytree as pytree
 
 from revfx import _fake
 from revfx.arguments import normalize_arguments
-from revfx.capture.guards import name_of
-from revfx.capture.plan import Plan
-from revfx.capture.search import make_plan
-from revfx.codes import TYPICAL, USUAL
 from revfx.conversion import Options
 from revfx.convert import convert
 from revfx.converted import Reversible, conversion_of, unconverted
-from revfx.eager.regeneration import Regeneration
-from revfx.eager.region_plan import RegionPlan
-from revfx.errors import FOR_ANY_MODEL, RevfxError
+from revfx.errors import FOR_ANY_MODEL, Refusal, RevfxError, name_of
 from revfx.fit.budget import Budget, checked_memory
 from revfx.inspection import is_floating
+from revfx.plan.model import Kind, PlannedModel
+from revfx.plan.simulated import SimulatedModel
 from revfx.report.data import RegionInfo, Usage
-from revfx.report.describe import describe, describe_recorded, types_of
+from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
 from revfx.report.fit import explain_fit
 from revfx.report.simulate import Loss, measured, simulate_step
-from revfx.world import World
+from revfx.world.fake import World
 
 
 _log = logging.getLogger("revfx.report")
@@ -88,21 +84,22 @@ def explain(
     own = conversion_of(model) if isinstance(model, Reversible) else None
     options = Options() if own is None else own.options
     forward = model.forward if own is None else own.forward(model)
-    _log.info("looking for regions")
-    outcome = make_plan(model, forward, given, named, options.exact)
-    ways, regions, notes = _predicted(World(model, given, named), forward, outcome.plan, loss, measure)
+    found = _predicted(World(model, given, named, whole=True), forward, options.exact, loss, measure)
     not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
+    ways = found.ways
     if measure:
-        ways = _measure(model, options, given, named, loss, ways, budget)
+        ways, planned = _measure(model, options, given, named, loss, ways, budget)
+        if found.notes:  # not predicted
+            found = found._replace(regions=_all_described(planned, {0: planned.coded_bytes}))
     fit, advice = (None, []) if budget is None else explain_fit(unconverted(model), given, named, budget)
     peaks = [u.peak or 0 for u in ways if u.way in ("plain", "revfx")]
-    if regions and len(peaks) == 2 and peaks[1] > 0.8 * peaks[0]:
+    if found.regions and len(peaks) == 2 and peaks[1] > 0.8 * peaks[0]:
         advice.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
-    if not regions and budget is None and not any("memory=" in r.kind.remedy for r in outcome.refusals):
+    if not found.regions and budget is None and not any("memory=" in r.kind.remedy for r in found.refusals):
         advice.append(f"to train in less memory all the same, {FOR_ANY_MODEL}.")
     return Explanation(
-        model=name_of(model), inputs=types_of((given, named)), regions=regions,
-        refusals=(*outcome.refusals, *not_compiled), ways=ways, notes=notes,
+        model=name_of(model), inputs=types_of((given, named)), regions=found.regions,
+        refusals=(*found.refusals, *not_compiled), ways=ways, notes=found.notes,
         advice=tuple(advice), fit=fit,
     )  # fmt: skip
 
@@ -119,64 +116,72 @@ def total(output: Any) -> Tensor:
 
 
 # --- predicted
-def _predicted(
-    world: World, forward: Callable[..., Any], plan: Plan | None, loss: Loss, measure: bool
-) -> tuple[tuple[Usage, ...], tuple[RegionInfo, ...], tuple[str, ...]]:
-    """Return the usage of a plain step and of one with regions, the regions, and notes."""
+class Predicted(NamedTuple):
+    """The usage of steps, the regions, the places that are left as they are, and notes."""
+
+    ways: tuple[Usage, ...]
+    regions: tuple[RegionInfo, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _predicted(world: World, forward: Callable[..., Any], lossless: bool, loss: Loss, measure: bool) -> Predicted:
+    """Count a plain step and one that drops what regions give back."""
     try:
         _log.info("counting a plain step")
         plain = simulate_step(world, forward, loss)
     except Exception as e:
         if not (measure or isinstance(e, (*_fake.DATA_DEPENDENT, _fake.NO_FAKE))):
             raise
-        regions = () if plan is None else tuple(_unrun(plan, r) for r in plan.regions.values())
-        note = f"no prediction: on fake tensors the model raises {type(e).__name__}; use `measure=True`."
-        return (), regions, (note,)
-    if plan is None:
-        return (plain,), (), ()
-    regions = list[RegionInfo]()
-    _log.info("counting a step with regions")
+        said = str(e).strip().partition("\n")[0]
+        note = f"no prediction: on fake tensors the model raises {type(e).__name__} ({said}); use `measure=True`."
+        return Predicted((), notes=(note,))
+    _log.info("looking for regions, and counting a step with them")
+    planned = SimulatedModel(lossless, world.real_of)
+    run = functools.partial(planned.call, world.model, forward)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run that does not take place
-        ours = simulate_step(
-            world,
-            lambda *args, **kwargs: plan.run(pytree.tree_leaves((args, kwargs))),
-            loss,
-            lambda run: regions.append(_described(plan, run)),
-        )
-    return (plain, ours), tuple(regions), ()
+        codes: dict[int, int] = {}
+        ours = simulate_step(world, lambda *args, **kwargs: run(args, kwargs), loss, codes)
+    regions = _all_described(planned, codes)
+    return Predicted((plain, ours) if regions else (plain,), regions, tuple(planned.refusals))
 
 
-def _described(plan: Plan, run: Regeneration) -> RegionInfo:
-    """Describe a region that was run, of the plan itself or of a `RevBlock` inside a module that is called whole."""
-    kept, codes = frozenset(run.kept_cuts), None
-    if run.lossless:
-        codes = sum(code.nbytes for code in run.codes.values())
-    uncoded = frozenset[int]().union(*run.uncoded.values())
-    if run.program is plan.lowered.program:
-        return describe_recorded(plan, run.region, kept, uncoded, codes)
-    names = {i: c.name for i, c in enumerate(run.calls)}
-    return describe(run.program, run.region, kept, names, "rev_block", uncoded, codes)
+def _all_described(planned: PlannedModel, codes: Mapping[int, int]) -> tuple[RegionInfo, ...]:
+    """Describe the regions that were found last, with the bytes of codes by the position of their unit."""
+    kind = [*planned.kinds.values()][-1]
+    return tuple(_described(kind, codes, planned.lossless)) if kind.units else ()
 
 
-def _unrun(plan: Plan, planned: RegionPlan) -> RegionInfo:
-    """Describe a region of a model that can't be run on fake tensors, with codes as large as such are wont to be."""
-    region, values = planned.region, plan.lowered.program.values
-    coded = sum(math.prod(values[v].shape) for v in planned.codecs)
-    codes = int(coded * (TYPICAL / 8 + 6 * USUAL)) if planned.lossless else None
-    return describe_recorded(plan, region, (0, len(region.steps)), (), codes)
+def _described(kind: Kind, codes: Mapping[int, int], lossless: bool) -> Iterator[RegionInfo]:
+    found = kind.found
+    program = found.lowered.program
+    for number, region in enumerate(found.regions):
+        paths: list[list[str]] = []
+        names: dict[int, str] = {}
+        for i in range(region.start, region.stop):
+            paths.append(found.op(i).module.split("."))
+            names[i] = ".".join(filter(None, (*paths[-1], program.ops[i].name)))
+        levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+        module = ".".join(level[0] for level in levels)
+        coded = sum(nbytes for site, nbytes in codes.items() if kind.plan.chain(site) == number)
+        yield describe(program, region, (0, len(region.steps)), names, module, coded if lossless else None)
 
 
 # --- measured
 def _measure(
     model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage], budget: Budget | None
-) -> tuple[Usage, ...]:
-    """Return the ways with their measured memory and time."""
+) -> tuple[tuple[Usage, ...], PlannedModel]:
+    """Return the ways with their measured memory and time, and the plans that were made on the way."""
     own = unconverted(copy.deepcopy(model))
-    models = {"plain": own, "revfx": convert(own, exact=options.exact)}
+    converted = convert(own, exact=options.exact)
+    models = {"plain": own, "revfx": converted}
     if budget is not None:
         models["fitted"] = convert(own, memory=budget)
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         _log.info("measuring")
-        return measured(models, args, kwargs, loss, ways)
+        found = measured(models, args, kwargs, loss, ways)
+    planned = conversion_of(converted).planned
+    assert planned is not None
+    return found, planned

@@ -22,16 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from revfx import _fake, _torch
-from revfx.capture.effects import none_left
-from revfx.eager.modes import simulating
-from revfx.eager.regeneration import Regeneration
-from revfx.eager.region_plan import Watch
-from revfx.inspection import watched
+from revfx.ambient import given
+from revfx.engine.call import UnitCall
+from revfx.engine.match import Match
+from revfx.engine.observe import Observer, observer
+from revfx.modes import simulating
 from revfx.passes._torch import draws
 from revfx.passes.sizes import muted, tensors_of
 from revfx.report.data import Usage
 from revfx.testing import measure_memory
-from revfx.world import World
+from revfx.world.fake import World
+from revfx.world.left import none_left
 
 
 aten = torch.ops.aten
@@ -75,52 +76,55 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-class RandomStates(Watch):
-    """Counts the states of the random generator that a region keeps: no operation makes them."""
+class Codes(Observer):
+    """Notes what calls of units keep that no operator makes, and how large their codes are.
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    Args:
+        ledger: counts the random states.
+        nbytes: is given the bytes of codes, by the position of their unit in the sequence of units.
+    """
 
-    def made(self, run: Regeneration, value: int, tensor: Tensor) -> None:
-        """Count the latest state."""
-        self.ledger.enter(run.random.cpu)
+    def __init__(self, ledger: Ledger, nbytes: dict[int, int]) -> None:
+        self._ledger, self._nbytes = ledger, nbytes
+
+    def completed(self, call: UnitCall, match: Match) -> None:
+        """Count the random states, and the codes."""
+        for _, state in call.states:
+            self._ledger.enter(state)
+        codes = [code for code in call.codes if not isinstance(code, Tensor)]
+        self._nbytes[call.site] = sum(code.nbytes for code in codes)
 
 
-def simulate_step(
-    world: World, run: Callable[..., Any], loss: Loss, seen: Callable[[Regeneration], None] | None = None
-) -> Usage:
+def simulate_step(world: World, run: Callable[..., Any], loss: Loss, codes: dict[int, int] | None = None) -> Usage:
     """Count `loss(run(*args, **kwargs))` and its backward.
 
     Args:
         world: the model and its arguments.
-        run: the model's forward, plain or with regions.
+        run: the model's forward, plain or planned.
         loss: from the output to a scalar.
-        seen: called with each region that ran, while it exists.
+        codes: of a planned forward, which runs once before it is counted: is given the bytes of codes by the position
+            of their unit.
 
     Raises:
         Exception: torch's own error where code asks for values, and any error of the model.
     """
-    ledger, runs = Ledger(), list[Regeneration]()
-
-    def watch(run: Regeneration) -> Watch:
-        runs.append(run)
-        return RandomStates(ledger)
+    way = "plain" if codes is None else "revfx"
+    ledger = Ledger()
+    look = Codes(ledger, {} if codes is None else codes)
 
     def count() -> Usage:
         quiet = muted(_fake.FAKE_LOGGER)  # which prints a traceback besides raising
         with quiet, _torch.uncollected(), world.entered() as (args, kwargs), simulating(), torch.enable_grad():
+            if codes is not None:
+                run(*args, **kwargs)
             for _, fake in world.fakes.values():
                 ledger.enter(fake, counted=False)
                 if fake.grad is not None:
                     ledger.enter(fake.grad, counted=False)
-            with watched(watch), ledger:
+            with given(observer, look), ledger:
                 value = loss(run(*args, **kwargs))
                 kept, backward = ledger.now, len(ledger.live)
                 value.backward()
-            if seen is not None:
-                for region in runs:
-                    seen(region)
-        way = "plain" if seen is None else "revfx"
         peak = max(ledger.live, default=0)
         return Usage(way, kept, peak, ledger.flops, live=tuple(ledger.live), backward=backward)
 
@@ -128,7 +132,7 @@ def simulate_step(
         try:
             return count()
         finally:
-            runs.clear()
+            torch.clear_autocast_cache()  # of casts of fake parameters
             world.fakes.clear()
 
 

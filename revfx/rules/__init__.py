@@ -4,7 +4,7 @@ A rule is a generator over an fx node. For each operand that the result determin
 is a function of the result and other operands) or a `Tile` (the result is a part of the operand, which is known once
 its parts tile it), and for an operand that it can't solve a `NoInverse` with the reason:
 
-    @register_inverse(torch.add, "add", operator.add)
+    @register_inverse(aten.add.Tensor)
     def _(node):
         a, b, alpha = arguments(node, "input", "other", alpha=1)
         yield Inverse(a, lambda y, b: y - alpha * b, (b,))
@@ -12,8 +12,8 @@ its parts tile it), and for an operand that it can't solve a `NoInverse` with th
 A rule states the algebra. What makes it sound (the solved operand has the result's shape and keeps its dtype, `a is
 not b`, a factor is bounded away from zero) is checked once, for all rules, by `revfx.passes.arcs`.
 
-Spellings: functions are registered as themselves, tensor methods by name, modules by class; overloads of aten beside
-them, for compiled graphs. The rules themselves live beside this file, in `revfx.rules.arithmetic` and others.
+Rules are for overloads of aten operators, which a forward and a compiled graph are made of; those of the user may be
+for classes of modules, too. The rules themselves live beside this file, in `revfx.rules.arithmetic` and others.
 """
 
 from __future__ import annotations
@@ -117,21 +117,22 @@ _rules: dict[object, Rule] = {}
 
 
 def register_inverse(*ops: object, by: str | Callable[..., Any] | None = None) -> Callable[[Rule], Rule]:
-    """Register a rule, by a decorator, for `ops`: functions, tensor method names, module classes or aten overloads.
+    """Register a rule, by a decorator, for `ops`: aten overloads, functions of torch that are one, or module classes.
 
     With `by` there is nothing to decorate: `ops` are classes of modules that are called whole from then on, and
     inverted by a method of that name, `y, ... = m(x, ...)`; `x, ... = m.inverse(y, ...)`, or by `by(m, y, ...)`. Each
     forward and each backward then runs it once more, with all that is inside.
 
     Raises:
-        RevfxError: one of `ops` has a rule already, or is no class of modules with such a method.
+        RevfxError: one of `ops` has a rule already, is none of these, or is no class of modules with such a method.
     """
 
     def decorate(rule: Rule) -> Rule:
-        for op in ops:
+        keys = [key for op in ops for key in _keys(op)]
+        for op in keys:
             if op in _rules:
                 raise RevfxError(f"`register_inverse`: `{op_name(op)}` has a rule already ({_rules[op].__module__}).")
-        _rules.update(dict.fromkeys(ops, rule))
+        _rules.update(dict.fromkeys(keys, rule))
         return rule
 
     if by is not None:
@@ -140,6 +141,19 @@ def register_inverse(*ops: object, by: str | Callable[..., Any] | None = None) -
                 raise RevfxError(f"`register_inverse`: `{op_name(op)}` is no class of modules that have a `{by}`.")
         decorate(_by_method(by))
     return decorate
+
+
+def _keys(op: object) -> list[object]:
+    """Return the keys of the table for an operation."""
+    if isinstance(op, type) or _torch.packet_name(op):
+        return [op]
+    packet = getattr(aten, getattr(op, "__name__", ""), None)
+    if callable(op) and packet is not None and (getattr(op, "__module__", None) or "torch").startswith("torch"):
+        return [getattr(packet, overload) for overload in packet.overloads()]
+    raise RevfxError(
+        f"`register_inverse`: `{op_name(op)}` is no operator of torch and no class of modules. Register the module that"
+        " calls it, or the operators that it is made of."
+    )
 
 
 # --- inverses that are calls of the user's, or of a library's: given what the call was given
@@ -186,18 +200,13 @@ def registered() -> dict[object, Rule]:
 def unregister_inverse(*ops: object) -> None:
     """Take the rules of `ops` out of the table, as a test or a notebook cell that registers again needs."""
     for op in ops:
-        _rules.pop(op, None)
+        for key in _keys(op):
+            _rules.pop(key, None)
 
 
 def has_foreign() -> bool:
     """Return whether the table is not the one that comes with revfx: rules were added, taken away or replaced."""
     return _rules != _ours
-
-
-def foreign_modules() -> list[type[torch.nn.Module]]:
-    """Return the classes of modules for which rules were added."""
-    added = (op for op in _rules if op not in _ours and isinstance(op, type))
-    return [op for op in added if issubclass(op, torch.nn.Module)]
 
 
 def rule_for_class(cls: type[torch.nn.Module]) -> Rule | None:
@@ -207,23 +216,18 @@ def rule_for_class(cls: type[torch.nn.Module]) -> Rule | None:
 
 
 def has_rule(op: object) -> bool:
-    """Return whether `op` (in one of the spellings that `register_inverse` takes) has a rule."""
-    return op in _rules
+    """Return whether an operation has a rule."""
+    return any(key in _rules for key in _keys(op))
 
 
-def rule_for(node: fx.Node, module: torch.nn.Module | None = None) -> Rule | None:
-    """Return the rule for a node, or None; `module` is what a call_module node calls."""
-    return _rules.get(_key(node, module))
+def rule_for(node: fx.Node) -> Rule | None:
+    """Return the rule for a node, or None."""
+    return _rules.get(node.target)
 
 
-def declared_by_user(node: fx.Node, module: torch.nn.Module | None = None) -> str:
+def declared_by_user(node: fx.Node) -> str:
     """Return the name of a node's operation where its rule is one that the user registered, else nothing."""
-    key = _key(node, module)
-    return op_name(node.target) if _rules.get(key) is not _ours.get(key) else ""
-
-
-def _key(node: fx.Node, module: torch.nn.Module | None) -> object:
-    return type(module) if node.op == "call_module" else node.target
+    return op_name(node.target) if _rules.get(node.target) is not _ours.get(node.target) else ""
 
 
 def op_name(op: object) -> str:

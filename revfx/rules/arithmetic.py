@@ -40,10 +40,7 @@ def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
 SCALED = "a tensor stands where a number scales an operand"
 
 
-@register_inverse(
-    torch.add, "add", "add_", "__add__", "__radd__", "__iadd__", operator.add, operator.iadd,
-    aten.add.Tensor, aten.add.Scalar,
-)  # fmt: skip
+@register_inverse(aten.add.Tensor, aten.add.Scalar)
 def add(node: fx.Node) -> Iterator[Direction]:
     """`y = a + alpha*b`; `a = y - alpha*b`, `b = (y - a)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
@@ -54,10 +51,7 @@ def add(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
 
 
-@register_inverse(
-    torch.sub, torch.subtract, "sub", "sub_", "subtract", "__sub__", "__isub__", operator.sub, operator.isub,
-    aten.sub.Tensor, aten.sub.Scalar, torch.rsub, "__rsub__", aten.rsub.Tensor, aten.rsub.Scalar,
-)  # fmt: skip
+@register_inverse(aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar)
 def sub(node: fx.Node) -> Iterator[Direction]:
     """`y = a - alpha*b`, of `rsub` for its operands the other way round; `a = y + alpha*b`, `b = (a - y)/alpha`."""
     a, b, alpha = arguments(node, "input", "other", alpha=1)
@@ -69,17 +63,14 @@ def sub(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
 
 
-@register_inverse(torch.neg, torch.negative, "neg", "neg_", "negative", "__neg__", operator.neg, aten.neg.default)
+@register_inverse(aten.neg.default)
 def neg(node: fx.Node) -> Iterator[Direction]:
     """`y = -a`; `a = -y`."""
     (a,) = arguments(node, "input")
     yield Inverse(a, lambda y: -y, exact=True, factor=-1, rest=nothing)
 
 
-@register_inverse(
-    torch.mul, torch.multiply, "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", operator.mul,
-    operator.imul, aten.mul.Tensor, aten.mul.Scalar,
-)  # fmt: skip
+@register_inverse(aten.mul.Tensor, aten.mul.Scalar)
 def mul(node: fx.Node) -> Iterator[Direction]:
     """`y = a*b`; `a = y/b`, `b = y/a`, each where the other factor is bounded away from zero."""
     a, b = arguments(node, "input", "other")
@@ -87,10 +78,7 @@ def mul(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: y / a, (a,), factor=a, rest=nothing)
 
 
-@register_inverse(
-    torch.div, torch.divide, torch.true_divide, "div", "div_", "divide", "true_divide", "__truediv__",
-    operator.truediv, aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode,
-)  # fmt: skip
+@register_inverse(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
 def div(node: fx.Node) -> Iterator[Direction]:
     """`y = a/b`; `a = y*b`, `b = a/y`."""
     a, b, rounding = arguments(node, "input", "other", rounding_mode=None)
@@ -101,10 +89,7 @@ def div(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: a / y, (a,), coded=True)
 
 
-@register_inverse(
-    torch.addcmul, "addcmul", "addcmul_", aten.addcmul.default, torch.addcdiv, "addcdiv", "addcdiv_",
-    aten.addcdiv.default,
-)  # fmt: skip
+@register_inverse(aten.addcmul.default, aten.addcdiv.default)
 def add_product(node: fx.Node) -> Iterator[Direction]:
     """`y = a + value*b*c` or `y = a + value*b/c`; `a` is y less the same."""
     a, b, c, value = arguments(node, "input", "tensor1", "tensor2", value=1)
@@ -117,7 +102,7 @@ def add_product(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, by, (b, c), rest=rest)
 
 
-@register_inverse(torch.lerp, "lerp", "lerp_", aten.lerp.Scalar, aten.lerp.Tensor)
+@register_inverse(aten.lerp.Scalar, aten.lerp.Tensor)
 def lerp(node: fx.Node) -> Iterator[Direction]:
     """`y = (1-w)*a + w*b` for a number w; `a = (y - w*b)/(1-w)`, `b = (y - (1-w)*a)/w`."""
     a, b, w = arguments(node, "input", "end", "weight")
@@ -129,12 +114,12 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(b, lambda y, a: (y - (1 - w) * a) / w, (a,), factor=w, rest=lambda a: (1 - w) * a)
 
 
-@register_inverse(torch.where, "where", aten.where.self)
+@register_inverse(aten.where.self)
 def select_by_mask(node: fx.Node) -> Iterator[Direction]:
     """`y = where(m, a, b)`: a where m holds, b elsewhere; what m does not select of either is not in y."""
     if len(node.args) != 3:
         return
-    mask, a, b = node.args if node.op == "call_function" else (node.args[1], node.args[0], node.args[2])
+    mask, a, b = node.args
     yield NoInverse(a, "`where` drops the elements that its mask does not select")
     yield NoInverse(b, "`where` drops the elements that its mask selects")
     yield Masked(a, mask, True, b)
@@ -145,10 +130,7 @@ def select_by_mask(node: fx.Node) -> Iterator[Direction]:
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-@register_inverse(
-    "to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu",
-    aten._to_copy.default, torch.ops.prims.convert_element_type.default,
-)  # fmt: skip
+@register_inverse(aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 def cast(node: fx.Node) -> Iterator[Direction]:
     """`y = a.to(wider)`; `a = y.to(a.dtype)`, exactly; a narrowing cast loses bits, which a code may hold."""
     (a,) = arguments(node, "input")

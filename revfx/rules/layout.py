@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +9,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from revfx import _torch
 from revfx.errors import Reason
 from revfx.rules import (
     Direction,
@@ -32,13 +29,19 @@ def shape_of(node: Any) -> tuple[int, ...]:
 
 
 @register_inverse(
-    torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.ravel, torch.clone,
-    "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "contiguous",
-    "clone", torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten.alias.default,
-    aten.lift_fresh_copy.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-    aten.detach.default, aten.expand.default,
-)  # fmt: skip
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.detach.default,
+    aten.expand.default,
+)
 def reshape(node: fx.Node) -> Iterator[Direction]:
     """`y = a.view(shape)`; `a = y.view(a.shape)`: all elements, in the same order."""
     (a,) = arguments(node, "input")
@@ -56,7 +59,7 @@ def reshaped(a: Any) -> Direction:
     return Inverse(a, lambda y: y.reshape(shape), exact=True)
 
 
-@register_inverse(torch.permute, "permute", aten.permute.default)
+@register_inverse(aten.permute.default)
 def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
     a, *dims = operands(node)
@@ -66,41 +69,28 @@ def permute(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: y.permute(back), exact=True)
 
 
-@register_inverse(
-    torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims", aten.transpose.int
-)
+@register_inverse(aten.transpose.int)
 def transpose(node: fx.Node) -> Iterator[Direction]:
     """`y = a.transpose(i, j)`; `a = y.transpose(i, j)`."""
     a, i, j = operands(node)
     yield Inverse(a, lambda y: y.transpose(i, j), exact=True)
 
 
-@register_inverse(torch.movedim, torch.moveaxis, "movedim", "moveaxis")
-def movedim(node: fx.Node) -> Iterator[Direction]:
-    """`y = a.movedim(i, j)`; `a = y.movedim(j, i)`."""
-    a, i, j = arguments(node, "input", "source", "destination")
-    yield Inverse(a, lambda y: y.movedim(j, i), exact=True)
+@register_inverse(aten.t.default)
+def transpose_matrix(node: fx.Node) -> Iterator[Direction]:
+    """`y = a.t()`; `a = y.t()`."""
+    (a,) = arguments(node, "input")
+    yield Inverse(a, lambda y: y.t(), exact=True)
 
 
-@register_inverse(torch.t, "t", getattr, aten.t.default)
-def attribute(node: fx.Node) -> Iterator[Direction]:
-    """`y = a.T` (also `a.mT`, `a.t()`); `a = y.T`."""
-    a, *names = operands(node)
-    name = names[0] if names else "T"
-    if name in ("T", "mT"):
-        yield Inverse(a, lambda y: y.mT if name == "mT" else y.permute([*reversed(range(y.ndim))]), exact=True)
-    else:
-        yield NoInverse(a, f"the attribute `{name}` is not followed", Reason.LAYOUT)
-
-
-@register_inverse(torch.flip, "flip", aten.flip.default, torch.ops.prims.rev.default)
+@register_inverse(aten.flip.default, torch.ops.prims.rev.default)
 def flip(node: fx.Node) -> Iterator[Direction]:
     """`y = a.flip(d)`; `a = y.flip(d)`."""
     a, *dims = operands(node)
     yield Inverse(a, lambda y: y.flip(*dims), exact=True)
 
 
-@register_inverse(torch.roll, "roll", aten.roll.default)
+@register_inverse(aten.roll.default)
 def roll(node: fx.Node) -> Iterator[Direction]:
     """`y = a.roll(s, d)`; `a = y.roll(-s, d)`."""
     a, shifts, dims = arguments(node, "input", "shifts", dims=())
@@ -109,7 +99,7 @@ def roll(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: y.roll(back, dims), exact=True)
 
 
-@register_inverse(torch.pixel_shuffle, torch.pixel_unshuffle, aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
+@register_inverse(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
     a, r = operands(node)
@@ -118,7 +108,7 @@ def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
     yield Inverse(a, lambda y: back(y, r) if y.numel() else y.reshape(shape), exact=True)
 
 
-@register_inverse(torch.channel_shuffle, aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+@register_inverse(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
 def channel_shuffle(node: fx.Node) -> Iterator[Direction]:
     """`y = channel_shuffle(a, g)`; `a = channel_shuffle(y, C/g)`."""
     a, groups = operands(node)
@@ -141,7 +131,7 @@ def copy(node: fx.Node) -> Iterator[Direction]:
 
 
 # --- a whole from its parts, and parts from their whole
-@register_inverse(torch.cat, torch.concat, torch.concatenate, aten.cat.default)
+@register_inverse(aten.cat.default)
 def cat(node: fx.Node) -> Iterator[Direction]:
     """`y = cat([a, b, ...], d)`; each part is the slice of y where it lies."""
     for part, dim, at, size in joined(node):
@@ -168,7 +158,7 @@ def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor], given: tuple[An
     return Inverse(part, by, given, exact=True)
 
 
-@register_inverse(torch.stack, aten.stack.default)
+@register_inverse(aten.stack.default)
 def stack(node: fx.Node) -> Iterator[Direction]:
     """`y = stack([a, b, ...], d)`; each part is `y.select(d, i)`."""
     parts, dim = arguments(node, "tensors", dim=0)
@@ -176,9 +166,7 @@ def stack(node: fx.Node) -> Iterator[Direction]:
         yield part_of(node, part, lambda y, i=i: y.select(dim, i))
 
 
-@register_inverse(
-    torch.chunk, torch.split, "chunk", "split", "split_with_sizes", aten.split.Tensor, aten.split_with_sizes.default
-)
+@register_inverse(aten.split.Tensor, aten.split_with_sizes.default)
 def split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
     a, _, dim = arguments(node, "input", "sizes", dim=0)
@@ -190,22 +178,7 @@ def split(node: fx.Node) -> Iterator[Direction]:
         at += size
 
 
-@register_inverse(torch.tensor_split, "tensor_split")
-def tensor_split(node: fx.Node) -> Iterator[Direction]:
-    """`a_i = a[..., start_i:stop_i, ...]`, between indices that need not ascend: then parts overlap or leave gaps."""
-    a, _, dim = arguments(node, "input", "sections", dim=0)
-    where = operands(node)[1]
-    if isinstance(where, int):
-        yield from split(node)
-    elif isinstance(where, (tuple, list)):
-        dim = dim % len(shape_of(a))
-        for i, (start, stop) in enumerate(itertools.pairwise((None, *where, None))):
-            yield Tile(a, dim, range(shape_of(a)[dim])[start:stop], part=i)
-    else:
-        yield NoInverse(a, "`tensor_split` at indices that a tensor holds is not followed", Reason.LAYOUT)
-
-
-@register_inverse(torch.unbind, "unbind", aten.unbind.int)
+@register_inverse(aten.unbind.int)
 def unbind(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a.select(d, i)`."""
     a, dim = arguments(node, "input", dim=0)
@@ -214,16 +187,7 @@ def unbind(node: fx.Node) -> Iterator[Direction]:
         yield Tile(a, dim, range(i, i + 1), part=i, squeezed=True)
 
 
-@register_inverse(torch.narrow, "narrow")
-def narrow(node: fx.Node) -> Iterator[Direction]:
-    """`y = a[..., start:start+length, ...]`."""
-    a, dim, start, length = arguments(node, "input", "dim", "start", "length")
-    dim = dim % len(shape_of(a))
-    if isinstance(start, int):
-        yield Tile(a, dim, range(shape_of(a)[dim])[start:][:length])
-
-
-@register_inverse(torch.select, "select", aten.select.int)
+@register_inverse(aten.select.int)
 def select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.select(dim, i)`."""
     a, dim, i = arguments(node, "input", "dim", "index")
@@ -255,89 +219,46 @@ def scatter(node: fx.Node) -> Iterator[Direction]:
     yield Patch(a, dim, range(i, i + 1) if squeezed else range(shape[dim])[i], squeezed, part=b)
 
 
-@register_inverse("__getitem__", operator.getitem, aten.index.Tensor, aten._unsafe_index.Tensor)
+@register_inverse(aten.index.Tensor, aten._unsafe_index.Tensor)
 def getitem(node: fx.Node) -> Iterator[Direction]:
-    """`y = a[..., i:j:k, ...]`, a part of a along one dimension; `y = a[:, p]` for a permutation p, all of it."""
+    """`y = a[:, p]` for a permutation p, or a part of a along one dimension."""
     a, index = arguments(node, "input", "index")
-    if not isinstance(a, fx.Node) or not isinstance(a.meta.get("val"), Tensor):
-        return
-    if _torch.packet_name(node.target):
-        index = _with_slices(index)
-    elif fake_result(node).numel() == fake_result(a).numel():
-        # without the dimensions of size 1 that None adds
-        index = tuple(i for i in index if i is not None) if isinstance(index, tuple) else () if index is None else index
-    found = _along(shape_of(a), index)
+    found = _along(index)
     if isinstance(found, str):
         yield NoInverse(a, found, Reason.LAYOUT)
         return
-    dim, i = found
-    if isinstance(i, int):
-        yield Tile(a, dim, range(i, i + 1), squeezed=True)
-    elif isinstance(i, range):
-        yield reshaped(a) if dim < 0 else Tile(a, dim, i)
-    else:
-        yield from permuted(a, dim, i)
+    yield from permuted(a, *found)
 
 
-def _with_slices(index: Any) -> Any:
-    """Return an index of aten's, which has None for a whole dimension, as Python spells it."""
-    return tuple(slice(None) if i is None else i for i in index)
+def _along(index: Sequence[Any]) -> tuple[int, Any] | str:
+    """Return along which dimension an index is, and the tensor in its place; or why it is not followed."""
+    found = [(dim, i) for dim, i in enumerate(index) if i is not None]
+    if len(found) != 1:
+        return "parts along more than one dimension are not put together again"
+    return found[0]
 
 
-def _along(shape: tuple[int, ...], index: Any) -> tuple[int, Any] | str:
-    """Return along which dimension (-1: all is taken), and which position, range or index of many; or why not."""
-    index = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, bool) or not (isinstance(i, (int, slice, fx.Node, type(...))) or _is_list(i)) for i in index):
-        return "an index with None or booleans is not followed"
-    if any(i is Ellipsis for i in index):
-        at = next(k for k, i in enumerate(index) if i is Ellipsis)
-        index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
-    real = [(d, i) for d, i in enumerate(index) if not (isinstance(i, slice) and range(shape[d])[i] == range(shape[d]))]
-    if len(real) != 1:
-        return "parts along more than one dimension are not put together again" if real else (-1, range(0))
-    dim, i = real[0]
-    return dim, range(shape[dim])[i] if isinstance(i, slice) else i % shape[dim] if isinstance(i, int) else i
-
-
-def _is_list(index: Any) -> bool:
-    """Return whether an index is a list, or an array, of whole numbers."""
-    numbers = index.tolist() if type(index).__module__ == "numpy" else index
-    return isinstance(numbers, list) and all(type(i) is int for i in numbers)
-
-
-def put(a: Tensor, index: Any, b: Any) -> Tensor:
-    """Return `a` with `a[index] = b`."""
-    y = a.clone()
-    y[index] = b
-    return y
-
-
-@register_inverse(put, aten.index_put.default)
+@register_inverse(aten.index_put.default)
 def put_at(node: fx.Node) -> Iterator[Direction]:
     """`y = a with a[..., i, ...] = b`; `b = y[..., i, ...]`, and y holds the rest of a."""
     a, index, b, accumulate = arguments(node, "input", "index", "other", accumulate=False)
-    if node.target is not put:
-        index = _with_slices(index)
-    found = "it is added to" if accumulate else _along(shape_of(a), index)
+    found = "it is added to" if accumulate else _along(index)
     if isinstance(found, str):
         yield NoInverse(a, found, Reason.LAYOUT)
         return
     dim, i = found
-    positions = range(i, i + 1) if isinstance(i, int) else _index_positions(i, shape_of(a)[dim])
-    if positions is None or dim < 0:
+    positions = _index_positions(i, shape_of(a)[dim])
+    if positions is None:
         yield NoInverse(a, "it is overwritten")
         return
-    squeezed = isinstance(i, int)
-    sizes = (*shape_of(a)[:dim], *(() if squeezed else (len(positions),)), *shape_of(a)[dim + 1 :])
+    sizes = (*shape_of(a)[:dim], len(positions), *shape_of(a)[dim + 1 :])
     whole = isinstance(b, fx.Node) and shape_of(b) == sizes
     if whole:
-        index = index if isinstance(index, tuple) else (index,)
-        held = tuple(k for k in index if isinstance(k, fx.Node))
-        yield part_of(node, b, lambda y, *p: y[tuple(p[0] if isinstance(k, fx.Node) else k for k in index)], held)
-    yield Patch(a, dim, positions, squeezed, b if whole and fake_result(b).dtype == fake_result(a).dtype else None)
+        yield part_of(node, b, lambda y, p: y[(*[slice(None)] * dim, p)], (i,))
+    yield Patch(a, dim, positions, False, b if whole and fake_result(b).dtype == fake_result(a).dtype else None)
 
 
-@register_inverse(torch.index_select, "index_select", aten.index_select.default)
+@register_inverse(aten.index_select.default)
 def index_select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.index_select(d, p)` for a permutation p; `a = y.index_select(d, argsort(p))`."""
     a, dim, index = arguments(node, "input", "dim", "index")

@@ -8,16 +8,13 @@ weight, and a transposed one is its dual: with `w` as [groups, n, n], the weight
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from revfx import _torch
 from revfx.rules import Direction, Inverse, arguments, aten, fake_result, register_inverse
@@ -67,26 +64,14 @@ def _may_solve(node: fx.Node, a: Any, m: Any) -> bool:
     return all(isinstance(n, int) for n in sizes) and sizes[0] == sizes[1]
 
 
-@register_inverse(F.linear)
-def linear(node: fx.Node) -> Iterator[Direction]:
-    """`y = a @ w.T + b`; `a = (y - b) @ inverse(w).T`."""
-    a, w, b = arguments(node, "input", "weight", bias=None)
-    inverse = _InverseMatrix()
-    if _may_solve(node, a, w):
-        yield Inverse(a, lambda y, w, b: F.linear(_minus(y, b), inverse(w)), (w, b), coded=True, matrix=w)
-
-
-@register_inverse(
-    torch.matmul, torch.mm, torch.bmm, "matmul", "mm", "bmm", "__matmul__", operator.matmul, aten.mm.default,
-    aten.bmm.default,
-)  # fmt: skip
+@register_inverse(aten.mm.default, aten.bmm.default)
 def matmul(node: fx.Node) -> Iterator[Direction]:
     """`y = a @ m`; `a = y @ inverse(m)`, and `m @ a` likewise."""
     a, other, mat2 = arguments(node, "input", "other", mat2=None)
     yield from _products(node, a, mat2 if other is None else other, None)
 
 
-@register_inverse(torch.addmm, "addmm", aten.addmm.default)
+@register_inverse(aten.addmm.default)
 def addmm(node: fx.Node) -> Iterator[Direction]:
     """`y = c + a @ m`; `a = (y - c) @ inverse(m)`."""
     c, a, b, beta, alpha = arguments(node, "input", "mat1", "mat2", beta=1, alpha=1)
@@ -102,58 +87,11 @@ def _products(node: fx.Node, a: Any, b: Any, c: Any) -> Iterator[Direction]:
         yield Inverse(b, lambda y, m, c: torch.matmul(left(m), _minus(y, c)), (a, c), coded=True, matrix=a)
 
 
-@register_inverse(torch.einsum)
-def einsum(node: fx.Node) -> Iterator[Direction]:
-    """`y = einsum("bic,oi->boc", a, w)`; `a = einsum("boc,io->bic", y, inverse(w))`."""
-    equation, *operands = node.args
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = [*operands[0]]
-    if not isinstance(equation, str) or len(operands) != 2:
-        return
-    inputs, _, out = equation.replace(" ", "").partition("->")
-    for (a, old), (w, pair) in itertools.permutations(zip(operands, inputs.split(","), strict=True)):
-        shared, new = [c for c in pair if c in old], [c for c in pair if c not in old]
-        if not (len(shared) == len(new) == 1 and _may_solve(node, a, w)):
-            continue
-        if sorted(out) == sorted(old.replace(shared[0], new[0])) and old.count(shared[0]) == 1:
-            back, inverse = f"{out},{pair[::-1]}->{old}", _InverseMatrix()
-            yield Inverse(a, lambda y, w, by=back, of=inverse: torch.einsum(by, y, of(w)), (w,), coded=True, matrix=w)
-
-
-@register_inverse(torch.tensordot)
-def tensordot(node: fx.Node) -> Iterator[Direction]:
-    """`y = tensordot(a, w, ([i], [j]))`; `a = tensordot(y, inverse(w), ([-1], [j])).movedim(-1, i)`; `w` likewise."""
-    a, b, dims = arguments(node, "a", "b", dims=2)
-    dims = ([-1], [0]) if dims == 1 else dims
-    if not isinstance(dims, (tuple, list)) or [len(d) for d in dims] != [1, 1]:
-        return
-    (i,), (j,) = dims
-    back: tuple[Any, Any] = ([-1], [j]), ([i], [0])
-    left, right = _InverseMatrix(), _InverseMatrix()
-    if _may_solve(node, a, b) and fake_result(b).dim() == 2:
-        yield Inverse(a, lambda y, w: torch.tensordot(y, right(w), back[0]).movedim(-1, i), (b,), coded=True, matrix=b)
-    if _may_solve(node, b, a) and fake_result(a).dim() == 2:
-        yield Inverse(b, lambda y, w: torch.tensordot(left(w), y, back[1]).movedim(0, j), (a,), coded=True, matrix=a)
-
-
 def _minus(y: Tensor, c: Tensor | None) -> Tensor:
     return y if c is None else y - c
 
 
 # --- convolutions that take their input apart
-@register_inverse(F.conv1d, F.conv2d, F.conv3d)
-def conv(node: fx.Node) -> Iterator[Direction]:
-    """`y = conv(a, w, stride=k)` with a kernel of k; `a = conv_transpose(y, inverse(w).mT, stride=k)`."""
-    *given, groups = arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
-    yield from _convolution(node, *given, transposed=False, further=0, groups=groups)
-
-
-@register_inverse(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def conv_transpose(node: fx.Node) -> Iterator[Direction]:
-    """`y = conv_transpose(a, w, stride=k)` with a kernel of k; `a = conv(y, inverse(w).mT, stride=k)`."""
-    more = {"output_padding": 0, "groups": 1, "dilation": 1}
-    *given, further, groups, dilation = arguments(node, "input", "weight", bias=None, stride=1, padding=0, **more)
-    yield from _convolution(node, *given, dilation=dilation, transposed=True, further=further, groups=groups)
 
 
 @register_inverse(aten.convolution.default)

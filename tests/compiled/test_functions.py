@@ -83,8 +83,8 @@ def test_gradients_are_those_of_the_same_compiled_functions_bit_for_bit(make: An
     with store_activations():
         stored = steps(converted, autocast=autocast)
     assert all(torch.equal(a, b) for a, b in zip(ours, stored, strict=True))
-    (plan,) = conversion_of(converted).plans
-    assert any(r.coded for r in plan.regions.values()) and not converted.revfx.refusals
+    (found,) = conversion_of(converted).couplings
+    assert found.regions and conversion_of(converted).coded_bytes and not converted.revfx.refusals
     graphs = 3 if make is Breaks else 2  # eight functions, alike; but the first reads a view, of other strides
     assert counters["stats"]["unique_graphs"] == graphs
 

@@ -253,7 +253,7 @@ def test_code_that_asks_for_numbers_is_recorded_for_real() -> None:
 
 
 def test_of_an_attempt_that_asked_for_numbers_nothing_is_left_to_search_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revfx.capture.effects._take_out", lambda *args: pytest.fail("the heap was searched"))
+    monkeypatch.setattr("revfx.world.left._take_out", lambda *args: pytest.fail("the heap was searched"))
     fitted = planned(*make("asks")[:2], memory=0.75)
     assert fit_of(fitted).plans[0].chosen.plan.dropped
 

@@ -17,7 +17,7 @@ import revfx
 from revfx.report.explain import total
 from revfx.report.simulate import scratch, simulate_step
 from revfx.testing import measure_memory
-from revfx.world import World
+from revfx.world.fake import World
 
 
 CHAINS = ("mlp", "revnet", "transformer", "flow", "leapfrog")
@@ -39,8 +39,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(name: str, dep
         seen, usage = measure_memory(lambda call=call: task.loss(call(*inputs))), found.way(way)
         assert usage is not None and usage.peak is not None and usage.kept is not None
         assert abs(usage.peak / seen.peak - 1) < 0.1, (way, usage.peak, seen.peak)
-        # from above: `convert` starts a chain further down where a linear map would be inverted first
-        assert -0.1 < usage.kept / seen.kept - 1 < 0.25, (way, usage.kept, seen.kept)
+        assert abs(usage.kept / seen.kept - 1) < 0.1, (way, usage.kept, seen.kept)
     assert [r.kept_cuts for r in found.regions] == [2]
 
 
@@ -55,7 +54,7 @@ def test_the_zoo_is_predicted_as_well(name: str) -> None:
         seen = measure_memory(lambda: total(converted(*x)))
     usage = found.way("revfx")
     assert usage is not None and usage.peak is not None and found.regions
-    assert -0.1 < usage.peak / seen.peak - 1 < 0.2, (usage.peak, seen.peak)  # from above: it keeps each cut
+    assert abs(usage.peak / seen.peak - 1) < 0.1, (usage.peak, seen.peak)
 
 
 def test_a_model_is_as_it_was_afterwards() -> None:

@@ -23,11 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ways import BUILD, WAYS, Build, Plain, functions_of
 
 from revfx import convert
-from revfx.capture import plan as plans
-from revfx.eager import block
-from revfx.eager.calls import Call
-from revfx.eager.executor import run_region
-from revfx.eager.region_plan import RegionPlan
 from revfx.engine.forward import Forward
 from revfx.testing import Memory, measure_memory
 
@@ -122,10 +117,10 @@ def shard_then_convert(parts: Parts) -> Case:
     return run
 
 
-def closed(build: Build, rank: int, world: int) -> Result:
-    """Blocks that are sharded as wholes, in a model that is converted as a whole."""
+def around(build: Build, rank: int, world: int) -> Result:
+    """Blocks that are sharded each, in a model that is converted as a whole."""
     model: Any = blocks(Plain)
-    return train(sharded(convert(model), list(model)), rank)
+    return train(sharded(model if build is Plain else convert(model), list(model)), rank)
 
 
 class Affine(nn.Module):
@@ -220,7 +215,7 @@ def _cases(world: int) -> dict[tuple[str, str], tuple[Case, tuple[str, ...]]]:
         found |= {("blocks", name): (case, OWN) for name, case in BLOCKS.items()}
         found |= {("converted last", name): (case, ("plain",)) for name, case in LAST.items()}
         found |= {("mixed", name): (case, OWN) for name, case in MIXED.items()}
-        found |= {("closed", "closed"): (closed, ())}
+        found |= {("around", "around"): (around, ("convert",))}
         found |= {("guarded", "guarded"): (guarded, ("convert",))}
         found |= {("tensor", name): (_tensor(place), OWN) for name, place in TENSOR.items()}
         found |= {("pipeline", name): (pipelined(schedule), OWN) for name, schedule in PIPELINES.items()}
@@ -253,13 +248,7 @@ def work(rank: int, world: int, folder: str) -> None:
         runs[0] += self.count > 0
         end(self)
 
-    def counted_region(plan: RegionPlan, calls: list[Call], env: dict[int, Tensor]) -> None:
-        runs[0] += 1
-        run_region(plan, calls, env)
-
     Forward.end = counted
-    for module in (block, plans):  # of sharded modules
-        vars(module)["run_region"] = counted_region
     results: dict[Key, Result] = {}
     for (kind, name), (case, ways) in _cases(world).items():
         for way in ("plain", *ways):

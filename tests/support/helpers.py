@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from revfx import RevBlock, convert, rev_block
 from revfx.converted import conversion_of
-from revfx.eager.modes import store_activations
+from revfx.modes import store_activations
 from revfx.passes.regions import Region
 from revfx.testing import assert_same_grads, gradients, measure_memory
 

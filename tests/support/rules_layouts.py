@@ -194,11 +194,6 @@ def written(draw: Draw, op: object) -> Sample:
         once = not added and len({i % 4 for i in index}) == len(index)
         args = a, [None, torch.tensor(index)], tensor(draw, (3, len(index)), dtype), added
         return Sample(args, frozenset({1} if once else ()), constants=frozenset({1}))
-    if name == "put":
-        at = draw(st.sampled_from([(..., [1, 3, 0]), (slice(None), slice(0, 3)), (..., -1), (0, 1), (slice(None),)]))
-        whole = draw(st.booleans()) and at not in ((0, 1), (slice(None),))
-        shape = (3,) if at == (..., -1) else (3, 3)
-        return Sample((a, at, tensor(draw, shape if whole else (), dtype)), solved if whole else NONE)
     if name == "select_scatter":
         return Sample((a, tensor(draw, (3,), dtype), -1, draw(st.integers(-4, 3))), solved)
     start, step = draw(st.integers(0, 3)), draw(st.sampled_from([1, 2]))
@@ -233,7 +228,7 @@ STRATEGIES: dict[str, Strategy] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split", "unbind"), apart),
     **dict.fromkeys(("narrow", "select", "slice"), part),
     **dict.fromkeys(("getitem", "index_select", "index", "unsafe_index"), indexed),
-    **dict.fromkeys(("slice_scatter", "select_scatter", "copy", "put", "index_put"), written),
+    **dict.fromkeys(("slice_scatter", "select_scatter", "copy", "index_put"), written),
     "expand": expanded,
 }  # fmt: skip
 ELSEWHERE: dict[object, str] = {"cuda": "the rule of `to`", nn.Unflatten: "in test_rules.py: it has arguments"}

@@ -122,13 +122,11 @@ def test_a_sharded_model_may_be_converted(results: Results, case: str) -> None:
     check(results, 2, ("converted last", case, "plain"), Task(accumulate=True), plain=("FSDP", "accumulation", "plain"))
 
 
-def test_blocks_that_are_sharded_as_wholes_are_closed_to_the_model_around_them(results: Results) -> None:
-    """A limit: it is warned of, and the remedies are in the two tests above."""
-    for by_rank in results[2]:
-        assert (
-            "NotConvertedWarning: `convert(Sequential)`: nothing reversible"
-            in by_rank["closed", "closed", "plain"].error
-        )
+def test_a_model_may_be_converted_around_blocks_that_are_sharded_each(results: Results) -> None:
+    expected, plain = reference(2, model=blocks(Plain)), taken(results, 2, ("around", "around", "plain"))
+    for result, same in zip(taken(results, 2, ("around", "around", "convert")), plain, strict=True):
+        assert_close(result.gradients, expected)
+        assert_same(result, same)
 
 
 @pytest.mark.parametrize("way", OWN)

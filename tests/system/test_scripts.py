@@ -21,12 +21,12 @@ from ways import BUILD
 import revfx
 from revfx import _torch
 from revfx.ambient import given
-from revfx.eager.state import Random
 from revfx.engine.call import UnitCall
 from revfx.engine.observe import Observer, observer
 from revfx.errors import RevfxWarning
 from revfx.plan import model
 from revfx.testing import WARM_UPS, measure_memory
+from revfx.world.state import Random
 
 
 pytestmark = pytest.mark.usefixtures("fp64")

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 from ways import BUILD, WAYS, Build
 
+from revfx import block
 from revfx.converted import Reversible, conversion_of
-from revfx.eager import block
 from revfx.plan.model import PlannedModel
 
 

@@ -1,0 +1,151 @@
+"""Calls of compiled parts as operators: nobody looks into them, and they run again whole, by the same kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.ambient import Autocast, all_generators, autocast_states, device_types, given, restore
+from revfx.engine import dispatch
+from revfx.engine.saved import SavedTensor
+from revfx.layout import leaf
+from revfx.parts import Part, content, looking_on, structure
+from revfx.passes.sizes import tensors_of
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Calls of compiled parts that are alike, as an operator.
+
+    Its operands are the part, the leaves of its arguments, and the parameters of the module, which it reads by itself.
+    Its results are the tensors that autograd saves of it, and those that it returns.
+
+    Attributes:
+        name: of the module's class.
+        structure: of the module.
+        spec: the structure of its arguments.
+        leaves: their types, shapes and strides, as other ones may have other kernels, which save other tensors.
+        needs: which of these leaves need gradients.
+        grad, autocast, is_cached: what was set around it, and whether autocast kept what it cast.
+    """
+
+    name: str
+    structure: Hashable
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    needs: tuple[bool, ...]
+    grad: bool
+    autocast: Autocast
+    is_cached: bool
+    is_repeatable: ClassVar[bool] = True
+
+    @property
+    def __name__(self) -> str:
+        return f"compiled_{self.name}"
+
+    def run(self, part: Part, leaves: Sequence[Any], hooks: saved_tensors_hooks) -> Any:
+        """Call a part, with hooks for what autograd saves; nobody looks on."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        with dispatch.unwatched(), given(looking_on, None), hooks:
+            return part.call(*args, **kwargs)
+
+    @_torch.uncompiled
+    def __call__(self, part: Part, *operands: Any) -> list[Tensor]:
+        """Call a part once more; buffers and random states stay as they are."""
+        kept: list[Tensor] = []
+
+        @_torch.uncompiled
+        def pack(t: Tensor) -> Tensor:
+            kept.append(t.detach())
+            return kept[-1]
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(dispatch.outside())
+            stack.enter_context(undisturbed(part.module))
+            for device, enabled, dtype in self.autocast:  # compiled functions are guarded by these
+                stack.enter_context(torch.autocast(device, dtype, enabled, self.is_cached))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            leaves: list[Any] = []
+            for x, needs in zip(operands, self.needs, strict=False):
+                leaves.append(leaf(x, needs) if isinstance(x, Tensor) else x)
+            result = self.run(part, leaves, saved_tensors_hooks(pack, _torch.uncompiled(lambda t: t)))
+            return [*kept, *(t.detach() for t in tensors_of(result))]
+
+
+@dataclass
+class WholeCall:
+    """A call that is made now.
+
+    Attributes:
+        saved: the saved tensors.
+        result: what it returned.
+    """
+
+    whole: Whole
+    operands: tuple[Any, ...]
+    saved: list[SavedTensor] = field(default_factory=list[SavedTensor])
+    result: Any = None
+
+    def run(self, part: Part, *operands: Any) -> list[Tensor]:
+        """Make the call; return the results of the operator."""
+        leaves = operands[: len(self.whole.needs)]
+        self.result = self.whole.run(part, leaves, saved_tensors_hooks(self._pack, SavedTensor.get))
+        return [*(s.tensor for s in self.saved if s.tensor is not None), *tensors_of(self.result)]
+
+    @_torch.uncompiled
+    def _pack(self, t: Tensor) -> SavedTensor:
+        saved = SavedTensor(t)
+        self.saved.append(saved)
+        return saved
+
+
+def whole_call(part: Part, args: Any, kwargs: Any) -> WholeCall:
+    """Return a call of a part as that of an operator."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    needs = tuple([isinstance(t, Tensor) and t.requires_grad for t in leaves])
+    states, is_cached = autocast_states(device_types()), torch.is_autocast_cache_enabled()
+    types = tuple(map(_type_of, leaves))
+    key = spec, types, needs, torch.is_grad_enabled(), states, is_cached
+    module = getattr(part.module, "_orig_mod", part.module)
+    mine = _of_part.setdefault(part, {})
+    if key not in mine:
+        whole = Whole(type(module).__name__, structure(module), *key)
+        mine[key] = _operators.setdefault(whole, whole)
+        while len(_operators) > MAX_OPERATORS:
+            del _operators[next(iter(_operators))]
+    return WholeCall(mine[key], (part, *leaves, *module.parameters()))
+
+
+def _type_of(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return type(x)
+    return content(x), x.stride() if x.layout == torch.strided else x.layout
+
+
+MAX_OPERATORS = 256  # that are known at once
+_operators: dict[Whole, Whole] = {}
+_of_part: weakref.WeakKeyDictionary[Part, dict[Any, Whole]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module) -> Generator[None]:
+    """Open a context after which random states, and the buffers of a module, are as before."""
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    generators = all_generators()
+    with torch.random.fork_rng(), dispatch.writes_uncounted(b for b, _ in buffers):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, then in buffers:
+                    buffer.copy_(then)
+            restore(generators)

@@ -1,0 +1,126 @@
+"""Compiled parts of a model: what looks on at their calls, which operators alone do not tell."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revfx import _fsdp, _torch
+from revfx.ambient import given
+from revfx.errors import RevfxError
+
+
+# What looks on at calls of parts: it has a method `part`, which makes them.
+looking_on: ContextVar[Any] = ContextVar("revfx_looking_on", default=None)
+
+running: ContextVar[Sequence[BlockCall]] = ContextVar("revfx_running", default=())  # of the converted model that runs
+
+
+class Part:
+    """What stands in the place of a module's compiled `call`: it tells who is watching."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self.module, self.call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        watch = None if torch.compiler.is_compiling() else looking_on.get()
+        return self.call(*args, **kwargs) if watch is None else watch.part(self, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return Part, (self.module, self.call)
+
+
+class BlockCall(Part):
+    """A part of the converted model that is `running`; for others its module's own call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self not in running.get():  # another thread runs the plain model
+            return _torch.UNCOMPILED_CALL(self.module, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+class BlockCalls:
+    """Compiled calls of a model's blocks, which are in place only while the converted model runs.
+
+    The plain model shares its modules with the converted one, and stays uncompiled.
+    """
+
+    def __init__(self, calls: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
+        self.calls = [BlockCall(module, call) for module, call in calls]
+        self.lock, self.users = threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def active(self) -> Generator[None]:
+        """Open a context in which blocks run compiled, for the thread that opens it."""
+        with self.lock:
+            self.users += 1
+            for call in self.calls:
+                vars(call.module)[_torch.COMPILED] = call
+        try:
+            with given(running, self.calls):
+                yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    for call in self.calls:
+                        vars(call.module).pop(_torch.COMPILED, None)
+
+
+def parts_of(model: nn.Module) -> list[str]:
+    """Return the names of the compiled modules that lie in no others; their calls can be watched from now on.
+
+    Raises:
+        RevfxError: the model is compiled as a whole.
+    """
+    found: list[str] = []
+    for name, m in model.named_modules():
+        if not _torch.is_compiled(m) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if not name:
+            what = "it is compiled as a whole, and no part of that can run again:"
+            raise RevfxError(f"{what} compile its blocks instead (`block.compile()`), or see `compile=True`.")
+        found.append(name)
+        call = vars(m).get(_torch.COMPILED) or partial(_torch.UNCOMPILED_CALL, m)
+        if not isinstance(call, Part):
+            vars(m)[_torch.COMPILED] = Part(m, call)
+    return found
+
+
+def structure(module: nn.Module) -> Hashable:
+    """Return a key that modules share which compute the same with other numbers in their tensors."""
+    tensors = tuple((k, content(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items()))
+    children: list[Any] = []
+    for name, child in _torch.children(module).items():
+        children.append((name, None if child is None else structure(child)))
+    return type(module), _fsdp.casts(module), attributes(module), tensors, tuple(children)
+
+
+_OWN = vars(nn.Module()).keys() - {"training"}
+
+
+def attributes(module: nn.Module) -> Hashable:
+    """Return what a module holds besides tensors and other modules, by content."""
+    return tuple((name, content(value)) for name, value in vars(module).items() if name not in _OWN)
+
+
+def content(value: Any) -> Hashable:
+    """Return plain values as they are with their classes, containers by content, tensors by their types, others by
+    identity.
+    """
+    if isinstance(value, (bool, int, float, complex, str, bytes)) or value is None:
+        return type(value), repr(value)
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device, value.requires_grad
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(content, value))
+    if isinstance(value, dict):
+        return dict, tuple((k, content(v)) for k, v in value.items())
+    return id(value)
