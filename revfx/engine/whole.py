@@ -35,6 +35,7 @@ class Whole:
         spec: the structure of its arguments.
         leaves: their types, shapes and strides, as other ones may have other kernels, which save other tensors.
         needs: which of these leaves need gradients.
+        modes: whether each module in it is in training.
         grad, autocast, is_cached: what was set around it, and whether autocast kept what it cast.
     """
 
@@ -43,6 +44,7 @@ class Whole:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     needs: tuple[bool, ...]
+    modes: tuple[bool, ...]
     grad: bool
     autocast: Autocast
     is_cached: bool
@@ -71,6 +73,7 @@ class Whole:
         with contextlib.ExitStack() as stack:
             stack.enter_context(dispatch.outside())
             stack.enter_context(undisturbed(part.module))
+            stack.enter_context(_in_modes(part.module, self.modes))
             for device, enabled, dtype in self.autocast:  # compiled functions are guarded by these
                 stack.enter_context(torch.autocast(device, dtype, enabled, self.is_cached))
             stack.enter_context(torch.set_grad_enabled(self.grad))
@@ -114,8 +117,9 @@ def whole_call(part: Part, args: Any, kwargs: Any) -> WholeCall:
     needs = tuple([isinstance(t, Tensor) and t.requires_grad for t in leaves])
     states, is_cached = autocast_states(device_types()), torch.is_autocast_cache_enabled()
     types = tuple(map(_type_of, leaves))
-    key = spec, types, needs, torch.is_grad_enabled(), states, is_cached
     module = getattr(part.module, "_orig_mod", part.module)
+    modes = tuple([m.training for m in part.module.modules()])
+    key = spec, types, needs, modes, torch.is_grad_enabled(), states, is_cached
     mine = _of_part.setdefault(part, {})
     if key not in mine:
         whole = Whole(type(module).__name__, structure(module), *key)
@@ -129,6 +133,19 @@ def _type_of(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return type(x)
     return content(x), x.stride() if x.layout == torch.strided else x.layout
+
+
+@contextlib.contextmanager
+def _in_modes(module: nn.Module, modes: Sequence[bool]) -> Generator[None]:
+    """Open a context in which modules are in training, or not, as they were."""
+    changed = [m for m, training in zip(module.modules(), modes, strict=True) if m.training != training]
+    for m in changed:
+        m.training = not m.training
+    try:
+        yield
+    finally:
+        for m in changed:
+            m.training = not m.training
 
 
 MAX_OPERATORS = 256  # that are known at once

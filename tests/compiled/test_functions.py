@@ -89,6 +89,18 @@ def test_gradients_are_those_of_the_same_compiled_functions_bit_for_bit(make: An
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_the_backward_runs_in_the_modes_of_the_forward() -> None:
+    converted: Any = revfx.convert(Net(dropping), compile=True)
+    steps(converted)
+    x, found = torch.randn(64, 2 * D, requires_grad=True), list[Tensor]()
+    for switches in (False, True):
+        torch.manual_seed(2)
+        loss = converted.train()(x).square().mean()
+        converted.train(not switches)
+        found += torch.autograd.grad(loss, x)
+    assert torch.equal(*found)
+
+
 def test_they_are_near_to_the_plain_ones() -> None:
     model = Net(plain)
     for a, b in zip(steps(revfx.convert(copy.deepcopy(model), compile=True)), steps(model), strict=True):

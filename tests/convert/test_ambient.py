@@ -24,7 +24,8 @@ from revfx.testing import measure_memory
 
 
 def settings() -> Any:
-    return _torch.kernel_settings(), dispatch.has_modes()
+    functions: Any = torch.overrides
+    return _torch.kernel_settings(), dispatch.has_modes(), functions._get_current_function_mode_stack()
 
 
 class Attention(nn.Module):

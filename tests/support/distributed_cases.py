@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ways import BUILD, WAYS, Build, Plain, functions_of
 
 from revfx import convert
+from revfx.engine import forward
 from revfx.engine.forward import Forward
 from revfx.testing import Memory, measure_memory
 
@@ -148,6 +149,17 @@ def guarded(build: Build, rank: int, world: int) -> Result:
     return Result([gradients], [torch.tensor(0.0 if build is Plain else kept_cuts(model))])
 
 
+def disagreeing(build: Build, rank: int, world: int) -> Result:
+    """The last process finds other bits in a replay with collectives: no process may run that again."""
+    right = forward.same_values
+    if rank == world - 1:
+        forward.same_values = lambda a, b: False
+    try:
+        return train(TENSOR["rows and columns"](chain_of(build)), 0)
+    finally:
+        forward.same_values = right
+
+
 F32 = torch.float32
 CASTS = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, reduce_dtype=F32)}
 BACK = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, output_dtype=torch.float64)}
@@ -217,6 +229,7 @@ def _cases(world: int) -> dict[tuple[str, str], tuple[Case, tuple[str, ...]]]:
         found |= {("mixed", name): (case, OWN) for name, case in MIXED.items()}
         found |= {("around", "around"): (around, ("convert",))}
         found |= {("guarded", "guarded"): (guarded, ("convert",))}
+        found |= {("disagreeing", "disagreeing"): (disagreeing, ("convert",))}
         found |= {("tensor", name): (_tensor(place), OWN) for name, place in TENSOR.items()}
         found |= {("pipeline", name): (pipelined(schedule), OWN) for name, schedule in PIPELINES.items()}
         found |= {("state", name): (case, SAME_KEYS) for name, case in STATE.items()}

@@ -165,6 +165,15 @@ def test_tensor_parallel_functions_may_be_sharded_too(results: Results, way: str
         assert_close(result.gradients, expected)
 
 
+def test_processes_agree_on_the_collectives_that_run_again(results: Results) -> None:
+    key = ("disagreeing", "disagreeing")
+    for by_rank in results[2]:
+        result, plain = by_rank[(*key, "convert")], by_rank[(*key, "plain")]
+        assert not result.error, result.error
+        assert result.dropped == 0
+        assert_same(result, plain)
+
+
 # --- pipelines
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize(
