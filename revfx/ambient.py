@@ -1,4 +1,4 @@
-"""What recorded code finds around it: random generators, grad mode and autocast, and the user's line."""
+"""What is set around a forward: random generators, grad mode, autocast, and how kernels are chosen."""
 
 from __future__ import annotations
 

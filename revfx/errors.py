@@ -147,8 +147,8 @@ class Reason(Enum):
         "use `register_buffer` for tensors, and draw random numbers from torch's default generator",
     )
     OPAQUE = (
-        "a module or an operation can't be recorded",
-        "call it inside the function that is added to the other stream, or move its hooks to its sub-modules",
+        "an operation of a compiled graph runs once",
+        "call it inside the function that is added to the other stream, or use `revfx.convert` without `torch.compile`",
     )
     NOT_REPLAYED = (
         "the operators of a layer can't be run again with the same bits",
