@@ -151,6 +151,7 @@ class _Builder:
             part = self.made.graph.call_function(operator.getitem, (node, position))
             if v in self.made.node_of:  # such as a part that is the whole
                 part.meta.update(self.made.node_of[v].meta)
+                self.made.value_of[part] = v
                 continue
             self._note(part, v)
             part.meta["kept"] = part.meta.get("kept", False) or keeps
