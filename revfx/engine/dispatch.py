@@ -37,19 +37,18 @@ def replaying() -> Any:
 
     Those on fake tensors are seen, as they are dispatched to the class of these tensors.
     """
-    if on_fakes.get():
-        stack = contextlib.ExitStack()
-        stack.enter_context(_C._AutoDispatchBelowAutograd())
-        stack.enter_context(_C._DisableAutocast())
-        return stack
-    return _C._ForceDispatchKeyGuard(_INCLUDED, _REPLAYING)
+    return _below_autocast() if on_fakes.get() else _C._ForceDispatchKeyGuard(_INCLUDED, _REPLAYING)
+
+
+@contextlib.contextmanager
+def _below_autocast() -> Generator[None]:
+    with _C._AutoDispatchBelowAutograd(), _C._DisableAutocast():
+        yield
 
 
 def unseen() -> Any:
     """Return a context in which operators run as outside of any forward, unseen by dispatch modes."""
-    if on_fakes.get():
-        return outside()
-    return _C._ForceDispatchKeyGuard(_INCLUDED, _UNSEEN)
+    return outside() if on_fakes.get() else _C._ForceDispatchKeyGuard(_INCLUDED, _UNSEEN)
 
 
 @contextlib.contextmanager
@@ -97,12 +96,15 @@ def writes_uncounted(tensors: Iterable[Tensor]) -> Any:
     return grad_mode._unsafe_preserve_version_counter(tuple(tensors))
 
 
-def unwatched() -> Any:
-    """Return a context in which neither dispatch modes nor the native watcher see operators."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(_torch.no_dispatch())
-    stack.enter_context(_C._ExcludeDispatchKeyGuard(_C.DispatchKeySet(_C._parse_dispatch_key("Fake"))))
-    return stack
+NATIVE_KEY = "Fake"  # the dispatch key of the native watcher
+
+
+@contextlib.contextmanager
+def unwatched() -> Generator[None]:
+    """Open a context in which neither dispatch modes nor the native watcher see operators."""
+    key = _C.DispatchKeySet(_C._parse_dispatch_key(NATIVE_KEY))
+    with _torch.no_dispatch(), _C._ExcludeDispatchKeyGuard(key):
+        yield
 
 
 @cache
@@ -190,9 +192,9 @@ class HookedMode(TorchDispatchMode):
 
 
 # --- the key of the native watcher
-def pass_higher_order_operators(name: str) -> None:
-    """Have higher-order operators (`torch.cond`) pass a dispatch key."""
-    key = _C._parse_dispatch_key(name)
+def pass_higher_order_operators() -> None:
+    """Have higher-order operators (`torch.cond`) pass the key of the native watcher."""
+    key = _C._parse_dispatch_key(NATIVE_KEY)
     operators: Any = torch._ops
     operators._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS.append(key)  # of those that are yet to come
     for operator in operators._higher_order_ops.values():

@@ -55,8 +55,7 @@ def watcher(python: bool = False) -> type[Watching] | type[NativeWatching]:
     """Return the class that watches forwards.
 
     Args:
-        python: take the one in Python, for dispatch modes and tensor subclasses: the native one sees operators below
-            them.
+        python: take the one in Python, which sees compiled parts as operators.
 
     Raises:
         RevfxError: `REVFX_WATCH` asks for the native one, and it can't be built; or the variable has another value.
@@ -166,7 +165,7 @@ class _Library:
                 module = _built()
                 names = [(func._schema.name, func._schema.overload_name) for func in STATISTICS]
                 module.install(ALIGNED, ALIGNED_ELSEWHERE, Tensor, nn.Parameter, names)
-                dispatch.pass_higher_order_operators("Fake")
+                dispatch.pass_higher_order_operators()
             except Exception as e:  # of any class: from a compiler, a loader or another torch
                 self.reason = _first_error(str(e)) or type(e).__name__
                 LOG.warning(
