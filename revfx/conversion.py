@@ -26,7 +26,7 @@ from revfx.passes.sizes import muted
 from revfx.plan.couplings import Couplings
 from revfx.plan.functions import functions_of
 from revfx.plan.model import Kind, PlannedModel, is_watched
-from revfx.plan.simulated import HookedModel, SimulatedModel
+from revfx.plan.simulated import HookedModel, SimulatedModel, nothing_real
 from revfx.world.fake import World
 from revfx.world.left import none_left
 from revfx.world.values import ATOMS, key
@@ -193,9 +193,13 @@ class Conversion:
         """
         world = World(model, args, kwargs, whole=True)
         planned.real_of = world.real_of
-        contexts = muted(_fake.FAKE_LOGGER), none_left(world.mode)
-        with contexts[0], contexts[1], world.entered() as given, simulating(), torch.enable_grad():
-            planned.call(model, forward, *given)
+        with muted(_fake.FAKE_LOGGER), none_left(world.mode):
+            try:
+                with world.entered() as given, simulating(), torch.enable_grad():
+                    planned.call(model, forward, *given)
+            finally:  # else the plans would hold the arguments of this call
+                planned.real_of = nothing_real
+                world.fakes.clear()
         return [*planned.kinds.values()][-1]
 
     def to_fit(self, model: nn.Module, args: Any, kwargs: Any) -> FitCall:

@@ -18,6 +18,11 @@ from revfx.engine.watch import Watching
 from revfx.plan.model import Kind, PlannedModel
 
 
+def nothing_real(fake: Tensor) -> Tensor | None:
+    """Return no tensor, whichever the fake one is."""
+    return None
+
+
 class SimulatedModel(PlannedModel):
     """A planned model that runs on fake tensors.
 
@@ -26,7 +31,7 @@ class SimulatedModel(PlannedModel):
         real_of: returns the tensor that a fake one stands for, if there is one.
     """
 
-    def __init__(self, lossless: bool, real_of: Callable[[Tensor], Tensor | None] = lambda _: None) -> None:
+    def __init__(self, lossless: bool, real_of: Callable[[Tensor], Tensor | None] = nothing_real) -> None:
         super().__init__(lossless)
         self.real_of = real_of
 

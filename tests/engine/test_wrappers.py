@@ -21,8 +21,9 @@ D, DEPTH, ROWS = 8, 4, 16
 class Couplings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        make = lambda: nn.Sequential(nn.Linear(D, 4 * D), nn.Tanh(), nn.Linear(4 * D, D))  # noqa: E731
-        self.f = nn.ModuleList(make() for _ in range(DEPTH))
+        self.f = nn.ModuleList()
+        for _ in range(DEPTH):
+            self.f.append(nn.Sequential(nn.Linear(D, 4 * D), nn.Tanh(), nn.Linear(4 * D, D)))
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)

@@ -77,7 +77,7 @@ def test_the_page_has_everything_in_one_file(transformer: Explanation) -> None:
     assert ("html", {"lang": "en"}) in found.seen and tags.count("title") == 2
     for words in (
         "Transformer (i64[4,12])", f"1 reversible region, {transformer.couplings} couplings.", "Peak memory of a step",
-        "Left as it was", "→ ", "bit for bit",
+        "Left as it was", f"→ {transformer.refusals[0].kind.remedy.partition('`')[0].strip()}", "bit for bit",
         next(v.how for v in transformer.regions[0].values if v.action == "invert"),
     ):  # fmt: skip
         assert words in found.text, words
