@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revfx import _torch, codes
+from revfx import _torch
 from revfx.ambient import given
+from revfx.codes.codec import TYPICAL, foreseen
 from revfx.engine import dispatch
 
 
@@ -35,11 +36,11 @@ def store_activations() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def simulating(bits: int = codes.TYPICAL) -> Generator[None]:
+def simulating(bits: int = TYPICAL) -> Generator[None]:
     """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones; codes
     take so many bits an element.
     """
-    with given(dispatch.on_fakes, True), given(codes.foreseen, bits):
+    with given(dispatch.on_fakes, True), given(foreseen, bits):
         yield
 
 

@@ -98,14 +98,14 @@ def seeded() -> None:
 def coded() -> Iterator[None]:
     """Have values of any size coded, as models of tests are small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("revfx.codes.MIN_CODE_BYTES", 0)
+        patch.setattr("revfx.codes.codec.MIN_BYTES", 0)
         yield
 
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave small values uncoded, as users have them."""
-    monkeypatch.setattr("revfx.codes.MIN_CODE_BYTES", 1 << 12)
+    monkeypatch.setattr("revfx.codes.codec.MIN_BYTES", 1 << 12)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 
 BOTTOM = {"_fake", "_fsdp", "_substitute", "_torch", "errors", "ambient", "parts", "units"}
-CODES = {"checksum", "codes", "layout"}
+CODES = {"codes", "layout"}
 # What the files of a folder, or a file of the package's own folder, may import besides their own folder.
 MAY: dict[str, set[str]] = {
     "_torch": set(),
@@ -32,7 +32,6 @@ MAY: dict[str, set[str]] = {
     "passes.joint": {"errors", "rules", "passes"},
     "layout": {"_torch"},
     "codes": {"_torch", "layout"},
-    "checksum": {"_torch", "layout"},
     "engine": {*BOTTOM, *CODES, "passes"},
     "plan": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "engine", "info"},
     "modes": {*BOTTOM, *CODES, "engine"},
@@ -40,14 +39,14 @@ MAY: dict[str, set[str]] = {
     "info": {"errors", "passes", "units"},
     "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "modes"},
     "world": BOTTOM,
-    "fit": {*BOTTOM, "checksum", "layout", "info", "passes", "modes", "world"},
+    "fit": {*BOTTOM, *CODES, "info", "passes", "modes", "world"},
 }
 MAY["conversion"] = {*BOTTOM, "info", "passes", "plan", "modes", "compiled", "fit", "world"}
 MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}
 MAY["convert"] = {*BOTTOM, "compiled", "conversion", "converted", "modes", "fit"}
 MAY["inverse"] = {*BOTTOM, "arguments", "converted", "engine", "passes", "plan"}
 MAY["inspection"] = {*BOTTOM, "arguments", "passes", "engine", "plan"}
-MAY["debug"] = {*MAY["inspection"], "inspection"}
+MAY["debug"] = {*MAY["inspection"], "codes", "inspection"}
 MAY["testing"] = {*MAY["debug"], "modes", "block", "inverse", "rules", "convert", "converted"}
 MAY["report"] = {*MAY["testing"], *CODES, "plan", "conversion", "compiled", "fit", "passes.joint", "testing", "world"}
 MAY["cli_models"] = {"errors"}

@@ -236,11 +236,9 @@ class Regenerator:
         if arc.head not in self._codes:
             x, tail = self._original(arc.head), [self._original(v) for v in arc.tail]
             predicted = self.checks.record(arc.solve, tail, max(x, *tail))
-            memory = _torch.storage_key(predicted.meta["val"])
-            spent = all(_torch.storage_key(n.meta["val"]) != memory for n in tail)
             vals = coder.expected(x.meta["val"])
             with self.joint.inserting_before(predicted.next):
-                whole = self.joint.call_function(coder.encode, (x, predicted, spent))
+                whole = self.joint.call_function(coder.encode, (x, predicted))
                 made = tuple(self.joint.call_function(operator.getitem, (whole, i)) for i in range(len(vals)))
             for node, val in zip((whole, *made), (vals, *vals), strict=True):
                 node.meta = {**described(x, FORWARD), "val": val}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from revfx import codes
-from revfx.codes import Code, Codec, decode, pays_for
+from revfx.codes import Code, Codec, Prediction
+from revfx.codes.codec import expected, is_counted, pays_for
 from revfx.layout import offset_of, placed
 from revfx.passes._torch import overflows
 from revfx.passes.sizes import as_number
@@ -30,35 +31,34 @@ class Coder:
 
     def may_lose(self, x: Tensor) -> bool:
         """Return whether a code of `x` may find no room."""
-        return not codes.is_counted(x)
+        return not is_counted(x)
 
     def expected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return fake tensors, about as large as the code of a fake `x`."""
         with torch.no_grad():
             place, lost = torch.empty(x.dim() + 2, dtype=torch.int64, device="cpu"), x.new_empty((), dtype=torch.int64)
-            return *_code_tensors(codes.expected(x, as_number(x.numel())), x), place, lost
+            return *expected(x, as_number(x.numel())).tensors, place, lost
 
-    def encode(self, x: Tensor, predicted: Tensor, spent: bool) -> tuple[Tensor, ...]:
-        """Return the code of `x` next to `predicted`, whose memory may be written to where it is `spent`."""
+    def encode(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
+        """Return the code of `x` next to `predicted`."""
         with self._lock:
             if self._seen != (now := overflows()):
                 self._seen, self.codec.due = now, True
-            code = self.codec.encode(x, predicted, spent) if self.codec.asks(x) else None
-        code = Code(0, x.clone(), None, None, None, None) if code is None else code
-        place = torch.tensor([code.width, offset_of(x), *x.stride()], dtype=torch.int64)
-        none = place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
-        return *_code_tensors(code, x), place, none if code.lost is None else code.lost
+            code = self.codec.encode(x, Prediction((predicted,))) if self.codec.asks(x) else None
+        width = 0 if code is None else code.width
+        place = torch.tensor([width, offset_of(x), *x.stride()], dtype=torch.int64)
+        lost = place.new_zeros(()) if x.is_cpu else x.new_zeros((), dtype=torch.int64)
+        if code is None:
+            nothing = x.new_empty(0, dtype=torch.bool)
+            return x.clone(), nothing, nothing, nothing, nothing, place, lost
+        if code.count is not None:
+            lost = (code.count - len(code.values)).clamp_(min=0).view(())
+        return code.packed, code.spans, code.values, code.places, code.words, place, lost
 
     def decode(self, predicted: Tensor, *code: Tensor) -> Tensor:
         """Return the value of which `encode` made a code, placed as it was."""
-        x, where, near, far, values, place, _ = code
+        x, spans, values, places, words, place, _ = code
         width, offset, *stride = place.tolist()
         if x.dtype != predicted.dtype:
-            parts = [None if t.dtype == torch.bool else t for t in (x, where, near, far, values)]
-            x = decode(predicted, Code(width, *parts))
+            x, _ = codes.decode(Prediction((predicted,)), Code(width, x, spans, values, places, words))
         return x if 0 in stride else placed(x, tuple(predicted.shape), tuple(stride), offset)
-
-
-def _code_tensors(code: Code, x: Tensor) -> tuple[Tensor, ...]:
-    none = x.new_empty(0, dtype=torch.bool)
-    return tuple(none if t is None else t for t in (code.packed, code.where, code.near, code.far, code.values))

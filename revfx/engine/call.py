@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revfx import _fsdp, _torch
+from revfx import _fsdp, _torch, codes
 from revfx.ambient import kernels_of
-from revfx.codes import Codec
+from revfx.codes import Code, Codec, Prediction
 from revfx.engine import dispatch
-from revfx.engine.fingerprints import Comparison, Fingerprint, compare, fingerprint
+from revfx.engine.fingerprints import Comparison, Fingerprint, fingerprint, judge, read
 from revfx.engine.observe import Observer
 from revfx.engine.randomness import RandomState
 from revfx.engine.unit import Replay, Unit
@@ -46,7 +46,7 @@ class Pass:
         self.same_settings = True
         self.active: list[UnitCall] = []
         self.comparisons: list[Comparison] = []
-        self.lost: list[tuple[Tensor, Codec]] = []  # escapes that found no room, on accelerators
+        self.coded: list[tuple[Code, Codec]] = []  # codes that may have lost escapes, on accelerators
 
     def join(self) -> None:
         """Note the backward pass that runs on this thread, if it is another one."""
@@ -63,14 +63,14 @@ class Pass:
                     _torch.at_end_of_backward(ending)
                 ending.passes.append(self)
 
-    def end(self, task: int) -> tuple[list[Comparison], list[tuple[Tensor, Codec]]]:
-        """Let go of replayed tensors as a pass ends; return the fingerprints, and the escapes without room."""
+    def end(self, task: int) -> tuple[list[Comparison], list[tuple[Code, Codec]]]:
+        """Let go of replayed tensors as a pass ends; return the fingerprints, and codes that may have lost escapes."""
         with self.lock:
             if self.task == task:  # else another thread's pass goes on
                 self.clear()
             noted, self.comparisons = self.comparisons, []
-            lost, self.lost = self.lost, []
-            return noted, lost
+            coded, self.coded = self.coded, []
+            return noted, coded
 
     def activate(self, call: UnitCall) -> None:
         """Let go of the tensors of other calls, as the backward came to this one."""
@@ -105,21 +105,23 @@ class Ending:
     def __call__(self) -> None:
         """Check all that the backward pass replayed, by one read of each device."""
         noted: list[Comparison] = []
-        lost: list[tuple[Tensor, Codec]] = []
+        coded: list[tuple[Code, Codec]] = []
         passes, self.passes = self.passes, []
         for one in passes:
-            comparisons, without_room = one.end(self.task)
+            comparisons, some = one.end(self.task)
             noted += comparisons
-            lost += without_room
+            coded += some
         if dispatch.on_fakes.get():
             return
         with dispatch.unseen():  # it may be the end of a backward in the midst of a forward
-            if lost and bool(torch.stack([count.sum() for count, _ in lost]).sum() > 0):
-                for _, codec in lost:
-                    codec.due = True
-                warn(OVERFLOWED, NondeterminismWarning)
-                return  # the differences have this cause
-            compare(noted)
+            differs, counts = read(noted, [code.count for code, _ in coded if code.count is not None])
+            lost = [codec for (code, codec), count in zip(coded, counts, strict=True) if count > len(code.values)]
+            for codec in lost:
+                codec.due = True
+            if lost:
+                warn(OVERFLOWED, NondeterminismWarning)  # differences have this cause
+            elif differs:
+                judge(noted)
 
     def __del__(self) -> None:
         for one in self.passes:  # those of a pass that raised
@@ -142,6 +144,7 @@ class UnitCall:
         settings: how kernels are set, if the forward changes that.
         observer: looks on, if there is one.
         inverts: it goes backwards; else it holds its entry and goes forwards.
+        is_rounded: what comes back is accurate to rounding.
         exits: by slot, tensors of the exit that are held.
         links: by slot of the exit, the later call, and the slot there, that gives it.
         fingerprints: by slot, of replayed tensors.
@@ -161,8 +164,9 @@ class UnitCall:
     site: int = 0
     settings: tuple[Any, ...] | None = None
     observer: Observer | None = None
-    codes: list[Any] = field(default_factory=list[Any])
+    codes: list[Code | Tensor] = field(default_factory=list["Code | Tensor"])
     inverts: bool = False
+    is_rounded: bool = False
     exits: dict[int, tuple[Tensor, int]] = field(default_factory=dict[int, "tuple[Tensor, int]"])
     links: dict[int, tuple[UnitCall, int]] = field(default_factory=dict[int, "tuple[UnitCall, int]"])
     fingerprints: dict[int, Fingerprint] = field(default_factory=dict[int, Fingerprint])
@@ -242,7 +246,7 @@ class UnitCall:
         unit = self.unit
         replay = unit.backward if self.inverts else unit.forward
         assert replay is not None
-        inputs = self.inputs(replay)
+        inputs = self.inputs(replay, self.backward_pass.comparisons)
         for later, entry in self.links.values():
             later.entries.pop(entry, None)
         self.backward_pass.activate(self)
@@ -258,11 +262,11 @@ class UnitCall:
             if slot in unit.entry:
                 self.entries[slot] = t
             if slot in self.fingerprints:
-                name = f"a tensor of {unit}"
-                self.backward_pass.comparisons.append(Comparison(self.fingerprints[slot], fingerprint(t), name))
+                now = fingerprint(t)
+                self.backward_pass.comparisons.append(Comparison(self.fingerprints[slot], now, f"a tensor of {unit}"))
 
-    def inputs(self, replay: Replay) -> list[Any]:
-        """Return the inputs of a replay of this call."""
+    def inputs(self, replay: Replay, noted: list[Comparison] | None = None) -> list[Any]:
+        """Return the inputs of a replay of this call; fingerprints of what codes give are added to `noted`."""
         found: list[Any] = []
         for kind, index in replay.inputs:
             if kind == "slot":
@@ -272,7 +276,8 @@ class UnitCall:
             elif kind == "state":
                 found.append(self.states[index])
             elif kind == "code":
-                found.append(self.codes[index])
+                code = self.codes[index]
+                found.append(code if isinstance(code, Tensor) else Decoder(code, self, noted))
             else:
                 found.append(self.layouts[index])
         return found
@@ -286,6 +291,23 @@ class UnitCall:
         if t is not None:
             return _torch.unchanged(t, self.versions[slot])
         return self._exit(slot)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes one value of a call, and adds its fingerprints, of then and now, to `noted`."""
+
+    code: Code
+    call: UnitCall
+    noted: list[Comparison] | None
+
+    def __call__(self, prediction: Prediction, spent: Tensor | None) -> Tensor:
+        """Return the value; `spent`: see `revfx.codes.decode`."""
+        x, words = codes.decode(prediction, self.code, spent)
+        if self.noted is not None:
+            then, now = Fingerprint(self.code.words, x.dtype, self.call.is_rounded), Fingerprint(words, x.dtype)
+            self.noted.append(Comparison(then, now, f"a tensor of {self.call.unit}"))
+        return x
 
 
 def memory_of(t: Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""Fingerprints: a checksum and some elements of a tensor, noted in the forward and compared in the backward.
+"""Fingerprints of tensors, noted in the forward and compared in the backward.
 
 The replays run the operators of the very forward, so a difference has one of two causes: a kernel that is not
 reproducible, or a write that no operator of torch made. All fingerprints of a backward pass are compared at its end, by
@@ -13,26 +13,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revfx.checksum import checksum, elements
+from revfx import codes
 from revfx.errors import NondeterminismWarning, RegenerationError, warn
 from revfx.passes.rounding import MAX_ERROR, precision
 
 
-SAMPLE = 64  # elements
 MIN_JITTER = 1e-3  # relative error that a kernel that is not reproducible may make, in any dtype
 JITTER = 4.0  # times eps^(2/3) of the dtype: the same
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """A checksum of all bits of a tensor, an int64 scalar, and some of its elements.
+    """A sum over all bits of a tensor, and some of its elements.
 
-    `is_rounded`: the tensor comes back accurate to rounding.
+    Attributes:
+        words: as in `revfx.codes.format`.
+        dtype: of the tensor.
+        is_rounded: the tensor comes back accurate to rounding.
     """
 
-    total: Tensor
-    sample: Tensor
+    words: Tensor
+    dtype: torch.dtype
     is_rounded: bool = False
+
+    @property
+    def sample(self) -> Tensor:
+        """The elements, in fp64; complex ones as pairs."""
+        real = self.dtype.to_real() if self.dtype.is_complex else self.dtype
+        return self.words[1:].view(real).double()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +60,28 @@ def is_fingerprinted(t: Tensor) -> bool:
 def fingerprint(t: Tensor, is_rounded: bool = False) -> Fingerprint:
     """Take the fingerprint of a tensor; the host does not wait for the device."""
     with torch.no_grad():
-        return Fingerprint(checksum(t), elements(t, SAMPLE).clone(), is_rounded)
+        return Fingerprint(codes.fingerprint(t), t.dtype, is_rounded)
 
 
-def compare(noted: Sequence[Comparison]) -> None:
-    """Compare fingerprints, by one read of each device.
+def read(noted: Sequence[Comparison], counts: Sequence[Tensor]) -> tuple[bool, list[int]]:
+    """Return whether any fingerprint differs, and numbers that devices counted, by one read of each device."""
+    differs, found = False, dict[int, int]()
+    devices = dict.fromkeys([*(c.now.words.device for c in noted), *(t.device for t in counts)])
+    for device in devices:
+        mine = [c for c in noted if c.now.words.device == device]
+        numbers = [i for i, t in enumerate(counts) if t.device == device]
+        parts = [counts[i] for i in numbers]
+        if mine:
+            then, now = torch.cat([c.then.words for c in mine]), torch.cat([c.now.words for c in mine])
+            parts.append((then != now).any().view(1))
+        values = torch.cat(parts).tolist()
+        found.update(zip(numbers, values, strict=False))
+        differs = differs or bool(mine and values[-1])
+    return differs, [found[i] for i in range(len(counts))]
+
+
+def judge(noted: Sequence[Comparison]) -> None:
+    """Judge fingerprints of which some differ, by one more read of each device.
 
     Raises:
         RegenerationError: a tensor differs by more than rounding.
@@ -64,22 +89,18 @@ def compare(noted: Sequence[Comparison]) -> None:
     Warns:
         NondeterminismWarning: a tensor differs by rounding.
     """
-    for device in dict.fromkeys(c.now.total.device for c in noted):
-        mine = [c for c in noted if c.now.total.device == device]
-        totals = torch.stack([c.then.total for c in mine]) != torch.stack([c.now.total for c in mine])
-        if not any(c.then.is_rounded for c in mine):
-            if not totals.any():
-                continue
-        errors = torch.stack([_error(c) for c in mine])
-        read = torch.stack((totals.double(), errors)).tolist()
-        for c, differs, error in zip(mine, *read, strict=True):
+    for device in dict.fromkeys(c.now.words.device for c in noted):
+        mine = [c for c in noted if c.now.words.device == device]
+        differ = torch.stack([(c.then.words != c.now.words).any() for c in mine]).double()
+        values = torch.stack((differ, torch.stack([_error(c) for c in mine]))).tolist()
+        for c, differs, error in zip(mine, *values, strict=True):
             if differs:
                 _judge(c, error)
 
 
 def _error(c: Comparison) -> Tensor:
-    """Return the relative difference of the sampled elements, without a wait for the device."""
-    a, b = c.then.sample.double(), c.now.sample.double()
+    """Return the relative difference of the sampled elements."""
+    a, b = c.then.sample, c.now.sample
     apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b)
     return apart.norm() / a.norm().clamp_min(1e-300)
 
@@ -87,7 +108,7 @@ def _error(c: Comparison) -> Tensor:
 def _judge(c: Comparison, error: float) -> None:
     if c.then.is_rounded and error <= MAX_ERROR:
         return
-    if error <= max(MIN_JITTER, JITTER * precision(c.then.sample.dtype) ** (2 / 3)):
+    if error <= max(MIN_JITTER, JITTER * precision(c.then.dtype) ** (2 / 3)):
         warn(
             f"{c.name} differs by {error:.1e} (relative) when it is recomputed: a kernel is not reproducible. Gradients"
             " are accurate to this rounding. Call `torch.use_deterministic_algorithms(True)` if every bit matters.",

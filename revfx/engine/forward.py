@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from revfx import _fsdp, _torch
-from revfx.codes import Codec
+from revfx.codes import Codec, Prediction, predict
 from revfx.engine import dispatch
 from revfx.engine.call import Pass, UnitCall, memory_of
 from revfx.engine.checkers import is_alias
@@ -188,6 +188,7 @@ class Forward:
         if self.plan.notes_settings:
             call.settings = _torch.kernel_settings()
         call.inverts = unit.backward is not None and bool(earlier)
+        call.is_rounded = call.inverts and not self.plan.lossless
         slots = unit.read_backwards if call.inverts else unit.read_forwards
         call.given, call.versions, trained = match.hold(slots)
         if call.inverts:
@@ -232,9 +233,9 @@ class Forward:
                 codec = self.plan.codecs[key] = Codec(wide=coded.arc.coded)
             code = None
             if codec.asks(x):
-                predicted = self._predict(coded, match)
-                if predicted is not None:
-                    code = codec.encode(x, predicted)
+                prediction = self._predict(coded, match)
+                if prediction is not None:
+                    code = codec.encode(x, prediction)
                 else:
                     codec.width, codec.due = None, False
                 if codec.width is None and coded.arc.declared:
@@ -243,14 +244,14 @@ class Forward:
             if code is None:
                 continue
             self.coded_bytes += code.nbytes
-            if code.lost is not None:
-                self.backward_pass.lost.append((code.lost, codec))
+            if code.count is not None:
+                self.backward_pass.coded.append((code, codec))
 
-    def _predict(self, coded: Coded, match: Match) -> Tensor | None:
-        """Return the tensor that an inverse gives; None if a declared one raises."""
+    def _predict(self, coded: Coded, match: Match) -> Prediction | None:
+        """Return what an inverse gives; None if a declared one raises."""
         try:
             with torch.no_grad():
-                return coded.arc.solve(*(match.operand(s) for s in coded.tail))
+                return predict(coded.arc.solve, *(match.operand(s) for s in coded.tail))
         except Exception as e:  # of any class: the code is a library's
             if not coded.arc.declared or isinstance(e, torch.OutOfMemoryError):
                 raise
@@ -306,7 +307,8 @@ class Forward:
         if call.inverts and corrects:
             slots = []  # it shows further up
         if call.inverts and not any(before.inverts for _, before, _ in earlier):
-            slots += [slot for slot in unit.entry if slot not in unit.kept]
+            checked = {c.head for c, code in zip(unit.coded, call.codes, strict=True) if not isinstance(code, Tensor)}
+            slots += [slot for slot in unit.entry if slot not in unit.kept and slot not in checked]
         saved = {slot: s.tensor for s, slot in match.saved}
         for slot in slots:
             t = saved.get(slot)
@@ -315,7 +317,7 @@ class Forward:
             if t is None:
                 t = match.tensor(slot)
             if t is not None and is_fingerprinted(t):
-                call.fingerprints[slot] = fingerprint(t, call.inverts and not self.plan.lossless)
+                call.fingerprints[slot] = fingerprint(t, call.is_rounded)
 
     # --- proof
     def _prove(self, matched: UnitPlan, call: UnitCall, match: Match) -> bool:
@@ -323,7 +325,7 @@ class Forward:
         unit, broken = matched.unit, set[int]()
         replay = unit.backward if call.inverts else unit.forward
         assert replay is not None
-        is_right = is_close if call.inverts and not self.plan.lossless else same_values
+        is_right = is_close if call.is_rounded else same_values
         saved = {slot: s.tensor for s, slot in match.saved if s.tensor is not None}
 
         def check(slot: int, t: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revfx.checksum import checksum, elements
+from revfx import codes
 from revfx.errors import NondeterminismWarning, warn
 from revfx.fit.needs import Needs
 from revfx.fit.tape import Spot
@@ -38,8 +38,8 @@ class Witness:
         self.again.append((spot.value, self._look(t)))
 
     def _look(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        some = elements(t, SOME).clone()
-        return some, checksum(t).view(1) if self.whole and t.numel() > SOME and is_dense(t) else None
+        some = _elements(t).clone()
+        return some, codes.fingerprint(t)[:1] if self.whole and t.numel() > SOME and is_dense(t) else None
 
     def compare(self, needs: Needs) -> tuple[dict[int, str], set[int]]:
         """Compare all that was noted, in one read of each device.
@@ -61,6 +61,18 @@ class Witness:
                 if text is not None:
                     wrong[v] = text
         return wrong, {v for v, *_ in noted} - wrong.keys()
+
+
+def _elements(t: Tensor) -> Tensor:
+    """Return a view of some elements, complex ones as pairs: across memory, or its longest dimension if not dense."""
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    if t.dtype.itemsize < 2 and t.dtype.is_floating_point:
+        t = t.float()
+    n, stride = t.numel(), 1
+    if not is_dense(t):
+        n, stride = max(zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((min(n, SOME),), (max(1, n // SOME) * stride,))
 
 
 def _differ(then: tuple[Tensor, Tensor | None], now: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from revfx import codes
 from revfx.engine.collectives import run_collective
 from revfx.engine.operators import OF_SHAPE, STATISTICS, UNINITIALIZED, is_collective
 from revfx.engine.unit import Number, Replay, Slot, UnitOp
-from revfx.layout import placed
 from revfx.passes._torch import boxed_codegen, packet_name
 from revfx.passes.program import Arc
+from revfx.plan.nodes import corrected, drawing, empty, item, place, written
 
 
 aten: Any = torch.ops.aten
@@ -45,54 +44,6 @@ class Inversion:
 
 
 Action = Run | Inversion
-
-
-Layout = tuple[tuple[int, ...], tuple[int, ...], int, torch.dtype, torch.device]
-
-
-def place(t: Tensor, layout: Layout) -> Tensor:
-    """Return `t` laid out in memory as the tensor that it stands for."""
-    shape, stride, offset = layout[:3]
-    repeated = [d for d, (n, s) in enumerate(zip(shape, stride, strict=True)) if n > 1 and s == 0]
-    if not repeated:
-        return placed(t, shape, stride, offset)
-    for d in repeated:
-        t = t.narrow(d, 0, 1)
-    return placed(t, tuple(t.shape), stride, offset).expand(shape)
-
-
-def empty(layout: Layout) -> Tensor:
-    """Return uninitialized memory of this layout."""
-    shape, stride, _, dtype, device = layout
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-def _corrected(arc: Arc) -> Callable[..., Tensor]:
-    """Return an inverse that is corrected by its code, the first argument; a tensor in its place was kept instead."""
-
-    def invert(code: codes.Code | Tensor, *tail: Tensor) -> Tensor:
-        return code if isinstance(code, Tensor) else codes.decode(arc.solve(*tail), code)
-
-    return invert
-
-
-def _drawing(func: Any) -> Callable[..., Any]:
-    """Return an operator that draws random numbers as a function that first takes the generator with its state."""
-
-    def drawn(state: tuple[torch.Generator, Tensor], *args: Any, **kwargs: Any) -> Any:
-        generator, then = state
-        now = generator.get_state()
-        try:
-            generator.set_state(then)
-            return func(*args, **kwargs)
-        finally:
-            try:
-                generator.set_state(now)
-            except BaseException:  # an interrupt
-                generator.set_state(now)
-                raise
-
-    return drawn
 
 
 def compiled_graph(graph: fx.Graph) -> Callable[[list[Any]], tuple[Any, ...]]:
@@ -152,6 +103,8 @@ class Builder:
         for slot, writer in memory.writer.items():  # of tensors that are read again after a write by another view
             if slot not in self.known and writer in runs:
                 self.maker.setdefault(slot, runs[writer])
+        self.made: dict[Any, UnitOp] = {}  # by node, operators with one result
+        self.corrected: list[tuple[fx.Node, int]] = []  # inverses with codes, and the last operand of each
         self.private: set[int] = set()  # allocations that the replay made for itself
         self.shared = {memory.allocation[s] for s in self.known}
         for action in actions:
@@ -166,6 +119,8 @@ class Builder:
             else:
                 self._run(action.op)
         self.graph.output(tuple(self._wanted(slot) for slot in self.wanted))
+        for node, slot in self.corrected:
+            node.update_arg(1, self._is_last_use(slot))
         self.graph.set_codegen(boxed_codegen())
         self.graph.lint()
         return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), compiled_graph(self.graph))
@@ -268,13 +223,14 @@ class Builder:
     def _wanted(self, slot: int) -> fx.Node:
         node = self._get(slot)
         if slot in self.memory.before and self.env.get(self.memory.before[slot]) is node:
-            node = self._call(_written, (node,))
+            node = self._call(written, (node,))
         return node
 
     def _invert(self, action: Inversion) -> None:
         tail = tuple(self._get(s) for s in action.tail)
         if action.code >= 0:
-            node = self._call(_corrected(action.arc), (self._input("code", action.code), *tail))
+            node = self._call(corrected(action.arc), (self._input("code", action.code), False, *tail))
+            self.corrected.append((node, action.tail[-1]))
         else:
             node = self._call(action.arc.solve, tail)
         self.env[action.head] = self._call(place, (node, self._input("layout", action.head)))
@@ -294,19 +250,28 @@ class Builder:
             if self.memory.allocation[before] not in self.private:
                 args = self._cloned(args, before)
         if op.state >= 0:
-            node = self._call(_drawing(op.func), (self._input("state", op.state), *args), kwargs)
+            node = self._call(drawing(op.func), (self._input("state", op.state), *args), kwargs)
         elif is_collective(op.func):
             node = self._call(run_collective, (op.func, *args), kwargs)
         else:
             node = self._call(op.func, args, kwargs)
         if op.is_single:
-            self.env[op.outs[0]] = node
+            self.env[op.outs[0]], self.made[node] = node, op
             self._own(op, op.outs[0])
             return
         for position, slot in enumerate(op.outs):
             if slot >= 0:
-                self.env[slot] = self._call(_item, (node, position))
+                self.env[slot] = self._call(item, (node, position))
                 self._own(op, slot)
+
+    def _is_last_use(self, slot: int) -> bool:
+        """Return whether one node alone reads a slot, and memory that it is a view of, which is the replay's own."""
+        node: Any = self.env[slot]
+        while node in self.made and len(node.users) == 1:
+            if not self.made[node].is_view:
+                return self.memory.allocation[slot] in self.private
+            node = node.args[0]
+        return False
 
     def _own(self, op: UnitOp, slot: int) -> None:
         """Note that the memory of a result is the replay's own, unless it is returned or lies in a given tensor."""
@@ -343,15 +308,6 @@ class Builder:
         if isinstance(tree, (list, tuple)):
             return type(tree)([self._filled(x) for x in tree])
         return tree
-
-
-def _written(t: Tensor) -> Tensor:
-    """Return `t`, as it is after writes to its memory by other views."""
-    return t
-
-
-def _item(t: Any, position: int) -> Any:
-    return t[position]
 
 
 def _replayed_args(op: UnitOp) -> tuple[Any, ...]:

@@ -19,7 +19,8 @@ from revfx.passes.diagnose import diagnose
 from revfx.passes.formula import formula
 from revfx.plan.couplings import lowered_tape
 from revfx.plan.graph import TapeGraph, overwrite, reread
-from revfx.plan.replays import compiled_graph, empty
+from revfx.plan.nodes import empty
+from revfx.plan.replays import compiled_graph
 
 
 MOST_AMPLIFIED = 2.0**20  # by how much an inverse may multiply rounding errors; beyond, what it gives says nothing

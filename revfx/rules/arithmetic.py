@@ -35,6 +35,12 @@ def scaled(value: Any, alpha: float, dtype: torch.dtype | None = None) -> Any:
     return value if alpha == 1 and not truth else alpha * value
 
 
+def _is_plain_term(value: Any, alpha: float) -> bool:
+    """Return whether a term of a sum is a tensor of numbers, taken once."""
+    result = fake_result(value) if isinstance(value, fx.Node) and alpha == 1 else None
+    return isinstance(result, Tensor) and result.dtype != torch.bool
+
+
 # --- arithmetic: y = a + alpha*b and its relatives
 # `alpha=` and `value=` take a tensor of no dimensions as well, and so does the old order `torch.add(a, alpha, b)`.
 SCALED = "a tensor stands where a number scales an operand"
@@ -47,7 +53,8 @@ def add(node: fx.Node) -> Iterator[Direction]:
     if isinstance(alpha, fx.Node):
         yield from (NoInverse(operand, SCALED, Reason.ZERO_FACTOR) for operand in (a, b))
         return
-    yield Inverse(a, lambda y, b: y - scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, alpha))
+    by = operator.sub if _is_plain_term(b, alpha) else lambda y, b: y - scaled(b, alpha, y.dtype)
+    yield Inverse(a, by, (b,), rest=lambda b: scaled(b, alpha))
     yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
 
 
@@ -59,7 +66,8 @@ def sub(node: fx.Node) -> Iterator[Direction]:
     if isinstance(alpha, fx.Node):
         yield from (NoInverse(operand, SCALED, Reason.ZERO_FACTOR) for operand in (a, b))
         return
-    yield Inverse(a, lambda y, b: y + scaled(b, alpha, y.dtype), (b,), rest=lambda b: scaled(b, -alpha))
+    by = operator.add if _is_plain_term(b, alpha) else lambda y, b: y + scaled(b, alpha, y.dtype)
+    yield Inverse(a, by, (b,), rest=lambda b: scaled(b, -alpha))
     yield Inverse(b, lambda y, a: a - y if alpha == 1 else (a - y) / alpha, (a,), factor=-alpha, rest=lambda a: a)
 
 

@@ -144,7 +144,9 @@ def test_what_is_off_is_said(much: float, message: str, monkeypatch: pytest.Monk
 
 
 def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revfx.codes.is_counted", lambda t: False)
+    for module in ("codes.codec", "compiled.coded"):
+        monkeypatch.setattr(f"revfx.{module}.is_counted", lambda t: False)
+    monkeypatch.setenv("REVFX_CODES", "aten")  # C counts
     model, x = Additive(DEPTH), leaf(1024, 2 * D, dtype=torch.float32)
     run = by_eager_kernels(model)
 
@@ -153,8 +155,8 @@ def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: 
 
     plain = step(model)
     with monkeypatch.context() as patch:
-        patch.setattr("revfx.codes.HEADROOM", 0.5)
-        patch.setattr("revfx.codes.LEAST", 0)
+        patch.setattr("revfx.codes.codec.HEADROOM", 0.5)
+        patch.setattr("revfx.codes.codec.LEAST", 0)
         with pytest.warns(NondeterminismWarning, match="correction buffer overflowed"):
             assert not same(step(run), plain)
     with warnings.catch_warnings():

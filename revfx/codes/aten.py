@@ -1,0 +1,146 @@
+"""Codes by operators of torch: the reference, which runs on every device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from revfx import _torch
+from revfx.codes.format import (
+    BLOCK,
+    GROUP,
+    ROW,
+    SAMPLE,
+    WIDTHS,
+    Code,
+    Prediction,
+    bits_of,
+    laid_out_as,
+    packed_bytes,
+    tensor_of,
+)
+
+
+def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = None) -> Code:
+    """Return the code of `x`; with `room` for so many escapes if the host must not wait for their number."""
+    x, distances = _distances(x, prediction)
+    n = x.numel()
+    distances = _filled_up(distances, BLOCK).add_(_half(width))
+    beyond = (distances & -(1 << width) != 0).view(-1)
+    packed = _packed(distances, width)[: packed_bytes(n, width)]
+    counts = _filled_up(beyond, GROUP).view(-1, GROUP).sum(1)
+    ends = counts.cumsum(0)
+    if room is None:
+        where, count = beyond.nonzero().view(-1), None
+    else:
+        where, count = torch.nonzero_static(beyond, size=room, fill_value=n - 1).view(-1), ends[-1:].clone()
+        ends, counts = ends.clamp(max=room), counts.clamp(max=room)
+    spans = torch.stack((ends - counts, ends), 1).to(torch.int32)
+    places = (where % GROUP).to(torch.int16)
+    return Code(width, packed, spans, x.index_select(0, where), places, _fingerprint(x), count)
+
+
+def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint."""
+    predicted = prediction.compute().like
+    p = bits_of(predicted)
+    bits = ordered(ordered(p).add_(_unpacked(code, p)))
+    ends = code.spans[:, 1].contiguous()
+    numbers = torch.arange(len(code.values), dtype=torch.int32, device=p.device)
+    groups = torch.searchsorted(ends, numbers, right=True).clamp_(max=len(ends) - 1)
+    bits.index_put_((groups * GROUP + code.places,), code.values)
+    return tensor_of(bits, predicted), _fingerprint(bits)
+
+
+def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
+    """Return how many escapes the code of `x` has in each width; the host waits for the numbers."""
+    _, distances = _distances(x, prediction)
+    return torch.stack([(distances + _half(w) & -(1 << w)).count_nonzero() for w in WIDTHS]).tolist()
+
+
+def fingerprint(t: Tensor) -> Tensor:
+    """Return the fingerprint of a tensor of any dtype."""
+    return _fingerprint(bits_of(t))
+
+
+def ordered(bits: Tensor) -> Tensor:
+    """Return bits as integers in the order of the numbers; of these, the bits."""
+    signs = bits >> 8 * bits.element_size() - 1
+    return signs.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
+
+
+def _half(width: int) -> int:
+    return 1 << width >> 1
+
+
+def _distances(x: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """Return the bits of `x`, and its distances from the prediction."""
+    predicted = prediction.compute().like
+    x = bits_of(laid_out_as(predicted, x))
+    return x, ordered(x).sub_(ordered(bits_of(predicted)))
+
+
+def _filled_up(t: Tensor, multiple: int) -> Tensor:
+    missing = -t.numel() % multiple
+    return pad(t, (0, missing)) if missing else t
+
+
+def _packed(distances: Tensor, width: int) -> Tensor:
+    if width == 0:
+        return distances.new_empty(0, dtype=torch.uint8)
+    fields = distances.to(torch.uint8).view(-1, 8 // width, width * BLOCK // 8)  # keeps the lowest 8 bits
+    packed = fields[:, 0].bitwise_and((1 << width) - 1)
+    for number in range(1, 8 // width):
+        packed |= fields[:, number].bitwise_and((1 << width) - 1) << number * width
+    return packed.view(-1)
+
+
+def _unpacked(code: Code, p: Tensor) -> Tensor:
+    """Return the distances in a code of as many elements as `p` has, as integers of its dtype."""
+    width, n = code.width, p.numel()
+    if width == 0:
+        return p.new_zeros(())
+    packed = _filled_up(code.packed, width * BLOCK // 8).view(-1, 1, width * BLOCK // 8)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=p.device).view(1, -1, 1)
+    fields = (packed >> shifts).bitwise_and_((1 << width) - 1).to(torch.int8 if width < 8 else torch.int16)
+    return fields.sub_(_half(width)).view(-1)[:n].to(p.dtype)
+
+
+def _fingerprint(bits: Tensor) -> Tensor:
+    """Return the fingerprint of a tensor with these bits."""
+    n = bits.numel()
+    taken = bits[:: max(1, n // SAMPLE)][:SAMPLE]
+    sample = pad(taken, (0, SAMPLE - taken.numel()))
+    words = _words(bits)
+    rows = _filled_up(words, ROW).view(-1, ROW)
+    weights = _weights.__wrapped__(bits.device) if _torch.is_fake(bits) else _weights(bits.device)
+    sums = (rows * weights).sum(1)
+    keys = torch.arange(1, len(rows) + 1, device=bits.device) * _signed(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> 32 & 0xFFFFFFFF)) | 1
+    return torch.cat(((sums * keys).sum().view(1), sample.view(torch.int64)))
+
+
+def _words(bits: Tensor) -> Tensor:
+    """Return memory as numbers of 32 bits, which are not negative, in int64; the last one is filled up with zeros."""
+    size = bits.element_size()
+    if size < 4:
+        per_word = 4 // size
+        fields = _filled_up(bits, per_word).view(-1, per_word).long() & (1 << 8 * size) - 1
+        shifts = torch.arange(0, 32, 8 * size, device=bits.device)
+        return (fields << shifts).sum(1)
+    return bits.view(torch.int32).long() & 0xFFFFFFFF
+
+
+def _signed(number: int) -> int:
+    """Return a number of 64 bits as int64 has it."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    w = torch.arange(1, ROW + 1, device="cpu") * 0x9E3779B1 & 0xFFFFFFFF
+    w = (w ^ w >> 15) * 0x85EBCA6B & 0xFFFFFFFF
+    return (w ^ w >> 13).to(device)

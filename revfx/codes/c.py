@@ -1,0 +1,135 @@
+"""Codes on CPUs, by `codec.c`, which is compiled when revfx is installed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revfx.codes.format import (
+    INTEGER,
+    Code,
+    Prediction,
+    bits_of,
+    groups_of,
+    laid_out_as,
+    packed_bytes,
+    word_count,
+)
+from revfx.layout import is_dense
+
+
+LARGE = 1 << 17  # elements for each further thread: to start one takes as long as some thousand elements
+KINDS = {None: 0, operator.sub: 1, operator.add: 2}
+FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+POINTER, INT, INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+SIGNATURES: dict[str, tuple[Any, ...]] = {  # results and arguments
+    "revfx_encode": (POINTER, INT, INT, INT, INT64, *[POINTER] * 7, INT),
+    "revfx_take": (None, POINTER, INT, POINTER, POINTER),
+    "revfx_decode": (None, INT, INT, INT, INT64, *[POINTER] * 8, INT),
+    "revfx_count": (None, INT, INT, INT64, *[POINTER] * 4, INT),
+    "revfx_fingerprint": (None, POINTER, INT64, INT, POINTER, INT),
+}
+
+
+@functools.cache
+def library() -> Any:
+    """Return the compiled library, or None if there is none."""
+    for path in sorted(Path(__file__).parent.glob("_codec*")):
+        try:
+            found: Any = ctypes.CDLL(str(path))
+            for name, (result, *arguments) in SIGNATURES.items():
+                function = getattr(found, name)
+                function.restype, function.argtypes = result, arguments
+        except (AttributeError, OSError):  # of another platform
+            continue
+        return found
+    return None
+
+
+def _threads(n: int) -> int:
+    return min(torch.get_num_threads(), 1 + n // LARGE) if n >= 2 * LARGE else 1
+
+
+def _in_memory(t: Tensor) -> Tensor:
+    """Return a tensor whose memory holds the elements of `t` in order."""
+    return t if t.is_contiguous() and not t.is_complex() and not t.is_neg() else bits_of(t)
+
+
+def _operands(prediction: Prediction) -> tuple[Prediction, Tensor, Tensor | None]:
+    """Return the prediction in a form that the library takes, and its operands, of which the second may be missing."""
+    if prediction.by is not None and prediction.like.dtype not in FUSED:
+        prediction = prediction.compute()
+    a, *b = prediction.tensors
+    return prediction, _in_memory(a), b[0] if b else None
+
+
+def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = None) -> Code:
+    """Return the code of `x`; `room` is for devices that can't count."""
+    prediction, a, b = _operands(prediction)
+    x = _in_memory(laid_out_as(prediction.like, x))
+    n, size, lib = a.numel(), a.element_size(), library()
+    packed = torch.empty(packed_bytes(n, width), dtype=torch.uint8)
+    spans = torch.empty((groups_of(n), 2), dtype=torch.int32)
+    words = torch.empty(word_count(size), dtype=torch.int64)
+    count = ctypes.c_int64()
+    found = lib.revfx_encode(
+        width, size, KINDS[prediction.by], n, x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
+        packed.data_ptr(), spans.data_ptr(), words.data_ptr(), ctypes.byref(count), _threads(n),
+    )  # fmt: skip
+    if not found:
+        raise MemoryError("there is no memory for the escapes of a code")
+    try:
+        values = torch.empty(count.value, dtype=INTEGER[size])
+        places = torch.empty(count.value, dtype=torch.int16)
+    except BaseException:
+        lib.revfx_take(found, size, None, None)
+        raise
+    lib.revfx_take(found, size, values.data_ptr(), places.data_ptr())
+    return Code(width, packed, spans, values, places, words)
+
+
+def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint."""
+    prediction, a, b = _operands(prediction)
+    like = prediction.like
+    if spent is not None and spent.stride() == like.stride() and is_dense(like):
+        x = spent
+    elif is_dense(like):
+        x = torch.empty_like(like)
+    else:
+        x = torch.empty(like.shape, dtype=like.dtype)
+    words = torch.empty(word_count(a.element_size()), dtype=torch.int64)
+    library().revfx_decode(
+        code.width, a.element_size(), KINDS[prediction.by], a.numel(), a.data_ptr(), b if b is None else b.data_ptr(),
+        code.packed.data_ptr(), code.spans.data_ptr(), code.values.data_ptr(), code.places.data_ptr(), x.data_ptr(),
+        words.data_ptr(), _threads(a.numel()),
+    )  # fmt: skip
+    return x, words
+
+
+def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
+    """Return how many escapes the code of `x` has in each width."""
+    prediction, a, b = _operands(prediction)
+    x = _in_memory(laid_out_as(prediction.like, x))
+    counts = (ctypes.c_int64 * 4)()
+    library().revfx_count(
+        a.element_size(), KINDS[prediction.by], a.numel(), x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
+        ctypes.addressof(counts), _threads(a.numel()),
+    )  # fmt: skip
+    return list(counts)
+
+
+def fingerprint(t: Tensor) -> Tensor:
+    """Return the fingerprint of a tensor of any dtype."""
+    bits = bits_of(t)
+    words = torch.empty(word_count(bits.element_size()), dtype=torch.int64)
+    library().revfx_fingerprint(
+        bits.data_ptr(), bits.numel(), bits.element_size(), words.data_ptr(), _threads(t.nbytes)
+    )
+    return words

@@ -1,0 +1,101 @@
+"""Choosing how a value is coded, by what its codes were like so far."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from revfx import _torch
+from revfx.codes.format import INTEGER, WIDTHS, Code, Prediction, groups_of, nbytes_of, packed_bytes, word_count
+from revfx.codes.implementations import count_escapes, encode
+
+
+SLOW = 2  # bytes that the time of an escape is worth
+MIN_BYTES = 1 << 12  # of a tensor: the code of so small a one is not worth its time
+TYPICAL, USUAL = 2, 0.03  # bits, and escapes an element, that a code is taken to have where there are no numbers
+foreseen = ContextVar("revfx_foreseen", default=TYPICAL)  # bits, while steps run on fake tensors
+MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
+HEADROOM, LEAST = 1.5, 64  # for how many escapes there is room on an accelerator, of what was seen
+
+
+def pays_for(x: Tensor, nbytes: int) -> bool:
+    """Return whether a code of `x`, of that many bytes, may be worth its time."""
+    return nbytes > MIN_BYTES and (x.is_floating_point() or x.is_complex())
+
+
+def is_counted(t: Tensor) -> bool:
+    """Return whether the host knows at once how many elements of `t` an operation found."""
+    return t.device.type == "cpu"
+
+
+class Codec:
+    """How one value of a program is coded: what the calls so far have shown to be smallest.
+
+    Escapes are counted in the first call, the second, the fourth, the eighth... and where there were far more of them
+    than expected; in between nothing waits for numbers.
+
+    Attributes:
+        width: None where the value itself is smaller than its code, or so small that a code is not worth its time.
+        wide: 8 bits are expected.
+        due: the next call counts.
+        room: for escapes, on an accelerator.
+    """
+
+    def __init__(self, wide: bool = False) -> None:
+        self.calls, self.escapes, self.wide = 0, 0, wide
+        self.width: int | None = None
+        self.room: int | None = None
+        self.due = True
+
+    def asks(self, x: Tensor) -> bool:
+        """Return whether the next call makes a code of `x`, or counts, and so needs the prediction."""
+        self.calls += 1
+        self.due = self.due or self.calls & (self.calls - 1) == 0
+        return (self.due or self.width is not None) and _torch.is_plain(x) and pays_for(x, x.nbytes)
+
+    def encode(self, x: Tensor, prediction: Prediction) -> Code | None:
+        """Return the code of `x`, or None where keeping `x` takes less."""
+        like = prediction.like
+        if x.shape != like.shape or x.dtype != like.dtype:
+            return None
+        if _torch.is_fake(x) or _torch.is_fake(like):  # as long as such a code is wont to be
+            return encode(x, prediction, 8 if self.wide else foreseen.get(), usual_escapes(x, x.numel()))
+        if self.due:
+            self._choose(x, prediction)
+        if self.width is None:
+            return None
+        code = encode(x, prediction, self.width, self.room)
+        self.due = self.room is None and len(code.values) > 2 * self.escapes + x.numel() // MANY
+        return code if code.nbytes - code.words.nbytes < x.nbytes else None
+
+    def _choose(self, x: Tensor, prediction: Prediction) -> None:
+        """Choose the width of the smallest code of `x`, with the time that escapes take."""
+        counts = dict(zip(WIDTHS, count_escapes(x, prediction), strict=True))
+        n, size = x.numel() * (1 + x.is_complex()), x.element_size() // (1 + x.is_complex())
+        nbytes = {w: nbytes_of(n, size, w, counts[w]) for w in WIDTHS}
+        best = min(WIDTHS, key=lambda w: nbytes[w] + SLOW * counts[w])
+        self.due = False
+        self.width = best if nbytes[best] < x.nbytes else None
+        self.escapes = counts[best]
+        self.room = None if is_counted(x) else int(HEADROOM * self.escapes) + LEAST
+
+
+def usual_escapes(x: Tensor, n: int) -> int:
+    """Return how many escapes the code of a tensor like `x`, of n elements, is wont to have."""
+    return int(USUAL * n * (1 + x.is_complex()))
+
+
+def expected(x: Tensor, n: int) -> Code:
+    """Return a code of a tensor like `x`, of `n` elements, without numbers, as large as such are wont to be."""
+    escapes, size = usual_escapes(x, n), x.element_size() // (1 + x.is_complex())
+    n *= 1 + x.is_complex()
+    return Code(
+        TYPICAL,
+        packed=x.new_empty(packed_bytes(n, TYPICAL), dtype=torch.uint8),
+        spans=x.new_empty((groups_of(n), 2), dtype=torch.int32),
+        values=x.new_empty(escapes, dtype=INTEGER[size]),
+        places=x.new_empty(escapes, dtype=torch.int16),
+        words=x.new_empty(word_count(size), dtype=torch.int64),
+    )
