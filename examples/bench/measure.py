@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bench.count import Counts
 from bench.models import BenchModel, Task
 from bench.ways import Way
 from revfx.errors import BudgetError, RevfxWarning
@@ -56,6 +57,7 @@ class Row:
         is_bitwise: losses, gradients and buffers are plain's, bit for bit.
         error: the largest relative error of a gradient or loss; NaN if one is missing.
         buffers: the number of buffers that differ by more than rounding.
+        counts: the kernels of a step.
         notes: warnings, errors, or the reason why there are no figures.
         is_failed: one of revfx's own ways raised, has wrong gradients or exceeds its budget.
     """
@@ -73,6 +75,7 @@ class Row:
     is_bitwise: bool | None = None
     error: float | None = None
     buffers: int = 0
+    counts: Counts | None = None
     notes: list[str] = field(default_factory=list[str])
     is_failed: bool = False
 

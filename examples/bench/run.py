@@ -4,10 +4,19 @@
     python examples/bench --short                                # small models, one budget, nothing that compiles
     python examples/bench --threads 1 --models mlp,revnet --ways convert,memory,revlib
     python examples/bench --threads 1 --models gpt2,resnet50 --ways checkpoint,memory --precision bf16
+    python examples/bench --models transformer --ways checkpoint,convert --precision bf16 --card H100
+    python examples/bench --tiny --ways revtorch,convert         # the time that the host needs for a step
 
-Every figure is measured. Bytes are those beyond what is there before a step, by torch's profiler (on a GPU by its
-allocator), the most of three steps. Times are medians of rounds in which every way takes one step, with the quartiles
-of the ratio to plain in brackets. "bits": losses, gradients and buffers of three steps are plain's, bit for bit.
+Every figure of the first table is measured. Bytes are those beyond what is there before a step, by torch's profiler (on
+a GPU by its allocator), the most of three steps. Times are medians of rounds in which every way takes one step, with
+the quartiles of the ratio to plain in brackets. "bits": losses, gradients and buffers of three steps are plain's, bit
+for bit.
+
+`--count` prints a second table, for accelerators: the kernels that a forward and a backward launch, and their traffic,
+the bytes that they read and write. The traffic leaves out matrix products, attention and convolutions. "+" is the
+excess over plain's: launches per coupling (a block of a chain), and bytes per element of both streams of a coupling.
+`--card` adds the roofline's time, a sum over all kernels. A kernel takes as long as its launch, its traffic or its
+FLOPs at the card's bf16 rate, whichever is longest. See `count.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +28,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,8 +36,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.count import CARDS, Card, Counts, count
 from bench.measure import Row, Sizes, measure
-from bench.models import MODELS
+from bench.models import MODELS, TINY_MODELS, BenchModel
 from bench.ways import LEAST, WAYS, Way, missing
 
 
@@ -37,6 +48,9 @@ SHORT_DEPTH, SHORT_BATCH_DIVISOR, SHORT_BUDGETS = 3, 8, "60"  # blocks; of the b
 ROUNDS = 9
 HEAD = ("model", "way", "kept", "peak", "peak/plain", "step", "time/plain", "first step", "gradients")
 WIDTHS = (12, 47, 11, 11, 10, 11, 18, 10, 17)
+COUNT_HEAD = ("model", "way", "launches", "+/coupling", "traffic", "+bytes/element")
+COUNT_WIDTHS = (12, 47, 9, 11, 12, 15)
+CARD_WIDTHS = (13, 11)
 MIB = 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt
 
@@ -45,17 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, and return 1 if one of revfx's own ways failed."""
     parser = _parser()
     args = parser.parse_args(argv)
-    models, ways = _chosen(args, parser)
-    if args.threads or args.short:
+    known = TINY_MODELS if args.tiny else MODELS
+    models, ways = _chosen(args, known, parser)
+    is_counted = args.count or args.card is not None
+    if args.threads or args.short or args.tiny:
         torch.set_num_threads(args.threads or 1)
     _keep_memory()
     torch._dynamo.config.recompile_limit = 64  # ways share the code of a model's class
     rounds = args.rounds or (1 if args.short else ROUNDS)
     steps = sum(len(way.settings) for way in ways) + rounds + 1
     rows: list[Row] = []
-    _print_line(HEAD, args.markdown)
-    if args.markdown:
-        print("|" + "---|" * 2 + "---:|" * (len(HEAD) - 2))
+    _print_head(HEAD, WIDTHS, args.markdown)
     with tqdm(total=steps * len(models), file=sys.stderr, leave=False, disable=None) as bar:
 
         def tick(text: str) -> None:
@@ -65,13 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in models:
             depth, batch = args.depth, args.batch
             if args.short:
-                depth, batch = depth or SHORT_DEPTH, batch or max(2, MODELS[name].batch // SHORT_BATCH_DIVISOR)
+                depth, batch = depth or SHORT_DEPTH, batch or max(2, known[name].batch // SHORT_BATCH_DIVISOR)
             sizes = Sizes(depth, batch, args.device, args.precision == "bf16", args.compile)
-            found = measure(MODELS[name], ways, rounds, sizes, tick)
+            found = measure(known[name], ways, rounds, sizes, tick)
             rows += found
             for row in found:
                 if row.peak is not None:
-                    _print_line(_cells(row), args.markdown)
+                    _print_line(_cells(row), WIDTHS, args.markdown)
+            if is_counted:
+                _count(found, known[name], ways, sizes)
+    if is_counted:
+        _print_counts(rows, args.card, args.markdown)
     _print_notes(rows, args.markdown)
     print(f"\n(`python examples/bench {' '.join(sys.argv[1:] if argv is None else argv)}`; {_machine(args.device)})")
     return int(any(row.is_failed for row in rows))
@@ -90,22 +108,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16: autocast")
     parser.add_argument("--compile", action="store_true", help="compile each block, in `plain` and `memory`")
     parser.add_argument("--short", action="store_true", help="small models, one round, nothing that compiles")
-    parser.add_argument("--threads", type=_positive, help="of torch; default: as it is; 1 with --short")
+    parser.add_argument("--tiny", action="store_true", help="narrow chains, whose steps take the host's time")
+    parser.add_argument("--count", action="store_true", help="count kernels and their bytes, as on an accelerator")
+    parser.add_argument("--card", help=f"of {', '.join(CARDS)}: add the roofline's time to the counts")
+    parser.add_argument("--threads", type=_positive, help="of torch; default: as it is; 1 with --short or --tiny")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     return parser
 
 
-def _chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list[str], list[Way]]:
+def _chosen(
+    args: argparse.Namespace, known: Mapping[str, BenchModel], parser: argparse.ArgumentParser
+) -> tuple[list[str], list[Way]]:
     """Check the arguments and return models and ways; plain is the first way."""
     device = args.device.split(":")[0]
     if device not in ("cpu", "cuda"):
         parser.error(f"--device {args.device}: use cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch finds no GPU")
-    models = _names("model", args.models, MODELS, parser) or list(SHORT_MODELS if args.short else DEFAULT_MODELS)
+    if args.card is not None and args.card not in CARDS:
+        parser.error(f"unknown card {args.card!r}; known: {', '.join(CARDS)}")
+    models = _names("model", args.models, known, parser)
+    if not models:
+        models = [name for name in (SHORT_MODELS if args.short else DEFAULT_MODELS) if name in known]
     for name in models:
-        if text := missing(MODELS[name].library, MODELS[name].library):
+        if text := missing(known[name].library, known[name].library):
             parser.error(f"--models {name}: {text}")
     names = _names("way", args.ways, WAYS, parser)
     for name in names:
@@ -149,6 +176,52 @@ def _positive(text: str) -> int:
     return number
 
 
+# --- counts
+def _count(rows: Sequence[Row], model: BenchModel, ways: Sequence[Way], sizes: Sizes) -> None:
+    """Count the kernels of a step for each row that has figures; an error becomes a note of the row."""
+    by_name = {way.name: way for way in ways}
+    for row in rows:
+        way = by_name[row.way]
+        if row.peak is None:
+            continue
+        if way.compiles or sizes.is_compiled:
+            row.notes.append("kernels of compiled code are not counted")
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                row.counts = count(replace(sizes, device="cpu").make(model), way, row.setting)
+        except Exception as e:  # of any class: the code is a library's
+            row.notes.append(f"kernels could not be counted: {type(e).__name__}: {e}")
+
+
+def _print_counts(rows: Sequence[Row], card: str | None, is_markdown: bool) -> None:
+    head, widths = COUNT_HEAD, COUNT_WIDTHS
+    if card is not None:
+        head, widths = (*head, f"{card} step", "time/plain"), (*widths, *CARD_WIDTHS)
+    print()
+    _print_head(head, widths, is_markdown)
+    plain: Counts | None = None
+    for row in rows:
+        if row.way == "plain":
+            plain = row.counts
+        if row.counts is not None and plain is not None:
+            cells = (row.model, row.title, *_count_cells(row.counts, plain, None if card is None else CARDS[card]))
+            _print_line(cells, widths, is_markdown)
+
+
+def _count_cells(counts: Counts, plain: Counts, card: Card | None) -> list[str]:
+    """Format the counts of a way, compared with plain's."""
+    cells = [str(counts.launches), "", _mib(counts.nbytes), ""]
+    if counts.couplings:
+        cells[1] = f"{(counts.launches - plain.launches) / counts.couplings:.1f}"
+        cells[3] = f"{(counts.nbytes - plain.nbytes) / counts.elements:.1f}"
+    if card is not None:
+        seconds = counts.seconds(card)
+        cells += [f"{1e3 * seconds:.3f} ms", f"{seconds / plain.seconds(card):.2f}"]
+    return cells
+
+
 # --- the table
 def _cells(row: Row) -> tuple[str, ...]:
     """Format a row of the table."""
@@ -168,12 +241,18 @@ def _mib(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{nbytes / MIB:.2f} MiB"
 
 
-def _print_line(cells: Sequence[str], is_markdown: bool) -> None:
+def _print_head(head: Sequence[str], widths: Sequence[int], is_markdown: bool) -> None:
+    _print_line(head, widths, is_markdown)
+    if is_markdown:
+        print("|" + "---|" * 2 + "---:|" * (len(head) - 2))
+
+
+def _print_line(cells: Sequence[str], widths: Sequence[int], is_markdown: bool) -> None:
     if is_markdown:
         tqdm.write("| " + " | ".join(cells) + " |")
         return
     padded: list[str] = []
-    for i, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True)):
+    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
         cell = cell.replace("`", "")
         padded.append(cell.ljust(width) if i < 2 else cell.rjust(width))
     tqdm.write(" ".join(padded).rstrip())

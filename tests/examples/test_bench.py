@@ -14,8 +14,9 @@ import pytest
 import torch
 from bench import run
 from bench.chains import Coupling, Flow
+from bench.count import CARDS, count
 from bench.measure import Contender, Row, Sizes, measure
-from bench.models import MODELS, Task
+from bench.models import MODELS, TINY_MODELS, Task
 from bench.ways import WAYS, Way
 from torch import Tensor
 
@@ -231,6 +232,35 @@ def test_python_examples_bench() -> None:
     assert done.returncode == 2 and "unknown way 'nothing'; known: plain, checkpoint," in done.stderr
 
 
+# --- the table of counts
+def test_the_table_of_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "WAYS", {**WAYS, "selective": replace(WAYS["selective"], compiles="model")})
+    words = "--short --models mlp,encoder --ways checkpoint,selective,convert --card H100"
+    status, out, _ = run_bench(capsys, *words.split())
+    lines = out.splitlines()
+    head = next(i for i, line in enumerate(lines) if "launches" in line)
+    assert status == 0 and lines[head].endswith("time/plain") and "H100 step" in lines[head]
+    assert "- selective checkpoint of each block (mlp, encoder): kernels of compiled code are not counted" in lines
+    rows = [line.split() for line in lines[head + 1 :] if line.startswith(("mlp", "encoder"))]
+    assert len(rows) == 2 * 5, "plain, three settings of checkpoint, and convert"
+    plain, checkpointed = rows[0], rows[1]
+    counts = count(Sizes(3, 256).make(MODELS["mlp"]), WAYS["plain"], None)
+    milliseconds = f"{1e3 * counts.seconds(CARDS['H100']):.3f}"
+    mib = f"{counts.nbytes / 2**20:.2f}"
+    assert plain[-8:] == [str(counts.launches), "0.0", mib, "MiB", "0.0", milliseconds, "ms", "1.00"]
+    assert int(checkpointed[-8]) > counts.launches and float(checkpointed[-7]) > 0 and float(checkpointed[-1]) > 1
+
+    out = run_bench(capsys, "--short", "--models", "mlp", "--ways", "plain", "--count", "--markdown")[1]
+    assert "| model | way | launches | +/coupling | traffic | +bytes/element |" in out.splitlines()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_streams_of_tiny_models_have_codes(name: str) -> None:
+    model: Any = TINY_MODELS[name].make(2).model
+    streams = model.enter(*TINY_MODELS[name].make(2).args)
+    assert [t.nbytes for t in streams[:2]] == [8192, 8192]
+
+
 # --- wrong arguments
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -244,6 +274,8 @@ def test_python_examples_bench() -> None:
         ("--budgets 120", "give percentages of plain's peak, or least"),
         ("--budgets 80,most", "give percentages of plain's peak, or least"),
         ("--device tpu", "--device tpu: use cpu or cuda"),
+        ("--card H1000", "unknown card 'H1000'; known: H100, A100,"),
+        ("--tiny --models encoder", "unknown model 'encoder'; known: mlp, revnet, transformer, flow, leapfrog"),
     ],
 )
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
