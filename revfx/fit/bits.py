@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from revfx import _torch
+from revfx.codes import implementation
 from revfx.fit.tape import Op
 from revfx.layout import flat
 
@@ -17,6 +20,8 @@ _GATHER = 0x0102040810204080  # the sum of 2^(7k): brings the lowest bits of eig
 
 def encode(marked: Tensor) -> Tensor:
     """Return booleans, in the order of memory, as bytes of eight; they are written over."""
+    if kernels := _kernels(marked):
+        return kernels.pack_marks(marked)
     bits = flat(marked).view(torch.uint8)
     if bits.numel() % 8:
         bits = torch.cat((bits, bits.new_zeros(-bits.numel() % 8)))
@@ -25,7 +30,16 @@ def encode(marked: Tensor) -> Tensor:
 
 def decode(code: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     """Return a flat tensor of so many ones and zeros."""
+    if kernels := _kernels(code):
+        return kernels.unpack_marks(code, elements, dtype)
     return _eights(code.device).index_select(0, code.int()).view(torch.uint8)[:elements].to(dtype)
+
+
+def _kernels(t: Tensor) -> Any:
+    """Return the module with kernels for the device of `t`, or None if operators of torch run there."""
+    if _torch.is_fake(t) or implementation(t.device) != "triton":
+        return None
+    return importlib.import_module("revfx.codes.triton")
 
 
 @functools.cache
