@@ -27,8 +27,16 @@ def span(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Return whether the elements of `t` lie beside each other, each once, in whatever order."""
-    return t.is_contiguous() or t.numel() == span(t.shape, t.stride())
+    """Return whether the elements of `t` lie beside each other, each once, in whatever order of the dimensions."""
+    if t.is_contiguous():
+        return True
+    following = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1:
+            if stride != following:
+                return False
+            following *= size
+    return True
 
 
 def flat(t: Tensor) -> Tensor:

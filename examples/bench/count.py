@@ -3,7 +3,7 @@
 Steps run on the CPU under a dispatch mode. An operator launches one kernel, unless it returns a view, allocates, or
 answers from a tensor's metadata. A kernel moves the bytes of its distinct operands and results; an expanded dimension
 counts once. FLOPs are those of `torch.utils.flop_counter`. revfx runs as on an accelerator: each code, correction or
-fingerprint is one fused kernel, after a kernel that clears its counters. Operators that run as other kernels on an
+fingerprint is one fused kernel. Operators that run as other kernels on an
 accelerator (attention with dropout, recurrent layers, padding) count as on the CPU.
 """
 
@@ -26,9 +26,9 @@ from bench.chains import Chain
 from bench.models import Task
 from bench.ways import ATTENTION, Way
 from revfx import _torch, codes
-from revfx.engine import dispatch, fingerprints
+from revfx.codes import codec, implementations
+from revfx.engine import dispatch
 from revfx.engine.operators import OF_SHAPE, UNINITIALIZED
-from revfx.fit import witness
 
 
 # revfx measures codes and checks plans in early steps, and in those whose number is a power of two. The step after
@@ -36,7 +36,6 @@ from revfx.fit import witness
 WARM_UP_STEPS = 6
 RNN = "mkldnn_rnn_layer"
 OVERWRITES = frozenset(("copy_", "fill_", "zero_"))  # they write their first argument without reading it
-COUNTER_BYTES = 8
 
 
 # --- cards
@@ -134,7 +133,7 @@ class KernelLog(TorchDispatchMode):
         return out
 
     def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that notes one kernel, and one that clears counters, in the place of its operators."""
+        """Return a function that notes one kernel in the place of its operators."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.is_paused:
@@ -144,7 +143,6 @@ class KernelLog(TorchDispatchMode):
                 result = function(*args, **kwargs)
             finally:
                 self.is_paused = False
-            self.kernels.append(Kernel("clear counters", COUNTER_BYTES))
             self.kernels.append(Kernel(function.__name__, _bytes_of((*args, *kwargs.values(), result))))
             return result
 
@@ -199,16 +197,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _bytes_of(values: Iterable[Any]) -> int:
-    """Return the bytes of distinct tensors, of objects that hold `tensors`, and of codes."""
+    """Return the bytes of distinct tensors, and of those that predictions and codes hold."""
     distinct: dict[Any, int] = {}
-    others = 0
     for value in values:
-        if isinstance(value, Tensor) or hasattr(value, "tensors"):
-            for t in _tensors(value if isinstance(value, Tensor) else [*value.tensors]):
-                distinct[_memory_of(t), t.shape, _layout(t)] = _memory_bytes(t)
-        elif hasattr(value, "nbytes"):
-            others += value.nbytes
-    return sum(distinct.values()) + others
+        for t in _tensors(getattr(value, "tensors", value)):
+            distinct[_memory_of(t), t.shape, _layout(t)] = _memory_bytes(t)
+    return sum(distinct.values())
 
 
 def _memory_of(t: Tensor) -> int:
@@ -243,6 +237,7 @@ def as_on_accelerators(log: KernelLog) -> Generator[None]:
         stack.enter_context(patch.object(dispatch, "has_modes", lambda: False))  # or revfx would not run
         stack.enter_context(patch.object(dispatch, "replaying", lambda: _visible(log, dispatch._below_autocast())))
         stack.enter_context(patch.object(dispatch, "unseen", lambda: _visible(log, contextlib.nullcontext())))
+        stack.enter_context(patch.object(implementations, "CHOICE", "aten"))
         _fuse_codes(log, stack)
         stack.enter_context(log)
         yield
@@ -257,9 +252,9 @@ def _visible(log: KernelLog, context: Any) -> Generator[None]:
 
 def _fuse_codes(log: KernelLog, stack: contextlib.ExitStack) -> None:
     """Count codes, corrections and fingerprints as fused kernels; the host does not know the number of escapes."""
-    for module, name in ((codes, "encode"), (codes, "decode"), (fingerprints, "checksum"), (witness, "checksum")):
+    for module, name in ((codec, "encode"), (codes, "decode"), (codes, "fingerprint")):
         stack.enter_context(patch.object(module, name, log.fused(getattr(module, name))))
-    stack.enter_context(patch.object(codes, "is_counted", lambda t: False))
+    stack.enter_context(patch.object(codec, "is_counted", lambda t: False))
 
 
 def count(task: Task, way: Way, setting: Any) -> Counts:

@@ -33,12 +33,12 @@ def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = Non
     packed = _packed(distances, width)[: packed_bytes(n, width)]
     counts = _filled_up(beyond, GROUP).view(-1, GROUP).sum(1)
     ends = counts.cumsum(0)
+    spans = torch.stack((ends - counts, ends), 1).to(torch.int32)
     if room is None:
         where, count = beyond.nonzero().view(-1), None
     else:
-        where, count = torch.nonzero_static(beyond, size=room, fill_value=n - 1).view(-1), ends[-1:].clone()
-        ends, counts = ends.clamp(max=room), counts.clamp(max=room)
-    spans = torch.stack((ends - counts, ends), 1).to(torch.int32)
+        where, count = torch.nonzero_static(beyond, size=room, fill_value=n - 1).view(-1), ends[-1:]
+        spans.clamp_(max=room)
     places = (where % GROUP).to(torch.int16)
     return Code(width, packed, spans, x.index_select(0, where), places, _fingerprint(x), count)
 

@@ -18,10 +18,10 @@ from revfx.codes.format import (
     bits_of,
     groups_of,
     laid_out_as,
+    memory_for,
     packed_bytes,
     word_count,
 )
-from revfx.layout import is_dense
 
 
 LARGE = 1 << 17  # elements for each further thread: to start one takes as long as some thousand elements
@@ -97,13 +97,7 @@ def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = Non
 def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint."""
     prediction, a, b = _operands(prediction)
-    like = prediction.like
-    if spent is not None and spent.stride() == like.stride() and is_dense(like):
-        x = spent
-    elif is_dense(like):
-        x = torch.empty_like(like)
-    else:
-        x = torch.empty(like.shape, dtype=like.dtype)
+    x = memory_for(prediction.like, spent)
     words = torch.empty(word_count(a.element_size()), dtype=torch.int64)
     library().revfx_decode(
         code.width, a.element_size(), KINDS[prediction.by], a.numel(), a.data_ptr(), b if b is None else b.data_ptr(),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.codes.format import INTEGER, WIDTHS, Code, Prediction, groups_of, nbytes_of, packed_bytes, word_count
+from revfx.codes.fake import empty_code
+from revfx.codes.format import WIDTHS, Code, Prediction, nbytes_of
 from revfx.codes.implementations import count_escapes, encode
 
 
 SLOW = 2  # bytes that the time of an escape is worth
 MIN_BYTES = 1 << 12  # of a tensor: the code of so small a one is not worth its time
-TYPICAL, USUAL = 2, 0.03  # bits, and escapes an element, that a code is taken to have where there are no numbers
+TYPICAL, USUAL = 2, 0.018  # bits, and escapes an element, that a code is taken to have where there are no numbers
 foreseen = ContextVar("revfx_foreseen", default=TYPICAL)  # bits, while steps run on fake tensors
 MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
 HEADROOM, LEAST = 1.5, 64  # for how many escapes there is room on an accelerator, of what was seen
@@ -22,7 +22,7 @@ HEADROOM, LEAST = 1.5, 64  # for how many escapes there is room on an accelerato
 
 def pays_for(x: Tensor, nbytes: int) -> bool:
     """Return whether a code of `x`, of that many bytes, may be worth its time."""
-    return nbytes > MIN_BYTES and (x.is_floating_point() or x.is_complex())
+    return nbytes > MIN_BYTES and (x.is_floating_point() or x.is_complex()) and x.element_size() > 1
 
 
 def is_counted(t: Tensor) -> bool:
@@ -89,13 +89,4 @@ def usual_escapes(x: Tensor, n: int) -> int:
 
 def expected(x: Tensor, n: int) -> Code:
     """Return a code of a tensor like `x`, of `n` elements, without numbers, as large as such are wont to be."""
-    escapes, size = usual_escapes(x, n), x.element_size() // (1 + x.is_complex())
-    n *= 1 + x.is_complex()
-    return Code(
-        TYPICAL,
-        packed=x.new_empty(packed_bytes(n, TYPICAL), dtype=torch.uint8),
-        spans=x.new_empty((groups_of(n), 2), dtype=torch.int32),
-        values=x.new_empty(escapes, dtype=INTEGER[size]),
-        places=x.new_empty(escapes, dtype=torch.int16),
-        words=x.new_empty(word_count(size), dtype=torch.int64),
-    )
+    return empty_code(x, n * (1 + x.is_complex()), TYPICAL, usual_escapes(x, n))

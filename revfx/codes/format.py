@@ -99,17 +99,23 @@ class Prediction:
 
 def predict(solve: Callable[..., Tensor], *tail: Tensor) -> Prediction:
     """Return the prediction `solve(*tail)`; a difference or sum of tensors that lie alike is left to the codec."""
-    if solve in (operator.sub, operator.add):
-        y, h = tail
-        if (
-            y.dtype == h.dtype
-            and y.shape == h.shape
-            and y.stride() == h.stride()
-            and is_dense(y)
-            and all(_torch.is_plain(t) and not t.is_conj() and not t.is_neg() for t in tail)
-        ):
-            return Prediction(tail, solve)
+    if (solve is operator.sub or solve is operator.add) and _lie_alike(*tail):
+        return Prediction(tail, solve)
     return Prediction((solve(*tail),))
+
+
+def _lie_alike(y: Tensor, h: Tensor) -> bool:
+    """Return whether the elements of two plain tensors of one dtype lie in memory in the same order."""
+    return (
+        y.dtype == h.dtype
+        and y.shape == h.shape
+        and y.stride() == h.stride()
+        and _torch.is_plain(y)
+        and _torch.is_plain(h)
+        and (y.is_floating_point() or y.is_complex())
+        and is_dense(y)
+        and not (y.is_conj() or h.is_conj() or y.is_neg() or h.is_neg())
+    )
 
 
 def bits_of(t: Tensor) -> Tensor:
@@ -126,8 +132,19 @@ def tensor_of(bits: Tensor, like: Tensor) -> Tensor:
 
 
 def laid_out_as(like: Tensor, x: Tensor) -> Tensor:
-    """Return `x`, or a copy of it, with the strides of `like`."""
+    """Return `x`, or a copy of it, with the strides of `like`, or a contiguous copy if that is not dense."""
+    if not is_dense(like):
+        return x.contiguous()
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def memory_for(like: Tensor, spent: Tensor | None) -> Tensor:
+    """Return a tensor for a result like a prediction: `spent`, if it lies in memory as the result will."""
+    if not is_dense(like):
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if spent is not None and spent.stride() == like.stride() and not spent.is_conj() and not spent.is_neg():
+        return spent
+    return torch.empty_like(like)
 
 
 def groups_of(n: int) -> int:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.codes import aten, c
+from revfx.codes import aten, c, fake
 from revfx.codes.format import Code, Prediction
+
+
+CHOICE = os.environ.get("REVFX_CODES", "")  # another implementation than the device's own
 
 
 def implementation(device: torch.device) -> str:
@@ -23,28 +26,30 @@ def implementation(device: torch.device) -> str:
         ValueError: the environment variable `REVFX_CODES` is none of these.
         ImportError: it is one that is not there.
     """
-    return _chosen(device.type, os.environ.get("REVFX_CODES", ""))
+    return _chosen(device.type, CHOICE)[0]
 
 
 @functools.cache
-def _chosen(device: str, wanted: str) -> str:
+def _chosen(device: str, choice: str) -> tuple[str, Any]:
+    """Return the name of an implementation, and its module."""
     has_triton = importlib.util.find_spec("triton") is not None
-    if wanted not in ("", "aten", "c", "triton"):
-        raise ValueError(f"REVFX_CODES is {wanted!r}; it may be aten, c or triton")
-    if wanted == "triton" and not has_triton:
+    if choice not in ("", "aten", "c", "triton"):
+        raise ValueError(f"REVFX_CODES is {choice!r}; it may be aten, c or triton")
+    if choice == "triton" and not has_triton:
         raise ImportError("REVFX_CODES=triton: Triton is not installed (`pip install 'revfx[gpu]'`)")
-    if wanted == "c" and device == "cpu" and c.library() is None:
+    if choice == "c" and device == "cpu" and c.library() is None:
         raise ImportError("REVFX_CODES=c: revfx was installed without a C compiler; install it again with one")
-    if device == "cpu":
-        return wanted or ("aten" if c.library() is None else "c")
-    if device in ("cuda", "xpu") and has_triton and wanted != "aten":
-        return "triton"
-    return "aten"
+    takes_triton = has_triton and choice != "aten" and (device in ("cuda", "xpu") or choice == "triton")
+    if takes_triton:
+        return "triton", importlib.import_module("revfx.codes.triton")
+    if device == "cpu" and choice != "aten" and c.library() is not None:
+        return "c", c
+    return "aten", aten
 
 
 def _implementation(t: Tensor) -> Any:
-    name = "aten" if _torch.is_fake(t) else implementation(t.device)
-    return importlib.import_module(f"revfx.codes.{name}") if name == "triton" else c if name == "c" else aten
+    chosen = _chosen(t.device.type, CHOICE)[1]
+    return fake if _torch.is_fake(t) and chosen is not aten else chosen
 
 
 def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = None) -> Code:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from revfx.codes.format import (
     bits_of,
     groups_of,
     laid_out_as,
+    memory_for,
     packed_bytes,
-    tensor_of,
     word_count,
 )
-from revfx.layout import is_dense
 
 
+POOL = 512  # zeros that are made at once, for some fifty codes
 KINDS = {None: kernels.GIVEN.value, operator.sub: kernels.DIFFERENCE.value, operator.add: kernels.SUM.value}
 FUSED = {  # dtypes of the differences and sums that kernels compute, with those of the numbers
     torch.float16: "float16",
@@ -59,6 +60,22 @@ def _launch(kernel: Any, bits: Tensor, *args: Any, **constants: Any) -> None:
         kernel[(groups_of(bits.numel()),)](*args, num_warps=num_warps, enable_fp_fusion=False, **constants)
 
 
+_pools = threading.local()  # by device and stream, zeros that one fill made for many kernels, and how many are taken
+
+
+def _zeros(like: Tensor, n: int) -> Tensor:
+    """Return `n` zeros in int64, on the device of a tensor and for its current stream."""
+    if not like.is_cpu and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(n, dtype=torch.int64)  # each run of a captured graph needs them anew
+    key = like.device, None if like.is_cpu else torch.accelerator.current_stream(like.device)
+    pools: dict[Any, tuple[Tensor, int]] = _pools.__dict__
+    pool, taken = pools.get(key, (None, 0))
+    if pool is None or taken + n > POOL:
+        pool, taken = like.new_zeros(POOL, dtype=torch.int64), 0
+    pools[key] = pool, taken + n
+    return pool[taken : taken + n]
+
+
 def _step(n: int) -> int:
     """Return the distance of elements of the sample."""
     return max(1, n // SAMPLE)
@@ -71,7 +88,7 @@ def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = Non
     a, b, constants = _operands(prediction)
     n, size = x.numel(), x.element_size()
     room = n if room is None else room
-    counters = x.new_zeros(1 + word_count(size), dtype=torch.int64)
+    counters = _zeros(x, 1 + word_count(size))
     count, words = counters[:1], counters[1:]
     code = Code(
         width,
@@ -96,10 +113,8 @@ def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> t
     like = prediction.like
     a, b, constants = _operands(prediction)
     n = a.numel()
-    out = spent
-    if out is None or out.stride() != like.stride() or not is_dense(like) or out.is_conj() or out.is_neg():
-        out = tensor_of(torch.empty_like(a), like)
-    words = a.new_zeros(word_count(a.element_size()), dtype=torch.int64)
+    out = memory_for(like, spent)
+    words = _zeros(a, word_count(a.element_size()))
     _launch(
         kernels.decode_groups, a,
         a, b, code.packed, code.spans, code.values, code.places, bits_of(out), words, n, _step(n),
@@ -117,7 +132,7 @@ def fingerprint(t: Tensor) -> Tensor:
     """Return the fingerprint of a tensor of any dtype."""
     bits = bits_of(t)
     n, size = bits.numel(), bits.element_size()
-    words = bits.new_zeros(word_count(size), dtype=torch.int64)
+    words = _zeros(bits, word_count(size))
     _launch(kernels.fingerprint_groups, bits, bits, words, n, _step(n), SIZE=size)
     return words
 

@@ -86,7 +86,8 @@ def test_a_value_without_a_good_inverse_is_kept_and_looked_at_again_later() -> N
 
 @pytest.mark.usefixtures("sizes")
 def test_small_values_and_such_as_can_not_be_coded_are_kept() -> None:
-    for x in (torch.randn(32, 32), torch.ones(4096, dtype=torch.int64), torch.randn(1)):
+    bytes_each = torch.randn(8192).to(torch.float8_e5m2)
+    for x in (torch.randn(32, 32), torch.ones(4096, dtype=torch.int64), torch.randn(1), bytes_each):
         assert not Codec().asks(x)
     assert Codec().asks(torch.randn(33, 32)) and Codec().asks(torch.randn(4096, dtype=torch.complex64))
 
@@ -94,7 +95,7 @@ def test_small_values_and_such_as_can_not_be_coded_are_kept() -> None:
 def test_room_is_learnt_and_what_finds_none_is_off_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host does not know how many escapes there are."""
     monkeypatch.setattr("revfx.codes.codec.is_counted", lambda t: False)
-    monkeypatch.setenv("REVFX_CODES", "aten")
+    monkeypatch.setattr("revfx.codes.implementations.CHOICE", "aten")
     codec, (x, prediction) = Codec(), pair((64, 64))
     for _ in range(4):
         code = coded(codec, x, prediction)

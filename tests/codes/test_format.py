@@ -123,6 +123,38 @@ def test_layouts_are_kept_and_nothing_that_is_given_is_written_to(by: Any) -> No
 
 
 @pytest.mark.parametrize("by", IMPLEMENTATIONS)
+def test_predictions_with_gaps_or_overlaps_are_contiguous_when_decoded(by: Any) -> None:
+    x = torch.randn(6, 4)
+    with_gaps = (x + 1e-7).t().repeat_interleave(2, 1)[:, ::2].t()
+    overlapping = torch.randn(6).view(6, 1).expand(6, 4)
+    for predicted in (with_gaps, overlapping):
+        for value in (x, x.t().contiguous().t()):
+            back, words = by.decode(Prediction((predicted,)), by.encode(value, Prediction((predicted,)), 4))
+            assert_same(back, value)
+            assert back.is_contiguous() and torch.equal(words, by.fingerprint(x))
+
+
+@pytest.mark.parametrize("by", IMPLEMENTATIONS)
+def test_a_conjugate_view_does_not_give_its_memory(by: Any) -> None:
+    x = torch.randn(300, dtype=torch.complex64)
+    predicted = x.clone().conj()
+    prediction = Prediction((predicted,))
+    back, _ = by.decode(prediction, by.encode(x, prediction, 2), predicted)
+    assert_same(back, x)
+
+
+def test_escapes_without_room_leave_those_of_other_groups_alone() -> None:
+    x = torch.randn(3 * 2048 + 100)
+    prediction = Prediction((torch.randn_like(x),))
+    code = aten.encode(x, prediction, 2, room=3000)
+    assert code.count is not None and code.count == len(x)
+    assert code.spans.tolist() == [[0, 2048], [2048, 3000], [3000, 3000], [3000, 3000]]
+    for by in (aten, c) if c.library() is not None else (aten,):
+        back, _ = by.decode(prediction, code)
+        assert_same(back[:3000], x[:3000])
+
+
+@pytest.mark.parametrize("by", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which", ("y", "h"))
 def test_the_result_may_take_the_memory_of_an_operand(which: str, by: Any) -> None:
     for dtype in FLOATS:
@@ -139,7 +171,7 @@ def test_only_terms_that_lie_alike_are_left_to_the_codec() -> None:
     assert predict(operator.sub, y.t(), h.t()).by is operator.sub
     others: list[tuple[Tensor, Tensor]] = [
         (y, h[:1]), (y, h.double()), (y, torch.randn(6, 4).t()), (y[:, ::2], h[:, ::2]),
-        (y, torch.complex(y, h).conj().imag),
+        (y, torch.complex(y, h).conj().imag), (y.long(), h.long()),
     ]  # fmt: skip
     for a, b in others:
         prediction = predict(operator.sub, a, b)
@@ -248,23 +280,21 @@ def test_c_touches_no_memory_but_its_own_and_does_nothing_undefined(tmp_path: Pa
 
 # --- which implementation there is
 def test_the_environment_chooses_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.delenv("REVFX_CODES", raising=False)
-    assert codes.implementation(cpu) == codes_by() == ("aten" if c.library() is None else "c")
-    assert codes.implementation(torch.device("mps")) == "aten"
-    monkeypatch.setenv("REVFX_CODES", "aten")
-    assert codes.implementation(cpu) == codes.implementation(torch.device("cuda")) == "aten"
-    monkeypatch.setenv("REVFX_CODES", "fast")
+    monkeypatch.setattr(implementations, "CHOICE", "")
+    assert codes_by() == codes_by("cpu") == ("aten" if c.library() is None else "c")
+    assert codes_by("mps") == "aten"
+    monkeypatch.setattr(implementations, "CHOICE", "aten")
+    assert codes_by() == codes_by("cuda") == "aten"
+    monkeypatch.setattr(implementations, "CHOICE", "fast")
     with pytest.raises(ValueError, match="REVFX_CODES is 'fast'; it may be aten, c or triton"):
-        codes.implementation(cpu)
+        codes_by()
 
 
 def test_without_the_library_codes_are_made_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncached = vars(implementations)["_chosen"].__wrapped__
+    monkeypatch.setattr(implementations, "_chosen", vars(implementations)["_chosen"].__wrapped__)
     monkeypatch.setattr(c, "library", lambda: None)
-    monkeypatch.setattr(implementations, "_chosen", uncached)
-    monkeypatch.delenv("REVFX_CODES", raising=False)
-    assert codes.implementation(torch.device("cpu")) == codes_by() == "aten"
-    monkeypatch.setenv("REVFX_CODES", "c")
+    monkeypatch.setattr(implementations, "CHOICE", "")
+    assert codes_by() == "aten"
+    monkeypatch.setattr(implementations, "CHOICE", "c")
     with pytest.raises(ImportError, match="installed without a C compiler"):
         codes_by()

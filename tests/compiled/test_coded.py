@@ -146,7 +146,7 @@ def test_what_is_off_is_said(much: float, message: str, monkeypatch: pytest.Monk
 def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("codes.codec", "compiled.coded"):
         monkeypatch.setattr(f"revfx.{module}.is_counted", lambda t: False)
-    monkeypatch.setenv("REVFX_CODES", "aten")  # C counts
+    monkeypatch.setattr("revfx.codes.implementations.CHOICE", "aten")  # C counts
     model, x = Additive(DEPTH), leaf(1024, 2 * D, dtype=torch.float32)
     run = by_eager_kernels(model)
 

@@ -83,13 +83,12 @@ def test_codes_and_replays_are_counted_as_on_an_accelerator() -> None:
     names = Counter(kernel.name for kernel in converted.kernels)
     more = names - Counter(kernel.name for kernel in plain.kernels)
     assert names["encode"] == names["decode"] == 2 * depth - 1, "the last step forwards holds its stream"
-    assert names["encode"] + names["decode"] + names["checksum"] == names["clear counters"]
-    assert more["sub"] == 2 * names["encode"], "each inverse runs in the forward and in the backward"
+    assert not more["sub"], "codes subtract"
     assert more["gelu"] == 2 * depth and more["addmm"] >= 2 * 2 * depth - 1
-    assert more["_local_scalar_dense"] > 0, "the end of the backward reads the comparison of fingerprints"
+    assert more["ne"] == 1, "the end of the backward compares fingerprints"
     assert not {"bitwise_and_", "index_put_", "count_nonzero"} & names.keys(), "codes are fused, and not measured"
     encoded = next(kernel for kernel in converted.kernels if kernel.name == "encode")
-    assert 2 * 65536 < encoded.nbytes < 2.5 * 65536, "a stream, its prediction and the code"
+    assert 3 * 65536 < encoded.nbytes < 3.5 * 65536, "a stream, the tensors of its prediction, and the code"
 
 
 def test_memory_is_saved_while_kernels_are_counted() -> None:

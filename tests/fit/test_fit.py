@@ -118,16 +118,16 @@ def test_what_is_reversible_is_one_way() -> None:
         return of(x).square().mean()
 
     plain, want = peak(model, partial(step, model)), state(model, partial(step, model))
-    ways, packed = list[str](), 0
+    ways, allocated = list[str](), 0
     for share in (0.7, 0.24):
         fitted = planned(model, x, memory=share)
         assert peak(model, partial(step, fitted)) <= share * plain
         assert equal(state(model, partial(step, fitted)), want)
         chosen = fit_of(fitted).plans[0].chosen
         ways.append(chosen.way)
-        packed = sum("bitwise_right_shift" in str(op.func) for op in chosen.plan.needs.tape.ops)
+        allocated = sum("new_empty" in str(op.func) for op in chosen.plan.needs.tape.ops)
     assert ways == ["plain", "reversible"]
-    assert packed == 39  # what codes take is foreseen
+    assert 39 * 5 <= allocated < 40 * 5  # what the tensors of codes take is foreseen
 
 
 class Flow(nn.Module):
