@@ -68,7 +68,8 @@ class Match:
 
     def copy_held(self, memory: int) -> None:
         """Copy the tensors that are held in memory that is about to be written to, as operators read them before."""
-        for slot, t in enumerate(self.external):
+        for slot in self.of.unit.read:
+            t = self.external[slot]
             if t is not None and slot not in self.held and memory_of(t) == memory:
                 self.held[slot] = copied(t)
         for held in (self.held, self.alive):

@@ -46,7 +46,7 @@ from revfx.passes._torch import is_overload
 
 
 LOG = logging.getLogger("revfx")
-SOURCES = [Path(__file__).parent / name for name in ("watch.cpp", "watch.h", "observe.h", "saved.h")]
+SOURCES = [Path(__file__).parent / name for name in ("watch.cpp", "watch.h", "observe.h", "replay.h", "saved.h")]
 CHOICE = "REVFX_WATCH"  # the environment variable: "native", "python", or empty for the native one where it is possible
 Mode = TypeVar("Mode", bound=TorchDispatchMode)
 
@@ -78,6 +78,11 @@ def learner(mode: type[Mode], python: bool = False) -> type[Mode]:
         python: see `watcher`.
     """
     return mode if watcher(python) is Watching else _natively(mode)
+
+
+def native_library() -> Any:
+    """Return the extension, if forwards are watched natively; None else."""
+    return None if watcher() is Watching else _library.get()
 
 
 @cache
@@ -283,7 +288,7 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
 
 def _compiled_unit(module: Any, unit: Unit) -> Any:
     """Return a unit for the extension; None if the native watcher can't see or compare one of its operators."""
-    compiled = module.Unit(unit.slots, unit.numbers, drops(unit), unit.renamed)
+    compiled = module.Unit(unit.slots, unit.numbers, drops(unit), unit.renamed, [*unit.read])
     generator = _Describer(unit)
     for op in unit.ops:
         if not is_overload(op.func):

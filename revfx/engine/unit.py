@@ -82,6 +82,7 @@ class Unit:
 
     Attributes:
         read_forwards, read_backwards: slots of tensors that a call holds, to go either way.
+        read: slots of tensors that are read again when the operators of the unit have run.
         ops: its operators in order.
         slots: how many slots it has.
         numbers: how many numbers it stores per call.
@@ -127,6 +128,7 @@ class Unit:
     alive: frozenset[int] = field(init=False)
     read_forwards: tuple[int, ...] = field(init=False)
     read_backwards: tuple[int, ...] = field(init=False)
+    read: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         """Derive the droppable slots, the external ones that a call holds, and those that stay until the unit ends."""
@@ -145,6 +147,8 @@ class Unit:
         backwards = self.held | self.given
         object.__setattr__(self, "read_backwards", tuple(backwards))
         object.__setattr__(self, "read_forwards", tuple(backwards.union(self.entry)))
+        object.__setattr__(self, "read", frozenset(backwards.union(self.entry, alive)))
+        object.__setattr__(self, "cloned", self.cloned & self.read)
 
     def slot_at(self, slot: int, at: int) -> int:
         """Return the slot of a result when so many operators have run."""

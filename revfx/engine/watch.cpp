@@ -7,6 +7,7 @@
 // - Keys from BackendSelect downwards don't see factories: these have no tensor among their arguments.
 // The key is in a thread's include set while an observer is entered there, and excluded while an operator runs.
 #include "observe.h"
+#include "replay.h"
 #include "saved.h"
 
 #include <unordered_map>
@@ -179,7 +180,7 @@ class Watcher : public Observer {
     }
     for (const Tensor& t : written)
       for (Running& r : running_)
-        if (memory_of(t)) r.match.copy_held(memory_of(t));
+        if (memory_of(t)) r.match.copy_held(unit(r), memory_of(t));
     if (has_calls_) call_python(0, [&] { forward().attr("before_write")(py::cast(written), py::tuple()); });
     return true;
   }
@@ -362,11 +363,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("install", &install);
   m.def("unpack", &unpack);
   py::class_<Unit, std::shared_ptr<Unit>>(m, "Unit", py::module_local())
-      .def(py::init<int64_t, int64_t, bool, std::vector<Renamed>>())
+      .def(py::init<int64_t, int64_t, bool, std::vector<Renamed>, std::vector<int64_t>>())
       .def("add", &Unit::add);
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", py::module_local())
       .def(py::init<>())
       .def("add", &Plan::add);
+  py::class_<Replay>(m, "Replay", py::module_local())
+      .def(py::init<size_t, std::vector<bool>>())
+      .def("add_operator", &Replay::add_operator)
+      .def("add_function", &Replay::add_function)
+      .def("add_item", &Replay::add_item)
+      .def("returns", &Replay::returns)
+      .def("run", &Replay::run);
   py::class_<Saved, std::shared_ptr<Saved>>(m, "Saved", py::module_local())
       .def_property_readonly("tensor", &Saved::kept)
       .def_readonly("version", &Saved::version)

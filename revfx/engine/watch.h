@@ -91,10 +91,11 @@ struct Unit {
   int64_t slots, numbers;
   bool drops;  // something in several operators, so that it may begin wherever its first one matches
   std::vector<Renamed> renamed;
+  std::vector<int64_t> read;  // slots of tensors that are read again when the operators have run
   std::vector<Operator> operators;
 
-  Unit(int64_t slots, int64_t numbers, bool drops, std::vector<Renamed> renamed)
-      : slots(slots), numbers(numbers), drops(drops), renamed(std::move(renamed)) {}
+  Unit(int64_t slots, int64_t numbers, bool drops, std::vector<Renamed> renamed, std::vector<int64_t> read)
+      : slots(slots), numbers(numbers), drops(drops), renamed(std::move(renamed)), read(std::move(read)) {}
 
   // Return the slot of a result when so many operators have run.
   int64_t slot_at(int64_t slot, size_t at) const {
@@ -370,10 +371,10 @@ struct Match {
   }
 
   // Copy the tensors that are held in memory that is about to be written to, as operators read them before.
-  void copy_held(const void* memory) {
+  void copy_held(const Unit& unit, const void* memory) {
     Under here(ABOVE);
     std::vector<std::pair<int64_t, Tensor>> copies;
-    for (size_t slot = 0; slot < external.size(); slot++)
+    for (int64_t slot : unit.read)
       if (memory_of(external[slot]) == memory) copies.emplace_back(slot, external[slot]);
     for (auto* kept : {&held, &alive})
       for (auto& [slot, t] : *kept) {

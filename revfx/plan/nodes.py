@@ -78,7 +78,3 @@ def drawing(func: Any) -> Callable[..., Any]:
 def written(t: Tensor) -> Tensor:
     """Return `t`, as it is after writes to its memory by other views."""
     return t
-
-
-def item(t: Any, position: int) -> Any:
-    return t[position]

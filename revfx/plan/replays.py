@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from torch import fx
 
 from revfx.engine.collectives import run_collective
 from revfx.engine.operators import OF_SHAPE, STATISTICS, UNINITIALIZED, is_collective
+from revfx.engine.replaying import item, runner
 from revfx.engine.unit import Number, Replay, Slot, UnitOp
 from revfx.passes._torch import boxed_codegen, packet_name
 from revfx.passes.program import Arc
-from revfx.plan.nodes import corrected, drawing, empty, item, place, written
+from revfx.plan.nodes import corrected, drawing, empty, place, written
 
 
 aten: Any = torch.ops.aten
@@ -44,14 +44,6 @@ class Inversion:
 
 
 Action = Run | Inversion
-
-
-def compiled_graph(graph: fx.Graph) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """Return a graph as a function. `fx.GraphModule` would note its source for the life of the process."""
-    code = graph.python_code("self")
-    names = dict(code.globals)
-    exec(compile(code.src, "<replay>", "exec"), names)
-    return functools.partial(names["forward"], None)
 
 
 @dataclass(frozen=True)
@@ -123,7 +115,8 @@ class Builder:
             node.update_arg(1, self._is_last_use(slot))
         self.graph.set_codegen(boxed_codegen())
         self.graph.lint()
-        return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), compiled_graph(self.graph))
+        run = runner(self.graph, [kind for kind, _ in self.inputs])
+        return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), run)
 
     # --- order
     def _made_by(self, action: Action) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from revfx.engine.operators import OF_SHAPE, UNINITIALIZED
+from revfx.engine.replaying import python_runner
 from revfx.engine.tape import Ref, Tape
 from revfx.errors import NotReversibleError, Reason, Refusal
 from revfx.passes._torch import boxed_codegen, draws, is_overload, packet_name
@@ -20,7 +21,6 @@ from revfx.passes.formula import formula
 from revfx.plan.couplings import lowered_tape
 from revfx.plan.graph import TapeGraph, overwrite, reread
 from revfx.plan.nodes import empty
-from revfx.plan.replays import compiled_graph
 
 
 MOST_AMPLIFIED = 2.0**20  # by how much an inverse may multiply rounding errors; beyond, what it gives says nothing
@@ -95,7 +95,7 @@ def computed(
 ) -> tuple[Callable[[list[Any]], tuple[Tensor, ...]], tuple[int, ...]]:
     """Return a function that computes values of a forward, and the values of the tape that it takes, in a list."""
     emitter = _Emitter(tape, of, lowered, ())
-    return compiled_graph(emitter.end(values)), tuple(emitter.outside)
+    return python_runner(emitter.end(values)), tuple(emitter.outside)
 
 
 class _Solver:
@@ -153,7 +153,7 @@ class _Solver:
         graph = emitter.end(self.inputs.values())
         declared = [d.arc.declared for d in order if isinstance(d, Invert) and d.arc.declared]
         return Solution(
-            run=compiled_graph(graph),
+            run=python_runner(graph),
             reads=reads,
             conditions=conditions,
             inputs=tuple(self.inputs),

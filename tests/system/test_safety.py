@@ -31,8 +31,8 @@ LOADERS = frozenset("pickle marshal shelve dill cloudpickle joblib runpy code".s
 ALLOWED = {
     ("revfx/cli_models.py", "exec_module"): "the file that the command line names: the user asks for it to be run",
     ("revfx/engine/checkers.py", "exec"): "checkers: made of operators that ran, as names and numbers",
-    ("revfx/plan/replays.py", "compile"): "replays: graphs of operators that ran, as torch.fx writes them out",
-    ("revfx/plan/replays.py", "exec"): "the same",
+    ("revfx/engine/replaying.py", "compile"): "replays: graphs of operators that ran, as torch.fx writes them out",
+    ("revfx/engine/replaying.py", "exec"): "the same",
     ("revfx/engine/native.py", "exec_module"): "the extension that is built from the package's own sources",
 }
 
