@@ -209,6 +209,11 @@ def version(tensor: torch.Tensor) -> int:
         return 0
 
 
+def is_capturing(t: torch.Tensor) -> bool:
+    """Return whether kernels on the device of `t` are captured to run later, so that no value can be asked for."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def unchanged(t: torch.Tensor, before: int) -> torch.Tensor:
     """Return `t`; raise autograd's error if it was written to since it had the version `before`."""
     if version(t) != before:

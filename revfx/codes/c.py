@@ -56,6 +56,12 @@ def _threads(n: int) -> int:
     return min(torch.get_num_threads(), 1 + n // LARGE) if n >= 2 * LARGE else 1
 
 
+@functools.lru_cache(maxsize=1024)
+def _sizes(n: int, element_size: int, width: int) -> tuple[int, int, int]:
+    """Return the sizes of `packed`, `spans` and `words` of n elements."""
+    return packed_bytes(n, width), groups_of(n), word_count(element_size)
+
+
 def _in_memory(t: Tensor) -> Tensor:
     """Return a tensor whose memory holds the elements of `t` in order."""
     return t if t.is_contiguous() and not t.is_complex() and not t.is_neg() else bits_of(t)
@@ -74,9 +80,10 @@ def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = Non
     prediction, a, b = _operands(prediction)
     x = _in_memory(laid_out_as(prediction.like, x))
     n, size, lib = a.numel(), a.element_size(), library()
-    packed = torch.empty(packed_bytes(n, width), dtype=torch.uint8)
-    spans = torch.empty((groups_of(n), 2), dtype=torch.int32)
-    words = torch.empty(word_count(size), dtype=torch.int64)
+    nbytes, groups, word_number = _sizes(n, size, width)
+    packed = torch.empty(nbytes, dtype=torch.uint8)
+    spans = torch.empty((groups, 2), dtype=torch.int32)
+    words = torch.empty(word_number, dtype=torch.int64)
     count = ctypes.c_int64()
     found = lib.revfx_encode(
         width, size, KINDS[prediction.by], n, x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),

@@ -62,7 +62,7 @@ class Codec:
             return None
         if _torch.is_fake(x) or _torch.is_fake(like):  # as long as such a code is wont to be
             return encode(x, prediction, 8 if self.wide else foreseen.get(), usual_escapes(x, x.numel()))
-        if self.due:
+        if self.due and not _torch.is_capturing(x):
             self._choose(x, prediction)
         if self.width is None:
             return None

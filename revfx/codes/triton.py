@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revfx import _torch
 from revfx.codes import aten, kernels
 from revfx.codes.format import (
     SAMPLE,
@@ -65,7 +66,7 @@ _pools = threading.local()  # by device and stream, zeros that one fill made for
 
 def _zeros(like: Tensor, n: int) -> Tensor:
     """Return `n` zeros in int64, on the device of a tensor and for its current stream."""
-    if not like.is_cpu and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _torch.is_capturing(like):
         return like.new_zeros(n, dtype=torch.int64)  # each run of a captured graph needs them anew
     key = like.device, None if like.is_cpu else torch.accelerator.current_stream(like.device)
     pools: dict[Any, tuple[Tensor, int]] = _pools.__dict__

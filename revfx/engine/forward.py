@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +89,8 @@ class Forward:
     def _exit_of(self, t: Tensor | None, version: int | None = None) -> Exit | None:
         """Return the exit that a tensor, which had been written to `version` times, is or is an alias of."""
         known = None if t is None else self._known_exit(t, version)
-        if known is None:
-            return None
+        if known is None or known.slot not in known.call.links:
+            return known
         call, slot = known.call, known.slot
         while slot in call.links and call.links[slot][1] in call.links[slot][0].unit.exit:
             call, slot = call.links[slot]  # the later call gives it on
@@ -190,24 +190,23 @@ class Forward:
         call.inverts = unit.backward is not None and bool(earlier)
         call.is_rounded = call.inverts and not self.plan.lossless
         slots = unit.read_backwards if call.inverts else unit.read_forwards
-        call.given, call.versions, trained = match.hold(slots)
+        call.given, call.versions, memory = match.hold(slots, unit.entry)
         if call.inverts:
             self._encode(matched, call, match, site)
-        self._note_exits(call, match)
+        exits = match.exits(unit.exit)
+        call.exits = {slot: (alias, version) for slot, _, alias, version, _, _ in exits}
         is_proven = (site, matched) in self.plan.proven or dispatch.on_fakes.get()
         if not is_proven and not self._prove(matched, call, match):
             return
         self.plan.proven.add((site, matched))
-        self._link(call, earlier, match)
+        self._link(call, earlier, exits)
         self._fingerprint(call, earlier, match)
         if call.observer is not None:
             call.observer.completed(call, match)
         self._drop(call, match)
-        mutable = [t for slot, t in call.given.items() if slot not in trained or slot in unit.entry]
-        for t in (*mutable, *(t for t, _ in call.exits.values())):
-            key = memory_of(t)
-            if key is not None:
-                self._holders.setdefault(key, []).append(call)
+        memory.update(key for slot, *_, key in exits if key is not None and slot in call.exits)
+        for key in memory:
+            self._holders.setdefault(key, []).append(call)
         self.unsettled = call if self.writes else None
         self.count += 1
         if earlier or matched is self.expected:  # else it stands alone, and no expectation follows from it
@@ -250,8 +249,7 @@ class Forward:
     def _predict(self, coded: Coded, match: Match) -> Prediction | None:
         """Return what an inverse gives; None if a declared one raises."""
         try:
-            with torch.no_grad():
-                return predict(coded.arc.solve, *(match.operand(s) for s in coded.tail))
+            return predict(coded.arc.solve, *(match.operand(s) for s in coded.tail))
         except Exception as e:  # of any class: the code is a library's
             if not coded.arc.declared or isinstance(e, torch.OutOfMemoryError):
                 raise
@@ -268,14 +266,8 @@ class Forward:
             )
             warn(text, NotConvertedWarning)
 
-    def _note_exits(self, call: UnitCall, match: Match) -> None:
-        for slot in call.unit.exit:
-            t = match.tensor(slot)
-            assert t is not None  # as it is held until here
-            call.exits[slot] = dispatch.alias(t), _torch.version(t)
-
-    def _link(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
-        """Have earlier calls take their exits from this call's entry, and note its own exits."""
+    def _link(self, call: UnitCall, earlier: Sequence[tuple[int, UnitCall, int]], exits: Sequence[Any]) -> None:
+        """Have earlier calls take their exits from this call's entry, and note its own; `exits`: see `Match.exits`."""
         if call.inverts:
             for slot, before, exit in earlier:
                 before.links[exit] = call, slot
@@ -283,12 +275,9 @@ class Forward:
                 if before.inverts:
                     call.taken.add(slot)
         self.addresses = []
-        for slot in call.exits:
-            t = match.tensor(slot)
-            assert t is not None
-            exit = Exit(weakref.ref(t), call, slot, _torch.version(t))
+        for slot, t, _, version, at, _ in exits:
+            exit = Exit(weakref.ref(t), call, slot, version)
             self._exits[id(t)] = exit
-            at = address(t) if t.layout == torch.strided else None
             if at is not None:
                 self._exits[at] = exit
                 self.addresses.append(at)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from revfx import _torch
@@ -15,7 +16,7 @@ from revfx.engine.checkers import Checker, is_alias
 from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.saved import SavedTensor
-from revfx.layout import copied
+from revfx.layout import address, copied
 
 
 class Match:
@@ -95,11 +96,16 @@ class Match:
         """Return an external tensor; None if the slot is no external one, or did not appear."""
         return self.external[slot]
 
-    def hold(self, slots: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, int], set[int]]:
+    def hold(self, slots: Sequence[int], entry: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, int], set[int]]:
         """Return aliases of held and external tensors for replays.
 
+        Args:
+            slots: of the tensors.
+            entry: slots of the unit's entry.
+
         Returns:
-            The aliases; how often each had been written to; the slots of those that need a gradient.
+            The aliases; how often each had been written to; the memory (see `memory_of`) of those that programs write
+            to: of the entry, and of those that need no gradient.
         """
         found: dict[int, Tensor] = {}
         trained = set[int]()
@@ -109,11 +115,22 @@ class Match:
                 t = self.external[slot]
                 if t is None:
                     continue
-                if t.requires_grad:
+                if t.requires_grad and slot not in entry:
                     trained.add(slot)
             found[slot] = t
         given = dict(zip(found, dispatch.aliases([*found.values()]), strict=True))
-        return given, {slot: _torch.version(t) for slot, t in given.items()}, trained
+        memory = {memory_of(t) for slot, t in given.items() if slot not in trained}
+        return given, {slot: _torch.version(t) for slot, t in given.items()}, {m for m in memory if m is not None}
+
+    def exits(self, slots: Sequence[int]) -> list[tuple[int, Tensor, Tensor, int, int | None, int | None]]:
+        """Return of tensors: slot, tensor, alias, how often it had been written to, address, and memory."""
+        found: list[tuple[int, Tensor, Tensor, int, int | None, int | None]] = []
+        for slot in slots:
+            t = self.tensor(slot)
+            assert t is not None  # as it is held until here
+            at = address(t) if t.layout == torch.strided else None
+            found.append((slot, t, dispatch.alias(t), _torch.version(t), at, memory_of(t)))
+        return found
 
     def version(self, slot: int) -> int | None:
         """Return how often the tensor of a slot of the entry had been written to when it appeared."""

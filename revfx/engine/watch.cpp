@@ -27,6 +27,8 @@ struct Running {
   Shared saved{};  // a list of saved tensors with their slots, once there are any
 };
 
+py::int_ number_of(const void* pointer) { return py::int_(reinterpret_cast<uintptr_t>(pointer)); }
+
 // A match with Python's objects: the interface of match.py.
 struct PythonMatch {
   py::object of;
@@ -50,25 +52,39 @@ struct PythonMatch {
     return match.external[slot].defined() ? py::cast(match.external[slot]) : py::none();
   }
 
-  py::tuple hold(const std::vector<int64_t>& slots) const {
+  py::tuple hold(const std::vector<int64_t>& slots, const std::vector<int64_t>& entry) const {
     py::dict given, versions;
-    py::set trained;
+    py::set memory;
     for (int64_t slot : slots) {
       py::int_ key(slot);
+      bool is_trained = false;
       Tensor t = match.external[slot];
       auto copy = std::find_if(match.held.rbegin(), match.held.rend(), [slot](auto& h) { return h.first == slot; });
       if (copy != match.held.rend()) {
         t = copy->second;
       } else if (!t.defined()) {
         continue;
-      } else if (t.requires_grad()) {
-        trained.add(key);
+      } else {
+        is_trained = t.requires_grad() && !std::count(entry.begin(), entry.end(), slot);
       }
       Tensor alias = alias_of(t);
       given[key] = alias;
       versions[key] = version_of(alias);
+      if (!is_trained && memory_of(alias)) memory.add(number_of(memory_of(alias)));
     }
-    return py::make_tuple(given, versions, trained);
+    return py::make_tuple(given, versions, memory);
+  }
+
+  py::list exits(const std::vector<int64_t>& slots) const {
+    py::list found;
+    for (int64_t slot : slots) {
+      py::object object = tensor(slot);
+      auto t = object.cast<Tensor>();
+      py::object at = is_strided(t) ? py::object(number_of(t.const_data_ptr())) : py::none();
+      py::object memory = memory_of(t) ? py::object(number_of(memory_of(t))) : py::none();
+      found.append(py::make_tuple(slot, object, alias_of(t), version_of(t), at, memory));
+    }
+    return found;
   }
 
   py::object version(int64_t slot) const {
@@ -390,6 +406,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("layouts", &PythonMatch::layouts)
       .def("given", &PythonMatch::given)
       .def("hold", &PythonMatch::hold)
+      .def("exits", &PythonMatch::exits)
       .def("version", &PythonMatch::version)
       .def("tensor", &PythonMatch::tensor)
       .def("operand", &PythonMatch::operand);

@@ -6,7 +6,7 @@ import operator
 
 import pytest
 import torch
-from coded import assert_same
+from codes_cases import assert_same
 from torch import Tensor
 
 from revfx.codes import WIDTHS, Code, Codec, Prediction, count_escapes, decode, encode

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from coded import FLOATS, LENGTHS, assert_alike, assert_same, bits, cases, special
+from codes_cases import FLOATS, LENGTHS, assert_alike, assert_same, bits, cases, special
 from torch import Tensor
 
 from revfx import codes

@@ -25,7 +25,7 @@ def graph_of(*kinds: str) -> tuple[fx.Graph, list[fx.Node]]:
 
 def runners(graph: fx.Graph, *kinds: str) -> list[Run]:
     """The graph, run in Python and as it is by default."""
-    graph.set_codegen(fx.graph._BoxedCodeGen())  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    graph.set_codegen(fx.graph._BoxedCodeGen())  # pyright: ignore[reportAttributeAccessIssue]
     graph.lint()
     return [python_runner(graph), runner(graph, kinds)]
 
