@@ -26,7 +26,10 @@ from revfx.codes.format import (
 
 LARGE = 1 << 17  # elements for each further thread: to start one takes as long as some thousand elements
 KINDS = {None: 0, operator.sub: 1, operator.add: 2}
-FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+FUSED: dict[tuple[torch.dtype, ...], int] = {
+    (t, t): 0 for t in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+}
+FUSED[torch.float32, torch.bfloat16] = 4  # by dtypes: with the kind, what the library is told
 POINTER, INT, INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # results and arguments
     "revfx_encode": (POINTER, INT, INT, INT, INT64, *[POINTER] * 7, INT),
@@ -67,17 +70,19 @@ def _in_memory(t: Tensor) -> Tensor:
     return t if t.is_contiguous() and not t.is_complex() and not t.is_neg() else bits_of(t)
 
 
-def _operands(prediction: Prediction) -> tuple[Prediction, Tensor, Tensor | None]:
-    """Return the prediction in a form that the library takes, and its operands, of which the second may be missing."""
-    if prediction.by is not None and prediction.like.dtype not in FUSED:
+def _operands(prediction: Prediction) -> tuple[Prediction, int, Tensor, Tensor | None]:
+    """Return the prediction in a form that the library takes, its kind, and its operands; the second may be missing."""
+    dtypes = tuple([t.dtype for t in prediction.tensors])
+    if prediction.by is None or dtypes not in FUSED:
         prediction = prediction.compute()
-    a, *b = prediction.tensors
-    return prediction, _in_memory(a), b[0] if b else None
+        return prediction, KINDS[None], _in_memory(prediction.like), None
+    a, b = prediction.tensors
+    return prediction, KINDS[prediction.by] | FUSED[dtypes], _in_memory(a), b
 
 
 def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = None) -> Code:
     """Return the code of `x`; `room` is for devices that can't count."""
-    prediction, a, b = _operands(prediction)
+    prediction, kind, a, b = _operands(prediction)
     x = _in_memory(laid_out_as(prediction.like, x))
     n, size, lib = a.numel(), a.element_size(), library()
     nbytes, groups, word_number = _sizes(n, size, width)
@@ -86,7 +91,7 @@ def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = Non
     words = torch.empty(word_number, dtype=torch.int64)
     count = ctypes.c_int64()
     found = lib.revfx_encode(
-        width, size, KINDS[prediction.by], n, x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
+        width, size, kind, n, x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
         packed.data_ptr(), spans.data_ptr(), words.data_ptr(), ctypes.byref(count), _threads(n),
     )  # fmt: skip
     if not found:
@@ -103,11 +108,11 @@ def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = Non
 
 def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint."""
-    prediction, a, b = _operands(prediction)
+    prediction, kind, a, b = _operands(prediction)
     x = memory_for(prediction.like, spent)
     words = torch.empty(word_count(a.element_size()), dtype=torch.int64)
     library().revfx_decode(
-        code.width, a.element_size(), KINDS[prediction.by], a.numel(), a.data_ptr(), b if b is None else b.data_ptr(),
+        code.width, a.element_size(), kind, a.numel(), a.data_ptr(), b if b is None else b.data_ptr(),
         code.packed.data_ptr(), code.spans.data_ptr(), code.values.data_ptr(), code.places.data_ptr(), x.data_ptr(),
         words.data_ptr(), _threads(a.numel()),
     )  # fmt: skip
@@ -116,11 +121,11 @@ def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> t
 
 def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
     """Return how many escapes the code of `x` has in each width."""
-    prediction, a, b = _operands(prediction)
+    prediction, kind, a, b = _operands(prediction)
     x = _in_memory(laid_out_as(prediction.like, x))
     counts = (ctypes.c_int64 * 4)()
     library().revfx_count(
-        a.element_size(), KINDS[prediction.by], a.numel(), x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
+        a.element_size(), kind, a.numel(), x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
         ctypes.addressof(counts), _threads(a.numel()),
     )  # fmt: skip
     return list(counts)

@@ -35,6 +35,7 @@ typedef float __attribute__((may_alias, aligned(1))) any_float;
 typedef double __attribute__((may_alias, aligned(1))) any_double;
 
 enum { GIVEN, DIFFERENCE, SUM }; /* the prediction is a, a - b, a + b */
+enum { NARROW = 4 };             /* besides: of a in float32, and b in bfloat16 */
 
 typedef struct {
     int width, size, kind;
@@ -140,7 +141,8 @@ static void run(const Job *job, void (*function)(Part *), Part *parts, int threa
 }
 
 /* Which NaN a sum of two gives is the compiler's choice, so it is always the same one. */
-INLINE void predict_16(int kind, const any_16 *a, const any_16 *b, uint16_t *p) {
+INLINE void predict_16(int kind, const any_16 *a, const void *second, any_16 *p) {
+    const any_16 *b = second;
     if (kind == GIVEN) {
         memcpy(p, a, BLOCK * sizeof *p);
         return;
@@ -154,15 +156,20 @@ INLINE void predict_16(int kind, const any_16 *a, const any_16 *b, uint16_t *p) 
 }
 
 #define PREDICT(SIZE, FLOAT, NAN_BITS)                                                                \
-    INLINE void predict_##SIZE(int kind, const any_##SIZE *a, const any_##SIZE *b, any_##SIZE *p) {   \
+    INLINE void predict_##SIZE(int kind, const any_##SIZE *a, const void *b, any_##SIZE *p) {         \
+        const FLOAT *y = (const FLOAT *)a, *h = b;                                                    \
+        uint##SIZE##_t widened[BLOCK];                                                                \
         if (kind == GIVEN) {                                                                          \
             memcpy(p, a, BLOCK * sizeof *p);                                                          \
             return;                                                                                   \
         }                                                                                             \
-        const FLOAT *y = (const FLOAT *)a, *h = (const FLOAT *)b;                                     \
+        if (kind & NARROW) {                                                                          \
+            for (int i = 0; i < BLOCK; i++) widened[i] = (uint32_t)((const any_16 *)b)[i] << 16;      \
+            h = (const FLOAT *)widened;                                                               \
+        }                                                                                             \
         for (int i = 0; i < BLOCK; i++) {                                                             \
             union { FLOAT number; uint##SIZE##_t bits; } r = {y[i]};                                  \
-            r.number = kind == DIFFERENCE ? r.number - h[i] : r.number + h[i];                        \
+            r.number = (kind & ~NARROW) == DIFFERENCE ? r.number - h[i] : r.number + h[i];            \
             p[i] = r.number == r.number ? r.bits : NAN_BITS;                                          \
         }                                                                                             \
     }
@@ -282,13 +289,15 @@ INLINE ELEMENT NAMED(ordered)(ELEMENT bits) {
 
 /* Write the predictions of the block at `at`, of which `n` elements are there, and 0 beyond. */
 INLINE void NAMED(predicted)(const Job *job, int64_t at, size_t n, ELEMENT *restrict p) {
-    const ELEMENT *a = (const ELEMENT *)job->a + at, *b = job->b ? (const ELEMENT *)job->b + at : a;
+    const size_t size = job->kind & NARROW ? sizeof(any_16) : sizeof(ELEMENT);
+    const ELEMENT *a = (const ELEMENT *)job->a + at;
+    const char *b = job->b ? (const char *)job->b + at * size : (const char *)a;
     if (n == BLOCK) {
         NAMED(predict)(job->kind, a, b, p);
     } else {
         ELEMENT padded[2][BLOCK] = {{0}};
         memcpy(padded[0], a, n * sizeof *a);
-        memcpy(padded[1], b, n * sizeof *b);
+        memcpy(padded[1], b, n * size);
         NAMED(predict)(job->kind, padded[0], padded[1], p);
     }
 }

@@ -76,6 +76,7 @@ class Prediction:
     """What an inverse gives in the place of a tensor: `tensors[0]`, or the difference or sum of two, not yet computed.
 
     Attributes:
+        tensors: of one dtype, or the second one of float16 or bfloat16 and the first one of float32.
         by: `operator.sub` or `operator.add`; None if the tensor is there.
     """
 
@@ -105,10 +106,13 @@ def predict(solve: Callable[..., Tensor], *tail: Tensor) -> Prediction:
         return Prediction((solve(*tail),))
 
 
+NARROW = (torch.bfloat16, torch.float16)  # what autocast gives, to be added to float32
+
+
 def _lie_alike(y: Tensor, h: Tensor) -> bool:
-    """Return whether the elements of two plain tensors of one dtype lie in memory in the same order."""
+    """Return whether the elements of two plain tensors lie in the same order; `h` may be narrower."""
     return (
-        y.dtype == h.dtype
+        (y.dtype == h.dtype or (y.dtype == torch.float32 and h.dtype in NARROW))
         and y.shape == h.shape
         and y.stride() == h.stride()
         and _torch.is_plain(y)
@@ -143,9 +147,9 @@ def memory_for(like: Tensor, spent: Tensor | None) -> Tensor:
     """Return a tensor for a result like a prediction: `spent`, if it lies in memory as the result will."""
     if not is_dense(like):
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    if spent is not None and spent.stride() == like.stride() and not spent.is_conj() and not spent.is_neg():
-        return spent
-    return torch.empty_like(like)
+    if spent is None or spent.stride() != like.stride() or spent.dtype != like.dtype:
+        return torch.empty_like(like)
+    return torch.empty_like(like) if spent.is_conj() or spent.is_neg() else spent
 
 
 def groups_of(n: int) -> int:

@@ -103,11 +103,14 @@ def bits_of(number, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def load_prediction(a_ptr, b_ptr, index, mask, SIZE: tl.constexpr, KIND: tl.constexpr, FLOAT: tl.constexpr):
+def load_prediction(
+    a_ptr, b_ptr, index, mask, SIZE: tl.constexpr, KIND: tl.constexpr, FLOAT: tl.constexpr, OTHER: tl.constexpr
+):
     """Load or compute the bits of predictions; zeros outside of the tensor."""
     bits = load(a_ptr, index, mask, SIZE)
     if KIND != GIVEN:
-        y, h = number_of(bits, FLOAT), number_of(load(b_ptr, index, mask, SIZE), FLOAT)
+        OTHER_SIZE: tl.constexpr = 2 if OTHER == "float16" or OTHER == "bfloat16" else SIZE
+        y, h = number_of(bits, FLOAT), number_of(load(b_ptr, index, mask, OTHER_SIZE), OTHER)
         if KIND == SUM:
             bits = bits_of(y + h, FLOAT)
         else:
@@ -209,6 +212,7 @@ def apply_escapes(out_ptr, values_ptr, places_ptr, first, end, group, SIZE: tl.c
 def encode_groups(
     x_ptr, a_ptr, b_ptr, packed_ptr, spans_ptr, values_ptr, places_ptr, count_ptr, words_ptr, n, step, room,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, FLOAT: tl.constexpr,
+    OTHER: tl.constexpr,
 ):  # fmt: skip
     """Write the code of `x`. Its prediction is `a`, `a - b` or `a + b`.
 
@@ -220,7 +224,8 @@ def encode_groups(
         WIDTH: bits for each distance.
         SIZE: bytes of an element.
         KIND: GIVEN, DIFFERENCE or SUM.
-        FLOAT: the name of the dtype of `a` and `b`, if the prediction is not given.
+        FLOAT, OTHER: the names of the dtypes of `a` and `b`, if the prediction is not given. The other one is the same,
+            or has 16 bits where `a` is float32.
     """
     PARTS: tl.constexpr = WIDTH // 2 if WIDTH > 0 else 1
     NEIGHBOURS: tl.constexpr = neighbours(SIZE)
@@ -245,7 +250,7 @@ def encode_groups(
             j = field * PARTS + part
             place = places_of(lanes, j)
             x = load(x_ptr, place, place < length, SIZE)
-            p = load_prediction(a_ptr, b_ptr, place, place < length, SIZE, KIND, FLOAT)
+            p = load_prediction(a_ptr, b_ptr, place, place < length, SIZE, KIND, FLOAT, OTHER)
             distance = ordered(x, SIZE) - ordered(p, SIZE) + HALF
             packed |= (distance >> UNUSED & FIELD).to(tl.int32) << field * WIDTH
             escapes += tl.where((distance & BEYOND) != 0, (1 << lanes % NEIGHBOURS * STEPS + j) + COUNT, 0)
@@ -274,6 +279,7 @@ def encode_groups(
 def decode_groups(
     a_ptr, b_ptr, packed_ptr, spans_ptr, values_ptr, places_ptr, out_ptr, words_ptr, n, step,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, FLOAT: tl.constexpr,
+    OTHER: tl.constexpr,
 ):  # fmt: skip
     """Write the tensor of a code to `out`, which may be `a` or `b`, and its fingerprint. Arguments: `encode_groups`."""
     PARTS: tl.constexpr = WIDTH // 2 if WIDTH > 0 else 1
@@ -301,7 +307,7 @@ def decode_groups(
             packed += (tl.load(packed_ptr + bytes_of(lanes, part, WIDTH), mask=mask, other=0),)
     for j in tl.static_range(STEPS):
         place = places_of(lanes, j)
-        predictions += (load_prediction(a_ptr, b_ptr, place, place < length, SIZE, KIND, FLOAT),)
+        predictions += (load_prediction(a_ptr, b_ptr, place, place < length, SIZE, KIND, FLOAT, OTHER),)
 
     sums = tl.zeros((LANES // NEIGHBOURS,), tl.uint64)
     for j in tl.static_range(STEPS):

@@ -44,8 +44,9 @@ def _compute_unless_fused(prediction: Prediction) -> Prediction:
 def _operands(prediction: Prediction) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return the bits of both tensors of a prediction, or twice those of one, and the constants of its kernels."""
     parts = [bits_of(t) for t in prediction.tensors]
-    numbers = None if prediction.by is None else FUSED[prediction.like.dtype]
-    return parts[0], parts[-1], {"SIZE": parts[0].element_size(), "KIND": KINDS[prediction.by], "FLOAT": numbers}
+    names = [None if prediction.by is None else FUSED[t.dtype] for t in prediction.tensors]
+    constants = {"SIZE": parts[0].element_size(), "KIND": KINDS[prediction.by], "FLOAT": names[0], "OTHER": names[-1]}
+    return parts[0], parts[-1], constants
 
 
 def threads_of(element_size: int) -> int:

@@ -96,7 +96,7 @@ class _Generator:
         for position, name in written_positions(op.func):
             is_positional = position < len(op.args)
             a = op.args[position] if is_positional else op.kwargs.get(name)
-            if type(a) is Slot and int(a) in self.unit.external and int(a) not in self.bound:
+            if type(a) is Slot and int(a) in self.unit.external & self.unit.read and int(a) not in self.bound:
                 place = f"args[{position}]" if is_positional else f"kwargs[{name!r}]"
                 self.before.append(f"match.held[{int(a)}] = copied({place})")
 

@@ -335,11 +335,11 @@ class _Describer:
         return schema.name, schema.overload_name, arguments, results, op.is_single, op.state >= 0, self.cloned
 
     def _first_written(self, op: UnitOp) -> list[int]:
-        """Return the external tensors that their first operator writes to."""
+        """Return the external tensors that their first operator writes to, and that are read again."""
         found: list[int] = []
         for position, name in written_positions(op.func) if is_writer(op.func) else ():
             a = op.args[position] if position < len(op.args) else op.kwargs.get(name)
-            if type(a) is Slot and a in self.unit.external and a not in self.bound:
+            if type(a) is Slot and a in self.unit.external & self.unit.read and a not in self.bound:
                 found.append(int(a))
         return found
 

@@ -169,8 +169,9 @@ def test_only_terms_that_lie_alike_are_left_to_the_codec() -> None:
     y, h = torch.randn(2, 4, 6)
     assert predict(operator.sub, y, h).by is operator.sub and predict(operator.add, y, h).by is operator.add
     assert predict(operator.sub, y.t(), h.t()).by is operator.sub
+    assert predict(operator.sub, y, h.bfloat16()).by is predict(operator.sub, y, h.half()).by is operator.sub
     others: list[tuple[Tensor, Tensor]] = [
-        (y, h[:1]), (y, h.double()), (y, torch.randn(6, 4).t()), (y[:, ::2], h[:, ::2]),
+        (y, h[:1]), (y, h.double()), (y.double(), h), (y.half(), h), (y, torch.randn(6, 4).t()), (y[:, ::2], h[:, ::2]),
         (y, torch.complex(y, h).conj().imag), (y.long(), h.long()),
     ]  # fmt: skip
     for a, b in others:

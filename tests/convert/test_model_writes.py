@@ -10,6 +10,7 @@ import pytest
 import torch
 from steps import IN_PLACE, STEPS, assert_steps_like_plain, raised
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from zoo import Additive, D, Pairs, mlp
 
 import revfx
@@ -167,3 +168,29 @@ def test_side_input_written_between_forward_and_backward_is_noticed(fp64: None) 
 def test_output_written_in_place(fp64: None) -> None:
     x = torch.randn(6, 2 * D, requires_grad=True)
     assert_steps_like_plain(lambda: Additive(DEPTH), [x], lambda _, outputs: outputs[0].detach().add_(1))
+
+
+def test_counters_that_no_replay_reads_are_not_copied() -> None:
+    """Each forward adds 1 to `num_batches_tracked`, which no gradient reads."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fs = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, 1)
+            for f in self.fs:
+                a, b = b, a + f(b)
+            return torch.cat((a, b), 1)
+
+    model, x = Net(), torch.randn(32, 16)
+    converted = revfx.convert(copy.deepcopy(model))
+    copies: list[int] = []
+    for of in (model, converted):
+        for _ in range(4):
+            of(x).sin().sum().backward()
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            of(x).sin().sum().backward()
+        copies.append(sum(e.count for e in found.key_averages() if e.key == "aten::clone"))
+    assert copies[0] == copies[1]

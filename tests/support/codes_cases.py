@@ -48,6 +48,11 @@ def cases(dtype: torch.dtype, n: int) -> Iterator[Case]:
     yield "any bits, y - h", any_bits(), Prediction((any_bits(), any_bits()), operator.sub)
     yield "any bits, y + h", any_bits(), Prediction((any_bits(), any_bits()), operator.add)
     yield "near", near, Prediction((p,))
+    if dtype == torch.float32:
+        for narrow in (torch.bfloat16, torch.float16):
+            yield f"y - h, {narrow}", x, Prediction((x + h.to(narrow), h.to(narrow)), operator.sub)
+            odd = special(n, narrow)
+            yield f"special, y + h, {narrow}", special(n, dtype), Prediction((special(n, dtype), odd), operator.add)
     yield "special, y - h", special(n, dtype), Prediction((special(n, dtype), special(n, dtype)), operator.sub)
 
 
@@ -68,4 +73,7 @@ def assert_alike(got: Code, want: Code, name: str = "") -> None:
 
 def assert_same(got: Tensor, want: Tensor, name: str = "") -> None:
     """Assert that two tensors have the same bits."""
-    assert got.dtype == want.dtype and got.shape == want.shape and torch.equal(bits(got), bits(want)), name
+    assert got.dtype == want.dtype and got.shape == want.shape, name
+    if got.is_floating_point() or got.is_complex():
+        got, want = bits(got), bits(want)
+    assert torch.equal(got, want), name
