@@ -139,7 +139,8 @@ class UnitCall:
     Attributes:
         given: by slot, tensors that the replays read: external and held ones.
         versions: by slot, how often they had been written to.
-        numbers, states, codes, layouts: the other inputs of the replays.
+        numbers, states, layouts: other inputs of the replays.
+        codes: of the values that inverses give; None of those that are held instead.
         site: its position in the sequence of the plan.
         settings: how kernels are set, if the forward changes that.
         observer: looks on, if there is one.
@@ -164,7 +165,7 @@ class UnitCall:
     site: int = 0
     settings: tuple[Any, ...] | None = None
     observer: Observer | None = None
-    codes: list[Code | Tensor] = field(default_factory=list["Code | Tensor"])
+    codes: list[Code | None] = field(default_factory=list["Code | None"])
     inverts: bool = False
     is_rounded: bool = False
     exits: dict[int, tuple[Tensor, int]] = field(default_factory=dict[int, "tuple[Tensor, int]"])
@@ -277,7 +278,8 @@ class UnitCall:
                 found.append(self.states[index])
             elif kind == "code":
                 code = self.codes[index]
-                found.append(code if isinstance(code, Tensor) else Decoder(code, self, noted))
+                held = self.unit.coded[index].head
+                found.append(self._tensor(held) if code is None else Decoder(code, self, noted))
             else:
                 found.append(self.layouts[index])
         return found

@@ -108,6 +108,15 @@ def _error(c: Comparison) -> Tensor:
 def _judge(c: Comparison, error: float) -> None:
     if c.then.is_rounded and error <= MAX_ERROR:
         return
+    if error == 0:
+        warn(
+            f"{c.name} differs when it is recomputed, in elements that a sample of it does not show: a kernel is not"
+            " reproducible, or something other than an operator of torch wrote to what it is computed from. Gradients"
+            " may be wrong there. `revfx.debug.check_regeneration()` finds the first tensor that differs, and by how"
+            " much.",
+            NondeterminismWarning,
+        )
+        return
     if error <= max(MIN_JITTER, JITTER * precision(c.then.dtype) ** (2 / 3)):
         warn(
             f"{c.name} differs by {error:.1e} (relative) when it is recomputed: a kernel is not reproducible. Gradients"

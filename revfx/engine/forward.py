@@ -205,6 +205,7 @@ class Forward:
             call.observer.completed(call, match)
         self._drop(call, match)
         memory.update(key for slot, *_, key in exits if key is not None and slot in call.exits)
+        memory.update(key for c in unit.coded if c.head in call.given and (key := memory_of(call.given[c.head])))
         for key in memory:
             self._holders.setdefault(key, []).append(call)
         self.unsettled = call if self.writes else None
@@ -239,8 +240,10 @@ class Forward:
                     codec.width, codec.due = None, False
                 if codec.width is None and coded.arc.declared:
                     self._distrust(coded, matched.unit)
-            call.codes.append(dispatch.alias(x) if code is None else code)
+            call.codes.append(code)
             if code is None:
+                call.given[coded.head] = alias = dispatch.alias(x)
+                call.versions[coded.head] = _torch.version(alias)
                 continue
             self.coded_bytes += code.nbytes
             if code.count is not None:
@@ -292,11 +295,11 @@ class Forward:
         """Note the fingerprint of the end of a chain, which every replay above it leads to."""
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept][-1:]
-        corrects = any(not isinstance(code, Tensor) for code in call.codes) if unit.coded else unit.rounds
+        corrects = any(call.codes) if unit.coded else unit.rounds
         if call.inverts and corrects:
             slots = []  # it shows further up
         if call.inverts and not any(before.inverts for _, before, _ in earlier):
-            checked = {c.head for c, code in zip(unit.coded, call.codes, strict=True) if not isinstance(code, Tensor)}
+            checked = {c.head for c, code in zip(unit.coded, call.codes, strict=True) if code is not None}
             slots += [slot for slot in unit.entry if slot not in unit.kept and slot not in checked]
         saved = {slot: s.tensor for s, slot in match.saved}
         for slot in slots:

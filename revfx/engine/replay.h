@@ -124,8 +124,14 @@ class Replay {
 
     void run(std::vector<Register>& registers) const {
       if (kind == ITEM) {
-        const IValue& whole = registers[operands[0].index].value;
-        registers[out].value = whole.isTuple() ? whole.toTupleRef().elements()[position] : whole.toListRef()[position];
+        const Register& whole = registers[operands[0].index];
+        if (whole.object) {
+          keep(registers[out], whole.object[py::int_(position)]);
+        } else if (whole.value.isTuple()) {
+          registers[out].value = whole.value.toTupleRef().elements()[position];
+        } else {
+          registers[out].value = whole.value.toListRef()[position];
+        }
       } else if (kind == FUNCTION) {
         py::tuple arguments(operands.size());
         for (size_t i = 0; i < operands.size(); i++) arguments[i] = operands[i].python(registers);

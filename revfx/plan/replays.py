@@ -95,7 +95,6 @@ class Builder:
         for slot, writer in memory.writer.items():  # of tensors that are read again after a write by another view
             if slot not in self.known and writer in runs:
                 self.maker.setdefault(slot, runs[writer])
-        self.made: dict[Any, UnitOp] = {}  # by node, operators with one result
         self.corrected: list[tuple[fx.Node, int]] = []  # inverses with codes, and the last operand of each
         self.private: set[int] = set()  # allocations that the replay made for itself
         self.shared = {memory.allocation[s] for s in self.known}
@@ -249,7 +248,7 @@ class Builder:
         else:
             node = self._call(op.func, args, kwargs)
         if op.is_single:
-            self.env[op.outs[0]], self.made[node] = node, op
+            self.env[op.outs[0]] = node
             self._own(op, op.outs[0])
             return
         for position, slot in enumerate(op.outs):
@@ -258,13 +257,15 @@ class Builder:
                 self._own(op, slot)
 
     def _is_last_use(self, slot: int) -> bool:
-        """Return whether one node alone reads a slot, and memory that it is a view of, which is the replay's own."""
+        """Return whether one node reads a slot, and nothing else its memory, which is the replay's own."""
+        allocation = self.memory.allocation[slot]
+        nodes: set[Any] = {node for s, node in self.env.items() if self.memory.allocation[s] == allocation}
         node: Any = self.env[slot]
-        while node in self.made and len(node.users) == 1:
-            if not self.made[node].is_view:
-                return self.memory.allocation[slot] in self.private
-            node = node.args[0]
-        return False
+        while node in nodes and len(node.users) == 1:  # up through views and writes in place
+            nodes.remove(node)
+            if node.args:
+                node = node.args[0]
+        return allocation in self.private and not nodes
 
     def _own(self, op: UnitOp, slot: int) -> None:
         """Note that the memory of a result is the replay's own, unless it is returned or lies in a given tensor."""

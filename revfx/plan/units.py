@@ -276,7 +276,9 @@ class UnitBuilder:
         args = tuple(self._argument(a, is_inverted) for a in op.args)
         kwargs = {k: self._argument(v, is_inverted) for k, v in op.kwargs.items()}
         outs: list[int] = []
-        for v in (*op.outs, *(after for _, after in op.written)):
+        # outside memory that an operator writes to without a result, as `_foreach_mul_` does, is read from outside
+        written = [after for _, after in op.written if after in op.outs or not self.tape.is_outside(after)]
+        for v in (*op.outs, *written):
             if v is not None and v not in self.slots and not self._is_view_of_outside(v):
                 self.made.add(v)
         for v in op.outs:
@@ -320,7 +322,9 @@ class UnitBuilder:
         writes: dict[int, list[tuple[int, int]]] = {}
         for v, s in self.slots.items():
             value = tape.values[v]
-            if value.before in self.slots and value.op is not None and span.first <= value.op <= span.last:
+            if value.op is None or not span.first <= value.op <= span.last:
+                continue
+            if value.before in self.slots and s not in self.external:
                 before[s], writer[s] = self.slots[value.before], value.op - span.first
         for i in range(span.first, span.last + 1):
             for was, after in tape.ops[i].written:

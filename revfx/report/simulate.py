@@ -91,8 +91,7 @@ class Codes(Observer):
         """Count the random states, and the codes."""
         for _, state in call.states:
             self._ledger.enter(state)
-        codes = [code for code in call.codes if not isinstance(code, Tensor)]
-        self._nbytes[call.site] = sum(code.nbytes for code in codes)
+        self._nbytes[call.site] = sum(code.nbytes for code in call.codes if code is not None)
 
 
 def simulate_step(world: World, run: Callable[..., Any], loss: Loss, codes: dict[int, int] | None = None) -> Usage:

@@ -194,3 +194,72 @@ def test_counters_that_no_replay_reads_are_not_copied() -> None:
             of(x).sin().sum().backward()
         copies.append(sum(e.count for e in found.key_averages() if e.key == "aten::clone"))
     assert copies[0] == copies[1]
+
+
+class ViewReadAfterAWrite(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            h = f(b)
+            view = h.view(-1, D // 2)
+            h.mul_(0.5)
+            wave = torch.sin(view)
+            a = a + h
+            b = b + g(a) * wave.view(h.shape)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.usefixtures("sizes")
+def test_decoding_writes_over_no_memory_that_a_view_shows() -> None:
+    """The plan is learnt and proven on streams that are too small to be coded."""
+    plain = ViewReadAfterAWrite(DEPTH)
+    converted = revfx.convert(copy.deepcopy(plain))
+    for rows in (16, 16, 1024, 1024):
+        x = torch.randn(rows, 2 * D)
+        grads: list[list[Tensor | None]] = []
+        for model in (plain, converted):
+            model.zero_grad()
+            model(x).sin().sum().backward()
+            grads.append([p.grad for p in model.parameters()])
+        for got, want in zip(*grads, strict=True):
+            assert got is not None and want is not None and torch.equal(got, want)
+
+
+class StreamUsedAsScratch(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            y = a + f(b * 0.5)
+            z = b + g(y - y.mean())
+            with torch.no_grad():
+                if a._base is None:
+                    a.zero_()
+            a, b = y, z
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.usefixtures("sizes")
+def test_a_stream_that_is_held_as_its_code_would_be_larger_may_be_written_to() -> None:
+    assert_steps_like_plain(lambda: StreamUsedAsScratch(DEPTH), [torch.randn(16, 2 * D)])
+
+
+class BufferWrittenByForeach(Pairs):
+    scale: Tensor
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.register_buffer("scale", torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            h = f(b)
+            with torch.no_grad():
+                torch.ops.aten._foreach_mul_([self.scale], 0.9)
+            a = a + h * torch.exp(self.scale + h)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+def test_writes_by_operators_without_results() -> None:
+    assert_steps_like_plain(lambda: BufferWrittenByForeach(DEPTH), [torch.randn(16, 2 * D)])

@@ -75,6 +75,19 @@ def test_functions_of_python_take_and_give_any_objects() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], (t + 3 * t + t) * 2 + 7 + t)
 
 
+def test_a_result_of_several_that_a_function_of_python_gives() -> None:
+    def both(t: Tensor) -> tuple[Tensor, str]:
+        return t + 1, "text"
+
+    graph, (x,) = graph_of("slot")
+    call: Any = graph.call_function
+    found = call(both, (x,))
+    graph.output((call(item, (found, 0)), call(item, (found, 1))))
+    for run in runners(graph, "slot"):
+        t, text = run([torch.ones(2)])
+        assert torch.equal(t, torch.full((2,), 2.0)) and text == "text"
+
+
 def test_inputs_and_values_go_once_nothing_reads_them() -> None:
     alive: list[list[bool]] = []
     seen: list[weakref.ref[Tensor]] = []
