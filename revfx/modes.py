@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revfx import _torch
 from revfx.ambient import given
-from revfx.codes.codec import TYPICAL, foreseen
+from revfx.codes.codec import TYPICAL_WIDTH, foreseen
 from revfx.engine import dispatch
 
 
@@ -36,7 +36,7 @@ def store_activations() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def simulating(bits: int = TYPICAL) -> Generator[None]:
+def simulating(bits: int = TYPICAL_WIDTH) -> Generator[None]:
     """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones; codes
     take so many bits an element.
     """

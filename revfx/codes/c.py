@@ -31,7 +31,9 @@ FUSED: dict[tuple[torch.dtype, ...], int] = {
 }
 FUSED[torch.float32, torch.bfloat16] = 4  # by dtypes: with the kind, what the library is told
 POINTER, INT, INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+VERSION = 1  # of the library's functions; it goes up with every change of what they take
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # results and arguments
+    "revfx_version": (INT,),
     "revfx_encode": (POINTER, INT, INT, INT, INT64, *[POINTER] * 7, INT),
     "revfx_take": (None, POINTER, INT, POINTER, POINTER),
     "revfx_decode": (None, INT, INT, INT, INT64, *[POINTER] * 8, INT),
@@ -51,7 +53,8 @@ def library() -> Any:
                 function.restype, function.argtypes = result, arguments
         except (AttributeError, OSError):  # of another platform
             continue
-        return found
+        if found.revfx_version() == VERSION:
+            return found
     return None
 
 

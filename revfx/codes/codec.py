@@ -12,17 +12,19 @@ from revfx.codes.format import WIDTHS, Code, Prediction, nbytes_of
 from revfx.codes.implementations import count_escapes, encode
 
 
-SLOW = 2  # bytes that the time of an escape is worth
+ESCAPE_COST = 2  # bytes that the time of an escape is worth
 MIN_BYTES = 1 << 12  # of a tensor: the code of so small a one is not worth its time
-TYPICAL, USUAL = 2, 0.018  # bits, and escapes an element, that a code is taken to have where there are no numbers
-foreseen = ContextVar("revfx_foreseen", default=TYPICAL)  # bits, while steps run on fake tensors
-MANY = 64  # one escape in so many elements, besides twice what was measured, has codes measured again
-HEADROOM, LEAST = 1.5, 64  # for how many escapes there is room on an accelerator, of what was seen
+MAX_BYTES = 1 << 32  # of a tensor: escapes are counted in 32 bits
+TYPICAL_WIDTH, TYPICAL_ESCAPES = 2, 0.018  # bits, and escapes an element, of a code where there are no numbers
+foreseen = ContextVar("revfx_foreseen", default=TYPICAL_WIDTH)  # bits, while steps run on fake tensors
+RECOUNTED = 64  # one escape in so many elements, besides twice what was counted, has them counted again
+ROOM_FACTOR, MIN_ROOM = 1.5, 64  # for how many escapes there is room on an accelerator, of what was seen
 
 
 def pays_for(x: Tensor, nbytes: int) -> bool:
     """Return whether a code of `x`, of that many bytes, may be worth its time."""
-    return nbytes > MIN_BYTES and (x.is_floating_point() or x.is_complex()) and x.element_size() > 1
+    is_number = x.is_floating_point() or x.is_complex()
+    return MIN_BYTES < nbytes < MAX_BYTES and is_number and x.element_size() > 1
 
 
 def is_counted(t: Tensor) -> bool:
@@ -64,10 +66,11 @@ class Codec:
             return encode(x, prediction, 8 if self.wide else foreseen.get(), usual_escapes(x, x.numel()))
         if self.due and not _torch.is_capturing(x):
             self._choose(x, prediction)
-        if self.width is None:
+        width = self.width  # another thread may choose another one
+        if width is None:
             return None
-        code = encode(x, prediction, self.width, self.room)
-        self.due = self.room is None and len(code.values) > 2 * self.escapes + x.numel() // MANY
+        code = encode(x, prediction, width, self.room)
+        self.due = self.room is None and len(code.values) > 2 * self.escapes + x.numel() // RECOUNTED
         return code if code.nbytes - code.words.nbytes < x.nbytes else None
 
     def _choose(self, x: Tensor, prediction: Prediction) -> None:
@@ -75,18 +78,18 @@ class Codec:
         counts = dict(zip(WIDTHS, count_escapes(x, prediction), strict=True))
         n, size = x.numel() * (1 + x.is_complex()), x.element_size() // (1 + x.is_complex())
         nbytes = {w: nbytes_of(n, size, w, counts[w]) for w in WIDTHS}
-        best = min(WIDTHS, key=lambda w: nbytes[w] + SLOW * counts[w])
+        best = min(WIDTHS, key=lambda w: nbytes[w] + ESCAPE_COST * counts[w])
         self.due = False
         self.width = best if nbytes[best] < x.nbytes else None
         self.escapes = counts[best]
-        self.room = None if is_counted(x) else int(HEADROOM * self.escapes) + LEAST
+        self.room = None if is_counted(x) else int(ROOM_FACTOR * self.escapes) + MIN_ROOM
 
 
 def usual_escapes(x: Tensor, n: int) -> int:
     """Return how many escapes the code of a tensor like `x`, of n elements, is wont to have."""
-    return int(USUAL * n * (1 + x.is_complex()))
+    return int(TYPICAL_ESCAPES * n * (1 + x.is_complex()))
 
 
 def expected(x: Tensor, n: int) -> Code:
     """Return a code of a tensor like `x`, of `n` elements, without numbers, as large as such are wont to be."""
-    return empty_code(x, n * (1 + x.is_complex()), TYPICAL, usual_escapes(x, n))
+    return empty_code(x, n * (1 + x.is_complex()), TYPICAL_WIDTH, usual_escapes(x, n))

@@ -111,7 +111,8 @@ class Ending:
             comparisons, some = one.end(self.task)
             noted += comparisons
             coded += some
-        if dispatch.on_fakes.get() or any(_torch.is_capturing(c.now.words) for c in noted[:1]):
+        words = [c.now.words for c in noted[:1]] + [code.words for code, _ in coded[:1]]
+        if dispatch.on_fakes.get() or any(map(_torch.is_capturing, words)):
             return
         with dispatch.unseen():  # it may be the end of a backward in the midst of a forward
             differs, counts = read(noted, [code.count for code, _ in coded if code.count is not None])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from revfx.engine.call import Pass, UnitCall, memory_of
 from revfx.engine.checkers import is_alias
 from revfx.engine.collectives import all_agree
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
-from revfx.engine.match import Match
+from revfx.engine.match import HeldTensor, Match
 from revfx.engine.observe import observer
 from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.proof import is_close, prove, same_values
@@ -194,17 +194,18 @@ class Forward:
         if call.inverts:
             self._encode(matched, call, match, site)
         exits = match.exits(unit.exit)
-        call.exits = {slot: (alias, version) for slot, _, alias, version, _, _ in exits}
-        is_proven = (site, matched) in self.plan.proven or dispatch.on_fakes.get()
+        call.exits = {held.slot: (held.alias, held.version) for held in exits}
+        kind = site, matched, tuple([code is None for code in call.codes])
+        is_proven = kind in self.plan.proven or dispatch.on_fakes.get()
         if not is_proven and not self._prove(matched, call, match):
             return
-        self.plan.proven.add((site, matched))
+        self.plan.proven.add(kind)
         self._link(call, earlier, exits)
         self._fingerprint(call, earlier, match)
         if call.observer is not None:
             call.observer.completed(call, match)
         self._drop(call, match)
-        memory.update(key for slot, *_, key in exits if key is not None and slot in call.exits)
+        memory.update(held.memory for held in exits if held.memory is not None and held.slot in call.exits)
         memory.update(key for c in unit.coded if c.head in call.given and (key := memory_of(call.given[c.head])))
         for key in memory:
             self._holders.setdefault(key, []).append(call)
@@ -269,8 +270,8 @@ class Forward:
             )
             warn(text, NotConvertedWarning)
 
-    def _link(self, call: UnitCall, earlier: Sequence[tuple[int, UnitCall, int]], exits: Sequence[Any]) -> None:
-        """Have earlier calls take their exits from this call's entry, and note its own; `exits`: see `Match.exits`."""
+    def _link(self, call: UnitCall, earlier: Sequence[tuple[int, UnitCall, int]], exits: Sequence[HeldTensor]) -> None:
+        """Have earlier calls take their exits from this call's entry, and note its own."""
         if call.inverts:
             for slot, before, exit in earlier:
                 before.links[exit] = call, slot
@@ -278,12 +279,12 @@ class Forward:
                 if before.inverts:
                     call.taken.add(slot)
         self.addresses = []
-        for slot, t, _, version, at, _ in exits:
-            exit = Exit(weakref.ref(t), call, slot, version)
-            self._exits[id(t)] = exit
-            if at is not None:
-                self._exits[at] = exit
-                self.addresses.append(at)
+        for held in exits:
+            exit = Exit(weakref.ref(held.tensor), call, held.slot, held.version)
+            self._exits[id(held.tensor)] = exit
+            if held.address is not None:
+                self._exits[held.address] = exit
+                self.addresses.append(held.address)
 
     def _drop(self, call: UnitCall, match: Match) -> None:
         for saved, slot in match.saved:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,22 @@ from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.saved import SavedTensor
 from revfx.layout import address, copied
+
+
+class HeldTensor(NamedTuple):
+    """A tensor of the exit, and what a call holds and tells it by.
+
+    Attributes:
+        version: how often it had been written to.
+        memory: see `memory_of`.
+    """
+
+    slot: int
+    tensor: Tensor
+    alias: Tensor
+    version: int
+    address: int | None
+    memory: int | None
 
 
 class Match:
@@ -105,7 +121,7 @@ class Match:
 
         Returns:
             The aliases; how often each had been written to; the memory (see `memory_of`) of those that programs write
-            to: of the entry, and of those that need no gradient.
+            to: all but leaves that need a gradient, which are no entry.
         """
         found: dict[int, Tensor] = {}
         trained = set[int]()
@@ -115,21 +131,21 @@ class Match:
                 t = self.external[slot]
                 if t is None:
                     continue
-                if t.requires_grad and slot not in entry:
+                if t.requires_grad and t.is_leaf and slot not in entry:
                     trained.add(slot)
             found[slot] = t
         given = dict(zip(found, dispatch.aliases([*found.values()]), strict=True))
         memory = {memory_of(t) for slot, t in given.items() if slot not in trained}
         return given, {slot: _torch.version(t) for slot, t in given.items()}, {m for m in memory if m is not None}
 
-    def exits(self, slots: Sequence[int]) -> list[tuple[int, Tensor, Tensor, int, int | None, int | None]]:
-        """Return of tensors: slot, tensor, alias, how often it had been written to, address, and memory."""
-        found: list[tuple[int, Tensor, Tensor, int, int | None, int | None]] = []
+    def exits(self, slots: Sequence[int]) -> list[HeldTensor]:
+        """Return the tensors of the exit."""
+        found: list[HeldTensor] = []
         for slot in slots:
             t = self.tensor(slot)
             assert t is not None  # as it is held until here
             at = address(t) if t.layout == torch.strided else None
-            found.append((slot, t, dispatch.alias(t), _torch.version(t), at, memory_of(t)))
+            found.append(HeldTensor(slot, t, dispatch.alias(t), _torch.version(t), at, memory_of(t)))
         return found
 
     def version(self, slot: int) -> int | None:

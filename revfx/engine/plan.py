@@ -72,7 +72,8 @@ class Plan:
         sequence: the units in the order of the forward that was learnt last.
         chains: of each unit in the sequence, the number of the chain of units that it belongs to.
         codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
-        proven: positions of calls, with their units, of which the replays gave the same bits.
+        proven: positions of calls, with their units, and which values are held in the place of codes, of which the
+            replays gave the same bits.
         distrusted: declared inverses that are wrong, as text.
         reasons: why tensors are kept for good, as text.
     """
@@ -86,7 +87,7 @@ class Plan:
     units: dict[Any, UnitPlan] = field(default_factory=dict[Any, UnitPlan])
     starts: dict[Any, list[UnitPlan]] = field(default_factory=dict[Any, "list[UnitPlan]"])
     codecs: dict[tuple[int, UnitPlan, int], Codec] = field(default_factory=dict[Any, Codec])
-    proven: set[tuple[int, UnitPlan]] = field(default_factory=set[Any])
+    proven: set[tuple[int, UnitPlan, tuple[bool, ...]]] = field(default_factory=set[Any])
     distrusted: set[str] = field(default_factory=set[str])
     reasons: dict[str, None] = field(default_factory=dict[str, None])
 

@@ -16,7 +16,7 @@ inline IValue argument_of(py::handle object, const c10::TypePtr& type) {
   return t;
 }
 
-// A value of a replay. What only functions of Python take is an object.
+// A value of a replay. What functions of Python give, and what they alone take, is an object.
 struct Register {
   IValue value;
   py::object object;
@@ -126,7 +126,7 @@ class Replay {
       if (kind == ITEM) {
         const Register& whole = registers[operands[0].index];
         if (whole.object) {
-          keep(registers[out], whole.object[py::int_(position)]);
+          registers[out].object = whole.object[py::int_(position)];
         } else if (whole.value.isTuple()) {
           registers[out].value = whole.value.toTupleRef().elements()[position];
         } else {
@@ -135,7 +135,7 @@ class Replay {
       } else if (kind == FUNCTION) {
         py::tuple arguments(operands.size());
         for (size_t i = 0; i < operands.size(); i++) arguments[i] = operands[i].python(registers);
-        keep(registers[out], function(*arguments));
+        registers[out].object = function(*arguments);
       } else {
         Stack stack;
         stack.reserve(operands.size());
@@ -152,14 +152,6 @@ class Replay {
         } else {
           registers[out].value = c10::ivalue::Tuple::create(std::move(stack));
         }
-      }
-    }
-
-    static void keep(Register& r, py::object result) {
-      if (py::isinstance<Tensor>(result)) {
-        r.value = result.cast<Tensor>();
-      } else {
-        r.object = std::move(result);
       }
     }
   };

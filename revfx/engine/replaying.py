@@ -53,7 +53,7 @@ def _native_runner(library: Any, graph: fx.Graph, kinds: Sequence[str]) -> Run:
         freed = [registers[n] for n in dict.fromkeys((node, *node.all_input_nodes)) if last[n] is node]
         if is_overload(node.target):
             schema: Any = node.target._schema
-            operands = [_given(node, position, a, registers) for position, a in enumerate(schema.arguments)]
+            operands = [_argument_operand(node, position, a, registers) for position, a in enumerate(schema.arguments)]
             replay.add_operator(schema.name, schema.overload_name, operands, registers[node], freed)
         elif node.target is item:
             replay.add_item(registers[node.args[0]], node.args[1], registers[node], freed)
@@ -75,7 +75,7 @@ def _by_position(function: Callable[..., Any], names: Sequence[str]) -> Callable
     return call
 
 
-def _given(node: fx.Node, position: int, argument: Any, registers: dict[fx.Node, int]) -> Any:
+def _argument_operand(node: fx.Node, position: int, argument: Any, registers: dict[fx.Node, int]) -> Any:
     """Return the operand for one argument of an operator; None for its default."""
     if argument.name in node.kwargs:
         return _operand(node.kwargs[argument.name], registers)

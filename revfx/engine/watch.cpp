@@ -65,7 +65,7 @@ struct PythonMatch {
       } else if (!t.defined()) {
         continue;
       } else {
-        is_trained = t.requires_grad() && !std::count(entry.begin(), entry.end(), slot);
+        is_trained = t.requires_grad() && t.is_leaf() && !std::count(entry.begin(), entry.end(), slot);
       }
       Tensor alias = alias_of(t);
       given[key] = alias;
@@ -76,13 +76,14 @@ struct PythonMatch {
   }
 
   py::list exits(const std::vector<int64_t>& slots) const {
+    py::object held_tensor = py::module_::import("revfx.engine.match").attr("HeldTensor");
     py::list found;
     for (int64_t slot : slots) {
       py::object object = tensor(slot);
       auto t = object.cast<Tensor>();
       py::object at = is_strided(t) ? py::object(number_of(t.const_data_ptr())) : py::none();
       py::object memory = memory_of(t) ? py::object(number_of(memory_of(t))) : py::none();
-      found.append(py::make_tuple(slot, object, alias_of(t), version_of(t), at, memory));
+      found.append(held_tensor(slot, object, alias_of(t), version_of(t), at, memory));
     }
     return found;
   }

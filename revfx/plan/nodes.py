@@ -1,4 +1,4 @@
-"""What the nodes of replays call besides operators."""
+"""Functions that the graphs of replays call besides operators."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def empty(layout: Layout) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-def corrected(arc: Arc) -> Callable[..., Tensor]:
+def corrected_inverse(arc: Arc) -> Callable[..., Tensor]:
     """Return an inverse that is corrected by its code.
 
-    The first argument decodes it; a tensor in its place was kept instead. The second one says whether the memory of the
+    The first argument decodes it; a tensor in its place was held instead. The second one says whether the memory of the
     last operand may be written to.
     """
 
@@ -56,7 +56,7 @@ def corrected(arc: Arc) -> Callable[..., Tensor]:
     return invert
 
 
-def drawing(func: Any) -> Callable[..., Any]:
+def with_state(func: Any) -> Callable[..., Any]:
     """Return an operator that draws random numbers as a function that first takes the generator with its state."""
 
     def drawn(state: tuple[torch.Generator, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +75,6 @@ def drawing(func: Any) -> Callable[..., Any]:
     return drawn
 
 
-def written(t: Tensor) -> Tensor:
+def after_write(t: Tensor) -> Tensor:
     """Return `t`, as it is after writes to its memory by other views."""
     return t

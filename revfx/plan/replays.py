@@ -16,7 +16,7 @@ from revfx.engine.replaying import item, runner
 from revfx.engine.unit import Number, Replay, Slot, UnitOp
 from revfx.passes._torch import boxed_codegen, packet_name
 from revfx.passes.program import Arc
-from revfx.plan.nodes import corrected, drawing, empty, place, written
+from revfx.plan.nodes import after_write, corrected_inverse, empty, place, with_state
 
 
 aten: Any = torch.ops.aten
@@ -215,13 +215,13 @@ class Builder:
     def _wanted(self, slot: int) -> fx.Node:
         node = self._get(slot)
         if slot in self.memory.before and self.env.get(self.memory.before[slot]) is node:
-            node = self._call(written, (node,))
+            node = self._call(after_write, (node,))
         return node
 
     def _invert(self, action: Inversion) -> None:
         tail = tuple(self._get(s) for s in action.tail)
         if action.code >= 0:
-            node = self._call(corrected(action.arc), (self._input("code", action.code), False, *tail))
+            node = self._call(corrected_inverse(action.arc), (self._input("code", action.code), False, *tail))
             self.corrected.append((node, action.tail[-1]))
         else:
             node = self._call(action.arc.solve, tail)
@@ -242,7 +242,7 @@ class Builder:
             if self.memory.allocation[before] not in self.private:
                 args = self._cloned(args, before)
         if op.state >= 0:
-            node = self._call(drawing(op.func), (self._input("state", op.state), *args), kwargs)
+            node = self._call(with_state(op.func), (self._input("state", op.state), *args), kwargs)
         elif is_collective(op.func):
             node = self._call(run_collective, (op.func, *args), kwargs)
         else:

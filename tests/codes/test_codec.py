@@ -10,7 +10,7 @@ from codes_cases import assert_same
 from torch import Tensor
 
 from revfx.codes import WIDTHS, Code, Codec, Prediction, count_escapes, decode, encode
-from revfx.codes.codec import SLOW
+from revfx.codes.codec import ESCAPE_COST
 
 
 def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, ratio: float = 0.3) -> tuple[Tensor, Prediction]:
@@ -45,7 +45,7 @@ def test_the_smallest_code_is_chosen() -> None:
     sizes: dict[int, int] = {}
     for width in WIDTHS:
         code = encode(x, prediction, width)
-        sizes[width] = code.nbytes + SLOW * len(code.values)
+        sizes[width] = code.nbytes + ESCAPE_COST * len(code.values)
     code = coded(Codec(), x, prediction)
     assert code is not None and sizes[code.width] == min(sizes.values())
     code = coded(Codec(), x, given(x))

@@ -263,3 +263,22 @@ class BufferWrittenByForeach(Pairs):
 
 def test_writes_by_operators_without_results() -> None:
     assert_steps_like_plain(lambda: BufferWrittenByForeach(DEPTH), [torch.randn(16, 2 * D)])
+
+
+class SideWrittenAfterItWasRead(Pairs):
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.side = nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        side = self.side * 2
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b + side)
+            b = b + g(a)
+        side.mul_(1.5)
+        return torch.cat([a, b + side], -1)
+
+
+def test_a_value_beside_the_streams_that_is_written_to_in_the_end() -> None:
+    assert_steps_like_plain(lambda: SideWrittenAfterItWasRead(DEPTH), [torch.randn(16, 2 * D)])
