@@ -20,10 +20,12 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(ONE_TARGET)
-#define TARGETS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+#if !defined(__x86_64__) || !defined(__gnu_linux__) || defined(ONE_TARGET)
 #define TARGETS
+#elif !defined(__clang__) && __GNUC__ >= 12
+#define TARGETS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else /* compilers that know no levels */
+#define TARGETS __attribute__((target_clones("avx2", "default")))
 #endif
 
 /* Elements of memory of any type; views begin anywhere. */
