@@ -74,7 +74,7 @@ def _zeros(like: Tensor, n: int) -> Tensor:
     pool, taken = pools.get(key, (None, 0))
     if pool is None or taken + n > POOL:
         pool, taken = like.new_zeros(POOL, dtype=torch.int64), 0
-    pools[key] = pool, taken + n
+    pools[key] = pool, taken + n + n % 2  # at multiples of 16 bytes, which kernels are compiled for
     return pool[taken : taken + n]
 
 
