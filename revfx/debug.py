@@ -37,7 +37,7 @@ def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None
 
 
 def codes_by(device: torch.device | str = "cpu") -> str:
-    """Return what makes the codes of tensors on a device: "aten" (operators of torch), "c", or "triton".
+    """Return the implementation of codes on a device: "aten" (operators of torch), "c", or "triton".
 
     C is there if there was a compiler when revfx was installed, and Triton if it is installed. Both give the same codes
     as operators of torch do, in a fraction of the time.

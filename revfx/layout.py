@@ -27,7 +27,7 @@ def span(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Return whether the elements of `t` lie beside each other, each once, in whatever order of the dimensions."""
+    """Return whether the elements of `t` lie beside each other, each once, in any order of the dimensions."""
     if t.is_contiguous():
         return True
     following = 1

@@ -1,7 +1,7 @@
-"""Codes: what an inverse that rounds misses, so that prediction and code together are the value, bit for bit.
+"""Codes: the corrections of inverses that round, so that prediction and code together are the value, bit for bit.
 
-Forward: `code = encode(x, prediction, width)`, where the prediction is what the inverse gives; backward: `x, _ =
-decode(prediction, code)`. Whatever x and the prediction are (NaN, inf, -0, of different signs), x comes back; and where
+Forward: `code = encode(x, prediction, width)`, where the prediction is the result of the inverse; backward: `x, _ =
+decode(prediction, code)`. x comes back from any prediction (NaN, inf, -0, another sign); and where
 the prediction was made by a kernel that does not round alike every time, an element is off by rounding, no more.
 
 Three implementations make the same bytes, but for the order of escapes: operators of torch (`aten.py`), which run

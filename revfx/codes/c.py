@@ -29,9 +29,9 @@ KINDS = {None: 0, operator.sub: 1, operator.add: 2}
 FUSED: dict[tuple[torch.dtype, ...], int] = {
     (t, t): 0 for t in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
 }
-FUSED[torch.float32, torch.bfloat16] = 4  # by dtypes: with the kind, what the library is told
+FUSED[torch.float32, torch.bfloat16] = 4  # by dtypes: a flag of the library, besides the kind
 POINTER, INT, INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-VERSION = 1  # of the library's functions; it goes up with every change of what they take
+VERSION = 1  # of the library's functions; it goes up with every change of their arguments
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # results and arguments
     "revfx_version": (INT,),
     "revfx_encode": (POINTER, INT, INT, INT, INT64, *[POINTER] * 7, INT),
@@ -69,7 +69,7 @@ def _sizes(n: int, element_size: int, width: int) -> tuple[int, int, int]:
 
 
 def _in_memory(t: Tensor) -> Tensor:
-    """Return a tensor whose memory holds the elements of `t` in order."""
+    """Return a tensor that holds the elements of `t` in the order of memory."""
     return t if t.is_contiguous() and not t.is_complex() and not t.is_neg() else bits_of(t)
 
 

@@ -220,7 +220,7 @@ EXPORT void revfx_take(void *found, int size, char *values, uint16_t *places) {
 /* Return the version of these functions: c.py takes no library with another one. */
 EXPORT int revfx_version(void) { return 1; }
 
-/* Write packed distances, spans, a fingerprint of x to `words`, and the number of escapes. Return what `revfx_take`
+/* Write packed distances, spans, a fingerprint of x to `words`, and the number of escapes. Return the handle that `revfx_take`
  * moves these from to where they stay; NULL if there was no memory for them. */
 EXPORT void *revfx_encode(int width, int size, int kind, int64_t n, const void *x, const void *a, const void *b,
                           uint8_t *packed, int32_t *spans, int64_t *words, int64_t *count, int threads) {

@@ -1,4 +1,4 @@
-"""Choosing how a value is coded, by what its codes were like so far."""
+"""Choosing the width and the room of a code, by the codes of the same value so far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 32  # of a tensor: escapes are counted in 32 bits
 TYPICAL_WIDTH, TYPICAL_ESCAPES = 2, 0.018  # bits, and escapes an element, of a code where there are no numbers
 foreseen = ContextVar("revfx_foreseen", default=TYPICAL_WIDTH)  # bits, while steps run on fake tensors
 RECOUNTED = 64  # one escape in so many elements, besides twice what was counted, has them counted again
-ROOM_FACTOR, MIN_ROOM = 1.5, 64  # for how many escapes there is room on an accelerator, of what was seen
+ROOM_FACTOR, MIN_ROOM = 1.5, 64  # times the escapes that were counted, and at least: room on accelerators
 
 
 def pays_for(x: Tensor, nbytes: int) -> bool:
@@ -33,7 +33,7 @@ def is_counted(t: Tensor) -> bool:
 
 
 class Codec:
-    """How one value of a program is coded: what the calls so far have shown to be smallest.
+    """The coding of one value of a program: the smallest one in the calls so far.
 
     Escapes are counted in the first call, the second, the fourth, the eighth... and where there were far more of them
     than expected; in between nothing waits for numbers.

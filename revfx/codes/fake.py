@@ -1,4 +1,4 @@
-"""Codes of fake tensors: what the implementations with one kernel each way allocate, without numbers."""
+"""Codes of fake tensors: the allocations of the implementations with one kernel each way, without numbers."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ PLACE_BYTES, SPAN_BYTES = 2, 8
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What is stored of a tensor, besides its prediction.
+    """The correction of a tensor's prediction.
 
     Attributes:
         packed: uint8.
@@ -73,7 +73,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What an inverse gives in the place of a tensor: `tensors[0]`, or the difference or sum of two, not yet computed.
+    """The result of an inverse: `tensors[0]`, or the difference or sum of two, not yet computed.
 
     Attributes:
         tensors: of one dtype, or the second one of float16 or bfloat16 and the first one of float32.
@@ -106,7 +106,7 @@ def predict(solve: Callable[..., Tensor], *tail: Tensor) -> Prediction:
         return Prediction((solve(*tail),))
 
 
-NARROW = (torch.bfloat16, torch.float16)  # what autocast gives, to be added to float32
+NARROW = (torch.bfloat16, torch.float16)  # results under autocast, which are added to float32
 
 
 def _lie_alike(y: Tensor, h: Tensor) -> bool:

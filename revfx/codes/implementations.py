@@ -1,4 +1,4 @@
-"""Choosing what makes codes, by the device of their tensors and by what is installed."""
+"""Choosing the implementation of codes, by the device of their tensors and the installed packages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHOICE = os.environ.get("REVFX_CODES", "")  # another implementation than the de
 
 
 def implementation(device: torch.device) -> str:
-    """Return what makes the codes of tensors on a device: "aten", "c" or "triton".
+    """Return the implementation of codes on a device: "aten", "c" or "triton".
 
     Raises:
         ValueError: the environment variable `REVFX_CODES` is none of these.

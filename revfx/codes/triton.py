@@ -68,7 +68,7 @@ _pools = threading.local()  # by device and stream, zeros that one fill made for
 def _zeros(like: Tensor, n: int) -> Tensor:
     """Return `n` zeros in int64, on the device of a tensor and for its current stream."""
     if _torch.is_capturing(like):
-        return like.new_zeros(n, dtype=torch.int64)  # each run of a captured graph needs them anew
+        return like.new_zeros(n, dtype=torch.int64)  # each run of a captured graph clears them
     key = like.device, None if like.is_cpu else torch.accelerator.current_stream(like.device)
     pools: dict[Any, tuple[Tensor, int]] = _pools.__dict__
     pool, taken = pools.get(key, (None, 0))

@@ -146,7 +146,7 @@ class UnitCall:
         settings: how kernels are set, if the forward changes that.
         observer: looks on, if there is one.
         inverts: it goes backwards; else it holds its entry and goes forwards.
-        is_rounded: what comes back is accurate to rounding.
+        is_rounded: values come back accurate to rounding.
         exits: by slot, tensors of the exit that are held.
         links: by slot of the exit, the later call, and the slot there, that gives it.
         fingerprints: by slot, of replayed tensors.
@@ -268,7 +268,7 @@ class UnitCall:
                 self.backward_pass.comparisons.append(Comparison(self.fingerprints[slot], now, f"a tensor of {unit}"))
 
     def inputs(self, replay: Replay, noted: list[Comparison] | None = None) -> list[Any]:
-        """Return the inputs of a replay of this call; fingerprints of what codes give are added to `noted`."""
+        """Return the inputs of a replay of this call; fingerprints of decoded values are added to `noted`."""
         found: list[Any] = []
         for kind, index in replay.inputs:
             if kind == "slot":

@@ -111,9 +111,8 @@ def _judge(c: Comparison, error: float) -> None:
     if error == 0:
         warn(
             f"{c.name} differs when it is recomputed, in elements that a sample of it does not show: a kernel is not"
-            " reproducible, or something other than an operator of torch wrote to what it is computed from. Gradients"
-            " may be wrong there. `revfx.debug.check_regeneration()` finds the first tensor that differs, and by how"
-            " much.",
+            " reproducible, or something other than an operator of torch wrote to a tensor that it is computed from."
+            " Gradients may be wrong there. `revfx.debug.check_regeneration()` finds the first tensor that differs.",
             NondeterminismWarning,
         )
         return

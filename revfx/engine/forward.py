@@ -251,7 +251,7 @@ class Forward:
                 self.backward_pass.coded.append((code, codec))
 
     def _predict(self, coded: Coded, match: Match) -> Prediction | None:
-        """Return what an inverse gives; None if a declared one raises."""
+        """Return the prediction of an inverse; None if a declared one raises."""
         try:
             return predict(coded.arc.solve, *(match.operand(s) for s in coded.tail))
         except Exception as e:  # of any class: the code is a library's

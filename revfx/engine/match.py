@@ -20,7 +20,7 @@ from revfx.layout import address, copied
 
 
 class HeldTensor(NamedTuple):
-    """A tensor of the exit, and what a call holds and tells it by.
+    """A tensor of the exit, with its alias and its place in memory.
 
     Attributes:
         version: how often it had been written to.

@@ -16,7 +16,7 @@ inline IValue argument_of(py::handle object, const c10::TypePtr& type) {
   return t;
 }
 
-// A value of a replay. What functions of Python give, and what they alone take, is an object.
+// A value of a replay: a value of torch, or an object that a function of Python gives or takes.
 struct Register {
   IValue value;
   py::object object;

@@ -49,7 +49,7 @@ def corrected_inverse(arc: Arc) -> Callable[..., Tensor]:
         if prediction.by is not None:
             return code(prediction, tail[-1] if may_write else None)
         predicted = prediction.like
-        # what a library's inverse returns may be its own
+        # the result of a library's inverse may be its own
         is_new = not arc.declared and all(_torch.storage_key(predicted) != _torch.storage_key(t) for t in tail)
         return code(prediction, predicted if is_new else None)
 

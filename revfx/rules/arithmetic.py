@@ -55,7 +55,8 @@ def add(node: fx.Node) -> Iterator[Direction]:
         return
     by = operator.sub if _is_plain_term(b, alpha) else lambda y, b: y - scaled(b, alpha, y.dtype)
     yield Inverse(a, by, (b,), rest=lambda b: scaled(b, alpha))
-    yield Inverse(b, lambda y, a: y - a if alpha == 1 else (y - a) / alpha, (a,), factor=alpha, rest=lambda a: a)
+    by = operator.sub if _is_plain_term(a, alpha) else lambda y, a: y - a if alpha == 1 else (y - a) / alpha
+    yield Inverse(b, by, (a,), factor=alpha, rest=lambda a: a)
 
 
 @register_inverse(aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar)

@@ -1,4 +1,4 @@
-"""Codes give back the very bits, whatever the numbers, and their bytes are the same whatever makes them."""
+"""Codes give back the very bits of any numbers, and all implementations give the same bytes."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from zoo import Additive, AffineExp, D, Momentum
 
 import revfx
+from revfx.codes import Code, Prediction, codec
 from revfx.converted import conversion_of
 
 
@@ -308,3 +310,46 @@ def test_streams_through_functions_that_only_a_code_makes_invertible(name: str) 
     for _ in range(STEPS):
         revfx.testing.assert_same_grads(rounding, model, [x], rtol=1e-4)
     assert 0 < coded(rounding) < coded(converted), "couplings that only add have none"
+
+
+@pytest.mark.parametrize(
+    ("step", "by"),
+    [
+        (lambda a, h: a + h, operator.sub),
+        (lambda a, h: h + a, operator.sub),
+        (lambda a, h: a - h, operator.add),
+        (lambda a, h: h - a, None),
+        (lambda a, h: torch.add(a, h, alpha=2), None),
+    ],
+    ids=["a + h", "h + a", "a - h", "h - a", "a + 2h"],
+)
+def test_sums_of_tensors_are_left_to_the_codec(
+    step: Callable[[Tensor, Tensor], Tensor], by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which computes the prediction in the same pass."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fs = mlps(4, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            for f in self.fs:
+                a, b = b, step(a, f(b))
+            return torch.cat((a, b), -1)
+
+    seen: list[Any] = []
+    encode = codec.encode
+
+    def noted(x: Tensor, prediction: Prediction, *args: Any) -> Code:
+        seen.append(prediction.by)
+        return encode(x, prediction, *args)
+
+    monkeypatch.setattr(codec, "encode", noted)
+    model = Net()
+    converted = revfx.convert(copy.deepcopy(model))
+    inputs = [torch.randn(ROWS, 2 * D)]
+    for got, want in zip(steps(converted, converted, inputs), steps(model, model, inputs), strict=True):
+        assert torch.equal(bits(got), bits(want))
+    assert len(seen) > 0 and set(seen) == {by}
