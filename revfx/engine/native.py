@@ -34,6 +34,7 @@ from revfx import _torch
 from revfx.engine import dispatch
 from revfx.engine.checkers import COMPARED
 from revfx.engine.forward import Forward, drops
+from revfx.engine.match import HeldTensor
 from revfx.engine.operators import STATISTICS, is_writer, written_positions
 from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.saved import SavedTensor
@@ -169,7 +170,7 @@ class _Library:
             try:
                 module = _built()
                 names = [(func._schema.name, func._schema.overload_name) for func in STATISTICS]
-                module.install(ALIGNED, ALIGNED_ELSEWHERE, Tensor, nn.Parameter, names)
+                module.install(ALIGNED, ALIGNED_ELSEWHERE, Tensor, nn.Parameter, HeldTensor, names)
                 dispatch.pass_higher_order_operators()
             except Exception as e:  # of any class: from a compiler, a loader or another torch
                 self.reason = _first_error(str(e)) or type(e).__name__

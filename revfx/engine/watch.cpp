@@ -17,6 +17,7 @@ namespace {
 using namespace revfx;
 
 py::handle tensor_type, parameter_type;         // `torch.Tensor` and `nn.Parameter`
+py::handle held_tensor_type;                    // `HeldTensor` of match.py
 std::unordered_set<OperatorHandle> statistics;  // normalizations: their writes to running statistics don't count
 
 // A match that is being continued, with its unit and saved tensors.
@@ -76,14 +77,13 @@ struct PythonMatch {
   }
 
   py::list exits(const std::vector<int64_t>& slots) const {
-    py::object held_tensor = py::module_::import("revfx.engine.match").attr("HeldTensor");
     py::list found;
     for (int64_t slot : slots) {
       py::object object = tensor(slot);
       auto t = object.cast<Tensor>();
       py::object at = is_strided(t) ? py::object(number_of(t.const_data_ptr())) : py::none();
       py::object memory = memory_of(t) ? py::object(number_of(memory_of(t))) : py::none();
-      found.append(held_tensor(slot, object, alias_of(t), version_of(t), at, memory));
+      found.append(held_tensor_type(slot, object, alias_of(t), version_of(t), at, memory));
     }
     return found;
   }
@@ -360,13 +360,14 @@ py::object unpack(py::handle saved) {
   return py::isinstance<Saved>(saved) ? saved.cast<Saved&>().get() : saved.attr("get")();
 }
 
-void install(int64_t aligned, int64_t aligned_elsewhere, py::handle tensor, py::handle parameter,
+void install(int64_t aligned, int64_t aligned_elsewhere, py::handle tensor, py::handle parameter, py::handle held_tensor,
              const std::vector<std::pair<std::string, std::string>>& normalizations) {
   auto& dispatcher = c10::Dispatcher::singleton();
   if (dispatcher.hasBackendFallbackForDispatchKey(KEY) || !dispatcher.getRegistrationsForDispatchKey(KEY).empty())
     throw std::runtime_error(std::string("the dispatch key ") + c10::toString(KEY) + " is taken");
   aligned_bytes = aligned, aligned_bytes_elsewhere = aligned_elsewhere;
   tensor_type = tensor.inc_ref(), parameter_type = parameter.inc_ref();
+  held_tensor_type = held_tensor.inc_ref();
   for (const auto& [name, overload] : normalizations)
     statistics.insert(dispatcher.findSchemaOrThrow(name.c_str(), overload.c_str()));
   // For as long as the process lasts: operators may run while it ends.
