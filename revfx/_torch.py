@@ -48,6 +48,11 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def users_of(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors share a storage."""
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # and the object in Python
+
+
 # What gives the number of the backward pass that runs on this thread; -1 outside any.
 graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
 # What gives the node of autograd's graph that runs on this thread; None outside any backward.

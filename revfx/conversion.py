@@ -18,6 +18,7 @@ from revfx.ambient import ambient_state
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, name_of, warn
 from revfx.fit.budget import Budget
+from revfx.fit.budgeted import BudgetedModel
 from revfx.fit.fit import Call as FitCall, Fit, may_fit
 from revfx.info import ConversionInfo
 from revfx.modes import can_store, runs_plain, sees_the_engine, simulating, store_activations, storing
@@ -63,6 +64,7 @@ class Conversion:
         is_fit = options.memory is not None
         self.planned = None if is_fit else PlannedModel(options.exact, has_parts=options.compile)
         self.fit = None if options.memory is None else Fit(options.memory)
+        self.budgeted = None if options.memory is None else BudgetedModel(options.memory)
         self.hooked = HookedModel(options.exact)
         self.block_calls: BlockCalls | None = None
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []
@@ -83,9 +85,11 @@ class Conversion:
     def info(self) -> ConversionInfo:
         """The findings so far, as frozen data."""
         if self.fit is not None:
-            plans = self.fit.budget_plans
+            assert self.budgeted is not None
+            plans = (*self.budgeted.budget_plans, *self.fit.budget_plans)
             no_plan = "no plan now: the next training step makes one, if the forward can be recorded"
-            return ConversionInfo((), tuple(self.not_compiled), plans, _program(plans, no_plan))
+            refusals = (*self.budgeted.refusals, *self.not_compiled)
+            return ConversionInfo((), refusals, plans, _program(plans, no_plan))
         assert self.planned is not None
         plans = tuple(kind.info for kind in self.planned.kinds.values() if kind.units)
         refusals = tuple(dict.fromkeys((*self.planned.refusals, *self.not_compiled)))
@@ -150,9 +154,15 @@ class Conversion:
 
     def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, _ = flattened(args, kwargs)
-        if self.fit is not None and may_fit(leaves):
-            return self.fit.call(model, self.to_fit(model, args, kwargs))
-        return self._call(model, args, kwargs)
+        if self.budgeted is None or self.fit is None:
+            return self._call(model, args, kwargs)
+        fit = self.fit
+        if is_watched() or not may_fit(leaves):
+            return self.forward(model)(*args, **kwargs)
+        if self.block_calls is not None or sees_the_engine():
+            return fit.call(model, self.to_fit(model, args, kwargs))
+        otherwise = lambda: fit.call(model, self.to_fit(model, args, kwargs))  # noqa: E731
+        return self.budgeted.call(model, self.forward(model), args, kwargs, otherwise)
 
     def compile_blocks(self, functions: Sequence[tuple[str, str, CompiledFunction]]) -> None:
         """Have blocks run compiled while the converted model runs; see `compiled.functions.compile_blocks`."""

@@ -39,7 +39,7 @@ MAY: dict[str, set[str]] = {
     "info": {"errors", "passes", "units"},
     "compiled": {*BOTTOM, *CODES, "rules", "passes", "passes.joint", "modes"},
     "world": BOTTOM,
-    "fit": {*BOTTOM, *CODES, "info", "passes", "modes", "world"},
+    "fit": {*BOTTOM, *CODES, "info", "passes", "engine", "plan", "modes", "world"},
 }
 MAY["conversion"] = {*BOTTOM, "info", "passes", "plan", "modes", "compiled", "fit", "world"}
 MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}

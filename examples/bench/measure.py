@@ -117,7 +117,7 @@ class Contender:
                 self.state = self._measure()
                 self.is_running = True
             except BudgetError as e:
-                self.row.first = None
+                self.row.first = self.row.kept = self.row.peak = None  # the first steps may have run
                 self.row.notes.append(f"infeasible: the least budget is {e.least / plain_peak:.1%} of plain's peak")
             except Exception as e:
                 self._fail(e)

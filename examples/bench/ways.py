@@ -206,7 +206,9 @@ def _memory(task: Task, budget: float | str) -> Call:
     if budget != LEAST:
         return revfx.convert(task.model, memory=float(budget) / 100, compile=task.is_compiled)
     try:
-        task.loss_of(revfx.convert(task.model, memory=1, compile=task.is_compiled))
+        call = revfx.convert(task.model, memory=1, compile=task.is_compiled)
+        for _ in range(2):  # where couplings are to be inverted, the second one is planned
+            task.loss_of(call).backward()
     except BudgetError as e:
         task.budget_bytes = e.least
     else:

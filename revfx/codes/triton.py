@@ -140,7 +140,7 @@ def fingerprint(t: Tensor) -> Tensor:
 
 
 def pack_marks(marks: Tensor) -> Tensor:
-    """Return booleans, in the order of memory, as bits in bytes; the bytes of `revfx.fit.bits.encode`."""
+    """Return booleans, in the order of memory, as bits in bytes; the bytes of `revfx.codes.bits.encode`."""
     marked = bits_of(marks)
     n = marked.numel()
     packed = marked.new_empty(-(-n // 8))

@@ -11,9 +11,7 @@ those of the calls that its exit comes from. Then the tensors of other calls are
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,115 +20,15 @@ from torch import Tensor
 
 from revfx import _fsdp, _torch, codes
 from revfx.ambient import kernels_of
-from revfx.codes import Code, Codec, Prediction
+from revfx.codes import Code, Prediction
 from revfx.engine import dispatch
-from revfx.engine.fingerprints import Comparison, Fingerprint, fingerprint, judge, read
+from revfx.engine.backward import Pass
+from revfx.engine.fingerprints import Comparison, Fingerprint, fingerprint
+from revfx.engine.marks import Mark
 from revfx.engine.observe import Observer
 from revfx.engine.randomness import RandomState
 from revfx.engine.unit import Replay, Unit
-from revfx.errors import NondeterminismWarning, warn
 from revfx.layout import copied
-from revfx.passes._torch import OVERFLOWED
-
-
-class Pass:
-    """The backward passes of one forward: which calls hold replayed tensors now.
-
-    State belongs to a forward, not to a model: threads may share a model.
-    """
-
-    def __init__(self) -> None:
-        self.settings = _torch.kernel_settings()
-        self.lock = threading.RLock()
-        self.task = -1  # the number of the backward pass
-        self.same_settings = True
-        self.active: list[UnitCall] = []
-        self.comparisons: list[Comparison] = []
-        self.coded: list[tuple[Code, Codec]] = []  # codes that may have lost escapes, on accelerators
-
-    def join(self) -> None:
-        """Note the backward pass that runs on this thread, if it is another one."""
-        task = _torch.graph_task_id()
-        if task == self.task:
-            return
-        self.clear()
-        self.task, self.same_settings = task, _torch.kernel_settings() == self.settings
-        if task >= 0:
-            with _lock:
-                ending = _endings.get(task)
-                if ending is None:
-                    ending = _endings[task] = Ending(task)
-                    _torch.at_end_of_backward(ending)
-                ending.passes.append(self)
-
-    def end(self, task: int) -> tuple[list[Comparison], list[tuple[Code, Codec]]]:
-        """Let go of replayed tensors as a pass ends; return the fingerprints, and codes that may have lost escapes."""
-        with self.lock:
-            if self.task == task:  # else another thread's pass goes on
-                self.clear()
-            noted, self.comparisons = self.comparisons, []
-            coded, self.coded = self.coded, []
-            return noted, coded
-
-    def activate(self, call: UnitCall) -> None:
-        """Let go of the tensors of other calls, as the backward came to this one."""
-        waiting: list[UnitCall] = []
-        for other in self.active:
-            if other is not call:
-                other.values.clear()
-                for slot in other.entries.keys() - other.taken:
-                    del other.entries[slot]
-                if other.entries:
-                    waiting.append(other)
-        self.active = [*waiting, call]
-
-    def clear(self) -> None:
-        """Let go of all replayed tensors."""
-        for call in self.active:
-            call.values.clear()
-            call.entries.clear()
-        self.active, self.task = [], -1
-
-
-class Ending:
-    """The end of a backward pass: its callback, and the only owner of `passes`, which go even if the pass raises.
-
-    Attributes:
-        passes: of the forwards that the backward pass came to.
-    """
-
-    def __init__(self, task: int) -> None:
-        self.task, self.passes = task, list[Pass]()
-
-    def __call__(self) -> None:
-        """Check all that the backward pass replayed, by one read of each device; nothing of a step that is captured."""
-        noted: list[Comparison] = []
-        coded: list[tuple[Code, Codec]] = []
-        passes, self.passes = self.passes, []
-        for one in passes:
-            comparisons, some = one.end(self.task)
-            noted += comparisons
-            coded += some
-        words = [c.now.words for c in noted[:1]] + [code.words for code, _ in coded[:1]]
-        if dispatch.on_fakes.get() or any(map(_torch.is_capturing, words)):
-            return
-        with dispatch.unseen():  # it may be the end of a backward in the midst of a forward
-            differs, counts = read(noted, [code.count for code, _ in coded if code.count is not None])
-            lost = [codec for (code, codec), count in zip(coded, counts, strict=True) if count > len(code.values)]
-            for codec in lost:
-                codec.due = True
-            if lost:
-                warn(OVERFLOWED, NondeterminismWarning)  # differences have this cause
-            elif differs:
-                judge(noted)
-
-    def __del__(self) -> None:
-        for one in self.passes:  # those of a pass that raised
-            one.end(self.task)
-
-
-_endings = weakref.WeakValueDictionary[int, Ending]()  # by backward pass
-_lock = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -143,6 +41,7 @@ class UnitCall:
         numbers, states, layouts: other inputs of the replays.
         codes: of the values that inverses give; None of those that are held instead.
         site: its position in the sequence of the plan.
+        kept: slots that are kept for good; see `UnitPlan`.
         settings: how kernels are set, if the forward changes that.
         observer: looks on, if there is one.
         inverts: it goes backwards; else it holds its entry and goes forwards.
@@ -154,6 +53,14 @@ class UnitCall:
         values: by slot, replayed tensors that the backward still asks for.
         entries: by slot, tensors of the entry that earlier calls take.
         taken: slots of the entry that earlier calls take for their replays.
+        marked: by slot, saved tensors of which bits are kept.
+        stage: how many of the unit's stages have run.
+        coins: by slot, zeros and ones that the replays read.
+        passed: by slot, tensors that stages left for later ones.
+        borrowed: by slot of the entry, the earlier call, and the slot there, that gives it.
+        debts: by slot of the exit, how many later calls and saved tensors take it from this one.
+        lent: by slot, tensors of the exit that are there for them.
+        owed: the debts that are left in this backward.
     """
 
     unit: Unit
@@ -164,6 +71,7 @@ class UnitCall:
     states: Sequence[RandomState]
     layouts: dict[int, Any]
     site: int = 0
+    kept: Collection[int] = ()
     settings: tuple[Any, ...] | None = None
     observer: Observer | None = None
     codes: list[Code | None] = field(default_factory=list["Code | None"])
@@ -177,6 +85,14 @@ class UnitCall:
     entries: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     taken: set[int] = field(default_factory=set[int])
     left: dict[int, int] = field(default_factory=dict[int, int])
+    marked: dict[int, Mark] = field(default_factory=dict[int, Mark])
+    stage: int = 0
+    coins: dict[int, Mark] = field(default_factory=dict[int, Mark])
+    passed: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    borrowed: dict[int, tuple[UnitCall, int]] = field(default_factory=dict[int, "tuple[UnitCall, int]"])
+    debts: dict[int, int] = field(default_factory=dict[int, int])
+    lent: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    owed: dict[int, int] = field(default_factory=dict[int, int])
 
     def copy_held(self, memory: int) -> None:
         """Copy the tensors that this call holds in memory that is about to be written to."""
@@ -199,7 +115,7 @@ class UnitCall:
                     if slot in self.unit.exit and slot not in self.pending:
                         return self._exit(slot)
                     if slot not in self.values:
-                        self.replay()
+                        self.replay(slot)
             t = self.values[slot]
             self.left[slot] -= 1
             if self.left[slot] <= 0:
@@ -222,8 +138,78 @@ class UnitCall:
             return later.entries[entry]
         return _torch.unchanged(*self.exits[slot])
 
-    def replay(self) -> None:
-        """Run the replay, after those of the later calls that it needs."""
+    def restart(self) -> None:
+        """Let go of replayed tensors; the replays begin anew when the backward asks again."""
+        for tensors in (self.values, self.passed, self.lent):
+            tensors.clear()
+        self.stage = 0
+        self.owed = {}
+
+    # --- tensors of the exit that later calls borrow
+    def fetch_lent(self, slot: int) -> Tensor:
+        """Return a tensor of the exit for the backward, which later calls may borrow as well."""
+        backward_pass = self.backward_pass
+        with backward_pass.lock:
+            backward_pass.join()
+            with torch.enable_grad(), dispatch.replaying(), self._as_in_the_forward():
+                if slot not in self.lent:
+                    assert self.unit.carry is not None
+                    self._borrow(self.unit.carry)
+                    self._carry({slot})
+            t = self.lent[slot]
+            self._repay(slot)
+            return t
+
+    def borrow(self, slot: int, lender: UnitCall, exit: int) -> None:
+        """Let a tensor of the entry go which lies in the exit of an earlier call, if that one gives it back."""
+        if exit in lender.unit.lends and exit not in lender.kept:
+            self.given.pop(slot, None)
+            self.borrowed[slot] = lender, exit
+            if slot in self.unit.last_loan:
+                lender.debts[exit] = lender.debts.get(exit, 0) + 1
+
+    def _borrow(self, replay: Replay) -> None:
+        """Have earlier calls give what a replay borrows."""
+        waiting: list[tuple[UnitCall, Replay, set[int]]] = [(self, replay, set())]
+        while waiting:
+            call, needing, asked = waiting[-1]
+            lacking: dict[int, tuple[UnitCall, set[int]]] = {}
+            for kind, slot in needing.inputs:
+                lender, exit = call.borrowed.get(slot, (None, -1)) if kind == "slot" else (None, -1)
+                if lender is not None and exit not in lender.lent:
+                    lacking.setdefault(id(lender), (lender, set()))[1].add(exit)
+            if lacking:
+                for lender, slots in lacking.values():
+                    assert lender.unit.carry is not None
+                    waiting.append((lender, lender.unit.carry, slots))
+                continue
+            waiting.pop()
+            if asked:
+                call._carry(asked)
+
+    def _carry(self, asked: set[int]) -> None:
+        """Give tensors of the exit: those that are asked for, and others that are owed."""
+        carry = self.unit.carry
+        assert carry is not None
+        if not self.lent:
+            self.backward_pass.activate(self)
+        if not self.owed:
+            self.owed = dict(self.debts)
+        results = carry.run(self.inputs(carry, self.backward_pass.comparisons))
+        for slot, t in zip(carry.outputs, results, strict=True):
+            if slot in asked or self.owed.get(slot, 0) > 0:
+                self.lent[slot] = t
+
+    def _repay(self, slot: int) -> None:
+        left = self.owed[slot] = self.owed.get(slot, 0) - 1
+        if left <= 0:
+            self.lent.pop(slot, None)
+
+    def replay(self, slot: int = -1) -> None:
+        """Run the replay, after those of the later calls that it needs; of several stages those up to a slot."""
+        if not self.inverts:
+            self._run_stages(slot)
+            return
         waiting = [self]
         while waiting:
             call = waiting[-1]
@@ -232,7 +218,11 @@ class UnitCall:
                 waiting += missing
                 continue
             waiting.pop()
-            call._run()
+            if call.inverts:
+                assert call.unit.backward is not None
+                call._run(call.unit.backward)
+            else:
+                call._run_stages(-1)
 
     def missing(self) -> list[UnitCall]:
         """Return the later calls whose entries are needed, and not there."""
@@ -244,23 +234,44 @@ class UnitCall:
                 found.append(later)
         return found
 
-    def _run(self) -> None:
-        unit = self.unit
-        replay = unit.backward if self.inverts else unit.forward
-        assert replay is not None
-        inputs = self.inputs(replay, self.backward_pass.comparisons)
+    def _run_stages(self, slot: int) -> None:
+        """Run stages until one has given a slot, or all of them."""
+        stages = self.unit.stages
+        if self.stage == len(stages):
+            self.values.clear()
+            self.stage = 0
+        while self.stage < len(stages) and (slot < 0 or slot not in self.values):
+            self._borrow(stages[self.stage])
+            self._run(stages[self.stage])
+            for entry, (lender, exit) in self.borrowed.items():
+                if self.unit.last_loan.get(entry) == self.stage:
+                    lender._repay(exit)
+            self.stage += 1
+
+    def _begin(self) -> None:
+        """Take the exit from later calls, whose tensors then go."""
         for later, entry in self.links.values():
             later.entries.pop(entry, None)
         self.backward_pass.activate(self)
+        self.left = dict(self.pending)
+
+    def _run(self, replay: Replay) -> None:
+        unit = self.unit
+        inputs = self.inputs(replay, self.backward_pass.comparisons)
+        if self.stage == 0:
+            self._begin()
+        for passed in [s for s in self.passed if unit.last_reader[s] == self.stage]:
+            del self.passed[passed]
         settings = self._as_in_the_forward() if self.settings is not None else contextlib.nullcontext()
         with settings, _fsdp.gathered(self.given.values()):
             results = replay.run(inputs)
-        self.left = dict(self.pending)
         for slot, t in zip(replay.outputs, results, strict=True):
             if self.observer is not None:
                 self.observer.replayed(self, slot, t)
             if slot in self.pending:
                 self.values[slot] = t
+            if unit.last_reader.get(slot, -1) > self.stage:
+                self.passed[slot] = t
             if slot in unit.entry:
                 self.entries[slot] = t
             if slot in self.fingerprints:
@@ -288,6 +299,14 @@ class UnitCall:
     def _tensor(self, slot: int) -> Tensor:
         if slot not in self.given:
             slot = self.unit.same.get(slot, slot)
+        t = self.passed.get(slot)
+        if t is not None:
+            return t
+        if slot in self.coins:
+            return self.coins[slot].fetch(slot)
+        if slot in self.borrowed:
+            lender, exit = self.borrowed[slot]
+            return lender.lent[exit]
         t = self.given.get(slot)
         if t is not None and t.layout != torch.strided:
             return t  # kernels count writes of their own
@@ -311,6 +330,17 @@ class Decoder:
             then, now = Fingerprint(self.code.words, x.dtype, self.call.is_rounded), Fingerprint(words, x.dtype)
             self.noted.append(Comparison(then, now, f"a tensor of {self.call.unit}"))
         return x
+
+
+@dataclass(frozen=True)
+class Loan:
+    """A saved tensor that lies in the exit of a call, which later calls may borrow."""
+
+    call: UnitCall
+
+    def fetch(self, slot: int) -> Tensor:
+        """Return the tensor of a slot for the backward."""
+        return self.call.fetch_lent(slot)
 
 
 def memory_of(t: Tensor) -> int | None:

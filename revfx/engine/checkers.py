@@ -42,6 +42,11 @@ def checkers_of(unit: Unit) -> Sequence[Checker]:
     return _Generator(unit).run()
 
 
+def is_factory(op: UnitOp) -> bool:
+    """Return whether an operator makes a tensor of no others."""
+    return op.is_single and not any(type(a) is Slot for a in (*op.args, *op.kwargs.values()))
+
+
 def is_alias(a: Tensor | None, b: Any) -> bool:
     """Return whether two tensors are the same elements of the same memory, as a detached tensor and its original."""
     if a is None or not isinstance(b, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
@@ -165,6 +170,8 @@ class _Generator:
             self.after.append(f"made[{slot}] = ref({name}); match.slot_of[id({name})] = {slot}")
             if slot in unit.held:
                 held = f"copied({name})" if slot in unit.cloned else f"alias({name})"
+                if is_factory(op):
+                    held = f"{name}.detach()"  # as below
                 self.after.append(f"match.held[{slot}] = {held}")
             elif slot in unit.alive:
                 # not the result itself: autograd makes a view, or a new tensor, its own if nobody else refers to it

@@ -107,6 +107,11 @@ def unwatched() -> Generator[None]:
         yield
 
 
+def push_mode(mode: TorchDispatchMode) -> None:
+    """Turn a dispatch mode on; in a node of autograd's graph it lasts until the node has run."""
+    _python_dispatch._push_mode(mode)
+
+
 @cache
 def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from revfx import _fsdp, _torch
+from revfx import _torch
 from revfx.codes import Codec, Prediction, predict
 from revfx.engine import dispatch
-from revfx.engine.call import Pass, UnitCall, memory_of
+from revfx.engine.backward import Pass
+from revfx.engine.call import Loan, UnitCall, memory_of
 from revfx.engine.checkers import is_alias
-from revfx.engine.collectives import all_agree
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
+from revfx.engine.marks import nonzero, positive
 from revfx.engine.match import HeldTensor, Match
 from revfx.engine.observe import observer
 from revfx.engine.plan import Plan, UnitPlan
-from revfx.engine.proof import is_close, prove, same_values
+from revfx.engine.proof import prove_call
 from revfx.engine.saved import Hooks, SavedTensor
 from revfx.engine.unit import Coded, Unit
 from revfx.errors import NotConvertedWarning, warn
 from revfx.layout import address
+
+
+NEVER = 2**62  # the number of an operator that no forward comes to
 
 
 def drops(unit: Unit) -> bool:
@@ -36,12 +40,31 @@ def drops(unit: Unit) -> bool:
 
 
 class Exit(NamedTuple):
-    """A tensor of the exit of a call, with its slot, and how often it had been written to."""
+    """A tensor of the exit of a call, with its slot, and how often it had been written to.
+
+    Attributes:
+        storage: its storage, if no call holds the tensor, so that others may show the same elements when it is gone.
+        place: where it lies there.
+    """
 
     tensor: weakref.ref[Tensor]
     call: UnitCall
     slot: int
     version: int
+    storage: weakref.ref[torch.UntypedStorage] | None = None
+    place: tuple[Any, ...] = ()
+
+    def shows(self, t: Tensor) -> bool:
+        """Return whether a tensor at the same address shows the same elements."""
+        exit = self.tensor()
+        if exit is not None and is_alias(exit, t):
+            return True
+        return self.storage is not None and self.storage() is t.untyped_storage() and self.place == place_of(t)
+
+
+def place_of(t: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies in its storage."""
+    return t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
 
 
 class Forward:
@@ -74,6 +97,14 @@ class Forward:
         sequence = self.plan.sequence
         return sequence[self.position] if self.position < len(sequence) else None
 
+    @property
+    def expected_at(self) -> int:
+        """The number of the operator at which that unit begins; -1 if it may begin anywhere."""
+        firsts = self.plan.firsts
+        if not firsts:
+            return -1
+        return firsts[self.position] if self.position < len(firsts) else NEVER
+
     @_torch.uncompiled
     def may_begin(self, match: Match) -> bool:
         """Return whether a unit may have begun of which the first operator matched.
@@ -102,9 +133,9 @@ class Forward:
             return known if known.version == (_torch.version(t) if version is None else version) else None
         if self._exits and t.layout == torch.strided and _torch.is_plain(t):
             known = self._exits.get(address(t) or 0)
-            exit = None if known is None else known.tensor()
-            if known is not None and exit is not None and is_alias(exit, t):
-                return known if known.version in (_torch.version(exit), version) else None
+            if known is not None and known.shows(t):
+                exit = known.tensor()
+                return known if known.version in (_torch.version(t if exit is None else exit), version) else None
         return None
 
     @_torch.uncompiled
@@ -129,8 +160,9 @@ class Forward:
         for slot, (t, _) in call.exits.items():
             call.exits[slot] = t, _torch.version(t)
         for key, exit in self._exits.items():
-            if exit.call is call:
-                self._exits[key] = exit._replace(version=_torch.version(call.exits[exit.slot][0]))
+            t = exit.tensor()
+            if exit.call is call and t is not None:
+                self._exits[key] = exit._replace(version=_torch.version(t))
 
     @_torch.uncompiled
     def save(self, t: Tensor) -> SavedTensor:
@@ -157,8 +189,16 @@ class Forward:
         if self.unsettled is not None:
             self.settle()
         known = self._exit_of(t)
-        if known is not None and known.version == saved.version:
+        if known is None or known.version != saved.version:
+            return
+        unit = known.call.unit
+        if not unit.gives_exit:
             saved.drop(known.call, known.slot)
+        elif known.slot in unit.lends and known.slot not in known.call.kept:
+            known.call.debts[known.slot] = known.call.debts.get(known.slot, 0) + 1
+            saved.drop(Loan(known.call), known.slot)
+        elif known.slot in unit.droppable | unit.marks and known.slot not in known.call.kept:
+            self._drop_one(saved, known.call, known.slot, t)
 
     def end(self) -> None:
         """Forget the tensors of the forward, and count the cuts that are kept."""
@@ -183,7 +223,7 @@ class Forward:
         site = self.plan.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
-        call.site = site
+        call.site, call.kept = site, matched.kept
         call.observer = observer.get()
         if self.plan.notes_settings:
             call.settings = _torch.kernel_settings()
@@ -193,12 +233,18 @@ class Forward:
         call.given, call.versions, memory = match.hold(slots, unit.entry)
         if call.inverts:
             self._encode(matched, call, match, site)
+        if unit.coins:
+            self._note_coins(call, match)
         exits = match.exits(unit.exit)
-        call.exits = {held.slot: (held.alias, held.version) for held in exits}
-        kind = site, matched, tuple([code is None for code in call.codes])
+        if not unit.gives_exit:
+            call.exits = {held.slot: (held.alias, held.version) for held in exits}
+        kind = -1 if unit.gives_exit else site, matched, tuple([code is None for code in call.codes])
         is_proven = kind in self.plan.proven or dispatch.on_fakes.get()
-        if not is_proven and not self._prove(matched, call, match):
+        if not is_proven and not prove_call(matched, call, match, self.plan.reasons):
             return
+        if unit.gives_exit:
+            for slot, lender, exit in earlier:
+                call.borrow(slot, lender, exit)
         self.plan.proven.add(kind)
         self._link(call, earlier, exits)
         self._fingerprint(call, earlier, match)
@@ -214,6 +260,16 @@ class Forward:
         if earlier or matched is self.expected:  # else it stands alone, and no expectation follows from it
             self.position = site + 1
         self._calls.append(call)
+
+    def _note_coins(self, call: UnitCall, match: Match) -> None:
+        """Keep a bit of each element of zeros and ones that were drawn, as a later value of their memory tells them."""
+        saved = {slot: s.tensor for s, slot in match.saved}
+        for coin, told in call.unit.coins.items():
+            t = saved.get(told)
+            if t is None:
+                t = match.tensor(told)
+            assert t is not None  # as it is saved, or held until here
+            call.coins[coin] = nonzero(t)
 
     def _earlier_calls(self, unit: Unit, match: Match) -> list[tuple[int, UnitCall, int]]:
         """Return slots of the entry that are exits of earlier calls: the slot, the call, and the slot there."""
@@ -281,21 +337,37 @@ class Forward:
         self.addresses = []
         for held in exits:
             exit = Exit(weakref.ref(held.tensor), call, held.slot, held.version)
+            if call.unit.gives_exit and held.memory is not None:
+                storage = weakref.ref(held.tensor.untyped_storage())
+                exit = exit._replace(storage=storage, place=place_of(held.tensor))
             self._exits[id(held.tensor)] = exit
             if held.address is not None:
                 self._exits[held.address] = exit
                 self.addresses.append(held.address)
 
     def _drop(self, call: UnitCall, match: Match) -> None:
+        unit = match.of.unit
         for saved, slot in match.saved:
-            if slot in match.of.unit.droppable and slot not in match.of.kept:
-                saved.drop(call, slot)
-                call.pending[slot] = call.pending.get(slot, 0) + 1
+            if slot in unit.droppable | unit.marks and slot not in call.kept:
+                assert saved.tensor is not None
+                self._drop_one(saved, call, slot, saved.tensor)
+
+    def _drop_one(self, saved: SavedTensor, call: UnitCall, slot: int, t: Tensor) -> None:
+        if slot in call.unit.marks:
+            if slot not in call.marked:
+                call.marked[slot] = positive(t)
+            saved.drop(call.marked[slot], slot)
+            return
+        saved.drop(call, slot)
+        call.pending[slot] = call.pending.get(slot, 0) + 1
 
     def _fingerprint(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
         """Note the fingerprint of the end of a chain, which every replay above it leads to."""
         unit = call.unit
-        slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept][-1:]
+        slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept]
+        if unit.gives_exit:
+            slots += [slot for slot in unit.exit if slot in unit.droppable and slot not in match.of.kept]
+        slots = [slot for slot in slots if slot not in unit.workspaces][-1:]
         corrects = any(call.codes) if unit.coded else unit.rounds
         if call.inverts and corrects:
             slots = []  # it shows further up
@@ -311,36 +383,3 @@ class Forward:
                 t = match.tensor(slot)
             if t is not None and is_fingerprinted(t):
                 call.fingerprints[slot] = fingerprint(t, call.is_rounded)
-
-    # --- proof
-    def _prove(self, matched: UnitPlan, call: UnitCall, match: Match) -> bool:
-        """Run the replay of a call and compare; keep tensors that differ. Return whether any may be dropped."""
-        unit, broken = matched.unit, set[int]()
-        replay = unit.backward if call.inverts else unit.forward
-        assert replay is not None
-        is_right = is_close if call.is_rounded else same_values
-        saved = {slot: s.tensor for s, slot in match.saved if s.tensor is not None}
-
-        def check(slot: int, t: Tensor) -> None:
-            if (
-                call.inverts
-                and slot in unit.entry
-                and match.given(slot) is not None
-                and not is_right(t, match.operand(slot))
-            ):
-                broken.add(slot)
-            elif slot in saved and slot not in matched.kept and not is_right(t, saved[slot]):
-                matched.kept.add(slot)
-                self.plan.reasons[f"{unit}: a saved tensor had other bits when it was replayed"] = None
-
-        with _fsdp.gathered(call.given.values()):
-            prove(replay, call.inputs(replay), check)
-        is_broken = bool(broken)
-        if matched.groups:
-            device = next(iter(call.given.values())).device
-            is_broken = not all_agree(not broken and not matched.kept, matched.groups, device)
-        if is_broken:
-            matched.is_broken = True
-            self.plan.reasons[f"{unit}: its inverse gave other bits when it was tried"] = None
-            return False
-        return True

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revfx import _torch
 from revfx.engine import dispatch
-from revfx.engine.checkers import COMPARED
+from revfx.engine.checkers import COMPARED, is_factory
 from revfx.engine.forward import Forward, drops
 from revfx.engine.match import HeldTensor
 from revfx.engine.operators import STATISTICS, is_writer, written_positions
@@ -275,7 +275,8 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
     """Return a plan for the extension, compiled when it has learnt something."""
     known = _plans.get(plan)
     units = list(plan.units.values())
-    if known is not None and known[0] == units:
+    state = [(unit, unit.is_fallback) for unit in units]
+    if known is not None and known[0] == state:
         return known[1]
     compiled = module.Plan()
     for unit_plan in units:
@@ -283,7 +284,7 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
             _units[unit_plan] = _compiled_unit(module, unit_plan.unit)
         if _units[unit_plan] is not None:
             compiled.add(unit_plan, _units[unit_plan])
-    _plans[plan] = units, compiled
+    _plans[plan] = state, compiled
     return compiled
 
 
@@ -376,7 +377,7 @@ class _Describer:
             return EXTERNAL_RESULT, slot, None, NONE, NONE, False
         held = alive = NONE
         if slot in unit.held:
-            held = COPY if slot in unit.cloned else ALIAS
+            held = COPY if slot in unit.cloned else DETACH if is_factory(op) else ALIAS
         elif slot in unit.alive:
             alive = DETACH if op.is_view else SAME
         return MADE_RESULT, slot, unit.shapes.get(slot), held, alive, slot in unit.layouts

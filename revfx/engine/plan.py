@@ -29,6 +29,7 @@ class UnitPlan:
         kept: slots that are kept for good, as their replays gave other bits.
         is_broken: nothing of it is dropped, as going backwards gave other bits.
         groups: of processes that run its collectives; they prove it together.
+        is_fallback: of a plan that says where its units begin: it may begin anywhere once the forward went another way.
         may_fail: it was expected, and began, and then the forward went another way.
         verified: by slot, offset, strides and version, the memory of a tensor for which the unit's facts hold.
     """
@@ -38,6 +39,7 @@ class UnitPlan:
     groups: Sequence[Any] = ()
     kept: set[int] = field(default_factory=set[int])
     is_broken: bool = False
+    is_fallback: bool = False
     may_fail: bool = False
     verified: dict[Any, weakref.ref[Any]] = field(default_factory=dict[Any, "weakref.ref[Any]"])
 
@@ -71,9 +73,11 @@ class Plan:
         notes_settings: kernels are set otherwise in the midst of a forward, so that each call notes how.
         sequence: the units in the order of the forward that was learnt last.
         chains: of each unit in the sequence, the number of the chain of units that it belongs to.
+        firsts: of each unit in the sequence, the number of the operator at which it begins; empty if units may begin
+            anywhere.
         codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
-        proven: positions of calls, with their units, and which values are held in the place of codes, of which the
-            replays gave the same bits.
+        proven: positions of calls (-1 of units without couplings, which prove each other), with their units, and which
+            values are held in the place of codes, of which the replays gave the same bits.
         distrusted: declared inverses that are wrong, as text.
         reasons: why tensors are kept for good, as text.
     """
@@ -84,6 +88,7 @@ class Plan:
     notes_settings: bool = False
     sequence: list[UnitPlan] = field(default_factory=list[UnitPlan])
     chains: list[int] = field(default_factory=list[int])
+    firsts: list[int] = field(default_factory=list[int])
     units: dict[Any, UnitPlan] = field(default_factory=dict[Any, UnitPlan])
     starts: dict[Any, list[UnitPlan]] = field(default_factory=dict[Any, "list[UnitPlan]"])
     codecs: dict[tuple[int, UnitPlan, int], Codec] = field(default_factory=dict[Any, Codec])
@@ -103,14 +108,29 @@ class Plan:
         """Return the number of the chain of the unit at a position in the sequence."""
         return self.chains[site] if site < len(self.chains) else 0
 
-    def learn(self, units: Sequence[Unit], chains: Sequence[int]) -> None:
-        """Add the units of a forward, with the number of the chain of each; equal ones are one."""
-        self.sequence, self.chains = [], [*chains]
-        for unit in units:
-            key = unit.key
-            known = self.units.pop(key, None) or UnitPlan(unit)
-            self.units[key] = known  # the newest last
-            self.sequence.append(known)
+    def learn(self, units: Sequence[Unit], chains: Sequence[int], fallback: Sequence[Unit] = ()) -> None:
+        """Add the units of a forward, with the number of the chain of each; equal ones are one.
+
+        Args:
+            units: those of the sequence.
+            chains: of each, the number of its chain.
+            fallback: units for forwards that go another way; see `UnitPlan.is_fallback`.
+        """
+        self.chains = [*chains]
+        self.sequence = [self._add(unit) for unit in units]
+        for known in self.units.values():
+            known.is_fallback = False
+        for unit in fallback:
+            self._add(unit).is_fallback = True
+        self._index()
+
+    def _add(self, unit: Unit) -> UnitPlan:
+        key = unit.key
+        known = self.units.pop(key, None) or UnitPlan(unit)
+        self.units[key] = known  # the newest last
+        return known
+
+    def _index(self) -> None:
         while len(self.units) > MAX_UNITS and next(iter(self.units.values())) not in self.sequence:
             del self.units[next(iter(self.units))]
         self.starts = {}

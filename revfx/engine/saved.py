@@ -12,7 +12,8 @@ from revfx.engine import dispatch
 
 
 if TYPE_CHECKING:
-    from revfx.engine.call import UnitCall
+    from revfx.engine.call import Loan, UnitCall
+    from revfx.engine.marks import Mark
 
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # for saved tensors: what packs them, and what unpacks
@@ -36,12 +37,12 @@ class SavedTensor:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = dispatch.alias(tensor)
         self.version = _torch.version(self.tensor)
-        self.call: UnitCall | None = None
+        self.call: UnitCall | Mark | Loan | None = None
         self.slot = -1
         self.handed_over: tuple[Any, Callable[[Any], Tensor]] | None = None
 
     @_torch.uncompiled
-    def drop(self, call: UnitCall, slot: int) -> None:
+    def drop(self, call: UnitCall | Mark | Loan, slot: int) -> None:
         """Let the tensor go; `call` gives it back from a slot."""
         self.tensor, self.call, self.slot = None, call, slot
 

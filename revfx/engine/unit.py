@@ -95,8 +95,15 @@ class Unit:
         coded: inverses that are corrected by codes; going backwards takes one code each.
         rounds: an inverse rounds, so that an error in what it reads shows in the entry.
         forward: the replay from the entry.
+        later: replays that go on after it, one after another, for saved tensors that the backward asks for later.
+        carried: slots that these pass on to each other, and that are no saved tensors.
+        carry: a replay that gives tensors of the exit to later units, which borrow them as their entries.
+        marks: slots of saved tensors of which calls keep one bit an element: whether it is positive.
+        coins: by slot of zeros and ones that were drawn, a slot of a later value of the same memory that tells them.
+        gives_exit: the replays give the tensors of the exit as well, so that no call holds them.
         backward: the replay from the exit; None if nothing is inverted.
         layouts: slots of tensors of which the layout in memory is noted.
+        workspaces: slots of bytes that a kernel left for the backward, in whose gaps anything may be.
         same: slots of tensors that were written to through another view, with the first slot of the same tensor.
         renamed: those of results, in order: the operator that wrote, the first slot, and the slot from then on.
         shapes: the shapes of slots for which inverses were derived.
@@ -116,6 +123,7 @@ class Unit:
     coded: tuple[Coded, ...]
     rounds: bool
     layouts: frozenset[int]
+    workspaces: frozenset[int]
     same: Mapping[int, int]
     renamed: tuple[tuple[int, int, int], ...]
     shapes: Mapping[int, tuple[int, ...]]
@@ -123,6 +131,16 @@ class Unit:
     forward: Replay
     backward: Replay | None
     where: tuple[str, str] = ("", "")
+    later: tuple[Replay, ...] = ()
+    carried: frozenset[int] = frozenset()
+    carry: Replay | None = None
+    marks: frozenset[int] = frozenset()
+    coins: Mapping[int, int] = field(default_factory=dict[int, int])
+    gives_exit: bool = False
+    stages: tuple[Replay, ...] = field(init=False)
+    last_reader: Mapping[int, int] = field(init=False)
+    last_loan: Mapping[int, int] = field(init=False)
+    lends: frozenset[int] = field(init=False)
     droppable: frozenset[int] = field(init=False)
     given: frozenset[int] = field(init=False)
     alive: frozenset[int] = field(init=False)
@@ -131,12 +149,33 @@ class Unit:
     read: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Derive the droppable slots, the external ones that a call holds, and those that stay until the unit ends."""
-        object.__setattr__(self, "droppable", frozenset(self.forward.outputs) - self.held)
+        """Derive what follows from the other attributes.
+
+        `stages`: the replays forwards; `last_reader`: by slot, the last stage that reads what an earlier one gave;
+        `last_loan`: by slot of the entry, the last stage that reads it; `lends`: slots of the exit that others borrow;
+        `droppable`: slots of saved tensors that the replays give back; `given`: external slots that a call holds;
+        `alive`: slots of tensors that stay until the unit ends.
+        """
+        stages = (self.forward, *self.later)
+        object.__setattr__(self, "stages", stages)
+        results: set[int] = set()
         given: set[int] = set()
-        for replay in (self.forward, self.backward):
+        last_reader: dict[int, int] = {}
+        last_loan: dict[int, int] = {}
+        for number, replay in enumerate(stages):
+            read = {i for kind, i in replay.inputs if kind == "slot"}
+            last_reader.update(dict.fromkeys(read & results, number))
+            last_loan.update(dict.fromkeys(read.intersection(self.entry), number))
+            results.update(replay.outputs)
+            given |= read & self.external
+        for replay in (self.carry, self.backward):
             if replay is not None:
                 given.update(i for kind, i in replay.inputs if kind == "slot" and i in self.external)
+        given.difference_update(self.coins)
+        object.__setattr__(self, "last_reader", last_reader)
+        object.__setattr__(self, "last_loan", last_loan)
+        object.__setattr__(self, "lends", frozenset() if self.carry is None else frozenset(self.carry.outputs))
+        object.__setattr__(self, "droppable", frozenset(results) - self.held - self.carried)
         object.__setattr__(self, "given", frozenset(given.difference(self.entry) | given & self.kept))
         alive: set[int] = set()
         for coded in self.coded:
@@ -167,5 +206,6 @@ class Unit:
         """The operators, tensors and inverses that equal units share."""
         ops = tuple((op.func, repr(op.args), repr(op.kwargs), op.outs, op.state) for op in self.ops)
         inverses = None if self.backward is None else str(self.backward.graph.python_code("self").src)
-        rest = self.entry, self.exit, self.kept, self.held, self.cloned, self.droppable
+        stages = tuple((replay.inputs, replay.outputs) for replay in self.stages), self.lends, tuple(self.coins)
+        rest = self.entry, self.exit, self.kept, self.held, self.cloned, self.droppable, self.marks, stages
         return ops, rest, inverses, tuple(self.shapes.items()), self.facts

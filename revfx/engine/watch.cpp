@@ -109,12 +109,13 @@ struct PythonMatch {
 // The units of a plan, each with its `UnitPlan`.
 struct Plan {
   std::vector<std::pair<Shared, std::shared_ptr<Unit>>> units;
-  std::vector<bool> may_fail;  // see `UnitPlan`
+  std::vector<bool> may_fail, is_fallback;  // see `UnitPlan`
   std::unordered_map<OperatorHandle, std::vector<size_t>> starts;
 
   void add(py::object unit_plan, std::shared_ptr<Unit> unit) {
     starts[unit->operators.front().handle].push_back(units.size());
     may_fail.push_back(unit_plan.attr("may_fail").cast<bool>());
+    is_fallback.push_back(unit_plan.attr("is_fallback").cast<bool>());
     units.emplace_back(share(std::move(unit_plan)), std::move(unit));
   }
 };
@@ -165,6 +166,7 @@ class Watcher : public Observer {
   }
 
   void see(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) override {
+    number_++;
     if (is_unsettled_) call_python(0, [&] { forward().attr("settle")(); });
     is_unsettled_ = false;
     is_writing_ = before_write(op, *stack);
@@ -258,14 +260,28 @@ class Watcher : public Observer {
   }
 
   // Return the units that may begin with an operator: the expected one, others if it is not running.
-  std::vector<size_t> candidates(const OperatorHandle& op) const {
+  std::vector<size_t> candidates(const OperatorHandle& op) {
     auto known = plan_->starts.find(op);
     if (known == plan_->starts.end()) return {};
     bool begins = std::count(known->second.begin(), known->second.end(), expected_) > 0;
+    if (expected_at_ >= 0 && !is_lost_) {
+      if (number_ < expected_at_) return {};
+      if (number_ == expected_at_ && begins) return {expected_};
+      is_lost_ = true;
+    }
+    if (expected_at_ >= 0) return fallback(known->second);
     if (varies_ || (running_.empty() && !begins)) return known->second;
     bool is_running =
         std::any_of(running_.begin(), running_.end(), [this](const Running& r) { return r.number == expected_; });
     return begins && !is_running ? std::vector<size_t>{expected_} : std::vector<size_t>{};
+  }
+
+  // Return the units that may begin where the forward went another way than the one that was learnt.
+  std::vector<size_t> fallback(const std::vector<size_t>& starting) const {
+    std::vector<size_t> found;
+    for (size_t number : starting)
+      if (running_.empty() && plan_->is_fallback[number]) found.push_back(number);
+    return found;
   }
 
   bool may_begin(const Running& r) const {
@@ -316,6 +332,8 @@ class Watcher : public Observer {
     running_.erase(running_.begin() + std::ptrdiff_t(i));
     differs = differs && r.number == expected_ && r.at > 1;
     if (!differs) return;
+    is_lost_ = true;
+    if (expected_at_ >= 0) return;
     call_python(0, [&] {
       forward().attr("plan").attr("varies") = py::bool_(true);
       py::handle(plan_->units[r.number].first.get()).attr("may_fail") = py::bool_(true);
@@ -332,6 +350,7 @@ class Watcher : public Observer {
   void look_ahead() {
     varies_ = forward().attr("plan").attr("varies").cast<bool>();
     py::object unit_plan = forward().attr("expected");
+    expected_at_ = forward().attr("expected_at").cast<int64_t>();
     for (expected_ = 0; expected_ < plan_->units.size(); expected_++)
       if (plan_->units[expected_].first.get() == unit_plan.ptr()) return;
   }
@@ -340,7 +359,10 @@ class Watcher : public Observer {
   Shared forward_, saved_tensor_, is_wrapper_, saved_wrapper_;  // classes, and a function, of Python
   std::vector<Running> running_;
   size_t expected_ = 0;  // the number of the unit that comes next
-  bool varies_ = false;  // of the plan
+  int64_t number_ = -1;        // of the operator that runs
+  int64_t expected_at_ = -1;   // the number of the operator at which that unit begins; -1 of any
+  bool is_lost_ = false;       // the forward is not like the one that was learnt: units may begin anywhere
+  bool varies_ = false;        // of the plan
   bool is_writing_ = false, is_unsettled_ = false;  // see `Forward`
   bool has_calls_ = false;                          // units matched
   std::unordered_set<const void*> exits_;           // addresses of the exits of calls

@@ -33,6 +33,8 @@ class Watching(HookedMode):
         super().__init__()
         self.plan, self.forward = plan, Forward(plan, hooks)
         self.active: list[Match] = []
+        self.number = -1  # of the operator that runs
+        self.is_lost = False  # the forward is not like the one that was learnt: units may begin anywhere
         self._pending: list[SavedTensor] = []  # of the compiled part that runs
         self.set_hooks(self._pack, lambda saved: saved.get())
 
@@ -91,6 +93,7 @@ class Watching(HookedMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any, run: Any = None) -> Any:
         active, run = self.active, run or func
+        self.number += 1
         if len(active) != 1 or active[0].checker.func is not func:
             if active or func in self.plan.starts:
                 return self._advance(func, args, kwargs, run)
@@ -138,7 +141,15 @@ class Watching(HookedMode):
     def _starting(self, func: Any) -> list[UnitPlan]:
         """Return the units that may begin with an operator: the expected one, others if it is not running."""
         candidates = self.plan.starts.get(func, [])
-        expected = self.forward.expected
+        expected, at = self.forward.expected, self.forward.expected_at
+        if candidates and at >= 0 and not self.is_lost:
+            if self.number < at:
+                return []
+            if self.number == at and expected in candidates:
+                return [u for u in candidates if u is expected]
+            self.is_lost = True
+        if at >= 0:
+            return [] if self.active else [u for u in candidates if u.is_fallback]
         if self.active and not self.plan.varies:
             return [u for u in candidates if u is expected and all(m.of is not u for m in self.active)]
         if expected in candidates and not self.plan.varies:
@@ -171,4 +182,6 @@ class Watching(HookedMode):
         self.active.remove(match)
         self.forward.hand_over(match, self.active)
         if match.of is self.forward.expected and match.at > 1:
-            self.plan.varies = match.of.may_fail = True
+            self.is_lost = True
+            if self.forward.expected_at < 0:
+                self.plan.varies = match.of.may_fail = True

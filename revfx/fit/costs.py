@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.fit import bits
+from revfx.codes import bits
 from revfx.fit.compiled import Back
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
@@ -119,6 +119,8 @@ def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
     blocks: dict[int, Tensor] = {}
 
     def made(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Generator):
+            return torch.Generator(leaf.device)  # the user's goes on from where it is
         if not isinstance(leaf, Spot):
             return leaf
         memory = tape.memory_of[leaf.value]
@@ -131,7 +133,7 @@ def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
         typed = whole if whole.dtype == leaf.dtype else whole.view(torch.uint8).view(leaf.dtype)
         return typed.as_strided(leaf.shape, leaf.stride, leaf.offset)
 
-    return pytree.tree_map_only(Spot, made, (op.args, op.kwargs))
+    return pytree.tree_map(made, (op.args, op.kwargs))
 
 
 def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:

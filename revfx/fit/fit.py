@@ -18,9 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from revfx import _torch
 from revfx.ambient import given
 from revfx.errors import BudgetWarning, RevfxError, name_of, warn
-from revfx.fit.budget import Budget, as_memory
-from revfx.fit.choose import LOSS, Planner
+from revfx.fit.budget import Budget
+from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
+from revfx.fit.messages import shapes_of, warn_of_losses, warn_of_miss
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
 from revfx.fit.numbers import Numbers, differing
@@ -56,12 +57,6 @@ class Call:
     def run(self, way: str) -> Any:
         """Run the forward."""
         return self.runs[way](*self.args, **self.kwargs)
-
-
-def shapes_of(leaves: Sequence[Any]) -> str:
-    """Return the shapes of the tensors among some arguments as text, such as "inputs (8, 512), (8, 512)"."""
-    found = [str(tuple(t.shape)) for t in leaves if isinstance(t, Tensor)]
-    return f"inputs {', '.join(found)}" if found else "no inputs"
 
 
 def may_fit(leaves: Sequence[Any]) -> bool:
@@ -169,12 +164,7 @@ class Fit:
     def _missed(self, name: str, over: int) -> None:
         with self.lock:
             self.budget, self.plans = replace(self.budget, less=self.budget.less + over), []
-        warn(
-            f"`convert({name}, {self.budget.text})`: a step took {size(over)} more than its budget, as the allocator"
-            " counts. The next step is planned for that much less. Give a smaller `memory=` if the device runs out of"
-            " memory.",
-            BudgetWarning,
-        )
+        warn_of_miss(name, self.budget, over)
 
     def _failed(self, fitted: Fitted, suspects: frozenset[int]) -> None:
         """Drop a plan under which some of these operators gave other values: later plans never run them again."""
@@ -213,9 +203,13 @@ class Fit:
         start = time.perf_counter()
         survey = self.survey(model, call, before)
         chosen = survey.best(self.budget)
-        name, inputs, asked = name_of(model), shapes_of(call.leaves), self.budget.of(survey.peak)
+        name, inputs, asked = (
+            name_of(model),
+            shapes_of([t for t in call.leaves if isinstance(t, Tensor)]),
+            self.budget.of(survey.peak),
+        )
         if chosen is None and not any(f.suspects for f in before):
-            raise survey.refusal(name, inputs, self.budget)
+            raise survey.refusal(name, inputs, self.budget, "The step did not run, and nothing was changed.")
         if chosen is None:  # the training has begun: it goes on
             chosen = survey.least()
             warn(
@@ -226,7 +220,7 @@ class Fit:
             )
         most = chosen.model.load(chosen.plan).peak
         if self.budget.share is None and most > asked:
-            self._warn_of_losses(name, most)
+            warn_of_losses(name, self.budget, most)
         plan = summarize(survey, chosen, f"{name}, {inputs}", asked, time.perf_counter() - start)
         LOG.info("%s", plan.line)
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
@@ -235,14 +229,6 @@ class Fit:
         numbers = alike[0][0].numbers.common(model, call.leaves) if alike else Numbers.of(model, call.leaves)
         device = next(devices, torch.device("cpu"))
         return Fitted(call.key, numbers, chosen, chosen.plan.needs.barred, device, course, plan)
-
-    def _warn_of_losses(self, name: str, most: int) -> None:
-        warn(
-            f"`convert({name}, {self.budget.text})`: the plan stays within the budget only for a loss that takes"
-            f" little memory. With one that takes {LOSS} times the outputs a step takes up to {size(most)}. Compute"
-            f' the loss in the forward, or give `memory="{as_memory(most)}"`.',
-            BudgetWarning,
-        )
 
     def survey(self, model: nn.Module, call: Call, before: Sequence[Fitted] = ()) -> Survey:
         """Return planners for a call; operators that varied between earlier ones (`before`) don't run again.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from revfx.fit.bits import is_mark_enough
 from revfx.fit.compiled import Whole
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
@@ -129,6 +128,8 @@ class Needs:
     @cached_property
     def units(self) -> list[set[str]]:
         """Return the sharded modules whose parameters each operator reads when it runs again."""
+        if not self.tape.sharded:
+            return [set() for _ in self.replayed]
         read = ([self.source(s.value) for s in op.reads] if op is not None else [] for op in self.replayed)
         return [{u for s in of if s is not None and s[0] == "parameter" and (u := self.unit(s[1][0]))} for of in read]
 
@@ -174,3 +175,10 @@ def twin(op: Op) -> Op:
     args = tuple(None if i in at else a for i, a in enumerate(op.args))
     gone = [op.args[i] for i in at]
     return replace(op, args=args, reads=tuple(s for s in op.reads if s not in gone))
+
+
+def is_mark_enough(op: Op, argument: int) -> bool:
+    """Return whether an operator of the backward reads no more of an argument than which elements are positive."""
+    if op.func == aten.threshold_backward.default:
+        return argument == 1 and op.args[2] == 0
+    return op.func == aten.max_pool2d_with_indices_backward.default and argument == 1  # no more than its shape

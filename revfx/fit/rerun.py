@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from revfx.codes import bits
 from revfx.errors import RegenerationError
-from revfx.fit import bits
 from revfx.fit.compiled import StateOf
 from revfx.fit.plan import Plan
 from revfx.fit.tape import Spot

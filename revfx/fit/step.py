@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.ambient import kernels_of
+from revfx.codes import bits
 from revfx.errors import RegenerationError, RevfxError
-from revfx.fit import bits
 from revfx.fit.compiled import StateOf, Whole, state_of
 from revfx.fit.meter import Meter
 from revfx.fit.plan import Plan, Replay, Segment

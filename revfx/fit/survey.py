@@ -37,10 +37,14 @@ class Chosen(NamedTuple):
 
 @dataclass
 class Survey:
-    """The planner of the plain way, and what returns that of the reversible one, if there is any."""
+    """The planner of the plain way, and what returns that of the reversible one, if there is any.
+
+    `margin`: the least budget that is told is larger by this part, as other steps may differ by some bytes.
+    """
 
     plain: Planner
     reversible: Callable[[], Planner | None]
+    margin: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -84,16 +88,17 @@ class Survey:
             found.append(self._chosen("reversible", other, other.least()))
         return min(filter(None, found), key=lambda c: c.load.peak)
 
-    def refusal(self, name: str, inputs: str, budget: Budget) -> BudgetError:
+    def refusal(self, name: str, inputs: str, budget: Budget, when: str) -> BudgetError:
         """Return the error that says that no plan stays within the budget.
 
         Args:
             name: the model's class.
             inputs: the shapes of its inputs, as text.
             budget: the budget that is refused.
+            when: a sentence that says what of the step has run.
         """
         chosen = self.least()
-        least, asked = chosen.load.peak, budget.of(self.peak)
+        least, asked = int(chosen.load.peak * (1 + self.margin)), budget.of(self.peak)
         limit = size(asked)
         if budget.share is not None:
             limit = f"{budget.share:.0%} of {size(self.peak)}, {limit}"
@@ -101,7 +106,7 @@ class Survey:
         text = (
             f"`convert({name}, {budget.text})`: no plan for {inputs} stays within {limit}. The least feasible budget is"
             f" {least} bytes ({size(least)}, {least / self.peak:.1%} of the plain model's {size(self.peak)})."
-            " The step did not run, and nothing was changed."
+            f" {when}"
             f' Write `revfx.convert(model, memory="{as_memory(least)}")`, or make'
             f" {f'`{layer}`' if layer else 'the model itself'} smaller, which holds the peak of the smallest plan:"
         )

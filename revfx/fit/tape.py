@@ -98,7 +98,8 @@ class Tape:
     `reads`: by pack, the operators of the backward that read it, each with which argument it is;
     `loss`: the bytes of the returned tensors that have a gradient, but for single numbers; the caller lets go of what
     is returned at once. `varies`: the operators that are given numbers which the forward asked for;
-    `sharded`: the sub-modules whose parameters FSDP2 gathers for them alone, innermost first.
+    `sharded`: the sub-modules whose parameters FSDP2 gathers for them alone, innermost first; `is_live`: it is of a
+    step that really ran.
     """
 
     memories: list[Memory] = field(default_factory=list[Memory])
@@ -111,6 +112,7 @@ class Tape:
     loss: int = 0
     varies: frozenset[int] = frozenset()
     sharded: tuple[str, ...] = ()
+    is_live: bool = False
 
     def memory(self, value: int) -> Memory:
         """Return the memory that a value lies in."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from revfx import _torch
 from revfx._fsdp import is_freed
 from revfx.engine import dispatch
-from revfx.engine.call import Pass, UnitCall, memory_of
+from revfx.engine.backward import Pass
+from revfx.engine.call import UnitCall, memory_of
 from revfx.engine.learn import Learning
 from revfx.engine.operators import is_collective
 from revfx.engine.proof import prove, same_values
@@ -44,32 +45,40 @@ def block_paths(model: nn.Module) -> dict[str, str]:
 
 
 class BlockLearning(Learning):
-    """Record the tape of a forward, and drop the saved tensors of each block as it ends."""
+    """Record the tape of a forward, and drop the saved tensors of each block as it ends.
+
+    Attributes:
+        proven: the values that were dropped, as a replay gave the same bits.
+    """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__(model, inputs)
+        self.proven: set[int] = set()
         self.backward_pass = Pass()
         self._blocks = block_paths(model)
         self._block = ""  # that runs now
         self._first = 0  # its first operator
         self._first_saved = 0
         self._holders: dict[int | None, list[UnitCall]] = {}  # by memory: calls that hold tensors in it
-        self._operands: dict[int, Tensor] = {}  # by value: tensors from before the block that it reads
+        self._operands: dict[int, tuple[Tensor, int]] = {}  # by value: from before the block, with their versions
 
     def before(self, module: str) -> None:
         """End a block, if the next operator lies in another one."""
         block = self._blocks.get(module, "")
         if block != self._block:
             self._end_block()
-            self._block, self._first, self._first_saved = block, len(self.tape.ops), len(self.saved)
-            self._operands = {}
+            self._begin_block(block)
+
+    def _begin_block(self, block: str) -> None:
+        self._block, self._first, self._first_saved = block, len(self.tape.ops), len(self.saved)
+        self._operands = {}
 
     def number(self, t: Tensor) -> int:
         """Return the number of the value that `t` holds; hold it until the block ends if another one made it."""
         value = super().number(t)
         op = self.tape.values[value].op
-        if self._block and (op is None or op < self._first):
-            self._operands[value] = t
+        if self._block and (op is None or op < self._first) and value not in self._operands:
+            self._operands[value] = dispatch.alias(t), _torch.version(t)
         return value
 
     def __exit__(self, *error: Any) -> None:
@@ -85,11 +94,12 @@ class BlockLearning(Learning):
             for call in self._holders.pop(key, ()):
                 call.copy_held(key)
 
-    def _end_block(self) -> None:
-        first, last = self._first, len(self.tape.ops) - 1
+    def _end_block(self, last: int | None = None) -> None:
+        """Drop the saved tensors of the block, which ends with an operator, or the latest one."""
+        first, last = self._first, len(self.tape.ops) - 1 if last is None else last
         if not self._block or last <= first or self.tape.changes_settings:
             return
-        if any(is_collective(op.func) for op in self.tape.ops[first:]):
+        if any(is_collective(op.func) for op in self.tape.ops[first : last + 1]):
             return  # processes may differ in what they gain
         span = Span(first, last, (), (), (), frozenset(), frozenset(), frozenset())
         builder = UnitBuilder(self.tape, span)
@@ -104,11 +114,16 @@ class BlockLearning(Learning):
         for saved, slot in self._droppable(builder, unit.droppable):
             dropped.setdefault(slot, []).append(saved)
 
+        slot_values = {slot: value for value, slot in builder.slots.items()}
+
         def check(slot: int, t: Tensor) -> None:
             for saved in dropped.get(slot, ()):
-                if saved.tensor is not None and same_values(t, saved.tensor):
+                if saved.tensor is None:
+                    continue
+                if slot in unit.workspaces or same_values(t, saved.tensor):
                     saved.drop(call, slot)
                     call.pending[slot] = call.pending.get(slot, 0) + 1
+                    self.proven.add(slot_values[slot])
 
         prove(unit.forward, call.inputs(unit.forward), check)
         for t in call.given.values():
@@ -144,8 +159,8 @@ class BlockLearning(Learning):
         given: dict[int, Tensor] = {}
         for value, slot in builder.slots.items():
             if slot in unit.given or slot in unit.held:
-                t = self._operands.get(value)
-                if t is None or super().number(t) != value:
+                t, version = self._operands.get(value, (None, -1))
+                if t is None or _torch.version(t) != version:
                     t = self.tensor(value)
                 if t is None or is_freed(t):
                     return None

@@ -151,7 +151,7 @@ class PlannedModel:
         """
         if _active.is_active:
             return forward(*args, **kwargs)
-        key = (name, *self._key(model, args, kwargs))
+        key = (name, *call_kind(model, args, kwargs))
         kind = self.kinds.get(key)
         learns = self.learns(kind)
         if not learns and (kind is None or not kind.units):
@@ -195,16 +195,6 @@ class PlannedModel:
         kind.kept_cuts = watching.forward.kept_cuts
         self._judge(kind, watching.forward.count)
         return out
-
-    def _key(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        described: list[Any] = []
-        for x in leaves:
-            if isinstance(x, Tensor):
-                described.append((x.dtype, x.layout, x.dim(), x.requires_grad, x.device))
-            else:
-                described.append(type(x))
-        return model.training, ambient_state(), tuple(described)
 
     def _learn(
         self, key: Any, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -260,6 +250,17 @@ class PlannedModel:
         if matched < kind.units and kind.calls > kind.wait:
             kind.is_due = True
         kind.units = max(kind.units, matched)
+
+
+def call_kind(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Return what calls of one kind have in common: their surroundings, and their arguments but for sizes."""
+    described: list[Any] = []
+    for x in pytree.tree_leaves((args, kwargs)):
+        if isinstance(x, Tensor):
+            described.append((x.dtype, x.layout, x.dim(), x.requires_grad, x.device))
+        else:
+            described.append(type(x))
+    return model.training, ambient_state(), tuple(described)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

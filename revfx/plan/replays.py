@@ -72,11 +72,12 @@ class Builder:
         known: slots that are given.
         actions: in an order in which they can run; of several that give a slot the first one counts.
         wanted: slots to return.
+        own: given slots of which the memory is the replay's own.
     """
 
     def __init__(
         self, ops: Sequence[UnitOp], memory: Memory, known: Iterable[int], actions: Sequence[Action],
-        wanted: Sequence[int],
+        wanted: Sequence[int], own: Iterable[int] = (),
     ) -> None:  # fmt: skip
         self.ops, self.memory, self.known, self.wanted = ops, memory, frozenset(known), wanted
         self.graph, self.inputs = fx.Graph(), list[tuple[str, int]]()
@@ -96,8 +97,8 @@ class Builder:
             if slot not in self.known and writer in runs:
                 self.maker.setdefault(slot, runs[writer])
         self.corrected: list[tuple[fx.Node, int]] = []  # inverses with codes, and the last operand of each
-        self.private: set[int] = set()  # allocations that the replay made for itself
-        self.shared = {memory.allocation[s] for s in self.known}
+        self.private = {memory.allocation[s] for s in own}  # allocations that are the replay's own
+        self.shared = {memory.allocation[s] for s in self.known} - self.private
         for action in actions:
             if isinstance(action, Inversion):
                 self.shared.add(memory.allocation[action.head])
@@ -118,6 +119,16 @@ class Builder:
         return Replay(self.graph, tuple(self.inputs), tuple(self.wanted), run)
 
     # --- order
+    def outline(self) -> tuple[set[int], set[int]]:
+        """Return the slots that the replay makes, and those that it reads."""
+        made: set[int] = set()
+        read = {*self.wanted}
+        for number in self._order():
+            made.update(self._made_by(self.actions[number]))
+            for slot in self._read_by(self.actions[number]):
+                read.update((slot, *self._needs(slot)))
+        return made, read
+
     def _made_by(self, action: Action) -> list[int]:
         if isinstance(action, Inversion):
             return [action.head]

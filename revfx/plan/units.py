@@ -20,6 +20,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.facts import Fact
 from revfx.passes.program import Arc
 from revfx.plan.couplings import Couplings
+from revfx.plan.memory import is_filled, is_workspace
 from revfx.plan.replays import Action, Builder, Inversion, Memory, Run, Unreplayable
 
 
@@ -180,6 +181,8 @@ class UnitBuilder:
         self.coded: list[Coded] = []
         self.facts: set[tuple[int, Fact]] = set()
         self.shapes: dict[int, tuple[int, ...]] = {}
+        self.inverses: list[Arc] = []
+        self.others: list[Replay] = []
 
     def run(self) -> Unit:
         """Return the unit.
@@ -194,15 +197,8 @@ class UnitBuilder:
         held = frozenset(self._known(v for v in self.made if v in span.kept or self._must_be_held(v)))
         external, memory = frozenset(self.external), self._memory()
         given = (external - ({*entry} - kept)) | held
-        runs = [Run(i) for i in range(len(ops))]
-        wanted = self._droppable()
-        forward = Builder(ops, memory, {*given, *entry}, runs, wanted).run()
-        actions, backward = self._actions(), None
-        inverses = [a.arc for a in actions if isinstance(a, Inversion)]
-        if inverses:
-            results = (*wanted, *(s for s in entry if s not in wanted))
-            backward = Builder(ops, memory, {*given, *self._known(span.given)}, [*actions, *runs], results).run()
-        replays = [replay for replay in (forward, backward) if replay is not None]
+        forward, backward = self._replays(ops, memory, {*given, *entry}, {*given, *self._known(span.given)})
+        replays = [*forward, *backward, *self.others]
         same = _first_slots(ops, memory)
         read_again = same.keys() - external
         read = {s for c in self.coded for s in (c.head, *c.tail)}
@@ -219,16 +215,35 @@ class UnitBuilder:
             held=held & _inputs_of(replays, "slot"),
             cloned=frozenset(s for v, s in self.slots.items() if s in external | held and self._is_written(v)),
             coded=tuple(self.coded),
-            rounds=any(map(rounds, inverses)),
+            rounds=any(map(rounds, self.inverses)),
             layouts=_inputs_of(replays, "layout"),
+            workspaces=frozenset(s for v, s in self.slots.items() if is_workspace(tape, v)),
             same=same,
             renamed=tuple(sorted((memory.writer[s], same[s], s) for s in read_again)),
             shapes=self.shapes,
             facts=tuple(sorted(self.facts, key=repr)),
-            forward=forward,
-            backward=backward,
+            forward=forward[0],
+            backward=next(iter(backward), None),
             where=(tape.ops[span.first].where, tape.ops[span.last].where),
+            **self._attributes(forward),
         )
+
+    def _replays(
+        self, ops: Sequence[UnitOp], memory: Memory, known: set[int], after: set[int]
+    ) -> tuple[list[Replay], list[Replay]]:
+        """Return the replay forwards, from `known` slots, and that backwards, from those `after`, if there is one."""
+        runs, wanted = [Run(i) for i in range(len(ops))], self._droppable()
+        forward, actions = Builder(ops, memory, known, runs, wanted).run(), self._actions()
+        self.inverses = [a.arc for a in actions if isinstance(a, Inversion)]
+        if not self.inverses:
+            return [forward], []
+        entry = self._known(self.span.entry)
+        results = (*wanted, *(s for s in entry if s not in wanted))
+        return [forward], [Builder(ops, memory, after, [*actions, *runs], results).run()]
+
+    def _attributes(self, forward: Sequence[Replay]) -> dict[str, Any]:
+        """Return further attributes of the unit."""
+        return {}
 
     def _known(self, values: Iterable[int]) -> tuple[int, ...]:
         """Return the slots of those values that have one."""
@@ -341,14 +356,7 @@ class UnitBuilder:
         if not is_repeatable(op.func) or self.tape.is_outside(value):
             return True
         if packet_name(op.func) in UNINITIALIZED:
-            return not self._is_filled(value, at)
-        return False
-
-    def _is_filled(self, value: int, at: int) -> bool:
-        """Return whether the first operator that touches uninitialized memory writes to all of it."""
-        for op in self.tape.ops[at + 1 :]:
-            if value in op.reads:
-                return any(was == value for was, _ in op.written)
+            return not is_filled(self.tape, value)
         return False
 
     def _is_written(self, value: int) -> bool:

@@ -23,9 +23,8 @@ import pytest
 import torch
 from codes_cases import FLOATS, assert_alike, assert_same, cases
 
-from revfx.codes import WIDTHS, Code, Prediction, aten, c
+from revfx.codes import WIDTHS, Code, Prediction, aten, bits, c
 from revfx.codes.format import GROUP
-from revfx.fit import bits
 
 
 LENGTHS = (5, 300, GROUP + 70)

@@ -226,7 +226,7 @@ def test_parameters_may_move(
             separate(model)
 
     fit = check(make, slices, change=change)
-    assert len(fit.plans) == 1 + (how is transpose and when == 3)
+    assert len(fit.plans) == 1
     assert not recwarn.list
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 from dataclasses import replace
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revfx
-from revfx.errors import RegenerationError, RevfxWarning
+from revfx.engine import fingerprints
+from revfx.errors import RevfxWarning
 from revfx.testing import measure_memory
 
 
@@ -79,15 +79,15 @@ def test_gradients_accumulate_over_several_forwards() -> None:
     assert equal(*found)
 
 
-def test_another_batch_size_has_a_plan_of_its_own() -> None:
+def test_a_smaller_batch_takes_the_plan_of_a_larger_one() -> None:
     model, fitted, x = pair()
-    for n in (64, 256, 64):
-        part = x[:n]
+    for n, plans in ((64, 1), (256, 1), (320, 2), (300, 2)):
+        part = torch.cat((x, x))[:n]
         assert equal(state(model, lambda p=part: square(fitted(p))), state(model, lambda p=part: square(model(p))))
-    assert len(fit_of(fitted).plans) == 2
+        assert len(fit_of(fitted).plans) == plans
 
 
-def test_a_number_that_changes_at_every_call_costs_one_more_plan() -> None:
+def test_a_number_that_changes_at_every_call_costs_no_plan() -> None:
     class Annealed(Residual):
         temperature = 1.0
 
@@ -98,19 +98,19 @@ def test_a_number_that_changes_at_every_call_costs_one_more_plan() -> None:
 
     torch.manual_seed(0)
     model, x = Annealed(*(branch() for _ in range(6))), torch.randn(256, 64)
-    model.temperature = 1.0
     fitted = planned(model, x, memory=0.6)
+    (plan,) = fit_of(fitted).plans
     for i in range(5):
         model.temperature = 1 / (1 + i)
         assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
-        assert len(fit_of(fitted).plans) == min(i + 1, 2)
     for m in model.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.3
     assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+    assert fit_of(fitted).plans == [plan]
 
 
-def test_a_number_that_nobody_sees_is_told() -> None:
+def test_a_number_that_nobody_sees_may_change() -> None:
     factor = [1.0]
 
     def joined(x: Tensor, h: Tensor) -> Tensor:
@@ -119,19 +119,24 @@ def test_a_number_that_nobody_sees_is_told() -> None:
     torch.manual_seed(0)
     model, x = Residual(*(nn.Linear(64, 64) for _ in range(12)), join=joined), torch.randn(1024, 64)
     fitted = planned(model, x, memory=0.5)
-    factor[0] = 2.0
-    with pytest.raises(RegenerationError, match=r"differs by .* number that the forward reads from Python"):
-        square(fitted(x)).backward()
+    factor[0] = 0.5
+    assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
 
 
-def test_all_that_is_computed_again_is_looked_at() -> None:
-    """Also what something is computed from: a mask of signs does not see by how much its operand is off."""
-    for name in ("mlp", "encoder", "convolutions"):
-        _, fitted, _ = pair(name, 0.7)
-        course = fit_of(fitted).plans[0].course
-        assert course is not None
-        value = course.plan.needs.value
-        assert {value(k) for k in course.looks} == {value(k) for k in course.plan.dropped}
+@pytest.mark.parametrize("name", ["mlp", "encoder", "convolutions"])
+def test_all_that_is_computed_again_is_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor of each unit, which all others in it lead to."""
+    looked: list[int] = []
+
+    def read(noted: Any, counts: Any) -> Any:
+        looked.append(len(noted))
+        return fingerprints.read(noted, counts)
+
+    monkeypatch.setattr("revfx.engine.backward.read", read)
+    _, fitted, x = pair(name, 0.7)
+    square(fitted(x)).backward()
+    (plan,) = fit_of(fitted).plans
+    assert looked[-1] == sum(bool(u.unit.droppable) for u in plan.plan.sequence) > 0
 
 
 def test_numbers_of_the_data_vary_from_call_to_call() -> None:
@@ -273,27 +278,13 @@ def test_sequences_may_be_packed() -> None:
     assert peak(model, lambda: square(fitted(*given))) <= 0.9 * plain
 
 
-def test_what_raises_and_what_writes_to_parameters_says_so() -> None:
+def test_what_raises_raises_as_it_does_plainly() -> None:
     class Raising(Numpy):
         def forward(self, x: Tensor) -> Tensor:
             raise ValueError("no such head")
 
-    class Averaging(Numpy):
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                next(self.parameters()).mul_(0.99)
-            return super().forward(x)
-
-    x = torch.randn(8, 64)
-    says = pytest.warns(RevfxWarning, match="writes to a parameter.*the budget is not kept")
-    for kind, shown in ((Raising, pytest.raises(ValueError, match=r"^no such head$")), (Averaging, says)):
-        model = kind(branch())
-        plain = copy.deepcopy(model)
-        with shown:
-            revfx.convert(model, memory=0.5)(x)
-        with contextlib.suppress(ValueError):
-            plain(x)
-        assert equal([*model.state_dict().values()], [*plain.state_dict().values()])
+    with pytest.raises(ValueError, match=r"^no such head$"):
+        revfx.convert(Raising(branch()), memory=0.5)(torch.randn(8, 64))
 
 
 def test_a_checkpoint_around_it_is_warned_of() -> None:
@@ -316,7 +307,7 @@ def test_evaluation_with_gradients_is_another_kind_of_call() -> None:
     assert len(fit_of(fitted).plans) == 2
 
 
-def test_a_forward_that_goes_another_way_is_kept_whole_and_planned_anew() -> None:
+def test_a_forward_that_goes_another_way_is_planned_anew() -> None:
     class Branching(Residual):
         deep = 6
 
@@ -328,20 +319,13 @@ def test_a_forward_that_goes_another_way_is_kept_whole_and_planned_anew() -> Non
     torch.manual_seed(0)
     model, x = Branching(*(branch() for _ in range(6))), torch.randn(256, 64)
     fitted = planned(model, x, memory=0.5)
-    for deep in (6, 4, 4):
-        moved = deep != Branching.deep
-        Branching.deep = deep
-        with pytest.warns(RevfxWarning, match="another path") if moved else contextlib.nullcontext():
-            got = state(model, lambda: square(fitted(x)))
-        assert equal(got, state(model, lambda: square(model(x))))
-    plain = peak(model, lambda: square(model(x)))
-    assert peak(model, lambda: square(fitted(x))) <= 0.5 * plain
-    for deep in (3, 5, 4):
-        Branching.deep = deep
-        with pytest.warns(RevfxWarning, match="runs plainly now" if deep == 4 else "records it again"):
-            got = state(model, lambda: square(fitted(x)))
-        assert equal(got, state(model, lambda: square(model(x))))
-        assert equal(state(model, lambda: square(fitted(x))), got)
+    budget = 0.5 * peak(model, lambda: square(model(x)))  # smaller steps have as much
+    for deep in (6, 4, 4, 4, 3, 5, 4):
+        model.deep = deep
+        assert equal(state(model, lambda: square(fitted(x))), state(model, lambda: square(model(x))))
+    for _ in range(2):
+        square(fitted(x)).backward()
+    assert peak(model, lambda: square(fitted(x))) <= budget
 
 
 def test_segformer_trains_within_its_budget() -> None:
@@ -404,7 +388,7 @@ def test_what_was_written_to_raises_as_it_does_plainly() -> None:
 
     torch.manual_seed(0)
     model, x = Residual(*(nn.Linear(64, 64) for _ in range(12)), join=joined), torch.randn(1024, 64)
-    fitted = planned(model, x, memory=0.95)
+    fitted = revfx.convert(copy.deepcopy(model), memory=0.95)
     for m in (model, fitted):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             square(m(x)).backward()

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 from fit_models import fit_of, make
 
 import revfx
@@ -19,6 +20,7 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> 
         for _ in range(2):
             loss(fitted(x)).backward()
         loss(fitted(x[:64])).backward()
+        loss(fitted(torch.cat((x, x)))).backward()
     first, second = fit_of(fitted).budget_plans
     lines = [r.getMessage() for r in caplog.records if r.name == "revfx"]
     assert lines == [first.line, second.line] and all(r.levelno == logging.INFO for r in caplog.records)
@@ -32,14 +34,14 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture) -> 
     assert sum(a.bytes for a in ways) == sum(map(plan.needs.tape.size, saved))
     assert first.recomputed.tensors and (first.compressed.tensors > 0) == (name == "relu" or bool(plan.coins))
     assert f"recomputed: {first.recomputed.tensors} saved tensors" in str(first)
-    assert "(64, 64)" in str(second)
+    assert "(512, 64)" in str(second)
 
 
 def test_a_converted_model_shows_its_plans() -> None:
     model, (x,), loss = make("mlp")
     fitted: Any = revfx.convert(model, memory=0.5)
     assert not fitted.revfx.plans and "no plan now" in str(fitted.revfx)
-    for batch in (x, x[:64]):
+    for batch in (x, x[:64], torch.cat((x, x))):
         loss(fitted(batch)).backward()
     fit: Any = fit_of(fitted)
     plans = fitted.revfx.plans

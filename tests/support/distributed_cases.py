@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ways import BUILD, WAYS, Build, Plain, functions_of
 
 from revfx import convert
-from revfx.engine import forward
+from revfx.engine import proof
 from revfx.engine.forward import Forward
 from revfx.testing import Memory, measure_memory
 
@@ -151,13 +151,13 @@ def guarded(build: Build, rank: int, world: int) -> Result:
 
 def disagreeing(build: Build, rank: int, world: int) -> Result:
     """The last process finds other bits in a replay with collectives: no process may run that again."""
-    right = forward.same_values
+    right = proof.same_values
     if rank == world - 1:
-        forward.same_values = lambda a, b: False
+        proof.same_values = lambda a, b: False
     try:
         return train(TENSOR["rows and columns"](chain_of(build)), 0)
     finally:
-        forward.same_values = right
+        proof.same_values = right
 
 
 F32 = torch.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revfx
 from revfx.converted import conversion_of
-from revfx.fit.fit import Fit
+from revfx.plan.model import tensors_in
 from revfx.testing import measure_memory
 
 
@@ -231,18 +230,35 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def fit_of(model: nn.Module) -> Fit:
+def fit_of(model: nn.Module) -> Any:
     """The working object of a converted model with a budget."""
-    fit = conversion_of(model).fit
-    assert fit is not None
-    return fit
+    conversion = conversion_of(model)
+    assert conversion.budgeted is not None and conversion.fit is not None
+    return conversion.budgeted if conversion.budgeted.kinds else conversion.fit
 
 
 def planned(model: nn.Module, args: Any, **options: Any) -> Any:
-    """`convert`, with the plan for calls with `args` (a tensor, or a tuple of them) made now."""
+    """`convert`, with the plan for calls with `args` (a tensor, or a tuple of them) made by a step; nothing else of the
+    step remains.
+    """
     converted: Any = revfx.convert(model, **options)
-    conversion = conversion_of(converted)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    with contextlib.nullcontext() if conversion.block_calls is None else conversion.block_calls.active():
-        fit_of(converted).prepare(converted, conversion.to_fit(converted, args, {}))
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    state = torch.get_rng_state()
+    model.zero_grad()
+    try:
+        for _ in range(2):
+            outs = [t for t in tensors_in(converted(*args)) if t.requires_grad]
+            torch.autograd.backward([t.float().square().mean() for t in outs])
+            budgeted = conversion_of(converted).budgeted
+            if budgeted is None or not budgeted.is_left:
+                break
+    finally:
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)
+        for p, gradient in gradients:
+            p.grad = gradient
     return converted

@@ -164,13 +164,13 @@ def test_an_error_in_a_replay_is_raised_by_the_backward_which_may_be_called_agai
         assert_same(gradients(model, x), expected)
     replays = [0]
 
-    def interrupted(call: UnitCall) -> None:
+    def interrupted(call: UnitCall, *slot: int) -> None:
         replays[0] += 1
         if replays[0] == at:
             if is_late:
-                run(call)
+                run(call, *slot)
             raise error
-        run(call)
+        run(call, *slot)
 
     at = 0
     while True:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.codes import implementation
-from revfx.fit.tape import Op
+from revfx.codes.implementations import implementation
 from revfx.layout import flat
 
 
@@ -47,11 +46,3 @@ def _eights(device: torch.device) -> Tensor:
     """Return for each byte its bits as bytes, in one number."""
     bits = torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> torch.arange(8, device=device) & 1
     return bits.to(torch.uint8).view(torch.int64).flatten()
-
-
-def is_mark_enough(op: Op, argument: int) -> bool:
-    """Return whether an operator of the backward reads no more of an argument than which elements are positive."""
-    aten: Any = torch.ops.aten
-    if op.func == aten.threshold_backward.default:
-        return argument == 1 and op.args[2] == 0
-    return op.func == aten.max_pool2d_with_indices_backward.default and argument == 1  # no more than its shape

@@ -1,0 +1,373 @@
+"""A model with a budget on the engine: the first step of a kind is recorded as it runs, later ones follow a plan."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import ge
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revfx import _torch
+from revfx.engine import dispatch
+from revfx.engine.native import learner, watcher
+from revfx.engine.plan import Plan
+from revfx.engine.tape import Tape
+from revfx.engine.unit import Unit
+from revfx.errors import BudgetError, Reason, Refusal, name_of
+from revfx.fit.budget import Budget
+from revfx.fit.choose import Planner
+from revfx.fit.costs import Costs
+from revfx.fit.learning import StepLearning
+from revfx.fit.messages import shapes_of, warn_of_blocks, warn_of_least, warn_of_losses, warn_of_miss
+from revfx.fit.meter import Meter
+from revfx.fit.needs import Needs
+from revfx.fit.steps import StepRecorder
+from revfx.fit.summary import summarize
+from revfx.fit.survey import DEAR, Chosen, Survey
+from revfx.fit.units import Grouping, Learnt, whole_blocks
+from revfx.info import BudgetPlan
+from revfx.parts import parts_of
+from revfx.passes._torch import is_overload
+from revfx.plan.blocks import block_paths
+from revfx.plan.couplings import find_couplings
+from revfx.plan.model import PATIENCE, call_kind, seen_whole, tensors_in
+from revfx.plan.replays import Unreplayable
+from revfx.plan.staged import StagedBuilder
+
+
+LOG = logging.getLogger("revfx")
+MARGIN = 0.03  # of a budget is left where the sizes of tensors depend on data
+LEAST_MARGIN = 2**-10  # of the least budget, by which steps with and without gradients from before may differ
+MOST_TRIES = 3  # steps of a kind that are recorded without a plan, until whole blocks are dropped
+MAX_KINDS = 16  # of calls; the oldest one makes room for a new one
+
+
+@dataclass
+class BudgetKind:
+    """Calls of one kind.
+
+    Attributes:
+        plan: the units that they are compared with.
+        chosen: the plan that these follow from; None where none can be made, and whole blocks are dropped.
+        summary: it for users.
+        device: on which the model is.
+        units: how many units matched at most.
+        calls: how many calls there were since it was learnt.
+        wait: how many calls have to pass before it is learnt again.
+        is_due: the next call is learnt again.
+        ends: tensors that the latest call took or returned, with how often they had been written to.
+    """
+
+    plan: Plan
+    chosen: Chosen | None
+    summary: BudgetPlan | None
+    device: torch.device
+    units: int
+    calls: int = 0
+    wait: int = 0
+    is_due: bool = False
+    ends: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
+
+    def judge(self, matched: int) -> None:
+        """Have the kind learnt again if fewer units matched than before."""
+        self.calls += 1
+        if matched < self.units and self.calls > self.wait:
+            self.is_due = True
+        self.units = max(self.units, matched)
+
+
+class BudgetedModel:
+    """The kinds of calls of a model that were learnt so far, each with a plan for the budget.
+
+    Attributes:
+        kinds: the plans, by the kind of call and the sizes of its inputs.
+        refused: errors of kinds of calls for which no plan stays within the budget.
+        is_left: it is left to plans that are made in advance: a part of it is compiled, its parameters are spread over
+            processes, or no plan is fast enough without inverting couplings.
+        least_bytes: what a share of the plain model's peak came to in the first plan; later plans have as much.
+        has_planned: a plan was made, so that no later step raises.
+        unplanned: by kind of call, how many steps went by without a plan.
+        forwards: how many forwards ran, at most, before the backward of the first; they share a budget of bytes.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget, self.costs = budget, Costs()
+        self.kinds: dict[Any, BudgetKind] = {}
+        self.refused: dict[Any, BudgetError] = {}
+        self.is_left = False
+        self.least_bytes, self.has_planned = 0, False
+        self.unplanned = Counter[Any]()
+        self.forwards = 1
+        self._alive = weakref.WeakSet[Any]()  # forwards whose backward is still to come
+        self.lock = threading.RLock()
+
+    @property
+    def budget_plans(self) -> tuple[BudgetPlan, ...]:
+        """Summaries of the plans, oldest first; print them."""
+        with self.lock:
+            return tuple([kind.summary for kind in self.kinds.values() if kind.summary is not None])
+
+    @property
+    def plans(self) -> list[BudgetKind]:
+        """The plans, oldest first."""
+        with self.lock:
+            return [*self.kinds.values()]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """What is kept for good."""
+        found: list[Refusal] = []
+        for kind in self.kinds.values():
+            for reason in kind.plan.reasons:
+                where, _, detail = reason.rpartition(": ")
+                found.append(Refusal(Reason.NOT_REPLAYED, ("unit",), where, detail))
+        return found
+
+    def call(
+        self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, otherwise: Callable[[], Any]
+    ) -> Any:
+        """Run a forward; it runs once, as it is.
+
+        Args:
+            model: the model.
+            forward: its own forward.
+            args, kwargs: its arguments.
+            otherwise: runs it if it is left; see `is_left`.
+
+        Raises:
+            BudgetError: no plan for calls of this kind stays within the budget.
+        """
+        if self.is_left:
+            return otherwise()
+        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        key = self._key(model, args, kwargs, leaves)
+        if key in self.refused:
+            raise self.refused[key]
+        kind = self.kinds.get(key)
+        if kind is None or kind.is_due:
+            self.is_left = bool(parts_of(model)) or any(map(_torch.is_dtensor, model.parameters()))
+            if self.is_left:
+                self.kinds.clear()
+                return otherwise()
+        with seen_whole():
+            if kind is None or kind.is_due:
+                return self._learn(key, model, forward, args, kwargs)
+            if not kind.plan.units:
+                return forward(*args, **kwargs)
+            return self._watch(key, kind, model, forward, args, kwargs)
+
+    def _key(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Tensor]) -> Any:
+        """Return the key of the plan for a call: that of the smallest inputs that are as large as these ones."""
+        kind = call_kind(model, args, kwargs)
+        sizes = tuple([tuple(t.shape) for t in leaves])
+        found: list[Any] = []
+        for known, of in self.kinds:
+            if known == kind and all(map(_covers, of, sizes)):
+                found.append(of)
+        return kind, min(found, key=_elements, default=sizes)
+
+    def _watch(
+        self, key: Any, kind: BudgetKind, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        plan = kind.plan
+        plan.copies_ends |= any(_torch.version(t) != version for t, version in kind.ends)
+        watching = watcher()(plan)
+        plain = 0 if kind.summary is None else kind.summary.plain
+        most = replace(self.budget, less=0).of(plain)
+        meter = Meter(model, kind.device, most or sys.maxsize, partial(self._missed, name_of(model)))
+        backward_pass = watching.forward.backward_pass
+        backward_pass.ended = partial(self._ended, key, meter)
+        self._note_forward(backward_pass)
+        with watching:
+            out = forward(*args, **kwargs)
+            ends = tensors_in((args, kwargs, out))
+            if plan.copies_ends:
+                watching.forward.before_write(ends, ())
+        kind.ends = dispatch.version_counters(ends)
+        kind.judge(watching.forward.count)
+        return out
+
+    def _note_forward(self, of: Any) -> None:
+        """Count the forwards that share a budget; where they are more than before, later steps are planned anew."""
+        with self.lock:
+            self._alive.add(of)
+            alive = sum(not forward.is_over for forward in self._alive)
+            if alive > self.forwards:
+                self.forwards = alive
+                if self.budget.share is None:
+                    self.kinds.clear()
+
+    def _ended(self, key: Any, meter: Meter, is_right: bool) -> None:
+        """Look at what a step took as its backward ends; where a value came back wrong, have the next step learnt."""
+        meter.check()
+        if not is_right:
+            with self.lock:
+                self.kinds.pop(key, None)
+
+    def _missed(self, name: str, over: int) -> None:
+        with self.lock:
+            self.budget = replace(self.budget, less=self.budget.less + over)
+            self.kinds.clear()
+        warn_of_miss(name, self.budget, over)
+
+    def _learn(self, key: Any, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        inputs = tensors_in((args, kwargs))
+        learnt: list[Learnt] = []
+
+        def finished(step: StepRecorder) -> None:
+            self._plan(key, name, text, step, learnt.pop())
+
+        name, text = name_of(model), shapes_of(inputs)
+        learning = learner(StepLearning)(model, inputs, finished)
+        self._note_forward(learning.step)
+        with learning:
+            out = forward(*args, **kwargs)
+        returned = tensors_in(out)
+        learning.tape.returned = [learning.number(t) for t in returned]
+        learning.before_write([*inputs, *returned])
+        proven = frozenset(learning.proven)
+        step = Learnt(learning.tape, learning.step.numbers, learning.value_of, proven, block_paths(model))
+        learnt.append(step)
+        learning.turn(returned)
+        if sum(not forward.is_over for forward in self._alive) == 1:
+            self.unplanned[key] += 1
+        if self.unplanned[key] > MOST_TRIES:
+            self._drop_blocks(key, name, step)
+        return out
+
+    def _drop_blocks(self, key: Any, name: str, learnt: Learnt) -> None:
+        """Have later calls of a kind drop whole blocks: no plan could be made, as no backward told what it reads."""
+        plan = Plan()
+        plan.learn((), (), _fallback(learnt))
+        device = learnt.tape.values[0].device
+        with self.lock:
+            self.kinds[key] = BudgetKind(plan, None, None, device, 0)
+        learnt.tape.forget_tensors()
+        warn_of_blocks(name, self.budget)
+
+    def _plan(self, key: Any, name: str, inputs: str, step: StepRecorder, learnt: Learnt) -> None:
+        """Make the plan for calls of the kind that a step was of.
+
+        Raises:
+            BudgetError: no plan stays within the budget.
+        """
+        tape = step.tape
+        if all(p.unpacked is None for p in tape.packs):
+            return
+        start = time.perf_counter()
+        planner = Planner(Needs(tape), self.costs.of(tape), any_caller=True)
+        survey = Survey(planner, lambda: None, LEAST_MARGIN)
+        budget = self._budget_of(survey, learnt)
+        chosen = survey.best(budget)
+        is_dear = chosen is None or chosen.seconds > DEAR * planner.seconds
+        if is_dear and find_couplings(learnt.tape).regions:
+            self.is_left = True
+            self.kinds.clear()
+            return
+        asked = budget.of(survey.peak)
+        if chosen is None and not self.has_planned:
+            when = "This was found when the first backward had ended, before any step of an optimizer."
+            error = survey.refusal(name, inputs, self.budget, when)
+            with self.lock:
+                self.refused[key] = error
+            raise error
+        if chosen is None:  # the training has begun: it goes on
+            chosen = survey.least()
+            warn_of_least(name, self.budget, inputs, chosen.load.peak)
+        most = chosen.model.load(chosen.plan).peak
+        if budget.share is None and self.budget.share is None and most > asked:
+            warn_of_losses(name, self.budget, most)
+        summary = summarize(survey, chosen, f"{name}, {inputs}", asked, time.perf_counter() - start)
+        LOG.info("%s", summary.line)
+        with self.lock:
+            self.has_planned = True
+            del self.unplanned[key]
+            before = self.kinds.pop(key, None)
+            plan = Plan() if before is None else before.plan
+            units, plan.firsts, proven = _units(chosen, learnt, plan)
+            plan.learn(units, range(len(units)), _fallback(learnt) if units else ())
+            plan.proven.update((-1, plan.sequence[site], ()) for site in proven)
+            plan.notes_settings |= learnt.tape.changes_settings
+            kind = self.kinds[key] = BudgetKind(plan, chosen, summary, tape.memories[0].device, len(units))
+            if before is not None:
+                kind.wait = PATIENCE * before.wait + 1
+            if len(self.kinds) > MAX_KINDS:
+                del self.kinds[next(iter(self.kinds))]
+        learnt.tape.forget_tensors()
+
+    def _budget_of(self, survey: Survey, learnt: Learnt) -> Budget:
+        """Return the budget for a kind of call.
+
+        Forwards that are alive at once share one of bytes. A share of a smaller step is no less than that of the first
+        one, so that a last batch, evaluation, or frozen layers have room. Some is left where sizes depend on data.
+        """
+        budget = self.budget
+        if budget.bytes is not None:
+            budget = replace(budget, bytes=budget.bytes // self.forwards)
+        elif budget.of(survey.peak) < self.least_bytes:
+            budget = replace(budget, share=None, bytes=self.least_bytes)
+        elif not self.least_bytes:
+            self.least_bytes = budget.of(survey.peak) + budget.less
+        if any(torch.Tag.dynamic_output_shape in op.func.tags for op in learnt.tape.ops if is_overload(op.func)):
+            budget = replace(budget, less=budget.less + int(MARGIN * budget.of(survey.peak)))
+        return budget
+
+
+def _units(chosen: Chosen, learnt: Learnt, plan: Plan) -> tuple[list[Unit], list[int], list[int]]:
+    """Return the units of a plan, their first operators, and the positions of those that the step has proven."""
+    found: list[Unit] = []
+    firsts: list[int] = []
+    proven: list[int] = []
+    alike = {_code_of(learnt.tape, v) for v in learnt.proven}
+    for dropped in Grouping(chosen.plan, learnt).run():
+        try:
+            unit = StagedBuilder(learnt.tape, dropped).run()
+        except Unreplayable as e:
+            plan.reasons[str(e)] = None
+            continue
+        if all(_code_of(learnt.tape, v) in alike for v in dropped.replayed):
+            proven.append(len(found))
+        found.append(unit)
+        firsts.append(dropped.first)
+    return found, firsts, proven
+
+
+def _code_of(tape: Tape, value: int) -> tuple[Any, ...]:
+    """Return what a value has in common with the same one in other layers."""
+    at = tape.values[value].op
+    assert at is not None
+    op = tape.ops[at]
+    return op.func, op.outs.index(value) if value in op.outs else -1, op.where, re.sub(r"\d+", "*", op.module)
+
+
+def _fallback(learnt: Learnt) -> list[Unit]:
+    """Return the units for forwards that go another way: whole blocks."""
+    found: list[Unit] = []
+    for dropped in whole_blocks(learnt):
+        with suppress(Unreplayable):
+            unit = StagedBuilder(learnt.tape, dropped).run()
+            if unit.droppable:
+                found.append(unit)
+    return found
+
+
+def _covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
+    return all(map(ge, large, small))
+
+
+def _elements(sizes: tuple[tuple[int, ...], ...]) -> int:
+    return sum(map(math.prod, sizes))

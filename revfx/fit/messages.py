@@ -1,0 +1,55 @@
+"""Warnings about budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from revfx.errors import BudgetWarning, warn
+from revfx.fit.budget import Budget, as_memory
+from revfx.fit.choose import LOSS
+from revfx.units import size
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> str:
+    """Return shapes of tensors as text, such as "inputs (8, 512), (8, 512)"."""
+    return f"inputs {', '.join(str(tuple(t.shape)) for t in tensors)}" if tensors else "no inputs"
+
+
+def warn_of_losses(name: str, budget: Budget, most: int) -> None:
+    """Warn that a budget is kept with losses alone that take little memory; a larger one takes up to `most` bytes."""
+    warn(
+        f"`convert({name}, {budget.text})`: the plan stays within the budget only for a loss that takes"
+        f" little memory. With one that takes {LOSS} times the outputs a step takes up to {size(most)}. Compute"
+        f' the loss in the forward, or give `memory="{as_memory(most)}"`.',
+        BudgetWarning,
+    )
+
+
+def warn_of_least(name: str, budget: Budget, inputs: str, most: int) -> None:
+    """Warn that a step that came later can't stay within the budget, and takes up to `most` bytes."""
+    warn(
+        f"`convert({name}, {budget.text})`: no plan for {inputs} stays within the budget, which earlier calls were"
+        f" planned for. A step takes up to {size(most)}. Give smaller inputs, or a larger budget.",
+        BudgetWarning,
+    )
+
+
+def warn_of_miss(name: str, budget: Budget, over: int) -> None:
+    """Warn that a step took so many bytes more than its budget."""
+    warn(
+        f"`convert({name}, {budget.text})`: a step took {size(over)} more than its budget, as the allocator"
+        " counts. The next step is planned for that much less. Give a smaller `memory=` if the device runs out of"
+        " memory.",
+        BudgetWarning,
+    )
+
+
+def warn_of_blocks(name: str, budget: Budget) -> None:
+    """Warn that there is no plan, so that whole blocks are dropped."""
+    warn(
+        f"`convert({name}, {budget.text})`: no plan can be made, as backwards keep their graphs (`retain_graph`,"
+        " `create_graph`), or never came. Each block is recomputed whole, and the budget may be exceeded.",
+        BudgetWarning,
+    )

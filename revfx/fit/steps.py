@@ -1,0 +1,310 @@
+"""The tape of a training step that really runs: operators, memory and what autograd keeps, as they are seen.
+
+The forward is recorded beside the engine's tape of it (`learning.py`). The backward is seen by hooks on the nodes of
+autograd's graph: each turns on a dispatch mode, which lasts until its node has run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revfx import _torch
+from revfx.engine import dispatch
+from revfx.engine.operators import written_positions
+from revfx.engine.saved import SavedTensor
+from revfx.engine.wrappers import SavedWrapper
+from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
+from revfx.passes._torch import is_overload, writes
+from revfx.passes.sizes import tensors_of
+
+
+@dataclass
+class Before:
+    """What is known of an operator before it runs: the spots of its arguments, flat, and what it writes to."""
+
+    func: Any
+    given: Sequence[Any]
+    spots: Sequence[Any]
+    spec: pytree.TreeSpec
+    written: tuple[Spot, ...]
+
+
+class StepRecorder:
+    """Records a step; see `Tape`.
+
+    Args:
+        model: its parameters and buffers, and tensors that are known to nobody, were there before the step.
+        finished: called with this object when the first backward pass has ended.
+
+    Attributes:
+        numbers: by operator of the forward, its number on the engine's tape.
+        is_backward: the forward is through.
+    """
+
+    def __init__(self, model: nn.Module, finished: Callable[[StepRecorder], None]) -> None:
+        self.tape, self.numbers = Tape(is_live=True), list[int]()
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self._before = dict[int, str]()  # by storage, what it was before the step
+        self._parameters = [*model.parameters()]
+        for p in self._parameters:
+            self._before.update(
+                {_torch.storage_key(t): "parameter" for t in (p, p.grad) if t is not None and _is_strided(t)}
+            )
+        self._finished: Callable[[StepRecorder], None] | None = finished
+        self._known: dict[int, tuple[int, Any]] = {}  # by storage: its memory, and a weak reference
+        self._live: set[int] = set()  # memories that others than autograd hold
+        self._packs = weakref.WeakKeyDictionary[SavedTensor, int]()
+        self._doubles: dict[int, tuple[set[int], Any]] = {}  # by storage: what the backward was given in it
+        self._moment, self._turns = -1, 0  # before which operator autograd kept or read last, and how much it read
+        self._handles: list[Any] = []
+        self._watched: list[Any] = []  # weak references, which call back
+        self.is_backward = self._has_begun = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its backward has ended, or will not be recorded."""
+        return self._finished is None
+
+    # --- memory
+    def spot(self, t: Tensor, made: bool = False) -> Spot | None:
+        """Return where a tensor lies; None if it has no storage of its own."""
+        if not _is_strided(t):
+            return None
+        key = _torch.storage_key(t)
+        if key not in self._known:
+            self._enter(t, key, made)
+        number = self._known[key][0]
+        memory = self.tape.memories[number]
+        if memory.end is not None and not self.is_backward:
+            memory.end = None
+            self._live.add(number)
+        value = memory.values[-1]
+        return Spot(value, t.dtype, tuple(t.shape), tuple(t.stride()), int(t.storage_offset()))
+
+    def _enter(self, t: Tensor, key: int, made: bool) -> None:
+        storage, number = t.untyped_storage(), len(self.tape.memories)
+        memory = Memory(storage.nbytes(), t.device, len(self.tape.ops))
+        if not made and (key in self._before or not self.is_backward):
+            memory.source, memory.storage = (self._before.get(key, "argument"), None), key
+        self.tape.memories.append(memory)
+        self._value(number, len(self.tape.ops) if made else None)
+        self._live.add(number)
+        self._known[key] = number, weakref.ref(storage, lambda _: self._leave(key, number, memory))
+
+    def _leave(self, key: int, number: int, memory: Memory) -> None:
+        self._live.discard(number)
+        if memory.end is None:
+            memory.end = self.slot()
+        self._known.pop(key, None)
+
+    def live_bytes(self, start: int) -> int:
+        """Return the bytes that operators from `start` on have made and others than autograd hold."""
+        found = 0
+        for number in self._live:
+            memory = self.tape.memories[number]
+            if memory.born >= start and memory.source is None:
+                found += memory.size
+        return found
+
+    def slot(self) -> int:
+        """Return from which slot on what goes now is not there."""
+        return 2 * len(self.tape.ops) + (self._moment == len(self.tape.ops))
+
+    def _value(self, memory: int, op: int | None) -> None:
+        self.tape.memories[memory].values.append(len(self.tape.memory_of))
+        self.tape.memory_of.append(memory)
+        self.tape.made_by.append(op)
+
+    def end_of(self, key: int) -> None:
+        """Note that from now on nobody but autograd holds a storage, given by its key."""
+        known = self._known.get(key)
+        if known is not None and self.tape.memories[known[0]].end is None:
+            self.tape.memories[known[0]].end = self.slot()
+            self._live.discard(known[0])
+
+    # --- operators
+    def before(self, func: Any, args: Any, kwargs: Any) -> Before:
+        """Return what is known of an operator that is about to run."""
+        given, spec = pytree.tree_flatten((args, kwargs))
+        spots = [self.spot(t) if isinstance(t, Tensor) else t for t in given]
+        written = _written(func, args, kwargs) if is_overload(func) and writes(func) else ()
+        old = tuple([s for t in written if (s := self.spot(t)) is not None])
+        return Before(func, given, spots, spec, old)
+
+    def after(self, known: Before, out: Any, number: int, draws: bool, module: str, where: str) -> None:
+        """Add an operator that has run, unless it made nothing but views.
+
+        Args:
+            known: from before it ran.
+            out: its result.
+            number: its number on the engine's tape.
+            draws: it draws random numbers.
+            module, where: the innermost module, and the user's line; in the backward the name of autograd's node.
+        """
+        owned = {_torch.storage_key(t) for t in known.given if isinstance(t, Tensor) and _is_strided(t)}
+        made = [t for t in tensors_of(out) if _is_strided(t) and _torch.storage_key(t) not in owned]
+        if not made and not known.written:
+            return
+        tape = self.tape
+        for at, t in enumerate(known.given):
+            if isinstance(t, Tensor) and _is_strided(t):
+                packs, _ = self._doubles.get(_torch.storage_key(t), ((), None))
+                for k in packs:
+                    tape.reads.setdefault(k, set()).add((len(tape.ops), at))
+        before = len(tape.memory_of)
+        for s in known.written:
+            self._value(tape.memory_of[s.value], len(tape.ops))
+        outs = tuple([self.spot(t, True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
+        args, kwargs = pytree.tree_unflatten(known.spots, known.spec)
+        reads, makes = tuple([s for s in known.spots if isinstance(s, Spot)]), tuple(range(before, len(tape.memory_of)))
+        tape.ops.append(Op(known.func, tuple(args), kwargs, reads, outs, known.written, makes, draws, module, where))
+        if not self.is_backward:
+            self.numbers.append(number)
+
+    # --- autograd
+    def packed(self, saved: SavedTensor, t: Tensor) -> None:
+        """Note a saved tensor: the object that autograd holds, and the tensor that it stands for."""
+        spot, packs, self._moment = self.spot(t), self.tape.packs, len(self.tape.ops)
+        pack = Pack(None if isinstance(t, nn.Parameter) else spot, len(self.tape.ops))
+        packs.append(pack)
+        self._packs[saved] = len(packs) - 1
+        self._watched.append(weakref.ref(saved, lambda _: self._released(pack)))
+
+    def _released(self, pack: Pack) -> None:
+        pack.end = self.slot()
+
+    @_torch.uncompiled
+    def unpack(self, saved: SavedTensor | SavedWrapper) -> Tensor:
+        """Return the tensor of a saved tensor that the backward reads."""
+        t = saved.get()
+        number = self._packs.get(saved) if isinstance(saved, SavedTensor) else None
+        if number is None or not self.is_backward or self._finished is None:
+            return t
+        pack, self._moment = self.tape.packs[number], len(self.tape.ops)
+        if pack.unpacked is None:
+            pack.unpacked, pack.turn = len(self.tape.ops), self._turns
+            self._turns += 1
+        if _is_strided(t) and pack.spot is not None:
+            key = _torch.storage_key(t)
+            if key not in self._doubles:
+                reference = weakref.ref(t.untyped_storage(), lambda _: self._gone(key))
+                self._doubles[key] = set(), reference
+                self._known.setdefault(key, (self.tape.memory_of[pack.spot.value], reference))
+            self._doubles[key][0].add(number)
+        return t
+
+    def _gone(self, key: int) -> None:
+        """Note that nobody holds what the backward was given in a storage any more."""
+        self._known.pop(key, None)
+        for number in self._doubles.pop(key)[0]:
+            self.tape.packs[number].end = self.slot()
+
+    # --- the backward
+    def turn(self, start: int, returned: Sequence[Tensor]) -> None:
+        """Note that the forward is through, and look at the backward.
+
+        Args:
+            start: the number of autograd's nodes at which the forward began.
+            returned: the tensors that it returned.
+        """
+        self.tape.turn, self.is_backward = len(self.tape.ops), True
+        needing = [t for t in returned if t.requires_grad]
+        needing = [t for t in needing if not t.dim()] or needing  # where there is a loss, it is what is differentiated
+        self.tape.loss = sum(t.nbytes for t in needing if t.dim())
+        for t in returned:
+            known = self._known.get(_torch.storage_key(t)) if _is_strided(t) else None
+            if known is not None:
+                self.tape.memories[known[0]].returned = True
+        see, found = _Backward(self), set[Any]()
+        todo: list[Any] = [t.grad_fn for t in returned]
+        while todo:
+            node = todo.pop()
+            if node is None or node in found or node._sequence_nr() < start:
+                continue
+            found.add(node)
+            self._handles.append(node.register_prehook(see.begin))
+            todo += [following for following, _ in node.next_functions]
+
+    def begin(self) -> bool:
+        """Return whether the backward is to be recorded; note its first node."""
+        if torch.is_grad_enabled():  # the backward has a graph of its own, and all of this one stays
+            self._finished = None
+        if self._finished is None:
+            return False
+        if not self._has_begun:
+            self._has_begun = True
+            _torch.at_end_of_backward(self._end)
+        return True
+
+    def _end(self) -> None:
+        finished, self._finished = self._finished, None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        tape = self.tape
+        self._end_gradients()
+        for m in tape.memories:
+            if m.returned and m.source is None and m.born < tape.turn:
+                m.end = 2 * max(tape.turn, m.born + 1) + 1
+        self._known, self._doubles, self._watched, self._parameters = {}, {}, [], []
+        is_kept = any(p.unpacked is not None and p.end is None for p in tape.packs)
+        if finished is not None and not is_kept:  # the graph, for another backward
+            finished(self)
+
+    def _end_gradients(self) -> None:
+        """Have gradients that the step is the first to make end when they are added: later ones find them there."""
+        for p in self._parameters:
+            known = None if p.grad is None or not _is_strided(p.grad) else self._known.get(_torch.storage_key(p.grad))
+            if known is not None and self.tape.memories[known[0]].source is None:
+                memory = self.tape.memories[known[0]]
+                memory.end = min(2 * (memory.born + 1) + 2, 2 * len(self.tape.ops) + 1)
+
+
+class _Backward(TorchDispatchMode):
+    """Records the operators of a backward; it is on while a node runs."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, recorder: StepRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    @_torch.uncompiled
+    def begin(self, _: Any) -> None:
+        """Go on for the node that is about to run."""
+        if self._recorder.begin():
+            dispatch.push_mode(self)
+
+    @_torch.uncompiled
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(map(dispatch.is_wrapper, types)):
+            return NotImplemented
+        if not is_overload(func):
+            return func(*args, **kwargs)
+        known = self._recorder.before(func, args, kwargs)
+        out = func(*args, **kwargs)
+        node = _torch.backward_node()
+        self._recorder.after(known, out, -1, False, "", "" if node is None else node.name())
+        return out
+
+
+def _is_strided(t: Tensor) -> bool:
+    return t.layout == torch.strided and _torch.is_plain(t) and not t.is_nested and not is_lazy(t)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors among the arguments that an operator writes."""
+    found: list[Tensor] = []
+    for position, name in written_positions(func):
+        found += tensors_of(args[position] if position < len(args) else kwargs.get(name))
+    return found

@@ -1,0 +1,211 @@
+"""From a plan for a budget to units: what is dropped of which operators, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from revfx.engine.operators import STATISTICS
+from revfx.engine.tape import Tape
+from revfx.fit.plan import Plan
+from revfx.plan.staged import Dropped
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A step that was learnt: the engine's tape of its forward beside that of the step.
+
+    Attributes:
+        tape: the engine's.
+        numbers: by operator of the step's forward, its number on the engine's tape.
+        value_of: by value of the engine's tape, the value of the step.
+        proven: values of the engine's tape that a replay gave bit for bit.
+        block_of: by the path of a module, the block that it lies in; see `block_paths`.
+    """
+
+    tape: Tape
+    numbers: Sequence[int]
+    value_of: Mapping[int, int]
+    proven: frozenset[int]
+    block_of: Mapping[str, str]
+
+
+@dataclass
+class _Cone:
+    """The operators of one block that make values again."""
+
+    ops: set[int] = field(default_factory=set[int])
+    coins: set[int] = field(default_factory=set[int])
+    borrowed: set[int] = field(default_factory=set[int])
+
+
+class Grouping:
+    """Groups what a plan drops into runs of operators."""
+
+    def __init__(self, plan: Plan, learnt: Learnt) -> None:
+        self.plan, self.tape, self.learnt = plan, learnt.tape, learnt
+        self.block_of = self._blocks()
+        self.after = {known.before: v for v, known in enumerate(self.tape.values) if known.before is not None}
+
+    def run(self) -> list[Dropped]:
+        """Return what is dropped, in the order of the operators."""
+        plan, saved = self.plan, self.tape.saved
+        packs = plan.needs.tape.packs
+        wanted: dict[int, list[int]] = {}  # by block, values in the order in which the backward asks
+        marks: dict[int, set[int]] = {}
+        lent: dict[int, dict[int, None]] = {}
+        for k in sorted(plan.dropped, key=lambda k: packs[k].turn):
+            value, block = saved[k][1], plan.dropped[k]
+            own = self._block(value)
+            if own is None or self._is_there(value):
+                continue
+            if self.learnt.value_of.get(value) in plan.coins:
+                marks.setdefault(own, set()).add(value)
+            elif own == block:
+                wanted.setdefault(block, []).append(value)
+            else:
+                lent.setdefault(own, {})[value] = None
+        for k in plan.marks:
+            value = saved[k][1]
+            own = self._block(value)
+            if own is not None:
+                marks.setdefault(own, set()).add(value)
+        found: list[Dropped] = []
+        for block in sorted({*wanted, *marks, *lent, *self.block_of}, reverse=True):  # later ones borrow
+            of_block = self._of_block(
+                block, wanted.get(block, []), marks.get(block, set()), [*lent.get(block, ())], lent
+            )
+            found += of_block
+        return sorted(found, key=lambda d: d.first)
+
+    def _of_block(
+        self, block: int, wanted: Sequence[int], marks: set[int], lent: Sequence[int], loans: dict[int, dict[int, None]]
+    ) -> list[Dropped]:
+        cones = {v: self._cone(v, block) for v in (*wanted, *marks, *lent)}
+        for v in marks.difference(wanted, lent):  # nothing runs again for it
+            cones[v] = _Cone({self.tape.values[v].op or 0})
+        for cone in cones.values():
+            for v in cone.borrowed:
+                own = self._block(v)
+                assert own is not None
+                loans.setdefault(own, {})[v] = None
+        found: list[Dropped] = []
+        for first, last in _joined((min(c.ops), max(c.ops)) for c in cones.values() if c.ops):
+            inside = {v for v, c in cones.items() if c.ops and first <= min(c.ops) <= last}
+            borrowed, coins = set[int](), set[int]()
+            for v in inside:
+                borrowed |= cones[v].borrowed
+                coins |= cones[v].coins
+            stages = tuple((v,) for v in dict.fromkeys(wanted) if v in inside)
+            found.append(
+                Dropped(
+                    first, last, stages, frozenset(marks & inside), self._kept(first, last),
+                    {coin: self._told(coin) for coin in sorted(coins)}, tuple(sorted(borrowed)),
+                    tuple(v for v in lent if v in inside),
+                )
+            )  # fmt: skip
+        return found
+
+    def _blocks(self) -> list[int]:
+        """Return the block of each operator of the engine's tape."""
+        found: list[int] = []
+        block, borders = 0, iter(zip(self.learnt.numbers, self.plan.block_of, strict=True))
+        following = next(borders, None)
+        for number in range(len(self.tape.ops)):
+            if following is not None and number == following[0]:
+                block, following = following[1], next(borders, None)
+            found.append(block)
+        return found
+
+    def _block(self, value: int) -> int | None:
+        """Return the block of the operator that makes a value; None if it was there."""
+        op = self.tape.values[value].op
+        return None if op is None or self.tape.is_outside(value) else self.block_of[op]
+
+    def _is_there(self, value: int) -> bool:
+        """Return whether the backward finds a value."""
+        if self.tape.is_outside(value) or self.tape.values[value].op is None:
+            return True
+        known = self.learnt.value_of.get(value)
+        return known is None or self.plan.is_base(known)
+
+    def _cone(self, value: int, block: int) -> _Cone:
+        """Return what makes a value again, of the operators of a block."""
+        cone, todo, seen = _Cone(), [value], set[int]()
+        while todo:
+            v = todo.pop()
+            if v in seen or self._is_there(v):
+                continue
+            seen.add(v)
+            if self.learnt.value_of.get(v) in self.plan.coins:
+                cone.coins.add(v)
+                cone.ops.add(self.tape.values[self._told(v)].op or 0)
+                continue
+            op = self.tape.values[v].op
+            assert op is not None
+            if self.block_of[op] != block:
+                cone.borrowed.add(v)
+            elif op not in cone.ops:
+                cone.ops.add(op)
+                todo += self._reads(op)
+                before = self.tape.values[v].before
+                todo += [] if before is None else [before]
+        return cone
+
+    def _told(self, coin: int) -> int:
+        """Return the value that tells a coin: the same tensor after the last write to it."""
+        while coin in self.after:
+            coin = self.after[coin]
+        return coin
+
+    def _reads(self, number: int) -> list[int]:
+        op = self.tape.ops[number]
+        skipped = {int(op.args[i]) for i in STATISTICS.get(op.func, ()) if isinstance(op.args[i], int)}
+        return [v for v in op.reads if v not in skipped]
+
+    def _kept(self, first: int, last: int) -> frozenset[int]:
+        """Return the values that operators first..last make and the backward finds."""
+        found: set[int] = set()
+        for op in self.tape.ops[first : last + 1]:
+            made = [v for v in op.outs if v is not None] + [after for _, after in op.written]
+            found.update(v for v in made if self._is_there(v))
+        return frozenset(found)
+
+
+def whole_blocks(learnt: Learnt) -> list[Dropped]:
+    """Return each kind of block once, with all that is saved in it dropped."""
+    tape, block_of = learnt.tape, learnt.block_of
+    found: list[Dropped] = []
+    known: set[tuple[Any, ...]] = set()
+    first, block = 0, ""
+    for number in range(len(tape.ops) + 1):
+        now = block_of.get(tape.ops[number].module, "") if number < len(tape.ops) else ""
+        if now == block:
+            continue
+        kind = tuple(op.func for op in tape.ops[first:number])
+        if block and kind not in known:
+            known.add(kind)
+            found.append(_whole_block(tape, first, number - 1))
+        first, block = number, now
+    return found
+
+
+def _whole_block(tape: Tape, first: int, last: int) -> Dropped:
+    values: dict[int, None] = {}
+    for at, value in tape.saved:
+        op = tape.values[value].op
+        if first <= at <= last and op is not None and op >= first and not tape.is_outside(value):
+            values[value] = None
+    return Dropped(first, last, (tuple(values),), frozenset(), frozenset(), {})
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges of operators, joined where they overlap."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        else:
+            found.append((first, last))
+    return found

@@ -1,0 +1,44 @@
+"""What is known of the memory of a tape's values: whether operators fill it, and whether it is a kernel's workspace."""
+
+from __future__ import annotations
+
+import torch
+
+from revfx.engine.operators import is_view
+from revfx.engine.tape import Tape
+
+
+MAX_FILLED = 2**24  # elements of uninitialized memory of which it is looked at whether all parts are written
+
+
+def is_filled(tape: Tape, value: int) -> bool:
+    """Return whether operators write to all of uninitialized memory, perhaps part by part, before any reads it."""
+    whole = tape.values[value]
+    assert whole.op is not None
+    count = tape.nbytes(value) // whole.view.dtype.itemsize
+    written: torch.Tensor | None = None
+    for op in tape.ops[whole.op + 1 :]:
+        touched = [v for v in op.reads if tape.values[v].allocation == whole.allocation]
+        if not touched or is_view(op.func):
+            continue
+        targets = [was for was, _ in op.written if was in touched]
+        if value in targets:
+            return True
+        if not targets or count > MAX_FILLED or len(targets) < len(touched):
+            return False
+        if written is None:
+            written = torch.zeros(count, dtype=torch.bool)
+        for was in targets:
+            view = tape.values[was].view
+            if view.dtype != whole.view.dtype:
+                return False
+            written.as_strided(view.shape, view.stride, view.offset).fill_(True)
+        if bool(written.all()):
+            return True
+    return False
+
+
+def is_workspace(tape: Tape, value: int) -> bool:
+    """Return whether a value is bytes beside other results: a workspace of a kernel, in whose gaps anything may be."""
+    known = tape.values[value]
+    return known.op is not None and known.view.dtype == torch.uint8 and not tape.ops[known.op].is_single

@@ -1,0 +1,109 @@
+"""Units of plans that only replay forwards: what is dropped of some operators, and in which order it is asked for."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from revfx.engine.tape import Tape
+from revfx.engine.unit import Replay, UnitOp
+from revfx.plan.replays import Builder, Memory, Run, Unreplayable
+from revfx.plan.units import Span, UnitBuilder
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What a plan drops of the operators first..last of a tape.
+
+    Attributes:
+        stages: the values of saved tensors that are replayed, in groups, in the order in which the backward asks.
+        marks: values of saved tensors of which it reads no more than which elements are positive.
+        kept: values that are there in the backward.
+        coins: by value of zeros and ones that were drawn, a later value of the same memory that tells them.
+        borrowed: values that it takes from earlier units.
+        lent: values that later units take, or that are saved later.
+    """
+
+    first: int
+    last: int
+    stages: tuple[tuple[int, ...], ...]
+    marks: frozenset[int]
+    kept: frozenset[int]
+    coins: Mapping[int, int]
+    borrowed: tuple[int, ...] = ()
+    lent: tuple[int, ...] = ()
+
+    @property
+    def replayed(self) -> set[int]:
+        """The values that a replay gives."""
+        return {*self.lent, *(v for stage in self.stages for v in stage)}
+
+
+class StagedBuilder(UnitBuilder):
+    """Makes the unit of what a plan drops of some operators."""
+
+    def __init__(self, tape: Tape, dropped: Dropped) -> None:
+        self.dropped = dropped
+        values = dropped.replayed | dropped.marks
+        values.update(dropped.coins.values())
+        exit = [v for v in sorted(values) if _is_saved_after(tape, v, dropped.last)]
+        exit = tuple(dict.fromkeys((*exit, *dropped.lent)))
+        span = Span(dropped.first, dropped.last, dropped.borrowed, exit, (), frozenset(), dropped.kept, frozenset())
+        super().__init__(tape, span)
+        self.coins: list[int] = []
+
+    def _replays(
+        self, ops: Sequence[UnitOp], memory: Memory, known: set[int], after: set[int]
+    ) -> tuple[list[Replay], list[Replay]]:
+        runs = [Run(i) for i in range(len(ops))]
+        self.coins = [self.slots[v] for v in self.dropped.coins]
+        known |= {*self.coins}
+        lent = self._known(self.dropped.lent)
+        if lent:
+            self.others = [Builder(ops, memory, known, runs, lent, self.coins).run()]
+        try:
+            return self._stages(ops, memory, known, runs), []
+        except Unreplayable:  # a stage writes to memory of which an earlier one left a part
+            wanted = [s for stage in self.dropped.stages for s in self._known(stage) if s not in known]
+            return [Builder(ops, memory, known, runs, [*dict.fromkeys(wanted)], self.coins).run()], []
+
+    def _stages(self, ops: Sequence[UnitOp], memory: Memory, known: set[int], runs: Sequence[Run]) -> list[Replay]:
+        overwritten = {*memory.before.values()}
+        outlines: list[tuple[set[int], set[int], set[int]]] = []  # of stages: what is there before, made and read
+        there, asked = {*known}, set[int]()
+        for stage in self.dropped.stages:
+            wanted = self._known(stage)
+            asked.update(wanted)
+            missing = [s for s in dict.fromkeys(wanted) if s not in there]
+            if missing:
+                made, read = Builder(ops, memory, there, runs, missing, self.coins).outline()
+                outlines.append(({*there}, made - overwritten, read))
+                there |= made - overwritten
+        stages: list[Replay] = []
+        for number, (before, made, read_now) in enumerate(outlines):
+            outputs = asked & made
+            for *_, read in outlines[number + 1 :]:
+                outputs |= read & made
+            given = known | (before & read_now)
+            stages.append(Builder(ops, memory, given, runs, sorted(outputs), self.coins).run())
+        return stages or [Builder(ops, memory, known, runs, []).run()]
+
+    def _attributes(self, forward: Sequence[Replay]) -> dict[str, Any]:
+        wanted = {s for stage in self.dropped.stages for s in self._known(stage)}
+        results = {s for replay in forward for s in replay.outputs}
+        return {
+            "later": tuple(forward[1:]),
+            "carried": frozenset(results - wanted),
+            "carry": next(iter(self.others), None),
+            "coins": {self.slots[v]: self.slots[told] for v, told in self.dropped.coins.items()},
+            "marks": frozenset(self._known(self.dropped.marks)),
+            "gives_exit": True,
+        }
+
+
+def _is_saved_after(tape: Tape, value: int, last: int) -> bool:
+    """Return whether a value is saved when operator `last` has run, or later."""
+    at = bisect_left(tape.saved, (last + 1,))
+    return any(v == value for _, v in tape.saved[at:])

@@ -1,0 +1,100 @@
+"""Random plans on the engine: the bits of the plain step, and no more memory than is foreseen."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from fit_models import MODELS, equal, fit_of, make, peak, planned, state
+from helpers import deep_but
+from torch import nn
+
+from revfx.engine import native
+from revfx.engine.plan import Plan
+from revfx.engine.tape import Tape
+from revfx.fit import budgeted
+from revfx.fit.blocks import blocks_of
+from revfx.fit.budgeted import BudgetKind
+from revfx.fit.units import Learnt
+
+
+PLANS = 4  # of each model
+SLACK = 2**14  # bytes of random states and fingerprints, which are foreseen roughly
+
+
+def learnt_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, BudgetKind, Learnt]:
+    """A model, what it becomes with a budget, the kind of its calls, and the step that was learnt."""
+    found: list[Learnt] = []
+    make_units = budgeted._units  # pyright: ignore[reportPrivateUsage]
+
+    def units(chosen: Any, learnt: Learnt, plan: Plan) -> Any:
+        found.append(learnt)
+        return make_units(chosen, learnt, plan)
+
+    monkeypatch.setattr(budgeted, "_units", units)
+    monkeypatch.setattr(Tape, "forget_tensors", lambda tape: None)
+    made = make(name)
+    fitted = planned(made[0], made[1], memory=0.8)
+    return made, fitted, fit_of(fitted).plans[-1], found[-1]
+
+
+def drawn_plan(kind: BudgetKind, draw: random.Random) -> Any:
+    """A plan that keeps some values, and whose blocks end somewhere."""
+    assert kind.chosen is not None
+    plan = kind.chosen.plan
+    needs, turn = plan.needs, plan.needs.tape.turn
+    share = draw.choice([0.1, 0.4, 0.7])
+    made = [v for v in needs.wanted if needs.tape.made_by[v] is not None]
+    kept = frozenset(v for v in needs.wanted if v not in made or draw.random() < share)
+    possible = blocks_of(needs, kind.chosen.model.costs).borders[1:-1]
+    borders = draw.sample(possible, min(len(possible), draw.choice([0, 1, 4, 10])))
+    block_of = [sum(b <= o for b in borders) for o in range(turn)]
+    marks: set[int] = set()
+    for v, packs in needs.wanted.items():
+        if v not in kept and packs and needs.marks >= {*packs} and draw.random() < 0.5:
+            marks.update(packs)
+    coins = frozenset(v for v in needs.coins if draw.random() < 0.5)
+    return replace(plan, kept=kept, marks=frozenset(marks), coins=coins, block_of=block_of)
+
+
+def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool) -> None:
+    assert kind.chosen is not None
+    kind.chosen = kind.chosen._replace(plan=drawn)
+    kind.plan = Plan()
+    units, kind.plan.firsts, _ = budgeted._units(kind.chosen, learnt, kind.plan)  # pyright: ignore[reportPrivateUsage]
+    kind.plan.learn(units, range(len(units)))
+    if proven:
+        kind.plan.proven.update((-1, unit, ()) for unit in kind.plan.sequence)
+    kind.units = len(units)
+
+
+@pytest.mark.parametrize("watcher", ["native", "python"])
+@pytest.mark.parametrize("name", deep_but(["relu", "encoder", "in place", "lstm", "unet"], MODELS))
+def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
+    monkeypatch.setenv(native.CHOICE, watcher)
+    (model, args, loss), fitted, kind, learnt = learnt_step(name, monkeypatch)
+    want = state(model, lambda: loss(model(*args)))
+    assert kind.chosen is not None
+    draw, tried = random.Random(seed), 0
+    while tried < PLANS:
+        drawn = drawn_plan(kind, draw)
+        try:
+            foreseen = kind.chosen.model.load(drawn).peak
+        except LookupError:  # something of it does not come back
+            continue
+        tried += 1
+        install(kind, learnt, drawn, proven=False)
+        assert equal(state(model, lambda: loss(fitted(*args))), want)
+        assert kind.units == 0 or not kind.is_due
+        assert not kind.plan.reasons, kind.plan.reasons
+        longest = max((len(u.unit.ops) for u in kind.plan.sequence), default=0)  # it drops when it has ended
+        if watcher == "native" and 4 * longest < len(learnt.tape.ops):
+            assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK
+
+
+def _step(fitted: nn.Module, args: Any, loss: Any) -> torch.Tensor:
+    return loss(fitted(*args))
