@@ -137,6 +137,7 @@ class NativeWatching:
     def __enter__(self) -> NativeWatching:
         self._hooks.__enter__()
         self._watcher.enter()
+        self._watcher.begin()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -275,7 +276,7 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
     """Return a plan for the extension, compiled when it has learnt something."""
     known = _plans.get(plan)
     units = list(plan.units.values())
-    state = [(unit, unit.is_fallback) for unit in units]
+    state = [(unit, unit.is_fallback) for unit in units], plan.dropped_at
     if known is not None and known[0] == state:
         return known[1]
     compiled = module.Plan()
@@ -284,6 +285,7 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
             _units[unit_plan] = _compiled_unit(module, unit_plan.unit)
         if _units[unit_plan] is not None:
             compiled.add(unit_plan, _units[unit_plan])
+    compiled.drop_at([*plan.dropped_at])
     _plans[plan] = state, compiled
     return compiled
 

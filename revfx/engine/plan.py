@@ -75,6 +75,8 @@ class Plan:
         chains: of each unit in the sequence, the number of the chain of units that it belongs to.
         firsts: of each unit in the sequence, the number of the operator at which it begins; empty if units may begin
             anywhere.
+        dropped_at: how many operators have run when a tensor is saved that the plan drops; elsewhere autograd keeps
+            saved tensors by itself. Empty if units may begin anywhere.
         codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
         proven: positions of calls (-1 of units without couplings, which prove each other), with their units, and which
             values are held in the place of codes, of which the replays gave the same bits.
@@ -89,6 +91,7 @@ class Plan:
     sequence: list[UnitPlan] = field(default_factory=list[UnitPlan])
     chains: list[int] = field(default_factory=list[int])
     firsts: list[int] = field(default_factory=list[int])
+    dropped_at: frozenset[int] = frozenset()
     units: dict[Any, UnitPlan] = field(default_factory=dict[Any, UnitPlan])
     starts: dict[Any, list[UnitPlan]] = field(default_factory=dict[Any, "list[UnitPlan]"])
     codecs: dict[tuple[int, UnitPlan, int], Codec] = field(default_factory=dict[Any, Codec])

@@ -6,6 +6,8 @@
 // - The other keys between autograd and BackendSelect (Python, Functionalize, Negative, ...) have fallbacks of torch.
 // - Keys from BackendSelect downwards don't see factories: these have no tensor among their arguments.
 // The key is in a thread's include set while an observer is entered there, and excluded while an operator runs.
+#include <ATen/SavedTensorHooks.h>
+
 #include "observe.h"
 #include "replay.h"
 #include "saved.h"
@@ -111,6 +113,9 @@ struct Plan {
   std::vector<std::pair<Shared, std::shared_ptr<Unit>>> units;
   std::vector<bool> may_fail, is_fallback;  // see `UnitPlan`
   std::unordered_map<OperatorHandle, std::vector<size_t>> starts;
+  std::unordered_set<int64_t> dropped_at;  // see `Plan`; empty of a plan whose units may begin anywhere
+
+  void drop_at(const std::vector<int64_t>& numbers) { dropped_at.insert(numbers.begin(), numbers.end()); }
 
   void add(py::object unit_plan, std::shared_ptr<Unit> unit) {
     starts[unit->operators.front().handle].push_back(units.size());
@@ -133,9 +138,16 @@ class Watcher : public Observer {
     look_ahead();
   }
 
+  // Begin, with the hooks for saved tensors set.
+  void begin() {
+    depth_ = at::SavedTensorDefaultHooks::get_tls_state().stack.size();
+    choose_hooks();
+  }
+
   void exit() override {
     Observer::exit();
     running_.clear();
+    if (hooks_) set_hooks();
   }
 
   // Return the object that autograd holds in the place of a tensor.
@@ -177,9 +189,27 @@ class Watcher : public Observer {
     } else {
       run(op, keys, stack, level);
     }
+    if (running_.empty() && expected_at_ >= 0 && number_ >= expected_at_) is_lost_ = true;
+    choose_hooks();
   }
 
  private:
+  // Have the hooks for saved tensors set only where the plan drops one: before the next operator, or after this one.
+  // Elsewhere autograd keeps the tensor itself. Hooks that others have set since stay on top.
+  void choose_hooks() {
+    if (plan_->dropped_at.empty()) return;
+    bool is_wanted = is_lost_ || plan_->dropped_at.count(number_ + 1) > 0;
+    if (is_wanted != bool(hooks_)) return;
+    size_t size = at::SavedTensorDefaultHooks::get_tls_state().stack.size();
+    if (is_wanted && size == depth_ - 1 && at::SavedTensorDefaultHooks::is_enabled()) set_hooks();
+    if (!is_wanted && size == depth_) hooks_ = at::SavedTensorDefaultHooks::pop_hooks();
+  }
+
+  void set_hooks() {
+    at::SavedTensorDefaultHooks::push_hooks(std::move(hooks_->first), std::move(hooks_->second));
+    hooks_.reset();
+  }
+
   py::handle forward() const { return forward_.get(); }
   const Unit& unit(const Running& r) const { return *plan_->units[r.number].second; }
   const Operator& next(const Running& r) const { return unit(r).operators[r.at]; }
@@ -363,6 +393,8 @@ class Watcher : public Observer {
   int64_t expected_at_ = -1;   // the number of the operator at which that unit begins; -1 of any
   bool is_lost_ = false;       // the forward is not like the one that was learnt: units may begin anywhere
   bool varies_ = false;        // of the plan
+  size_t depth_ = 0;  // how many hooks for saved tensors are set, with those of this watcher
+  std::optional<std::pair<c10::SafePyObject, c10::SafePyObject>> hooks_;  // them, while they are not set
   bool is_writing_ = false, is_unsettled_ = false;  // see `Forward`
   bool has_calls_ = false;                          // units matched
   std::unordered_set<const void*> exits_;           // addresses of the exits of calls
@@ -407,7 +439,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("add", &Unit::add);
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", py::module_local())
       .def(py::init<>())
-      .def("add", &Plan::add);
+      .def("add", &Plan::add)
+      .def("drop_at", &Plan::drop_at);
   py::class_<Replay>(m, "Replay", py::module_local())
       .def(py::init<size_t, std::vector<bool>>())
       .def("add_operator", &Replay::add_operator)
@@ -441,6 +474,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<py::object>());
   py::class_<Watcher, Observer, std::shared_ptr<Watcher>>(m, "Watcher", py::module_local())
       .def(py::init<std::shared_ptr<Plan>, py::object, py::object, py::object, py::object>())
+      .def("begin", &Watcher::begin)
       .def("pack", &Watcher::pack)
       .attr("looks_on") = true;  // see `dispatch.hooks_that_look_on`
 }

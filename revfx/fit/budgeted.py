@@ -300,6 +300,8 @@ class BudgetedModel:
             plan = Plan() if before is None else before.plan
             units, plan.firsts, proven = _units(chosen, learnt, plan)
             plan.learn(units, range(len(units)), _fallback(learnt) if units else ())
+            dropped = (*chosen.plan.dropped, *chosen.plan.marks)
+            plan.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
             plan.proven.update((-1, plan.sequence[site], ()) for site in proven)
             plan.notes_settings |= learnt.tape.changes_settings
             kind = self.kinds[key] = BudgetKind(plan, chosen, summary, tape.memories[0].device, len(units))

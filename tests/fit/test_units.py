@@ -67,6 +67,7 @@ def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool) -> None:
     kind.plan = Plan()
     units, kind.plan.firsts, _ = budgeted._units(kind.chosen, learnt, kind.plan)  # pyright: ignore[reportPrivateUsage]
     kind.plan.learn(units, range(len(units)))
+    kind.plan.dropped_at = frozenset(learnt.tape.saved[k][0] for k in (*drawn.dropped, *drawn.marks))
     if proven:
         kind.plan.proven.update((-1, unit, ()) for unit in kind.plan.sequence)
     kind.units = len(units)
