@@ -159,9 +159,12 @@ class Conversion:
         fit = self.fit
         if is_watched() or not may_fit(leaves):
             return self.forward(model)(*args, **kwargs)
-        if self.block_calls is not None or sees_the_engine():
+
+        def otherwise() -> Any:
             return fit.call(model, self.to_fit(model, args, kwargs))
-        otherwise = lambda: fit.call(model, self.to_fit(model, args, kwargs))  # noqa: E731
+
+        if self.block_calls is not None or sees_the_engine():
+            return otherwise()
         return self.budgeted.call(model, self.forward(model), args, kwargs, otherwise)
 
     def compile_blocks(self, functions: Sequence[tuple[str, str, CompiledFunction]]) -> None:

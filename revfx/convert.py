@@ -52,11 +52,12 @@ def convert(
         ValueError: `memory` is not a budget, or it is given with `exact=False` or `strict=True`; the model is
             converted already, with other options.
         NotReversibleError: `strict` was given and something is left as it was; raised by the first call.
-        BudgetError: no plan stays within `memory`; raised by the first call with these shapes, before it computes
-            anything. It names the least feasible budget.
+        BudgetError: no plan stays within `memory`; raised when the first backward ends. It names the least feasible
+            budget.
 
     Warns:
         NotConvertedWarning: nothing reversible was found, and the model runs as it was.
+        BudgetWarning: a step, which came after others that stayed within `memory`, can't.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`convert` takes an nn.Module, not a {type(model).__name__}.")

@@ -7,6 +7,7 @@
 // - Keys from BackendSelect downwards don't see factories: these have no tensor among their arguments.
 // The key is in a thread's include set while an observer is entered there, and excluded while an operator runs.
 #include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/autograd/function.h>
 
 #include "observe.h"
 #include "replay.h"
@@ -200,6 +201,7 @@ class Watcher : public Observer {
     if (plan_->dropped_at.empty()) return;
     bool is_wanted = is_lost_ || plan_->dropped_at.count(number_ + 1) > 0;
     if (is_wanted != bool(hooks_)) return;
+    if (torch::autograd::get_current_node()) return;  // a backward inside, which restores this thread's hooks
     size_t size = at::SavedTensorDefaultHooks::get_tls_state().stack.size();
     if (is_wanted && size == depth_ - 1 && at::SavedTensorDefaultHooks::is_enabled()) set_hooks();
     if (!is_wanted && size == depth_) hooks_ = at::SavedTensorDefaultHooks::pop_hooks();

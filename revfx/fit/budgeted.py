@@ -10,9 +10,9 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from operator import ge
 from typing import Any
@@ -31,6 +31,7 @@ from revfx.errors import BudgetError, Reason, Refusal, name_of
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
+from revfx.fit.kinds import BudgetKind, PlainForward
 from revfx.fit.learning import StepLearning
 from revfx.fit.messages import shapes_of, warn_of_blocks, warn_of_least, warn_of_losses, warn_of_miss
 from revfx.fit.meter import Meter
@@ -54,40 +55,6 @@ MARGIN = 0.03  # of a budget is left where the sizes of tensors depend on data
 LEAST_MARGIN = 2**-10  # of the least budget, by which steps with and without gradients from before may differ
 MOST_TRIES = 3  # steps of a kind that are recorded without a plan, until whole blocks are dropped
 MAX_KINDS = 16  # of calls; the oldest one makes room for a new one
-
-
-@dataclass
-class BudgetKind:
-    """Calls of one kind.
-
-    Attributes:
-        plan: the units that they are compared with.
-        chosen: the plan that these follow from; None where none can be made, and whole blocks are dropped.
-        summary: it for users.
-        device: on which the model is.
-        units: how many units matched at most.
-        calls: how many calls there were since it was learnt.
-        wait: how many calls have to pass before it is learnt again.
-        is_due: the next call is learnt again.
-        ends: tensors that the latest call took or returned, with how often they had been written to.
-    """
-
-    plan: Plan
-    chosen: Chosen | None
-    summary: BudgetPlan | None
-    device: torch.device
-    units: int
-    calls: int = 0
-    wait: int = 0
-    is_due: bool = False
-    ends: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
-
-    def judge(self, matched: int) -> None:
-        """Have the kind learnt again if fewer units matched than before."""
-        self.calls += 1
-        if matched < self.units and self.calls > self.wait:
-            self.is_due = True
-        self.units = max(self.units, matched)
 
 
 class BudgetedModel:
@@ -153,8 +120,7 @@ class BudgetedModel:
         """
         if self.is_left:
             return otherwise()
-        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        key = self._key(model, args, kwargs, leaves)
+        key = self._key(model, args, kwargs)
         if key in self.refused:
             raise self.refused[key]
         kind = self.kinds.get(key)
@@ -167,13 +133,15 @@ class BudgetedModel:
             if kind is None or kind.is_due:
                 return self._learn(key, model, forward, args, kwargs)
             if not kind.plan.units:
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
+                self._note_plain(out)
+                return out
             return self._watch(key, kind, model, forward, args, kwargs)
 
-    def _key(self, model: nn.Module, args: Any, kwargs: Any, leaves: Sequence[Tensor]) -> Any:
+    def _key(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the key of the plan for a call: that of the smallest inputs that are as large as these ones."""
         kind = call_kind(model, args, kwargs)
-        sizes = tuple([tuple(t.shape) for t in leaves])
+        sizes = _sizes_of(args, kwargs)
         found: list[Any] = []
         for known, of in self.kinds:
             if known == kind and all(map(_covers, of, sizes)):
@@ -198,7 +166,8 @@ class BudgetedModel:
             if plan.copies_ends:
                 watching.forward.before_write(ends, ())
         kind.ends = dispatch.version_counters(ends)
-        kind.judge(watching.forward.count)
+        if _sizes_of(args, kwargs) == key[1]:  # a smaller call may be shorter
+            kind.judge(watching.forward.count)
         return out
 
     def _note_forward(self, of: Any) -> None:
@@ -210,6 +179,15 @@ class BudgetedModel:
                 self.forwards = alive
                 if self.budget.share is None:
                     self.kinds.clear()
+
+    def _note_plain(self, out: Any) -> None:
+        """Count a forward that drops nothing, until its backward begins, or its graph goes."""
+        if self.budget.share is None:
+            node: Any = next((t.grad_fn for t in tensors_in(out) if t.grad_fn is not None), None)
+            if node is not None:
+                forward = node.metadata["revfx"] = PlainForward()
+                node.register_prehook(forward.begin)
+                self._note_forward(forward)
 
     def _ended(self, key: Any, meter: Meter, is_right: bool) -> None:
         """Look at what a step took as its backward ends; where a value came back wrong, have the next step learnt."""
@@ -279,6 +257,8 @@ class BudgetedModel:
             self.kinds.clear()
             return
         asked = budget.of(survey.peak)
+        if chosen is None and any(p.unpacked is None and p.end is None and not p.offered for p in tape.packs):
+            return  # another backward is still to come
         if chosen is None and not self.has_planned:
             when = "This was found when the first backward had ended, before any step of an optimizer."
             error = survey.refusal(name, inputs, self.budget, when)
@@ -365,6 +345,10 @@ def _fallback(learnt: Learnt) -> list[Unit]:
             if unit.droppable:
                 found.append(unit)
     return found
+
+
+def _sizes_of(args: Any, kwargs: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple([tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
 
 
 def _covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:

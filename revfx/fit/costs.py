@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.codes import bits
-from revfx.fit.compiled import Back
+from revfx.fit.compiled import Back, Whole
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
+from revfx.passes._torch import draws
 from revfx.passes.sizes import tensors_of
 
 
@@ -120,7 +121,7 @@ def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
 
     def made(leaf: Any) -> Any:
         if isinstance(leaf, torch.Generator):
-            return torch.Generator(leaf.device)  # the user's goes on from where it is
+            return torch.Generator(leaf.device)
         if not isinstance(leaf, Spot):
             return leaf
         memory = tape.memory_of[leaf.value]
@@ -128,7 +129,9 @@ def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
             size, device = tape.memories[memory].size, tape.memories[memory].device
             n = -(-size // leaf.dtype.itemsize)
             draw = leaf.dtype.is_floating_point and leaf.dtype.itemsize > 1
-            blocks[memory] = (torch.rand if draw else torch.zeros)(n, dtype=leaf.dtype, device=device)
+            blocks[memory] = torch.zeros(n, dtype=leaf.dtype, device=device)
+            if draw:
+                blocks[memory].uniform_(generator=torch.Generator(device))  # the user's goes on from where it is
         whole = blocks[memory]
         typed = whole if whole.dtype == leaf.dtype else whole.view(torch.uint8).view(leaf.dtype)
         return typed.as_strided(leaf.shape, leaf.stride, leaf.offset)
@@ -138,9 +141,14 @@ def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
 
 def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:
     torch.set_num_threads(threads)
-    with torch.random.fork_rng(), warnings.catch_warnings(), _torch.below_autograd():
+    found: list[Cost] = []
+    with warnings.catch_warnings(), _torch.below_autograd():
         warnings.simplefilter("ignore")
-        return [_cost(tape, op) for op in ops]
+        for op in ops:
+            is_random = isinstance(op.func, (Whole, Back)) or draws(op.func, op.args, op.kwargs)
+            with torch.random.fork_rng(enabled=is_random):  # others may draw while other operators are measured
+                found.append(_cost(tape, op))
+    return found
 
 
 def _cost(tape: Tape, op: Op) -> Cost:

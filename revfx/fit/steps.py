@@ -68,6 +68,7 @@ class StepRecorder:
         self._handles: list[Any] = []
         self._watched: list[Any] = []  # weak references, which call back
         self.is_backward = self._has_begun = False
+        self._task = -1  # the number of the backward pass
 
     @property
     def is_over(self) -> bool:
@@ -231,17 +232,20 @@ class StepRecorder:
             if node is None or node in found or node._sequence_nr() < start:
                 continue
             found.add(node)
-            self._handles.append(node.register_prehook(see.begin))
+            is_shared = node.name().endswith("AccumulateGrad")  # by the backwards of other forwards
+            self._handles.append(node.register_prehook(see.begin_shared if is_shared else see.begin))
             todo += [following for following, _ in node.next_functions]
 
-    def begin(self) -> bool:
+    def begin(self, is_shared: bool) -> bool:
         """Return whether the backward is to be recorded; note its first node."""
+        if is_shared and self._task != _torch.graph_task_id():
+            return False
         if torch.is_grad_enabled():  # the backward has a graph of its own, and all of this one stays
             self._finished = None
         if self._finished is None:
             return False
         if not self._has_begun:
-            self._has_begun = True
+            self._has_begun, self._task = True, _torch.graph_task_id()
             _torch.at_end_of_backward(self._end)
         return True
 
@@ -281,7 +285,13 @@ class _Backward(TorchDispatchMode):
     @_torch.uncompiled
     def begin(self, _: Any) -> None:
         """Go on for the node that is about to run."""
-        if self._recorder.begin():
+        if self._recorder.begin(False):
+            dispatch.push_mode(self)
+
+    @_torch.uncompiled
+    def begin_shared(self, _: Any) -> None:
+        """Go on for a node that other graphs share, if it is this backward that comes to it."""
+        if self._recorder.begin(True):
             dispatch.push_mode(self)
 
     @_torch.uncompiled

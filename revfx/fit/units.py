@@ -33,11 +33,19 @@ class Learnt:
 
 @dataclass
 class _Cone:
-    """The operators of one block that make values again."""
+    """The operators of one block that make values again.
+
+    Attributes:
+        ops: them.
+        coins: zeros and ones that were drawn, which are there as bits.
+        borrowed: values that earlier blocks give.
+        is_open: one of these is written over later, so that nobody gives it.
+    """
 
     ops: set[int] = field(default_factory=set[int])
     coins: set[int] = field(default_factory=set[int])
     borrowed: set[int] = field(default_factory=set[int])
+    is_open: bool = False
 
 
 class Grouping:
@@ -85,6 +93,7 @@ class Grouping:
         cones = {v: self._cone(v, block) for v in (*wanted, *marks, *lent)}
         for v in marks.difference(wanted, lent):  # nothing runs again for it
             cones[v] = _Cone({self.tape.values[v].op or 0})
+        cones = {v: cone for v, cone in cones.items() if not cone.is_open}
         for cone in cones.values():
             for v in cone.borrowed:
                 own = self._block(v)
@@ -146,6 +155,7 @@ class Grouping:
             assert op is not None
             if self.block_of[op] != block:
                 cone.borrowed.add(v)
+                cone.is_open |= v in self.after
             elif op not in cone.ops:
                 cone.ops.add(op)
                 todo += self._reads(op)

@@ -166,7 +166,7 @@ class BlockLearning(Learning):
                     return None
                 allocation = self.tape.allocations[self.tape.values[value].allocation]
                 is_written = allocation.is_outside and allocation.writes  # so will the next forward
-                given[slot] = copied(t) if is_written else dispatch.alias(t)
+                given[slot] = copied(t) if is_written or slot in unit.cloned else dispatch.alias(t)
         layouts: dict[int, Any] = {}
         for value, slot in builder.slots.items():
             known = self.tape.values[value]

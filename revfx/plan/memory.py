@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from revfx.engine.operators import is_view
 from revfx.engine.tape import Tape
+from revfx.engine.unit import UnitOp
+from revfx.plan.replays import Memory
 
 
 MAX_FILLED = 2**24  # elements of uninitialized memory of which it is looked at whether all parts are written
@@ -42,3 +46,15 @@ def is_workspace(tape: Tape, value: int) -> bool:
     """Return whether a value is bytes beside other results: a workspace of a kernel, in whose gaps anything may be."""
     known = tape.values[value]
     return known.op is not None and known.view.dtype == torch.uint8 and not tape.ops[known.op].is_single
+
+
+def first_slots(ops: Sequence[UnitOp], memory: Memory) -> dict[int, int]:
+    """Return the slots of tensors that were written to by other views, each with the first slot of that tensor."""
+    made: set[int] = set()
+    for op in ops:
+        made.update(op.outs)
+    found = {s: before for s, before in memory.before.items() if s not in made}
+    for s in found:
+        while found[s] in found:
+            found[s] = found[found[s]]
+    return found

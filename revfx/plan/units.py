@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from revfx.engine.operators import UNINITIALIZED, is_repeatable, is_view
+from revfx.engine.operators import STATISTICS, UNINITIALIZED, is_repeatable, is_view
 from revfx.engine.tape import Op, Ref, Tape
 from revfx.engine.unit import Coded, Number, Replay, Slot, Unit, UnitOp
 from revfx.parts import Part
@@ -20,7 +20,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.facts import Fact
 from revfx.passes.program import Arc
 from revfx.plan.couplings import Couplings
-from revfx.plan.memory import is_filled, is_workspace
+from revfx.plan.memory import first_slots, is_filled, is_workspace
 from revfx.plan.replays import Action, Builder, Inversion, Memory, Run, Unreplayable
 
 
@@ -183,6 +183,7 @@ class UnitBuilder:
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.inverses: list[Arc] = []
         self.others: list[Replay] = []
+        self.statistics: set[int] = set()  # running ones that a normalisation reads, and others write uncounted
 
     def run(self) -> Unit:
         """Return the unit.
@@ -199,7 +200,7 @@ class UnitBuilder:
         given = (external - ({*entry} - kept)) | held
         forward, backward = self._replays(ops, memory, {*given, *entry}, {*given, *self._known(span.given)})
         replays = [*forward, *backward, *self.others]
-        same = _first_slots(ops, memory)
+        same = first_slots(ops, memory)
         read_again = same.keys() - external
         read = {s for c in self.coded for s in (c.head, *c.tail)}
         if not same.keys().isdisjoint((*read, *exit)):
@@ -213,7 +214,7 @@ class UnitBuilder:
             kept=kept,
             exit=exit,
             held=held & _inputs_of(replays, "slot"),
-            cloned=frozenset(s for v, s in self.slots.items() if s in external | held and self._is_written(v)),
+            cloned=frozenset(s for v, s in self.slots.items() if s in external | held and self._may_change(v)),
             coded=tuple(self.coded),
             rounds=any(map(rounds, self.inverses)),
             layouts=_inputs_of(replays, "layout"),
@@ -288,6 +289,8 @@ class UnitBuilder:
         return before not in self.external
 
     def _op(self, op: Op, is_inverted: bool) -> UnitOp:
+        if op.func in STATISTICS and op.args[5] is False:
+            self.statistics.update(int(op.args[i]) for i in STATISTICS[op.func] if type(op.args[i]) is Ref)
         args = tuple(self._argument(a, is_inverted) for a in op.args)
         kwargs = {k: self._argument(v, is_inverted) for k, v in op.kwargs.items()}
         outs: list[int] = []
@@ -359,6 +362,10 @@ class UnitBuilder:
             return not is_filled(self.tape, value)
         return False
 
+    def _may_change(self, value: int) -> bool:
+        """Return whether a tensor may be another one in the backward, and no version tells."""
+        return self._is_written(value) or value in self.statistics
+
     def _is_written(self, value: int) -> bool:
         """Return whether the forward writes to the outside memory of a value, so that the next forward will, too."""
         allocation = self.tape.allocations[self.tape.values[value].allocation]
@@ -383,15 +390,3 @@ class UnitBuilder:
 def _inputs_of(replays: Sequence[Replay], kind: str) -> frozenset[int]:
     """Return the indices of all inputs of a kind."""
     return frozenset(index for replay in replays for k, index in replay.inputs if k == kind)
-
-
-def _first_slots(ops: Sequence[UnitOp], memory: Memory) -> dict[int, int]:
-    """Return the slots of tensors that were written to by other views, each with the first slot of that tensor."""
-    made: set[int] = set()
-    for op in ops:
-        made.update(op.outs)
-    found = {s: before for s, before in memory.before.items() if s not in made}
-    for s in found:
-        while found[s] in found:
-            found[s] = found[found[s]]
-    return found

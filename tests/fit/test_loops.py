@@ -245,3 +245,60 @@ def test_later_steps_never_raise() -> None:
             torch.optim.SGD(of.parameters(), 0.05).step()
             mine.append(loss.detach())
     assert equal(*found)
+
+
+def test_statistics_that_are_written_uncounted_are_read_as_they_were() -> None:
+    """A normalisation in evaluation, and the same one in training before the backward."""
+
+    def make() -> nn.Module:
+        parts = (nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 64)) for _ in range(6))
+        return Residual(*parts)
+
+    torch.manual_seed(0)
+    plain = make()
+    model = copy.deepcopy(plain)
+    found: list[list[Tensor]] = []
+    for of, run in ((plain, plain), (model, revfx.convert(model, memory=0.7))):
+        mine: list[Tensor] = []
+        for step in range(STEPS):
+            of.zero_grad()
+            of.eval()
+            first = run(data(step)).square().mean()
+            of.train()
+            (first + run(data(step)).tanh().mean()).backward()
+            mine += [first.detach(), *(p.grad.clone() for p in of.parameters() if p.grad is not None)]
+            torch.optim.SGD(of.parameters(), 0.05).step()
+        found.append([*mine, *of.state_dict().values()])
+    assert equal(*found)
+
+
+class Heads(nn.Module):
+    """A body, and two heads with a loss each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = layers(4), nn.ModuleList([layers(2), layers(2)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return self.heads[0](x), self.heads[1](x)
+
+
+@pytest.mark.filterwarnings("ignore:.*no plan can be made")
+def test_losses_may_have_backwards_of_their_own() -> None:
+    torch.manual_seed(0)
+    plain = Heads()
+    model = copy.deepcopy(plain)
+    found: list[list[Tensor]] = []
+    for of, run in ((plain, plain), (model, revfx.convert(model, memory=0.6))):
+        mine: list[Tensor] = []
+        torch.manual_seed(1)
+        for step in range(STEPS):
+            of.zero_grad()
+            first, second = run(data(step))
+            first.square().mean().backward(retain_graph=True)
+            second.square().mean().backward()
+            mine += [first.detach(), *(p.grad.clone() for p in of.parameters() if p.grad is not None)]
+            torch.optim.SGD(of.parameters(), 0.05).step()
+        found.append([*mine, *of.state_dict().values()])
+    assert equal(*found)

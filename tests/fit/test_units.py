@@ -18,7 +18,7 @@ from revfx.engine.plan import Plan
 from revfx.engine.tape import Tape
 from revfx.fit import budgeted
 from revfx.fit.blocks import blocks_of
-from revfx.fit.budgeted import BudgetKind
+from revfx.fit.kinds import BudgetKind
 from revfx.fit.units import Learnt
 
 
