@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import itertools
@@ -206,7 +207,7 @@ def _memory(task: Task, budget: float | str) -> Call:
     if budget != LEAST:
         return revfx.convert(task.model, memory=float(budget) / 100, compile=task.is_compiled)
     try:
-        call = revfx.convert(task.model, memory=1, compile=task.is_compiled)
+        call = revfx.convert(copy.deepcopy(task.model), memory=1, compile=task.is_compiled)
         for _ in range(2):  # where couplings are to be inverted, the second one is planned
             task.loss_of(call).backward()
     except BudgetError as e:

@@ -173,7 +173,7 @@ class StepLearning(BlockLearning):
         known = self.step.before(func, args, kwargs)
         out = super()._record(func, args, kwargs, run)
         op = self.tape.ops[-1]
-        self.step.after(known, out, len(self.tape.ops) - 1, False, op.module, op.where)
+        self.step.after(known, out, len(self.tape.ops) - 1, op.module, op.where)
         for ref, spot in zip(pytree.tree_leaves((op.args, op.kwargs)), known.spots, strict=True):
             if type(ref) is Ref and isinstance(spot, Spot):
                 self.value_of[int(ref)] = spot.value

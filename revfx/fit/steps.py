@@ -29,7 +29,14 @@ from revfx.passes.sizes import tensors_of
 
 @dataclass
 class Before:
-    """What is known of an operator before it runs: the spots of its arguments, flat, and what it writes to."""
+    """An operator that is about to run.
+
+    Attributes:
+        given: its arguments, flat.
+        spots: the same, with spots in the place of tensors.
+        spec: their structure.
+        written: the spots that it writes to.
+    """
 
     func: Any
     given: Sequence[Any]
@@ -52,13 +59,12 @@ class StepRecorder:
 
     def __init__(self, model: nn.Module, finished: Callable[[StepRecorder], None]) -> None:
         self.tape, self.numbers = Tape(is_live=True), list[int]()
-        self.names = {id(m): name for name, m in model.named_modules()}
         self._before = dict[int, str]()  # by storage, what it was before the step
         self._parameters = [*model.parameters()]
         for p in self._parameters:
-            self._before.update(
-                {_torch.storage_key(t): "parameter" for t in (p, p.grad) if t is not None and _is_strided(t)}
-            )
+            for t in (p, p.grad):
+                if t is not None and _is_strided(t):
+                    self._before[_torch.storage_key(t)] = "parameter"
         self._finished: Callable[[StepRecorder], None] | None = finished
         self._known: dict[int, tuple[int, Any]] = {}  # by storage: its memory, and a weak reference
         self._live: set[int] = set()  # memories that others than autograd hold
@@ -85,7 +91,7 @@ class StepRecorder:
             self._enter(t, key, made)
         number = self._known[key][0]
         memory = self.tape.memories[number]
-        if memory.end is not None and not self.is_backward:
+        if memory.end is not None and not self.is_backward:  # somebody held it all the same
             memory.end = None
             self._live.add(number)
         value = memory.values[-1]
@@ -141,14 +147,13 @@ class StepRecorder:
         old = tuple([s for t in written if (s := self.spot(t)) is not None])
         return Before(func, given, spots, spec, old)
 
-    def after(self, known: Before, out: Any, number: int, draws: bool, module: str, where: str) -> None:
+    def after(self, known: Before, out: Any, number: int, module: str, where: str) -> None:
         """Add an operator that has run, unless it made nothing but views.
 
         Args:
             known: from before it ran.
             out: its result.
             number: its number on the engine's tape.
-            draws: it draws random numbers.
             module, where: the innermost module, and the user's line; in the backward the name of autograd's node.
         """
         owned = {_torch.storage_key(t) for t in known.given if isinstance(t, Tensor) and _is_strided(t)}
@@ -167,7 +172,7 @@ class StepRecorder:
         outs = tuple([self.spot(t, True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args, kwargs = pytree.tree_unflatten(known.spots, known.spec)
         reads, makes = tuple([s for s in known.spots if isinstance(s, Spot)]), tuple(range(before, len(tape.memory_of)))
-        tape.ops.append(Op(known.func, tuple(args), kwargs, reads, outs, known.written, makes, draws, module, where))
+        tape.ops.append(Op(known.func, tuple(args), kwargs, reads, outs, known.written, makes, False, module, where))
         if not self.is_backward:
             self.numbers.append(number)
 
@@ -304,7 +309,7 @@ class _Backward(TorchDispatchMode):
         known = self._recorder.before(func, args, kwargs)
         out = func(*args, **kwargs)
         node = _torch.backward_node()
-        self._recorder.after(known, out, -1, False, "", "" if node is None else node.name())
+        self._recorder.after(known, out, -1, "", "" if node is None else node.name())
         return out
 
 

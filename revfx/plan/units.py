@@ -193,7 +193,8 @@ class UnitBuilder:
         """
         span, tape = self.span, self.tape
         ops = [self._op(tape.ops[i], i in span.inverted) for i in range(span.first, span.last + 1)]
-        entry, exit = self._known(span.entry), self._known(span.exit)  # others go past the unit
+        exit = self._known(span.exit)  # others go past the unit
+        entry = tuple(s for s in self._known(span.entry) if s in self.external)  # others are views, made once more
         kept = frozenset(self._known(v for v in span.entry if v in span.kept))
         held = frozenset(self._known(v for v in self.made if v in span.kept or self._must_be_held(v)))
         external, memory = frozenset(self.external), self._memory()
