@@ -351,6 +351,8 @@ class Forward:
             if slot in unit.droppable | unit.marks and slot not in call.kept:
                 assert saved.tensor is not None
                 self._drop_one(saved, call, slot, saved.tensor)
+            elif unit.gives_exit and saved.tensor is not None:
+                self.link(saved, saved.tensor)  # a view, made once more, of what an earlier unit gives back
 
     def _drop_one(self, saved: SavedTensor, call: UnitCall, slot: int, t: Tensor) -> None:
         if slot in call.unit.marks:
