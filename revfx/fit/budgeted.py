@@ -279,6 +279,8 @@ class BudgetedModel:
             before = self.kinds.pop(key, None)
             plan = Plan() if before is None else before.plan
             units, plan.firsts, proven = _units(chosen, learnt, plan)
+            if not units:
+                plan.units.clear()  # those of an earlier plan would match anywhere
             plan.learn(units, range(len(units)), _fallback(learnt) if units else ())
             dropped = (*chosen.plan.dropped, *chosen.plan.marks)
             plan.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
