@@ -331,7 +331,7 @@ def _units(chosen: Chosen, learnt: Learnt, plan: Plan) -> tuple[list[Unit], list
 
 
 def _code_of(tape: Tape, value: int) -> tuple[Any, ...]:
-    """Return what a value has in common with the same one in other layers."""
+    """Return a key that a value shares with the same one in other layers."""
     at = tape.values[value].op
     assert at is not None
     op = tape.ops[at]

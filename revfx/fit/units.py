@@ -1,4 +1,4 @@
-"""From a plan for a budget to units: what is dropped of which operators, block by block."""
+"""From a plan for a budget to units: the dropped values of each block, with the operators that make them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of the memory of a tape's values: whether operators fill it, and whether it is a kernel's workspace."""
+"""The memory of a tape's values: whether operators fill it, and whether it is a kernel's workspace."""
 
 from __future__ import annotations
 

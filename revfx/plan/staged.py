@@ -1,4 +1,4 @@
-"""Units of plans that only replay forwards: what is dropped of some operators, and in which order it is asked for."""
+"""Units of plans that only replay forwards: dropped values, in the order in which the backward asks for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from revfx.plan.units import Span, UnitBuilder
 
 @dataclass(frozen=True)
 class Dropped:
-    """What a plan drops of the operators first..last of a tape.
+    """The values that a plan drops among the operators first..last of a tape.
 
     Attributes:
         stages: the values of saved tensors that are replayed, in groups, in the order in which the backward asks.
@@ -42,7 +42,7 @@ class Dropped:
 
 
 class StagedBuilder(UnitBuilder):
-    """Makes the unit of what a plan drops of some operators."""
+    """Makes the unit of dropped values."""
 
     def __init__(self, tape: Tape, dropped: Dropped) -> None:
         self.dropped = dropped
