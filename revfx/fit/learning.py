@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,7 +126,8 @@ class StepLearning(BlockLearning):
 
     def _note_saved(self, saved: SavedTensor, t: Tensor) -> None:
         super()._note_saved(saved, t)
-        self.step.packed(saved, t)
+        made_by = self.tape.values[self.tape.saved[-1][1]].op
+        self.step.packed(saved, t, 0 if made_by is None else bisect_right(self.step.numbers, made_by))
         if t.layout == torch.strided and _torch.is_plain(t):
             key = _torch.storage_key(t)
             if isinstance(t, nn.Parameter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from itertools import accumulate
 
 from revfx.fit.costs import Cost, bit_seconds
 from revfx.fit.needs import Needs
-from revfx.fit.plan import Plan
+from revfx.fit.plan import Plan, Segment
 from revfx.fit.tape import Memory
 
 
@@ -49,6 +50,51 @@ class Load:
         at = 2 * turn + 1
         backward = max((*self.live[2 * turn : at], *self.live[at + 1 :]), default=0)
         return max(max(self.live[: 2 * turn], default=0), self.live[at] - credit.turn, backward - credit.backward)
+
+
+class Units:
+    """The runs of operators of which the engine drops saved tensors when the last operator has run."""
+
+    def __init__(self, plan: Plan, segments: Iterable[Segment]) -> None:
+        self.plan = plan
+        spans: list[tuple[int, int]] = []
+        for segment in segments:
+            of_block: dict[int, list[int]] = {}
+            for rerun in segment.reruns:
+                of_block.setdefault(plan.block_of[rerun.op], []).append(rerun.op)
+            spans += [self._span(block, ops) for block, ops in of_block.items()]
+            made_by = plan.needs.tape.made_by[plan.needs.value(segment.pack)]
+            made = plan.needs.tape.packs[segment.pack].made
+            spans.append((made_by or 0, max(made_by or 0, made - 1)))
+        joined = join(spans)
+        self._starts, self._ends = [first for first, _ in joined], [last for _, last in joined]
+
+    def _span(self, block: int, ops: list[int]) -> tuple[int, int]:
+        """Return the first and the last of some operators, and of those in their block that they read from."""
+        first = min(ops)
+        for op in ops:
+            for v in self.plan.reads[op]:
+                made = self.plan.needs.tape.made_by[v]
+                if made is not None and self.plan.block_of[made] == block and not self.plan.is_base(v):
+                    first = min(first, made)
+        return first, max(ops)
+
+    def end(self, value: int) -> int:
+        """Return the number of the operator after the run in which a value is made."""
+        op = self.plan.needs.tape.made_by[value] or 0
+        at = bisect_right(self._starts, op) - 1
+        return 1 + (self._ends[at] if at >= 0 and op <= self._ends[at] else op)
+
+
+def join(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return runs of operators, joined where they overlap."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        else:
+            found.append((first, last))
+    return found
 
 
 @dataclass
@@ -134,10 +180,13 @@ class Model:
             if v in plan.kept:
                 until[v] = self.through(packs)
             dropped += [k for k in packs if k in plan.dropped]
-            for k in packs:
+        segments = [*plan.segments(dropped)]
+        units = Units(plan, segments)
+        for v in values:
+            for k in self.needs.wanted[v]:
                 if k in plan.marks and v not in plan.kept:
                     p = tape.packs[k]
-                    self._marks(hold, spikes, v, p.packed, p.end)
+                    self._marks(hold, spikes, v, max(units.end(v), p.made), p.end)
                     if p.unpacked is not None:
                         hold(tape.size(v), 2 * p.unpacked + 1, p.end)
                         spike = tape.size(v) + MORE * self.needs.elements(v)
@@ -148,10 +197,11 @@ class Model:
                 until[v] = max(until.get(v, 0), self.through(plan.asked[block]))
         for v, stop in until.items():
             if v in plan.coins:
-                self._marks(hold, spikes, v, tape.packs[self.needs.wanted[self.needs.coins[v]][0]].packed, stop)
+                self._marks(hold, spikes, v, units.end(v), stop)
             elif (dead := self.end(tape.memory(v))) is not None:
                 hold(tape.size(v), dead, stop)
-        seconds += self._replay(plan, dropped, hold, spikes)
+        self._await_drops(values, plan, units, hold)
+        seconds += self._replay(plan, segments, hold, spikes)
         held = [*accumulate(change[:end])]
         for slot, size in spikes.items():
             held[slot] += size
@@ -167,8 +217,21 @@ class Model:
         hold(-(-elements // BITS), 2 * start + 1, stop)
         spikes[2 * start] = max(spikes.get(2 * start, 0), elements * MORE)
 
-    def _replay(self, plan: Plan, packs: Iterable[int], hold: Hold, spikes: dict[int, int]) -> float:
-        """Return the seconds of what runs again for `packs`; `hold` what is there from one slot to another."""
+    def _await_drops(self, values: Iterable[int], plan: Plan, units: Units, hold: Hold) -> None:
+        """Hold what is dropped until its unit ends."""
+        until = dict[int, int]()  # by memory
+        for v in values:
+            if v not in plan.kept and self.needs.tape.made_by[v] is not None:
+                m = self.needs.tape.memory_of[v]
+                made = max((self.needs.tape.packs[k].made for k in self.needs.wanted[v]), default=0)
+                until[m] = max(until.get(m, 0), 2 * max(units.end(v), made) + 1)
+        for m, stop in until.items():
+            dead = self.end(self.needs.tape.memories[m])
+            if dead is not None:
+                hold(self.needs.tape.memories[m].size, dead, stop)
+
+    def _replay(self, plan: Plan, segments: Iterable[Segment], hold: Hold, spikes: dict[int, int]) -> float:
+        """Return the seconds of what runs again; `hold` what is there from one slot to another."""
         tape = self.needs.tape
         since, taken = dict[int, int](), set[int]()  # by value: when its memory was made again; whose was taken over
         handed = dict[int, int]()  # by value: until when autograd holds what it was given
@@ -184,7 +247,7 @@ class Model:
                 now -= tape.size(v) if since[v] == stop == at else 0
                 hold(tape.size(v), since[v], stop)
 
-        for segment in plan.segments(packs):
+        for segment in segments:
             p, value = tape.packs[segment.pack], self.needs.value(segment.pack)
             if p.unpacked is not None and at != 2 * p.unpacked + 1:
                 at, now, most = 2 * p.unpacked + 1, 0, 0

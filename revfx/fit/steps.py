@@ -177,10 +177,12 @@ class StepRecorder:
             self.numbers.append(number)
 
     # --- autograd
-    def packed(self, saved: SavedTensor, t: Tensor) -> None:
-        """Note a saved tensor: the object that autograd holds, and the tensor that it stands for."""
+    def packed(self, saved: SavedTensor, t: Tensor, made: int) -> None:
+        """Note a saved tensor: the object that autograd holds, the tensor that it stands for, and how many operators
+        ran before this was made.
+        """
         spot, packs, self._moment = self.spot(t), self.tape.packs, len(self.tape.ops)
-        pack = Pack(None if isinstance(t, nn.Parameter) else spot, len(self.tape.ops))
+        pack = Pack(None if isinstance(t, nn.Parameter) else spot, len(self.tape.ops), made)
         packs.append(pack)
         self._packs[saved] = len(packs) - 1
         self._watched.append(weakref.ref(saved, lambda _: self._released(pack)))

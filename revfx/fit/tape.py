@@ -77,12 +77,13 @@ class Op:
 @dataclass(slots=True)
 class Pack:
     """What autograd keeps from before operator `packed` up to the slot `end`; it reads it first by `unpacked`, as the
-    tensor of this `turn`. `spot` is None of what no memory is known of. Arguments of compiled parts are `offered`:
-    seen, and not kept.
+    tensor of this `turn`. `made` operators ran before the tensor was made, as a view maybe. `spot` is None of what no
+    memory is known of. Arguments of compiled parts are `offered`: seen, and not kept.
     """
 
     spot: Spot | None
     packed: int
+    made: int = 0
     unpacked: int | None = None
     end: int | None = None
     turn: int = 0

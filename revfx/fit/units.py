@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from revfx.engine.operators import STATISTICS
 from revfx.engine.tape import Tape
 from revfx.fit.plan import Plan
+from revfx.fit.simulate import join
 from revfx.plan.staged import Dropped
 
 
@@ -100,7 +101,7 @@ class Grouping:
                 assert own is not None
                 loans.setdefault(own, {})[v] = None
         found: list[Dropped] = []
-        for first, last in _joined((min(c.ops), max(c.ops)) for c in cones.values() if c.ops):
+        for first, last in join((min(c.ops), max(c.ops)) for c in cones.values() if c.ops):
             inside = {v for v, c in cones.items() if c.ops and first <= min(c.ops) <= last}
             borrowed, coins = set[int](), set[int]()
             for v in inside:
@@ -208,14 +209,3 @@ def _whole_block(tape: Tape, first: int, last: int) -> Dropped:
         if first <= at <= last and op is not None and op >= first and not tape.is_outside(value):
             values[value] = None
     return Dropped(first, last, (tuple(values),), frozenset(), frozenset(), {})
-
-
-def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ranges of operators, joined where they overlap."""
-    found: list[tuple[int, int]] = []
-    for first, last in sorted(ranges):
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(last, found[-1][1])
-        else:
-            found.append((first, last))
-    return found

@@ -24,6 +24,7 @@ from revfx.fit.units import Learnt
 
 PLANS = 4  # of each model
 SLACK = 2**14  # bytes of random states and fingerprints, which are foreseen roughly
+PART = 32  # of what is foreseen, by which a loop whose steps run again in one go may be over
 
 
 def learnt_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, BudgetKind, Learnt]:
@@ -92,9 +93,8 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
         assert equal(state(model, lambda: loss(fitted(*args))), want)
         assert kind.units == 0 or not kind.is_due
         assert not kind.plan.reasons, kind.plan.reasons
-        longest = max((len(u.unit.ops) for u in kind.plan.sequence), default=0)  # it drops when it has ended
-        if watcher == "native" and 4 * longest < len(learnt.tape.ops):
-            assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK
+        if watcher == "native":
+            assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + max(SLACK, foreseen // PART)
 
 
 def _step(fitted: nn.Module, args: Any, loss: Any) -> torch.Tensor:
