@@ -17,6 +17,7 @@ from revfx.passes._torch import OVERFLOWED
 
 if TYPE_CHECKING:
     from revfx.engine.call import UnitCall
+    from revfx.engine.plan import UnitPlan
 
 
 class Pass:
@@ -34,6 +35,7 @@ class Pass:
         self.active: list[UnitCall] = []
         self.staged: list[weakref.ref[UnitCall]] = []  # calls that hold tensors until the backward asks for them
         self.comparisons: list[Comparison] = []
+        self.tried: list[UnitPlan] = []  # of which all tensors are compared
         self.ended: Callable[[bool], None] | None = None  # called at the end: were all values right?
         self.coded: list[tuple[Code, Codec]] = []  # codes that may have lost escapes, on accelerators
 
@@ -111,6 +113,9 @@ class Ending:
         finally:
             for one in passes:
                 one.is_over = True
+                for unit in one.tried:
+                    unit.is_tried |= is_right
+                one.tried.clear()
                 if one.ended is not None:
                     one.ended(is_right)
 

@@ -26,6 +26,7 @@ from revfx.engine.backward import Pass
 from revfx.engine.fingerprints import Comparison, Fingerprint, fingerprint
 from revfx.engine.marks import Mark
 from revfx.engine.observe import Observer
+from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.unit import Replay, Unit
 from revfx.layout import copied
@@ -44,6 +45,7 @@ class UnitCall:
         kept: slots that are kept for good; see `UnitPlan`.
         settings: how kernels are set, if the forward changes that.
         observer: looks on, if there is one.
+        trial: the plan of the unit, if this call is the first of which all tensors are compared.
         inverts: it goes backwards; else it holds its entry and goes forwards.
         is_rounded: values come back accurate to rounding.
         exits: by slot, tensors of the exit that are held.
@@ -74,6 +76,7 @@ class UnitCall:
     kept: Collection[int] = ()
     settings: tuple[Any, ...] | None = None
     observer: Observer | None = None
+    trial: UnitPlan | None = None
     codes: list[Code | None] = field(default_factory=list["Code | None"])
     inverts: bool = False
     is_rounded: bool = False
@@ -247,6 +250,8 @@ class UnitCall:
                 if self.unit.last_loan.get(entry) == self.stage:
                     lender._repay(exit)
             self.stage += 1
+        if self.trial is not None and self.stage == len(stages):
+            self.backward_pass.tried.append(self.trial)
 
     def _begin(self) -> None:
         """Take the exit from later calls, whose tensors then go."""

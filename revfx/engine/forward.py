@@ -364,12 +364,19 @@ class Forward:
         call.pending[slot] = call.pending.get(slot, 0) + 1
 
     def _fingerprint(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
-        """Note the fingerprint of the end of a chain, which every replay above it leads to."""
+        """Note the fingerprint of the end of a chain, which every replay above it leads to.
+
+        Of a unit in stages those of all that it gives, until they were right once.
+        """
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept]
         if unit.gives_exit:
             slots += [slot for slot in unit.exit if slot in unit.droppable and slot not in match.of.kept]
-        slots = [slot for slot in slots if slot not in unit.workspaces][-1:]
+        slots = [slot for slot in dict.fromkeys(slots) if slot not in unit.workspaces]
+        if unit.gives_exit and not match.of.is_tried:
+            call.trial = match.of
+        else:
+            slots = slots[-1:]
         corrects = any(call.codes) if unit.coded else unit.rounds
         if call.inverts and corrects:
             slots = []  # it shows further up

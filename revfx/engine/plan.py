@@ -30,6 +30,7 @@ class UnitPlan:
         is_broken: nothing of it is dropped, as going backwards gave other bits.
         groups: of processes that run its collectives; they prove it together.
         is_fallback: of a plan that says where its units begin: it may begin anywhere once the forward went another way.
+        is_tried: a backward has compared all tensors that it gives.
         may_fail: it was expected, and began, and then the forward went another way.
         verified: by slot, offset, strides and version, the memory of a tensor for which the unit's facts hold.
     """
@@ -40,6 +41,7 @@ class UnitPlan:
     kept: set[int] = field(default_factory=set[int])
     is_broken: bool = False
     is_fallback: bool = False
+    is_tried: bool = False
     may_fail: bool = False
     verified: dict[Any, weakref.ref[Any]] = field(default_factory=dict[Any, "weakref.ref[Any]"])
 

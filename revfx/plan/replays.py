@@ -55,12 +55,14 @@ class Memory:
         before: by slot of a value that a write made, the slot of the same tensor before.
         writer: by such a slot, the operator that wrote.
         writes: by operator, pairs of slots before and after.
+        overwritten: slots of which an operator writes over elements, by this or another view.
     """
 
     allocation: Mapping[int, int]
     before: Mapping[int, int]
     writer: Mapping[int, int]
     writes: Mapping[int, Sequence[tuple[int, int]]]
+    overwritten: frozenset[int]
 
 
 class Builder:

@@ -70,7 +70,7 @@ class StagedBuilder(UnitBuilder):
             return [Builder(ops, memory, known, runs, [*dict.fromkeys(wanted)], self.coins).run()], []
 
     def _stages(self, ops: Sequence[UnitOp], memory: Memory, known: set[int], runs: Sequence[Run]) -> list[Replay]:
-        overwritten = {*memory.before.values()}
+        overwritten = memory.overwritten
         outlines: list[tuple[set[int], set[int], set[int]]] = []  # of stages: what is there before, made and read
         there, asked = {*known}, set[int]()
         for stage in self.dropped.stages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from helpers import deep_but
 from torch import nn
 
 from revfx.engine import native
+from revfx.engine.call import UnitCall
 from revfx.engine.plan import Plan
 from revfx.engine.tape import Tape
+from revfx.errors import RegenerationError
 from revfx.fit import budgeted
 from revfx.fit.blocks import blocks_of
 from revfx.fit.kinds import BudgetKind
@@ -32,9 +35,9 @@ def learnt_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, B
     found: list[Learnt] = []
     make_units = budgeted._units  # pyright: ignore[reportPrivateUsage]
 
-    def units(chosen: Any, learnt: Learnt, plan: Plan) -> Any:
+    def units(chosen: Any, learnt: Learnt, plan: Plan, budget: int = sys.maxsize) -> Any:
         found.append(learnt)
-        return make_units(chosen, learnt, plan)
+        return make_units(chosen, learnt, plan, budget)
 
     monkeypatch.setattr(budgeted, "_units", units)
     monkeypatch.setattr(Tape, "forget_tensors", lambda tape: None)
@@ -75,7 +78,7 @@ def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool) -> None:
 
 
 @pytest.mark.parametrize("watcher", ["native", "python"])
-@pytest.mark.parametrize("name", deep_but(["relu", "encoder", "in place", "lstm", "unet"], MODELS))
+@pytest.mark.parametrize("name", deep_but(["relu", "encoder", "in place", "lstm", "translator", "unet"], MODELS))
 def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
     monkeypatch.setenv(native.CHOICE, watcher)
     (model, args, loss), fitted, kind, learnt = learnt_step(name, monkeypatch)
@@ -95,6 +98,30 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
         assert not kind.plan.reasons, kind.plan.reasons
         if watcher == "native":
             assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + max(SLACK, foreseen // PART)
+
+
+def test_the_first_backward_compares_all_that_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, args, loss), fitted, kind, learnt = learnt_step("encoder", monkeypatch)
+    assert kind.chosen is not None
+    kept = frozenset(v for v in kind.chosen.plan.needs.wanted if learnt.tape.values[v].op is None)
+    install(kind, learnt, replace(kind.chosen.plan, kept=kept, marks=frozenset(), coins=frozenset()), proven=True)
+    staged = [unit for unit in kind.plan.sequence if len(unit.unit.stages) > 2]
+    assert staged
+    spoilt: list[int] = []
+    inputs = UnitCall.inputs
+
+    def spoiling(call: UnitCall, replay: Any, noted: Any = None) -> list[Any]:
+        found = inputs(call, replay, noted)
+        if call.stage == len(call.unit.stages) - 1 > 1:
+            spoilt.append(call.site)
+            found = [t + 1 if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in found]
+        return found
+
+    monkeypatch.setattr(UnitCall, "inputs", spoiling)
+    with pytest.raises(RegenerationError):
+        state(model, lambda: loss(fitted(*args)))
+    assert spoilt
+    assert not any(unit.is_tried for unit in staged)
 
 
 def _step(fitted: nn.Module, args: Any, loss: Any) -> torch.Tensor:

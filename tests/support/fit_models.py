@@ -177,10 +177,33 @@ def attention() -> Made:
     return Residual(*layers), (torch.randn(8, 32, 64),), square
 
 
+class Translator(nn.Module):
+    """A GRU cell with attention in a Python loop."""
+
+    def __init__(self, d: int = 48, words: int = 200) -> None:
+        super().__init__()
+        self.embed, self.cell = nn.Embedding(words, d), nn.GRUCell(2 * d, d)
+        self.query, self.out = nn.Linear(d, d), nn.Linear(2 * d, words)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory = self.embed(source)
+        h, loss = memory[:, -1], memory.new_zeros(())
+        for step in range(1, target.shape[1]):
+            weights = torch.einsum("bd,bnd->bn", self.query(h), memory).softmax(-1)
+            context = torch.einsum("bn,bnd->bd", weights, memory)
+            h = self.cell(torch.cat([self.embed(target[:, step - 1]), context], -1), h)
+            loss = loss + F.cross_entropy(self.out(torch.cat([h, context], -1)), target[:, step])
+        return loss
+
+
+def translator() -> Made:
+    return Translator(), (torch.randint(0, 200, (32, 10)), torch.randint(0, 200, (32, 8))), torch.sum
+
+
 MODELS: dict[str, Callable[[], Made]] = {
     "mlp": mlp, "relu": relu_mlp, "encoder": encoder, "convolutions": convolutions, "unet": unet, "lstm": tagger,
     "gru": gru, "in place": in_place, "checkpoint": checkpointed, "function": functions, "asks": asking,
-    "spectral norm": spectral, "attention": attention,
+    "spectral norm": spectral, "attention": attention, "translator": translator,
 }  # fmt: skip
 
 
