@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,7 +48,7 @@ from revfx.plan.blocks import block_paths
 from revfx.plan.couplings import find_couplings
 from revfx.plan.model import PATIENCE, call_kind, seen_whole, tensors_in
 from revfx.plan.replays import Unreplayable
-from revfx.plan.staged import StagedBuilder
+from revfx.plan.staged import Dropped, StagedBuilder
 
 
 LOG = logging.getLogger("revfx")
@@ -249,8 +250,12 @@ class BudgetedModel:
         start = time.perf_counter()
         planner = Planner(Needs(tape), self.costs.of(tape), any_caller=True)
         survey = Survey(planner, lambda: None, LEAST_MARGIN)
-        budget = self._budget_of(survey, learnt)
-        chosen = survey.best(budget)
+        budget = self._budget_of(survey)
+        chosen = None
+        if any(torch.Tag.dynamic_output_shape in op.func.tags for op in learnt.tape.ops if is_overload(op.func)):
+            room = int(MARGIN * budget.of(survey.peak))  # for sizes that depend on data
+            chosen = survey.best(replace(budget, less=budget.less + room))
+        chosen = chosen or survey.best(budget)
         is_dear = chosen is None or chosen.seconds > DEAR * planner.seconds
         if is_dear and find_couplings(learnt.tape).regions:
             self.is_left = True
@@ -278,7 +283,7 @@ class BudgetedModel:
             del self.unplanned[key]
             before = self.kinds.pop(key, None)
             plan = Plan() if before is None else before.plan
-            units, plan.firsts, proven = _units(chosen, learnt, plan)
+            units, plan.firsts, proven = _units(chosen, learnt, plan, asked)
             if not units:
                 plan.units.clear()  # those of an earlier plan would match anywhere
             plan.learn(units, range(len(units)), _fallback(learnt) if units else ())
@@ -293,11 +298,11 @@ class BudgetedModel:
                 del self.kinds[next(iter(self.kinds))]
         learnt.tape.forget_tensors()
 
-    def _budget_of(self, survey: Survey, learnt: Learnt) -> Budget:
+    def _budget_of(self, survey: Survey) -> Budget:
         """Return the budget for a kind of call.
 
         Forwards that are alive at once share one of bytes. A share of a smaller step is no less than that of the first
-        one, so that a last batch, evaluation, or frozen layers have room. Some is left where sizes depend on data.
+        one, so that a last batch, evaluation, or frozen layers have room.
         """
         budget = self.budget
         if budget.bytes is not None:
@@ -306,13 +311,17 @@ class BudgetedModel:
             budget = replace(budget, share=None, bytes=self.least_bytes)
         elif not self.least_bytes:
             self.least_bytes = budget.of(survey.peak) + budget.less
-        if any(torch.Tag.dynamic_output_shape in op.func.tags for op in learnt.tape.ops if is_overload(op.func)):
-            budget = replace(budget, less=budget.less + int(MARGIN * budget.of(survey.peak)))
         return budget
 
 
-def _units(chosen: Chosen, learnt: Learnt, plan: Plan) -> tuple[list[Unit], list[int], list[int]]:
-    """Return the units of a plan, their first operators, and the positions of those that the step has proven."""
+def _units(
+    chosen: Chosen, learnt: Learnt, plan: Plan, budget: int = sys.maxsize
+) -> tuple[list[Unit], list[int], list[int]]:
+    """Return the units of a plan, their first operators, and the positions of those that no step needs to prove.
+
+    These are those of which the operators were proven in the step that was learnt, and those for the proof of which a
+    budget has no room: all that they give is compared in the first backward.
+    """
     found: list[Unit] = []
     firsts: list[int] = []
     proven: list[int] = []
@@ -323,11 +332,21 @@ def _units(chosen: Chosen, learnt: Learnt, plan: Plan) -> tuple[list[Unit], list
         except Unreplayable as e:
             plan.reasons[str(e)] = None
             continue
-        if all(_code_of(learnt.tape, v) in alike for v in dropped.replayed):
+        is_alike = all(_code_of(learnt.tape, v) in alike for v in dropped.replayed)
+        if is_alike or _bytes_of_proof(chosen, learnt, dropped) > budget:
             proven.append(len(found))
         found.append(unit)
         firsts.append(dropped.first)
     return found, firsts, proven
+
+
+def _bytes_of_proof(chosen: Chosen, learnt: Learnt, dropped: Dropped) -> int:
+    """Return the bytes that are there when a unit has ended and all that it gives is made once more beside it."""
+    after = bisect_right(learnt.numbers, dropped.last)
+    sizes: dict[int, int] = {}
+    for v in dropped.replayed:
+        sizes[learnt.tape.values[v].allocation] = learnt.tape.nbytes(v)
+    return chosen.load.live[2 * after] + sum(sizes.values())
 
 
 def _code_of(tape: Tape, value: int) -> tuple[Any, ...]:

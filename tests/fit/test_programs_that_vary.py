@@ -200,6 +200,22 @@ class Experts(nn.Module):
         return out
 
 
+class Selecting(Residual):
+    """A mask picks rows, and labels of a loss that reads as many as it is told."""
+
+    def forward(self, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for layer in self.layers:
+            x = x.masked_scatter(mask[:, None], (x + layer(x))[mask].sin().exp().tanh())
+        scores = x.view(-1, 4, x.shape[-1]).log_softmax(-1)
+        spoken = labels > 0
+        return F.ctc_loss(scores, labels.masked_select(spoken), torch.full((4,), len(scores)), spoken.sum(-1))
+
+
+def _selecting_loss(model: nn.Module, step: int) -> Tensor:
+    draw = torch.Generator().manual_seed(step)
+    return model(data(step), torch.rand(256, generator=draw) < 0.9, torch.randint(0, 64, (4, 10), generator=draw))
+
+
 def _masked_loss(model: nn.Module, step: int) -> Tensor:
     lengths = torch.tensor([100, 20 * step])
     return model(data(step), lengths).square().mean()
@@ -249,6 +265,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "cond": lambda: (Conditional(*layers()), plain_loss),
     "forces": lambda: (Forces(*layers(4)), plain_loss),
     "a number of the data": lambda: (Masked(*layers()), _masked_loss),
+    "masks": lambda: (Selecting(*layers()), _selecting_loss),
     "experts": lambda: (Residual(*(Experts() for _ in range(4))), plain_loss),
     "lengths": lambda: (Residual(*layers()), _long),
     "a loss outside": lambda: (
