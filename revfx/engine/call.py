@@ -11,7 +11,7 @@ those of the calls that its exit comes from. Then the tensors of other calls are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from revfx.engine.observe import Observer
 from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.unit import Replay, Unit
-from revfx.layout import copied
+from revfx.layout import copied_together
 
 
 @dataclass(eq=False)
@@ -97,15 +97,21 @@ class UnitCall:
     lent: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     owed: dict[int, int] = field(default_factory=dict[int, int])
 
-    def copy_held(self, memory: int) -> None:
-        """Copy the tensors that this call holds in memory that is about to be written to."""
+    def held_in(self, memory: int) -> list[Tensor]:
+        """Return the tensors that this call holds in a memory."""
+        held = [*self.given.values(), *(t for t, _ in self.exits.values())]
+        return [t for t in held if memory_of(t) == memory]
+
+    def take_copies(self, copies: Mapping[int, Tensor]) -> None:
+        """Hold copies in the place of tensors, by their ids."""
         for slot, t in self.given.items():
-            if memory_of(t) == memory:
-                self.given[slot] = copy = copied(t)
+            copy = copies.get(id(t))
+            if copy is not None:
+                self.given[slot] = copy
                 self.versions[slot] = _torch.version(copy)
         for slot, (t, _) in self.exits.items():
-            if memory_of(t) == memory:
-                copy = copied(t)
+            copy = copies.get(id(t))
+            if copy is not None:
                 self.exits[slot] = copy, _torch.version(copy)
 
     def fetch(self, slot: int) -> Tensor:
@@ -346,6 +352,15 @@ class Loan:
     def fetch(self, slot: int) -> Tensor:
         """Return the tensor of a slot for the backward."""
         return self.call.fetch_lent(slot)
+
+
+def copy_held(calls: Sequence[UnitCall], memory: int) -> None:
+    """Copy the tensors that calls hold in memory that is about to be written to."""
+    held = {id(t): t for call in calls for t in call.held_in(memory)}
+    if held:
+        copies = dict(zip(held, copied_together([*held.values()]), strict=True))
+        for call in calls:
+            call.take_copies(copies)
 
 
 def memory_of(t: Tensor) -> int | None:

@@ -17,7 +17,7 @@ from revfx import _torch
 from revfx.codes import Codec, Prediction, predict
 from revfx.engine import dispatch
 from revfx.engine.backward import Pass
-from revfx.engine.call import Loan, UnitCall, memory_of
+from revfx.engine.call import Loan, UnitCall, copy_held, memory_of
 from revfx.engine.checkers import is_alias
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
 from revfx.engine.marks import nonzero, positive
@@ -147,8 +147,7 @@ class Forward:
                 continue
             for match in active:
                 match.copy_held(key)
-            for call in self._holders.pop(key, ()):
-                call.copy_held(key)
+            copy_held(self._holders.pop(key, ()), key)
 
     @_torch.uncompiled
     def settle(self) -> None:

@@ -15,7 +15,7 @@ from revfx import _torch
 from revfx._fsdp import is_freed
 from revfx.engine import dispatch
 from revfx.engine.backward import Pass
-from revfx.engine.call import UnitCall, memory_of
+from revfx.engine.call import UnitCall, copy_held, memory_of
 from revfx.engine.learn import Learning
 from revfx.engine.operators import is_collective
 from revfx.engine.proof import prove, same_values
@@ -91,8 +91,7 @@ class BlockLearning(Learning):
         for key in dict.fromkeys(map(memory_of, written)):
             if key is None:
                 continue
-            for call in self._holders.pop(key, ()):
-                call.copy_held(key)
+            copy_held(self._holders.pop(key, ()), key)
 
     def _end_block(self, last: int | None = None) -> None:
         """Drop the saved tensors of the block, which ends with an operator, or the latest one."""
