@@ -25,7 +25,7 @@ from revfx.fit.simulate import Credit, Load, Model
 
 
 BINS = 512  # of the budget, in which held bytes are counted
-NESTED = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # blocks in a row of which none is kept but the input
+NESTED = (2, 4, 8, 16, 32)  # blocks in a row of which none is kept but the input
 LOSS = 4  # times the outputs are what a loss such as `(y - 1).square().mean()` takes beside them and their gradient
 TRIES = 10  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
 NEAR = 1 / 256  # of the budget: how near that is

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
-from networkx.algorithms.flow import boykov_kolmogorov
+from networkx.algorithms.flow import boykov_kolmogorov, build_residual_network
 
 from revfx.fit.simulate import BITS, OVERHEAD, Model
 
@@ -59,36 +60,52 @@ class Menu:
 
     def choice(self, price: float) -> Choice:
         """Return the cheapest choice at a price of time, in bytes a second."""
-        graph = nx.DiGraph()
-
-        def edge(a: Any, b: Any, capacity: float | None = None) -> None:
-            graph.add_edge(a, b, **({} if capacity is None else {"capacity": int(capacity)}))
-
-        graph.add_nodes_from(("S", "T"))
-        for v, o in self.values.items():
-            if v in self.given:
-                continue
-            op, maker = self.needs.replayed[o], ("operator", o)
-            if v in self.coins:
-                edge("S", v, -(-self.needs.elements(v) // BITS) + price * (OVERHEAD + self.model.bits_seconds(v)))
-            elif op is None:
-                edge("S", v, self._worth(v))
-            else:
-                edge("S", maker, price * (self.costs[o].seconds + OVERHEAD))
-                edge(maker, v, self._worth(v))
-                for r in {s.value for s in op.reads} & self.values.keys() - self.given:
-                    edge(r, maker)
-            packs = self.needs.wanted.get(v, ())
-            if packs and self.needs.marks >= set(packs):
-                edge(v, "T", len(packs) * (self.needs.elements(v) / BITS + price * self.model.bits_seconds(v)))
-            elif packs:
-                edge(v, "T")
-        _, (_, there) = nx.minimum_cut(graph, "S", "T", flow_func=boykov_kolmogorov)
+        network = self._network
+        finite = {
+            edge: int(size + price * seconds) for edge, (size, seconds) in self._edges.items() if size is not None
+        }
+        infinite = network.graph["inf"] = 3 * sum(finite.values()) + 1
+        for a, b in self._edges:
+            network[a][b]["capacity"] = finite.get((a, b), infinite)
+        _, (_, there) = nx.minimum_cut(network, "S", "T", flow_func=boykov_kolmogorov, residual=network)
         coins = self.coins & there
         kept = {v for v, o in self.values.items() if v in there and ("operator", o) not in there} - coins
         gone = self.values.keys() - there - self.given
         marked = {k for v in gone for k in self.needs.wanted.get(v, ())}
         return Choice(frozenset(kept), frozenset(marked), frozenset(coins))
+
+    @cached_property
+    def _network(self) -> Any:
+        """Return the residual network of the edges, which all prices use."""
+        graph = nx.DiGraph()
+        graph.add_nodes_from(("S", "T"))
+        graph.add_edges_from((*edge, {"capacity": 1}) for edge in self._edges)
+        return build_residual_network(graph, "capacity")
+
+    @cached_property
+    def _edges(self) -> dict[tuple[Any, Any], tuple[float | None, float]]:
+        """Return the edges whose cut costs: bytes, None of those that no cut takes, and seconds."""
+        found: dict[tuple[Any, Any], tuple[float | None, float]] = {}
+        for v, o in self.values.items():
+            if v in self.given:
+                continue
+            op, maker = self.needs.replayed[o], ("operator", o)
+            if v in self.coins:
+                found["S", v] = -(-self.needs.elements(v) // BITS), OVERHEAD + self.model.bits_seconds(v)
+            elif op is None:
+                found["S", v] = self._worth(v), 0.0
+            else:
+                found["S", maker] = 0.0, self.costs[o].seconds + OVERHEAD
+                found[maker, v] = self._worth(v), 0.0
+                for r in {s.value for s in op.reads} & self.values.keys() - self.given:
+                    found[r, maker] = None, 0.0
+            packs = self.needs.wanted.get(v, ())
+            if packs and self.needs.marks >= set(packs):
+                bits = self.needs.elements(v) / BITS
+                found[v, "T"] = len(packs) * bits, len(packs) * self.model.bits_seconds(v)
+            elif packs:
+                found[v, "T"] = None, 0.0
+        return found
 
     def _worth(self, value: int) -> float | None:
         """Return the bytes that keeping a value takes: none where it is there all the same. None: it can't be kept."""

@@ -87,8 +87,16 @@ class Needs:
 
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
-        kind, _ = self.source(value) or ("", None)
-        return kind in ("parameter", "buffer", "argument") and self.tape.memory_of[value] not in self._written
+        return value in self._there
+
+    @cached_property
+    def _there(self) -> set[int]:
+        found: set[int] = set()
+        for value, memory in enumerate(self.tape.memory_of):
+            kind, _ = self.source(value) or ("", None)
+            if kind in ("parameter", "buffer", "argument") and memory not in self._written:
+                found.add(value)
+        return found
 
     @cached_property
     def _written(self) -> set[int]:

@@ -52,6 +52,7 @@ class Runs:
         self.model, self.needs = model, model.needs
         self.blocks = blocks_of(model.needs, model.costs)
         self.entries = entries  # by what runs have in common, however much of a budget the caller takes
+        self.least: dict[int, Choice] = {}  # by the first operator of a block: what must be kept of it
         self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}
 
     def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
@@ -64,7 +65,7 @@ class Runs:
             given = self.blocks.over[j].intersection(run.values)
             key = tuple(self._keys[i:j]), j < len(self.blocks), nested
             if key not in self.entries:
-                self.entries[key] = [*self._entries(run, i, given, nested)]
+                self.entries[key] = [*self._entries(run, i, j, given, nested)]
             self.found[where] = run, [(e, self._peak(run, e)) for e in self.entries[key]]
         return self.found[where]
 
@@ -117,20 +118,43 @@ class Runs:
         numbers: dict[Hashable, int] = {}
         return [numbers.setdefault(tuple(block(b)), len(numbers)) for b in range(len(self.blocks))]
 
-    def _entries(self, run: Run, i: int, given: frozenset[int], nested: bool) -> Iterator[Entry]:
+    def _entries(self, run: Run, i: int, j: int, given: frozenset[int], nested: bool) -> Iterator[Entry]:
+        own = self.blocks.of_operators()
         menu = Menu(self.model, range(run.start, run.stop), given)
-        places = [{x: n for n, x in enumerate(named)} for named in (run.values, run.packs)]
+        if not nested:
+            block_of = [i if run.start <= o < run.stop else b for o, b in enumerate(own)]
+            for choice in menu.choices():
+                yield self._entry(run, given, choice, block_of)
+            return
+        try:
+            yield self._entry(run, given, self._least_of_blocks(i, j), own, nested)
+        except LookupError:  # a value that one block hands on to the next is not made again
+            yield self._entry(run, given, menu.choice(0.0), own, nested)
+
+    def _least_of_blocks(self, i: int, j: int) -> Choice:
+        """Return what must be kept of some blocks, each for itself."""
+        choices: list[Choice] = []
+        for start, stop in pairwise(self.blocks.borders[i : j + 1]):
+            if start not in self.least:
+                self.least[start] = Menu(self.model, range(start, stop), frozenset()).choice(0.0)
+            choices.append(self.least[start])
+        found = choices[0]
+        for c in choices[1:]:
+            found = Choice(found.kept | c.kept, found.marks | c.marks, found.coins | c.coins)
+        return found
+
+    def _entry(
+        self, run: Run, given: frozenset[int], choice: Choice, block_of: Sequence[int], nested: bool = False
+    ) -> Entry:
         mine = [v for v in run.values if v in self.needs.wanted]
         around = self.needs.wanted.keys() - set(mine)
-        own = self.blocks.of_operators()
-        block_of = own if nested else [i if run.start <= o < run.stop else b for o, b in enumerate(own)]
-        for c in [menu.choice(0.0)] if nested else menu.choices():
-            kept = c.kept | given
-            plan = Plan(self.needs, kept | around, c.marks, c.coins, block_of)
-            held, seconds = self.model.changes(plan, mine)
-            parts = [held[2 * a : 2 * b + 2] for a, b in ((run.start, run.stop), run.back)]
-            choice = replace(c, kept=kept).renamed(*places)
-            yield Entry(choice, nested, seconds, held[2 * self.needs.tape.turn + 1], parts)
+        kept = choice.kept | given
+        plan = Plan(self.needs, kept | around, choice.marks, choice.coins, block_of)
+        held, seconds = self.model.changes(plan, mine)
+        parts = [held[2 * a : 2 * b + 2] for a, b in ((run.start, run.stop), run.back)]
+        places = [{x: n for n, x in enumerate(named)} for named in (run.values, run.packs)]
+        renamed = replace(choice, kept=kept).renamed(*places)
+        return Entry(renamed, nested, seconds, held[2 * self.needs.tape.turn + 1], parts)
 
     def _peak(self, run: Run, entry: Entry) -> int:
         parts = zip((run.start, run.back[0]), entry.parts, strict=True)

@@ -125,7 +125,7 @@ def test_a_number_that_nobody_sees_may_change() -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "encoder", "convolutions"])
 def test_all_that_is_computed_again_is_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor of each unit, which all others in it lead to."""
+    """All that is given in the first backward, then the last tensor of each unit."""
     looked: list[int] = []
 
     def read(noted: Any, counts: Any) -> Any:
@@ -134,9 +134,13 @@ def test_all_that_is_computed_again_is_looked_at(name: str, monkeypatch: pytest.
 
     monkeypatch.setattr("revfx.engine.backward.read", read)
     _, fitted, x = pair(name, 0.7)
-    square(fitted(x)).backward()
     (plan,) = fit_of(fitted).plans
-    assert looked[-1] == sum(bool(u.unit.droppable) for u in plan.plan.sequence) > 0
+    units = [u.unit for u in plan.plan.sequence if u.unit.droppable]
+    assert units
+    square(fitted(x)).backward()
+    assert looked[-1] == sum(len(unit.droppable - unit.workspaces) for unit in units)
+    square(fitted(x)).backward()
+    assert looked[-1] == len(units)
 
 
 def test_numbers_of_the_data_vary_from_call_to_call() -> None:
