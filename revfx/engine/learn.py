@@ -99,8 +99,10 @@ class Learning(HookedMode):
             if is_constant and not t.requires_grad:
                 self.tape.constants[value] = t
             elif op in self._fixed and allocation.is_strided and t.numel() <= LIMIT:
-                with dispatch.unseen():
-                    self.tape.constants[value] = t.detach().clone()  # it may be written to
+                self.tape.fixed.add(value)
+                if allocation.writes:
+                    with dispatch.unseen():
+                        self.tape.constants[value] = t.detach().clone()  # it may be written to again
         reference = weakref.ref(t)
         self._values[id(t)] = value, reference
         self._tensors[value] = reference
@@ -188,7 +190,7 @@ class Learning(HookedMode):
             allocation = self.tape.allocations[self.tape.values[value].allocation]
             allocation.written.append((allocation.writes, self.tape.values[value].view))
         op = Op(func, tuple(spec[0]), spec[1], state=state, module=module, where=where)
-        if is_operator and state is None and all(v in self.tape.constants for v in op.reads):
+        if is_operator and state is None and all(v in self.tape.constants or v in self.tape.fixed for v in op.reads):
             self._fixed.add(number)
         after = [self._written(t, number, was) for t, was in zip(written, before, strict=True)]
         results = [out] if isinstance(out, Tensor) else pytree.tree_leaves(out)

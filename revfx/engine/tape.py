@@ -156,7 +156,8 @@ class Tape:
         changes_settings: kernels are set otherwise, such as TF32, in the midst of the forward.
         declared: inverses that a library or the user declared.
         constants: by value, tensors that are neither made in the forward nor given to it, such as buffers, and small
-            ones that follow from these alone.
+            ones that were written to and follow from these alone.
+        fixed: the values of small tensors that follow from constants alone.
     """
 
     ops: list[Op] = field(default_factory=list[Op])
@@ -167,6 +168,7 @@ class Tape:
     changes_settings: bool = False
     declared: list[Declared] = field(default_factory=list[Declared])
     constants: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    fixed: set[int] = field(default_factory=set[int])
 
     def forget_tensors(self) -> None:
         """Let the tensors of this very forward go, once it is planned."""

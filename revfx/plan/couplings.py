@@ -15,6 +15,7 @@ from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Fact, annotate, constants, facts_about, truths_of
 from revfx.passes.joint.forward import find_sources
 from revfx.passes.regions import Region, find_regions
+from revfx.plan.constants import constants_of
 from revfx.plan.graph import TapeGraph, graph_of
 
 
@@ -54,7 +55,7 @@ def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple
     of = graph_of(tape, from_inputs)
     graph = of.graph
     held: dict[fx.Node, tuple[Fact, ...]] = {}
-    for value, t in tape.constants.items():
+    for value, t in constants_of(tape).items():
         if value in of.node_of and not is_freed(t):
             held[of.node_of[value]] = facts_about(t) or truths_of(t)
     known = annotate(graph, held, None)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.engine import dispatch
 from revfx.engine.learn import Learning
 from revfx.engine.plan import Plan
-from revfx.engine.tape import Ref, Tape
+from revfx.engine.tape import Tape
 from revfx.engine.watch import Watching
 from revfx.plan.model import Kind, PlannedModel
 
@@ -48,8 +45,6 @@ class SimulatedModel(PlannedModel):
         found: dict[int, Tensor] = {}
         for value, t in sorted(tape.constants.items()):
             real = self.real_of(t) if _torch.is_fake(t) else t
-            if real is None:
-                real = _computed(tape, value, found)
             if real is not None:
                 found[value] = real
         tape.constants = found
@@ -76,21 +71,3 @@ class HookedModel(SimulatedModel):
 
     def _judge(self, kind: Kind, matched: int) -> None:
         """Leave it to those who set the hooks."""
-
-
-def _computed(tape: Tape, value: int, known: dict[int, Tensor]) -> Tensor | None:
-    """Return a value that an operator computes from known ones."""
-    at = tape.values[value].op
-    if at is None:
-        return None
-    op = tape.ops[at]
-    if op.written or not all(v in known for v in op.reads):
-        return None
-    args, kwargs = _filled((op.args, op.kwargs), known)
-    with torch.no_grad(), dispatch.unseen():
-        results = pytree.tree_leaves(op.func(*args, **kwargs))
-    return results[op.outs.index(value)]
-
-
-def _filled(tree: Any, known: dict[int, Tensor]) -> Any:
-    return pytree.tree_map_only(Ref, lambda r: known[int(r)], tree)
