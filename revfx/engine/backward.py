@@ -36,6 +36,7 @@ class Pass:
         self.staged: list[weakref.ref[UnitCall]] = []  # calls that hold tensors until the backward asks for them
         self.comparisons: list[Comparison] = []
         self.tried: list[UnitPlan] = []  # of which all tensors are compared
+        self.begins: Callable[[], None] | None = None  # called when a pass begins
         self.ended: Callable[[bool], None] | None = None  # called at the end: were all values right?
         self.coded: list[tuple[Code, Codec]] = []  # codes that may have lost escapes, on accelerators
 
@@ -46,6 +47,8 @@ class Pass:
             return
         self.clear()
         self.task, self.same_settings = task, _torch.kernel_settings() == self.settings
+        if self.begins is not None:
+            self.begins()
         if task >= 0:
             with _lock:
                 ending = _endings.get(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
@@ -40,6 +41,7 @@ from revfx.fit.needs import Needs
 from revfx.fit.steps import StepRecorder
 from revfx.fit.summary import summarize
 from revfx.fit.survey import DEAR, Chosen, Survey
+from revfx.fit.tape import is_same_but_for_sizes
 from revfx.fit.units import Grouping, Learnt, whole_blocks
 from revfx.info import BudgetPlan
 from revfx.parts import parts_of
@@ -55,7 +57,7 @@ LOG = logging.getLogger("revfx")
 MARGIN = 0.03  # of a budget is left where the sizes of tensors depend on data
 LEAST_MARGIN = 2**-10  # of the least budget, by which steps with and without gradients from before may differ
 MOST_TRIES = 3  # steps of a kind that are recorded without a plan, until whole blocks are dropped
-MAX_KINDS = 16  # of calls; the oldest one makes room for a new one
+MAX_KINDS = 32  # of calls; the one that was used longest ago makes room for a new one
 
 
 class BudgetedModel:
@@ -69,7 +71,9 @@ class BudgetedModel:
         least_bytes: what a share of the plain model's peak came to in the first plan; later plans have as much.
         has_planned: a plan was made, so that no later step raises.
         unplanned: by kind of call, how many steps went by without a plan.
-        forwards: how many forwards ran, at most, before the backward of the first; they share a budget of bytes.
+        forwards: how many forwards there were, at most, when the backward of the first began; they share a budget of
+            bytes.
+        retried: kinds of calls that drop whole blocks, and were learnt once more as a backward came after all.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -80,7 +84,9 @@ class BudgetedModel:
         self.least_bytes, self.has_planned = 0, False
         self.unplanned = Counter[Any]()
         self.forwards = 1
-        self._alive = weakref.WeakSet[Any]()  # forwards whose backward is still to come
+        self.retried = set[Any]()
+        self._forwards = weakref.WeakValueDictionary[int, Any]()  # those whose graph is there, by their numbers
+        self._numbers = itertools.count()
         self.lock = threading.RLock()
 
     @property
@@ -152,7 +158,7 @@ class BudgetedModel:
     def _watch(
         self, key: Any, kind: BudgetKind, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        plan = kind.plan
+        plan, kind.used = kind.plan, next(self._numbers)
         plan.copies_ends |= any(_torch.version(t) != version for t, version in kind.ends)
         watching = watcher()(plan)
         plain = 0 if kind.summary is None else kind.summary.plain
@@ -171,18 +177,26 @@ class BudgetedModel:
             kind.judge(watching.forward.count)
         return out
 
-    def _note_forward(self, of: Any) -> None:
-        """Count the forwards that share a budget; where they are more than before, later steps are planned anew."""
+    def _note_forward(self, forward: Any) -> None:
+        """Note a forward, which calls its `begins` when its backward begins."""
+        number = next(self._numbers)
         with self.lock:
-            self._alive.add(of)
-            alive = sum(not forward.is_over for forward in self._alive)
-            if alive > self.forwards:
-                self.forwards = alive
-                if self.budget.share is None:
-                    self.kinds.clear()
+            self._forwards[number] = forward
+        forward.begins = partial(self._begins, number)
+
+    def _begins(self, number: int) -> None:
+        """Count the forwards that share a budget; where they are more than before, later steps are planned anew.
+
+        These are the one whose backward begins, and those that ran after it and wait for theirs.
+        """
+        with self.lock:
+            sharing = sum(n >= number and not forward.is_over for n, forward in self._forwards.items())
+            if sharing > self.forwards and self.budget.share is None:
+                self.forwards = sharing
+                self.kinds.clear()
 
     def _note_plain(self, out: Any) -> None:
-        """Count a forward that drops nothing, until its backward begins, or its graph goes."""
+        """Note a forward that drops nothing."""
         if self.budget.share is None:
             node: Any = next((t.grad_fn for t in tensors_in(out) if t.grad_fn is not None), None)
             if node is not None:
@@ -191,11 +205,18 @@ class BudgetedModel:
                 self._note_forward(forward)
 
     def _ended(self, key: Any, meter: Meter, is_right: bool) -> None:
-        """Look at what a step took as its backward ends; where a value came back wrong, have the next step learnt."""
+        """Look at what a step took as its backward ends; where a value came back wrong, have the next step learnt.
+
+        So too if there is no plan as no backward came so far.
+        """
         meter.check()
-        if not is_right:
-            with self.lock:
+        with self.lock:
+            kind = self.kinds.get(key)
+            if not is_right:
                 self.kinds.pop(key, None)
+            elif kind is not None and kind.chosen is None and key not in self.retried:
+                self.retried.add(key)
+                kind.is_due = True
 
     def _missed(self, name: str, over: int) -> None:
         with self.lock:
@@ -222,7 +243,7 @@ class BudgetedModel:
         step = Learnt(learning.tape, learning.step.numbers, learning.value_of, proven, block_paths(model))
         learnt.append(step)
         learning.turn(returned)
-        if sum(not forward.is_over for forward in self._alive) == 1:
+        if sum(not forward.is_over for forward in self._forwards.values()) == 1:
             self.unplanned[key] += 1
         if self.unplanned[key] > MOST_TRIES:
             self._drop_blocks(key, name, step)
@@ -236,7 +257,8 @@ class BudgetedModel:
         with self.lock:
             self.kinds[key] = BudgetKind(plan, None, None, device, 0)
         learnt.tape.forget_tensors()
-        warn_of_blocks(name, self.budget)
+        if key not in self.retried:
+            warn_of_blocks(name, self.budget)
 
     def _plan(self, key: Any, name: str, inputs: str, step: StepRecorder, learnt: Learnt) -> None:
         """Make the plan for calls of the kind that a step was of.
@@ -251,11 +273,13 @@ class BudgetedModel:
         planner = Planner(Needs(tape), self.costs.of(tape), any_caller=True)
         survey = Survey(planner, lambda: None, LEAST_MARGIN)
         budget = self._budget_of(survey)
-        chosen = None
+        room = 0  # for sizes that depend on data
         if any(torch.Tag.dynamic_output_shape in op.func.tags for op in learnt.tape.ops if is_overload(op.func)):
-            room = int(MARGIN * budget.of(survey.peak))  # for sizes that depend on data
-            chosen = survey.best(replace(budget, less=budget.less + room))
-        chosen = chosen or survey.best(budget)
+            room = int(MARGIN * budget.of(survey.peak))
+        with_room = replace(budget, less=budget.less + room)
+        chosen = self._carried(survey, with_room) or survey.best(with_room)
+        if chosen is None and room:
+            chosen = survey.best(budget)
         is_dear = chosen is None or chosen.seconds > DEAR * planner.seconds
         if is_dear and find_couplings(learnt.tape).regions:
             self.is_left = True
@@ -266,7 +290,9 @@ class BudgetedModel:
             return  # another backward is still to come
         if chosen is None and not self.has_planned:
             when = "This was found when the first backward had ended, before any step of an optimizer."
-            error = survey.refusal(name, inputs, self.budget, when)
+            if self.forwards > 1:
+                when += f" {self.forwards} forwards run before the first backward, and share the budget."
+            error = survey.refusal(name, inputs, budget, when, self.forwards)
             with self.lock:
                 self.refused[key] = error
             raise error
@@ -292,11 +318,21 @@ class BudgetedModel:
             plan.proven.update((-1, plan.sequence[site], ()) for site in proven)
             plan.notes_settings |= learnt.tape.changes_settings
             kind = self.kinds[key] = BudgetKind(plan, chosen, summary, tape.memories[0].device, len(units))
+            kind.used = next(self._numbers)
             if before is not None:
                 kind.wait = PATIENCE * before.wait + 1
             if len(self.kinds) > MAX_KINDS:
-                del self.kinds[next(iter(self.kinds))]
+                del self.kinds[min(self.kinds, key=lambda key: self.kinds[key].used)]
         learnt.tape.forget_tensors()
+
+    def _carried(self, survey: Survey, budget: Budget) -> Chosen | None:
+        """Return the plan of a step that is the same but for sizes, if it makes good use of the budget."""
+        for kind in reversed(self.plans):
+            if kind.chosen is not None and is_same_but_for_sizes(kind.chosen.plan.needs.tape, survey.plain.needs.tape):
+                carried = survey.carried(kind.chosen, budget)
+                if carried is not None:
+                    return carried
+        return None
 
     def _budget_of(self, survey: Survey) -> Budget:
         """Return the budget for a kind of call.

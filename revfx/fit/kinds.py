@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class BudgetKind:
         calls: how many calls there were since it was learnt.
         wait: how many calls have to pass before it is learnt again.
         is_due: the next call is learnt again.
+        used: a number that grows with each call.
         ends: tensors that the latest call took or returned, with how often they had been written to.
     """
 
@@ -37,6 +39,7 @@ class BudgetKind:
     calls: int = 0
     wait: int = 0
     is_due: bool = False
+    used: int = 0
     ends: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
 
     def judge(self, matched: int) -> None:
@@ -48,10 +51,13 @@ class BudgetKind:
 
 
 class PlainForward:
-    """A forward that drops nothing; `is_over`: its backward has begun."""
+    """A forward that drops nothing; `begins` is called when its backward begins, when it `is_over`."""
 
     is_over = False
+    begins: Callable[[], None] | None = None
 
     def begin(self, _: Any) -> None:
         """Note that its backward begins."""
+        if self.begins is not None:
+            self.begins()
         self.is_over = True

@@ -24,7 +24,7 @@ from revfx.plan.blocks import BlockLearning
 
 
 PART = 8  # a block ends when it saved more than this part of all so far ...
-GAIN = 3  # ... and so many times the bytes that are handed on from it
+GAIN = 2  # ... and so many times the bytes that are handed on from it
 
 
 @dataclass
@@ -104,6 +104,13 @@ class StepLearning(BlockLearning):
             self._next.operands[value] = dispatch.alias(t), _torch.version(t)
             self._count(t)
         return value
+
+    def _copy_operands(self, operands: dict[int, tuple[Tensor, int]], memory: int) -> None:
+        super()._copy_operands(operands, memory)
+        if self._next is not None:
+            super()._copy_operands(self._next.operands, memory)
+        if memory in self._in_memory:
+            self._ours[memory] = self._count_ours(memory)
 
     def _count(self, t: Tensor) -> None:
         """Count a tensor that is held for replays."""

@@ -55,6 +55,7 @@ class StepRecorder:
     Attributes:
         numbers: by operator of the forward, its number on the engine's tape.
         is_backward: the forward is through.
+        begins: called when the backward begins.
     """
 
     def __init__(self, model: nn.Module, finished: Callable[[StepRecorder], None]) -> None:
@@ -65,6 +66,7 @@ class StepRecorder:
             for t in (p, p.grad):
                 if t is not None and _is_strided(t):
                     self._before[_torch.storage_key(t)] = "parameter"
+        self.begins: Callable[[], None] | None = None
         self._finished: Callable[[StepRecorder], None] | None = finished
         self._known: dict[int, tuple[int, Any]] = {}  # by storage: its memory, and a weak reference
         self._live: set[int] = set()  # memories that others than autograd hold
@@ -253,6 +255,8 @@ class StepRecorder:
             return False
         if not self._has_begun:
             self._has_begun, self._task = True, _torch.graph_task_id()
+            if self.begins is not None:
+                self.begins()
             _torch.at_end_of_backward(self._end)
         return True
 

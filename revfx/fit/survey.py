@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from revfx.errors import BudgetError
@@ -15,6 +15,7 @@ from revfx.fit.simulate import OVERHEAD, Load, Model
 from revfx.units import size
 
 
+USED = 0.9  # of a budget, by a plan that is carried over to other sizes, at least
 DEAR = 0.25  # of a step's time: what inverting takes at least
 
 
@@ -65,6 +66,21 @@ class Survey:
             found = self._fastest(asked, lambda planner: planner.with_credit(asked, self.plain))
         return plain if found is None and asked >= self.peak else found
 
+    def carried(self, known: Chosen, budget: Budget) -> Chosen | None:
+        """Return the plan of a step that is the same but for sizes; None if it exceeds the budget, or leaves much."""
+        asked = budget.of(self.peak)
+        planner = self.plain if budget.share is None else self.plain.with_credit(asked, self.plain)
+        plan, needs = replace(known.plan, needs=planner.needs), planner.needs
+        if not (plan.marks <= needs.marks and plan.coins <= needs.coins.keys()):
+            return None
+        try:
+            load = planner.model.load(plan)
+        except LookupError:
+            return None
+        if not USED * asked <= load.peak_with(planner.model.credit, needs.tape.turn) <= asked:
+            return None
+        return self._chosen("plain", planner, (plan, load))
+
     def _fastest(self, asked: int, version: Callable[[Planner], Planner]) -> Chosen | None:
         """Return the fastest plan of both ways, by one version of their planners.
 
@@ -88,7 +104,7 @@ class Survey:
             found.append(self._chosen("reversible", other, other.least()))
         return min(filter(None, found), key=lambda c: c.load.peak)
 
-    def refusal(self, name: str, inputs: str, budget: Budget, when: str) -> BudgetError:
+    def refusal(self, name: str, inputs: str, budget: Budget, when: str, forwards: int = 1) -> BudgetError:
         """Return the error that says that no plan stays within the budget.
 
         Args:
@@ -96,9 +112,10 @@ class Survey:
             inputs: the shapes of its inputs, as text.
             budget: the budget that is refused.
             when: a sentence that says what of the step has run.
+            forwards: how many share what was asked; the budget is what each has.
         """
         chosen = self.least()
-        least, asked = int(chosen.load.peak * (1 + self.margin)), budget.of(self.peak)
+        least, asked = forwards * int(chosen.load.peak * (1 + self.margin)), forwards * budget.of(self.peak)
         limit = size(asked)
         if budget.share is not None:
             limit = f"{budget.share:.0%} of {size(self.peak)}, {limit}"

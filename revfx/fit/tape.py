@@ -132,3 +132,21 @@ class Tape:
         """Return the values that were written over `value`, one after another."""
         values = self.memory(value).values
         return values[values.index(value) + 1 :]
+
+
+def is_same_but_for_sizes(a: Tape, b: Tape) -> bool:
+    """Return whether two steps ran the same operators on the same values, which the backward read alike."""
+    if (a.turn, a.made_by, a.memory_of) != (b.turn, b.made_by, b.memory_of):
+        return False
+    if len(a.ops) != len(b.ops) or len(a.packs) != len(b.packs):
+        return False
+    for one, other in zip(a.ops, b.ops, strict=True):
+        if (one.func, one.module, one.makes) != (other.func, other.module, other.makes):
+            return False
+        if [s.value for s in one.reads] != [s.value for s in other.reads]:
+            return False
+    for one, other in zip(a.packs, b.packs, strict=True):
+        values = [None if p.spot is None else p.spot.value for p in (one, other)]
+        if values[0] != values[1] or (one.packed, one.unpacked) != (other.packed, other.unpacked):
+            return False
+    return True

@@ -87,11 +87,17 @@ class BlockLearning(Learning):
             self._end_block()
 
     def before_write(self, written: Sequence[Tensor]) -> None:
-        """Copy tensors that the calls of earlier blocks hold in memory that is about to be written to."""
+        """Copy tensors that blocks hold in memory that is about to be written to."""
         for key in dict.fromkeys(map(memory_of, written)):
-            if key is None:
-                continue
-            copy_held(self._holders.pop(key, ()), key)
+            if key is not None:
+                copy_held(self._holders.pop(key, ()), key)
+                self._copy_operands(self._operands, key)
+
+    def _copy_operands(self, operands: dict[int, tuple[Tensor, int]], memory: int) -> None:
+        for value, (t, version) in operands.items():
+            if memory_of(t) == memory and _torch.version(t) == version:
+                copy = copied(t)
+                operands[value] = copy, _torch.version(copy)
 
     def _end_block(self, last: int | None = None) -> None:
         """Drop the saved tensors of the block, which ends with an operator, or the latest one."""
