@@ -7,8 +7,8 @@ nothing, and a first call can be proven: its replay runs at once, while the save
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from revfx.codes import Codec, Prediction, predict
 from revfx.engine import dispatch
 from revfx.engine.backward import Pass
 from revfx.engine.call import Loan, UnitCall, copy_held, memory_of
-from revfx.engine.checkers import is_alias
+from revfx.engine.exits import Exit, place_of
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
 from revfx.engine.marks import nonzero, positive
 from revfx.engine.match import HeldTensor, Match
@@ -39,34 +39,6 @@ def drops(unit: Unit) -> bool:
     return bool(unit.droppable) and len(unit.ops) > 1
 
 
-class Exit(NamedTuple):
-    """A tensor of the exit of a call, with its slot, and how often it had been written to.
-
-    Attributes:
-        storage: its storage, if no call holds the tensor, so that others may show the same elements when it is gone.
-        place: where it lies there.
-    """
-
-    tensor: weakref.ref[Tensor]
-    call: UnitCall
-    slot: int
-    version: int
-    storage: weakref.ref[torch.UntypedStorage] | None = None
-    place: tuple[Any, ...] = ()
-
-    def shows(self, t: Tensor) -> bool:
-        """Return whether a tensor at the same address shows the same elements."""
-        exit = self.tensor()
-        if exit is not None and is_alias(exit, t):
-            return True
-        return self.storage is not None and self.storage() is t.untyped_storage() and self.place == place_of(t)
-
-
-def place_of(t: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor lies in its storage."""
-    return t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
-
-
 class Forward:
     """One forward under a plan.
 
@@ -78,12 +50,15 @@ class Forward:
         unsettled: a call whose last operator wrote to an argument.
         addresses: of the exits of the latest call that have one.
         kept_cuts: by chain, how many entries and exits of units are held.
+        path: the way that it goes, as far as one can tell.
+        others: ways that it may turn to.
         hooks: for the saved tensors that are kept, those around the forward; None if they just stay.
     """
 
     def __init__(self, plan: Plan, hooks: Hooks | None = None) -> None:
         self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
         self.writes, self.hooks = False, hooks
+        self.path, self.others = plan.path, [*plan.others]
         self.unsettled: UnitCall | None = None
         self.addresses: list[int] = []
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
@@ -94,16 +69,45 @@ class Forward:
     @property
     def expected(self) -> UnitPlan | None:
         """The unit at this position."""
-        sequence = self.plan.sequence
+        sequence = self.path.sequence
         return sequence[self.position] if self.position < len(sequence) else None
 
     @property
     def expected_at(self) -> int:
         """The number of the operator at which that unit begins; -1 if it may begin anywhere."""
-        firsts = self.plan.firsts
+        firsts = self.path.firsts
         if not firsts:
             return -1
         return firsts[self.position] if self.position < len(firsts) else NEVER
+
+    def beginning(self, number: int) -> list[UnitPlan]:
+        """Return the units of other ways that begin with an operator."""
+        found: list[UnitPlan] = []
+        for path in self.others:
+            at = bisect_left(path.firsts, number)
+            if at < len(path.sequence) and path.firsts[at] == number and path.sequence[at] not in found:
+                found.append(path.sequence[at])
+        return found
+
+    @_torch.uncompiled
+    def turn(self, number: int) -> bool:
+        """Go on with another way, of which a unit begins at an operator or later; return whether there is one."""
+        while self.others:
+            self.path = self.others.pop(0)
+            self.position = bisect_left(self.path.firsts, number)
+            if self.expected is not None:
+                return True
+        return False
+
+    def _turn_to(self, match: Match) -> None:
+        """Go on with the way that a unit is of, if it is of another one; the forward may still turn back."""
+        for path in self.others:
+            at = bisect_left(path.firsts, match.first)
+            if at < len(path.sequence) and path.firsts[at] == match.first and path.sequence[at] is match.of:
+                self.others.remove(path)
+                self.others.append(self.path)
+                self.path, self.position = path, at
+                return
 
     @_torch.uncompiled
     def may_begin(self, match: Match) -> bool:
@@ -204,7 +208,7 @@ class Forward:
         self.settle()
         self._exits, self._holders = {}, {}
         for call in self._calls:
-            chain = self.plan.chain(call.site)
+            chain = self.path.chain(call.site)
             held = (not call.inverts) + any(slot not in call.links for slot in call.exits)
             self.kept_cuts[chain] = self.kept_cuts.get(chain, 0) + held
         self._calls = []
@@ -217,9 +221,11 @@ class Forward:
 
     def _complete(self, match: Match) -> None:
         matched, unit = match.of, match.of.unit
+        if self.others and matched is not self.expected:
+            self._turn_to(match)
         if matched.is_broken or not matched.facts_hold(match.tensor):
             return
-        site = self.plan.site(matched, self.position)
+        site = self.path.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
         call.site, call.kept = site, matched.kept

@@ -50,17 +50,18 @@ class Match:
         held: by slot, tensors that the replays take as they are.
         alive: by slot, results that stay until the unit ends: of its exit, and those that codes are made of.
         layouts: by slot, see `Replay`.
+        first: the number of the operator with which it began.
         slot_of: by the id of a result, its slot.
     """
 
     __slots__ = (
-        "again", "alive", "at", "external", "held", "layouts", "made", "numbers", "of", "saved", "slot_of", "states",
-        "versions",
+        "again", "alive", "at", "external", "first", "held", "layouts", "made", "numbers", "of", "saved", "slot_of",
+        "states", "versions",
     )  # fmt: skip
 
     def __init__(self, of: UnitPlan) -> None:
         unit = of.unit
-        self.of, self.at = of, 0
+        self.of, self.at, self.first = of, 0, 0
         self.saved: list[tuple[SavedTensor, int]] = []
         self.made: list[Any] = [None] * unit.slots
         self.again: list[tuple[int, weakref.ref[Tensor]]] = []

@@ -276,7 +276,8 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
     """Return a plan for the extension, compiled when it has learnt something."""
     known = _plans.get(plan)
     units = list(plan.units.values())
-    state = [(unit, unit.is_fallback) for unit in units], plan.dropped_at
+    ways = (plan.path, *plan.others)
+    state = [(unit, unit.is_fallback) for unit in units], ways
     if known is not None and known[0] == state:
         return known[1]
     compiled = module.Plan()
@@ -285,7 +286,10 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
             _units[unit_plan] = _compiled_unit(module, unit_plan.unit)
         if _units[unit_plan] is not None:
             compiled.add(unit_plan, _units[unit_plan])
-    compiled.drop_at([*plan.dropped_at])
+    for way in plan.others:
+        for unit_plan, first in zip(way.sequence, way.firsts, strict=False):
+            compiled.begin_at(first, unit_plan)
+    compiled.drop_at([*frozenset().union(*(way.dropped_at for way in ways))])
     _plans[plan] = state, compiled
     return compiled
 

@@ -65,41 +65,23 @@ class UnitPlan:
 
 
 @dataclass(eq=False)
-class Plan:
-    """The units of one kind of call of a model, and how calls of them are coded.
+class Path:
+    """One way that a forward goes.
 
     Attributes:
-        lossless: replays give the same bits; else those that invert are accurate to rounding.
-        varies: an expected unit began, and then another one ran.
-        copies_ends: tensors that a forward took or returned were written to, so that calls hold copies of them.
-        notes_settings: kernels are set otherwise in the midst of a forward, so that each call notes how.
-        sequence: the units in the order of the forward that was learnt last.
-        chains: of each unit in the sequence, the number of the chain of units that it belongs to.
-        firsts: of each unit in the sequence, the number of the operator at which it begins; empty if units may begin
-            anywhere.
+        sequence: its units in order.
+        chains: of each, the number of the chain of units that it belongs to.
+        firsts: of each, the number of the operator at which it begins; empty if units may begin anywhere.
         dropped_at: how many operators have run when a tensor is saved that the plan drops; elsewhere autograd keeps
             saved tensors by itself. Empty if units may begin anywhere.
-        codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
-        proven: positions of calls (-1 of units without couplings, which prove each other), with their units, and which
-            values are held in the place of codes, of which the replays gave the same bits.
-        distrusted: declared inverses that are wrong, as text.
-        reasons: why tensors are kept for good, as text.
+        most: how many units matched at most.
     """
 
-    lossless: bool = True
-    varies: bool = False
-    copies_ends: bool = False
-    notes_settings: bool = False
     sequence: list[UnitPlan] = field(default_factory=list[UnitPlan])
     chains: list[int] = field(default_factory=list[int])
     firsts: list[int] = field(default_factory=list[int])
     dropped_at: frozenset[int] = frozenset()
-    units: dict[Any, UnitPlan] = field(default_factory=dict[Any, UnitPlan])
-    starts: dict[Any, list[UnitPlan]] = field(default_factory=dict[Any, "list[UnitPlan]"])
-    codecs: dict[tuple[int, UnitPlan, int], Codec] = field(default_factory=dict[Any, Codec])
-    proven: set[tuple[int, UnitPlan, tuple[bool, ...]]] = field(default_factory=set[Any])
-    distrusted: set[str] = field(default_factory=set[str])
-    reasons: dict[str, None] = field(default_factory=dict[str, None])
+    most: int = 0
 
     def site(self, u: UnitPlan, position: int) -> int:
         """Return the position of a unit in the sequence: the first one from `position` on, or the first one."""
@@ -113,6 +95,45 @@ class Plan:
         """Return the number of the chain of the unit at a position in the sequence."""
         return self.chains[site] if site < len(self.chains) else 0
 
+
+@dataclass(eq=False)
+class Plan:
+    """The units of one kind of call of a model, and how calls of them are coded.
+
+    Attributes:
+        lossless: replays give the same bits; else those that invert are accurate to rounding.
+        varies: an expected unit began, and then another one ran.
+        copies_ends: tensors that a forward took or returned were written to, so that calls hold copies of them.
+        notes_settings: kernels are set otherwise in the midst of a forward, so that each call notes how.
+        path: the way of the forward that was learnt last.
+        others: other ways, which a forward may turn to where it leaves this one.
+        units: all units, by what tells them apart.
+        starts: by an operator, the units that begin with it.
+        codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
+        proven: positions of calls (-1 of units without couplings, which prove each other), with their units, and which
+            values are held in the place of codes, of which the replays gave the same bits.
+        distrusted: declared inverses that are wrong, as text.
+        reasons: why tensors are kept for good, as text.
+    """
+
+    lossless: bool = True
+    varies: bool = False
+    copies_ends: bool = False
+    notes_settings: bool = False
+    path: Path = field(default_factory=Path)
+    others: list[Path] = field(default_factory=list[Path])
+    units: dict[Any, UnitPlan] = field(default_factory=dict[Any, UnitPlan])
+    starts: dict[Any, list[UnitPlan]] = field(default_factory=dict[Any, "list[UnitPlan]"])
+    codecs: dict[tuple[int, UnitPlan, int], Codec] = field(default_factory=dict[Any, Codec])
+    proven: set[tuple[int, UnitPlan, tuple[bool, ...]]] = field(default_factory=set[Any])
+    distrusted: set[str] = field(default_factory=set[str])
+    reasons: dict[str, None] = field(default_factory=dict[str, None])
+
+    @property
+    def sequence(self) -> list[UnitPlan]:
+        """The units in the order of the forward that was learnt last."""
+        return self.path.sequence
+
     def learn(self, units: Sequence[Unit], chains: Sequence[int], fallback: Sequence[Unit] = ()) -> None:
         """Add the units of a forward, with the number of the chain of each; equal ones are one.
 
@@ -121,9 +142,8 @@ class Plan:
             chains: of each, the number of its chain.
             fallback: units for forwards that go another way; see `UnitPlan.is_fallback`.
         """
-        self.chains = [*chains]
-        self.sequence = [self._add(unit) for unit in units]
-        for known in self.units.values():
+        self.path = Path([self._add(unit) for unit in units], [*chains], most=len(units))
+        for known in () if self.others else self.units.values():
             known.is_fallback = False
         for unit in fallback:
             self._add(unit).is_fallback = True
@@ -136,7 +156,8 @@ class Plan:
         return known
 
     def _index(self) -> None:
-        while len(self.units) > MAX_UNITS and next(iter(self.units.values())) not in self.sequence:
+        used = {unit for path in (self.path, *self.others) for unit in path.sequence}
+        while len(self.units) > MAX_UNITS and next(iter(self.units.values())) not in used:
             del self.units[next(iter(self.units))]
         self.starts = {}
         for known in self.units.values():

@@ -26,6 +26,7 @@ std::unordered_set<OperatorHandle> statistics;  // normalizations: their writes 
 // A match that is being continued, with its unit and saved tensors.
 struct Running {
   size_t number;  // of the unit in the plan
+  int64_t first;  // the number of the operator with which it began
   size_t at = 0;  // the number of operators that matched
   Match match;
   Shared saved{};  // a list of saved tensors with their slots, once there are any
@@ -36,12 +37,13 @@ py::int_ number_of(const void* pointer) { return py::int_(reinterpret_cast<uintp
 // A match with Python's objects: the interface of match.py.
 struct PythonMatch {
   py::object of;
+  int64_t first;
   Match match;
   py::list saved, numbers, states;
   py::dict held, alive, layouts;
 
   PythonMatch(py::object of, Running&& running)
-      : of(std::move(of)), match(std::move(running.match)) {
+      : of(std::move(of)), first(running.first), match(std::move(running.match)) {
     if (running.saved) saved = py::reinterpret_borrow<py::list>(running.saved.get());
     for (const IValue& v : match.numbers) numbers.append(torch::jit::toPyObject(v));
     for (const auto& [generator, state] : match.states) states.append(py::make_tuple(generator, state));
@@ -116,6 +118,13 @@ struct Plan {
   std::unordered_map<OperatorHandle, std::vector<size_t>> starts;
   std::unordered_set<int64_t> dropped_at;  // see `Plan`; empty of a plan whose units may begin anywhere
 
+  std::unordered_map<int64_t, std::vector<size_t>> others;  // of other ways of the forward: by the first operator
+
+  void begin_at(int64_t operator_number, const py::object& unit_plan) {
+    for (size_t i = 0; i < units.size(); i++)
+      if (units[i].first.get() == unit_plan.ptr()) others[operator_number].push_back(i);
+  }
+
   void drop_at(const std::vector<int64_t>& numbers) { dropped_at.insert(numbers.begin(), numbers.end()); }
 
   void add(py::object unit_plan, std::shared_ptr<Unit> unit) {
@@ -179,7 +188,7 @@ class Watcher : public Observer {
   }
 
   void see(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) override {
-    number_++;
+    following_ = ++number_;
     if (is_unsettled_) call_python(0, [&] { forward().attr("settle")(); });
     is_unsettled_ = false;
     is_writing_ = before_write(op, *stack);
@@ -190,7 +199,7 @@ class Watcher : public Observer {
     } else {
       run(op, keys, stack, level);
     }
-    if (running_.empty() && expected_at_ >= 0 && number_ >= expected_at_) is_lost_ = true;
+    if (running_.empty() && expected_at_ >= 0 && number_ >= expected_at_) lose();
     choose_hooks();
   }
 
@@ -259,7 +268,7 @@ class Watcher : public Observer {
     for (Running& r : running_) fits.push_back(r.match.take_arguments(next(r), arguments(op, *stack)));
     std::vector<Running> starting;
     for (size_t number : candidates(op)) {
-      Running r{number, 0, Match(*plan_->units[number].second)};
+      Running r{number, number_, 0, Match(*plan_->units[number].second)};
       if (r.match.take_arguments(next(r), arguments(op, *stack))) starting.push_back(std::move(r));
     }
     for (size_t i = 0; i < fits.size(); i++)
@@ -285,6 +294,7 @@ class Watcher : public Observer {
   void run_or_end(const OperatorHandle& op, DispatchKeySet keys, Stack* stack, size_t level) {
     try {
       run(op, keys, stack, level);
+      following_ = number_ + 1;
     } catch (...) {  // it may have written to some of its arguments
       while (!running_.empty()) discard(running_.size() - 1, false);
       throw;
@@ -297,9 +307,9 @@ class Watcher : public Observer {
     if (known == plan_->starts.end()) return {};
     bool begins = std::count(known->second.begin(), known->second.end(), expected_) > 0;
     if (expected_at_ >= 0 && !is_lost_) {
-      if (number_ < expected_at_) return {};
-      if (number_ == expected_at_ && begins) return {expected_};
-      is_lost_ = true;
+      if (number_ < expected_at_ || begins) return of_ways(known->second);
+      lose();
+      if (!is_lost_) return candidates(op);
     }
     if (expected_at_ >= 0) return fallback(known->second);
     if (varies_ || (running_.empty() && !begins)) return known->second;
@@ -308,7 +318,32 @@ class Watcher : public Observer {
     return begins && !is_running ? std::vector<size_t>{expected_} : std::vector<size_t>{};
   }
 
-  // Return the units that may begin where the forward went another way than the one that was learnt.
+  // Return the expected unit, if it begins now, and those of other ways that do.
+  std::vector<size_t> of_ways(const std::vector<size_t>& starting) const {
+    std::vector<size_t> found;
+    if (number_ == expected_at_) found.push_back(expected_);
+    auto others = plan_->others.find(number_);
+    if (others == plan_->others.end()) return found;
+    for (size_t number : others->second)
+      if (!std::count(found.begin(), found.end(), number) && std::count(starting.begin(), starting.end(), number))
+        found.push_back(number);
+    return found;
+  }
+
+  // Note that the forward left the way that it went; go on with another one, if there is one.
+  void lose() {
+    if (is_lost_) return;
+    is_lost_ = true;
+    if (expected_at_ < 0) return;
+    call_python(0, [&] {
+      int64_t from = running_.empty() ? following_ : running_.front().first;
+      if (!forward().attr("turn")(from).cast<bool>()) return;
+      is_lost_ = false;
+      look_ahead();
+    });
+  }
+
+  // Return the units that may begin where the forward went another way than the ones that were learnt.
   std::vector<size_t> fallback(const std::vector<size_t>& starting) const {
     std::vector<size_t> found;
     for (size_t number : starting)
@@ -364,7 +399,7 @@ class Watcher : public Observer {
     running_.erase(running_.begin() + std::ptrdiff_t(i));
     differs = differs && r.number == expected_ && r.at > 1;
     if (!differs) return;
-    is_lost_ = true;
+    lose();
     if (expected_at_ >= 0) return;
     call_python(0, [&] {
       forward().attr("plan").attr("varies") = py::bool_(true);
@@ -393,7 +428,8 @@ class Watcher : public Observer {
   size_t expected_ = 0;  // the number of the unit that comes next
   int64_t number_ = -1;        // of the operator that runs
   int64_t expected_at_ = -1;   // the number of the operator at which that unit begins; -1 of any
-  bool is_lost_ = false;       // the forward is not like the one that was learnt: units may begin anywhere
+  int64_t following_ = 0;      // the number of the operator with which units may begin
+  bool is_lost_ = false;       // the forward is like none that was learnt: units may begin anywhere
   bool varies_ = false;        // of the plan
   size_t depth_ = 0;  // how many hooks for saved tensors are set, with those of this watcher
   std::optional<std::pair<c10::SafePyObject, c10::SafePyObject>> hooks_;  // them, while they are not set
@@ -442,6 +478,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", py::module_local())
       .def(py::init<>())
       .def("add", &Plan::add)
+      .def("begin_at", &Plan::begin_at)
       .def("drop_at", &Plan::drop_at);
   py::class_<Replay>(m, "Replay", py::module_local())
       .def(py::init<size_t, std::vector<bool>>())
@@ -457,6 +494,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("get", &Saved::get);
   py::class_<PythonMatch>(m, "Match", py::module_local())
       .def_readonly("of", &PythonMatch::of)
+      .def_readonly("first", &PythonMatch::first)
       .def_readonly("saved", &PythonMatch::saved)
       .def_readonly("numbers", &PythonMatch::numbers)
       .def_readonly("states", &PythonMatch::states)

@@ -111,13 +111,13 @@ class Watching(HookedMode):
                 self.active = []
                 self.forward.complete(match)
         else:
-            self._discard(match)
+            self._discard(match, self.number + 1)
         return out
 
     def _advance(self, func: Any, args: Any, kwargs: Any, run: Any) -> Any:
         """Run an operator that goes on with several matches, ends some, or begins others."""
         for match in [m for m in self.active if m.checker.func is not func]:
-            self._discard(match)
+            self._discard(match, self.number)
         running = [*self.active]
         starting = [Match(u) for u in self._starting(func)]
         for match in (*running, *starting):
@@ -129,10 +129,10 @@ class Watching(HookedMode):
                 match.at += 1
                 self._attach(match)
             else:
-                self._discard(match)
+                self._discard(match, self.number + 1)
         for match in starting:
             if match.checker.after(match, args, kwargs, out) and self.forward.may_begin(match):
-                match.at = 1
+                match.at, match.first = 1, self.number
                 self.active.append(match)
                 self._attach(match)
         self._complete()
@@ -143,11 +143,11 @@ class Watching(HookedMode):
         candidates = self.plan.starts.get(func, [])
         expected, at = self.forward.expected, self.forward.expected_at
         if candidates and at >= 0 and not self.is_lost:
-            if self.number < at:
-                return []
-            if self.number == at and expected in candidates:
-                return [u for u in candidates if u is expected]
-            self.is_lost = True
+            if self.number < at or (self.number == at and expected in candidates):
+                beginning = self.forward.beginning(self.number)
+                return [u for u in candidates if u in beginning or (self.number == at and u is expected)]
+            if self._loses(self.number):
+                return self._starting(func)
         if at >= 0:
             return [] if self.active else [u for u in candidates if u.is_fallback]
         if self.active and not self.plan.varies:
@@ -170,18 +170,26 @@ class Watching(HookedMode):
             others = [m for m in complete if chosen.of.may_fail and drops(m.of.unit)]
             if not others:
                 for match in complete:
-                    self._discard(match)
+                    self._discard(match, self.number + 1)
                 return
             chosen = others[0]
         for match in [m for m in self.active if m is not chosen]:
-            self._discard(match)
+            self._discard(match, self.number + 1)
         self.active = []
         self.forward.complete(chosen)
 
-    def _discard(self, match: Match) -> None:
+    def _discard(self, match: Match, following: int) -> None:
+        """End a match that failed; units may begin with operator `following`."""
         self.active.remove(match)
         self.forward.hand_over(match, self.active)
         if match.of is self.forward.expected and match.at > 1:
-            self.is_lost = True
             if self.forward.expected_at < 0:
                 self.plan.varies = match.of.may_fail = True
+            self._loses(following)
+
+    def _loses(self, number: int) -> bool:
+        """Note that the forward left the way that it went; return whether it goes on with another from an operator."""
+        if self.active:
+            number = self.active[0].first
+        self.is_lost = not (self.forward.expected_at >= 0 and self.forward.turn(number))
+        return not self.is_lost

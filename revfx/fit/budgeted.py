@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 import sys
 import threading
 import time
 import weakref
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import ge
@@ -25,37 +22,36 @@ from torch.utils import _pytree as pytree
 
 from revfx import _torch
 from revfx.engine import dispatch
+from revfx.engine.forward import NEVER
 from revfx.engine.native import learner, watcher
 from revfx.engine.plan import Plan
-from revfx.engine.tape import Tape
-from revfx.engine.unit import Unit
 from revfx.errors import BudgetError, Reason, Refusal, name_of
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
 from revfx.fit.kinds import BudgetKind, PlainForward
 from revfx.fit.learning import StepLearning
-from revfx.fit.messages import shapes_of, warn_of_blocks, warn_of_least, warn_of_losses, warn_of_miss
+from revfx.fit.make_units import fallback_units, units_of
+from revfx.fit.messages import shapes_of, warn_of_blocks, warn_of_least, warn_of_losses, warn_of_miss, warn_of_ways
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
 from revfx.fit.steps import StepRecorder
 from revfx.fit.summary import summarize
 from revfx.fit.survey import DEAR, Chosen, Survey
 from revfx.fit.tape import is_same_but_for_sizes
-from revfx.fit.units import Grouping, Learnt, whole_blocks
+from revfx.fit.units import Learnt
 from revfx.info import BudgetPlan
 from revfx.parts import parts_of
 from revfx.passes._torch import is_overload
 from revfx.plan.blocks import block_paths
 from revfx.plan.couplings import find_couplings
 from revfx.plan.model import PATIENCE, call_kind, seen_whole, tensors_in
-from revfx.plan.replays import Unreplayable
-from revfx.plan.staged import Dropped, StagedBuilder
 
 
 LOG = logging.getLogger("revfx")
 MARGIN = 0.03  # of a budget is left where the sizes of tensors depend on data
 LEAST_MARGIN = 2**-10  # of the least budget, by which steps with and without gradients from before may differ
+MAX_WAYS = 8  # that forwards of a kind go, each with a plan; the oldest one makes room for a new one
 MOST_TRIES = 3  # steps of a kind that are recorded without a plan, until whole blocks are dropped
 MAX_KINDS = 32  # of calls; the one that was used longest ago makes room for a new one
 
@@ -70,6 +66,7 @@ class BudgetedModel:
             processes, or no plan is fast enough without inverting couplings.
         least_bytes: what a share of the plain model's peak came to in the first plan; later plans have as much.
         has_planned: a plan was made, so that no later step raises.
+        has_warned: it was said that forwards may go other ways than those with a plan.
         unplanned: by kind of call, how many steps went by without a plan.
         forwards: how many forwards there were, at most, when the backward of the first began; they share a budget of
             bytes.
@@ -81,12 +78,13 @@ class BudgetedModel:
         self.kinds: dict[Any, BudgetKind] = {}
         self.refused: dict[Any, BudgetError] = {}
         self.is_left = False
-        self.least_bytes, self.has_planned = 0, False
+        self.least_bytes, self.has_planned, self.has_warned = 0, False, False
         self.unplanned = Counter[Any]()
         self.forwards = 1
         self.retried = set[Any]()
         self._forwards = weakref.WeakValueDictionary[int, Any]()  # those whose graph is there, by their numbers
         self._numbers = itertools.count()
+        self._parameters: list[weakref.ref[nn.Parameter]] = []  # of the model, when a step was learnt last
         self.lock = threading.RLock()
 
     @property
@@ -146,14 +144,21 @@ class BudgetedModel:
             return self._watch(key, kind, model, forward, args, kwargs)
 
     def _key(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the key of the plan for a call: that of the smallest inputs that are as large as these ones."""
+        """Return the key of the plan for a call: that of the smallest inputs that are as large as these ones.
+
+        No more parameters are trained than when it was learnt.
+        """
+        if not self._parameters:
+            self._parameters = [*map(weakref.ref, model.parameters())]
+        parameters = [reference() for reference in self._parameters]
+        trained = tuple([p is not None and p.requires_grad for p in parameters])
         kind = call_kind(model, args, kwargs)
         sizes = _sizes_of(args, kwargs)
         found: list[Any] = []
-        for known, of in self.kinds:
-            if known == kind and all(map(_covers, of, sizes)):
-                found.append(of)
-        return kind, min(found, key=_elements, default=sizes)
+        for key in self.kinds:
+            if key[0] == kind and all(map(_covers, key[2], sizes)) and _covers(key[1], trained):
+                found.append(key)
+        return min(found, key=lambda key: (_elements(key[2]), sum(key[1])), default=(kind, trained, sizes))
 
     def _watch(
         self, key: Any, kind: BudgetKind, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -173,8 +178,12 @@ class BudgetedModel:
             if plan.copies_ends:
                 watching.forward.before_write(ends, ())
         kind.ends = dispatch.version_counters(ends)
-        if _sizes_of(args, kwargs) == key[1]:  # a smaller call may be shorter
-            kind.judge(watching.forward.count)
+        if _sizes_of(args, kwargs) == key[2]:  # a smaller call may be shorter
+            path, matched = watching.forward.path, watching.forward.count
+            if 2 * matched < path.most and not self.has_warned:
+                self.has_warned = True
+                warn_of_ways(name_of(model), self.budget)
+            kind.judge(path, matched)
         return out
 
     def _note_forward(self, forward: Any) -> None:
@@ -227,6 +236,7 @@ class BudgetedModel:
     def _learn(self, key: Any, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs = tensors_in((args, kwargs))
         learnt: list[Learnt] = []
+        self._parameters = []
 
         def finished(step: StepRecorder) -> None:
             self._plan(key, name, text, step, learnt.pop())
@@ -252,10 +262,10 @@ class BudgetedModel:
     def _drop_blocks(self, key: Any, name: str, learnt: Learnt) -> None:
         """Have later calls of a kind drop whole blocks: no plan could be made, as no backward told what it reads."""
         plan = Plan()
-        plan.learn((), (), _fallback(learnt))
+        plan.learn((), (), fallback_units(learnt))
         device = learnt.tape.values[0].device
         with self.lock:
-            self.kinds[key] = BudgetKind(plan, None, None, device, 0)
+            self.kinds[key] = BudgetKind(plan, [], None, device)
         learnt.tape.forget_tensors()
         if key not in self.retried:
             warn_of_blocks(name, self.budget)
@@ -307,31 +317,46 @@ class BudgetedModel:
         with self.lock:
             self.has_planned = True
             del self.unplanned[key]
-            before = self.kinds.pop(key, None)
-            plan = Plan() if before is None else before.plan
-            units, plan.firsts, proven = _units(chosen, learnt, plan, asked)
-            if not units:
-                plan.units.clear()  # those of an earlier plan would match anywhere
-            plan.learn(units, range(len(units)), _fallback(learnt) if units else ())
-            dropped = (*chosen.plan.dropped, *chosen.plan.marks)
-            plan.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
-            plan.proven.update((-1, plan.sequence[site], ()) for site in proven)
-            plan.notes_settings |= learnt.tape.changes_settings
-            kind = self.kinds[key] = BudgetKind(plan, chosen, summary, tape.memories[0].device, len(units))
-            kind.used = next(self._numbers)
-            if before is not None:
-                kind.wait = PATIENCE * before.wait + 1
-            if len(self.kinds) > MAX_KINDS:
-                del self.kinds[min(self.kinds, key=lambda key: self.kinds[key].used)]
+            self._follow(key, chosen, learnt, asked, summary)
         learnt.tape.forget_tensors()
+
+    def _follow(self, key: Any, chosen: Chosen, learnt: Learnt, asked: int, summary: BudgetPlan) -> None:
+        """Have later calls of a kind follow a plan, and those of other ways that were learnt the plans of these."""
+        tape = chosen.plan.needs.tape
+        before = self.kinds.pop(key, None)
+        plan = Plan() if before is None else before.plan
+        known = [] if before is None else before.known
+        others = [one for one in known if not is_same_but_for_sizes(one[0].plan.needs.tape, tape)][: MAX_WAYS - 1]
+        plan.others = [path for _, path in others]
+        units, firsts, proven = units_of(chosen, learnt, plan.reasons, asked)
+        if not units and not others:
+            plan.units.clear()  # those of an earlier plan would match anywhere
+        plan.learn(units, range(len(units)), fallback_units(learnt) if units else ())
+        plan.path.firsts = firsts or [NEVER]
+        dropped = (*chosen.plan.dropped, *chosen.plan.marks)
+        plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
+        plan.proven.update((-1, plan.sequence[site], ()) for site in proven)
+        plan.notes_settings |= learnt.tape.changes_settings
+        kind = self.kinds[key] = BudgetKind(plan, [(chosen, plan.path), *others], summary, tape.memories[0].device)
+        kind.used = next(self._numbers)
+        if before is not None:
+            kind.wait = before.wait
+            is_new = len(others) == len(known)
+            if not is_new and before.tries + 1 < MOST_TRIES:
+                kind.is_due, kind.tries = True, before.tries + 1  # the next forward may go the other way
+            else:
+                kind.wait = PATIENCE * before.wait + 1
+        if len(self.kinds) > MAX_KINDS:
+            del self.kinds[min(self.kinds, key=lambda key: self.kinds[key].used)]
 
     def _carried(self, survey: Survey, budget: Budget) -> Chosen | None:
         """Return the plan of a step that is the same but for sizes, if it makes good use of the budget."""
         for kind in reversed(self.plans):
-            if kind.chosen is not None and is_same_but_for_sizes(kind.chosen.plan.needs.tape, survey.plain.needs.tape):
-                carried = survey.carried(kind.chosen, budget)
-                if carried is not None:
-                    return carried
+            for known, _ in kind.known:
+                if is_same_but_for_sizes(known.plan.needs.tape, survey.plain.needs.tape):
+                    carried = survey.carried(known, budget)
+                    if carried is not None:
+                        return carried
         return None
 
     def _budget_of(self, survey: Survey) -> Budget:
@@ -350,66 +375,12 @@ class BudgetedModel:
         return budget
 
 
-def _units(
-    chosen: Chosen, learnt: Learnt, plan: Plan, budget: int = sys.maxsize
-) -> tuple[list[Unit], list[int], list[int]]:
-    """Return the units of a plan, their first operators, and the positions of those that no step needs to prove.
-
-    These are those of which the operators were proven in the step that was learnt, and those for the proof of which a
-    budget has no room: all that they give is compared in the first backward.
-    """
-    found: list[Unit] = []
-    firsts: list[int] = []
-    proven: list[int] = []
-    alike = {_code_of(learnt.tape, v) for v in learnt.proven}
-    for dropped in Grouping(chosen.plan, learnt).run():
-        try:
-            unit = StagedBuilder(learnt.tape, dropped).run()
-        except Unreplayable as e:
-            plan.reasons[str(e)] = None
-            continue
-        is_alike = all(_code_of(learnt.tape, v) in alike for v in dropped.replayed)
-        if is_alike or _bytes_of_proof(chosen, learnt, dropped) > budget:
-            proven.append(len(found))
-        found.append(unit)
-        firsts.append(dropped.first)
-    return found, firsts, proven
-
-
-def _bytes_of_proof(chosen: Chosen, learnt: Learnt, dropped: Dropped) -> int:
-    """Return the bytes that are there when a unit has ended and all that it gives is made once more beside it."""
-    after = bisect_right(learnt.numbers, dropped.last)
-    sizes: dict[int, int] = {}
-    for v in dropped.replayed:
-        sizes[learnt.tape.values[v].allocation] = learnt.tape.nbytes(v)
-    return chosen.load.live[2 * after] + sum(sizes.values())
-
-
-def _code_of(tape: Tape, value: int) -> tuple[Any, ...]:
-    """Return a key that a value shares with the same one in other layers."""
-    at = tape.values[value].op
-    assert at is not None
-    op = tape.ops[at]
-    return op.func, op.outs.index(value) if value in op.outs else -1, op.where, re.sub(r"\d+", "*", op.module)
-
-
-def _fallback(learnt: Learnt) -> list[Unit]:
-    """Return the units for forwards that go another way: whole blocks."""
-    found: list[Unit] = []
-    for dropped in whole_blocks(learnt):
-        with suppress(Unreplayable):
-            unit = StagedBuilder(learnt.tape, dropped).run()
-            if unit.droppable:
-                found.append(unit)
-    return found
-
-
 def _sizes_of(args: Any, kwargs: Any) -> tuple[tuple[int, ...], ...]:
     return tuple([tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
 
 
 def _covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
-    return all(map(ge, large, small))
+    return len(large) == len(small) and all(map(ge, large, small))
 
 
 def _elements(sizes: tuple[tuple[int, ...], ...]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revfx.engine.plan import Plan
+from revfx.engine.plan import Path, Plan
 from revfx.fit.survey import Chosen
 from revfx.info import BudgetPlan
 
@@ -20,34 +20,40 @@ class BudgetKind:
 
     Attributes:
         plan: the units that they are compared with.
-        chosen: the plan that these follow from; None where none can be made, and whole blocks are dropped.
+        known: the plan that each way of the forward follows from, that of the latest one first; empty where none can be
+            made, and whole blocks are dropped.
         summary: it for users.
         device: on which the model is.
-        units: how many units matched at most.
         calls: how many calls there were since it was learnt.
         wait: how many calls have to pass before it is learnt again.
+        tries: how often it was learnt since a forward went an unknown way, and took a known one.
         is_due: the next call is learnt again.
         used: a number that grows with each call.
         ends: tensors that the latest call took or returned, with how often they had been written to.
     """
 
     plan: Plan
-    chosen: Chosen | None
+    known: list[tuple[Chosen, Path]]
     summary: BudgetPlan | None
     device: torch.device
-    units: int
     calls: int = 0
     wait: int = 0
+    tries: int = 0
     is_due: bool = False
     used: int = 0
     ends: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
 
-    def judge(self, matched: int) -> None:
-        """Have the kind learnt again if fewer units matched than before."""
+    @property
+    def chosen(self) -> Chosen | None:
+        """The plan of the way that was learnt last."""
+        return self.known[0][0] if self.known else None
+
+    def judge(self, path: Path, matched: int) -> None:
+        """Have the kind learnt again if fewer units of a way matched than before."""
         self.calls += 1
-        if matched < self.units and self.calls > self.wait:
+        if matched < path.most and self.calls > self.wait:
             self.is_due = True
-        self.units = max(self.units, matched)
+        path.most = max(path.most, matched)
 
 
 class PlainForward:

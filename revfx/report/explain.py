@@ -164,7 +164,7 @@ def _described(kind: Kind, codes: Mapping[int, int], lossless: bool) -> Iterator
             names[i] = ".".join(filter(None, (*paths[-1], program.ops[i].name)))
         levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
         module = ".".join(level[0] for level in levels)
-        coded = sum(nbytes for site, nbytes in codes.items() if kind.plan.chain(site) == number)
+        coded = sum(nbytes for site, nbytes in codes.items() if kind.plan.path.chain(site) == number)
         yield describe(program, region, (0, len(region.steps)), names, module, coded if lossless else None)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal
+from fit_models import Residual, branch, equal, fit_of
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import revfx
-from revfx.errors import RevfxWarning
+from revfx.engine import native
+from revfx.errors import BudgetWarning, RevfxWarning
 
 
 STEPS, SHARE = 5, 0.65
@@ -302,3 +303,56 @@ def test_losses_may_have_backwards_of_their_own() -> None:
             torch.optim.SGD(of.parameters(), 0.05).step()
         found.append([*mine, *of.state_dict().values()])
     assert equal(*found)
+
+
+class Masked(nn.Module):
+    """A block that calls other operators where there is a mask, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = branch()
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.branch(x.exp().tanh() if mask is None else (x * mask[:, None]).sigmoid().sin())
+
+
+class TwoWays(Residual):
+    """A batch without padding goes without a mask."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        given = None if bool(mask.all()) else mask
+        for layer in self.layers:
+            x = x + layer(x, given)
+        return x
+
+
+@pytest.mark.parametrize("watcher", ["native", "python"])
+def test_each_way_of_a_forward_has_a_plan(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first forward of another way is plain; the next ones are learnt, and then both ways have a plan."""
+    monkeypatch.setenv(native.CHOICE, watcher)
+    torch.manual_seed(0)
+    model = TwoWays(*(Masked() for _ in range(6)))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def trained(model: nn.Module, run: nn.Module, peaks: list[int]) -> list[Tensor]:
+        found: list[Tensor] = []
+        torch.manual_seed(1)
+        for step in range(10):
+            x, mask = data(step), torch.ones(256)
+            mask[200:] = step % 2
+            with measured(peaks):
+                run(x, mask).square().mean().backward()
+            found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            model.zero_grad(set_to_none=False)
+        return found
+
+    plain_peaks: list[int] = []
+    want = trained(model, model, plain_peaks)
+    fitted, peaks = revfx.convert(model, memory=0.5), list[int]()
+    with pytest.warns(BudgetWarning, match="other operators than the ones that were planned for"):
+        assert equal(trained(model, fitted, peaks), want)
+    over = [step for step, taken in enumerate(peaks) if taken > 0.5 * max(plain_peaks)]
+    assert over == [1], [taken / max(plain_peaks) for taken in peaks]
+    assert len(fit_of(fitted).plans[0].known) == 2
+    assert not fit_of(fitted).plans[0].is_due

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from revfx.errors import RegenerationError
 from revfx.fit import budgeted
 from revfx.fit.blocks import blocks_of
 from revfx.fit.kinds import BudgetKind
+from revfx.fit.make_units import units_of
 from revfx.fit.units import Learnt
 
 
@@ -33,13 +33,12 @@ PART = 32  # of what is foreseen, by which a loop whose steps run again in one g
 def learnt_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, BudgetKind, Learnt]:
     """A model, what it becomes with a budget, the kind of its calls, and the step that was learnt."""
     found: list[Learnt] = []
-    make_units = budgeted._units  # pyright: ignore[reportPrivateUsage]
 
-    def units(chosen: Any, learnt: Learnt, plan: Plan, budget: int = sys.maxsize) -> Any:
+    def units(chosen: Any, learnt: Learnt, reasons: Any, budget: int) -> Any:
         found.append(learnt)
-        return make_units(chosen, learnt, plan, budget)
+        return units_of(chosen, learnt, reasons, budget)
 
-    monkeypatch.setattr(budgeted, "_units", units)
+    monkeypatch.setattr(budgeted, "units_of", units)
     monkeypatch.setattr(Tape, "forget_tensors", lambda tape: None)
     made = make(name)
     fitted = planned(made[0], made[1], memory=0.8)
@@ -67,14 +66,15 @@ def drawn_plan(kind: BudgetKind, draw: random.Random) -> Any:
 
 def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool) -> None:
     assert kind.chosen is not None
-    kind.chosen = kind.chosen._replace(plan=drawn)
     kind.plan = Plan()
-    units, kind.plan.firsts, _ = budgeted._units(kind.chosen, learnt, kind.plan)  # pyright: ignore[reportPrivateUsage]
+    chosen = kind.chosen._replace(plan=drawn)
+    units, firsts, _ = units_of(chosen, learnt, kind.plan.reasons)
     kind.plan.learn(units, range(len(units)))
-    kind.plan.dropped_at = frozenset(learnt.tape.saved[k][0] for k in (*drawn.dropped, *drawn.marks))
+    kind.known = [(chosen, kind.plan.path)]
+    kind.plan.path.firsts = firsts
+    kind.plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in (*drawn.dropped, *drawn.marks))
     if proven:
         kind.plan.proven.update((-1, unit, ()) for unit in kind.plan.sequence)
-    kind.units = len(units)
 
 
 @pytest.mark.parametrize("watcher", ["native", "python"])
@@ -94,7 +94,7 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
         tried += 1
         install(kind, learnt, drawn, proven=False)
         assert equal(state(model, lambda: loss(fitted(*args))), want)
-        assert kind.units == 0 or not kind.is_due
+        assert not kind.is_due
         assert not kind.plan.reasons, kind.plan.reasons
         if watcher == "native":
             assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + max(SLACK, foreseen // PART)
