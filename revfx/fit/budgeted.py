@@ -32,7 +32,15 @@ from revfx.fit.costs import Costs
 from revfx.fit.kinds import BudgetKind, PlainForward
 from revfx.fit.learning import StepLearning
 from revfx.fit.make_units import fallback_units, units_of
-from revfx.fit.messages import shapes_of, warn_of_blocks, warn_of_least, warn_of_losses, warn_of_miss, warn_of_ways
+from revfx.fit.messages import (
+    about_checkpoints,
+    shapes_of,
+    warn_of_blocks,
+    warn_of_least,
+    warn_of_losses,
+    warn_of_miss,
+    warn_of_ways,
+)
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
 from revfx.fit.steps import StepRecorder
@@ -239,7 +247,7 @@ class BudgetedModel:
         self._parameters = []
 
         def finished(step: StepRecorder) -> None:
-            self._plan(key, name, text, step, learnt.pop())
+            self._plan(key, model, text, step, learnt.pop())
 
         name, text = name_of(model), shapes_of(inputs)
         learning = learner(StepLearning)(model, inputs, finished)
@@ -270,13 +278,13 @@ class BudgetedModel:
         if key not in self.retried:
             warn_of_blocks(name, self.budget)
 
-    def _plan(self, key: Any, name: str, inputs: str, step: StepRecorder, learnt: Learnt) -> None:
+    def _plan(self, key: Any, model: nn.Module, inputs: str, step: StepRecorder, learnt: Learnt) -> None:
         """Make the plan for calls of the kind that a step was of.
 
         Raises:
             BudgetError: no plan stays within the budget.
         """
-        tape = step.tape
+        tape, name = step.tape, name_of(model)
         if all(p.unpacked is None for p in tape.packs):
             return
         start = time.perf_counter()
@@ -302,6 +310,7 @@ class BudgetedModel:
             when = "This was found when the first backward had ended, before any step of an optimizer."
             if self.forwards > 1:
                 when += f" {self.forwards} forwards run before the first backward, and share the budget."
+            when += about_checkpoints(model)
             error = survey.refusal(name, inputs, budget, when, self.forwards)
             with self.lock:
                 self.refused[key] = error

@@ -24,7 +24,7 @@ from revfx.plan.blocks import BlockLearning
 
 
 PART = 8  # a block ends when it saved more than this part of all so far ...
-GAIN = 2  # ... and so many times the bytes that are handed on from it
+GAIN = 2.5  # ... and so many times the bytes that are handed on from it
 
 
 @dataclass
@@ -99,9 +99,9 @@ class StepLearning(BlockLearning):
         value = super().number(t)
         if len(self._operands) > held:
             self._count(t)
-        op = self.tape.values[value].op
-        if self._next is not None and (op is None or op < self._next.op) and value not in self._next.operands:
-            self._next.operands[value] = dispatch.alias(t), _torch.version(t)
+        start = self._next
+        if start is not None and self._is_given(value, start.op) and value not in start.operands:
+            start.operands[value] = dispatch.alias(t), _torch.version(t)
             self._count(t)
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from revfx.errors import BudgetWarning, warn
 from revfx.fit.budget import Budget, as_memory
@@ -15,6 +15,19 @@ from revfx.units import size
 def shapes_of(tensors: Sequence[Tensor]) -> str:
     """Return shapes of tensors as text, such as "inputs (8, 512), (8, 512)"."""
     return f"inputs {', '.join(str(tuple(t.shape)) for t in tensors)}" if tensors else "no inputs"
+
+
+def about_checkpoints(model: nn.Module) -> str:
+    """Return a sentence for a model that checkpoints itself, as libraries mark their modules; "" for others."""
+    marks = ("gradient_checkpointing", "grad_checkpointing")
+    for module in model.modules():
+        for mark in marks:
+            if getattr(module, mark, False) is True:
+                return (
+                    f" The model checkpoints itself (`{type(module).__name__}.{mark}`), and the plain model's bytes are"
+                    " those that it takes so. Turn that off, and the budget decides what is recomputed."
+                )
+    return ""
 
 
 def warn_of_losses(name: str, budget: Budget, most: int) -> None:

@@ -74,12 +74,19 @@ class BlockLearning(Learning):
         self._operands = {}
 
     def number(self, t: Tensor) -> int:
-        """Return the number of the value that `t` holds; hold it until the block ends if another one made it."""
+        """Return the number of the value that `t` holds; hold it until the block ends if its replay is given it.
+
+        So is a view that the block itself makes of memory from outside.
+        """
         value = super().number(t)
-        op = self.tape.values[value].op
-        if self._block and (op is None or op < self._first) and value not in self._operands:
+        if self._block and self._is_given(value, self._first) and value not in self._operands:
             self._operands[value] = dispatch.alias(t), _torch.version(t)
         return value
+
+    def _is_given(self, value: int, first: int) -> bool:
+        """Return whether the replay of a block that begins with an operator is given a value."""
+        op = self.tape.values[value].op
+        return op is None or op < first or self.tape.is_outside(value)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import random
 import sys
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
@@ -168,7 +167,7 @@ def test_gradient_checkpointing_may_be_left_on(tmp_path: Path, reentrant: bool) 
         return by_transformers(way, tmp_path / str(way.memory), gradient_checkpointing=True, **options)
 
     assert_alike(loop, 1.1, 1.1, is_bytes=True)
-    with pytest.raises(BudgetError, match="no plan for"):
+    with pytest.raises(BudgetError, match="The model checkpoints itself"):
         loop(Way(SHARE))
 
 
@@ -383,7 +382,7 @@ def test_steps_that_differ(name: str) -> None:
 
 
 def test_batches_with_and_without_padding() -> None:
-    """The first batch of the other kind takes what it does in the plain model; it is warned of, and learnt then."""
+    """The first batch of the other kind is as plain; it is warned of."""
     with pytest.warns(BudgetWarning, match="other operators"):
         peaks = assert_alike(padded, 0.5, 1.0).peaks
     assert max(peaks[-STEPS:]) <= 0.6 * max(peaks)
@@ -393,12 +392,9 @@ def test_batches_with_and_without_padding() -> None:
 def test_lengths_in_random_order(caplog: pytest.LogCaptureFixture) -> None:
     """200 different lengths; last batches are smaller."""
     caplog.set_level(logging.INFO, "revfx")
-    steps, start, draw = 1000 if DEEP else 80, time.perf_counter(), random.Random(1)
+    steps, draw = 1000 if DEEP else 80, random.Random(1)
     lengths = [LONGEST - draw.randrange(200) for _ in range(steps - 1)] + [LONGEST]
     texts = [text(5 if step % 25 == 24 else 8, length, step) for step, length in enumerate(lengths)]
     (model,) = assert_alike(lambda way: read(way, [(t, None) for t in texts])).models
-    seconds = time.perf_counter() - start  # of both
     told = [record for record in caplog.records if record.name == "revfx"]
     assert len(told) == len(model.revfx.plans) <= 8
-    if DEEP:  # 0.03 is aimed at
-        assert sum(p.planning for p in model.revfx.plans) < 0.15 * seconds
