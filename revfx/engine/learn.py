@@ -96,8 +96,11 @@ class Learning(HookedMode):
                 op = allocation.last_write  # the tensor is a view of what this operator wrote
             self.tape.values.append(Value(number, allocation.writes, view, t.device, op, before))
             is_constant = allocation.is_outside and allocation.role != "input" and not allocation.writes
-            if is_constant and op is None and not t.requires_grad:  # a result may come to hold the graph
-                self.tape.constants[value] = t
+            if is_constant and not t.requires_grad:
+                if op is None:
+                    self.tape.constants[value] = t
+                else:  # a view, which may come to hold the graph
+                    self.tape.fixed.add(value)
             elif op in self._fixed and allocation.is_strided and t.numel() <= LIMIT:
                 self.tape.fixed.add(value)
                 if allocation.writes:

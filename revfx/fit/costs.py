@@ -31,7 +31,7 @@ from revfx.passes.sizes import tensors_of
 
 REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it takes longer than ...
 LONG = 0.05  # seconds
-FEW = 2**18  # elements
+FEW, FEWER = 2**15, 2**11  # elements
 BYTES_PER_SECOND = 1e10  # that operators read and write, where their times must not depend on the machine
 BIT_COST = 1e-9  # seconds an element that a bit in its place takes there
 
@@ -185,9 +185,15 @@ def _cost(tape: Tape, op: Op) -> Cost:
 
 @functools.cache
 def bit_seconds(device: torch.device) -> float:
-    """Return what it takes to keep one element as a bit, and to make it of that again."""
-    t = torch.zeros(FEW, device=device)
-    return _seconds(lambda: lambda: bits.decode(bits.encode(t != 0), FEW, t.dtype), device) / FEW
+    """Return the seconds that it takes to keep one element more as a bit, and to make it of that again."""
+    many, few = (_bits_seconds(torch.zeros(n, device=device)) for n in (FEW, FEWER))
+    return max(many - few, 0.0) / (FEW - FEWER)
+
+
+def _bits_seconds(t: Tensor) -> float:
+    """Return what it takes to keep the elements of a tensor as bits, and to make them of these again."""
+    rounds = [_seconds(lambda: lambda: bits.decode(bits.encode(t != 0), len(t), t.dtype), t.device) for _ in range(4)]
+    return min(rounds)
 
 
 def _seconds(ready: Callable[[], Callable[[], Any]], device: torch.device) -> float:

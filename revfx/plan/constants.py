@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from revfx._fsdp import is_freed
 from revfx.engine import dispatch
 from revfx.engine.tape import Ref, Tape
 
@@ -19,7 +20,7 @@ def constants_of(tape: Tape) -> dict[int, Tensor]:
         t = tape.constants.get(value)
         if t is None:
             t = _computed(tape, value, found)
-        if t is not None:
+        if t is not None and not is_freed(t):
             found[value] = t
     return found
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from revfx._fsdp import is_freed
 from revfx.engine.tape import Op, Tape
 from revfx.errors import Refusal
 from revfx.passes.arcs import Lowered, lower
@@ -56,7 +55,7 @@ def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple
     graph = of.graph
     held: dict[fx.Node, tuple[Fact, ...]] = {}
     for value, t in constants_of(tape).items():
-        if value in of.node_of and not is_freed(t):
+        if value in of.node_of:
             held[of.node_of[value]] = facts_about(t) or truths_of(t)
     known = annotate(graph, held, None)
     for node, value in constants(graph, known).items():

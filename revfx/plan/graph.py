@@ -101,7 +101,8 @@ class _Builder:
         self._note(node, value)
         known = self.tape.values[value]
         role = self.tape.allocations[known.allocation].role
-        if (role and role != "input") or value in self.tape.constants:
+        is_constant = value in self.tape.constants or value in self.tape.fixed
+        if (role and role != "input") or is_constant:
             self.made.lasting.append(node)
         elif not (known.view.shape and (known.view.dtype.is_floating_point or known.view.dtype.is_complex)):
             node.meta["kept"] = True  # an index, or a single number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -40,6 +40,22 @@ def is_filled(tape: Tape, value: int) -> bool:
         if bool(written.all()):
             return True
     return False
+
+
+def overwritten(tape: Tape, slots: Mapping[int, int], ops: range) -> frozenset[int]:
+    """Return the slots, by value, of which operators write over elements, by this or another view."""
+    of_allocation: dict[int, list[tuple[int, int]]] = {}
+    for value, slot in slots.items():
+        of_allocation.setdefault(tape.values[value].allocation, []).append((value, slot))
+    found: set[int] = set()
+    for number in ops:
+        for was, after in tape.ops[number].written:
+            written = tape.values[after]
+            for value, slot in of_allocation.get(written.allocation, ()):
+                known = tape.values[value]
+                if known.writes < written.writes and known.view.overlaps(tape.values[was].view):
+                    found.add(slot)
+    return frozenset(found)
 
 
 def is_workspace(tape: Tape, value: int) -> bool:

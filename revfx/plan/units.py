@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.facts import Fact
 from revfx.passes.program import Arc
 from revfx.plan.couplings import Couplings
-from revfx.plan.memory import first_slots, is_filled, is_workspace
+from revfx.plan.memory import first_slots, is_filled, is_workspace, overwritten
 from revfx.plan.replays import Action, Builder, Inversion, Memory, Run, Unreplayable
 
 
@@ -349,20 +349,9 @@ class UnitBuilder:
             for was, after in tape.ops[i].written:
                 if was in self.slots and after in self.slots:
                     writes.setdefault(i - span.first, []).append((self.slots[was], self.slots[after]))
-        return Memory(allocation, before, writer, writes, frozenset(self._overwritten()))
-
-    def _overwritten(self) -> Iterator[int]:
-        """Yield the slots of which an operator of the unit writes over elements, by this or another view."""
-        values = self.tape.values
-        slots_of: dict[int, list[tuple[int, int]]] = {}  # by allocation
-        for v, s in self.slots.items():
-            slots_of.setdefault(values[v].allocation, []).append((v, s))
-        for op in self.tape.ops[self.span.first : self.span.last + 1]:
-            for was, after in op.written:
-                written = values[after]
-                for v, s in slots_of.get(written.allocation, ()):
-                    if values[v].writes < written.writes and values[v].view.overlaps(values[was].view):
-                        yield s
+        return Memory(
+            allocation, before, writer, writes, overwritten(tape, self.slots, range(span.first, span.last + 1))
+        )
 
     # --- results that can't be computed again
     def _must_be_held(self, value: int) -> bool:

@@ -55,7 +55,7 @@ def test_what_no_plan_can_see_may_change(join: Any, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Hidden, "factor", 1.0 + n // 2)
         monkeypatch.setattr(Hidden, "sine", n // 2 % 2 == 1)
         assert equal(step(model, fitted, x), step(plain, plain, x))
-    assert any(plan.units for plan in fit_of(fitted).plans)
+    assert any(plan.plan.sequence for plan in fit_of(fitted).plans)
 
 
 class Odd(Exception):

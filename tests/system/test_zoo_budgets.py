@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import revfx
-from revfx.fit.costs import bit_seconds
 from revfx.testing import measure_memory
 
 
@@ -390,7 +389,6 @@ def test_training_within_a_budget_is_plain_training(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, as they make models
         made = MODELS[name]()
-    bit_seconds(torch.device("cpu"))  # is measured once a process, by 2 MiB that are no part of a step
     plain, peaks = trained(made)
     most = max(peaks)
     for asked in SHARES:
