@@ -208,6 +208,7 @@ class UnitCall:
         for slot, t in zip(carry.outputs, results, strict=True):
             if slot in asked or self.owed.get(slot, 0) > 0:
                 self.lent[slot] = t
+            self._compare(slot, t)
 
     def _repay(self, slot: int) -> None:
         left = self.owed[slot] = self.owed.get(slot, 0) - 1
@@ -285,9 +286,13 @@ class UnitCall:
                 self.passed[slot] = t
             if slot in unit.entry:
                 self.entries[slot] = t
-            if slot in self.fingerprints:
-                now = fingerprint(t)
-                self.backward_pass.comparisons.append(Comparison(self.fingerprints[slot], now, f"a tensor of {unit}"))
+            self._compare(slot, t)
+
+    def _compare(self, slot: int, t: Tensor) -> None:
+        """Note the fingerprint of a replayed tensor, if there is one of the forward."""
+        if slot in self.fingerprints:
+            then, now = self.fingerprints[slot], fingerprint(t)
+            self.backward_pass.comparisons.append(Comparison(then, now, f"a tensor of {self.unit}"))
 
     def inputs(self, replay: Replay, noted: list[Comparison] | None = None) -> list[Any]:
         """Return the inputs of a replay of this call; fingerprints of decoded values are added to `noted`."""

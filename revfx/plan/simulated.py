@@ -41,7 +41,7 @@ class SimulatedModel(PlannedModel):
         return Learning(model, inputs)
 
     def learnt(self, tape: Tape) -> None:
-        """Put the numbers of constants on the tape: those of the model's tensors, and what is computed from them."""
+        """Put the numbers of the model's tensors on the tape."""
         found: dict[int, Tensor] = {}
         for value, t in sorted(tape.constants.items()):
             real = self.real_of(t) if _torch.is_fake(t) else t

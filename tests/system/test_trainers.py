@@ -344,7 +344,7 @@ def test_a_loop_trains_as_plainly(name: str) -> None:
     assert_alike(LOOPS[name])
 
 
-# --- what is not kept yet
+# --- steps that differ
 def thawed(way: Way) -> list[Tensor]:
     """Train the upper half first."""
     model, found = way.of(layers()), list[Tensor]()
