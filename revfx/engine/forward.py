@@ -227,6 +227,8 @@ class Forward:
             return
         site = self.path.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
+        if unit.backward is not None:  # it inverts what earlier couplings gave
+            earlier = [of for of in earlier if not of[1].unit.gives_exit]
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
         call.site, call.kept = site, matched.kept
         call.observer = observer.get()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _fsdp, _torch
 from revfx.engine import dispatch
 from revfx.engine.forward import NEVER
 from revfx.engine.native import learner, watcher
@@ -29,6 +29,7 @@ from revfx.errors import BudgetError, Reason, Refusal, name_of
 from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
+from revfx.fit.inverted import InvertedSteps
 from revfx.fit.kinds import BudgetKind, PlainForward
 from revfx.fit.learning import StepLearning
 from revfx.fit.make_units import fallback_units, units_of
@@ -45,14 +46,14 @@ from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
 from revfx.fit.steps import StepRecorder
 from revfx.fit.summary import summarize
-from revfx.fit.survey import DEAR, Chosen, Survey
+from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import is_same_but_for_sizes
 from revfx.fit.units import Learnt
 from revfx.info import BudgetPlan
 from revfx.parts import parts_of
 from revfx.passes._torch import is_overload
 from revfx.plan.blocks import block_paths
-from revfx.plan.couplings import find_couplings
+from revfx.plan.declared import CallObserver
 from revfx.plan.model import PATIENCE, call_kind, seen_whole, tensors_in
 
 
@@ -138,11 +139,11 @@ class BudgetedModel:
             raise self.refused[key]
         kind = self.kinds.get(key)
         if kind is None or kind.is_due:
-            self.is_left = bool(parts_of(model)) or any(map(_torch.is_dtensor, model.parameters()))
+            self.is_left = bool(parts_of(model))
             if self.is_left:
                 self.kinds.clear()
                 return otherwise()
-        with seen_whole():
+        with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
             if kind is None or kind.is_due:
                 return self._learn(key, model, forward, args, kwargs)
             if not kind.plan.units:
@@ -252,7 +253,7 @@ class BudgetedModel:
         name, text = name_of(model), shapes_of(inputs)
         learning = learner(StepLearning)(model, inputs, finished)
         self._note_forward(learning.step)
-        with learning:
+        with learning, CallObserver(learning):
             out = forward(*args, **kwargs)
         returned = tensors_in(out)
         learning.tape.returned = [learning.number(t) for t in returned]
@@ -289,7 +290,7 @@ class BudgetedModel:
             return
         start = time.perf_counter()
         planner = Planner(Needs(tape), self.costs.of(tape), any_caller=True)
-        survey = Survey(planner, lambda: None, LEAST_MARGIN)
+        survey = Survey(planner, InvertedSteps(planner, learnt), LEAST_MARGIN)
         budget = self._budget_of(survey)
         room = 0  # for sizes that depend on data
         if any(torch.Tag.dynamic_output_shape in op.func.tags for op in learnt.tape.ops if is_overload(op.func)):
@@ -298,11 +299,6 @@ class BudgetedModel:
         chosen = self._carried(survey, with_room) or survey.best(with_room)
         if chosen is None and room:
             chosen = survey.best(budget)
-        is_dear = chosen is None or chosen.seconds > DEAR * planner.seconds
-        if is_dear and find_couplings(learnt.tape).regions:
-            self.is_left = True
-            self.kinds.clear()
-            return
         asked = budget.of(survey.peak)
         if chosen is None and any(p.unpacked is None and p.end is None and not p.offered for p in tape.packs):
             return  # another backward is still to come
@@ -337,14 +333,17 @@ class BudgetedModel:
         known = [] if before is None else before.known
         others = [one for one in known if not is_same_but_for_sizes(one[0].plan.needs.tape, tape)][: MAX_WAYS - 1]
         plan.others = [path for _, path in others]
-        units, firsts, proven = units_of(chosen, learnt, plan.reasons, asked)
+        placed = units_of(chosen, learnt, plan.reasons, asked)
+        units = [p.unit for p in placed]
         if not units and not others:
             plan.units.clear()  # those of an earlier plan would match anywhere
-        plan.learn(units, range(len(units)), fallback_units(learnt) if units else ())
-        plan.path.firsts = firsts or [NEVER]
-        dropped = (*chosen.plan.dropped, *chosen.plan.marks)
+        plan.learn(units, [p.chain for p in placed], fallback_units(learnt) if units else ())
+        plan.path.firsts = [p.first for p in placed] or [NEVER]
+        dropped = (*chosen.plan.dropped, *chosen.plan.marks, *chosen.inverted.packs)
         plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
-        plan.proven.update((-1, plan.sequence[site], ()) for site in proven)
+        for site, of in enumerate(placed):
+            if of.is_proven:
+                plan.proven.add((-1, plan.sequence[site], ()))
         plan.notes_settings |= learnt.tape.changes_settings
         kind = self.kinds[key] = BudgetKind(plan, [(chosen, plan.path), *others], summary, tape.memories[0].device)
         kind.used = next(self._numbers)

@@ -49,7 +49,7 @@ class Planner:
         like: Planner | None = None,
         credit: Credit = _NO_CREDIT,
     ) -> None:
-        self.needs, self.costs, self.seconds = needs, costs, sum(c.seconds for c in costs)
+        self.needs, self.costs, self.seconds = needs, costs, needs.tape.seconds + sum(c.seconds for c in costs)
         self.model = Model(needs, costs, any_caller, LOSS * needs.tape.loss * any_caller, credit)
         self.runs = Runs(self.model, {} if like is None else like.runs.entries)
         self.untimed = Untimed(self.model) if like is None else like.untimed

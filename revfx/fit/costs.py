@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revfx import _torch
+from revfx import _torch, codes
 from revfx.codes import bits
+from revfx.codes.codec import TYPICAL_WIDTH
 from revfx.fit.compiled import Back, Whole
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
@@ -188,6 +190,20 @@ def bit_seconds(device: torch.device) -> float:
     """Return the seconds that it takes to keep one element more as a bit, and to make it of that again."""
     many, few = (_bits_seconds(torch.zeros(n, device=device)) for n in (FEW, FEWER))
     return max(many - few, 0.0) / (FEW - FEWER)
+
+
+@functools.cache
+def code_seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the seconds an element that it takes to make a code of a tensor, and the tensor of that again."""
+    many, few = (_code_seconds(torch.ones(n, dtype=dtype, device=device)) for n in (FEW, FEWER))
+    return max(many - few, 0.0) / (FEW - FEWER)
+
+
+def _code_seconds(t: Tensor) -> float:
+    prediction = codes.predict(operator.sub, t, torch.zeros_like(t))
+    code = codes.encode(t, prediction, TYPICAL_WIDTH)
+    encoding = _seconds(lambda: lambda: codes.encode(t, prediction, TYPICAL_WIDTH), t.device)
+    return encoding + _seconds(lambda: lambda: codes.decode(prediction, code), t.device)
 
 
 def _bits_seconds(t: Tensor) -> float:

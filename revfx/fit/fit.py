@@ -6,9 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +93,7 @@ class Fitted:
 
 def alike_tapes(plans: Sequence[Fitted], way: str, tape: Tape) -> list[tuple[Fitted, frozenset[int]]]:
     """Return the plans of one way whose tapes differ from a new one in numbers alone, and the operators that do."""
-    found = [(f, differing(f.chosen.plan.needs.tape, tape)) for f in plans if f.chosen.way == way]
+    found = [(f, differing(f.chosen.plan.needs.tape, tape)) for f in plans if way == "plain"]
     return [(f, other) for f, other in found if other is not None]
 
 
@@ -147,13 +146,13 @@ class Fit:
             )
             return result
         if fitted.course is None:
-            return call.run(fitted.chosen.way)
+            return call.run("plain")
         most = replace(self.budget, less=0).of(fitted.summary.plain)
         meter = Meter(model, fitted.device, most, partial(self._missed, name_of(model)))
         step = Step(fitted.course, model, call.leaves, meter, partial(self._failed, fitted))
         try:
             with given(looking_on, step), saved_tensors_hooks(step.pack, step.unpack):
-                result = call.run(fitted.chosen.way)
+                result = call.run("plain")
         finally:
             step.end()
         self.calls += 1
@@ -225,7 +224,7 @@ class Fit:
         LOG.info("%s", plan.line)
         devices = (t.device for t in (*model.parameters(), *call.leaves) if isinstance(t, Tensor))
         course = Course(chosen.plan) if chosen.plan.dropped or chosen.plan.marks else None
-        alike = alike_tapes(before, chosen.way, chosen.plan.needs.tape)
+        alike = alike_tapes(before, "plain", chosen.plan.needs.tape)
         numbers = alike[0][0].numbers.common(model, call.leaves) if alike else Numbers.of(model, call.leaves)
         device = next(devices, torch.device("cpu"))
         return Fitted(call.key, numbers, chosen, chosen.plan.needs.barred, device, course, plan)
@@ -248,9 +247,4 @@ class Fit:
             barred = [f.barred | (other or f.suspects) for f, other in alike_tapes(before, way, tape)]
             return Planner(Needs(tape, frozenset().union(*barred)), costs, any_caller=True)
 
-        @cache
-        def reversible() -> Planner | None:
-            with suppress(RevfxError):
-                return planner("reversible") if call.is_reversible() else None
-
-        return Survey(planner("plain"), reversible)
+        return Survey(planner("plain"))

@@ -6,6 +6,7 @@ import re
 import sys
 from bisect import bisect_right
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from revfx.engine.tape import Tape
@@ -16,18 +17,33 @@ from revfx.plan.replays import Unreplayable
 from revfx.plan.staged import Dropped, StagedBuilder
 
 
+@dataclass(frozen=True)
+class PlacedUnit:
+    """A unit of a plan.
+
+    Attributes:
+        first, last: its operators, of the forward's.
+        unit: it.
+        chain: the number of the chain that it belongs to.
+        is_proven: no step needs to prove it: alike operators were proven in the step that was learnt, or a budget has no
+            room for that. All that it gives is compared in the first backward.
+    """
+
+    first: int
+    last: int
+    unit: Unit
+    chain: int
+    is_proven: bool = False
+
+
 def units_of(
     chosen: Chosen, learnt: Learnt, reasons: dict[str, None], budget: int = sys.maxsize
-) -> tuple[list[Unit], list[int], list[int]]:
-    """Return the units of a plan, their first operators, and the positions of those that no step needs to prove.
-
-    These are those of which the operators were proven in the step that was learnt, and those for the proof of which a
-    budget has no room: all that they give is compared in the first backward. Why units can't be replayed is added to
-    `reasons`.
-    """
-    found: list[Unit] = []
-    firsts: list[int] = []
-    proven: list[int] = []
+) -> list[PlacedUnit]:
+    """Return the units of a plan, in the order of their operators; why some can't be replayed is added to `reasons`."""
+    found: list[PlacedUnit] = []
+    for coupled in chosen.inverted.units:
+        found.append(PlacedUnit(coupled.first, coupled.last, coupled.unit, coupled.chain))
+    chains = 1 + max((coupled.chain for coupled in found), default=-1)
     alike = {_code_of(learnt.tape, v) for v in learnt.proven}
     for dropped in Grouping(chosen.plan, learnt).run():
         try:
@@ -36,11 +52,9 @@ def units_of(
             reasons[str(e)] = None
             continue
         is_alike = all(_code_of(learnt.tape, v) in alike for v in dropped.replayed)
-        if is_alike or _bytes_of_proof(chosen, learnt, dropped) > budget:
-            proven.append(len(found))
-        found.append(unit)
-        firsts.append(dropped.first)
-    return found, firsts, proven
+        is_proven = is_alike or _bytes_of_proof(chosen, learnt, dropped) > budget
+        found.append(PlacedUnit(dropped.first, dropped.last, unit, chains + len(found), is_proven))
+    return sorted(found, key=lambda placed: placed.first)
 
 
 def _bytes_of_proof(chosen: Chosen, learnt: Learnt, dropped: Dropped) -> int:

@@ -148,6 +148,8 @@ class Model:
                 hold(m.size, m.end, until[n])
         for o, c in enumerate(self.costs):
             hold(c.scratch, 2 * o + 1, 2 * o + 2)
+        for size, start, stop in tape.held:
+            hold(size, start, min(stop, end))
         hold(-self.credit.backward, 2 * tape.turn, end)
         hold(self.loss - self.credit.turn + self.credit.backward, 2 * tape.turn + 1, 2 * tape.turn + 2)
         return [*accumulate(change[:end])]

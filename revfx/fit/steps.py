@@ -59,7 +59,7 @@ class StepRecorder:
     """
 
     def __init__(self, model: nn.Module, finished: Callable[[StepRecorder], None]) -> None:
-        self.tape, self.numbers = Tape(is_live=True), list[int]()
+        self.tape, self.numbers = Tape(), list[int]()
         self._before = dict[int, str]()  # by storage, what it was before the step
         self._parameters = [*model.parameters()]
         for p in self._parameters:

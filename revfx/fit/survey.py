@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 from revfx.errors import BudgetError
 from revfx.fit.budget import Budget, as_memory
 from revfx.fit.choose import Planner
 from revfx.fit.holders import layer_at_peak, list_holders
+from revfx.fit.inverted import Inverted, InvertedStep
 from revfx.fit.plan import Plan
-from revfx.fit.simulate import OVERHEAD, Load, Model
+from revfx.fit.simulate import Load, Model
 from revfx.units import size
 
 
 USED = 0.9  # of a budget, by a plan that is carried over to other sizes, at least
 DEAR = 0.25  # of a step's time: what inverting takes at least
+NOTHING = Inverted()
 
 
 class Chosen(NamedTuple):
-    """A plan for one of the ways, what it holds, the seconds that it takes more than the plain step, and the step for a
-    caller who holds the outputs and computes a large loss.
+    """A plan for a step.
+
+    Attributes:
+        inverted: couplings that are inverted in it.
+        plan: what is done with the rest.
+        load: what the step holds.
+        seconds: that it takes more than the plain step.
+        model: the step for a caller who holds the outputs and computes a large loss.
     """
 
-    way: str
+    inverted: Inverted
     plan: Plan
     load: Load
     seconds: float
@@ -38,13 +47,13 @@ class Chosen(NamedTuple):
 
 @dataclass
 class Survey:
-    """The planner of the plain way, and what returns that of the reversible one, if there is any.
+    """The planner of a step, and those of the same step with couplings inverted.
 
     `margin`: the least budget that is told is larger by this part, as other steps may differ by some bytes.
     """
 
     plain: Planner
-    reversible: Callable[[], Planner | None]
+    inverting: Iterable[InvertedStep] = ()
     margin: float = 0.0
 
     @property
@@ -58,7 +67,7 @@ class Survey:
         A budget in bytes holds for any caller if that is possible. A share is compared with the plain step of the same
         caller, and so are bytes that are too few for any caller: both are refused at the same point.
         """
-        asked, plain = budget.of(self.peak), self._chosen("plain", self.plain, self.plain.plain)
+        asked, plain = budget.of(self.peak), self._chosen(NOTHING, self.plain, self.plain.plain)
         if budget.share == 1:
             return plain
         found = None if budget.share is not None else self._fastest(asked, lambda planner: planner)
@@ -71,7 +80,7 @@ class Survey:
         asked = budget.of(self.peak)
         planner = self.plain if budget.share is None else self.plain.with_credit(asked, self.plain)
         plan, needs = replace(known.plan, needs=planner.needs), planner.needs
-        if not (plan.marks <= needs.marks and plan.coins <= needs.coins.keys()):
+        if known.inverted.units or not (plan.marks <= needs.marks and plan.coins <= needs.coins.keys()):
             return None
         try:
             load = planner.model.load(plan)
@@ -79,29 +88,32 @@ class Survey:
             return None
         if not USED * asked <= load.peak_with(planner.model.credit, needs.tape.turn) <= asked:
             return None
-        return self._chosen("plain", planner, (plan, load))
+        return self._chosen(NOTHING, planner, (plan, load))
 
     def _fastest(self, asked: int, version: Callable[[Planner], Planner]) -> Chosen | None:
-        """Return the fastest plan of both ways, by one version of their planners.
+        """Return the fastest plan of all, by one version of the planners.
 
-        Inverting runs functions again, so it is not looked for where the plain way takes less than that.
+        Inverting runs functions again, so it is not looked for where a plan without takes less than that.
         """
-        found = self._chosen("plain", self.plain, version(self.plain).best(asked))
-        if (found is None or found.seconds > DEAR * self.plain.seconds) and (other := self.reversible()) is not None:
-            both = found, self._chosen("reversible", other, version(other).best(asked))
-            found = min(filter(None, both), key=lambda c: c.seconds, default=None)
+        found = self._chosen(NOTHING, self.plain, version(self.plain).best(asked))
+        if found is not None and found.seconds <= DEAR * self.plain.seconds:
+            return found
+        for inverted, planner in self.inverting:
+            other = self._chosen(inverted, planner, version(planner).best(asked))
+            if other is None:  # with less inverted, a step holds more
+                break
+            found = other if found is None else min(found, other, key=lambda c: c.seconds)
         return found
 
-    def _chosen(self, way: str, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
-        ops = len(planner.needs.tape.ops) - len(self.plain.needs.tape.ops)
-        more = planner.seconds - self.plain.seconds + OVERHEAD * ops
-        return None if found is None else Chosen(way, *found, found[1].seconds + more, planner.model)
+    def _chosen(self, inverted: Inverted, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
+        more = planner.seconds - self.plain.seconds
+        return None if found is None else Chosen(inverted, *found, found[1].seconds + more, planner.model)
 
     def least(self) -> Chosen:
         """Return the plan with the smallest peak."""
-        found = [self._chosen("plain", self.plain, f) for f in (self.plain.plain, self.plain.least())]
-        if (other := self.reversible()) is not None:
-            found.append(self._chosen("reversible", other, other.least()))
+        found = [self._chosen(NOTHING, self.plain, f) for f in (self.plain.plain, self.plain.least())]
+        for inverted, planner in islice(self.inverting, 1):
+            found.append(self._chosen(inverted, planner, planner.least()))
         return min(filter(None, found), key=lambda c: c.load.peak)
 
     def refusal(self, name: str, inputs: str, budget: Budget, when: str, forwards: int = 1) -> BudgetError:

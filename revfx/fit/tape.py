@@ -99,8 +99,8 @@ class Tape:
     `reads`: by pack, the operators of the backward that read it, each with which argument it is;
     `loss`: the bytes of the returned tensors that have a gradient, but for single numbers; the caller lets go of what
     is returned at once. `varies`: the operators that are given numbers which the forward asked for;
-    `sharded`: the sub-modules whose parameters FSDP2 gathers for them alone, innermost first; `is_live`: it is of a
-    step that really ran.
+    `sharded`: the sub-modules whose parameters FSDP2 gathers for them alone, innermost first; `held`:
+    bytes that are there besides, from one slot up to another; `seconds`: what the step takes more than its operators.
     """
 
     memories: list[Memory] = field(default_factory=list[Memory])
@@ -113,7 +113,8 @@ class Tape:
     loss: int = 0
     varies: frozenset[int] = frozenset()
     sharded: tuple[str, ...] = ()
-    is_live: bool = False
+    held: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
+    seconds: float = 0.0
 
     def memory(self, value: int) -> Memory:
         """Return the memory that a value lies in."""

@@ -113,7 +113,7 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
             time = min(1 + other.seconds / survey.plain.seconds, points[-1].time)
             points.append(Point(Budget("", share=share).of(survey.peak), time))
     found = FitInfo(
-        budget.of(survey.peak), survey.peak, "" if chosen is None else chosen.way, plan.load.peak,
+        budget.of(survey.peak), survey.peak, "" if chosen is None else "reversible" if chosen.inverted.units else "plain", plan.load.peak,
         1 + plan.seconds / survey.plain.seconds, tuple(_modules(plan.plan)), tuple(plan.holders[:3]),
         tuple(reversed(points)), asked,
     )  # fmt: skip

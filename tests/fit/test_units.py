@@ -68,10 +68,10 @@ def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool) -> None:
     assert kind.chosen is not None
     kind.plan = Plan()
     chosen = kind.chosen._replace(plan=drawn)
-    units, firsts, _ = units_of(chosen, learnt, kind.plan.reasons)
-    kind.plan.learn(units, range(len(units)))
+    placed = units_of(chosen, learnt, kind.plan.reasons)
+    kind.plan.learn([p.unit for p in placed], range(len(placed)))
     kind.known = [(chosen, kind.plan.path)]
-    kind.plan.path.firsts = firsts
+    kind.plan.path.firsts = [p.first for p in placed]
     kind.plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in (*drawn.dropped, *drawn.marks))
     if proven:
         kind.plan.proven.update((-1, unit, ()) for unit in kind.plan.sequence)
