@@ -58,7 +58,6 @@ graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
 # What gives the node of autograd's graph that runs on this thread; None outside any backward.
 backward_node: Callable[[], Any] = torch._C._current_autograd_node
 # What makes a context in which torch functions run without modes or subclass hooks.
-no_torch_function: Any = torch._C.DisableTorchFunction
 # What makes a context in which operators run as autograd runs them, with gradients on, and record nothing.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
@@ -129,6 +128,11 @@ def breaks_graph(function: _F) -> _F:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Return whether calls of a module run compiled code."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def is_compiled_node(node: Any) -> bool:
+    """Return whether a node of autograd's graph runs a backward that a compiler made."""
+    return node.name().startswith("CompiledFunction")
 
 
 UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, whatever `module.compile()` has put before it
@@ -229,39 +233,7 @@ def unchanged(t: torch.Tensor, before: int) -> torch.Tensor:
     return t
 
 
-def in_autocast() -> bool:
-    """Return whether this runs inside a context of autocast, on or off."""
-    depth = torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
-    return depth > 1
-
-
 no_dispatch: Any = _python_dispatch._disable_current_modes  # a context in which dispatch modes see nothing
-_excluded: Any = _C._dispatch_tls_local_exclude_set
-_OUTSIDE = _excluded()
-with below_autograd():
-    _BELOW = _excluded() - _OUTSIDE
-
-
-def above_autograd() -> Any:
-    """Return a context in which operators record what autograd needs, inside of `below_autograd` as well."""
-    return _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), _excluded() - _BELOW)
-
-
-class no_modes:
-    """A context, to be entered any number of times, in which the user's function and dispatch modes see nothing."""
-
-    def __init__(self) -> None:
-        self.stacks: list[contextlib.ExitStack] = []
-
-    def __enter__(self) -> None:
-        stack = contextlib.ExitStack()
-        stack.enter_context(no_torch_function())
-        stack.enter_context(no_dispatch())
-        self.stacks.append(stack)
-
-    def __exit__(self, *_: object) -> None:
-        self.stacks.pop().close()
 
 
 _LEAF = pytree.tree_structure(0)

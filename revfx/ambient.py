@@ -7,7 +7,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -60,18 +60,6 @@ def autocast_states(devices: Iterable[str]) -> Autocast:
 def ambient_state() -> tuple[Any, ...]:
     """Return what of the surroundings of a call a plan is made for: grad mode, autocast, default dtype."""
     return torch.is_grad_enabled(), autocast_states(device_types()), torch.get_default_dtype()
-
-
-@contextmanager
-def autocast_of(states: Autocast, cached: bool) -> Generator[None]:
-    """Return a context with autocast as it was for each device type, and `cached` as whether it kept what it cast:
-    compiled functions are guarded by that. Not inside another one, whose end would be that of what every re-run casts.
-    """
-    cached = cached and not (any(enabled for _, enabled, _ in states) and _torch.in_autocast())
-    with ExitStack() as stack:
-        for device, enabled, dtype in states:
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
-        yield
 
 
 @contextmanager

@@ -14,23 +14,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fake, _torch
-from revfx.ambient import ambient_state
 from revfx.compiled.functions import CompiledFunction, Kernels
 from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusal, list_refusals, name_of, warn
 from revfx.fit.budget import Budget
 from revfx.fit.budgeted import BudgetedModel
-from revfx.fit.fit import Call as FitCall, Fit, may_fit
 from revfx.info import ConversionInfo
-from revfx.modes import can_store, runs_plain, sees_the_engine, simulating, store_activations, storing
+from revfx.modes import can_store, runs_plain, sees_the_engine, simulating, storing
 from revfx.parts import BlockCalls, structure
 from revfx.passes.sizes import muted
 from revfx.plan.couplings import Couplings
 from revfx.plan.functions import functions_of
 from revfx.plan.model import Kind, PlannedModel, is_watched
-from revfx.plan.simulated import HookedModel, SimulatedModel, nothing_real
+from revfx.plan.simulated import SimulatedModel, nothing_real
 from revfx.world.fake import World
 from revfx.world.left import none_left
-from revfx.world.values import ATOMS, key
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ class Conversion:
 
     Attributes:
         planned: the plans; None under a budget.
-        fit: the plans under a budget.
-        hooked: the plans for couplings of a model with a budget, which runs them as one way to meet it.
+        budgeted: the plans under a budget.
         block_calls: compiled calls of parts of the model.
         compiled_functions: those that `compile=True` chose, with their names and places.
     """
@@ -63,9 +59,7 @@ class Conversion:
         self.warned: set[str] = set()
         is_fit = options.memory is not None
         self.planned = None if is_fit else PlannedModel(options.exact, has_parts=options.compile)
-        self.fit = None if options.memory is None else Fit(options.memory)
         self.budgeted = None if options.memory is None else BudgetedModel(options.memory)
-        self.hooked = HookedModel(options.exact)
         self.block_calls: BlockCalls | None = None
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []
         self.uncompiled: list[Refusal] = []
@@ -84,10 +78,9 @@ class Conversion:
     @property
     def info(self) -> ConversionInfo:
         """The findings so far, as frozen data."""
-        if self.fit is not None:
-            assert self.budgeted is not None
-            plans = (*self.budgeted.budget_plans, *self.fit.budget_plans)
-            no_plan = "no plan now: the next training step makes one, if the forward can be recorded"
+        if self.budgeted is not None:
+            plans = self.budgeted.budget_plans
+            no_plan = "no plan now: the next training step makes one"
             refusals = (*self.budgeted.refusals, *self.not_compiled)
             return ConversionInfo((), refusals, plans, _program(plans, no_plan))
         assert self.planned is not None
@@ -153,19 +146,13 @@ class Conversion:
         return self.planned.call(model, method, args, kwargs, name=function.__name__)
 
     def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        leaves, _ = flattened(args, kwargs)
-        if self.budgeted is None or self.fit is None:
-            return self._call(model, args, kwargs)
-        fit = self.fit
-        if is_watched() or not may_fit(leaves):
-            return self.forward(model)(*args, **kwargs)
-
-        def otherwise() -> Any:
-            return fit.call(model, self.to_fit(model, args, kwargs))
-
-        if self.block_calls is not None or sees_the_engine():
-            return otherwise()
-        return self.budgeted.call(model, self.forward(model), args, kwargs, otherwise)
+        if self.budgeted is not None:
+            return self.budgeted.call(model, self.forward(model), args, kwargs)
+        forward = self.forward(model)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if self.planned is None or runs_plain(tensors) or sees_the_engine():
+            return forward(*args, **kwargs)
+        return self.planned.call(model, forward, args, kwargs, functools.partial(self._learnt, model))
 
     def compile_blocks(self, functions: Sequence[tuple[str, str, CompiledFunction]]) -> None:
         """Have blocks run compiled while the converted model runs; see `compiled.functions.compile_blocks`."""
@@ -215,63 +202,6 @@ class Conversion:
                 world.fakes.clear()
         return [*planned.kinds.values()][-1]
 
-    def to_fit(self, model: nn.Module, args: Any, kwargs: Any) -> FitCall:
-        """Return a call for a plan, with how the forward can be run."""
-        leaves, spec = flattened(args, kwargs)
-        forward = store_activations()(self.forward(model))
-
-        def reversible(*args: Any, **kwargs: Any) -> Any:
-            return self.hooked.call(model, forward, args, kwargs)
-
-        def is_reversible() -> bool:
-            if any(map(_torch.is_compiled, model.modules())):
-                return False
-            self.hooked.forget()
-            try:
-                kind = self._simulate(self.hooked, model, forward, args, kwargs)
-            except Exception:  # the model's own, or of fake tensors, which it asks for numbers
-                return False
-            return kind.units > 0
-
-        runs = {"plain": forward, "reversible": reversible}
-        plain = [float if isinstance(x, float) else x for x in leaves]  # its plans stand on fractions by themselves
-        key = (_call_key(plain), spec, ambient_state())
-        return FitCall(args, kwargs, leaves, key, runs, is_reversible)
-
-    def _call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        forward = self.forward(model)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if self.planned is None or runs_plain(tensors) or sees_the_engine():
-            return forward(*args, **kwargs)
-        return self.planned.call(model, forward, args, kwargs, functools.partial(self._learnt, model))
-
 
 def _program(plans: Sequence[Any], no_plan: str) -> str:
     return "\n\n".join(map(str, plans)) or f"({no_plan})"
-
-
-_LEAVES = frozenset({Tensor, nn.Parameter, *ATOMS})
-
-
-def flattened(args: Any, kwargs: Any) -> tuple[Sequence[Any], Any]:
-    """Return the leaves of some arguments and what tells their structures apart; quickly where none is a container."""
-    leaves = [*args, *kwargs.values()]
-    simple = _LEAVES.issuperset(map(type, leaves))
-    return (leaves, (len(args), *kwargs)) if simple else _torch.flatten((args, kwargs))
-
-
-def _call_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """Return what tells calls apart: tensors but for their numbers, which share memory, values, classes."""
-    found: list[Any] = []
-    memory: dict[int, int] = {}
-    same: dict[int, int] = {}
-    for i, x in enumerate(leaves):
-        if isinstance(x, Tensor):
-            strided = x.layout == torch.strided and not x.is_nested
-            shared = memory.setdefault(_torch.storage_key(x), i) if strided and type(x) in (Tensor, nn.Parameter) else i
-            first = same.setdefault(id(x), i)
-            shape, layout = None if x.is_nested else tuple(x.shape), x.stride() if strided else x.layout
-            found.append((shape, layout, x.dtype, x.device, x.requires_grad, type(x), x.is_conj(), shared, first))
-        else:
-            found.append(key(x) if isinstance(x, ATOMS) else type(x))
-    return tuple(found)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from revfx import _torch
 from revfx.ambient import given
-from revfx.codes.codec import TYPICAL_WIDTH, foreseen
 from revfx.engine import dispatch
 
 
@@ -36,17 +35,10 @@ def store_activations() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def simulating(bits: int = TYPICAL_WIDTH) -> Generator[None]:
-    """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones; codes
-    take so many bits an element.
-    """
-    with given(dispatch.on_fakes, True), given(foreseen, bits):
+def simulating() -> Generator[None]:
+    """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones."""
+    with given(dispatch.on_fakes, True):
         yield
-
-
-def is_simulating() -> bool:
-    """Return whether `simulating` is active."""
-    return dispatch.on_fakes.get()
 
 
 def storing() -> bool:

@@ -103,7 +103,7 @@ def structure(module: nn.Module) -> Hashable:
     return type(module), _fsdp.casts(module), attributes(module), tensors, tuple(children)
 
 
-_OWN = vars(nn.Module()).keys() - {"training"}
+_OWN = {*vars(nn.Module()), _torch.COMPILED} - {"training"}
 
 
 def attributes(module: nn.Module) -> Hashable:

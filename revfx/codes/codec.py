@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 from torch import Tensor
 
 from revfx import _torch
@@ -16,7 +14,6 @@ ESCAPE_COST = 2  # bytes that the time of an escape is worth
 MIN_BYTES = 1 << 12  # of a tensor: the code of so small a one is not worth its time
 MAX_BYTES = 1 << 32  # of a tensor: escapes are counted in 32 bits
 TYPICAL_WIDTH, TYPICAL_ESCAPES = 2, 0.018  # bits, and escapes an element, of a code where there are no numbers
-foreseen = ContextVar("revfx_foreseen", default=TYPICAL_WIDTH)  # bits, while steps run on fake tensors
 RECOUNTED = 64  # one escape in so many elements, besides twice what was counted, has them counted again
 ROOM_FACTOR, MIN_ROOM = 1.5, 64  # times the escapes that were counted, and at least: room on accelerators
 
@@ -63,7 +60,7 @@ class Codec:
         if x.shape != like.shape or x.dtype != like.dtype:
             return None
         if _torch.is_fake(x) or _torch.is_fake(like):  # as long as such a code is wont to be
-            return encode(x, prediction, 8 if self.wide else foreseen.get(), usual_escapes(x, x.numel()))
+            return encode(x, prediction, 8 if self.wide else TYPICAL_WIDTH, usual_escapes(x, x.numel()))
         if self.due and not _torch.is_capturing(x):
             self._choose(x, prediction)
         width = self.width  # another thread may choose another one

@@ -25,8 +25,9 @@ from revfx.engine.match import HeldTensor, Match
 from revfx.engine.observe import observer
 from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.proof import prove_call
-from revfx.engine.saved import Hooks, SavedTensor
+from revfx.engine.saved import SavedTensor
 from revfx.engine.unit import Coded, Unit
+from revfx.engine.whole import Whole
 from revfx.errors import NotConvertedWarning, warn
 from revfx.layout import address
 
@@ -35,8 +36,8 @@ NEVER = 2**62  # the number of an operator that no forward comes to
 
 
 def drops(unit: Unit) -> bool:
-    """Return whether a unit is worth matching by itself: it drops something in several operators."""
-    return bool(unit.droppable) and len(unit.ops) > 1
+    """Return whether a unit that drops something is worth matching by itself: one operator is everywhere."""
+    return bool(unit.droppable) and (len(unit.ops) > 1 or isinstance(unit.ops[0].func, Whole))
 
 
 class Forward:
@@ -52,12 +53,11 @@ class Forward:
         kept_cuts: by chain, how many entries and exits of units are held.
         path: the way that it goes, as far as one can tell.
         others: ways that it may turn to.
-        hooks: for the saved tensors that are kept, those around the forward; None if they just stay.
     """
 
-    def __init__(self, plan: Plan, hooks: Hooks | None = None) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
-        self.writes, self.hooks = False, hooks
+        self.writes = False
         self.path, self.others = plan.path, [*plan.others]
         self.unsettled: UnitCall | None = None
         self.addresses: list[int] = []
@@ -174,17 +174,7 @@ class Forward:
             self.settle()
         saved = SavedTensor(t)
         self.link(saved, t)
-        if self.hooks is not None:
-            saved.hand_over(self.hooks, t)
         return saved
-
-    def hand_over(self, match: Match, others: Sequence[Match] = ()) -> None:
-        """Leave the saved tensors of a match that are kept, and that no other one has, to the hooks around."""
-        if self.hooks is not None:
-            theirs = {id(saved) for other in others for saved, _ in other.saved}
-            for saved, _ in match.saved:
-                if id(saved) not in theirs:
-                    saved.hand_over(self.hooks)
 
     @_torch.uncompiled
     def link(self, saved: SavedTensor, t: Tensor) -> None:
@@ -216,10 +206,6 @@ class Forward:
     @_torch.uncompiled
     def complete(self, match: Match) -> None:
         """Drop the saved tensors of a unit that matched to its end."""
-        self._complete(match)
-        self.hand_over(match)
-
-    def _complete(self, match: Match) -> None:
         matched, unit = match.of, match.of.unit
         if self.others and matched is not self.expected:
             self._turn_to(match)
@@ -227,8 +213,7 @@ class Forward:
             return
         site = self.path.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
-        if unit.backward is not None:  # it inverts what earlier couplings gave
-            earlier = [of for of in earlier if not of[1].unit.gives_exit]
+        earlier = [of for of in earlier if unit.gives_exit or not of[1].unit.gives_exit]  # couplings invert couplings
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
         call.site, call.kept = site, matched.kept
         call.observer = observer.get()

@@ -52,7 +52,12 @@ class Learning(HookedMode):
         self._roles: dict[int, str] = {}
         for role, tensors in (("buffer", model.buffers()), ("parameter", model.parameters())):
             self._roles.update({id(t): role for t in unwrapped(tensors)})
-        self.set_hooks(self._pack, lambda saved: saved.get())
+        self.set_unpack(lambda saved: saved.get())
+
+    def set_unpack(self, unpack: Callable[[Any], Tensor]) -> None:
+        """Set what returns the tensor of a saved tensor for the backward."""
+        self._unpack = unpack
+        self.set_hooks(self._pack, unpack)
 
     @_torch.uncompiled
     def _pack(self, t: Tensor) -> SavedTensor | SavedWrapper:
@@ -163,15 +168,19 @@ class Learning(HookedMode):
     def part(self, part: Part, args: Any, kwargs: Any) -> Any:
         """Make the call of a compiled part, and record it as an operator."""
         call = whole_call(part, args, kwargs)
-        self._record(call.whole, call.operands, {}, call.run)
-        for saved in call.saved:
-            assert saved.tensor is not None
-            self._note_saved(saved, saved.tensor)
-        return call.result
+        call.unpack = self._unpack
+        with dispatch.unwatched():
+            self._record(call.whole, call.operands, {}, call.run)
+            for saved in call.saved:
+                assert saved.tensor is not None
+                self._note_saved(saved, saved.tensor)
+        return call.take()
 
     def _record(self, func: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
         """Run an operator, or what stands for it, and add it to the tape."""
         module, where = self._place()
+        if isinstance(func, Whole):
+            module = self._modules.get(id(args[0].module), module)
         self.tape.changes_settings |= _torch.kernel_settings() != self._settings
         self.before(module)
         spec = pytree.tree_map_only(Tensor, lambda t: Ref(self.number(t)), (args, kwargs))

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from revfx import _torch
+from revfx.engine import dispatch
 from revfx.engine.dispatch import HookedMode, is_wrapper
 from revfx.engine.forward import Forward, drops
 from revfx.engine.match import Match
 from revfx.engine.operators import is_question, is_writer, written_arguments
 from revfx.engine.plan import Plan, UnitPlan
-from revfx.engine.saved import Hooks, SavedTensor
+from revfx.engine.saved import SavedTensor
 from revfx.engine.whole import whole_call
 from revfx.engine.wrappers import SavedWrapper
 from revfx.parts import Part
@@ -23,15 +24,14 @@ class Watching(HookedMode):
 
     Args:
         plan: the units.
-        hooks: see `Forward`.
 
     Usually one match is active, that of the expected unit. While there is none, another unit may begin; if then the
     expected one begins too, there are two.
     """
 
-    def __init__(self, plan: Plan, hooks: Hooks | None = None) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.plan, self.forward = plan, Forward(plan, hooks)
+        self.plan, self.forward = plan, Forward(plan)
         self.active: list[Match] = []
         self.number = -1  # of the operator that runs
         self.is_lost = False  # the forward is not like the one that was learnt: units may begin anywhere
@@ -40,9 +40,7 @@ class Watching(HookedMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for match in [*self.active]:
-            self.active.remove(match)
-            self.forward.hand_over(match, self.active)
+        self.active = []
         self.forward.end()
 
     @_torch.uncompiled
@@ -78,9 +76,10 @@ class Watching(HookedMode):
         """Make the call of a compiled part, which is an operator of units."""
         call = whole_call(part, args, kwargs)
         self._pending = call.saved
-        self._run(call.whole, call.operands, {}, call.run)
+        with dispatch.unwatched():
+            self._run(call.whole, call.operands, {}, call.run)
         self._pending = []
-        return call.result
+        return call.take()
 
     def _attach(self, match: Match) -> None:
         """Have a match know the saved tensors of a compiled part that it made."""
@@ -181,7 +180,6 @@ class Watching(HookedMode):
     def _discard(self, match: Match, following: int) -> None:
         """End a match that failed; units may begin with operator `following`."""
         self.active.remove(match)
-        self.forward.hand_over(match, self.active)
         if match.of is self.forward.expected and match.at > 1:
             if self.forward.expected_at < 0:
                 self.plan.varies = match.of.may_fail = True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from revfx.engine.saved import SavedTensor
 from revfx.layout import leaf
 from revfx.parts import Part, content, looking_on, structure
 from revfx.passes.sizes import tensors_of
+
+
+class Again(NamedTuple):
+    """A call that was made once more: the saved tensors, its arguments, and its results, with a graph of their own."""
+
+    saved: Sequence[Tensor]
+    leaves: Sequence[Any]
+    results: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,14 @@ class Whole:
     grad: bool
     autocast: Autocast
     is_cached: bool
-    is_repeatable: ClassVar[bool] = True
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether it may run again: no call wrote to its arguments so far."""
+        return self not in _writers
+
+    def __str__(self) -> str:
+        return f"compiled {self.name}"
 
     @property
     def __name__(self) -> str:
@@ -60,8 +75,7 @@ class Whole:
         with dispatch.unwatched(), given(looking_on, None), hooks:
             return part.call(*args, **kwargs)
 
-    @_torch.uncompiled
-    def __call__(self, part: Part, *operands: Any) -> list[Tensor]:
+    def again(self, part: Part, operands: Sequence[Any]) -> Again:
         """Call a part once more; buffers and random states stay as they are."""
         kept: list[Tensor] = []
 
@@ -81,7 +95,12 @@ class Whole:
             for x, needs in zip(operands, self.needs, strict=False):
                 leaves.append(leaf(x, needs) if isinstance(x, Tensor) else x)
             result = self.run(part, leaves, saved_tensors_hooks(pack, _torch.uncompiled(lambda t: t)))
-            return [*kept, *(t.detach() for t in tensors_of(result))]
+            return Again(kept, leaves, tensors_of(result))
+
+    def __call__(self, part: Part, *operands: Any) -> list[Tensor]:
+        """Call a part once more; return the saved tensors, and the results."""
+        again = self.again(part, operands)
+        return [*again.saved, *(t.detach() for t in again.results)]
 
 
 @dataclass
@@ -89,20 +108,30 @@ class WholeCall:
     """A call that is made now.
 
     Attributes:
+        unpack: returns the tensor of a saved tensor for the backward.
         saved: the saved tensors.
         result: what it returned.
     """
 
     whole: Whole
     operands: tuple[Any, ...]
+    unpack: Callable[[Any], Tensor] = SavedTensor.get
     saved: list[SavedTensor] = field(default_factory=list[SavedTensor])
     result: Any = None
 
     def run(self, part: Part, *operands: Any) -> list[Tensor]:
         """Make the call; return the results of the operator."""
         leaves = operands[: len(self.whole.needs)]
-        self.result = self.whole.run(part, leaves, saved_tensors_hooks(self._pack, SavedTensor.get))
+        before = [(t, _torch.version(t)) for t in tensors_of(leaves)]
+        self.result = self.whole.run(part, leaves, saved_tensors_hooks(self._pack, self.unpack))
+        if any(_torch.version(t) != version for t, version in before):
+            _writers.add(self.whole)
         return [*(s.tensor for s in self.saved if s.tensor is not None), *tensors_of(self.result)]
+
+    def take(self) -> Any:
+        """Return what it returned, and let go of all tensors: hooks that are still to be called hold this object."""
+        result, self.result, self.saved, self.operands = self.result, None, [], ()
+        return result
 
     @_torch.uncompiled
     def _pack(self, t: Tensor) -> SavedTensor:
@@ -150,6 +179,7 @@ def _in_modes(module: nn.Module, modes: Sequence[bool]) -> Generator[None]:
 
 MAX_OPERATORS = 256  # that are known at once
 _operators: dict[Whole, Whole] = {}
+_writers = set[Whole]()
 _of_part: weakref.WeakKeyDictionary[Part, dict[Any, Whole]] = weakref.WeakKeyDictionary()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fsdp, _torch
+from revfx.ambient import given
 from revfx.engine import dispatch
 from revfx.engine.forward import NEVER
 from revfx.engine.native import learner, watcher
@@ -37,6 +39,8 @@ from revfx.fit.messages import (
     about_checkpoints,
     shapes_of,
     warn_of_blocks,
+    warn_of_gathered_part,
+    warn_of_hooks,
     warn_of_least,
     warn_of_losses,
     warn_of_miss,
@@ -50,11 +54,11 @@ from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import is_same_but_for_sizes
 from revfx.fit.units import Learnt
 from revfx.info import BudgetPlan
-from revfx.parts import parts_of
+from revfx.modes import runs_plain, sees_the_engine
+from revfx.parts import looking_on, parts_of
 from revfx.passes._torch import is_overload
-from revfx.plan.blocks import block_paths
 from revfx.plan.declared import CallObserver
-from revfx.plan.model import PATIENCE, call_kind, seen_whole, tensors_in
+from revfx.plan.model import PATIENCE, call_kind, is_watched, seen_whole, tensors_in
 
 
 LOG = logging.getLogger("revfx")
@@ -71,8 +75,7 @@ class BudgetedModel:
     Attributes:
         kinds: the plans, by the kind of call and the sizes of its inputs.
         refused: errors of kinds of calls for which no plan stays within the budget.
-        is_left: it is left to plans that are made in advance: a part of it is compiled, its parameters are spread over
-            processes, or no plan is fast enough without inverting couplings.
+        has_parts: parts of it are compiled.
         least_bytes: what a share of the plain model's peak came to in the first plan; later plans have as much.
         has_planned: a plan was made, so that no later step raises.
         has_warned: it was said that forwards may go other ways than those with a plan.
@@ -86,7 +89,7 @@ class BudgetedModel:
         self.budget, self.costs = budget, Costs()
         self.kinds: dict[Any, BudgetKind] = {}
         self.refused: dict[Any, BudgetError] = {}
-        self.is_left = False
+        self.has_parts = False
         self.least_bytes, self.has_planned, self.has_warned = 0, False, False
         self.unplanned = Counter[Any]()
         self.forwards = 1
@@ -118,31 +121,33 @@ class BudgetedModel:
                 found.append(Refusal(Reason.NOT_REPLAYED, ("unit",), where, detail))
         return found
 
-    def call(
-        self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, otherwise: Callable[[], Any]
-    ) -> Any:
+    def call(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a forward; it runs once, as it is.
 
         Args:
             model: the model.
             forward: its own forward.
             args, kwargs: its arguments.
-            otherwise: runs it if it is left; see `is_left`.
 
         Raises:
             BudgetError: no plan for calls of this kind stays within the budget.
         """
-        if self.is_left:
-            return otherwise()
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if is_watched() or runs_plain(tensors):
+            return forward(*args, **kwargs)
+        if sees_the_engine():
+            warn_of_hooks()
+            return forward(*args, **kwargs)
         key = self._key(model, args, kwargs)
         if key in self.refused:
             raise self.refused[key]
         kind = self.kinds.get(key)
         if kind is None or kind.is_due:
-            self.is_left = bool(parts_of(model))
-            if self.is_left:
-                self.kinds.clear()
-                return otherwise()
+            parts = parts_of(model)
+            if parts and any(map(_fsdp.is_sharded, model.modules())):
+                warn_of_gathered_part(name_of(model), self.budget, parts[0])
+                return forward(*args, **kwargs)
+            self.has_parts = bool(parts)
         with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
             if kind is None or kind.is_due:
                 return self._learn(key, model, forward, args, kwargs)
@@ -151,6 +156,9 @@ class BudgetedModel:
                 self._note_plain(out)
                 return out
             return self._watch(key, kind, model, forward, args, kwargs)
+
+    def _seeing_parts(self, mode: Any) -> contextlib.AbstractContextManager[None]:
+        return given(looking_on, mode) if self.has_parts else contextlib.nullcontext()
 
     def _key(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the key of the plan for a call: that of the smallest inputs that are as large as these ones.
@@ -174,14 +182,14 @@ class BudgetedModel:
     ) -> Any:
         plan, kind.used = kind.plan, next(self._numbers)
         plan.copies_ends |= any(_torch.version(t) != version for t, version in kind.ends)
-        watching = watcher()(plan)
+        watching = watcher(self.has_parts)(plan)
         plain = 0 if kind.summary is None else kind.summary.plain
         most = replace(self.budget, less=0).of(plain)
         meter = Meter(model, kind.device, most or sys.maxsize, partial(self._missed, name_of(model)))
         backward_pass = watching.forward.backward_pass
         backward_pass.ended = partial(self._ended, key, meter)
         self._note_forward(backward_pass)
-        with watching:
+        with watching, self._seeing_parts(watching):
             out = forward(*args, **kwargs)
             ends = tensors_in((args, kwargs, out))
             if plan.copies_ends:
@@ -251,17 +259,12 @@ class BudgetedModel:
             self._plan(key, model, text, step, learnt.pop())
 
         name, text = name_of(model), shapes_of(inputs)
-        learning = learner(StepLearning)(model, inputs, finished)
+        learning = learner(StepLearning, self.has_parts)(model, inputs, finished)
         self._note_forward(learning.step)
-        with learning, CallObserver(learning):
+        with learning, CallObserver(learning), self._seeing_parts(learning):
             out = forward(*args, **kwargs)
-        returned = tensors_in(out)
-        learning.tape.returned = [learning.number(t) for t in returned]
-        learning.before_write([*inputs, *returned])
-        proven = frozenset(learning.proven)
-        step = Learnt(learning.tape, learning.step.numbers, learning.value_of, proven, block_paths(model))
+        step = learning.end(inputs, tensors_in(out))
         learnt.append(step)
-        learning.turn(returned)
         if sum(not forward.is_over for forward in self._forwards.values()) == 1:
             self.unplanned[key] += 1
         if self.unplanned[key] > MOST_TRIES:
@@ -300,7 +303,7 @@ class BudgetedModel:
         if chosen is None and room:
             chosen = survey.best(budget)
         asked = budget.of(survey.peak)
-        if chosen is None and any(p.unpacked is None and p.end is None and not p.offered for p in tape.packs):
+        if chosen is None and any(p.unpacked is None and p.end is None for p in tape.packs):
             return  # another backward is still to come
         if chosen is None and not self.has_planned:
             when = "This was found when the first backward had ended, before any step of an optimizer."

@@ -162,8 +162,6 @@ def plan_of_runs(runs: Runs, budget: int) -> Found | None:
     times[0, 0] = 0.0
     for i, (length, nested) in product(range(n), kinds):
         j = i + length
-        if length > 1 and j <= n and len(runs.units(i, j)) > 1:
-            continue
         for e, peak in runs[i, j, nested][1] if j <= n and times[i].isfinite().any() else ():
             held = -(-e.held // unit)
             stop = min((budget - peak) // unit, BINS - held) + 1

@@ -24,9 +24,11 @@ from torch.utils import _pytree as pytree
 from revfx import _torch, codes
 from revfx.codes import bits
 from revfx.codes.codec import TYPICAL_WIDTH
-from revfx.fit.compiled import Back, Whole
+from revfx.engine.whole import Whole
+from revfx.fit.compiled import Back
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
+from revfx.parts import Part
 from revfx.passes._torch import draws
 from revfx.passes.sizes import tensors_of
 
@@ -113,6 +115,8 @@ def signature(tape: Tape, op: Op) -> Hashable:
         if isinstance(leaf, Spot):
             memory = tape.memory_of[leaf.value]
             found.append((first.setdefault(memory, len(first)), tape.memories[memory].device, *leaf.place))
+        elif isinstance(leaf, Part):
+            found.append(Part)  # alike ones take as long
         else:
             found.append((type(leaf), leaf if isinstance(leaf, Hashable) else str(leaf)))
     return op.func, tuple(found), str(spec)
@@ -157,6 +161,8 @@ def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:
 
 def _cost(tape: Tape, op: Op) -> Cost:
     """Return what an operator costs; nothing where it does not take such operands."""
+    if isinstance(op.func, Back) and op.func.is_rest:
+        return Cost()
     spots = (*op.reads, *(s for s in op.outs if s is not None))
     device = next((tape.memory(s.value).device for s in spots), torch.device("cpu"))
     try:

@@ -71,11 +71,22 @@ def coupled_units(forward: Forward) -> list[CoupledUnit]:
         except Unreplayable:
             continue
         value_of = {slot: v for v, slot in builder.slots.items()}
-        values = [frozenset(value_of[s] for s in slots) for slots in (unit.entry, unit.exit, unit.droppable)]
-        held = frozenset(value_of[s] for s in unit.held | unit.given)
-        heads = {value_of[coded.head]: _code_bytes(forward, value_of[coded.head], coded) for coded in unit.coded}
-        again = frozenset(range(span.first, span.last + 1)) - span.inverted
-        found.append(CoupledUnit(unit, span.first, span.last, span.region, *values, held, heads, again))
+        heads: dict[int, int] = {}
+        for coded in unit.coded:
+            heads[value_of[coded.head]] = _code_bytes(forward, value_of[coded.head], coded)
+        made = CoupledUnit(
+            unit=unit,
+            first=span.first,
+            last=span.last,
+            chain=span.region,
+            entry=frozenset(map(value_of.__getitem__, unit.entry)),
+            exit=frozenset(map(value_of.__getitem__, unit.exit)),
+            droppable=frozenset(map(value_of.__getitem__, unit.droppable)),
+            held=frozenset(map(value_of.__getitem__, unit.held | unit.given)),
+            heads=heads,
+            runs_again=frozenset(range(span.first, span.last + 1)) - span.inverted,
+        )
+        found.append(made)
     return found
 
 
@@ -185,16 +196,15 @@ class _TapeMaker:
             exits.update(dict.fromkeys(unit.exit, number))
         packs = self.tape.packs
         for k, (at, value) in enumerate(self.forward.saved):
-            number, spot = self._owner(at, value), packs[k].spot
+            number, maker = self._owner(at, value), exits.get(value)
             if number is not None:
                 self.packs[number].append(k)
                 self._is_read(number, k)
-            elif at > self.units[exits.get(value, 0)].last and value in exits:
-                self.of_exit[exits[value]].append(k)
+            elif maker is not None and at > self.units[maker].last:
+                self.of_exit[maker].append(k)
             else:
                 continue
-            if spot is not None:
-                packs[k] = replace(packs[k], spot=None)
+            packs[k] = replace(packs[k], spot=None)
 
     def _owner(self, at: int, value: int) -> int | None:
         """Return the unit that gives a value which was saved before an operator."""

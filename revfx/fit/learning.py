@@ -17,8 +17,11 @@ from revfx.engine import dispatch
 from revfx.engine.call import memory_of
 from revfx.engine.saved import SavedTensor
 from revfx.engine.tape import Ref
+from revfx.engine.whole import Whole
+from revfx.fit.compiled import PartCall
 from revfx.fit.steps import StepRecorder
 from revfx.fit.tape import Spot
+from revfx.fit.units import Learnt
 from revfx.passes.sizes import tensors_of
 from revfx.plan.blocks import BlockLearning
 
@@ -71,7 +74,7 @@ class StepLearning(BlockLearning):
         self.value_of: dict[int, int] = {}  # by value of the tape, the value of the step
         self._unsettled: dict[int, Any] = {}  # storages of saved tensors that others may hold, as weak references
         self._settled: dict[int, Any] = {}  # those that no one else holds
-        self.set_hooks(self._pack, self.step.unpack)
+        self.set_unpack(self.step.unpack)
 
     def before(self, module: str) -> None:
         """End the block, if more is handed on from here than before."""
@@ -126,8 +129,16 @@ class StepLearning(BlockLearning):
             self._recount()
             self._settle()
 
-    def turn(self, returned: Sequence[Tensor]) -> None:
-        """Note that the forward is through; see `StepRecorder.turn`."""
+    def end(self, inputs: Sequence[Tensor], returned: Sequence[Tensor]) -> Learnt:
+        """Return the step, of which the backward is still to come; given what the forward took and returned."""
+        self.tape.returned = [self.number(t) for t in returned]
+        self.before_write([*inputs, *returned])  # whether they are shows in the next call
+        step, proven = self.step, frozenset(self.proven)
+        learnt = Learnt(step.tape, self.tape, step.numbers, self.value_of, proven, self._blocks)
+        self._turn(returned)
+        return learnt
+
+    def _turn(self, returned: Sequence[Tensor]) -> None:
         self._unsettled, self._settled, self._in_memory, self._holders = {}, {}, {}, {}
         self.step.turn(self._time, returned)
 
@@ -179,9 +190,12 @@ class StepLearning(BlockLearning):
                 self._settled[key] = self._unsettled.pop(key)
 
     def _record(self, func: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
-        known = self.step.before(func, args, kwargs)
+        known, time = self.step.before(func, args, kwargs), dispatch.autograd_time()
         out = super()._record(func, args, kwargs, run)
         op = self.tape.ops[-1]
+        if isinstance(func, Whole):
+            self.step.tape.offered += [s.value for s in known.spots if isinstance(s, Spot)]
+            self.step.parts.append(PartCall(func, known.spots, time, dispatch.autograd_time()))
         self.step.after(known, out, len(self.tape.ops) - 1, op.module, op.where)
         for ref, spot in zip(pytree.tree_leaves((op.args, op.kwargs)), known.spots, strict=True):
             if type(ref) is Ref and isinstance(spot, Spot):

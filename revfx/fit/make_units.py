@@ -25,8 +25,8 @@ class PlacedUnit:
         first, last: its operators, of the forward's.
         unit: it.
         chain: the number of the chain that it belongs to.
-        is_proven: no step needs to prove it: alike operators were proven in the step that was learnt, or a budget has no
-            room for that. All that it gives is compared in the first backward.
+        is_proven: no step needs to prove it, as alike operators were proven in the step that was learnt, or a budget
+            has no room for that. All that it gives is compared in the first backward.
     """
 
     first: int
@@ -36,9 +36,7 @@ class PlacedUnit:
     is_proven: bool = False
 
 
-def units_of(
-    chosen: Chosen, learnt: Learnt, reasons: dict[str, None], budget: int = sys.maxsize
-) -> list[PlacedUnit]:
+def units_of(chosen: Chosen, learnt: Learnt, reasons: dict[str, None], budget: int = sys.maxsize) -> list[PlacedUnit]:
     """Return the units of a plan, in the order of their operators; why some can't be replayed is added to `reasons`."""
     found: list[PlacedUnit] = []
     for coupled in chosen.inverted.units:
@@ -46,6 +44,9 @@ def units_of(
     chains = 1 + max((coupled.chain for coupled in found), default=-1)
     alike = {_code_of(learnt.tape, v) for v in learnt.proven}
     for dropped in Grouping(chosen.plan, learnt).run():
+        if any(c.first <= dropped.last and dropped.first <= c.last for c in chosen.inverted.units):
+            reasons[f"{learnt.tape.ops[dropped.first].where}: couplings lie between what is to run again"] = None
+            continue
         try:
             unit = StagedBuilder(learnt.tape, dropped).run()
         except Unreplayable as e:

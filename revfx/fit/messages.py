@@ -30,6 +30,25 @@ def about_checkpoints(model: nn.Module) -> str:
     return ""
 
 
+def warn_of_gathered_part(name: str, budget: Budget, part: str) -> None:
+    """Warn that a model whose compiled part has parameters which FSDP2 gathers runs plainly."""
+    warn(
+        f"`convert({name}, {budget.text})`: FSDP2 gathers parameters, and `{part}` is compiled, which can't run again"
+        " without them. The model runs plainly, and the budget is not kept. Leave the part uncompiled.",
+        BudgetWarning,
+    )
+
+
+def warn_of_hooks() -> None:
+    """Warn that a model runs plainly, as somebody else sees its operators or saved tensors."""
+    warn(
+        "hooks on saved tensors, such as those of a checkpoint, or dispatch modes are active around a model with a"
+        " budget. It runs plainly, and the budget is not kept. Remove them, or convert the outer model that they are"
+        " around.",
+        BudgetWarning,
+    )
+
+
 def warn_of_losses(name: str, budget: Budget, most: int) -> None:
     """Warn that a budget is kept with losses alone that take little memory; a larger one takes up to `most` bytes."""
     warn(

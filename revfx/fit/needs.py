@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from revfx.fit.compiled import Whole
+from revfx.engine.whole import Whole
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
 from revfx.passes._torch import is_pure, writes
@@ -36,21 +36,16 @@ class Needs:
     """
 
     tape: Tape
-    barred: frozenset[int] = frozenset()  # operators that don't run again, and those that vary
+    barred: frozenset[int] = frozenset()  # operators that don't run again
     wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     marks: set[int] = field(default_factory=set[int])
     stuck: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
-        self.barred |= self.tape.varies
         for k, p in enumerate(self.tape.packs):
             if p.spot is None or self.source(p.spot.value) is not None:
                 continue
             last = self.tape.memory(p.spot.value).values[-1]
-            if p.offered:
-                if p.spot.value == last:
-                    self.wanted.setdefault(last, [])
-                continue
             if p.unpacked is None or not self._stays(p.spot):
                 self.stuck.append(k)
                 continue
@@ -59,6 +54,10 @@ class Needs:
             reads = self.tape.reads.get(k)
             if reads and is_dense(p.spot) and all(is_mark_enough(self.tape.ops[o], at) for o, at in reads):
                 self.marks.add(k)
+
+        for v in self.tape.offered:
+            if self.source(v) is None and v == self.tape.memory(v).values[-1]:
+                self.wanted.setdefault(v, [])
 
     def _stays(self, spot: Spot) -> bool:
         """Return whether later writes to the memory of a spot are elsewhere in it."""
@@ -128,18 +127,6 @@ class Needs:
             ok = ok and (aten_ or isinstance(op.func, Whole))
             found.append(op_ if ok and all(self.source(v) is None for v in op.makes) else None)
         return found
-
-    def unit(self, path: str) -> str:
-        """Return the sharded module that a module is, or lies in; none, "", if its parameters stay gathered."""
-        return next((u for u in self.tape.sharded if path == u or path.startswith(u + ".")), "")
-
-    @cached_property
-    def units(self) -> list[set[str]]:
-        """Return the sharded modules whose parameters each operator reads when it runs again."""
-        if not self.tape.sharded:
-            return [set() for _ in self.replayed]
-        read = ([self.source(s.value) for s in op.reads] if op is not None else [] for op in self.replayed)
-        return [{u for s in of if s is not None and s[0] == "parameter" and (u := self.unit(s[1][0]))} for of in read]
 
     @cached_property
     def coins(self) -> Mapping[int, int]:

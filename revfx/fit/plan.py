@@ -8,17 +8,12 @@ once, or twice where nothing is kept between the blocks.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from revfx.fit.compiled import Whole
 from revfx.fit.needs import Needs
-from revfx.fit.tape import Op
-from revfx.parts import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +59,6 @@ class Plan:
     def again(self) -> frozenset[int]:
         """Return the operators that run again, whatever autograd asks for."""
         return frozenset(self.above(self.dropped))
-
-    @cached_property
-    def parts(self) -> dict[int, Part]:
-        """Return which calls of compiled parts run again, of all in a step, and of which parts."""
-        ops = [self.needs.tape.ops[o] for o in self.again]
-        return {op.args[0].number: op.func.part for op in ops if isinstance(op.func, Whole)}
-
-    def check_gathered(self) -> None:
-        """Do nothing, if what runs again reads no parameters but those that FSDP2 has gathered then.
-
-        Raises:
-            LookupError: it does.
-        """
-        for k in self.dropped if self.needs.tape.sharded else ():
-            unit = self.needs.unit(self.needs.tape.packs[k].module)
-            if any(not self.needs.units[op] <= {unit} for op in self.above([k])):
-                raise LookupError("parameters are not gathered where they are read again")
 
     def is_base(self, value: int) -> bool:
         """Return whether the backward finds a value as it was."""
@@ -131,21 +109,6 @@ class Plan:
             found.setdefault(block, []).append(k)
         return found
 
-    def suspects(self, wrong: Collection[int], right: Collection[int]) -> frozenset[int]:
-        """Return the operators that may have made recomputed values wrong.
-
-        These are the operators between the first wrong values and the values that are known to be right. A wrong value
-        that is computed from another wrong one tells nothing.
-        """
-        found = set[int]()
-        for value in wrong:
-            ops = {*self.between([value], {*right, *wrong} - {value})}
-            if not any(v in wrong for op in ops for v in self.reads[op]):
-                found |= ops
-        # a layer's wrong value hides those of the layers after it, which run the same code
-        code = {_code_of(self.needs.tape.ops[o]) for o in found}
-        return frozenset([o for o, op in enumerate(self.needs.tape.ops) if _code_of(op) in code])
-
     @cached_property
     def uses(self) -> dict[tuple[int, int], int]:
         """Return how often each block reads each value that is made again: by packs, and by what it runs again."""
@@ -167,34 +130,11 @@ class Plan:
             found[block] = frozenset(read | (made & self.coins))
         return found
 
-    @cached_property
-    def users(self) -> dict[int, list[tuple[int, list[int]]]]:
-        """Return, by kept value that the forward hands out, what is noted of it: itself, or a coin, and for which
-        blocks.
-        """
-        found: dict[int, dict[int, list[int]]] = {}
-        for block, values in self.bases.items():
-            for v in values:
-                told = self.needs.coins[v] if v in self.coins else v
-                found.setdefault(told, {}).setdefault(v, []).append(block)
-        return {v: [*of.items()] for v, of in found.items()}
-
-    @cached_property
-    def sources(self) -> dict[int, tuple[str, Any]]:
-        """Return where to find what was there before the step and is read by what runs again."""
-        read = {v for op in self.again for v in self.reads[op]}
-        return {v: source for v in read if (source := self.needs.source(v)) is not None}
-
     def segments(self, packs: Iterable[int]) -> Iterator[Segment]:
         """Yield what is done for some dropped packs, in the order in which they were asked for when recorded."""
         all_packs, replay = self.needs.tape.packs, Replay(self)
         for k in sorted((k for k in packs if all_packs[k].unpacked is not None), key=lambda k: all_packs[k].turn):
             yield replay.segment(k)
-
-
-def _code_of(op: Op) -> tuple[Any, ...]:
-    """Return what an operator has in common with the same one in other layers."""
-    return op.func, op.where, re.sub(r"\d+", "*", op.module)
 
 
 class Replay:

@@ -69,11 +69,6 @@ class Runs:
             self.found[where] = run, [(e, self._peak(run, e)) for e in self.entries[key]]
         return self.found[where]
 
-    def units(self, i: int, j: int) -> set[str]:
-        """Return the sharded modules whose parameters some blocks read; of one run there may be but one."""
-        borders = self.blocks.borders
-        return {u for units in self.needs.units[borders[i] : borders[j]] for u in units}
-
     def _run(self, i: int, j: int) -> Run:
         tape, start, stop = self.needs.tape, self.blocks.borders[i], self.blocks.borders[j]
         values = [v for o in range(start, stop) for v in tape.ops[o].makes]

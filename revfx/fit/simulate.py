@@ -16,8 +16,7 @@ from revfx.fit.tape import Memory
 
 BITS = 8  # in a byte
 MORE = 2  # bytes an element that are there while bits are made, or made use of
-WITNESS, EACH = 2**16, 1024  # bytes at most of what is noted of tensors: weights of checksums; of each
-STATE = 2**13  # bytes of the random state that is noted for a compiled part that runs again
+NOTED, EACH = 2**16, 1024  # bytes at most that are noted for replays: random states; and of each dropped tensor
 OVERHEAD = 1e-5  # seconds that it takes to have an operator run again
 
 Hold = Callable[[int, int, int | None], None]  # so many bytes from one slot up to another
@@ -160,9 +159,8 @@ class Model:
         Raises:
             LookupError: something in it can't be computed again.
         """
-        plan.check_gathered()
         held, seconds = self.changes(plan, self.needs.wanted)
-        noted = WITNESS * bool(plan.dropped) + EACH * len(plan.dropped) + STATE * len(plan.parts)
+        noted = NOTED * bool(plan.dropped) + EACH * len(plan.dropped)
         return Load([a + b + noted for a, b in zip(self.natural, held, strict=True)], seconds)
 
     def changes(self, plan: Plan, values: Iterable[int]) -> tuple[list[int], float]:

@@ -7,6 +7,7 @@ autograd's graph: each turns on a dispatch mode, which lasts until its node has 
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from revfx.engine import dispatch
 from revfx.engine.operators import written_positions
 from revfx.engine.saved import SavedTensor
 from revfx.engine.wrappers import SavedWrapper
+from revfx.fit.compiled import Back, PartCall
 from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
 from revfx.passes._torch import is_overload, writes
 from revfx.passes.sizes import tensors_of
@@ -77,6 +79,8 @@ class StepRecorder:
         self._watched: list[Any] = []  # weak references, which call back
         self.is_backward = self._has_begun = False
         self._task = -1  # the number of the backward pass
+        self.parts: list[PartCall] = []
+        self.begun = set[int]()  # parts of which a backward has run
 
     @property
     def is_over(self) -> bool:
@@ -242,8 +246,20 @@ class StepRecorder:
                 continue
             found.add(node)
             is_shared = node.name().endswith("AccumulateGrad")  # by the backwards of other forwards
-            self._handles.append(node.register_prehook(see.begin_shared if is_shared else see.begin))
+            part = self._part_of(node)
+            if part is not None:
+                watch = _PartBackward(self, part, node.name())
+                self._handles += [node.register_prehook(watch.begin), node.register_hook(watch.end)]
+            else:
+                self._handles.append(node.register_prehook(see.begin_shared if is_shared else see.begin))
             todo += [following for following, _ in node.next_functions]
+
+    def _part_of(self, node: Any) -> PartCall | None:
+        """Return the call of a compiled part of which the compiler made the backward that a node runs."""
+        at = bisect_right(self.parts, node._sequence_nr(), key=lambda part: part.start) - 1
+        if at < 0 or node._sequence_nr() >= self.parts[at].stop or not _torch.is_compiled_node(node):
+            return None
+        return self.parts[at]
 
     def begin(self, is_shared: bool) -> bool:
         """Return whether the backward is to be recorded; note its first node."""
@@ -282,6 +298,30 @@ class StepRecorder:
             if known is not None and self.tape.memories[known[0]].source is None:
                 memory = self.tape.memories[known[0]]
                 memory.end = min(2 * (memory.born + 1) + 2, 2 * len(self.tape.ops) + 1)
+
+
+class _PartBackward:
+    """Records the backward of a compiled part as one operator."""
+
+    def __init__(self, recorder: StepRecorder, part: PartCall, name: str) -> None:
+        self._recorder, self._part, self._name = recorder, part, name
+        self._known: Before | None = None
+
+    @_torch.uncompiled
+    def begin(self, _: Any) -> None:
+        """Note that it is about to run."""
+        if self._recorder.begin(False):
+            spec = pytree.tree_structure((tuple(self._part.operands), {}))
+            back = Back(self._part.whole, is_rest=self._part.start in self._recorder.begun)
+            self._recorder.begun.add(self._part.start)
+            self._known = Before(back, (), self._part.operands, spec, ())
+
+    @_torch.uncompiled
+    def end(self, gradients: Sequence[Tensor | None], _: Any) -> None:
+        """Add it to the tape: it has run."""
+        known, self._known = self._known, None
+        if known is not None:
+            self._recorder.after(known, gradients, -1, "", self._name)
 
 
 class _Backward(TorchDispatchMode):

@@ -78,7 +78,7 @@ class Op:
 class Pack:
     """What autograd keeps from before operator `packed` up to the slot `end`; it reads it first by `unpacked`, as the
     tensor of this `turn`. `made` operators ran before the tensor was made, as a view maybe. `spot` is None of what no
-    memory is known of. Arguments of compiled parts are `offered`: seen, and not kept.
+    memory is known of.
     """
 
     spot: Spot | None
@@ -87,8 +87,6 @@ class Pack:
     unpacked: int | None = None
     end: int | None = None
     turn: int = 0
-    module: str = ""  # the innermost one that runs
-    offered: bool = False
 
 
 @dataclass
@@ -98,9 +96,9 @@ class Tape:
     `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None of what was there);
     `reads`: by pack, the operators of the backward that read it, each with which argument it is;
     `loss`: the bytes of the returned tensors that have a gradient, but for single numbers; the caller lets go of what
-    is returned at once. `varies`: the operators that are given numbers which the forward asked for;
-    `sharded`: the sub-modules whose parameters FSDP2 gathers for them alone, innermost first; `held`:
-    bytes that are there besides, from one slot up to another; `seconds`: what the step takes more than its operators.
+    is returned at once. `offered`: values that are no saved tensors and may be kept all the same, as compiled parts run
+    again from them; `held`: bytes that are there besides, from one slot up to another; `seconds`: that the step takes
+    beside its operators.
     """
 
     memories: list[Memory] = field(default_factory=list[Memory])
@@ -111,8 +109,7 @@ class Tape:
     turn: int = 0
     reads: dict[int, set[tuple[int, int]]] = field(default_factory=dict[int, set[tuple[int, int]]])
     loss: int = 0
-    varies: frozenset[int] = frozenset()
-    sharded: tuple[str, ...] = ()
+    offered: list[int] = field(default_factory=list[int])
     held: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     seconds: float = 0.0
 

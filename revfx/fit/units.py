@@ -10,6 +10,7 @@ from revfx.engine.operators import STATISTICS
 from revfx.engine.tape import Tape
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import join
+from revfx.fit.tape import Tape as StepTape
 from revfx.plan.staged import Dropped
 
 
@@ -18,6 +19,7 @@ class Learnt:
     """A step that was learnt: the engine's tape of its forward beside that of the step.
 
     Attributes:
+        step: the tape of the step.
         tape: the engine's.
         numbers: by operator of the step's forward, its number on the engine's tape.
         value_of: by value of the engine's tape, the value of the step.
@@ -25,6 +27,7 @@ class Learnt:
         block_of: by the path of a module, the block that it lies in; see `block_paths`.
     """
 
+    step: StepTape
     tape: Tape
     numbers: Sequence[int]
     value_of: Mapping[int, int]
@@ -206,6 +209,7 @@ def _whole_block(tape: Tape, first: int, last: int) -> Dropped:
     values: dict[int, None] = {}
     for at, value in tape.saved:
         op = tape.values[value].op
-        if first <= at <= last and op is not None and op >= first and not tape.is_outside(value):
+        is_inside = first <= at <= last + 1 and op is not None and first <= op <= last
+        if is_inside and not tape.is_outside(value):
             values[value] = None
     return Dropped(first, last, (tuple(values),), frozenset(), frozenset(), {})

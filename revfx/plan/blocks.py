@@ -109,7 +109,7 @@ class BlockLearning(Learning):
     def _end_block(self, last: int | None = None) -> None:
         """Drop the saved tensors of the block, which ends with an operator, or the latest one."""
         first, last = self._first, len(self.tape.ops) - 1 if last is None else last
-        if not self._block or last <= first or self.tape.changes_settings:
+        if not self._block or last <= first or self.tape.changes_settings or dispatch.on_fakes.get():
             return
         if any(is_collective(op.func) for op in self.tape.ops[first : last + 1]):
             return  # processes may differ in what they gain

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from revfx import _torch
-from revfx.engine import dispatch
 from revfx.engine.learn import Learning
 from revfx.engine.plan import Plan
 from revfx.engine.tape import Tape
 from revfx.engine.watch import Watching
-from revfx.plan.model import Kind, PlannedModel
+from revfx.plan.model import PlannedModel
 
 
 def nothing_real(fake: Tensor) -> Tensor | None:
@@ -48,26 +47,3 @@ class SimulatedModel(PlannedModel):
             if real is not None:
                 found[value] = real
         tape.constants = found
-
-
-class HookedModel(SimulatedModel):
-    """A planned model that learns from fake tensors alone, and then runs on real ones under somebody else's hooks.
-
-    What its plan does not drop is left to these hooks, in an order that is the same in each forward.
-    """
-
-    def learns(self, kind: Kind | None) -> bool:
-        """Return whether the next call of a kind is learnt."""
-        return dispatch.on_fakes.get() and super().learns(kind)
-
-    def watching(self, plan: Plan) -> Watching:
-        """Return what watches a forward."""
-        return Watching(plan, dispatch.hooks_around())
-
-    def forget(self) -> None:
-        """Have all kinds of calls learnt again."""
-        for kind in self.kinds.values():
-            kind.is_due = True
-
-    def _judge(self, kind: Kind, matched: int) -> None:
-        """Leave it to those who set the hooks."""

@@ -14,12 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revfx.convert import convert
-from revfx.converted import conversion_of
-from revfx.errors import RevfxError
 from revfx.fit.budget import Budget, checked_memory
-from revfx.fit.fit import Unrecorded
-from revfx.fit.plan import Plan
+from revfx.fit.foresee import foreseen_survey
 from revfx.fit.survey import Chosen, Survey
 from revfx.units import size
 
@@ -41,12 +37,18 @@ ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Bytes of what autograd would keep of a module: `kept`, `recomputed`, or `compressed` to a bit an element."""
+    """Bytes of a module's saved tensors: `kept`, `recomputed`, `compressed` to a bit an element, or `inverted`."""
 
     module: str
     kept: int
     recomputed: int
     compressed: int
+    inverted: int
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """The bytes, in this order."""
+        return self.kept, self.recomputed, self.compressed, self.inverted
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,23 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class FitInfo:
-    """What a `budget` of bytes comes to, beside the `plain` step's peak. `way`: "plain", or "reversible", where
-    couplings are inverted as well; "" where no plan stays within it. `peak`, and `time` in plain steps, are predicted;
-    `held` says what the peak consists of, largest first. `curve` are other budgets, `least` the least feasible one
-    (bytes).
+    """The plan for a budget; bytes.
+
+    Attributes:
+        budget: bytes that were asked for.
+        plain: the peak of the plain model's step.
+        is_feasible: a plan stays within the budget; else what follows is about the smallest one.
+        peak: predicted.
+        time: predicted, in plain steps.
+        modules: what is done with the saved tensors of each module.
+        held: what the peak consists of, largest first.
+        curve: other budgets.
+        least: the least feasible budget.
     """
 
     budget: int
     plain: int
-    way: str
+    is_feasible: bool
     peak: int
     time: float
     modules: tuple[Share, ...]
@@ -77,22 +87,20 @@ class FitInfo:
 
     def lines(self) -> Iterator[str]:
         """Yield this as text."""
-        if self.way:
+        if self.is_feasible:
             share = f"{self.peak / self.plain:.0%} of the plain model's {size(self.plain)}"
             peak = f"predicted peak {size(self.peak)}, {share}"
             yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time"
-            yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'compressed':>12}"
-            rows = sorted(self.modules, key=lambda m: -m.kept - m.recomputed - m.compressed)
+            yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'compressed':>12}{'inverted':>12}"
+            rows = sorted(self.modules, key=lambda m: -sum(m.numbers))
             for m in rows[:MAX_MODULES]:
-                numbers = "".join(f"{size(n) if n else '-':>12}" for n in (m.kept, m.recomputed, m.compressed))
+                numbers = "".join(f"{size(n) if n else '-':>12}" for n in m.numbers)
                 yield f"  {m.module or 'the root':28}{numbers}"
             if len(rows) > MAX_MODULES:
                 yield f"  and {len(rows) - MAX_MODULES} more modules"
-            if self.way == "reversible":
-                yield "  couplings are inverted as well"
         else:
             yield f"budget {size(self.budget)}: no plan stays within it"
-        yield "at its peak" if self.way else "at the peak of the smallest plan"
+        yield "at its peak" if self.is_feasible else "at the peak of the smallest plan"
         yield from (f"  {text}" for text in self.held)
         yield f"least feasible budget: {self.least} bytes, {size(self.least)}"
         yield "budgets and the time they cost, in plain steps"
@@ -102,7 +110,7 @@ class FitInfo:
 def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tuple[FitInfo, list[str]]:
     """Return what a budget comes to for `model(*args, **kwargs)`, and advice."""
     _log.info("planning for the budget")
-    survey = survey_of(model, args, kwargs)
+    survey = foreseen_survey(model, args, kwargs)
     chosen, least = survey.best(budget), survey.least()
     plan, asked = chosen or least, least.load.peak
     points = [Point(asked, 1 + least.seconds / survey.plain.seconds)]
@@ -113,40 +121,33 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
             time = min(1 + other.seconds / survey.plain.seconds, points[-1].time)
             points.append(Point(Budget("", share=share).of(survey.peak), time))
     found = FitInfo(
-        budget.of(survey.peak), survey.peak, "" if chosen is None else "reversible" if chosen.inverted.units else "plain", plan.load.peak,
-        1 + plan.seconds / survey.plain.seconds, tuple(_modules(plan.plan)), tuple(plan.holders[:3]),
+        budget.of(survey.peak), survey.peak, chosen is not None, plan.load.peak,
+        1 + plan.seconds / survey.plain.seconds, tuple(_modules(survey, plan)), tuple(plan.holders[:3]),
         tuple(reversed(points)), asked,
     )  # fmt: skip
     text = " ".join(found.held)
     return found, [advice for names, advice in ADVICE.items() if re.search(names, text)]
 
 
-def survey_of(model: nn.Module, args: Any, kwargs: Any) -> Survey:
-    """Return the planners of a model for these arguments."""
-    found: Any = convert(model, memory=1.0)
-    conversion = conversion_of(found)
-    assert conversion.fit is not None
-    try:
-        return conversion.fit.survey(found, conversion.to_fit(found, args, kwargs))
-    except Unrecorded as e:
-        if isinstance(e.__cause__, RevfxError) or e.__cause__ is None:
-            raise
-        raise e.__cause__ from None  # the model's own
-
-
-def _modules(plan: Plan) -> Iterable[Share]:
-    """Yield what is done with what autograd would keep, by module: layers of a list whole."""
-    needs, tape = plan.needs, plan.needs.tape
-    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    told = {needs.coins[v] for v in plan.coins}
+def _modules(survey: Survey, chosen: Chosen) -> Iterable[Share]:
+    """Yield what is done with the saved tensors of each module: layers of a list whole."""
+    plan, tape = chosen.plan, chosen.plan.needs.tape
+    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    compressed = {plan.needs.coins[v] for v in plan.coins}
     bases = frozenset[int]().union(*plan.bases.values())
-    for v, packs in needs.wanted.items():
+    for v, packs in survey.plain.needs.wanted.items():
         if not packs and v not in bases:
             continue  # an argument of a compiled part
+        if v not in plan.needs.wanted:
+            column = 3
+        elif v in plan.kept:
+            column = 0
+        else:
+            column = 2 if v in compressed or plan.marks.issuperset(packs) else 1
         made = tape.made_by[v]
         path = tape.ops[made].module if made is not None else ""
-        column = 0 if v in plan.kept else 2 if v in told or plan.marks.issuperset(packs) else 1
-        rows[re.match(r"(.*?\.\d+(?=\.|$))?", path)[0] or path.partition(".")[0]][column] += tape.size(v)  # type: ignore[index]
+        layer = re.match(r".*?\.\d+(?=\.|$)", path)
+        rows[path.partition(".")[0] if layer is None else layer[0]][column] += tape.size(v)
     return [Share(name, *row) for name, row in rows.items()]
 
 
@@ -195,7 +196,7 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
     @functools.cache
     def survey(batch: int) -> Survey:
         _log.info("planning a batch of %d", batch)
-        return survey_of(model, tuple(batched(inputs, batch)), {})
+        return foreseen_survey(model, tuple(batched(inputs, batch)), {})
 
     @functools.cache
     def planned(batch: int) -> Chosen | None:

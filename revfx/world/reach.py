@@ -7,13 +7,10 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-import threading
 import types
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from operator import itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,44 +48,12 @@ def held_in(cell: types.CellType) -> Any:
         return EMPTY
 
 
-class Layout(NamedTuple):
-    """Which attributes of a module are the user's, and how to read all of them at once."""
-
-    size: int
-    keys: tuple[str, ...]
-    read: Callable[[dict[str, Any]], tuple[Any, ...]]
-
-
-class Written:
-    """The buffers of one module that its forward was seen to write, by whether it trains; looked for in the first call
-    of each kind. `lock`: while a re-run has the old ones in place, no forward may write to them.
-    """
-
-    def __init__(self) -> None:
-        self.names: dict[bool, frozenset[str]] = {}
-        self.lock = threading.RLock()
-
-
-_written: weakref.WeakKeyDictionary[nn.Module, Written] = weakref.WeakKeyDictionary()
-_layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
-
-
-def layout_of(module: nn.Module, table: dict[str, Any]) -> Layout:
-    known = _layouts.get(module)
-    if known is None or known.size != len(table) or not all(map(table.__contains__, known.keys)):
-        keys = tuple(k for k in table if k not in _INNER)
-        get = itemgetter(*keys)
-        known = _layouts[module] = Layout(len(table), keys, get if len(keys) > 1 else lambda d: (get(d),))
-    return known
-
-
 class Reach:
     """The modules and tensors that a function can see; no lazy module may be among them."""
 
     def __init__(self, function: Any) -> None:
         self.modules: dict[int, nn.Module] = {}
         self.tensors: list[Tensor] = []
-        self.cells: list[types.CellType] = []  # variables that a function closes over, such as one of a loop
         level, seen = [function], set[int]()
         for depth in range(DEPTH, -1, -1):
             found = list[Any]()
@@ -98,12 +63,9 @@ class Reach:
                     found.extend(self._visit(item, depth))
             level = found
         self.parameters: list[dict[str, Any]] = []
-        self.buffers: list[tuple[nn.Module, Written]] = []
         fsdp = _fsdp.in_use()
         swapped = {id(x) for m in self.modules.values() if fsdp and _fsdp.is_sharded(m) for x in m.modules()}
         for m in self.modules.values():
-            if _torch.buffers(m):
-                self.buffers.append((m, _written.setdefault(m, Written())))
             if (parameters := _torch.parameters(m)) and id(m) not in swapped:  # FSDP2 gathers them for each call
                 self.parameters.append(parameters)
                 lazy = [k for k, p in parameters.items() if not (p is None or type(p) is nn.Parameter) and is_lazy(p)]
@@ -134,7 +96,6 @@ class Reach:
         elif isinstance(item, types.FunctionType):
             # what torch's and revfx's own close over may be the user's
             known = {} if _top(item) in ("torch", "revfx") else item.__globals__
-            self.cells += item.__closure__ or ()
             held = map(held_in, item.__closure__ or ())
             return *held, *(known[n] for n in global_names(item.__code__) if n in known)
         elif isinstance(item, (*CONTAINERS, tuple)):
@@ -148,8 +109,7 @@ class Reach:
         for m in module.modules():
             if id(m) not in self.modules:
                 self.modules[id(m)] = m
-                table = vars(m)
-                further += [v for v in layout_of(m, table).read(table) if type(v) not in ATOMS]
+                further += [v for name, v in vars(m).items() if is_users(name) and type(v) not in ATOMS]
         return further
 
 

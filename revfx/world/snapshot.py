@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from revfx import _torch
 from revfx.world.reach import CONTAINERS, is_users
-from revfx.world.state import content, fill
 from revfx.world.values import ATOMS, DEPTH, is_plain
 
 
@@ -67,3 +66,26 @@ class Snapshot:
 def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
     own = vars(module), _torch.parameters(module), _torch.buffers(module), _torch.children(module)
     return *own, *_torch.hook_tables(module)
+
+
+def content(container: Any) -> tuple[Any, ...]:
+    """Return what a container holds; of a dict its pairs."""
+    return tuple(container.items() if isinstance(container, dict) else container)
+
+
+def holds(container: Any, then: tuple[Any, ...]) -> bool:
+    """Return whether a container holds the objects that it held."""
+    now = content(container)
+    return len(now) == len(then) and all(map(_same, now, then))
+
+
+def fill(container: Any, then: tuple[Any, ...]) -> None:
+    """Make a container hold what it held."""
+    if not holds(container, then):
+        container.clear()
+        (container.update if isinstance(container, (dict, set)) else container.extend)(then)
+
+
+def _same(now: Any, then: Any) -> bool:
+    pair = type(then) is tuple and type(now) is tuple and len(now) == len(then)  # of a dict
+    return now is then or (pair and all(map(is_, now, then)))

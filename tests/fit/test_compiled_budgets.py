@@ -24,6 +24,7 @@ from torch._dynamo import graph_break
 import revfx
 from revfx import _torch
 from revfx.converted import conversion_of
+from revfx.engine.whole import Whole
 from revfx.errors import BudgetError, RevfxWarning
 
 
@@ -38,10 +39,12 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
+FIRST = 1.25  # of plain's peak, by a first step: parts are tried as they end
+
+
 def parts_again(fitted: Any) -> int:
     """How many calls of compiled parts run again under the only plan."""
-    (found,) = fit_of(fitted).plans
-    return len(found.chosen.plan.parts)
+    return sum(isinstance(op.func, Whole) for op in again(fitted))
 
 
 def compiled_as(fitted: Any) -> Any:
@@ -58,8 +61,9 @@ def check(model: nn.Module, fitted: Any, x: Tensor, memory: float, half: bool = 
             out = m(x)
         return square(out).float()
 
-    most = memory * peak(model, partial(step, model))
-    assert peak(fitted, partial(step, fitted)) <= most
+    plain = peak(model, partial(step, model))
+    assert peak(fitted, partial(step, fitted)) <= FIRST * plain
+    assert peak(fitted, partial(step, fitted)) <= memory * plain
     for seed in range(3):
         assert equal(state(fitted, partial(step, fitted), seed), state(model, partial(step, model), seed))
     assert parts_again(fitted)
@@ -105,8 +109,8 @@ def test_some_parts_may_be_compiled(how: str) -> None:
             if how == "breaks":
                 layers[i].insert(2, Breaks())
             layers[i].compile(backend="aot_eager")
-    fitted: Any = planned(model, x, memory=0.4)
-    check(model, fitted, x, 0.4)
+    fitted: Any = planned(model, x, memory=0.5)
+    check(model, fitted, x, 0.5)
     assert any(str(op.func).startswith("aten") for op in again(fitted))
 
 
@@ -174,7 +178,7 @@ def test_parts_may_be_compiled_after_it_was_planned() -> None:
 
 
 def test_parts_that_change_places_are_no_others() -> None:
-    """A forward that calls them in another order keeps the rest, with a warning, and is planned anew."""
+    """Calls of alike parts are the same operators in any order."""
 
     class Turned(Residual):
         def forward(self, x: Tensor) -> Tensor:
@@ -187,9 +191,8 @@ def test_parts_that_change_places_are_no_others() -> None:
     for layer in model.layers:
         layer.compile(backend="aot_eager")
     fitted = planned(model, x, memory=0.5)
-    with pytest.warns(RevfxWarning, match="took another path"):
-        got = state(fitted, lambda: square(fitted(-x)))
-    assert equal(got, state(model, lambda: square(model(-x))))
+    assert equal(state(fitted, lambda: square(fitted(-x))), state(model, lambda: square(model(-x))))
+    assert not fit_of(fitted).plans[0].is_due
 
 
 def test_an_argument_that_is_written_to_before_the_backward_raises() -> None:
@@ -237,10 +240,6 @@ def test_hooks_of_parameters_hear_of_real_gradients_alone() -> None:
     assert len(heard) == len([*model.parameters()])
 
 
-def _root(model: Any) -> None:
-    model.compile(backend="eager")
-
-
 def _writing(model: Any) -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -269,14 +268,20 @@ def _objects(model: Any) -> None:
     model.layers[2][0].compile(backend="eager")
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [(_root, "compiled as a whole"), (_writing, r"layers.2.1.*its arguments"), (_objects, r"layers.2.0.*of its own")],
-)
-def test_what_can_not_run_again_says_so(change: Callable[[Any], None], says: str) -> None:
+@pytest.mark.parametrize("change", [_writing, _objects])
+def test_what_can_not_run_again_is_kept(change: Callable[[Any], None]) -> None:
+    """A part that writes to its arguments, or returns an object."""
     model, (x,), _ = make("mlp")
     change(model)
-    with pytest.warns(RevfxWarning, match=f"{says}.*the budget is not kept"):
+    fitted = planned(model, x, memory=0.6)
+    for seed in range(3):
+        assert equal(state(fitted, lambda: square(fitted(x)), seed), state(model, lambda: square(model(x)), seed))
+
+
+def test_a_model_that_is_compiled_as_a_whole_says_so() -> None:
+    model, (x,), _ = make("mlp")
+    model.compile(backend="eager")
+    with pytest.warns(RevfxWarning, match="compiled as a whole.*the budget is not kept"):
         revfx.convert(model, memory=0.5)(x)
 
 
@@ -321,8 +326,8 @@ def test_the_plain_model_stays_uncompiled() -> None:
             armed.clear()
             before = frames()
             with ThreadPoolExecutor(1) as thread:
-                y = thread.submit(lambda: model.eval()(x)).result()
-            found.append(torch.equal(y, want) and frames() == before)
+                is_plain = thread.submit(lambda: torch.equal(model.eval()(x), want)).result()
+            found.append(is_plain and frames() == before)
             model.train()
         return a + b
 

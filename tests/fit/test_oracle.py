@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from revfx.fit import simulate
 from revfx.fit.choose import Planner
+from revfx.fit.foresee import foreseen_step
 from revfx.fit.needs import Needs
-from revfx.fit.record import record
-from revfx.fit.simulate import EACH, WITNESS
+from revfx.fit.simulate import EACH, NOTED
 
 
 def conv() -> nn.Sequential:
@@ -80,7 +80,7 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def needs_of(name: str) -> Needs:
     make, shape = GRAPHS[name]
     model = make().train()
-    return Needs(record(model, model, (torch.empty(shape),), {}))
+    return Needs(foreseen_step(model, (torch.empty(shape),), {}).step)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_plans_are_near_the_optimum(name: str, part: float) -> None:
     budget = int(least + part * (most - least))
     found = planner.best(budget)
     assert found is not None
-    want = bound(needs, costs, budget - WITNESS - EACH * len(found[0].dropped))
+    want = bound(needs, costs, budget - NOTED - EACH * len(found[0].dropped))
     print(f"{name:20}{part:6}{found[1].seconds:10.6f}{want:10.6f}{planner.seconds:10.6f}")
     assert found[1].peak <= budget
     assert found[1].seconds <= 1.05 * want + ABOVE.get((name, part), 0.0) * planner.seconds

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import MODELS, equal, fit_of, make, peak, planned, state
+from fit_models import MODELS, equal, fit_of, make, peak, planned, square, state
 from helpers import deep_but
 from torch import nn
 
@@ -20,14 +20,48 @@ from revfx.engine.tape import Tape
 from revfx.errors import RegenerationError
 from revfx.fit import budgeted
 from revfx.fit.blocks import blocks_of
+from revfx.fit.choose import Planner
+from revfx.fit.costs import Costs
+from revfx.fit.inverted import Inverted, InvertedSteps
 from revfx.fit.kinds import BudgetKind
 from revfx.fit.make_units import units_of
+from revfx.fit.needs import Needs
+from revfx.fit.survey import NOTHING
 from revfx.fit.units import Learnt
 
 
 PLANS = 4  # of each model
 SLACK = 2**14  # bytes of random states and fingerprints, which are foreseen roughly
 PART = 32  # of what is foreseen, by which a loop whose steps run again in one go may be over
+
+
+class Chain(nn.Module):
+    """Couplings of two halves between a linear layer and a norm."""
+
+    def __init__(self, is_affine: bool, depth: int = 10, d: int = 32) -> None:
+        super().__init__()
+        self.is_affine = is_affine
+        self.first, self.last = nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)
+        out = 2 * d if is_affine else d
+        self.f = nn.ModuleList(nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, out)) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.first(x).chunk(2, 1)
+        for f in self.f:
+            if self.is_affine:
+                s, t = f(b).chunk(2, 1)
+                a, b = b, a * s.tanh().exp() + t
+            else:
+                a, b = b, a + f(b)
+        return self.last(torch.cat((a, b), 1))
+
+
+CHAINS = {"additive": partial(Chain, False), "affine": partial(Chain, True)}
+
+
+def chain(name: str) -> Any:
+    torch.manual_seed(0)
+    return CHAINS[name](), (torch.randn(512, 64),), square
 
 
 def learnt_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, BudgetKind, Learnt]:
@@ -40,7 +74,7 @@ def learnt_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, B
 
     monkeypatch.setattr(budgeted, "units_of", units)
     monkeypatch.setattr(Tape, "forget_tensors", lambda tape: None)
-    made = make(name)
+    made = chain(name) if name in CHAINS else make(name)
     fitted = planned(made[0], made[1], memory=0.8)
     return made, fitted, fit_of(fitted).plans[-1], found[-1]
 
@@ -64,15 +98,18 @@ def drawn_plan(kind: BudgetKind, draw: random.Random) -> Any:
     return replace(plan, kept=kept, marks=frozenset(marks), coins=coins, block_of=block_of)
 
 
-def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool) -> None:
+def install(
+    kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, inverted: Inverted = NOTHING
+) -> None:
     assert kind.chosen is not None
     kind.plan = Plan()
-    chosen = kind.chosen._replace(plan=drawn)
+    chosen = kind.chosen._replace(plan=drawn, inverted=inverted)
     placed = units_of(chosen, learnt, kind.plan.reasons)
-    kind.plan.learn([p.unit for p in placed], range(len(placed)))
+    kind.plan.learn([p.unit for p in placed], [p.chain for p in placed])
     kind.known = [(chosen, kind.plan.path)]
     kind.plan.path.firsts = [p.first for p in placed]
-    kind.plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in (*drawn.dropped, *drawn.marks))
+    dropped = (*drawn.dropped, *drawn.marks, *inverted.packs)
+    kind.plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
     if proven:
         kind.plan.proven.update((-1, unit, ()) for unit in kind.plan.sequence)
 
@@ -92,7 +129,7 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
         except LookupError:  # something of it does not come back
             continue
         tried += 1
-        install(kind, learnt, drawn, proven=False)
+        install(kind, learnt, drawn)
         assert equal(state(model, lambda: loss(fitted(*args))), want)
         assert not kind.is_due
         assert not kind.plan.reasons, kind.plan.reasons
@@ -126,3 +163,33 @@ def test_the_first_backward_compares_all_that_it_gives(monkeypatch: pytest.Monke
 
 def _step(fitted: nn.Module, args: Any, loss: Any) -> torch.Tensor:
     return loss(fitted(*args))
+
+
+@pytest.mark.parametrize("watcher", ["native", "python"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_couplings_are_inverted_beside_any_plan(name: str, watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them and fewer, with all else kept, and with a plan drawn for the rest."""
+    monkeypatch.setenv(native.CHOICE, watcher)
+    (model, args, loss), fitted, kind, learnt = learnt_step(name, monkeypatch)
+    want = state(model, lambda: loss(model(*args)))
+    planner = Planner(Needs(learnt.step), Costs().of(learnt.step), any_caller=True)
+    kept_plan, counts, draw = kind.chosen, list[int](), random.Random(0)
+    for inverted, of_rest in InvertedSteps(planner, learnt):
+        counts.append(len(inverted.units))
+        assert kept_plan is not None
+        kind.known = [(kept_plan._replace(plan=of_rest.plain[0], model=of_rest.model), kind.plan.path)]
+        tried, drawn = 0, of_rest.plain[0]
+        while tried < 2:
+            try:
+                foreseen = of_rest.model.load(drawn).peak
+            except LookupError:  # something of it does not come back
+                drawn = drawn_plan(kind, draw)
+                continue
+            tried += 1
+            install(kind, learnt, drawn, inverted=inverted)
+            for _ in range(3):
+                assert equal(state(model, lambda: loss(fitted(*args))), want)
+            assert not kind.is_due and not kind.plan.reasons
+            assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK
+            drawn = drawn_plan(kind, draw)
+    assert len(counts) > 2 and counts[0] >= len(model.f)  # pyright: ignore[reportArgumentType]

@@ -255,9 +255,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def fit_of(model: nn.Module) -> Any:
     """The working object of a converted model with a budget."""
-    conversion = conversion_of(model)
-    assert conversion.budgeted is not None and conversion.fit is not None
-    return conversion.budgeted if conversion.budgeted.kinds else conversion.fit
+    return conversion_of(model).budgeted
 
 
 def planned(model: nn.Module, args: Any, **options: Any) -> Any:
@@ -271,12 +269,8 @@ def planned(model: nn.Module, args: Any, **options: Any) -> Any:
     state = torch.get_rng_state()
     model.zero_grad()
     try:
-        for _ in range(2):
-            outs = [t for t in tensors_in(converted(*args)) if t.requires_grad]
-            torch.autograd.backward([t.float().square().mean() for t in outs])
-            budgeted = conversion_of(converted).budgeted
-            if budgeted is None or not budgeted.is_left:
-                break
+        outs = [t for t in tensors_in(converted(*args)) if t.requires_grad]
+        torch.autograd.backward([t.float().square().mean() for t in outs])
     finally:
         torch.set_rng_state(state)
         with torch.no_grad():

@@ -26,7 +26,6 @@ from revfx.engine.observe import Observer, observer
 from revfx.errors import RevfxWarning
 from revfx.plan import model
 from revfx.testing import WARM_UPS, measure_memory
-from revfx.world.state import Random
 
 
 pytestmark = pytest.mark.usefixtures("fp64")
@@ -302,21 +301,3 @@ def test_the_number_of_threads_of_the_forward_holds_in_the_replays() -> None:
 
 
 # --- who is told
-def test_the_random_state_of_every_accelerator_of_the_inputs_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = {0: torch.zeros(4), 1: torch.zeros(4)}
-
-    class Module:
-        @staticmethod
-        def get_rng_state(device: torch.device) -> Tensor:
-            return states[device.index].clone()
-
-        @staticmethod
-        def set_rng_state(state: Tensor, device: torch.device) -> None:
-            states[device.index].copy_(state)
-
-    monkeypatch.setattr(torch, "get_device_module", lambda _: Module)
-    before = Random([torch.device("cuda", 0), torch.device("cuda", 1)])
-    states[1] += 1
-    assert not before.same(Random([torch.device("cuda", 0), torch.device("cuda", 1)]))
-    before.restore()
-    assert torch.equal(states[1], torch.zeros(4))

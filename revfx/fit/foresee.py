@@ -1,0 +1,95 @@
+"""The planners of a step that does not take place: it is learnt on fake tensors, or on copies where code asks for
+numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from typing import Any
+
+import torch
+from torch import nn
+
+from revfx import _fake, _torch
+from revfx.ambient import given
+from revfx.engine.native import learner
+from revfx.errors import RevfxError
+from revfx.fit.choose import Planner
+from revfx.fit.costs import Costs
+from revfx.fit.inverted import InvertedSteps
+from revfx.fit.learning import StepLearning
+from revfx.fit.needs import Needs
+from revfx.fit.steps import StepRecorder
+from revfx.fit.survey import Survey
+from revfx.fit.units import Learnt
+from revfx.modes import simulating
+from revfx.parts import looking_on, parts_of
+from revfx.passes.sizes import muted
+from revfx.plan.declared import CallObserver
+from revfx.plan.model import seen_whole, tensors_in
+from revfx.world.fake import RealWorld, World
+from revfx.world.left import none_left
+
+
+def foreseen_survey(model: nn.Module, args: Any, kwargs: Any) -> Survey:
+    """Return the planners of a step of a plain model.
+
+    Raises:
+        RevfxError: the model is compiled as a whole, or nothing that it returns needs a gradient.
+        Exception: the model's own.
+    """
+    learnt = foreseen_step(model, args, kwargs)
+    planner = Planner(Needs(learnt.step), Costs().of(learnt.step), any_caller=True)
+    return Survey(planner, InvertedSteps(planner, learnt))
+
+
+def foreseen_step(model: nn.Module, args: Any, kwargs: Any) -> Learnt:
+    """Return a step of a plain model; see `foreseen_survey`."""
+    if not parts_of(model):
+        with contextlib.suppress(Exception):  # it asks for numbers, or no fake tensors pass
+            return _learnt(World(model, args, kwargs, whole=True))
+    return _learnt(RealWorld(model, args, kwargs))
+
+
+def _learnt(world: World) -> Learnt:
+    is_real = isinstance(world, RealWorld)
+    with contextlib.ExitStack() as stack:
+        contexts = none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), torch.enable_grad()
+        for context in (*contexts, torch.random.fork_rng(enabled=is_real)):
+            stack.enter_context(context)
+        if not is_real:
+            stack.enter_context(simulating())
+        stack.callback(world.fakes.clear)
+        try:
+            return _step(world, *stack.enter_context(world.entered()))
+        except Exception as e:
+            if not is_real:  # its frames hold fake tensors, and so do their tables of names; real ones are tried next
+                traceback.clear_frames(e.__traceback__)
+                _ = [frame.f_locals for frame, _ in traceback.walk_tb(e.__traceback__)]  # are made anew
+            raise
+
+
+def _step(world: World, args: Any, kwargs: Any) -> Learnt:
+    model, inputs, finished = world.model, tensors_in((args, kwargs)), list[StepRecorder]()
+    in_python = bool(parts_of(model)) or not isinstance(world, RealWorld)
+    learning = learner(StepLearning, in_python)(model, inputs, finished.append)
+    with learning, CallObserver(learning), seen_whole(), given(looking_on, learning):
+        out = model(*args, **kwargs)
+    outs = [t for t in tensors_in(out) if t.requires_grad]
+    outs = [t for t in outs if not t.dim()] or outs  # where there is a loss, it is what is differentiated
+    if not outs:
+        raise RevfxError("the forward returns no tensor that needs a gradient, as far as can be seen.")
+    learnt = learning.end(inputs, tensors_in(out))
+    constants = learnt.tape.constants
+    for value, t in [*constants.items()]:
+        real = world.real_of(t) if _torch.is_fake(t) else t
+        if real is None:
+            del constants[value]
+        else:
+            constants[value] = real
+    del out
+    torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
+    if not finished:
+        raise RevfxError("the backward leaves a part of the graph for another one.")
+    return learnt
