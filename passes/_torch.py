@@ -36,7 +36,7 @@ _warned = Counter[str]()
 
 
 class Said(NamedTuple):
-    """What a check that fails raises; or warns of, where it is not `serious`: what is comes first."""
+    """The error, or the warning if it is not `serious`, of a check that fails."""
 
     message: str
     serious: bool = True
@@ -64,7 +64,7 @@ def overflows() -> int:
 
 
 def boxed_codegen() -> Any:
-    """Return what has the code of an fx graph take its inputs as one list, which it empties."""
+    """Return a code generator for fx graphs that take their inputs as one list, and empty it."""
     return graph._BoxedCodeGen()
 
 

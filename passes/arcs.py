@@ -1,4 +1,4 @@
-"""From an fx graph to a program: values, operations and every arc whose domain holds."""
+"""Lowering of an fx graph to a program: values, operations and all arcs with a domain that holds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from revfx.rules import (
 )
 
 
-SMALLER = 16  # times that what a statistic is made of is larger
+SMALLER = 16  # times the operand of a statistic is larger
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def lower(
     barred: Mapping[fx.Node, str] | None = None,
     lossless: bool = True,
 ) -> Lowered:
-    """Return the program of a graph whose nodes carry fake results in `meta["val"]`.
+    """Return the program of a graph; its nodes have fake results in `meta["val"]`.
 
     Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
     `barred`: the reason why no rounding inverse may give a node back, where no code corrects it; None: codes do.
@@ -186,10 +186,10 @@ class _Lowering:
         # where inverses round, none that was selected from what may come back by one
         for v in outs if self.lossless or name.strip("_") not in SELECTS else ():
             if 0 < _size(self.values[v]) * SMALLER <= most:
-                yield Arc(v, (), _never_run, exact=False, barred="it is small beside what it is made of")
+                yield Arc(v, (), _never_run, exact=False, barred="it is small beside its operands")
 
     def _terms(self, node: fx.Node, ins: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
-        """Return what an operation adds up, if for each operand there is a number that it is multiplied by."""
+        """Return the terms of a sum, if each operand is multiplied by a number."""
         y, factors, number = node.meta["val"], dict.fromkeys(ins, 0.0), 0.0
         found = [d for d in self.directions[node] if isinstance(d, Inverse) and d.solves in node.all_input_nodes]
         solved = {self.index.get(d.solves) for d in found}
@@ -247,7 +247,7 @@ class _Lowering:
         )  # fmt: skip
 
     def _factor(self, inverse: Inverse, dtype: torch.dtype) -> dict[str, Any] | str:
-        """Return what an arc says of what the solved operand was multiplied by, or why that may be zero."""
+        """Return the condition on the factor of the solved operand, or the reason why it may be zero."""
         f = inverse.factor
         if f is None:
             return {}

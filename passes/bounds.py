@@ -89,7 +89,7 @@ WITHIN = {
     (0.0, 1.0): "hardsigmoid softmax safe_softmax",
     (-math.pi / 2, math.pi / 2): "atan",
     (0.0, math.inf): "var std",
-}  # whatever the operand is
+}  # of any operand
 UNARY: dict[str, Callable[[Interval], Interval]] = {
     "exp": _monotone(_exp, nonzero=True),
     "sigmoid": _monotone(_sigmoid, nonzero=True),
@@ -134,7 +134,7 @@ def bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
         dtype = _dtype(node)
 
         def of(x: Any, dtype: torch.dtype | None = dtype) -> Interval:
-            if isinstance(x, (int, float)):  # a number is rounded to the dtype of what it is put together with
+            if isinstance(x, (int, float)):  # a number is rounded to the dtype of the other operand
                 return _rounded(Interval(float(x), float(x), x != 0), dtype, 1)
             return found.get(x, ANY_NUMBER) if isinstance(x, fx.Node) else ANY_NUMBER
 

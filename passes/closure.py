@@ -1,4 +1,4 @@
-"""What becomes known from what is known: forward chaining over arcs, in time linear in the arcs it is shown."""
+"""The closure of known values: forward chaining over arcs, in time linear in the arcs that are added."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Closure:
         return self._derive(0)
 
     def _derive(self, index: int, solved: Iterable[Arc] = ()) -> list[int]:
-        """Return the values that become known by what was offered, and by those that sums are, or were, solved for."""
+        """Return the values that become known by the offered arcs, and by solved sums."""
         found: list[int] = []
         arcs = [*solved]
         while True:

@@ -1,7 +1,7 @@
 """One inverse per value that is read: the intermediates of a composed inverse need not be right, only its result.
 
-Of `u = y / s`, `x = u - t` only x is read, so the two are one arc `x <- (y / s) - t`, whose single rounding error is
-corrected once. What autograd wants of the rest (u, where s needs a gradient) runs forwards from what is right by then.
+Of `u = y / s`, `x = u - t` only x is read, so the two are one arc `x <- (y / s) - t`, with one rounding error and one
+correction. The other values that autograd reads (u, if s needs a gradient) are recomputed from corrected ones.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def _rounding(step: Step) -> int:
 
 
 def _is_arithmetic(program: Program, step: Step) -> bool:
-    """Return whether a step runs no function, and takes nothing from its exit anew."""
+    """Return whether a step runs no function, and recomputes nothing of its exit."""
     return not step.again and not any(op.opaque for op in program.ops[step.start : step.stop])
 
 
 def composed(program: Program, step: Step) -> Step:
-    """Return the step with inverses that give, of right values alone, what is read; all else runs forwards."""
+    """Return the step with inverses from corrected values to the values that are read; all else is recomputed."""
     derive = needed(program, step.derive, step.entry)
     read = {*step.entry, *(v for d in derive if isinstance(d, Forward) for v in read_by(program, d))}
     inverses = {d.arc.head: d.arc for d in derive if isinstance(d, Invert)}
@@ -73,7 +73,7 @@ def composed(program: Program, step: Step) -> Step:
 
 
 def _with(arc: Arc, inner: dict[int, Arc]) -> Arc:
-    """Return an arc whose tail goes through the `inner` ones: from what these start from."""
+    """Return the arc that is composed with the `inner` ones."""
     chain: list[Arc] = []
 
     def visit(a: Arc) -> None:

@@ -30,7 +30,7 @@ class Step:
     """Operations start..stop-1, the live values before (`entry`) and after (`exit`), and how to go from exit to entry.
 
     `derive` lists derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs.
-    `saved` values are kept: those that can't be trusted to a rounding inverse, and what an exact one needs. `arcs` are
+    `saved` values are kept: those that a rounding inverse would spoil, and operands of exact ones. `arcs` are
     the inverses that reach the entry. Some may run operations above `start`, where a function's result is in the entry
     beside its operand. `again`: values of `exit` that were selected from others of the step: they are not taken as
     known, but computed again from the regenerated operand.
@@ -149,7 +149,7 @@ def _step(
     if any(s.first < start <= s.last for s in chosen.values()):
         return None
     known = {*exit, *side}.difference(again)
-    # The search meets what reads a value before what makes it, and so solves for it first, though it may be run again.
+    # The search meets readers of a value before its maker, so it solves for it first, although it may be recomputed.
     if again or any(program.made_at[arc.head] >= start for arc in _inverses(closure.order)):
         closure = Closure(program, known)
         closure.add(range(start, stop))
@@ -172,7 +172,7 @@ def _step(
 def _with_above(
     program: Program, start: int, stop: int, entry: Values, exit: Values, side: frozenset[int]
 ) -> Step | None:
-    """Return a step whose entry takes operations above it; None where that does not do either."""
+    """Return a step with an entry that takes operations above it; None if that fails as well."""
     if any(v in program.selected for v in exit):
         return None
     closure = Closure(program, {*exit, *side}, trusted=True)
@@ -202,7 +202,7 @@ def _kept_results(program: Program, start: int, stop: int) -> Values:
 
 
 def _made_of(program: Program, value: int, known: Closure) -> list[int]:
-    """Return the operations that give a value of what is known; none where it takes too many, or barriers."""
+    """Return the operations that give a value from known ones; none if there are too many, or barriers."""
     found, wanted = set[int](), [value]
     while wanted:
         v = wanted.pop()
@@ -217,7 +217,7 @@ def _made_of(program: Program, value: int, known: Closure) -> list[int]:
 
 
 def _parts_selected(program: Program, start: int, live: Collection[int]) -> bool:
-    """Return whether a cut before `start` would hold both a selected value and what it was selected from.
+    """Return whether a cut before `start` would hold both a selected value and its source.
 
     Operations below the cut may compare them, so they must be regenerated together.
     """

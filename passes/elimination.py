@@ -15,7 +15,7 @@ from revfx.passes.program import Arc, Program
 
 
 WIDTH = 8  # unknown values in one sum
-NEGLIGIBLE = 2.0**-20  # of the largest factor: what is left of numbers that cancel up to their rounding
+NEGLIGIBLE = 2.0**-20  # of the largest factor: the rest of numbers that cancel up to rounding
 
 Row = dict[int, float]  # by value the factor in a sum that is zero; by `ONE` the number in it
 ONE = -1
@@ -33,13 +33,13 @@ class Elimination:
         self._holding: dict[int, set[int]] = {}  # for each unknown value the rows that hold it
 
     def add(self, index: int) -> Iterator[Arc]:
-        """Yield what is solved when operation `index` is added."""
+        """Yield the values that are solved when operation `index` is added."""
         op = self._program.ops[index]
         if op.terms:
             yield from self._put(_without_small({op.outs[0]: -1.0, **dict(op.terms)}))
 
     def learn(self, value: int) -> Iterator[Arc]:
-        """Yield what is solved now that a value is known."""
+        """Yield the values that are solved when another one becomes known."""
         for pivot in tuple(self._holding.pop(value, ())):
             if pivot in self._rows:
                 yield from self._put(self._take(pivot))
@@ -89,7 +89,7 @@ def _subtract_row(row: Row, other: Row, pivot: int) -> Row:
 
 
 def _without_small(row: Row) -> Row:
-    """Return a sum without what is negligible in it, such as the cosine of a right angle: it is never divided by."""
+    """Return a sum without negligible terms, such as the cosine of a right angle: nothing is divided by them."""
     largest = max(map(abs, row.values()))
     return {v: w for v, w in row.items() if abs(w) > NEGLIGIBLE * largest}
 

@@ -1,6 +1,6 @@
 """What the values of constants tell: which index is a permutation, or holds which numbers; which factor is a mask.
 
-A compiler sees no values, so facts are looked up where the real tensors are at hand, and whatever relies on one checks
+A compiler sees no values, so facts are looked up with the real tensors, and each user of a fact checks
 it again in every run (`check`): a buffer that has changed raises, it never gives a wrong gradient.
 """
 
@@ -19,7 +19,7 @@ from revfx.rules import op_name
 
 
 PERMUTATION, ZEROS_AND_ONES = "permutation", "binary"
-LIMIT = 1 << 16  # elements of a tensor whose values are looked at
+LIMIT = 1 << 16  # elements of a tensor with values that are looked at
 INDICES = (torch.int32, torch.int64)
 SAME = frozenset("alias clone detach lift_fresh_copy contiguous".split())
 CASTS = frozenset("to_copy convert_element_type to float double half bfloat16 bool int long type type_as".split())
@@ -34,7 +34,7 @@ Facts = tuple[tuple[int, Fact], ...]
 
 
 def facts_of(inputs: Iterable[Any]) -> Facts:
-    """Return what holds of which inputs: pairs of a number and a fact."""
+    """Return the facts about inputs: pairs of a number and a fact."""
     tensors = ((i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
     # which numbers they hold only of a model's own tensors: a graph is compiled, and cached, for these
     return tuple((i, fact) for i, t in tensors for fact in facts_about(t) if isinstance(fact, str) or _torch.is_held(t))
@@ -95,7 +95,7 @@ CHECKS: Mapping[str, tuple[Callable[..., Tensor], str]] = {
 
 
 def check(fact: Fact, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
-    """Return the test of a fact, and what a run says where it fails."""
+    """Return the test of a fact, and the message of a run in which it fails."""
     test, broken = CHECKS[fact] if isinstance(fact, str) else (_holding(fact), "an index holds other numbers")
     return test, (
         f"revfx: {broken} (`{name}`, at {where}), unlike when this model was compiled, so what was computed with "
@@ -107,7 +107,7 @@ def check(fact: Fact, name: str, where: str) -> tuple[Callable[..., Tensor], str
 def annotate(graph: fx.Graph, known: Mapping[fx.Node, Sequence[Fact]], owner: Any) -> dict[fx.Node, tuple[Fact, ...]]:
     """Return the facts of nodes that follow from those `known` of inputs and from the tensors that `owner` holds.
 
-    They are hints: what relies on one checks the very node.
+    They are hints: each user of one checks the very node.
     """
     found: dict[fx.Node, tuple[Fact, ...]] = {n: tuple(f) for n, f in known.items()}
     for node in graph.nodes:
@@ -145,7 +145,7 @@ def constants(graph: fx.Graph, facts: MutableMapping[fx.Node, tuple[Fact, ...]])
 
 
 def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] | None = None) -> set[fx.Node]:
-    """Return `nodes`, and everything that they are computed from; `inputs` says what a node reads."""
+    """Return `nodes` with all their ancestors; `inputs` returns the operands of a node."""
     found: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
@@ -157,7 +157,7 @@ def ancestors(nodes: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.
 
 
 def assumed(nodes: Iterable[fx.Node], index: Mapping[fx.Node, int]) -> tuple[tuple[int, Fact], ...]:
-    """Return what inverses that read `nodes`, numbered by `index`, as indices rely on."""
+    """Return the facts for inverses that read `nodes`, numbered by `index`, as indices."""
     return tuple((index[n], f) for n in nodes if n in index for f in n.meta.get("facts", ()) if f != ZEROS_AND_ONES)
 
 
@@ -195,7 +195,7 @@ class Masks:
 
 
 def masks(graph: fx.Graph) -> Masks:
-    """Return the masks of a graph: booleans, values that are known to be binary, and what turns them round."""
+    """Return the masks of a graph: booleans, values that are known to be binary, and their negations."""
     of: dict[fx.Node, Mask] = {}
     zero: dict[fx.Node, Places] = {}
     one: dict[fx.Node, Places] = {}
@@ -213,7 +213,7 @@ def masks(graph: fx.Graph) -> Masks:
 
 
 def bare(node: fx.Node) -> str:
-    """Return an operation's name without what tells in-place and operator spellings apart: `mul` of `__imul__`."""
+    """Return an operation's name in the plain spelling: `mul` of `__imul__`."""
     name = op_name(node.target).strip("_")
     return name[1:] if name in ("iadd", "radd", "isub", "imul", "rmul") else name
 

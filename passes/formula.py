@@ -69,12 +69,12 @@ def _arguments(args: Any, kwargs: Mapping[str, Any]) -> str:
 
 
 def formula(program: Program, arc: Arc, names: Mapping[int, str]) -> str:
-    """Return `x1 <- y1 - f(x2)` for an arc; `names` says what else than their own names values are called."""
+    """Return `x1 <- y1 - f(x2)` for an arc; `names` renames values."""
     head, tail = program.values[arc.head].name, [names.get(v, program.values[v].name) for v in arc.tail]
     try:
         found = arc.solve(*map(Term, tail))
         if isinstance(found, Term) and len(found.text) <= LONGEST:
             return f"{head} <- {found.text}"
-    except Exception:  # it asks for shapes, or for what only a tensor has
+    except Exception:  # it asks for shapes, or other properties of tensors
         pass
     return f"{head} <- {arc.text.partition(' <- ')[2] or ', '.join(tail)}"

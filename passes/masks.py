@@ -1,4 +1,4 @@
-"""Arcs through `where`: what is known of a value under one half of a mask, and how halves make wholes.
+"""Arcs through `where`: values that are known under one half of a mask, and wholes that follow from halves.
 
 `y = where(m, a, b)` holds a where m is set and b elsewhere. With y in the place of b, an elementwise inverse of b's
 making gives its operand right on b's half: for `y = where(m, x, x*e + t)` that is `x = (y - t)/e` off the mask, and
@@ -51,7 +51,7 @@ PRODUCTS, QUOTIENTS, SUMS = ("mul", "multiply"), ("div", "divide", "true_divide"
 
 @dataclass(eq=False)
 class MaskedArcs:
-    """Finds arcs whose tail holds parts of their head under a mask.
+    """Finds arcs with parts of their head, under a mask, in their tail.
 
     `directions` holds those of every operation, in order; `index` numbers values, `arc_of` gives the arc of one
     direction of a node, or why there is none. `barred` says what is known against an arc that rounds for the sake of
@@ -88,7 +88,7 @@ class MaskedArcs:
                         yield self._refill(y, m, half)
 
     def _masked(self, node: fx.Node) -> Iterator[Masked]:
-        """Yield what a node holds under masks: as its rule says, and as arithmetic with masks of 0 and 1 says."""
+        """Yield the contents of a node under masks: by its rule, and by arithmetic with masks of 0 and 1."""
         known = self.masks
         for m in self.directions[node]:
             if isinstance(m, Masked) and isinstance(m.mask, fx.Node):
@@ -108,7 +108,7 @@ class MaskedArcs:
                     yield Masked(x, root, value, UNSAID)
 
     def _spread(self, whole: Any, mask: fx.Node, known: Half, depth: int) -> None:
-        """Note what is known of half of `whole`, and of what it was made from elementwise or by the same mask."""
+        """Note the known half of `whole`, and of its operands by elementwise operations or the same mask."""
         if not isinstance(whole, fx.Node) or not _same_type(whole, known.tail[0]):
             return
         self.halves.setdefault((whole, mask), []).append(known)

@@ -11,7 +11,7 @@ from revfx.rules import Direction, rule_for
 
 
 def directions_of(node: fx.Node) -> list[Direction]:
-    """Return what a node's rule yields, if all sizes in it are fixed, and what else is declared of the node."""
+    """Return the directions of a node's rule, if all sizes are fixed, and declared inverses of the node."""
     if "directions" in node.meta:
         return list(node.meta["directions"])
     rule, declared = rule_for(node), [*node.meta.get("declared", ())]
@@ -23,6 +23,6 @@ def directions_of(node: fx.Node) -> list[Direction]:
 
 
 def taken_apart(node: fx.Node) -> fx.Node | None:
-    """Return the node whose tuple, list or dict this one takes a part of; None where it does something else."""
+    """Return the tuple, list or dict that this node takes a part of; None for other nodes."""
     source = node.args[0] if node.target is operator.getitem else None
     return source if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) else None

@@ -18,11 +18,11 @@ from revfx.errors import Cause
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value: its name, shape, dtype, size in bytes, and what is known of its memory.
+    """One value: its name, shape, dtype, size in bytes, and memory.
 
-    `source` values are alive whatever we do and are free to read in the backward. `storage` numbers the memory that
+    `source` values are alive in any case, and free to read in the backward. `storage` numbers the memory that
     the value lives in, so views of one tensor share it. `written` says that an operation outside any region writes to
-    that memory later. `given` marks what lives in the memory of the program's own inputs or of a source. `nbytes` is
+    that memory later. `given` marks values in the memory of the program's own inputs or of a source. `nbytes` is
     the size of the whole memory that a value keeps alive. `kept` values are not derived but held for the backward,
     where they are made.
     """
@@ -182,7 +182,7 @@ class Program:
 
     @cached_property
     def always(self) -> set[int]:
-        """Values that are there whatever else is: constants, and what may be kept for want of an inverse."""
+        """Values that are there in any case: constants, and values that may be kept without an inverse."""
         found = {v for v, is_constant in enumerate(self.constant) if is_constant}
         for op in self.ops:
             for arc in op.arcs:

@@ -1,4 +1,4 @@
-"""Maximal runs of steps: the regions whose activations are freed, and the places where the search got stuck."""
+"""Regions: maximal runs of steps with activations that are freed, and the places where the search got stuck."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from revfx.passes.cuts import PATIENCE, Step, Stuck, SumSearches, find_step, liv
 from revfx.passes.program import Program
 
 
-RETRIES = 8  # starts of a search within what an earlier one passed over
+RETRIES = 8  # starts of a search within operations that an earlier one passed over
 RERUNS = 32  # starts one operation further up, in the head and the loss of a model whose input is its target
 
 
@@ -20,7 +20,7 @@ RERUNS = 32  # starts one operation further up, in the head and the loss of a mo
 class Region:
     """A run of steps in program order. Kept: the last cut, the first one, `saved` values and `side` inputs.
 
-    `kept_bytes` is what these take; `freed_bytes` is at least what the backward regenerates instead of reading.
+    `kept_bytes` is their size; `freed_bytes` is a lower bound of the bytes that the backward regenerates.
     """
 
     steps: tuple[Step, ...]
@@ -131,7 +131,7 @@ def _ends_at_input(program: Program, top: Step) -> bool:
 
 
 def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
-    """Yield where the steps of a walk have to keep what an inverse would give back if it did not round."""
+    """Yield the places where the steps of a walk keep values because their inverses round."""
     for step in walk.steps:
         for i in range(step.start, step.stop):
             for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.tail and a.head in step.saved):
@@ -142,7 +142,7 @@ def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
 def extend(
     program: Program, stop: int, live: tuple[int, ...], side: frozenset[int], searches: SumSearches
 ) -> tuple[list[Step], Stuck]:
-    """Return all steps upwards from one cut with given side inputs, and what stopped the next one."""
+    """Return all steps upwards from one cut with given side inputs, and the reason why there is no further one."""
     steps: list[Step] = []
     while stop > 0:
         patience = max(PATIENCE, 5 * (steps[-1].stop - steps[-1].start)) if steps else PATIENCE
@@ -175,7 +175,7 @@ def _climb_across(
     """Return all steps upwards from one cut with given side inputs, and with those that are `_shared` within the
     largest step where it takes less memory to keep them.
 
-    Nothing tells of such a value but what makes it: a step that reads it goes up to there, past every coupling between.
+    Only the maker of such a value tells: a step that reads it goes up to there, past every coupling between.
     """
     steps, stuck = extend(program, stop, live, side, searches)
     while inverting := [s for s in steps if s.inverts]:
@@ -197,9 +197,10 @@ def _climb_across(
 
 
 def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]:
-    """Yield values that a step makes of sources (a slice of a table, a mask), of side inputs, of what stays alive (a
-    condition made of the model's input, where that is returned) or of what it keeps, and that are read before and after
-    an inverse.
+    """Yield candidates for side inputs.
+
+    A step computes them from sources (a slice of a table, a mask), side inputs or other live values (a condition made
+    of the model's input, if that is returned). They are read before and after an inverse.
     """
     inverted = sorted(d.op for d in step.derive if isinstance(d, Invert) and not d.arc.exact)
     alive = side.union(v for v in step.entry if v in step.exit)
@@ -210,7 +211,7 @@ def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]
 
 
 def _region_bytes(program: Program, steps: Sequence[Step], side: frozenset[int], start: int) -> int:
-    """Return bytes of what is kept, of the largest step, and of what lies above the steps from `start` on."""
+    """Return the bytes of kept values, of the largest step, and of the values above the steps from `start` on."""
     kept = [*side, *(v for s in steps for v in s.saved)]
     storage = {program.values[v].storage for v in kept}
     inverting = [s for s in steps if s.inverts]
@@ -246,7 +247,7 @@ def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool
 
 
 def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int]) -> set[int]:
-    """Return `side`, and what the operations of `steps` (last one first) give from it and from sources."""
+    """Return `side`, and the results of operations of `steps` (last one first) from it and from sources."""
     known = set(side)
     for i in range(steps[-1].start, steps[0].stop) if steps else ():
         op = program.ops[i]
@@ -259,12 +260,12 @@ def _region(program: Program, walk: Walk) -> Region | None:
     """Return a walk's region, trimmed of steps that invert nothing at both ends; None where it would not pay."""
     steps = list(reversed(walk.steps))
     while out := [k for k, s in enumerate(steps) if k and any(i < steps[0].start for i in s.above)]:
-        del steps[: out[-1]]  # what runs again must lie in the region, whose first step runs forwards
+        del steps[: out[-1]]  # recomputed operations must lie in the region; its first step runs forwards
     trusted = [i for i, s in enumerate(steps) if s.inverts]
     if not trusted:
         return None
     calls = [sum(program.ops[i].opaque for i in range(s.start, s.stop)) for s in steps]
-    spanned = sum(calls[trusted[0] : trusted[-1] + 1])  # no more than what inverses span runs again above them
+    spanned = sum(calls[trusted[0] : trusted[-1] + 1])  # operations within the span of inverses run again above them
     above = [i for i in range(trusted[0] + 1) if sum(calls[i : trusted[0]]) <= spanned]
     low = min(above, key=lambda i: (program.nbytes(steps[i].entry), -i))
     high = min(range(trusted[-1], len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))

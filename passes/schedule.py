@@ -12,7 +12,7 @@ from revfx.passes.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One derivation to run; `capture` also takes what autograd saves inside it. `drop` lists values not read again."""
+    """One derivation to run; `capture`: with the tensors that autograd saves inside; `drop`: values not read again."""
 
     run: Derivation
     capture: bool

@@ -30,7 +30,7 @@ def segments(program: Program, regions: Sequence[Region]) -> tuple[Segment, ...]
 
 
 def text(lowered: Lowered, cut: Sequence[Segment]) -> str:
-    """Return the program as Python-like lines; in a region each says what the backward does with the value."""
+    """Return the program as Python-like lines; in a region each has the action of the backward for the value."""
     program = lowered.program
     lines: list[str] = []
     for number, segment in enumerate(cut):

@@ -67,7 +67,7 @@ def muted(name: str) -> Generator[None]:
         log.removeFilter(nothing)
 
 
-# --- what reads no more of a tensor than its shape, said without the tensor: that would look like a use
+# --- operations that read the shape of a tensor alone, written without the tensor: that would look like a use
 # What is empty has any numbers: zeros are the same in every run.
 FILLED = {"zeros_like": 0, "new_zeros": 0, "empty": 0, "empty_like": 0, "new_empty": 0, "ones_like": 1, "new_ones": 1}
 VALUE_AT = {"full_like": 1, "new_full": 2}  # which argument they are filled with
@@ -75,7 +75,7 @@ DRAWN = {"rand_like": "rand", "randn_like": "randn"}
 
 
 def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> tuple[str, Any, dict[str, Any]] | None:
-    """Return the name, arguments and options of what makes a tensor like `made` of its shape alone, if anything does.
+    """Return the name, arguments and options of an operation that makes a tensor like `made` from its shape alone.
 
     `y = randn_like(a)` is `y = randn(shape of y)`: the same numbers where y is contiguous, and the generator torch's.
     """

@@ -65,7 +65,7 @@ def tilings(
 
 
 def _copied(node: fx.Node) -> fx.Node:
-    """Return what a node is a copy of: parts of one are parts of the other."""
+    """Return the node that a node is a copy of: parts of one are parts of the other."""
     while op_name(node.target) == "clone" and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

@@ -1,4 +1,4 @@
-"""What aten operations do to the numbers that they take: one table, and what follows from it for a compiled graph.
+"""Effects of aten operations on the numbers that they take: one table, and its consequences for a compiled graph.
 
 There an activation comes back up to rounding. A number that is as good as any other may be off by that; an exact zero
 (out of relu, dropout, a mask, padding) that comes back as 1e-17 makes relu's gradient pass, and 1 - 1e-16 is below
@@ -111,7 +111,7 @@ WRITES = frozenset(
 
 
 def trait_of(node: fx.Node) -> Trait:
-    """Return what is known of the operation of a node."""
+    """Return the traits of the operation of a node."""
     if node.target is operator.getitem:
         return TRAITS["getitem"]
     name = _torch.packet_name(node.target)
@@ -203,7 +203,7 @@ def _number_atoms(node: fx.Node, name: str) -> Atoms:
     elif name in ("full", "full_like", "new_full", "scalar_tensor", "masked_fill", "where", "scatter", "index_fill"):
         numbers = [x for x in node.args if isinstance(x, (int, float))]
         if not numbers and name in ("masked_fill", "where", "scatter", "index_fill"):
-            return Atoms.NONE  # what is written there is a tensor
+            return Atoms.NONE  # a tensor is written there
     else:
         return Atoms.NONE if name in WRITES else Atoms.ANY
     return Atoms.ANY if any(isinstance(x, (int, float)) and x for x in numbers) else Atoms.ZERO
@@ -215,7 +215,7 @@ def _is_read(node: fx.Node) -> bool:
 
 
 def barred(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, str]:
-    """Return why an inverse that rounds may not give nodes back: what tells their atoms from numbers near to them."""
+    """Return why a rounding inverse may not give nodes back: a reader tells their atoms from numbers close to them."""
     atoms = atoms_of(graph, trained)
     seen: dict[fx.Node, tuple[Kinks, fx.Node]] = {}
 
@@ -239,7 +239,7 @@ def barred(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, str]:
 
 
 def _through(trait: Trait, above: Kinks, atoms: Mapping[fx.Node, Atoms], node: fx.Node, operand: fx.Node) -> Kinks:
-    """Return where the kinks of what follows from a result lie in an operand; none where the result has no atoms."""
+    """Return where the kinks of later operations lie in an operand; none if the result has no atoms."""
     if not _meet(atoms[node], above) or trait.kind in (Kind.MIX, Kind.NORM, Kind.DRAW, Kind.FILL):
         return Kinks.NONE
     others = [atoms[n] for n in node.all_input_nodes if n is not operand and _is_read(n)]
@@ -255,7 +255,7 @@ def _reason(atoms: Atoms, by: fx.Node) -> str:
     where = by.meta.get("where")
     name = f"`{op_name(by.target)}`{f' ({where})' if where else ''}"
     if atoms == Atoms.ZERO:
-        return f"it can hold exact zeros, which {name} tells from what a rounding inverse returns"
+        return f"it can hold exact zeros, which {name} tells from the result of a rounding inverse"
     return f"{name} may tell its numbers from those that an inverse returns"
 
 

@@ -29,7 +29,7 @@ def policy(module: Any) -> Any:
 
 
 def casts(module: torch.nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """Return the dtypes to which FSDP2 casts what goes into a module and what comes out; None where it doesn't."""
+    """Return the dtypes to which FSDP2 casts inputs and outputs of a module; None if it doesn't."""
     found = policy(module) if is_sharded(module) else None
     if found is None:
         return None, None
@@ -76,7 +76,7 @@ def gathers(hook: Any) -> bool:
 
 
 def share_state(module: Any, twin: torch.nn.Module) -> None:
-    """Make what `fully_shard` knows of `module` known of `twin` too, which has the same parameters and hooks: the
+    """Share the state of `fully_shard` for `module` with `twin`, which has the same parameters and hooks: the
     methods that it adds, such as `set_requires_gradient_sync`, ask for it.
     """
     if is_sharded(module):
@@ -104,7 +104,7 @@ def is_freed(t: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def gathered(tensors: Iterable[torch.Tensor]) -> Generator[None]:
-    """Open a context in which weights whose memory was freed are gathered; all processes have to do so."""
+    """Open a context in which freed weights are gathered; all processes have to do so."""
     freed = {_torch.storage_key(t) for t in tensors if is_freed(t)} if in_use() else set[int]()
     owners = _owners(freed) if freed else []
     for module in owners:

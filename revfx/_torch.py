@@ -1,7 +1,7 @@
 # pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 """Every use of private torch API, in one place. Read in torch 2.13 and 2.15.
 
-Each function says what it stands for, so that a public spelling can take its place when there is one.
+Each function names its purpose, so that a public spelling can take its place when there is one.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 def allocations(ready: Callable[[], Callable[[], Any]]) -> tuple[Any, list[int]]:
-    """Return what `ready()()` returns, the bytes on the CPU that `ready()` leaves there, and those that the second call
-    then allocates, or frees (negative), in order.
+    """Return the result of `ready()()` and bytes on the CPU in order: those that `ready()` leaves there, and those that
+    the second call then allocates, or frees (negative).
 
     The older profiler is one of its thread: on another, the user's may be active.
     """
@@ -90,7 +90,7 @@ def allocated(device: torch.device) -> tuple[int, int] | None:
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Return whether hooks on what autograd saves are active."""
+    """Return whether hooks on saved tensors are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -111,7 +111,7 @@ def in_functorch_transform() -> bool:
 
 
 def constant_when_compiled(function: _F) -> _F:
-    """Return `function`, whose result is a constant of a compiled program.
+    """Return `function`, with a result that is a constant of a compiled program.
 
     As `torch.compiler.assume_constant_result`, which takes a second: it imports the compiler.
     """
@@ -120,7 +120,7 @@ def constant_when_compiled(function: _F) -> _F:
 
 
 def breaks_graph(function: _F) -> _F:
-    """Return `function`, at whose call `torch.compile` ends the graph, and which runs as it is."""
+    """Return `function`, which runs as it is: `torch.compile` ends the graph at its call."""
     vars(function)["_torchdynamo_disable"] = True
     return uncompiled(function)
 
@@ -135,8 +135,8 @@ def is_compiled_node(node: Any) -> bool:
     return node.name().startswith("CompiledFunction")
 
 
-UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, whatever `module.compile()` has put before it
-COMPILED = "_compiled_call_impl"  # the attribute with what `module.compile()` makes calls run
+UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, without `module.compile()`
+COMPILED = "_compiled_call_impl"  # the attribute with the call that `module.compile()` makes
 
 
 def uncompiled(function: _F) -> _F:
@@ -155,7 +155,7 @@ def uncompiled(function: _F) -> _F:
 _uncompiled: set[Any] = set()
 
 
-# --- what decides which kernel runs, and how it rounds
+# --- settings that decide which kernel runs, and how it rounds
 _C: Any = torch._C
 _FP32 = [(b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")] + [("generic", "all")]
 _SWITCHES = "mkldnn_enabled", "mkldnn_deterministic", "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic"
@@ -176,12 +176,12 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
 
 
 def kernel_settings() -> tuple[Any, ...]:
-    """Return the default dtype, the number of threads, and what is set for oneDNN, cuDNN, TF32 and attention."""
+    """Return the default dtype, the number of threads, and the settings of oneDNN, cuDNN, TF32 and attention."""
     return tuple([tuple(v) if isinstance(v := get(), list) else v for get, _ in _SETTINGS])
 
 
 def set_kernels(now: tuple[Any, ...], to: tuple[Any, ...]) -> None:
-    """Set what `kernel_settings` noted as `to`, where it differs from what it notes `now`."""
+    """Set the kernel settings `to`, where they differ from those of `now`."""
     for (_, set_to), is_now, value in zip(_SETTINGS, now, to, strict=True):
         if is_now != value:
             set_to(list(value) if isinstance(value, tuple) else value)
@@ -240,7 +240,7 @@ _LEAF = pytree.tree_structure(0)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return what `pytree.tree_flatten` does, which leaves the collector a function that refers to itself."""
+    """Flatten as `pytree.tree_flatten` does, which leaves the collector a function that refers to itself."""
     leaves: list[Any] = []
     return leaves, _spec(tree, leaves)
 

@@ -17,7 +17,7 @@ from revfx import _torch
 from revfx.errors import is_users
 
 
-RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, what sets its state, the state, a form to compare
+RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, setter of the state, the state, a form to compare
 
 
 def generators() -> list[RandomState]:
@@ -58,7 +58,7 @@ def autocast_states(devices: Iterable[str]) -> Autocast:
 
 
 def ambient_state() -> tuple[Any, ...]:
-    """Return what of the surroundings of a call a plan is made for: grad mode, autocast, default dtype."""
+    """Return the surroundings of a call that a plan is made for: grad mode, autocast, default dtype."""
     return torch.is_grad_enabled(), autocast_states(device_types()), torch.get_default_dtype()
 
 

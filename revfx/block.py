@@ -42,7 +42,7 @@ def rev_block(
     exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return (y1, y2) after `num_layers` additive couplings, keeping for the backward the last pair and, of the others,
-    what rounding makes their inverses miss.
+    the rounding errors of their inverses.
 
     Forward, per layer: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; the backward computes `x2 = y2 - g(y1)`,
     `x1 = y1 - f(x2)`, and corrects both by their codes: gradients are those of ordinary storage, bit for bit. x1 and x2
@@ -97,7 +97,7 @@ _plans: weakref.WeakKeyDictionary[Any, dict[Any, PlannedModel]] = weakref.WeakKe
 
 def _planned(first: Any, layers: int, exact: bool) -> PlannedModel:
     """Return the plans of chains of so many layers that begin with a function; new ones if it is unknown."""
-    key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often made anew
+    key = getattr(getattr(first, "func", first), "__code__", first)  # lambdas and partials are often new objects
     try:
         mine = _plans.setdefault(key, {})
     except TypeError:  # not hashable, or not to be referred to weakly
@@ -109,10 +109,10 @@ class RevBlock(nn.Module):
     """A chain of additive couplings as a module; calling it gives (y1, y2), `inverse` gives (x1, x2) back.
 
     Args:
-        f, g: what each layer applies, with weights of its own per layer: a zero-argument factory (a class or function
-            that returns a module), called once per layer; or a module, used in the first layer, deep-copied and
-            re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of `num_layers`
-            modules or functions, used as it is; or a function of x without weights, used in every layer.
+        f, g: the functions of each layer, with weights of its own per layer: a zero-argument factory (a class or
+            function that returns a module), called once per layer; or a module, used in the first layer, deep-copied
+            and re-initialised (by `reset_parameters` where its parts have it) for the others; or a sequence of
+            `num_layers` modules or functions, used as it is; or a function of x without weights, used in every layer.
         num_layers: the number of couplings.
         exact: see `rev_block`.
     """
@@ -155,7 +155,7 @@ class RevBlock(nn.Module):
 
 # --- couplings
 def _apply(function: Function, x: Tensor, side: Any) -> Tensor:
-    """Return what a function of a coupling gives, which takes its side input only where there is one."""
+    """Return the result of a function of a coupling, which takes its side input only if there is one."""
     return function(x) if side is None else function(x, side)
 
 

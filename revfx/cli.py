@@ -8,26 +8,32 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import revfx
 from revfx.cli_models import WrongArguments, load
 from revfx.errors import RevfxError
+from revfx.units import parse_size, size
 
 
 EXAMPLES = """examples:
   revfx explain model.py:make_model --input 8,3,32,32    what would revfx do with this model?
   revfx explain model.py:Net --input 16,64:int64 --measure --save net.html
   revfx explain model.py:Net --input 8,512 --backend revfx --json
-  revfx fit model.py:Net --input 8,3,32,32 --memory 2GiB  the largest batch that trains in so much memory
+  revfx fit model.py:Net --input 8,3,32,32 --memory 2GiB  the largest batch whose step takes so much memory
+  revfx fit model.py:Net --input 8,3,32,32 --device-memory 24GiB --optimizer adamw
 
-exit status: 0 if all went well, 1 if nothing reversible was found or something failed, 2 for wrong arguments
+exit status: 0 if all went well, 1 if nothing reversible was found, a budget is too small or something failed, 2 for
+wrong arguments
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 (failed, or nothing reversible found) or 2 (wrong arguments)."""
+    """Run a command and return its exit status.
+
+    0: all went well. 1: it failed, nothing reversible was found, or a budget is too small. 2: wrong arguments.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its start and stop
     parser = _parser()
     args = parser.parse_args(argv)
@@ -36,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if sys.stderr.isatty():
         logging.basicConfig(format="revfx: %(message)s")
-        logging.getLogger("revfx.report").setLevel(logging.INFO)  # the stages of what takes a while
+        logging.getLogger("revfx.report").setLevel(logging.INFO)  # the stages of long commands
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -57,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"revfx {revfx.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{explain,fit}")
     for name, run, text, arguments in (
-        ("explain", _explain, "say what revfx finds in a model, what it saves and what it costs", EXPLAIN),
+        ("explain", _explain, "report the findings of revfx in a model, their memory and cost", EXPLAIN),
         ("fit", _fit, "find the largest batch that trains within a budget of memory", FIT),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **layout)
@@ -83,13 +89,18 @@ EXPLAIN: Mapping[str, dict[str, Any]] = {
     "--measure": dict(action="store_true", help="also train a few real steps and measure them"),
     "--backend": dict(choices=["revfx"], help="of torch.compile: the regions of each of its graphs"),
     "--rounding": dict(action="store_true", help="with convert(exact=False)"),
-    "--memory": dict(metavar="BUDGET", help="what a budget comes to: 2GiB, 800MB, 60%%"),
+    "--memory": dict(metavar="BUDGET", help="plan for a budget: 2GiB, 800MB, 60%%"),
     "--save": dict(metavar="PATH", help="write a page (.html), memory over a step (.svg) or the data (.json)"),
     "--json": dict(action="store_true", help="print the data as JSON, and nothing else"),
 }
 FIT: Mapping[str, dict[str, Any]] = {
     **{name: EXPLAIN[name] for name in ("model", "--input", "--dtype", "--json")},
-    "--memory": dict(metavar="BUDGET", required=True, help="bytes of a training step: 2GiB, 800MB"),
+    "--memory": dict(metavar="BUDGET", help="bytes of a training step: 2GiB, 800MB"),
+    "--device-memory": dict(
+        metavar="BYTES",
+        help="bytes of the device, which parameters, gradients and optimizer state share with the step: 24GiB",
+    ),
+    "--optimizer": dict(default="adamw", help="with --device-memory: adamw (default), adam, momentum or sgd"),
 }
 
 
@@ -105,15 +116,25 @@ def _explain(args: argparse.Namespace) -> int:
     print(json.dumps(found.to_dict()) if args.json else found)
     if args.save and not args.json:
         print(f"saved {args.save}")
-    return 0 if found.regions else 1
+    is_feasible = found.fit is not None and found.fit.is_feasible
+    return 0 if is_feasible or (found.regions and found.fit is None) else 1
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from revfx.report.fit import largest
+    from revfx.report.fit import largest, resident_bytes
 
+    if (args.memory is None) == (args.device_memory is None):
+        raise WrongArguments("give either --memory, the bytes of a step, or --device-memory, those of the device")
     model, inputs = load(args.model, args.input, args.dtype)
     try:
-        found = largest(model, inputs, args.memory)
+        memory, resident = args.memory, 0
+        if args.device_memory is not None:
+            resident = resident_bytes(model, args.optimizer)
+            memory = (parse_size(args.device_memory) or 0) - resident
+            if memory <= 0:
+                taken = f"parameters, gradients and optimizer state take {size(resident)}"
+                raise ValueError(f"--device-memory {args.device_memory}: {taken}. Give more bytes, such as 24GiB")
+        found = replace(largest(model, inputs, memory), resident=resident)
     except ValueError as e:
         raise WrongArguments(str(e)) from e
     print(json.dumps(asdict(found)) if args.json else found)

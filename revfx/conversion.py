@@ -1,4 +1,4 @@
-"""What a converted model knows: its plans, how its forward runs, and what was left as it was."""
+"""The state of a converted model: its plans, the way its forward runs, and the parts that are left as they were."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Conversion:
 
     Args:
         forward: the forward that the model has among its attributes, if it has one.
-        options: what `convert` was asked for.
+        options: of `convert`.
 
     Attributes:
         planned: the plans; None under a budget.
@@ -93,7 +93,7 @@ class Conversion:
 
     @property
     def not_compiled(self) -> list[Refusal]:
-        """Return what runs as it is, although it was to be compiled, and why; it shows when it is called."""
+        """Return the parts that are not compiled although they were to be, with reasons; calls tell."""
         found = [*self.uncompiled]
         for name, where, function in self.compiled_functions:
             if function.kernels.failed is not None:
@@ -112,11 +112,11 @@ class Conversion:
         refusals = kind.found.refusals
         if self.options.strict and (refusals or not kind.units):
             node = refusals[0].op if refusals else None
-            what = f"`convert({name_of(model)}, strict=True)`: left as it was"
-            raise NotReversibleError(f"{what}:\n{list_refusals(refusals)}", node, refusals)
+            text = f"`convert({name_of(model)}, strict=True)`: left as it was"
+            raise NotReversibleError(f"{text}:\n{list_refusals(refusals)}", node, refusals)
         if not kind.units:
-            what = "nothing reversible was found, so it runs as it was, with all its activations"
-            self._warn(f"`convert({name_of(model)})`: {what}:\n{list_refusals(refusals)}")
+            text = "nothing reversible was found, so it runs as it was, with all its activations"
+            self._warn(f"`convert({name_of(model)})`: {text}:\n{list_refusals(refusals)}")
 
     def _warn(self, text: str) -> None:
         if text not in self.warned:
@@ -124,7 +124,7 @@ class Conversion:
             warn(text, NotConvertedWarning)
 
     def call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return what the model's forward returns for these arguments."""
+        """Return the result of the model's forward for these arguments."""
         forward = self.forward(model)
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
@@ -136,7 +136,7 @@ class Conversion:
             return self._run(model, args, kwargs)
 
     def call_method(self, model: nn.Module, function: FunctionType, args: Any, kwargs: Any) -> Any:
-        """Return what a method returns; it is watched as the forward is, if it is given tensors."""
+        """Return the result of a method; it is watched as the forward is, if it is given tensors."""
         method = functools.partial(function, model)
         if self.planned is None or is_watched():
             return method(*args, **kwargs)

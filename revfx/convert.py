@@ -31,7 +31,8 @@ def convert(
     model computes `y1 = x1 + f(x2)`. It frees them in the forward and regenerates them, layer by layer, in the
     backward. A code corrects the rounding of each inverse; it takes 0.1 to 0.6 bytes an element. The model's Python
     runs once a step: its operators are watched, and the backward runs them again. The first call of a kind learns, and
-    frees what a checkpoint of each block would; in the second one every replay is tried before anything is freed.
+    frees the activations that a checkpoint of each block would. In the second one every replay is tried before anything
+    is freed.
 
     Args:
         model: any module. It is not changed.

@@ -1,4 +1,4 @@
-"""The classes of converted models: the same model, attributes and name and all, whose calls go through its plans."""
+"""The classes of converted models: the same model, with its attributes and name; its calls go through plans."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from revfx.traced import free_couplings
 class Reversible(nn.Module):
     """Base of the classes of converted models; `model.revfx` holds the findings (`ConversionInfo`).
 
-    An object of such a class and the model that it was made of have one table of attributes: what knows that model,
-    such as bound methods, lambdas and hooks, sees what becomes of this one. What `type(model)()` makes runs plainly.
+    An object of such a class and the model that it was made of have one table of attributes: objects that hold
+    that model, such as bound methods, lambdas and hooks, see the changes of this one. `type(model)()` runs plainly.
     """
 
     _revfx_base: type[nn.Module]
     _revfx: tuple[Conversion, nn.Module]  # with the model that it was made of; a slot
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Do nothing: the model's own class may register what is derived from it, or refuse it."""
+        """Do nothing: the model's own class may register derived classes, or refuse them."""
 
     @property
     def revfx(self) -> ConversionInfo:
@@ -59,7 +59,7 @@ class Reversible(nn.Module):
         return _unfilled, (self._revfx_base, "forward" in vars(plain)), (plain, _options(self))
 
     def __setstate__(self, state: Any) -> None:
-        """Take what `__reduce_ex__` gives."""
+        """Take the state of `__reduce_ex__`."""
         _adopt(self, *state)
 
 
@@ -94,7 +94,7 @@ def _options(module: Reversible) -> Options | None:
 
 @_torch.breaks_graph
 def _left_alone(module: Any, args: Any, kwargs: Any) -> Any:
-    """Return what a model within a budget returns, which nobody compiles: what is compiled keeps what it likes."""
+    """Return the result of a model with a budget, which nobody compiles: a compiler would choose the saved tensors."""
     return conversion_of(module).call(module, args, kwargs)
 
 

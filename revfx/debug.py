@@ -1,4 +1,4 @@
-"""Checks for models under suspicion: slow, and they keep what revfx is there to free."""
+"""Checks for models under suspicion: slow, and they keep the tensors that revfx would free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from revfx.inspection import relative_error
 
 
 def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None]:
-    """Open a context whose forwards keep every value of a region, and whose backwards compare what they regenerate.
+    """Open a context in which forwards keep every value of a region, and backwards compare regenerated values.
 
     The backward may come later. What this finds: an f that does not compute the same when run again, a rule of the
     user's that is no inverse, an unseen write in place. For `convert`, `rev_block` and `RevBlock` in eager mode.

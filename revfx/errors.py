@@ -1,6 +1,6 @@
 """The exceptions and warnings of revfx, and the kinds of its refusals.
 
-A message has three parts, in this order: what happened, the consequence, what to do.
+A message has three parts, in this order: the event, the consequence, the remedy.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class RevfxWarning(UserWarning):
 
 
 class NotConvertedWarning(RevfxWarning):
-    """A model, or a part of it, runs as it was: it stores what revfx would free."""
+    """A model, or a part of it, runs as it was: it stores the activations that revfx would free."""
 
 
 class NondeterminismWarning(RevfxWarning):

@@ -1,4 +1,4 @@
-"""The inferred inverse of a model, as a module: what samples from a flow that was trained forwards."""
+"""The inferred inverse of a model, as a module: it samples from a flow that was trained forwards."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class Known:
 
     Attributes:
         solution: the inverse.
-        spec: the structure of what the model returns.
+        spec: the structure of the model's result.
         outside: give the tensors of the model that the inverse reads.
         versions: those of them that are not trained, and how often each had been written to.
-        state: what the modules of the model hold besides tensors.
+        state: the attributes of the model's modules besides tensors.
     """
 
     solution: Solution
@@ -81,7 +81,7 @@ class Known:
 
 
 class InverseModule(nn.Module):
-    """The inverse of a model, for what is shaped as its examples were; see `inverse`."""
+    """The inverse of a model, for tensors with the shapes of its examples; see `inverse`."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class InverseModule(nn.Module):
         """Return the model's inputs: one, or a tuple of those that are, or hold, tensors.
 
         Raises:
-            TypeError: more or less is given than what `reads` and `conditions` name, or of other shapes.
+            TypeError: more or less is given than `reads` and `conditions` name, or tensors of other shapes.
         """
         outputs = self._read(given)
         known = self._known_for(outputs, conditions)
@@ -117,7 +117,7 @@ class InverseModule(nn.Module):
         tensors = [*outputs, *(leaves[i] for i in solution.conditions), *(place() for place in known.outside)]
         return self._put_together(dict(zip(solution.inputs, solution.run(tensors), strict=True)))
 
-    # --- what is given and returned
+    # --- arguments and results
     @functools.cached_property
     def _names(self) -> list[str]:
         """Return for each leaf of the example how the model calls the argument that it is in."""
@@ -129,7 +129,7 @@ class InverseModule(nn.Module):
         return [name for name, value in given for _ in pytree.tree_leaves(value)]
 
     def _read(self, given: tuple[Any, ...]) -> list[Tensor]:
-        """Return the tensors that are read of the model's result, or of what stands for it."""
+        """Return the tensors that are read of the model's result, or of its stand-in."""
         found = list(given)
         reads = self._first.solution.reads
         if len(given) == 1:
@@ -227,7 +227,7 @@ def _itself(t: Tensor) -> Tensor:
 
 
 def _places(model: nn.Module) -> dict[int, Callable[[], Tensor]]:
-    """Return by the id of each parameter and buffer what finds the one that is there, whichever it is."""
+    """Return, by the id of each parameter and buffer, a function that finds the current one."""
     found: dict[int, Callable[[], Tensor]] = {}
     for module in model.modules():
         for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -246,5 +246,5 @@ def _with_rows(args: Any, rows: int) -> Any:
 
 
 def _state_of(model: nn.Module) -> Any:
-    """Return what tells whether the code of a model's modules would do the same: what they hold besides tensors."""
+    """Return a key of the code of a model's modules: their attributes besides tensors."""
     return [(id(module), attributes(module)) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""Where a tensor lies in memory: what tells two of them apart, and how one is put where another was."""
+"""The place of a tensor in memory: how to tell two of them apart, and to put one in the place of another."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def sees_the_engine() -> bool:
 def can_store(inputs: Iterable[Tensor]) -> bool:
     """Return whether a plan may run on these inputs: not under torch.func or tracers, not on fake inputs or on "meta",
     where there is no memory to save, and not in MKL-DNN's layout. Nor where tensors have tangents beside them, or
-    `parametrize.cached()` keeps what weights are computed to: a replay would have neither.
+    `parametrize.cached()` keeps computed weights: a replay would have neither.
     """
     if _torch.in_functorch_transform() or _torch.bars_reruns():
         return False

@@ -1,4 +1,4 @@
-"""Compiled parts of a model: what looks on at their calls, which operators alone do not tell."""
+"""Compiled parts of a model, and the observer of their calls, which operators alone do not show."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def parts_of(model: nn.Module) -> list[str]:
         if not _torch.is_compiled(m) or any(name.startswith(f"{outer}.") for outer in found):
             continue
         if not name:
-            what = "it is compiled as a whole, and no part of that can run again:"
-            raise RevfxError(f"{what} compile its blocks instead (`block.compile()`), or see `compile=True`.")
+            text = "it is compiled as a whole, and no part of that can run again:"
+            raise RevfxError(f"{text} compile its blocks instead (`block.compile()`), or see `compile=True`.")
         found.append(name)
         call = vars(m).get(_torch.COMPILED) or partial(_torch.UNCOMPILED_CALL, m)
         if not isinstance(call, Part):
@@ -107,7 +107,7 @@ _OWN = {*vars(nn.Module()), _torch.COMPILED} - {"training"}
 
 
 def attributes(module: nn.Module) -> Hashable:
-    """Return what a module holds besides tensors and other modules, by content."""
+    """Return the attributes of a module besides tensors and other modules, by content."""
     return tuple((name, content(value)) for name, value in vars(module).items() if name not in _OWN)
 
 

@@ -29,7 +29,7 @@ from revfx.modes import store_activations as store_activations
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step beyond what was there: `kept` after the forward, `peak` in both directions."""
+    """Bytes of a training step beyond those before it: `kept` after the forward, `peak` in both directions."""
 
     kept: int
     peak: int
@@ -67,7 +67,7 @@ def assert_same_grads(
         options = [conversion_of(m).options for m in model.modules() if isinstance(m, Reversible)]
         if all(o.exact and not o.compile for o in options):
             rtol = 0.0  # lossless and not compiled: its gradients are the plain model's
-    off: list[tuple[float, str, float, float]] = []  # how many times too much, and what
+    off: list[tuple[float, str, float, float]] = []  # how many times too much, and of which tensor
     for name, w in want.items():
         g = got[name]
         kind, wanted = ("missing" if t is None else f"{t.dtype}{list(t.shape)}" for t in (g, w))
@@ -106,8 +106,8 @@ def check_inverse(
     elif not isinstance(target, nn.Module) and rules.has_rule(target):
         errors = directions(_Operation(target), given, named)
     else:
-        what = "neither a converted model, a `RevBlock`, nor an operation with a rule"
-        raise RevfxError(f"`check_inverse`: {target!r} is {what}.")
+        kind = "neither a converted model, a `RevBlock`, nor an operation with a rule"
+        raise RevfxError(f"`check_inverse`: {target!r} is {kind}.")
     worst = max(errors, key=lambda name: errors[name], default=None)
     dtypes = [t.dtype for t in pytree.tree_leaves((given, named)) if is_floating(t)]
     limit = rtol if rtol is not None else 1e3 * max((torch.finfo(d).eps for d in dtypes), default=0)
@@ -134,7 +134,7 @@ WARM_UPS = 2  # steps: a converted model learns in the first one, and proves its
 def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: bool = True) -> Memory:
     """Measure the bytes that `step()`, which returns a scalar loss, keeps after the forward, and the peak of the step.
 
-    Counted from what was allocated before the call; gradients of parameters count unless they exist already (they do
+    Counted from the bytes before the call; gradients of parameters count unless they exist already (they do
     after the warm-up run). On CPU the profiler's memory events tell, exact and repeatable; on CUDA the allocator.
     """
     for _ in range(WARM_UPS if warm_up else 0):

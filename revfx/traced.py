@@ -25,7 +25,7 @@ def free_couplings() -> None:
 
 @functools.cache  # once
 def say_rounding() -> None:
-    """Log that what a whole compiled graph regenerates is not the forward's to the last bit."""
+    """Log that tensors which a whole compiled graph regenerates are not the forward's to the last bit."""
     logging.getLogger("revfx").info(
         "in a whole graph that inductor compiles, activations of converted models and blocks come back up to rounding: "
         "the kernels of the backward are others. `convert(model, compile=True)`, not compiled again, is lossless"

@@ -1,1 +1,1 @@
-"""The joint graph of forward and backward: its forward half, the rewrite, and what the rewrite adds."""
+"""The joint graph of forward and backward: its forward half, the rewrite, and the added nodes."""

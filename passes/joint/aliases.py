@@ -1,6 +1,6 @@
 """What a forward saves, and lies in the memory of an input or output, is saved as that input or output, or as a copy.
 
-Autograd raises where what was saved has been written to before the backward. It counts writes by tensor, for all views
+Autograd raises if a saved tensor was written to before the backward. It counts writes by tensor, for all views
 of it; but a view that a compiled forward returns is a tensor of its own, and its memory may be written to unseen: a
 wrong gradient and no error (pytorch/pytorch#197887). So the backward gets the tensor itself, and takes the view of it.
 """
@@ -83,7 +83,7 @@ def _memory(node: fx.Node) -> set[int]:
 
 
 def _is_copyable(placeholder: fx.Node) -> bool:
-    """Return whether nothing in the backward goes by the strides of what it is given."""
+    """Return whether nothing in the backward depends on the strides of its inputs."""
     return not any(u.target is torch.ops.aten.as_strided.default for u in placeholder.users)
 
 

@@ -1,6 +1,6 @@
 """What a compiler that fuses must not put off: values that cross the border between two steps.
 
-A fusing compiler computes a cheap value where it is read, out of what is left of its making, and merges what reads the
+A fusing compiler computes a cheap value where it is read, from the inputs of its maker, and merges readers of the
 same values into one kernel. Over a chain of steps that keeps alive what every step made: the velocity's gradient in a
 momentum net, `0.9*g + h`, is read four steps on as a sum of five `h`; a log-determinant, or the gradient of a shared
 weight, becomes one sum at the very end; what only depends on a side input is computed for all steps at once. So a value
@@ -28,7 +28,7 @@ Stored = tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]
 
 
 def store_borders(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], stored: Stored) -> None:
-    """Mark nodes with the step that `step_of` tells, and store what crosses one, except the `spared` nodes.
+    """Mark nodes with their step (`step_of`), and store values that cross a border, except the `spared` nodes.
 
     `stored` is an operator, an identity that the compiler does not look through, and its further arguments for a value.
     """

@@ -40,13 +40,13 @@ JITTER = (
 
 SAMPLE = 64  # elements of each value
 
-# The regenerated nodes of a cut's values, what they were computed back from, and where the cut lies.
+# The regenerated nodes of a cut's values, their sources, and the place of the cut.
 Cut = tuple[Mapping[int, fx.Node], Mapping[int, int], str]
 
 
 @dataclass(eq=False)
 class Checks:
-    """The checks of one joint graph; `kept` takes what must be saved, `attached` the flags to compute after a node."""
+    """The checks of one joint graph; `kept`: nodes that must be saved, `attached`: flags to compute after a node."""
 
     joint: fx.Graph
     program: Program
@@ -61,7 +61,7 @@ class Checks:
         self.attached: dict[fx.Node, list[fx.Node]] = {}
         self.stretches: list[list[Cut]] = []
         self._flags: dict[fx.Node, tuple[str, _torch.Said]] = {}
-        self._made: set[tuple[object, ...]] = set()  # of a node, and what is checked of it
+        self._made: set[tuple[object, ...]] = set()  # of a node, and its check
 
     def hold(self, op: int, value: int, fact: Fact) -> None:
         """Check in every run that a fact still holds of a value."""
@@ -72,7 +72,7 @@ class Checks:
             self.check_forward(test, [own], message)
 
     def compare(self, alive: Collection[fx.Node]) -> None:
-        """Compare with the forward what is `alive` of the lowest cuts, where rounding has grown most."""
+        """Compare the `alive` values of the lowest cuts, where rounding has grown most, with the forward's."""
         for stretch in self.stretches:
             for cut, origins, where in reversed(stretch):
                 read = {v: n for v, n in cut.items() if n in alive and precision(n.meta["val"].dtype) > 0}
@@ -153,7 +153,7 @@ def _sample(t: Tensor) -> Tensor:
 
 
 def _drifted(now: Tensor, before: Tensor, image: Tensor) -> Tensor:
-    """Return whether |now - before| > 1 % of the larger of |before| and |image|, what it was computed back from.
+    """Return whether |now - before| > 1 % of the larger of |before| and |image|, its source.
 
     A difference of two large numbers that is zero comes back as their rounding. Not where `before` was not finite.
     """

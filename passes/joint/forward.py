@@ -58,7 +58,7 @@ def forward_half(
 ) -> ForwardGraph:
     """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
 
-    `facts` says what was seen of the values of the compiled function's inputs. `coded`: codes correct the
+    `facts`: about the values of the compiled function's inputs. `coded`: codes correct the
     inverses, so that these may give back anything.
     """
     _read_no_shapes(joint)
@@ -105,13 +105,13 @@ def forward_half(
 
 
 def _read_no_shapes(joint: fx.Graph) -> None:
-    """Replace what reads of a tensor no more than its shape by what does not read it."""
+    """Replace operations that read the shape of a tensor alone by ones that do not read it."""
     for node in joint.nodes:
         name = _torch.packet_name(node.target) if node.op == "call_function" else ""
-        told = of_its_shape(name, node.args, node.kwargs, node.meta.get("val"))
-        if told is not None and node.all_input_nodes:
-            node.target, node.args = getattr(torch.ops.aten, told[0]).default, told[1]
-            node.kwargs = {**told[2], "pin_memory": False}
+        spelled = of_its_shape(name, node.args, node.kwargs, node.meta.get("val"))
+        if spelled is not None and node.all_input_nodes:
+            node.target, node.args = getattr(torch.ops.aten, spelled[0]).default, spelled[1]
+            node.kwargs = {**spelled[2], "pin_memory": False}
 
 
 MIN_CONSTANT_BYTES = 1024  # bytes of a constant that are not worth computing again
@@ -169,7 +169,7 @@ def is_strided(val: Any) -> bool:
 
 
 def output_args(graph: fx.Graph) -> Sequence[Any]:
-    """Return what the graph returns, flat."""
+    """Return the results of the graph, flat."""
     returned = graph.output_node().args[0]
     return returned if isinstance(returned, (list, tuple)) else [returned]
 
@@ -203,14 +203,14 @@ def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, lis
 
 
 def stateless_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return what a node's results that a backward reads depend on: not on statistics that are only updated."""
+    """Return the operands that a node's saved results depend on: not statistics that are only updated."""
     if node.target is torch.ops.aten._native_batch_norm_legit_functional.default and node.args[5]:
         return [n for n in node.args[:3] if isinstance(n, fx.Node)]
     return node.all_input_nodes
 
 
 def _annotate(node: fx.Node, new: fx.Node) -> None:
-    """Note what `lower` reads: where the node was written, what memory its value lives in, what bars it."""
+    """Note the metadata that `lower` reads: the user's line, the memory of the value, and bars."""
     val: Any = node.meta.get("val")
     new.meta["where"] = _where(node.meta.get("stack_trace"))
     if is_strided(val):

@@ -1,4 +1,4 @@
-"""Recording: what a function of tensors does, appended to a graph as aten operations with fake results."""
+"""Recording of functions of tensors: aten operations with fake results, appended to a graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Unrecordable(Exception):
 
 
 class Recorder:
-    """Runs functions on the fake results of nodes and appends what they compute to the same graph.
+    """Runs functions on the fake results of nodes and appends their operations to the same graph.
 
     `decompositions` says how operators are spelled in this graph, as the program around was traced.
     """
@@ -108,7 +108,7 @@ class _Mode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.lift_fresh.default and id(args[0]) not in self.nodes:
             return self._constant(*args)
-        # what a decomposition calls comes here whole, also where autograd would have taken it apart (`flatten`)
+        # calls of a decomposition come here whole, also if autograd would have taken them apart (`flatten`)
         spelled = self.recorder.decompositions.get(func, None if func.namespace == "prim" else func.decompose)
         if spelled is not None:
             with self:
@@ -153,7 +153,7 @@ class _Mode(TorchDispatchMode):
 
 
 def pulled(nodes: Sequence[fx.Node], attached: Mapping[fx.Node, Sequence[fx.Node]]) -> Iterator[fx.Node]:
-    """Yield `nodes` in order, each as late as it is read, after what it reads and before what is `attached` to it."""
+    """Yield `nodes` in order, each as late as it is read, after its operands and before the nodes `attached` to it."""
     done: set[fx.Node] = set()
     for wanted in nodes:
         stack = [wanted]

@@ -51,7 +51,7 @@ class RewriteOptions:
 
 
 class Regenerator:
-    """Adds regeneration nodes for regions; `values` and `tuples` then say what stands for what in the backward.
+    """Adds regeneration nodes for regions; `values` and `tuples` then map forward nodes to those of the backward.
 
     `checks` also holds the nodes that must be saved for it, and what comes right after a node; `step_of` says in which
     step of the backward a node is regenerated.
@@ -75,7 +75,7 @@ class Regenerator:
         self._step = 0
 
     def region(self, region: Region, wanted: set[int], ops: set[int], cuts: frozenset[int]) -> None:
-        """Regenerate the `wanted` values and what the operations `ops` return, cut after cut from the exit.
+        """Regenerate the `wanted` values and the results of the operations `ops`, cut after cut from the exit.
 
         Besides the first and the last, the cuts in `cuts` are kept: cut j lies before step j. Unrecordable where an
         inverse can't be written into the graph, which is left as it was.
@@ -97,7 +97,7 @@ class Regenerator:
         program, steps = self.program, region.steps
         self._keep((*region.exit, *region.saved, *region.side))
         cuts_since: list[Cut] = []  # regenerated since the last kept one
-        origins: dict[int, int] = {}  # also of what a step passes on
+        origins: dict[int, int] = {}  # also of values that a step passes on
         for j in range(len(steps) - 1, -1, -1):
             step = steps[j]
             self._step += 1
@@ -108,7 +108,7 @@ class Regenerator:
             known.difference_update(step.again)
             if replay and j > 0:
                 self._keep(step.entry)
-            if replay:  # from what is kept, bit for bit, and not from what was regenerated of it above
+            if replay:  # from kept values, bit for bit, and not from regenerated ones above
                 for v in step.entry:
                     self.values.pop(v, None)
                     self._laid_out.pop(v, None)
@@ -182,7 +182,7 @@ class Regenerator:
         return self.laid_out(self.index[node]) if node in self.index else self._own(node)
 
     def laid_out(self, value: int) -> fx.Node:
-        """Return what stands for a value in the backward, laid out as in the forward: views and kernels rely on it."""
+        """Return the backward's node for a value, laid out as in the forward: views and kernels rely on it."""
         if value not in self.values:
             return self._original(value)
         if value in self._laid_out:
@@ -259,7 +259,7 @@ class Regenerator:
 
 
 def described(node: fx.Node, tag: str) -> dict[str, Any]:
-    """Return what is to be said of a node that does again what `node` does, in a half of the graph by its `tag`."""
+    """Return the metadata of a copy of `node` in a half of the graph, by its `tag`."""
     return {**{k: v for k, v in node.meta.items() if k not in POLICY}, "partitioner_tag": tag}
 
 

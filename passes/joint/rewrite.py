@@ -39,7 +39,7 @@ from revfx.passes.regions import Region, RegionSummary, find_regions, summary
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one graph: its regions, and what was left to torch and why.
+    """The outcome for one graph: its regions, and the parts that are left to torch, with reasons.
 
     `details` holds the program, and of each region its steps and the cuts that are kept.
     """
@@ -56,7 +56,7 @@ class Report:
 def rewrite(
     joint: fx.Graph, num_outputs: int, static: Collection[int], options: RewriteOptions, facts: Facts | None
 ) -> Report:
-    """Return what was found in `joint`, which is rewritten in place.
+    """Rewrite `joint` in place; return the outcome.
 
     Without a region it stays as it is, but for what would be wrong: reads of inputs that the step updates. `facts` is
     what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in every run.
@@ -101,7 +101,7 @@ def rewrite(
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
     """Let the backward read what it needs of an input that the step writes from a copy made at the start.
 
-    The backward runs after the write; torch would let it compute from what the input holds then.
+    The backward runs after the write; torch would let it compute from the input's new content.
     """
     outputs = [n for n in output_args(joint)[:num_outputs] if isinstance(n, fx.Node)]
     updates = {n for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
@@ -123,7 +123,7 @@ def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
 
 
 def _wanted(forward: ForwardGraph, region: Region, readers: Collection[fx.Node]) -> tuple[set[int], set[int]]:
-    """Return a region's values that the backward reads, and the operations whose tuples it takes apart itself."""
+    """Return a region's values that the backward reads, and the operations with tuples that it takes apart itself."""
     program = forward.lowered.program
     again = {v for step in region.steps for v in step.again}
     kept = {*region.exit, *region.entry, *region.saved, *region.side} - again
@@ -134,7 +134,7 @@ def _wanted(forward: ForwardGraph, region: Region, readers: Collection[fx.Node])
 
 
 def _uncheckpoint(forward: ForwardGraph, region: Region) -> None:
-    """Take back torch's marks of what a checkpoint of the user's would compute again: the region does so."""
+    """Take back torch's marks for a user's checkpoint: the region recomputes."""
     program = forward.lowered.program
     for i in range(region.start, region.stop):
         for node in (forward.op_node(i), *map(forward.value_node, program.ops[i].outs)):
@@ -143,7 +143,7 @@ def _uncheckpoint(forward: ForwardGraph, region: Region) -> None:
 
 
 def _freed(forward: ForwardGraph, region: Region, wanted: Collection[int]) -> list[int]:
-    """Return per step, the bytes of what the backward reads and need not be kept."""
+    """Return, per step, the bytes that the backward reads and that need not be kept."""
     program = forward.lowered.program
     found: list[int] = []
     for step in region.steps:
@@ -159,7 +159,7 @@ def _freed(forward: ForwardGraph, region: Region, wanted: Collection[int]) -> li
 def _rewire(
     joint: fx.Graph, forward: ForwardGraph, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]
 ) -> None:
-    """Let the backward read what was regenerated, and put nodes where they are first needed."""
+    """Let the backward read regenerated values, and put nodes where they are first needed."""
     for v in list(new.values):
         for reader in readers.get(forward.value_node(v), ()):
             reader.replace_input_with(forward.value_node(v), new.laid_out(v))
@@ -189,7 +189,7 @@ def _rewire(
     for node in order[:-1]:
         new.output.prepend(node)
     placed = set(order)
-    for node in [n for n in reversed(joint.nodes) if n not in placed]:  # what nothing reads
+    for node in [n for n in reversed(joint.nodes) if n not in placed]:  # of nodes that nothing reads
         joint.erase_node(node)
 
 

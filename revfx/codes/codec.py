@@ -14,7 +14,7 @@ ESCAPE_COST = 2  # bytes that the time of an escape is worth
 MIN_BYTES = 1 << 12  # of a tensor: the code of so small a one is not worth its time
 MAX_BYTES = 1 << 32  # of a tensor: escapes are counted in 32 bits
 TYPICAL_WIDTH, TYPICAL_ESCAPES = 2, 0.018  # bits, and escapes an element, of a code where there are no numbers
-RECOUNTED = 64  # one escape in so many elements, besides twice what was counted, has them counted again
+RECOUNTED = 64  # one escape in so many elements, besides twice the last count, has them counted again
 ROOM_FACTOR, MIN_ROOM = 1.5, 64  # times the escapes that were counted, and at least: room on accelerators
 
 

@@ -66,7 +66,7 @@ def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> t
     """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint.
 
     Args:
-        spent: a tensor like the prediction, which may be one of its own, whose memory the result may take.
+        spent: a tensor like the prediction, or one of its own; the result may take its memory.
     """
     return _implementation(prediction.like).decode(prediction, code, spent)
 

@@ -44,15 +44,15 @@ MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after
 
 
 def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]:
-    """Return an identity whose result inductor stores, not computes anew for each reader; its arguments for a value."""
+    """Return an identity with a result that inductor stores and does not recompute, and its arguments for a value."""
     return torch.ops.prims.inductor_force_stride_order.default, lambda t: (t.stride(),)
 
 
 def fuse_neighbours_only(key: str) -> None:
-    """Let inductor, in graphs with nodes that have a number `node.meta[key]`, fuse from now on none whose numbers
+    """Let inductor, in graphs with nodes that have a number `node.meta[key]`, fuse none from now on if their numbers
     differ by more than 1, nor others where it would forget their order.
 
-    On whatever thread it compiles them: a backward is compiled by the one that runs it first.
+    On any thread: a backward is compiled by the thread that runs it first.
     """
     kind: Any = type(V.choices)
     theirs = kind.can_fuse
@@ -117,7 +117,7 @@ def min_cut_partition(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Return the forward and the backward graph, as torch's own partitioner splits `gm`.
 
-    Where that already `regenerates` what it reads, nothing is recomputed beyond that on behalf of a budget; nor where
+    If that already `regenerates` its operands, nothing is recomputed beyond that on behalf of a budget; nor where
     it draws random numbers, since for a budget torch draws them a second time (pytorch/pytorch#190717).
     """
     whole: dict[str, Any] = {"activation_memory_budget": 1.0}
@@ -149,7 +149,7 @@ def run_by_eager_kernels(
 
 
 def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Return the forward, whose saved tensors the backward may not write to: else it could not keep the graph."""
+    """Return the forward with saved tensors that the backward may not write to: it could not keep the graph."""
     metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
     if metadata is not None and metadata.bw_donated_idxs:
         metadata.bw_donated_idxs.clear()
@@ -158,7 +158,7 @@ def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 
 def _eager_backward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     run: Any = boxed_nop(gm, inputs)
-    if not isinstance(run, types.FunctionType):  # what the caches of compiled graphs take
+    if not isinstance(run, types.FunctionType):  # the caches of compiled graphs take these
         return run
 
     def backward(args: list[Any]) -> Any:
@@ -169,13 +169,13 @@ def _eager_backward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]
 
 
 class _Regenerating(fx.Interpreter):
-    """Runs a backward graph under the caller's autocast, as plain autograd does, but for what it regenerates.
+    """Runs a backward graph under the caller's autocast, as plain autograd does, except for regenerated values.
 
     That was traced with its casts, and in the forward no others were made.
     """
 
     def run_node(self, n: fx.Node) -> Any:
-        """Return what the node gives."""
+        """Return the result of the node."""
         theirs = n.meta.get("partitioner_tag") == "is_backward"
         with contextlib.nullcontext() if theirs else torch._C._DisableAutocast():
             return super().run_node(n)
@@ -199,13 +199,13 @@ def partition_traced(partition: Partition) -> None:
 
 @dataclass(frozen=True)
 class _Partitioned:
-    """A compiler of dynamo's, whatever is wrapped around it, in which inductor has a partitioner."""
+    """A compiler of dynamo's, with any wrappers, in which inductor has a partitioner."""
 
     compiler: Any
     partition: Partition
 
     @property
-    def __name__(self) -> str:  # what errors call it
+    def __name__(self) -> str:  # the name in errors
         return getattr(self.compiler, "__name__", type(self.compiler).__name__)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
@@ -237,7 +237,7 @@ NO_NEWS = ("torch._dynamo.convert_frame", "torch._dynamo.variables.tensor", FAKE
 
 @contextlib.contextmanager
 def capturing() -> Generator[None]:
-    """Return a context in which what `torch.compile` can't capture runs plainly, whatever the user set for theirs.
+    """Return a context in which code that `torch.compile` can't capture runs plainly, with any settings of the user.
 
     They are captured again when hooks are put on a module, and up to `MOST_GRAPHS` times.
     """

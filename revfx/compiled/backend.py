@@ -24,7 +24,7 @@ def revfx(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Return the compiled function of `gm`, whose reversible regions keep no activations for the backward.
+    """Return the compiled function of `gm`; its reversible regions keep no activations for the backward.
 
     Args:
         mode: a mode of `torch.compile`, for inductor.

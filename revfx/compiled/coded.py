@@ -1,4 +1,4 @@
-"""Codes in a graph that eager kernels run: what its forward makes of a value, and its backward takes the value from.
+"""Codes in a graph that eager kernels run: its forward encodes values, and its backward decodes them.
 
 In an eager region a code is an object that a call holds on to. What a compiled forward hands to its backward are
 tensors, so here a code is a few of them.
@@ -20,7 +20,7 @@ from revfx.passes.sizes import as_number
 
 
 class Coder:
-    """The code of one value of a graph: the tensors of a `Code` (or the value itself), its place, and what is lost."""
+    """The code of one value of a graph: the tensors of a `Code` (or the value itself), its place, and lost escapes."""
 
     def __init__(self) -> None:
         self.codec, self._lock, self._seen = Codec(), threading.Lock(), 0

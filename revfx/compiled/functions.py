@@ -1,6 +1,6 @@
 """Functions of regions, and blocks of models, compiled one by one: the same kernels run in forward and backward.
 
-So, unlike in a whole graph that is compiled, what is regenerated is the forward's, bit for bit.
+So, unlike in a whole graph that is compiled, regenerated tensors are the forward's, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def compiler() -> types.ModuleType:
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `function`, with a code object that no other has.
 
-    Dynamo keeps what it compiles with the code object: models of one class would share its limit of recompilations, and
-    keep each other's graphs alive.
+    Dynamo keeps compiled functions with the code object: models of one class would share its limit of recompilations,
+    and keep each other's graphs alive.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -60,14 +60,14 @@ class CompiledFunction:
         self.module, self.kernels = module, kernels
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module gives. A kind of call that could not be compiled runs as it is in its re-run, too."""
+        """Return the result of the module. A kind of call that could not be compiled is not compiled in its replay."""
         kernels, kind = self.kernels, _call_kind(*args, *kwargs.values())
         known = kernels.ran.get(kind)
         if known is not False:
             try:
                 with contextlib.nullcontext() if known else _quiet():
                     result = kernels.run(self.module, *args, **kwargs)
-            except compiler().TorchDynamoException as e:  # whatever dynamo, or a compiler below it, raises
+            except compiler().TorchDynamoException as e:  # dynamo's, or of a compiler below it
                 kernels.ran[kind] = False
                 kernels.failed = kernels.failed or str(e).strip().partition("\n")[0]
             else:
@@ -85,8 +85,8 @@ def compile_blocks(model: nn.Module) -> list[tuple[str, str, CompiledFunction]]:
     """
     kernels, blocks = defaultdict[Any, Kernels](Kernels), {id(m) for m in _blocks(model)}
     if not blocks:
-        what = f"`compile=True` compiles the blocks in a model's lists, and this {type(model).__name__} has none"
-        raise ValueError(f"{what}: compile the parts that are to be by `part.compile()` instead.")
+        text = f"`compile=True` compiles the blocks in a model's lists, and this {type(model).__name__} has none"
+        raise ValueError(f"{text}: compile parts of it by `part.compile()` instead.")
     found: list[tuple[str, str, CompiledFunction]] = []
     for name, m in model.named_modules():
         if id(m) in blocks and not _torch.is_compiled(m):
@@ -102,14 +102,14 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _call_kind(*args: Any) -> Hashable:
-    """Return what two calls share that run the same kernels."""
+    """Return a key that calls with the same kernels share."""
     tensors = ((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in args if isinstance(a, Tensor))
     return *tensors, torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Return a context without what the compiler says of a tensor that it looks at: it is no leaf, as streams are."""
+    """Return a context without the compiler's warning about tensors that are no leaves: streams are none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         yield

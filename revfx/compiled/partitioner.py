@@ -1,4 +1,4 @@
-"""`ReversiblePartitioner`: torch's min-cut partitioner on a joint graph whose reversible regions are regenerated."""
+"""`ReversiblePartitioner`: torch's min-cut partitioner on a joint graph with regenerated reversible regions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _listeners: ContextVar[tuple[list[Report], ...]] = ContextVar("revfx_reports", d
 
 @contextlib.contextmanager
 def reports() -> Generator[list[Report]]:
-    """Return a context that gives a list of what was found in each graph compiled in it (not out of a cache)."""
+    """Return a context with a list of the findings in each graph that is compiled in it (not from a cache)."""
     found: list[Report] = []
     with given(_listeners, (*_listeners.get(), found)):
         yield found
@@ -46,9 +46,9 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     It finds runs of reversible couplings in the joint graph, regenerates their activations in the backward from their
     last ones, and lets `min_cut_rematerialization_partition` split the result. A graph without any is split as torch
     would have. Of what is saved and lies in the memory of an input or output, writes raise before the backward. The
-    logger "revfx" says at the level INFO what became of each graph.
+    logger "revfx" reports each graph at the level INFO.
 
-    The inputs of couplings are kept whose factor can come near zero, such as `exp(s)`. So are cuts between which
+    The inputs of couplings are kept if a factor can come near zero, such as `exp(s)`. So are cuts between which
     rounding would grow beyond the square root of the dtype's eps.
 
     Args:
@@ -63,7 +63,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
 
     def knowing(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
-        """Return a partitioner that knows what the values of a graph's inputs tell, where real tensors are at hand."""
+        """Return a partitioner that knows facts about a graph's inputs, if there are real tensors."""
         other = copy.copy(self)
         other.facts = facts_of(inputs)
         return other
@@ -99,7 +99,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         return halves
 
     def uuid(self) -> str:
-        """Return what keys the compile caches: this package's files, options and facts, and no rules but its own."""
+        """Return the key for compile caches: this package's files, options and facts, and no rules but its own."""
         if rules.has_foreign():
             raise _inductor.BypassFxGraphCache("revfx: rules were registered by the user")
         return f"{_files()}-{self.options}-{self.strict}-{self.facts}"

@@ -148,7 +148,7 @@ class UnitCall:
         return _torch.unchanged(*self.exits[slot])
 
     def restart(self) -> None:
-        """Let go of replayed tensors; the replays begin anew when the backward asks again."""
+        """Free replayed tensors; the replays start over when the backward asks again."""
         for tensors in (self.values, self.passed, self.lent):
             tensors.clear()
         self.stage = 0
@@ -178,7 +178,7 @@ class UnitCall:
                 lender.debts[exit] = lender.debts.get(exit, 0) + 1
 
     def _borrow(self, replay: Replay) -> None:
-        """Have earlier calls give what a replay borrows."""
+        """Have earlier calls give the tensors that a replay borrows."""
         waiting: list[tuple[UnitCall, Replay, set[int]]] = [(self, replay, set())]
         while waiting:
             call, needing, asked = waiting[-1]
@@ -235,7 +235,7 @@ class UnitCall:
                 call._run_stages(-1)
 
     def missing(self) -> list[UnitCall]:
-        """Return the later calls whose entries are needed, and not there."""
+        """Return the later calls with entries that are needed, and not there."""
         if not self.inverts:
             return []
         found: list[UnitCall] = []
@@ -261,7 +261,7 @@ class UnitCall:
             self.backward_pass.tried.append(self.trial)
 
     def _begin(self) -> None:
-        """Take the exit from later calls, whose tensors then go."""
+        """Take the exit from later calls, which free it."""
         for later, entry in self.links.values():
             later.entries.pop(entry, None)
         self.backward_pass.activate(self)

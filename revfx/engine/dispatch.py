@@ -183,7 +183,7 @@ class HookedMode(TorchDispatchMode):
         return False
 
     def set_hooks(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
-        """Set the hooks, whose owner is this mode, for the time that it is entered."""
+        """Set the hooks, owned by this mode, for the time that it is entered."""
         self._hooks: Any = hooks_that_look_on(pack, unpack)
 
     def __enter__(self) -> Any:

@@ -1,4 +1,4 @@
-"""Exits of units: tensors by which a later unit, or a saved tensor, is told to follow from an earlier one."""
+"""Exits of units: tensors by which a later unit, or a saved tensor, is found to follow from an earlier one."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ NEVER = 2**62  # the number of an operator that no forward comes to
 
 def drops(unit: Unit) -> bool:
     """Return whether a unit that drops something is worth matching by itself: one operator is everywhere."""
-    return bool(unit.droppable) and (len(unit.ops) > 1 or isinstance(unit.ops[0].func, Whole))
+    return bool(unit.droppable) and (len(unit.ops) > 1 or any(isinstance(op.func, Whole) for op in unit.ops))
 
 
 class Forward:
@@ -48,7 +48,7 @@ class Forward:
         position: of the unit that comes next, if the forward is like the one that was learnt last.
         coded_bytes: bytes of the codes.
         writes: the operator that runs now writes to an argument; the write is counted when it has returned.
-        unsettled: a call whose last operator wrote to an argument.
+        unsettled: a call with a last operator that wrote to an argument.
         addresses: of the exits of the latest call that have one.
         kept_cuts: by chain, how many entries and exits of units are held.
         path: the way that it goes, as far as one can tell.
@@ -344,7 +344,7 @@ class Forward:
                 assert saved.tensor is not None
                 self._drop_one(saved, call, slot, saved.tensor)
             elif unit.gives_exit and saved.tensor is not None:
-                self.link(saved, saved.tensor)  # a view, made once more, of what an earlier unit gives back
+                self.link(saved, saved.tensor)  # a view, made once more, of a tensor that an earlier unit gives back
 
     def _drop_one(self, saved: SavedTensor, call: UnitCall, slot: int, t: Tensor) -> None:
         if slot in call.unit.marks:

@@ -55,7 +55,7 @@ class Learning(HookedMode):
         self.set_unpack(lambda saved: saved.get())
 
     def set_unpack(self, unpack: Callable[[Any], Tensor]) -> None:
-        """Set what returns the tensor of a saved tensor for the backward."""
+        """Set the function that returns the tensor of a saved tensor for the backward."""
         self._unpack = unpack
         self.set_hooks(self._pack, unpack)
 
@@ -177,7 +177,7 @@ class Learning(HookedMode):
         return call.take()
 
     def _record(self, func: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
-        """Run an operator, or what stands for it, and add it to the tape."""
+        """Run an operator, or its stand-in `run`, and add it to the tape."""
         module, where = self._place()
         if isinstance(func, Whole):
             module = self._modules.get(id(args[0].module), module)

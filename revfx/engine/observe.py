@@ -17,7 +17,7 @@ class Observer:
     """Looks on; this one does nothing."""
 
     def completed(self, call: UnitCall, match: Match) -> None:
-        """Look at a call whose saved tensors are about to be dropped."""
+        """Look at a call before its saved tensors are dropped."""
 
     def replayed(self, call: UnitCall, slot: int, tensor: Tensor) -> None:
         """Look at a tensor that a replay gave."""

@@ -107,7 +107,7 @@ class Plan:
         notes_settings: kernels are set otherwise in the midst of a forward, so that each call notes how.
         path: the way of the forward that was learnt last.
         others: other ways, which a forward may turn to where it leaves this one.
-        units: all units, by what tells them apart.
+        units: all units, by their keys.
         starts: by an operator, the units that begin with it.
         codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
         proven: positions of calls (-1 of units without couplings, which prove each other), with their units, and which

@@ -93,7 +93,7 @@ class Unit:
         held: slots of which the tensors are held for the replay, as nothing computes them.
         cloned: external and held slots in outside memory that each forward writes to, of which copies are held.
         coded: inverses that are corrected by codes; going backwards takes one code each.
-        rounds: an inverse rounds, so that an error in what it reads shows in the entry.
+        rounds: an inverse rounds, so that an error in its operands shows in the entry.
         forward: the replay from the entry.
         later: replays that go on after it, one after another, for saved tensors that the backward asks for later.
         carried: slots that these pass on to each other, and that are no saved tensors.
@@ -103,7 +103,7 @@ class Unit:
         gives_exit: the replays give the tensors of the exit as well, so that no call holds them.
         backward: the replay from the exit; None if nothing is inverted.
         layouts: slots of tensors of which the layout in memory is noted.
-        workspaces: slots of bytes that a kernel left for the backward, in whose gaps anything may be.
+        workspaces: slots of bytes that a kernel left for the backward, with gaps of any content.
         same: slots of tensors that were written to through another view, with the first slot of the same tensor.
         renamed: those of results, in order: the operator that wrote, the first slot, and the slot from then on.
         shapes: the shapes of slots for which inverses were derived.
@@ -149,9 +149,9 @@ class Unit:
     read: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Derive what follows from the other attributes.
+        """Derive the other attributes.
 
-        `stages`: the replays forwards; `last_reader`: by slot, the last stage that reads what an earlier one gave;
+        `stages`: the replays forwards; `last_reader`: by slot, the last stage that reads the result of an earlier one;
         `last_loan`: by slot of the entry, the last stage that reads it; `lends`: slots of the exit that others borrow;
         `droppable`: slots of saved tensors that the replays give back; `given`: external slots that a call holds;
         `alive`: slots of tensors that stay until the unit ends.

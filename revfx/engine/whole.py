@@ -44,7 +44,7 @@ class Whole:
         leaves: their types, shapes and strides, as other ones may have other kernels, which save other tensors.
         needs: which of these leaves need gradients.
         modes: whether each module in it is in training.
-        grad, autocast, is_cached: what was set around it, and whether autocast kept what it cast.
+        grad, autocast, is_cached: the grad mode and autocast around it, and whether autocast kept its casts.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Whole:
         return f"compiled_{self.name}"
 
     def run(self, part: Part, leaves: Sequence[Any], hooks: saved_tensors_hooks) -> Any:
-        """Call a part, with hooks for what autograd saves; nobody looks on."""
+        """Call a part, with hooks for saved tensors; nobody looks on."""
         args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
         with dispatch.unwatched(), given(looking_on, None), hooks:
             return part.call(*args, **kwargs)
@@ -110,7 +110,7 @@ class WholeCall:
     Attributes:
         unpack: returns the tensor of a saved tensor for the backward.
         saved: the saved tensors.
-        result: what it returned.
+        result: of the call.
     """
 
     whole: Whole
@@ -129,7 +129,7 @@ class WholeCall:
         return [*(s.tensor for s in self.saved if s.tensor is not None), *tensors_of(self.result)]
 
     def take(self) -> Any:
-        """Return what it returned, and let go of all tensors: hooks that are still to be called hold this object."""
+        """Return the result, and free all tensors: hooks that are still to be called hold this object."""
         result, self.result, self.saved, self.operands = self.result, None, [], ()
         return result
 

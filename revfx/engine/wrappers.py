@@ -29,7 +29,7 @@ def unwrapped(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _taken_apart(wrapper: Any) -> tuple[type, dict[str, Any], Any]:
-    """Return the class of a wrapper, its parts by name, and what else its class needs to make it."""
+    """Return the class of a wrapper, its parts by name, and the other arguments to make it."""
     names, context = wrapper.__tensor_flatten__()
     return type(wrapper), {name: getattr(wrapper, name) for name in names}, context
 

@@ -1,1 +1,1 @@
-"""Any model in the memory that is given: what to keep, what to compute again, when, and how (`convert(memory=...)`)."""
+"""Memory budgets for any model: which tensors to keep, which to recompute, and when (`convert(memory=...)`)."""

@@ -1,4 +1,4 @@
-"""Where a forward can be cut: between operators where little leads from what is above to what is below."""
+"""Block boundaries of a forward: places between operators at which few bytes are live."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 
 
-FREE = 0.01  # of the forward's time: values that take no more from what was there before the step are no concern
-WORTH = 2  # times what a block hands on is the least that autograd keeps in it
+FREE = 0.01  # of the forward's time: values that follow faster from tensors from before the step are ignored
+WORTH = 2  # a block saves at least so many times the bytes that it passes on
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The first operators of the blocks and the end; and what leads over each of these borders, as values."""
+    """The first operators of the blocks and the end, and the values that are live at each of these boundaries."""
 
     borders: tuple[int, ...]
     over: tuple[frozenset[int], ...]
@@ -68,7 +68,7 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
 
 
 def _free(needs: Needs, costs: Sequence[Cost]) -> set[int]:
-    """Return values that are computed in no time from what was there before the step."""
+    """Return values that follow at once from tensors from before the step."""
     tape, turn = needs.tape, needs.tape.turn
     limit = FREE * sum(c.seconds for c in costs[:turn])
     cost: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Budgets of memory: a share of what the plain model takes, or bytes."""
+"""Memory budgets: a share of the peak of the plain model, or bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from revfx import units
 
 @dataclass(frozen=True)
 class Budget:
-    """What a step may take at its peak, beyond what was there before it: a `share` of the plain model's, or `bytes`;
-    `less` bytes are left out, as steps were seen to take so many more than foreseen.
+    """The peak that a step may reach above the bytes before it: a `share` of the plain model's peak, or `bytes`.
+
+    `less`: bytes that are subtracted, because steps were seen to exceed their predictions by so many.
     """
 
     text: str

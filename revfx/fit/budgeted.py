@@ -76,7 +76,7 @@ class BudgetedModel:
         kinds: the plans, by the kind of call and the sizes of its inputs.
         refused: errors of kinds of calls for which no plan stays within the budget.
         has_parts: parts of it are compiled.
-        least_bytes: what a share of the plain model's peak came to in the first plan; later plans have as much.
+        least_bytes: the bytes of a share in the first plan, which later plans have too.
         has_planned: a plan was made, so that no later step raises.
         has_warned: it was said that forwards may go other ways than those with a plan.
         unplanned: by kind of call, how many steps went by without a plan.
@@ -231,9 +231,9 @@ class BudgetedModel:
                 self._note_forward(forward)
 
     def _ended(self, key: Any, meter: Meter, is_right: bool) -> None:
-        """Look at what a step took as its backward ends; where a value came back wrong, have the next step learnt.
+        """Check the peak of a step when its backward has ended; have the next step learnt if a value came back wrong.
 
-        So too if there is no plan as no backward came so far.
+        Likewise if there is no plan, because no backward came so far.
         """
         meter.check()
         with self.lock:
@@ -272,7 +272,7 @@ class BudgetedModel:
         return out
 
     def _drop_blocks(self, key: Any, name: str, learnt: Learnt) -> None:
-        """Have later calls of a kind drop whole blocks: no plan could be made, as no backward told what it reads."""
+        """Have later calls of a kind drop whole blocks, because there was no backward to plan with."""
         plan = Plan()
         plan.learn((), (), fallback_units(learnt))
         device = learnt.tape.values[0].device

@@ -1,7 +1,6 @@
-"""Choosing a plan for a budget: a dynamic program over the blocks of the forward, whose plans are simulated whole.
+"""The planner for a budget: a dynamic program over the blocks of the forward, with plans that are simulated whole.
 
-Beside what a block needs itself lies what the blocks before it hold, H bytes. The least seconds that the first j blocks
-can take so that H bytes are held are
+The blocks before a block hold H bytes beside its own. The least seconds of the first j blocks with H bytes held are
 
     time[j][H] = min over runs of blocks i..j and their entries of time[i][H - held] + seconds,
                  where H - held + peak <= budget.
@@ -26,7 +25,7 @@ from revfx.fit.simulate import Credit, Load, Model
 
 BINS = 512  # of the budget, in which held bytes are counted
 NESTED = (2, 4, 8, 16, 32)  # blocks in a row of which none is kept but the input
-LOSS = 4  # times the outputs are what a loss such as `(y - 1).square().mean()` takes beside them and their gradient
+LOSS = 4  # times the outputs: the bytes of a loss like `(y - 1).square().mean()`, beside outputs and gradient
 TRIES = 10  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
 NEAR = 1 / 256  # of the budget: how near that is
 
@@ -36,9 +35,9 @@ _NO_CREDIT = Credit()
 class Planner:
     """Plans of one step.
 
-    `any_caller`: plans are to stay within a budget for any caller, who may hold what the forward returns until the
-    backward ends, and may compute a loss that takes `LOSS` times the outputs beside them and their gradient. `like`: a
-    planner of the same step, whose work is used. `credit`: see `Credit`.
+    `any_caller`: plans stay within a budget for any caller, who may hold the outputs until the backward ends, and may
+    compute a loss of `LOSS` times their bytes. `like`: another planner of the same step, for its results. `credit`: see
+    `Credit`.
     """
 
     def __init__(
@@ -66,9 +65,9 @@ class Planner:
         return Planner(self.needs, self.costs, True, self, credit)
 
     def best(self, budget: int) -> tuple[Plan, Load] | None:
-        """Return the fastest plan that is found to stay within the budget, and what it holds.
+        """Return the fastest known plan within the budget, and its load.
 
-        Return None if the budget is not feasible, which no measured time has a part in.
+        Return None if the budget is infeasible; that does not depend on measured times.
         """
         fallback = self.untimed.within(budget, self.model.credit)
         if fallback is None:
@@ -77,7 +76,7 @@ class Planner:
         if load.peak <= budget:
             return self.plain[0], load
         found: tuple[Plan, Load] | None = None
-        asked, low, high = budget, 0, 2 * budget  # the program knows nothing of what lies between runs
+        asked, low, high = budget, 0, 2 * budget  # the program does not see the bytes between runs
         for n in range(TRIES):
             tried = plan_of_runs(self.runs, asked)
             over = 0 if tried is None else tried[1].peak - budget
@@ -99,7 +98,7 @@ class Planner:
         return polished(self.model, (everything, by_blocks, masked), found, budget)
 
     def least(self) -> tuple[Plan, Load]:
-        """Return the plan with the least peak that is found, and what it holds."""
+        """Return the known plan with the smallest peak, and its load."""
         plan = self.untimed.least
         return plan, self.model.load(plan)
 
@@ -153,7 +152,7 @@ class Untimed:
 
 
 def plan_of_runs(runs: Runs, budget: int) -> Found | None:
-    """Return the fastest plan of runs that fit, each for itself, and what it holds; None if there is none."""
+    """Return the fastest plan of runs that fit one by one, and its load; None if there is none."""
     unit, n = max(1, -(-budget // BINS)), len(runs.blocks)
     kinds = [(x, False) for x in range(1, MERGED + 1)] + [(x, True) for x in NESTED]
     # the least seconds by borders and held bins, and how they come about: the earlier border, its bins, the entry

@@ -1,4 +1,4 @@
-"""Backwards of compiled parts as operators: nobody looks into them, and what they cost is measured by themselves."""
+"""Backwards of compiled parts as operators of a step, with costs that are measured outside of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Back:
         return f"backward of {self.whole}"
 
     def ready(self, part: Part, *operands: Any) -> Callable[[], Any]:
-        """Return what runs it once; what autograd saved for it goes on the way."""
+        """Return a function that runs it once, and frees the saved tensors on the way."""
         _, leaves, results = self.whole.again(part, operands)
         with torch.no_grad():
             given = [(get_gradient_edge(t), torch.ones_like(t)) for t in results if t.requires_grad]

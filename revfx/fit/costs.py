@@ -1,4 +1,4 @@
-"""What operators cost, measured: each that differs runs on its own, once to see what it allocates, then for its time.
+"""Measured costs of operators: each different one runs by itself, once for its allocations, then for its time.
 
 Neither can be told from shapes: kernels allocate within themselves (blocks of channels, partial sums for each thread),
 and on some machines an exponential takes as long as reading memory ten times.
@@ -52,7 +52,7 @@ class Cost:
 
 
 class Costs:
-    """What is known of operators so far, by what tells them apart."""
+    """The known costs, by the signature of an operator."""
 
     def __init__(self) -> None:
         self.known: dict[Hashable, Cost] = {}
@@ -107,7 +107,7 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
 
 
 def signature(tape: Tape, op: Op) -> Hashable:
-    """Return what tells calls of operators apart, but for numbers in tensors."""
+    """Return a key of the call of an operator, without the numbers in tensors."""
     first: dict[int, int] = {}
     leaves, spec = pytree.tree_flatten((op.args, op.kwargs))
     found: list[Hashable] = []
@@ -160,7 +160,7 @@ def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:
 
 
 def _cost(tape: Tape, op: Op) -> Cost:
-    """Return what an operator costs; nothing where it does not take such operands."""
+    """Return the cost of an operator; none if it refuses such operands."""
     if isinstance(op.func, Back) and op.func.is_rest:
         return Cost()
     spots = (*op.reads, *(s for s in op.outs if s is not None))
@@ -213,7 +213,7 @@ def _code_seconds(t: Tensor) -> float:
 
 
 def _bits_seconds(t: Tensor) -> float:
-    """Return what it takes to keep the elements of a tensor as bits, and to make them of these again."""
+    """Return the seconds to keep the elements of a tensor as bits, and to make them from these again."""
     rounds = [_seconds(lambda: lambda: bits.decode(bits.encode(t != 0), len(t), t.dtype), t.device) for _ in range(4)]
     return min(rounds)
 

@@ -1,6 +1,4 @@
-"""The planners of a step that does not take place: it is learnt on fake tensors, or on copies where code asks for
-numbers.
-"""
+"""Planners without a training: a step is learnt on fake tensors, or on copies if code asks for numbers."""
 
 from __future__ import annotations
 

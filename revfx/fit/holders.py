@@ -1,4 +1,4 @@
-"""What is there at the peak of a step: the largest tensors, by what made them."""
+"""The largest tensors at the peak of a step, by the operators that made them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from revfx.units import size
 
 
 def layer_at_peak(model: Model, load: Load) -> str:
-    """Return the path of the module whose operator, or whose backward, runs at the peak; "" if none is known."""
+    """Return the path of the module that runs at the peak, forwards or backwards; "" if none is known."""
     tape, at = model.needs.tape, min(load.live.index(load.peak) // 2, len(model.needs.tape.ops) - 1)
     if at < tape.turn:
         return tape.ops[at].module
@@ -22,7 +22,7 @@ def layer_at_peak(model: Model, load: Load) -> str:
 
 
 def list_holders(model: Model, plan: Plan, load: Load) -> list[str]:
-    """Return what is there at the peak, largest first."""
+    """Return the tensors at the peak as text, largest first."""
     tape, slot = model.needs.tape, load.live.index(load.peak)
     at, runs = divmod(slot, 2)
     op = tape.ops[min(at, len(tape.ops) - 1)]
@@ -33,8 +33,8 @@ def list_holders(model: Model, plan: Plan, load: Load) -> list[str]:
         end = model.end(m)
         if m.source is None and 2 * m.born < slot and (end is None or end > slot):
             maker = tape.ops[m.born] if m.born < len(tape.ops) else op
-            whose = "a result of the forward" if m.born < tape.turn else "a gradient"
-            found.append((m.size, f"{whose}, of {maker}"))
+            kind = "a result of the forward" if m.born < tape.turn else "a gradient"
+            found.append((m.size, f"{kind}, of {maker}"))
     for v in plan.kept:
         m = tape.memory(v)
         until = model.through(model.needs.wanted[v])
@@ -42,8 +42,8 @@ def list_holders(model: Model, plan: Plan, load: Load) -> list[str]:
         if end is not None and end <= slot < until:
             found.append((m.size, f"kept for the backward, of {tape.ops[m.born]}"))
     if slot == 2 * tape.turn + 1 and model.loss:
-        found.append((model.loss, "what a loss outside may take, as far as is known"))
+        found.append((model.loss, "assumed for a loss outside of the model"))
     told = sum(n for n, _ in found)
     if load.peak > told:
         found.append((load.peak - told, f"computed again for {op} in the {'back' if at >= tape.turn else 'for'}ward"))
-    return [f"{size(n)}: {what}" for n, what in sorted(found, key=lambda h: -h[0])]
+    return [f"{size(n)}: {text}" for n, text in sorted(found, key=lambda h: -h[0])]

@@ -1,7 +1,7 @@
-"""Couplings as a way to meet a budget: from a step that was recorded, the same step with couplings inverted.
+"""Couplings as a way to meet a budget: a recorded step becomes the same step with couplings inverted.
 
-The units are those of `convert` without a budget, from the first coupling of the forward on. Their saved tensors go as
-each ends, and codes stay. The planner decides about everything else.
+The units are those of `convert` without a budget, from the first coupling of the forward on. Each drops its saved
+tensors when it ends, and stores codes. The planner decides about all other tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from revfx.plan.units import UnitBuilder, spans
 
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the couplings, from the first one on
-OF_PRODUCTS = 2  # times the code of a sum is what that of another inverse takes, at most as a rule
+OF_PRODUCTS = 2  # times the bytes of the code of a sum: the code of another inverse
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def coupled_units(forward: Forward) -> list[CoupledUnit]:
 
 @dataclass(frozen=True)
 class Inverted:
-    """What is inverted in a step: units, and the saved tensors that they give back, by their numbers."""
+    """The inverted units of a step, and the numbers of the saved tensors that they give back."""
 
     units: Sequence[CoupledUnit] = ()
     packs: frozenset[int] = frozenset()
@@ -190,7 +190,7 @@ class _TapeMaker:
 
     # --- saved tensors
     def _drop_packs(self) -> None:
-        """Take what the units give off the saved tensors."""
+        """Take the results of the units off the saved tensors."""
         exits: dict[int, int] = {}
         for number, unit in enumerate(self.units):
             exits.update(dict.fromkeys(unit.exit, number))
@@ -220,14 +220,14 @@ class _TapeMaker:
             self.replayed[number] = min(self.replayed[number], 2 * unpacked)
 
     def _end(self, packs: Sequence[int], least: int) -> int:
-        """Return the slot from which on autograd has let go of saved tensors, and at least another one."""
+        """Return the slot in which autograd has freed some saved tensors; at least `least`."""
         end = 2 * len(self.tape.ops) + 2
         ends = [self.tape.packs[k].end for k in packs]
         return max([least, *(end if e is None else e for e in ends)])
 
     # --- bytes
     def _hold_forward(self, number: int) -> None:
-        """Hold what a unit saves until it ends, what its replay reads until that has run, and its codes."""
+        """Hold the saved tensors of a unit until it ends, and the inputs and codes of its replay until that has run."""
         unit, tape = self.units[number], self.tape
         ended = 2 * self.operators(unit).stop + 1
         over = self._end((*self.packs[number], *self.of_exit[number]), self.replayed[number] + 1)
@@ -242,7 +242,7 @@ class _TapeMaker:
         tape.held.append((self._working_bytes(unit, ()), ended - 1, ended))  # as it is proven in a first step
 
     def _hold_backward(self, number: int) -> None:
-        """Hold what a replay gives until autograd has let go of it, and entries until the replay before runs."""
+        """Hold the results of a replay until autograd frees them, and entries until the unit before is replayed."""
         unit, start = self.units[number], self.replayed[number]
         stops: dict[int, tuple[int, int]] = {}  # by allocation: bytes, and until when
         given = [(self.forward.saved[k][1], self._end([k], start + 1)) for k in self.packs[number]]
@@ -258,7 +258,7 @@ class _TapeMaker:
         self.tape.held.append((self._working_bytes(unit, stops.keys()), start, start + 1))
 
     def _working_bytes(self, unit: CoupledUnit, given: Collection[int]) -> int:
-        """Return the most bytes that are there while a replay runs, beside what it gives."""
+        """Return the peak of a replay in bytes, without its results."""
         ops, values = self.forward.ops, self.forward.values
         last: dict[int, int] = {}
         for n in sorted(unit.runs_again):

@@ -130,7 +130,7 @@ class StepLearning(BlockLearning):
             self._settle()
 
     def end(self, inputs: Sequence[Tensor], returned: Sequence[Tensor]) -> Learnt:
-        """Return the step, of which the backward is still to come; given what the forward took and returned."""
+        """Return the step before its backward; `inputs` and `returned` are the tensors of the forward."""
         self.tape.returned = [self.number(t) for t in returned]
         self.before_write([*inputs, *returned])  # whether they are shows in the next call
         step, proven = self.step, frozenset(self.proven)
@@ -163,7 +163,7 @@ class StepLearning(BlockLearning):
             self._unsettled[key] = weakref.ref(t.untyped_storage(), lambda _: self._gone(key))
 
     def _gone(self, key: int) -> None:
-        """Forget a storage, whose key may be that of another one soon."""
+        """Forget a storage: another one may take its key."""
         for tensors in (self._unsettled, self._settled, self._in_memory, self._ours):
             tensors.pop(key, None)
 

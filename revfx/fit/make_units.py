@@ -45,7 +45,8 @@ def units_of(chosen: Chosen, learnt: Learnt, reasons: dict[str, None], budget: i
     alike = {_code_of(learnt.tape, v) for v in learnt.proven}
     for dropped in Grouping(chosen.plan, learnt).run():
         if any(c.first <= dropped.last and dropped.first <= c.last for c in chosen.inverted.units):
-            reasons[f"{learnt.tape.ops[dropped.first].where}: couplings lie between what is to run again"] = None
+            where = learnt.tape.ops[dropped.first].where
+            reasons[f"{where}: couplings lie between operators that are to be recomputed"] = None
             continue
         try:
             unit = StagedBuilder(learnt.tape, dropped).run()

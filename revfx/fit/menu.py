@@ -1,8 +1,8 @@
 """What can be kept of a run of blocks, from everything to nothing: minimum cuts for one price of time after another.
 
-With P the price of a second in bytes, the cheapest choice is a minimum cut (as in torch's partitioner, whose cuts have
-no time): a node on the side of the sink is there in the backward; an operator there runs again, for P times its
-seconds; a value there whose operator is not is kept, for its bytes.
+With P the price of a second in bytes, the cheapest choice is a minimum cut (as in torch's partitioner, but with
+times): a node on the side of the sink is there in the backward; an operator there runs again, for P times its
+seconds; a value there is kept, for its bytes, if its operator is on the other side.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Choice:
     coins: frozenset[int]
 
     def renamed(self, values: Mapping[int, int], packs: Mapping[int, int]) -> Choice:
-        """Return it with other names; what has none is left out."""
+        """Return it with other numbers, without the values that have none."""
         names = ((self.kept, values), (self.marks, packs), (self.coins, values))
         return Choice(*[frozenset([new[x] for x in old if x in new]) for old, new in names])
 
@@ -44,7 +44,7 @@ class Menu:
         self.coins = {v for v in self.values if self.needs.coins.get(v) in self.values}
 
     def choices(self) -> list[Choice]:
-        """Return what differs, from nothing but what must be kept to everything."""
+        """Return the different choices, from the fewest kept values to all."""
         return [*dict.fromkeys(self.choice(price) for price in (0.0, *self._prices()))]
 
     def _prices(self) -> list[float]:
@@ -84,7 +84,7 @@ class Menu:
 
     @cached_property
     def _edges(self) -> dict[tuple[Any, Any], tuple[float | None, float]]:
-        """Return the edges whose cut costs: bytes, None of those that no cut takes, and seconds."""
+        """Return the edges with the price of a cut: bytes (None: it can't be cut) and seconds."""
         found: dict[tuple[Any, Any], tuple[float | None, float]] = {}
         for v, o in self.values.items():
             if v in self.given:

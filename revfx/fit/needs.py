@@ -1,4 +1,4 @@
-"""What the backward needs of a step, and what it can be computed again from."""
+"""The saved tensors of a step, and the values that they can be recomputed from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from revfx.passes._torch import is_pure, writes
 
 
 aten: Any = torch.ops.aten
-STATISTICS = {  # arguments that a normalisation in training writes, whatever its schema says
+STATISTICS = {  # arguments that a normalisation in training writes, although its schema does not say so
     aten.native_batch_norm.default: (3, 4),
     aten.cudnn_batch_norm.default: (3, 4),
     aten.miopen_batch_norm.default: (3, 4),
@@ -103,7 +103,7 @@ class Needs:
         memories = self.tape.memories
         written = {n for n, m in enumerate(memories) if len(m.values) > 1}
         for op in self.tape.ops:
-            if op.func in STATISTICS and op.args[5]:  # running statistics, whatever the schema says
+            if op.func in STATISTICS and op.args[5]:  # running statistics
                 given = [op.args[i] for i in STATISTICS[op.func]]
                 written |= {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
         storages = {memories[n].storage for n in written} - {None}
@@ -111,7 +111,7 @@ class Needs:
 
     @cached_property
     def replayed(self) -> list[Op | None]:
-        """Return, by operator of the forward, what computes the same again; None where nothing does."""
+        """Return, by operator of the forward, the operator that recomputes it; None if there is none."""
         found: list[Op | None] = []
         tape = self.tape
 
@@ -163,7 +163,7 @@ def _scales(op: Op) -> bool:
 
 
 def twin(op: Op) -> Op:
-    """Return what computes the same as `op` and leaves nothing behind: normalisations without running statistics."""
+    """Return an operator with the results of `op` and no side effects: normalisations without running statistics."""
     at = STATISTICS.get(op.func, ())
     if not at or not op.args[5]:
         return op

@@ -1,9 +1,8 @@
-"""A plan: what is kept of a step, and how the backward comes by the rest.
+"""A plan: the kept values of a step, and the order in which the backward recomputes the others.
 
-Operators of the forward lie in **blocks**. When the backward asks for a value that is not kept, operators run again
-from what is kept. Those of the block that asks leave their results there until all that it needs of them was read;
-those of earlier blocks leave only what later blocks read, which the way back leads over. So an operator runs again
-once, or twice where nothing is kept between the blocks.
+Operators of the forward lie in **blocks**. When the backward asks for a dropped value, operators run again, starting
+at kept values. Results in the block that asks stay until it has read them. Of earlier blocks only the values stay that
+later blocks read. So an operator runs again once, or twice if nothing is kept between two blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Rerun:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What runs before autograd gets the tensor of a pack, and what is let go of then."""
+    """The operators that run before autograd gets the tensor of a pack, and the values that are freed then."""
 
     pack: int
     reruns: tuple[Rerun, ...]
@@ -45,11 +44,11 @@ class Plan:
     block_of: Sequence[int]
 
     def __post_init__(self) -> None:
-        self.coins -= self.kept  # what is kept whole is no bits
+        self.coins -= self.kept  # whole values need no bits
 
     @cached_property
     def dropped(self) -> dict[int, int]:
-        """Return the packs whose values are computed again, each with the block that asks for it."""
+        """Return the packs with recomputed values, each with the block that asks for it."""
         wanted = ((v, k) for v, packs in self.needs.wanted.items() if v not in self.kept for k in packs)
         last = len(self.block_of) - 1
         packs = self.needs.tape.packs
@@ -57,7 +56,7 @@ class Plan:
 
     @cached_property
     def again(self) -> frozenset[int]:
-        """Return the operators that run again, whatever autograd asks for."""
+        """Return all operators that run again."""
         return frozenset(self.above(self.dropped))
 
     def is_base(self, value: int) -> bool:
@@ -89,7 +88,7 @@ class Plan:
         return self.between(map(self.needs.value, packs), (), block)
 
     def between(self, values: Iterable[int], known: Collection[int], block: int | None = None) -> Iterator[int]:
-        """Yield the operators that make values again from `known` ones, or from what is kept."""
+        """Yield the operators that recompute values from `known` or kept ones."""
         todo, seen = [*values], set[int]()
         while todo:
             v = todo.pop()
@@ -111,7 +110,7 @@ class Plan:
 
     @cached_property
     def uses(self) -> dict[tuple[int, int], int]:
-        """Return how often each block reads each value that is made again: by packs, and by what it runs again."""
+        """Return how often each block reads each recomputed value: by packs, and by operators that run again."""
         found = Counter[tuple[int, int]]()
         for block, packs in self.asked.items():
             found.update((block, self.needs.value(k)) for k in packs)
@@ -131,14 +130,14 @@ class Plan:
         return found
 
     def segments(self, packs: Iterable[int]) -> Iterator[Segment]:
-        """Yield what is done for some dropped packs, in the order in which they were asked for when recorded."""
+        """Yield the segments of some dropped packs, in the recorded order."""
         all_packs, replay = self.needs.tape.packs, Replay(self)
         for k in sorted((k for k in packs if all_packs[k].unpacked is not None), key=lambda k: all_packs[k].turn):
             yield replay.segment(k)
 
 
 class Replay:
-    """What was made again in one backward and is still there: which operators run next, and what goes."""
+    """The recomputed values that are live in one backward: it decides which operators run next."""
 
     def __init__(self, plan: Plan, there: Iterable[int] = ()) -> None:
         self.plan, self.there, self.left = plan, set(there), dict(plan.uses)
@@ -146,7 +145,7 @@ class Replay:
         self.outside = Counter(v for block, v in plan.uses if plan.block_of[plan.op_of(v)] != block)
 
     def segment(self, pack: int) -> Segment:
-        """Return what is done when autograd asks for a pack next."""
+        """Return the segment for the next pack that autograd asks for."""
         plan, value, block = self.plan, self.plan.needs.value(pack), self.plan.dropped[pack]
         order, reruns = sorted(plan.between([value], self.there)), list[Rerun]()
         last = {v: op for op in order for v in plan.reads[op]}
@@ -167,7 +166,7 @@ class Replay:
         return Segment(pack, tuple(reruns), through)
 
     def _stays(self, value: int, block: int) -> bool:
-        """Return whether a value is needed beyond what runs now: by the block that asks, or by others than its own."""
+        """Return whether a value is needed later: by the block that asks, or by other blocks."""
         return self.outside[value] > 0 or self.left.get((block, value), 0) > 0
 
     def _note(self, value: int, block: int) -> None:

@@ -1,5 +1,5 @@
-"""Plans made better one choice at a time, each simulated whole: what a dynamic program can't see whose menus hold one
-plan for each price of time. Small steps find the optimum in most of them; of large ones there is time for few choices.
+"""Local search over plans, each simulated whole: the menus of the dynamic program hold one plan for each price of time
+only. Small steps find the optimum in most of them; of large ones there is time for few choices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Search:
     left: int
 
     def tried(self, plans: Iterator[Plan]) -> Iterator[Found]:
-        """Yield plans with what they hold: those in which all comes back, as many as there is time for."""
+        """Yield feasible plans with their loads, as many as the search may simulate."""
         for plan in plans:
             if self.left <= 0:
                 return
@@ -36,7 +36,7 @@ class Search:
                 self.left -= 1
 
     def brought_down(self, found: Found) -> Found | None:
-        """Return a plan within the budget: what takes the least time for what it frees is let go of first."""
+        """Return a plan within the budget: values with the least time per freed byte are dropped first."""
         while (over := found[1].peak - self.budget) > 0:
             seconds = found[1].seconds
             rates = [
@@ -96,7 +96,7 @@ def lower_peak(model: Model, found: Found) -> Found:
 
 
 def joined(plan: Plan, start: Plan, other: Plan) -> Plan:
-    """Return a plan with what `other` chooses otherwise than `start`."""
+    """Return a plan with the choices of `other` that differ from `start`."""
     kept, marks, coins = start.kept ^ other.kept, start.marks ^ other.marks, start.coins ^ other.coins
     return replace(plan, kept=plan.kept ^ kept, marks=plan.marks ^ marks, coins=plan.coins ^ coins)
 

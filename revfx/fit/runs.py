@@ -1,4 +1,4 @@
-"""Runs of blocks: what can be kept of each, and what that comes to. Runs that look alike are worked out once."""
+"""Runs of blocks: their choices, with bytes and seconds. Alike runs are computed once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Entry:
     """A choice for a run, by the places of its values and packs; the seconds that it takes more than keeping all, the
     bytes that are held after it, and in each slot of the run's own `parts` of the forward and the backward.
 
-    `nested`: its blocks stay what they are, with nothing kept in between.
+    `nested`: its blocks stay separate, with nothing kept in between.
     """
 
     choice: Choice
@@ -51,8 +51,8 @@ class Runs:
     def __init__(self, model: Model, entries: dict[Hashable, list[Entry]]) -> None:
         self.model, self.needs = model, model.needs
         self.blocks = blocks_of(model.needs, model.costs)
-        self.entries = entries  # by what runs have in common, however much of a budget the caller takes
-        self.least: dict[int, Choice] = {}  # by the first operator of a block: what must be kept of it
+        self.entries = entries  # by the key of a run, for any caller
+        self.least: dict[int, Choice] = {}  # by the first operator of a block
         self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}
 
     def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
@@ -127,7 +127,7 @@ class Runs:
             yield self._entry(run, given, menu.choice(0.0), own, nested)
 
     def _least_of_blocks(self, i: int, j: int) -> Choice:
-        """Return what must be kept of some blocks, each for itself."""
+        """Return the smallest choice of some blocks, each for itself."""
         choices: list[Choice] = []
         for start, stop in pairwise(self.blocks.borders[i : j + 1]):
             if start not in self.least:

@@ -34,7 +34,7 @@ class Credit:
 
 @dataclass(frozen=True)
 class Load:
-    """Bytes in each slot, and what plain autograd does not do, in seconds."""
+    """Bytes in each slot, and the seconds beyond plain autograd."""
 
     live: list[int]
     seconds: float
@@ -98,9 +98,9 @@ def join(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @dataclass
 class Model:
-    """A step, what its operators cost, and what is there in any case.
+    """A step, the costs of its operators, and the bytes that are there in any case.
 
-    `held`: the caller holds what the forward returns until the backward ends. `loss`: bytes that are there while the
+    `held`: the caller holds the outputs until the backward ends. `loss`: bytes that are there while the
     caller's loss is computed, beside outputs and their gradient. `credit` is taken off. `bit_cost`: seconds an element
     that a bit in its place takes; None: it is measured.
     """
@@ -122,12 +122,12 @@ class Model:
         return None if self.held and memory.returned else memory.end
 
     def bits_seconds(self, value: int) -> float:
-        """Return what it takes to keep a bit in the place of each element."""
+        """Return the seconds to keep a bit for each element."""
         return self.bit * self.needs.elements(value)
 
     @cached_property
     def natural(self) -> list[int]:
-        """Return the bytes in each slot that are there whatever a plan keeps."""
+        """Return the bytes in each slot that are there under any plan."""
         tape, until = self.needs.tape, dict[int, int]()
         end = 2 * len(tape.ops) + 2
         change = [0] * (end + 1)
@@ -154,7 +154,7 @@ class Model:
         return [*accumulate(change[:end])]
 
     def load(self, plan: Plan) -> Load:
-        """Return what the step holds under `plan`.
+        """Return the load of the step under `plan`.
 
         Raises:
             LookupError: something in it can't be computed again.
@@ -166,7 +166,7 @@ class Model:
     def changes(self, plan: Plan, values: Iterable[int]) -> tuple[list[int], float]:
         """Return the bytes in each slot that `plan` takes for some values, and the seconds."""
         tape, end = self.needs.tape, 2 * len(self.needs.tape.ops) + 2
-        change, spikes = [0] * (end + 1), dict[int, int]()  # what is there for a moment, by slot
+        change, spikes = [0] * (end + 1), dict[int, int]()  # bytes for a moment, by slot
 
         def hold(size: int, start: int, stop: int | None) -> None:
             if stop is None or stop > start:
@@ -218,7 +218,7 @@ class Model:
         spikes[2 * start] = max(spikes.get(2 * start, 0), elements * MORE)
 
     def _await_drops(self, values: Iterable[int], plan: Plan, units: Units, hold: Hold) -> None:
-        """Hold what is dropped until its unit ends."""
+        """Hold dropped values until their unit ends."""
         until = dict[int, int]()  # by memory
         for v in values:
             if v not in plan.kept and self.needs.tape.made_by[v] is not None:
@@ -231,10 +231,10 @@ class Model:
                 hold(self.needs.tape.memories[m].size, dead, stop)
 
     def _replay(self, plan: Plan, segments: Iterable[Segment], hold: Hold, spikes: dict[int, int]) -> float:
-        """Return the seconds of what runs again; `hold` what is there from one slot to another."""
+        """Return the seconds of the operators that run again; `hold` their results from one slot to another."""
         tape = self.needs.tape
-        since, taken = dict[int, int](), set[int]()  # by value: when its memory was made again; whose was taken over
-        handed = dict[int, int]()  # by value: until when autograd holds what it was given
+        since, taken = dict[int, int](), set[int]()  # by value: since when; values that were written over
+        handed = dict[int, int]()  # by value: until when autograd holds it
         now = most = at = 0
         seconds = 0.0
 

@@ -1,4 +1,4 @@
-"""The tape of a training step that really runs: operators, memory and what autograd keeps, as they are seen.
+"""The recorder of a training step: operators, allocations and saved tensors, as they appear.
 
 The forward is recorded beside the engine's tape of it (`learning.py`). The backward is seen by hooks on the nodes of
 autograd's graph: each turns on a dispatch mode, which lasts until its node has run.
@@ -62,7 +62,7 @@ class StepRecorder:
 
     def __init__(self, model: nn.Module, finished: Callable[[StepRecorder], None]) -> None:
         self.tape, self.numbers = Tape(), list[int]()
-        self._before = dict[int, str]()  # by storage, what it was before the step
+        self._before = dict[int, str]()  # by storage from before the step: its kind
         self._parameters = [*model.parameters()]
         for p in self._parameters:
             for t in (p, p.grad):
@@ -73,7 +73,7 @@ class StepRecorder:
         self._known: dict[int, tuple[int, Any]] = {}  # by storage: its memory, and a weak reference
         self._live: set[int] = set()  # memories that others than autograd hold
         self._packs = weakref.WeakKeyDictionary[SavedTensor, int]()
-        self._doubles: dict[int, tuple[set[int], Any]] = {}  # by storage: what the backward was given in it
+        self._doubles: dict[int, tuple[set[int], Any]] = {}  # by storage: the saved tensors that the backward got in it
         self._moment, self._turns = -1, 0  # before which operator autograd kept or read last, and how much it read
         self._handles: list[Any] = []
         self._watched: list[Any] = []  # weak references, which call back
@@ -129,7 +129,7 @@ class StepRecorder:
         return found
 
     def slot(self) -> int:
-        """Return from which slot on what goes now is not there."""
+        """Return the slot from which on an allocation that is freed now is gone."""
         return 2 * len(self.tape.ops) + (self._moment == len(self.tape.ops))
 
     def _value(self, memory: int, op: int | None) -> None:
@@ -146,7 +146,7 @@ class StepRecorder:
 
     # --- operators
     def before(self, func: Any, args: Any, kwargs: Any) -> Before:
-        """Return what is known of an operator that is about to run."""
+        """Return the operands of an operator that is about to run."""
         given, spec = pytree.tree_flatten((args, kwargs))
         spots = [self.spot(t) if isinstance(t, Tensor) else t for t in given]
         written = _written(func, args, kwargs) if is_overload(func) and writes(func) else ()
@@ -217,7 +217,7 @@ class StepRecorder:
         return t
 
     def _gone(self, key: int) -> None:
-        """Note that nobody holds what the backward was given in a storage any more."""
+        """Note that the backward has freed the tensors in a storage."""
         self._known.pop(key, None)
         for number in self._doubles.pop(key)[0]:
             self.tape.packs[number].end = self.slot()

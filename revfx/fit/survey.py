@@ -18,7 +18,7 @@ from revfx.units import size
 
 
 USED = 0.9  # of a budget, by a plan that is carried over to other sizes, at least
-DEAR = 0.25  # of a step's time: what inverting takes at least
+DEAR = 0.25  # of a step's time: inverting takes at least so much
 NOTHING = Inverted()
 
 
@@ -27,8 +27,8 @@ class Chosen(NamedTuple):
 
     Attributes:
         inverted: couplings that are inverted in it.
-        plan: what is done with the rest.
-        load: what the step holds.
+        plan: for all other saved tensors.
+        load: the bytes of the step, and its seconds beyond the plain one.
         seconds: that it takes more than the plain step.
         model: the step for a caller who holds the outputs and computes a large loss.
     """
@@ -123,8 +123,8 @@ class Survey:
             name: the model's class.
             inputs: the shapes of its inputs, as text.
             budget: the budget that is refused.
-            when: a sentence that says what of the step has run.
-            forwards: how many share what was asked; the budget is what each has.
+            when: a sentence that says which part of the step has run.
+            forwards: how many share the budget that was asked for; `budget` is the part of one.
         """
         chosen = self.least()
         least, asked = forwards * int(chosen.load.peak * (1 + self.margin)), forwards * budget.of(self.peak)

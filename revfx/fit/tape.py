@@ -1,9 +1,9 @@
-"""The tape of a training step: the operators that run below autograd, the memory that they use, what autograd keeps.
+"""The tape of a training step: the operators below autograd, their allocations, and the saved tensors.
 
-A **memory** is an allocation; a **value** is what it holds between two writes to it; a **spot** is a tensor's place in
-a value, so that views are spots of what they view, and no operations. A **pack** is a tensor that autograd keeps.
+A **memory** is an allocation; a **value** is its content between two writes; a **spot** is a tensor's place in a value,
+so a view is another spot, and no operation. A **pack** is a saved tensor.
 Times are counted in operators, or finer in **slots**: 2*o + 1 is while operator o runs, 2*o before that, when autograd
-keeps and reads tensors: what was there when it began to, but not any more when o runs, ends at 2*o + 1.
+saves and reads tensors: an allocation that is freed then, before o runs, ends at 2*o + 1.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Op:
     makes: tuple[int, ...]  # values, by a result or by a write
     draws: bool
     module: str = ""  # the innermost one that runs
-    where: str = ""  # the line in its forward; in the backward what autograd calls the step
+    where: str = ""  # the line in its forward; in the backward the name of autograd's node
 
     def __str__(self) -> str:
         place = ", ".join(filter(None, (self.module, self.where)))
@@ -93,7 +93,7 @@ class Pack:
 class Tape:
     """A step: the operators of the forward, and from `turn` on of the backward.
 
-    `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None of what was there);
+    `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None if it was there);
     `reads`: by pack, the operators of the backward that read it, each with which argument it is;
     `loss`: the bytes of the returned tensors that have a gradient, but for single numbers; the caller lets go of what
     is returned at once. `offered`: values that are no saved tensors and may be kept all the same, as compiled parts run

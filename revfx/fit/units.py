@@ -53,7 +53,7 @@ class _Cone:
 
 
 class Grouping:
-    """Groups what a plan drops into runs of operators."""
+    """Groups the dropped values of a plan into runs of operators."""
 
     def __init__(self, plan: Plan, learnt: Learnt) -> None:
         self.plan, self.tape, self.learnt = plan, learnt.tape, learnt
@@ -61,7 +61,7 @@ class Grouping:
         self.after = {known.before: v for v, known in enumerate(self.tape.values) if known.before is not None}
 
     def run(self) -> list[Dropped]:
-        """Return what is dropped, in the order of the operators."""
+        """Return the dropped values of each run, in the order of the operators."""
         plan, saved = self.plan, self.tape.saved
         packs = plan.needs.tape.packs
         wanted: dict[int, list[int]] = {}  # by block, values in the order in which the backward asks
@@ -144,7 +144,7 @@ class Grouping:
         return known is None or self.plan.is_base(known)
 
     def _cone(self, value: int, block: int) -> _Cone:
-        """Return what makes a value again, of the operators of a block."""
+        """Return the operators of a block that recompute a value."""
         cone, todo, seen = _Cone(), [value], set[int]()
         while todo:
             v = todo.pop()

@@ -112,7 +112,7 @@ class BlockLearning(Learning):
         if not self._block or last <= first or self.tape.changes_settings or dispatch.on_fakes.get():
             return
         if any(is_collective(op.func) for op in self.tape.ops[first : last + 1]):
-            return  # processes may differ in what they gain
+            return  # processes may gain differently
         span = Span(first, last, (), (), (), frozenset(), frozenset(), frozenset())
         builder = UnitBuilder(self.tape, span)
         try:

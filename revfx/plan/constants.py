@@ -14,7 +14,7 @@ from revfx.engine.tape import Ref, Tape
 
 
 def constants_of(tape: Tape) -> dict[int, Tensor]:
-    """Return the constants of a tape by value; what follows from others is computed once more."""
+    """Return the constants of a tape by value; those that follow from others are recomputed."""
     found: dict[int, Tensor] = {}
     for value in sorted({*tape.constants, *tape.fixed}):
         t = tape.constants.get(value)

@@ -49,7 +49,7 @@ def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple
         tape: the tape.
         lossless: inverses that round get codes; else those that codes alone make right are left out, if nothing is
             there but the inputs.
-        from_inputs: nothing is there but the inputs: not what was drawn either.
+        from_inputs: nothing is there but the inputs: no random numbers either.
     """
     of = graph_of(tape, from_inputs)
     graph = of.graph

@@ -9,7 +9,7 @@ from revfx.plan.units import Span, spans
 
 
 def functions_of(found: Couplings, model: nn.Module) -> dict[str, str]:
-    """Return the paths of the largest modules whose calls lie within one unit each, where nothing of them is inverted.
+    """Return the paths of the largest modules with calls that lie within one unit each, and are not inverted.
 
     Returns:
         By path, the user's file and line in the module.

@@ -46,7 +46,7 @@ def graph_of(tape: Tape, is_inverted: bool = False) -> TapeGraph:
     Args:
         tape: the tape.
         is_inverted: the graph is that of a function of the inputs, and not of memory: views of inputs are computed, and
-            what is written to a part of a tensor is a value of that part.
+            the content written to a part of a tensor is a value of that part.
     """
     return _Builder(tape, is_inverted).run()
 

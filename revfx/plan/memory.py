@@ -59,7 +59,7 @@ def overwritten(tape: Tape, slots: Mapping[int, int], ops: range) -> frozenset[i
 
 
 def is_workspace(tape: Tape, value: int) -> bool:
-    """Return whether a value is bytes beside other results: a workspace of a kernel, in whose gaps anything may be."""
+    """Return whether a value is bytes beside other results: a workspace of a kernel, with gaps of any content."""
     known = tape.values[value]
     return known.op is not None and known.view.dtype == torch.uint8 and not tape.ops[known.op].is_single
 

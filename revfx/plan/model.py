@@ -168,11 +168,11 @@ class PlannedModel:
         return kind is None or kind.is_due
 
     def watching(self, plan: Plan) -> Any:
-        """Return what watches a forward."""
+        """Return the watcher of a forward."""
         return watcher(self.has_parts)(plan)
 
     def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Learning:
-        """Return what learns a forward."""
+        """Return the learner of a forward."""
         return learner(BlockLearning, self.has_parts)(model, inputs)
 
     def _seeing_parts(self, mode: Any) -> contextlib.AbstractContextManager[None]:
@@ -253,7 +253,7 @@ class PlannedModel:
 
 
 def call_kind(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Return what calls of one kind have in common: their surroundings, and their arguments but for sizes."""
+    """Return the key of a kind of calls: their surroundings, and their arguments without sizes."""
     described: list[Any] = []
     for x in pytree.tree_leaves((args, kwargs)):
         if isinstance(x, Tensor):

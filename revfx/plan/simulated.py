@@ -1,4 +1,4 @@
-"""A planned model on fake tensors: what its forwards would drop, without any numbers."""
+"""A planned model on fake tensors: its forwards drop tensors without numbers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class SimulatedModel(PlannedModel):
         self.real_of = real_of
 
     def watching(self, plan: Plan) -> Watching:
-        """Return what watches a forward: operators on fake tensors are seen in Python."""
+        """Return the watcher of a forward: operators on fake tensors are seen in Python."""
         return Watching(plan)
 
     def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Learning:
-        """Return what learns a forward; nothing can be dropped on the way, as nothing can be compared."""
+        """Return the learner of a forward; it drops nothing, as nothing can be compared."""
         return Learning(model, inputs)
 
     def learnt(self, tape: Tape) -> None:

@@ -1,4 +1,4 @@
-"""From the tape of a forward to the graph of its inverse: what gives the inputs back from the outputs."""
+"""From the tape of a forward to the graph of its inverse, which computes the inputs from the outputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Solution:
         inputs: the leaves of the arguments that come back.
         outside: values of the tape that are parameters, buffers and other tensors of the model.
         shapes: of the results that are read.
-        believed: the names of what is inverted as it, a library or the user declares.
+        believed: the names of calls that are inverted as a library or the user declares.
         code: the program, a line for each derivation.
     """
 
@@ -129,7 +129,7 @@ class _Solver:
         raise self._refusal()
 
     def _closure(self, known: Collection[int]) -> Closure:
-        """Return what follows from some values; operators that draw, or write to a part of a tensor, run once."""
+        """Return the closure of some values; operators that draw, or write to a part of a tensor, run once."""
         once: set[int] = set()
         for i, node in enumerate(self.lowered.op_nodes):
             op = self.forward.tape.ops[self.of.op_of[node]]
@@ -223,7 +223,7 @@ class _Emitter:
             self._get(self.lowered.value_nodes[v])
 
     def end(self, results: Iterable[int]) -> fx.Graph:
-        """Return the graph, whose results are some values of the program."""
+        """Return the graph, with some values of the program as results."""
         self.graph.output(tuple(self._get(self.lowered.value_nodes[v]) for v in results))
         self.graph.set_codegen(boxed_codegen())
         return self.graph

@@ -71,7 +71,7 @@ class StagedBuilder(UnitBuilder):
 
     def _stages(self, ops: Sequence[UnitOp], memory: Memory, known: set[int], runs: Sequence[Run]) -> list[Replay]:
         overwritten = memory.overwritten
-        outlines: list[tuple[set[int], set[int], set[int]]] = []  # of stages: what is there before, made and read
+        outlines: list[tuple[set[int], set[int], set[int]]] = []  # slots before, made and read
         there, asked = {*known}, set[int]()
         for stage in self.dropped.stages:
             wanted = self._known(stage)

@@ -20,7 +20,7 @@ from revfx.report.simulate import Loss, measured
 
 
 def explain_compiled(model: nn.Module, args: Any, kwargs: Any, loss: Loss, measure: bool) -> Explanation:
-    """Explain what the backend finds in each graph of `model(*args, **kwargs)`, which runs forwards once, on a copy.
+    """Explain each graph of `model(*args, **kwargs)` under the backend; a copy of the model runs forwards once.
 
     With `measure` a few steps are trained too, eagerly, under inductor, and under inductor with revfx.
     """

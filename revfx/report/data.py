@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from revfx.errors import Refusal
-from revfx.report.fit import FitInfo
+from revfx.report.budget import FitInfo
 from revfx.units import count, size
 
 
@@ -85,7 +85,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What revfx finds in a model, what it saves and what it costs.
+    """The findings of revfx in a model: regions, memory and cost.
 
     `inputs` are the types of the arguments, `refusals` the places that are left as they were, with reasons. `ways` are
     the memory and FLOPs of a training step, plainly and with revfx. `graphs` repeats the regions of a compiled model
@@ -160,9 +160,9 @@ def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:
     return list(Counter(bare).items())
 
 
-def counted(number: int, what: str) -> str:
+def counted(number: int, noun: str) -> str:
     """Return `2 regions`, `1 region`."""
-    return f"{number:,} {what}" + "s" * (number != 1)
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 USAGE_COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {

@@ -1,4 +1,4 @@
-"""A region in words: what kind of couplings it is made of, and what becomes of each of its values."""
+"""A region in words: the kind of its couplings, and the action of the backward for each of its values."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def describe(
 
 
 def _coupling_kind(steps: Sequence[Step]) -> str:
-    """Return the usual name of the couplings, by what their inverses divide by."""
+    """Return the usual name of the couplings, by the divisors of their inverses."""
     arcs = [a for s in steps for a in s.arcs if not a.exact]
     scales = sorted({abs(a.factor) for a in arcs if a.factor is not None and not a.measured})
     kinds = {
@@ -110,7 +110,7 @@ def _value_lines(
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
     """Return how the backward, which goes from the last step to the first, comes by each value."""
     found: dict[int, Derivation] = {}
-    for number in range(len(steps) - 1, 0, -1):  # the first step, and one whose entry is kept, runs forwards from there
+    for number in range(len(steps) - 1, 0, -1):  # the first step, and one with a kept entry, runs forwards from there
         for d in () if number in kept_cuts else steps[number].derive:
             for v in made_by(program, d):
                 if v not in steps[number].exit:

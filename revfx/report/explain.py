@@ -1,4 +1,4 @@
-"""`explain`: what revfx finds in a model, what that saves and what it costs, before anything is trained."""
+"""`explain`: the findings of revfx in a model, their memory and cost, before anything is trained."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,10 @@ def explain(
         ways, planned = _measure(model, options, given, named, loss, ways, budget)
         if found.notes:  # not predicted
             found = found._replace(regions=_all_described(planned, {0: planned.coded_bytes}))
-    fit, advice = (None, []) if budget is None else explain_fit(unconverted(model), given, named, budget)
+    fit, advice = None, list[str]()
+    if budget is not None:
+        planned_step = explain_fit(unconverted(model), given, named, budget)
+        fit, advice, ways = planned_step.fit, planned_step.advice, _with_budget(ways, planned_step.ways)
     peaks = [u.peak or 0 for u in ways if u.way in ("plain", "revfx")]
     if found.regions and len(peaks) == 2 and peaks[1] > 0.8 * peaks[0]:
         advice.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
@@ -102,6 +106,14 @@ def explain(
         refusals=(*found.refusals, *not_compiled), ways=ways, notes=found.notes,
         advice=tuple(advice), fit=fit,
     )  # fmt: skip
+
+
+def _with_budget(ways: Sequence[Usage], of_plan: Sequence[Usage]) -> tuple[Usage, ...]:
+    """Return the ways with the predictions of the planner, which knows the workspace of kernels."""
+    known = {u.way: u for u in ways}
+    for u in of_plan:
+        known[u.way] = replace(known.get(u.way, u), peak=u.peak, live=u.live, backward=u.backward)
+    return tuple(known.values())
 
 
 def total(output: Any) -> Tensor:
@@ -126,7 +138,7 @@ class Predicted(NamedTuple):
 
 
 def _predicted(world: World, forward: Callable[..., Any], lossless: bool, loss: Loss, measure: bool) -> Predicted:
-    """Count a plain step and one that drops what regions give back."""
+    """Count a plain step and one that drops the activations of regions."""
     try:
         _log.info("counting a plain step")
         plain = simulate_step(world, forward, loss)

@@ -17,7 +17,7 @@ from revfx.units import size
 
 @dataclass(frozen=True, slots=True)
 class Explanation(Findings):
-    """What revfx finds in a model, what it saves and what it costs. `print` it, or `save` it; see `Findings`."""
+    """The findings of revfx in a model. `print` them, or `save` them; see `Findings`."""
 
     def __str__(self) -> str:
         return "\n".join(_text_lines(self))
@@ -35,7 +35,7 @@ class Explanation(Findings):
         Path(path).write_text(form(self), encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the text and, where they can be drawn, the pictures."""
+        """Return the HTML for a notebook: the text and, if they can be drawn, the pictures."""
         return fragment(self)
 
 
@@ -48,14 +48,17 @@ FORMS: Mapping[str, Callable[[Findings], str]] = {
 
 # --- as text
 def _text_lines(e: Explanation) -> Iterator[str]:
-    yield f"{e.model}({', '.join(e.inputs)}): {e.summary}"
+    found = f": {e.summary}" if e.regions or e.fit is None else ""
+    yield f"{e.model}({', '.join(e.inputs)}){found}"
+    if e.fit is not None:
+        yield from e.fit.lines()
     for number, regions in enumerate(e.graphs):
         yield f"graph {number}: {counted(len(regions), 'region')}"
         yield from _region_lines(regions)
     yield from (f"graph break: {reason}" for reason in e.breaks)
     if not e.graphs:
         yield from _region_lines(e.regions)
-    if e.refusals:
+    if e.refusals and e.fit is None:
         yield "left as it was"
         yield from (f"  {short(r.where)}: `{r.op}`: {r.detail}" for r in e.refusals[:MAX_LISTED])
         if len(e.refusals) > MAX_LISTED:
@@ -68,8 +71,6 @@ def _text_lines(e: Explanation) -> Iterator[str]:
         yield f"  {'':12}" + "".join(f"{head:>15}" for head in found)
         for u in e.ways:
             yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in found.values())
-    if e.fit is not None:
-        yield from e.fit.lines()
     yield from (f"advice: {text}" for text in e.advice)
     yield from (f"note: {text}" for text in e.notes)
 

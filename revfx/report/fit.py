@@ -1,6 +1,4 @@
-"""What a budget comes to (`explain(..., memory=...)`): what is kept of each module and what is not, the peak and what
-holds it, and what other budgets would cost. And the largest batch that a budget has room for (`revfx fit`).
-"""
+"""The plan for a budget (`explain(..., memory=...)`), and the largest batch within one (`revfx fit`)."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import functools
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +14,18 @@ from torch import Tensor, nn
 
 from revfx.fit.budget import Budget, checked_memory
 from revfx.fit.foresee import foreseen_survey
+from revfx.fit.simulate import Load
 from revfx.fit.survey import Chosen, Survey
+from revfx.report.budget import FitInfo, Point, Share
+from revfx.report.data import Usage
 from revfx.units import size
 
 
 _log = logging.getLogger("revfx.report")
 SHARES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # budgets of the curve
-MAX_MODULES = 12  # modules that are shown
-MAX_BATCH = 65536  # what is not looked beyond
+MAX_BATCH = 65536  # the largest that is tried
 RESOLUTION = 32  # the largest is found to this part of itself
-ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
+ADVICE: Mapping[str, str] = {  # by the name of an operator at the peak
     "log_softmax|nll_loss|cross_entropy": "the loss holds the peak: `torch.nn.functional.linear_cross_entropy` makes no"
     " logits of all tokens at once.",
     r"softmax|bmm|baddbmm": "attention holds the peak: `scaled_dot_product_attention` without a mask of its own, and"
@@ -35,80 +35,17 @@ ADVICE: Mapping[str, str] = {  # by what an operator at the peak is called
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Bytes of a module's saved tensors: `kept`, `recomputed`, `compressed` to a bit an element, or `inverted`."""
+@dataclass(frozen=True)
+class BudgetFindings:
+    """The plan for a budget, the live bytes of the plain step and of the planned one, and advice."""
 
-    module: str
-    kept: int
-    recomputed: int
-    compressed: int
-    inverted: int
-
-    @property
-    def numbers(self) -> tuple[int, int, int, int]:
-        """The bytes, in this order."""
-        return self.kept, self.recomputed, self.compressed, self.inverted
+    fit: FitInfo
+    ways: tuple[Usage, Usage]
+    advice: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The predicted time of the fastest plan within a budget of bytes, in plain steps."""
-
-    budget: int
-    time: float
-
-
-@dataclass(frozen=True, slots=True)
-class FitInfo:
-    """The plan for a budget; bytes.
-
-    Attributes:
-        budget: bytes that were asked for.
-        plain: the peak of the plain model's step.
-        is_feasible: a plan stays within the budget; else what follows is about the smallest one.
-        peak: predicted.
-        time: predicted, in plain steps.
-        modules: what is done with the saved tensors of each module.
-        held: what the peak consists of, largest first.
-        curve: other budgets.
-        least: the least feasible budget.
-    """
-
-    budget: int
-    plain: int
-    is_feasible: bool
-    peak: int
-    time: float
-    modules: tuple[Share, ...]
-    held: tuple[str, ...]
-    curve: tuple[Point, ...]
-    least: int
-
-    def lines(self) -> Iterator[str]:
-        """Yield this as text."""
-        if self.is_feasible:
-            share = f"{self.peak / self.plain:.0%} of the plain model's {size(self.plain)}"
-            peak = f"predicted peak {size(self.peak)}, {share}"
-            yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time"
-            yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'compressed':>12}{'inverted':>12}"
-            rows = sorted(self.modules, key=lambda m: -sum(m.numbers))
-            for m in rows[:MAX_MODULES]:
-                numbers = "".join(f"{size(n) if n else '-':>12}" for n in m.numbers)
-                yield f"  {m.module or 'the root':28}{numbers}"
-            if len(rows) > MAX_MODULES:
-                yield f"  and {len(rows) - MAX_MODULES} more modules"
-        else:
-            yield f"budget {size(self.budget)}: no plan stays within it"
-        yield "at its peak" if self.is_feasible else "at the peak of the smallest plan"
-        yield from (f"  {text}" for text in self.held)
-        yield f"least feasible budget: {self.least} bytes, {size(self.least)}"
-        yield "budgets and the time they cost, in plain steps"
-        yield from (f"  {size(p.budget):>10}  {p.budget / self.plain:>4.0%}  {p.time:.3f}" for p in self.curve)
-
-
-def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tuple[FitInfo, list[str]]:
-    """Return what a budget comes to for `model(*args, **kwargs)`, and advice."""
+def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> BudgetFindings:
+    """Plan a step of `model(*args, **kwargs)` for a budget."""
     _log.info("planning for the budget")
     survey = foreseen_survey(model, args, kwargs)
     chosen, least = survey.best(budget), survey.least()
@@ -126,11 +63,20 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> tup
         tuple(reversed(points)), asked,
     )  # fmt: skip
     text = " ".join(found.held)
-    return found, [advice for names, advice in ADVICE.items() if re.search(names, text)]
+    advice = [said for names, said in ADVICE.items() if re.search(names, text)]
+    _, plain = survey.plain.plain
+    return BudgetFindings(found, (_usage("plain", survey, plain), _usage("fitted", survey, plan.load)), advice)
+
+
+def _usage(way: str, survey: Survey, load: Load) -> Usage:
+    """Return the live bytes of a step, operator by operator."""
+    turn = survey.plain.needs.tape.turn
+    live = [max(load.live[at : at + 2]) for at in range(0, len(load.live), 2)]
+    return Usage(way, peak=load.peak, live=tuple(live), backward=turn)
 
 
 def _modules(survey: Survey, chosen: Chosen) -> Iterable[Share]:
-    """Yield what is done with the saved tensors of each module: layers of a list whole."""
+    """Yield the saved tensors of each module, by choice: layers of a list whole."""
     plan, tape = chosen.plan, chosen.plan.needs.tape
     rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     compressed = {plan.needs.coins[v] for v in plan.coins}
@@ -163,16 +109,22 @@ def batched(inputs: Sequence[Any], batch: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest batch within a budget of bytes: plainly, and under a plan, with its predicted peak and time."""
+    """The largest batch within a budget of bytes: plainly, and under a plan, with its predicted peak and time.
+
+    `resident`: bytes of the device that parameters, gradients and the optimizer's state take beside the budget.
+    """
 
     budget: int
     plain: int
     batch: int
     peak: int = 0
     time: float = 0.0
+    resident: int = 0
 
     def __str__(self) -> str:
         within = f"within {size(self.budget)}"
+        if self.resident:
+            within += f" (beside {size(self.resident)} of parameters, gradients and optimizer state)"
         if not self.batch:
             return f"{within} not even a batch of 1 trains"
         plainly = f"plainly {self.plain}" if self.plain else "plainly not even 1"
@@ -207,6 +159,23 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
     found = Largest(most, plain, batch)
     if (chosen := planned(batch) if batch else None) is not None:
         found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).plain.seconds)
+    return found
+
+
+OPTIMIZER_STATES: Mapping[str, int] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}  # tensors for each parameter
+
+
+def resident_bytes(model: nn.Module, optimizer: str) -> int:
+    """Return the bytes of a training that are there between steps: tensors of the model, gradients, optimizer state.
+
+    Raises:
+        ValueError: the optimizer is not known.
+    """
+    if optimizer not in OPTIMIZER_STATES:
+        raise ValueError(f"--optimizer {optimizer}: give one of {', '.join(OPTIMIZER_STATES)}")
+    found = 0
+    for t in (*model.parameters(), *model.buffers()):
+        found += t.nbytes * (2 + OPTIMIZER_STATES[optimizer] if t.requires_grad else 1)
     return found
 
 

@@ -125,7 +125,7 @@ def cards(e: Findings) -> str:
 
 
 def usage(e: Findings) -> str:
-    """Return the table of what a training step takes, each figure with what it is of the plain one."""
+    """Return the table of a training step, each figure with its part of the plain one."""
     if not e.ways:
         return ""
     found, rows = columns(e.ways), ""
@@ -150,7 +150,7 @@ def bullets(title: str, lines: Iterable[str]) -> str:
     return items and _section(title, f"<ul>{items}</ul>", f' class="{title.lower()}"')
 
 
-# of the table of regions, by head: attributes of the cells, and what stands in them
+# of the table of regions, by head: attributes of the cells, and their content
 REGION: Mapping[str, tuple[str, Callable[[int, RegionInfo], object]]] = {
     "region": (NUMBER, lambda number, r: number),
     "module": ("", lambda number, r: r.module or "the root"),
@@ -193,5 +193,5 @@ def refusals(e: Findings) -> str:
 
 
 def _code(words: str) -> str:
-    """Escape text in which what stands between backticks is code."""
+    """Escape text with code between backticks."""
     return escaped(words) if words.count("`") % 2 else re.sub("`([^`]*)`", r"<code>\1</code>", escaped(words))

@@ -23,7 +23,7 @@ COLOURS = {
     "muted": ("#59636e", "#9aa4af"), "faint": ("#d1d9e0", "#343b43"),
     "outside": ("#f0f2f4", "#1c2128"), "outside-edge": ("#808a94", "#7d8791"),
     "advice": ("#94600a", "#dba53a"),
-    "plain": ("#6c7681", "#97a1ac"), "revfx": ("#7c3aed", "#b794f6"),
+    "plain": ("#6c7681", "#97a1ac"), "revfx": ("#7c3aed", "#b794f6"), "fitted": ("#0f766e", "#5eead4"),
 }  # fmt: skip
 PALETTE, DARK = ({name: both[i] for name, both in COLOURS.items()} for i in range(2))
 STYLE = {  # of matplotlib: text stays text, and equal pictures have equal ids
@@ -63,27 +63,27 @@ def memory_svg(e: Findings) -> str:
     out = io.StringIO()
     with style.context(["default", STYLE]):
         figure = Figure(layout="constrained")
-        _draw(figure, ways, title)
+        _draw(figure, ways, title, None if e.fit is None else e.fit.budget)
         figure.savefig(out, format="svg", metadata=metadata)
     # Two decimals of a point are enough for coordinates.
     short = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), out.getvalue())
     return "\n".join(line.rstrip() for line in short.splitlines()) + "\n"
 
 
-def _draw(figure: Figure, ways: Mapping[str, Usage], title: str) -> None:
-    """Draw all ways on one panel, and revfx's on a second one where it is small."""
+def _draw(figure: Figure, ways: Mapping[str, Usage], title: str, budget: int | None) -> None:
+    """Draw all ways on one panel with the budget as a line, and revfx's on a second one where it is small."""
     last = [*ways.values()][-1]
-    enlarged = len(ways) == 2 and max(ways["plain"].live) > ENLARGED_FROM * max(ways["revfx"].live)
+    enlarged = set(ways) == {"plain", "revfx"} and max(ways["plain"].live) > ENLARGED_FROM * max(ways["revfx"].live)
     heights = [3, 2] if enlarged else [1]
     figure.set_size_inches(7, 4.4 if enlarged else 3.1)
     panels: Any = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     top, bottom = panels[0][0], panels[-1][0]
     split = min(max(last.backward / len(last.live), 0.15), 0.85)  # part of the width for the forward
 
-    _draw_lines(top, ways, split)
+    _draw_lines(top, ways, split, budget)
     top.set_title(title)
     if enlarged:
-        _draw_lines(bottom, {"revfx": ways["revfx"]}, split)
+        _draw_lines(bottom, {"revfx": ways["revfx"]}, split, None)
         bottom.set_title("revfx alone, enlarged", fontsize=8.5, weight="normal", color=PALETTE["revfx"])
 
     for x, phase in ((split / 2, "forward"), ((1 + split) / 2, "backward")):
@@ -97,8 +97,8 @@ def _draw(figure: Figure, ways: Mapping[str, Usage], title: str) -> None:
     bottom.set_xlabel(caption, fontsize=7.5, color=PALETTE["muted"], labelpad=18)
 
 
-def _draw_lines(axes: Axes, ways: Mapping[str, Usage], split: float) -> None:
-    """Draw live bytes over the operations, with labels of the peaks and a line where the backward begins."""
+def _draw_lines(axes: Axes, ways: Mapping[str, Usage], split: float, budget: int | None) -> None:
+    """Draw live bytes over the operations, with labels of the peaks and lines at the backward and at the budget."""
     highest = max(1, *(max(u.live) for u in ways.values()))
     unit, scale = binary_unit(highest)
     for way, u in ways.items():
@@ -112,6 +112,10 @@ def _draw_lines(axes: Axes, ways: Mapping[str, Usage], split: float) -> None:
         side, offset = ("right", -7) if x > 0.7 else ("left", 7)
         axes.annotate(f"{way} {size(max(u.live))}", (x, top), (offset, 6), textcoords="offset points",
                       ha=side, fontsize=9, weight="bold", color=colour)  # fmt: skip
+    if budget is not None:
+        axes.axhline(budget / scale, color=PALETTE["ink"], linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(f"budget {size(budget)}", (1, budget / scale), (-4, 3), textcoords="offset points",
+                      ha="right", fontsize=8, color=PALETTE["ink"])  # fmt: skip
     axes.set(xlim=(0, 1), xticks=[], ylim=(0, 1.2 * highest / scale))
     axes.set_ylabel(unit, color=PALETTE["ink"])
     axes.grid(axis="y")

@@ -1,9 +1,9 @@
-"""A training step on fake tensors, which have shapes but no data: what it would hold in memory and compute.
+"""A training step on fake tensors, which have shapes but no data: its memory and its computation.
 
-The step runs as it is, the user's Python code, autograd and the executor of regions included; a ledger above all
-operations notes what each result takes and when it is let go. Nothing is computed and nothing allocated, so a step that
-would not fit is counted as well. What kernels allocate within themselves is counted where it is known. Beside it stands
-what real steps take: memory from the allocator's events, and time in turns.
+The step runs as it is: the user's Python code, autograd and the engine. A ledger above all operations notes the bytes
+of each result, and when it is freed. Nothing is computed or allocated, so a step that would not fit is counted as well.
+The workspace of kernels is counted if it is known. The module also measures real steps: memory by the allocator's
+events, and time in turns.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Loss = Callable[[Any], Tensor]  # from a model's output to a scalar
 
 
 class Ledger(TorchDispatchMode):
-    """Notes the memory of every result, and what it takes to compute it."""
+    """Notes the memory of every result, and the FLOPs to compute it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Ledger(TorchDispatchMode):
         self.live: list[int] = []
 
     def enter(self, t: Tensor, counted: bool = True) -> None:
-        """Add the memory of `t` to what is known; if it is `counted`, it is held until it is let go."""
+        """Note the memory of `t`; if it is `counted`, it is held until it is freed."""
         if t.layout != torch.strided:  # fakes of other layouts have none
             return
         storage = t.untyped_storage()
@@ -77,7 +77,7 @@ class Ledger(TorchDispatchMode):
 
 
 class Codes(Observer):
-    """Notes what calls of units keep that no operator makes, and how large their codes are.
+    """Notes tensors of unit calls that no operator makes, and the bytes of their codes.
 
     Args:
         ledger: counts the random states.
@@ -135,7 +135,7 @@ def simulate_step(world: World, run: Callable[..., Any], loss: Loss, codes: dict
             world.fakes.clear()
 
 
-# --- what some CPU kernels allocate within themselves, seen in torch 2.13's memory events
+# --- workspace of some CPU kernels, seen in torch 2.13's memory events
 # oneDNN's convolutions copy their operands into blocks of as many channels as a register holds numbers, and BatchNorm's
 # backward makes one more tensor of its input's size. Elsewhere nothing is known, which counts as nothing.
 def scratch(func: Any, args: Any, out: Any) -> int:
@@ -163,7 +163,7 @@ KNOWN: Mapping[Any, Callable[[Any, Any], int]] = {
 
 # --- on real tensors
 def seconds_of(step: Callable[[], Tensor], device: str) -> float:
-    """Return the seconds that a step takes on a device: what gives its loss, and the backward."""
+    """Return the seconds of a step on a device: the forward with its loss, and the backward."""
     start = time.perf_counter()
     step().backward()
     if device != "cpu":

@@ -33,7 +33,7 @@ from revfx.errors import Cause, Reason, RevfxError
 
 
 Scalar = (int, float)
-TENSOR = ("input", "self", "tensor")  # what the first operand is called by functions and overloads
+TENSOR = ("input", "self", "tensor")  # names of the first operand in functions and overloads
 aten = torch.ops.aten
 
 
@@ -42,7 +42,7 @@ class Inverse:
     """`solves = by(result, *given)`.
 
     `exact` inverses move or relabel elements and give the very bits; the others round. `factor` (a number or an
-    operand) is what the solved operand was multiplied by, or divided by where `reciprocal`: it must not reach zero, and
+    operand) is the factor of the solved operand, or its divisor if `reciprocal`: it must not reach zero, and
     rounding errors grow by its reciprocal. `rest`: the term that the operation adds to the product, as a function of
     `given` (`nothing` where there is none); sums with it can be solved together. `coded` ones saturate, bend or lose
     bits, and so are taken only where a code corrects them. `matrix`: the operand that is inverted as a whole; it must
@@ -92,7 +92,7 @@ class Masked:
     """The result is `whole` where `mask` is `value` (True or False), and `other` elsewhere.
 
     Two results that hold the two halves of `whole` give it back; and of two that hold the same half, each gives the
-    other, given what fills the other's rest.
+    other, given the rest of the other.
     """
 
     whole: Any
@@ -156,7 +156,7 @@ def _keys(op: object) -> list[object]:
     )
 
 
-# --- inverses that are calls of the user's, or of a library's: given what the call was given
+# --- inverses that are calls of the user's, or of a library's, with the arguments of the call
 def by_call(back: Callable[..., Any], node: fx.Node, x: fx.Node, y: fx.Node, name: str, runs: bool = False) -> Inverse:
     """Return the inverse of `y, ... = node(x, ...)`; `x, ... = back(y, ...)`, the first tensors of both."""
     others = tuple(n for n in node.all_input_nodes if n is not x)
@@ -170,7 +170,7 @@ def by_call(back: Callable[..., Any], node: fx.Node, x: fx.Node, y: fx.Node, nam
 
 
 def _by_method(by: str | Callable[..., Any]) -> Rule:
-    """Return the rule of modules called whole: what inverts them is a method, or a function that is given them too."""
+    """Return the rule of modules called whole: a method inverts them, or a function that is given them too."""
 
     def rule(node: fx.Node) -> Iterator[Direction]:
         ref, first = node.meta["module"], next(iter(pytree.tree_leaves(node.meta["val"])), None)
@@ -186,7 +186,7 @@ def _by_method(by: str | Callable[..., Any]) -> Rule:
 
 
 def _result_nodes(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield a node and what takes its result apart."""
+    """Yield a node and the nodes that take its result apart."""
     yield node
     for part in (n for n in node.users if n.target is operator.getitem):
         yield from _result_nodes(part)
@@ -250,7 +250,7 @@ def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
 
 
 def operands(node: fx.Node) -> list[Any]:
-    """Return the tensor that an operation is applied to, and what else it is given, by position or by name."""
+    """Return the tensor that an operation is applied to, and the other arguments, by position or by name."""
     return [*arguments(node, "input"), *node.args[1:], *(v for k, v in node.kwargs.items() if k not in TENSOR)]
 
 

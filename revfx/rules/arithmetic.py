@@ -1,4 +1,4 @@
-"""Inverse rules of arithmetic and of casts: sums, products, and what is spelled in one operation of both."""
+"""Inverse rules of arithmetic and of casts: sums, products, and single operations of both."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def lerp(node: fx.Node) -> Iterator[Direction]:
 
 @register_inverse(aten.where.self)
 def select_by_mask(node: fx.Node) -> Iterator[Direction]:
-    """`y = where(m, a, b)`: a where m holds, b elsewhere; what m does not select of either is not in y."""
+    """`y = where(m, a, b)`: a where m holds, b elsewhere; the unselected elements of either are not in y."""
     if len(node.args) != 3:
         return
     mask, a, b = node.args

@@ -139,7 +139,7 @@ def cat(node: fx.Node) -> Iterator[Direction]:
 
 
 def joined(node: fx.Node) -> Iterator[tuple[Any, int, int, int]]:
-    """Yield what `cat` puts one behind another: each operand with the dimension, where it begins along it, its size."""
+    """Yield the operands of `cat`: each with the dimension, its first index along it, and its size."""
     parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
     dim = (dim if axis is None else axis) % fake_result(node).dim()
     at = 0

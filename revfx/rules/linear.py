@@ -1,7 +1,7 @@
 """Inverse rules of invertible linear maps: products by a square matrix, however it is spelled, on any dimension.
 
 `y = a @ m`; `a = y @ inverse(m)`, for a matrix that follows from parameters and constants alone. How well that is
-conditioned is a question of price: of the bytes that the code takes, which makes up for what the product rounds. A
+conditioned is a question of price: of the bytes that the code takes, which makes up for the rounding of the product. A
 convolution that takes its input apart into blocks (kernel = stride, 1x1 among them) is a product by the matrix of its
 weight, and a transposed one is its dual: with `w` as [groups, n, n], the weight of the inverse is `inverse(w).mT`.
 """
@@ -23,7 +23,7 @@ from revfx.rules import Direction, Inverse, arguments, aten, fake_result, regist
 class _InverseMatrix:
     """The inverses of square matrices, computed in float64 and rounded to their dtype.
 
-    A forward makes them anew, since a fused optimizer's step counts no version, and its backward takes the same ones,
+    A forward makes new ones, since a fused optimizer's step counts no version, and its backward takes the same ones,
     which are kept for as long as their matrices.
     """
 
@@ -127,7 +127,7 @@ def _convolution(
 
 
 def _each(given: Any, kernel: Sequence[int]) -> tuple[Any, ...]:
-    """Return what is given for all dimensions, or for each, for each."""
+    """Return a value for each dimension, given one for all or one for each."""
     if given == "valid":
         return (0,) * len(kernel)
     each = tuple(given) if isinstance(given, (tuple, list)) else (given,)

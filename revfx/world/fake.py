@@ -84,8 +84,9 @@ class World:
 
 
 class RealWorld(World):
-    """A world of the model's own numbers, whose gradients go nowhere; buffers, arguments and parameters that share a
-    storage are copies.
+    """A world of the model's own numbers, without gradients of its parameters.
+
+    Buffers, arguments, and parameters that share a storage are copies.
     """
 
     def stand_in(self, t: Tensor) -> Tensor:

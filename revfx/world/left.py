@@ -37,7 +37,7 @@ _LRU = type(functools.lru_cache(int))
 
 
 def let_go(mode: _fake.FakeMode) -> str | None:
-    """Take fake tensors of `mode` out of what holds them, and return what can't be as it was before; None: all is.
+    """Take fake tensors of `mode` out of their holders; return a holder that can't be as before, or None.
 
     Called when none should be alive. Caches lose the entry, and names of objects and modules stand for None.
     """
@@ -46,13 +46,13 @@ def let_go(mode: _fake.FakeMode) -> str | None:
     frozen = gc.get_freeze_count()
     gc.unfreeze()
     try:
-        gc.collect()  # what is left may be garbage, and so may be what holds it
-        told = _take_out(mode.alive(), set(), DEPTH)
+        gc.collect()  # the rest may be garbage, and so may its holders
+        blamed = _take_out(mode.alive(), set(), DEPTH)
         if mode.alive():
             gc.collect()
         alive = mode.alive()
         rest = [f"a {type(h).__name__}" for h in _holders(alive) if h is not alive] if alive else []
-        return next(iter((*told, *rest)), None)
+        return next(iter((*blamed, *rest)), None)
     finally:
         if frozen:
             gc.freeze()
@@ -64,8 +64,8 @@ def _holders(things: list[Any]) -> list[Any]:
 
 
 def _take_out(things: list[Any], ours: set[int], depth: int) -> list[str]:
-    """Make what holds `things` do so no longer, and return the names of what is not as it was."""
-    ids, told, further, emptied = {id(t) for t in things}, list[str](), list[Any](), list[Any]()
+    """Take `things` out of their holders; return the names of holders that are not as before."""
+    ids, blamed, further, emptied = {id(t) for t in things}, list[str](), list[Any](), list[Any]()
     holders = _holders(things)
     ours |= {id(things), id(holders)}
     for holder in (h for h in holders if id(h) not in ours):
@@ -76,7 +76,7 @@ def _take_out(things: list[Any], ours: set[int], depth: int) -> list[str]:
             further.append(holder)
         elif isinstance(holder, types.CellType):
             holder.cell_contents = None
-            told.append("a variable of a closure")
+            blamed.append("a variable of a closure")
         elif isinstance(holder, dict) and owner is None:
             for k in [k for k, v in holder.items() if id(v) in ids or id(k) in ids]:
                 del holder[k]
@@ -87,18 +87,18 @@ def _take_out(things: list[Any], ours: set[int], depth: int) -> list[str]:
             if isinstance(holder, list) and not rest:
                 emptied.append(holder)
         elif owner is not None:
-            told += _unset(owner, ids)
+            blamed += _unset(owner, ids)
     for holder in _holders(emptied) if emptied else ():  # of a record of nothing else: code would look for it there
         if isinstance(holder, _LRU):
             holder.cache_clear()
         elif isinstance(holder, dict) and _owner(holder, ours | {id(emptied)}) is None:
             for k in [k for k, v in holder.items() if any(v is x for x in emptied)]:
                 del holder[k]
-    return told + (_take_out(further, ours, depth - 1) if further and depth else [])
+    return blamed + (_take_out(further, ours, depth - 1) if further and depth else [])
 
 
 def _owner(holder: Any, ours: set[int]) -> Any:
-    """Return whose attributes `holder` has: its own, or those of the object, class or module whose table it is."""
+    """Return the owner of attributes: `holder`, or the object, class or module that it is the table of."""
     if not isinstance(holder, dict):
         return None if isinstance(holder, (*CONTAINERS, *_PASSED_ON)) else holder
     if "__builtins__" in holder:
@@ -111,14 +111,14 @@ def _owner(holder: Any, ours: set[int]) -> Any:
 
 
 def _unset(owner: Any, ids: set[int]) -> list[str]:
-    """Make attributes or globals that hold one of `ids` stand for None: nobody knows what was there before.
+    """Set attributes or globals that hold one of `ids` to None: their earlier values are unknown.
 
-    What the class says shows again, and what a `cached_property` gave is computed again.
+    Attributes of the class show again, and a `cached_property` is computed again.
     """
     is_globals = isinstance(owner, dict)
     slots = [n for c in type(owner).__mro__ for n in vars(c).get("__slots__", ()) if isinstance(n, str)]
     values = owner if is_globals else {n: getattr(owner, n, None) for n in slots} | dict(getattr(owner, "__dict__", {}))
-    told = list[str]()
+    blamed = list[str]()
     for name in [n for n, v in values.items() if id(v) in ids]:
         if is_globals:
             owner[name] = None
@@ -128,5 +128,5 @@ def _unset(owner: Any, ids: set[int]) -> list[str]:
         else:
             setattr(owner, name, None)
         who = "" if is_globals else f"{getattr(owner, '__name__', type(owner).__name__)}."
-        told.append(f"`{who}{name}`")
-    return told
+        blamed.append(f"`{who}{name}`")
+    return blamed

@@ -1,5 +1,5 @@
-"""What a function can see: the modules below it, and what a function closes over, its partial arguments and the globals
-that it loads lead to, through containers and plain objects.
+"""Modules and tensors reachable from a function: through sub-modules, closures, partial arguments, globals, containers
+and plain objects.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def global_names(code: types.CodeType) -> frozenset[str]:
 
 
 def held_in(cell: types.CellType) -> Any:
-    """Return what a variable of a closure holds; EMPTY where it is not assigned."""
+    """Return the content of a variable of a closure; EMPTY if it is not assigned."""
     try:
         return cell.cell_contents
     except ValueError:  # not assigned yet
@@ -81,7 +81,7 @@ class Reach:
         return any(t.requires_grad for t in (*self.tensors, *held))
 
     def _visit(self, item: Any, depth: int) -> Iterable[Any]:
-        """Note `item`, and return what is to be looked at behind it."""
+        """Note `item`, and return the objects that it leads to."""
         if isinstance(item, nn.Module):
             return self._module(item)
         if isinstance(item, Tensor):
@@ -94,7 +94,7 @@ class Reach:
         elif isinstance(item, types.MethodType):
             return item.__self__, item.__func__
         elif isinstance(item, types.FunctionType):
-            # what torch's and revfx's own close over may be the user's
+            # closures of torch's and revfx's own functions may hold the user's objects
             known = {} if _top(item) in ("torch", "revfx") else item.__globals__
             held = map(held_in, item.__closure__ or ())
             return *held, *(known[n] for n in global_names(item.__code__) if n in known)

@@ -16,7 +16,7 @@ from revfx.world.values import ATOMS, DEPTH, is_plain
 LONG = 10_000  # entries of a container that is data, and not noted
 
 
-# --- modules, and what a forward is given
+# --- modules, and the arguments of a forward
 def held_by(values: Iterable[Any], depth: int = DEPTH) -> list[tuple[Any, tuple[Any, ...]]]:
     """Return containers, and attribute tables of plain objects, among `values` and in each other, and their items."""
     found: dict[int, tuple[Any, tuple[Any, ...]]] = {}
@@ -50,7 +50,7 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Make every table hold again what it held, and so the containers in them."""
+        """Restore every table, and the containers in them."""
         for container, then in (pair for *_, held in self.held for pair in held):
             fill(container, then)
         for _, table, then in self._touched():
@@ -69,7 +69,7 @@ def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
 
 
 def content(container: Any) -> tuple[Any, ...]:
-    """Return what a container holds; of a dict its pairs."""
+    """Return the content of a container: the pairs of a dict."""
     return tuple(container.items() if isinstance(container, dict) else container)
 
 
@@ -80,7 +80,7 @@ def holds(container: Any, then: tuple[Any, ...]) -> bool:
 
 
 def fill(container: Any, then: tuple[Any, ...]) -> None:
-    """Make a container hold what it held."""
+    """Restore the content of a container."""
     if not holds(container, then):
         container.clear()
         (container.update if isinstance(container, (dict, set)) else container.extend)(then)

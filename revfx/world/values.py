@@ -13,12 +13,12 @@ from revfx.world.reach import EMPTY, global_names, held_in
 
 
 ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
-DEPTH = 6  # how far tuples, lists and dicts are compared by what is in them
+DEPTH = 6  # of tuples, lists and dicts that are compared by content
 _OURS = ("torch", "revfx")
 
 
 def is_plain(value: object) -> bool:
-    """Return whether `value` is an object whose state is its attributes, such as a configuration."""
+    """Return whether `value` is an object with its state in its attributes, such as a configuration."""
     if type(value).__module__.partition(".")[0] in (*_OURS, "builtins"):
         return False
     skipped = (type, nn.Module, types.ModuleType, types.FunctionType)
@@ -26,7 +26,7 @@ def is_plain(value: object) -> bool:
 
 
 class GlobalReads:
-    """The globals, and variables of closures, that recorded functions of the user's load, with what they were."""
+    """The globals, and variables of closures, that functions of the user load, with their values."""
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
@@ -45,7 +45,7 @@ class GlobalReads:
             stack += [v for _, v in (*found, *held)]
 
     def put_back(self) -> None:
-        """Make the names stand for what they stood for."""
+        """Restore the values of the names."""
         for table, name, value in self.globals:
             table[name] = value
         for cell, value in self.cells:

@@ -43,7 +43,8 @@ class Chain(nn.Module):
         self.is_affine = is_affine
         self.first, self.last = nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)
         out = 2 * d if is_affine else d
-        self.f = nn.ModuleList(nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, out)) for _ in range(depth))
+        make = lambda: nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, out))  # noqa: E731
+        self.f = nn.ModuleList(make() for _ in range(depth))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.first(x).chunk(2, 1)
@@ -98,9 +99,7 @@ def drawn_plan(kind: BudgetKind, draw: random.Random) -> Any:
     return replace(plan, kept=kept, marks=frozenset(marks), coins=coins, block_of=block_of)
 
 
-def install(
-    kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, inverted: Inverted = NOTHING
-) -> None:
+def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, inverted: Inverted = NOTHING) -> None:
     assert kind.chosen is not None
     kind.plan = Plan()
     chosen = kind.chosen._replace(plan=drawn, inverted=inverted)
@@ -192,4 +191,4 @@ def test_couplings_are_inverted_beside_any_plan(name: str, watcher: str, monkeyp
             assert not kind.is_due and not kind.plan.reasons
             assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK
             drawn = drawn_plan(kind, draw)
-    assert len(counts) > 2 and counts[0] >= len(model.f)  # pyright: ignore[reportArgumentType]
+    assert len(counts) > 2 and counts[0] >= len(model.f)

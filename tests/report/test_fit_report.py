@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from fit_models import make
 from hypothesis import given, strategies as st
 
 import revfx
 from revfx.cli import main
+from revfx.report.explanation import FORMS
 from revfx.report.fit import MAX_BATCH, RESOLUTION, Largest, largest, search
+from revfx.units import size
 
 
 MODEL = """
@@ -79,8 +82,41 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(capsys.readouterr().out)["batch"] > 8
     assert main(["fit", f"{file}:Net", "--input", "8,64", "--memory", "50%"]) == 2
     assert "give bytes" in capsys.readouterr().err
-    main(["explain", f"{file}:Net", "--input", "256,64", "--memory", "60%"])
-    assert "least feasible budget" in capsys.readouterr().out
+    assert main(["explain", f"{file}:Net", "--input", "256,64", "--memory", "60%"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith("budget ") and "of its time" in said[1]  # the verdict first
+    assert any("least feasible budget" in line for line in said)
+    assert main(["explain", f"{file}:Net", "--input", "256,64", "--memory", "1KiB"]) == 1
+    assert "no plan stays within it" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_device_is_shared_with_the_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "budgeted.py"
+    file.write_text(MODEL)
+    batches: dict[str, int] = {}
+    for optimizer in ("sgd", "adamw"):
+        given = ["--device-memory", "4MiB", "--optimizer", optimizer, "--json"]
+        assert main(["fit", f"{file}:Net", "--input", "8,64", *given]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["budget"] + found["resident"] == 4 * 2**20
+        batches[optimizer] = found["batch"]
+    assert batches["adamw"] < batches["sgd"]
+    assert main(["fit", f"{file}:Net", "--input", "8,64", "--device-memory", "100KiB"]) == 2
+    assert main(["fit", f"{file}:Net", "--input", "8,64"]) == 2
+
+
+def test_the_picture_has_the_plan_and_the_budget() -> None:
+    torch.manual_seed(0)
+    model, (x,), _ = make("mlp")
+    found = revfx.explain(model, x, memory=0.5)
+    assert found.fit is not None
+    ways = {u.way: u for u in found.ways}
+    assert ways["plain"].peak == found.fit.plain == max(ways["plain"].live)
+    assert ways["fitted"].peak == found.fit.peak == max(ways["fitted"].live) <= found.fit.budget
+    drawn = FORMS[".svg"](found)
+    assert "fitted" in drawn and f"budget {size(found.fit.budget)}" in drawn
 
 
 # --- the search for the largest size that fits

@@ -92,10 +92,10 @@ def _judged(program: Program, got: Run, want: Run, inner: str | None) -> Verdict
         unwritten = run(replace(program, way="once"), plain, plain)
         if compare(Run(got.steps[:1], []), Run(unwritten.steps[:1], []), allowed, eps, tolerance).kind != "failure":
             return Verdict("right in spite of a write")
-        if inner == "inductor" and PARTS in verdict.text:  # what a loss reads beside the graph: README, Limits
+        if inner == "inductor" and PARTS in verdict.text:  # what a loss reads beside the graph: docs/limits.md
             return Verdict("part of an input returned")
     if verdict.kind == "failure" and inner is not None and KEPT in verdict.text and _writes_across_graphs(program):
-        return Verdict("raised: an input that a graph keeps is written to by a later one")  # README, Limits
+        return Verdict("raised: an input that a graph keeps is written to by a later one")  # docs/limits.md
     for kernels in dict.fromkeys(("aot_eager", inner)) if inner is not None and verdict.kind == "failure" else ():
         stock, _ = _compiled(program, kernels, OPTIONS[kernels] or None)
         if compare(stock, want, allowed, eps, tolerance).kind == "failure":
