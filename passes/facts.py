@@ -1,4 +1,4 @@
-"""What the values of constants tell: which index is a permutation, or holds which numbers; which factor is a mask.
+"""Facts about the values of constants: which index is a permutation, or holds which numbers; which factor is a mask.
 
 A compiler sees no values, so facts are looked up with the real tensors, and each user of a fact checks
 it again in every run (`check`): a buffer that has changed raises, it never gives a wrong gradient.

@@ -1,4 +1,4 @@
-"""What an inverse computes, as a line to read: its function is run on names instead of tensors."""
+"""The formula of an inverse, as a line to read: its function is run on names instead of tensors."""
 
 from __future__ import annotations
 

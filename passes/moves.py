@@ -1,4 +1,4 @@
-"""What the rules of operations say of a graph's nodes, and which nodes take values apart."""
+"""The rules of a graph's nodes, and the nodes that take values apart."""
 
 from __future__ import annotations
 

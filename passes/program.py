@@ -114,7 +114,7 @@ ROOTS = 8  # operations of one operand that are looked through upwards
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a value was selected from (`roots`, through operations of one operand), by which `first` to `last`."""
+    """The sources of a selected value (`roots`, through operations of one operand), by which `first` to `last`."""
 
     roots: frozenset[int]
     first: int

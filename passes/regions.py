@@ -232,7 +232,7 @@ def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> li
 def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool:
     """Return whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it.
 
-    What running forwards from `side` alone gives does not count: that is checkpointing, which needs no inverse.
+    Results of running forwards from `side` alone do not count: that is checkpointing, which needs no inverse.
     """
     given = _recomputable(program, steps, side)
     readers = 0

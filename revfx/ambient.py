@@ -1,4 +1,4 @@
-"""What is set around a forward: random generators, grad mode, autocast, and how kernels are chosen."""
+"""The surroundings of a forward: random generators, grad mode, autocast, and how kernels are chosen."""
 
 from __future__ import annotations
 

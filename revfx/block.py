@@ -160,7 +160,7 @@ def _apply(function: Function, x: Tensor, side: Any) -> Tensor:
 
 
 def _couple(x: Tensor, h: Any, name: str, layer: int, sign: int = 1) -> Tensor:
-    """Return `x + h` (`x - h` where sign is -1), for h of the same shape and device whose sum keeps x's dtype, else
+    """Return `x + h` (`x - h` where sign is -1), for h of the same shape and device if the sum keeps x's dtype, else
     raise.
     """
     if not isinstance(h, Tensor):

@@ -32,7 +32,7 @@ from revfx.world.left import none_left
 
 @dataclass(frozen=True)
 class Options:
-    """What `convert` was asked for."""
+    """The options of `convert`."""
 
     exact: bool = True
     strict: bool = False

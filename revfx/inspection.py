@@ -1,4 +1,4 @@
-"""What checks of models stand on: regions that run forwards and are inverted by steps, gradients, ordinary storage."""
+"""The base of checks of models: regions that run forwards and are inverted by steps, gradients, ordinary storage."""
 
 from __future__ import annotations
 

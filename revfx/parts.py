@@ -24,7 +24,7 @@ running: ContextVar[Sequence[BlockCall]] = ContextVar("revfx_running", default=(
 
 
 class Part:
-    """What stands in the place of a module's compiled `call`: it tells who is watching."""
+    """The stand-in for a module's compiled `call`, which reports to the observer."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module, self.call = module, call

@@ -1,4 +1,4 @@
-"""What revfx is tested with, shipped so that users test their own models: gradients, inverses, memory."""
+"""The test tools of revfx, for users to test their own models: gradients, inverses, memory."""
 
 from __future__ import annotations
 

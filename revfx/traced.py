@@ -1,4 +1,4 @@
-"""What couplings ask for where `torch.compile` traces them: they run as lines there, and are to be freed too."""
+"""The requests of couplings that `torch.compile` traces: they run as lines there, and are to be freed too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compiler that fuses must not put off: values that cross the border between two steps.
+"""Values that cross the border between two steps, which a fusing compiler must not defer.
 
 A fusing compiler computes a cheap value where it is read, from the inputs of its maker, and merges readers of the
 same values into one kernel. Over a chain of steps that keeps alive what every step made: the velocity's gradient in a

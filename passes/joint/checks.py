@@ -1,4 +1,4 @@
-"""What only a run can tell: flags that a joint graph computes, and one check at the end of its backward reads.
+"""Checks in a run: flags that a joint graph computes, and one check at the end of its backward.
 
 That a factor stayed away from zero, that rounding did not grow too much, that what was relied on still holds, that
 values came back as they were.

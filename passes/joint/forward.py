@@ -33,7 +33,7 @@ SEEDS = "inductor_seeds"  # inductor's random numbers are functions of such a te
 
 @dataclass(frozen=True)
 class ForwardGraph:
-    """What forward outputs need: the joint graph's `nodes`, their program, and which of them stands for what.
+    """The part of the joint graph that forward outputs need: `nodes`, their program, and the map between them.
 
     `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
     written after the forward.

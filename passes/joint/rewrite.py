@@ -1,6 +1,6 @@
 """The rewrite of a joint graph: reversible regions of its forward are regenerated where the backward reads them.
 
-What follows is torch's: its min-cut partitioner splits the rewritten graph. Regenerated nodes must be in the backward;
+The rest is torch's: its min-cut partitioner splits the rewritten graph. Regenerated nodes must be in the backward;
 they are put right before their first use, so that one layer's are freed before the next one's are made.
 """
 

@@ -7,7 +7,7 @@ from its prediction is then a small integer nearly everywhere, across zero too.
 - `packed`: `width` bits of each distance (0, 2, 4 or 8), in blocks of 256 elements. With F = 8 / width, byte i of a
   block holds elements i, i + 256/F, i + 2*256/F, ..., the first one in its lowest bits. The last block has as many
   bytes as elements, if these are fewer.
-- Elements whose distance needs more bits are **escapes**: `values` has their bits, `places` where they are in their
+- Elements that need more bits are **escapes**: `values` has their bits, `places` where they are in their
   group of 2,048 elements, and `spans` for each group the first of its escapes and the end of them.
 - `words`: the **fingerprint** of the tensor. The first word is a sum over its memory in words of 32 bits, each times a
   random weight (by its place in a row of 128) and a random key (of the row), so that a change of a word, or an exchange

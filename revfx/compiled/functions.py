@@ -44,7 +44,7 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Kernels:
-    """What functions of one structure are compiled to."""
+    """The compiled kernels of functions of one structure."""
 
     def __init__(self) -> None:
         # a size that is found to vary would give an earlier call's re-run other kernels than it had

@@ -34,7 +34,7 @@ def blocks_of(needs: Needs, costs: Sequence[Cost]) -> Blocks:
     """Return the blocks of a forward.
 
     A border lies where a block hands on least, as far as its neighbours know, and autograd keeps more than that in it.
-    What leads over a border must be kept if the border is to be one; it can be.
+    The values that are live at a border must be kept if it is to be one; they can be.
     """
     tape, turn = needs.tape, needs.tape.turn
     free = _free(needs, costs)

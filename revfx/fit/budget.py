@@ -22,7 +22,7 @@ class Budget:
     less: int = 0
 
     def of(self, plain: int) -> int:
-        """Return the bytes for a model whose plain step takes so many at its peak."""
+        """Return the budget in bytes, given the peak of the plain step."""
         return (self.bytes if self.bytes is not None else int((self.share or 0.0) * plain)) - self.less
 
 

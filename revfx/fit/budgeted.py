@@ -113,7 +113,7 @@ class BudgetedModel:
 
     @property
     def refusals(self) -> list[Refusal]:
-        """What is kept for good."""
+        """The tensors that are kept for good, with reasons."""
         found: list[Refusal] = []
         for kind in self.kinds.values():
             for reason in kind.plan.reasons:
@@ -211,9 +211,9 @@ class BudgetedModel:
         forward.begins = partial(self._begins, number)
 
     def _begins(self, number: int) -> None:
-        """Count the forwards that share a budget; where they are more than before, later steps are planned anew.
+        """Count the forwards that share a budget; if there are more than before, later steps get other plans.
 
-        These are the one whose backward begins, and those that ran after it and wait for theirs.
+        These are the one with a backward that begins, and those that ran after it and wait for theirs.
         """
         with self.lock:
             sharing = sum(n >= number and not forward.is_over for n, forward in self._forwards.items())

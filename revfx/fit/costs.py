@@ -1,6 +1,6 @@
 """Measured costs of operators: each different one runs by itself, once for its allocations, then for its time.
 
-Neither can be told from shapes: kernels allocate within themselves (blocks of channels, partial sums for each thread),
+Neither follows from shapes: kernels allocate within themselves (blocks of channels, partial sums for each thread),
 and on some machines an exponential takes as long as reading memory ten times.
 """
 

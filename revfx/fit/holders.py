@@ -31,7 +31,7 @@ def list_holders(model: Model, plan: Plan, load: Load) -> list[str]:
         found.append((model.costs[at].scratch, f"within {op} itself"))
     for m in tape.memories:
         end = model.end(m)
-        if m.source is None and 2 * m.born < slot and (end is None or end > slot):
+        if not m.is_outside and 2 * m.born < slot and (end is None or end > slot):
             maker = tape.ops[m.born] if m.born < len(tape.ops) else op
             kind = "a result of the forward" if m.born < tape.turn else "a gradient"
             found.append((m.size, f"{kind}, of {maker}"))

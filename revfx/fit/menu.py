@@ -1,4 +1,4 @@
-"""What can be kept of a run of blocks, from everything to nothing: minimum cuts for one price of time after another.
+"""The choices for a run of blocks, from keeping everything to nothing: minimum cuts, one for each price of time.
 
 With P the price of a second in bytes, the cheapest choice is a minimum cut (as in torch's partitioner, but with
 times): a node on the side of the sink is there in the backward; an operator there runs again, for P times its
@@ -23,7 +23,7 @@ PRICES = 10  # how many are tried, besides none
 
 @dataclass(frozen=True)
 class Choice:
-    """What is kept of some operators: values, packs as their marks, coins."""
+    """The kept results of some operators: values, packs as their marks, coins."""
 
     kept: frozenset[int]
     marks: frozenset[int]

@@ -31,7 +31,7 @@ def about_checkpoints(model: nn.Module) -> str:
 
 
 def warn_of_gathered_part(name: str, budget: Budget, part: str) -> None:
-    """Warn that a model whose compiled part has parameters which FSDP2 gathers runs plainly."""
+    """Warn that a model runs plainly: FSDP2 gathers the parameters of its compiled part."""
     warn(
         f"`convert({name}, {budget.text})`: FSDP2 gathers parameters, and `{part}` is compiled, which can't run again"
         " without them. The model runs plainly, and the budget is not kept. Leave the part uncompiled.",

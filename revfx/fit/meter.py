@@ -1,4 +1,4 @@
-"""What a step really takes, where an accelerator's allocator counts: a budget that was missed is planned for anew."""
+"""The measured peak of a step, if an accelerator's allocator counts: later plans correct a budget that was missed."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from revfx.engine.operators import STATISTICS
 from revfx.engine.whole import Whole
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
@@ -17,11 +18,6 @@ from revfx.passes._torch import is_pure, writes
 
 
 aten: Any = torch.ops.aten
-STATISTICS = {  # arguments that a normalisation in training writes, although its schema does not say so
-    aten.native_batch_norm.default: (3, 4),
-    aten.cudnn_batch_norm.default: (3, 4),
-    aten.miopen_batch_norm.default: (3, 4),
-}
 LARGE = 2**24  # elements of a memory beyond which parts of it are taken for all
 SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor}
 
@@ -32,7 +28,7 @@ class Needs:
 
     `wanted`: the values that can be kept, as they are in the backward, with the numbers of the packs; `marks`: packs
     of which a bit an element is enough; `coins`: zeros and ones that were drawn, and follow from a value that is kept.
-    `stuck`: packs that stay as they are, as what they are of is written over, or the backward does not come by.
+    `stuck`: packs that stay as they are: their memory is written over, or the backward does not read them.
     """
 
     tape: Tape
@@ -43,7 +39,7 @@ class Needs:
 
     def __post_init__(self) -> None:
         for k, p in enumerate(self.tape.packs):
-            if p.spot is None or self.source(p.spot.value) is not None:
+            if p.spot is None or self.is_outside(p.spot.value):
                 continue
             last = self.tape.memory(p.spot.value).values[-1]
             if p.unpacked is None or not self._stays(p.spot):
@@ -54,9 +50,8 @@ class Needs:
             reads = self.tape.reads.get(k)
             if reads and is_dense(p.spot) and all(is_mark_enough(self.tape.ops[o], at) for o, at in reads):
                 self.marks.add(k)
-
         for v in self.tape.offered:
-            if self.source(v) is None and v == self.tape.memory(v).values[-1]:
+            if not self.is_outside(v) and v == self.tape.memory(v).values[-1]:
                 self.wanted.setdefault(v, [])
 
     def _stays(self, spot: Spot) -> bool:
@@ -77,12 +72,12 @@ class Needs:
 
     def elements(self, value: int) -> int:
         """Return how many elements the memory of a value has, which autograd keeps, or which is a coin."""
-        told = self.coins.get(value, value)
-        return self.tape.size(value) // self.spot(self.wanted[told][0]).dtype.itemsize
+        saved = self.coins.get(value, value)
+        return self.tape.size(value) // self.spot(self.wanted[saved][0]).dtype.itemsize
 
-    def source(self, value: int) -> tuple[str, Any] | None:
-        """Return where to find a value that was there before the step; None of others."""
-        return self.tape.memory(value).source
+    def is_outside(self, value: int) -> bool:
+        """Return whether a value lies in memory from before the step."""
+        return self.tape.memory(value).is_outside
 
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
@@ -92,8 +87,7 @@ class Needs:
     def _there(self) -> set[int]:
         found: set[int] = set()
         for value, memory in enumerate(self.tape.memory_of):
-            kind, _ = self.source(value) or ("", None)
-            if kind in ("parameter", "buffer", "argument") and memory not in self._written:
+            if self.is_outside(value) and memory not in self._written:
                 found.add(value)
         return found
 
@@ -121,11 +115,14 @@ class Needs:
             return known or (by is not None and found[by] is not None)
 
         for o, op in enumerate(tape.ops[: tape.turn]):
-            op_ = twin(op)
-            ok = o not in self.barred and not op.draws and bool(op.makes) and all(is_known(s.value) for s in op_.reads)
-            aten_ = getattr(op.func, "namespace", "") in ("aten", "prims") and (is_pure(op.func) or writes(op.func))
-            ok = ok and (aten_ or isinstance(op.func, Whole))
-            found.append(op_ if ok and all(self.source(v) is None for v in op.makes) else None)
+            again = twin(op)
+            can_run = o not in self.barred and _may_run_again(op.func) and bool(op.makes)
+            if can_run and any(map(self.is_outside, op.makes)):
+                can_run = False  # it writes to memory from before the step
+            if can_run and all(is_known(s.value) for s in again.reads):
+                found.append(again)
+            else:
+                found.append(None)
         return found
 
     @cached_property
@@ -141,6 +138,13 @@ class Needs:
                 if whole and all(o not in self.barred and _scales(tape.ops[o]) for o in rest) and self.wanted.get(last):
                     found[drawn] = last
         return found
+
+
+def _may_run_again(func: Any) -> bool:
+    """Return whether an operator computes the same in the backward."""
+    if isinstance(func, Whole):
+        return True
+    return getattr(func, "namespace", "") in ("aten", "prims") and (is_pure(func) or writes(func))
 
 
 def overlap(a: Spot, b: Spot) -> bool:

@@ -34,8 +34,8 @@ class Entry:
 
 @dataclass
 class Run:
-    """Blocks in a row: the operators from `start` to `stop`, the part of the backward that reads what autograd keeps in
-    them, and their values and packs as they are made.
+    """Blocks in a row: the operators from `start` to `stop`, the part of the backward that reads their saved
+    tensors, and their values and packs as they are made.
     """
 
     start: int
@@ -57,7 +57,7 @@ class Runs:
 
     def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
         """Return the run of the blocks from one to another, nested or not, with its entries, and the most bytes that
-        there are with each in the run's own parts, apart from what earlier blocks hold.
+        there are with each in the run's own parts, without the bytes of earlier blocks.
         """
         if where not in self.found:
             i, j, nested = where
@@ -79,8 +79,9 @@ class Runs:
 
     @cached_property
     def _keys(self) -> list[Hashable]:
-        """Return what blocks have in common that are alike: operators, what these read, and when what autograd keeps of
-        them is let go of; values by how many operators before they were made, or if that is far, as such.
+        """Return the keys of blocks, which alike ones share: operators, operands, and the ends of their saved tensors.
+
+        Operands are named by the distance to their makers in operators, or by themselves if that is far.
         """
         tape, borders = self.needs.tape, self.blocks.borders
         starts = [self._run(b, b + 1).back[0] for b in range(len(self.blocks))]

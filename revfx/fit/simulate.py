@@ -1,4 +1,4 @@
-"""What a step holds under a plan, in every slot of its forward and its backward, and how long it takes more."""
+"""The load of a step under a plan: the bytes in every slot of its forward and its backward, and the extra seconds."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Model:
             m, stop = tape.memory_of[self.needs.value(k)], tape.packs[k].end
             until[m] = max(until.get(m, 0), end if stop is None else stop)
         for n, m in enumerate(tape.memories):
-            if m.source is None:
+            if not m.is_outside:
                 gone = self.end(m)
                 hold(m.size, 2 * m.born + 1, end if gone is None else max(gone, until.get(n, 0)))
             elif m.end is not None and m.end < until.get(n, 0):

@@ -62,12 +62,12 @@ class StepRecorder:
 
     def __init__(self, model: nn.Module, finished: Callable[[StepRecorder], None]) -> None:
         self.tape, self.numbers = Tape(), list[int]()
-        self._before = dict[int, str]()  # by storage from before the step: its kind
+        self._before = set[int]()  # storages of parameters and their gradients
         self._parameters = [*model.parameters()]
         for p in self._parameters:
             for t in (p, p.grad):
                 if t is not None and _is_strided(t):
-                    self._before[_torch.storage_key(t)] = "parameter"
+                    self._before.add(_torch.storage_key(t))
         self.begins: Callable[[], None] | None = None
         self._finished: Callable[[StepRecorder], None] | None = finished
         self._known: dict[int, tuple[int, Any]] = {}  # by storage: its memory, and a weak reference
@@ -107,7 +107,7 @@ class StepRecorder:
         storage, number = t.untyped_storage(), len(self.tape.memories)
         memory = Memory(storage.nbytes(), t.device, len(self.tape.ops))
         if not made and (key in self._before or not self.is_backward):
-            memory.source, memory.storage = (self._before.get(key, "argument"), None), key
+            memory.is_outside, memory.storage = True, key
         self.tape.memories.append(memory)
         self._value(number, len(self.tape.ops) if made else None)
         self._live.add(number)
@@ -124,7 +124,7 @@ class StepRecorder:
         found = 0
         for number in self._live:
             memory = self.tape.memories[number]
-            if memory.born >= start and memory.source is None:
+            if memory.born >= start and not memory.is_outside:
                 found += memory.size
         return found
 
@@ -178,7 +178,7 @@ class StepRecorder:
         outs = tuple([self.spot(t, True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
         args, kwargs = pytree.tree_unflatten(known.spots, known.spec)
         reads, makes = tuple([s for s in known.spots if isinstance(s, Spot)]), tuple(range(before, len(tape.memory_of)))
-        tape.ops.append(Op(known.func, tuple(args), kwargs, reads, outs, known.written, makes, False, module, where))
+        tape.ops.append(Op(known.func, tuple(args), kwargs, reads, outs, known.written, makes, module, where))
         if not self.is_backward:
             self.numbers.append(number)
 
@@ -284,7 +284,7 @@ class StepRecorder:
         tape = self.tape
         self._end_gradients()
         for m in tape.memories:
-            if m.returned and m.source is None and m.born < tape.turn:
+            if m.returned and not m.is_outside and m.born < tape.turn:
                 m.end = 2 * max(tape.turn, m.born + 1) + 1
         self._known, self._doubles, self._watched, self._parameters = {}, {}, [], []
         is_kept = any(p.unpacked is not None and p.end is None for p in tape.packs)
@@ -295,7 +295,7 @@ class StepRecorder:
         """Have gradients that the step is the first to make end when they are added: later ones find them there."""
         for p in self._parameters:
             known = None if p.grad is None or not _is_strided(p.grad) else self._known.get(_torch.storage_key(p.grad))
-            if known is not None and self.tape.memories[known[0]].source is None:
+            if known is not None and not self.tape.memories[known[0]].is_outside:
                 memory = self.tape.memories[known[0]]
                 memory.end = min(2 * (memory.born + 1) + 2, 2 * len(self.tape.ops) + 1)
 

@@ -41,7 +41,7 @@ class Chosen(NamedTuple):
 
     @property
     def holders(self) -> list[str]:
-        """What is there at its peak, largest first."""
+        """The tensors at its peak, largest first."""
         return list_holders(self.model, self.plan, self.load)
 
 
@@ -49,7 +49,7 @@ class Chosen(NamedTuple):
 class Survey:
     """The planner of a step, and those of the same step with couplings inverted.
 
-    `margin`: the least budget that is told is larger by this part, as other steps may differ by some bytes.
+    `margin`: the least budget in messages is larger by this part, as other steps may differ by some bytes.
     """
 
     plain: Planner

@@ -36,38 +36,48 @@ class Spot:
 
 @dataclass(slots=True)
 class Memory:
-    """An allocation of `size` bytes, there from operator `born` up to the slot `end` (None: beyond the step), as long
-    as nothing but autograd holds it.
+    """An allocation.
 
-    What was there before the step has a `source`: where to find it, of parameters, buffers and arguments, or ""; its
-    `storage` is that of the original, which others may share.
-    `returned`: the forward returns it, so that the caller may hold it until the backward ends.
+    Attributes:
+        size: bytes.
+        born: the operator that made it.
+        end: the slot from which on nobody but autograd holds it; None: it lives beyond the step.
+        is_outside: it was there before the step, such as a parameter.
+        values: its contents, one after another; the backward finds the last one.
+        storage: the key of its storage, if it is outside.
+        returned: the forward returns it, so the caller may hold it until the backward ends.
     """
 
     size: int
     device: torch.device
     born: int
     end: int | None = None
-    source: tuple[str, Any] | None = None
-    values: list[int] = field(default_factory=list[int])  # the last one is there in the backward
+    is_outside: bool = False
+    values: list[int] = field(default_factory=list[int])
     storage: int | None = None
     returned: bool = False
 
 
 @dataclass(slots=True)
 class Op:
-    """A call of an operator, with spots in the place of tensors."""
+    """A call of an operator, with spots in the place of tensors.
+
+    Attributes:
+        writes: spots that it writes to, in the values before.
+        makes: values, by a result or by a write.
+        module: the innermost one that runs.
+        where: the user's line in its forward; in the backward the name of autograd's node.
+    """
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     reads: tuple[Spot, ...]
     outs: tuple[Spot | None, ...]
-    writes: tuple[Spot, ...]  # of the values before
-    makes: tuple[int, ...]  # values, by a result or by a write
-    draws: bool
-    module: str = ""  # the innermost one that runs
-    where: str = ""  # the line in its forward; in the backward the name of autograd's node
+    writes: tuple[Spot, ...]
+    makes: tuple[int, ...]
+    module: str = ""
+    where: str = ""
 
     def __str__(self) -> str:
         place = ", ".join(filter(None, (self.module, self.where)))
@@ -76,9 +86,15 @@ class Op:
 
 @dataclass(slots=True)
 class Pack:
-    """What autograd keeps from before operator `packed` up to the slot `end`; it reads it first by `unpacked`, as the
-    tensor of this `turn`. `made` operators ran before the tensor was made, as a view maybe. `spot` is None of what no
-    memory is known of.
+    """A saved tensor.
+
+    Attributes:
+        spot: None if its memory is not known, or if a unit of couplings gives it.
+        packed: before this operator autograd saved it.
+        made: so many operators ran before the tensor was made, as a view maybe.
+        unpacked: before this operator the backward reads it first; None: never.
+        end: the slot from which on autograd does not hold it.
+        turn: its number in the order in which the backward reads saved tensors.
     """
 
     spot: Spot | None
@@ -93,12 +109,13 @@ class Pack:
 class Tape:
     """A step: the operators of the forward, and from `turn` on of the backward.
 
-    `memory_of`, `made_by`: by value, its memory, and the operator that makes it (None if it was there);
-    `reads`: by pack, the operators of the backward that read it, each with which argument it is;
-    `loss`: the bytes of the returned tensors that have a gradient, but for single numbers; the caller lets go of what
-    is returned at once. `offered`: values that are no saved tensors and may be kept all the same, as compiled parts run
-    again from them; `held`: bytes that are there besides, from one slot up to another; `seconds`: that the step takes
-    beside its operators.
+    Attributes:
+        memory_of, made_by: by value, its memory, and the operator that makes it (None if it was there).
+        reads: by pack, the operators of the backward that read it, each with the position of the argument.
+        loss: bytes of the returned tensors that have a gradient, without single numbers; the caller frees them at once.
+        offered: values that are no saved tensors, and may be kept all the same: compiled parts run again from them.
+        held: other bytes, from one slot up to another.
+        seconds: of the step besides its operators.
     """
 
     memories: list[Memory] = field(default_factory=list[Memory])

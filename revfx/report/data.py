@@ -1,4 +1,4 @@
-"""What `explain` finds, as frozen data, and how its numbers and places are written for people."""
+"""The findings of `explain` as frozen data, and the format of numbers and places for people."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Findings:
 
     @property
     def summary(self) -> str:
-        """What was found, in a few words."""
+        """The findings in a few words."""
         if not self.regions:
             return "nothing reversible was found"
         graphs = f" in {counted(len(self.graphs), 'graph')}" if self.graphs else ""

@@ -1,4 +1,4 @@
-"""What `explain` returns: the findings, which print as text and are saved as a page, a picture or data."""
+"""The result of `explain`: the findings, which print as text and are saved as a page, a picture or data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What modules hold before a forward: put back afterwards."""
+"""The content of modules before a forward, which is restored afterwards."""
 
 from __future__ import annotations
 

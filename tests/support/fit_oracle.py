@@ -63,7 +63,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     reads = sorted((p.turn, k) for k, p in enumerate(tape.packs) if p.unpacked is not None and _wanted(needs, k))
     events = [k for _, k in reads]
     ops = [o for o, op in enumerate(tape.ops[: tape.turn]) if op.makes]
-    values = [v for o in ops for v in tape.ops[o].makes if needs.source(v) is None]
+    values = [v for o in ops for v in tape.ops[o].makes if not needs.is_outside(v)]
     unit = 2.0**20
 
     def is_free(v: int) -> bool:
