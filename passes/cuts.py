@@ -58,9 +58,13 @@ class Step:
 
 @dataclass(slots=True)
 class SumSearches:
-    """Searches for sums that tie several values, over one search for regions: too many failures end them."""
+    """Searches for sums that tie several values, over one search for regions: too many failures end them.
+
+    `steps`: the operations that all searches have looked at so far.
+    """
 
     failed: int = 0
+    steps: int = 0
 
     @property
     def are_worth_it(self) -> bool:
@@ -104,7 +108,7 @@ def find_step(
     start, idle, touch = stop, 0, program.first_touch
     reach = min((touch[v] for v in (*exit, *side)), default=stop)
     for start in range(stop - 1, -1, -1):
-        op = program.ops[start]
+        op, searches.steps = program.ops[start], searches.steps + 1
         if op.barrier is not None:
             return nearer or blocked or Stuck(start, stop, tuple(v for v in live if v in unknown), op.barrier)
         for v in op.outs:

@@ -84,11 +84,11 @@ class Walk:
     stuck: Stuck
 
 
-def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
+def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
     """Return the regions of a program in order, and the stuck points between them (nearest the end first).
 
     Where there are no regions at all, these hold also what would have had to be kept. A region must free more bytes
-    than it keeps.
+    than it keeps. The search ends after `patience` operations that it looked at, if it has found no region by then.
     """
     regions: list[Region] = []
     stuck: list[Stuck] = []
@@ -96,7 +96,7 @@ def find_regions(program: Program) -> tuple[tuple[Region, ...], tuple[Stuck, ...
     stop, retries, reruns = len(program.ops), RETRIES, RERUNS
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
     searches = SumSearches()
-    while stop > 0:
+    while stop > 0 and (regions or patience is None or searches.steps < patience):
         walk = _walk(program, stop, tuple(live), searches)
         region = _region(program, walk)
         if walk.stuck.stop > 0:

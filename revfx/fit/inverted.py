@@ -30,6 +30,7 @@ from revfx.plan.replays import Unreplayable
 from revfx.plan.units import UnitBuilder, spans
 
 
+MIN_PATIENCE, PATIENCE = 30_000, 20  # operations that the search looks at without success: at least, and for each one
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the couplings, from the first one on
 OF_PRODUCTS = 2  # times the bytes of the code of a sum: the code of another inverse
 
@@ -64,7 +65,7 @@ class CoupledUnit:
 def coupled_units(forward: Forward) -> list[CoupledUnit]:
     """Return the units of the couplings of a forward, in its order."""
     found: list[CoupledUnit] = []
-    for span in spans(find_couplings(forward)):
+    for span in spans(find_couplings(forward, patience=max(MIN_PATIENCE, PATIENCE * len(forward.ops)))):
         builder = UnitBuilder(forward, span)
         try:
             unit = builder.run()

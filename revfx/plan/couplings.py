@@ -33,10 +33,16 @@ class Couplings:
         return self.tape.ops[self.of.op_of[self.lowered.op_nodes[number]]]
 
 
-def find_couplings(tape: Tape, lossless: bool = True) -> Couplings:
-    """Find the regions of a tape, and why others are none; `lossless`: inverses that round get codes."""
+def find_couplings(tape: Tape, lossless: bool = True, patience: int | None = None) -> Couplings:
+    """Find the regions of a tape, and why others are none.
+
+    Args:
+        tape: of a forward.
+        lossless: inverses that round get codes.
+        patience: see `find_regions`.
+    """
     of, lowered = lowered_tape(tape, lossless)
-    found, stuck = find_regions(lowered.program)
+    found, stuck = find_regions(lowered.program, patience)
     regions = tuple(replace(r, steps=composed_all(lowered.program, r.steps)) for r in found)
     refusals = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
     return Couplings(tape, of, lowered, regions, tuple(dict.fromkeys(refusals)))
