@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import traceback
 from typing import Any
 
@@ -30,6 +31,9 @@ from revfx.world.fake import RealWorld, World
 from revfx.world.left import none_left
 
 
+LOG = logging.getLogger("revfx")
+
+
 def foreseen_survey(model: nn.Module, args: Any, kwargs: Any) -> Survey:
     """Return the planners of a step of a plain model.
 
@@ -45,8 +49,12 @@ def foreseen_survey(model: nn.Module, args: Any, kwargs: Any) -> Survey:
 def foreseen_step(model: nn.Module, args: Any, kwargs: Any) -> Learnt:
     """Return a step of a plain model; see `foreseen_survey`."""
     if not parts_of(model):
-        with contextlib.suppress(Exception):  # it asks for numbers, or no fake tensors pass
+        try:
             return _learnt(World(model, args, kwargs, whole=True))
+        except RevfxError:
+            raise
+        except Exception:  # it asks for numbers, or no fake tensors pass
+            LOG.info("a step on fake tensors failed: it runs on copies")
     return _learnt(RealWorld(model, args, kwargs))
 
 

@@ -6,7 +6,6 @@ tensors when it ends, and stores codes. The planner decides about all other tens
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from bisect import bisect_left, bisect_right
@@ -32,7 +31,7 @@ from revfx.plan.units import UnitBuilder, spans
 
 MIN_PATIENCE, PATIENCE = 30_000, 20  # operations that the search looks at without success: at least, and for each one
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the couplings, from the first one on
-OF_PRODUCTS = 2  # times the bytes of the code of a sum: the code of another inverse
+OTHER_CODES = 2  # times the bytes of the code of a sum: the code of another inverse
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _code_bytes(forward: Forward, head: int, coded: Coded) -> int:
     n, size = math.prod(view.shape) * (1 + view.dtype.is_complex), view.dtype.itemsize // (1 + view.dtype.is_complex)
     code = nbytes_of(n, size, TYPICAL_WIDTH, int(TYPICAL_ESCAPES * n))
     if coded.arc.solve not in (operator.sub, operator.add):
-        code *= OF_PRODUCTS
+        code *= OTHER_CODES
     return min(code, n * size)  # where that is larger, the value itself is held
 
 
@@ -125,6 +124,7 @@ class InvertedSteps:
 
     def __init__(self, planner: Planner, learnt: Learnt) -> None:
         self._planner, self._learnt = planner, learnt
+        self._steps: dict[int, InvertedStep] = {}  # by how many units are inverted
 
     @cached_property
     def units(self) -> list[CoupledUnit]:
@@ -136,9 +136,10 @@ class InvertedSteps:
         counts = [round(share * len(self.units)) for share in SHARES]
         for count in dict.fromkeys(counts):
             if count > 1:  # the first one of a chain goes forwards
-                yield self._step(count)
+                if count not in self._steps:
+                    self._steps[count] = self._step(count)
+                yield self._steps[count]
 
-    @functools.cache  # noqa: B019  # no longer than the planning
     def _step(self, count: int) -> InvertedStep:
         before, units = self._planner, self.units[:count]
         maker = _TapeMaker(before, self._learnt, units)

@@ -43,8 +43,9 @@ class Chain(nn.Module):
         self.is_affine = is_affine
         self.first, self.last = nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)
         out = 2 * d if is_affine else d
-        make = lambda: nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, out))  # noqa: E731
-        self.f = nn.ModuleList(make() for _ in range(depth))
+        self.f = nn.ModuleList()
+        for _ in range(depth):
+            self.f.append(nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, out)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.first(x).chunk(2, 1)

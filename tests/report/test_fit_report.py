@@ -10,9 +10,13 @@ import pytest
 import torch
 from fit_models import make
 from hypothesis import given, strategies as st
+from torch import nn
 
 import revfx
+from revfx._torch import is_fake
 from revfx.cli import main
+from revfx.errors import RevfxError
+from revfx.fit.foresee import foreseen_step
 from revfx.report.explanation import FORMS
 from revfx.report.fit import MAX_BATCH, RESOLUTION, Largest, largest, search
 from revfx.units import size
@@ -147,3 +151,17 @@ def test_a_search_continues_between_known_sizes() -> None:
     tried: list[int] = []
     assert search(up_to(23, tried), 16, 32) == (23, 24)
     assert all(16 < n < 32 for n in tried)
+
+
+def test_a_model_without_gradients_does_not_run_on_real_tensors() -> None:
+    calls: list[bool] = []
+
+    class Frozen(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            calls.append(is_fake(input))
+            return super().forward(input)
+
+    model = Frozen(4, 4).requires_grad_(False)
+    with pytest.raises(RevfxError, match="no tensor that needs a gradient"):
+        foreseen_step(model, (torch.randn(2, 4),), {})
+    assert calls == [True]
