@@ -27,7 +27,7 @@ def state_before(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RandomState:
 
 
 def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):  # nothing is drawn on the latter
         return torch.default_generator
     module: Any = torch.get_device_module(device)
     index = getattr(device, "index", None)  # None of the current one, against its annotation

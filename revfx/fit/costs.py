@@ -194,6 +194,8 @@ def _cost(tape: Tape, op: Op) -> Cost:
 @functools.cache
 def bit_seconds(device: torch.device) -> float:
     """Return the seconds that it takes to keep one element more as a bit, and to make it of that again."""
+    if device.type == "meta":
+        return BIT_COST
     many, few = (_bits_seconds(torch.zeros(n, device=device)) for n in (FEW, FEWER))
     return max(many - few, 0.0) / (FEW - FEWER)
 
@@ -201,6 +203,8 @@ def bit_seconds(device: torch.device) -> float:
 @functools.cache
 def code_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """Return the seconds an element that it takes to make a code of a tensor, and the tensor of that again."""
+    if device.type == "meta":
+        return BIT_COST
     many, few = (_code_seconds(torch.ones(n, dtype=dtype, device=device)) for n in (FEW, FEWER))
     return max(many - few, 0.0) / (FEW - FEWER)
 

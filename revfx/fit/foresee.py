@@ -15,7 +15,7 @@ from revfx.ambient import given
 from revfx.engine.native import learner
 from revfx.errors import RevfxError
 from revfx.fit.choose import Planner
-from revfx.fit.costs import Costs
+from revfx.fit.costs import Costs, estimate_costs
 from revfx.fit.inverted import InvertedSteps
 from revfx.fit.learning import StepLearning
 from revfx.fit.needs import Needs
@@ -42,7 +42,10 @@ def foreseen_survey(model: nn.Module, args: Any, kwargs: Any) -> Survey:
         Exception: the model's own.
     """
     learnt = foreseen_step(model, args, kwargs)
-    planner = Planner(Needs(learnt.step), Costs().of(learnt.step), any_caller=True)
+    costs = Costs().of(learnt.step)
+    if not any(cost.seconds for cost in costs):  # on the "meta" device nothing takes time
+        costs = estimate_costs(learnt.step, costs)
+    planner = Planner(Needs(learnt.step), costs, any_caller=True)
     return Survey(planner, InvertedSteps(planner, learnt))
 
 

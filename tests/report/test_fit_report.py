@@ -165,3 +165,10 @@ def test_a_model_without_gradients_does_not_run_on_real_tensors() -> None:
     with pytest.raises(RevfxError, match="no tensor that needs a gradient"):
         foreseen_step(model, (torch.randn(2, 4),), {})
     assert calls == [True]
+
+
+def test_a_model_without_memory_is_planned_by_estimated_times() -> None:
+    model, (x,), _ = make("mlp")
+    real, meta = (revfx.explain(model.to(d), x.to(d), memory=0.6).fit for d in ("cpu", "meta"))
+    assert real is not None and meta is not None
+    assert meta.is_feasible and meta.plain == real.plain and meta.time > 1
