@@ -15,11 +15,11 @@ from itertools import chain, product
 
 import torch
 
-from revfx.fit.costs import BIT_COST, Cost, estimate_costs
+from revfx.fit.costs import Cost
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.polish import Found, lower_peak, polished
-from revfx.fit.runs import MERGED, Entry, Runs
+from revfx.fit.runs import Entry, Runs
 from revfx.fit.simulate import Credit, Load, Model
 
 
@@ -51,17 +51,20 @@ class Planner:
         self.needs, self.costs, self.seconds = needs, costs, needs.tape.seconds + sum(c.seconds for c in costs)
         self.model = Model(needs, costs, any_caller, LOSS * needs.tape.loss * any_caller, credit)
         self.runs = Runs(self.model, {} if like is None else like.runs.entries)
-        self.untimed = Untimed(self.model) if like is None else like.untimed
+        self.small = SmallPlans(self.runs) if like is None else like.small
         everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)
         self.plain = everything, Model(needs, costs).load(everything)
 
-    def with_credit(self, budget: int, plain: Planner) -> Planner:
-        """Return a planner for a budget that is compared with the plain step of the same caller, whoever that is."""
-        turn, peak = plain.needs.tape.turn, plain.plain[1].peak
-        load = plain.model.load(plain.plain[0])  # of the plain step of a caller who takes the most
+    def credit(self, budget: int) -> Credit:
+        """Return what a budget allows beyond it if it is compared with this plain step of the same caller."""
+        turn, peak = self.needs.tape.turn, self.plain[1].peak
+        load = self.model.load(self.plain[0])  # of the plain step of a caller who takes the most
         backward = load.live[2 * turn : 2 * turn + 1] + load.live[2 * turn + 2 :]
         share = min(1.0, max(0.0, budget / peak))
-        credit = Credit(int(share * max(0, load.live[2 * turn + 1] - peak)), int(share * max(0, max(backward) - peak)))
+        return Credit(int(share * max(0, load.live[2 * turn + 1] - peak)), int(share * max(0, max(backward) - peak)))
+
+    def with_credit(self, credit: Credit) -> Planner:
+        """Return a planner of the same step whose plans may take a credit."""
         return Planner(self.needs, self.costs, True, self, credit)
 
     def best(self, budget: int) -> tuple[Plan, Load] | None:
@@ -69,7 +72,7 @@ class Planner:
 
         Return None if the budget is infeasible; that does not depend on measured times.
         """
-        fallback = self.untimed.within(budget, self.model.credit)
+        fallback = self.small.within(budget, self.model.credit)
         if fallback is None:
             return None
         load = self.model.load(self.plain[0])
@@ -99,19 +102,18 @@ class Planner:
 
     def least(self) -> tuple[Plan, Load]:
         """Return the known plan with the smallest peak, and its load."""
-        plan = self.untimed.least
+        plan = self.small.least
         return plan, self.model.load(plan)
 
 
-class Untimed:
+class SmallPlans:
     """A search for plans with small peaks, which always finds the same ones for a model and its inputs.
 
-    Its costs follow from the shapes of tensors. A budget is feasible if one of its plans stays within it.
+    It does not look at times, which differ from run to run. A budget is feasible if one of its plans stays within it.
     """
 
-    def __init__(self, model: Model) -> None:
-        costs = estimate_costs(model.needs.tape, model.costs)
-        self.model = replace(model, costs=costs, bit_cost=BIT_COST)
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
         self.found: list[Found] = []  # so far, in the order of the search, which is the same for all budgets
         self.rest = self._plans()
 
@@ -134,27 +136,30 @@ class Untimed:
             yield found
 
     def _plans(self) -> Iterator[Found]:
-        needs = self.model.needs
+        model, needs = self.runs.model, self.runs.needs
         everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)
-        best = everything, self.model.load(everything)
+        best = everything, model.load(everything)
         yield best
-        runs, low, high = Runs(self.model, {}), 0, best[1].peak
+        low, high = 0, best[1].peak
         while high - low > max(1, high * NEAR):
             asked = (low + high) // 2
-            tried = plan_of_runs(runs, asked)
+            tried = plan_of_runs(self.runs, asked, timed=False)
             if tried is None:
                 low = asked
                 continue
             high = asked
             best = min(best, tried, key=lambda f: f[1].peak)
             yield tried
-        yield lower_peak(self.model, best)
+        yield lower_peak(model, best)
 
 
-def plan_of_runs(runs: Runs, budget: int) -> Found | None:
-    """Return the fastest plan of runs that fit one by one, and its load; None if there is none."""
+def plan_of_runs(runs: Runs, budget: int, timed: bool = True) -> Found | None:
+    """Return the fastest plan of runs that fit one by one, and its load; None if there is none.
+
+    If it is not `timed`, it is the fastest one by estimates from sizes, which is always the same one.
+    """
     unit, n = max(1, -(-budget // BINS)), len(runs.blocks)
-    kinds = [(x, False) for x in range(1, MERGED + 1)] + [(x, True) for x in NESTED]
+    kinds = [(x, False) for x in range(1, runs.merged + 1)] + [(x, True) for x in NESTED]
     # the least seconds by borders and held bins, and how they come about: the earlier border, its bins, the entry
     times = torch.full((n + 1, BINS + 1), math.inf, dtype=torch.float64)
     back: list[dict[int, tuple[int, int, Entry]]] = [{} for _ in range(n + 1)]
@@ -164,8 +169,9 @@ def plan_of_runs(runs: Runs, budget: int) -> Found | None:
         for e, peak in runs[i, j, nested][1] if j <= n and times[i].isfinite().any() else ():
             held = -(-e.held // unit)
             stop = min((budget - peak) // unit, BINS - held) + 1
-            if stop > 0:
-                new, old = times[i, :stop] + e.seconds, times[j, held : held + stop]
+            if stop > 0 and (timed or e.is_untimed):
+                new = times[i, :stop] + (e.seconds if timed else e.estimate)
+                old = times[j, held : held + stop]
                 for h in (new < old).nonzero().flatten().tolist():
                     back[j][h + held] = i, h, e
                 torch.minimum(new, old, out=old)

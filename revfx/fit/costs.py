@@ -77,12 +77,13 @@ class Costs:
 
 def estimate_costs(tape: Tape, costs: Sequence[Cost]) -> list[Cost]:
     """Return costs with seconds that follow from the sizes of operands and results, and the same scratch bytes."""
-    found: list[Cost] = []
-    for op, cost in zip(tape.ops, costs, strict=True):
-        spots = [*op.reads, *(s for s in op.outs if s is not None)]
-        moved = sum(math.prod(s.shape) * s.dtype.itemsize for s in spots)
-        found.append(replace(cost, seconds=moved / BYTES_PER_SECOND))
-    return found
+    return [replace(cost, seconds=estimated_seconds(op)) for op, cost in zip(tape.ops, costs, strict=True)]
+
+
+def estimated_seconds(op: Op) -> float:
+    """Return the seconds of an operator that follow from the sizes of its operands and results."""
+    spots = [*op.reads, *(s for s in op.outs if s is not None)]
+    return sum(math.prod(s.shape) * s.dtype.itemsize for s in spots) / BYTES_PER_SECOND
 
 
 def _correct(tape: Tape, costs: Sequence[Cost]) -> None:

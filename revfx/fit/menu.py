@@ -7,7 +7,7 @@ seconds; a value there is kept, for its bytes, if its operator is on the other s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,15 @@ from typing import Any
 import networkx as nx
 from networkx.algorithms.flow import boykov_kolmogorov, build_residual_network
 
+from revfx.fit.costs import BIT_COST
 from revfx.fit.simulate import BITS, OVERHEAD, Model
 
 
-PRICES = 10  # how many are tried, besides none
+PRICES = 10  # how many are tried, besides the following ones
+SIZED = 5e8, 1e9, 2e9, 4e9  # prices of seconds that follow from sizes
+EVERYTHING = 1e18  # a price at which all is kept
+
+Edges = Mapping[tuple[Any, Any], tuple[float | None, float]]  # by edge the price of a cut: bytes, and seconds
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,28 @@ class Menu:
         self.values = {v: o for o in self.ops for v in self.needs.tape.ops[o].makes}
         self.coins = {v for v in self.values if self.needs.coins.get(v) in self.values}
 
-    def choices(self) -> list[Choice]:
-        """Return the different choices, from the fewest kept values to all."""
-        return [*dict.fromkeys(self.choice(price) for price in (0.0, *self._prices()))]
+    def choices(self) -> dict[Choice, bool]:
+        """Return the different choices, each with whether it is independent of measured times; those come first."""
+        prices = 0.0, *SIZED, EVERYTHING
+        found = dict.fromkeys([self.choice(price, self._sized) for price in prices], True)
+        for choice in self._priced_choices():
+            found.setdefault(choice, False)
+        return found
+
+    def _priced_choices(self) -> list[Choice]:
+        """Return the choices at prices of measured time: where two prices have the same one, so have those between."""
+        prices = self._prices()
+        found: dict[int, Choice] = {}
+        todo = [(0, len(prices) - 1)] if prices else []
+        while todo:
+            low, high = todo.pop()
+            for n in (low, high):
+                if n not in found:
+                    found[n] = self.choice(prices[n], self._measured)
+            if high - low > 1 and found[low] != found[high]:
+                middle = (low + high) // 2
+                todo += [(low, middle), (middle, high)]
+        return [found[n] for n in sorted(found)]
 
     def _prices(self) -> list[float]:
         """Return prices between which choices differ: those at which an operator is worth its results."""
@@ -56,16 +80,19 @@ class Menu:
             if self.needs.replayed[o] is not None
         )
         n = min(len(ratios), PRICES)
-        return [ratios[i * (len(ratios) - 1) // max(1, n - 1)] * (1 + 1e-6) for i in range(n)] + [1e18] if n else []
+        return [ratios[i * (len(ratios) - 1) // max(1, n - 1)] * (1 + 1e-6) for i in range(n)]
 
-    def choice(self, price: float) -> Choice:
+    @cached_property
+    def smallest(self) -> Choice:
+        """The choice that keeps the fewest bytes."""
+        return self.choice(0.0, self._sized)
+
+    def choice(self, price: float, edges: Edges) -> Choice:
         """Return the cheapest choice at a price of time, in bytes a second."""
         network = self._network
-        finite = {
-            edge: int(size + price * seconds) for edge, (size, seconds) in self._edges.items() if size is not None
-        }
+        finite = {edge: int(size + price * seconds) for edge, (size, seconds) in edges.items() if size is not None}
         infinite = network.graph["inf"] = 3 * sum(finite.values()) + 1
-        for a, b in self._edges:
+        for a, b in edges:
             network[a][b]["capacity"] = finite.get((a, b), infinite)
         _, (_, there) = nx.minimum_cut(network, "S", "T", flow_func=boykov_kolmogorov, residual=network)
         coins = self.coins & there
@@ -79,30 +106,43 @@ class Menu:
         """Return the residual network of the edges, which all prices use."""
         graph = nx.DiGraph()
         graph.add_nodes_from(("S", "T"))
-        graph.add_edges_from((*edge, {"capacity": 1}) for edge in self._edges)
+        graph.add_edges_from((*edge, {"capacity": 1}) for edge in self._sized)
         return build_residual_network(graph, "capacity")
 
     @cached_property
-    def _edges(self) -> dict[tuple[Any, Any], tuple[float | None, float]]:
-        """Return the edges with the price of a cut: bytes (None: it can't be cut) and seconds."""
+    def _sized(self) -> Edges:
+        """The edges with seconds that follow from the sizes of operands and results."""
+        return self._edges(self.model.estimates, BIT_COST)
+
+    @cached_property
+    def _measured(self) -> Edges:
+        return self._edges([c.seconds for c in self.costs], self.model.bit)
+
+    def _edges(self, seconds_of: Sequence[float], bit: float) -> Edges:
+        """Return the edges with the price of a cut: bytes (None: it can't be cut) and seconds.
+
+        Args:
+            seconds_of: by operator.
+            bit: seconds an element that a bit in its place takes.
+        """
         found: dict[tuple[Any, Any], tuple[float | None, float]] = {}
         for v, o in self.values.items():
             if v in self.given:
                 continue
             op, maker = self.needs.replayed[o], ("operator", o)
             if v in self.coins:
-                found["S", v] = -(-self.needs.elements(v) // BITS), OVERHEAD + self.model.bits_seconds(v)
+                found["S", v] = -(-self.needs.elements(v) // BITS), OVERHEAD + bit * self.needs.elements(v)
             elif op is None:
                 found["S", v] = self._worth(v), 0.0
             else:
-                found["S", maker] = 0.0, self.costs[o].seconds + OVERHEAD
+                found["S", maker] = 0.0, seconds_of[o] + OVERHEAD
                 found[maker, v] = self._worth(v), 0.0
                 for r in {s.value for s in op.reads} & self.values.keys() - self.given:
                     found[r, maker] = None, 0.0
             packs = self.needs.wanted.get(v, ())
             if packs and self.needs.marks >= set(packs):
-                bits = self.needs.elements(v) / BITS
-                found[v, "T"] = len(packs) * bits, len(packs) * self.model.bits_seconds(v)
+                elements = len(packs) * self.needs.elements(v)
+                found[v, "T"] = elements / BITS, elements * bit
             elif packs:
                 found[v, "T"] = None, 0.0
         return found

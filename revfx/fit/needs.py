@@ -126,6 +126,12 @@ class Needs:
         return found
 
     @cached_property
+    def operands(self) -> list[tuple[int, ...]]:
+        """Return the values that each operator of the forward reads when it runs again."""
+        again = self.replayed
+        return [() if op is None else tuple(dict.fromkeys(s.value for s in op.reads)) for op in again]
+
+    @cached_property
     def coins(self) -> Mapping[int, int]:
         """Return values of drawn zeros and ones, each with the wanted value of the same memory that tells them."""
         found: dict[int, int] = {}

@@ -75,13 +75,16 @@ class Plan:
         return op
 
     @cached_property
-    def reads(self) -> list[tuple[int, ...]]:
+    def reads(self) -> Sequence[tuple[int, ...]]:
         """Return the values that each operator reads when it runs again; a coin is decoded."""
-        coins = {self.needs.tape.made_by[v] for v in self.coins}
-        return [
-            () if op is None or o in coins else tuple(dict.fromkeys(s.value for s in op.reads))
-            for o, op in enumerate(self.needs.replayed)
-        ]
+        if not self.coins:
+            return self.needs.operands
+        found = [*self.needs.operands]
+        for coin in self.coins:
+            made = self.needs.tape.made_by[coin]
+            assert made is not None
+            found[made] = ()
+        return found
 
     def above(self, packs: Iterable[int], block: int | None = None) -> Iterator[int]:
         """Yield the operators that make `packs` again, last ones first: all, or those of a block alone."""

@@ -49,24 +49,6 @@ class Search:
             found = min(rates)[2]
         return found
 
-    def at_a_price(self, plan: Plan) -> Found | None:
-        """Return a plan within the budget that lets go of all that comes back fast for its size, and of no more."""
-        needs, size = plan.needs, plan.needs.tape.size
-        makers = ((v, needs.tape.made_by[v]) for v in needs.wanted)
-        prices = {
-            v: self.model.costs[o].seconds / max(1, size(v)) for v, o in makers if o is not None and needs.replayed[o]
-        }
-        order = sorted(prices, key=prices.__getitem__)
-        found, low, high = None, 0, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            tried = next(self.tried(iter([replace(plan, kept=plan.kept.difference(order[: middle + 1]))])), None)
-            if tried is not None and tried[1].peak <= self.budget:
-                found, high = tried, middle
-            else:
-                low = middle + 1
-        return found
-
     def made_faster(self, found: Found) -> Found:
         """Return a plan that no single choice makes faster, nor a value kept in the place of others."""
         while True:
@@ -128,11 +110,9 @@ def polished(model: Model, starts: Sequence[Plan], found: Found | None, budget: 
     """Return the fastest plan that is found from all sides: from `found`, if that is one, and from keeping all."""
     search = Search(model, budget, SIMULATED // len(model.needs.tape.ops))
     choices = sum(1 for _ in less(starts[0]))
-    for start in starts:
-        if len(starts) * choices * choices // 2 < search.left:
+    if len(starts) * choices * choices // 2 < search.left:  # a small step
+        for start in starts:
             down = search.brought_down((start, model.load(start)))
             down = None if down is None else search.made_faster(down)
-        else:
-            down = search.at_a_price(start)
-        found = min(filter(None, (found, down)), key=lambda f: f[1].seconds, default=None)
+            found = min(filter(None, (found, down)), key=lambda f: f[1].seconds, default=None)
     return None if found is None else search.made_faster(found)

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from operator import add
 
 from revfx.fit.blocks import blocks_of
 from revfx.fit.costs import signature
@@ -14,20 +15,25 @@ from revfx.fit.plan import Plan
 from revfx.fit.simulate import Model
 
 
-MERGED = 4  # blocks that are treated as one at most
+MERGED = 6  # blocks that are treated as one at most
+RUNS = 500  # different ones at most, of merged blocks; where layers are not alike, fewer blocks are merged
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A choice for a run, by the places of its values and packs; the seconds that it takes more than keeping all, the
-    bytes that are held after it, and in each slot of the run's own `parts` of the forward and the backward.
+    """A choice for a run, by the places of its values and packs; the seconds that it takes more than keeping all, as
+    measured and as an `estimate` from sizes; the bytes that are held after it, and in each slot of the run's own
+    `parts` of the forward and the backward.
 
-    `nested`: its blocks stay separate, with nothing kept in between.
+    `nested`: its blocks stay separate, with nothing kept in between. `is_untimed`: the choice does not depend on
+    measured times.
     """
 
     choice: Choice
     nested: bool
+    is_untimed: bool
     seconds: float
+    estimate: float
     held: int
     parts: Sequence[Sequence[int]]
 
@@ -50,10 +56,20 @@ class Runs:
 
     def __init__(self, model: Model, entries: dict[Hashable, list[Entry]]) -> None:
         self.model, self.needs = model, model.needs
-        self.blocks = blocks_of(model.needs, model.costs)
+        self.blocks = blocks_of(model.needs)
         self.entries = entries  # by the key of a run, for any caller
         self.least: dict[int, Choice] = {}  # by the first operator of a block
         self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}
+
+    @cached_property
+    def merged(self) -> int:
+        """Return how many blocks are treated as one at most."""
+        keys, different = self._keys, set[Hashable]()
+        for length in range(1, MERGED + 1):
+            different |= {tuple(keys[i : i + length]) for i in range(len(keys) - length + 1)}
+            if len(different) > RUNS:
+                return max(1, length - 1)
+        return MERGED
 
     def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
         """Return the run of the blocks from one to another, nested or not, with its entries, and the most bytes that
@@ -119,20 +135,20 @@ class Runs:
         menu = Menu(self.model, range(run.start, run.stop), given)
         if not nested:
             block_of = [i if run.start <= o < run.stop else b for o, b in enumerate(own)]
-            for choice in menu.choices():
-                yield self._entry(run, given, choice, block_of)
+            for choice, is_untimed in menu.choices().items():
+                yield self._entry(run, given, choice, block_of, is_untimed=is_untimed)
             return
         try:
-            yield self._entry(run, given, self._least_of_blocks(i, j), own, nested)
+            yield self._entry(run, given, self._least_of_blocks(i, j), own, nested, is_untimed=True)
         except LookupError:  # a value that one block hands on to the next is not made again
-            yield self._entry(run, given, menu.choice(0.0), own, nested)
+            yield self._entry(run, given, menu.smallest, own, nested, is_untimed=True)
 
     def _least_of_blocks(self, i: int, j: int) -> Choice:
         """Return the smallest choice of some blocks, each for itself."""
         choices: list[Choice] = []
         for start, stop in pairwise(self.blocks.borders[i : j + 1]):
             if start not in self.least:
-                self.least[start] = Menu(self.model, range(start, stop), frozenset()).choice(0.0)
+                self.least[start] = Menu(self.model, range(start, stop), frozenset()).smallest
             choices.append(self.least[start])
         found = choices[0]
         for c in choices[1:]:
@@ -140,7 +156,13 @@ class Runs:
         return found
 
     def _entry(
-        self, run: Run, given: frozenset[int], choice: Choice, block_of: Sequence[int], nested: bool = False
+        self,
+        run: Run,
+        given: frozenset[int],
+        choice: Choice,
+        block_of: Sequence[int],
+        nested: bool = False,
+        is_untimed: bool = False,
     ) -> Entry:
         mine = [v for v in run.values if v in self.needs.wanted]
         around = self.needs.wanted.keys() - set(mine)
@@ -150,8 +172,10 @@ class Runs:
         parts = [held[2 * a : 2 * b + 2] for a, b in ((run.start, run.stop), run.back)]
         places = [{x: n for n, x in enumerate(named)} for named in (run.values, run.packs)]
         renamed = replace(choice, kept=kept).renamed(*places)
-        return Entry(renamed, nested, seconds, held[2 * self.needs.tape.turn + 1], parts)
+        estimate = sum(map(self.model.estimates.__getitem__, plan.again))
+        return Entry(renamed, nested, is_untimed, seconds, estimate, held[2 * self.needs.tape.turn + 1], parts)
 
     def _peak(self, run: Run, entry: Entry) -> int:
         parts = zip((run.start, run.back[0]), entry.parts, strict=True)
-        return max(self.model.natural[2 * first + t] + n for first, part in parts for t, n in enumerate(part))
+        natural = self.model.natural
+        return max(max(map(add, natural[2 * first : 2 * first + len(part)], part)) for first, part in parts)

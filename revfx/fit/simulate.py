@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from revfx.fit.costs import Cost, bit_seconds
+from revfx.fit.costs import Cost, bit_seconds, estimated_seconds
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan, Segment
 from revfx.fit.tape import Memory
@@ -101,8 +101,7 @@ class Model:
     """A step, the costs of its operators, and the bytes that are there in any case.
 
     `held`: the caller holds the outputs until the backward ends. `loss`: bytes that are there while the
-    caller's loss is computed, beside outputs and their gradient. `credit` is taken off. `bit_cost`: seconds an element
-    that a bit in its place takes; None: it is measured.
+    caller's loss is computed, beside outputs and their gradient. `credit` is taken off.
     """
 
     needs: Needs
@@ -110,12 +109,16 @@ class Model:
     held: bool = False
     loss: int = 0
     credit: Credit = Credit()
-    bit_cost: float | None = None
 
     @cached_property
     def bit(self) -> float:
         """Return the seconds an element that a bit in its place takes."""
-        return bit_seconds(self.needs.tape.memories[0].device) if self.bit_cost is None else self.bit_cost
+        return bit_seconds(self.needs.tape.memories[0].device)
+
+    @cached_property
+    def estimates(self) -> list[float]:
+        """Return the seconds of each operator of the forward that follow from sizes."""
+        return [estimated_seconds(op) for op in self.needs.tape.ops[: self.needs.tape.turn]]
 
     def end(self, memory: Memory) -> int | None:
         """Return the slot from which on nobody but autograd holds an allocation; None: it is held beyond the step."""

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from revfx.errors import BudgetError
+from revfx.fit.bound import least_seconds
 from revfx.fit.budget import Budget, as_memory
 from revfx.fit.choose import Planner
 from revfx.fit.holders import layer_at_peak, list_holders
@@ -72,13 +73,14 @@ class Survey:
             return plain
         found = None if budget.share is not None else self._fastest(asked, lambda planner: planner)
         if found is None:
-            found = self._fastest(asked, lambda planner: planner.with_credit(asked, self.plain))
+            credit = self.plain.credit(asked)
+            found = self._fastest(asked, lambda planner: planner.with_credit(credit))
         return plain if found is None and asked >= self.peak else found
 
     def carried(self, known: Chosen, budget: Budget) -> Chosen | None:
         """Return the plan of a step that is the same but for sizes; None if it exceeds the budget, or leaves much."""
         asked = budget.of(self.peak)
-        planner = self.plain if budget.share is None else self.plain.with_credit(asked, self.plain)
+        planner = self.plain if budget.share is None else self.plain.with_credit(self.plain.credit(asked))
         plan, needs = replace(known.plan, needs=planner.needs), planner.needs
         if known.inverted.units or not (plan.marks <= needs.marks and plan.coins <= needs.coins.keys()):
             return None
@@ -108,6 +110,20 @@ class Survey:
     def _chosen(self, inverted: Inverted, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
         more = planner.seconds - self.plain.seconds
         return None if found is None else Chosen(inverted, *found, found[1].seconds + more, planner.model)
+
+    def bound(self, chosen: Chosen, budget: Budget) -> float:
+        """Return seconds more than the plain step that no plan within a budget is below.
+
+        It holds for plans with the same inverted couplings as `chosen`, which is within the budget.
+
+        Raises:
+            ImportError: scipy is missing.
+        """
+        asked, model = budget.of(self.peak), chosen.model
+        if model.load(chosen.plan).peak > asked:
+            model = replace(model, credit=self.plain.credit(asked))
+        inverting = chosen.seconds - chosen.load.seconds
+        return inverting + least_seconds(model, asked)
 
     def least(self) -> Chosen:
         """Return the plan with the smallest peak."""

@@ -45,6 +45,7 @@ class FitInfo:
         is_feasible: a plan stays within the budget; otherwise the other attributes are about the smallest one.
         peak: predicted.
         time: predicted, in plain steps.
+        bound: no plan with these couplings inverted takes less time, in plain steps; None without scipy.
         modules: the saved tensors of each module, by choice.
         held: the tensors at the peak, largest first.
         curve: other budgets.
@@ -56,6 +57,7 @@ class FitInfo:
     is_feasible: bool
     peak: int
     time: float
+    bound: float | None
     modules: tuple[Share, ...]
     held: tuple[str, ...]
     curve: tuple[Point, ...]
@@ -66,7 +68,8 @@ class FitInfo:
         if self.is_feasible:
             share = f"{self.peak / self.plain:.0%} of the plain model's {size(self.plain)}"
             peak = f"predicted peak {size(self.peak)}, {share}"
-            yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time"
+            least = "" if self.bound is None else f" (no plan of this kind takes less than {self.bound:.2f})"
+            yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time{least}"
             yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'compressed':>12}{'inverted':>12}"
             rows = sorted(self.modules, key=lambda m: -sum(m.numbers))
             for m in rows[:MAX_MODULES]:

@@ -58,14 +58,29 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> Bud
             time = min(1 + other.seconds / survey.plain.seconds, points[-1].time)
             points.append(Point(Budget("", share=share).of(survey.peak), time))
     found = FitInfo(
-        budget.of(survey.peak), survey.peak, chosen is not None, plan.load.peak,
-        1 + plan.seconds / survey.plain.seconds, tuple(_modules(survey, plan)), tuple(plan.holders[:3]),
-        tuple(reversed(points)), asked,
-    )  # fmt: skip
+        budget=budget.of(survey.peak),
+        plain=survey.peak,
+        is_feasible=chosen is not None,
+        peak=plan.load.peak,
+        time=1 + plan.seconds / survey.plain.seconds,
+        bound=_time_bound(survey, plan, budget) if chosen is not None else None,
+        modules=tuple(_modules(survey, plan)),
+        held=tuple(plan.holders[:3]),
+        curve=tuple(reversed(points)),
+        least=asked,
+    )
     text = " ".join(found.held)
     advice = [said for names, said in ADVICE.items() if re.search(names, text)]
     _, plain = survey.plain.plain
     return BudgetFindings(found, (_usage("plain", survey, plain), _usage("fitted", survey, plan.load)), advice)
+
+
+def _time_bound(survey: Survey, chosen: Chosen, budget: Budget) -> float | None:
+    """Return the time that no plan of the same kind is below, in plain steps; None without scipy."""
+    try:
+        return 1 + survey.bound(chosen, budget) / survey.plain.seconds
+    except ImportError:
+        return None
 
 
 def _usage(way: str, survey: Survey, load: Load) -> Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers import deep_but
 from torch import Tensor, nn
 
 from revfx.fit import simulate
+from revfx.fit.bound import least_seconds
 from revfx.fit.choose import Planner
 from revfx.fit.foresee import foreseen_step
 from revfx.fit.needs import Needs
@@ -89,7 +91,8 @@ def bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "bit_seconds", lambda device: 4e-10)
 
 
-ABOVE = {("mlp", 0.5): 0.004, ("attention", 0.25): 0.022}  # of a step: what is kept for one read only, or runs twice
+# of a step: what is kept for one read only, or runs twice
+ABOVE = {("mlp", 0.5): 0.004, ("attention", 0.25): 0.022, ("encoder", 0.25): 0.065}
 
 
 CELLS = [*itertools.product(GRAPHS, (0.75, 0.5, 0.25))]
@@ -124,3 +127,19 @@ def test_what_masks_bring() -> None:
         budget = int(least + part * (most - least))
         found, other = with_masks.best(budget), without.best(budget)
         assert found is not None and (other is None or found[1].seconds < 0.9 * other[1].seconds)
+
+
+def test_no_plan_is_below_the_bound() -> None:
+    """The linear program takes no more than the integer one, and is not far below."""
+    for name, part in (("relu", 0.5), ("convolutions", 0.75), ("unet", 0.5), ("gated", 0.25), ("encoder", 0.5)):
+        needs = needs_of(name)
+        costs: Any = made_up(needs)
+        planner = Planner(needs, costs)
+        most, least = planner.plain[1].peak, planner.least()[1].peak
+        budget = int(least + part * (most - least))
+        found = planner.best(budget)
+        assert found is not None
+        below, want = least_seconds(planner.model, budget), bound(needs, costs, budget)
+        assert 0.7 * want <= below <= 1.01 * want and below <= found[1].seconds
+        assert least_seconds(planner.model, most) == 0.0
+        assert math.isinf(least_seconds(planner.model, max(planner.model.natural) - 1))

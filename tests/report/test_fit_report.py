@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["explain", f"{file}:Net", "--input", "256,64", "--memory", "60%"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1].startswith("budget ") and "of its time" in said[1]  # the verdict first
+    time, bound = map(float, re.findall(r"at (\d\.\d+) of .* takes less than (\d\.\d+)", said[1])[0])
+    assert 1 <= bound <= time
     assert any("least feasible budget" in line for line in said)
     assert main(["explain", f"{file}:Net", "--input", "256,64", "--memory", "1KiB"]) == 1
     assert "no plan stays within it" in capsys.readouterr().out

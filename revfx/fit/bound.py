@@ -1,0 +1,185 @@
+"""A lower bound of the time that plans within a budget take: the linear relaxation of the choice of kept values.
+
+Each value that the backward reads is kept, or kept as marks, or computed again at least once, and so are the operands
+of what is computed again. Parts of a value may be kept and parts of an operator run. Bytes are counted in the slots in
+which a plan holds them in any case. Checkmate's mixed-integer program (Jain et al., 2020, arXiv:1910.02653) is relaxed
+in the same way; that one decides anew at every operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import torch
+
+from revfx.fit.simulate import BITS, OVERHEAD, Model
+
+
+ROUNDS = 30  # of the solver, each with the slots that the last solution overfilled
+SLOTS = 8  # that are added in a round
+NEAR = 1e-3  # of the budget: what a solution may hold more
+
+Terms = dict[int, float]  # a linear form: the factor of each variable
+
+
+@dataclass
+class Program:
+    """A linear program: minimise `costs` where each of `rows` is at least its bound, and variables lie in [0, 1].
+
+    Attributes:
+        kept, marked, decoded, runs: the variables, by value or by operator: whole values, marks, coins, operators.
+        sizes: bytes of variables, each from one slot up to another.
+    """
+
+    model: Model
+    costs: list[float] = field(default_factory=list[float])
+    rows: list[tuple[Terms, float]] = field(default_factory=list[tuple[Terms, float]])
+    sizes: list[tuple[int, float, int, int]] = field(default_factory=list[tuple[int, float, int, int]])
+    kept: dict[int, int] = field(default_factory=dict[int, int])
+    marked: dict[int, int] = field(default_factory=dict[int, int])
+    decoded: dict[int, int] = field(default_factory=dict[int, int])
+    runs: dict[int, int] = field(default_factory=dict[int, int])
+
+    def __post_init__(self) -> None:
+        needs = self.model.needs
+        self.live = torch.tensor(self.model.natural, dtype=torch.float64)
+        self._add_operators()
+        for v in needs.wanted:
+            if needs.tape.made_by[v] is not None:
+                self._add_value(v)
+        self._add_operands()
+        for v, packs in needs.wanted.items():
+            if packs and v in self.kept:
+                there = {self.kept[v]: 1.0} | self._again(v)
+                if v in self.marked:
+                    there[self.marked[v]] = 1.0
+                self.rows.append((there, 1.0))
+
+    def _variable(self, cost: float) -> int:
+        self.costs.append(cost)
+        return len(self.costs) - 1
+
+    def _add_operators(self) -> None:
+        """Add a variable for each operator that may run again, and for each coin, which makes it a decoder."""
+        needs = self.model.needs
+        for o, op in enumerate(needs.replayed):
+            if op is not None:
+                self.runs[o] = self._variable(self.model.costs[o].seconds + OVERHEAD)
+        for v in needs.coins:
+            made = needs.tape.made_by[v]
+            assert made is not None
+            coin = self.decoded[v] = self._variable(self.model.bits_seconds(v) + OVERHEAD)
+            self.sizes.append((coin, needs.elements(v) / BITS, 2 * made + 3, 2 * needs.tape.turn + 2))
+
+    def _add_value(self, value: int) -> None:
+        """Add a variable for a value that may be kept, and one for its marks."""
+        needs, turn = self.model.needs, self.model.needs.tape.turn
+        packs, size = needs.wanted[value], needs.tape.size(value)
+        kept = self.kept[value] = self._variable(0.0)
+        dead = self.model.end(needs.tape.memory(value))
+        until = self.model.through(packs) if packs else 2 * turn + 2
+        if dead is not None and dead < until:
+            self.sizes.append((kept, size, dead, until))
+        reads = [(2 * (p.unpacked or 0) + 1, p.end or 0) for k in packs for p in (needs.tape.packs[k],)]
+        for start, stop in _union(reads):  # a tensor that is computed again lies beside the first one, if that is there
+            self.live[start:stop] += size
+            self.sizes.append((kept, -size, start, stop))
+        if packs and needs.marks >= set(packs):
+            seconds = len(packs) * self.model.bits_seconds(value)
+            mark = self.marked[value] = self._variable(seconds)
+            for k in packs:
+                p = needs.tape.packs[k]
+                start = 2 * max(1 + (needs.tape.made_by[value] or 0), p.made) + 1
+                self.sizes.append((mark, needs.elements(value) / BITS, start, p.end or start))
+
+    def _again(self, value: int) -> Terms:
+        """Return what of a value is computed again."""
+        made = self.model.needs.tape.made_by[value]
+        found: Terms = {}
+        if value in self.decoded:
+            found[self.decoded[value]] = 1.0
+        if made in self.runs:
+            found[self.runs[made]] = 1.0
+        return found
+
+    def _add_operands(self) -> None:
+        """Have the operands of an operator that runs again be kept or computed again."""
+        needs = self.model.needs
+        for o, run in self.runs.items():
+            op = needs.replayed[o]
+            assert op is not None
+            for v in {s.value for s in op.reads}:
+                if not needs.is_there(v) and needs.tape.made_by[v] is not None:
+                    kept = {self.kept[v]: 1.0} if v in self.kept else {}
+                    self.rows.append(({run: -1.0} | kept | self._again(v), 0.0))
+
+    def usage(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the bytes in each slot of a solution."""
+        change = torch.zeros(len(self.live) + 1, dtype=torch.float64)
+        at, size, start, stop = (torch.tensor(column) for column in zip(*self.sizes, strict=True))
+        bytes_of = x[at] * size.double()
+        last = len(self.live)
+        change.index_add_(0, start.clamp(max=last), bytes_of)
+        change.index_add_(0, stop.clamp(max=last), -bytes_of)
+        return self.live + change.cumsum(0)[:-1]
+
+    def in_slot(self, slot: int) -> Terms:
+        """Return the bytes of the variables in a slot."""
+        found: Terms = {}
+        for variable, size, start, stop in self.sizes:
+            if start <= slot < stop:
+                found[variable] = found.get(variable, 0.0) + size
+        return found
+
+
+def least_seconds(model: Model, budget: int) -> float:
+    """Return seconds beyond the plain step that no plan within a budget is below; infinity if none can be within it.
+
+    Raises:
+        ImportError: scipy is missing.
+    """
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array
+
+    program, slots = Program(model), set[int]()
+    x, found = torch.zeros(len(program.costs), dtype=torch.float64), 0.0
+    x[[*program.kept.values()]] = 1.0
+    for _ in range(ROUNDS):
+        live = program.usage(x)
+        new = [*_fullest(live, budget)][:SLOTS]
+        if not new:
+            break
+        slots.update(new)
+        rows = [({k: -v for k, v in terms.items()}, -bound) for terms, bound in program.rows]
+        for slot in slots:
+            scaled = {k: v / budget for k, v in program.in_slot(slot).items()}
+            rows.append((scaled, 1 - float(program.live[slot]) / budget))
+        entries = [(n, k, v) for n, (terms, _) in enumerate(rows) for k, v in terms.items()]
+        at, column, factor = zip(*entries, strict=True)
+        matrix: Any = csr_array((factor, (at, column)), shape=(len(rows), len(x)))
+        solved: Any = linprog(program.costs, A_ub=matrix, b_ub=[bound for _, bound in rows], bounds=(0, 1))
+        if solved.status == 2:
+            return inf
+        if solved.status:  # the bound of fewer slots is one as well
+            break
+        x, found = torch.from_numpy(solved.x), float(solved.fun)
+    return found
+
+
+def _fullest(live: torch.Tensor, budget: int) -> Iterator[int]:
+    """Yield the slots over a budget that are the fullest of their neighbours, fullest first."""
+    over = (live > budget * (1 + NEAR)).nonzero().flatten().tolist()
+    peaks = [t for t in over if live[t] >= live[max(0, t - 16) : t + 17].max()]
+    yield from sorted(peaks, key=lambda t: -float(live[t]))
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the slots that lie in any of some spans, as spans that don't overlap."""
+    last = 0
+    for start, stop in sorted(spans):
+        if stop > max(start, last):
+            yield max(start, last), stop
+            last = stop
