@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import sys
 import threading
 import time
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from operator import ge
 from typing import Any
 
 import torch
@@ -32,11 +30,12 @@ from revfx.fit.budget import Budget
 from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
 from revfx.fit.inverted import InvertedSteps
-from revfx.fit.kinds import BudgetKind, PlainForward
+from revfx.fit.kinds import BudgetKind, PlainForward, count_elements, covers, sizes_of
 from revfx.fit.learning import StepLearning
 from revfx.fit.make_units import fallback_units, units_of
 from revfx.fit.messages import (
     about_checkpoints,
+    noting_out_of_memory,
     shapes_of,
     warn_of_blocks,
     warn_of_gathered_part,
@@ -48,6 +47,7 @@ from revfx.fit.messages import (
 )
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
+from revfx.fit.progress import showing_progress
 from revfx.fit.steps import StepRecorder
 from revfx.fit.summary import summarize
 from revfx.fit.survey import Chosen, Survey
@@ -148,7 +148,7 @@ class BudgetedModel:
                 warn_of_gathered_part(name_of(model), self.budget, parts[0])
                 return forward(*args, **kwargs)
             self.has_parts = bool(parts)
-        with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
+        with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched), noting_out_of_memory(lambda: self.budget_plans):
             if kind is None or kind.is_due:
                 return self._learn(key, model, forward, args, kwargs)
             if not kind.plan.units:
@@ -170,12 +170,12 @@ class BudgetedModel:
         parameters = [reference() for reference in self._parameters]
         trained = tuple([p is not None and p.requires_grad for p in parameters])
         kind = call_kind(model, args, kwargs)
-        sizes = _sizes_of(args, kwargs)
+        sizes = sizes_of(args, kwargs)
         found: list[Any] = []
         for key in self.kinds:
-            if key[0] == kind and all(map(_covers, key[2], sizes)) and _covers(key[1], trained):
+            if key[0] == kind and all(map(covers, key[2], sizes)) and covers(key[1], trained):
                 found.append(key)
-        return min(found, key=lambda key: (_elements(key[2]), sum(key[1])), default=(kind, trained, sizes))
+        return min(found, key=lambda key: (count_elements(key[2]), sum(key[1])), default=(kind, trained, sizes))
 
     def _watch(
         self, key: Any, kind: BudgetKind, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -195,7 +195,7 @@ class BudgetedModel:
             if plan.copies_ends:
                 watching.forward.before_write(ends, ())
         kind.ends = dispatch.version_counters(ends)
-        if _sizes_of(args, kwargs) == key[2]:  # a smaller call may be shorter
+        if sizes_of(args, kwargs) == key[2]:  # a smaller call may be shorter
             path, matched = watching.forward.path, watching.forward.count
             if 2 * matched < path.most and not self.has_warned:
                 self.has_warned = True
@@ -256,7 +256,8 @@ class BudgetedModel:
         self._parameters = []
 
         def finished(step: StepRecorder) -> None:
-            self._plan(key, model, text, step, learnt.pop())
+            with showing_progress(f"revfx plans {name}"):
+                self._plan(key, model, text, step, learnt.pop())
 
         name, text = name_of(model), shapes_of(inputs)
         learning = learner(StepLearning, self.has_parts)(model, inputs, finished)
@@ -384,15 +385,3 @@ class BudgetedModel:
         elif not self.least_bytes:
             self.least_bytes = budget.of(survey.peak) + budget.less
         return budget
-
-
-def _sizes_of(args: Any, kwargs: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple([tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
-
-
-def _covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
-    return len(large) == len(small) and all(map(ge, large, small))
-
-
-def _elements(sizes: tuple[tuple[int, ...], ...]) -> int:
-    return sum(map(math.prod, sizes))

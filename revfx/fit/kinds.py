@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import ge
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from revfx.engine.plan import Path, Plan
 from revfx.fit.survey import Chosen
@@ -54,6 +57,21 @@ class BudgetKind:
         if matched < path.most and self.calls > self.wait:
             self.is_due = True
         path.most = max(path.most, matched)
+
+
+def sizes_of(args: Any, kwargs: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of all tensors in arguments."""
+    return tuple([tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
+
+
+def covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
+    """Return whether a shape is as large as another one in each dimension."""
+    return len(large) == len(small) and all(map(ge, large, small))
+
+
+def count_elements(sizes: tuple[tuple[int, ...], ...]) -> int:
+    """Return the elements of tensors of some shapes."""
+    return sum(map(math.prod, sizes))
 
 
 class PlainForward:

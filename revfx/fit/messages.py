@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from revfx.errors import BudgetWarning, warn
 from revfx.fit.budget import Budget, as_memory
 from revfx.fit.choose import LOSS
+from revfx.info import BudgetPlan
 from revfx.units import size
 
 
@@ -28,6 +32,18 @@ def about_checkpoints(model: nn.Module) -> str:
                     " those that it takes so. Turn that off, and the budget decides what is recomputed."
                 )
     return ""
+
+
+@contextlib.contextmanager
+def noting_out_of_memory(plans: Callable[[], Sequence[BudgetPlan]]) -> Generator[None]:
+    """Add the plans for a budget to an out-of-memory error of the device (from Python 3.11 on)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if sys.version_info >= (3, 11):
+            text = "The model has a memory budget, beside which parameters, gradients and optimizer state are there."
+            error.add_note("\n".join((text, *map(str, plans()))))
+        raise
 
 
 def warn_of_gathered_part(name: str, budget: Budget, part: str) -> None:

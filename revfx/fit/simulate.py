@@ -11,6 +11,7 @@ from itertools import accumulate
 from revfx.fit.costs import Cost, bit_seconds, estimated_seconds
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan, Segment
+from revfx.fit.progress import note_simulation
 from revfx.fit.tape import Memory
 
 
@@ -168,6 +169,7 @@ class Model:
 
     def changes(self, plan: Plan, values: Iterable[int]) -> tuple[list[int], float]:
         """Return the bytes in each slot that `plan` takes for some values, and the seconds."""
+        note_simulation()
         tape, end = self.needs.tape, 2 * len(self.needs.tape.ops) + 2
         change, spikes = [0] * (end + 1), dict[int, int]()  # bytes for a moment, by slot
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revfx.errors import name_of
 from revfx.fit.budget import Budget, checked_memory
 from revfx.fit.foresee import foreseen_survey
+from revfx.fit.progress import showing_progress
 from revfx.fit.simulate import Load
 from revfx.fit.survey import Chosen, Survey
 from revfx.report.budget import FitInfo, Point, Share
@@ -47,7 +49,11 @@ class BudgetFindings:
 def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> BudgetFindings:
     """Plan a step of `model(*args, **kwargs)` for a budget."""
     _log.info("planning for the budget")
-    survey = foreseen_survey(model, args, kwargs)
+    with showing_progress(f"revfx plans {name_of(model)}"):
+        return _findings(foreseen_survey(model, args, kwargs), budget)
+
+
+def _findings(survey: Survey, budget: Budget) -> BudgetFindings:
     chosen, least = survey.best(budget), survey.least()
     plan, asked = chosen or least, least.load.peak
     points = [Point(asked, 1 + least.seconds / survey.plain.seconds)]
@@ -163,11 +169,13 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
     @functools.cache
     def survey(batch: int) -> Survey:
         _log.info("planning a batch of %d", batch)
-        return foreseen_survey(model, tuple(batched(inputs, batch)), {})
+        with showing_progress(f"revfx plans a batch of {batch}"):
+            return foreseen_survey(model, tuple(batched(inputs, batch)), {})
 
     @functools.cache
     def planned(batch: int) -> Chosen | None:
-        return survey(batch).best(budget)
+        with showing_progress(f"revfx plans a batch of {batch}"):
+            return survey(batch).best(budget)
 
     batch, over = search(lambda n: planned(n) is not None)
     plain, _ = search(lambda n: survey(n).peak <= most, high=over)
