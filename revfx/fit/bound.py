@@ -1,9 +1,9 @@
 """A lower bound of the time that plans within a budget take: the linear relaxation of the choice of kept values.
 
-Each value that the backward reads is kept, or kept as marks, or computed again at least once, and so are the operands
-of what is computed again. Parts of a value may be kept and parts of an operator run. Bytes are counted in the slots in
-which a plan holds them in any case. Checkmate's mixed-integer program (Jain et al., 2020, arXiv:1910.02653) is relaxed
-in the same way; that one decides anew at every operator.
+Each saved value is kept, stored as bits, or recomputed at least once. Operands of a recomputed operator are kept or
+recomputed, and drawn zeros and ones may be decoded from bits. Parts of a value may be kept, and parts of an operator
+run. A choice is charged only in slots in which every plan that makes it holds those bytes. Checkmate's mixed-integer
+program (Jain et al., 2020, arXiv:1910.02653) is relaxed in the same way; that one decides anew at every operator.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Terms = dict[int, float]  # a linear form: the factor of each variable
 
 
 @dataclass
-class Program:
+class Relaxation:
     """A linear program: minimise `costs` where each of `rows` is at least its bound, and variables lie in [0, 1].
 
     Attributes:
-        kept, marked, decoded, runs: the variables, by value or by operator: whole values, marks, coins, operators.
+        kept, marked, decoded, reruns: the variables, by value or by operator: whole values, marks, coins, operators.
         sizes: bytes of variables, each from one slot up to another.
     """
 
@@ -41,7 +41,7 @@ class Program:
     kept: dict[int, int] = field(default_factory=dict[int, int])
     marked: dict[int, int] = field(default_factory=dict[int, int])
     decoded: dict[int, int] = field(default_factory=dict[int, int])
-    runs: dict[int, int] = field(default_factory=dict[int, int])
+    reruns: dict[int, int] = field(default_factory=dict[int, int])
 
     def __post_init__(self) -> None:
         needs = self.model.needs
@@ -67,12 +67,12 @@ class Program:
         needs = self.model.needs
         for o, op in enumerate(needs.replayed):
             if op is not None:
-                self.runs[o] = self._variable(self.model.costs[o].seconds + OVERHEAD)
+                self.reruns[o] = self._variable(self.model.costs[o].seconds + OVERHEAD)
         for v in needs.coins:
             made = needs.tape.made_by[v]
             assert made is not None
             coin = self.decoded[v] = self._variable(self.model.bits_seconds(v) + OVERHEAD)
-            self.sizes.append((coin, needs.elements(v) / BITS, 2 * made + 3, 2 * needs.tape.turn + 2))
+            self._hold_bits(coin, v, 2 * made + 3, 2 * needs.tape.turn + 1)
 
     def _add_value(self, value: int) -> None:
         """Add a variable for a value that may be kept, and one for its marks."""
@@ -80,11 +80,12 @@ class Program:
         packs, size = needs.wanted[value], needs.tape.size(value)
         kept = self.kept[value] = self._variable(0.0)
         dead = self.model.end(needs.tape.memory(value))
-        until = self.model.through(packs) if packs else 2 * turn + 2
+        until = self.model.through(packs) if packs else 2 * turn + 1
         if dead is not None and dead < until:
             self.sizes.append((kept, size, dead, until))
         reads = [(2 * (p.unpacked or 0) + 1, p.end or 0) for k in packs for p in (needs.tape.packs[k],)]
-        for start, stop in _union(reads):  # a tensor that is computed again lies beside the first one, if that is there
+        for start, stop in _union(reads):
+            # The backward reads it here. If it is kept, its bytes are those from `dead` on, so they are subtracted.
             self.live[start:stop] += size
             self.sizes.append((kept, -size, start, stop))
         if packs and needs.marks >= set(packs):
@@ -93,7 +94,13 @@ class Program:
             for k in packs:
                 p = needs.tape.packs[k]
                 start = 2 * max(1 + (needs.tape.made_by[value] or 0), p.made) + 1
-                self.sizes.append((mark, needs.elements(value) / BITS, start, p.end or start))
+                self._hold_bits(mark, value, start, p.end or start)
+
+    def _hold_bits(self, variable: int, value: int, start: int, stop: int) -> None:
+        """Hold a bit an element: before the tensor is dead, a plan may have the tensor itself instead."""
+        dead = self.model.end(self.model.needs.tape.memory(value))
+        if dead is not None and max(start, dead) < stop:
+            self.sizes.append((variable, self.model.needs.elements(value) / BITS, max(start, dead), stop))
 
     def _again(self, value: int) -> Terms:
         """Return what of a value is computed again."""
@@ -101,14 +108,14 @@ class Program:
         found: Terms = {}
         if value in self.decoded:
             found[self.decoded[value]] = 1.0
-        if made in self.runs:
-            found[self.runs[made]] = 1.0
+        if made in self.reruns:
+            found[self.reruns[made]] = 1.0
         return found
 
     def _add_operands(self) -> None:
         """Have the operands of an operator that runs again be kept or computed again."""
         needs = self.model.needs
-        for o, run in self.runs.items():
+        for o, run in self.reruns.items():
             op = needs.replayed[o]
             assert op is not None
             for v in {s.value for s in op.reads}:
@@ -118,6 +125,8 @@ class Program:
 
     def usage(self, x: torch.Tensor) -> torch.Tensor:
         """Return the bytes in each slot of a solution."""
+        if not self.sizes:
+            return self.live
         change = torch.zeros(len(self.live) + 1, dtype=torch.float64)
         at, size, start, stop = (torch.tensor(column) for column in zip(*self.sizes, strict=True))
         bytes_of = x[at] * size.double()
@@ -144,14 +153,17 @@ def least_seconds(model: Model, budget: int) -> float:
     from scipy.optimize import linprog
     from scipy.sparse import csr_array
 
-    program, slots = Program(model), set[int]()
+    program, slots = Relaxation(model), set[int]()
     x, found = torch.zeros(len(program.costs), dtype=torch.float64), 0.0
     x[[*program.kept.values()]] = 1.0
+    dearest = max(program.costs, default=1.0) or 1.0  # the solver's tolerances are absolute
     for _ in range(ROUNDS):
         live = program.usage(x)
         new = [*_fullest(live, budget)][:SLOTS]
         if not new:
             break
+        if not program.sizes:
+            return inf
         slots.update(new)
         rows = [({k: -v for k, v in terms.items()}, -bound) for terms, bound in program.rows]
         for slot in slots:
@@ -160,12 +172,14 @@ def least_seconds(model: Model, budget: int) -> float:
         entries = [(n, k, v) for n, (terms, _) in enumerate(rows) for k, v in terms.items()]
         at, column, factor = zip(*entries, strict=True)
         matrix: Any = csr_array((factor, (at, column)), shape=(len(rows), len(x)))
-        solved: Any = linprog(program.costs, A_ub=matrix, b_ub=[bound for _, bound in rows], bounds=(0, 1))
+        solved: Any = linprog(
+            [cost / dearest for cost in program.costs], A_ub=matrix, b_ub=[bound for _, bound in rows], bounds=(0, 1)
+        )
         if solved.status == 2:
             return inf
         if solved.status:  # the bound of fewer slots is one as well
             break
-        x, found = torch.from_numpy(solved.x), float(solved.fun)
+        x, found = torch.from_numpy(solved.x), dearest * float(solved.fun)
     return found
 
 

@@ -2,7 +2,8 @@
 
 With P the price of a second in bytes, the cheapest choice is a minimum cut (as in torch's partitioner, but with
 times): a node on the side of the sink is there in the backward; an operator there runs again, for P times its
-seconds; a value there is kept, for its bytes, if its operator is on the other side.
+seconds; a value there is kept, for its bytes, if its operator is on the other side. A saved value on the side of the
+source is stored as marks, for their bytes and time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from revfx.fit.simulate import BITS, OVERHEAD, Model
 
 
 PRICES = 10  # how many are tried, besides the following ones
-SIZED = 5e8, 1e9, 2e9, 4e9  # prices of seconds that follow from sizes
+SIZED = 5e8, 1e9, 2e9, 4e9  # bytes per second, where seconds are estimated from sizes
 EVERYTHING = 1e18  # a price at which all is kept
 
 Edges = Mapping[tuple[Any, Any], tuple[float | None, float]]  # by edge the price of a cut: bytes, and seconds
@@ -28,7 +29,7 @@ Edges = Mapping[tuple[Any, Any], tuple[float | None, float]]  # by edge the pric
 
 @dataclass(frozen=True)
 class Choice:
-    """The kept results of some operators: values, packs as their marks, coins."""
+    """What is kept of the results of some operators: whole values, packs as their marks, coins as bits."""
 
     kept: frozenset[int]
     marks: frozenset[int]
@@ -72,7 +73,7 @@ class Menu:
         return [found[n] for n in sorted(found)]
 
     def _prices(self) -> list[float]:
-        """Return prices between which choices differ: those at which an operator is worth its results."""
+        """Return prices at which running an operator again costs as much as keeping its results."""
         tape = self.needs.tape
         ratios = sorted(
             sum(map(tape.size, tape.ops[o].makes)) / (self.costs[o].seconds + OVERHEAD)
@@ -148,7 +149,7 @@ class Menu:
         return found
 
     def _worth(self, value: int) -> float | None:
-        """Return the bytes that keeping a value takes: none where it is there all the same. None: it can't be kept."""
+        """Return the bytes that keeping a value takes: 0 if its memory stays anyway; None if it can't be kept."""
         if value not in self.needs.wanted:
             return None
         memory = self.needs.tape.memory(value)

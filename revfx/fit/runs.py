@@ -15,15 +15,17 @@ from revfx.fit.plan import Plan
 from revfx.fit.simulate import Model
 
 
-MERGED = 6  # blocks that are treated as one at most
+MERGED = 6  # the most blocks that are merged into one
 RUNS = 500  # different ones at most, of merged blocks; where layers are not alike, fewer blocks are merged
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A choice for a run, by the places of its values and packs; the seconds that it takes more than keeping all, as
-    measured and as an `estimate` from sizes; the bytes that are held after it, and in each slot of the run's own
-    `parts` of the forward and the backward.
+    """A choice for a run, by the places of its values and packs.
+
+    `seconds` are those that it takes more than keeping all, as measured; `estimate` follows from sizes, and counts each
+    operator that runs again once. `held` are the bytes that are there after it, `parts` those in each slot of the run's
+    own parts of the forward and the backward.
 
     `nested`: its blocks stay separate, with nothing kept in between. `is_untimed`: the choice does not depend on
     measured times.
@@ -72,8 +74,8 @@ class Runs:
         return MERGED
 
     def __getitem__(self, where: tuple[int, int, bool]) -> tuple[Run, list[tuple[Entry, int]]]:
-        """Return the run of the blocks from one to another, nested or not, with its entries, and the most bytes that
-        there are with each in the run's own parts, without the bytes of earlier blocks.
+        """Return the run of blocks i to j, nested or not, and each entry with its peak in the run's own slots, without
+        what earlier blocks hold.
         """
         if where not in self.found:
             i, j, nested = where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from revfx.errors import BudgetError
@@ -77,6 +77,13 @@ class Survey:
             found = self._fastest(asked, lambda planner: planner.with_credit(credit))
         return plain if found is None and asked >= self.peak else found
 
+    def fits(self, budget: Budget) -> bool:
+        """Return whether `best` finds a plan, without a search for a fast one."""
+        asked = budget.of(self.peak)
+        credit = self.plain.credit(asked)
+        planners = chain([self.plain], (step.planner for step in islice(self.inverting, 1)))
+        return asked >= self.peak or any(p.small.within(asked, credit) is not None for p in planners)
+
     def carried(self, known: Chosen, budget: Budget) -> Chosen | None:
         """Return the plan of a step that is the same but for sizes; None if it exceeds the budget, or leaves much."""
         asked = budget.of(self.peak)
@@ -120,7 +127,7 @@ class Survey:
             ImportError: scipy is missing.
         """
         asked, model = budget.of(self.peak), chosen.model
-        if model.load(chosen.plan).peak > asked:
+        if budget.share is not None or model.load(chosen.plan).peak > asked:
             model = replace(model, credit=self.plain.credit(asked))
         inverting = chosen.seconds - chosen.load.seconds
         return inverting + least_seconds(model, asked)

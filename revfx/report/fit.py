@@ -151,7 +151,7 @@ class Largest:
         plainly = f"plainly {self.plain}" if self.plain else "plainly not even 1"
         return (
             f"{within} the largest batch is {self.batch} ({plainly}): predicted peak {size(self.peak)}, at"
-            f" {self.time:.2f} of the plain model's time. Train `revfx.convert(model, memory=...)`."
+            f" {self.time:.2f} of the plain model's time. Train `revfx.convert(model, memory={self.budget})`."
         )
 
 
@@ -172,15 +172,14 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
         with showing_progress(f"revfx plans a batch of {batch}"):
             return foreseen_survey(model, tuple(batched(inputs, batch)), {})
 
-    @functools.cache
-    def planned(batch: int) -> Chosen | None:
+    def fits(batch: int) -> bool:
         with showing_progress(f"revfx plans a batch of {batch}"):
-            return survey(batch).best(budget)
+            return survey(batch).fits(budget)
 
-    batch, over = search(lambda n: planned(n) is not None)
+    batch, over = search(fits)
     plain, _ = search(lambda n: survey(n).peak <= most, high=over)
     found = Largest(most, plain, batch)
-    if (chosen := planned(batch) if batch else None) is not None:
+    if (chosen := survey(batch).best(budget) if batch else None) is not None:
         found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).plain.seconds)
     return found
 
