@@ -14,7 +14,7 @@ from revfx.engine.operators import STATISTICS
 from revfx.engine.whole import Whole
 from revfx.fit.tape import Op, Spot, Tape
 from revfx.layout import span
-from revfx.passes._torch import is_pure, writes
+from revfx.passes._torch import draws, is_pure, writes
 
 
 aten: Any = torch.ops.aten
@@ -116,7 +116,7 @@ class Needs:
 
         for o, op in enumerate(tape.ops[: tape.turn]):
             again = twin(op)
-            can_run = o not in self.barred and _may_run_again(op.func) and bool(op.makes)
+            can_run = o not in self.barred and _may_run_again(op) and bool(op.makes)
             if can_run and any(map(self.is_outside, op.makes)):
                 can_run = False  # it writes to memory from before the step
             if can_run and all(is_known(s.value) for s in again.reads):
@@ -146,11 +146,14 @@ class Needs:
         return found
 
 
-def _may_run_again(func: Any) -> bool:
+def _may_run_again(op: Op) -> bool:
     """Return whether an operator computes the same in the backward."""
+    func = op.func
     if isinstance(func, Whole):
         return True
-    return getattr(func, "namespace", "") in ("aten", "prims") and (is_pure(func) or writes(func))
+    if getattr(func, "namespace", "") not in ("aten", "prims"):
+        return False
+    return is_pure(func) or writes(func) or not draws(func, op.args, op.kwargs)
 
 
 def overlap(a: Spot, b: Spot) -> bool:

@@ -180,3 +180,20 @@ def test_a_step_without_choices_has_a_bound() -> None:
     planner = Planner(needs, made_up(needs))
     assert least_seconds(planner.model, planner.plain[1].peak) == 0.0
     assert math.isinf(least_seconds(planner.model, 1))
+
+
+def test_attention_without_dropout_runs_again() -> None:
+    """Its operator is tagged as one that may draw numbers."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.w(x)
+            return nn.functional.scaled_dot_product_attention(x, x, x).sin()
+
+    needs = Needs(foreseen_step(Attending(), (torch.empty(2, 4, 16, 32),), {}).step)
+    found = [needs.replayed[o] for o, op in enumerate(needs.tape.ops[: needs.tape.turn]) if "attention" in str(op.func)]
+    assert found and None not in found
