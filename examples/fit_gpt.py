@@ -6,7 +6,7 @@ model all three ways give the same loss, to the last bit.
 
     python examples/fit_gpt.py                      # two minutes, 64 MiB
     python examples/fit_gpt.py --mib 256 --layers 12
-    python examples/fit_gpt.py --short              # ten seconds
+    python examples/fit_gpt.py --short              # half a minute
 """
 
 from __future__ import annotations
