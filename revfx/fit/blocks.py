@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
 from revfx.fit.compiled import Whole
-from revfx.fit.costs import estimated_seconds
 from revfx.fit.needs import Needs
 
 
@@ -29,14 +29,18 @@ class Blocks:
         return [b for b in range(len(self)) for _ in range(self.borders[b], self.borders[b + 1])]
 
 
-def blocks_of(needs: Needs) -> Blocks:
+def blocks_of(needs: Needs, seconds: Sequence[float]) -> Blocks:
     """Return the blocks of a forward.
 
     A border lies where a block hands on least, as far as its neighbours know, and autograd keeps more than that in it.
-    The values that are live at a border must be kept if it is to be one; they can be. Measured times don't matter.
+    The values that are live at a border must be kept if it is to be one; they can be.
+
+    Args:
+        needs: of the step.
+        seconds: of each operator; estimates from sizes, so that blocks are the same in each run.
     """
     tape, turn = needs.tape, needs.tape.turn
-    free = _free(needs)
+    free = _free(needs, seconds)
     last, needed = dict[int, int](), {*needs.wanted}  # by the backward: a sum of losses is not
     for o in reversed(range(turn)):
         if not needed.isdisjoint(tape.ops[o].makes):
@@ -66,11 +70,10 @@ def blocks_of(needs: Needs) -> Blocks:
     return Blocks(tuple(borders), tuple([over[b] for b in borders]))
 
 
-def _free(needs: Needs) -> set[int]:
+def _free(needs: Needs, seconds: Sequence[float]) -> set[int]:
     """Return values that follow at once from tensors from before the step."""
     tape, turn = needs.tape, needs.tape.turn
-    seconds_of = [estimated_seconds(op) for op in tape.ops[:turn]]
-    limit = FREE * sum(seconds_of)
+    limit = FREE * sum(seconds)
     cost: dict[int, float] = {}
     for o in range(turn):
         op = needs.replayed[o]
@@ -78,7 +81,7 @@ def _free(needs: Needs) -> set[int]:
             continue
         reads = {s.value for s in op.reads}
         if all(needs.is_there(v) or v in cost for v in reads):
-            seconds = seconds_of[o] + sum(cost.get(v, 0.0) for v in reads)
-            if seconds <= limit:
-                cost.update(dict.fromkeys(tape.ops[o].makes, seconds))
+            all_seconds = seconds[o] + sum(cost.get(v, 0.0) for v in reads)
+            if all_seconds <= limit:
+                cost.update(dict.fromkeys(tape.ops[o].makes, all_seconds))
     return set(cost)

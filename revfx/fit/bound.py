@@ -83,16 +83,15 @@ class Relaxation:
         until = self.model.through(packs) if packs else 2 * turn + 1
         if dead is not None and dead < until:
             self.sizes.append((kept, size, dead, until))
-        reads = [(2 * (p.unpacked or 0) + 1, p.end or 0) for k in packs for p in (needs.tape.packs[k],)]
-        for start, stop in _union(reads):
+        read = [needs.tape.packs[k] for k in packs]
+        for start, stop in _union((2 * (p.unpacked or 0) + 1, p.end or 0) for p in read):
             # The backward reads it here. If it is kept, its bytes are those from `dead` on, so they are subtracted.
             self.live[start:stop] += size
             self.sizes.append((kept, -size, start, stop))
         if packs and needs.marks >= set(packs):
             seconds = len(packs) * self.model.bits_seconds(value)
             mark = self.marked[value] = self._variable(seconds)
-            for k in packs:
-                p = needs.tape.packs[k]
+            for p in read:
                 start = 2 * max(1 + (needs.tape.made_by[value] or 0), p.made) + 1
                 self._hold_bits(mark, value, start, p.end or start)
 

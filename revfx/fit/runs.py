@@ -58,7 +58,7 @@ class Runs:
 
     def __init__(self, model: Model, entries: dict[Hashable, list[Entry]]) -> None:
         self.model, self.needs = model, model.needs
-        self.blocks = blocks_of(model.needs)
+        self.blocks = blocks_of(model.needs, model.estimates)
         self.entries = entries  # by the key of a run, for any caller
         self.least: dict[int, Choice] = {}  # by the first operator of a block
         self.found: dict[tuple[int, int, bool], tuple[Run, list[tuple[Entry, int]]]] = {}

@@ -169,17 +169,14 @@ def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
     @functools.cache
     def survey(batch: int) -> Survey:
         _log.info("planning a batch of %d", batch)
-        with showing_progress(f"revfx plans a batch of {batch}"):
-            return foreseen_survey(model, tuple(batched(inputs, batch)), {})
+        return foreseen_survey(model, tuple(batched(inputs, batch)), {})
 
-    def fits(batch: int) -> bool:
-        with showing_progress(f"revfx plans a batch of {batch}"):
-            return survey(batch).fits(budget)
-
-    batch, over = search(fits)
-    plain, _ = search(lambda n: survey(n).peak <= most, high=over)
+    with showing_progress(f"revfx plans {name_of(model)}"):
+        batch, over = search(lambda n: survey(n).fits(budget))
+        plain, _ = search(lambda n: survey(n).peak <= most, high=over)
+        chosen = survey(batch).best(budget) if batch else None
     found = Largest(most, plain, batch)
-    if (chosen := survey(batch).best(budget) if batch else None) is not None:
+    if chosen is not None:
         found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).plain.seconds)
     return found
 

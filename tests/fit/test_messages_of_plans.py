@@ -62,7 +62,6 @@ class Large(nn.Module):
         return self.layers(x).sum()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes")
 def test_an_error_of_the_device_has_the_plan() -> None:
     fitted = revfx.convert(Large(), memory=0.9)
     x = torch.randn(256, 64)
@@ -70,5 +69,6 @@ def test_an_error_of_the_device_has_the_plan() -> None:
         fitted(x).backward()
     with pytest.raises(torch.OutOfMemoryError) as raised:
         fitted(x)
-    (note,) = raised.value.__notes__
-    assert "optimizer state" in note and "Large, inputs (256, 64): budget" in note
+    notes = getattr(raised.value, "__notes__", [])
+    assert len(notes) == (sys.version_info >= (3, 11))
+    assert all("optimizer state" in note and "Large, inputs (256, 64): budget" in note for note in notes)

@@ -93,6 +93,12 @@ def bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "bit_seconds", lambda device: 4e-10)
 
 
+def budget_between(planner: Planner, part: float) -> int:
+    """Return a budget between the least one and the plain peak."""
+    most, least = planner.plain[1].peak, planner.least()[1].peak
+    return int(least + part * (most - least))
+
+
 # of a step: what is kept for one read only, or runs twice
 ABOVE = {("mlp", 0.5): 0.004, ("attention", 0.25): 0.022, ("encoder", 0.25): 0.065}
 
@@ -107,8 +113,7 @@ def test_plans_are_near_the_optimum(name: str, part: float) -> None:
     assert needs.tape.turn <= 60
     costs: Any = made_up(needs)
     planner = Planner(needs, costs)
-    most, least = planner.plain[1].peak, planner.least()[1].peak
-    budget = int(least + part * (most - least))
+    budget = budget_between(planner, part)
     found = planner.best(budget)
     assert found is not None
     want = bound(needs, costs, budget - NOTED - EACH * len(found[0].dropped))
@@ -125,8 +130,7 @@ def test_what_masks_bring() -> None:
         bare.marks.clear()
         bare.coins = {}
         with_masks, without = Planner(needs, costs), Planner(bare, costs)
-        most, least = with_masks.plain[1].peak, with_masks.least()[1].peak
-        budget = int(least + part * (most - least))
+        budget = budget_between(with_masks, part)
         found, other = with_masks.best(budget), without.best(budget)
         assert found is not None and (other is None or found[1].seconds < 0.9 * other[1].seconds)
 
@@ -137,13 +141,12 @@ def test_no_plan_is_below_the_bound() -> None:
         needs = needs_of(name)
         costs: Any = made_up(needs)
         planner = Planner(needs, costs)
-        most, least = planner.plain[1].peak, planner.least()[1].peak
-        budget = int(least + part * (most - least))
+        budget = budget_between(planner, part)
         found = planner.best(budget)
         assert found is not None
         below, want = least_seconds(planner.model, budget), bound(needs, costs, budget)
         assert 0.7 * want <= below <= 1.01 * want and below <= found[1].seconds
-        assert least_seconds(planner.model, most) == 0.0
+        assert least_seconds(planner.model, planner.plain[1].peak) == 0.0
         assert math.isinf(least_seconds(planner.model, max(planner.model.natural) * 9 // 10))
 
 

@@ -89,7 +89,7 @@ def drawn_plan(kind: BudgetKind, draw: random.Random) -> Any:
     share = draw.choice([0.1, 0.4, 0.7])
     made = [v for v in needs.wanted if needs.tape.made_by[v] is not None]
     kept = frozenset(v for v in needs.wanted if v not in made or draw.random() < share)
-    possible = blocks_of(needs).borders[1:-1]
+    possible = blocks_of(needs, kind.chosen.model.estimates).borders[1:-1]
     borders = draw.sample(possible, min(len(possible), draw.choice([0, 1, 4, 10])))
     block_of = [sum(b <= o for b in borders) for o in range(turn)]
     marks: set[int] = set()
