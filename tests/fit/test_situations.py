@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -180,6 +181,25 @@ def test_parts_of_memory_and_draws(join: Any) -> None:
     for share in (0.9, 0.8, 0.7):
         fitted = planned(model, x, memory=share)
         assert equal(state(model, lambda f=fitted: square(f(x))), want)
+
+
+@pytest.mark.parametrize(
+    ("draw", "share"),
+    [
+        (lambda h: torch.native_dropout(h, 0.1, True)[0], 0.5),  # .63 at the least where its results are kept
+        (lambda h: h[:, torch.randperm(h.shape[1])], 0.46),  # .49
+    ],
+    ids=["native_dropout", "randperm"],
+)
+def test_random_operators_run_again(draw: Callable[[Tensor], Tensor], share: float) -> None:
+    def joined(x: Tensor, h: Tensor) -> Tensor:
+        return x + draw(h.sin().exp())
+
+    torch.manual_seed(0)
+    model, x = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=joined), torch.randn(512, 64)
+    want = state(model, lambda: square(model(x)))
+    fitted = planned(model, x, memory=share)
+    assert equal(state(model, lambda: square(fitted(x))), want)
 
 
 def test_what_is_kept_whole_is_no_bits() -> None:
