@@ -23,8 +23,8 @@ from revfx.ambient import kernels_of
 from revfx.codes import Code, Prediction
 from revfx.engine import dispatch
 from revfx.engine.backward import Pass
+from revfx.engine.bit_mask import BitMask
 from revfx.engine.fingerprints import Comparison, Fingerprint, fingerprint
-from revfx.engine.marks import Mark
 from revfx.engine.observe import Observer
 from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
@@ -38,31 +38,31 @@ class UnitCall:
 
     Attributes:
         given: by slot, tensors that the replays read: external and held ones.
-        versions: by slot, how often they had been written to.
+        versions: by slot, their version counters.
         numbers, states, layouts: other inputs of the replays.
-        codes: of the values that inverses give; None of those that are held instead.
-        site: its position in the sequence of the plan.
-        kept: slots that are kept for good; see `UnitPlan`.
-        settings: how kernels are set, if the forward changes that.
-        observer: looks on, if there is one.
-        trial: the plan of the unit, if this call is the first of which all tensors are compared.
-        inverts: it goes backwards; else it holds its entry and goes forwards.
-        is_rounded: values come back accurate to rounding.
+        codes: the corrections of inverses; None for a value that is held instead.
+        site: the position in the sequence of the plan.
+        kept: slots that are never dropped; see `UnitPlan`.
+        settings: the settings of kernels, if the forward changes them.
+        observer: an observer of completed calls and replays.
+        trial: the plan of the unit, if this call is the first whose tensors are all compared.
+        inverts: whether it runs its backward replay; otherwise it holds its entry and runs forwards.
+        is_rounded: whether recomputed values are accurate to rounding only.
         exits: by slot, tensors of the exit that are held.
-        links: by slot of the exit, the later call, and the slot there, that gives it.
-        fingerprints: by slot, of replayed tensors.
-        pending: by slot, how many saved tensors were dropped.
-        values: by slot, replayed tensors that the backward still asks for.
+        links: by slot of the exit, the later call that gives it, and the slot there.
+        fingerprints: by slot, fingerprints of replayed tensors.
+        pending: by slot, the number of dropped saved tensors.
+        values: by slot, replayed tensors that the backward still needs.
         entries: by slot, tensors of the entry that earlier calls take.
         taken: slots of the entry that earlier calls take for their replays.
-        marked: by slot, saved tensors of which bits are kept.
-        stage: how many of the unit's stages have run.
-        coins: by slot, zeros and ones that the replays read.
+        bit_masks: by slot, the bits that are kept of saved tensors.
+        stage: the number of stages that have run.
+        dropout_masks: by slot, the zeros and ones that the replays read.
         passed: by slot, tensors that stages left for later ones.
-        borrowed: by slot of the entry, the earlier call, and the slot there, that gives it.
-        debts: by slot of the exit, how many later calls and saved tensors take it from this one.
-        lent: by slot, tensors of the exit that are there for them.
-        owed: the debts that are left in this backward.
+        borrowed: by slot of the entry, the earlier call that gives it, and the slot there.
+        debts: by slot of the exit, the number of later calls and saved tensors that take it from this call.
+        lent: by slot, the recomputed tensors of the exit that are held for them.
+        owed: the debts that remain in this backward.
     """
 
     unit: Unit
@@ -88,9 +88,9 @@ class UnitCall:
     entries: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     taken: set[int] = field(default_factory=set[int])
     left: dict[int, int] = field(default_factory=dict[int, int])
-    marked: dict[int, Mark] = field(default_factory=dict[int, Mark])
+    bit_masks: dict[int, BitMask] = field(default_factory=dict[int, BitMask])
     stage: int = 0
-    coins: dict[int, Mark] = field(default_factory=dict[int, Mark])
+    dropout_masks: dict[int, BitMask] = field(default_factory=dict[int, BitMask])
     passed: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     borrowed: dict[int, tuple[UnitCall, int]] = field(default_factory=dict[int, "tuple[UnitCall, int]"])
     debts: dict[int, int] = field(default_factory=dict[int, int])
@@ -98,12 +98,12 @@ class UnitCall:
     owed: dict[int, int] = field(default_factory=dict[int, int])
 
     def held_in(self, memory: int) -> list[Tensor]:
-        """Return the tensors that this call holds in a memory."""
+        """Return the tensors that this call holds in a storage."""
         held = [*self.given.values(), *(t for t, _ in self.exits.values())]
         return [t for t in held if memory_of(t) == memory]
 
     def take_copies(self, copies: Mapping[int, Tensor]) -> None:
-        """Hold copies in the place of tensors, by their ids."""
+        """Replace held tensors by copies, which are given by the ids of the tensors."""
         for slot, t in self.given.items():
             copy = copies.get(id(t))
             if copy is not None:
@@ -132,7 +132,7 @@ class UnitCall:
             return t
 
     def _as_in_the_forward(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which kernels are set as they were around the unit."""
+        """Return a context with the settings of kernels that were in force around the unit."""
         if self.settings is not None:
             return kernels_of(self.settings)
         if self.backward_pass.same_settings:
@@ -148,7 +148,7 @@ class UnitCall:
         return _torch.unchanged(*self.exits[slot])
 
     def restart(self) -> None:
-        """Free replayed tensors; the replays start over when the backward asks again."""
+        """Free the replayed tensors, so that the next backward starts the replays over."""
         for tensors in (self.values, self.passed, self.lent):
             tensors.clear()
         self.stage = 0
@@ -162,15 +162,15 @@ class UnitCall:
             backward_pass.join()
             with torch.enable_grad(), dispatch.replaying(), self._as_in_the_forward():
                 if slot not in self.lent:
-                    assert self.unit.carry is not None
-                    self._borrow(self.unit.carry)
-                    self._carry({slot})
+                    assert self.unit.loan is not None
+                    self._borrow(self.unit.loan)
+                    self._lend({slot})
             t = self.lent[slot]
             self._repay(slot)
             return t
 
     def borrow(self, slot: int, lender: UnitCall, exit: int) -> None:
-        """Let a tensor of the entry go which lies in the exit of an earlier call, if that one gives it back."""
+        """Free a tensor of the entry, if the earlier call with this exit can recompute it."""
         if exit in lender.unit.lends and exit not in lender.kept:
             self.given.pop(slot, None)
             self.borrowed[slot] = lender, exit
@@ -178,7 +178,7 @@ class UnitCall:
                 lender.debts[exit] = lender.debts.get(exit, 0) + 1
 
     def _borrow(self, replay: Replay) -> None:
-        """Have earlier calls give the tensors that a replay borrows."""
+        """Let earlier calls recompute the tensors that a replay borrows, the earliest ones first."""
         waiting: list[tuple[UnitCall, Replay, set[int]]] = [(self, replay, set())]
         while waiting:
             call, needing, asked = waiting[-1]
@@ -189,23 +189,23 @@ class UnitCall:
                     lacking.setdefault(id(lender), (lender, set()))[1].add(exit)
             if lacking:
                 for lender, slots in lacking.values():
-                    assert lender.unit.carry is not None
-                    waiting.append((lender, lender.unit.carry, slots))
+                    assert lender.unit.loan is not None
+                    waiting.append((lender, lender.unit.loan, slots))
                 continue
             waiting.pop()
             if asked:
-                call._carry(asked)
+                call._lend(asked)
 
-    def _carry(self, asked: set[int]) -> None:
-        """Give tensors of the exit: those that are asked for, and others that are owed."""
-        carry = self.unit.carry
-        assert carry is not None
+    def _lend(self, asked: set[int]) -> None:
+        """Recompute tensors of the exit: those that are asked for, and others that are owed."""
+        loan = self.unit.loan
+        assert loan is not None
         if not self.lent:
             self.backward_pass.activate(self)
         if not self.owed:
             self.owed = dict(self.debts)
-        results = carry.run(self.inputs(carry, self.backward_pass.comparisons))
-        for slot, t in zip(carry.outputs, results, strict=True):
+        results = loan.run(self.inputs(loan, self.backward_pass.comparisons))
+        for slot, t in zip(loan.outputs, results, strict=True):
             if slot in asked or self.owed.get(slot, 0) > 0:
                 self.lent[slot] = t
             self._compare(slot, t)
@@ -216,7 +216,7 @@ class UnitCall:
             self.lent.pop(slot, None)
 
     def replay(self, slot: int = -1) -> None:
-        """Run the replay, after those of the later calls that it needs; of several stages those up to a slot."""
+        """Run the replay up to the stage of a slot, after the replays of later calls that it needs."""
         if not self.inverts:
             self._run_stages(slot)
             return
@@ -235,7 +235,7 @@ class UnitCall:
                 call._run_stages(-1)
 
     def missing(self) -> list[UnitCall]:
-        """Return the later calls with entries that are needed, and not there."""
+        """Return the later calls whose entries are needed and not yet recomputed."""
         if not self.inverts:
             return []
         found: list[UnitCall] = []
@@ -318,8 +318,8 @@ class UnitCall:
         t = self.passed.get(slot)
         if t is not None:
             return t
-        if slot in self.coins:
-            return self.coins[slot].fetch(slot)
+        if slot in self.dropout_masks:
+            return self.dropout_masks[slot].fetch(slot)
         if slot in self.borrowed:
             lender, exit = self.borrowed[slot]
             return lender.lent[exit]

@@ -1,7 +1,7 @@
-"""One forward under a plan: the saved tensors that units give back are dropped.
+"""One forward under a plan: saved tensors that units can recompute are dropped.
 
-Tensors of a unit are kept until its last operator matched; so a forward that turns out to be another one has lost
-nothing, and a first call can be proven: its replay runs at once, while the saved tensors are there to compare with.
+A unit's tensors are kept until its last operator has matched. So a forward that takes another path has lost nothing,
+and a first call can be proven: its replay runs at once, while the saved tensors are there to compare with.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from revfx import _torch
 from revfx.codes import Codec, Prediction, predict
 from revfx.engine import dispatch
 from revfx.engine.backward import Pass
+from revfx.engine.bit_mask import nonzero_mask, positive_mask
 from revfx.engine.call import Loan, UnitCall, copy_held, memory_of
 from revfx.engine.exits import Exit, place_of
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
-from revfx.engine.marks import nonzero, positive
 from revfx.engine.match import HeldTensor, Match
 from revfx.engine.observe import observer
 from revfx.engine.plan import Plan, UnitPlan
@@ -32,11 +32,11 @@ from revfx.errors import NotConvertedWarning, warn
 from revfx.layout import address
 
 
-NEVER = 2**62  # the number of an operator that no forward comes to
+NEVER = 2**62  # an operator number that no forward reaches
 
 
 def drops(unit: Unit) -> bool:
-    """Return whether a unit that drops something is worth matching by itself: one operator is everywhere."""
+    """Return whether a unit drops tensors and may be matched by itself; a single operator would match everywhere."""
     return bool(unit.droppable) and (len(unit.ops) > 1 or any(isinstance(op.func, Whole) for op in unit.ops))
 
 
@@ -44,15 +44,15 @@ class Forward:
     """One forward under a plan.
 
     Attributes:
-        count: units that matched.
-        position: of the unit that comes next, if the forward is like the one that was learnt last.
+        count: the number of units that matched.
+        position: the position in the path of the unit that is expected next.
         coded_bytes: bytes of the codes.
-        writes: the operator that runs now writes to an argument; the write is counted when it has returned.
-        unsettled: a call with a last operator that wrote to an argument.
-        addresses: of the exits of the latest call that have one.
-        kept_cuts: by chain, how many entries and exits of units are held.
-        path: the way that it goes, as far as one can tell.
-        others: ways that it may turn to.
+        writes: whether the operator that runs now writes to an argument; autograd counts that when it returns.
+        unsettled: a call whose last operator wrote to an argument.
+        addresses: the addresses of the exits of the latest call.
+        kept_cuts: by chain, the number of entries and exits of units that are held.
+        path: the path that the forward follows so far.
+        others: paths that it may switch to.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -63,7 +63,9 @@ class Forward:
         self.addresses: list[int] = []
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
         self._calls: list[UnitCall] = []
-        self._holders: dict[int, list[UnitCall]] = {}  # by memory that may be written to: calls that hold tensors in it
+        self._holders: dict[
+            int, list[UnitCall]
+        ] = {}  # by storage: the calls that hold tensors in it
         self._exits: dict[int, Exit] = {}  # by the id of a tensor, and by its address
 
     @property
@@ -81,7 +83,7 @@ class Forward:
         return firsts[self.position] if self.position < len(firsts) else NEVER
 
     def beginning(self, number: int) -> list[UnitPlan]:
-        """Return the units of other ways that begin with an operator."""
+        """Return the units of other paths that begin at an operator."""
         found: list[UnitPlan] = []
         for path in self.others:
             at = bisect_left(path.firsts, number)
@@ -90,8 +92,8 @@ class Forward:
         return found
 
     @_torch.uncompiled
-    def turn(self, number: int) -> bool:
-        """Go on with another way, of which a unit begins at an operator or later; return whether there is one."""
+    def switch_path(self, number: int) -> bool:
+        """Switch to another path with a unit that begins at an operator or later; return whether there is one."""
         while self.others:
             self.path = self.others.pop(0)
             self.position = bisect_left(self.path.firsts, number)
@@ -99,8 +101,8 @@ class Forward:
                 return True
         return False
 
-    def _turn_to(self, match: Match) -> None:
-        """Go on with the way that a unit is of, if it is of another one; the forward may still turn back."""
+    def _switch_to(self, match: Match) -> None:
+        """Switch to the path of a unit, if that is another one; the forward may still switch back."""
         for path in self.others:
             at = bisect_left(path.firsts, match.first)
             if at < len(path.sequence) and path.firsts[at] == match.first and path.sequence[at] is match.of:
@@ -111,10 +113,10 @@ class Forward:
 
     @_torch.uncompiled
     def may_begin(self, match: Match) -> bool:
-        """Return whether a unit may have begun of which the first operator matched.
+        """Return whether a unit may have begun whose first operator matched.
 
-        The expected one may. Another one has to continue a chain, or to drop something in several operators: views and
-        sums are everywhere.
+        The expected unit may. Another one has to continue a chain, or to drop tensors and have several operators:
+        single views and sums would match everywhere.
         """
         unit = match.of.unit
         if match.of is self.expected or drops(unit):
@@ -128,7 +130,7 @@ class Forward:
             return known
         call, slot = known.call, known.slot
         while slot in call.links and call.links[slot][1] in call.links[slot][0].unit.exit:
-            call, slot = call.links[slot]  # the later call gives it on
+            call, slot = call.links[slot]  # the later call passes it on
         return known._replace(call=call, slot=slot)
 
     def _known_exit(self, t: Tensor, version: int | None) -> Exit | None:
@@ -144,7 +146,7 @@ class Forward:
 
     @_torch.uncompiled
     def before_write(self, written: Sequence[Tensor], active: Sequence[Match]) -> None:
-        """Copy tensors that calls, or active matches, hold in memory that is about to be written to."""
+        """Copy tensors that calls or active matches hold in storages that are about to be written to."""
         self.writes = True
         for key in dict.fromkeys(map(memory_of, written)):
             if key is None:
@@ -155,7 +157,7 @@ class Forward:
 
     @_torch.uncompiled
     def settle(self) -> None:
-        """Note how often the tensors of the latest call had been written to, as its last operator has returned."""
+        """Note the version counters of the latest call's tensors, as its last operator has returned."""
         call, self.unsettled = self.unsettled, None
         if call is None:
             return
@@ -178,7 +180,7 @@ class Forward:
 
     @_torch.uncompiled
     def link(self, saved: SavedTensor, t: Tensor) -> None:
-        """Drop a saved tensor that is the exit of a call, which gives it back."""
+        """Drop a saved tensor that is the exit of a call, which recomputes it."""
         if self.unsettled is not None:
             self.settle()
         known = self._exit_of(t)
@@ -190,7 +192,7 @@ class Forward:
         elif known.slot in unit.lends and known.slot not in known.call.kept:
             known.call.debts[known.slot] = known.call.debts.get(known.slot, 0) + 1
             saved.drop(Loan(known.call), known.slot)
-        elif known.slot in unit.droppable | unit.marks and known.slot not in known.call.kept:
+        elif known.slot in unit.droppable | unit.compressed and known.slot not in known.call.kept:
             self._drop_one(saved, known.call, known.slot, t)
 
     def end(self) -> None:
@@ -208,9 +210,10 @@ class Forward:
         """Drop the saved tensors of a unit that matched to its end."""
         matched, unit = match.of, match.of.unit
         if self.others and matched is not self.expected:
-            self._turn_to(match)
+            self._switch_to(match)
         if matched.is_broken or not matched.facts_hold(match.tensor):
             return
+        # Hold the inputs of the replay, or encode the corrections of its inverses.
         site = self.path.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
         earlier = [of for of in earlier if unit.gives_exit or not of[1].unit.gives_exit]  # couplings invert couplings
@@ -225,15 +228,17 @@ class Forward:
         call.given, call.versions, memory = match.hold(slots, unit.entry)
         if call.inverts:
             self._encode(matched, call, match, site)
-        if unit.coins:
-            self._note_coins(call, match)
+        if unit.dropout_masks:
+            self._compress_dropout_masks(call, match)
         exits = match.exits(unit.exit)
         if not unit.gives_exit:
             call.exits = {held.slot: (held.alias, held.version) for held in exits}
+        # Prove the first call of each kind before anything is dropped.
         kind = -1 if unit.gives_exit else site, matched, tuple([code is None for code in call.codes])
         is_proven = kind in self.plan.proven or dispatch.on_fakes.get()
         if not is_proven and not prove_call(matched, call, match, self.plan.reasons):
             return
+        # Link the call with its neighbours, and drop its saved tensors.
         if unit.gives_exit:
             for slot, lender, exit in earlier:
                 call.borrow(slot, lender, exit)
@@ -243,28 +248,29 @@ class Forward:
         if call.observer is not None:
             call.observer.completed(call, match)
         self._drop(call, match)
+        # Later writes to these storages copy the tensors that the call holds.
         memory.update(held.memory for held in exits if held.memory is not None and held.slot in call.exits)
         memory.update(key for c in unit.coded if c.head in call.given and (key := memory_of(call.given[c.head])))
         for key in memory:
             self._holders.setdefault(key, []).append(call)
         self.unsettled = call if self.writes else None
         self.count += 1
-        if earlier or matched is self.expected:  # else it stands alone, and no expectation follows from it
+        if earlier or matched is self.expected:  # a unit that stands alone says nothing about the next one
             self.position = site + 1
         self._calls.append(call)
 
-    def _note_coins(self, call: UnitCall, match: Match) -> None:
-        """Keep a bit of each element of zeros and ones that were drawn, as a later value of their memory tells them."""
+    def _compress_dropout_masks(self, call: UnitCall, match: Match) -> None:
+        """Keep drawn zeros and ones as bits, read from a later value of the same allocation."""
         saved = {slot: s.tensor for s, slot in match.saved}
-        for coin, told in call.unit.coins.items():
-            t = saved.get(told)
+        for mask, later in call.unit.dropout_masks.items():
+            t = saved.get(later)
             if t is None:
-                t = match.tensor(told)
+                t = match.tensor(later)
             assert t is not None  # as it is saved, or held until here
-            call.coins[coin] = nonzero(t)
+            call.dropout_masks[mask] = nonzero_mask(t)
 
     def _earlier_calls(self, unit: Unit, match: Match) -> list[tuple[int, UnitCall, int]]:
-        """Return slots of the entry that are exits of earlier calls: the slot, the call, and the slot there."""
+        """Return entries that are exits of earlier calls: the slot, the earlier call, and the slot there."""
         found: list[tuple[int, UnitCall, int]] = []
         for slot in unit.entry:
             known = self._exit_of(match.given(slot), match.version(slot))
@@ -273,7 +279,7 @@ class Forward:
         return found
 
     def _encode(self, matched: UnitPlan, call: UnitCall, match: Match, site: int) -> None:
-        """Make the codes that correct inverses; hold tensors that are smaller than their codes."""
+        """Encode the corrections of inverses; hold tensors that are smaller than their codes."""
         for number, coded in enumerate(matched.unit.coded):
             x = match.operand(coded.head)
             key = site, matched, number
@@ -319,7 +325,7 @@ class Forward:
             warn(text, NotConvertedWarning)
 
     def _link(self, call: UnitCall, earlier: Sequence[tuple[int, UnitCall, int]], exits: Sequence[HeldTensor]) -> None:
-        """Have earlier calls take their exits from this call's entry, and note its own."""
+        """Let earlier calls take their exits from this call's entry, and note the exits of this call."""
         if call.inverts:
             for slot, before, exit in earlier:
                 before.links[exit] = call, slot
@@ -340,17 +346,17 @@ class Forward:
     def _drop(self, call: UnitCall, match: Match) -> None:
         unit = match.of.unit
         for saved, slot in match.saved:
-            if slot in unit.droppable | unit.marks and slot not in call.kept:
+            if slot in unit.droppable | unit.compressed and slot not in call.kept:
                 assert saved.tensor is not None
                 self._drop_one(saved, call, slot, saved.tensor)
             elif unit.gives_exit and saved.tensor is not None:
-                self.link(saved, saved.tensor)  # a view, made once more, of a tensor that an earlier unit gives back
+                self.link(saved, saved.tensor)  # a new view of a tensor that an earlier unit recomputes
 
     def _drop_one(self, saved: SavedTensor, call: UnitCall, slot: int, t: Tensor) -> None:
-        if slot in call.unit.marks:
-            if slot not in call.marked:
-                call.marked[slot] = positive(t)
-            saved.drop(call.marked[slot], slot)
+        if slot in call.unit.compressed:
+            if slot not in call.bit_masks:
+                call.bit_masks[slot] = positive_mask(t)
+            saved.drop(call.bit_masks[slot], slot)
             return
         saved.drop(call, slot)
         call.pending[slot] = call.pending.get(slot, 0) + 1
@@ -358,7 +364,7 @@ class Forward:
     def _fingerprint(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
         """Note the fingerprint of the end of a chain, which every replay above it leads to.
 
-        Of a unit in stages those of all that it gives, until they were right once.
+        All results of a unit in stages have fingerprints, until they were right once.
         """
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept]
@@ -371,7 +377,7 @@ class Forward:
             slots = slots[-1:]
         corrects = any(call.codes) if unit.coded else unit.rounds
         if call.inverts and corrects:
-            slots = []  # it shows further up
+            slots = []  # an error shows further up the chain
         if call.inverts and not any(before.inverts for _, before, _ in earlier):
             checked = {c.head for c, code in zip(unit.coded, call.codes, strict=True) if code is not None}
             slots += [slot for slot in unit.entry if slot not in unit.kept and slot not in checked]

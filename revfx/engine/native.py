@@ -276,8 +276,8 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
     """Return a plan for the extension, compiled when it has learnt something."""
     known = _plans.get(plan)
     units = list(plan.units.values())
-    ways = (plan.path, *plan.others)
-    state = [(unit, unit.is_fallback) for unit in units], ways
+    paths = (plan.path, *plan.others)
+    state = [(unit, unit.is_fallback) for unit in units], paths
     if known is not None and known[0] == state:
         return known[1]
     compiled = module.Plan()
@@ -286,10 +286,10 @@ def _compiled_plan(module: Any, plan: Plan) -> Any:
             _units[unit_plan] = _compiled_unit(module, unit_plan.unit)
         if _units[unit_plan] is not None:
             compiled.add(unit_plan, _units[unit_plan])
-    for way in plan.others:
-        for unit_plan, first in zip(way.sequence, way.firsts, strict=False):
+    for path in plan.others:
+        for unit_plan, first in zip(path.sequence, path.firsts, strict=False):
             compiled.begin_at(first, unit_plan)
-    compiled.drop_at([*frozenset().union(*(way.dropped_at for way in ways))])
+    compiled.drop_at([*frozenset().union(*(path.dropped_at for path in paths))])
     _plans[plan] = state, compiled
     return compiled
 

@@ -1,4 +1,4 @@
-"""Plans: the units that a model's forward is compared with, and the findings about them."""
+"""Plans: the units that the forward of a model is matched with, and the state that is kept about them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from revfx.engine.unit import Unit
 from revfx.passes.facts import holds
 
 
-MAX_UNITS = 64  # different ones in a plan; the oldest make room for new ones
+MAX_UNITS = 64  # in a plan; the oldest make room for new ones
 
 
 @dataclass(eq=False)
@@ -26,13 +26,13 @@ class UnitPlan:
     """A unit with its checkers.
 
     Attributes:
-        kept: slots that are kept for good, as their replays gave other bits.
-        is_broken: nothing of it is dropped, as going backwards gave other bits.
-        groups: of processes that run its collectives; they prove it together.
-        is_fallback: of a plan that says where its units begin: it may begin anywhere once the forward went another way.
-        is_tried: a backward has compared all tensors that it gives.
-        may_fail: it was expected, and began, and then the forward went another way.
-        verified: by slot, offset, strides and version, the memory of a tensor for which the unit's facts hold.
+        kept: slots that are never dropped, as their replays gave other bits.
+        is_broken: whether nothing is dropped, as the backward replay gave other bits.
+        groups: the process groups that run its collectives; they prove the unit together.
+        is_fallback: whether it may begin anywhere once a forward has left the recorded path.
+        is_tried: whether a backward has compared all tensors that it gives.
+        may_fail: whether it once began as expected, and then the forward took another path.
+        verified: by slot, offset, strides and version, the storage of a tensor for which the unit's facts hold.
     """
 
     unit: Unit
@@ -66,15 +66,15 @@ class UnitPlan:
 
 @dataclass(eq=False)
 class Path:
-    """One way that a forward goes.
+    """A sequence of units that a forward runs through.
 
     Attributes:
-        sequence: its units in order.
-        chains: of each, the number of the chain of units that it belongs to.
-        firsts: of each, the number of the operator at which it begins; empty if units may begin anywhere.
-        dropped_at: how many operators have run when a tensor is saved that the plan drops; elsewhere autograd keeps
-            saved tensors by itself. Empty if units may begin anywhere.
-        most: how many units matched at most.
+        sequence: the units in order.
+        chains: by position, the number of the unit's chain.
+        firsts: by position, the number of the operator at which the unit begins; empty if it may begin anywhere.
+        dropped_at: counts of operators after which autograd saves a tensor that the plan drops; hooks are installed for
+            these alone. Empty if units may begin anywhere.
+        most: the most units that matched in one forward.
     """
 
     sequence: list[UnitPlan] = field(default_factory=list[UnitPlan])
@@ -98,26 +98,26 @@ class Path:
 
 @dataclass(eq=False)
 class Plan:
-    """The units of one kind of call of a model, and how calls of them are coded.
+    """The units of one kind of call of a model, and the state that their calls share.
 
     Attributes:
-        lossless: replays give the same bits; else those that invert are accurate to rounding.
-        varies: an expected unit began, and then another one ran.
-        copies_ends: tensors that a forward took or returned were written to, so that calls hold copies of them.
-        notes_settings: kernels are set otherwise in the midst of a forward, so that each call notes how.
-        path: the way of the forward that was learnt last.
-        others: other ways, which a forward may turn to where it leaves this one.
+        lossless: whether replays give the same bits; otherwise inverses are accurate to rounding.
+        has_varied: whether an expected unit began, and then another one ran.
+        copies_ends: whether inputs or outputs of a forward were written to, so that calls hold copies of them.
+        notes_settings: whether the settings of kernels change during a forward, so that each call notes them.
+        path: the path of the forward that was recorded last.
+        others: other paths, to which a forward may switch.
         units: all units, by their keys.
         starts: by an operator, the units that begin with it.
         codecs: by the position of a unit in the sequence, the unit, and the number of an inverse.
-        proven: positions of calls (-1 of units without couplings, which prove each other), with their units, and which
-            values are held in the place of codes, of which the replays gave the same bits.
+        proven: calls whose replays gave the same bits: the position (-1 for units without couplings, which prove each
+            other), the unit, and by inverse whether its value is held in the place of a code.
         distrusted: declared inverses that are wrong, as text.
-        reasons: why tensors are kept for good, as text.
+        reasons: sentences about tensors that are never dropped.
     """
 
     lossless: bool = True
-    varies: bool = False
+    has_varied: bool = False
     copies_ends: bool = False
     notes_settings: bool = False
     path: Path = field(default_factory=Path)
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def sequence(self) -> list[UnitPlan]:
-        """The units in the order of the forward that was learnt last."""
+        """The units in the order of the forward that was recorded last."""
         return self.path.sequence
 
     def learn(self, units: Sequence[Unit], chains: Sequence[int], fallback: Sequence[Unit] = ()) -> None:
@@ -140,7 +140,7 @@ class Plan:
         Args:
             units: those of the sequence.
             chains: of each, the number of its chain.
-            fallback: units for forwards that go another way; see `UnitPlan.is_fallback`.
+            fallback: units for forwards that leave the path; see `UnitPlan.is_fallback`.
         """
         self.path = Path([self._add(unit) for unit in units], [*chains], most=len(units))
         for known in () if self.others else self.units.values():

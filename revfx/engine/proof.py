@@ -110,8 +110,8 @@ def prove_call(matched: UnitPlan, call: UnitCall, match: Match, reasons: dict[st
             prove(replay, call.inputs(replay), check)
             for passed in [slot for slot, last in unit.last_reader.items() if last <= number]:
                 call.passed.pop(passed, None)
-        if unit.carry is not None:
-            prove(unit.carry, call.inputs(unit.carry), check)
+        if unit.loan is not None:
+            prove(unit.loan, call.inputs(unit.loan), check)
     is_broken = bool(broken)
     if matched.groups:
         device = next(iter(call.given.values())).device

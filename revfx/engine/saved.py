@@ -11,8 +11,8 @@ from revfx.engine import dispatch
 
 
 if TYPE_CHECKING:
+    from revfx.engine.bit_mask import BitMask
     from revfx.engine.call import Loan, UnitCall
-    from revfx.engine.marks import Mark
 
 
 class SavedTensor:
@@ -32,11 +32,11 @@ class SavedTensor:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = dispatch.alias(tensor)
         self.version = _torch.version(self.tensor)
-        self.call: UnitCall | Mark | Loan | None = None
+        self.call: UnitCall | BitMask | Loan | None = None
         self.slot = -1
 
     @_torch.uncompiled
-    def drop(self, call: UnitCall | Mark | Loan, slot: int) -> None:
+    def drop(self, call: UnitCall | BitMask | Loan, slot: int) -> None:
         """Let the tensor go; `call` gives it back from a slot."""
         self.tensor, self.call, self.slot = None, call, slot
 

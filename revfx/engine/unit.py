@@ -78,34 +78,35 @@ class Replay:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A run of operators; see above.
+    """A range of operators whose saved tensors are dropped together; see above.
 
     Attributes:
-        read_forwards, read_backwards: slots of tensors that a call holds, to go either way.
-        read: slots of tensors that are read again when the operators of the unit have run.
-        ops: its operators in order.
-        slots: how many slots it has.
-        numbers: how many numbers it stores per call.
+        read_forwards, read_backwards: slots of tensors that a call holds for the forward or the backward replay.
+        read: slots of tensors that are read after the last operator of the unit.
+        ops: the operators in order.
+        slots: the number of slots.
+        numbers: the count of Python numbers that a call stores.
         external: slots that are bound when they first appear, entries included.
-        entry: slots of the values that are there before.
-        kept: those of them that are held by every call; going backwards gives the others.
-        exit: slots of the values that are there after.
-        held: slots of which the tensors are held for the replay, as nothing computes them.
-        cloned: external and held slots in outside memory that each forward writes to, of which copies are held.
-        coded: inverses that are corrected by codes; going backwards takes one code each.
-        rounds: an inverse rounds, so that an error in its operands shows in the entry.
+        entry: slots of the values before the unit.
+        kept: entries that every call holds; the backward replay gives the others.
+        exit: slots of the values after the unit.
+        held: slots of tensors that calls hold because nothing computes them.
+        cloned: external and held slots in outside memory that each forward writes to; calls hold copies of them.
+        coded: inverses that are corrected by codes, one code each.
+        rounds: whether an inverse rounds, so that an error in its operands shows in the entry.
         forward: the replay from the entry.
-        later: replays that go on after it, one after another, for saved tensors that the backward asks for later.
-        carried: slots that these pass on to each other, and that are no saved tensors.
-        carry: a replay that gives tensors of the exit to later units, which borrow them as their entries.
-        marks: slots of saved tensors of which calls keep one bit an element: whether it is positive.
-        coins: by slot of zeros and ones that were drawn, a slot of a later value of the same memory that tells them.
-        gives_exit: the replays give the tensors of the exit as well, so that no call holds them.
+        later: replays that go on after it, one after another, for saved tensors that the backward reads later.
+        passed_on: slots that these pass on to each other, and that are no saved tensors.
+        loan: a replay that gives tensors of the exit to later units, which borrow them as their entries.
+        compressed: slots of saved tensors of which one bit per element is kept: whether it is positive.
+        dropout_masks: by slot of drawn zeros and ones, a slot of a later value in the same allocation that has the
+            same zeros.
+        gives_exit: whether the replays give the tensors of the exit as well, so that no call holds them.
         backward: the replay from the exit; None if nothing is inverted.
-        layouts: slots of tensors of which the layout in memory is noted.
-        workspaces: slots of bytes that a kernel left for the backward, with gaps of any content.
-        same: slots of tensors that were written to through another view, with the first slot of the same tensor.
-        renamed: those of results, in order: the operator that wrote, the first slot, and the slot from then on.
+        layouts: slots of tensors whose strides are noted.
+        workspaces: slots of bytes that a kernel left for the backward, with gaps of undefined content.
+        same: slots of tensors that were written through another view, with the first slot of the same tensor.
+        renamed: the same for results, in order: the operator that wrote, the first slot, and the slot from then on.
         shapes: the shapes of slots for which inverses were derived.
         facts: facts about the elements of slots that inverses rely on.
         where: the first and the last line of the user's code.
@@ -132,10 +133,10 @@ class Unit:
     backward: Replay | None
     where: tuple[str, str] = ("", "")
     later: tuple[Replay, ...] = ()
-    carried: frozenset[int] = frozenset()
-    carry: Replay | None = None
-    marks: frozenset[int] = frozenset()
-    coins: Mapping[int, int] = field(default_factory=dict[int, int])
+    passed_on: frozenset[int] = frozenset()
+    loan: Replay | None = None
+    compressed: frozenset[int] = frozenset()
+    dropout_masks: Mapping[int, int] = field(default_factory=dict[int, int])
     gives_exit: bool = False
     stages: tuple[Replay, ...] = field(init=False)
     last_reader: Mapping[int, int] = field(init=False)
@@ -168,14 +169,14 @@ class Unit:
             last_loan.update(dict.fromkeys(read.intersection(self.entry), number))
             results.update(replay.outputs)
             given |= read & self.external
-        for replay in (self.carry, self.backward):
+        for replay in (self.loan, self.backward):
             if replay is not None:
                 given.update(i for kind, i in replay.inputs if kind == "slot" and i in self.external)
-        given.difference_update(self.coins)
+        given.difference_update(self.dropout_masks)
         object.__setattr__(self, "last_reader", last_reader)
         object.__setattr__(self, "last_loan", last_loan)
-        object.__setattr__(self, "lends", frozenset() if self.carry is None else frozenset(self.carry.outputs))
-        object.__setattr__(self, "droppable", frozenset(results) - self.held - self.carried)
+        object.__setattr__(self, "lends", frozenset() if self.loan is None else frozenset(self.loan.outputs))
+        object.__setattr__(self, "droppable", frozenset(results) - self.held - self.passed_on)
         object.__setattr__(self, "given", frozenset(given.difference(self.entry) | given & self.kept))
         alive: set[int] = set()
         for coded in self.coded:
@@ -206,6 +207,6 @@ class Unit:
         """The operators, tensors and inverses that equal units share."""
         ops = tuple((op.func, repr(op.args), repr(op.kwargs), op.outs, op.state) for op in self.ops)
         inverses = None if self.backward is None else str(self.backward.graph.python_code("self").src)
-        stages = tuple((replay.inputs, replay.outputs) for replay in self.stages), self.lends, tuple(self.coins)
-        rest = self.entry, self.exit, self.kept, self.held, self.cloned, self.droppable, self.marks, stages
+        stages = tuple((replay.inputs, replay.outputs) for replay in self.stages), self.lends, tuple(self.dropout_masks)
+        rest = self.entry, self.exit, self.kept, self.held, self.cloned, self.droppable, self.compressed, stages
         return ops, rest, inverses, tuple(self.shapes.items()), self.facts

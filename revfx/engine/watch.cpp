@@ -208,7 +208,7 @@ class Watcher : public Observer {
   // Elsewhere autograd keeps the tensor itself. Hooks that others have set since stay on top.
   void choose_hooks() {
     if (plan_->dropped_at.empty()) return;
-    bool is_wanted = is_lost_ || plan_->dropped_at.count(number_ + 1) > 0;
+    bool is_wanted = is_off_path_ || plan_->dropped_at.count(number_ + 1) > 0;
     if (is_wanted != bool(hooks_)) return;
     if (torch::autograd::get_current_node()) return;  // a backward inside, which restores this thread's hooks
     size_t size = at::SavedTensorDefaultHooks::get_tls_state().stack.size();
@@ -306,13 +306,13 @@ class Watcher : public Observer {
     auto known = plan_->starts.find(op);
     if (known == plan_->starts.end()) return {};
     bool begins = std::count(known->second.begin(), known->second.end(), expected_) > 0;
-    if (expected_at_ >= 0 && !is_lost_) {
+    if (expected_at_ >= 0 && !is_off_path_) {
       if (number_ < expected_at_ || begins) return of_ways(known->second);
       lose();
-      if (!is_lost_) return candidates(op);
+      if (!is_off_path_) return candidates(op);
     }
     if (expected_at_ >= 0) return fallback(known->second);
-    if (varies_ || (running_.empty() && !begins)) return known->second;
+    if (has_varied_ || (running_.empty() && !begins)) return known->second;
     bool is_running =
         std::any_of(running_.begin(), running_.end(), [this](const Running& r) { return r.number == expected_; });
     return begins && !is_running ? std::vector<size_t>{expected_} : std::vector<size_t>{};
@@ -332,13 +332,13 @@ class Watcher : public Observer {
 
   // Note that the forward left the way that it went; go on with another one, if there is one.
   void lose() {
-    if (is_lost_) return;
-    is_lost_ = true;
+    if (is_off_path_) return;
+    is_off_path_ = true;
     if (expected_at_ < 0) return;
     call_python(0, [&] {
       int64_t from = running_.empty() ? following_ : running_.front().first;
-      if (!forward().attr("turn")(from).cast<bool>()) return;
-      is_lost_ = false;
+      if (!forward().attr("switch_path")(from).cast<bool>()) return;
+      is_off_path_ = false;
       look_ahead();
     });
   }
@@ -402,10 +402,10 @@ class Watcher : public Observer {
     lose();
     if (expected_at_ >= 0) return;
     call_python(0, [&] {
-      forward().attr("plan").attr("varies") = py::bool_(true);
+      forward().attr("plan").attr("has_varied") = py::bool_(true);
       py::handle(plan_->units[r.number].first.get()).attr("may_fail") = py::bool_(true);
     });
-    varies_ = plan_->may_fail[r.number] = true;
+    has_varied_ = plan_->may_fail[r.number] = true;
   }
 
   py::object python_match(Running&& r) const {
@@ -415,7 +415,7 @@ class Watcher : public Observer {
 
   // Note the unit that comes next.
   void look_ahead() {
-    varies_ = forward().attr("plan").attr("varies").cast<bool>();
+    has_varied_ = forward().attr("plan").attr("has_varied").cast<bool>();
     py::object unit_plan = forward().attr("expected");
     expected_at_ = forward().attr("expected_at").cast<int64_t>();
     for (expected_ = 0; expected_ < plan_->units.size(); expected_++)
@@ -429,8 +429,8 @@ class Watcher : public Observer {
   int64_t number_ = -1;        // of the operator that runs
   int64_t expected_at_ = -1;   // the number of the operator at which that unit begins; -1 of any
   int64_t following_ = 0;      // the number of the operator with which units may begin
-  bool is_lost_ = false;       // the forward is like none that was learnt: units may begin anywhere
-  bool varies_ = false;        // of the plan
+  bool is_off_path_ = false;   // the forward is like none that was learnt: units may begin anywhere
+  bool has_varied_ = false;    // of the plan
   size_t depth_ = 0;  // how many hooks for saved tensors are set, with those of this watcher
   std::optional<std::pair<c10::SafePyObject, c10::SafePyObject>> hooks_;  // them, while they are not set
   bool is_writing_ = false, is_unsettled_ = false;  // see `Forward`

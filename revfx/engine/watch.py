@@ -34,7 +34,7 @@ class Watching(HookedMode):
         self.plan, self.forward = plan, Forward(plan)
         self.active: list[Match] = []
         self.number = -1  # of the operator that runs
-        self.is_lost = False  # the forward is not like the one that was learnt: units may begin anywhere
+        self.is_off_path = False  # the forward has left all recorded paths: units may begin anywhere
         self._pending: list[SavedTensor] = []  # of the compiled part that runs
         self.set_hooks(self._pack, lambda saved: saved.get())
 
@@ -141,7 +141,7 @@ class Watching(HookedMode):
         """Return the units that may begin with an operator: the expected one, others if it is not running."""
         candidates = self.plan.starts.get(func, [])
         expected, at = self.forward.expected, self.forward.expected_at
-        if candidates and at >= 0 and not self.is_lost:
+        if candidates and at >= 0 and not self.is_off_path:
             if self.number < at or (self.number == at and expected in candidates):
                 beginning = self.forward.beginning(self.number)
                 return [u for u in candidates if u in beginning or (self.number == at and u is expected)]
@@ -149,9 +149,9 @@ class Watching(HookedMode):
                 return self._starting(func)
         if at >= 0:
             return [] if self.active else [u for u in candidates if u.is_fallback]
-        if self.active and not self.plan.varies:
+        if self.active and not self.plan.has_varied:
             return [u for u in candidates if u is expected and all(m.of is not u for m in self.active)]
-        if expected in candidates and not self.plan.varies:
+        if expected in candidates and not self.plan.has_varied:
             return [u for u in candidates if u is expected]
         return candidates
 
@@ -182,12 +182,12 @@ class Watching(HookedMode):
         self.active.remove(match)
         if match.of is self.forward.expected and match.at > 1:
             if self.forward.expected_at < 0:
-                self.plan.varies = match.of.may_fail = True
+                self.plan.has_varied = match.of.may_fail = True
             self._loses(following)
 
     def _loses(self, number: int) -> bool:
         """Note that the forward left the way that it went; return whether it goes on with another from an operator."""
         if self.active:
             number = self.active[0].first
-        self.is_lost = not (self.forward.expected_at >= 0 and self.forward.turn(number))
-        return not self.is_lost
+        self.is_off_path = not (self.forward.expected_at >= 0 and self.forward.switch_path(number))
+        return not self.is_off_path

@@ -39,43 +39,43 @@ def blocks_of(needs: Needs, seconds: Sequence[float]) -> Blocks:
         needs: of the step.
         seconds: of each operator; estimates from sizes, so that blocks are the same in each run.
     """
-    tape, turn = needs.tape, needs.tape.turn
+    tape, backward_start = needs.tape, needs.tape.backward_start
     free = _free(needs, seconds)
-    last, needed = dict[int, int](), {*needs.wanted}  # by the backward: a sum of losses is not
-    for o in reversed(range(turn)):
+    last, needed = dict[int, int](), {*needs.keepable}  # by the backward: a sum of losses is not
+    for o in reversed(range(backward_start)):
         if not needed.isdisjoint(tape.ops[o].makes):
             for s in tape.ops[o].reads:
                 needed.add(s.value)
                 last.setdefault(s.value, o)
     over, sizes, live = [frozenset[int]()], [0], set[int]()
-    for o in range(turn):  # `over[p]`: before operator p
+    for o in range(backward_start):  # `over[p]`: before operator p
         live.update(v for v in tape.ops[o].makes if v not in free)
         live = {v for v in live if last.get(v, -1) > o}
         over.append(frozenset(live))
         sizes.append(sum(tape.size(v) for v in live))
-    kept = [0] * (turn + 1)
-    for packs in filter(None, needs.wanted.values()):
-        kept[min(tape.packs[packs[0]].packed, turn)] += tape.size(needs.value(packs[0]))
+    kept = [0] * (backward_start + 1)
+    for saved in filter(None, needs.keepable.values()):
+        kept[min(tape.saved[saved[0]].saved_at, backward_start)] += tape.size(needs.value(saved[0]))
     borders, held = [0], 0
-    for p in range(1, turn):
+    for p in range(1, backward_start):
         held += kept[p - 1]
         before = inf if isinstance(tape.ops[p - 1].func, Whole) else sizes[p - 1]  # much is there within compiled parts
         after = inf if isinstance(tape.ops[p].func, Whole) else sizes[p + 1]
-        passes = sizes[p] <= min(before, after) and over[p] <= needs.wanted.keys()
+        passes = sizes[p] <= min(before, after) and over[p] <= needs.keepable.keys()
         new = sum(tape.size(v) for v in over[p] if (tape.made_by[v] or 0) >= borders[-1])
         if passes and over[p] and held >= max(1, WORTH * new):
             borders.append(p)
             held = 0
-    borders.append(turn)
+    borders.append(backward_start)
     return Blocks(tuple(borders), tuple([over[b] for b in borders]))
 
 
 def _free(needs: Needs, seconds: Sequence[float]) -> set[int]:
     """Return values that follow at once from tensors from before the step."""
-    tape, turn = needs.tape, needs.tape.turn
+    tape, backward_start = needs.tape, needs.tape.backward_start
     limit = FREE * sum(seconds)
     cost: dict[int, float] = {}
-    for o in range(turn):
+    for o in range(backward_start):
         op = needs.replayed[o]
         if op is None:
             continue

@@ -30,7 +30,8 @@ class Relaxation:
     """A linear program: minimise `costs` where each of `rows` is at least its bound, and variables lie in [0, 1].
 
     Attributes:
-        kept, marked, decoded, reruns: the variables, by value or by operator: whole values, marks, coins, operators.
+        kept, compressed, decoded, reruns: the variables: by value, whether it is kept whole, as bits, or decoded as a
+            dropout mask; by operator, whether it runs again.
         sizes: bytes of variables, each from one slot up to another.
     """
 
@@ -39,7 +40,7 @@ class Relaxation:
     rows: list[tuple[Terms, float]] = field(default_factory=list[tuple[Terms, float]])
     sizes: list[tuple[int, float, int, int]] = field(default_factory=list[tuple[int, float, int, int]])
     kept: dict[int, int] = field(default_factory=dict[int, int])
-    marked: dict[int, int] = field(default_factory=dict[int, int])
+    compressed: dict[int, int] = field(default_factory=dict[int, int])
     decoded: dict[int, int] = field(default_factory=dict[int, int])
     reruns: dict[int, int] = field(default_factory=dict[int, int])
 
@@ -47,15 +48,15 @@ class Relaxation:
         needs = self.model.needs
         self.live = torch.tensor(self.model.natural, dtype=torch.float64)
         self._add_operators()
-        for v in needs.wanted:
+        for v in needs.keepable:
             if needs.tape.made_by[v] is not None:
                 self._add_value(v)
         self._add_operands()
-        for v, packs in needs.wanted.items():
-            if packs and v in self.kept:
+        for v, saved in needs.keepable.items():
+            if saved and v in self.kept:
                 there = {self.kept[v]: 1.0} | self._again(v)
-                if v in self.marked:
-                    there[self.marked[v]] = 1.0
+                if v in self.compressed:
+                    there[self.compressed[v]] = 1.0
                 self.rows.append((there, 1.0))
 
     def _variable(self, cost: float) -> int:
@@ -63,46 +64,46 @@ class Relaxation:
         return len(self.costs) - 1
 
     def _add_operators(self) -> None:
-        """Add a variable for each operator that may run again, and for each coin, which makes it a decoder."""
+        """Add a variable for each operator that may run again; that of a dropout mask decodes it."""
         needs = self.model.needs
         for o, op in enumerate(needs.replayed):
             if op is not None:
                 self.reruns[o] = self._variable(self.model.costs[o].seconds + OVERHEAD)
-        for v in needs.coins:
+        for v in needs.dropout_masks:
             made = needs.tape.made_by[v]
             assert made is not None
-            coin = self.decoded[v] = self._variable(self.model.bits_seconds(v) + OVERHEAD)
-            self._hold_bits(coin, v, 2 * made + 3, 2 * needs.tape.turn + 1)
+            dropout_mask = self.decoded[v] = self._variable(self.model.bits_seconds(v) + OVERHEAD)
+            self._hold_bits(dropout_mask, v, 2 * made + 3, 2 * needs.tape.backward_start + 1)
 
     def _add_value(self, value: int) -> None:
-        """Add a variable for a value that may be kept, and one for its marks."""
-        needs, turn = self.model.needs, self.model.needs.tape.turn
-        packs, size = needs.wanted[value], needs.tape.size(value)
+        """Add a variable for a value that may be kept, and one for its bits."""
+        needs, backward_start = self.model.needs, self.model.needs.tape.backward_start
+        saved, size = needs.keepable[value], needs.tape.size(value)
         kept = self.kept[value] = self._variable(0.0)
-        dead = self.model.end(needs.tape.memory(value))
-        until = self.model.through(packs) if packs else 2 * turn + 1
+        dead = self.model.end(needs.tape.allocation(value))
+        until = self.model.through(saved) if saved else 2 * backward_start + 1
         if dead is not None and dead < until:
             self.sizes.append((kept, size, dead, until))
-        read = [needs.tape.packs[k] for k in packs]
-        for start, stop in _union((2 * (p.unpacked or 0) + 1, p.end or 0) for p in read):
+        read = [needs.tape.saved[k] for k in saved]
+        for start, stop in _union((2 * (p.read_at or 0) + 1, p.end or 0) for p in read):
             # The backward reads it here. If it is kept, its bytes are those from `dead` on, so they are subtracted.
             self.live[start:stop] += size
             self.sizes.append((kept, -size, start, stop))
-        if packs and needs.marks >= set(packs):
-            seconds = len(packs) * self.model.bits_seconds(value)
-            mark = self.marked[value] = self._variable(seconds)
+        if saved and needs.compressed >= set(saved):
+            seconds = len(saved) * self.model.bits_seconds(value)
+            mark = self.compressed[value] = self._variable(seconds)
             for p in read:
                 start = 2 * max(1 + (needs.tape.made_by[value] or 0), p.made) + 1
                 self._hold_bits(mark, value, start, p.end or start)
 
     def _hold_bits(self, variable: int, value: int, start: int, stop: int) -> None:
         """Hold a bit an element: before the tensor is dead, a plan may have the tensor itself instead."""
-        dead = self.model.end(self.model.needs.tape.memory(value))
+        dead = self.model.end(self.model.needs.tape.allocation(value))
         if dead is not None and max(start, dead) < stop:
             self.sizes.append((variable, self.model.needs.elements(value) / BITS, max(start, dead), stop))
 
     def _again(self, value: int) -> Terms:
-        """Return what of a value is computed again."""
+        """Return the part of a value that is recomputed."""
         made = self.model.needs.tape.made_by[value]
         found: Terms = {}
         if value in self.decoded:
@@ -112,7 +113,7 @@ class Relaxation:
         return found
 
     def _add_operands(self) -> None:
-        """Have the operands of an operator that runs again be kept or computed again."""
+        """Require the operands of each recomputed operator to be kept or recomputed."""
         needs = self.model.needs
         for o, run in self.reruns.items():
             op = needs.replayed[o]

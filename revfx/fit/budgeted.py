@@ -1,4 +1,4 @@
-"""A model with a budget on the engine: the first step of a kind is recorded as it runs, later ones follow a plan."""
+"""A model with a budget: the first step of each kind of call is recorded as it runs, later steps follow a plan."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from revfx.engine.native import learner, watcher
 from revfx.engine.plan import Plan
 from revfx.errors import BudgetError, Reason, Refusal, name_of
 from revfx.fit.budget import Budget
-from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
+from revfx.fit.grouping import Learnt
 from revfx.fit.inverted import InvertedSteps
 from revfx.fit.kinds import BudgetKind, PlainForward, count_elements, covers, sizes_of
 from revfx.fit.learning import StepLearning
@@ -47,12 +47,12 @@ from revfx.fit.messages import (
 )
 from revfx.fit.meter import Meter
 from revfx.fit.needs import Needs
+from revfx.fit.planner import Planner
 from revfx.fit.progress import showing_progress
-from revfx.fit.steps import StepRecorder
+from revfx.fit.step_recorder import StepRecorder
 from revfx.fit.summary import summarize
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import is_same_but_for_sizes
-from revfx.fit.units import Learnt
 from revfx.info import BudgetPlan
 from revfx.modes import runs_plain, sees_the_engine
 from revfx.parts import looking_on, parts_of
@@ -62,27 +62,26 @@ from revfx.plan.model import PATIENCE, call_kind, is_watched, seen_whole, tensor
 
 
 LOG = logging.getLogger("revfx")
-MARGIN = 0.03  # of a budget is left where the sizes of tensors depend on data
-LEAST_MARGIN = 2**-10  # of the least budget, by which steps with and without gradients from before may differ
-MAX_WAYS = 8  # that forwards of a kind go, each with a plan; the oldest one makes room for a new one
-MOST_TRIES = 3  # steps of a kind that are recorded without a plan, until whole blocks are dropped
-MAX_KINDS = 32  # of calls; the one that was used longest ago makes room for a new one
+DATA_MARGIN = 0.03  # share of a budget that stays free if the sizes of tensors depend on data
+LEAST_MARGIN = 2**-10  # share of the least budget by which steps with and without earlier gradients may differ
+MAX_PATHS = 8  # of the forwards of one kind of call, each with a plan; the oldest one makes room for a new one
+MAX_TRIES = 3  # recorded steps without a plan, after which whole blocks are dropped
+MAX_KINDS = 32  # of calls; the least recently used one makes room for a new one
 
 
 class BudgetedModel:
-    """The kinds of calls of a model that were learnt so far, each with a plan for the budget.
+    """A budget, and the kinds of calls of a model that were recorded so far, each with a plan.
 
     Attributes:
         kinds: the plans, by the kind of call and the sizes of its inputs.
         refused: errors of kinds of calls for which no plan stays within the budget.
-        has_parts: parts of it are compiled.
-        least_bytes: the bytes of a share in the first plan, which later plans have too.
-        has_planned: a plan was made, so that no later step raises.
-        has_warned: it was said that forwards may go other ways than those with a plan.
-        unplanned: by kind of call, how many steps went by without a plan.
-        forwards: how many forwards there were, at most, when the backward of the first began; they share a budget of
-            bytes.
-        retried: kinds of calls that drop whole blocks, and were learnt once more as a backward came after all.
+        has_parts: whether parts of the model are compiled.
+        least_bytes: the bytes of a share in the first plan, which later plans may use too.
+        has_planned: whether a plan was made, so that no later step raises.
+        has_warned: whether a warning about forwards without a plan was given.
+        unplanned: by kind of call, the number of steps without a plan.
+        forwards: the most forwards alive at once when a backward began; they share a budget of bytes.
+        retried: kinds of calls that drop whole blocks, and were recorded once more as a backward came after all.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -94,9 +93,9 @@ class BudgetedModel:
         self.unplanned = Counter[Any]()
         self.forwards = 1
         self.retried = set[Any]()
-        self._forwards = weakref.WeakValueDictionary[int, Any]()  # those whose graph is there, by their numbers
+        self._forwards = weakref.WeakValueDictionary[int, Any]()  # by number, those whose graph is alive
         self._numbers = itertools.count()
-        self._parameters: list[weakref.ref[nn.Parameter]] = []  # of the model, when a step was learnt last
+        self._parameters: list[weakref.ref[nn.Parameter]] = []  # of the model, when a step was last recorded
         self.lock = threading.RLock()
 
     @property
@@ -161,9 +160,9 @@ class BudgetedModel:
         return given(looking_on, mode) if self.has_parts else contextlib.nullcontext()
 
     def _key(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the key of the plan for a call: that of the smallest inputs that are as large as these ones.
+        """Return the key of the plan for a call.
 
-        No more parameters are trained than when it was learnt.
+        A plan serves smaller inputs and fewer trained parameters as well; the closest one is taken.
         """
         if not self._parameters:
             self._parameters = [*map(weakref.ref, model.parameters())]
@@ -185,9 +184,9 @@ class BudgetedModel:
         watching = watcher(self.has_parts)(plan)
         plain = 0 if kind.summary is None else kind.summary.plain
         most = replace(self.budget, less=0).of(plain)
-        meter = Meter(model, kind.device, most or sys.maxsize, partial(self._missed, name_of(model)))
+        meter = Meter(model, kind.device, most or sys.maxsize, partial(self._shrink_budget, name_of(model)))
         backward_pass = watching.forward.backward_pass
-        backward_pass.ended = partial(self._ended, key, meter)
+        backward_pass.ended = partial(self._end_step, key, meter)
         self._note_forward(backward_pass)
         with watching, self._seeing_parts(watching):
             out = forward(*args, **kwargs)
@@ -208,12 +207,12 @@ class BudgetedModel:
         number = next(self._numbers)
         with self.lock:
             self._forwards[number] = forward
-        forward.begins = partial(self._begins, number)
+        forward.begins = partial(self._count_sharing, number)
 
-    def _begins(self, number: int) -> None:
-        """Count the forwards that share a budget; if there are more than before, later steps get other plans.
+    def _count_sharing(self, number: int) -> None:
+        """Count the forwards that share a budget: the one whose backward begins, and later ones that wait for theirs.
 
-        These are the one with a backward that begins, and those that ran after it and wait for theirs.
+        If they are more than before, later steps get other plans.
         """
         with self.lock:
             sharing = sum(n >= number and not forward.is_over for n, forward in self._forwards.items())
@@ -230,10 +229,10 @@ class BudgetedModel:
                 node.register_prehook(forward.begin)
                 self._note_forward(forward)
 
-    def _ended(self, key: Any, meter: Meter, is_right: bool) -> None:
-        """Check the peak of a step when its backward has ended; have the next step learnt if a value came back wrong.
+    def _end_step(self, key: Any, meter: Meter, is_right: bool) -> None:
+        """Check the peak of a step when its backward has ended.
 
-        Likewise if there is no plan, because no backward came so far.
+        The next step is recorded if a recomputed value was wrong, or if no backward came before this one.
         """
         meter.check()
         with self.lock:
@@ -244,7 +243,8 @@ class BudgetedModel:
                 self.retried.add(key)
                 kind.is_due = True
 
-    def _missed(self, name: str, over: int) -> None:
+    def _shrink_budget(self, name: str, over: int) -> None:
+        """Make later plans for less, after a step that exceeded the budget by `over` bytes."""
         with self.lock:
             self.budget = replace(self.budget, less=self.budget.less + over)
             self.kinds.clear()
@@ -268,12 +268,12 @@ class BudgetedModel:
         learnt.append(step)
         if sum(not forward.is_over for forward in self._forwards.values()) == 1:
             self.unplanned[key] += 1
-        if self.unplanned[key] > MOST_TRIES:
+        if self.unplanned[key] > MAX_TRIES:
             self._drop_blocks(key, name, step)
         return out
 
     def _drop_blocks(self, key: Any, name: str, learnt: Learnt) -> None:
-        """Have later calls of a kind drop whole blocks, because there was no backward to plan with."""
+        """Let later calls of a kind drop whole blocks, because no backward came that a plan could be made from."""
         plan = Plan()
         plan.learn((), (), fallback_units(learnt))
         device = learnt.tape.values[0].device
@@ -284,28 +284,30 @@ class BudgetedModel:
             warn_of_blocks(name, self.budget)
 
     def _plan(self, key: Any, model: nn.Module, inputs: str, step: StepRecorder, learnt: Learnt) -> None:
-        """Make the plan for calls of the kind that a step was of.
+        """Plan the calls of a kind from a recorded step.
 
         Raises:
             BudgetError: no plan stays within the budget.
         """
         tape, name = step.tape, name_of(model)
-        if all(p.unpacked is None for p in tape.packs):
+        if all(p.read_at is None for p in tape.saved):
             return
+        # Search for the fastest plan within the budget, and within less of it if sizes depend on data.
         start = time.perf_counter()
         planner = Planner(Needs(tape), self.costs.of(tape), any_caller=True)
         survey = Survey(planner, InvertedSteps(planner, learnt), LEAST_MARGIN)
         budget = self._budget_of(survey)
-        room = 0  # for sizes that depend on data
+        room = 0
         if any(torch.Tag.dynamic_output_shape in op.func.tags for op in learnt.tape.ops if is_overload(op.func)):
-            room = int(MARGIN * budget.of(survey.peak))
+            room = int(DATA_MARGIN * budget.of(survey.peak))
         with_room = replace(budget, less=budget.less + room)
         chosen = self._carried(survey, with_room) or survey.best(with_room)
         if chosen is None and room:
             chosen = survey.best(budget)
         asked = budget.of(survey.peak)
-        if chosen is None and any(p.unpacked is None and p.end is None for p in tape.packs):
-            return  # another backward is still to come
+        # Without one: wait for another backward, raise before the first optimizer step, or take the smallest plan.
+        if chosen is None and any(p.read_at is None and p.end is None for p in tape.saved):
+            return
         if chosen is None and not self.has_planned:
             when = "This was found when the first backward had ended, before any step of an optimizer."
             if self.forwards > 1:
@@ -315,12 +317,13 @@ class BudgetedModel:
             with self.lock:
                 self.refused[key] = error
             raise error
-        if chosen is None:  # the training has begun: it goes on
+        if chosen is None:
             chosen = survey.least()
             warn_of_least(name, self.budget, inputs, chosen.load.peak)
         most = chosen.model.load(chosen.plan).peak
         if tape.loss and budget.share is None and self.budget.share is None and most > asked:
             warn_of_losses(name, self.budget, most)
+        # Let later calls follow the plan.
         summary = summarize(survey, chosen, f"{name}, {inputs}", asked, time.perf_counter() - start)
         LOG.info("%s", summary.line)
         with self.lock:
@@ -330,39 +333,39 @@ class BudgetedModel:
         learnt.tape.forget_tensors()
 
     def _follow(self, key: Any, chosen: Chosen, learnt: Learnt, asked: int, summary: BudgetPlan) -> None:
-        """Have later calls of a kind follow a plan, and those of other ways that were learnt the plans of these."""
+        """Let later calls of a kind follow a plan, or the plans of the other paths that were recorded."""
         tape = chosen.plan.needs.tape
         before = self.kinds.pop(key, None)
         plan = Plan() if before is None else before.plan
         known = [] if before is None else before.known
-        others = [one for one in known if not is_same_but_for_sizes(one[0].plan.needs.tape, tape)][: MAX_WAYS - 1]
+        others = [one for one in known if not is_same_but_for_sizes(one[0].plan.needs.tape, tape)][: MAX_PATHS - 1]
         plan.others = [path for _, path in others]
         placed = units_of(chosen, learnt, plan.reasons, asked)
         units = [p.unit for p in placed]
         if not units and not others:
-            plan.units.clear()  # those of an earlier plan would match anywhere
+            plan.units.clear()  # units of an earlier plan would match anywhere
         plan.learn(units, [p.chain for p in placed], fallback_units(learnt) if units else ())
         plan.path.firsts = [p.first for p in placed] or [NEVER]
-        dropped = (*chosen.plan.dropped, *chosen.plan.marks, *chosen.inverted.packs)
+        dropped = (*chosen.plan.dropped, *chosen.plan.compressed, *chosen.inverted.saved)
         plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
         for site, of in enumerate(placed):
             if of.is_proven:
                 plan.proven.add((-1, plan.sequence[site], ()))
         plan.notes_settings |= learnt.tape.changes_settings
-        kind = self.kinds[key] = BudgetKind(plan, [(chosen, plan.path), *others], summary, tape.memories[0].device)
+        kind = self.kinds[key] = BudgetKind(plan, [(chosen, plan.path), *others], summary, tape.allocations[0].device)
         kind.used = next(self._numbers)
         if before is not None:
             kind.wait = before.wait
             is_new = len(others) == len(known)
-            if not is_new and before.tries + 1 < MOST_TRIES:
-                kind.is_due, kind.tries = True, before.tries + 1  # the next forward may go the other way
+            if not is_new and before.tries + 1 < MAX_TRIES:
+                kind.is_due, kind.tries = True, before.tries + 1  # the next forward may take the other path
             else:
                 kind.wait = PATIENCE * before.wait + 1
         if len(self.kinds) > MAX_KINDS:
             del self.kinds[min(self.kinds, key=lambda key: self.kinds[key].used)]
 
     def _carried(self, survey: Survey, budget: Budget) -> Chosen | None:
-        """Return the plan of a step that is the same but for sizes, if it makes good use of the budget."""
+        """Return the plan of a step that differs in sizes only, if it makes good use of the budget."""
         for kind in reversed(self.plans):
             for known, _ in kind.known:
                 if is_same_but_for_sizes(known.plan.needs.tape, survey.plain.needs.tape):

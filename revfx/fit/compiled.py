@@ -20,7 +20,7 @@ class PartCall:
 
     Attributes:
         whole: it, as an operator.
-        operands: with spots in the place of tensors.
+        operands: with views in the place of tensors.
         start, stop: the numbers of autograd's nodes that it made.
     """
 
@@ -49,7 +49,7 @@ class Back:
         with torch.no_grad():
             given = [(get_gradient_edge(t), torch.ones_like(t)) for t in results if t.requires_grad]
         del results
-        wanted: list[Any] = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-        wanted += [p for p in part.module.parameters() if p.requires_grad]
+        inputs: list[Any] = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        inputs += [p for p in part.module.parameters() if p.requires_grad]
         edges, gradients = [edge for edge, _ in given], [gradient for _, gradient in given]
-        return lambda: torch.autograd.grad(edges, wanted, gradients, allow_unused=True)
+        return lambda: torch.autograd.grad(edges, inputs, gradients, allow_unused=True)

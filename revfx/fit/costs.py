@@ -26,7 +26,7 @@ from revfx.codes import bits
 from revfx.codes.codec import TYPICAL_WIDTH
 from revfx.engine.whole import Whole
 from revfx.fit.compiled import Back
-from revfx.fit.tape import Op, Spot, Tape
+from revfx.fit.tape import Op, Tape, ValueView
 from revfx.layout import span
 from revfx.parts import Part
 from revfx.passes._torch import draws
@@ -37,7 +37,7 @@ REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it
 LONG = 0.05  # seconds
 FEW, FEWER = 2**15, 2**11  # elements
 BYTES_PER_SECOND = 1e10  # that operators read and write, where their times must not depend on the machine
-BIT_COST = 1e-9  # seconds an element that a bit in its place takes there
+BIT_COST = 1e-9  # seconds per element that is stored as a bit, in such estimates
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Costs:
         Where results are other than fake ones, such as the workspace of an LSTM, the tape is put right.
         """
         costs: list[Cost] = []
-        for start, stop in ((0, tape.turn), (tape.turn, len(tape.ops))):
+        for start, stop in ((0, tape.backward_start), (tape.backward_start, len(tape.ops))):
             keys = [signature(tape, op) for op in tape.ops[start:stop]]
             new = {k: op for k, op in zip(keys, tape.ops[start:stop], strict=True) if k not in self.known}
             with ThreadPoolExecutor(1) as thread:  # in which no autocast, mode or profiler of the user's is active
@@ -82,28 +82,28 @@ def estimate_costs(tape: Tape, costs: Sequence[Cost]) -> list[Cost]:
 
 def estimated_seconds(op: Op) -> float:
     """Return the seconds of an operator that follow from the sizes of its operands and results."""
-    spots = [*op.reads, *(s for s in op.outs if s is not None)]
-    return sum(math.prod(s.shape) * s.dtype.itemsize for s in spots) / BYTES_PER_SECOND
+    views = [*op.reads, *(s for s in op.outs if s is not None)]
+    return sum(math.prod(s.shape) * s.dtype.itemsize for s in views) / BYTES_PER_SECOND
 
 
 def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
     """Give a tape the results that operators of its forward really have."""
-    real: dict[Spot | None, Spot] = {}
+    real: dict[ValueView | None, ValueView] = {}
     for op, cost in zip(tape.ops, costs, strict=False):
         if torch.Tag.dynamic_output_shape in getattr(op.func, "tags", ()):
             continue  # it was measured with other numbers
-        for spot, found in zip(op.outs, cost.results, strict=False):
-            if spot is not None and found not in (None, spot.place[:3]) and spot.value in op.makes:
+        for view, found in zip(op.outs, cost.results, strict=False):
+            if view is not None and found not in (None, view.place[:3]) and view.value in op.makes:
                 dtype, shape, stride = found
-                real[spot] = replace(spot, dtype=dtype, shape=shape, stride=stride)
-                tape.memory(spot.value).size = span(shape, stride) * dtype.itemsize
+                real[view] = replace(view, dtype=dtype, shape=shape, stride=stride)
+                tape.allocation(view.value).size = span(shape, stride) * dtype.itemsize
 
     if real:
-        for p in tape.packs:
-            p.spot = real.get(p.spot, p.spot)
+        for p in tape.saved:
+            p.view = real.get(p.view, p.view)
         for op in tape.ops:
             op.args, op.kwargs, op.reads, op.outs = pytree.tree_map_only(
-                Spot, lambda s: real.get(s, s), (op.args, op.kwargs, op.reads, op.outs)
+                ValueView, lambda s: real.get(s, s), (op.args, op.kwargs, op.reads, op.outs)
             )
 
 
@@ -113,9 +113,9 @@ def signature(tape: Tape, op: Op) -> Hashable:
     leaves, spec = pytree.tree_flatten((op.args, op.kwargs))
     found: list[Hashable] = []
     for leaf in leaves:
-        if isinstance(leaf, Spot):
-            memory = tape.memory_of[leaf.value]
-            found.append((first.setdefault(memory, len(first)), tape.memories[memory].device, *leaf.place))
+        if isinstance(leaf, ValueView):
+            allocation = tape.allocation_of[leaf.value]
+            found.append((first.setdefault(allocation, len(first)), tape.allocations[allocation].device, *leaf.place))
         elif isinstance(leaf, Part):
             found.append(Part)  # alike ones take as long
         else:
@@ -131,17 +131,17 @@ def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
     def made(leaf: Any) -> Any:
         if isinstance(leaf, torch.Generator):
             return torch.Generator(leaf.device)
-        if not isinstance(leaf, Spot):
+        if not isinstance(leaf, ValueView):
             return leaf
-        memory = tape.memory_of[leaf.value]
-        if memory not in blocks:
-            size, device = tape.memories[memory].size, tape.memories[memory].device
+        allocation = tape.allocation_of[leaf.value]
+        if allocation not in blocks:
+            size, device = tape.allocations[allocation].size, tape.allocations[allocation].device
             n = -(-size // leaf.dtype.itemsize)
             draw = leaf.dtype.is_floating_point and leaf.dtype.itemsize > 1
-            blocks[memory] = torch.zeros(n, dtype=leaf.dtype, device=device)
+            blocks[allocation] = torch.zeros(n, dtype=leaf.dtype, device=device)
             if draw:
-                blocks[memory].uniform_(generator=torch.Generator(device))  # the user's goes on from where it is
-        whole = blocks[memory]
+                blocks[allocation].uniform_(generator=torch.Generator(device))  # the default generator is the user's
+        whole = blocks[allocation]
         typed = whole if whole.dtype == leaf.dtype else whole.view(torch.uint8).view(leaf.dtype)
         return typed.as_strided(leaf.shape, leaf.stride, leaf.offset)
 
@@ -164,8 +164,8 @@ def _cost(tape: Tape, op: Op) -> Cost:
     """Return the cost of an operator; none if it refuses such operands."""
     if isinstance(op.func, Back) and op.func.is_rest:
         return Cost()
-    spots = (*op.reads, *(s for s in op.outs if s is not None))
-    device = next((tape.memory(s.value).device for s in spots), torch.device("cpu"))
+    views = (*op.reads, *(s for s in op.outs if s is not None))
+    device = next((tape.allocation(s.value).device for s in views), torch.device("cpu"))
     try:
         (args, kwargs), frees = _operands(tape, op), isinstance(op.func, Back)
 
@@ -194,7 +194,7 @@ def _cost(tape: Tape, op: Op) -> Cost:
 
 @functools.cache
 def bit_seconds(device: torch.device) -> float:
-    """Return the seconds that it takes to keep one element more as a bit, and to make it of that again."""
+    """Return the seconds per element to encode a tensor as bits and to decode it."""
     if device.type == "meta":
         return BIT_COST
     many, few = (_bits_seconds(torch.zeros(n, device=device)) for n in (FEW, FEWER))
@@ -203,7 +203,7 @@ def bit_seconds(device: torch.device) -> float:
 
 @functools.cache
 def code_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds an element that it takes to make a code of a tensor, and the tensor of that again."""
+    """Return the seconds per element to encode a tensor as a correction and to decode it."""
     if device.type == "meta":
         return BIT_COST
     many, few = (_code_seconds(torch.ones(n, dtype=dtype, device=device)) for n in (FEW, FEWER))
@@ -218,7 +218,7 @@ def _code_seconds(t: Tensor) -> float:
 
 
 def _bits_seconds(t: Tensor) -> float:
-    """Return the seconds to keep the elements of a tensor as bits, and to make them from these again."""
+    """Return the seconds to encode a tensor as bits and to decode it."""
     rounds = [_seconds(lambda: lambda: bits.decode(bits.encode(t != 0), len(t), t.dtype), t.device) for _ in range(4)]
     return min(rounds)
 

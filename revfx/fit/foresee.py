@@ -14,14 +14,14 @@ from revfx import _fake, _torch
 from revfx.ambient import given
 from revfx.engine.native import learner
 from revfx.errors import RevfxError
-from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs, estimate_costs
+from revfx.fit.grouping import Learnt
 from revfx.fit.inverted import InvertedSteps
 from revfx.fit.learning import StepLearning
 from revfx.fit.needs import Needs
-from revfx.fit.steps import StepRecorder
+from revfx.fit.planner import Planner
+from revfx.fit.step_recorder import StepRecorder
 from revfx.fit.survey import Survey
-from revfx.fit.units import Learnt
 from revfx.modes import simulating
 from revfx.parts import looking_on, parts_of
 from revfx.passes.sizes import muted

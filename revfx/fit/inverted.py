@@ -18,12 +18,12 @@ from revfx.codes.codec import TYPICAL_ESCAPES, TYPICAL_WIDTH
 from revfx.codes.format import nbytes_of
 from revfx.engine.tape import Tape as Forward
 from revfx.engine.unit import Coded, Unit
-from revfx.fit.choose import Planner
 from revfx.fit.costs import code_seconds
+from revfx.fit.grouping import Learnt
 from revfx.fit.needs import Needs
+from revfx.fit.planner import Planner
 from revfx.fit.simulate import OVERHEAD
 from revfx.fit.tape import Tape
-from revfx.fit.units import Learnt
 from revfx.plan.couplings import find_couplings
 from revfx.plan.replays import Unreplayable
 from revfx.plan.units import UnitBuilder, spans
@@ -95,7 +95,7 @@ class Inverted:
     """The inverted units of a step, and the numbers of the saved tensors that they give back."""
 
     units: Sequence[CoupledUnit] = ()
-    packs: frozenset[int] = frozenset()
+    saved: frozenset[int] = frozenset()
 
 
 class InvertedStep(NamedTuple):
@@ -133,19 +133,27 @@ class InvertedSteps:
 
     def __iter__(self) -> Iterator[InvertedStep]:
         """Yield the step with all of them inverted first, then with fewer."""
+        yield from map(self._step_of, self._counts())
+
+    def __reversed__(self) -> Iterator[InvertedStep]:
+        """Yield the step with few of them inverted first, then with more."""
+        yield from map(self._step_of, reversed(self._counts()))
+
+    def _counts(self) -> list[int]:
         counts = [round(share * len(self.units)) for share in SHARES]
-        for count in dict.fromkeys(counts):
-            if count > 1:  # the first one of a chain goes forwards
-                if count not in self._steps:
-                    self._steps[count] = self._step(count)
-                yield self._steps[count]
+        return [count for count in dict.fromkeys(counts) if count > 1]  # the first one of a chain goes forwards
+
+    def _step_of(self, count: int) -> InvertedStep:
+        if count not in self._steps:
+            self._steps[count] = self._step(count)
+        return self._steps[count]
 
     def _step(self, count: int) -> InvertedStep:
         before, units = self._planner, self.units[:count]
         maker = _TapeMaker(before, self._learnt, units)
-        tape, packs = maker.run()
+        tape, saved = maker.run()
         barred = before.needs.barred.union(*map(maker.operators, units))
-        return InvertedStep(Inverted(units, packs), Planner(Needs(tape, barred), before.costs, any_caller=True))
+        return InvertedStep(Inverted(units, saved), Planner(Needs(tape, barred), before.costs, any_caller=True))
 
 
 class _TapeMaker:
@@ -154,11 +162,11 @@ class _TapeMaker:
     def __init__(self, planner: Planner, learnt: Learnt, units: Sequence[CoupledUnit]) -> None:
         tape = planner.needs.tape
         self.costs, self.forward, self.learnt, self.units = planner.costs, learnt.tape, learnt, units
-        memories = [replace(m) for m in tape.memories]
-        self.tape = replace(tape, memories=memories, packs=[*tape.packs], held=[*tape.held])
+        allocations = [replace(m) for m in tape.allocations]
+        self.tape = replace(tape, allocations=allocations, saved=[*tape.saved], held=[*tape.held])
         self.firsts = [unit.first for unit in units]
         self.linked = {n for n in range(len(units) - 1) if self._is_linked(n)}  # their exit follows from the next entry
-        self.packs: list[list[int]] = [[] for _ in units]  # that the replay of each gives
+        self.saved: list[list[int]] = [[] for _ in units]  # that the replay of each gives
         self.of_exit: list[list[int]] = [[] for _ in units]
         self.replayed = [2 * len(tape.ops) + 1] * len(units)  # the slot in which its replay runs
 
@@ -188,7 +196,7 @@ class _TapeMaker:
             self._hold_forward(number)
             self._hold_backward(number)
             self.tape.seconds += self._seconds(number)
-        return self.tape, frozenset(k for packs in (*self.packs, *self.of_exit) for k in packs)
+        return self.tape, frozenset(k for saved in (*self.saved, *self.of_exit) for k in saved)
 
     # --- saved tensors
     def _drop_packs(self) -> None:
@@ -196,17 +204,17 @@ class _TapeMaker:
         exits: dict[int, int] = {}
         for number, unit in enumerate(self.units):
             exits.update(dict.fromkeys(unit.exit, number))
-        packs = self.tape.packs
+        saved = self.tape.saved
         for k, (at, value) in enumerate(self.forward.saved):
             number, maker = self._owner(at, value), exits.get(value)
             if number is not None:
-                self.packs[number].append(k)
+                self.saved[number].append(k)
                 self._is_read(number, k)
             elif maker is not None and at > self.units[maker].last:
                 self.of_exit[maker].append(k)
             else:
                 continue
-            packs[k] = replace(packs[k], spot=None)
+            saved[k] = replace(saved[k], view=None)
 
     def _owner(self, at: int, value: int) -> int | None:
         """Return the unit that gives a value which was saved before an operator."""
@@ -216,15 +224,15 @@ class _TapeMaker:
                 return n
         return None
 
-    def _is_read(self, number: int, pack: int) -> None:
-        unpacked = self.tape.packs[pack].unpacked
-        if unpacked is not None:
-            self.replayed[number] = min(self.replayed[number], 2 * unpacked)
+    def _is_read(self, number: int, saved_index: int) -> None:
+        read_at = self.tape.saved[saved_index].read_at
+        if read_at is not None:
+            self.replayed[number] = min(self.replayed[number], 2 * read_at)
 
-    def _end(self, packs: Sequence[int], least: int) -> int:
+    def _end(self, saved: Sequence[int], least: int) -> int:
         """Return the slot in which autograd has freed some saved tensors; at least `least`."""
         end = 2 * len(self.tape.ops) + 2
-        ends = [self.tape.packs[k].end for k in packs]
+        ends = [self.tape.saved[k].end for k in saved]
         return max([least, *(end if e is None else e for e in ends)])
 
     # --- bytes
@@ -232,8 +240,8 @@ class _TapeMaker:
         """Hold the saved tensors of a unit until it ends, and the inputs and codes of its replay until that has run."""
         unit, tape = self.units[number], self.tape
         ended = 2 * self.operators(unit).stop + 1
-        over = self._end((*self.packs[number], *self.of_exit[number]), self.replayed[number] + 1)
-        for k in self.packs[number]:
+        over = self._end((*self.saved[number], *self.of_exit[number]), self.replayed[number] + 1)
+        for k in self.saved[number]:
             self._extend(self.forward.saved[k][1], ended)
         for v in unit.held if self._inverts(number) else unit.held | unit.entry:
             self._extend(v, over)
@@ -247,7 +255,7 @@ class _TapeMaker:
         """Hold the results of a replay until autograd frees them, and entries until the unit before is replayed."""
         unit, start = self.units[number], self.replayed[number]
         stops: dict[int, tuple[int, int]] = {}  # by allocation: bytes, and until when
-        given = [(self.forward.saved[k][1], self._end([k], start + 1)) for k in self.packs[number]]
+        given = [(self.forward.saved[k][1], self._end([k], start + 1)) for k in self.saved[number]]
         if number - 1 in self.linked:
             given += [(self.forward.saved[k][1], self._end([k], start + 1)) for k in self.of_exit[number - 1]]
             if self._inverts(number - 1):
@@ -282,12 +290,12 @@ class _TapeMaker:
         return self.costs[at].scratch if is_known else 0
 
     def _extend(self, value: int, stop: int) -> None:
-        """Have the memory of a value be there until a slot."""
+        """Extend the life of a value's allocation to a slot."""
         known = self.learnt.value_of.get(value)
         if known is not None:
-            memory = self.tape.memory(known)
-            if memory.end is not None:
-                memory.end = max(memory.end, stop)
+            allocation = self.tape.allocation(known)
+            if allocation.end is not None:
+                allocation.end = max(allocation.end, stop)
 
     def _bytes(self, value: int) -> int:
         return self._elements(value) * self.forward.values[value].view.dtype.itemsize

@@ -27,8 +27,8 @@ class BudgetKind:
             made, and whole blocks are dropped.
         summary: it for users.
         device: on which the model is.
-        calls: how many calls there were since it was learnt.
-        wait: how many calls have to pass before it is learnt again.
+        calls: the number of calls since it was learnt.
+        wait: the number of calls before it is learnt again.
         tries: how often it was learnt since a forward went an unknown way, and took a known one.
         is_due: the next call is learnt again.
         used: a number that grows with each call.

@@ -19,9 +19,9 @@ from revfx.engine.saved import SavedTensor
 from revfx.engine.tape import Ref
 from revfx.engine.whole import Whole
 from revfx.fit.compiled import PartCall
-from revfx.fit.steps import StepRecorder
-from revfx.fit.tape import Spot
-from revfx.fit.units import Learnt
+from revfx.fit.grouping import Learnt
+from revfx.fit.step_recorder import StepRecorder
+from revfx.fit.tape import ValueView
 from revfx.passes.sizes import tensors_of
 from revfx.plan.blocks import BlockLearning
 
@@ -135,17 +135,17 @@ class StepLearning(BlockLearning):
         self.before_write([*inputs, *returned])  # whether they are shows in the next call
         step, proven = self.step, frozenset(self.proven)
         learnt = Learnt(step.tape, self.tape, step.numbers, self.value_of, proven, self._blocks)
-        self._turn(returned)
+        self._begin_backward(returned)
         return learnt
 
-    def _turn(self, returned: Sequence[Tensor]) -> None:
+    def _begin_backward(self, returned: Sequence[Tensor]) -> None:
         self._unsettled, self._settled, self._in_memory, self._holders = {}, {}, {}, {}
-        self.step.turn(self._time, returned)
+        self.step.begin_backward(self._time, returned)
 
     def _note_saved(self, saved: SavedTensor, t: Tensor) -> None:
         super()._note_saved(saved, t)
         made_by = self.tape.values[self.tape.saved[-1][1]].op
-        self.step.packed(saved, t, 0 if made_by is None else bisect_right(self.step.numbers, made_by))
+        self.step.note_saved(saved, t, 0 if made_by is None else bisect_right(self.step.numbers, made_by))
         if t.layout == torch.strided and _torch.is_plain(t):
             key = _torch.storage_key(t)
             if isinstance(t, nn.Parameter):
@@ -194,12 +194,12 @@ class StepLearning(BlockLearning):
         out = super()._record(func, args, kwargs, run)
         op = self.tape.ops[-1]
         if isinstance(func, Whole):
-            self.step.tape.offered += [s.value for s in known.spots if isinstance(s, Spot)]
-            self.step.parts.append(PartCall(func, known.spots, time, dispatch.autograd_time()))
+            self.step.tape.offered += [s.value for s in known.views if isinstance(s, ValueView)]
+            self.step.parts.append(PartCall(func, known.views, time, dispatch.autograd_time()))
         self.step.after(known, out, len(self.tape.ops) - 1, op.module, op.where)
-        for ref, spot in zip(pytree.tree_leaves((op.args, op.kwargs)), known.spots, strict=True):
-            if type(ref) is Ref and isinstance(spot, Spot):
-                self.value_of[int(ref)] = spot.value
+        for ref, view in zip(pytree.tree_leaves((op.args, op.kwargs)), known.views, strict=True):
+            if type(ref) is Ref and isinstance(view, ValueView):
+                self.value_of[int(ref)] = view.value
         for t in (*known.given, *tensors_of(out)):
             if isinstance(t, Tensor) and self.is_known(t):
                 self._note_value(t)
@@ -207,10 +207,10 @@ class StepLearning(BlockLearning):
 
     def _note_value(self, t: Tensor) -> None:
         """Note which value of the step a tensor holds now."""
-        spot = self.step.spot(t)
-        if spot is None:
+        view = self.step.view(t)
+        if view is None:
             return
-        self.value_of[super().number(t)] = spot.value
+        self.value_of[super().number(t)] = view.value
         key = _torch.storage_key(t)
         if key in self._settled:  # autograd's own functions may hold more than shows
             self._unsettled[key] = self._settled.pop(key)

@@ -11,8 +11,8 @@ from typing import Any
 
 from revfx.engine.tape import Tape
 from revfx.engine.unit import Unit
+from revfx.fit.grouping import Grouping, Learnt, whole_blocks
 from revfx.fit.survey import Chosen
-from revfx.fit.units import Grouping, Learnt, whole_blocks
 from revfx.plan.replays import Unreplayable
 from revfx.plan.staged import Dropped, StagedBuilder
 
@@ -60,7 +60,7 @@ def units_of(chosen: Chosen, learnt: Learnt, reasons: dict[str, None], budget: i
 
 
 def _bytes_of_proof(chosen: Chosen, learnt: Learnt, dropped: Dropped) -> int:
-    """Return the bytes that are there when a unit has ended and all that it gives is made once more beside it."""
+    """Return the live bytes when a unit has ended and its results are recomputed beside it, as a proof."""
     after = bisect_right(learnt.numbers, dropped.last)
     sizes: dict[int, int] = {}
     for v in dropped.replayed:

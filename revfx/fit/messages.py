@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from revfx.errors import BudgetWarning, warn
 from revfx.fit.budget import Budget, as_memory
-from revfx.fit.choose import LOSS
+from revfx.fit.planner import LOSS_RATIO
 from revfx.info import BudgetPlan
 from revfx.units import size
 
@@ -69,7 +69,7 @@ def warn_of_losses(name: str, budget: Budget, most: int) -> None:
     """Warn that a budget is kept with losses alone that take little memory; a larger one takes up to `most` bytes."""
     warn(
         f"`convert({name}, {budget.text})`: the plan stays within the budget only for a loss that takes"
-        f" little memory. With one that takes {LOSS} times the outputs a step takes up to {size(most)}. Compute"
+        f" little memory. With one that takes {LOSS_RATIO} times the outputs a step takes up to {size(most)}. Compute"
         f' the loss in the forward, or give `memory="{as_memory(most)}"`.',
         BudgetWarning,
     )

@@ -12,71 +12,73 @@ import torch
 
 from revfx.engine.operators import STATISTICS
 from revfx.engine.whole import Whole
-from revfx.fit.tape import Op, Spot, Tape
+from revfx.fit.tape import Op, Tape, ValueView
 from revfx.layout import span
 
 
 aten: Any = torch.ops.aten
-LARGE = 2**24  # elements of a memory beyond which parts of it are taken for all
+MAX_COMPARED_ELEMENTS = 2**24  # of an allocation; views of larger ones are taken to overlap
 SCALED = {aten.div_.Scalar, aten.div_.Tensor, aten.mul_.Scalar, aten.mul_.Tensor}
 
 
 @dataclass
 class Needs:
-    """A tape, seen from its backward.
+    """The saved tensors of a step, by the way in which they can be kept.
 
-    `wanted`: the values that can be kept, as they are in the backward, with the numbers of the packs; `marks`: packs
-    of which a bit an element is enough; `coins`: zeros and ones that were drawn, and follow from a value that is kept.
-    `stuck`: packs that stay as they are: their memory is written over, or the backward does not read them.
+    Attributes:
+        barred: operators that must not run again.
+        keepable: values that can be kept, as the backward finds them, with the numbers of their saved tensors.
+        compressed: saved tensors of which the backward reads one bit per element.
+        pinned: saved tensors that stay, as their allocation is written over or the backward does not read them.
     """
 
     tape: Tape
-    barred: frozenset[int] = frozenset()  # operators that don't run again
-    wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
-    marks: set[int] = field(default_factory=set[int])
-    stuck: list[int] = field(default_factory=list[int])
+    barred: frozenset[int] = frozenset()
+    keepable: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    compressed: set[int] = field(default_factory=set[int])
+    pinned: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
-        for k, p in enumerate(self.tape.packs):
-            if p.spot is None or self.is_outside(p.spot.value):
+        for k, p in enumerate(self.tape.saved):
+            if p.view is None or self.is_outside(p.view.value):
                 continue
-            last = self.tape.memory(p.spot.value).values[-1]
-            if p.unpacked is None or not self._stays(p.spot):
-                self.stuck.append(k)
+            last = self.tape.allocation(p.view.value).values[-1]
+            if p.read_at is None or not self._stays(p.view):
+                self.pinned.append(k)
                 continue
-            p.spot = replace(p.spot, value=last)
-            self.wanted.setdefault(last, []).append(k)
+            p.view = replace(p.view, value=last)
+            self.keepable.setdefault(last, []).append(k)
             reads = self.tape.reads.get(k)
-            if reads and is_dense(p.spot) and all(is_mark_enough(self.tape.ops[o], at) for o, at in reads):
-                self.marks.add(k)
+            if reads and is_dense(p.view) and all(is_sign_enough(self.tape.ops[o], at) for o, at in reads):
+                self.compressed.add(k)
         for v in self.tape.offered:
-            if not self.is_outside(v) and v == self.tape.memory(v).values[-1]:
-                self.wanted.setdefault(v, [])
+            if not self.is_outside(v) and v == self.tape.allocation(v).values[-1]:
+                self.keepable.setdefault(v, [])
 
-    def _stays(self, spot: Spot) -> bool:
-        """Return whether later writes to the memory of a spot are elsewhere in it."""
+    def _stays(self, view: ValueView) -> bool:
+        """Return whether all later writes to the allocation of a view miss the view."""
         tape = self.tape
-        written = [s for v in tape.after(spot.value) for s in tape.ops[tape.made_by[v] or 0].writes]
-        return not any(tape.memory(s.value) is tape.memory(spot.value) and overlap(s, spot) for s in written)
+        written = [s for v in tape.after(view.value) for s in tape.ops[tape.made_by[v] or 0].writes]
+        return not any(tape.allocation(s.value) is tape.allocation(view.value) and overlap(s, view) for s in written)
 
-    def spot(self, pack: int) -> Spot:
-        """Return where a pack lies, of which a memory is known."""
-        spot = self.tape.packs[pack].spot
-        assert spot is not None
-        return spot
+    def view(self, saved_index: int) -> ValueView:
+        """Return the view of a saved tensor whose allocation is known."""
+        view = self.tape.saved[saved_index].view
+        assert view is not None
+        return view
 
-    def value(self, pack: int) -> int:
-        """Return the value of a pack."""
-        return self.spot(pack).value
+    def value(self, saved_index: int) -> int:
+        """Return the value of a saved tensor."""
+        return self.view(saved_index).value
 
     def elements(self, value: int) -> int:
-        """Return how many elements the memory of a value has, which autograd keeps, or which is a coin."""
-        saved = self.coins.get(value, value)
-        return self.tape.size(value) // self.spot(self.wanted[saved][0]).dtype.itemsize
+        """Return the number of elements in the allocation of a saved value or a dropout mask."""
+        saved = self.dropout_masks.get(value, value)
+        return self.tape.size(value) // self.view(self.keepable[saved][0]).dtype.itemsize
 
     def is_outside(self, value: int) -> bool:
-        """Return whether a value lies in memory from before the step."""
-        return self.tape.memory(value).is_outside
+        """Return whether a value's allocation is older than the step."""
+        return self.tape.allocation(value).is_outside
 
     def is_there(self, value: int) -> bool:
         """Return whether the backward finds a value, unchanged, where it was before the step."""
@@ -85,22 +87,22 @@ class Needs:
     @cached_property
     def _there(self) -> set[int]:
         found: set[int] = set()
-        for value, memory in enumerate(self.tape.memory_of):
-            if self.is_outside(value) and memory not in self._written:
+        for value, allocation in enumerate(self.tape.allocation_of):
+            if self.is_outside(value) and allocation not in self._written:
                 found.add(value)
         return found
 
     @cached_property
     def _written(self) -> set[int]:
-        """Return the memories that the step writes, and those of tensors in the same storage."""
-        memories = self.tape.memories
-        written = {n for n, m in enumerate(memories) if len(m.values) > 1}
+        """Return the allocations that the step writes, and all others in the same storages."""
+        allocations = self.tape.allocations
+        written = {n for n, m in enumerate(allocations) if len(m.values) > 1}
         for op in self.tape.ops:
             if op.func in STATISTICS and op.args[5]:  # running statistics
                 given = [op.args[i] for i in STATISTICS[op.func]]
-                written |= {self.tape.memory_of[s.value] for s in given if isinstance(s, Spot)}
-        storages = {memories[n].storage for n in written} - {None}
-        return written | {n for n, m in enumerate(memories) if m.storage in storages}
+                written |= {self.tape.allocation_of[s.value] for s in given if isinstance(s, ValueView)}
+        storages = {allocations[n].storage for n in written} - {None}
+        return written | {n for n, m in enumerate(allocations) if m.storage in storages}
 
     @cached_property
     def replayed(self) -> list[Op | None]:
@@ -110,14 +112,14 @@ class Needs:
 
         def is_known(v: int) -> bool:
             by = tape.made_by[v]
-            known = v in self.wanted or v in self.coins or self.is_there(v)
+            known = v in self.keepable or v in self.dropout_masks or self.is_there(v)
             return known or (by is not None and found[by] is not None)
 
-        for o, op in enumerate(tape.ops[: tape.turn]):
-            again = twin(op)
+        for o, op in enumerate(tape.ops[: tape.backward_start]):
+            again = pure_variant(op)
             can_run = o not in self.barred and _may_run_again(op) and bool(op.makes)
             if can_run and any(map(self.is_outside, op.makes)):
-                can_run = False  # it writes to memory from before the step
+                can_run = False  # it writes to an allocation from before the step
             if can_run and all(is_known(s.value) for s in again.reads):
                 found.append(again)
             else:
@@ -126,21 +128,25 @@ class Needs:
 
     @cached_property
     def operands(self) -> list[tuple[int, ...]]:
-        """Return the values that each operator of the forward reads when it runs again."""
+        """Return, by operator of the forward, the values that it reads when it runs again."""
         again = self.replayed
         return [() if op is None else tuple(dict.fromkeys(s.value for s in op.reads)) for op in again]
 
     @cached_property
-    def coins(self) -> Mapping[int, int]:
-        """Return values of drawn zeros and ones, each with the wanted value of the same memory that tells them."""
+    def dropout_masks(self) -> Mapping[int, int]:
+        """Return drawn zeros and ones, each with a later value of the same allocation that has the same zeros."""
         found: dict[int, int] = {}
         tape = self.tape
-        for op in tape.ops[: tape.turn]:
+        for op in tape.ops[: tape.backward_start]:
             if op.func == aten.bernoulli_.float and len(op.makes) == 1:
-                drawn, last, at = op.makes[0], tape.memory(op.makes[0]).values[-1], op.writes[0]
+                drawn, last, at = op.makes[0], tape.allocation(op.makes[0]).values[-1], op.writes[0]
                 rest = [tape.made_by[v] or 0 for v in tape.after(drawn)]
                 whole = is_dense(at) and math.prod(at.shape) * at.dtype.itemsize == tape.size(drawn)
-                if whole and all(o not in self.barred and _scales(tape.ops[o]) for o in rest) and self.wanted.get(last):
+                if (
+                    whole
+                    and all(o not in self.barred and _scales(tape.ops[o]) for o in rest)
+                    and self.keepable.get(last)
+                ):
                     found[drawn] = last
         return found
 
@@ -150,26 +156,26 @@ def _may_run_again(op: Op) -> bool:
     return isinstance(op.func, Whole) or getattr(op.func, "namespace", "") in ("aten", "prims")
 
 
-def overlap(a: Spot, b: Spot) -> bool:
-    """Return whether two spots in one memory may have elements in common."""
+def overlap(a: ValueView, b: ValueView) -> bool:
+    """Return whether two views of one allocation may have elements in common."""
     n = max(s.offset + span(s.shape, s.stride) for s in (a, b))
-    if a.dtype != b.dtype or n > LARGE:
+    if a.dtype != b.dtype or n > MAX_COMPARED_ELEMENTS:
         return True
     marked = torch.zeros(n, dtype=torch.bool)
     marked.as_strided(a.shape, a.stride, a.offset).fill_(True)
     return bool(marked.as_strided(b.shape, b.stride, b.offset).any())
 
 
-def is_dense(spot: Spot) -> bool:
-    """Return whether the elements of a spot lie beside each other, each once."""
-    return math.prod(spot.shape) == span(spot.shape, spot.stride)
+def is_dense(view: ValueView) -> bool:
+    """Return whether the elements of a view lie beside each other, each once."""
+    return math.prod(view.shape) == span(view.shape, view.stride)
 
 
 def _scales(op: Op) -> bool:
     return op.func in SCALED and isinstance(op.args[1], (int, float)) and 0 < abs(op.args[1]) < float("inf")
 
 
-def twin(op: Op) -> Op:
+def pure_variant(op: Op) -> Op:
     """Return an operator with the results of `op` and no side effects: normalisations without running statistics."""
     at = STATISTICS.get(op.func, ())
     if not at or not op.args[5]:
@@ -179,7 +185,7 @@ def twin(op: Op) -> Op:
     return replace(op, args=args, reads=tuple(s for s in op.reads if s not in gone))
 
 
-def is_mark_enough(op: Op, argument: int) -> bool:
+def is_sign_enough(op: Op, argument: int) -> bool:
     """Return whether an operator of the backward reads no more of an argument than which elements are positive."""
     if op.func == aten.threshold_backward.default:
         return argument == 1 and op.args[2] == 0

@@ -17,45 +17,55 @@ from revfx.fit.needs import Needs
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
-    """An operator that runs again; it may write over values that it reads last (`goes`), and leaves none of `drops`."""
+    """An operator that runs again.
+
+    It may write over `last_reads`, the values that nothing reads after it; the values of `drops` are freed after it.
+    """
 
     op: int
-    goes: frozenset[int]
+    last_reads: frozenset[int]
     drops: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The operators that run before autograd gets the tensor of a pack, and the values that are freed then."""
+    """The operators that run before autograd gets a saved tensor, and the values that are freed after it."""
 
-    pack: int
+    saved_index: int
     reruns: tuple[Rerun, ...]
     drops: tuple[int, ...]
 
 
 @dataclass
 class Plan:
-    """Which values are kept whole, which packs as marks, which coins as bits; and the block of each operator."""
+    """A choice for each value of a step.
+
+    Attributes:
+        kept: values that are kept whole.
+        compressed: saved tensors that are kept as bits.
+        dropout_masks: drawn zeros and ones that are kept as bits.
+        block_of: by operator of the forward, the block that recomputes it.
+    """
 
     needs: Needs
     kept: frozenset[int]
-    marks: frozenset[int]
-    coins: frozenset[int]
+    compressed: frozenset[int]
+    dropout_masks: frozenset[int]
     block_of: Sequence[int]
 
     def __post_init__(self) -> None:
-        self.coins -= self.kept  # whole values need no bits
+        self.dropout_masks -= self.kept  # whole values need no bits
 
     @cached_property
     def dropped(self) -> dict[int, int]:
-        """Return the packs with recomputed values, each with the block that asks for it."""
-        wanted = ((v, k) for v, packs in self.needs.wanted.items() if v not in self.kept for k in packs)
+        """Return the saved tensors with recomputed values, each with the block that asks for it."""
+        pairs = ((v, k) for v, saved in self.needs.keepable.items() if v not in self.kept for k in saved)
         last = len(self.block_of) - 1
-        packs = self.needs.tape.packs
-        return {k: self.block_of[min(packs[k].packed, last)] for _, k in wanted if k not in self.marks}
+        saved = self.needs.tape.saved
+        return {k: self.block_of[min(saved[k].saved_at, last)] for _, k in pairs if k not in self.compressed}
 
     @cached_property
-    def again(self) -> frozenset[int]:
+    def recomputed(self) -> frozenset[int]:
         """Return all operators that run again."""
         return frozenset(self.above(self.dropped))
 
@@ -64,31 +74,31 @@ class Plan:
         return value in self.kept or self.needs.is_there(value)
 
     def op_of(self, value: int) -> int:
-        """Return which operator makes a value that is not there again.
+        """Return the operator that recomputes a value.
 
         Raises:
             LookupError: none does.
         """
         op = self.needs.tape.made_by[value]
-        if op is None or (value not in self.coins and self.needs.replayed[op] is None):
+        if op is None or (value not in self.dropout_masks and self.needs.replayed[op] is None):
             raise LookupError(f"nothing makes value {value} again")
         return op
 
     @cached_property
     def reads(self) -> Sequence[tuple[int, ...]]:
-        """Return the values that each operator reads when it runs again; a coin is decoded."""
-        if not self.coins:
+        """Return the values that each operator reads when it runs again; a dropout mask is decoded."""
+        if not self.dropout_masks:
             return self.needs.operands
         found = [*self.needs.operands]
-        for coin in self.coins:
-            made = self.needs.tape.made_by[coin]
+        for dropout_mask in self.dropout_masks:
+            made = self.needs.tape.made_by[dropout_mask]
             assert made is not None
             found[made] = ()
         return found
 
-    def above(self, packs: Iterable[int], block: int | None = None) -> Iterator[int]:
-        """Yield the operators that make `packs` again, last ones first: all, or those of a block alone."""
-        return self.between(map(self.needs.value, packs), (), block)
+    def above(self, saved: Iterable[int], block: int | None = None) -> Iterator[int]:
+        """Yield the operators that recompute saved tensors, last ones first: all of them, or those of one block."""
+        return self.between(map(self.needs.value, saved), (), block)
 
     def between(self, values: Iterable[int], known: Collection[int], block: int | None = None) -> Iterator[int]:
         """Yield the operators that recompute values from `known` or kept ones."""
@@ -105,7 +115,7 @@ class Plan:
 
     @cached_property
     def asked(self) -> dict[int, list[int]]:
-        """Return the packs that each block asks for."""
+        """Return the saved tensors that each block asks for."""
         found: dict[int, list[int]] = {}
         for k, block in self.dropped.items():
             found.setdefault(block, []).append(k)
@@ -113,44 +123,44 @@ class Plan:
 
     @cached_property
     def uses(self) -> dict[tuple[int, int], int]:
-        """Return how often each block reads each recomputed value: by packs, and by operators that run again."""
+        """Return how often each block reads each recomputed value: by saved tensors and by recomputed operators."""
         found = Counter[tuple[int, int]]()
-        for block, packs in self.asked.items():
-            found.update((block, self.needs.value(k)) for k in packs)
-            for op in self.above(packs, block):
+        for block, saved in self.asked.items():
+            found.update((block, self.needs.value(k)) for k in saved)
+            for op in self.above(saved, block):
                 found.update((block, v) for v in self.reads[op] if not self.is_base(v))
         return found
 
     @cached_property
     def bases(self) -> dict[int, frozenset[int]]:
-        """Return the values that each block runs again from: those that are kept, and coins."""
+        """Return the kept values and dropout masks that each block is recomputed from."""
         found: dict[int, frozenset[int]] = {}
-        for block, packs in self.asked.items():
-            ops = [*self.above(packs)]
+        for block, saved in self.asked.items():
+            ops = [*self.above(saved)]
             read = {v for op in ops for v in self.reads[op] if v in self.kept}
             made = {v for op in ops for v in self.needs.tape.ops[op].makes}
-            found[block] = frozenset(read | (made & self.coins))
+            found[block] = frozenset(read | (made & self.dropout_masks))
         return found
 
-    def segments(self, packs: Iterable[int]) -> Iterator[Segment]:
-        """Yield the segments of some dropped packs, in the recorded order."""
-        all_packs, replay = self.needs.tape.packs, Replay(self)
-        for k in sorted((k for k in packs if all_packs[k].unpacked is not None), key=lambda k: all_packs[k].turn):
+    def segments(self, saved: Iterable[int]) -> Iterator[Segment]:
+        """Yield the segments of some dropped saved tensors, in the order of the backward."""
+        all_packs, replay = self.needs.tape.saved, Replay(self)
+        for k in sorted((k for k in saved if all_packs[k].read_at is not None), key=lambda k: all_packs[k].read_order):
             yield replay.segment(k)
 
 
 class Replay:
     """The recomputed values that are live in one backward: it decides which operators run next."""
 
-    def __init__(self, plan: Plan, there: Iterable[int] = ()) -> None:
-        self.plan, self.there, self.left = plan, set(there), dict(plan.uses)
+    def __init__(self, plan: Plan, live: Iterable[int] = ()) -> None:
+        self.plan, self.live, self.left = plan, set(live), dict(plan.uses)
         # by value: how many blocks that it was not made in will still read it
         self.outside = Counter(v for block, v in plan.uses if plan.block_of[plan.op_of(v)] != block)
 
-    def segment(self, pack: int) -> Segment:
-        """Return the segment for the next pack that autograd asks for."""
-        plan, value, block = self.plan, self.plan.needs.value(pack), self.plan.dropped[pack]
-        order, reruns = sorted(plan.between([value], self.there)), list[Rerun]()
+    def segment(self, saved_index: int) -> Segment:
+        """Return the segment for the next saved tensor that autograd asks for."""
+        plan, value, block = self.plan, self.plan.needs.value(saved_index), self.plan.dropped[saved_index]
+        order, reruns = sorted(plan.between([value], self.live)), list[Rerun]()
         last = {v: op for op in order for v in plan.reads[op]}
         last[value] = len(plan.reads)
         for op in order:
@@ -158,15 +168,15 @@ class Replay:
             if plan.block_of[op] == block:
                 for v in reads:
                     self._note(v, block)
-            goes = frozenset([v for v in reads if v in self.there and last[v] == op and not self._stays(v, block)])
+            last_reads = frozenset([v for v in reads if v in self.live and last[v] == op and not self._stays(v, block)])
             unread = [v for v in makes if last.get(v, -1) <= op and not self._stays(v, block)]
-            self.there.update(makes)
-            self.there.difference_update(goes, unread)
-            reruns.append(Rerun(op, goes, (*goes, *unread)))
+            self.live.update(makes)
+            self.live.difference_update(last_reads, unread)
+            reruns.append(Rerun(op, last_reads, (*last_reads, *unread)))
         self._note(value, block)
-        through = (value,) if value in self.there and not self._stays(value, block) else ()
-        self.there.difference_update(through)
-        return Segment(pack, tuple(reruns), through)
+        through = (value,) if value in self.live and not self._stays(value, block) else ()
+        self.live.difference_update(through)
+        return Segment(saved_index, tuple(reruns), through)
 
     def _stays(self, value: int, block: int) -> bool:
         """Return whether a value is needed later: by the block that asks, or by other blocks."""

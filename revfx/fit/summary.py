@@ -20,10 +20,10 @@ def summarize(survey: Survey, chosen: Chosen, inputs: str, budget: int, planning
         planning: seconds that the search took.
     """
     plan, needs = chosen.plan, chosen.plan.needs
-    saved, coins = _saved(needs), {needs.coins[v] for v in plan.coins}
+    saved, dropout_masks = _saved(needs), {needs.dropout_masks[v] for v in plan.dropout_masks}
     kept = saved & plan.kept
-    marked = {v for v in saved - kept if v in coins or plan.marks.issuperset(needs.wanted[v])}
-    ways = [_amount(needs, values) for values in (kept, saved - kept - marked, marked)]
+    compressed = {v for v in saved - kept if v in dropout_masks or plan.compressed.issuperset(needs.keepable[v])}
+    ways = [_amount(needs, values) for values in (kept, saved - kept - compressed, compressed)]
     plain, mine = _amount(survey.plain.needs, _saved(survey.plain.needs)), _amount(needs, saved)
     ways.append(Amount(max(0, plain.tensors - mine.tensors), max(0, plain.bytes - mine.bytes)))
     time = 1 + chosen.seconds / max(survey.plain.seconds, 1e-9)
@@ -32,7 +32,7 @@ def summarize(survey: Survey, chosen: Chosen, inputs: str, budget: int, planning
 
 def _saved(needs: Needs) -> set[int]:
     """Return the saved values, without arguments of compiled parts."""
-    return {v for v, packs in needs.wanted.items() if packs}
+    return {v for v, saved in needs.keepable.items() if saved}
 
 
 def _amount(needs: Needs, values: Collection[int]) -> Amount:

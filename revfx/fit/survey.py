@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Reversible
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import NamedTuple
@@ -10,10 +10,10 @@ from typing import NamedTuple
 from revfx.errors import BudgetError
 from revfx.fit.bound import least_seconds
 from revfx.fit.budget import Budget, as_memory
-from revfx.fit.choose import Planner
-from revfx.fit.holders import layer_at_peak, list_holders
 from revfx.fit.inverted import Inverted, InvertedStep
+from revfx.fit.peak_report import layer_at_peak, list_holders
 from revfx.fit.plan import Plan
+from revfx.fit.planner import Planner
 from revfx.fit.simulate import Load, Model
 from revfx.units import size
 
@@ -54,7 +54,7 @@ class Survey:
     """
 
     plain: Planner
-    inverting: Iterable[InvertedStep] = ()
+    inverting: Reversible[InvertedStep] = ()
     margin: float = 0.0
 
     @property
@@ -89,13 +89,15 @@ class Survey:
         asked = budget.of(self.peak)
         planner = self.plain if budget.share is None else self.plain.with_credit(self.plain.credit(asked))
         plan, needs = replace(known.plan, needs=planner.needs), planner.needs
-        if known.inverted.units or not (plan.marks <= needs.marks and plan.coins <= needs.coins.keys()):
+        if known.inverted.units or not (
+            plan.compressed <= needs.compressed and plan.dropout_masks <= needs.dropout_masks.keys()
+        ):
             return None
         try:
             load = planner.model.load(plan)
         except LookupError:
             return None
-        if not USED * asked <= load.peak_with(planner.model.credit, needs.tape.turn) <= asked:
+        if not USED * asked <= load.peak_with(planner.model.credit, needs.tape.backward_start) <= asked:
             return None
         return self._chosen(NOTHING, planner, (plan, load))
 
@@ -107,11 +109,19 @@ class Survey:
         found = self._chosen(NOTHING, self.plain, version(self.plain).best(asked))
         if found is not None and found.seconds <= DEAR * self.plain.seconds:
             return found
-        for inverted, planner in self.inverting:
+        if found is None:
+            for inverted, planner in self.inverting:
+                other = self._chosen(inverted, planner, version(planner).best(asked))
+                if other is None:  # with less inverted, a step holds more
+                    break
+                found = other if found is None else min(found, other, key=lambda c: c.seconds)
+            return found
+        for inverted, planner in reversed(self.inverting):
             other = self._chosen(inverted, planner, version(planner).best(asked))
-            if other is None:  # with less inverted, a step holds more
-                break
-            found = other if found is None else min(found, other, key=lambda c: c.seconds)
+            if other is not None:
+                if other.seconds >= found.seconds:  # with more inverted, a step rarely gets faster again
+                    break
+                found = other
         return found
 
     def _chosen(self, inverted: Inverted, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:

@@ -19,9 +19,9 @@ class Dropped:
 
     Attributes:
         stages: the values of saved tensors that are replayed, in groups, in the order in which the backward asks.
-        marks: values of saved tensors of which it reads no more than which elements are positive.
+        compressed: values of saved tensors of which the backward reads one bit per element: whether it is positive.
         kept: values that are there in the backward.
-        coins: by value of zeros and ones that were drawn, a later value of the same memory that tells them.
+        dropout_masks: by value of drawn zeros and ones, a later value of the same allocation with the same zeros.
         borrowed: values that it takes from earlier units.
         lent: values that later units take, or that are saved later.
     """
@@ -29,9 +29,9 @@ class Dropped:
     first: int
     last: int
     stages: tuple[tuple[int, ...], ...]
-    marks: frozenset[int]
+    compressed: frozenset[int]
     kept: frozenset[int]
-    coins: Mapping[int, int]
+    dropout_masks: Mapping[int, int]
     borrowed: tuple[int, ...] = ()
     lent: tuple[int, ...] = ()
 
@@ -46,28 +46,28 @@ class StagedBuilder(UnitBuilder):
 
     def __init__(self, tape: Tape, dropped: Dropped) -> None:
         self.dropped = dropped
-        values = dropped.replayed | dropped.marks
-        values.update(dropped.coins.values())
+        values = dropped.replayed | dropped.compressed
+        values.update(dropped.dropout_masks.values())
         exit = [v for v in sorted(values) if _is_saved_after(tape, v, dropped.last)]
         exit = tuple(dict.fromkeys((*exit, *dropped.lent)))
         span = Span(dropped.first, dropped.last, dropped.borrowed, exit, (), frozenset(), dropped.kept, frozenset())
         super().__init__(tape, span)
-        self.coins: list[int] = []
+        self.dropout_masks: list[int] = []
 
     def _replays(
         self, ops: Sequence[UnitOp], memory: Memory, known: set[int], after: set[int]
     ) -> tuple[list[Replay], list[Replay]]:
         runs = [Run(i) for i in range(len(ops))]
-        self.coins = [self.slots[v] for v in self.dropped.coins]
-        known |= {*self.coins}
+        self.dropout_masks = [self.slots[v] for v in self.dropped.dropout_masks]
+        known |= {*self.dropout_masks}
         lent = self._known(self.dropped.lent)
         if lent:
-            self.others = [Builder(ops, memory, known, runs, lent, self.coins).run()]
+            self.others = [Builder(ops, memory, known, runs, lent, self.dropout_masks).run()]
         try:
             return self._stages(ops, memory, known, runs), []
         except Unreplayable:  # a stage writes to memory of which an earlier one left a part
             wanted = [s for stage in self.dropped.stages for s in self._known(stage) if s not in known]
-            return [Builder(ops, memory, known, runs, [*dict.fromkeys(wanted)], self.coins).run()], []
+            return [Builder(ops, memory, known, runs, [*dict.fromkeys(wanted)], self.dropout_masks).run()], []
 
     def _stages(self, ops: Sequence[UnitOp], memory: Memory, known: set[int], runs: Sequence[Run]) -> list[Replay]:
         overwritten = memory.overwritten
@@ -78,7 +78,7 @@ class StagedBuilder(UnitBuilder):
             asked.update(wanted)
             missing = [s for s in dict.fromkeys(wanted) if s not in there]
             if missing:
-                made, read = Builder(ops, memory, there, runs, missing, self.coins).outline()
+                made, read = Builder(ops, memory, there, runs, missing, self.dropout_masks).outline()
                 outlines.append(({*there}, made - overwritten, read))
                 there |= made - overwritten
         stages: list[Replay] = []
@@ -87,7 +87,7 @@ class StagedBuilder(UnitBuilder):
             for *_, read in outlines[number + 1 :]:
                 outputs |= read & made
             given = known | (before & read_now)
-            stages.append(Builder(ops, memory, given, runs, sorted(outputs), self.coins).run())
+            stages.append(Builder(ops, memory, given, runs, sorted(outputs), self.dropout_masks).run())
         return stages or [Builder(ops, memory, known, runs, []).run()]
 
     def _attributes(self, forward: Sequence[Replay]) -> dict[str, Any]:
@@ -95,10 +95,10 @@ class StagedBuilder(UnitBuilder):
         results = {s for replay in forward for s in replay.outputs}
         return {
             "later": tuple(forward[1:]),
-            "carried": frozenset(results - wanted),
-            "carry": next(iter(self.others), None),
-            "coins": {self.slots[v]: self.slots[told] for v, told in self.dropped.coins.items()},
-            "marks": frozenset(self._known(self.dropped.marks)),
+            "passed_on": frozenset(results - wanted),
+            "loan": next(iter(self.others), None),
+            "dropout_masks": {self.slots[v]: self.slots[later] for v, later in self.dropped.dropout_masks.items()},
+            "compressed": frozenset(self._known(self.dropped.compressed)),
             "gives_exit": True,
         }
 

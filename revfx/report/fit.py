@@ -91,26 +91,26 @@ def _time_bound(survey: Survey, chosen: Chosen, budget: Budget) -> float | None:
 
 def _usage(way: str, survey: Survey, load: Load) -> Usage:
     """Return the live bytes of a step, operator by operator."""
-    turn = survey.plain.needs.tape.turn
+    backward_start = survey.plain.needs.tape.backward_start
     live = [max(load.live[at : at + 2]) for at in range(0, len(load.live), 2)]
-    return Usage(way, peak=load.peak, live=tuple(live), backward=turn)
+    return Usage(way, peak=load.peak, live=tuple(live), backward=backward_start)
 
 
 def _modules(survey: Survey, chosen: Chosen) -> Iterable[Share]:
     """Yield the saved tensors of each module, by choice: layers of a list whole."""
     plan, tape = chosen.plan, chosen.plan.needs.tape
     rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    compressed = {plan.needs.coins[v] for v in plan.coins}
+    compressed = {plan.needs.dropout_masks[v] for v in plan.dropout_masks}
     bases = frozenset[int]().union(*plan.bases.values())
-    for v, packs in survey.plain.needs.wanted.items():
-        if not packs and v not in bases:
+    for v, saved in survey.plain.needs.keepable.items():
+        if not saved and v not in bases:
             continue  # an argument of a compiled part
-        if v not in plan.needs.wanted:
+        if v not in plan.needs.keepable:
             column = 3
         elif v in plan.kept:
             column = 0
         else:
-            column = 2 if v in compressed or plan.marks.issuperset(packs) else 1
+            column = 2 if v in compressed or plan.compressed.issuperset(saved) else 1
         made = tape.made_by[v]
         path = tape.ops[made].module if made is not None else ""
         layer = re.match(r".*?\.\d+(?=\.|$)", path)

@@ -125,15 +125,17 @@ class Breaks(nn.Module):
 def again(fitted: Any) -> list[Any]:
     """The operators that run again."""
     plan = fit_of(fitted).plans[0].chosen.plan
-    return [plan.needs.tape.ops[o] for o in plan.again]
+    return [plan.needs.tape.ops[o] for o in plan.recomputed]
 
 
 def test_copies_and_pickles_run_uncompiled_as_those_of_torch() -> None:
     model, (x,), _ = make("mlp")
     fitted: Any = planned(model, x, memory=0.5, compile=True)
-    for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
+    for pure_variant in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
         plain = copy.deepcopy(model)
-        assert equal(state(twin, lambda m=twin: square(m(x))), state(plain, lambda m=plain: square(m(x))))
+        assert equal(
+            state(pure_variant, lambda m=pure_variant: square(m(x))), state(plain, lambda m=plain: square(m(x)))
+        )
 
 
 def test_evaluation_and_several_forwards_in_between() -> None:

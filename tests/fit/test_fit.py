@@ -76,7 +76,7 @@ def test_the_plain_step_is_foreseen_to_the_byte(name: str) -> None:
     out = model(*args)
     size = 4 * (out[0] if isinstance(out, tuple) else out).numel()
     load = fit_of(fitted).plans[0].chosen.load
-    assert abs(load.live[2 * tape_of(fitted).turn + 1] - measured.kept) <= 5 * size
+    assert abs(load.live[2 * tape_of(fitted).backward_start + 1] - measured.kept) <= 5 * size
     assert abs(load.peak - measured.peak) <= 4 * size
 
 
@@ -86,7 +86,7 @@ def test_a_mask_takes_the_place_of_what_only_its_signs_are_read_of() -> None:
     want = state(model, lambda: loss(model(*args)))
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     plan = fit_of(fitted).plans[0].chosen.plan
-    assert len(plan.marks) + len(plan.coins) > 0
+    assert len(plan.compressed) + len(plan.dropout_masks) > 0
 
 
 def test_a_share_of_one_leaves_autograd_alone() -> None:

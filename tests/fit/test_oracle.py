@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from revfx.fit import simulate
 from revfx.fit.bound import least_seconds
-from revfx.fit.choose import Planner
 from revfx.fit.costs import Cost
 from revfx.fit.foresee import foreseen_step
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
-from revfx.fit.simulate import EACH, NOTED, Model
+from revfx.fit.planner import Planner
+from revfx.fit.simulate import RECORD_BYTES, STATE_BYTES, Model
 
 
 def conv() -> nn.Sequential:
@@ -110,13 +110,13 @@ LONG = [(name, 0.25) for name in ("mlp", "relu", "tanh", "convolutions", "plain 
 @pytest.mark.parametrize(("name", "part"), deep_but([cell for cell in CELLS if cell not in LONG], CELLS))
 def test_plans_are_near_the_optimum(name: str, part: float) -> None:
     needs = needs_of(name)
-    assert needs.tape.turn <= 60
+    assert needs.tape.backward_start <= 60
     costs: Any = made_up(needs)
     planner = Planner(needs, costs)
     budget = budget_between(planner, part)
     found = planner.best(budget)
     assert found is not None
-    want = bound(needs, costs, budget - NOTED - EACH * len(found[0].dropped))
+    want = bound(needs, costs, budget - STATE_BYTES - RECORD_BYTES * len(found[0].dropped))
     print(f"{name:20}{part:6}{found[1].seconds:10.6f}{want:10.6f}{planner.seconds:10.6f}")
     assert found[1].peak <= budget
     assert found[1].seconds <= 1.05 * want + ABOVE.get((name, part), 0.0) * planner.seconds
@@ -127,8 +127,8 @@ def test_what_masks_bring() -> None:
     for name, part in (("relu", 0.75), ("convolutions", 0.5), ("mlp", 0.25)):
         needs, bare = needs_of(name), needs_of(name)
         costs: Any = made_up(needs)
-        bare.marks.clear()
-        bare.coins = {}
+        bare.compressed.clear()
+        bare.dropout_masks = {}
         with_masks, without = Planner(needs, costs), Planner(bare, costs)
         budget = budget_between(with_masks, part)
         found, other = with_masks.best(budget), without.best(budget)
@@ -173,9 +173,9 @@ def test_bits_are_charged_when_no_plan_has_the_tensor_instead() -> None:
     needs = Needs(tape)
     costs: Any = [Cost(1e-2 if "mm" in str(op.func) else 1e-3) for op in tape.ops]
     step = Model(needs, costs)
-    kept = frozenset(v for v in needs.wanted if tape.made_by[v] is None)
-    load = step.load(Plan(needs, kept, frozenset(needs.marks), frozenset(), [0] * tape.turn))
-    assert needs.marks and 0 < least_seconds(step, load.peak) <= load.seconds
+    kept = frozenset(v for v in needs.keepable if tape.made_by[v] is None)
+    load = step.load(Plan(needs, kept, frozenset(needs.compressed), frozenset(), [0] * tape.backward_start))
+    assert needs.compressed and 0 < least_seconds(step, load.peak) <= load.seconds
 
 
 def test_a_step_without_choices_has_a_bound() -> None:
@@ -198,5 +198,9 @@ def test_attention_without_dropout_runs_again() -> None:
             return nn.functional.scaled_dot_product_attention(x, x, x).sin()
 
     needs = Needs(foreseen_step(Attending(), (torch.empty(2, 4, 16, 32),), {}).step)
-    found = [needs.replayed[o] for o, op in enumerate(needs.tape.ops[: needs.tape.turn]) if "attention" in str(op.func)]
+    found = [
+        needs.replayed[o]
+        for o, op in enumerate(needs.tape.ops[: needs.tape.backward_start])
+        if "attention" in str(op.func)
+    ]
     assert found and None not in found

@@ -45,11 +45,11 @@ def test_the_graph_can_be_kept_and_used_again() -> None:
 
 def test_some_gradients_may_be_asked_for() -> None:
     model, fitted, x = pair()
-    wanted = [model.get_parameter("layers.5.4.weight"), model.get_parameter("layers.2.1.bias")]
+    keepable = [model.get_parameter("layers.5.4.weight"), model.get_parameter("layers.2.1.bias")]
     found = []
     for m in (model, fitted):
         torch.manual_seed(1)
-        found.append([*torch.autograd.grad(square(m(x)), wanted)])
+        found.append([*torch.autograd.grad(square(m(x)), keepable)])
     assert equal(*found)
 
 
@@ -207,11 +207,11 @@ def test_what_is_kept_whole_is_no_bits() -> None:
     torch.manual_seed(0)
     model, x = Residual(*(nn.Linear(64, 64) for _ in range(8)), join=drawn), torch.randn(512, 64)
     plan = fit_of(planned(model, x, memory=0.7)).plans[0].chosen.plan
-    (mask, told), *_ = plan.needs.coins.items()
+    (mask, told), *_ = plan.needs.dropout_masks.items()
     assert mask == told
-    for first in (replace(plan, kept=plan.kept | {mask}), replace(plan, coins=plan.coins | {mask})):
-        both = replace(first, kept=first.kept | {mask}, coins=first.coins | {mask})
-        assert mask in both.kept and mask not in both.coins
+    for first in (replace(plan, kept=plan.kept | {mask}), replace(plan, dropout_masks=plan.dropout_masks | {mask})):
+        both = replace(first, kept=first.kept | {mask}, dropout_masks=first.dropout_masks | {mask})
+        assert mask in both.kept and mask not in both.dropout_masks
 
 
 def test_running_statistics_are_read_before_they_are_written() -> None:

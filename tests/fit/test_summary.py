@@ -30,11 +30,11 @@ def test_a_plan_says_what_it_is(name: str, caplog: pytest.LogCaptureFixture, mon
     assert "extra time" in lines[0] and "planned in" in lines[0]
     assert first.peak <= first.budget < first.plain and first.time > 1 and first.planning > 0
     plan = fit_of(fitted).plans[0].chosen.plan
-    saved = [v for v, packs in plan.needs.wanted.items() if packs]
+    saved = [v for v, saved in plan.needs.keepable.items() if saved]
     ways = first.kept, first.recomputed, first.compressed
     assert sum(a.tensors for a in ways) == len(saved)
     assert sum(a.bytes for a in ways) == sum(map(plan.needs.tape.size, saved))
-    assert first.recomputed.tensors and (first.compressed.tensors > 0) == (name == "relu" or bool(plan.coins))
+    assert first.recomputed.tensors and (first.compressed.tensors > 0) == (name == "relu" or bool(plan.dropout_masks))
     assert f"recomputed: {first.recomputed.tensors} saved tensors" in str(first)
     assert "(512, 64)" in str(second)
 

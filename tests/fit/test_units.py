@@ -20,14 +20,14 @@ from revfx.engine.tape import Tape
 from revfx.errors import RegenerationError
 from revfx.fit import budgeted
 from revfx.fit.blocks import blocks_of
-from revfx.fit.choose import Planner
 from revfx.fit.costs import Costs
+from revfx.fit.grouping import Learnt
 from revfx.fit.inverted import Inverted, InvertedSteps
 from revfx.fit.kinds import BudgetKind
 from revfx.fit.make_units import units_of
 from revfx.fit.needs import Needs
+from revfx.fit.planner import Planner
 from revfx.fit.survey import NOTHING
-from revfx.fit.units import Learnt
 
 
 PLANS = 4  # of each model
@@ -85,19 +85,19 @@ def drawn_plan(kind: BudgetKind, draw: random.Random) -> Any:
     """A plan that keeps some values, and whose blocks end somewhere."""
     assert kind.chosen is not None
     plan = kind.chosen.plan
-    needs, turn = plan.needs, plan.needs.tape.turn
+    needs, backward_start = plan.needs, plan.needs.tape.backward_start
     share = draw.choice([0.1, 0.4, 0.7])
-    made = [v for v in needs.wanted if needs.tape.made_by[v] is not None]
-    kept = frozenset(v for v in needs.wanted if v not in made or draw.random() < share)
+    made = [v for v in needs.keepable if needs.tape.made_by[v] is not None]
+    kept = frozenset(v for v in needs.keepable if v not in made or draw.random() < share)
     possible = blocks_of(needs, kind.chosen.model.estimates).borders[1:-1]
     borders = draw.sample(possible, min(len(possible), draw.choice([0, 1, 4, 10])))
-    block_of = [sum(b <= o for b in borders) for o in range(turn)]
-    marks: set[int] = set()
-    for v, packs in needs.wanted.items():
-        if v not in kept and packs and needs.marks >= {*packs} and draw.random() < 0.5:
-            marks.update(packs)
-    coins = frozenset(v for v in needs.coins if draw.random() < 0.5)
-    return replace(plan, kept=kept, marks=frozenset(marks), coins=coins, block_of=block_of)
+    block_of = [sum(b <= o for b in borders) for o in range(backward_start)]
+    compressed: set[int] = set()
+    for v, saved in needs.keepable.items():
+        if v not in kept and saved and needs.compressed >= {*saved} and draw.random() < 0.5:
+            compressed.update(saved)
+    dropout_masks = frozenset(v for v in needs.dropout_masks if draw.random() < 0.5)
+    return replace(plan, kept=kept, compressed=frozenset(compressed), dropout_masks=dropout_masks, block_of=block_of)
 
 
 def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, inverted: Inverted = NOTHING) -> None:
@@ -108,7 +108,7 @@ def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, 
     kind.plan.learn([p.unit for p in placed], [p.chain for p in placed])
     kind.known = [(chosen, kind.plan.path)]
     kind.plan.path.firsts = [p.first for p in placed]
-    dropped = (*drawn.dropped, *drawn.marks, *inverted.packs)
+    dropped = (*drawn.dropped, *drawn.compressed, *inverted.saved)
     kind.plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
     if proven:
         kind.plan.proven.update((-1, unit, ()) for unit in kind.plan.sequence)
@@ -140,8 +140,13 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
 def test_the_first_backward_compares_all_that_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     (model, args, loss), fitted, kind, learnt = learnt_step("encoder", monkeypatch)
     assert kind.chosen is not None
-    kept = frozenset(v for v in kind.chosen.plan.needs.wanted if learnt.tape.values[v].op is None)
-    install(kind, learnt, replace(kind.chosen.plan, kept=kept, marks=frozenset(), coins=frozenset()), proven=True)
+    kept = frozenset(v for v in kind.chosen.plan.needs.keepable if learnt.tape.values[v].op is None)
+    install(
+        kind,
+        learnt,
+        replace(kind.chosen.plan, kept=kept, compressed=frozenset(), dropout_masks=frozenset()),
+        proven=True,
+    )
     staged = [unit for unit in kind.plan.sequence if len(unit.unit.stages) > 2]
     assert staged
     spoilt: list[int] = []

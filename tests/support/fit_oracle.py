@@ -60,9 +60,9 @@ class Program:
 def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.0) -> float:
     """Return seconds that no plan within `budget` bytes is faster than."""
     tape, program = needs.tape, Program()
-    reads = sorted((p.turn, k) for k, p in enumerate(tape.packs) if p.unpacked is not None and _wanted(needs, k))
+    reads = sorted((p.read_order, k) for k, p in enumerate(tape.saved) if p.read_at is not None and _wanted(needs, k))
     events = [k for _, k in reads]
-    ops = [o for o, op in enumerate(tape.ops[: tape.turn]) if op.makes]
+    ops = [o for o, op in enumerate(tape.ops[: tape.backward_start]) if op.makes]
     values = [v for o in ops for v in tape.ops[o].makes if not needs.is_outside(v)]
     unit = 2.0**20
 
@@ -71,20 +71,20 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
 
     model = Model(needs, costs)
     for k in events:
-        if k in needs.marks:
+        if k in needs.compressed:
             program.cost[program["mark", k]] = model.bits_seconds(needs.value(k))
     for t, k in enumerate(events, 1):
         v = needs.value(k)
         there = [(-1.0, ("S", t, v)), (-1.0, ("R", t, tape.made_by[v]))]
-        program.most(-1, *there, *([(-1.0, ("mark", k))] if k in needs.marks else []))
+        program.most(-1, *there, *([(-1.0, ("mark", k))] if k in needs.compressed else []))
         for o in ops:
-            drawn = [v for v in tape.ops[o].makes if v in needs.coins]
+            drawn = [v for v in tape.ops[o].makes if v in needs.dropout_masks]
             again = OVERHEAD + (model.bits_seconds(drawn[0]) if drawn else costs[o].seconds)
             program.cost[program["R", t, o]] = again
             op = needs.replayed[o]
             if op is None:
                 program.most(
-                    0, (1.0, ("R", t, o)), *((-1.0, ("coin", v)) for v in tape.ops[o].makes if v in needs.coins)
+                    0, (1.0, ("R", t, o)), *((-1.0, ("coin", v)) for v in tape.ops[o].makes if v in needs.dropout_masks)
                 )
                 continue
             for r in {s.value for s in op.reads if not is_free(s.value)}:
@@ -92,51 +92,54 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
         for v in values:
             program.most(0, (1.0, ("S", t + 1, v)), (-1.0, ("S", t, v)), (-1.0, ("R", t, tape.made_by[v])))
     for v in values:
-        if v not in needs.wanted:
+        if v not in needs.keepable:
             program.most(0, (1.0, ("S", 1, v)))
     for t in range(1, len(events) + 2):
         for v in values:
-            program.most(0, (1.0, ("S", t, v)), (-1.0, ("W", t, tape.memory_of[v])))
-    memories = {tape.memory_of[v] for v in values}
-    size = {m: tape.memories[m].size / unit for m in memories}
+            program.most(0, (1.0, ("S", t, v)), (-1.0, ("W", t, tape.allocation_of[v])))
+    allocations = {tape.allocation_of[v] for v in values}
+    size = {m: tape.allocations[m].size / unit for m in allocations}
 
     def gone(slot: int) -> set[int]:
-        return {m for m in memories if (end := tape.memories[m].end) is not None and end <= slot}
+        return {m for m in allocations if (end := tape.allocations[m].end) is not None and end <= slot}
 
     def handed(slot: int, of: Sequence[int]) -> set[int]:
-        return {tape.memory_of[needs.value(k)] for k in of if (tape.packs[k].end or 0) > slot}
+        return {tape.allocation_of[needs.value(k)] for k in of if (tape.saved[k].end or 0) > slot}
 
     def room(slot: int, held: set[int]) -> float:
         return (budget - model.natural[slot]) / unit - sum(size[m] for m in held & gone(slot))
 
-    marks = {k: needs.elements(needs.value(k)) / unit for k in events if k in needs.marks}
+    compressed = {k: needs.elements(needs.value(k)) / unit for k in events if k in needs.compressed}
 
     def marked(slot: int) -> list[Term]:
         """Return the bytes of marks that are held."""
-        held = {k: (2 * tape.packs[k].packed + 1, tape.packs[k].end or 0) for k in marks}
-        return [(n / BITS, ("mark", k)) for k, n in marks.items() if held[k][0] <= slot < held[k][1]]
+        held = {k: (2 * tape.saved[k].saved_at + 1, tape.saved[k].end or 0) for k in compressed}
+        return [(n / BITS, ("mark", k)) for k, n in compressed.items() if held[k][0] <= slot < held[k][1]]
 
-    coins = {v: (needs.elements(v) / unit, tape.packs[needs.wanted[told][0]].packed) for v, told in needs.coins.items()}
+    dropout_masks = {
+        v: (needs.elements(v) / unit, tape.saved[needs.keepable[told][0]].saved_at)
+        for v, told in needs.dropout_masks.items()
+    }
     for q in range(len(tape.ops)):
-        done = [k for k in events if (tape.packs[k].unpacked or 0) <= q]
-        for slot in (2 * q + 1, 2 * q) if q <= tape.turn else (2 * q + 1,):
+        done = [k for k in events if (tape.saved[k].read_at or 0) <= q]
+        for slot in (2 * q + 1, 2 * q) if q <= tape.backward_start else (2 * q + 1,):
             there = handed(slot, done)
             kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(slot) - there]
-            bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, packed) in coins.items() if 2 * packed < slot]
-            more = [(2 * n, ("coin", v)) for v, (n, packed) in coins.items() if 2 * packed == slot]
-            more += [(MORE * n, ("mark", k)) for k, n in marks.items() if 2 * tape.packs[k].packed == slot]
+            bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, packed) in dropout_masks.items() if 2 * packed < slot]
+            more = [(2 * n, ("coin", v)) for v, (n, packed) in dropout_masks.items() if 2 * packed == slot]
+            more += [(MORE * n, ("mark", k)) for k, n in compressed.items() if 2 * tape.saved[k].saved_at == slot]
             for spike in [(term,) for term in more] or [()]:
                 program.most(room(slot, there), *kept, *marked(slot), *bits, *spike)
     for t, k in enumerate(events, 1):
-        slot = 2 * (tape.packs[k].unpacked or 0)
+        slot = 2 * (tape.saved[k].read_at or 0)
         there = handed(slot, events[: t - 1])
         passing = gone(slot) - there
         base = room(slot, there)
         program.most(base, *((size[m], ("W", t, m)) for m in passing))
         for v in values:
-            program.most(1, (1.0, ("S", t, v)), (1.0, ("S", t + 1, v)), (-1.0, ("P", t, tape.memory_of[v])))
-        if k in marks:
-            spike = (size[tape.memory_of[needs.value(k)]] + MORE * marks[k], ("mark", k))
+            program.most(1, (1.0, ("S", t, v)), (1.0, ("S", t + 1, v)), (-1.0, ("P", t, tape.allocation_of[v])))
+        if k in compressed:
+            spike = (size[tape.allocation_of[needs.value(k)]] + MORE * compressed[k], ("mark", k))
             program.most(base, *((size[m], ("P", t, m)) for m in passing), spike)
         later = [(o, {s.value for s in op.reads}) for o in ops if (op := needs.replayed[o]) is not None]
         for o in ops:
@@ -146,7 +149,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
             for m in passing:
                 program.most(0, (1.0, ("P", t, m)), (-1.0, ("Z", t, o, m)))
             for v in values:
-                if (m := tape.memory_of[v]) not in passing:
+                if (m := tape.allocation_of[v]) not in passing:
                     continue
                 if v in near:
                     program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)))
@@ -154,10 +157,10 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
                     for j in [("R", t, j) for j, read in later if j > o and v in read] + [("S", t + 1, v)]:
                         program.most(1, (1.0, ("R", t, o)), (1.0, j), (-1.0, ("Z", t, o, m)))
                     if v == needs.value(k):
-                        marked_instead = [(-1.0, ("mark", k))] * (k in marks)
+                        marked_instead = [(-1.0, ("mark", k))] * (k in compressed)
                         program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)), *marked_instead)
-            for v in set(tape.ops[o].makes) & coins.keys():
-                own.append((2 * coins[v][0], ("R", t, o)))
+            for v in set(tape.ops[o].makes) & dropout_masks.keys():
+                own.append((2 * dropout_masks[v][0], ("R", t, o)))
                 program.most(0, (1.0, ("R", t, o)), (-1.0, ("K", t, v)))
                 program.most(0, (1.0, ("K", t + 1, v)), (-1.0, ("K", t, v)))
             program.most(base, *own)
@@ -165,8 +168,8 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
 
 
 def _wanted(needs: Needs, k: int) -> bool:
-    spot = needs.tape.packs[k].spot
-    return spot is not None and k in needs.wanted.get(spot.value, ())
+    view = needs.tape.saved[k].view
+    return view is not None and k in needs.keepable.get(view.value, ())
 
 
 def made_up(needs: Needs) -> list[Cost]:
@@ -174,8 +177,8 @@ def made_up(needs: Needs) -> list[Cost]:
 
     def seconds(o: int) -> float:
         op = needs.tape.ops[o]
-        spots = [*op.reads, *(s for s in op.outs if s is not None)]
-        sizes = [float(np.prod(s.shape)) for s in spots]
+        views = [*op.reads, *(s for s in op.outs if s is not None)]
+        sizes = [float(np.prod(s.shape)) for s in views]
         product = any(word in str(op.func) for word in ("mm", "conv", "attention"))
         flops = 2 * float(np.prod(sizes[:3])) ** 0.5 if product and len(sizes) >= 3 else 0.0
         return sum(4 * n for n in sizes) / 1e10 + flops / 1e11

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import revfx
+from revfx.rules import registered, unregister_inverse
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,6 +43,15 @@ def example(page: str) -> dict[str, Any]:
     return names
 
 
+@pytest.fixture
+def rules_as_they_were() -> Iterator[None]:
+    """Take back the rules that a page registers: compile caches are bypassed while there are such."""
+    before = set(registered())
+    yield
+    unregister_inverse(*set(registered()) - before)
+
+
+@pytest.mark.usefixtures("rules_as_they_were")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_runs_and_prints_the_memory_that_is_shown(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {

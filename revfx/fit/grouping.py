@@ -37,17 +37,17 @@ class Learnt:
 
 @dataclass
 class _Cone:
-    """The operators of one block that make values again.
+    """The operators of one block that recompute values.
 
     Attributes:
         ops: them.
-        coins: zeros and ones that were drawn, which are there as bits.
+        dropout_masks: drawn zeros and ones that are kept as bits.
         borrowed: values that earlier blocks give.
         is_open: one of these is written over later, so that nobody gives it.
     """
 
     ops: set[int] = field(default_factory=set[int])
-    coins: set[int] = field(default_factory=set[int])
+    dropout_masks: set[int] = field(default_factory=set[int])
     borrowed: set[int] = field(default_factory=set[int])
     is_open: bool = False
 
@@ -62,40 +62,44 @@ class Grouping:
 
     def run(self) -> list[Dropped]:
         """Return the dropped values of each run, in the order of the operators."""
-        plan, saved = self.plan, self.tape.saved
-        packs = plan.needs.tape.packs
-        wanted: dict[int, list[int]] = {}  # by block, values in the order in which the backward asks
-        marks: dict[int, set[int]] = {}
+        plan, saved, records = self.plan, self.tape.saved, self.plan.needs.tape.saved
+        asked: dict[int, list[int]] = {}  # by block, values in the order in which the backward asks
+        compressed: dict[int, set[int]] = {}
         lent: dict[int, dict[int, None]] = {}
-        for k in sorted(plan.dropped, key=lambda k: packs[k].turn):
+        for k in sorted(plan.dropped, key=lambda k: records[k].read_order):
             value, block = saved[k][1], plan.dropped[k]
             own = self._block(value)
             if own is None or self._is_there(value):
                 continue
-            if self.learnt.value_of.get(value) in plan.coins:
-                marks.setdefault(own, set()).add(value)
+            if self.learnt.value_of.get(value) in plan.dropout_masks:
+                compressed.setdefault(own, set()).add(value)
             elif own == block:
-                wanted.setdefault(block, []).append(value)
+                asked.setdefault(block, []).append(value)
             else:
                 lent.setdefault(own, {})[value] = None
-        for k in plan.marks:
+        for k in plan.compressed:
             value = saved[k][1]
             own = self._block(value)
             if own is not None:
-                marks.setdefault(own, set()).add(value)
+                compressed.setdefault(own, set()).add(value)
         found: list[Dropped] = []
-        for block in sorted({*wanted, *marks, *lent, *self.block_of}, reverse=True):  # later ones borrow
+        for block in sorted({*asked, *compressed, *lent, *self.block_of}, reverse=True):  # later ones borrow
             of_block = self._of_block(
-                block, wanted.get(block, []), marks.get(block, set()), [*lent.get(block, ())], lent
+                block, asked.get(block, []), compressed.get(block, set()), [*lent.get(block, ())], lent
             )
             found += of_block
         return sorted(found, key=lambda d: d.first)
 
     def _of_block(
-        self, block: int, wanted: Sequence[int], marks: set[int], lent: Sequence[int], loans: dict[int, dict[int, None]]
+        self,
+        block: int,
+        asked: Sequence[int],
+        compressed: set[int],
+        lent: Sequence[int],
+        loans: dict[int, dict[int, None]],
     ) -> list[Dropped]:
-        cones = {v: self._cone(v, block) for v in (*wanted, *marks, *lent)}
-        for v in marks.difference(wanted, lent):  # nothing runs again for it
+        cones = {v: self._cone(v, block) for v in (*asked, *compressed, *lent)}
+        for v in compressed.difference(asked, lent):  # nothing runs again for it
             cones[v] = _Cone({self.tape.values[v].op or 0})
         cones = {v: cone for v, cone in cones.items() if not cone.is_open}
         for cone in cones.values():
@@ -106,15 +110,15 @@ class Grouping:
         found: list[Dropped] = []
         for first, last in join((min(c.ops), max(c.ops)) for c in cones.values() if c.ops):
             inside = {v for v, c in cones.items() if c.ops and first <= min(c.ops) <= last}
-            borrowed, coins = set[int](), set[int]()
+            borrowed, masks = set[int](), set[int]()
             for v in inside:
                 borrowed |= cones[v].borrowed
-                coins |= cones[v].coins
-            stages = tuple((v,) for v in dict.fromkeys(wanted) if v in inside)
+                masks |= cones[v].dropout_masks
+            stages = tuple((v,) for v in dict.fromkeys(asked) if v in inside)
             found.append(
                 Dropped(
-                    first, last, stages, frozenset(marks & inside), self._kept(first, last),
-                    {coin: self._told(coin) for coin in sorted(coins)}, tuple(sorted(borrowed)),
+                    first, last, stages, frozenset(compressed & inside), self._kept(first, last),
+                    {mask: self._last_write(mask) for mask in sorted(masks)}, tuple(sorted(borrowed)),
                     tuple(v for v in lent if v in inside),
                 )
             )  # fmt: skip
@@ -132,7 +136,7 @@ class Grouping:
         return found
 
     def _block(self, value: int) -> int | None:
-        """Return the block of the operator that makes a value; None if it was there."""
+        """Return the block of the operator that makes a value; None if it is older than the step."""
         op = self.tape.values[value].op
         return None if op is None or self.tape.is_outside(value) else self.block_of[op]
 
@@ -151,9 +155,9 @@ class Grouping:
             if v in seen or self._is_there(v):
                 continue
             seen.add(v)
-            if self.learnt.value_of.get(v) in self.plan.coins:
-                cone.coins.add(v)
-                cone.ops.add(self.tape.values[self._told(v)].op or 0)
+            if self.learnt.value_of.get(v) in self.plan.dropout_masks:
+                cone.dropout_masks.add(v)
+                cone.ops.add(self.tape.values[self._last_write(v)].op or 0)
                 continue
             op = self.tape.values[v].op
             assert op is not None
@@ -167,11 +171,11 @@ class Grouping:
                 todo += [] if before is None else [before]
         return cone
 
-    def _told(self, coin: int) -> int:
-        """Return the value that tells a coin: the same tensor after the last write to it."""
-        while coin in self.after:
-            coin = self.after[coin]
-        return coin
+    def _last_write(self, value: int) -> int:
+        """Return the same tensor after the last write to it."""
+        while value in self.after:
+            value = self.after[value]
+        return value
 
     def _reads(self, number: int) -> list[int]:
         op = self.tape.ops[number]

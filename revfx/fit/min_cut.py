@@ -1,9 +1,9 @@
-"""The choices for a run of blocks, from keeping everything to nothing: minimum cuts, one for each price of time.
+"""The choices for a range of blocks, from keeping everything to nothing: minimum cuts, one for each price of time.
 
 With P the price of a second in bytes, the cheapest choice is a minimum cut (as in torch's partitioner, but with
 times): a node on the side of the sink is there in the backward; an operator there runs again, for P times its
 seconds; a value there is kept, for its bytes, if its operator is on the other side. A saved value on the side of the
-source is stored as marks, for their bytes and time.
+source is stored as bits, for their bytes and time.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Edges = Mapping[tuple[Any, Any], tuple[float | None, float]]  # by edge the pric
 
 @dataclass(frozen=True)
 class Choice:
-    """What is kept of the results of some operators: whole values, packs as their marks, coins as bits."""
+    """The results of some operators that are kept: whole values, saved tensors as bits, dropout masks as bits."""
 
     kept: frozenset[int]
-    marks: frozenset[int]
-    coins: frozenset[int]
+    compressed: frozenset[int]
+    dropout_masks: frozenset[int]
 
-    def renamed(self, values: Mapping[int, int], packs: Mapping[int, int]) -> Choice:
+    def renamed(self, values: Mapping[int, int], saved: Mapping[int, int]) -> Choice:
         """Return it with other numbers, without the values that have none."""
-        names = ((self.kept, values), (self.marks, packs), (self.coins, values))
+        names = ((self.kept, values), (self.compressed, saved), (self.dropout_masks, values))
         return Choice(*[frozenset([new[x] for x in old if x in new]) for old, new in names])
 
 
@@ -47,7 +47,7 @@ class Menu:
     def __init__(self, model: Model, ops: range, given: frozenset[int]) -> None:
         self.model, self.needs, self.costs, self.ops, self.given = model, model.needs, model.costs, ops, given
         self.values = {v: o for o in self.ops for v in self.needs.tape.ops[o].makes}
-        self.coins = {v for v in self.values if self.needs.coins.get(v) in self.values}
+        self.dropout_masks = {v for v in self.values if self.needs.dropout_masks.get(v) in self.values}
 
     def choices(self) -> dict[Choice, bool]:
         """Return the different choices, each with whether it is independent of measured times; those come first."""
@@ -96,11 +96,11 @@ class Menu:
         for a, b in edges:
             network[a][b]["capacity"] = finite.get((a, b), infinite)
         _, (_, there) = nx.minimum_cut(network, "S", "T", flow_func=boykov_kolmogorov, residual=network)
-        coins = self.coins & there
-        kept = {v for v, o in self.values.items() if v in there and ("operator", o) not in there} - coins
+        dropout_masks = self.dropout_masks & there
+        kept = {v for v, o in self.values.items() if v in there and ("operator", o) not in there} - dropout_masks
         gone = self.values.keys() - there - self.given
-        marked = {k for v in gone for k in self.needs.wanted.get(v, ())}
-        return Choice(frozenset(kept), frozenset(marked), frozenset(coins))
+        compressed = {k for v in gone for k in self.needs.keepable.get(v, ())}
+        return Choice(frozenset(kept), frozenset(compressed), frozenset(dropout_masks))
 
     @cached_property
     def _network(self) -> Any:
@@ -131,7 +131,7 @@ class Menu:
             if v in self.given:
                 continue
             op, maker = self.needs.replayed[o], ("operator", o)
-            if v in self.coins:
+            if v in self.dropout_masks:
                 found["S", v] = -(-self.needs.elements(v) // BITS), OVERHEAD + bit * self.needs.elements(v)
             elif op is None:
                 found["S", v] = self._worth(v), 0.0
@@ -140,17 +140,17 @@ class Menu:
                 found[maker, v] = self._worth(v), 0.0
                 for r in {s.value for s in op.reads} & self.values.keys() - self.given:
                     found[r, maker] = None, 0.0
-            packs = self.needs.wanted.get(v, ())
-            if packs and self.needs.marks >= set(packs):
-                elements = len(packs) * self.needs.elements(v)
+            saved = self.needs.keepable.get(v, ())
+            if saved and self.needs.compressed >= set(saved):
+                elements = len(saved) * self.needs.elements(v)
                 found[v, "T"] = elements / BITS, elements * bit
-            elif packs:
+            elif saved:
                 found[v, "T"] = None, 0.0
         return found
 
     def _worth(self, value: int) -> float | None:
-        """Return the bytes that keeping a value takes: 0 if its memory stays anyway; None if it can't be kept."""
-        if value not in self.needs.wanted:
+        """Return the bytes to keep a value: 0 if its allocation stays anyway; None if the value can't be kept."""
+        if value not in self.needs.keepable:
             return None
-        memory = self.needs.tape.memory(value)
-        return 0.0 if self.model.end(memory) is None else memory.size
+        allocation = self.needs.tape.allocation(value)
+        return 0.0 if self.model.end(allocation) is None else allocation.size

@@ -1,8 +1,8 @@
-"""The planner for a budget: a dynamic program over the blocks of the forward, with plans that are simulated whole.
+"""The planner for a budget: a dynamic program over the blocks of the forward, whose plans are then simulated.
 
 The blocks before a block hold H bytes beside its own. The least seconds of the first j blocks with H bytes held are
 
-    time[j][H] = min over runs of blocks i..j and their entries of time[i][H - held] + seconds,
+    time[j][H] = min over ranges of blocks i..j and their entries of time[i][H - held] + seconds,
                  where H - held + peak <= budget.
 """
 
@@ -15,29 +15,33 @@ from itertools import chain, product
 
 import torch
 
+from revfx.fit.block_ranges import BlockRanges, Entry
 from revfx.fit.costs import Cost
+from revfx.fit.local_search import Found, reduce_peak, search_locally
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
-from revfx.fit.polish import Found, lower_peak, polished
-from revfx.fit.runs import Entry, Runs
 from revfx.fit.simulate import Credit, Load, Model
 
 
-BINS = 512  # of the budget, in which held bytes are counted
-NESTED = (2, 4, 8, 16, 32)  # blocks in a row of which none is kept but the input
-LOSS = 4  # times the outputs: the bytes of a loss like `(y - 1).square().mean()`, beside outputs and gradient
-TRIES = 10  # budgets that are given to the dynamic program until its plans, simulated, are as near as they get
-NEAR = 1 / 256  # of the budget: how near that is
+BINS = 512  # parts of the budget in which held bytes are counted
+NESTED_BLOCKS = (2, 4, 8, 16, 32)  # lengths of ranges of blocks of which only the input is kept
+LOSS_RATIO = (
+    4  # bytes of a loss such as `(y - 1).square().mean()`, beside outputs and gradient, by those of the outputs
+)
+MAX_TRIES = 10  # budgets that the dynamic program is run for, until its simulated plans come near the one asked for
+NEAR = 1 / 256  # share of the budget that is near enough
 
 _NO_CREDIT = Credit()
 
 
 class Planner:
-    """Plans of one step.
+    """The search for plans of one step.
 
-    `any_caller`: plans stay within a budget for any caller, who may hold the outputs until the backward ends, and may
-    compute a loss of `LOSS` times their bytes. `like`: another planner of the same step, for its results. `credit`: see
-    `Credit`.
+    Args:
+        any_caller: plans hold for any caller, who may hold the outputs until the backward ends, and may compute a loss
+            of `LOSS_RATIO` times their bytes.
+        like: another planner of the same step, whose results are used.
+        credit: see `Credit`.
     """
 
     def __init__(
@@ -49,19 +53,21 @@ class Planner:
         credit: Credit = _NO_CREDIT,
     ) -> None:
         self.needs, self.costs, self.seconds = needs, costs, needs.tape.seconds + sum(c.seconds for c in costs)
-        self.model = Model(needs, costs, any_caller, LOSS * needs.tape.loss * any_caller, credit)
-        self.runs = Runs(self.model, {} if like is None else like.runs.entries)
-        self.small = SmallPlans(self.runs) if like is None else like.small
-        everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)
+        self.model = Model(needs, costs, any_caller, LOSS_RATIO * needs.tape.loss * any_caller, credit)
+        self.ranges = BlockRanges(self.model, {} if like is None else like.ranges.entries)
+        self.small = SmallPlans(self.ranges) if like is None else like.small
+        everything = Plan(needs, frozenset(needs.keepable), frozenset(), frozenset(), [0] * needs.tape.backward_start)
         self.plain = everything, Model(needs, costs).load(everything)
 
     def credit(self, budget: int) -> Credit:
-        """Return what a budget allows beyond it if it is compared with this plain step of the same caller."""
-        turn, peak = self.needs.tape.turn, self.plain[1].peak
+        """Return the bytes above a budget that the plain step of the same caller takes in proportion."""
+        backward_start, peak = self.needs.tape.backward_start, self.plain[1].peak
         load = self.model.load(self.plain[0])  # of the plain step of a caller who takes the most
-        backward = load.live[2 * turn : 2 * turn + 1] + load.live[2 * turn + 2 :]
+        backward = load.live[2 * backward_start : 2 * backward_start + 1] + load.live[2 * backward_start + 2 :]
         share = min(1.0, max(0.0, budget / peak))
-        return Credit(int(share * max(0, load.live[2 * turn + 1] - peak)), int(share * max(0, max(backward) - peak)))
+        return Credit(
+            int(share * max(0, load.live[2 * backward_start + 1] - peak)), int(share * max(0, max(backward) - peak))
+        )
 
     def with_credit(self, credit: Credit) -> Planner:
         """Return a planner of the same step whose plans may take a credit."""
@@ -80,25 +86,27 @@ class Planner:
             return self.plain[0], load
         found: tuple[Plan, Load] | None = None
         asked, low, high = budget, 0, 2 * budget  # the program does not see the bytes between runs
-        for n in range(TRIES):
-            tried = plan_of_runs(self.runs, asked)
-            over = 0 if tried is None else tried[1].peak - budget
+        for n in range(MAX_TRIES):
+            simulated = plan_of_ranges(self.ranges, asked)
+            over = 0 if simulated is None else simulated[1].peak - budget
             if over > 0:
                 high = asked
             else:
                 low = asked
-                found = min(filter(None, (found, tried)), key=lambda f: f[1].seconds, default=None)
+                found = min(filter(None, (found, simulated)), key=lambda f: f[1].seconds, default=None)
             near = asked - over * (2**n if over > 0 else 1)  # further down each time, as plans come in steps
             asked = near if low < near < high else (low + high) // 2
-            if high - low <= budget * NEAR or (tried is not None and 0 <= -over <= budget * NEAR):
+            if high - low <= budget * NEAR or (simulated is not None and 0 <= -over <= budget * NEAR):
                 break
         found = found or (fallback, self.model.load(fallback))
         needs, everything = self.needs, self.plain[0]
-        by_blocks = replace(everything, block_of=self.runs.blocks.of_operators())
-        told = {v for v, packs in needs.wanted.items() if packs and needs.marks >= {*packs}}
-        kept = everything.kept.difference(told, needs.coins.values())
-        masked = replace(everything, kept=kept, marks=frozenset(needs.marks), coins=frozenset(needs.coins))
-        return polished(self.model, (everything, by_blocks, masked), found, budget)
+        by_blocks = replace(everything, block_of=self.ranges.blocks.of_operators())
+        as_bits = {v for v, saved in needs.keepable.items() if saved and needs.compressed >= {*saved}}
+        kept = everything.kept.difference(as_bits, needs.dropout_masks.values())
+        masked = replace(
+            everything, kept=kept, compressed=frozenset(needs.compressed), dropout_masks=frozenset(needs.dropout_masks)
+        )
+        return search_locally(self.model, (everything, by_blocks, masked), found, budget)
 
     def least(self) -> tuple[Plan, Load]:
         """Return the known plan with the smallest peak, and its load."""
@@ -112,15 +120,15 @@ class SmallPlans:
     It does not look at times, which differ from run to run. A budget is feasible if one of its plans stays within it.
     """
 
-    def __init__(self, runs: Runs) -> None:
-        self.runs = runs
+    def __init__(self, ranges: BlockRanges) -> None:
+        self.ranges = ranges
         self.found: list[Found] = []  # so far, in the order of the search, which is the same for all budgets
         self.rest = self._plans()
 
     def within(self, budget: int, credit: Credit) -> Plan | None:
         """Return the first plan that stays within the budget; None if none does."""
         for plan, load in chain(self.found, self._more()):
-            if load.peak_with(credit, plan.needs.tape.turn) <= budget:
+            if load.peak_with(credit, plan.needs.tape.backward_start) <= budget:
                 return plan
         return None
 
@@ -136,37 +144,40 @@ class SmallPlans:
             yield found
 
     def _plans(self) -> Iterator[Found]:
-        model, needs = self.runs.model, self.runs.needs
-        everything = Plan(needs, frozenset(needs.wanted), frozenset(), frozenset(), [0] * needs.tape.turn)
+        model, needs = self.ranges.model, self.ranges.needs
+        everything = Plan(needs, frozenset(needs.keepable), frozenset(), frozenset(), [0] * needs.tape.backward_start)
         best = everything, model.load(everything)
         yield best
         low, high = 0, best[1].peak
         while high - low > max(1, high * NEAR):
             asked = (low + high) // 2
-            tried = plan_of_runs(self.runs, asked, timed=False)
-            if tried is None:
+            simulated = plan_of_ranges(self.ranges, asked, timed=False)
+            if simulated is None:
                 low = asked
                 continue
             high = asked
-            best = min(best, tried, key=lambda f: f[1].peak)
-            yield tried
-        yield lower_peak(model, best)
+            best = min(best, simulated, key=lambda f: f[1].peak)
+            yield simulated
+        yield reduce_peak(model, best)
 
 
-def plan_of_runs(runs: Runs, budget: int, timed: bool = True) -> Found | None:
-    """Return the fastest plan of runs that fit one by one, and its load; None if there is none.
+def plan_of_ranges(ranges: BlockRanges, budget: int, timed: bool = True) -> Found | None:
+    """Return the fastest plan of ranges that fit one by one, and its load; None if there is none.
 
     If it is not `timed`, it is the fastest one by estimates from sizes, which is always the same one.
     """
-    unit, n = max(1, -(-budget // BINS)), len(runs.blocks)
-    kinds = [(x, False) for x in range(1, runs.merged + 1)] + [(x, True) for x in NESTED]
-    # the least seconds by borders and held bins, and how they come about: the earlier border, its bins, the entry
+    unit, n = max(1, -(-budget // BINS)), len(ranges.blocks)
+    kinds = [(x, False) for x in range(1, ranges.merged + 1)] + [(x, True) for x in NESTED_BLOCKS]
+    # times[j, h]: the least seconds of the first j blocks with h bins held; back[j][h]: the earlier border, its bins
+    # and the entry that give them
     times = torch.full((n + 1, BINS + 1), math.inf, dtype=torch.float64)
     back: list[dict[int, tuple[int, int, Entry]]] = [{} for _ in range(n + 1)]
     times[0, 0] = 0.0
     for i, (length, nested) in product(range(n), kinds):
         j = i + length
-        for e, peak in runs[i, j, nested][1] if j <= n and times[i].isfinite().any() else ():
+        if j > n or not times[i].isfinite().any():
+            continue
+        for e, peak in ranges[i, j, nested][1]:
             held = -(-e.held // unit)
             stop = min((budget - peak) // unit, BINS - held) + 1
             if stop > 0 and (timed or e.is_untimed):
@@ -178,26 +189,27 @@ def plan_of_runs(runs: Runs, budget: int, timed: bool = True) -> Found | None:
     held = int(times[n].argmin())
     if math.isinf(times[n, held]):
         return None
+    # Follow the entries back from the last border.
     chosen, j = list[tuple[int, int, Entry]](), n
     while j:
         i, held, e = back[j][held]
         chosen.append((i, j, e))
         j = i
-    plan = _whole(runs, chosen)
+    plan = _combine_entries(ranges, chosen)
     try:
-        return plan, runs.model.load(plan)
+        return plan, ranges.model.load(plan)
     except LookupError:
         return None
 
 
-def _whole(runs: Runs, chosen: Sequence[tuple[int, int, Entry]]) -> Plan:
-    borders, own = runs.blocks.borders, runs.blocks.of_operators()
-    kept = {v for v in runs.needs.wanted if runs.needs.tape.made_by[v] is None}
-    marks, coins = set[int](), set[int]()
+def _combine_entries(ranges: BlockRanges, chosen: Sequence[tuple[int, int, Entry]]) -> Plan:
+    borders, own = ranges.blocks.borders, ranges.blocks.of_operators()
+    kept = {v for v in ranges.needs.keepable if ranges.needs.tape.made_by[v] is None}
+    compressed, dropout_masks = set[int](), set[int]()
     for i, j, e in chosen:
-        run = runs[i, j, e.nested][0]
-        c = e.choice.renamed(dict(enumerate(run.values)), dict(enumerate(run.packs)))
-        kept, marks, coins = kept | c.kept, marks | c.marks, coins | c.coins
+        block_range = ranges[i, j, e.nested][0]
+        c = e.choice.renamed(dict(enumerate(block_range.values)), dict(enumerate(block_range.saved)))
+        kept, compressed, dropout_masks = kept | c.kept, compressed | c.compressed, dropout_masks | c.dropout_masks
         if not e.nested:
             own[borders[i] : borders[j]] = [i] * (borders[j] - borders[i])
-    return Plan(runs.needs, frozenset(kept), frozenset(marks), frozenset(coins), own)
+    return Plan(ranges.needs, frozenset(kept), frozenset(compressed), frozenset(dropout_masks), own)

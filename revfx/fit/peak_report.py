@@ -10,15 +10,15 @@ from revfx.units import size
 def layer_at_peak(model: Model, load: Load) -> str:
     """Return the path of the module that runs at the peak, forwards or backwards; "" if none is known."""
     tape, at = model.needs.tape, min(load.live.index(load.peak) // 2, len(model.needs.tape.ops) - 1)
-    if at < tape.turn:
+    if at < tape.backward_start:
         return tape.ops[at].module
     readers: dict[int, int] = {}  # by operator of the backward, a saved tensor that it reads
-    for pack, uses in tape.reads.items():
-        readers.update((o, pack) for o, _ in uses)
+    for saved_index, uses in tape.reads.items():
+        readers.update((o, saved_index) for o, _ in uses)
     last = max((o for o in readers if o <= at), default=None)
     if last is None:  # nothing was read yet: the peak is where the backward begins
-        return tape.ops[tape.turn - 1].module
-    return tape.ops[min(tape.packs[readers[last]].packed, tape.turn - 1)].module
+        return tape.ops[tape.backward_start - 1].module
+    return tape.ops[min(tape.saved[readers[last]].saved_at, tape.backward_start - 1)].module
 
 
 def list_holders(model: Model, plan: Plan, load: Load) -> list[str]:
@@ -29,21 +29,22 @@ def list_holders(model: Model, plan: Plan, load: Load) -> list[str]:
     found: list[tuple[int, str]] = []
     if runs and at < len(tape.ops) and model.costs[at].scratch:
         found.append((model.costs[at].scratch, f"within {op} itself"))
-    for m in tape.memories:
+    for m in tape.allocations:
         end = model.end(m)
         if not m.is_outside and 2 * m.born < slot and (end is None or end > slot):
             maker = tape.ops[m.born] if m.born < len(tape.ops) else op
-            kind = "a result of the forward" if m.born < tape.turn else "a gradient"
+            kind = "a result of the forward" if m.born < tape.backward_start else "a gradient"
             found.append((m.size, f"{kind}, of {maker}"))
     for v in plan.kept:
-        m = tape.memory(v)
-        until = model.through(model.needs.wanted[v])
+        m = tape.allocation(v)
+        until = model.through(model.needs.keepable[v])
         end = model.end(m)
         if end is not None and end <= slot < until:
             found.append((m.size, f"kept for the backward, of {tape.ops[m.born]}"))
-    if slot == 2 * tape.turn + 1 and model.loss:
+    if slot == 2 * tape.backward_start + 1 and model.loss:
         found.append((model.loss, "assumed for a loss outside of the model"))
-    told = sum(n for n, _ in found)
-    if load.peak > told:
-        found.append((load.peak - told, f"computed again for {op} in the {'back' if at >= tape.turn else 'for'}ward"))
+    explained = sum(n for n, _ in found)
+    if load.peak > explained:
+        half = "backward" if at >= tape.backward_start else "forward"
+        found.append((load.peak - explained, f"computed again for {op} in the {half}"))
     return [f"{size(n)}: {text}" for n, text in sorted(found, key=lambda h: -h[0])]

@@ -24,7 +24,7 @@ from revfx.engine.operators import written_positions
 from revfx.engine.saved import SavedTensor
 from revfx.engine.wrappers import SavedWrapper
 from revfx.fit.compiled import Back, PartCall
-from revfx.fit.tape import Memory, Op, Pack, Spot, Tape
+from revfx.fit.tape import Op, SavedRecord, StepAllocation, Tape, ValueView
 from revfx.passes._torch import is_overload, writes
 from revfx.passes.sizes import tensors_of
 
@@ -35,16 +35,16 @@ class Before:
 
     Attributes:
         given: its arguments, flat.
-        spots: the same, with spots in the place of tensors.
+        views: the same, with views in the place of tensors.
         spec: their structure.
-        written: the spots that it writes to.
+        written: the views that it writes to.
     """
 
     func: Any
     given: Sequence[Any]
-    spots: Sequence[Any]
+    views: Sequence[Any]
     spec: pytree.TreeSpec
-    written: tuple[Spot, ...]
+    written: tuple[ValueView, ...]
 
 
 class StepRecorder:
@@ -70,9 +70,9 @@ class StepRecorder:
                     self._before.add(_torch.storage_key(t))
         self.begins: Callable[[], None] | None = None
         self._finished: Callable[[StepRecorder], None] | None = finished
-        self._known: dict[int, tuple[int, Any]] = {}  # by storage: its memory, and a weak reference
-        self._live: set[int] = set()  # memories that others than autograd hold
-        self._packs = weakref.WeakKeyDictionary[SavedTensor, int]()
+        self._known: dict[int, tuple[int, Any]] = {}  # by storage: its allocation, and a weak reference
+        self._live: set[int] = set()  # allocations that others than autograd hold
+        self._saved_numbers = weakref.WeakKeyDictionary[SavedTensor, int]()
         self._doubles: dict[int, tuple[set[int], Any]] = {}  # by storage: the saved tensors that the backward got in it
         self._moment, self._turns = -1, 0  # before which operator autograd kept or read last, and how much it read
         self._handles: list[Any] = []
@@ -87,8 +87,8 @@ class StepRecorder:
         """Whether its backward has ended, or will not be recorded."""
         return self._finished is None
 
-    # --- memory
-    def spot(self, t: Tensor, made: bool = False) -> Spot | None:
+    # --- allocations
+    def view(self, t: Tensor, made: bool = False) -> ValueView | None:
         """Return where a tensor lies; None if it has no storage of its own."""
         if not _is_strided(t):
             return None
@@ -96,62 +96,62 @@ class StepRecorder:
         if key not in self._known:
             self._enter(t, key, made)
         number = self._known[key][0]
-        memory = self.tape.memories[number]
-        if memory.end is not None and not self.is_backward:  # somebody held it all the same
-            memory.end = None
+        allocation = self.tape.allocations[number]
+        if allocation.end is not None and not self.is_backward:  # somebody held it all the same
+            allocation.end = None
             self._live.add(number)
-        value = memory.values[-1]
-        return Spot(value, t.dtype, tuple(t.shape), tuple(t.stride()), int(t.storage_offset()))
+        value = allocation.values[-1]
+        return ValueView(value, t.dtype, tuple(t.shape), tuple(t.stride()), int(t.storage_offset()))
 
     def _enter(self, t: Tensor, key: int, made: bool) -> None:
-        storage, number = t.untyped_storage(), len(self.tape.memories)
-        memory = Memory(storage.nbytes(), t.device, len(self.tape.ops))
+        storage, number = t.untyped_storage(), len(self.tape.allocations)
+        allocation = StepAllocation(storage.nbytes(), t.device, len(self.tape.ops))
         if not made and (key in self._before or not self.is_backward):
-            memory.is_outside, memory.storage = True, key
-        self.tape.memories.append(memory)
+            allocation.is_outside, allocation.storage = True, key
+        self.tape.allocations.append(allocation)
         self._value(number, len(self.tape.ops) if made else None)
         self._live.add(number)
-        self._known[key] = number, weakref.ref(storage, lambda _: self._leave(key, number, memory))
+        self._known[key] = number, weakref.ref(storage, lambda _: self._leave(key, number, allocation))
 
-    def _leave(self, key: int, number: int, memory: Memory) -> None:
+    def _leave(self, key: int, number: int, allocation: StepAllocation) -> None:
         self._live.discard(number)
-        if memory.end is None:
-            memory.end = self.slot()
+        if allocation.end is None:
+            allocation.end = self.slot()
         self._known.pop(key, None)
 
     def live_bytes(self, start: int) -> int:
         """Return the bytes that operators from `start` on have made and others than autograd hold."""
         found = 0
         for number in self._live:
-            memory = self.tape.memories[number]
-            if memory.born >= start and not memory.is_outside:
-                found += memory.size
+            allocation = self.tape.allocations[number]
+            if allocation.born >= start and not allocation.is_outside:
+                found += allocation.size
         return found
 
     def slot(self) -> int:
         """Return the slot from which on an allocation that is freed now is gone."""
         return 2 * len(self.tape.ops) + (self._moment == len(self.tape.ops))
 
-    def _value(self, memory: int, op: int | None) -> None:
-        self.tape.memories[memory].values.append(len(self.tape.memory_of))
-        self.tape.memory_of.append(memory)
+    def _value(self, allocation: int, op: int | None) -> None:
+        self.tape.allocations[allocation].values.append(len(self.tape.allocation_of))
+        self.tape.allocation_of.append(allocation)
         self.tape.made_by.append(op)
 
     def end_of(self, key: int) -> None:
         """Note that from now on nobody but autograd holds a storage, given by its key."""
         known = self._known.get(key)
-        if known is not None and self.tape.memories[known[0]].end is None:
-            self.tape.memories[known[0]].end = self.slot()
+        if known is not None and self.tape.allocations[known[0]].end is None:
+            self.tape.allocations[known[0]].end = self.slot()
             self._live.discard(known[0])
 
     # --- operators
     def before(self, func: Any, args: Any, kwargs: Any) -> Before:
         """Return the operands of an operator that is about to run."""
         given, spec = pytree.tree_flatten((args, kwargs))
-        spots = [self.spot(t) if isinstance(t, Tensor) else t for t in given]
+        views = [self.view(t) if isinstance(t, Tensor) else t for t in given]
         written = _written(func, args, kwargs) if is_overload(func) and writes(func) else ()
-        old = tuple([s for t in written if (s := self.spot(t)) is not None])
-        return Before(func, given, spots, spec, old)
+        old = tuple([s for t in written if (s := self.view(t)) is not None])
+        return Before(func, given, views, spec, old)
 
     def after(self, known: Before, out: Any, number: int, module: str, where: str) -> None:
         """Add an operator that has run, unless it made nothing but views.
@@ -169,50 +169,53 @@ class StepRecorder:
         tape = self.tape
         for at, t in enumerate(known.given):
             if isinstance(t, Tensor) and _is_strided(t):
-                packs, _ = self._doubles.get(_torch.storage_key(t), ((), None))
-                for k in packs:
+                saved, _ = self._doubles.get(_torch.storage_key(t), ((), None))
+                for k in saved:
                     tape.reads.setdefault(k, set()).add((len(tape.ops), at))
-        before = len(tape.memory_of)
+        before = len(tape.allocation_of)
         for s in known.written:
-            self._value(tape.memory_of[s.value], len(tape.ops))
-        outs = tuple([self.spot(t, True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
-        args, kwargs = pytree.tree_unflatten(known.spots, known.spec)
-        reads, makes = tuple([s for s in known.spots if isinstance(s, Spot)]), tuple(range(before, len(tape.memory_of)))
+            self._value(tape.allocation_of[s.value], len(tape.ops))
+        outs = tuple([self.view(t, True) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(out)])
+        args, kwargs = pytree.tree_unflatten(known.views, known.spec)
+        reads, makes = (
+            tuple([s for s in known.views if isinstance(s, ValueView)]),
+            tuple(range(before, len(tape.allocation_of))),
+        )
         tape.ops.append(Op(known.func, tuple(args), kwargs, reads, outs, known.written, makes, module, where))
         if not self.is_backward:
             self.numbers.append(number)
 
     # --- autograd
-    def packed(self, saved: SavedTensor, t: Tensor, made: int) -> None:
+    def note_saved(self, saved: SavedTensor, t: Tensor, made: int) -> None:
         """Note a saved tensor: the object that autograd holds, the tensor that it stands for, and how many operators
         ran before this was made.
         """
-        spot, packs, self._moment = self.spot(t), self.tape.packs, len(self.tape.ops)
-        pack = Pack(None if isinstance(t, nn.Parameter) else spot, len(self.tape.ops), made)
-        packs.append(pack)
-        self._packs[saved] = len(packs) - 1
-        self._watched.append(weakref.ref(saved, lambda _: self._released(pack)))
+        view, records, self._moment = self.view(t), self.tape.saved, len(self.tape.ops)
+        record = SavedRecord(None if isinstance(t, nn.Parameter) else view, len(self.tape.ops), made)
+        records.append(record)
+        self._saved_numbers[saved] = len(records) - 1
+        self._watched.append(weakref.ref(saved, lambda _: self._released(record)))
 
-    def _released(self, pack: Pack) -> None:
-        pack.end = self.slot()
+    def _released(self, record: SavedRecord) -> None:
+        record.end = self.slot()
 
     @_torch.uncompiled
     def unpack(self, saved: SavedTensor | SavedWrapper) -> Tensor:
         """Return the tensor of a saved tensor that the backward reads."""
         t = saved.get()
-        number = self._packs.get(saved) if isinstance(saved, SavedTensor) else None
+        number = self._saved_numbers.get(saved) if isinstance(saved, SavedTensor) else None
         if number is None or not self.is_backward or self._finished is None:
             return t
-        pack, self._moment = self.tape.packs[number], len(self.tape.ops)
-        if pack.unpacked is None:
-            pack.unpacked, pack.turn = len(self.tape.ops), self._turns
+        record, self._moment = self.tape.saved[number], len(self.tape.ops)
+        if record.read_at is None:
+            record.read_at, record.read_order = len(self.tape.ops), self._turns
             self._turns += 1
-        if _is_strided(t) and pack.spot is not None:
+        if _is_strided(t) and record.view is not None:
             key = _torch.storage_key(t)
             if key not in self._doubles:
                 reference = weakref.ref(t.untyped_storage(), lambda _: self._gone(key))
                 self._doubles[key] = set(), reference
-                self._known.setdefault(key, (self.tape.memory_of[pack.spot.value], reference))
+                self._known.setdefault(key, (self.tape.allocation_of[record.view.value], reference))
             self._doubles[key][0].add(number)
         return t
 
@@ -220,24 +223,24 @@ class StepRecorder:
         """Note that the backward has freed the tensors in a storage."""
         self._known.pop(key, None)
         for number in self._doubles.pop(key)[0]:
-            self.tape.packs[number].end = self.slot()
+            self.tape.saved[number].end = self.slot()
 
     # --- the backward
-    def turn(self, start: int, returned: Sequence[Tensor]) -> None:
+    def begin_backward(self, start: int, returned: Sequence[Tensor]) -> None:
         """Note that the forward is through, and look at the backward.
 
         Args:
             start: the number of autograd's nodes at which the forward began.
             returned: the tensors that it returned.
         """
-        self.tape.turn, self.is_backward = len(self.tape.ops), True
+        self.tape.backward_start, self.is_backward = len(self.tape.ops), True
         needing = [t for t in returned if t.requires_grad]
         needing = [t for t in needing if not t.dim()] or needing  # where there is a loss, it is what is differentiated
         self.tape.loss = sum(t.nbytes for t in needing if t.dim())
         for t in returned:
             known = self._known.get(_torch.storage_key(t)) if _is_strided(t) else None
             if known is not None:
-                self.tape.memories[known[0]].returned = True
+                self.tape.allocations[known[0]].returned = True
         see, found = _Backward(self), set[Any]()
         todo: list[Any] = [t.grad_fn for t in returned]
         while todo:
@@ -283,11 +286,11 @@ class StepRecorder:
         self._handles = []
         tape = self.tape
         self._end_gradients()
-        for m in tape.memories:
-            if m.returned and not m.is_outside and m.born < tape.turn:
-                m.end = 2 * max(tape.turn, m.born + 1) + 1
+        for m in tape.allocations:
+            if m.returned and not m.is_outside and m.born < tape.backward_start:
+                m.end = 2 * max(tape.backward_start, m.born + 1) + 1
         self._known, self._doubles, self._watched, self._parameters = {}, {}, [], []
-        is_kept = any(p.unpacked is not None and p.end is None for p in tape.packs)
+        is_kept = any(p.read_at is not None and p.end is None for p in tape.saved)
         if finished is not None and not is_kept:  # the graph, for another backward
             finished(self)
 
@@ -295,9 +298,9 @@ class StepRecorder:
         """Have gradients that the step is the first to make end when they are added: later ones find them there."""
         for p in self._parameters:
             known = None if p.grad is None or not _is_strided(p.grad) else self._known.get(_torch.storage_key(p.grad))
-            if known is not None and not self.tape.memories[known[0]].is_outside:
-                memory = self.tape.memories[known[0]]
-                memory.end = min(2 * (memory.born + 1) + 2, 2 * len(self.tape.ops) + 1)
+            if known is not None and not self.tape.allocations[known[0]].is_outside:
+                allocation = self.tape.allocations[known[0]]
+                allocation.end = min(2 * (allocation.born + 1) + 2, 2 * len(self.tape.ops) + 1)
 
 
 class _PartBackward:

@@ -1,0 +1,144 @@
+"""Local search over plans, each simulated as a whole.
+
+The planner knows one choice for each price of time only. For small steps the search finds the optimum in most cases;
+for large ones there is time for few simulations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from revfx.fit.plan import Plan
+from revfx.fit.simulate import Load, Model
+
+
+MAX_SIMULATED_OPERATORS = 200_000  # in all plans of a search together
+MAX_EXCHANGES = 12  # plans over the budget that are brought within it
+
+Found = tuple[Plan, Load]
+
+
+@dataclass
+class LocalSearch:
+    """A search for faster plans within a budget of bytes, with `left` simulations."""
+
+    model: Model
+    budget: int
+    left: int
+
+    @classmethod
+    def of(cls, model: Model, budget: int) -> LocalSearch:
+        """Return a search with as many simulations as the size of the step allows."""
+        return cls(model, budget, MAX_SIMULATED_OPERATORS // len(model.needs.tape.ops))
+
+    def simulate(self, plans: Iterable[Plan]) -> Iterator[Found]:
+        """Yield the feasible plans with their loads, while simulations are left."""
+        for plan in plans:
+            if self.left <= 0:
+                return
+            with suppress(LookupError):
+                yield plan, self.model.load(plan)
+                self.left -= 1
+
+    def shrink(self, found: Found) -> Found | None:
+        """Return a plan within the budget; None if the search finds none.
+
+        Each round drops the value with the least time per freed byte.
+        """
+        while (over := found[1].peak - self.budget) > 0:
+            seconds = found[1].seconds
+            best, least_rate = None, float("inf")
+            for smaller in self.simulate(smaller_variants(found[0])):
+                freed = over - max(0, smaller[1].peak - self.budget)
+                if freed > 0:
+                    rate = (smaller[1].seconds - seconds) / freed
+                    if best is None or rate < least_rate:
+                        best, least_rate = smaller, rate
+            if best is None or self.left <= 0:
+                return None
+            found = best
+        return found
+
+    def speed_up(self, found: Found) -> Found:
+        """Return a plan that no single choice makes faster, nor a value kept in the place of others."""
+        while True:
+            faster = self._faster_variants(found)
+            if not faster:
+                return found
+            # The variants differ from the plan in one choice each: take as many of them as the budget allows.
+            start, found = found[0], faster[0]
+            for plan, _ in faster[1:]:
+                for both in self.simulate([combine(found[0], start, plan)]):
+                    if both[1].peak <= self.budget and both[1].seconds < found[1].seconds:
+                        found = both
+
+    def _faster_variants(self, found: Found) -> list[Found]:
+        """Return the faster variants within the budget, fastest first; if there are none, one that is made to fit."""
+        seconds = found[1].seconds
+        faster = [f for f in self.simulate(variants(found[0])) if f[1].seconds < seconds]
+        within = [f for f in faster if f[1].peak <= self.budget]
+        if within:
+            return sorted(within, key=lambda f: f[1].seconds)
+        for near in sorted(faster, key=lambda f: f[1].peak)[:MAX_EXCHANGES]:
+            smaller = self.shrink(near)
+            if smaller is not None and smaller[1].seconds < seconds:
+                return [smaller]
+        return []
+
+
+def reduce_peak(model: Model, found: Found) -> Found:
+    """Return a plan that no single choice gives a smaller peak, as far as the simulations suffice."""
+    search = LocalSearch.of(model, 0)
+    while True:
+        lower = min(search.simulate(variants(found[0])), key=lambda f: f[1].peak, default=found)
+        if lower[1].peak >= found[1].peak:
+            return found
+        found = lower
+
+
+def combine(plan: Plan, start: Plan, other: Plan) -> Plan:
+    """Return a plan with the choices of `other` that differ from `start`."""
+    return replace(
+        plan,
+        kept=plan.kept ^ start.kept ^ other.kept,
+        compressed=plan.compressed ^ start.compressed ^ other.compressed,
+        dropout_masks=plan.dropout_masks ^ start.dropout_masks ^ other.dropout_masks,
+    )
+
+
+def variants(plan: Plan) -> Iterator[Plan]:
+    """Yield plans in which one value more is kept, or one less; late ones first, as they are held shortest."""
+    needs = plan.needs
+    for v, saved in reversed(needs.keepable.items()):
+        if v not in plan.kept and needs.tape.made_by[v] is not None:
+            yield replace(plan, kept=plan.kept | {v}, compressed=plan.compressed.difference(saved))
+    yield from smaller_variants(plan)
+
+
+def smaller_variants(plan: Plan) -> Iterator[Plan]:
+    """Yield plans in which one value less is kept: none of it, or its bits, or the dropout mask that gives it."""
+    needs = plan.needs
+    for v, saved in reversed(needs.keepable.items()):
+        kept = plan.kept - {v}
+        if needs.compressed >= {*saved} and not plan.compressed.issuperset(saved):
+            yield replace(plan, kept=kept, compressed=plan.compressed.union(saved))
+        if v in plan.kept and needs.tape.made_by[v] is not None:
+            yield replace(plan, kept=kept)
+    for mask, v in needs.dropout_masks.items():
+        if mask not in plan.dropout_masks:
+            yield replace(plan, kept=plan.kept - {v}, dropout_masks=plan.dropout_masks | {mask})
+
+
+def search_locally(model: Model, starts: Sequence[Plan], found: Found | None, budget: int) -> Found | None:
+    """Return the fastest plan of a search from `found`, and for small steps from each of `starts` as well."""
+    search = LocalSearch.of(model, budget)
+    choices = sum(1 for _ in smaller_variants(starts[0]))
+    if len(starts) * choices * choices // 2 < search.left:
+        for start in starts:
+            smaller = search.shrink((start, model.load(start)))
+            if smaller is not None:
+                faster = search.speed_up(smaller)
+                found = min(filter(None, (found, faster)), key=lambda f: f[1].seconds)
+    return None if found is None else search.speed_up(found)
