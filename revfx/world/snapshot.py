@@ -1,66 +1,41 @@
-"""The content of modules before a forward, which is restored afterwards."""
+"""The attributes of modules, and the containers in them, before a forward; they are restored afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from revfx import _torch
-from revfx.world.reach import CONTAINERS, is_users
-from revfx.world.values import ATOMS, DEPTH, is_plain
+from revfx.world.reach import CONTAINERS, is_user_attribute
+from revfx.world.values import ATOMS, is_plain
 
 
-LONG = 10_000  # entries of a container that is data, and not noted
-
-
-# --- modules, and the arguments of a forward
-def held_by(values: Iterable[Any], depth: int = DEPTH) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Return containers, and attribute tables of plain objects, among `values` and in each other, and their items."""
-    found: dict[int, tuple[Any, tuple[Any, ...]]] = {}
-    level = [*values]
-    for _ in range(depth):
-        tables = [t for v in level if (t := _table(v)) is not None and len(t) <= LONG]
-        inner = [x for v in level if isinstance(v, tuple) for x in v]
-        for t in tables:
-            if id(t) not in found:
-                found[id(t)] = t, content(t)
-                inner += (x for item in found[id(t)][1] for x in (item if type(item) is tuple else (item,)))
-        level = [x for x in inner if not isinstance(x, (*ATOMS, Tensor))]
-    return [*found.values()]
-
-
-def _table(value: Any) -> Any:
-    return value if isinstance(value, CONTAINERS) else vars(value) if is_plain(value) else None
+MAX_NOTED_ENTRIES = 10_000  # a longer container is data, which a forward does not change
+NESTING = 4  # levels of containers in each other
 
 
 class Snapshot:
-    """The attribute tables of some modules as they were, and the containers in them."""
+    """The attribute tables of some modules, with the containers in them, and their content."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.tables = [(i, t, dict(t)) for i, m in enumerate(modules) for t in _tables(m)]
-        self.held = [
-            (i, k, held)
-            for i, m in enumerate(modules)
-            for k, v in vars(m).items()
-            if is_users(k) and (held := held_by([v], 4))
-        ]
+        self.tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        values = list[Any]()
+        for module in modules:
+            self.tables += [(table, dict(table)) for table in _tables(module)]
+            values += [value for name, value in vars(module).items() if is_user_attribute(name)]
+        self.containers = _find_containers(values)
 
     def restore(self) -> None:
         """Restore every table, and the containers in them."""
-        for container, then in (pair for *_, held in self.held for pair in held):
-            fill(container, then)
-        for _, table, then in self._touched():
-            table.clear()
-            table.update(then)
-
-    def _touched(self) -> Generator[tuple[int, dict[Any, Any], dict[Any, Any]]]:
-        for i, table, then in self.tables:
-            if table.keys() != then.keys() or not all(map(is_, table.values(), then.values())):
-                yield i, table, then
+        for container, items in self.containers:
+            _restore_container(container, items)
+        for table, content in self.tables:
+            if table.keys() != content.keys() or not all(map(is_, table.values(), content.values())):
+                table.clear()
+                table.update(content)
 
 
 def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
@@ -68,24 +43,44 @@ def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
     return *own, *_torch.hook_tables(module)
 
 
-def content(container: Any) -> tuple[Any, ...]:
-    """Return the content of a container: the pairs of a dict."""
+def _find_containers(values: Iterable[Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Find containers, and attribute tables of plain objects, among `values` and in each other, with their items."""
+    found: dict[int, tuple[Any, tuple[Any, ...]]] = {}
+    level = [*values]
+    for _ in range(NESTING):
+        inner = list[Any]()
+        for value in level:
+            if isinstance(value, tuple):
+                inner += value
+            container = value
+            if not isinstance(value, CONTAINERS) and is_plain(value):
+                container = vars(value)
+            if not isinstance(container, CONTAINERS) or len(container) > MAX_NOTED_ENTRIES or id(container) in found:
+                continue
+            found[id(container)] = container, _items(container)
+            for item in _items(container):
+                inner += item if type(item) is tuple else (item,)
+        level = [x for x in inner if not isinstance(x, (*ATOMS, Tensor))]
+    return [*found.values()]
+
+
+def _items(container: Any) -> tuple[Any, ...]:
+    """Return the elements of a container; of a dict, its pairs."""
     return tuple(container.items() if isinstance(container, dict) else container)
 
 
-def holds(container: Any, then: tuple[Any, ...]) -> bool:
-    """Return whether a container holds the objects that it held."""
-    now = content(container)
-    return len(now) == len(then) and all(map(_same, now, then))
+def _restore_container(container: Any, items: tuple[Any, ...]) -> None:
+    """Restore the elements of a container if they have changed."""
+    current = _items(container)
+    if len(current) == len(items) and all(map(_is_same, current, items)):
+        return
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(items)
+    else:
+        container.extend(items)
 
 
-def fill(container: Any, then: tuple[Any, ...]) -> None:
-    """Restore the content of a container."""
-    if not holds(container, then):
-        container.clear()
-        (container.update if isinstance(container, (dict, set)) else container.extend)(then)
-
-
-def _same(now: Any, then: Any) -> bool:
-    pair = type(then) is tuple and type(now) is tuple and len(now) == len(then)  # of a dict
-    return now is then or (pair and all(map(is_, now, then)))
+def _is_same(current: Any, item: Any) -> bool:
+    is_pair = type(item) is tuple and type(current) is tuple and len(current) == len(item)  # of a dict
+    return current is item or (is_pair and all(map(is_, current, item)))

@@ -1,4 +1,4 @@
-"""Values that Python code holds, and the globals that functions load."""
+"""Objects that Python code holds, and the globals that functions load."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from revfx.world.reach import EMPTY, global_names, held_in
+from revfx.world.reach import EMPTY, cell_content, global_names, package_of
 
 
 ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
-DEPTH = 6  # of tuples, lists and dicts that are compared by content
 _OURS = ("torch", "revfx")
 
 
 def is_plain(value: object) -> bool:
     """Return whether `value` is an object with its state in its attributes, such as a configuration."""
-    if type(value).__module__.partition(".")[0] in (*_OURS, "builtins"):
+    if package_of(type(value)) in (*_OURS, "builtins"):
         return False
     skipped = (type, nn.Module, types.ModuleType, types.FunctionType)
     return not isinstance(value, skipped) and type(getattr(value, "__dict__", None)) is dict
 
 
 class GlobalReads:
-    """The globals, and variables of closures, that functions of the user load, with their values."""
+    """The globals and closure variables that functions of the user load, with their values."""
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
@@ -38,11 +37,14 @@ class GlobalReads:
                 continue
             seen.add(id(function))
             table = function.__globals__
-            found = [(n, table[n]) for n in global_names(function.__code__) if n in table]
-            self.globals += [(table, n, v) for n, v in found]
-            held = [(c, v) for c in function.__closure__ or () if (v := held_in(c)) is not EMPTY]
-            self.cells += held
-            stack += [v for _, v in (*found, *held)]
+            for name in global_names(function.__code__) & table.keys():
+                self.globals.append((table, name, table[name]))
+                stack.append(table[name])
+            for cell in function.__closure__ or ():
+                value = cell_content(cell)
+                if value is not EMPTY:
+                    self.cells.append((cell, value))
+                    stack.append(value)
 
     def put_back(self) -> None:
         """Restore the values of the names."""
@@ -53,5 +55,4 @@ class GlobalReads:
 
 
 def _is_installed(function: types.FunctionType) -> bool:
-    theirs = str(function.__module__ or "").partition(".")[0] in _OURS
-    return theirs or "site-packages" in function.__code__.co_filename
+    return package_of(function) in _OURS or "site-packages" in function.__code__.co_filename

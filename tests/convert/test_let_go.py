@@ -1,4 +1,4 @@
-"""`let_go` removes the tensors of a mode that is over from all that user code keeps."""
+"""`purge_fakes` removes the tensors of a mode that is over from all that user code keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import fp64 as fp64
 from torch import Tensor
 
 from revfx import _fake, _torch
-from revfx.world.left import let_go
+from revfx.world.left import purge_fakes
 
 
 latest: Tensor | None = None
@@ -45,7 +45,7 @@ def test_entries_that_lead_to_it_are_removed() -> None:
     kept: dict[Any, Any] = {"a": [t, 1], "b": (2, Pair(t, 1)), "c": {t}, "d": 3, t: 4, "e": collections.deque([t, 5])}
     kept["f"] = functools.partial(print, t)
     del t
-    assert let_go(mode) is None and not mode.alive()
+    assert purge_fakes(mode) is None and not mode.alive()
     assert kept == {"a": [1], "c": set(), "d": 3, "e": collections.deque([5])}
 
 
@@ -54,7 +54,7 @@ def test_attributes_are_set_to_none_and_told() -> None:
         mode, t = fake()
         setattr(owner, "table", t)  # noqa: B010
         del t
-        left = let_go(mode)
+        left = purge_fakes(mode)
         assert left is not None and left.endswith(".table`") and not mode.alive()
         assert getattr(owner, "table", 0) is None
     del Rope.table  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def test_global_name_is_set_to_none_and_told() -> None:
     mode, t = fake()
     globals()["latest"] = t
     del t
-    left = let_go(mode)
+    left = purge_fakes(mode)
     assert left is not None and left.endswith("latest`") and "latest" in globals() and latest is None
 
 
@@ -72,7 +72,7 @@ def test_what_nothing_can_be_done_about_is_told() -> None:
     mode, t = fake()
     it = iter((t, 1))
     del t
-    assert let_go(mode) == "a tuple"
+    assert purge_fakes(mode) == "a tuple"
     assert _torch.is_fake(next(it))
 
 
@@ -85,4 +85,4 @@ def test_its_history_goes_with_it() -> None:
             y = y.sin()
         kept.append(y)
     del y
-    assert let_go(mode) is None and not mode.alive() and not kept
+    assert purge_fakes(mode) is None and not mode.alive() and not kept
