@@ -1,19 +1,19 @@
-"""The table of inverse rules: from an operation to every direction in which it can be solved.
+"""The table of inverse rules: for each operation, the operands for which it can be solved.
 
-A rule is a generator over an fx node. For each operand that the result determines it yields an `Inverse` (the operand
-is a function of the result and other operands) or a `Tile` (the result is a part of the operand, which is known once
-its parts tile it), and for an operand that it can't solve a `NoInverse` with the reason:
+A rule is a generator over an fx node. It yields an `Inverse` for an operand that is a function of the result and other
+operands. It yields a `Tile` if the result is a part of the operand, which is known when parts tile it. It yields a
+`NoInverse`, with the reason, for an operand that it can't solve:
 
     @register_inverse(aten.add.Tensor)
     def _(node):
         a, b, alpha = arguments(node, "input", "other", alpha=1)
         yield Inverse(a, lambda y, b: y - alpha * b, (b,))
 
-A rule states the algebra. What makes it sound (the solved operand has the result's shape and keeps its dtype, `a is
-not b`, a factor is bounded away from zero) is checked once, for all rules, by `revfx.passes.arcs`.
+A rule states the algebra alone. `revfx.passes.arcs` checks the conditions of all rules: the solved operand has the
+result's shape and keeps its dtype, `a is not b`, and a factor is bounded away from zero.
 
-Rules are for overloads of aten operators, which a forward and a compiled graph are made of; those of the user may be
-for classes of modules, too. The rules themselves live beside this file, in `revfx.rules.arithmetic` and others.
+Rules are for overloads of aten operators, as in forwards and compiled graphs; rules of the user may be for classes of
+modules, too. The rules themselves are in `revfx.rules.arithmetic` and the other files of this folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import importlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from revfx.errors import Cause, Reason, RevfxError
 
 
 Scalar = (int, float)
-TENSOR = ("input", "self", "tensor")  # names of the first operand in functions and overloads
+_FIRST_OPERAND = ("input", "self", "tensor")  # its names in functions and overloads
 aten = torch.ops.aten
 
 
@@ -41,14 +42,21 @@ aten = torch.ops.aten
 class Inverse:
     """`solves = by(result, *given)`.
 
-    `exact` inverses move or relabel elements and give the very bits; the others round. `factor` (a number or an
-    operand) is the factor of the solved operand, or its divisor if `reciprocal`: it must not reach zero, and
-    rounding errors grow by its reciprocal. `rest`: the term that the operation adds to the product, as a function of
-    `given` (`nothing` where there is none); sums with it can be solved together. `coded` ones saturate, bend or lose
-    bits, and so are taken only where a code corrects them. `matrix`: the operand that is inverted as a whole; it must
-    follow from parameters and constants. `result`: the part of the results that the inverse starts from, where there
-    are several. `declared`: the user's or a library's declaration that gives this inverse, which may be wrong. `runs`:
-    solving runs the operation's own module again, which then finds its state, and random numbers, as the call did.
+    Attributes:
+        solves: the operand that is solved for.
+        by: the function that solves for it.
+        given: the operands that it needs.
+        exact: it only moves or relabels elements, and so returns the same bits; other inverses round.
+        factor: a number or an operand, the factor of the solved operand. It must not reach zero, and rounding errors
+            grow by its reciprocal.
+        reciprocal: `factor` is the divisor of the solved operand.
+        rest: the term that the operation adds to the product, as a function of `given` (`zero` if there is none). Sums
+            with it can be solved together.
+        coded: the operation saturates, bends or loses bits, so the inverse is used only with a code.
+        matrix: the operand that is inverted as a whole; it must follow from parameters and constants.
+        result: the part of several results that the inverse starts from.
+        declared: the name of a user's or library's declaration that gives this inverse, and may be wrong.
+        runs: solving runs the operation's own module again, with the state and random numbers of the call.
     """
 
     solves: Any
@@ -67,7 +75,7 @@ class Inverse:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Output `part` of the operation is `whole` restricted to `index` along `dim`; `squeezed`: that dim is gone."""
+    """Output `part` of the operation is `whole` restricted to `index` along `dim`, which is removed if `squeezed`."""
 
     whole: Any
     dim: int
@@ -91,7 +99,7 @@ class Patch:
 class Masked:
     """The result is `whole` where `mask` is `value` (True or False), and `other` elsewhere.
 
-    Two results that hold the two halves of `whole` give it back; and of two that hold the same half, each gives the
+    Two results that hold the two halves of `whole` determine it. Two results that hold the same half determine each
     other, given the rest of the other.
     """
 
@@ -119,16 +127,16 @@ _rules: dict[object, Rule] = {}
 def register_inverse(*ops: object, by: str | Callable[..., Any] | None = None) -> Callable[[Rule], Rule]:
     """Register a rule, by a decorator, for `ops`: aten overloads, functions of torch that are one, or module classes.
 
-    With `by` there is nothing to decorate: `ops` are classes of modules that are called whole from then on, and
-    inverted by a method of that name, `y, ... = m(x, ...)`; `x, ... = m.inverse(y, ...)`, or by `by(m, y, ...)`. Each
-    forward and each backward then runs it once more, with all that is inside.
+    With `by` there is nothing to decorate. `ops` are then classes of modules. Their calls are inverted as a whole, by
+    their method of this name (`y, ... = m(x, ...)`; `x, ... = m.inverse(y, ...)`) or by `by(m, y, ...)`. Each forward
+    and each backward runs the inverse once more.
 
     Raises:
-        RevfxError: one of `ops` has a rule already, is none of these, or is no class of modules with such a method.
+        RevfxError: one of `ops` has a rule already, is none of these, or is no class of modules with the method.
     """
 
     def decorate(rule: Rule) -> Rule:
-        keys = [key for op in ops for key in _keys(op)]
+        keys = [*chain.from_iterable(map(_keys, ops))]
         for op in keys:
             if op in _rules:
                 raise RevfxError(f"`register_inverse`: `{op_name(op)}` has a rule already ({_rules[op].__module__}).")
@@ -156,40 +164,41 @@ def _keys(op: object) -> list[object]:
     )
 
 
-# --- inverses that are calls of the user's, or of a library's, with the arguments of the call
-def by_call(back: Callable[..., Any], node: fx.Node, x: fx.Node, y: fx.Node, name: str, runs: bool = False) -> Inverse:
-    """Return the inverse of `y, ... = node(x, ...)`; `x, ... = back(y, ...)`, the first tensors of both."""
-    others = tuple(n for n in node.all_input_nodes if n is not x)
-
-    def by(result: Tensor, *tensors: Tensor) -> Tensor:
-        values: dict[fx.Node, Any] = {**dict(zip(others, tensors, strict=True)), x: result}
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        return pytree.tree_leaves(back(*args, **kwargs))[0]
-
-    return Inverse(x, by, others, result=y, declared=name, runs=runs)
-
-
+# --- inverses that are methods of modules, or functions, of the user
 def _by_method(by: str | Callable[..., Any]) -> Rule:
-    """Return the rule of modules called whole: a method inverts them, or a function that is given them too."""
+    """Return the rule of modules that are inverted as a whole: `y, ... = m(x, ...)`; `x, ... = by(m, y, ...)`.
+
+    x and y are the first tensors of the arguments and of the results. The inverse takes the other arguments as well.
+    """
 
     def rule(node: fx.Node) -> Iterator[Direction]:
         ref, first = node.meta["module"], next(iter(pytree.tree_leaves(node.meta["val"])), None)
         y = next((n for n in _result_nodes(node) if n.meta.get("val") is first), None)
+        if y is None or not node.all_input_nodes:
+            return
+        x, *others = node.all_input_nodes
 
-        def back(*args: Any, **kwargs: Any) -> Any:
-            return getattr(ref(), by)(*args, **kwargs) if isinstance(by, str) else by(ref(), *args, **kwargs)
+        def solve(result: Tensor, *tensors: Tensor) -> Tensor:
+            values: dict[fx.Node, Any] = {**dict(zip(others, tensors, strict=True)), x: result}
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            module = ref()
+            if isinstance(by, str):
+                inputs = getattr(module, by)(*args, **kwargs)
+            else:
+                inputs = by(module, *args, **kwargs)
+            return pytree.tree_leaves(inputs)[0]
 
-        if y is not None and node.all_input_nodes:
-            yield by_call(back, node, node.all_input_nodes[0], y, type(ref()).__name__, runs=True)
+        yield Inverse(x, solve, tuple(others), result=y, declared=type(ref()).__name__, runs=True)
 
     return rule
 
 
 def _result_nodes(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield a node and the nodes that take its result apart."""
+    """Yield a node and the nodes that select parts of its result."""
     yield node
-    for part in (n for n in node.users if n.target is operator.getitem):
-        yield from _result_nodes(part)
+    for user in node.users:
+        if user.target is operator.getitem:
+            yield from _result_nodes(user)
 
 
 def registered() -> dict[object, Rule]:
@@ -198,21 +207,21 @@ def registered() -> dict[object, Rule]:
 
 
 def unregister_inverse(*ops: object) -> None:
-    """Take the rules of `ops` out of the table, as a test or a notebook cell that registers again needs."""
+    """Remove the rules of `ops`, so that a test or a notebook cell can register others."""
     for op in ops:
         for key in _keys(op):
             _rules.pop(key, None)
 
 
 def has_foreign() -> bool:
-    """Return whether the table is not the one that comes with revfx: rules were added, taken away or replaced."""
+    """Return whether rules were added to the table of revfx, removed or replaced."""
     return _rules != _ours
 
 
 def rule_for_class(cls: type[torch.nn.Module]) -> Rule | None:
-    """Return the rule of a class of modules for which one was registered; None for those of torch."""
+    """Return the rule that a user registered for a class of modules, or None."""
     rule = _rules.get(cls)
-    return None if rule is None or rule is _ours.get(cls) else rule
+    return None if rule is _ours.get(cls) else rule
 
 
 def has_rule(op: object) -> bool:
@@ -226,8 +235,10 @@ def rule_for(node: fx.Node) -> Rule | None:
 
 
 def declared_by_user(node: fx.Node) -> str:
-    """Return the name of a node's operation where its rule is one that the user registered, else nothing."""
-    return op_name(node.target) if _rules.get(node.target) is not _ours.get(node.target) else ""
+    """Return the name of a node's operation if the user registered its rule, else the empty string."""
+    if _rules.get(node.target) is _ours.get(node.target):
+        return ""
+    return op_name(node.target)
 
 
 def op_name(op: object) -> str:
@@ -244,28 +255,29 @@ def arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
         if i < len(node.args):
             values.append(node.args[i])
         else:
-            spelled = TENSOR if name == "input" else (name,)
-            values.append(next((node.kwargs[n] for n in spelled if n in node.kwargs), defaults.get(name)))
+            spellings = _FIRST_OPERAND if name == "input" else (name,)
+            values.append(next((node.kwargs[n] for n in spellings if n in node.kwargs), defaults.get(name)))
     return values
 
 
 def operands(node: fx.Node) -> list[Any]:
-    """Return the tensor that an operation is applied to, and the other arguments, by position or by name."""
-    return [*arguments(node, "input"), *node.args[1:], *(v for k, v in node.kwargs.items() if k not in TENSOR)]
+    """Return the first operand of an operation, and all other arguments, by position or by name."""
+    named = [value for name, value in node.kwargs.items() if name not in _FIRST_OPERAND]
+    return [*arguments(node, "input"), *node.args[1:], *named]
 
 
-def nothing(*given: Any) -> float:
-    """Return the `rest` of an operation that only multiplies."""
+def zero(*given: Any) -> float:
+    """Return 0, the `rest` of an operation that only multiplies."""
     return 0.0
 
 
 def fake_result(node: Any) -> Tensor:
-    """Return the fake tensor that stands for a node's result: shape, dtype, strides, device, no data."""
+    """Return the fake tensor of a node's result: shape, dtype, strides, device, no data."""
     return node.meta["val"]
 
 
-# --- operations that have no inverse, with the words a refusal uses
-_WHY = {
+# --- operations that have no inverse, by the reason in a refusal
+_REASONS = {
     "maps all negative numbers to 0": "relu",
     "is not monotone": "gelu silu mish",
     "has a kink that rounding can cross": "leaky_relu",
@@ -284,11 +296,13 @@ _WHY = {
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"
     ),
 }
-NOT_INJECTIVE = {name: reason for reason, names in _WHY.items() for name in names.split()}
+NOT_INJECTIVE: dict[str, str] = {}
+for _reason, _names in _REASONS.items():
+    NOT_INJECTIVE.update(dict.fromkeys(_names.split(), _reason))
 
 
 def why_none(name: str) -> Cause:
-    """Return the reason why an operation without a rule can't be inverted."""
+    """Return the reason that an operation without a rule can't be inverted."""
     words = NOT_INJECTIVE.get(name.rstrip("_"))
     if words is None:
         return Cause(Reason.NO_RULE, f"`{name}` has no inverse rule")

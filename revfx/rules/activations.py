@@ -1,9 +1,8 @@
-"""Inverse rules of functions of each element that are one-to-one, but saturate or bend: a code makes up for it."""
+"""Inverse rules of one-to-one functions of each element that saturate or bend, and so need a code."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -43,18 +42,16 @@ def leaky_relu(node: fx.Node) -> Iterator[Direction]:
         yield NoInverse(a, f"`leaky_relu` with a slope of {slope} is not one-to-one")
 
 
-def _exponential(a: Any, alpha: Any, scale: float = 1.0) -> Direction:
-    """Return the inverse of `y = scale*a` above 0, `scale*alpha*(exp(a) - 1)` below."""
-    if not isinstance(alpha, Scalar) or alpha <= 0:
-        return NoInverse(a, f"`elu` with an alpha of {alpha} is not one-to-one")
-    return Inverse(a, lambda y: torch.where(y > 0, y / scale, torch.log1p(y / (scale * alpha))), coded=True)
-
-
 @register_inverse(aten.elu.default)
 def aten_elu(node: fx.Node) -> Iterator[Direction]:
-    """`y = scale*a` above 0, `scale*alpha*(exp(input_scale*a) - 1)` below, which selu is spelled as, too."""
+    """`y = scale*a` above 0, `scale*alpha*(exp(input_scale*a) - 1)` below; selu is a case of it."""
     a, alpha, scale, input_scale = arguments(node, "input", alpha=1, scale=1, input_scale=1)
-    yield _exponential(a, alpha, scale) if input_scale == 1 else NoInverse(a, "`elu` is scaled in another way")
+    if input_scale != 1:
+        yield NoInverse(a, "`elu` is scaled in another way")
+    elif not isinstance(alpha, Scalar) or alpha <= 0:
+        yield NoInverse(a, f"`elu` with an alpha of {alpha} is not one-to-one")
+    else:
+        yield Inverse(a, lambda y: torch.where(y > 0, y / scale, torch.log1p(y / (scale * alpha))), coded=True)
 
 
 @register_inverse(aten.softplus.default)

@@ -1,4 +1,4 @@
-"""Inverse rules of operations that only move elements: every one of them gives back the very bits."""
+"""Inverse rules of operations that only move elements; they return the same bits."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def reshape(node: fx.Node) -> Iterator[Direction]:
     elif node.target is aten.expand.default and fake_result(a).numel() != fake_result(node).numel():
         yield NoInverse(a, "`expand` repeats it", Reason.LAYOUT)
     else:
-        yield reshaped(a)
+        yield _reshape_back(a)
 
 
-def reshaped(a: Any) -> Direction:
+def _reshape_back(a: Any) -> Direction:
     """Return the inverse of an operation that keeps all elements in their order."""
     shape = shape_of(a)
     return Inverse(a, lambda y: y.reshape(shape), exact=True)
@@ -64,7 +64,8 @@ def permute(node: fx.Node) -> Iterator[Direction]:
     """`y = a.permute(d)`; `a = y.permute(argsort(d))`."""
     a, *dims = operands(node)
     n = len(shape_of(a))
-    dims = dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims
+    if dims and isinstance(dims[0], (tuple, list)):
+        dims = dims[0]
     back = sorted(range(n), key=lambda i: dims[i] % n)
     yield Inverse(a, lambda y: y.permute(back), exact=True)
 
@@ -94,18 +95,27 @@ def flip(node: fx.Node) -> Iterator[Direction]:
 def roll(node: fx.Node) -> Iterator[Direction]:
     """`y = a.roll(s, d)`; `a = y.roll(-s, d)`."""
     a, shifts, dims = arguments(node, "input", "shifts", dims=())
-    dims = () if dims is None else dims  # over the flattened tensor
-    back = [-s for s in shifts] if isinstance(shifts, (tuple, list)) else -shifts
+    if dims is None:
+        dims = ()  # over the flattened tensor
+    if not isinstance(shifts, (tuple, list)):
+        shifts = [shifts]
+    back = [-s for s in shifts]
     yield Inverse(a, lambda y: y.roll(back, dims), exact=True)
 
 
 @register_inverse(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 def pixel_shuffle(node: fx.Node) -> Iterator[Direction]:
-    """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and the other way round."""
+    """`y = pixel_shuffle(a, r)`; `a = pixel_unshuffle(y, r)`, and vice versa."""
     a, r = operands(node)
     back = F.pixel_shuffle if "unshuffle" in str(node.target) else F.pixel_unshuffle
-    shape = shape_of(a)  # without elements torch's functions give other shapes than each other's
-    yield Inverse(a, lambda y: back(y, r) if y.numel() else y.reshape(shape), exact=True)
+    shape = shape_of(a)
+
+    def by(y: Tensor) -> Tensor:
+        if not y.numel():  # without elements, torch's two functions are not inverse in their shapes
+            return y.reshape(shape)
+        return back(y, r)
+
+    yield Inverse(a, by, exact=True)
 
 
 @register_inverse(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
@@ -133,24 +143,32 @@ def copy(node: fx.Node) -> Iterator[Direction]:
 # --- a whole from its parts, and parts from their whole
 @register_inverse(aten.cat.default)
 def cat(node: fx.Node) -> Iterator[Direction]:
-    """`y = cat([a, b, ...], d)`; each part is the slice of y where it lies."""
-    for part, dim, at, size in joined(node):
-        yield part_of(node, part, lambda y, dim=dim, at=at, size=size: y.narrow(dim, at, size))
+    """`y = cat([a, b, ...], d)`; each part is a slice of y."""
+    for part, dim, start, size in joined(node):
+        yield _solve_part(node, part, lambda y, dim=dim, start=start, size=size: y.narrow(dim, start, size))
 
 
 def joined(node: fx.Node) -> Iterator[tuple[Any, int, int, int]]:
     """Yield the operands of `cat`: each with the dimension, its first index along it, and its size."""
     parts, dim, axis = arguments(node, "tensors", dim=0, axis=None)
     dim = (dim if axis is None else axis) % fake_result(node).dim()
-    at = 0
+    start = 0
     for part in parts:
-        if len(shape_of(part)) == fake_result(node).dim():  # else it is an empty vector, which goes with any shape
-            yield part, dim, at, shape_of(part)[dim]
-            at += shape_of(part)[dim]
+        if len(shape_of(part)) == fake_result(node).dim():  # else it is an empty vector, which fits to any shape
+            size = shape_of(part)[dim]
+            yield part, dim, start, size
+            start += size
 
 
-def part_of(node: fx.Node, part: Any, by: Callable[..., Tensor], given: tuple[Any, ...] = ()) -> Direction:
-    """Return the direction to one of the tensors put together: bitwise, unless that changed its dtype."""
+def _solve_part(node: fx.Node, part: Any, by: Callable[..., Tensor], given: tuple[Any, ...] = ()) -> Direction:
+    """Return the inverse for one of several tensors that are put together; there is none if its dtype changed.
+
+    Args:
+        node: the operation.
+        part: the operand.
+        by: the function that takes it out of the result.
+        given: the operands that `by` takes as well.
+    """
     if fake_result(part).dtype != fake_result(node).dtype:
         return NoInverse(
             part, f"it is turned into {fake_result(node).dtype} when it is put together with others", Reason.LOSES_BITS
@@ -163,7 +181,7 @@ def stack(node: fx.Node) -> Iterator[Direction]:
     """`y = stack([a, b, ...], d)`; each part is `y.select(d, i)`."""
     parts, dim = arguments(node, "tensors", dim=0)
     for i, part in enumerate(parts):
-        yield part_of(node, part, lambda y, i=i: y.select(dim, i))
+        yield _solve_part(node, part, lambda y, i=i: y.select(dim, i))
 
 
 @register_inverse(aten.split.Tensor, aten.split_with_sizes.default)
@@ -171,11 +189,11 @@ def split(node: fx.Node) -> Iterator[Direction]:
     """`a_i = a[..., start_i:stop_i, ...]`: the parts of a split tile it along one dimension."""
     a, _, dim = arguments(node, "input", "sizes", dim=0)
     dim = dim % len(shape_of(a))
-    at = 0
+    start = 0
     for i, part in enumerate(node.meta["val"]):
-        size = part.shape[dim]
-        yield Tile(a, dim, range(at, at + size), part=i)
-        at += size
+        stop = start + part.shape[dim]
+        yield Tile(a, dim, range(start, stop), part=i)
+        start = stop
 
 
 @register_inverse(aten.unbind.int)
@@ -203,59 +221,72 @@ def slice_(node: fx.Node) -> Iterator[Direction]:
     shape = shape_of(a)
     dim = dim % len(shape)
     index = range(shape[dim])[start:end:step]
-    yield reshaped(a) if len(index) == shape[dim] else Tile(a, dim, index)
+    if len(index) == shape[dim]:
+        yield _reshape_back(a)
+    else:
+        yield Tile(a, dim, index)
 
 
-@register_inverse(aten.slice_scatter.default, aten.select_scatter.default)
-def scatter(node: fx.Node) -> Iterator[Direction]:
-    """`y = a with a[..., i, ...] = b`, for a slice or an index i; `b = y[..., i, ...]`, and y holds the rest of a."""
-    squeezed = node.target is aten.select_scatter.default
-    names = {"index": None} if squeezed else {"start": None, "end": None, "step": 1}
-    a, b, dim, *at = arguments(node, "input", "src", dim=0, **names)
+@register_inverse(aten.slice_scatter.default)
+def slice_scatter(node: fx.Node) -> Iterator[Direction]:
+    """`y = a with a[..., start:end:step, ...] = b`; b is that slice of y, and y holds the rest of a."""
+    a, b, dim, *bounds = arguments(node, "input", "src", dim=0, start=None, end=None, step=1)
     shape = shape_of(a)
     dim = dim % len(shape)
-    i: Any = at[0] % shape[dim] if squeezed else slice(*at)
-    yield part_of(node, b, lambda y: y[(*[slice(None)] * dim, i)])
-    yield Patch(a, dim, range(i, i + 1) if squeezed else range(shape[dim])[i], squeezed, part=b)
+    index = slice(*bounds)
+    yield _solve_part(node, b, lambda y: y[(*[slice(None)] * dim, index)])
+    yield Patch(a, dim, range(shape[dim])[index], part=b)
+
+
+@register_inverse(aten.select_scatter.default)
+def select_scatter(node: fx.Node) -> Iterator[Direction]:
+    """`y = a with a[..., i, ...] = b`; `b = y[..., i, ...]`, and y holds the rest of a."""
+    a, b, dim, i = arguments(node, "input", "src", "dim", "index")
+    shape = shape_of(a)
+    dim = dim % len(shape)
+    i = i % shape[dim]
+    yield _solve_part(node, b, lambda y: y.select(dim, i))
+    yield Patch(a, dim, range(i, i + 1), squeezed=True, part=b)
 
 
 @register_inverse(aten.index.Tensor, aten._unsafe_index.Tensor)
 def getitem(node: fx.Node) -> Iterator[Direction]:
     """`y = a[:, p]` for a permutation p, or a part of a along one dimension."""
     a, index = arguments(node, "input", "index")
-    found = _along(index)
-    if isinstance(found, str):
-        yield NoInverse(a, found, Reason.LAYOUT)
-        return
-    yield from permuted(a, *found)
+    indexed = _indexed_dimensions(index)
+    if len(indexed) == 1:
+        yield from _solve_indexed(a, *indexed[0])
+    else:
+        yield NoInverse(a, SEVERAL_DIMENSIONS, Reason.LAYOUT)
 
 
-def _along(index: Sequence[Any]) -> tuple[int, Any] | str:
-    """Return along which dimension an index is, and the tensor in its place; or why it is not followed."""
-    found = [(dim, i) for dim, i in enumerate(index) if i is not None]
-    if len(found) != 1:
-        return "parts along more than one dimension are not put together again"
-    return found[0]
+SEVERAL_DIMENSIONS = "parts along more than one dimension are not put together again"
+
+
+def _indexed_dimensions(index: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Return the dimensions that are indexed, each with its index."""
+    return [(dim, i) for dim, i in enumerate(index) if i is not None]
 
 
 @register_inverse(aten.index_put.default)
 def put_at(node: fx.Node) -> Iterator[Direction]:
     """`y = a with a[..., i, ...] = b`; `b = y[..., i, ...]`, and y holds the rest of a."""
     a, index, b, accumulate = arguments(node, "input", "index", "other", accumulate=False)
-    found = "it is added to" if accumulate else _along(index)
-    if isinstance(found, str):
-        yield NoInverse(a, found, Reason.LAYOUT)
+    indexed = _indexed_dimensions(index)
+    if accumulate or len(indexed) != 1:
+        yield NoInverse(a, "it is added to" if accumulate else SEVERAL_DIMENSIONS, Reason.LAYOUT)
         return
-    dim, i = found
+    dim, i = indexed[0]
     positions = _index_positions(i, shape_of(a)[dim])
     if positions is None:
         yield NoInverse(a, "it is overwritten")
         return
-    sizes = (*shape_of(a)[:dim], len(positions), *shape_of(a)[dim + 1 :])
-    whole = isinstance(b, fx.Node) and shape_of(b) == sizes
-    if whole:
-        yield part_of(node, b, lambda y, p: y[(*[slice(None)] * dim, p)], (i,))
-    yield Patch(a, dim, positions, False, b if whole and fake_result(b).dtype == fake_result(a).dtype else None)
+    part = None
+    if isinstance(b, fx.Node) and shape_of(b) == (*shape_of(a)[:dim], len(positions), *shape_of(a)[dim + 1 :]):
+        yield _solve_part(node, b, lambda y, p: y[(*[slice(None)] * dim, p)], (i,))
+        if fake_result(b).dtype == fake_result(a).dtype:
+            part = b
+    yield Patch(a, dim, positions, part=part)
 
 
 @register_inverse(aten.index_select.default)
@@ -263,29 +294,28 @@ def index_select(node: fx.Node) -> Iterator[Direction]:
     """`y = a.index_select(d, p)` for a permutation p; `a = y.index_select(d, argsort(p))`."""
     a, dim, index = arguments(node, "input", "dim", "index")
     if shape_of(a):
-        yield from permuted(a, dim % len(shape_of(a)), index)
+        yield from _solve_indexed(a, dim % len(shape_of(a)), index)
     else:
         yield NoInverse(a, "a value without dimensions is not followed through an index", Reason.LAYOUT)
 
 
 def _index_positions(index: Any, size: int) -> Sequence[int] | None:
-    """Return the positions that a constant index takes along a dimension; None where it takes one twice."""
-    if isinstance(index, range):
-        return index
+    """Return the positions that a constant index selects; None if it is unknown, or selects a position twice."""
     values = index.meta.get("constant") if isinstance(index, fx.Node) else torch.as_tensor(index)
     if values is None or values.dim() != 1:
         return None
-    numbers = values.tolist()  # and plain Python, as fake tensors may be about
-    found = (
-        [i for i, chosen in enumerate(numbers) if chosen] if values.dtype == torch.bool else [i % size for i in numbers]
-    )
-    return found if len(set(found)) == len(found) else None
+    numbers = values.tolist()  # plain Python from here, as fake tensors may be active
+    if values.dtype == torch.bool:
+        positions = [i for i, is_selected in enumerate(numbers) if is_selected]
+    else:
+        positions = [i % size for i in numbers]
+    return positions if len(set(positions)) == len(positions) else None
 
 
-def permuted(a: fx.Node, dim: int, index: Any) -> Iterator[Direction]:
-    """Yield the inverse of indexing `a` along `dim`, if its values are a permutation, or are known to be one.
+def _solve_indexed(a: fx.Node, dim: int, index: Any) -> Iterator[Direction]:
+    """Yield the inverse of indexing `a` along `dim`.
 
-    Whoever plans must guard both.
+    The index has to be a constant, or known to be a permutation. A plan that uses the inverse must guard both.
     """
     size = shape_of(a)[dim]
     if isinstance(index, fx.Node) and "permutation" in index.meta.get("facts", ()) and shape_of(index) == (size,):

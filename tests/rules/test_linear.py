@@ -215,13 +215,13 @@ def test_under_autocast_a_product_that_is_narrower_is_not_inverted() -> None:
 
 def test_the_inverse_is_made_once_in_a_step_and_anew_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
-    inverted = linear.inverted
+    invert_matrix = linear.invert_matrix
 
     def counted(m: Tensor) -> Tensor:
         made.append(m)
-        return inverted(m)
+        return invert_matrix(m)
 
-    monkeypatch.setattr(linear, "inverted", counted)
+    monkeypatch.setattr(linear, "invert_matrix", counted)
     model, x = flow("nn.Linear")
     converted: Any = revfx.convert(model)
     for _ in range(2):
