@@ -1,12 +1,13 @@
-"""Codes: the corrections of inverses that round, so that prediction and code together are the value, bit for bit.
+"""Codes: the corrections of inverses that round. Prediction and code together determine the value, bit for bit.
 
-Forward: `code = encode(x, prediction, width)`, where the prediction is the result of the inverse; backward: `x, _ =
-decode(prediction, code)`. x comes back from any prediction (NaN, inf, -0, another sign); and where
-the prediction was made by a kernel that does not round alike every time, an element is off by rounding, no more.
+Forward: `code = encode(x, prediction, width)`; the prediction is the result of the inverse. Backward: `x, _ =
+decode(prediction, code)`. Any prediction will do (NaN, inf, -0, another sign). If a nondeterministic kernel predicts
+another value in the backward, x is off by the same rounding error, no more.
 
-Three implementations make the same bytes, but for the order of escapes: operators of torch (`aten.py`), which run
-everywhere; C on CPUs, if there was a compiler when revfx was installed; Triton on accelerators, where it is installed.
-The environment variable `REVFX_CODES` (aten, c or triton) chooses another one. See `format.py` for the format.
+Three implementations give the same bytes, except for the order of escapes. Operators of torch (`aten.py`) run
+everywhere. C runs on CPUs, if there was a compiler when revfx was installed. Triton runs on accelerators, if it is
+installed. The environment variable `REVFX_CODES` (aten, c or triton) chooses another one. See `format.py` for the
+format.
 
 After the "bits" by which MacKay et al. (2018, https://arxiv.org/abs/1810.10999) and Maclaurin et al. (2015,
 https://arxiv.org/abs/1502.03492) make fixed-point arithmetic reversible; here the arithmetic is the model's own.

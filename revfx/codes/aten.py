@@ -18,36 +18,36 @@ from revfx.codes.format import (
     Code,
     Prediction,
     bits_of,
-    laid_out_as,
     packed_bytes,
     tensor_of,
+    with_layout_of,
 )
 
 
-def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = None) -> Code:
-    """Return the code of `x`; with `room` for so many escapes if the host must not wait for their number."""
+def encode(x: Tensor, prediction: Prediction, width: int, capacity: int | None = None) -> Code:
+    """Return the code of `x`; see `revfx.codes.encode`."""
     x, distances = _distances(x, prediction)
     n = x.numel()
-    distances = _filled_up(distances, BLOCK).add_(_half(width))
-    beyond = (distances & -(1 << width) != 0).view(-1)
-    packed = _packed(distances, width)[: packed_bytes(n, width)]
-    counts = _filled_up(beyond, GROUP).view(-1, GROUP).sum(1)
+    distances = _pad_to_multiple(distances, BLOCK).add_(_half(width))
+    is_escape = (distances & -(1 << width) != 0).view(-1)
+    packed = _pack(distances, width)[: packed_bytes(n, width)]
+    counts = _pad_to_multiple(is_escape, GROUP).view(-1, GROUP).sum(1)
     ends = counts.cumsum(0)
     spans = torch.stack((ends - counts, ends), 1).to(torch.int32)
-    if room is None:
-        where, count = beyond.nonzero().view(-1), None
+    if capacity is None:
+        index, count = is_escape.nonzero().view(-1), None
     else:
-        where, count = torch.nonzero_static(beyond, size=room, fill_value=n - 1).view(-1), ends[-1:]
-        spans.clamp_(max=room)
-    places = (where % GROUP).to(torch.int16)
-    return Code(width, packed, spans, x.index_select(0, where), places, _fingerprint(x), count)
+        index, count = torch.nonzero_static(is_escape, size=capacity, fill_value=n - 1).view(-1), ends[-1:]
+        spans.clamp_(max=capacity)
+    places = (index % GROUP).to(torch.int16)
+    return Code(width, packed, spans, x.index_select(0, index), places, _fingerprint(x), count)
 
 
-def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint."""
+def decode(prediction: Prediction, code: Code, reusable: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the tensor with this code, and its fingerprint; see `revfx.codes.decode`."""
     predicted = prediction.compute().like
     p = bits_of(predicted)
-    bits = ordered(ordered(p).add_(_unpacked(code, p)))
+    bits = ordered(ordered(p).add_(_unpack(code, p)))
     ends = code.spans[:, 1].contiguous()
     numbers = torch.arange(len(code.values), dtype=torch.int32, device=p.device)
     groups = torch.searchsorted(ends, numbers, right=True).clamp_(max=len(ends) - 1)
@@ -56,7 +56,7 @@ def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> t
 
 
 def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
-    """Return how many escapes the code of `x` has in each width; the host waits for the numbers."""
+    """Return the number of escapes of the code of `x` in each width; the host waits for the numbers."""
     _, distances = _distances(x, prediction)
     return torch.stack([(distances + _half(w) & -(1 << w)).count_nonzero() for w in WIDTHS]).tolist()
 
@@ -67,7 +67,7 @@ def fingerprint(t: Tensor) -> Tensor:
 
 
 def ordered(bits: Tensor) -> Tensor:
-    """Return bits as integers in the order of the numbers; of these, the bits."""
+    """Map bits to integers in the order of the numbers, and these to bits."""
     signs = bits >> 8 * bits.element_size() - 1
     return signs.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
 
@@ -79,16 +79,17 @@ def _half(width: int) -> int:
 def _distances(x: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
     """Return the bits of `x`, and its distances from the prediction."""
     predicted = prediction.compute().like
-    x = bits_of(laid_out_as(predicted, x))
+    x = bits_of(with_layout_of(predicted, x))
     return x, ordered(x).sub_(ordered(bits_of(predicted)))
 
 
-def _filled_up(t: Tensor, multiple: int) -> Tensor:
+def _pad_to_multiple(t: Tensor, multiple: int) -> Tensor:
     missing = -t.numel() % multiple
     return pad(t, (0, missing)) if missing else t
 
 
-def _packed(distances: Tensor, width: int) -> Tensor:
+def _pack(distances: Tensor, width: int) -> Tensor:
+    """Return the lowest `width` bits of each distance, in bytes."""
     if width == 0:
         return distances.new_empty(0, dtype=torch.uint8)
     fields = distances.to(torch.uint8).view(-1, 8 // width, width * BLOCK // 8)  # keeps the lowest 8 bits
@@ -98,12 +99,12 @@ def _packed(distances: Tensor, width: int) -> Tensor:
     return packed.view(-1)
 
 
-def _unpacked(code: Code, p: Tensor) -> Tensor:
-    """Return the distances in a code of as many elements as `p` has, as integers of its dtype."""
+def _unpack(code: Code, p: Tensor) -> Tensor:
+    """Return the distances in a code from the bits `p` of the prediction, as integers of their dtype."""
     width, n = code.width, p.numel()
     if width == 0:
         return p.new_zeros(())
-    packed = _filled_up(code.packed, width * BLOCK // 8).view(-1, 1, width * BLOCK // 8)
+    packed = _pad_to_multiple(code.packed, width * BLOCK // 8).view(-1, 1, width * BLOCK // 8)
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=p.device).view(1, -1, 1)
     fields = (packed >> shifts).bitwise_and_((1 << width) - 1).to(torch.int8 if width < 8 else torch.int16)
     return fields.sub_(_half(width)).view(-1)[:n].to(p.dtype)
@@ -112,30 +113,29 @@ def _unpacked(code: Code, p: Tensor) -> Tensor:
 def _fingerprint(bits: Tensor) -> Tensor:
     """Return the fingerprint of a tensor with these bits."""
     n = bits.numel()
-    taken = bits[:: max(1, n // SAMPLE)][:SAMPLE]
-    sample = pad(taken, (0, SAMPLE - taken.numel()))
-    words = _words(bits)
-    rows = _filled_up(words, ROW).view(-1, ROW)
-    weights = _weights.__wrapped__(bits.device) if _torch.is_fake(bits) else _weights(bits.device)
-    sums = (rows * weights).sum(1)
-    keys = torch.arange(1, len(rows) + 1, device=bits.device) * _signed(0x9E3779B97F4A7C15)
+    sample = bits[:: max(1, n // SAMPLE)][:SAMPLE]
+    sample = pad(sample, (0, SAMPLE - sample.numel()))
+    rows = _pad_to_multiple(_to_words(bits), ROW).view(-1, ROW)
+    get_weights = _weights.__wrapped__ if _torch.is_fake(bits) else _weights  # fake tensors do not outlive their mode
+    sums = (rows * get_weights(bits.device)).sum(1)
+    keys = torch.arange(1, len(rows) + 1, device=bits.device) * _to_signed(0x9E3779B97F4A7C15)
     keys = (keys ^ (keys >> 32 & 0xFFFFFFFF)) | 1
     return torch.cat(((sums * keys).sum().view(1), sample.view(torch.int64)))
 
 
-def _words(bits: Tensor) -> Tensor:
-    """Return memory as numbers of 32 bits, which are not negative, in int64; the last one is filled up with zeros."""
+def _to_words(bits: Tensor) -> Tensor:
+    """Return memory as unsigned words of 32 bits, in int64; zeros complete the last one."""
     size = bits.element_size()
     if size < 4:
         per_word = 4 // size
-        fields = _filled_up(bits, per_word).view(-1, per_word).long() & (1 << 8 * size) - 1
+        fields = _pad_to_multiple(bits, per_word).view(-1, per_word).long() & (1 << 8 * size) - 1
         shifts = torch.arange(0, 32, 8 * size, device=bits.device)
         return (fields << shifts).sum(1)
     return bits.view(torch.int32).long() & 0xFFFFFFFF
 
 
-def _signed(number: int) -> int:
-    """Return a number of 64 bits as int64 has it."""
+def _to_signed(number: int) -> int:
+    """Return the number with the same 64 bits in int64."""
     return number - (1 << 64) if number >> 63 else number
 
 

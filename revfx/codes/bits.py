@@ -1,4 +1,4 @@
-"""Bits in the place of tensors of which only the positive elements matter, and of zeros and ones that were drawn."""
+"""Bits that replace a tensor if only the signs of its elements matter, or if they are random zeros and ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from revfx.codes.implementations import implementation
 from revfx.layout import flat
 
 
-_GATHER = 0x0102040810204080  # the sum of 2^(7k): brings the lowest bits of eight bytes into the highest byte
+_GATHER = 0x0102040810204080  # the sum of 2^(7k): a product moves the lowest bits of eight bytes into the highest byte
 
 
 def encode(marked: Tensor) -> Tensor:
-    """Return booleans, in the order of memory, as bytes of eight; they are written over."""
-    if kernels := _kernels(marked):
+    """Return booleans, in the order of memory, as bits in bytes; the booleans are overwritten."""
+    kernels = _kernels(marked)
+    if kernels is not None:
         return kernels.pack_marks(marked)
     bits = flat(marked).view(torch.uint8)
     if bits.numel() % 8:
@@ -28,21 +29,22 @@ def encode(marked: Tensor) -> Tensor:
 
 
 def decode(code: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
-    """Return a flat tensor of so many ones and zeros."""
-    if kernels := _kernels(code):
+    """Return a flat tensor of `elements` ones and zeros from their bits."""
+    kernels = _kernels(code)
+    if kernels is not None:
         return kernels.unpack_marks(code, elements, dtype)
-    return _eights(code.device).index_select(0, code.int()).view(torch.uint8)[:elements].to(dtype)
+    return _bits_of_bytes(code.device).index_select(0, code.int()).view(torch.uint8)[:elements].to(dtype)
 
 
 def _kernels(t: Tensor) -> Any:
-    """Return the module with kernels for the device of `t`, or None if operators of torch run there."""
+    """Return the module with kernels for the device of `t`, or None if operators of torch serve it."""
     if _torch.is_fake(t) or implementation(t.device) != "triton":
         return None
     return importlib.import_module("revfx.codes.triton")
 
 
 @functools.cache
-def _eights(device: torch.device) -> Tensor:
-    """Return for each byte its bits as bytes, in one number."""
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """Return, for each value of a byte, its bits as eight bytes in an int64."""
     bits = torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> torch.arange(8, device=device) & 1
     return bits.to(torch.uint8).view(torch.int64).flatten()

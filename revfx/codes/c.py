@@ -15,16 +15,16 @@ from revfx.codes.format import (
     INTEGER,
     Code,
     Prediction,
+    allocate_result,
     bits_of,
     groups_of,
-    laid_out_as,
-    memory_for,
     packed_bytes,
+    with_layout_of,
     word_count,
 )
 
 
-LARGE = 1 << 17  # elements for each further thread: to start one takes as long as some thousand elements
+ELEMENTS_PER_THREAD = 1 << 17  # to start a thread takes as long as some thousand elements
 KINDS = {None: 0, operator.sub: 1, operator.add: 2}
 FUSED: dict[tuple[torch.dtype, ...], int] = {
     (t, t): 0 for t in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
@@ -59,7 +59,9 @@ def library() -> Any:
 
 
 def _threads(n: int) -> int:
-    return min(torch.get_num_threads(), 1 + n // LARGE) if n >= 2 * LARGE else 1
+    if n < 2 * ELEMENTS_PER_THREAD:
+        return 1
+    return min(torch.get_num_threads(), 1 + n // ELEMENTS_PER_THREAD)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -69,53 +71,62 @@ def _sizes(n: int, element_size: int, width: int) -> tuple[int, int, int]:
 
 
 def _in_memory(t: Tensor) -> Tensor:
-    """Return a tensor that holds the elements of `t` in the order of memory."""
-    return t if t.is_contiguous() and not t.is_complex() and not t.is_neg() else bits_of(t)
+    """Return a tensor with the elements of `t` in the order of memory."""
+    if t.is_contiguous() and not t.is_complex() and not t.is_neg():
+        return t
+    return bits_of(t)
 
 
-def _operands(prediction: Prediction) -> tuple[Prediction, int, Tensor, Tensor | None]:
-    """Return the prediction in a form that the library takes, its kind, and its operands; the second may be missing."""
+def _operands(prediction: Prediction) -> tuple[Prediction, int, Tensor, int | None]:
+    """Return a prediction as arguments of the library.
+
+    Returns:
+        the prediction, computed unless the library can do that; it keeps the second operand alive.
+        its kind.
+        its first operand.
+        the address of its second operand, if there is one.
+    """
     dtypes = tuple([t.dtype for t in prediction.tensors])
     if prediction.by is None or dtypes not in FUSED:
         prediction = prediction.compute()
         return prediction, KINDS[None], _in_memory(prediction.like), None
     a, b = prediction.tensors
-    return prediction, KINDS[prediction.by] | FUSED[dtypes], _in_memory(a), b
+    return prediction, KINDS[prediction.by] | FUSED[dtypes], _in_memory(a), b.data_ptr()
 
 
-def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = None) -> Code:
-    """Return the code of `x`; `room` is for devices that can't count."""
+def encode(x: Tensor, prediction: Prediction, width: int, capacity: int | None = None) -> Code:
+    """Return the code of `x`; see `revfx.codes.encode`. `capacity` is for devices that can't count."""
     prediction, kind, a, b = _operands(prediction)
-    x = _in_memory(laid_out_as(prediction.like, x))
+    x = _in_memory(with_layout_of(prediction.like, x))
     n, size, lib = a.numel(), a.element_size(), library()
-    nbytes, groups, word_number = _sizes(n, size, width)
-    packed = torch.empty(nbytes, dtype=torch.uint8)
+    byte_count, groups, words_length = _sizes(n, size, width)
+    packed = torch.empty(byte_count, dtype=torch.uint8)
     spans = torch.empty((groups, 2), dtype=torch.int32)
-    words = torch.empty(word_number, dtype=torch.int64)
+    words = torch.empty(words_length, dtype=torch.int64)
     count = ctypes.c_int64()
-    found = lib.revfx_encode(
-        width, size, kind, n, x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
+    escapes = lib.revfx_encode(
+        width, size, kind, n, x.data_ptr(), a.data_ptr(), b,
         packed.data_ptr(), spans.data_ptr(), words.data_ptr(), ctypes.byref(count), _threads(n),
     )  # fmt: skip
-    if not found:
+    if not escapes:
         raise MemoryError("there is no memory for the escapes of a code")
     try:
         values = torch.empty(count.value, dtype=INTEGER[size])
         places = torch.empty(count.value, dtype=torch.int16)
     except BaseException:
-        lib.revfx_take(found, size, None, None)
+        lib.revfx_take(escapes, size, None, None)
         raise
-    lib.revfx_take(found, size, values.data_ptr(), places.data_ptr())
+    lib.revfx_take(escapes, size, values.data_ptr(), places.data_ptr())
     return Code(width, packed, spans, values, places, words)
 
 
-def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint."""
+def decode(prediction: Prediction, code: Code, reusable: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the tensor with this code, and its fingerprint; see `revfx.codes.decode`."""
     prediction, kind, a, b = _operands(prediction)
-    x = memory_for(prediction.like, spent)
+    x = allocate_result(prediction.like, reusable)
     words = torch.empty(word_count(a.element_size()), dtype=torch.int64)
     library().revfx_decode(
-        code.width, a.element_size(), kind, a.numel(), a.data_ptr(), b if b is None else b.data_ptr(),
+        code.width, a.element_size(), kind, a.numel(), a.data_ptr(), b,
         code.packed.data_ptr(), code.spans.data_ptr(), code.values.data_ptr(), code.places.data_ptr(), x.data_ptr(),
         words.data_ptr(), _threads(a.numel()),
     )  # fmt: skip
@@ -123,12 +134,12 @@ def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> t
 
 
 def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
-    """Return how many escapes the code of `x` has in each width."""
+    """Return the number of escapes of the code of `x` in each width."""
     prediction, kind, a, b = _operands(prediction)
-    x = _in_memory(laid_out_as(prediction.like, x))
+    x = _in_memory(with_layout_of(prediction.like, x))
     counts = (ctypes.c_int64 * 4)()
     library().revfx_count(
-        a.element_size(), kind, a.numel(), x.data_ptr(), a.data_ptr(), b if b is None else b.data_ptr(),
+        a.element_size(), kind, a.numel(), x.data_ptr(), a.data_ptr(), b,
         ctypes.addressof(counts), _threads(a.numel()),
     )  # fmt: skip
     return list(counts)

@@ -1,17 +1,17 @@
 """The format of codes, which all implementations share.
 
-The elements of a tensor are taken in the order of memory, complex ones as pairs, and their bits are read as integers in
-the order of the numbers: those of negative ones, but for the sign, are turned around. The **distance** k of an element
-from its prediction is then a small integer nearly everywhere, across zero too.
+Elements are coded in the order of memory, complex ones as pairs. Their bits are read as integers in the order of the
+numbers: the bits of negative numbers are inverted, except for the sign. The **distance** of an element from its
+prediction is then nearly always a small integer, across zero too.
 
 - `packed`: `width` bits of each distance (0, 2, 4 or 8), in blocks of 256 elements. With F = 8 / width, byte i of a
   block holds elements i, i + 256/F, i + 2*256/F, ..., the first one in its lowest bits. The last block has as many
   bytes as elements, if these are fewer.
-- Elements that need more bits are **escapes**: `values` has their bits, `places` where they are in their
-  group of 2,048 elements, and `spans` for each group the first of its escapes and the end of them.
-- `words`: the **fingerprint** of the tensor. The first word is a sum over its memory in words of 32 bits, each times a
-  random weight (by its place in a row of 128) and a random key (of the row), so that a change of a word, or an exchange
-  of two, always changes the sum. Then come the bits of 16 elements, evenly spaced.
+- Elements that need more bits are **escapes**. `values` has their bits, and `places` their indices in a group of 2,048
+  elements. `spans` has two numbers for each group: the index of its first escape, and the end of its escapes.
+- `words`: the **fingerprint** of the tensor. The first word is a checksum over its memory in words of 32 bits. Each
+  word has a random weight (by its index in a row of 128) and a random key (of the row). So a change of a word, or an
+  exchange of two, always changes the sum. The bits of 16 elements follow, evenly spaced.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Code:
         values: integers of as many bytes as an element has.
         places: int16.
         words: int64, the fingerprint.
-        count: escapes that there were, where only the device knows; those beyond the room in `values` are lost.
+        count: the number of escapes if only the device knows it; those beyond the length of `values` are lost.
     """
 
     width: int
@@ -61,23 +61,23 @@ class Code:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored."""
+        """The tensors of the code."""
         parts = self.packed, self.spans, self.values, self.places, self.words
         return parts if self.count is None else (*parts, self.count)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the code takes."""
+        """The bytes of the code."""
         return sum([t.nbytes for t in self.tensors])
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The result of an inverse: `tensors[0]`, or the difference or sum of two, not yet computed.
+    """The result of an inverse: `tensors[0]`, or the difference or sum of two that is not computed yet.
 
     Attributes:
-        tensors: of one dtype, or the second one of float16 or bfloat16 and the first one of float32.
-        by: `operator.sub` or `operator.add`; None if the tensor is there.
+        tensors: of one dtype; or the first one of float32, and the second one of float16 or bfloat16.
+        by: `operator.sub` or `operator.add`; None if the prediction is computed.
     """
 
     tensors: tuple[Tensor, ...]
@@ -89,30 +89,30 @@ class Prediction:
         return self.tensors[0]
 
     def compute(self) -> Prediction:
-        """Return the prediction with its tensor."""
+        """Return the prediction as one tensor, with the same bits for every NaN: those of kernels differ."""
         if self.by is None:
             return self
-        t = self.by(*self.tensors)  # which NaN a kernel gives is up to it, so it is always the same one
+        t = self.by(*self.tensors)
         numbers = torch.view_as_real(t) if t.is_complex() else t
         numbers.masked_fill_(numbers.isnan(), math.nan)
         return Prediction((t,))
 
 
 def predict(solve: Callable[..., Tensor], *tail: Tensor) -> Prediction:
-    """Return the prediction `solve(*tail)`; a difference or sum of tensors that lie alike is left to the codec."""
-    if (solve is operator.sub or solve is operator.add) and _lie_alike(*tail):
+    """Return the prediction `solve(*tail)`; codecs compute a difference or sum of tensors with the same layout."""
+    if (solve is operator.sub or solve is operator.add) and _have_same_layout(*tail):
         return Prediction(tail, solve)
     with torch.no_grad():
         return Prediction((solve(*tail),))
 
 
-NARROW = (torch.bfloat16, torch.float16)  # results under autocast, which are added to float32
+AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)  # of results under autocast, which are added to float32
 
 
-def _lie_alike(y: Tensor, h: Tensor) -> bool:
-    """Return whether the elements of two plain tensors lie in the same order; `h` may be narrower."""
+def _have_same_layout(y: Tensor, h: Tensor) -> bool:
+    """Return whether two plain dense tensors have their elements in the same order; `h` may be narrower."""
     return (
-        (y.dtype == h.dtype or (y.dtype == torch.float32 and h.dtype in NARROW))
+        (y.dtype == h.dtype or (y.dtype == torch.float32 and h.dtype in AUTOCAST_DTYPES))
         and y.shape == h.shape
         and y.stride() == h.stride()
         and _torch.is_plain(y)
@@ -125,31 +125,45 @@ def _lie_alike(y: Tensor, h: Tensor) -> bool:
 
 def bits_of(t: Tensor) -> Tensor:
     """Return the bits of a tensor as integers, in the order of memory: a view if it is dense."""
-    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t.resolve_neg()
-    # a view with the stride 1 even of one element, which may have any
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    else:
+        t = t.resolve_neg()
+    # A single element may have any stride; the view needs the stride 1.
     return flat(t).contiguous().as_strided((t.numel(),), (1,)).view(INTEGER[t.element_size()])
 
 
 def tensor_of(bits: Tensor, like: Tensor) -> Tensor:
     """Return the tensor with these bits and the layout of `like`; a contiguous one if that is not dense."""
     t = bits.view(like.dtype)
-    return t.as_strided(like.shape, like.stride()) if is_dense(like) else t.view(like.shape)
+    if is_dense(like):
+        return t.as_strided(like.shape, like.stride())
+    return t.view(like.shape)
 
 
-def laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
     """Return `x`, or a copy of it, with the strides of `like`, or a contiguous copy if that is not dense."""
     if not is_dense(like):
         return x.contiguous()
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_like(like).copy_(x)
 
 
-def memory_for(like: Tensor, spent: Tensor | None) -> Tensor:
-    """Return a tensor for a result like a prediction: `spent`, if it lies in memory as the result will."""
+def allocate_result(like: Tensor, reusable: Tensor | None) -> Tensor:
+    """Return an uninitialised tensor with the layout of a prediction; `reusable` itself, if it has that layout."""
     if not is_dense(like):
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    if spent is None or spent.stride() != like.stride() or spent.dtype != like.dtype:
+    if reusable is None or reusable.stride() != like.stride() or reusable.dtype != like.dtype:
         return torch.empty_like(like)
-    return torch.empty_like(like) if spent.is_conj() or spent.is_neg() else spent
+    if reusable.is_conj() or reusable.is_neg():
+        return torch.empty_like(like)
+    return reusable
+
+
+def reals_per_element(t: Tensor) -> int:
+    """Return 2 for complex tensors, else 1."""
+    return 1 + t.is_complex()
 
 
 def groups_of(n: int) -> int:
@@ -158,16 +172,23 @@ def groups_of(n: int) -> int:
 
 
 def packed_bytes(n: int, width: int) -> int:
-    """Return how many bytes the packed distances of n elements take."""
+    """Return the bytes of the packed distances of n elements."""
     bytes_of_block = width * (BLOCK // 8)
     return n // BLOCK * bytes_of_block + min(n % BLOCK, bytes_of_block)
 
 
 def word_count(element_size: int) -> int:
-    """Return of how many words a fingerprint consists."""
+    """Return the number of words in a fingerprint."""
     return 1 + SAMPLE * element_size // 8
 
 
 def nbytes_of(n: int, element_size: int, width: int, escapes: int) -> int:
-    """Return the bytes of a code of n elements, less those of the fingerprint, which do not grow with n."""
+    """Return the bytes of a code without its fingerprint, which has a constant size.
+
+    Args:
+        n: elements.
+        element_size: bytes of an element.
+        width: bits of a packed distance.
+        escapes: their number.
+    """
     return packed_bytes(n, width) + SPAN_BYTES * groups_of(n) + escapes * (element_size + PLACE_BYTES)

@@ -1,4 +1,4 @@
-"""Choosing the implementation of codes, by the device of their tensors and the installed packages."""
+"""The choice of the implementation of codes, by the device of the tensors and the installed packages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def implementation(device: torch.device) -> str:
 
     Raises:
         ValueError: the environment variable `REVFX_CODES` is none of these.
-        ImportError: it is one that is not there.
+        ImportError: the chosen one is not installed.
     """
     return _chosen(device.type, CHOICE)[0]
 
@@ -39,8 +39,7 @@ def _chosen(device: str, choice: str) -> tuple[str, Any]:
         raise ImportError("REVFX_CODES=triton: Triton is not installed (`pip install 'revfx[gpu]'`)")
     if choice == "c" and device == "cpu" and c.library() is None:
         raise ImportError("REVFX_CODES=c: revfx was installed without a C compiler; install it again with one")
-    takes_triton = has_triton and choice != "aten" and (device in ("cuda", "xpu") or choice == "triton")
-    if takes_triton:
+    if choice == "triton" or (has_triton and choice != "aten" and device in ("cuda", "xpu")):
         return "triton", importlib.import_module("revfx.codes.triton")
     if device == "cpu" and choice != "aten" and c.library() is not None:
         return "c", c
@@ -52,27 +51,39 @@ def _implementation(t: Tensor) -> Any:
     return fake if _torch.is_fake(t) and chosen is not aten else chosen
 
 
-def encode(x: Tensor, prediction: Prediction, width: int, room: int | None = None) -> Code:
-    """Return the code of `x` in `width` bits an element; with `room` for so many escapes if the host must not wait.
+def encode(x: Tensor, prediction: Prediction, width: int, capacity: int | None = None) -> Code:
+    """Encode `x` relative to its prediction.
 
     >>> code = encode(x, predict(operator.sub, y, h), 2)
     >>> torch.equal(decode(predict(operator.sub, y, h), code)[0], x)
     True
-    """
-    return _implementation(x).encode(x, prediction, width, room)
-
-
-def decode(prediction: Prediction, code: Code, spent: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the tensor of which `code` was made, with the strides of the prediction, and its fingerprint.
 
     Args:
-        spent: a tensor like the prediction, or one of its own; the result may take its memory.
+        x: any tensor.
+        prediction: a tensor with the shape and dtype of `x`.
+        width: bits per element: 0, 2, 4 or 8.
+        capacity: the largest number of escapes, if the host must not wait for their number.
     """
-    return _implementation(prediction.like).decode(prediction, code, spent)
+    return _implementation(x).encode(x, prediction, width, capacity)
+
+
+def decode(prediction: Prediction, code: Code, reusable: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Decode a tensor.
+
+    Args:
+        prediction: any prediction; the encoder's one gives back the encoded bits.
+        code: the code.
+        reusable: a tensor like the prediction, or one of its own; the result may overwrite it.
+
+    Returns:
+        the tensor, with the strides of the prediction.
+        its fingerprint.
+    """
+    return _implementation(prediction.like).decode(prediction, code, reusable)
 
 
 def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
-    """Return how many escapes the code of `x` has in each of `WIDTHS`; the host waits for the numbers."""
+    """Return the number of escapes of the code of `x` in each of `WIDTHS`; the host waits for the numbers."""
     return _implementation(x).count_escapes(x, prediction)
 
 

@@ -27,7 +27,7 @@ LANES = tl.constexpr(format.GROUP // 4)
 QUARTER = tl.constexpr(format.BLOCK // 4)
 COUNT = tl.constexpr(1 << 16)  # a unit of the number of escapes, above 16 bits that mark them
 CHUNK = tl.constexpr(128)  # escapes that a program moves at once
-NUMBERS = ["step", "room"]  # arguments whose values need no kernels of their own
+NUMBERS = ["step", "capacity"]  # arguments that kernels are not specialised for
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def unused_bits(SIZE: tl.constexpr) -> tl.constexpr:
 
 @triton.jit
 def neighbours(SIZE: tl.constexpr) -> tl.constexpr:
-    """Return the number of neighbouring elements that a thread loads, if there are as many threads as that takes."""
+    """Return the number of neighbouring elements that a thread loads, if there are enough threads."""
     return 2 if SIZE == 8 else 4
 
 
@@ -210,22 +210,22 @@ def apply_escapes(out_ptr, values_ptr, places_ptr, first, end, group, SIZE: tl.c
 
 @triton.jit(do_not_specialize=NUMBERS)
 def encode_groups(
-    x_ptr, a_ptr, b_ptr, packed_ptr, spans_ptr, values_ptr, places_ptr, count_ptr, words_ptr, n, step, room,
+    x_ptr, a_ptr, b_ptr, packed_ptr, spans_ptr, values_ptr, places_ptr, count_ptr, words_ptr, n, step, capacity,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, FLOAT: tl.constexpr,
     OTHER: tl.constexpr,
 ):  # fmt: skip
     """Write the code of `x`. Its prediction is `a`, `a - b` or `a + b`.
 
     Args:
-        count_ptr: the number of escapes, zero before. Each group adds its own, and so reserves a place for them.
-        words_ptr: the fingerprint, zeros before.
+        count_ptr: the number of escapes, initially zero. Each group adds its own number, and so reserves their places.
+        words_ptr: the fingerprint, initially zeros.
         step: the distance of elements of the sample.
-        room: the number of escapes in `values` and `places`; others are counted only.
+        capacity: the length of `values` and `places`; further escapes are only counted.
         WIDTH: bits for each distance.
         SIZE: bytes of an element.
         KIND: GIVEN, DIFFERENCE or SUM.
-        FLOAT, OTHER: the names of the dtypes of `a` and `b`, if the prediction is not given. The other one is the same,
-            or has 16 bits where `a` is float32.
+        FLOAT, OTHER: the names of the dtypes of `a` and `b`, if the kernel computes the prediction. OTHER is the same
+            as FLOAT, or has 16 bits if `a` is float32.
     """
     PARTS: tl.constexpr = WIDTH // 2 if WIDTH > 0 else 1
     NEIGHBOURS: tl.constexpr = neighbours(SIZE)
@@ -242,6 +242,7 @@ def encode_groups(
     packed_ptr += group * (GROUP * WIDTH // 8)
     lanes = tl.arange(0, LANES)
 
+    # Pack the distances, a byte of each lane at a time, and mark and count escapes.
     escapes = tl.zeros((LANES,), tl.int32)
     sums = tl.zeros((LANES // NEIGHBOURS,), tl.uint64)
     for part in tl.static_range(PARTS):
@@ -261,14 +262,15 @@ def encode_groups(
     add_sum(words_ptr, tl.sum(sums, 0))
     write_sample(words_ptr, x_ptr, begin, length, step)
 
+    # Reserve places for the escapes of the group, as far as the capacity allows, and write them there.
     escapes = tl.sum(escapes.reshape(LANES // NEIGHBOURS, NEIGHBOURS), 1)
     counts = escapes // COUNT
     total = tl.sum(counts, 0)
     first = tl.atomic_add(count_ptr, total.to(tl.int64), sem="relaxed")
     values_ptr += first
     places_ptr += first
-    first = tl.minimum(first, room)
-    total = tl.minimum(total, room - first).to(tl.int32)
+    first = tl.minimum(first, capacity)
+    total = tl.minimum(total, capacity - first).to(tl.int32)
     tl.store(spans_ptr + 2 * group, first.to(tl.int32))
     tl.store(spans_ptr + 2 * group + 1, (first + total).to(tl.int32))
     if total > 0:
@@ -281,7 +283,7 @@ def decode_groups(
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, FLOAT: tl.constexpr,
     OTHER: tl.constexpr,
 ):  # fmt: skip
-    """Write the tensor of a code to `out`, which may be `a` or `b`, and its fingerprint. Arguments: `encode_groups`."""
+    """Write the tensor with a code to `out`, which may be `a` or `b`, and its fingerprint; see `encode_groups`."""
     PARTS: tl.constexpr = WIDTH // 2 if WIDTH > 0 else 1
     NEIGHBOURS: tl.constexpr = neighbours(SIZE)
     UNUSED: tl.constexpr = unused_bits(SIZE)
@@ -309,6 +311,7 @@ def decode_groups(
         place = places_of(lanes, j)
         predictions += (load_prediction(a_ptr, b_ptr, place, place < length, SIZE, KIND, FLOAT, OTHER),)
 
+    # Add the distances to the predictions.
     sums = tl.zeros((LANES // NEIGHBOURS,), tl.uint64)
     for j in tl.static_range(STEPS):
         place = places_of(lanes, j)
@@ -319,7 +322,7 @@ def decode_groups(
         tl.store(out_ptr + place, (x >> UNUSED).to(out_ptr.dtype.element_ty), mask=place < length)
         sums += sums_of(x, group, j, SIZE)
 
-    # Escapes take the place of elements that other threads wrote.
+    # Escapes overwrite elements that other threads wrote.
     tl.debug_barrier()
     change = apply_escapes(out_ptr, values_ptr, places_ptr, first, end, group, SIZE)
     tl.debug_barrier()
@@ -329,7 +332,7 @@ def decode_groups(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def fingerprint_groups(t_ptr, words_ptr, n, step, SIZE: tl.constexpr):
-    """Write the fingerprint of a tensor to `words`, zeros before."""
+    """Write the fingerprint of a tensor to `words`, which is initially zero."""
     group = tl.program_id(0).to(tl.int64)
     begin = group * GROUP
     length = tl.minimum(n - begin, GROUP).to(tl.int32)

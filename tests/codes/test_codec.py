@@ -101,10 +101,10 @@ def test_room_is_learnt_and_what_finds_none_is_off_by_rounding(monkeypatch: pyte
         code = coded(codec, x, prediction)
         assert code is not None and code.count is not None and code.count <= len(code.values)
         assert_same(decode(prediction, code)[0], x)
-    assert codec.room is not None and codec.room >= 1.5 * count_escapes(x, prediction)[1]
+    assert codec.capacity is not None and codec.capacity >= 1.5 * count_escapes(x, prediction)[1]
     x, prediction = pair((64, 64), ratio=4.0)
     code = coded(codec, x, prediction)
-    assert code is not None and code.count is not None and code.count > len(code.values) == codec.room
+    assert code is not None and code.count is not None and code.count > len(code.values) == codec.capacity
     got, words = decode(prediction, code)
     assert not torch.equal(got, x) and (got - x).abs().max() < 1e-5
     assert not torch.equal(words, code.words)

@@ -43,7 +43,7 @@ def test_c_makes_the_bytes_of_the_reference_and_each_decodes_both(dtype: torch.d
             for width in WIDTHS:
                 at = f"{n} {name}, {width} bits"
                 want, got = aten.encode(x, prediction, width), c.encode(x, prediction, width)
-                with_room = aten.encode(x, prediction, width, room=n + 5)
+                with_room = aten.encode(x, prediction, width, capacity=n + 5)
                 assert_alike(got, want, at)
                 for code in (want, got, with_room):
                     for by in (aten, c):
@@ -67,7 +67,7 @@ def test_complex_numbers_are_pairs(dtype: torch.dtype, by: Any) -> None:
 @needs_c
 @pytest.mark.usefixtures("two_threads")
 def test_threads_make_the_same_bytes() -> None:
-    n = 2 * c.LARGE + 777
+    n = 2 * c.ELEMENTS_PER_THREAD + 777
     x, h = torch.randn(n), 0.3 * torch.randn(n)
     prediction = Prediction((x + h, h), operator.sub)
     code = c.encode(x, prediction, 2)
@@ -146,7 +146,7 @@ def test_a_conjugate_view_does_not_give_its_memory(by: Any) -> None:
 def test_escapes_without_room_leave_those_of_other_groups_alone() -> None:
     x = torch.randn(3 * 2048 + 100)
     prediction = Prediction((torch.randn_like(x),))
-    code = aten.encode(x, prediction, 2, room=3000)
+    code = aten.encode(x, prediction, 2, capacity=3000)
     assert code.count is not None and code.count == len(x)
     assert code.spans.tolist() == [[0, 2048], [2048, 3000], [3000, 3000], [3000, 3000]]
     for by in (aten, c) if c.library() is not None else (aten,):
