@@ -13,6 +13,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,24 +40,24 @@ from revfx.passes.joint.forward import draws_numbers
 from revfx.passes.sizes import muted
 
 
-_NUMBERED = "revfx_numbered"  # an attribute of inductor's schedulers
-MOST_GRAPHS = 64  # per function; called in ever new ways, it runs plainly after that
+_HAS_NUMBERS = "revfx_has_numbers"  # an attribute of inductor's schedulers
+MAX_GRAPHS = 64  # of a function; further kinds of its calls run uncompiled
 
 
-def stored() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]:
+def storing_identity() -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[object, ...]]]:
     """Return an identity with a result that inductor stores and does not recompute, and its arguments for a value."""
     return torch.ops.prims.inductor_force_stride_order.default, lambda t: (t.stride(),)
 
 
 def fuse_neighbours_only(key: str) -> None:
-    """Let inductor, in graphs with nodes that have a number `node.meta[key]`, fuse none from now on if their numbers
-    differ by more than 1, nor others where it would forget their order.
+    """Let inductor fuse no distant nodes from now on, in graphs with nodes that have a number `node.meta[key]`.
 
-    On any thread: a backward is compiled by the thread that runs it first.
+    Nodes are distant if their numbers differ by more than 1. It also fuses no nodes if it would forget their order. The
+    setting is for all threads: a backward is compiled by the thread that runs it first.
     """
     kind: Any = type(V.choices)
-    theirs = kind.can_fuse
-    if getattr(theirs, "revfx_key", None) == key:
+    original = kind.can_fuse
+    if getattr(original, "revfx_key", None) == key:
         return
 
     def can_fuse(scheduler: Any, a: Any, b: Any, *args: Any) -> bool:
@@ -68,7 +69,7 @@ def fuse_neighbours_only(key: str) -> None:
                     numbers.append(number)
             if (numbers and max(numbers) - min(numbers) > 1) or _forgets_order(scheduler, a, b):
                 return False
-        return theirs(scheduler, a, b, *args)
+        return original(scheduler, a, b, *args)
 
     vars(can_fuse)["revfx_key"] = key
     kind.can_fuse = staticmethod(can_fuse)
@@ -76,34 +77,37 @@ def fuse_neighbours_only(key: str) -> None:
 
 def _has_numbers(scheduler: Any, key: str) -> bool:
     """Return whether the graph that is scheduled has numbered nodes."""
-    known = vars(scheduler)
-    if _NUMBERED not in known:
-        nodes = [n for node in scheduler.nodes for n in node.get_nodes()]
-        known[_NUMBERED] = any(_number(n, key) is not None for n in nodes)
-    return known[_NUMBERED]
+    attributes = vars(scheduler)
+    if _HAS_NUMBERS not in attributes:
+        nodes = chain.from_iterable(node.get_nodes() for node in scheduler.nodes)
+        attributes[_HAS_NUMBERS] = any(_number(n, key) is not None for n in nodes)
+    return attributes[_HAS_NUMBERS]
 
 
 def _forgets_order(scheduler: Any, a: Any, b: Any) -> bool:
-    """Return whether fused nodes would be taken for readers of a buffer as it was before something writes to it.
+    """Return whether torch might let a fused node read a buffer before an earlier write to it.
 
-    torch 2.13 gives one of them the other's loops on the CPU, and then forgets after which write it comes: silently
+    torch 2.13 gives one of the nodes the other's loops on the CPU, and then forgets the write that it follows: silently
     wrong gradients, also without revfx (pytorch/pytorch#185509).
     """
     nodes, written = (*a.get_nodes(), *b.get_nodes()), set(scheduler.mutation_renames.values())
     loops = {getattr(n, "group", None) for n in nodes}
-    return len(loops) > 1 and any(d.name in written for n in nodes for d in n.read_writes.reads)
+    reads = chain.from_iterable(n.read_writes.reads for n in nodes)
+    return len(loops) > 1 and any(read.name in written for read in reads)
 
 
 def _number(node: Any, key: str) -> int | None:
     """Return the largest number of the graph's nodes that a node of inductor's scheduler computes."""
-    origins = node.node.get_origins() if node.node is not None else ()
-    return max((o.meta[key] for o in origins if key in o.meta), default=None)
+    if node.node is None:
+        return None
+    return max((o.meta[key] for o in node.node.get_origins() if key in o.meta), default=None)
 
 
 @contextlib.contextmanager
-def merged_once(gm: fx.GraphModule) -> Generator[None]:
-    """Merge equal nodes of `gm`, and return a context in which the partitioner does not: it would merge what is
-    regenerated with the forward's.
+def merge_equal_nodes(gm: fx.GraphModule) -> Generator[None]:
+    """Merge equal nodes of `gm`, and open a context in which the partitioner merges none.
+
+    It would merge regenerated values with the forward's.
     """
     gm.graph.eliminate_dead_code()
     if functorch_config.cse:
@@ -115,16 +119,23 @@ def merged_once(gm: fx.GraphModule) -> Generator[None]:
 def min_cut_partition(
     gm: fx.GraphModule, joint_inputs: Sequence[object], regenerates: bool, **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Return the forward and the backward graph, as torch's own partitioner splits `gm`.
+    """Split a joint graph by torch's own partitioner, without torch's `activation_memory_budget` if it does harm.
 
-    If that already `regenerates` its operands, nothing is recomputed beyond that on behalf of a budget; nor where
-    it draws random numbers, since for a budget torch draws them a second time (pytorch/pytorch#190717).
+    Args:
+        gm: the joint graph.
+        joint_inputs: its inputs.
+        regenerates: the graph regenerates activations already, so a budget adds nothing.
+        kwargs: arguments of the partitioner.
+
+    Returns:
+        the forward and the backward graph.
     """
-    whole: dict[str, Any] = {"activation_memory_budget": 1.0}
+    changed: dict[str, Any] = {}
     budget = functorch_config.activation_memory_budget
-    changed = {**whole, "aggressive_recomputation": False} if regenerates else {}
-    if not regenerates and budget < 1 and any(map(draws_numbers, gm.graph.nodes)):
-        changed = whole
+    if regenerates:
+        changed = {"activation_memory_budget": 1.0, "aggressive_recomputation": False}
+    elif budget < 1 and any(map(draws_numbers, gm.graph.nodes)):  # torch draws them again (pytorch/pytorch#190717)
+        changed = {"activation_memory_budget": 1.0}
         text = (
             "A compiled graph draws random numbers, as dropout does, and torch would draw others when it recomputes"
             f" them. So torch's `activation_memory_budget` of {budget} is not followed in this graph, and it takes more"
@@ -138,7 +149,7 @@ def min_cut_partition(
 def run_by_eager_kernels(
     gm: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return the function that runs `gm`'s forward and backward, as `partition` splits them, by eager kernels."""
+    """Return a function that runs the forward and the backward of `gm`, as `partition` splits it, by eager kernels."""
     compiler = aot_autograd(
         fw_compiler=_eager_forward,
         bw_compiler=_eager_backward,
@@ -149,7 +160,7 @@ def run_by_eager_kernels(
 
 
 def _eager_forward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Return the forward with saved tensors that the backward may not write to: it could not keep the graph."""
+    """Return the forward; its backward may not write to saved tensors, as `retain_graph=True` would then fail."""
     metadata: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
     if metadata is not None and metadata.bw_donated_idxs:
         metadata.bw_donated_idxs.clear()
@@ -162,22 +173,24 @@ def _eager_backward(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]
         return run
 
     def backward(args: list[Any]) -> Any:
-        return _Regenerating(gm).boxed_run(args) if torch._C._is_any_autocast_enabled() else run(args)
+        if torch._C._is_any_autocast_enabled():
+            return _AutocastBackward(gm).boxed_run(args)
+        return run(args)
 
     vars(backward)["_boxed_call"] = True  # it empties `args`
     return backward
 
 
-class _Regenerating(fx.Interpreter):
+class _AutocastBackward(fx.Interpreter):
     """Runs a backward graph under the caller's autocast, as plain autograd does, except for regenerated values.
 
-    That was traced with its casts, and in the forward no others were made.
+    The forward's casts are in the graph, and it had no others.
     """
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the result of the node."""
-        theirs = n.meta.get("partitioner_tag") == "is_backward"
-        with contextlib.nullcontext() if theirs else torch._C._DisableAutocast():
+        is_backward = n.meta.get("partitioner_tag") == "is_backward"
+        with contextlib.nullcontext() if is_backward else torch._C._DisableAutocast():
             return super().run_node(n)
 
 
@@ -185,12 +198,9 @@ Partition = Callable[[Sequence[Any]], CustomPartitionerFn]  # for a graph's inpu
 
 
 def partition_traced(partition: Partition) -> None:
-    """Choose the partitioner of the graph that dynamo traces now, if inductor compiles it and the user chose none.
-
-    Does nothing where no program is traced: after a graph break Python runs the code that was to be traced.
-    """
+    """Choose the partitioner of the graph that dynamo traces now, if inductor compiles it and the user chose none."""
     tracing = getattr(symbolic_convert.tls, "current_tx", None)
-    if tracing is None:
+    if tracing is None:  # after a graph break, Python runs the code that dynamo did not trace
         return
     compiler = tracing.output.compiler_fn
     if not isinstance(compiler, _Partitioned):
@@ -216,12 +226,14 @@ class _Partitioned:
 
 @contextlib.contextmanager
 def graph_breaks() -> Generator[list[tuple[str, str]]]:
-    """Return a context that gives a list; when it ends that holds why graphs of dynamo ended: (reason, file:line)."""
+    """Open a context with a list; at its end the list has the reasons of dynamo's graph breaks: (reason, file:line)."""
     found: list[tuple[str, str]] = []
     before, skipped = len(graph_break_reasons), Counter(counters["unimplemented"])
     yield found
     for reason in graph_break_reasons[before:]:
-        place = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+        place = ""
+        if reason.user_stack:
+            place = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}"
         found.append((reason.reason.splitlines()[0], place))
     for text in Counter(counters["unimplemented"]) - skipped:
         frame = re.search(r"frame skipped: \w+ \((.*) line (\d+)\)", text)
@@ -230,28 +242,29 @@ def graph_breaks() -> Generator[list[tuple[str, str]]]:
             found.append((reason, f"{frame[1]}:{frame[2]}"))
 
 
-# What says, in pages of traceback, that something can't be captured and runs plainly; if it raises there too, that is
-# what the user sees. One also tells how to avoid that `.item()` ends a graph.
-NO_NEWS = ("torch._dynamo.convert_frame", "torch._dynamo.variables.tensor", FAKE_LOGGER)
+# They log tracebacks for code that can't be captured, and advice against graph breaks at `.item()`. The code runs
+# uncompiled; if it raises an error there too, the user sees that.
+MUTED_LOGGERS = ("torch._dynamo.convert_frame", "torch._dynamo.variables.tensor", FAKE_LOGGER)
 
 
 @contextlib.contextmanager
 def capturing() -> Generator[None]:
-    """Return a context in which code that `torch.compile` can't capture runs plainly, with any settings of the user.
+    """Open a context in which code that `torch.compile` can't capture runs uncompiled, for any settings of the user.
 
-    They are captured again when hooks are put on a module, and up to `MOST_GRAPHS` times.
+    Functions are captured again when a module gets hooks, and up to `MAX_GRAPHS` times.
     """
     with dynamo_config.patch(
         suppress_errors=True,
         error_on_recompile=False,
         fail_on_recompile_limit_hit=False,
-        recompile_limit=MOST_GRAPHS,
-        accumulated_recompile_limit=16 * MOST_GRAPHS,
+        recompile_limit=MAX_GRAPHS,
+        accumulated_recompile_limit=16 * MAX_GRAPHS,
         skip_nnmodule_hook_guards=False,
         allow_unspec_int_on_nn_module=True,
         optimize_ddp=False,
     ):
         with contextlib.ExitStack() as stack:
-            for name in () if "TORCH_LOGS" in os.environ else NO_NEWS:
-                stack.enter_context(muted(name))
+            if "TORCH_LOGS" not in os.environ:
+                for name in MUTED_LOGGERS:
+                    stack.enter_context(muted(name))
             yield

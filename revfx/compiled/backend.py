@@ -24,25 +24,27 @@ def revfx(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Return the compiled function of `gm`; its reversible regions keep no activations for the backward.
+    """Compile `gm`, whose reversible regions keep no activations for the backward.
 
     Args:
+        gm: the graph.
+        example_inputs: its inputs.
         mode: a mode of `torch.compile`, for inductor.
-        options: `inner`: "inductor" (default) or "aot_eager", which runs eager kernels; with `exact` (the default
-            there) its gradients are those of torch's own "aot_eager", bit for bit, by codes. `strict`: see
+        options: `inner`: "inductor" (default), or "aot_eager", which runs eager kernels. `exact`, the default with
+            "aot_eager": codes give the gradients of torch's own "aot_eager", bit for bit. `strict`: see
             `ReversiblePartitioner`. Everything else is a setting of inductor, as without `backend`.
 
     Raises:
         ValueError: an unknown option.
-        NotReversibleError: `strict` was given and a graph is left as it was.
+        NotReversibleError: a graph is left as it was under `strict`.
     """
     if "memory" in (options or {}):
         raise ValueError("a budget is kept by eager code: `revfx.convert(model, memory=...)`; see its `compile`.")
-    given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
-    inner = given.pop("inner", "inductor")
+    settings = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    inner = settings.pop("inner", "inductor")
     if inner not in ("inductor", "aot_eager"):
         raise ValueError(f"`inner={inner!r}` is not known; use 'inductor' or 'aot_eager'.")
-    exact = given.pop("exact", inner == "aot_eager")
+    exact = settings.pop("exact", inner == "aot_eager")
     check_exact(exact)
     if exact and inner == "inductor":
         raise ValueError(
@@ -50,19 +52,21 @@ def revfx(
             " graph that it compiles can't be lossless. `options={'inner': 'aot_eager'}` is, and so is"
             " `revfx.convert(model, compile=True)` in eager mode."
         )
-    partitioner = ReversiblePartitioner(strict=given.pop("strict", False)).knowing(example_inputs)
+    partitioner = ReversiblePartitioner(strict=settings.pop("strict", False)).with_facts_of(example_inputs)
     known = _inductor.inductor_config.get_config_copy()
-    if unknown := [name for name in given if name not in known]:
+    unknown = [name for name in settings if name not in known]
+    if unknown:
         raise ValueError(f"unknown options {unknown}: neither revfx ({', '.join(OWN)}) nor inductor has them.")
     if inner == "aot_eager":
-        if given or mode is not None:
-            raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(given)}.")
+        if settings or mode is not None:
+            raise ValueError(f"inner='aot_eager' takes no mode and no options of inductor: {mode or sorted(settings)}.")
         if exact:
             partitioner.options = replace(partitioner.options, coder=Coder)
         return _inductor.run_by_eager_kernels(gm, example_inputs, partitioner.partition)
-    if "custom_partitioner_fn" in given:
+    if "custom_partitioner_fn" in settings:
         raise ValueError(
             "`custom_partitioner_fn` is what the backend 'revfx' sets; give one to the backend 'inductor'."
         )
-    patches = {**(_inductor.list_mode_options(mode) if mode else {}), **given, "custom_partitioner_fn": partitioner}
+    mode_options = _inductor.list_mode_options(mode) if mode else {}
+    patches = {**mode_options, **settings, "custom_partitioner_fn": partitioner}
     return cast(Any, _inductor.compile_fx)(gm, list(example_inputs), config_patches=patches)

@@ -27,14 +27,14 @@ from revfx.passes.joint.regenerate import RewriteOptions
 from revfx.passes.joint.rewrite import Report, rewrite
 
 
-LOGGED = 3  # refusals of one graph in the log
+MAX_LOGGED_REFUSALS = 3  # of one graph
 _log = logging.getLogger("revfx")
 _listeners: ContextVar[tuple[list[Report], ...]] = ContextVar("revfx_reports", default=())
 
 
 @contextlib.contextmanager
 def reports() -> Generator[list[Report]]:
-    """Return a context with a list of the findings in each graph that is compiled in it (not from a cache)."""
+    """Open a context with a list of the findings in each graph that is compiled in it (not from a cache)."""
     found: list[Report] = []
     with given(_listeners, (*_listeners.get(), found)):
         yield found
@@ -43,13 +43,13 @@ def reports() -> Generator[list[Report]]:
 class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     """A partitioner for `torch.compile(model, options={"custom_partitioner_fn": ReversiblePartitioner()})`.
 
-    It finds runs of reversible couplings in the joint graph, regenerates their activations in the backward from their
-    last ones, and lets `min_cut_rematerialization_partition` split the result. A graph without any is split as torch
-    would have. Of what is saved and lies in the memory of an input or output, writes raise before the backward. The
-    logger "revfx" reports each graph at the level INFO.
+    It finds runs of reversible couplings in the joint graph, and regenerates their activations in the backward from the
+    last ones. `min_cut_rematerialization_partition` splits the result, and any graph without couplings as well. If a
+    saved tensor shares the storage of an input or output, writes to it before the backward raise an error. The logger
+    "revfx" reports each graph at the level INFO.
 
-    The inputs of couplings are kept if a factor can come near zero, such as `exp(s)`. So are cuts between which
-    rounding would grow beyond the square root of the dtype's eps.
+    The inputs of a coupling are kept if a factor can come near zero, such as `exp(s)`. Cuts are kept if rounding would
+    grow beyond the square root of the dtype's eps between them.
 
     Args:
         strict: raise NotReversibleError for a graph that is left as it was, with the reason.
@@ -60,10 +60,10 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
             raise TypeError(f"`strict={strict!r}` must be True or False.")
         self.options = RewriteOptions()
         self.strict = strict
-        self.facts: Facts | None = None  # what is seen of the values of the compiled function's inputs, if they are
+        self.facts: Facts | None = None  # about the values of the compiled function's inputs, if they are known
 
-    def knowing(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
-        """Return a partitioner that knows facts about a graph's inputs, if there are real tensors."""
+    def with_facts_of(self, inputs: Sequence[Any]) -> ReversiblePartitioner:
+        """Return a partitioner with facts about a graph's inputs, as far as they are real tensors."""
         other = copy.copy(self)
         other.facts = facts_of(inputs)
         return other
@@ -73,15 +73,24 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Return the forward and the backward graph, for inductor."""
         _inductor.fuse_neighbours_only(STEP)
-        options = replace(self.options, decompositions=_inductor.select_decomp_table(), stored=_inductor.stored())
+        options = replace(
+            self.options, decompositions=_inductor.select_decomp_table(), stored=_inductor.storing_identity()
+        )
         return self.partition(gm, joint_inputs, options, **kwargs)
 
     def partition(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], options: RewriteOptions | None = None, **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Return the forward and the backward graph, with `options` as the inner compiler needs them."""
+        """Return the forward and the backward graph.
+
+        Args:
+            gm: the joint graph.
+            joint_inputs: its inputs.
+            options: of the rewrite, as the inner compiler needs them; default: the partitioner's own.
+            kwargs: arguments of torch's partitioner.
+        """
         static = kwargs.get("static_lifetime_input_indices") or ()
-        with _inductor.merged_once(gm):
+        with _inductor.merge_equal_nodes(gm):
             with _torch.uncollected():
                 report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
             for listener in _listeners.get():
@@ -99,22 +108,22 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         return halves
 
     def uuid(self) -> str:
-        """Return the key for compile caches: this package's files, options and facts, and no rules but its own."""
+        """Return the key for compile caches: files of revfx, options and facts; raise if the user added rules."""
         if rules.has_foreign():
             raise _inductor.BypassFxGraphCache("revfx: rules were registered by the user")
-        return f"{_files()}-{self.options}-{self.strict}-{self.facts}"
+        return f"{_hash_files()}-{self.options}-{self.strict}-{self.facts}"
 
 
 def _log_line(report: Report) -> str:
-    """Return the text that the log has of one graph."""
+    """Return the log's line for one graph."""
     found = "; ".join(map(str, report.regions)) or "nothing"
-    left = "; ".join(map(str, report.refusals[:LOGGED]))
-    return f"reversible: {found} | left as it was: {left or 'nothing'} ({len(report.refusals)} in all)"
+    left = "; ".join(map(str, report.refusals[:MAX_LOGGED_REFUSALS])) or "nothing"
+    return f"reversible: {found} | left as it was: {left} ({len(report.refusals)} in all)"
 
 
 @functools.cache
-def _files() -> str:
-    """Return a hash of the package's files; `passes` lies elsewhere in a source tree."""
+def _hash_files() -> str:
+    """Return a hash of the package's files; `passes` is another folder in a source tree."""
     digest = hashlib.sha256(revfx.__version__.encode())
     for package in (revfx, passes):
         for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
