@@ -8,7 +8,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING, Any as _Any
 
 
-if not (_Path(__file__).parent / "passes").exists():  # imported from the source tree, where `passes` lies beside it
+if not (_Path(__file__).parent / "passes").exists():  # imported from a source tree, which has `passes` beside `revfx`
     __path__.append(str(_Path(__file__).parent.parent))
 
 from revfx import debug as debug, testing as testing
@@ -34,7 +34,7 @@ if _TYPE_CHECKING:
     from revfx.report.explanation import Explanation as Explanation
 
 
-_LATER = {  # imported at their first use: the compiler alone takes a second
+_LATER = {  # imported at their first use, as the compiler alone takes a second
     "Explanation": "revfx.report.explanation",
     "ReversiblePartitioner": "revfx.compiled.partitioner",
     "explain": "revfx.report.explain",

@@ -23,8 +23,9 @@ NO_FAKE = UnsupportedFakeTensorException
 
 
 class FakeMode(FakeTensorMode):
-    """A mode under which operations compute shapes, dtypes and strides but no data, also for real operands. It knows
-    which of the tensors made under it are alive.
+    """A mode in which operations compute shapes, dtypes and strides but no data, also for real operands.
+
+    It keeps weak references to the fake tensors that were created in it.
     """
 
     def __init__(self) -> None:
@@ -33,19 +34,27 @@ class FakeMode(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs or {})
-        for t in out if isinstance(out, (tuple, list)) else (out,):
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        for t in results:
             if isinstance(t, FakeTensor):
                 self.made[id(t)] = t
         return out
 
     def alive(self) -> list[torch.Tensor]:
-        """Return the tensors that somebody holds."""
+        """Return the fake tensors that are still referenced."""
         return list(self.made.values())
 
 
 def to_fake(mode: FakeMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a fake tensor like `tensor`, of another dtype if one is given; of a DTensor, like the whole whose pieces
-    the processes hold. Of a nested one there is none, which raises NO_FAKE.
+    """Return a fake tensor like `tensor`.
+
+    Args:
+        mode: the mode of the fake tensor.
+        tensor: a tensor; a DTensor gives a fake of its global shape.
+        dtype: the dtype of a DTensor's fake; default: the DTensor's own.
+
+    Raises:
+        NO_FAKE: the tensor is nested.
     """
     if tensor.is_nested:
         raise NO_FAKE("a nested tensor has no fake one")

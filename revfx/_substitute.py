@@ -1,4 +1,4 @@
-"""Attributes of other libraries that have a value of revfx's for a while."""
+"""Temporary replacement of attributes of other libraries."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 
 class Substitute:
-    """An attribute of a class or a module with another value, for as long as something stands on that."""
+    """A replacement for an attribute of a class or a module; it is in place while any context is open."""
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self._owner, self._name, self._value, self._own = owner, name, value, getattr(owner, name)
+        self._owner, self._name, self._value, self._original = owner, name, value, getattr(owner, name)
         self._users, self._lock = 0, threading.Lock()
 
     @contextlib.contextmanager
     def active(self) -> Generator[None]:
-        """Open a context in which the attribute has the value."""
-        self._use(1)
+        """Open a context in which the attribute has the replacement."""
+        self._change_users(1)
         try:
             yield
         finally:
-            self._use(-1)
+            self._change_users(-1)
 
-    def _use(self, more: int) -> None:
+    def _change_users(self, change: int) -> None:
         with self._lock:
-            self._users += more
-            setattr(self._owner, self._name, self._value if self._users else self._own)
+            self._users += change
+            setattr(self._owner, self._name, self._value if self._users else self._original)

@@ -11,19 +11,20 @@ import gc
 import sys
 from collections.abc import Callable, Generator
 from functools import partial
+from itertools import chain, product
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch._subclasses import FakeTensor
-from torch.utils import _python_dispatch, _pytree as pytree
+from torch.utils import _python_dispatch
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def is_dtensor(value: object) -> bool:
-    """Return whether `value` is a DTensor, which stands for pieces that several processes hold."""
+    """Return whether `value` is a DTensor, a tensor in pieces on several processes."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(value, distributed.DTensor)
 
@@ -39,12 +40,12 @@ def is_fake_class(kind: type) -> bool:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether `tensor` is an ordinary one, or a fake of such; not of a subclass with its own ways."""
+    """Return whether `tensor` is an ordinary tensor, a parameter or a fake tensor, and of no other subclass."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return a number that two live tensors share exactly when they share memory."""
+    """Return a number that two live tensors share exactly when they share a storage."""
     return tensor.untyped_storage()._cdata
 
 
@@ -53,21 +54,20 @@ def users_of(storage: torch.UntypedStorage) -> int:
     return torch._C._storage_Use_Count(storage._cdata) - 1  # and the object in Python
 
 
-# What gives the number of the backward pass that runs on this thread; -1 outside any.
+# The number of the backward pass that runs on this thread; -1 outside any.
 graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
-# What gives the node of autograd's graph that runs on this thread; None outside any backward.
+# The node of autograd's graph that runs on this thread; None outside any backward.
 backward_node: Callable[[], Any] = torch._C._current_autograd_node
-# What makes a context in which torch functions run without modes or subclass hooks.
-# What makes a context in which operators run as autograd runs them, with gradients on, and record nothing.
+# A context in which operators run as autograd runs them, with gradients on, and record nothing.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 def allocations(ready: Callable[[], Callable[[], Any]]) -> tuple[Any, list[int]]:
-    """Return the result of `ready()()` and bytes on the CPU in order: those that `ready()` leaves there, and those that
-    the second call then allocates, or frees (negative).
+    """Return the result of `ready()()` and its allocations on the CPU, in bytes and in order.
 
-    The older profiler is one of its thread: on another, the user's may be active.
+    The first number is the sum over `ready()`. Those of the second call follow; memory that it frees counts negative.
     """
+    # The legacy profiler belongs to its thread: the user's own profiler may be active on another.
     autograd, options = _C._autograd, (False, True, False, False, False)  # memory alone
     config = _C._profiler.ProfilerConfig(_C._profiler.ProfilerState.CPU, *options, _C._profiler._ExperimentalConfig())
     autograd._enable_profiler_legacy(config)
@@ -76,14 +76,14 @@ def allocations(ready: Callable[[], Callable[[], Any]]) -> tuple[Any, list[int]]
         with torch.autograd.profiler.record_function("run"):
             out = run()
     finally:
-        events = [e for thread in autograd._disable_profiler_legacy() for e in thread]
+        events = list(chain.from_iterable(autograd._disable_profiler_legacy()))
     start = next(i for i, e in enumerate(events) if e.name() == "run")
     sizes = [e.cpu_memory_usage() if e.kind() == "memory_alloc" else 0 for e in events]
     return out, [sum(sizes[:start]), *sizes[start:]]
 
 
 def allocated(device: torch.device) -> tuple[int, int] | None:
-    """Return the bytes that are allocated on an accelerator, now and at most so far; None where nobody counts them."""
+    """Return the current and the largest bytes allocated on an accelerator; None if nothing counts them."""
     if device.type in ("cpu", "meta"):
         return None
     return torch.accelerator.memory_allocated(device), torch.accelerator.max_memory_allocated(device)
@@ -111,16 +111,16 @@ def in_functorch_transform() -> bool:
 
 
 def constant_when_compiled(function: _F) -> _F:
-    """Return `function`, with a result that is a constant of a compiled program.
+    """Mark `function`: its result is a constant of a compiled program.
 
-    As `torch.compiler.assume_constant_result`, which takes a second: it imports the compiler.
+    `torch.compiler.assume_constant_result` does the same, but takes a second to import the compiler.
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
 def breaks_graph(function: _F) -> _F:
-    """Return `function`, which runs as it is: `torch.compile` ends the graph at its call."""
+    """Mark `function`: `torch.compile` ends the graph at its call and leaves it uncompiled."""
     vars(function)["_torchdynamo_disable"] = True
     return uncompiled(function)
 
@@ -131,7 +131,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def is_compiled_node(node: Any) -> bool:
-    """Return whether a node of autograd's graph runs a backward that a compiler made."""
+    """Return whether a node of autograd's graph runs a compiled backward."""
     return node.name().startswith("CompiledFunction")
 
 
@@ -140,9 +140,9 @@ COMPILED = "_compiled_call_impl"  # the attribute with the call that `module.com
 
 
 def uncompiled(function: _F) -> _F:
-    """Return `function`, marked so that `torch.compile` leaves it, and all that it calls, as they are.
+    """Mark `function`: `torch.compile` leaves it, and all that it calls, uncompiled.
 
-    As `torch.compiler.disable`, but without importing the compiler, and at no cost per call.
+    `torch.compiler.disable` does the same, but imports the compiler and costs time in each call.
     """
     if function.__code__ not in _uncompiled:
         frames: Any = torch._C._dynamo.eval_frame
@@ -157,7 +157,7 @@ _uncompiled: set[Any] = set()
 
 # --- settings that decide which kernel runs, and how it rounds
 _C: Any = torch._C
-_FP32 = [(b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")] + [("generic", "all")]
+_FP32 = [*product(("cuda", "mkldnn"), ("all", "matmul", "conv", "rnn")), ("generic", "all")]
 _SWITCHES = "mkldnn_enabled", "mkldnn_deterministic", "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic"
 _ATTENTION = "flash", "mem_efficient", "math", "cudnn", "overrideable"
 _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
@@ -167,7 +167,7 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     *((getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}")) for name in _SWITCHES),
     *((getattr(_C, f"_get_{name}_sdp_enabled"), getattr(_C, f"_set_sdp_use_{name}")) for name in _ATTENTION),
-    (_C._get_sdp_priority_order, _C._set_sdp_priority_order),
+    (lambda: tuple(_C._get_sdp_priority_order()), lambda order: _C._set_sdp_priority_order([*order])),
     *(
         (partial(_C._get_fp32_precision_getter, b, op), partial(_C._set_fp32_precision_setter, b, op))
         for b, op in _FP32
@@ -177,17 +177,17 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
 
 def kernel_settings() -> tuple[Any, ...]:
     """Return the default dtype, the number of threads, and the settings of oneDNN, cuDNN, TF32 and attention."""
-    return tuple([tuple(v) if isinstance(v := get(), list) else v for get, _ in _SETTINGS])
+    return tuple([get() for get, _ in _SETTINGS])
 
 
 def set_kernels(now: tuple[Any, ...], to: tuple[Any, ...]) -> None:
-    """Set the kernel settings `to`, where they differ from those of `now`."""
-    for (_, set_to), is_now, value in zip(_SETTINGS, now, to, strict=True):
-        if is_now != value:
-            set_to(list(value) if isinstance(value, tuple) else value)
+    """Set the kernel settings `to` that differ from those of `now`."""
+    for (_, set_value), value_now, value in zip(_SETTINGS, now, to, strict=True):
+        if value_now != value:
+            set_value(value)
 
 
-# What gives a module's own tables of parameters and buffers, to read and to write, and of sub-modules, to read.
+# A module's own tables: of parameters and buffers, to read and to write; of sub-modules, to read.
 parameters: Callable[[torch.nn.Module], dict[str, torch.nn.Parameter | None]] = attrgetter("_parameters")
 buffers: Callable[[torch.nn.Module], dict[str, torch.Tensor | None]] = attrgetter("_buffers")
 children: Callable[[torch.nn.Module], dict[str, torch.nn.Module | None]] = attrgetter("_modules")
@@ -204,14 +204,14 @@ def packet_name(op: object) -> str:
 
 
 def hook_tables(module: torch.nn.Module) -> tuple[dict[int, Any], ...]:
-    """The module's own tables of hooks on its calls, with the tables of their options."""
+    """Return the module's own tables of hooks on its calls, with the tables of their options."""
     called = module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
     before = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     return *called, *before, module._backward_hooks, module._backward_pre_hooks
 
 
 def version(tensor: torch.Tensor) -> int:
-    """Return how often `tensor` was written in place; 0 for inference tensors, which do not count."""
+    """Return the number of writes in place to `tensor`; 0 for inference tensors, which have no counter."""
     try:
         return tensor._version
     except RuntimeError:
@@ -219,12 +219,12 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def is_capturing(t: torch.Tensor) -> bool:
-    """Return whether kernels on the device of `t` are captured to run later, so that no value can be asked for."""
+    """Return whether kernels on the device of `t` are being captured: they run later, so no value can be read."""
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def unchanged(t: torch.Tensor, before: int) -> torch.Tensor:
-    """Return `t`; raise autograd's error if it was written to since it had the version `before`."""
+    """Return `t`, or raise autograd's error if it was written to after version `before`."""
     if version(t) != before:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation:"
@@ -233,37 +233,21 @@ def unchanged(t: torch.Tensor, before: int) -> torch.Tensor:
     return t
 
 
-no_dispatch: Any = _python_dispatch._disable_current_modes  # a context in which dispatch modes see nothing
-
-
-_LEAF = pytree.tree_structure(0)
-
-
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Flatten as `pytree.tree_flatten` does, which leaves the collector a function that refers to itself."""
-    leaves: list[Any] = []
-    return leaves, _spec(tree, leaves)
-
-
-def _spec(tree: Any, leaves: list[Any]) -> pytree.TreeSpec:
-    if pytree.tree_is_leaf(tree):
-        leaves.append(tree)
-        return _LEAF
-    kind = pytree._get_node_type(tree)
-    children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
-    return pytree.TreeSpec(kind, context, [_spec(child, leaves) for child in children])
+no_dispatch: Any = _python_dispatch._disable_current_modes  # a context in which no dispatch mode is active
 
 
 def data_address(t: torch.Tensor) -> int | None:
-    """Return where a tensor's numbers lie; None for subclasses and layouts that do not tell."""
-    return t.data_ptr() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided else None
+    """Return the address of a tensor's elements; None for subclasses and layouts without one."""
+    if type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided:
+        return t.data_ptr()
+    return None
 
 
 @contextlib.contextmanager
 def uncollected() -> Generator[None]:
-    """Return a context without garbage collection: while a graph grows, all that it finds are its cycles, alive.
+    """Open a context without garbage collection: while a graph grows, the collector only visits its live cycles.
 
-    At 200 layers of a transformer it took a third of the rewrite; the same goes for autograd on fake tensors.
+    At 200 layers of a transformer it took a third of the rewrite. Autograd on fake tensors gains as much.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -21,30 +21,31 @@ RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, setter of the 
 
 
 def generators() -> list[RandomState]:
-    """Return the random generators of Python and numpy, as they are."""
+    """Return the states of the random generators of Python and numpy."""
     python = random.getstate()
     found: list[RandomState] = [("Python's `random`", random.setstate, python, python)]
-    if (numpy := sys.modules.get("numpy")) is not None:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
         state = numpy.random.get_state()
         found.append(("`numpy.random`", numpy.random.set_state, state, (state[1].tobytes(), *state[2:])))
     return found
 
 
 def all_generators() -> list[RandomState]:
-    """Return these, and the default generator of torch for the CPU."""
+    """Return the states of the random generators of Python, numpy, and torch on the CPU."""
     state = torch.get_rng_state()
     return [*generators(), ("torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist())]
 
 
 def restore(states: list[RandomState]) -> None:
-    """Make the generators go on from these states."""
+    """Set the generators to these states."""
     for _, set_state, state, _ in states:
         set_state(state)
 
 
 @functools.cache
 def device_types() -> tuple[str, ...]:
-    """Return the types of device that operations may run on here: the CPU, and the accelerator torch was built for."""
+    """Return the types of device that operations may run on: the CPU, and the accelerator torch was built for."""
     accelerator = torch.accelerator.current_accelerator()
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
@@ -53,18 +54,18 @@ Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
 
 def autocast_states(devices: Iterable[str]) -> Autocast:
-    """Return for each type of device whether autocast is on, and to which dtype."""
+    """Return for each type of device whether autocast is on, and its dtype."""
     return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices])
 
 
 def ambient_state() -> tuple[Any, ...]:
-    """Return the surroundings of a call that a plan is made for: grad mode, autocast, default dtype."""
+    """Return the surroundings of a call that its plan depends on: grad mode, autocast, default dtype."""
     return torch.is_grad_enabled(), autocast_states(device_types()), torch.get_default_dtype()
 
 
 @contextmanager
 def kernels_of(then: tuple[Any, ...]) -> Generator[None]:
-    """Return a context with the kernels' settings that were noted."""
+    """Open a context with earlier kernel settings, as `_torch.kernel_settings` returned them."""
     now = _torch.kernel_settings()
     _torch.set_kernels(now, then)
     try:
@@ -75,7 +76,7 @@ def kernels_of(then: tuple[Any, ...]) -> Generator[None]:
 
 @contextmanager
 def given(variable: ContextVar[Any], value: Any) -> Generator[None]:
-    """Return a context in which a variable has this value."""
+    """Open a context in which a variable has this value."""
     token = variable.set(value)
     try:
         yield
@@ -84,7 +85,7 @@ def given(variable: ContextVar[Any], value: Any) -> Generator[None]:
 
 
 def where() -> str:
-    """Return the user's file and line from which this was reached."""
+    """Return the file and line of the innermost frame that is the user's; empty if there is none."""
     for frame, line in traceback.walk_stack(_torch.caller()):
         file = frame.f_code.co_filename
         if is_users(file):

@@ -18,10 +18,10 @@ from revfx.units import parse_size, size
 
 
 EXAMPLES = """examples:
-  revfx explain model.py:make_model --input 8,3,32,32    what would revfx do with this model?
+  revfx explain model.py:make_model --input 8,3,32,32    the findings of revfx in this model
   revfx explain model.py:Net --input 16,64:int64 --measure --save net.html
   revfx explain model.py:Net --input 8,512 --backend revfx --json
-  revfx fit model.py:Net --input 8,3,32,32 --memory 2GiB  the largest batch whose step takes so much memory
+  revfx fit model.py:Net --input 8,3,32,32 --memory 2GiB  the largest batch that trains in so much memory
   revfx fit model.py:Net --input 8,3,32,32 --device-memory 24GiB --optimizer adamw
 
 exit status: 0 if all went well, 1 if nothing reversible was found, a budget is too small or something failed, 2 for
@@ -32,7 +32,7 @@ wrong arguments
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0: all went well. 1: it failed, nothing reversible was found, or a budget is too small. 2: wrong arguments.
+    0: success. 1: it failed, nothing reversible was found, or a budget is too small. 2: wrong arguments.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its start and stop
     parser = _parser()
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if args.debug:
             raise
-        kind = "" if isinstance(e, RevfxError) else f"{type(e).__name__}: "
-        print(f"revfx {args.command}: {kind}{e}", file=sys.stderr)
+        text = str(e) if isinstance(e, RevfxError) else f"{type(e).__name__}: {e}"
+        print(f"revfx {args.command}: {text}", file=sys.stderr)
         return 2 if isinstance(e, WrongArguments) else 1
 
 
@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **layout)
         command.set_defaults(run=run)
-        for flag, given in arguments.items():
-            command.add_argument(flag, **given)
+        for flag, settings in arguments.items():
+            command.add_argument(flag, **settings)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -113,11 +113,15 @@ def _explain(args: argparse.Namespace) -> int:
     found = revfx.explain(model, inputs, memory=args.memory, measure=args.measure, backend=args.backend)
     if args.save:
         found.save(args.save)
-    print(json.dumps(found.to_dict()) if args.json else found)
-    if args.save and not args.json:
-        print(f"saved {args.save}")
-    is_feasible = found.fit is not None and found.fit.is_feasible
-    return 0 if is_feasible or (found.regions and found.fit is None) else 1
+    if args.json:
+        print(json.dumps(found.to_dict()))
+    else:
+        print(found)
+        if args.save:
+            print(f"saved {args.save}")
+    if found.fit is not None:
+        return 0 if found.fit.is_feasible else 1
+    return 0 if found.regions else 1
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -132,10 +136,13 @@ def _fit(args: argparse.Namespace) -> int:
             resident = resident_bytes(model, args.optimizer)
             memory = (parse_size(args.device_memory) or 0) - resident
             if memory <= 0:
-                taken = f"parameters, gradients and optimizer state take {size(resident)}"
-                raise ValueError(f"--device-memory {args.device_memory}: {taken}. Give more bytes, such as 24GiB")
+                reason = f"parameters, gradients and optimizer state take {size(resident)}"
+                raise ValueError(f"--device-memory {args.device_memory}: {reason}. Give more bytes, such as 24GiB")
         found = replace(largest(model, inputs, memory), resident=resident)
     except ValueError as e:
         raise WrongArguments(str(e)) from e
-    print(json.dumps(asdict(found)) if args.json else found)
+    if args.json:
+        print(json.dumps(asdict(found)))
+    else:
+        print(found)
     return 0 if found.batch else 1

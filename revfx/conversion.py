@@ -1,4 +1,4 @@
-"""The state of a converted model: its plans, the way its forward runs, and the parts that are left as they were."""
+"""The state of a converted model: its options, its plans, and its refusals."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from revfx import _fake, _torch
 from revfx.compiled.functions import CompiledFunction, Kernels
@@ -21,7 +21,7 @@ from revfx.fit.budgeted import BudgetedModel
 from revfx.info import ConversionInfo
 from revfx.modes import can_store, runs_plain, sees_the_engine, simulating, storing
 from revfx.parts import BlockCalls, structure
-from revfx.passes.sizes import muted
+from revfx.passes.sizes import muted, tensors_of
 from revfx.plan.couplings import Couplings
 from revfx.plan.functions import functions_of
 from revfx.plan.model import Kind, PlannedModel, is_watched
@@ -44,31 +44,36 @@ class Conversion:
     """The options of a converted model, and its plans.
 
     Args:
-        forward: the forward that the model has among its attributes, if it has one.
+        forward: the forward among the model's own attributes, if there is one.
         options: of `convert`.
 
     Attributes:
         planned: the plans; None under a budget.
-        budgeted: the plans under a budget.
+        budgeted: the plans under a budget; None without one.
         block_calls: compiled calls of parts of the model.
-        compiled_functions: those that `compile=True` chose, with their names and places.
+        compiled_functions: the functions that `compile=True` chose, with their names and places.
+        uncompiled: refusals of `compile=True` before any function was chosen.
     """
 
     def __init__(self, forward: Callable[..., Any] | None, options: Options) -> None:
         self.own_forward, self.options = forward, options
         self.warned: set[str] = set()
-        is_fit = options.memory is not None
-        self.planned = None if is_fit else PlannedModel(options.exact, has_parts=options.compile)
-        self.budgeted = None if options.memory is None else BudgetedModel(options.memory)
+        self.planned: PlannedModel | None = None
+        self.budgeted: BudgetedModel | None = None
+        if options.memory is None:
+            self.planned = PlannedModel(options.exact, has_parts=options.compile)
+        else:
+            self.budgeted = BudgetedModel(options.memory)
         self.block_calls: BlockCalls | None = None
         self.compiled_functions: list[tuple[str, str, CompiledFunction]] = []
         self.uncompiled: list[Refusal] = []
 
     @property
     def couplings(self) -> list[Couplings]:
-        """The regions of each kind of call that were found so far."""
-        kinds = () if self.planned is None else self.planned.kinds.values()
-        return [kind.found for kind in kinds if kind.units]
+        """The regions found so far, of each kind of call."""
+        if self.planned is None:
+            return []
+        return [kind.found for kind in self.planned.kinds.values() if kind.units]
 
     @property
     def coded_bytes(self) -> int:
@@ -82,18 +87,19 @@ class Conversion:
             plans = self.budgeted.budget_plans
             no_plan = "no plan now: the next training step makes one"
             refusals = (*self.budgeted.refusals, *self.not_compiled)
-            return ConversionInfo((), refusals, plans, _program(plans, no_plan))
+            return ConversionInfo((), refusals, plans, _format_plans(plans, no_plan))
         assert self.planned is not None
         plans = tuple(kind.info for kind in self.planned.kinds.values() if kind.units)
         refusals = tuple(dict.fromkeys((*self.planned.refusals, *self.not_compiled)))
         no_plan = "no plan yet: the first call makes it"
         if self.planned.kinds:
             no_plan = "no plan: nothing reversible was found; `.refusals` lists the reasons"
-        return ConversionInfo(tuple(r for p in plans for r in p.regions), refusals, plans, _program(plans, no_plan))
+        regions = tuple(chain.from_iterable(plan.regions for plan in plans))
+        return ConversionInfo(regions, refusals, plans, _format_plans(plans, no_plan))
 
     @property
     def not_compiled(self) -> list[Refusal]:
-        """Return the parts that are not compiled although they were to be, with reasons; calls tell."""
+        """The parts that `compile=True` could not compile so far, with reasons."""
         found = [*self.uncompiled]
         for name, where, function in self.compiled_functions:
             if function.kernels.failed is not None:
@@ -107,8 +113,8 @@ class Conversion:
             return self.own_forward
         return functools.partial(type(model)._revfx_base.forward, model)  # type: ignore[union-attr]
 
-    def _learnt(self, model: nn.Module, kind: Kind) -> None:
-        """Raise, under `strict`, if something is left as it was; warn if nothing is dropped."""
+    def _report_refusals(self, model: nn.Module, kind: Kind) -> None:
+        """Raise under `strict` if a part is left as it was; warn if no tensor is dropped."""
         refusals = kind.found.refusals
         if self.options.strict and (refusals or not kind.units):
             node = refusals[0].op if refusals else None
@@ -136,11 +142,11 @@ class Conversion:
             return self._run(model, args, kwargs)
 
     def call_method(self, model: nn.Module, function: FunctionType, args: Any, kwargs: Any) -> Any:
-        """Return the result of a method; it is watched as the forward is, if it is given tensors."""
+        """Return the result of a method; if it gets tensors, it runs under a plan as the forward does."""
         method = functools.partial(function, model)
         if self.planned is None or is_watched():
             return method(*args, **kwargs)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = tensors_of((args, kwargs))
         if not tensors or runs_plain(tensors) or sees_the_engine():
             return method(*args, **kwargs)
         return self.planned.call(model, method, args, kwargs, name=function.__name__)
@@ -149,10 +155,9 @@ class Conversion:
         if self.budgeted is not None:
             return self.budgeted.call(model, self.forward(model), args, kwargs)
         forward = self.forward(model)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if self.planned is None or runs_plain(tensors) or sees_the_engine():
+        if self.planned is None or runs_plain(tensors_of((args, kwargs))) or sees_the_engine():
             return forward(*args, **kwargs)
-        return self.planned.call(model, forward, args, kwargs, functools.partial(self._learnt, model))
+        return self.planned.call(model, forward, args, kwargs, functools.partial(self._report_refusals, model))
 
     def compile_blocks(self, functions: Sequence[tuple[str, str, CompiledFunction]]) -> None:
         """Have blocks run compiled while the converted model runs; see `compiled.functions.compile_blocks`."""
@@ -160,15 +165,15 @@ class Conversion:
         self.block_calls = BlockCalls([(f.module, f) for *_, f in functions])
 
     def _compile_functions(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Have the functions of couplings run compiled from now on, if this call is one that frees activations."""
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        """Have the functions of couplings run compiled from now on, if this call frees activations."""
+        tensors = tensors_of((args, kwargs))
         if (runs_plain(tensors) and not storing()) or not can_store(tensors):
             return
         functions: list[tuple[str, str, CompiledFunction]] = []
         kernels = defaultdict[Any, Kernels](Kernels)
         try:
-            found = self._functions(model, forward, args, kwargs)
-        except Exception as e:  # the model's own, or of fake tensors, which it asks for numbers
+            found = functions_of(self._simulate(model, forward, args, kwargs), model)
+        except Exception as e:  # the model's own, or of fake tensors, which have no numbers to read
             found = {}
             detail = f"its functions are not compiled: on fake tensors it raises {type(e).__name__}"
             self.uncompiled = [Refusal(Reason.NOT_COMPILED, (name_of(model),), "", detail)]
@@ -178,19 +183,13 @@ class Conversion:
                 functions.append((path, where, CompiledFunction(module, kernels[structure(module)])))
         self.compile_blocks(functions)
 
-    def _functions(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, str]:
-        """Return the paths of the functions of couplings, with their places."""
-        kind = self._simulate(SimulatedModel(self.options.exact), model, forward, args, kwargs)
-        return functions_of(kind.found, model)
-
-    def _simulate(
-        self, planned: SimulatedModel, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Kind:
-        """Have plans learnt from a forward on fake tensors.
+    def _simulate(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Couplings:
+        """Find the couplings of a forward on fake tensors.
 
         Raises:
             Exception: the forward's own, or of fake tensors.
         """
+        planned = SimulatedModel(self.options.exact)
         world = World(model, args, kwargs, whole=True)
         planned.real_of = world.real_of
         with muted(_fake.FAKE_LOGGER), none_left(world.mode):
@@ -200,8 +199,8 @@ class Conversion:
             finally:  # else the plans would hold the arguments of this call
                 planned.real_of = nothing_real
                 world.fakes.clear()
-        return [*planned.kinds.values()][-1]
+        return [*planned.kinds.values()][-1].found
 
 
-def _program(plans: Sequence[Any], no_plan: str) -> str:
+def _format_plans(plans: Sequence[Any], no_plan: str) -> str:
     return "\n\n".join(map(str, plans)) or f"({no_plan})"

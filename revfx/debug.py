@@ -1,4 +1,4 @@
-"""Checks for models under suspicion: slow, and they keep the tensors that revfx would free."""
+"""Slow checks for suspicious models: they keep the tensors that revfx would free."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from revfx.inspection import relative_error
 def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None]:
     """Open a context in which forwards keep every value of a region, and backwards compare regenerated values.
 
-    The backward may come later. What this finds: an f that does not compute the same when run again, a rule of the
-    user's that is no inverse, an unseen write in place. For `convert`, `rev_block` and `RevBlock` in eager mode.
+    The backward may come later. The check finds functions that compute other values when they are recomputed, user
+    rules that are no inverses, and unseen writes in place. It is for `convert`, `rev_block` and `RevBlock` in eager
+    mode.
 
     Args:
-        rtol: the largest norm of a difference, relative to the norm; default: the square root of the dtype's eps; 0
-            where regeneration is lossless.
+        rtol: the largest norm of a difference, relative to the norm; default: the square root of the dtype's eps, or 0
+            for lossless regeneration.
 
     Raises:
-        RegenerationError: in the backward, at the first value that is off by more: it names the value, the layer, the
-            operation and the user's file and line.
+        RegenerationError: in the backward, at the first value with a larger difference. It names the value, the layer,
+            the operation and the user's file and line.
     """
     return given(observer, _ReplayChecks(rtol))
 
@@ -39,8 +40,8 @@ def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None
 def codes_by(device: torch.device | str = "cpu") -> str:
     """Return the implementation of codes on a device: "aten" (operators of torch), "c", or "triton".
 
-    C is there if there was a compiler when revfx was installed, and Triton if it is installed. Both give the same codes
-    as operators of torch do, in a fraction of the time.
+    C needs a compiler when revfx is installed, and "triton" needs Triton. Both give the same codes as operators of
+    torch, in a fraction of the time.
 
     Raises:
         ValueError: the environment variable `REVFX_CODES`, which chooses another one, is none of these.
@@ -57,26 +58,26 @@ class _ReplayChecks(Observer):
         self.originals: WeakKeyDictionary[UnitCall, dict[int, Tensor]] = WeakKeyDictionary()
 
     def completed(self, call: UnitCall, match: Match) -> None:
-        """Copy the saved tensors, and the entry if going backwards gives it."""
+        """Copy the saved tensors, and the entry if the unit is inverted."""
         copies: dict[int, Tensor] = {}
         for saved, slot in match.saved:
             if saved.tensor is not None:
                 copies[slot] = saved.tensor.detach().clone()
-        for slot in call.unit.entry if call.inverts else ():
-            copies[slot] = match.operand(slot).detach().clone()
+        if call.inverts:
+            for slot in call.unit.entry:
+                copies[slot] = match.operand(slot).detach().clone()
         self.originals[call] = copies
 
     def replayed(self, call: UnitCall, slot: int, tensor: Tensor) -> None:
         """Compare a tensor with the forward's."""
         before = self.originals.get(call, {}).get(slot)
-        if before is None:
+        if before is None or same_values(tensor, before):
             return
-        limit = self.rtol
-        if limit is None:
-            rounds = call.inverts and not call.unit.coded and before.is_floating_point()
-            limit = torch.finfo(before.dtype).eps ** 0.5 if rounds else 0.0
-        if same_values(tensor, before):
-            return
+        limit = 0.0
+        if self.rtol is not None:
+            limit = self.rtol
+        elif call.inverts and not call.unit.coded and before.is_floating_point():
+            limit = torch.finfo(before.dtype).eps ** 0.5
         error = relative_error(tensor, before) if tensor.shape == before.shape else math.inf
         if not error <= limit:
             way = "going backwards from its exit" if call.inverts else "running its operators again"

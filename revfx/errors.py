@@ -24,10 +24,10 @@ class RevfxError(RuntimeError):
 
 
 class NotReversibleError(RevfxError):
-    """A region that was asked to be reversible is not.
+    """A region that has to be reversible is not.
 
-    `reason` is the text, `node` the blocking operation: a `torch.fx.Node`, a name, or None where no graph is involved.
-    `refusals` are all places that block, each with its kind and remedy.
+    `reason` is the text. `node` is the blocking operation: a `torch.fx.Node`, a name, or None if no graph is involved.
+    `refusals` are all blocking places, each with its kind and remedy.
     """
 
     def __init__(self, reason: str, node: fx.Node | str | None = None, refusals: tuple[Refusal, ...] = ()) -> None:
@@ -38,7 +38,7 @@ class NotReversibleError(RevfxError):
 
 
 class RegenerationError(RevfxError):
-    """A value that the backward needs can't be computed again as it was: it raises, rather than hand back another."""
+    """A value that the backward needs can't be recomputed bit for bit, so the backward stops."""
 
 
 class BudgetError(RevfxError):
@@ -54,7 +54,7 @@ class BudgetError(RevfxError):
         self.asked = asked
 
     def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int, int]]:
-        """Return how it is pickled, as by a process that raises it for another one."""
+        """Pickle the arguments, so that a process can raise the error for another one."""
         return BudgetError, (str(self), self.least, self.asked)
 
 
@@ -71,21 +71,21 @@ class NondeterminismWarning(RevfxWarning):
 
 
 class BudgetWarning(RevfxWarning):
-    """A memory budget, revfx's or torch's, is not kept, or may not be."""
+    """A memory budget of revfx or torch is exceeded, or may be."""
 
 
-# --- the user's place
+# --- the place in the user's code
 _OURS = [Path(torch.__file__).parent, Path(__file__).parent, Path(__file__).parent.parent / "passes"]
 _FILES = (*(f"{folder}{os.sep}" for folder in _OURS), contextlib.__file__)
 
 
 def is_users(file: str) -> bool:
-    """Return whether code of this file is neither torch's nor revfx's; generated code is nobody's."""
+    """Return whether a file is the user's: neither torch's nor revfx's, nor generated code."""
     return not file.startswith((*_FILES, "<"))
 
 
 def warn(text: str, category: type[RevfxWarning]) -> None:
-    """Warn at the first frame outside of torch and revfx, or at the outermost one."""
+    """Warn at the innermost frame outside of torch and revfx, or at the outermost one."""
     frame: Any = inspect.currentframe()
     while frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
@@ -174,15 +174,15 @@ class Cause:
     text: str
 
     def to_refusal(self, op: str, where: str, *others: str) -> Refusal:
-        """Return the refusal for an operation, and `others` that block with it, at a place."""
+        """Return the refusal for the operation `op` at the place `where`; `others` block with it."""
         return Refusal(self.kind, (op, *others), where, self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A place of a model that is left as it was.
+    """A place in a model that is left as it was.
 
-    `nodes` are the names of the operations that block, the one at `where` (file:line) first. `detail` is the reason in
+    `nodes` are the names of the blocking operations, first that at `where` (file:line). `detail` is the reason in
     words.
     """
 
@@ -204,7 +204,7 @@ MAX_REFUSALS = 8  # refusals in one message
 
 
 def name_of(module: torch.nn.Module) -> str:
-    """Return the name of the class that the user wrote."""
+    """Return the name of the module's class, without revfx's subclass."""
     return getattr(type(module), "_revfx_base", type(module)).__name__
 
 

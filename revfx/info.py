@@ -41,11 +41,11 @@ class BudgetPlan:
         peak: bytes that a step takes at its peak, as predicted.
         plain: bytes that the plain model's step takes at its peak, as predicted.
         time: of a step, in plain steps, as predicted.
-        planning: seconds that it took to make the plan.
+        planning: seconds that the planning took.
         kept: saved tensors that are held until the backward.
-        recomputed: those that are computed again in the backward.
-        compressed: those of which a bit per element is kept.
-        inverted: those that are computed from the outputs of couplings.
+        recomputed: saved tensors that are recomputed in the backward.
+        compressed: saved tensors that are kept as one bit per element.
+        inverted: saved tensors that are computed from the outputs of couplings.
     """
 
     inputs: str

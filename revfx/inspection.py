@@ -1,9 +1,10 @@
-"""The base of checks of models: regions that run forwards and are inverted by steps, gradients, ordinary storage."""
+"""The measurements behind `revfx.testing` and `revfx.debug`: errors of inverses, and gradients."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from itertools import chain, islice
 from typing import Any, TypeGuard
 
 import torch
@@ -25,26 +26,28 @@ from revfx.plan.solve import computed
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return |got - want| / |want| in fp64 (the norm of `got` where `want` is zero); NaN where either has a NaN."""
+    """Return |got - want| / |want| in fp64, or |got| if `want` is zero; NaN if either has a NaN."""
     g, w = got.detach().double(), want.detach().double()
     scale = w.norm().item()
-    return ((g - w).norm().item() / scale) if scale else g.norm().item()
+    if scale == 0:
+        return g.norm().item()
+    return (g - w).norm().item() / scale
 
 
 def round_trip(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
     """Return the relative error of each inverse, by its place, over all units that `model(*args, **kwargs)` runs.
 
-    The model runs in its own dtype, and in fp64 on a copy; twice each, as the first call learns.
+    The model runs in its own dtype, and in fp64 on a copy, twice each: the first call is recorded.
     """
-    errors = _errors_of(model, args, kwargs)
-    floating = [t for t in (*model.parameters(), *pytree.tree_leaves((args, kwargs))) if is_floating(t)]
-    if any(t.dtype != torch.float64 for t in floating):
-        errors.update(_errors_of(copy.deepcopy(model).double(), *doubled((args, kwargs))))
+    errors = _measure_errors(model, args, kwargs)
+    tensors = (*model.parameters(), *pytree.tree_leaves((args, kwargs)))
+    if any(is_floating(t) and t.dtype != torch.float64 for t in tensors):
+        errors.update(_measure_errors(copy.deepcopy(model).double(), *doubled((args, kwargs))))
     return errors
 
 
-def _errors_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
-    errors = _Errors()
+def _measure_errors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+    errors = _InverseErrors()
     with torch.enable_grad(), torch.random.fork_rng(), ambient.given(observer, errors):
         for _ in range(WARM_UP_CALLS + 1):
             model(*args, **kwargs)
@@ -56,42 +59,40 @@ def _errors_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return errors.found
 
 
-WARM_UP_CALLS = 1  # that a converted model learns from
+WARM_UP_CALLS = 1  # calls that a converted model records
 
 
-class _Errors(Observer):
-    """Solves each inverse of a unit as it ends, and compares."""
+class _InverseErrors(Observer):
+    """The largest error of each inverse, measured whenever a unit ends."""
 
     def __init__(self) -> None:
         self.found: dict[str, float] = {}
 
     def completed(self, call: UnitCall, match: Match) -> None:
-        """Compare the prediction of each code, and, without codes, the entry that going backwards gives."""
+        """Compare the prediction of each code, and the entry as far as inverses give it without codes."""
         unit = call.unit
         if unit.backward is None:
             return
-        for coded in unit.coded:
-            x = match.operand(coded.head)
-            predicted = coded.arc.solve(*(match.operand(s) for s in coded.tail))
-            self._note(f"{unit}: {coded.arc.text}", predicted, x)
         entry = dict.fromkeys(unit.entry)
         for coded in unit.coded:
+            tail = [match.operand(slot) for slot in coded.tail]
+            self._add(f"{unit}: {coded.arc.text}", coded.arc.solve(*tail), match.operand(coded.head))
             entry.pop(coded.head, None)
 
         def check(slot: int, t: Tensor) -> None:
             if slot in entry and slot not in unit.kept and slot not in unit.exit:
-                self._note(f"{unit}: tensor {slot}", t, match.operand(slot))
+                self._add(f"{unit}: tensor {slot}", t, match.operand(slot))
 
         if call.inverts:
             prove(unit.backward, call.inputs(unit.backward), check)
 
-    def _note(self, name: str, got: Tensor, want: Tensor) -> None:
+    def _add(self, name: str, got: Tensor, want: Tensor) -> None:
         name = f"{name}: {str(want.dtype).removeprefix('torch.')}"
         self.found[name] = max(self.found.get(name, 0.0), relative_error(got, want))
 
 
 def doubled(tree: Any) -> Any:
-    """Return nested arguments with their floating-point tensors in fp64, as leaves that need a gradient as before."""
+    """Return nested arguments with their floating-point tensors in fp64, detached and with the same `requires_grad`."""
     return pytree.tree_map(lambda t: t.detach().double().requires_grad_(t.requires_grad) if is_floating(t) else t, tree)
 
 
@@ -103,7 +104,8 @@ def is_floating(t: Any) -> TypeGuard[Tensor]:
 def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
     """Return the relative error of solving the operators of a module for their operands, by direction.
 
-    The first one only copies. What only a code makes right is solved where there is nothing else.
+    The module's first operator only copies, and does not count if there are others. Directions that need a code are
+    solved only if there is no other direction.
     """
     args, kwargs = normalize_arguments(args, kwargs)
     learning = learner(Learning)(op, tensors_in((args, kwargs)))
@@ -111,22 +113,35 @@ def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None
         out = op(*args, **kwargs)
     tape = learning.tape
     tape.returned = [learning.number(t) for t in tensors_in(out)]
-    of, lowered = lowered_tape(tape, lossless=False, from_inputs=True)
-    ops = lowered.program.ops
-    reasons = "; ".join(cause.text for o in ops for _, cause in o.refused) or "the rule yields nothing"
-    if not any(o.arcs for o in ops[1:] or ops):
-        of, lowered = lowered_tape(tape, lossless=True, from_inputs=True)
-    values, arcs = lowered.program.values, [a for o in lowered.program.ops[1:] or lowered.program.ops for a in o.arcs]
+
+    # The directions: arcs from operands that are known (tail) to the operand that is solved for (head).
+    nodes, lowered = lowered_tape(tape, lossless=False, from_inputs=True)
+    causes = [cause.text for _, cause in chain.from_iterable(o.refused for o in lowered.program.ops)]
+    arcs = _arcs_of(lowered)
+    if not arcs:
+        nodes, lowered = lowered_tape(tape, lossless=True, from_inputs=True)
+        arcs = _arcs_of(lowered)
+    values = lowered.program.values
     arcs = [a for a in arcs if values[a.head].dtype == values[a.tail[0]].dtype or a.exact]
     if not arcs:
+        reasons = "; ".join(causes) or "the rule yields nothing"
         raise RevfxError(f"`check_inverse`: no operand can be solved for: {reasons}")
-    run, outside = computed(tape, of, lowered, [v for a in arcs for v in (a.head, *a.tail)])
-    found: dict[str, float] = {}
+
+    # All values of the arcs come from one run of the operators.
+    wanted = chain.from_iterable((a.head, *a.tail) for a in arcs)
+    run, outside = computed(tape, nodes, lowered, list(wanted))
     results = iter(run([learning.tensor(value) for value in outside]))
+    found: dict[str, float] = {}
     for arc in arcs:
-        head, *tail = (next(results) for _ in (arc.head, *arc.tail))
+        head, *tail = islice(results, 1 + len(arc.tail))
         found[arc.text] = relative_error(arc.solve(*tail), head)
     return found
+
+
+def _arcs_of(lowered: Any) -> list[Any]:
+    """Return the arcs of all operations but the first, or of the first if it is the only one."""
+    ops = lowered.program.ops
+    return list(chain.from_iterable(o.arcs for o in ops[1:] or ops))
 
 
 # --- gradients
@@ -140,24 +155,34 @@ def gradients(
 ) -> dict[str, Tensor | None]:
     """Return, by name, the gradients of `loss(model(*args, **kwargs))` for parameters and inputs that require one.
 
-    Random numbers are drawn from `seed`; the default loss is a sum of sines of all outputs. `.grad` is left untouched.
-    Parameters of `torch.compile(model)` have the names that they have in `model`.
+    `.grad` is left untouched. Parameters of `torch.compile(model)` have the names that they have in `model`.
+
+    Args:
+        model: a module, or a function.
+        args, kwargs: its arguments; see `normalize_arguments`.
+        loss: from the output to a scalar; default: a sum of sines of all outputs.
+        seed: of the random numbers.
     """
     leaves, spec = pytree.tree_flatten(normalize_arguments(args, kwargs))
-    fresh = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
-    wanted = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, Tensor) and x.requires_grad}
+    wanted: dict[str, Tensor] = {}
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor):
+            leaves[i] = x.detach().clone().requires_grad_(x.requires_grad)
+            if x.requires_grad:
+                wanted[f"input {i}"] = leaves[i]
     if isinstance(model, nn.Module):
-        named = model.named_parameters()
-        wanted |= {n.removeprefix("_orig_mod."): p for n, p in named if p.requires_grad}  # of `torch.compile(model)`
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                wanted[name.removeprefix("_orig_mod.")] = p  # the prefix of `torch.compile(model)`
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        given, named = pytree.tree_unflatten(fresh, spec)
-        value = (loss or _sine)(model(*given, **named))
+        positional, named = pytree.tree_unflatten(leaves, spec)
+        value = (loss or _sum_of_sines)(model(*positional, **named))
         if not wanted:
             return {}
         return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), allow_unused=True), strict=True))
 
 
-def _sine(output: Any) -> Tensor:
+def _sum_of_sines(output: Any) -> Tensor:
     leaves = [t for t in pytree.tree_leaves(output) if is_floating(t)]
     return sum((t.sin().sum() for t in leaves), torch.zeros(()))

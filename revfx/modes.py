@@ -1,4 +1,4 @@
-"""When a reversible region runs as plain code: nothing to differentiate, a tracer at work, or the user asked for it."""
+"""The conditions under which reversible regions run as plain code: no gradients, tracers, or the user's choice."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def check_exact(exact: Any) -> None:
 
 @contextlib.contextmanager
 def store_activations() -> Generator[None]:
-    """Return a context in which converted models and blocks run the same forward with ordinary storage.
+    """Open a context in which converted models and blocks run the same forward with ordinary storage.
 
-    The oracle of every test of revfx, and the way out where a region can't be regenerated.
+    It is the oracle of revfx's own tests, and a workaround for a region that can't be regenerated.
     """
     with given(_storing, True):
         yield
@@ -36,7 +36,7 @@ def store_activations() -> Generator[None]:
 
 @contextlib.contextmanager
 def simulating() -> Generator[None]:
-    """Return a context in which regions run on fake tensors, where no value can be asked for, as on real ones."""
+    """Open a context in which regions run on fake tensors, whose values can't be read, as they do on real ones."""
     with given(dispatch.on_fakes, True):
         yield
 
@@ -52,16 +52,18 @@ def runs_plain(inputs: Iterable[Tensor]) -> bool:
 
 
 def sees_the_engine() -> bool:
-    """Return whether something of the user's is active that would see other operators, or saved tensors, than those of
-    the plain forward: dispatch modes, or saved-tensor hooks such as a checkpoint's.
+    """Return whether the user's dispatch modes, or saved-tensor hooks such as a checkpoint's, are active.
+
+    They would see other operators and saved tensors than those of the plain forward.
     """
     return dispatch.has_modes() or _torch.has_saved_tensors_hooks()
 
 
 def can_store(inputs: Iterable[Tensor]) -> bool:
-    """Return whether a plan may run on these inputs: not under torch.func or tracers, not on fake inputs or on "meta",
-    where there is no memory to save, and not in MKL-DNN's layout. Nor where tensors have tangents beside them, or
-    `parametrize.cached()` keeps computed weights: a replay would have neither.
+    """Return whether a plan may run on these inputs.
+
+    It may not under torch.func or tracers, on fake or "meta" inputs, which take no memory, or in the layout of MKL-DNN.
+    Forward-mode tangents and the cache of `parametrize.cached()` bar it too, as a replay would have neither.
     """
     if _torch.in_functorch_transform() or _torch.bars_reruns():
         return False

@@ -1,4 +1,4 @@
-"""Compiled parts of a model, and the observer of their calls, which operators alone do not show."""
+"""Compiled parts of a model: calls that an observer sees whole, as their operators can't be recorded."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from revfx.ambient import given
 from revfx.errors import RevfxError
 
 
-# What looks on at calls of parts: it has a method `part`, which makes them.
+# The observer of calls of parts: its method `part` runs them.
 looking_on: ContextVar[Any] = ContextVar("revfx_looking_on", default=None)
 
-running: ContextVar[Sequence[BlockCall]] = ContextVar("revfx_running", default=())  # of the converted model that runs
+_running: ContextVar[Sequence[BlockCall]] = ContextVar("revfx_running", default=())  # of the converted model that runs
 
 
 class Part:
-    """The stand-in for a module's compiled `call`, which reports to the observer."""
+    """A replacement for a module's compiled `call`, which reports to the observer."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module, self.call = module, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = None if torch.compiler.is_compiling() else looking_on.get()
-        return self.call(*args, **kwargs) if watch is None else watch.part(self, args, kwargs)
+        if watch is None:
+            return self.call(*args, **kwargs)
+        return watch.part(self, args, kwargs)
 
     def __reduce__(self) -> Any:
         return Part, (self.module, self.call)
 
 
 class BlockCall(Part):
-    """A part of the converted model that is `running`; for others its module's own call."""
+    """A compiled part of the converted model that runs; for other models, the module's own call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self not in running.get():  # another thread runs the plain model
+        if self not in _running.get():  # another thread runs the plain model
             return _torch.UNCOMPILED_CALL(self.module, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
 
 class BlockCalls:
-    """Compiled calls of a model's blocks, which are in place only while the converted model runs.
+    """Compiled calls of a model's blocks, in place only while the converted model runs.
 
     The plain model shares its modules with the converted one, and stays uncompiled.
     """
@@ -64,7 +66,7 @@ class BlockCalls:
             for call in self.calls:
                 vars(call.module)[_torch.COMPILED] = call
         try:
-            with given(running, self.calls):
+            with given(_running, self.calls):
                 yield
         finally:
             with self.lock:
@@ -75,7 +77,7 @@ class BlockCalls:
 
 
 def parts_of(model: nn.Module) -> list[str]:
-    """Return the names of the compiled modules that lie in no others; their calls can be watched from now on.
+    """Return the names of the outermost compiled modules, and let observers see their calls from now on.
 
     Raises:
         RevfxError: the model is compiled as a whole.
@@ -95,26 +97,24 @@ def parts_of(model: nn.Module) -> list[str]:
 
 
 def structure(module: nn.Module) -> Hashable:
-    """Return a key that modules share which compute the same with other numbers in their tensors."""
-    tensors = tuple((k, content(t)) for k, t in (*_torch.parameters(module).items(), *_torch.buffers(module).items()))
+    """Return a key of the computation of a module, which does not depend on the numbers in its tensors."""
+    tensors = (*_torch.parameters(module).items(), *_torch.buffers(module).items())
     children: list[Any] = []
     for name, child in _torch.children(module).items():
         children.append((name, None if child is None else structure(child)))
-    return type(module), _fsdp.casts(module), attributes(module), tensors, tuple(children)
+    return type(module), _fsdp.casts(module), attributes(module), content(dict(tensors)), tuple(children)
 
 
-_OWN = {*vars(nn.Module()), _torch.COMPILED} - {"training"}
+_TORCH_ATTRIBUTES = {*vars(nn.Module()), _torch.COMPILED} - {"training"}
 
 
 def attributes(module: nn.Module) -> Hashable:
-    """Return the attributes of a module besides tensors and other modules, by content."""
-    return tuple((name, content(value)) for name, value in vars(module).items() if name not in _OWN)
+    """Return a key of the attributes of a module besides tensors and other modules."""
+    return tuple((name, content(value)) for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES)
 
 
 def content(value: Any) -> Hashable:
-    """Return plain values as they are with their classes, containers by content, tensors by their types, others by
-    identity.
-    """
+    """Return a key of a value: of plain values and containers the content, of tensors the type, else the identity."""
     if isinstance(value, (bool, int, float, complex, str, bytes)) or value is None:
         return type(value), repr(value)
     if isinstance(value, Tensor):

@@ -12,7 +12,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?\s*", re.IGNORECA
 
 
 def binary_unit(nbytes: float) -> tuple[str, int]:
-    """Choose the largest binary unit of which `nbytes` has one or more; return its name and its bytes."""
+    """Return the largest binary unit up to `nbytes`: its name and its bytes."""
     power = _power(nbytes, 1024, len(BINARY_UNITS))
     return BINARY_UNITS[power], 1024**power
 
@@ -24,13 +24,13 @@ def size(nbytes: float) -> str:
 
 
 def parse_size(text: str) -> int | None:
-    """Parse a number of bytes such as "2GiB" (of 1024), "800 MB" (of 1000) or "100"; None if it is not one."""
+    """Parse a number of bytes like "2GiB" (1024), "800 MB" (1000) or "100"; return None for other texts."""
     found = _SIZE.fullmatch(text)
     if found is None:
         return None
     number, prefix, binary = found.groups()
     base = 1024 if binary else 1000
-    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    power = ("", "K", "M", "G", "T").index(prefix.upper())
     return int(float(number) * base**power)
 
 
@@ -41,7 +41,7 @@ def count(n: float) -> str:
 
 
 def _power(n: float, base: int, units: int) -> int:
-    """Return the power of `base` to divide `n` by, so that less than `base` is left, or the power of the last unit."""
+    """Return the smallest power of `base` that divides `n` to less than `base`, at most that of the last unit."""
     power = 0
     while power < units - 1 and abs(n) >= base ** (power + 1):
         power += 1

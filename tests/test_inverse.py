@@ -165,7 +165,7 @@ def test_mistakes_are_named() -> None:
     z = model(x, context)["z"]
     with pytest.raises(TypeError, match="by name: `context`"):
         inverse(z)
-    with pytest.raises(TypeError, match=r"takes what the model returned, or of it y\['z'\]"):
+    with pytest.raises(TypeError, match=r"takes the result of the model, or only y\['z'\]"):
         inverse(z, z, context=context)
     with pytest.raises(TypeError, match=r"was given \[16, 3\], not \[16, "):
         inverse(z[:, :3], context=context)

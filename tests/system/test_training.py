@@ -94,7 +94,7 @@ class Plans:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of: dict[Any, PlannedModel] = {}
-        monkeypatch.setattr(block, "_planned", self.of_block)
+        monkeypatch.setattr(block, "_find_plans", self.of_block)
 
     def of_block(self, first: Any, layers: int, exact: bool) -> PlannedModel:
         return self.of.setdefault((layers, exact), PlannedModel(exact))
