@@ -1,7 +1,7 @@
-"""The first forward of a kind: block by block, saved tensors are dropped, as under a checkpoint of each block.
+"""The first forward of a kind: saved tensors are dropped block by block, as under a checkpoint of each block.
 
-The plan is known when a forward is through, which is too late for a model that does not fit. So at the end of each
-block its operators become a unit, which is replayed at once and compared.
+The plan is known only after the forward, which is too late for a model that does not fit. So the operators of each
+block become a unit when the block ends. The unit is replayed at once and compared.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from revfx.engine.operators import is_collective
 from revfx.engine.proof import prove, same_values
 from revfx.engine.saved import SavedTensor
 from revfx.layout import copied
+from revfx.plan.nodes import layout_of
 from revfx.plan.replays import Unreplayable
-from revfx.plan.units import Span, UnitBuilder
+from revfx.plan.spans import Span
+from revfx.plan.units import UnitBuilder
 
 
-LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-MIN_GAIN = 2  # times the bytes of its inputs that a block has to save
+MODULE_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+MIN_FREED_RATIO = 2  # bytes that a block has to free for each byte of its inputs
 
 
 def block_paths(model: nn.Module) -> dict[str, str]:
-    """Return by the path of each module the block that it lies in: a member, with members, of the innermost list."""
+    """Return the block of each module, by path: the innermost member of a list of modules that has members itself."""
     found: dict[str, str] = {}
     lists: set[str] = set()
     for path, module in model.named_modules():
@@ -39,7 +41,7 @@ def block_paths(model: nn.Module) -> dict[str, str]:
             found[path] = path
         elif parent in found:
             found[path] = found[parent]
-        if isinstance(module, LISTS) and len(module) > 1:
+        if isinstance(module, MODULE_LISTS) and len(module) > 1:
             lists.add(path)
     return found
 
@@ -48,7 +50,7 @@ class BlockLearning(Learning):
     """Record the tape of a forward, and drop the saved tensors of each block as it ends.
 
     Attributes:
-        proven: the values that were dropped, as a replay gave the same bits.
+        proven: the values that were dropped after a replay returned the same bits.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
@@ -56,27 +58,24 @@ class BlockLearning(Learning):
         self.proven: set[int] = set()
         self.backward_pass = Pass()
         self._blocks = block_paths(model)
-        self._block = ""  # that runs now
+        self._block = ""  # the block that runs now
         self._first = 0  # its first operator
         self._first_saved = 0
-        self._holders: dict[int | None, list[UnitCall]] = {}  # by memory: calls that hold tensors in it
-        self._operands: dict[int, tuple[Tensor, int]] = {}  # by value: from before the block, with their versions
+        self._holders: dict[int | None, list[UnitCall]] = {}  # by storage: calls that hold tensors in it
+        self._operands: dict[int, tuple[Tensor, int]] = {}  # by value: tensors from before the block, with versions
 
     def before(self, module: str) -> None:
         """End a block, if the next operator lies in another one."""
         block = self._blocks.get(module, "")
         if block != self._block:
             self._end_block()
-            self._begin_block(block)
-
-    def _begin_block(self, block: str) -> None:
-        self._block, self._first, self._first_saved = block, len(self.tape.ops), len(self.saved)
-        self._operands = {}
+            self._block, self._first, self._first_saved = block, len(self.tape.ops), len(self.saved)
+            self._operands = {}
 
     def number(self, t: Tensor) -> int:
-        """Return the number of the value that `t` holds; hold it until the block ends if its replay is given it.
+        """Return the number of the value that `t` holds; hold `t` until the block ends if its replay needs it.
 
-        So is a view that the block itself makes of memory from outside.
+        The replay is also given the views that the block makes of outside memory.
         """
         value = super().number(t)
         if self._block and self._is_given(value, self._first) and value not in self._operands:
@@ -84,7 +83,7 @@ class BlockLearning(Learning):
         return value
 
     def _is_given(self, value: int, first: int) -> bool:
-        """Return whether the replay of a block that begins with an operator is given a value."""
+        """Return whether a value is given to the replay of a block that begins with operator `first`."""
         op = self.tape.values[value].op
         return op is None or op < first or self.tape.is_outside(value)
 
@@ -94,7 +93,7 @@ class BlockLearning(Learning):
             self._end_block()
 
     def before_write(self, written: Sequence[Tensor]) -> None:
-        """Copy tensors that blocks hold in memory that is about to be written to."""
+        """Copy the tensors that blocks hold in memory that is about to be written to."""
         for key in dict.fromkeys(map(memory_of, written)):
             if key is not None:
                 copy_held(self._holders.pop(key, ()), key)
@@ -107,12 +106,17 @@ class BlockLearning(Learning):
                 operands[value] = copy, _torch.version(copy)
 
     def _end_block(self, last: int | None = None) -> None:
-        """Drop the saved tensors of the block, which ends with an operator, or the latest one."""
-        first, last = self._first, len(self.tape.ops) - 1 if last is None else last
+        """Drop the saved tensors of the block, which ends with operator `last`, or the latest one."""
+        # Kernel settings would change the replay. Processes must agree on collectives, but may gain differently.
+        first = self._first
+        if last is None:
+            last = len(self.tape.ops) - 1
         if not self._block or last <= first or self.tape.changes_settings or dispatch.on_fakes.get():
             return
         if any(is_collective(op.func) for op in self.tape.ops[first : last + 1]):
-            return  # processes may gain differently
+            return
+
+        # The operators of the block become a unit, if dropping frees enough.
         span = Span(first, last, (), (), (), frozenset(), frozenset(), frozenset())
         builder = UnitBuilder(self.tape, span)
         try:
@@ -122,67 +126,68 @@ class BlockLearning(Learning):
         call = self._call(builder, unit)
         if call is None or self._gain(builder, call) <= 0:
             return
-        dropped: dict[int, list[SavedTensor]] = {}
+
+        # A replay at once proves the saved tensors that it returns with the same bits.
+        by_slot: dict[int, list[SavedTensor]] = {}
         for saved, slot in self._droppable(builder, unit.droppable):
-            dropped.setdefault(slot, []).append(saved)
+            by_slot.setdefault(slot, []).append(saved)
+        value_of = {slot: value for value, slot in builder.slots.items()}
 
-        slot_values = {slot: value for value, slot in builder.slots.items()}
-
-        def check(slot: int, t: Tensor) -> None:
-            for saved in dropped.get(slot, ()):
+        def drop_if_same(slot: int, t: Tensor) -> None:
+            for saved in by_slot.get(slot, ()):
                 if saved.tensor is None:
                     continue
                 if slot in unit.workspaces or same_values(t, saved.tensor):
                     saved.drop(call, slot)
                     call.pending[slot] = call.pending.get(slot, 0) + 1
-                    self.proven.add(slot_values[slot])
+                    self.proven.add(value_of[slot])
 
-        prove(unit.forward, call.inputs(unit.forward), check)
+        prove(unit.forward, call.inputs(unit.forward), drop_if_same)
         for t in call.given.values():
             key = memory_of(t)
             if key is not None:
                 self._holders.setdefault(key, []).append(call)
 
     def _droppable(self, builder: UnitBuilder, slots: frozenset[int]) -> Sequence[tuple[SavedTensor, int]]:
+        """Return the saved tensors of the block that lie in some slots, with their slots."""
         found: list[tuple[SavedTensor, int]] = []
-        for k in range(self._first_saved, len(self.saved)):
-            saved, slot = self.saved[k](), builder.slots.get(self.tape.saved[k][1])
+        of_block = slice(self._first_saved, None)
+        for reference, (_, value) in zip(self.saved[of_block], self.tape.saved[of_block], strict=True):
+            saved, slot = reference(), builder.slots.get(value)
             if saved is not None and slot in slots:
                 found.append((saved, slot))
         return found
 
     def _gain(self, builder: UnitBuilder, call: UnitCall) -> int:
-        """Return the bytes that dropping frees, less `MIN_GAIN` times those that are held for it alone."""
+        """Return the bytes that dropping frees, minus `MIN_FREED_RATIO` times those that only the replay holds."""
         freed: dict[int, int] = {}
         held: dict[int, int] = {}
-        kept = {self.tape.values[value].allocation for _, value in self.tape.saved[self._first_saved :]}
+        saved_allocations = {self.tape.values[value].allocation for _, value in self.tape.saved[self._first_saved :]}
         for value, slot in builder.slots.items():
             allocation = self.tape.values[value].allocation
             is_temporary = self.tape.allocations[allocation].role in ("", "input")
-            if slot in call.given and is_temporary and allocation not in kept:
+            if slot in call.given and is_temporary and allocation not in saved_allocations:
                 held[allocation] = self.tape.nbytes(value)
         for saved, _ in self._droppable(builder, call.unit.droppable):
             assert saved.tensor is not None
             freed[_torch.storage_key(saved.tensor)] = saved.tensor.untyped_storage().nbytes()
-        return sum(freed.values()) - MIN_GAIN * sum(held.values())
+        return sum(freed.values()) - MIN_FREED_RATIO * sum(held.values())
 
     def _call(self, builder: UnitBuilder, unit: Any) -> UnitCall | None:
-        """Return the call of a block's unit; None if a tensor that it reads is gone."""
+        """Return the call of a block's unit; None if an input of its replay is gone."""
         given: dict[int, Tensor] = {}
         for value, slot in builder.slots.items():
-            if slot in unit.given or slot in unit.held:
-                t, version = self._operands.get(value, (None, -1))
-                if t is None or _torch.version(t) != version:
-                    t = self.tensor(value)
-                if t is None or is_freed(t):
-                    return None
-                allocation = self.tape.allocations[self.tape.values[value].allocation]
-                is_written = allocation.is_outside and allocation.writes  # so will the next forward
-                given[slot] = copied(t) if is_written or slot in unit.cloned else dispatch.alias(t)
-        layouts: dict[int, Any] = {}
-        for value, slot in builder.slots.items():
-            known = self.tape.values[value]
-            layouts[slot] = known.view.shape, known.view.stride, 0, known.view.dtype, known.device
+            if slot not in unit.given and slot not in unit.held:
+                continue
+            t, version = self._operands.get(value, (None, -1))
+            if t is None or _torch.version(t) != version:
+                t = self.tensor(value)
+            if t is None or is_freed(t):
+                return None
+            allocation = self.tape.allocations[self.tape.values[value].allocation]
+            is_written = allocation.is_outside and allocation.writes  # the next forward will write to it, too
+            given[slot] = copied(t) if is_written or slot in unit.cloned else dispatch.alias(t)
+        layouts = {slot: layout_of(self.tape, value) for value, slot in builder.slots.items()}
         states = [op.state for op in self.tape.ops[self._first :] if op.state is not None]
         versions = {slot: _torch.version(t) for slot, t in given.items()}
         return UnitCall(unit, self.backward_pass, given, versions, builder.numbers, states, layouts)

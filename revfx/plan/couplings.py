@@ -18,34 +18,39 @@ from revfx.plan.constants import constants_of
 from revfx.plan.graph import TapeGraph, graph_of
 
 
+MAX_DIAGNOSES = 32
+
+
 @dataclass(frozen=True)
 class Couplings:
-    """The regions of a tape."""
+    """The regions of a tape, and its graph and program."""
 
     tape: Tape
-    of: TapeGraph
+    tape_graph: TapeGraph
     lowered: Lowered
     regions: tuple[Region, ...]
     refusals: tuple[Refusal, ...]
 
     def op(self, number: int) -> Op:
         """Return the operator of the tape that an operation of the program stands for."""
-        return self.tape.ops[self.of.op_of[self.lowered.op_nodes[number]]]
+        return self.tape.ops[self.tape_graph.op_of[self.lowered.op_nodes[number]]]
 
 
 def find_couplings(tape: Tape, lossless: bool = True, patience: int | None = None) -> Couplings:
-    """Find the regions of a tape, and why others are none.
+    """Find the regions of a tape, and the reasons why other operators are in none.
 
     Args:
-        tape: of a forward.
+        tape: a recorded forward.
         lossless: inverses that round get codes.
         patience: see `find_regions`.
     """
-    of, lowered = lowered_tape(tape, lossless)
+    tape_graph, lowered = lowered_tape(tape, lossless)
     found, stuck = find_regions(lowered.program, patience)
     regions = tuple(replace(r, steps=composed_all(lowered.program, r.steps)) for r in found)
-    refusals = [r for s in stuck[:32] for r in diagnose(lowered.program, s)]
-    return Couplings(tape, of, lowered, regions, tuple(dict.fromkeys(refusals)))
+    refusals: dict[Refusal, None] = {}
+    for dead_end in stuck[:MAX_DIAGNOSES]:
+        refusals.update(dict.fromkeys(diagnose(lowered.program, dead_end)))
+    return Couplings(tape, tape_graph, lowered, regions, tuple(refusals))
 
 
 def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple[TapeGraph, Lowered]:
@@ -53,21 +58,20 @@ def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple
 
     Args:
         tape: the tape.
-        lossless: inverses that round get codes; else those that codes alone make right are left out, if nothing is
-            there but the inputs.
-        from_inputs: nothing is there but the inputs: no random numbers either.
+        lossless: inverses that round get codes. Without, and with `from_inputs`, inverses that need codes are left out.
+        from_inputs: only the inputs are given: no random numbers either.
     """
-    of = graph_of(tape, from_inputs)
-    graph = of.graph
-    held: dict[fx.Node, tuple[Fact, ...]] = {}
+    tape_graph = graph_of(tape, from_inputs)
+    graph = tape_graph.graph
+    facts_of_constants: dict[fx.Node, tuple[Fact, ...]] = {}
     for value, t in constants_of(tape).items():
-        if value in of.node_of:
-            held[of.node_of[value]] = facts_about(t) or truths_of(t)
-    known = annotate(graph, held, None)
-    for node, value in constants(graph, known).items():
-        node.meta["constant"] = value
+        if value in tape_graph.node_of:
+            facts_of_constants[tape_graph.node_of[value]] = facts_about(t) or truths_of(t)
+    known = annotate(graph, facts_of_constants, None)
+    for node, constant in constants(graph, known).items():
+        node.meta["constant"] = constant
     for node, facts in known.items():
         node.meta["facts"] = facts
-    sources = find_sources(graph, of.lasting, frozenset(), () if from_inputs else list(graph.nodes))
+    sources = find_sources(graph, tape_graph.lasting, frozenset(), () if from_inputs else list(graph.nodes))
     barred = {} if from_inputs and not lossless else None
-    return of, lower(graph, sources=sources, barred=barred, lossless=lossless)
+    return tape_graph, lower(graph, sources=sources, barred=barred, lossless=lossless)

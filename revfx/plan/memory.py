@@ -1,4 +1,4 @@
-"""The memory of a tape's values: whether operators fill it, and whether it is a kernel's workspace."""
+"""The allocations of a tape's values: uninitialized ones, kernels' workspaces, and writes by several views."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from revfx.engine.operators import is_view
 from revfx.engine.tape import Tape
 from revfx.engine.unit import UnitOp
-from revfx.plan.replays import Memory
+from revfx.plan.replays import SlotMemory
 
 
-MAX_FILLED = 2**24  # elements of uninitialized memory of which it is looked at whether all parts are written
+MAX_CHECKED_ELEMENTS = 2**24  # of an uninitialized allocation; writes to parts of a larger one are not tracked
 
 
 def is_filled(tape: Tape, value: int) -> bool:
-    """Return whether operators write to all of uninitialized memory, perhaps part by part, before any reads it."""
+    """Return whether operators write all of an uninitialized allocation, perhaps part by part, before any reads it."""
     whole = tape.values[value]
     assert whole.op is not None
     count = tape.nbytes(value) // whole.view.dtype.itemsize
-    written: torch.Tensor | None = None
+    is_written: torch.Tensor | None = None  # by element
     for op in tape.ops[whole.op + 1 :]:
         touched = [v for v in op.reads if tape.values[v].allocation == whole.allocation]
         if not touched or is_view(op.func):
@@ -28,22 +28,26 @@ def is_filled(tape: Tape, value: int) -> bool:
         targets = [was for was, _ in op.written if was in touched]
         if value in targets:
             return True
-        if not targets or count > MAX_FILLED or len(targets) < len(touched):
+        has_reads = len(targets) < len(touched)
+        if not targets or has_reads or count > MAX_CHECKED_ELEMENTS:
             return False
-        if written is None:
-            written = torch.zeros(count, dtype=torch.bool)
+        if is_written is None:
+            is_written = torch.zeros(count, dtype=torch.bool)
         for was in targets:
             view = tape.values[was].view
             if view.dtype != whole.view.dtype:
                 return False
-            written.as_strided(view.shape, view.stride, view.offset).fill_(True)
-        if bool(written.all()):
+            is_written.as_strided(view.shape, view.stride, view.offset).fill_(True)
+        if bool(is_written.all()):
             return True
     return False
 
 
-def overwritten(tape: Tape, slots: Mapping[int, int], ops: range) -> frozenset[int]:
-    """Return the slots, by value, of which operators write over elements, by this or another view."""
+def overwritten_slots(tape: Tape, slots: Mapping[int, int], ops: range) -> frozenset[int]:
+    """Return the slots with elements that operators overwrite, by the same view or another one.
+
+    `slots`: by value.
+    """
     of_allocation: dict[int, list[tuple[int, int]]] = {}
     for value, slot in slots.items():
         of_allocation.setdefault(tape.values[value].allocation, []).append((value, slot))
@@ -59,18 +63,18 @@ def overwritten(tape: Tape, slots: Mapping[int, int], ops: range) -> frozenset[i
 
 
 def is_workspace(tape: Tape, value: int) -> bool:
-    """Return whether a value is bytes beside other results: a workspace of a kernel, with gaps of any content."""
+    """Return whether a value is the workspace of a kernel: bytes beside other results, with gaps of any content."""
     known = tape.values[value]
     return known.op is not None and known.view.dtype == torch.uint8 and not tape.ops[known.op].is_single
 
 
-def first_slots(ops: Sequence[UnitOp], memory: Memory) -> dict[int, int]:
-    """Return the slots of tensors that were written to by other views, each with the first slot of that tensor."""
+def first_slots(ops: Sequence[UnitOp], memory: SlotMemory) -> dict[int, int]:
+    """Return the slots of tensors after writes by other views, each with the first slot of the same tensor."""
     made: set[int] = set()
     for op in ops:
         made.update(op.outs)
-    found = {s: before for s, before in memory.before.items() if s not in made}
-    for s in found:
-        while found[s] in found:
-            found[s] = found[found[s]]
+    found = {slot: before for slot, before in memory.before.items() if slot not in made}
+    for slot in found:
+        while found[slot] in found:
+            found[slot] = found[found[slot]]
     return found

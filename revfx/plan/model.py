@@ -1,4 +1,4 @@
-"""A model under a plan: it learns in its first call of a kind, and drops by the plan afterwards."""
+"""A model under a plan: the first call of a kind is recorded, and later ones drop saved tensors by the plan."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from revfx.plan.blocks import BlockLearning
 from revfx.plan.couplings import Couplings, find_couplings
 from revfx.plan.declared import CallObserver
 from revfx.plan.replays import Unreplayable
-from revfx.plan.units import UnitBuilder, spans
+from revfx.plan.spans import spans
+from revfx.plan.units import UnitBuilder
 
 
 MAX_KINDS = 64  # of calls; the oldest one makes room for a new one
-DEPTH, MOST_VISITED = 3, 1000  # of objects that are looked into for tensors
-MOST_TRIES = 2  # to learn another path through the forward
-PATIENCE = 2  # times as many calls pass between one time that a kind of call is learnt again and the next one
+MAX_DEPTH, MAX_VISITED_OBJECTS = 3, 1000  # of a search for tensors in attributes of objects
+MAX_TRIES = 2  # to record another path through the forward
+PATIENCE = 2  # factor from one number of calls to the next one, between recordings of a kind of calls
 
 
 @dataclass
@@ -45,14 +46,15 @@ class Kind:
 
     Attributes:
         plan: the units that they are compared with.
-        found: the regions of the forward that it was learnt from.
-        units: how many units matched at most.
-        matched: how many did in the latest call.
-        kept_cuts: by region, how many cuts the latest call kept.
-        calls: how many calls there were since it was learnt.
-        wait: how many calls have to pass before it is learnt again.
-        is_due: the next call is learnt again.
-        tries: how many times in a row that brought nothing new: calls may take two paths in turn.
+        found: the regions of the recorded forward.
+        units: the largest number of units that matched in a call.
+        matched: the number of units that matched in the latest call.
+        kept_cuts: by region, the number of cuts that the latest call kept.
+        calls: the number of calls since the recording.
+        wait: the number of calls until a call may be recorded again.
+        is_due: the next call is recorded again.
+        tries: the number of recordings in a row without a new unit: calls may take two paths in turn.
+        ends: version counters of the arguments and results of the latest call.
     """
 
     plan: Plan
@@ -68,8 +70,8 @@ class Kind:
 
     @property
     def takes_another_path(self) -> bool:
-        """Whether most units did not match, so that the next call that takes this path should be learnt."""
-        return 2 * self.matched < self.units and self.tries < MOST_TRIES
+        """Whether most units did not match, so that the next call that takes this path should be recorded."""
+        return 2 * self.matched < self.units and self.tries < MAX_TRIES
 
     @property
     def info(self) -> PlanInfo:
@@ -87,7 +89,7 @@ class Kind:
 
 
 class _Active(threading.local):
-    """Whether a forward of a planned model runs on this thread: it sees the operators of those inside of it."""
+    """Whether a forward of a planned model runs on this thread; its watcher sees the operators of models inside it."""
 
     is_active = False
 
@@ -97,7 +99,7 @@ _active = _Active()
 
 @contextlib.contextmanager
 def seen_whole() -> Generator[None]:
-    """Open a context in which the forwards of planned models run as they are, inside of one that is watched."""
+    """Open a context in which the forwards of planned models run plainly, as parts of a watched forward."""
     before, _active.is_active = _active.is_active, True
     try:
         yield
@@ -112,7 +114,7 @@ def is_watched() -> bool:
 
 @dataclass
 class PlannedModel:
-    """The kinds of calls of a model that were learnt so far, each with a plan."""
+    """The kinds of calls of a model that were recorded so far, each with a plan."""
 
     lossless: bool = True
     has_parts: bool = False  # compiled ones, which the watcher in Python sees as operators
@@ -122,7 +124,7 @@ class PlannedModel:
 
     @property
     def refusals(self) -> list[Refusal]:
-        """The places that are left as they were, of all kinds of calls, and the units that were kept for good."""
+        """The places that are left as they were, in all kinds of calls, and the units that have no replay."""
         found: list[Refusal] = []
         for kind in self.kinds.values():
             found += kind.found.refusals
@@ -137,54 +139,51 @@ class PlannedModel:
         forward: Callable[..., Any],
         args: Any,
         kwargs: Any,
-        learnt: Callable[[Kind], None] = lambda _: None,
+        on_recorded: Callable[[Kind], None] = lambda _: None,
         name: str = "forward",
     ) -> Any:
-        """Run a forward; it runs once, as it is.
+        """Run a forward once, and return its result.
 
         Args:
             model: the model; the plan refers to its modules and parameters.
             forward: its own forward.
-            args, kwargs: its arguments.
-            learnt: called with each kind of call that was learnt.
-            name: of the method; calls of each have plans of their own.
+            args, kwargs: the arguments.
+            on_recorded: called with each kind of calls that is recorded.
+            name: the name of the method; each method has its own plans.
         """
         if _active.is_active:
             return forward(*args, **kwargs)
         key = (name, *call_kind(model, args, kwargs))
         kind = self.kinds.get(key)
-        learns = self.learns(kind)
-        if not learns and (kind is None or not kind.units):
-            return forward(*args, **kwargs)  # converted models inside have plans of their own
+        if kind is None or kind.is_due:
+            with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
+                out, kind = self._record(key, model, forward, args, kwargs)
+            on_recorded(kind)
+            return out
+        if not kind.units:
+            return forward(*args, **kwargs)  # converted models inside have their own plans
         with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
-            if kind is not None and not learns:
-                return self._watch(kind, forward, args, kwargs)
-            out, kind = self._learn(key, model, forward, args, kwargs)
-        learnt(kind)
-        return out
+            return self._watch(kind, forward, args, kwargs)
 
-    def learns(self, kind: Kind | None) -> bool:
-        """Return whether the next call of a kind is learnt."""
-        return kind is None or kind.is_due
-
-    def watching(self, plan: Plan) -> Any:
+    def new_watcher(self, plan: Plan) -> Any:
         """Return the watcher of a forward."""
         return watcher(self.has_parts)(plan)
 
-    def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Learning:
-        """Return the learner of a forward."""
+    def new_recorder(self, model: nn.Module, inputs: Sequence[Tensor]) -> Learning:
+        """Return the recorder of a forward."""
         return learner(BlockLearning, self.has_parts)(model, inputs)
 
     def _seeing_parts(self, mode: Any) -> contextlib.AbstractContextManager[None]:
         return given(looking_on, mode) if self.has_parts else contextlib.nullcontext()
 
-    def learnt(self, tape: Tape) -> None:
-        """Look at a tape that is about to be planned."""
+    def prepare_tape(self, tape: Tape) -> None:
+        """Change a tape that is about to be planned."""
 
     def _watch(self, kind: Kind, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a forward by its plan."""
         plan = kind.plan
         plan.copies_ends |= any(_torch.version(t) != version for t, version in kind.ends)
-        watching = self.watching(plan)
+        watching = self.new_watcher(plan)
         with watching, self._seeing_parts(watching):
             out = forward(*args, **kwargs)
             ends = tensors_in((args, kwargs, out))
@@ -193,22 +192,23 @@ class PlannedModel:
         kind.ends = dispatch.version_counters(ends)
         self.coded_bytes = watching.forward.coded_bytes
         kind.kept_cuts = watching.forward.kept_cuts
-        self._judge(kind, watching.forward.count)
+        self._count_matches(kind, watching.forward.count)
         return out
 
-    def _learn(
+    def _record(
         self, key: Any, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[Any, Kind]:
+        """Run a forward, and plan the next calls of its kind."""
         inputs = tensors_in((args, kwargs))
-        learning = self.learning(model, inputs)
-        with learning, CallObserver(learning), self._seeing_parts(learning):
+        recorder = self.new_recorder(model, inputs)
+        with recorder, CallObserver(recorder), self._seeing_parts(recorder):
             out = forward(*args, **kwargs)
-        tape = learning.tape
-        self.learnt(tape)
+        tape = recorder.tape
+        self.prepare_tape(tape)
         returned = tensors_in(out)
-        tape.returned = [learning.number(t) for t in returned]
-        learning.before_write([*inputs, *returned])  # whether they are shows in the next call
-        del learning
+        tape.returned = list(map(recorder.number, returned))
+        recorder.before_write([*inputs, *returned])  # the next call shows whether they are written to
+        del recorder
         with self.lock:
             before = self.kinds.get(key)
             plan = Plan(self.lossless) if before is None else before.plan
@@ -216,12 +216,7 @@ class PlannedModel:
             kind = self._plan(tape, plan)
             kind.ends = dispatch.version_counters([*inputs, *returned])
             tape.forget_tensors()
-            if before is not None and kind.units and known.issuperset(plan.units) and before.takes_another_path:
-                kind.is_due, kind.tries, kind.wait = True, before.tries + 1, before.wait
-            elif before is not None:
-                kind.wait = PATIENCE * before.wait + 1
-            elif not kind.units:
-                kind.is_due = True  # layers may set themselves up in their first call
+            _schedule_next(kind, before, has_new_units=not known.issuperset(plan.units))
             self.kinds.pop(key, None)
             self.kinds[key] = kind  # the newest last
             if len(self.kinds) > MAX_KINDS:
@@ -229,6 +224,7 @@ class PlannedModel:
         return out, kind
 
     def _plan(self, tape: Tape, plan: Plan) -> Kind:
+        """Add the units of the couplings of a tape to a plan."""
         found = find_couplings(tape, self.lossless)
         if not found.regions:
             return Kind(plan, found, 0)
@@ -244,16 +240,26 @@ class PlannedModel:
         plan.notes_settings |= tape.changes_settings
         return Kind(plan, found, len(units))
 
-    def _judge(self, kind: Kind, matched: int) -> None:
-        """Have a kind of call learnt again if fewer units matched than before."""
+    def _count_matches(self, kind: Kind, matched: int) -> None:
+        """Count a call; if fewer units matched than before, the next call is recorded again."""
         kind.calls, kind.matched = kind.calls + 1, matched
         if matched < kind.units and kind.calls > kind.wait:
             kind.is_due = True
         kind.units = max(kind.units, matched)
 
 
+def _schedule_next(kind: Kind, before: Kind | None, has_new_units: bool) -> None:
+    """Decide when calls of a kind that was just recorded are recorded again; `before` is its state until now."""
+    if before is None:
+        kind.is_due = not kind.units  # layers may set themselves up in their first call
+    elif kind.units and not has_new_units and before.takes_another_path:
+        kind.is_due, kind.tries, kind.wait = True, before.tries + 1, before.wait
+    else:
+        kind.wait = PATIENCE * before.wait + 1
+
+
 def call_kind(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Return the key of a kind of calls: their surroundings, and their arguments without sizes."""
+    """Return the key of a kind of calls: the ambient state, and the arguments without their sizes."""
     described: list[Any] = []
     for x in pytree.tree_leaves((args, kwargs)):
         if isinstance(x, Tensor):
@@ -266,8 +272,8 @@ def call_kind(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
 def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors among arguments or results: in containers, and in attributes of objects, a few levels deep."""
     found: list[Tensor] = []
-    todo: list[tuple[Any, int]] = [(tree, DEPTH)]
-    for _ in range(MOST_VISITED):
+    todo: list[tuple[Any, int]] = [(tree, MAX_DEPTH)]
+    for _ in range(MAX_VISITED_OBJECTS):
         if not todo:
             break
         x, depth = todo.pop()
@@ -275,7 +281,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
             found.append(x)
         elif isinstance(x, (list, tuple, dict)):
             parts = [*x.values()] if isinstance(x, dict) else x
-            todo += [(part, depth) for part in reversed(parts[:MOST_VISITED])]
+            todo += [(part, depth) for part in reversed(parts[:MAX_VISITED_OBJECTS])]
         elif depth and hasattr(x, "__dict__") and not isinstance(x, (type, nn.Module)):
             todo += [(part, depth - 1) for part in reversed([*vars(x).values()])]
     return unwrapped(found)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from revfx.engine.collectives import run_collective
-from revfx.engine.operators import OF_SHAPE, STATISTICS, UNINITIALIZED, is_collective
+from revfx.engine.operators import OF_SHAPE, UNINITIALIZED, is_collective
 from revfx.engine.replaying import item, runner
 from revfx.engine.unit import Number, Replay, Slot, UnitOp
 from revfx.passes._torch import boxed_codegen, packet_name
 from revfx.passes.program import Arc
-from revfx.plan.nodes import after_write, corrected_inverse, empty, place, with_state
+from revfx.plan.nodes import (
+    add_placeholder,
+    after_write,
+    corrected_inverse,
+    empty,
+    place,
+    with_state,
+    without_statistics,
+)
 
 
 aten: Any = torch.ops.aten
+READS_NO_ELEMENTS = UNINITIALIZED | OF_SHAPE
 
 
 class Unreplayable(Exception):
@@ -35,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Inversion:
-    """Invert: `head` from `tail`, slots; with the index of its code, -1 without one."""
+    """Compute the slot `head` from those of `tail` by an inverse; with the index of its code, -1 without one."""
 
     arc: Arc
     head: int
@@ -47,15 +57,15 @@ Action = Run | Inversion
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The memory of a unit's slots.
+class SlotMemory:
+    """Where the slots of a unit lie.
 
     Attributes:
         allocation: by slot, the number of its allocation.
         before: by slot of a value that a write made, the slot of the same tensor before.
-        writer: by such a slot, the operator that wrote.
+        writer: by the same slots, the operator that wrote.
         writes: by operator, pairs of slots before and after.
-        overwritten: slots of which an operator writes over elements, by this or another view.
+        overwritten: slots with elements that an operator overwrites, by this or another view.
     """
 
     allocation: Mapping[int, int]
@@ -64,8 +74,14 @@ class Memory:
     writes: Mapping[int, Sequence[tuple[int, int]]]
     overwritten: frozenset[int]
 
+    def first(self, slot: int) -> int:
+        """Return the slot of the same tensor before all writes."""
+        while slot in self.before:
+            slot = self.before[slot]
+        return slot
 
-class Builder:
+
+class ReplayBuilder:
     """Builds one replay.
 
     Args:
@@ -74,45 +90,47 @@ class Builder:
         known: slots that are given.
         actions: in an order in which they can run; of several that give a slot the first one counts.
         wanted: slots to return.
-        own: given slots of which the memory is the replay's own.
+        own: given slots in allocations that the replay owns, and may write to.
     """
 
     def __init__(
-        self, ops: Sequence[UnitOp], memory: Memory, known: Iterable[int], actions: Sequence[Action],
+        self, ops: Sequence[UnitOp], memory: SlotMemory, known: Iterable[int], actions: Sequence[Action],
         wanted: Sequence[int], own: Iterable[int] = (),
     ) -> None:  # fmt: skip
         self.ops, self.memory, self.known, self.wanted = ops, memory, frozenset(known), wanted
-        self.graph, self.inputs = fx.Graph(), list[tuple[str, int]]()
-        self.placeholders: dict[tuple[str, int], fx.Node] = {}
-        self.env: dict[int, fx.Node] = {}
-        self.maker: dict[int, int] = {}
         self.actions = actions
-        for number, action in enumerate(actions):
-            for slot in self._made_by(action):
-                if slot not in self.known:
-                    self.maker.setdefault(slot, number)
+        self.graph = fx.Graph()
+        self.inputs: dict[tuple[str, int], fx.Node] = {}  # placeholders, by kind and index
+        self.env: dict[int, fx.Node] = {}  # by slot
+        self.corrected: list[tuple[fx.Node, int]] = []  # inverses with codes, and the last operand of each
+        self.private = {memory.allocation[s] for s in own}  # allocations that the replay owns
+        self.shared = {memory.allocation[s] for s in self.known} - self.private
+        self.maker: dict[int, int] = {}  # by slot, the first action that gives it
         runs: dict[int, int] = {}  # by operator, the first action that runs it
         for number, action in enumerate(actions):
+            for slot in self._made_by(action):
+                self.maker.setdefault(slot, number)
             if isinstance(action, Run):
                 runs.setdefault(action.op, number)
-        for slot, writer in memory.writer.items():  # of tensors that are read again after a write by another view
-            if slot not in self.known and writer in runs:
-                self.maker.setdefault(slot, runs[writer])
-        self.corrected: list[tuple[fx.Node, int]] = []  # inverses with codes, and the last operand of each
-        self.private = {memory.allocation[s] for s in own}  # allocations that are the replay's own
-        self.shared = {memory.allocation[s] for s in self.known} - self.private
-        for action in actions:
-            if isinstance(action, Inversion):
+            else:
                 self.shared.add(memory.allocation[action.head])
+        for slot, writer in memory.writer.items():  # of tensors that are read again after a write by another view
+            if writer in runs:
+                self.maker.setdefault(slot, runs[writer])
 
     def run(self) -> Replay:
+        """Return the replay.
+
+        Raises:
+            Unreplayable: the wanted slots do not follow from the known ones.
+        """
         for number in self._order():
             action = self.actions[number]
             if isinstance(action, Inversion):
                 self._invert(action)
             else:
                 self._run(action.op)
-        self.graph.output(tuple(self._wanted(slot) for slot in self.wanted))
+        self.graph.output(tuple(map(self._output, self.wanted)))
         for node, slot in self.corrected:
             node.update_arg(1, self._is_last_use(slot))
         self.graph.set_codegen(boxed_codegen())
@@ -127,68 +145,83 @@ class Builder:
         read = {*self.wanted}
         for number in self._order():
             made.update(self._made_by(self.actions[number]))
-            for slot in self._read_by(self.actions[number]):
-                read.update((slot, *self._needs(slot)))
+            read.update(self._read_by(self.actions[number]))
         return made, read
 
     def _made_by(self, action: Action) -> list[int]:
         if isinstance(action, Inversion):
             return [action.head]
-        outs = [s for s in self.ops[action.op].outs if s >= 0]
-        return outs + [after for _, after in self.memory.writes.get(action.op, ()) if after not in outs]
+        made = [s for s in self.ops[action.op].outs if s >= 0]
+        made += [after for _, after in self.memory.writes.get(action.op, ())]
+        return list(dict.fromkeys(made))
 
     def _read_by(self, action: Action) -> list[int]:
-        if isinstance(action, Inversion):
-            return list(action.tail)
-        op = self.ops[action.op]
+        """Return the slots that must be there before an action."""
         found: list[int] = []
-        if packet_name(op.func) not in UNINITIALIZED | OF_SHAPE:
-            collect_slots((_replayed_args(op), tuple(op.kwargs.values())), found)
+        if isinstance(action, Inversion):
+            found += action.tail
+        else:
+            op = self.ops[action.op]
+            if packet_name(op.func) not in READS_NO_ELEMENTS:
+                collect_slots((without_statistics(op.func, op.args), tuple(op.kwargs.values())), found)
+        for slot in tuple(found):
+            found += self._before_write(slot)
         return found
 
-    def _needs(self, slot: int) -> list[int]:
-        """Return the slots that must be there before this one is read: the same tensor before a write to its memory."""
+    def _before_write(self, slot: int) -> list[int]:
+        """Return the slot of the same tensor before the write to its memory, which must be there before this one."""
         before = self.memory.before.get(slot)
         return [] if before is None or slot in self.known else [before]
 
     def _order(self) -> list[int]:
-        """Return the actions that are needed, inverses first, then operators as in the forward."""
-        needed: set[int] = set()
+        """Return the needed actions in an order in which they can run: inverses first, then operators.
+
+        Raises:
+            Unreplayable: there is none.
+        """
+        # The actions that the wanted slots follow from, with the slots that each reads.
+        needed: dict[int, list[int]] = {}
         todo = [*self.wanted]
-        seen: set[int] = set()
+        seen = {*self.known}
         while todo:
             slot = todo.pop()
-            if slot in seen or slot in self.known:
+            if slot in seen:
                 continue
             seen.add(slot)
             number = self.maker.get(slot)
             if number is None:
                 raise Unreplayable(f"nothing gives slot {slot}")
-            todo += self._needs(slot)
+            todo += self._before_write(slot)
             if number not in needed:
-                needed.add(number)
-                todo += self._read_by(self.actions[number])
-        after: dict[int, set[int]] = {number: set() for number in needed}  # actions that an action waits for
-        for number in needed:
-            for slot in self._read_by(self.actions[number]):
-                for s in (slot, *self._needs(slot)):
-                    if s not in self.known:
-                        after[number].add(self.maker[s])
-        for number in needed:
-            action = self.actions[number]
-            if isinstance(action, Run) and action.op in self.memory.writes:
-                after[number] |= self._readers_before(number, action.op, needed)
-        return _sorted(after, self._rank)
+                needed[number] = self._read_by(self.actions[number])
+                todo += needed[number]
 
-    def _readers_before(self, number: int, op: int, needed: set[int]) -> set[int]:
-        """Return the actions that read memory before operator `op` writes to it."""
-        written = {self.memory.allocation[before] for before, _ in self.memory.writes[op]}
+        # An action waits for its operands, and a write for the readers of the content that it overwrites.
+        waits = nx.DiGraph()
+        waits.add_nodes_from(needed)
+        for number, read in needed.items():
+            for slot in read:
+                if slot not in self.known:
+                    waits.add_edge(self.maker[slot], number)
+            for reader in self._readers_before(number, needed):
+                waits.add_edge(reader, number)
+        try:
+            return list(nx.lexicographical_topological_sort(waits, key=self._rank))
+        except nx.NetworkXUnfeasible as e:
+            raise Unreplayable("operators that write to memory wait for each other") from e
+
+    def _readers_before(self, number: int, needed: Mapping[int, list[int]]) -> set[int]:
+        """Return the needed actions that read memory before an action writes to it."""
         found: set[int] = set()
-        for other in needed:
+        writer = self.actions[number]
+        if isinstance(writer, Inversion) or writer.op not in self.memory.writes:
+            return found
+        written = {self.memory.allocation[before] for before, _ in self.memory.writes[writer.op]}
+        for other, read in needed.items():
             action = self.actions[other]
-            if other == number or not isinstance(action, Run) or action.op > op:
+            if other == number or isinstance(action, Inversion) or action.op > writer.op:
                 continue
-            if any(self.memory.allocation[s] in written for s in self._read_by(action)):
+            if any(self.memory.allocation[s] in written for s in read):
                 found.add(other)
         return found
 
@@ -199,22 +232,15 @@ class Builder:
     # --- nodes
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
         name = packet_name(target) or getattr(target, "__name__", "")
-        name = name if name.isidentifier() else "solve"  # of a lambda; torch takes longer to find a name
+        if not name.isidentifier():
+            name = "solve"  # of a lambda; torch takes longer to find a name
         return self.graph.create_node("call_function", target, args, kwargs or {}, name=name)
 
     def _input(self, kind: str, index: int) -> fx.Node:
         key = kind, index
-        if key not in self.placeholders:
-            last = next(reversed(self.placeholders.values()), None)
-            with self.graph.inserting_after(last) if last is not None else self._at_start():
-                name = f"{kind}_{index}"
-                self.placeholders[key] = self.graph.create_node("placeholder", name, name=name)
-            self.inputs.append(key)
-        return self.placeholders[key]
-
-    def _at_start(self) -> Any:
-        first = next(iter(self.graph.nodes), None)
-        return self.graph.inserting_before(first)
+        if key not in self.inputs:
+            self.inputs[key] = add_placeholder(self.graph, f"{kind}_{index}")
+        return self.inputs[key]
 
     def _get(self, slot: int) -> fx.Node:
         node = self.env.get(slot)
@@ -225,14 +251,14 @@ class Builder:
         assert node is not None, slot
         return node
 
-    def _wanted(self, slot: int) -> fx.Node:
+    def _output(self, slot: int) -> fx.Node:
         node = self._get(slot)
         if slot in self.memory.before and self.env.get(self.memory.before[slot]) is node:
             node = self._call(after_write, (node,))
         return node
 
     def _invert(self, action: Inversion) -> None:
-        tail = tuple(self._get(s) for s in action.tail)
+        tail = tuple(map(self._get, action.tail))
         if action.code >= 0:
             node = self._call(corrected_inverse(action.arc), (self._input("code", action.code), False, *tail))
             self.corrected.append((node, action.tail[-1]))
@@ -241,19 +267,25 @@ class Builder:
         self.env[action.head] = self._call(place, (node, self._input("layout", action.head)))
 
     def _run(self, number: int) -> None:
+        """Add the nodes of an operator of the unit."""
         op = self.ops[number]
-        if packet_name(op.func) in UNINITIALIZED:
-            self._make_empty(op)
+        name = packet_name(op.func)
+        if name in UNINITIALIZED:
+            self.env[op.outs[0]] = self._call(empty, (self._input("layout", op.outs[0]),))
+            self._own(op, op.outs[0])
             return
-        if packet_name(op.func) in OF_SHAPE:
+        if name in OF_SHAPE:  # only the layout of the first argument is read
             like = self._call(empty, (self._input("layout", int(op.args[0])),))
-            args = like, *self._filled(op.args[1:])
+            args, kwargs = map_aggregate((op.args[1:], op.kwargs), self._argument)
+            args = like, *args
         else:
-            args = self._filled(_replayed_args(op))
-        kwargs = {k: self._filled(v) for k, v in op.kwargs.items()}
+            args, kwargs = map_aggregate((without_statistics(op.func, op.args), op.kwargs), self._argument)
+
+        # A write goes to a copy, unless the replay owns the memory.
         for before, _ in self.memory.writes.get(number, ()):
             if self.memory.allocation[before] not in self.private:
-                args = self._cloned(args, before)
+                args = self._copy_written(args, before)
+
         if op.state >= 0:
             node = self._call(with_state(op.func), (self._input("state", op.state), *args), kwargs)
         elif is_collective(op.func):
@@ -269,8 +301,32 @@ class Builder:
                 self.env[slot] = self._call(item, (node, position))
                 self._own(op, slot)
 
+    def _argument(self, leaf: Any) -> Any:
+        if type(leaf) is Slot:
+            return self._get(int(leaf))
+        if type(leaf) is Number:
+            return self._input("number", int(leaf))
+        return leaf
+
+    def _copy_written(self, args: tuple[Any, ...], slot: int) -> tuple[Any, ...]:
+        """Return the arguments of a write with a copy in the place of the tensor that is written to."""
+        memory = self.memory
+        node = self._get(slot)
+        copy = self._call(aten.clone.default, (node,))
+        for other in memory.before:
+            is_another_view = memory.first(other) != memory.first(slot)
+            if is_another_view and memory.allocation[other] == memory.allocation[slot]:
+                raise Unreplayable("memory that is written to has several views")
+        return tuple(copy if a is node else a for a in args)
+
+    def _own(self, op: UnitOp, slot: int) -> None:
+        """Note that the replay owns the memory of a result, unless it is returned or lies in a given tensor."""
+        allocation = self.memory.allocation[slot]
+        if not op.is_view and allocation not in self.shared:
+            self.private.add(allocation)
+
     def _is_last_use(self, slot: int) -> bool:
-        """Return whether one node reads a slot, and nothing else its memory, which is the replay's own."""
+        """Return whether one node reads a slot, and nothing else its memory, which the replay owns."""
         allocation = self.memory.allocation[slot]
         nodes: set[Any] = {node for s, node in self.env.items() if self.memory.allocation[s] == allocation}
         node: Any = self.env[slot]
@@ -280,50 +336,6 @@ class Builder:
                 node = node.args[0]
         return allocation in self.private and not nodes
 
-    def _own(self, op: UnitOp, slot: int) -> None:
-        """Note that the memory of a result is the replay's own, unless it is returned or lies in a given tensor."""
-        allocation = self.memory.allocation[slot]
-        if not op.is_view and allocation not in self.shared:
-            self.private.add(allocation)
-
-    def _cloned(self, args: tuple[Any, ...], slot: int) -> tuple[Any, ...]:
-        """Return the arguments of a write with a copy in the place of the tensor that is written to."""
-        node = self._get(slot)
-        copy = self._call(aten.clone.default, (node,))
-        for other, allocation in self.memory.allocation.items():
-            is_beside = allocation == self.memory.allocation[slot] and self._first(other) != self._first(slot)
-            if is_beside and other in self.memory.before:
-                raise Unreplayable("memory that is written to has several views")
-        return tuple(copy if a is node else a for a in args)
-
-    def _first(self, slot: int) -> int:
-        """Return the slot of the same tensor before all writes."""
-        while slot in self.memory.before:
-            slot = self.memory.before[slot]
-        return slot
-
-    def _make_empty(self, op: UnitOp) -> None:
-        slot = op.outs[0]
-        self.env[slot] = self._call(empty, (self._input("layout", slot),))
-        self._own(op, slot)
-
-    def _filled(self, tree: Any) -> Any:
-        if type(tree) is Slot:
-            return self._get(int(tree))
-        if type(tree) is Number:
-            return self._input("number", int(tree))
-        if isinstance(tree, (list, tuple)):
-            return type(tree)([self._filled(x) for x in tree])
-        return tree
-
-
-def _replayed_args(op: UnitOp) -> tuple[Any, ...]:
-    """Return the arguments with which an operator runs again: normalisations leave running statistics alone."""
-    at = STATISTICS.get(op.func, ())
-    if not at or op.args[5] is not True:
-        return op.args
-    return tuple(None if i in at else a for i, a in enumerate(op.args))
-
 
 def collect_slots(tree: Any, found: list[int]) -> None:
     """Append the slots among some arguments, in order."""
@@ -332,25 +344,3 @@ def collect_slots(tree: Any, found: list[int]) -> None:
             found.append(int(x))
         elif isinstance(x, (list, tuple)):
             collect_slots(x, found)
-
-
-def _sorted(after: Mapping[int, set[int]], rank: Callable[[int], Any]) -> list[int]:
-    """Return the keys so that each comes after those that it waits for; of the keys that can, the lowest rank first."""
-    waiting = {n: len(before) for n, before in after.items()}
-    followers: dict[int, list[int]] = {n: [] for n in after}
-    for n, before in after.items():
-        for b in before:
-            followers[b].append(n)
-    ready = [(rank(n), n) for n, count in waiting.items() if count == 0]
-    heapq.heapify(ready)
-    order: list[int] = []
-    while ready:
-        _, n = heapq.heappop(ready)
-        order.append(n)
-        for f in followers[n]:
-            waiting[f] -= 1
-            if waiting[f] == 0:
-                heapq.heappush(ready, (rank(f), f))
-    if len(order) < len(after):
-        raise Unreplayable("operators that write to memory wait for each other")
-    return order

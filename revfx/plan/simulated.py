@@ -1,4 +1,4 @@
-"""A planned model on fake tensors: its forwards drop tensors without numbers."""
+"""A planned model on fake tensors: its forwards drop tensors without elements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from revfx.plan.model import PlannedModel
 
 
 def nothing_real(fake: Tensor) -> Tensor | None:
-    """Return no tensor, whichever the fake one is."""
+    """Return no tensor for a fake one."""
     return None
 
 
@@ -24,23 +24,23 @@ class SimulatedModel(PlannedModel):
 
     Args:
         lossless: see `PlannedModel`.
-        real_of: returns the tensor that a fake one stands for, if there is one.
+        real_of: returns the tensor that a fake one stands for, or None.
     """
 
     def __init__(self, lossless: bool, real_of: Callable[[Tensor], Tensor | None] = nothing_real) -> None:
         super().__init__(lossless)
         self.real_of = real_of
 
-    def watching(self, plan: Plan) -> Watching:
+    def new_watcher(self, plan: Plan) -> Watching:
         """Return the watcher of a forward: operators on fake tensors are seen in Python."""
         return Watching(plan)
 
-    def learning(self, model: nn.Module, inputs: Sequence[Tensor]) -> Learning:
-        """Return the learner of a forward; it drops nothing, as nothing can be compared."""
+    def new_recorder(self, model: nn.Module, inputs: Sequence[Tensor]) -> Learning:
+        """Return the recorder of a forward; it drops nothing, as nothing can be compared."""
         return Learning(model, inputs)
 
-    def learnt(self, tape: Tape) -> None:
-        """Put the numbers of the model's tensors on the tape."""
+    def prepare_tape(self, tape: Tape) -> None:
+        """Put the real tensors of the model on the tape, in the place of fake ones."""
         found: dict[int, Tensor] = {}
         for value, t in sorted(tape.constants.items()):
             real = self.real_of(t) if _torch.is_fake(t) else t

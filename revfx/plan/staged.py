@@ -1,4 +1,4 @@
-"""Units of plans that only replay forwards: dropped values, in the order in which the backward asks for them."""
+"""Units that only replay forwards: dropped values, in the order in which the backward asks for them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from revfx.engine.tape import Tape
 from revfx.engine.unit import Replay, UnitOp
-from revfx.plan.replays import Builder, Memory, Run, Unreplayable
-from revfx.plan.units import Span, UnitBuilder
+from revfx.plan.replays import ReplayBuilder, Run, SlotMemory, Unreplayable
+from revfx.plan.spans import Span
+from revfx.plan.units import UnitBuilder
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class Dropped:
 
     Attributes:
         stages: the values of saved tensors that are replayed, in groups, in the order in which the backward asks.
-        compressed: values of saved tensors of which the backward reads one bit per element: whether it is positive.
-        kept: values that are there in the backward.
-        dropout_masks: by value of drawn zeros and ones, a later value of the same allocation with the same zeros.
-        borrowed: values that it takes from earlier units.
+        compressed: values of saved tensors that are compressed to one bit an element, whether it is positive.
+        kept: values that are held until the backward.
+        dropout_masks: by value of a dropout mask, a later value of the same memory that the mask is recovered from.
+        borrowed: values that the replay takes from earlier units.
         lent: values that later units take, or that are saved later.
     """
 
@@ -38,72 +39,83 @@ class Dropped:
     @property
     def replayed(self) -> set[int]:
         """The values that a replay gives."""
-        return {*self.lent, *(v for stage in self.stages for v in stage)}
+        return set(self.lent).union(*self.stages)
 
 
 class StagedBuilder(UnitBuilder):
-    """Makes the unit of dropped values."""
+    """Builds the unit of dropped values."""
 
     def __init__(self, tape: Tape, dropped: Dropped) -> None:
         self.dropped = dropped
-        values = dropped.replayed | dropped.compressed
-        values.update(dropped.dropout_masks.values())
+        values = dropped.replayed.union(dropped.compressed, dropped.dropout_masks.values())
         exit = [v for v in sorted(values) if _is_saved_after(tape, v, dropped.last)]
         exit = tuple(dict.fromkeys((*exit, *dropped.lent)))
         span = Span(dropped.first, dropped.last, dropped.borrowed, exit, (), frozenset(), dropped.kept, frozenset())
         super().__init__(tape, span)
-        self.dropout_masks: list[int] = []
+        self.dropout_masks: list[int] = []  # slots of dropout masks
 
     def _replays(
-        self, ops: Sequence[UnitOp], memory: Memory, known: set[int], after: set[int]
+        self, ops: Sequence[UnitOp], memory: SlotMemory, known: set[int], after: set[int]
     ) -> tuple[list[Replay], list[Replay]]:
-        runs = [Run(i) for i in range(len(ops))]
+        runs = list(map(Run, range(len(ops))))
         self.dropout_masks = [self.slots[v] for v in self.dropped.dropout_masks]
-        known |= {*self.dropout_masks}
-        lent = self._known(self.dropped.lent)
+        known.update(self.dropout_masks)
+        lent = self._slots_of(self.dropped.lent)
         if lent:
-            self.others = [Builder(ops, memory, known, runs, lent, self.dropout_masks).run()]
+            self.others = [ReplayBuilder(ops, memory, known, runs, lent, self.dropout_masks).run()]
         try:
             return self._stages(ops, memory, known, runs), []
-        except Unreplayable:  # a stage writes to memory of which an earlier one left a part
-            wanted = [s for stage in self.dropped.stages for s in self._known(stage) if s not in known]
-            return [Builder(ops, memory, known, runs, [*dict.fromkeys(wanted)], self.dropout_masks).run()], []
+        except Unreplayable:  # a stage writes to memory that an earlier stage left a part of: one replay for all stages
+            wanted = [s for s in self._staged_slots() if s not in known]
+            return [ReplayBuilder(ops, memory, known, runs, wanted, self.dropout_masks).run()], []
 
-    def _stages(self, ops: Sequence[UnitOp], memory: Memory, known: set[int], runs: Sequence[Run]) -> list[Replay]:
-        overwritten = memory.overwritten
-        outlines: list[tuple[set[int], set[int], set[int]]] = []  # slots before, made and read
-        there, asked = {*known}, set[int]()
+    def _staged_slots(self) -> list[int]:
+        """Return the slots of all stages, in order."""
+        found: dict[int, None] = {}
         for stage in self.dropped.stages:
-            wanted = self._known(stage)
+            found.update(dict.fromkeys(self._slots_of(stage)))
+        return list(found)
+
+    def _stages(self, ops: Sequence[UnitOp], memory: SlotMemory, known: set[int], runs: Sequence[Run]) -> list[Replay]:
+        """Return a replay for each stage; it starts from the results of earlier ones that nothing overwrites."""
+        # The slots that each stage finds, makes and reads.
+        outlines: list[tuple[set[int], set[int], set[int]]] = []
+        available, asked = {*known}, set[int]()
+        for stage in self.dropped.stages:
+            wanted = self._slots_of(stage)
             asked.update(wanted)
-            missing = [s for s in dict.fromkeys(wanted) if s not in there]
+            missing = [s for s in dict.fromkeys(wanted) if s not in available]
             if missing:
-                made, read = Builder(ops, memory, there, runs, missing, self.dropout_masks).outline()
-                outlines.append(({*there}, made - overwritten, read))
-                there |= made - overwritten
+                made, read = ReplayBuilder(ops, memory, available, runs, missing, self.dropout_masks).outline()
+                made -= memory.overwritten
+                outlines.append(({*available}, made, read))
+                available |= made
+
+        # A stage returns the saved tensors that it makes, and the operands of later stages.
         stages: list[Replay] = []
-        for number, (before, made, read_now) in enumerate(outlines):
+        for number, (before, made, read) in enumerate(outlines):
             outputs = asked & made
-            for *_, read in outlines[number + 1 :]:
-                outputs |= read & made
-            given = known | (before & read_now)
-            stages.append(Builder(ops, memory, given, runs, sorted(outputs), self.dropout_masks).run())
-        return stages or [Builder(ops, memory, known, runs, []).run()]
+            for *_, read_later in outlines[number + 1 :]:
+                outputs |= read_later & made
+            given = known | (before & read)
+            stages.append(ReplayBuilder(ops, memory, given, runs, sorted(outputs), self.dropout_masks).run())
+        return stages or [ReplayBuilder(ops, memory, known, runs, []).run()]
 
     def _attributes(self, forward: Sequence[Replay]) -> dict[str, Any]:
-        wanted = {s for stage in self.dropped.stages for s in self._known(stage)}
-        results = {s for replay in forward for s in replay.outputs}
+        results: set[int] = set()
+        for replay in forward:
+            results.update(replay.outputs)
         return {
             "later": tuple(forward[1:]),
-            "passed_on": frozenset(results - wanted),
+            "passed_on": frozenset(results.difference(self._staged_slots())),
             "loan": next(iter(self.others), None),
-            "dropout_masks": {self.slots[v]: self.slots[later] for v, later in self.dropped.dropout_masks.items()},
-            "compressed": frozenset(self._known(self.dropped.compressed)),
+            "dropout_masks": {self.slots[mask]: self.slots[source] for mask, source in self.dropped.dropout_masks.items()},
+            "compressed": frozenset(self._slots_of(self.dropped.compressed)),
             "gives_exit": True,
         }
 
 
 def _is_saved_after(tape: Tape, value: int, last: int) -> bool:
     """Return whether a value is saved when operator `last` has run, or later."""
-    at = bisect_left(tape.saved, (last + 1,))
-    return any(v == value for _, v in tape.saved[at:])
+    start = bisect_left(tape.saved, (last + 1,))
+    return value in (v for _, v in tape.saved[start:])
