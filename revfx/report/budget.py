@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from revfx.units import size
 
 
-MAX_MODULES = 12  # modules that are shown
+MAX_MODULES = 12  # in the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The predicted time of the fastest plan within a budget of bytes, in plain steps."""
+    """A budget in bytes, and the predicted time of the fastest plan within it, in plain steps."""
 
     budget: int
     time: float
@@ -37,18 +37,18 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class FitInfo:
-    """The plan for a budget; bytes.
+    """The plan for a budget. Sizes are in bytes, and times in steps of the plain model.
 
     Attributes:
-        budget: bytes that were asked for.
+        budget: the budget that was asked for.
         plain: the peak of the plain model's step.
-        is_feasible: a plan stays within the budget; otherwise the other attributes are about the smallest one.
-        peak: predicted.
-        time: predicted, in plain steps.
-        bound: no plan with these couplings inverted takes less time, in plain steps; None without scipy.
+        is_feasible: a plan stays within the budget. Otherwise the other attributes describe the smallest plan.
+        peak: the predicted peak.
+        time: the predicted time.
+        bound: a lower bound of the time of any plan with the same couplings inverted; None without scipy.
         modules: the saved tensors of each module, by choice.
         held: the tensors at the peak, largest first.
-        curve: other budgets.
+        curve: the times of other budgets.
         least: the least feasible budget.
     """
 
@@ -67,9 +67,10 @@ class FitInfo:
         """Yield this as text."""
         if self.is_feasible:
             share = f"{self.peak / self.plain:.0%} of the plain model's {size(self.plain)}"
-            peak = f"predicted peak {size(self.peak)}, {share}"
-            least = "" if self.bound is None else f" (no plan of this kind takes less than {self.bound:.2f})"
-            yield f"budget {size(self.budget)}: {peak}, at {self.time:.2f} of its time{least}"
+            time = f"{self.time:.2f} of its time"
+            if self.bound is not None:
+                time += f" (no plan of this kind takes less than {self.bound:.2f})"
+            yield f"budget {size(self.budget)}: predicted peak {size(self.peak)}, {share}, at {time}"
             yield f"  {'':28}{'kept':>12}{'recomputed':>12}{'compressed':>12}{'inverted':>12}"
             rows = sorted(self.modules, key=lambda m: -sum(m.numbers))
             for m in rows[:MAX_MODULES]:
@@ -77,10 +78,11 @@ class FitInfo:
                 yield f"  {m.module or 'the root':28}{numbers}"
             if len(rows) > MAX_MODULES:
                 yield f"  and {len(rows) - MAX_MODULES} more modules"
+            yield "at its peak"
         else:
             yield f"budget {size(self.budget)}: no plan stays within it"
-        yield "at its peak" if self.is_feasible else "at the peak of the smallest plan"
-        yield from (f"  {text}" for text in self.held)
+            yield "at the peak of the smallest plan"
+        yield from map("  {}".format, self.held)
         yield f"least feasible budget: {self.least} bytes, {size(self.least)}"
         yield "budgets and the time they cost, in plain steps"
         yield from (f"  {size(p.budget):>10}  {p.budget / self.plain:>4.0%}  {p.time:.3f}" for p in self.curve)

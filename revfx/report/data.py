@@ -16,14 +16,21 @@ from revfx.report.budget import FitInfo
 from revfx.units import count, size
 
 
-MAX_LISTED = 12  # refusals, and different steps of a region, that are shown
-LONGEST_PERIOD = 16  # steps that are repeated together, such as all those of one layer
+MAX_LISTED = 12  # refusals, and different steps of a region, in the text
+MAX_PERIOD_STEPS = 16  # steps that repeat together, such as all those of one layer
 
 
 @dataclass(frozen=True, slots=True)
 class ValueLine:
-    """One value of a region: its type (`f32[8,256]`), its `action` in the backward ("invert", "recompute" or "save"),
-    the formula or call that gives it, the user's line, and its step in the region.
+    """One value of a region.
+
+    Attributes:
+        name: its name in the program.
+        type: its dtype and shape, `f32[8,256]`.
+        action: of the backward: "invert", "recompute" or "save".
+        how: the formula or call that computes it.
+        where: the user's line.
+        step: the number of its step in the region.
     """
 
     name: str
@@ -34,17 +41,26 @@ class ValueLine:
     step: int
 
     def __str__(self) -> str:
-        return f"{self.type} {self.action:9}  {self.how}  {short(self.where)}"
+        return f"{self.type} {self.action:9}  {self.how}  {place_name(self.where)}"
 
 
 @dataclass(frozen=True, slots=True)
 class RegionInfo:
     """One reversible region.
 
-    `module` is the path of the innermost module that holds it, `first` and `last` are its lines, `kind` is the usual
-    name of its couplings. `kept` names the values that the backward starts from: the first and the last cut, side
-    inputs and saved values, of `kept_bytes`. `freed_bytes` are regenerated. Regeneration is `lossless`, or right up to
-    rounding. `code_bytes` is the size of the codes that make it so. `values` are made in the region.
+    Attributes:
+        module: the path of the innermost module that holds it.
+        first, last: the user's lines.
+        kind: the usual name of its couplings.
+        couplings, steps: their numbers.
+        streams: the types of its outputs.
+        kept: the values that the backward starts from: the first and the last cut, side inputs and saved values.
+        kept_bytes: their size.
+        kept_cuts: the number of cuts that are kept.
+        freed_bytes: the size of the values that are regenerated.
+        lossless: regeneration returns the same bits; otherwise it is right up to rounding.
+        values: the values of the region.
+        code_bytes: the size of the codes that make regeneration lossless.
     """
 
     module: str
@@ -65,11 +81,17 @@ class RegionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The cost of a training step in one way of running it, predicted and measured.
+    """The cost of a training step, predicted and measured. Sizes are in bytes, beyond those before the step.
 
-    `kept` after the forward and `peak` of the step are bytes beyond those before it. `flops` counts floating-point
-    operations of matrix products, convolutions and attention, in both directions (`torch.utils.flop_counter`).
-    `live[i]` is predicted after operation i, and `backward` is the number of the first operation of the backward.
+    Attributes:
+        way: the way of running the step: "plain", "revfx", "fitted" or "inductor".
+        kept: the live bytes after the forward.
+        peak: the peak of the step.
+        flops: floating-point operations of matrix products, convolutions and attention, in both directions
+            (`torch.utils.flop_counter`).
+        measured_kept, measured_peak, seconds: the same, and the time, of real steps.
+        live: the predicted live bytes after each operation.
+        backward: the number of the first operation of the backward.
     """
 
     way: str
@@ -87,10 +109,17 @@ class Usage:
 class Findings:
     """The findings of revfx in a model: regions, memory and cost.
 
-    `inputs` are the types of the arguments, `refusals` the places that are left as they were, with reasons. `ways` are
-    the memory and FLOPs of a training step, plainly and with revfx. `graphs` repeats the regions of a compiled model
-    by graph, and `breaks` holds the reasons of graph breaks. `advice` is for the user, `notes` name figures that could
-    not be found out. `fit` is the plan for a budget of memory, if one is given.
+    Attributes:
+        model: the name of the model.
+        inputs: the types of the arguments.
+        regions: the reversible regions.
+        refusals: the places that are left as they were, with reasons.
+        ways: the memory and FLOPs of a training step, plainly and with revfx.
+        graphs: the regions of a compiled model by graph.
+        breaks: the reasons of graph breaks.
+        advice: hints for the user.
+        notes: the reasons why figures are missing.
+        fit: the plan for a budget, if one is given.
     """
 
     model: str
@@ -106,7 +135,7 @@ class Findings:
 
     @property
     def couplings(self) -> int:
-        """How many couplings are inverted."""
+        """The number of inverted couplings."""
         return sum(r.couplings for r in self.regions)
 
     @property
@@ -114,8 +143,10 @@ class Findings:
         """The findings in a few words."""
         if not self.regions:
             return "nothing reversible was found"
-        graphs = f" in {counted(len(self.graphs), 'graph')}" if self.graphs else ""
-        return f"{counted(len(self.regions), 'reversible region')}{graphs}, {counted(self.couplings, 'coupling')}"
+        found = pluralize(len(self.regions), "reversible region")
+        if self.graphs:
+            found += f" in {pluralize(len(self.graphs), 'graph')}"
+        return f"{found}, {pluralize(self.couplings, 'coupling')}"
 
     def way(self, name: str) -> Usage | None:
         """Return the usage of the way of this name ("plain", "revfx", "fitted"), or None."""
@@ -130,37 +161,45 @@ class Findings:
         return found
 
 
-def short(where: str) -> str:
+def place_name(where: str) -> str:
     """Return a file and line without the folders: `model.py:41`."""
     return os.path.basename(where) if where else "unknown place"
 
 
 def folded(values: Sequence[ValueLine]) -> Iterator[tuple[list[ValueLine], int]]:
-    """Yield the lines of some steps, and how often they come in a row: with the same types and lines of code."""
-    steps = [list(lines) for _, lines in itertools.groupby(values, key=lambda line: line.step)]
-    looks = [tuple((v.type, v.action, v.where) for v in lines) for lines in steps]
+    """Yield the lines of some steps, and the number of times that they repeat with the same types and lines of code."""
+    steps: list[list[ValueLine]] = []
+    keys: list[object] = []  # equal for steps that repeat
+    for _, lines in itertools.groupby(values, key=lambda line: line.step):
+        steps.append(list(lines))
+        keys.append([(v.type, v.action, v.where) for v in steps[-1]])
     at = 0
     while at < len(steps):
-        times = {p: _repeats(looks, at, p) for p in range(1, LONGEST_PERIOD + 1)}
-        period = max(times, key=lambda p: (times[p] * p if times[p] * p > 2 and times[p] > 1 else 0, -p))
-        again = times[period] if times[period] * period > 2 else 1
-        yield [line for lines in steps[at : at + period] for line in lines], again
-        at += period * again
+        # The repetition that covers most steps, at least three.
+        period, times = 1, 1
+        for p in range(1, MAX_PERIOD_STEPS + 1):
+            n = _count_repeats(keys, at, p)
+            if n > 1 and n * p > max(2, times * period):
+                period, times = p, n
+        yield list(itertools.chain.from_iterable(steps[at : at + period])), times
+        at += period * times
 
 
-def _repeats(looks: Sequence[object], at: int, period: int) -> int:
-    """Return how often the next `period` items come in a row."""
-    blocks = (looks[i : i + period] for i in range(at, len(looks), period))
-    return sum(1 for _ in itertools.takewhile(looks[at : at + period].__eq__, blocks))
+def _count_repeats(keys: Sequence[object], at: int, period: int) -> int:
+    """Return how many times in a row the `period` items from `at` on come."""
+    stop = at + period
+    while keys[stop : stop + period] == keys[at : at + period]:
+        stop += period
+    return (stop - at) // period
 
 
 def alike(refusals: Iterable[Refusal]) -> list[tuple[Refusal, int]]:
-    """Return refusals that differ in the numbers of their values only, each once with its count."""
+    """Return refusals with their counts; those that differ only in the numbers of their values count as one."""
     bare = (dataclasses.replace(r, detail=re.sub(r"_\d+`", "`", r.detail)) for r in refusals)
     return list(Counter(bare).items())
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """Return `2 regions`, `1 region`."""
     return f"{number:,} {noun}" + "s" * (number != 1)
 
@@ -176,9 +215,13 @@ USAGE_COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def columns(ways: Sequence[Usage]) -> dict[str, dict[str, tuple[float | None, str]]]:
-    """Return, by column and way, each figure and its text, "" where there is none; no column that nobody has."""
-    table = {
-        head: {u.way: (n := getattr(u, field), "" if n is None else form(n)) for u in ways}
-        for head, (field, form) in USAGE_COLUMNS.items()
-    }
-    return {head: column for head, column in table.items() if any(words for _, words in column.values())}
+    """Return each figure and its text, by column and way; a missing figure has no text. Empty columns are left out."""
+    table: dict[str, dict[str, tuple[float | None, str]]] = {}
+    for head, (field, form) in USAGE_COLUMNS.items():
+        column: dict[str, tuple[float | None, str]] = {}
+        for u in ways:
+            figure = getattr(u, field)
+            column[u.way] = figure, "" if figure is None else form(figure)
+        if any(words for _, words in column.values()):
+            table[head] = column
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,11 +14,12 @@ from torch.utils import _pytree as pytree
 from revfx.passes.closure import Derivation, Invert, made_by
 from revfx.passes.cuts import Step
 from revfx.passes.formula import formula
-from revfx.passes.program import Program
+from revfx.passes.program import Program, Value
 from revfx.passes.regions import Region
 from revfx.report.data import RegionInfo, ValueLine
 
 
+MAX_SCALES = 3  # in the kind of couplings
 LETTERS = {"bfloat": "bf", "float": "f", "complex": "c", "uint": "u", "int": "i"}
 
 
@@ -28,11 +30,14 @@ def type_name(dtype: torch.dtype, shape: Sequence[object]) -> str:
 
 
 def types_of(tree: Any) -> tuple[str, ...]:
-    """Return the types of all tensors in nested arguments, and the other leaves as they are written."""
-    return tuple(
-        type_name(x.dtype, "?" * x.dim() if x.is_nested else x.shape) if isinstance(x, Tensor) else repr(x)[:40]
-        for x in pytree.tree_leaves(tree)
-    )
+    """Return the types of all tensors in nested arguments, and the `repr` of the other leaves."""
+    found: list[str] = []
+    for x in pytree.tree_leaves(tree):
+        if isinstance(x, Tensor):
+            found.append(type_name(x.dtype, "?" * x.dim() if x.is_nested else x.shape))
+        else:
+            found.append(repr(x)[:40])
+    return tuple(found)
 
 
 def describe(
@@ -48,13 +53,14 @@ def describe(
     Args:
         program, region: the region and its program.
         kept_cuts: numbers of the cuts that are kept.
-        names: names of operations, by their number; the others go by their own.
+        names: names of operations by number, in the place of the program's.
         module: path of the module that holds the region.
         code_bytes: size of the codes; None without codes.
     """
     steps = region.steps
     kept = dict.fromkeys((*region.exit, *region.entry, *region.side, *region.saved))
-    kept_inside = {v for j in kept_cuts if 0 < j < len(steps) for v in steps[j].entry} - kept.keys()
+    inner_cuts = [steps[j].entry for j in kept_cuts if 0 < j < len(steps)]
+    kept_inside = set(itertools.chain(*inner_cuts)) - kept.keys()
     return RegionInfo(
         module=module,
         first=program.ops[region.start].where,
@@ -62,56 +68,79 @@ def describe(
         kind=_coupling_kind(steps),
         couplings=sum(1 for s in steps if s.inverts or s.saved),
         steps=len(steps),
-        streams=tuple(type_name(v.dtype, v.shape) for v in map(program.values.__getitem__, region.exit)),
+        streams=tuple(_value_type(program.values[v]) for v in region.exit),
         kept=tuple(program.values[v].name for v in kept),
         kept_bytes=region.kept_bytes + program.nbytes(tuple(kept_inside)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),
         freed_bytes=region.freed_bytes,
-        lossless=code_bytes is not None or all(a.exact for s in steps for a in s.arcs),
+        lossless=code_bytes is not None or not any(s.inverts for s in steps),
         code_bytes=code_bytes or 0,
         values=tuple(_value_lines(program, region, kept_cuts, {*kept, *kept_inside}, names)),
     )
 
 
+def _value_type(value: Value) -> str:
+    return type_name(value.dtype, value.shape)
+
+
 def _coupling_kind(steps: Sequence[Step]) -> str:
     """Return the usual name of the couplings, by the divisors of their inverses."""
-    arcs = [a for s in steps for a in s.arcs if not a.exact]
-    scales = sorted({abs(a.factor) for a in arcs if a.factor is not None and not a.measured})
-    kinds = {
-        "additive": any(a.factor is None for a in arcs),
-        "affine": any(a.measured for a in arcs),
-        **{f"scaled by {s:.3g}": True for s in scales[:3]},
-    }
-    return ", ".join(kind for kind, there in kinds.items() if there) or "layout"
+    is_additive = is_affine = False
+    scales: set[float] = set()
+    for arc in itertools.chain.from_iterable(s.arcs for s in steps):
+        if arc.exact:
+            continue
+        is_affine |= arc.measured
+        if arc.factor is None:
+            is_additive = True
+        elif not arc.measured:
+            scales.add(abs(arc.factor))
+    kinds = ["additive"] * is_additive + ["affine"] * is_affine
+    kinds += [f"scaled by {s:.3g}" for s in sorted(scales)[:MAX_SCALES]]
+    return ", ".join(dict.fromkeys(kinds)) or "layout"
 
 
 def _value_lines(
     program: Program, region: Region, kept_cuts: Collection[int], saved: Collection[int], names: Mapping[int, str]
 ) -> Iterator[ValueLine]:
-    first = _first_derivations(program, region.steps, kept_cuts)
+    """Yield the lines of a region; `saved`: values that are held for the backward."""
+    # Calls as text, and by value the text of its opaque call, and the reason why no inverse gives it.
     calls: dict[int, str] = {}
+    opaque: dict[int, str] = {}
+    barred: dict[int, str] = {}
     for i in range(region.start, region.stop):
-        read = (program.values[v] for v in program.ops[i].ins)
-        calls[i] = f"{names.get(i, program.ops[i].name)}({', '.join(v.name for v in read if not v.source)})"
-    opaque = {v: calls[i] for i in calls if program.ops[i].opaque for v in program.ops[i].outs[:1]}
-    barred = {a.head: a.barred for i in calls for a in program.ops[i].arcs if a.barred}
+        op = program.ops[i]
+        operands = [program.values[v].name for v in op.ins if not program.values[v].source]
+        calls[i] = f"{names.get(i, op.name)}({', '.join(operands)})"
+        if op.opaque:
+            opaque.update(dict.fromkeys(op.outs[:1], calls[i]))
+        for arc in op.arcs:
+            if arc.barred:
+                barred[arc.head] = arc.barred
+
+    first = _first_derivations(program, region.steps, kept_cuts)
     for number, step in enumerate(region.steps):
         for i in range(step.start, step.stop):
-            for v in program.ops[i].outs:
-                value, way = program.values[v], first.get(v)
-                inverse = way.arc if isinstance(way, Invert) and v not in saved else None
-                action = "save" if v in saved else "recompute" if inverse is None else "invert"
-                how = f"{value.name} <- {calls[i]}" if inverse is None else formula(program, inverse, opaque)
-                how += f": {barred[v]}" if v in region.saved and v in barred else ""
-                kind, where = type_name(value.dtype, value.shape), program.ops[i].where
-                yield ValueLine(value.name, kind, action, how, where, number)
+            op = program.ops[i]
+            for v in op.outs:
+                value, derivation = program.values[v], first.get(v)
+                action, how = "recompute", f"{value.name} <- {calls[i]}"
+                if v in saved:
+                    action = "save"
+                elif isinstance(derivation, Invert):
+                    action, how = "invert", formula(program, derivation.arc, opaque)
+                if v in region.saved and v in barred:
+                    how += f": {barred[v]}"
+                yield ValueLine(value.name, _value_type(value), action, how, op.where, number)
 
 
 def _first_derivations(program: Program, steps: Sequence[Step], kept_cuts: Collection[int]) -> dict[int, Derivation]:
-    """Return how the backward, which goes from the last step to the first, comes by each value."""
+    """Return the derivation of each value in the backward, which goes from the last step to the first."""
     found: dict[int, Derivation] = {}
-    for number in range(len(steps) - 1, 0, -1):  # the first step, and one with a kept entry, runs forwards from there
-        for d in () if number in kept_cuts else steps[number].derive:
+    for number in range(len(steps) - 1, 0, -1):  # the first step is replayed forwards
+        if number in kept_cuts:  # so is a step with a kept entry
+            continue
+        for d in steps[number].derive:
             for v in made_by(program, d):
                 if v not in steps[number].exit:
                     found.setdefault(v, d)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ from revfx.converted import Reversible, conversion_of, unconverted
 from revfx.errors import FOR_ANY_MODEL, Refusal, RevfxError, name_of
 from revfx.fit.budget import Budget, checked_memory
 from revfx.inspection import is_floating
-from revfx.plan.model import Kind, PlannedModel
+from revfx.plan.model import PlannedModel
 from revfx.plan.simulated import SimulatedModel
 from revfx.report.data import RegionInfo, Usage
 from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
 from revfx.report.fit import explain_fit
-from revfx.report.simulate import Loss, measured, simulate_step
+from revfx.report.simulate import Loss, measure_steps, simulate_step
 from revfx.world.fake import World
 
 
@@ -49,25 +49,25 @@ def explain(
     """Explain the regions and refusals of `model(*args, **kwargs)`, and the memory and FLOPs of a training step.
 
     The step runs on fake tensors: nothing is computed or allocated, and the model stays as it is. A model that does not
-    fit into memory can be explained on the "meta" device, or with smaller arguments. Workspace that kernels allocate
-    within themselves is not counted.
+    fit into memory can be explained on the "meta" device, or with smaller arguments. The workspace of kernels is not
+    counted.
 
     Args:
-        model: a plain model (what would `convert` do?) or a converted one (with its own options).
+        model: a plain model, explained as `convert` would run it, or a converted one, with its own options.
         args: example inputs: a tensor, or a tuple of positional arguments.
         kwargs: keyword arguments of the model.
         memory: a budget, as for `convert`. The explanation then has the plan for it by module, the peak, the tensors
             that hold it, and the cost of other budgets. The operators of the model run once or twice for that.
-        backend: "revfx" explains each graph of `torch.compile(model, backend="revfx")`; the model is captured by one
-            real forward, on a copy.
+        backend: "revfx" explains each graph of `torch.compile(model, backend="revfx")`. A copy of the model runs one
+            real forward.
         measure: also train a few real steps, on a copy of the model, and measure memory and time.
         loss: from the model's output to a scalar; default the sum of all its floating-point tensors.
 
     Raises:
         TypeError: `model` is not a module, or `args` is neither a tensor nor a tuple.
         ValueError: an unknown `backend`, a `memory` that is not a budget, or both given.
-        Exception: any error of the model for these arguments; on fake tensors, unless `measure` is set, and unless it
-            asks for a value that fake tensors lack.
+        Exception: an error of the model for these arguments on fake tensors. With `measure`, or if it asks for an
+            element that fake tensors lack, the explanation has no prediction instead.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"`explain` takes an nn.Module, not a {type(model).__name__}; wrap the function in a module.")
@@ -75,43 +75,54 @@ def explain(
         raise ValueError(f"`backend={backend!r}` is not known; use 'revfx', or leave it out.")
     if backend is not None and memory is not None:
         raise ValueError(f"`memory={memory!r}`: the backend has no budgets. Leave `memory` or `backend` out.")
-    given, named = normalize_arguments(args, kwargs)
+    arguments, keywords = normalize_arguments(args, kwargs)
     loss = loss or total
     if backend is not None:
         from revfx.report.compiled import explain_compiled
 
-        return explain_compiled(model, given, named, loss, measure)
+        return explain_compiled(model, arguments, keywords, loss, measure)
+
+    # Predict a plain step and one of `convert`, on fake tensors, and measure real ones.
     budget = checked_memory(memory)
-    own = conversion_of(model) if isinstance(model, Reversible) else None
-    options = Options() if own is None else own.options
-    forward = model.forward if own is None else own.forward(model)
-    found = _predicted(World(model, given, named, whole=True), forward, options.exact, loss, measure)
-    not_compiled = dict.fromkeys(() if own is None else own.not_compiled)
+    forward, options, conversion = model.forward, Options(), None
+    if isinstance(model, Reversible):
+        conversion = conversion_of(model)
+        forward, options = conversion.forward(model), conversion.options
+    found = _predict(World(model, arguments, keywords, whole=True), forward, options.exact, loss, measure)
+    not_compiled = [] if conversion is None else conversion.not_compiled
     ways = found.ways
     if measure:
-        ways, planned = _measure(model, options, given, named, loss, ways, budget)
-        if found.notes:  # not predicted
-            found = found._replace(regions=_all_described(planned, {0: planned.coded_bytes}))
+        ways, planned = _measure(model, options, arguments, keywords, loss, ways, budget)
+        if not found.ways:
+            found = found._replace(regions=_describe_regions(planned, {0: planned.coded_bytes}))
+
+    # The planner knows the workspace of kernels, so that its predictions replace the others.
     fit, advice = None, list[str]()
     if budget is not None:
-        planned_step = explain_fit(unconverted(model), given, named, budget)
-        fit, advice, ways = planned_step.fit, planned_step.advice, _with_budget(ways, planned_step.ways)
-    peaks = [u.peak or 0 for u in ways if u.way in ("plain", "revfx")]
-    if found.regions and len(peaks) == 2 and peaks[1] > 0.8 * peaks[0]:
+        planned_step = explain_fit(unconverted(model), arguments, keywords, budget)
+        fit, advice, ways = planned_step.fit, planned_step.advice, _replace_predictions(ways, planned_step.ways)
+
+    peaks = {u.way: u.peak or 0 for u in ways}
+    if found.regions and {"plain", "revfx"} <= peaks.keys() and peaks["revfx"] > 0.8 * peaks["plain"]:
         advice.append("most of the peak lies outside the regions: a larger batch, or more depth, is where they save.")
     if not found.regions and budget is None and not any("memory=" in r.kind.remedy for r in found.refusals):
         advice.append(f"to train in less memory all the same, {FOR_ANY_MODEL}.")
     return Explanation(
-        model=name_of(model), inputs=types_of((given, named)), regions=found.regions,
-        refusals=(*found.refusals, *not_compiled), ways=ways, notes=found.notes,
-        advice=tuple(advice), fit=fit,
-    )  # fmt: skip
+        model=name_of(model),
+        inputs=types_of((arguments, keywords)),
+        regions=found.regions,
+        refusals=(*found.refusals, *dict.fromkeys(not_compiled)),
+        ways=ways,
+        notes=found.notes,
+        advice=tuple(advice),
+        fit=fit,
+    )
 
 
-def _with_budget(ways: Sequence[Usage], of_plan: Sequence[Usage]) -> tuple[Usage, ...]:
-    """Return the ways with the predictions of the planner, which knows the workspace of kernels."""
+def _replace_predictions(ways: Sequence[Usage], predicted: Sequence[Usage]) -> tuple[Usage, ...]:
+    """Return the usage of steps, with the memory of others in the place of their own."""
     known = {u.way: u for u in ways}
-    for u in of_plan:
+    for u in predicted:
         known[u.way] = replace(known.get(u.way, u), peak=u.peak, live=u.live, backward=u.backward)
     return tuple(known.values())
 
@@ -128,7 +139,7 @@ def total(output: Any) -> Tensor:
 
 
 # --- predicted
-class Predicted(NamedTuple):
+class Prediction(NamedTuple):
     """The usage of steps, the regions, the places that are left as they are, and notes."""
 
     ways: tuple[Usage, ...]
@@ -137,17 +148,25 @@ class Predicted(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _predicted(world: World, forward: Callable[..., Any], lossless: bool, loss: Loss, measure: bool) -> Predicted:
-    """Count a plain step and one that drops the activations of regions."""
+def _predict(world: World, forward: Callable[..., Any], lossless: bool, loss: Loss, measure: bool) -> Prediction:
+    """Count a plain step, and a step that drops the activations of regions.
+
+    Args:
+        world: the model and its arguments.
+        forward: the model's own forward.
+        lossless: inverses that round get codes.
+        loss: from the model's output to a scalar.
+        measure: real steps are measured too, so that an error on fake tensors is only noted.
+    """
     try:
         _log.info("counting a plain step")
         plain = simulate_step(world, forward, loss)
     except Exception as e:
         if not (measure or isinstance(e, (*_fake.DATA_DEPENDENT, _fake.NO_FAKE))):
             raise
-        said = str(e).strip().partition("\n")[0]
-        note = f"no prediction: on fake tensors the model raises {type(e).__name__} ({said}); use `measure=True`."
-        return Predicted((), notes=(note,))
+        message = str(e).strip().partition("\n")[0]
+        note = f"no prediction: on fake tensors the model raises {type(e).__name__} ({message}); use `measure=True`."
+        return Prediction((), notes=(note,))
     _log.info("looking for regions, and counting a step with them")
     planned = SimulatedModel(lossless, world.real_of)
     run = functools.partial(planned.call, world.model, forward)
@@ -155,19 +174,17 @@ def _predicted(world: World, forward: Callable[..., Any], lossless: bool, loss: 
         warnings.simplefilter("ignore")  # about a run that does not take place
         codes: dict[int, int] = {}
         ours = simulate_step(world, lambda *args, **kwargs: run(args, kwargs), loss, codes)
-    regions = _all_described(planned, codes)
-    return Predicted((plain, ours) if regions else (plain,), regions, tuple(planned.refusals))
+    regions = _describe_regions(planned, codes)
+    return Prediction((plain, ours) if regions else (plain,), regions, tuple(planned.refusals))
 
 
-def _all_described(planned: PlannedModel, codes: Mapping[int, int]) -> tuple[RegionInfo, ...]:
-    """Describe the regions that were found last, with the bytes of codes by the position of their unit."""
+def _describe_regions(planned: PlannedModel, codes: Mapping[int, int]) -> tuple[RegionInfo, ...]:
+    """Describe the regions of the latest kind of calls; `codes`: the bytes of codes by the position of their unit."""
     kind = [*planned.kinds.values()][-1]
-    return tuple(_described(kind, codes, planned.lossless)) if kind.units else ()
-
-
-def _described(kind: Kind, codes: Mapping[int, int], lossless: bool) -> Iterator[RegionInfo]:
-    found = kind.found
-    program = found.lowered.program
+    if not kind.units:
+        return ()
+    found, program = kind.found, kind.found.lowered.program
+    infos: list[RegionInfo] = []
     for number, region in enumerate(found.regions):
         paths: list[list[str]] = []
         names: dict[int, str] = {}
@@ -176,15 +193,18 @@ def _described(kind: Kind, codes: Mapping[int, int], lossless: bool) -> Iterator
             names[i] = ".".join(filter(None, (*paths[-1], program.ops[i].name)))
         levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
         module = ".".join(level[0] for level in levels)
-        coded = sum(nbytes for site, nbytes in codes.items() if kind.plan.path.chain(site) == number)
-        yield describe(program, region, (0, len(region.steps)), names, module, coded if lossless else None)
+        code_bytes = None
+        if planned.lossless:
+            code_bytes = sum(nbytes for site, nbytes in codes.items() if kind.plan.path.chain(site) == number)
+        infos.append(describe(program, region, (0, len(region.steps)), names, module, code_bytes))
+    return tuple(infos)
 
 
 # --- measured
 def _measure(
     model: nn.Module, options: Options, args: Any, kwargs: Any, loss: Loss, ways: Sequence[Usage], budget: Budget | None
 ) -> tuple[tuple[Usage, ...], PlannedModel]:
-    """Return the ways with their measured memory and time, and the plans that were made on the way."""
+    """Return the usage of steps with their measured memory and time, and the plans of the converted model."""
     own = unconverted(copy.deepcopy(model))
     converted = convert(own, exact=options.exact)
     models = {"plain": own, "revfx": converted}
@@ -193,7 +213,7 @@ def _measure(
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         _log.info("measuring")
-        found = measured(models, args, kwargs, loss, ways)
+        ways = measure_steps(models, args, kwargs, loss, ways)
     planned = conversion_of(converted).planned
     assert planned is not None
-    return found, planned
+    return ways, planned

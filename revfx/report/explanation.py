@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import MAX_LISTED, Findings, RegionInfo, columns, counted, folded, short
+from revfx.report.data import MAX_LISTED, Findings, RegionInfo, columns, folded, place_name, pluralize
 from revfx.report.html import fragment, page
 from revfx.report.memory import memory_svg
 from revfx.units import size
@@ -17,7 +17,7 @@ from revfx.units import size
 
 @dataclass(frozen=True, slots=True)
 class Explanation(Findings):
-    """The findings of revfx in a model. `print` them, or `save` them; see `Findings`."""
+    """The findings of revfx in a model, to `print` or to `save`; see `Findings`."""
 
     def __str__(self) -> str:
         return "\n".join(_text_lines(self))
@@ -26,8 +26,7 @@ class Explanation(Findings):
         """Write a self-contained page (.html), a picture of the memory over one step (.svg), or the data (.json).
 
         Raises:
-            RevfxError: another ending, a picture without a timeline, or the pictures' extra is not installed (`pip
-                install 'revfx[viz]'`).
+            RevfxError: another ending, a picture without a timeline, or no matplotlib (`pip install 'revfx[viz]'`).
         """
         form = FORMS.get(Path(path).suffix)
         if form is None:
@@ -35,7 +34,7 @@ class Explanation(Findings):
         Path(path).write_text(form(self), encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        """Return the HTML for a notebook: the text and, if they can be drawn, the pictures."""
+        """Return the HTML for a notebook: the text, and the pictures if matplotlib is installed."""
         return fragment(self)
 
 
@@ -48,43 +47,47 @@ FORMS: Mapping[str, Callable[[Findings], str]] = {
 
 # --- as text
 def _text_lines(e: Explanation) -> Iterator[str]:
-    found = f": {e.summary}" if e.regions or e.fit is None else ""
-    yield f"{e.model}({', '.join(e.inputs)}){found}"
+    title = f"{e.model}({', '.join(e.inputs)})"
+    if e.regions or e.fit is None:
+        title += f": {e.summary}"
+    yield title
     if e.fit is not None:
         yield from e.fit.lines()
     for number, regions in enumerate(e.graphs):
-        yield f"graph {number}: {counted(len(regions), 'region')}"
+        yield f"graph {number}: {pluralize(len(regions), 'region')}"
         yield from _region_lines(regions)
-    yield from (f"graph break: {reason}" for reason in e.breaks)
+    yield from map("graph break: {}".format, e.breaks)
     if not e.graphs:
         yield from _region_lines(e.regions)
     if e.refusals and e.fit is None:
         yield "left as it was"
-        yield from (f"  {short(r.where)}: `{r.op}`: {r.detail}" for r in e.refusals[:MAX_LISTED])
+        yield from (f"  {place_name(r.where)}: `{r.op}`: {r.detail}" for r in e.refusals[:MAX_LISTED])
         if len(e.refusals) > MAX_LISTED:
             yield f"  and {len(e.refusals) - MAX_LISTED} more"
         kinds = dict.fromkeys(r.kind for r in e.refusals[:MAX_LISTED])
         yield from (f"  -> {kind.remedy}" for kind in kinds)
     if e.ways:
-        found = columns(e.ways)  # but for those that nobody has
+        table = columns(e.ways)
         yield "one training step, beyond parameters and their gradients"
-        yield f"  {'':12}" + "".join(f"{head:>15}" for head in found)
+        yield f"  {'':12}" + "".join(map("{:>15}".format, table))
         for u in e.ways:
-            yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in found.values())
-    yield from (f"advice: {text}" for text in e.advice)
-    yield from (f"note: {text}" for text in e.notes)
+            yield f"  {u.way:12}" + "".join(f"{column[u.way][1] or '-':>15}" for column in table.values())
+    yield from map("advice: {}".format, e.advice)
+    yield from map("note: {}".format, e.notes)
 
 
 def _region_lines(regions: Iterable[RegionInfo]) -> Iterator[str]:
     for number, r in enumerate(regions):
-        yield f"region {number}  {r.module or 'the root'}  {short(r.first)} .. {short(r.last)}"
-        exactly = "bit for bit" if r.lossless else "up to rounding"
-        yield f"  {r.couplings} couplings ({r.kind}) in {r.steps} steps; streams {', '.join(r.streams)}; {exactly}"
-        kept, codes = ", ".join(r.kept), f", and codes of {size(r.code_bytes)}" if r.code_bytes else ""
-        yield f"  keeps {kept} ({size(r.kept_bytes)}) in {r.kept_cuts} cuts{codes}; regenerates {size(r.freed_bytes)}"
+        yield f"region {number}  {r.module or 'the root'}  {place_name(r.first)} .. {place_name(r.last)}"
+        precision = "bit for bit" if r.lossless else "up to rounding"
+        yield f"  {r.couplings} couplings ({r.kind}) in {r.steps} steps; streams {', '.join(r.streams)}; {precision}"
+        kept = f"{', '.join(r.kept)} ({size(r.kept_bytes)}) in {r.kept_cuts} cuts"
+        if r.code_bytes:
+            kept += f", and codes of {size(r.code_bytes)}"
+        yield f"  keeps {kept}; regenerates {size(r.freed_bytes)}"
         blocks = list(itertools.islice(folded(r.values), MAX_LISTED + 1))
         for lines, times in blocks[:MAX_LISTED]:
-            yield from (f"    {line}" for line in lines)
+            yield from map("    {}".format, lines)
             if times > 1:
                 yield f"    ... and {times - 1} more like this"
         if len(blocks) > MAX_LISTED:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from revfx.units import size
 
 
 _log = logging.getLogger("revfx.report")
-SHARES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # budgets of the curve
-MAX_BATCH = 65536  # the largest that is tried
-RESOLUTION = 32  # the largest is found to this part of itself
+CURVE_SHARES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the plain peak: the budgets of the curve
+MAX_BATCH = 65536  # no larger one is tried
+RESOLUTION = 32  # the largest batch is found up to this fraction of itself
 ADVICE: Mapping[str, str] = {  # by the name of an operator at the peak
     "log_softmax|nll_loss|cross_entropy": "the loss holds the peak: `torch.nn.functional.linear_cross_entropy` makes no"
     " logits of all tokens at once.",
@@ -39,7 +40,7 @@ ADVICE: Mapping[str, str] = {  # by the name of an operator at the peak
 
 @dataclass(frozen=True)
 class BudgetFindings:
-    """The plan for a budget, the live bytes of the plain step and of the planned one, and advice."""
+    """The plan for a budget, the usage of the plain step and of the planned one, and advice."""
 
     fit: FitInfo
     ways: tuple[Usage, Usage]
@@ -54,85 +55,95 @@ def explain_fit(model: nn.Module, args: Any, kwargs: Any, budget: Budget) -> Bud
 
 
 def _findings(survey: Survey, budget: Budget) -> BudgetFindings:
-    chosen, least = survey.best(budget), survey.least()
-    plan, asked = chosen or least, least.load.peak
-    points = [Point(asked, 1 + least.seconds / survey.plain.seconds)]
-    for share in SHARES:
-        other = survey.best(Budget("", share=share))
+    chosen, smallest = survey.best(budget), survey.least()
+    plan = chosen or smallest
+    points = [Point(smallest.load.peak, _time_of(survey, smallest))]
+    for share in CURVE_SHARES:
+        other_budget = Budget("", share=share)
+        other = survey.best(other_budget)
         if other is not None:
-            # A plan for less memory also fits in more, and may be the faster one that was found.
-            time = min(1 + other.seconds / survey.plain.seconds, points[-1].time)
-            points.append(Point(Budget("", share=share).of(survey.peak), time))
+            # A plan for less memory also fits in more, and may be the fastest plan that was found.
+            time = min(_time_of(survey, other), points[-1].time)
+            points.append(Point(other_budget.of(survey.peak), time))
+    bound = None
+    if chosen is not None:
+        with contextlib.suppress(ImportError):  # without scipy
+            bound = 1 + survey.bound(chosen, budget) / survey.plain.seconds
     found = FitInfo(
         budget=budget.of(survey.peak),
         plain=survey.peak,
         is_feasible=chosen is not None,
         peak=plan.load.peak,
-        time=1 + plan.seconds / survey.plain.seconds,
-        bound=_time_bound(survey, plan, budget) if chosen is not None else None,
-        modules=tuple(_modules(survey, plan)),
+        time=_time_of(survey, plan),
+        bound=bound,
+        modules=tuple(_shares(survey, plan)),
         held=tuple(plan.holders[:3]),
         curve=tuple(reversed(points)),
-        least=asked,
+        least=smallest.load.peak,
     )
     text = " ".join(found.held)
-    advice = [said for names, said in ADVICE.items() if re.search(names, text)]
+    advice = [hint for operators, hint in ADVICE.items() if re.search(operators, text)]
     _, plain = survey.plain.plain
     return BudgetFindings(found, (_usage("plain", survey, plain), _usage("fitted", survey, plan.load)), advice)
 
 
-def _time_bound(survey: Survey, chosen: Chosen, budget: Budget) -> float | None:
-    """Return the time that no plan of the same kind is below, in plain steps; None without scipy."""
-    try:
-        return 1 + survey.bound(chosen, budget) / survey.plain.seconds
-    except ImportError:
-        return None
+def _time_of(survey: Survey, chosen: Chosen) -> float:
+    """Return the predicted time of a plan, in plain steps."""
+    return 1 + chosen.seconds / survey.plain.seconds
 
 
 def _usage(way: str, survey: Survey, load: Load) -> Usage:
     """Return the live bytes of a step, operator by operator."""
-    backward_start = survey.plain.needs.tape.backward_start
     live = [max(load.live[at : at + 2]) for at in range(0, len(load.live), 2)]
-    return Usage(way, peak=load.peak, live=tuple(live), backward=backward_start)
+    return Usage(way, peak=load.peak, live=tuple(live), backward=survey.plain.needs.tape.backward_start)
 
 
-def _modules(survey: Survey, chosen: Chosen) -> Iterable[Share]:
-    """Yield the saved tensors of each module, by choice: layers of a list whole."""
+def _shares(survey: Survey, chosen: Chosen) -> list[Share]:
+    """Return the saved tensors of each module, by choice; a layer of a list is one module."""
     plan, tape = chosen.plan, chosen.plan.needs.tape
-    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    choices = "kept", "recomputed", "compressed", "inverted"
+    rows: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(choices, 0))
     compressed = {plan.needs.dropout_masks[v] for v in plan.dropout_masks}
     bases = frozenset[int]().union(*plan.bases.values())
     for v, saved in survey.plain.needs.keepable.items():
         if not saved and v not in bases:
             continue  # an argument of a compiled part
         if v not in plan.needs.keepable:
-            column = 3
+            choice = "inverted"
         elif v in plan.kept:
-            column = 0
+            choice = "kept"
+        elif v in compressed or plan.compressed.issuperset(saved):
+            choice = "compressed"
         else:
-            column = 2 if v in compressed or plan.compressed.issuperset(saved) else 1
-        made = tape.made_by[v]
-        path = tape.ops[made].module if made is not None else ""
+            choice = "recomputed"
+        at = tape.made_by[v]
+        path = "" if at is None else tape.ops[at].module
         layer = re.match(r".*?\.\d+(?=\.|$)", path)
-        rows[path.partition(".")[0] if layer is None else layer[0]][column] += tape.size(v)
-    return [Share(name, *row) for name, row in rows.items()]
+        name = path.partition(".")[0] if layer is None else layer[0]
+        rows[name][choice] += tape.size(v)
+    return [Share(name, **row) for name, row in rows.items()]
 
 
 # --- the largest batch
-def batched(inputs: Sequence[Any], batch: int) -> list[Any]:
-    """Return inputs with another batch: the first extent of all tensors that have the first one's."""
+def resize_batch(inputs: Sequence[Any], batch: int) -> list[Any]:
+    """Return inputs with another batch size: the first extent of the first tensor, and of the others that share it."""
     first = next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), None)
     if first is None:
         raise ValueError("--memory asks for the largest batch, and no input has one")
-    has = [isinstance(t, Tensor) and t.dim() and t.shape[0] == first for t in inputs]
-    return [t[:1].expand(batch, *t.shape[1:]).contiguous() if h else t for t, h in zip(inputs, has, strict=True)]
+    found: list[Any] = []
+    for t in inputs:
+        if isinstance(t, Tensor) and t.dim() and t.shape[0] == first:
+            found.append(t[:1].expand(batch, *t.shape[1:]).contiguous())
+        else:
+            found.append(t)
+    return found
 
 
 @dataclass(frozen=True)
 class Largest:
     """The largest batch within a budget of bytes: plainly, and under a plan, with its predicted peak and time.
 
-    `resident`: bytes of the device that parameters, gradients and the optimizer's state take beside the budget.
+    `resident`: bytes of the device for parameters, gradients and optimizer state, beside the budget.
     """
 
     budget: int
@@ -156,36 +167,35 @@ class Largest:
 
 
 def largest(model: nn.Module, inputs: Sequence[Any], memory: Any) -> Largest:
-    """Return the largest batch that trains within a budget of bytes, found by plans alone.
+    """Return the largest batch that trains within a budget of bytes, by plans alone.
 
     Raises:
-        ValueError: `memory` is no number of bytes, or no input has a batch.
+        ValueError: `memory` is not a number of bytes, or no input has a batch.
     """
     budget = checked_memory(memory)
     if budget is None or budget.bytes is None:
         raise ValueError(f"--memory {memory}: give bytes, such as 2GiB; a share has no largest batch")
-    most: int = budget.bytes
+    max_bytes: int = budget.bytes
 
     @functools.cache
     def survey(batch: int) -> Survey:
         _log.info("planning a batch of %d", batch)
-        return foreseen_survey(model, tuple(batched(inputs, batch)), {})
+        return foreseen_survey(model, tuple(resize_batch(inputs, batch)), {})
 
     with showing_progress(f"revfx plans {name_of(model)}"):
-        batch, over = search(lambda n: survey(n).fits(budget))
-        plain, _ = search(lambda n: survey(n).peak <= most, high=over)
+        batch, too_large = search(lambda n: survey(n).fits(budget))
+        plain, _ = search(lambda n: survey(n).peak <= max_bytes, high=too_large)
         chosen = survey(batch).best(budget) if batch else None
-    found = Largest(most, plain, batch)
-    if chosen is not None:
-        found = replace(found, peak=chosen.load.peak, time=1 + chosen.seconds / survey(batch).plain.seconds)
-    return found
+    if chosen is None:
+        return Largest(max_bytes, plain, batch)
+    return Largest(max_bytes, plain, batch, chosen.load.peak, _time_of(survey(batch), chosen))
 
 
 OPTIMIZER_STATES: Mapping[str, int] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}  # tensors for each parameter
 
 
 def resident_bytes(model: nn.Module, optimizer: str) -> int:
-    """Return the bytes of a training that are there between steps: tensors of the model, gradients, optimizer state.
+    """Return the bytes that training holds between steps: tensors of the model, gradients and optimizer state.
 
     Raises:
         ValueError: the optimizer is not known.
@@ -199,19 +209,26 @@ def resident_bytes(model: nn.Module, optimizer: str) -> int:
 
 
 def search(fits: Callable[[int], bool], low: int = 0, high: int | None = None) -> tuple[int, int | None]:
-    """Return the largest size found to fit, and the smallest found not to, if any.
-
-    Sizes are doubled until one does not fit, and then halved in between, to a part of `RESOLUTION`.
+    """Find the largest batch that fits, by doubling and then by bisection, up to 1/`RESOLUTION` of it.
 
     Args:
-        fits: whether a size fits; the smaller ones do as well.
-        low: a size known to fit, or 0.
-        high: a size known not to fit.
+        fits: returns whether a batch fits; smaller ones fit as well.
+        low: a batch known to fit, or 0.
+        high: a batch known not to fit.
+
+    Returns:
+        The largest batch found to fit, and the smallest one found not to fit, if any.
     """
     while high is None and low < MAX_BATCH:
-        size = max(1, 2 * low)
-        low, high = (size, None) if fits(size) else (low, size)
+        batch = max(1, 2 * low)
+        if fits(batch):
+            low = batch
+        else:
+            high = batch
     while high is not None and high - low > max(1, low // RESOLUTION):
-        size = (low + high) // 2
-        low, high = (size, high) if fits(size) else (low, size)
+        batch = (low + high) // 2
+        if fits(batch):
+            low = batch
+        else:
+            high = batch
     return low, high

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from revfx.errors import RevfxError
-from revfx.report.data import Findings, RegionInfo, alike, columns, counted, short
-from revfx.report.memory import DARK, PALETTE, memory_svg, printable, themed
+from revfx.report.data import Findings, RegionInfo, alike, columns, place_name, pluralize
+from revfx.report.memory import DARK, PALETTE, apply_theme, memory_svg, without_control_characters
 from revfx.units import size
 
 
 MAX_REFUSAL_ROWS = 200
-RULES = Path(__file__).parent.parent / "data" / "page.css"
+STYLESHEET = Path(__file__).parent.parent / "data" / "page.css"
 
 
 def page(e: Findings) -> str:
@@ -22,7 +22,7 @@ def page(e: Findings) -> str:
 
     The page is static: it has no script and loads nothing. Matplotlib draws its picture.
     """
-    parts = "\n".join(_content(e, _picture(e), "h1"))
+    content = "\n".join(_content(e, _picture(e), "h1"))
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -31,14 +31,14 @@ def page(e: Findings) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escaped(e.model)}: what revfx finds</title>
+<title>{escape(e.model)}: what revfx finds</title>
 <style>{_style(":root")}
 html {{ background: var(--paper) }}
 body {{ margin: 0 }}</style>
 </head>
 <body>
 <main class="revfx">
-{parts}
+{content}
 </main>
 </body>
 </html>
@@ -48,20 +48,20 @@ body {{ margin: 0 }}</style>
 def fragment(e: Findings) -> str:
     """Return the content of a page for a notebook; without matplotlib it has no picture."""
     try:
-        drawn = _picture(e)
+        picture = _picture(e)
     except RevfxError:
-        drawn = ""
-    parts = "\n".join(_content(e, drawn, "h2"))
-    return f'<div class="revfx">\n<style>{_style(".revfx")}</style>\n{parts}\n</div>\n'
+        picture = ""
+    content = "\n".join(_content(e, picture, "h2"))
+    return f'<div class="revfx">\n<style>{_style(".revfx")}</style>\n{content}\n</div>\n'
 
 
-def _content(e: Findings, drawn: str, heading: str) -> Iterator[str]:
+def _content(e: Findings, picture: str, heading: str) -> Iterator[str]:
     inputs = f"({', '.join(e.inputs)})"
-    yield f'<header><{heading} class="title">{escaped(e.model)}<small>{escaped(inputs)}</small></{heading}>'
-    yield f'<p class="lead">{escaped(e.summary.capitalize())}.</p></header>'
-    yield from (cards(e), bullets("Advice", e.advice), usage(e), drawn, regions(e))
-    yield from (bullets("Graph breaks", e.breaks), refusals(e), bullets("Notes", e.notes))
-    as_text = f'<div class="wide"><pre>{escaped(e)}</pre></div>'
+    yield f'<header><{heading} class="title">{escape(e.model)}<small>{escape(inputs)}</small></{heading}>'
+    yield f'<p class="lead">{escape(e.summary.capitalize())}.</p></header>'
+    yield from (_cards(e), _list_html("Advice", e.advice), _usage_html(e), picture, _regions_html(e))
+    yield from (_list_html("Graph breaks", e.breaks), _refusals_html(e), _list_html("Notes", e.notes))
+    as_text = f'<div class="wide"><pre>{escape(e)}</pre></div>'
     yield f"<section><details><summary>As text</summary>{as_text}</details></section>"
 
 
@@ -70,19 +70,20 @@ def _picture(e: Findings) -> str:
         return ""
     title = "Memory over time"
     frame = f'class="wide" tabindex="0" role="region" aria-label="{title}"'
-    return _section(title, f"<div {frame}>{themed(memory_svg(e))}</div>")
+    return _section(title, f"<div {frame}>{apply_theme(memory_svg(e))}</div>")
 
 
 def _style(scope: str) -> str:
     """Return the colours as variables of `scope`, and the rules that use them."""
-    light, dark = (";".join(f"--{name}:{colour}" for name, colour in c.items()) for c in (PALETTE, DARK))
-    rules = RULES.read_text(encoding="utf-8")
+    light = ";".join(map("--{}:{}".format, PALETTE.keys(), PALETTE.values()))
+    dark = ";".join(map("--{}:{}".format, DARK.keys(), DARK.values()))
+    rules = STYLESHEET.read_text(encoding="utf-8")
     return f"\n{scope} {{ {light} }}\n@media (prefers-color-scheme: dark) {{ {scope} {{ {dark} }} }}\n\n{rules}"
 
 
-def escaped(words: object) -> str:
-    """Escape text for a page: nothing that it holds is a tag or ends an attribute."""
-    return html.escape(printable(str(words)))
+def escape(words: object) -> str:
+    """Escape text for a page, so that it has no tags and ends no attribute."""
+    return html.escape(without_control_characters(str(words)))
 
 
 def _section(title: str, content: str, attributes: str = "") -> str:
@@ -93,14 +94,15 @@ NUMBER = ' class="number"'
 
 
 def _table_html(heads: Mapping[str, str], rows: str, caption: str = "") -> str:
-    """Return a table; `heads`: the name of each column, and the attributes of its head."""
-    caption = caption and f"<caption>{caption}</caption>"
+    """Return a table; `heads`: the names of the columns, with the attributes of their heads."""
+    if caption:
+        caption = f"<caption>{caption}</caption>"
     head = "".join(f'<th scope="col"{attributes}>{name}</th>' for name, attributes in heads.items())
     return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 # --- figures
-CARDS = (  # title, head of the column, and how the figure is compared
+CARDS = (  # title, head of the column, and words of the comparison
     ("Peak memory of a step", "peak", "as much"),
     ("Kept for the backward", "kept", "as much"),
     ("Seconds of a step", "seconds", "as long"),
@@ -108,90 +110,101 @@ CARDS = (  # title, head of the column, and how the figure is compared
 )
 
 
-def cards(e: Findings) -> str:
-    """Return the figures that matter most, plain against revfx: measured ones where there are any."""
+def _cards(e: Findings) -> str:
+    """Return the figures that matter most, plain against revfx: measured ones if there are any."""
     table, found = columns(e.ways), ""
-    for title, head, compared in CARDS:
+    for title, head, words in CARDS:
         column = table.get(f"measured {head}") or table.get(head, {})
-        if "plain" in column and "revfx" in column:
-            (a, plain), (b, ours) = column["plain"], column["revfx"]
-            if a and b:
-                times = f"{a / b:.1f} × less" if a > b else f"{b / a:.2f} × {compared}"
-                found += (
-                    f'<div class="card"><div>{title}</div><strong>{times}</strong><div><span class="plain">{plain}'
-                    f' plain</span> → <span class="ours">{ours} revfx</span></div></div>'
-                )
+        plain, plain_text = column.get("plain", (None, ""))
+        ours, our_text = column.get("revfx", (None, ""))
+        if not plain or not ours:
+            continue
+        ratio = f"{plain / ours:.1f} × less" if plain > ours else f"{ours / plain:.2f} × {words}"
+        found += (
+            f'<div class="card"><div>{title}</div><strong>{ratio}</strong><div><span class="plain">{plain_text}'
+            f' plain</span> → <span class="ours">{our_text} revfx</span></div></div>'
+        )
     return found and f'<div class="cards">{found}</div>'
 
 
-def usage(e: Findings) -> str:
-    """Return the table of a training step, each figure with its part of the plain one."""
+def _usage_html(e: Findings) -> str:
+    """Return the table of a training step, each figure with its ratio to the plain one."""
     if not e.ways:
         return ""
-    found, rows = columns(e.ways), ""
-    for way in (u.way for u in e.ways):
-        rows += f'<tr><th scope="row">{escaped(way)}</th>'
-        for column in found.values():
-            (number, words), (plain, _) = column[way], column.get("plain", (None, ""))
-            ratio = f" <small>{number / plain:.2f} ×</small>" if way != "plain" and number is not None and plain else ""
-            rows += f"<td{NUMBER}>{words or '–'}{ratio}</td>"
+    table, rows = columns(e.ways), ""
+    for u in e.ways:
+        rows += f'<tr><th scope="row">{escape(u.way)}</th>'
+        for column in table.values():
+            (figure, words), (plain, _) = column[u.way], column.get("plain", (None, ""))
+            rows += f"<td{NUMBER}>{words or '–'}"
+            if u.way != "plain" and figure is not None and plain:
+                rows += f" <small>{figure / plain:.2f} ×</small>"
+            rows += "</td>"
         rows += "</tr>"
     caption = (
         "Beyond parameters and their gradients. <em>kept</em>: for the backward, after the forward. Small figures: of"
         " the plain step."
     )
-    return _section("One training step", _table_html({"way": "", **dict.fromkeys(found, NUMBER)}, rows, caption))
+    return _section("One training step", _table_html({"way": "", **dict.fromkeys(table, NUMBER)}, rows, caption))
 
 
 # --- regions, refusals and lists
-def bullets(title: str, lines: Iterable[str]) -> str:
+def _list_html(title: str, lines: Iterable[str]) -> str:
     """Return a section with a list; "" if the list is empty."""
-    items = "".join(f"<li>{escaped(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return items and _section(title, f"<ul>{items}</ul>", f' class="{title.lower()}"')
 
 
-# of the table of regions, by head: attributes of the cells, and their content
-REGION: Mapping[str, tuple[str, Callable[[int, RegionInfo], object]]] = {
+# The columns of the table of regions, by head: attributes of the cells, and their content.
+REGION_COLUMNS: Mapping[str, tuple[str, Callable[[int, RegionInfo], object]]] = {
     "region": (NUMBER, lambda number, r: number),
     "module": ("", lambda number, r: r.module or "the root"),
-    "lines": ("", lambda number, r: " to ".join(dict.fromkeys((short(r.first), short(r.last))))),
+    "lines": ("", lambda number, r: " to ".join(dict.fromkeys((place_name(r.first), place_name(r.last))))),
     "couplings": (NUMBER, lambda number, r: r.couplings),
     "kind": ("", lambda number, r: r.kind),
     "streams": ("", lambda number, r: ", ".join(r.streams)),
-    "keeps": (NUMBER, lambda number, r: f"{size(r.kept_bytes)} in {counted(r.kept_cuts, 'cut')}"),
+    "keeps": (NUMBER, lambda number, r: f"{size(r.kept_bytes)} in {pluralize(r.kept_cuts, 'cut')}"),
     "regenerates": (NUMBER, lambda number, r: size(r.freed_bytes)),
     "codes": (NUMBER, lambda number, r: size(r.code_bytes)),
     "regenerated": ("", lambda number, r: "bit for bit" if r.lossless else "up to rounding"),
 }
 
 
-def regions(e: Findings) -> str:
+def _regions_html(e: Findings) -> str:
     """Return the regions as a table."""
     if not e.regions:
         return ""
     rows = ""
     for number, r in enumerate(e.regions):
-        rows += f"<tr>{''.join(f'<td{look}>{escaped(of(number, r))}</td>' for look, of in REGION.values())}</tr>"
-    caption = "What lies in a region is freed in the forward and regenerated in the backward."
-    return _section("Regions", _table_html({head: look for head, (look, _) in REGION.items()}, rows, caption))
+        rows += "<tr>"
+        for attributes, content in REGION_COLUMNS.values():
+            rows += f"<td{attributes}>{escape(content(number, r))}</td>"
+        rows += "</tr>"
+    heads = {head: attributes for head, (attributes, _) in REGION_COLUMNS.items()}
+    caption = "The activations of a region are freed in the forward and regenerated in the backward."
+    return _section("Regions", _table_html(heads, rows, caption))
 
 
-def refusals(e: Findings) -> str:
+def _refusals_html(e: Findings) -> str:
     """Return the table of refusals, with their reasons and remedies."""
     if not e.refusals:
         return ""
     found, rows = alike(e.refusals), ""
     for r, times in found[:MAX_REFUSAL_ROWS]:
-        again = f" × {times:,}" if times > 1 else ""
-        remedy = f'<div class="remedy">→ {_code(r.kind.remedy)}</div>'
-        rows += f'<tr><td class="place" title="{escaped(r.where)}">{escaped(short(r.where))}</td>'
-        rows += f"<td><code>{escaped(r.op)}</code>{again}</td><td>{_code(r.detail)}{remedy}</td></tr>"
-    more = len(found) - MAX_REFUSAL_ROWS
-    note = f"<p>{counted(more, 'more refusal')} not shown.</p>" if more > 0 else ""
-    heads = {"place": "", "operation": "", "why, and what to do": ""}
-    return _section("Left as it was", _table_html(heads, rows) + note)
+        count = f" × {times:,}" if times > 1 else ""
+        remedy = f'<div class="remedy">→ {_code_html(r.kind.remedy)}</div>'
+        rows += f'<tr><td class="place" title="{escape(r.where)}">{escape(place_name(r.where))}</td>'
+        rows += f"<td><code>{escape(r.op)}</code>{count}</td><td>{_code_html(r.detail)}{remedy}</td></tr>"
+    table = _table_html({"place": "", "operation": "", "why, and what to do": ""}, rows)
+    hidden = len(found) - MAX_REFUSAL_ROWS
+    if hidden > 0:
+        table += f"<p>{pluralize(hidden, 'more refusal')} not shown.</p>"
+    return _section("Left as it was", table)
 
 
-def _code(words: str) -> str:
+def _code_html(words: str) -> str:
     """Escape text with code between backticks."""
-    return escaped(words) if words.count("`") % 2 else re.sub("`([^`]*)`", r"<code>\1</code>", escaped(words))
+    text = escape(words)
+    if words.count("`") % 2 == 0:
+        text = re.sub("`([^`]*)`", r"<code>\1</code>", text)
+    return text

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Every colour that a picture or a page uses, by name, and its dark form: a page puts variables in their place.
+# Every colour of pictures and pages, by name, with its dark form; a page has variables in their place.
 COLOURS = {
     "paper": ("#ffffff", "#0d1117"), "ink": ("#1f2328", "#e6edf3"),
     "muted": ("#59636e", "#9aa4af"), "faint": ("#d1d9e0", "#343b43"),
@@ -25,7 +25,8 @@ COLOURS = {
     "advice": ("#94600a", "#dba53a"),
     "plain": ("#6c7681", "#97a1ac"), "revfx": ("#7c3aed", "#b794f6"), "fitted": ("#0f766e", "#5eead4"),
 }  # fmt: skip
-PALETTE, DARK = ({name: both[i] for name, both in COLOURS.items()} for i in range(2))
+PALETTE = {name: light for name, (light, _) in COLOURS.items()}
+DARK = {name: dark for name, (_, dark) in COLOURS.items()}
 STYLE = {  # of matplotlib: text stays text, and equal pictures have equal ids
     "svg.fonttype": "none", "svg.hashsalt": "revfx", "text.color": PALETTE["ink"], "text.parse_math": False,
     "axes.axisbelow": True, "axes.edgecolor": PALETTE["outside-edge"], "axes.labelsize": 8.5,
@@ -34,8 +35,8 @@ STYLE = {  # of matplotlib: text stays text, and equal pictures have equal ids
     "grid.color": PALETTE["faint"], "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 4,
     "xtick.color": PALETTE["ink"], "xtick.labelsize": 8, "ytick.color": PALETTE["ink"], "ytick.labelsize": 8,
 }  # fmt: skip
-LINE_POINTS = 400  # of a line, at most; each shows the largest of the operations that fall into it
-ENLARGED_FROM = 4  # times revfx's peak that the plain one is when revfx's line is drawn once more, enlarged
+MAX_LINE_POINTS = 400  # each shows the largest value of its operations
+MIN_ENLARGED_RATIO = 4  # of the plain peak to revfx's, for a second panel with revfx's line enlarged
 
 
 def memory_svg(e: Findings) -> str:
@@ -57,7 +58,7 @@ def memory_svg(e: Findings) -> str:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RevfxError("No picture can be drawn without matplotlib. Run pip install 'revfx[viz]'.") from error
-    title = f"Memory of one training step: {printable(e.model)}"
+    title = f"Memory of one training step: {without_control_characters(e.model)}"
     peaks = ", ".join(f"{way} {size(max(u.live))}" for way, u in ways.items())
     metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type")) | {"Title": f"{title}; peaks: {peaks}"}
     out = io.StringIO()
@@ -67,22 +68,24 @@ def memory_svg(e: Findings) -> str:
         figure.savefig(out, format="svg", metadata=metadata)
     # Two decimals of a point are enough for coordinates.
     short = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), out.getvalue())
-    return "\n".join(line.rstrip() for line in short.splitlines()) + "\n"
+    return "\n".join(map(str.rstrip, short.splitlines())) + "\n"
 
 
 def _draw(figure: Figure, ways: Mapping[str, Usage], title: str, budget: int | None) -> None:
     """Draw all ways on one panel with the budget as a line, and revfx's on a second one where it is small."""
     last = [*ways.values()][-1]
-    enlarged = set(ways) == {"plain", "revfx"} and max(ways["plain"].live) > ENLARGED_FROM * max(ways["revfx"].live)
-    heights = [3, 2] if enlarged else [1]
-    figure.set_size_inches(7, 4.4 if enlarged else 3.1)
+    is_enlarged = False
+    if set(ways) == {"plain", "revfx"}:
+        is_enlarged = max(ways["plain"].live) > MIN_ENLARGED_RATIO * max(ways["revfx"].live)
+    heights = [3, 2] if is_enlarged else [1]
+    figure.set_size_inches(7, 4.4 if is_enlarged else 3.1)
     panels: Any = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     top, bottom = panels[0][0], panels[-1][0]
     split = min(max(last.backward / len(last.live), 0.15), 0.85)  # part of the width for the forward
 
     _draw_lines(top, ways, split, budget)
     top.set_title(title)
-    if enlarged:
+    if is_enlarged:
         _draw_lines(bottom, {"revfx": ways["revfx"]}, split, None)
         bottom.set_title("revfx alone, enlarged", fontsize=8.5, weight="normal", color=PALETTE["revfx"])
 
@@ -123,23 +126,26 @@ def _draw_lines(axes: Axes, ways: Mapping[str, Usage], split: float, budget: int
 
 
 def thinned(u: Usage, split: float) -> tuple[list[float], list[float]]:
-    """Return the line of a step: each phase has its part of the width, a point is the most that falls into it."""
+    """Return the points of the line of a step; the forward takes the part `split` of the width.
+
+    Each point stands for several operations, with the largest of their values.
+    """
     xs, ys = [0.0], [0.0]
     for values, start, stop in ((u.live[: u.backward], 0.0, split), (u.live[u.backward :], split, 1.0)):
-        points = min(len(values), max(1, int(LINE_POINTS * (stop - start))))
+        points = min(len(values), max(1, int(MAX_LINE_POINTS * (stop - start))))
         for i in range(points):
             xs.append(start + (stop - start) * (i + 1) / points)
             ys.append(float(max(values[i * len(values) // points : (i + 1) * len(values) // points])))
     return xs, ys
 
 
-def printable(text: str) -> str:
-    """Replace the characters that no page or picture can hold, such as those that steer a terminal."""
+def without_control_characters(text: str) -> str:
+    """Replace the characters that no page or picture can hold, such as control characters of terminals."""
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
 
-def themed(picture: str) -> str:
-    """Return an SVG to put into a page: without its prologue, its colours as variables of the page."""
+def apply_theme(picture: str) -> str:
+    """Return an SVG for a page: without its prologue, and with variables of the page as colours."""
     picture = picture[picture.index("<svg") :]
     picture = re.sub(r"<metadata>.*?</metadata>\s*", "", picture, flags=re.DOTALL)
     for name, colour in PALETTE.items():
