@@ -49,8 +49,8 @@ def explain(
     """Explain the regions and refusals of `model(*args, **kwargs)`, and the memory and FLOPs of a training step.
 
     The step runs on fake tensors: nothing is computed or allocated, and the model stays as it is. A model that does not
-    fit into memory can be explained on the "meta" device, or with smaller arguments. The workspace of kernels is not
-    counted.
+    fit into memory can be explained on the "meta" device, or with smaller arguments. The workspace of kernels is
+    counted only if it is known.
 
     Args:
         model: a plain model, explained as `convert` would run it, or a converted one, with its own options.
