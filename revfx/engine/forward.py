@@ -63,9 +63,7 @@ class Forward:
         self.addresses: list[int] = []
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
         self._calls: list[UnitCall] = []
-        self._holders: dict[
-            int, list[UnitCall]
-        ] = {}  # by storage: the calls that hold tensors in it
+        self._holders: dict[int, list[UnitCall]] = {}  # by storage: the calls that hold tensors in it
         self._exits: dict[int, Exit] = {}  # by the id of a tensor, and by its address
 
     @property

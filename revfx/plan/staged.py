@@ -109,7 +109,9 @@ class StagedBuilder(UnitBuilder):
             "later": tuple(forward[1:]),
             "passed_on": frozenset(results.difference(self._staged_slots())),
             "loan": next(iter(self.others), None),
-            "dropout_masks": {self.slots[mask]: self.slots[source] for mask, source in self.dropped.dropout_masks.items()},
+            "dropout_masks": {
+                self.slots[mask]: self.slots[source] for mask, source in self.dropped.dropout_masks.items()
+            },
             "compressed": frozenset(self._slots_of(self.dropped.compressed)),
             "gives_exit": True,
         }
