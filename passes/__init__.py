@@ -1,1 +1,1 @@
-"""Pure graph passes: arcs, closure, cuts, regions and plans, over frozen data. No autograd here."""
+"""Pure graph passes: arcs, closure, cuts, regions and schedules, over frozen data. No autograd here."""

@@ -21,9 +21,9 @@ from revfx.errors import NondeterminismWarning, RegenerationError, warn
 GUARDED: type[Exception] = symbolic_shapes._ShapeEnvGuardError  # what `ShapeEnv.error_on_new_guards` raises
 
 
-# What compiled graphs check. A custom operator, as no compiler fuses one: what an assertion in a kernel of many threads
-# throws ends the process. It is said to write its argument, since whatever writes is kept though nothing reads it; and
-# to be unsafe in CUDA graphs, since it waits for the device.
+# The check at the end of a compiled backward. It is a custom operator, which no compiler fuses: a failed assertion in a
+# kernel of many threads would end the process. Its schema claims to write the argument, so that no pass removes it as
+# unused. It is unsafe in CUDA graphs, since it waits for the device.
 _OPERATORS = torch.library.Library("revfx", "FRAGMENT")
 _OPERATORS.define("check(Tensor(a!) ok, str[] messages, bool[] serious) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
@@ -36,35 +36,36 @@ _warned = Counter[str]()
 
 
 class Said(NamedTuple):
-    """The error, or the warning if it is not `serious`, of a check that fails."""
+    """The text of a failed check: of an error if `serious`, else of a warning."""
 
     message: str
     serious: bool = True
 
 
 def _check(ok: Tensor, messages: Sequence[str], serious: Sequence[bool]) -> None:
-    failed = [Said(m, s) for good, m, s in zip(ok.tolist(), messages, serious, strict=True) if not good]
-    if not failed:
-        return
-    said = next((s for s in failed if s.serious), failed[0])  # after an overflow values are off by rounding
-    if said.serious:
-        raise RegenerationError(said.message)
-    _warned[said.message] += 1
-    warn(said.message, NondeterminismWarning)
+    warnings: list[str] = []
+    for passed, message, is_serious in zip(ok.tolist(), messages, serious, strict=True):
+        if not passed and is_serious:
+            raise RegenerationError(message)
+        if not passed:
+            warnings.append(message)
+    if warnings:  # one is enough: an overflow makes the comparisons after it fail as well
+        _warned[warnings[0]] += 1
+        warn(warnings[0], NondeterminismWarning)
 
 
 _OPERATORS.impl("check", _check, "CompositeExplicitAutograd")
 torch.library.register_fake("revfx::check", lambda ok, messages, serious: None, lib=_OPERATORS)
-has_side_effect(torch.ops.revfx.check.default)  # also where compiled autograd traces the backward once more
+has_side_effect(torch.ops.revfx.check.default)  # compiled autograd traces the backward once more, and must keep it
 
 
 def overflows() -> int:
-    """Return how many backward passes so far warned of an overflow."""
+    """Return the number of backward passes that warned of an overflow so far."""
     return _warned[OVERFLOWED]
 
 
 def boxed_codegen() -> Any:
-    """Return a code generator for fx graphs that take their inputs as one list, and empty it."""
+    """Return a code generator for fx graphs that take their inputs as one list and clear the list."""
     return graph._BoxedCodeGen()
 
 
@@ -79,40 +80,45 @@ def writes(target: Any) -> bool:
 
 
 def is_pure(target: Any) -> bool:
-    """Return whether an operator of torch's own computes the same result whenever it is called."""
-    drawn = torch.Tag.nondeterministic_seeded in target.tags
-    return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
+    """Return whether an operator is one of torch's own, writes nothing and takes no random numbers."""
+    is_random = torch.Tag.nondeterministic_seeded in target.tags
+    return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not is_random
 
 
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether an operator overload takes random numbers; attention without dropout says so, but does not."""
+    """Return whether an operator overload takes random numbers.
+
+    Attention is tagged as random, but takes none without dropout.
+    """
     if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     if "scaled_dot_product" not in packet_name(target):
         return True
-    at = [a.name for a in target._schema.arguments].index("dropout_p")
-    return (args[at] if at < len(args) else kwargs.get("dropout_p", 0.0)) != 0
+    position = [a.name for a in target._schema.arguments].index("dropout_p")
+    if position < len(args):
+        return args[position] != 0
+    return kwargs.get("dropout_p", 0.0) != 0
 
 
 @functools.cache
 def may_alias(target: Any) -> bool:
-    """Return whether an operator may return memory of its arguments, as `_unsafe_view` does, which denies it."""
-    if packet_name(target) == "_unsafe_view":
+    """Return whether a result of an operator may be a view of an argument."""
+    if packet_name(target) == "_unsafe_view":  # its schema denies it
         return True
     return is_overload(target) and any(r.alias_info is not None for r in target._schema.returns)
 
 
 def plain_input(placeholder: Any) -> int | None:
-    """Return which input of the compiled function a joint graph's placeholder is; None where it was made of others."""
+    """Return the number of a placeholder among the compiled function's inputs; None if it is computed from others."""
     desc = placeholder.meta.get("desc")
     return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
 
 
 def is_held(t: Tensor) -> bool:
-    """Return whether dynamo found an input of a graph to be an attribute of a module, not an argument."""
+    """Return whether an input of a dynamo graph is an attribute of a module, not an argument."""
     return getattr(t, "_dynamo_static_input_type", None) is not None
 
 
 def is_real(t: Tensor) -> bool:
-    """Return whether a parameter has values that this process may look at: not fake, meta or spread over others."""
+    """Return whether this process can read a tensor's values: it is not fake, meta or distributed."""
     return type(t) in (Tensor, nn.Parameter) and not t.is_meta

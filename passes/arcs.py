@@ -16,7 +16,7 @@ from revfx.passes.bounds import ANY_NUMBER, bounds
 from revfx.passes.elimination import ONE
 from revfx.passes.facts import assumed, masks
 from revfx.passes.masks import MaskedArcs
-from revfx.passes.moves import directions_of, taken_apart
+from revfx.passes.moves import container_of, directions_of
 from revfx.passes.program import SELECTS, Arc, Op, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, same
 from revfx.passes.tilings import tilings
@@ -103,7 +103,7 @@ class _Lowering:
             elif node.op in ("placeholder", "get_attr") or node in self.sources:
                 source = node.op == "get_attr" or node in self.sources
                 self._value(node, source=source, given=node.op == "placeholder")
-            elif taken_apart(node) is not None:
+            elif container_of(node) is not None:
                 self.owner[node] = self.owner[node.args[0]]
                 if isinstance(node.meta["val"], Tensor):
                     outs[self.owner[node]].append(self._value(node))

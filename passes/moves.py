@@ -1,4 +1,4 @@
-"""The rules of a graph's nodes, and the nodes that take values apart."""
+"""The directions of a graph's nodes by their rules, and nodes that take a tuple, list or dict apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from revfx.rules import Direction, rule_for
 
 
 def directions_of(node: fx.Node) -> list[Direction]:
-    """Return the directions of a node's rule, if all sizes are fixed, and declared inverses of the node."""
+    """Return the directions of a node's rule and its declared inverses.
+
+    A rule that needs a symbolic size yields nothing.
+    """
     if "directions" in node.meta:
         return list(node.meta["directions"])
     rule, declared = rule_for(node), [*node.meta.get("declared", ())]
@@ -19,10 +22,14 @@ def directions_of(node: fx.Node) -> list[Direction]:
         return declared
     with no_new_guards(node):
         return [*rule(node), *declared]
-    return declared
+    return declared  # the context ended early
 
 
-def taken_apart(node: fx.Node) -> fx.Node | None:
-    """Return the tuple, list or dict that this node takes a part of; None for other nodes."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return source if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) else None
+def container_of(node: fx.Node) -> fx.Node | None:
+    """Return the tuple, list or dict from which this node takes a part; None for other nodes."""
+    if node.target is not operator.getitem:
+        return None
+    source = node.args[0]
+    if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor):
+        return source
+    return None

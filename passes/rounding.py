@@ -1,13 +1,13 @@
-"""Rounding: the precision of dtypes, and the error beyond which a regenerated value is wrong rather than rounded."""
+"""The precision of dtypes, and the largest relative error that counts as rounding."""
 
 from __future__ import annotations
 
 import torch
 
 
-MAX_ERROR = 1e-2  # relative; a larger one is an error, where inverses may round
+MAX_ERROR = 1e-2  # relative; a larger difference from the forward is an error even if inverses round
 
 
 def precision(dtype: torch.dtype) -> float:
-    """Relative distance of neighbouring numbers, real or complex; 0 for whole numbers and truth values."""
+    """Return the relative distance of neighbouring real or complex numbers; 0 for integers and booleans."""
     return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0

@@ -1,10 +1,11 @@
-"""Effects of aten operations on the numbers that they take: one table, and its consequences for a compiled graph.
+"""Traits of aten operations: how each treats exact numbers, and the values that a rounding inverse must not regenerate.
 
-There an activation comes back up to rounding. A number that is as good as any other may be off by that; an exact zero
-(out of relu, dropout, a mask, padding) that comes back as 1e-17 makes relu's gradient pass, and 1 - 1e-16 is below
-`floor`'s step. So it is followed downwards which values take some number with positive probability, an *atom*, and
-upwards where operations jump or bend: a value that has atoms there may not come back by an inverse that rounds. Random
-numbers, what a weight mixes, and what such a value is added to have none. What the table does not tell is kept.
+An inverse regenerates a value up to rounding. That matters only if an operation distinguishes a number from its
+neighbours: if an exact zero (of relu, dropout, a mask, padding) comes back as 1e-17, relu passes its gradient on, and
+1 - 1e-16 is below the step of `floor`. Two analyses of a compiled graph find these cases. Downwards, from inputs to
+outputs: the numbers that a value takes with positive probability, its *atoms*. Upwards: the points where operations
+jump or bend, their *kinks*. A value with an atom at a kink of a reader is saved. Random numbers, matrix products with
+weights, and sums with either have no atoms. An operation outside of the table has the worst traits.
 """
 
 from __future__ import annotations
@@ -18,30 +19,30 @@ from typing import Any
 from torch import Tensor, fx
 
 from revfx.passes import _torch
-from revfx.passes.moves import directions_of, taken_apart
-from revfx.passes.sizes import fixed, same
+from revfx.passes.moves import container_of, directions_of
+from revfx.passes.sizes import fixed, same, tensors_of
 from revfx.rules import Tile, op_name
 from revfx.rules.layout import joined
 
 
 class Atoms(IntEnum):
-    """Which numbers a value takes with positive probability: none, zero at most, any."""
+    """The numbers that a value takes with positive probability: none, zero at most, any."""
 
     NONE, ZERO, ANY = range(3)
 
 
 class Kinks(IntFlag):
-    """Where something that reads a value, or follows from it, jumps or bends: nowhere, at zero, elsewhere."""
+    """The points where the readers of a value jump or bend: nowhere, at zero, elsewhere."""
 
     NONE, ZERO, ELSEWHERE, ANYWHERE = range(4)
 
 
 class Kind(Enum):
-    """How the numbers of a result come from those of the operands.
+    """The way an operation computes the numbers of its result from those of its operands.
 
-    MOVE: they are theirs, or given ones beside them. MAP: a function of each. SUM, PRODUCT: of one of each operand.
-    MIX: sums of products of many, with weights. ADDS: sums of many. NORM: many, less their mean or over their size.
-    DRAW: random. FILL: a given number.
+    MOVE: the same numbers, perhaps beside given ones. MAP: a function of each number. SUM, PRODUCT: of one number of
+    each operand. MIX: sums of products of many, with weights. ADDS: sums of many. NORM: many, less their mean or
+    over their size. DRAW: random numbers. FILL: a given number.
     """
 
     MOVE, MAP, SUM, PRODUCT, MIX, ADDS, NORM, DRAW, FILL = range(9)
@@ -49,9 +50,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Trait:
-    """One operation: its `kind`, its own `kinks`, the atoms that it `makes` of other numbers, whether 0 is 0 `at_zero`.
+    """The traits of one operation: its kind, its kinks, the atoms that it `makes` of other numbers.
 
-    A FILL, and a MOVE that puts numbers beside the operand's, make the atoms that its arguments are.
+    `at_zero`: the operation maps zero to zero. The arguments of a FILL, and those that a MOVE puts beside the numbers
+    of its operand, are further atoms.
     """
 
     kind: Kind
@@ -74,7 +76,8 @@ _ROWS: dict[Trait, str] = {
         max_pool2d_with_indices max_pool3d_with_indices _low_memory_max_pool_with_offsets adaptive_max_pool2d
         maximum minimum fmax fmin""",
     Trait(Kind.MAP): """neg sin tan tanh sinh asin atan asinh atanh gelu silu mish erf erfinv expm1 log1p _to_copy
-        convert_element_type native_dropout square pow""",
+        convert_element_type square pow""",
+    Trait(Kind.MAP, makes=Atoms.ZERO): "native_dropout",
     Trait(Kind.MAP, at_zero=False): """exp exp2 cos cosh acos acosh sigmoid softplus log log2 log10 log_sigmoid_forward
         lgamma digamma erfc logit atan2""",
     Trait(Kind.MAP, Kinks.ZERO): "leaky_relu _prelu_kernel elu celu abs sqrt",
@@ -103,179 +106,229 @@ _ROWS: dict[Trait, str] = {
         empty_like new_empty empty_strided new_empty_strided arange eye iota""",
 }
 TRAITS: Mapping[str, Trait] = {name: trait for trait, names in _ROWS.items() for name in names.split()}
-COMPARED = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max".split())
-WRITES = frozenset(
+THRESHOLD_OPS = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max".split())
+WRITING_OPS = frozenset(
     """where masked_fill constant_pad_nd scatter index_put _unsafe_index_put index_fill tril triu
     _unsafe_masked_index""".split()
-)
+)  # moves that put given numbers beside those of the operand
+ZERO_FILLING_OPS = frozenset("zeros zeros_like new_zeros tril triu".split())
+NUMBER_FILLING_OPS = frozenset("full full_like new_full scalar_tensor masked_fill where scatter index_fill".split())
+
+# An operand of a `cat`: the node, the dimension, its first index along it and its size (see `joined`).
+CatOperand = tuple[fx.Node, int, int, int]
 
 
 def trait_of(node: fx.Node) -> Trait:
-    """Return the traits of the operation of a node."""
+    """Look up the traits of a node's operation; some depend on its arguments."""
     if node.target is operator.getitem:
         return TRAITS["getitem"]
     name = _torch.packet_name(node.target)
     trait = TRAITS.get(name)
     if trait is None:
-        forward, backward, _ = name.partition("_backward")
-        if backward:
-            return _backward(node, TRAITS.get(forward))
-        return Trait(Kind.MOVE) if _torch.may_alias(node.target) else UNKNOWN_TRAIT
-    if name in COMPARED:
+        return _unlisted_trait(node, name)
+    if name in THRESHOLD_OPS:
         limits = [x for x in (*node.args[1:], *node.kwargs.values()) if x is not None]
         if limits == [0]:
             return Trait(Kind.MAP, Kinks.ZERO, Atoms.ZERO)
     if name == "pow":
-        by = node.args[1]
-        whole = isinstance(by, (int, float)) and by > 0 and float(by).is_integer()
-        return trait if whole else Trait(Kind.MAP, Kinks.ZERO, at_zero=False)
-    if name in ("add", "sub", "rsub") and any(isinstance(x, (int, float)) and x for x in node.args[:2]):
+        exponent = node.args[1]
+        if not isinstance(exponent, (int, float)) or exponent <= 0 or not float(exponent).is_integer():
+            return Trait(Kind.MAP, Kinks.ZERO, at_zero=False)
+    if name in ("add", "sub", "rsub") and _has_nonzero_number(node.args[:2]):
         return Trait(Kind.MAP, at_zero=False)
-    if name in ("mul", "div") and (rounded := node.kwargs.get("rounding_mode")) is not None:
-        return Trait(Kind.MAP, Kinks.ANYWHERE, Atoms.ANY, at_zero=False) if rounded else trait
+    if name in ("mul", "div") and node.kwargs.get("rounding_mode"):
+        return UNKNOWN_TRAIT  # it jumps at every integer
     return trait
 
 
-def _backward(node: fx.Node, forward: Trait | None) -> Trait:
-    """Return the trait of a function's own backward, which may read its result: relu's asks whether that is zero."""
-    of_zero = _torch.packet_name(node.target) == "threshold_backward" and node.args[2] == 0
-    bends = forward is not None and forward.kind is Kind.MAP
-    return Trait(Kind.MAP, Kinks.ZERO if of_zero else forward.kinks if forward and bends else Kinks.NONE)
+def _unlisted_trait(node: fx.Node, name: str) -> Trait:
+    """Return the traits of an operation outside of the table: a view, a function's own backward, or an unknown one."""
+    forward_name, is_backward, _ = name.partition("_backward")
+    if not is_backward:
+        return Trait(Kind.MOVE) if _torch.may_alias(node.target) else UNKNOWN_TRAIT
+    # A backward may read the forward's result; that of relu compares it with zero.
+    if name == "threshold_backward" and node.args[2] == 0:
+        return Trait(Kind.MAP, Kinks.ZERO)
+    forward = TRAITS.get(forward_name)
+    if forward is not None and forward.kind is Kind.MAP:
+        return Trait(Kind.MAP, forward.kinks)
+    return Trait(Kind.MAP)
 
 
-def is_continuous(value: Any) -> bool:
-    """Return whether a value may have no atoms: it is a tensor of real or complex numbers."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+def _has_nonzero_number(values: Iterable[Any]) -> bool:
+    return any(isinstance(x, (int, float)) and x for x in values)
 
 
+def _is_continuous(node: fx.Node) -> bool:
+    """Return whether a result of a node may have no atoms: a tensor of real or complex numbers."""
+    return any(t.is_floating_point() or t.is_complex() for t in tensors_of(node.meta.get("val")))
+
+
+# --- downwards: atoms
 def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms]:
-    """Return the atoms of every node of a graph; `trained` weights have none, all else that comes in may have any."""
+    """Return the atoms of every node of a graph; `trained` weights have none, all other inputs may have any."""
     found = dict.fromkeys(trained, Atoms.NONE)
-    put: dict[fx.Node, list[tuple[fx.Node, int, int, int]]] = {}
+    cats: dict[fx.Node, list[CatOperand]] = {}
     for node in graph.nodes:
         if node in found:
             continue
         if node.op != "call_function":
             found[node] = Atoms.ANY
             continue
-        parts = [*joined(node)] if op_name(node.target) == "cat" else []
-        if parts and fixed(size for *_, size in parts):
-            put[node] = parts
-        if not _is_read(node):
+        if op_name(node.target) == "cat":
+            cat_operands = list(joined(node))
+            if cat_operands and fixed(size for *_, size in cat_operands):
+                cats[node] = cat_operands
+        overlapped = _overlapped_operands(node, cats)
+        if not _is_continuous(node):
             found[node] = Atoms.ANY
-        elif overlapped := _parts_of(node, put):  # a part of what was put together has the atoms of these
-            found[node] = max(found[p] for p in overlapped)
+        elif overlapped:  # a part of a concatenation has the atoms of the operands it overlaps
+            found[node] = max(found[operand] for operand in overlapped)
         else:
             found[node] = _result_atoms(node, trait_of(node), found)
     return found
 
 
+def _overlapped_operands(node: fx.Node, cats: Mapping[fx.Node, Sequence[CatOperand]]) -> list[fx.Node]:
+    """Return the operands of a `cat` that a node overlaps, if the node is a part of its result."""
+    split = container_of(node)
+    taken, part_number = (node, 0) if split is None else (split, node.args[1])
+    source: Any = taken.args[0] if taken.args else None
+    found: list[fx.Node] = []
+    if source not in cats:
+        return found
+    cat_dim = cats[source][0][1]
+    for tile in directions_of(taken):
+        if not isinstance(tile, Tile) or tile.whole is not source or tile.part != part_number:
+            continue
+        if tile.dim != cat_dim or len(tile.index) == 0:
+            continue
+        for operand, _, start, size in cats[source]:
+            if start <= tile.index[-1] and tile.index[0] < start + size:
+                found.append(operand)
+    return found
+
+
 def _result_atoms(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -> Atoms:
-    name, arithmetic = op_name(node.target), trait.kind in (Kind.SUM, Kind.PRODUCT)
-    operands = [n for n in node.all_input_nodes if _is_read(n) or (arithmetic and isinstance(n.meta["val"], Tensor))]
-    theirs = [found[n] for n in operands]
-    most, least = max(theirs, default=Atoms.NONE), min(theirs, default=Atoms.NONE)
-    if trait.kind in (Kind.NORM, Kind.DRAW):
+    """Derive the atoms of a result from those of the operands."""
+    name, kind = op_name(node.target), trait.kind
+    if kind in (Kind.SUM, Kind.PRODUCT):
+        operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    else:  # integers and booleans are indices or conditions
+        operands = [n for n in node.all_input_nodes if _is_continuous(n)]
+    atoms = [found[n] for n in operands]
+    most, least = max(atoms, default=Atoms.NONE), min(atoms, default=Atoms.NONE)
+
+    if kind in (Kind.NORM, Kind.DRAW):
         return Atoms.NONE
-    if trait.kind is Kind.FILL or (trait.kind is Kind.MOVE and name in WRITES):
+    if kind is Kind.FILL or (kind is Kind.MOVE and name in WRITING_OPS):
         return max(most, _number_atoms(node, name))
-    if trait.kind is Kind.SUM:
-        whole = [n for n in operands if same(n.meta["val"].shape, node.meta["val"].shape)]
-        if most == Atoms.NONE or any(found[n] == Atoms.NONE for n in whole):
+    if kind is Kind.MOVE:
+        return most
+    if kind is Kind.SUM:
+        full_size = [found[n] for n in operands if same(n.meta["val"].shape, node.meta["val"].shape)]
+        if most == Atoms.NONE or Atoms.NONE in full_size:
             return Atoms.NONE
-        return most if len(whole) == len(operands) else Atoms.ANY  # a bias moves zeros
-    if trait.kind is Kind.PRODUCT:
-        zero = any(isinstance(x, (int, float)) and x == 0 for x in node.args[:2])
-        return Atoms.ZERO if zero else min(most, Atoms.ZERO) if least == Atoms.NONE else most
-    if trait.kind is Kind.MIX:
+        return most if len(full_size) == len(operands) else Atoms.ANY  # a bias moves zeros
+    if kind is Kind.PRODUCT:
+        if 0 in node.args[:2]:
+            return Atoms.ZERO
+        return min(most, Atoms.ZERO) if least == Atoms.NONE else most
+    if kind is Kind.MIX:
         return Atoms.NONE if least == Atoms.NONE else Atoms.ANY
-    if trait.kind is Kind.ADDS:
+    if kind is Kind.ADDS:
         return Atoms.ANY if most == Atoms.ANY else Atoms.NONE
-    through = Atoms.ANY if most and not trait.at_zero else most
-    dropped = Atoms.ZERO if name == "native_dropout" else Atoms.NONE
-    return max(trait.makes, through, dropped) if trait.kind is Kind.MAP else most
+    if most and not trait.at_zero:  # a function moves zeros
+        return Atoms.ANY
+    return max(trait.makes, most)
 
 
 def _number_atoms(node: fx.Node, name: str) -> Atoms:
-    """Return the atoms that the numbers among a node's arguments are, and those that it fills in by itself."""
-    if name in ("zeros", "zeros_like", "new_zeros", "tril", "triu", "constant_pad_nd", "_unsafe_masked_index"):
-        numbers: Sequence[Any] = node.args[2:] if name in ("constant_pad_nd", "_unsafe_masked_index") else ()
-    elif name in ("full", "full_like", "new_full", "scalar_tensor", "masked_fill", "where", "scatter", "index_fill"):
+    """Return the atoms that a node adds: the numbers among its arguments and those that it fills in by itself."""
+    if name in ZERO_FILLING_OPS:
+        return Atoms.ZERO
+    if name in ("constant_pad_nd", "_unsafe_masked_index"):
+        return Atoms.ANY if _has_nonzero_number(node.args[2:]) else Atoms.ZERO
+    if name in NUMBER_FILLING_OPS:
         numbers = [x for x in node.args if isinstance(x, (int, float))]
-        if not numbers and name in ("masked_fill", "where", "scatter", "index_fill"):
-            return Atoms.NONE  # a tensor is written there
-    else:
-        return Atoms.NONE if name in WRITES else Atoms.ANY
-    return Atoms.ANY if any(isinstance(x, (int, float)) and x for x in numbers) else Atoms.ZERO
+        if not numbers and name in WRITING_OPS:
+            return Atoms.NONE  # it writes a tensor, which is an operand
+        return Atoms.ANY if _has_nonzero_number(numbers) else Atoms.ZERO
+    return Atoms.NONE if name in WRITING_OPS else Atoms.ANY
 
 
-def _is_read(node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    return is_continuous(val) or (isinstance(val, (tuple, list)) and any(map(is_continuous, val)))
-
-
+# --- upwards: kinks
 def barred(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, str]:
-    """Return why a rounding inverse may not give nodes back: a reader tells their atoms from numbers close to them."""
+    """Return the nodes that no rounding inverse may regenerate, with the reasons: a reader has a kink at an atom."""
     atoms = atoms_of(graph, trained)
-    seen: dict[fx.Node, tuple[Kinks, fx.Node]] = {}
+    seen: dict[fx.Node, tuple[Kinks, fx.Node]] = {}  # the kinks of all readers, and the last reader that has one
 
-    def note(node: fx.Node, kinks: Kinks, by: fx.Node) -> None:
+    def note(node: fx.Node, kinks: Kinks, reader: fx.Node) -> None:
         if kinks:
-            before = seen.get(node)
-            seen[node] = (kinks, by) if before is None else (before[0] | kinks, before[1])
+            before, last_reader = seen.get(node, (Kinks.NONE, reader))
+            seen[node] = (before | kinks, last_reader)
 
     calls = [n for n in graph.nodes if n.op == "call_function"]
     for node in reversed(calls):
         trait = trait_of(node)
-        above, by = seen.get(node, (Kinks.NONE, node))
-        for operand in (n for n in node.all_input_nodes if _is_read(n)):
-            note(operand, trait.kinks, node)
-            note(operand, _through(trait, above, atoms, node, operand), by)
-    for node in calls:  # elements of what is told apart lie elsewhere, too, and there come back by an inverse
+        above, reader = seen.get(node, (Kinks.NONE, node))
+        for operand in node.all_input_nodes:
+            if _is_continuous(operand):
+                note(operand, trait.kinks, node)
+                note(operand, _kinks_through(trait, above, atoms, node, operand), reader)
+    # A moved value holds elements of its operand. An inverse could regenerate them there as well.
+    for node in calls:
         if trait_of(node).kind is Kind.MOVE:
-            for operand in (n for n in node.all_input_nodes if n in seen):
-                note(node, *seen[operand])
-    return {n: _reason(atoms[n], by) for n, (kinks, by) in seen.items() if _meet(atoms[n], kinks)}
+            for operand in node.all_input_nodes:
+                if operand in seen:
+                    note(node, *seen[operand])
+    return {n: _reason(atoms[n], reader) for n, (kinks, reader) in seen.items() if _meet(atoms[n], kinks)}
 
 
-def _through(trait: Trait, above: Kinks, atoms: Mapping[fx.Node, Atoms], node: fx.Node, operand: fx.Node) -> Kinks:
-    """Return where the kinks of later operations lie in an operand; none if the result has no atoms."""
+def _kinks_through(
+    trait: Trait, above: Kinks, atoms: Mapping[fx.Node, Atoms], node: fx.Node, operand: fx.Node
+) -> Kinks:
+    """Move the kinks of later operations from a result to an operand.
+
+    Args:
+        trait: the traits of the operation.
+        above: the kinks of the readers of its result.
+        atoms: the atoms of every node.
+        node: the operation.
+        operand: the operand.
+
+    Returns:
+        The kinks at the operand; none if the result has no atoms there.
+    """
     if not _meet(atoms[node], above) or trait.kind in (Kind.MIX, Kind.NORM, Kind.DRAW, Kind.FILL):
         return Kinks.NONE
-    others = [atoms[n] for n in node.all_input_nodes if n is not operand and _is_read(n)]
-    shifts = not trait.at_zero or trait.kind is Kind.ADDS or (trait.kind is Kind.SUM and max(others, default=0) > 1)
-    return Kinks.ANYWHERE if shifts else above
+    if not trait.at_zero or trait.kind is Kind.ADDS:
+        return Kinks.ANYWHERE
+    if trait.kind is Kind.SUM:  # another addend may shift them
+        for other in node.all_input_nodes:
+            if other is not operand and _is_continuous(other) and atoms[other] == Atoms.ANY:
+                return Kinks.ANYWHERE
+    return above
 
 
 def _meet(atoms: Atoms, kinks: Kinks) -> bool:
+    """Return whether a value may take a number at which a reader has a kink."""
     return bool(kinks) and (atoms == Atoms.ANY or (atoms == Atoms.ZERO and Kinks.ZERO in kinks))
 
 
-def _reason(atoms: Atoms, by: fx.Node) -> str:
-    where = by.meta.get("where")
-    name = f"`{op_name(by.target)}`{f' ({where})' if where else ''}"
+def _reason(atoms: Atoms, reader: fx.Node) -> str:
+    name, where = f"`{op_name(reader.target)}`", reader.meta.get("where")
+    if where:
+        name += f" ({where})"
     if atoms == Atoms.ZERO:
         return f"it can hold exact zeros, which {name} tells from the result of a rounding inverse"
     return f"{name} may tell its numbers from those that an inverse returns"
 
 
-def _parts_of(node: fx.Node, put: Mapping[fx.Node, list[tuple[fx.Node, int, int, int]]]) -> list[fx.Node]:
-    """Return the parts of what was `put` together that a node taken of it overlaps."""
-    split = taken_apart(node)
-    taken, number = (node, 0) if split is None else (split, node.args[1])
-    source: Any = taken.args[0] if taken.args else None
-    parts = put.get(source, [])
-    return [
-        p
-        for t in (directions_of(taken) if parts else ())
-        if isinstance(t, Tile) and t.whole is source and t.part == number and t.dim == parts[0][1] and len(t.index)
-        for p, _, at, size in parts
-        if at <= t.index[-1] and t.index[0] < at + size
-    ]
-
-
 def trained(joint: fx.Graph, outputs: Sequence[Any], static: Iterable[fx.Node]) -> frozenset[fx.Node]:
     """Return those of the `static` inputs of a joint graph that get a gradient."""
-    described = zip(outputs, joint.output_node().meta.get("desc", ()), strict=False)
-    given = [getattr(d, "grad_of", None) for out, d in described if isinstance(out, fx.Node)]
-    return frozenset(n for n in static if n.meta.get("desc") is not None and n.meta["desc"] in given)
+    differentiated: list[Any] = []
+    for out, description in zip(outputs, joint.output_node().meta.get("desc", ()), strict=False):
+        if isinstance(out, fx.Node) and hasattr(description, "grad_of"):
+            differentiated.append(description.grad_of)
+    return frozenset(n for n in static if n.meta.get("desc") in differentiated)
