@@ -1,11 +1,10 @@
-"""Lowering of an fx graph to a program: values, operations and all arcs with a domain that holds."""
+"""Lowering of an fx graph to a program: values, operations, and the inverse arcs whose conditions hold."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +13,15 @@ from torch import Tensor, fx
 from revfx.errors import Cause, Reason
 from revfx.passes.bounds import ANY_NUMBER, bounds
 from revfx.passes.elimination import ONE
-from revfx.passes.facts import assumed, masks
+from revfx.passes.facts import index_facts, masks
 from revfx.passes.masks import MaskedArcs
-from revfx.passes.moves import container_of, directions_of
+from revfx.passes.moves import arc_text, container_of, directions_of, given_nodes
 from revfx.passes.program import SELECTS, Arc, Op, Program, Value
-from revfx.passes.sizes import NUMBERS, as_number, same
-from revfx.passes.tilings import tilings
+from revfx.passes.sizes import NUMBERS, as_number, fixed, same
+from revfx.passes.tilings import tiling_arcs
 from revfx.rules import (
     NOT_INJECTIVE,
+    Direction,
     Inverse,
     NoInverse,
     Patch,
@@ -33,26 +33,16 @@ from revfx.rules import (
 )
 
 
-SMALLER = 16  # times the operand of a statistic is larger
+STATISTIC_SIZE_RATIO = 16  # an operand of a statistic is at least this many times larger
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program with the fx nodes that it came from: one per operation, and one per value."""
+    """A program, and the fx nodes of its operations and of its values."""
 
     program: Program
     op_nodes: tuple[fx.Node, ...]
     value_nodes: tuple[fx.Node, ...]
-
-    @cached_property
-    def index(self) -> dict[fx.Node, int]:
-        """The value that each node stands for."""
-        return {n: i for i, n in enumerate(self.value_nodes)}
-
-    @cached_property
-    def inputs(self) -> tuple[int, ...]:
-        """The values that the placeholders stand for."""
-        return tuple(i for i, n in enumerate(self.value_nodes) if n.op == "placeholder")
 
 
 def lower(
@@ -61,22 +51,30 @@ def lower(
     barred: Mapping[fx.Node, str] | None = None,
     lossless: bool = True,
 ) -> Lowered:
-    """Return the program of a graph; its nodes have fake results in `meta["val"]`.
+    """Translate a graph to a program.
 
-    Attributes are sources, and so are the nodes of `sources`; nodes whose result is a (symbolic) number are left out.
-    `barred`: the reason why no rounding inverse may give a node back, where no code corrects it; None: codes do.
-    `lossless`: every value comes back with the forward's bits; else some are off by rounding.
+    A node that returns a tuple becomes one operation together with the getitem nodes of its parts. Nodes that return a
+    (symbolic) number are left out.
 
-    Further keys of `meta` that are read: `storage` (which memory a value lives in), `barrier` (why no region may
-    contain the node), `where` (the user's file and line), `constant`, `facts`, `kept` and `directions` (the
-    directions that its rule would yield). A node whose result is a tuple and the getitem nodes that take it apart
-    become one operation with several outputs.
+    Args:
+        graph: the graph. Each node has its fake result in `meta["val"]`. Optional keys of `meta`: `storage`, the
+            allocation of a value; `barrier`, the reason why no region may contain the node; `where`, the user's file
+            and line; `directions`, which replace those of the rule; `constant`, `facts` and `kept`.
+        sources: nodes that are sources besides the attributes.
+        barred: nodes that no rounding inverse may regenerate, with the reasons. None: codes correct every inverse.
+        lossless: every value is regenerated with the forward's bits, not only up to rounding.
     """
     return _Lowering(graph, sources, barred, lossless and barred is None).run()
 
 
 @dataclass(eq=False)
 class _Lowering:
+    """The state of one call of `lower`.
+
+    `owner`: for each node, the index of the operation that computes it. `constants`: nodes that depend on sources and
+    index inputs alone.
+    """
+
     graph: fx.Graph
     sources: Collection[fx.Node]
     barred: Mapping[fx.Node, str] | None
@@ -84,53 +82,61 @@ class _Lowering:
 
     def __post_init__(self) -> None:
         self.bounds, self.masks = bounds(self.graph), masks(self.graph)
-        self.constant = _constant(self.graph, self.sources)
-        self.coded = self.barred is None
+        self.constants = _constant_nodes(self.graph, self.sources)
         self.values: list[Value] = []
         self.index: dict[fx.Node, int] = {}
         self.storages: dict[object, int] = {}
         self.owner: dict[fx.Node, int] = {}
+        self.directions: dict[fx.Node, list[Direction]] = {}
 
     def run(self) -> Lowered:
-        op_nodes: list[fx.Node] = []
         outs: list[list[int]] = []
         outputs: tuple[int, ...] = ()
+        # Number the values first: an operation may have results in later nodes, which take its tuple apart.
         for node in self.graph.nodes:
             if node.op == "output":
-                outputs = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
+                outputs = self._indices(node)
             elif isinstance(node.meta.get("val"), NUMBERS) or (node.op == "get_attr" and "val" not in node.meta):
                 continue
-            elif node.op in ("placeholder", "get_attr") or node in self.sources:
-                source = node.op == "get_attr" or node in self.sources
-                self._value(node, source=source, given=node.op == "placeholder")
-            elif container_of(node) is not None:
-                self.owner[node] = self.owner[node.args[0]]
-                if isinstance(node.meta["val"], Tensor):
-                    outs[self.owner[node]].append(self._value(node))
+            elif node.op == "get_attr" or node in self.sources:
+                self._add_value(node, source=True, given=node.op == "placeholder")
+            elif node.op == "placeholder":
+                self._add_value(node, given=True)
             else:
-                self.owner[node] = len(op_nodes)
-                op_nodes.append(node)
-                outs.append([self._value(node)] if isinstance(node.meta["val"], Tensor) else [])
-        self.directions = {node: directions_of(node) for node in op_nodes}
-        ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(op_nodes)]
-        masked = MaskedArcs(self.directions, self.masks, self.index, self.barred, self._arc)
-        for i, arc in (*tilings(self.values, self.index, self.directions, outs), *masked.run()):
-            ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
-        program = Program(self._with_memory(ops), tuple(ops), outputs)
-        return Lowered(program, tuple(op_nodes), tuple(self.index))
+                container = container_of(node)
+                if container is None:
+                    self.owner[node] = len(outs)
+                    self.directions[node] = directions_of(node)
+                    outs.append([])
+                else:
+                    self.owner[node] = self.owner[container]
+                if isinstance(node.meta["val"], Tensor):
+                    outs[self.owner[node]].append(self._add_value(node))
 
-    def _with_memory(self, ops: Sequence[Op]) -> tuple[Value, ...]:
-        """The values, with the operations that write to their memory, and the inputs that it belongs to, noted."""
-        written, theirs = set[int](), set[int]()
+        # Then the arcs: those of single operations, and those that combine several.
+        ops = [self._op(node, tuple(outs[i])) for i, node in enumerate(self.directions)]
+        masked = MaskedArcs(self.directions, self.masks, self.index, self.barred, self._arc)
+        for i, arc in (*tiling_arcs(self.values, self.index, self.directions, outs), *masked.run()):
+            ops[i] = replace(ops[i], arcs=(*ops[i].arcs, arc))
+        program = Program(self._mark_allocations(ops), tuple(ops), outputs)
+        return Lowered(program, tuple(self.directions), tuple(self.index))
+
+    def _indices(self, node: fx.Node) -> tuple[int, ...]:
+        """Return the values that a node reads, each once."""
+        return tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
+
+    def _mark_allocations(self, ops: Sequence[Op]) -> tuple[Value, ...]:
+        """Return the values with `written` and `given` set for all views of an allocation."""
+        written, given = set[int](), set[int]()
         for op in ops:
             if op.barrier is not None and op.barrier.kind is Reason.WRITES_IN_PLACE:
                 written.update(self.values[v].storage for v in op.ins)
         for v in self.values:
             if v.given or v.source:
-                theirs.add(v.storage)
-        return tuple(replace(v, written=v.storage in written, given=v.storage in theirs) for v in self.values)
+                given.add(v.storage)
+        return tuple(replace(v, written=v.storage in written, given=v.storage in given) for v in self.values)
 
-    def _value(self, node: fx.Node, source: bool = False, given: bool = False) -> int:
+    def _add_value(self, node: fx.Node, source: bool = False, given: bool = False) -> int:
         val = node.meta["val"]
         storage = self.storages.setdefault(node.meta.get("storage", node), len(self.storages))
         nbytes = node.meta.get("storage_nbytes", as_number(val.numel()) * val.element_size())
@@ -140,124 +146,156 @@ class _Lowering:
         return index
 
     def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Op:
-        ins = tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
+        """Return a node's operation with its own arcs."""
+        name, ins, directions = op_name(node.target), self._indices(node), self.directions[node]
+        has_rule = "directions" in node.meta or rule_for(node) is not None
+        is_unknown = not has_rule or (name in NOT_INJECTIVE and not directions)
+        has_matrix = any(isinstance(d, Inverse) and d.matrix is not None for d in directions)
+        arcs, refused = self._inverses(node) if outs else ([], {})
+        arcs += self._statistics(name, ins, outs)
+        if is_unknown:
+            refused = {v: why_none(name) for v in ins if not self.values[v].source}
+        for arc in arcs:
+            refused.pop(arc.head, None)
+        return Op(
+            name=name,
+            ins=ins,
+            outs=outs,
+            arcs=tuple(arcs),
+            refused=tuple(refused.items()),
+            where=node.meta.get("where", ""),
+            barrier=node.meta.get("barrier"),
+            opaque=is_unknown or has_matrix,
+            moves=bool(directions) and all(map(_moves_elements, directions)),
+            terms=self._terms(node, ins),
+        )
+
+    def _inverses(self, node: fx.Node) -> tuple[list[Arc], dict[int, Cause]]:
+        """Return the arcs of an operation, and the reasons why other operands have none."""
         arcs: list[Arc] = []
         refused: dict[int, Cause] = {}
-        directions = self.directions[node]
-        for direction in directions if outs else ():
+        for direction in self.directions[node]:
             if not isinstance(direction, (Inverse, NoInverse)):
                 continue
             solved = direction.solves
             if not isinstance(solved, fx.Node) or solved.op == "get_attr" or solved not in self.index:
                 continue
             if isinstance(direction, NoInverse):
-                arc = Cause(direction.kind, direction.reason)
-            else:
-                arc = self._arc(node, direction)
+                refused[self.index[solved]] = Cause(direction.kind, direction.reason)
+                continue
+            arc = self._arc(node, direction)
             if isinstance(arc, Cause):
                 refused[self.index[solved]] = arc
             else:
                 arcs.append(arc)
-        name = op_name(node.target)
-        ruled = "directions" in node.meta or rule_for(node) is not None
-        unknown = not ruled or (name in NOT_INJECTIVE and not directions)
-        whole = any(getattr(d, "matrix", None) for d in directions)
-        arcs += self._statistics(name, ins, outs)
-        solved = {a.head for a in arcs}
-        moved = [isinstance(d, (Tile, Patch)) or (isinstance(d, Inverse) and d.exact) for d in directions]
-        if unknown:
-            refused = {v: why_none(name) for v in ins if not self.values[v].source}
-        return Op(
-            name=name,
-            ins=ins,
-            outs=outs,
-            arcs=tuple(arcs),
-            refused=tuple((v, r) for v, r in refused.items() if v not in solved),
-            where=node.meta.get("where", ""),
-            barrier=node.meta.get("barrier"),
-            opaque=unknown or whole,
-            moves=bool(moved) and all(moved),
-            terms=self._terms(node, ins) if len(outs) == 1 else (),
-        )
+        return arcs, refused
 
     def _statistics(self, name: str, ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[Arc]:
-        """Yield results that may be kept for want of an inverse, as the mean and scale that a batch is freed of."""
-        most = max((_size(self.values[v]) for v in ins if not self.values[v].source), default=0)
-        # where inverses round, none that was selected from what may come back by one
-        for v in outs if self.lossless or name.strip("_") not in SELECTS else ():
-            if 0 < _size(self.values[v]) * SMALLER <= most:
+        """Yield results to save instead of an inverse, as they are small: a mean, or the scale of a batch."""
+        if not self.lossless and name.strip("_") in SELECTS:
+            return  # its operand comes back up to rounding, and a reader compares both
+        largest = max((_num_elements(self.values[v]) for v in ins if not self.values[v].source), default=0)
+        for v in outs:
+            if 0 < _num_elements(self.values[v]) * STATISTIC_SIZE_RATIO <= largest:
                 yield Arc(v, (), _never_run, exact=False, barred="it is small beside its operands")
 
     def _terms(self, node: fx.Node, ins: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
-        """Return the terms of a sum, if each operand is multiplied by a number."""
-        y, factors, number = node.meta["val"], dict.fromkeys(ins, 0.0), 0.0
-        found = [d for d in self.directions[node] if isinstance(d, Inverse) and d.solves in node.all_input_nodes]
-        solved = {self.index.get(d.solves) for d in found}
-        if not solved or solved != {*ins} or not (isinstance(y, Tensor) and y.is_floating_point()):
+        """Return the terms of a sum: its operands, and `ONE`, each times a number. Empty for other operations."""
+        y, inputs = node.meta["val"], node.all_input_nodes
+        inverses = [d for d in self.directions[node] if isinstance(d, Inverse) and d.solves in inputs]
+        solved = {self.index.get(d.solves) for d in inverses}
+        if not solved or solved != set(ins) or not isinstance(y, Tensor) or not y.is_floating_point():
             return ()
-        for d in found:
-            a, f = d.solves.meta["val"], 1.0 if d.factor is None else d.factor
-            alike = d.solves.op == "get_attr" or (a.dtype == y.dtype and same(a.shape, y.shape))
-            scaled = isinstance(f, (int, float)) and not isinstance(self._factor(d, y.dtype), str)
-            if d.rest is None or not alike or not scaled or d.solves in (self.barred or ()):
+        factors, number = dict.fromkeys(ins, 0.0), 0.0
+        for d in inverses:
+            a, factor = d.solves.meta["val"], 1.0 if d.factor is None else d.factor
+            if d.rest is None or d.solves in (self.barred or ()):
                 return ()
-            factors[self.index[d.solves]] += 1 / f if d.reciprocal else f
+            if d.solves.op != "get_attr" and not (a.dtype == y.dtype and same(a.shape, y.shape)):
+                return ()
+            if not isinstance(factor, (int, float)) or isinstance(self._factor_condition(d, y.dtype), str):
+                return ()
+            factors[self.index[d.solves]] += 1 / factor if d.reciprocal else factor
             number = d.rest(*(0.0 if isinstance(g, fx.Node) else g for g in d.given))
-        return (*factors.items(), (ONE, float(number))) if all(factors.values()) and math.isfinite(number) else ()
+        if not all(factors.values()) or not math.isfinite(number):
+            return ()
+        return (*factors.items(), (ONE, float(number)))
 
     def _arc(self, node: fx.Node, inverse: Inverse) -> Arc | Cause:
-        """Return the arc of one direction, or the reason why its domain does not hold."""
-        name = op_name(node.target)
-        result = node if inverse.result is None else inverse.result
-        a, y = inverse.solves.meta["val"], result.meta["val"]
+        """Return the arc of an inverse, or the reason why its conditions do not hold."""
+        name, solved = op_name(node.target), inverse.solves
+        result: fx.Node = inverse.result or node
+        y = result.meta["val"]
         if not isinstance(y, Tensor):
             return Cause(Reason.NO_RULE, "the result is not one tensor")
-        if inverse.coded and not self.coded:
-            if a.dtype != y.dtype:
-                return Cause(Reason.LOSES_BITS, f"the cast from {a.dtype} to {y.dtype} loses bits")
-            return why_none(name)
-        given = [g for g in inverse.given if isinstance(g, fx.Node)]
-        if any(isinstance(n, fx.Node) and n not in self.index for n in (*given, inverse.factor)):
-            return Cause(Reason.DATA_DEPENDENT, f"`{name}` reads a number that only the run knows")
-        if inverse.solves in given:
-            return Cause(Reason.NON_INVERTIBLE, f"both operands of `{name}` are the same value")
-        if not inverse.exact:
-            if not a.is_floating_point() and not a.is_complex():
-                text = f"it is {a.dtype}, and only floating-point values are inverted"
-                return Cause(Reason.NON_INVERTIBLE, text)
-            if a.dtype != y.dtype and not inverse.coded:
-                return Cause(Reason.LOSES_BITS, f"`{name}` turns {a.dtype} into {y.dtype}")
-            if inverse.matrix is not None and inverse.matrix not in self.constant:
-                return Cause(Reason.NON_INVERTIBLE, f"`{name}` multiplies by a matrix that is computed from data")
-            if inverse.matrix is None and not same(a.shape, y.shape):
-                return Cause(Reason.LAYOUT, f"`{name}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}")
-        factor = self._factor(inverse, y.dtype)
-        if isinstance(factor, str):
-            return Cause(Reason.ZERO_FACTOR, factor)
+        cause = self._violation(name, inverse, y)
+        if cause is not None:
+            return cause
+        condition = self._factor_condition(inverse, y.dtype)
+        if isinstance(condition, str):
+            return Cause(Reason.ZERO_FACTOR, condition)
+        operands = given_nodes(inverse)
+        assumes, barred = (), (self.barred or {}).get(solved)
+        if inverse.exact:
+            assumes, barred = index_facts(operands, self.index), None
         return Arc(
-            head=self.index[inverse.solves], tail=(self.index[result], *(self.index[g] for g in given)),
-            solve=_with_numbers(inverse.by, 1, inverse.given), exact=inverse.exact,
-            reciprocal=inverse.reciprocal, **factor,
-            text=f"{inverse.solves.name} <- {', '.join(n.name for n in (node, *given))}  ({name})",
-            assumes=assumed(given, self.index) if inverse.exact else (),
+            head=self.index[solved],
+            tail=tuple(self.index[n] for n in (result, *operands)),
+            solve=_bind_numbers(inverse.by, inverse.given),
+            exact=inverse.exact,
+            reciprocal=inverse.reciprocal,
+            **condition,
+            text=arc_text(solved, (node, *operands), name),
+            assumes=assumes,
             coded=inverse.coded,
             declared=inverse.declared or declared_by_user(node),
             runs=(self.owner[node],) if inverse.runs else (),
-            barred=None if inverse.exact else (self.barred or {}).get(inverse.solves),
-        )  # fmt: skip
+            barred=barred,
+        )
 
-    def _factor(self, inverse: Inverse, dtype: torch.dtype) -> dict[str, Any] | str:
-        """Return the condition on the factor of the solved operand, or the reason why it may be zero."""
+    def _violation(self, name: str, inverse: Inverse, y: Tensor) -> Cause | None:
+        """Return the condition of an inverse that does not hold, apart from the one on its factor.
+
+        Args:
+            name: of the operation.
+            inverse: the inverse.
+            y: the fake result that it starts from.
+        """
+        a, has_codes = inverse.solves.meta["val"], self.barred is None
+        if inverse.coded and not has_codes:
+            if a.dtype != y.dtype:
+                return Cause(Reason.LOSES_BITS, f"the cast from {a.dtype} to {y.dtype} loses bits")
+            return why_none(name)
+        for operand in (*inverse.given, inverse.factor):
+            if isinstance(operand, fx.Node) and operand not in self.index:
+                return Cause(Reason.DATA_DEPENDENT, f"`{name}` reads a number that only the run knows")
+        if inverse.solves in given_nodes(inverse):
+            return Cause(Reason.NON_INVERTIBLE, f"both operands of `{name}` are the same value")
+        if inverse.exact:
+            return None
+        if not a.is_floating_point() and not a.is_complex():
+            return Cause(Reason.NON_INVERTIBLE, f"it is {a.dtype}, and only floating-point values are inverted")
+        if a.dtype != y.dtype and not inverse.coded:
+            return Cause(Reason.LOSES_BITS, f"`{name}` turns {a.dtype} into {y.dtype}")
+        if inverse.matrix is not None and inverse.matrix not in self.constants:
+            return Cause(Reason.NON_INVERTIBLE, f"`{name}` multiplies by a matrix that is computed from data")
+        if inverse.matrix is None and not same(a.shape, y.shape):
+            return Cause(Reason.LAYOUT, f"`{name}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}")
+        return None
+
+    def _factor_condition(self, inverse: Inverse, dtype: torch.dtype) -> dict[str, Any] | str:
+        """Return the fields of an arc about the factor of its head, or the reason why the factor may be zero."""
         f = inverse.factor
         if f is None:
             return {}
         if not isinstance(f, fx.Node):
             value = float(abs(1 / f if inverse.reciprocal and f else f))
             info = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
-            # 0 or infinite, also where it only is so in this dtype; or NaN
-            if not getattr(info, "tiny", 1) <= value <= info.max:
+            if not getattr(info, "tiny", 1) <= value <= info.max:  # in this dtype it is 0, infinite or NaN
                 return f"the factor is {f}"
-            return {} if value == 1 else {"factor": value}
+            if value == 1:
+                return {}
+            return {"factor": value}
         interval = self.bounds.get(f, ANY_NUMBER)
         least = interval.least
         if inverse.reciprocal:
@@ -266,39 +304,53 @@ class _Lowering:
             return f"the factor `{f.name}` is a mask"
         elif f in self.masks.zero:
             return f"the factor `{f.name}` is zero under a mask"
-        elif least == 0 and not interval.nonzero and not self.coded:
+        elif least == 0 and not interval.nonzero and self.barred is not None:
             return f"the factor `{f.name}` is not bounded away from zero"
-        return {} if least >= 1 else {"factor": self.index[f], "measured": True, "least": least}
+        if least >= 1:
+            return {}
+        return {"factor": self.index[f], "measured": True, "least": least}
 
 
-def _constant(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that follow from sources, and from inputs that are indices, alone."""
+def _constant_nodes(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that depend on sources and index inputs alone."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        val = node.meta.get("val")
-        index = isinstance(val, Tensor) and not (val.is_floating_point() or val.is_complex())
-        made = node.op != "placeholder" and found.issuperset(node.all_input_nodes)
-        if made or node in sources or (node.op == "placeholder" and index):
+        if node.op == "placeholder":
+            val = node.meta.get("val")
+            is_constant = isinstance(val, Tensor) and not (val.is_floating_point() or val.is_complex())
+        else:
+            is_constant = found.issuperset(node.all_input_nodes)
+        if is_constant or node in sources:
             found.add(node)
     return found
 
 
-def _size(value: Value) -> int:
-    """Return how many elements a value has; 0 where that is not fixed."""
-    return math.prod(value.shape) if all(type(n) is int for n in value.shape) else 0
+def _num_elements(value: Value) -> int:
+    """Return the number of a value's elements; 0 if it is not fixed."""
+    if not fixed(value.shape):
+        return 0
+    return math.prod(value.shape)
+
+
+def _moves_elements(direction: Direction) -> bool:
+    """Return whether the result holds elements of the operand, unchanged up to their sign."""
+    return isinstance(direction, (Tile, Patch)) or (isinstance(direction, Inverse) and direction.exact)
 
 
 def _never_run() -> Tensor:
     raise AssertionError("a barred inverse is never run")
 
 
-def _with_numbers(by: Callable[..., Any], results: int, given: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return a function of results and `given` operands, with those that are plain numbers put in their places."""
-    constants = {i: g for i, g in enumerate(given, results) if not isinstance(g, fx.Node)}
-    n = results + len(given)
+def _bind_numbers(by: Callable[..., Any], given: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return `by` as a function of the result and of the nodes in `given`; the numbers in it are bound."""
+    numbers = [(i, g) for i, g in enumerate(given) if not isinstance(g, fx.Node)]
+    if not numbers:
+        return by
 
-    def filled(*tail: Tensor) -> Any:
-        rest = iter(tail)
-        return by(*(constants[i] if i in constants else next(rest) for i in range(n)))
+    def solve(result: Tensor, *operands: Tensor) -> Any:
+        arguments: list[Any] = [*operands]
+        for i, number in numbers:
+            arguments.insert(i, number)
+        return by(result, *arguments)
 
-    return filled if constants else by
+    return solve

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from revfx.passes.facts import bare
+from revfx.passes.facts import plain_name
 from revfx.passes.sizes import tensors_of
 from revfx.rules import arguments, op_name
 
@@ -55,7 +55,9 @@ def _exp(x: float) -> float:
 
 
 def _sigmoid(x: float) -> float:
-    return 1 / (1 + _exp(-x)) if x > 0 else _exp(x) / (1 + _exp(x))
+    if x > 0:
+        return 1 / (1 + _exp(-x))
+    return _exp(x) / (1 + _exp(x))
 
 
 def _softplus(x: float) -> float:
@@ -77,7 +79,9 @@ def _neg(a: Interval) -> Interval:
 
 
 def _product(x: float, y: float) -> float:
-    return 0.0 if 0.0 in (x, y) else x * y  # also of 0 and inf
+    if 0.0 in (x, y):  # also of zero and infinity
+        return 0.0
+    return x * y
 
 
 def _mul(a: Interval, b: Interval) -> Interval:
@@ -154,7 +158,9 @@ def _operand_interval(found: Mapping[fx.Node, Interval], dtype: torch.dtype | No
     """Return the interval of an operand; a number is rounded to the dtype of the other operand."""
     if isinstance(operand, (int, float)):
         return _rounded_interval(Interval(float(operand), float(operand), operand != 0), dtype, 1)
-    return found.get(operand, ANY_NUMBER) if isinstance(operand, fx.Node) else ANY_NUMBER
+    if isinstance(operand, fx.Node):
+        return found.get(operand, ANY_NUMBER)
+    return ANY_NUMBER
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -165,15 +171,18 @@ def _exact_interval(node: fx.Node, interval_of: IntervalOf) -> Interval:
     """Return the interval of a node in exact arithmetic, from the intervals of its operands."""
     if node.op != "call_function":
         return ANY_NUMBER
-    name = bare(node)
+    name = plain_name(node)
     if name in ("clamp", "clip", "hardtanh"):
         return _clamped_interval(node, name, interval_of)
     if name == "softplus" and (len(node.args) > 1 or node.kwargs):
         _, beta = arguments(node, "input", beta=1)
-        return Interval(0.0, math.inf, True) if isinstance(beta, (int, float)) and beta > 0 else ANY_NUMBER
+        if isinstance(beta, (int, float)) and beta > 0:
+            return Interval(0.0, math.inf, True)
+        return ANY_NUMBER
     first, *others = node.args or (None,)
-    if name == "getitem" and isinstance(first, fx.Node) and op_name(first.target) in ("var_mean", "std_mean"):
-        return Interval(0.0) if others == [0] else ANY_NUMBER
+    is_first_part = name == "getitem" and isinstance(first, fx.Node) and others == [0]
+    if is_first_part and op_name(first.target) in ("var_mean", "std_mean"):
+        return Interval(0.0)
     if (name == "pow" and others == [2]) or (name == "mul" and others == [first]):
         return _square(interval_of(first))
     if node.args and name in MOVES:
@@ -203,17 +212,19 @@ def _interval_in_dtype(node: fx.Node, exact: Interval, dtype: torch.dtype | None
     """Widen an exact interval by the rounding of a node's result; ANY_NUMBER if integers may overflow."""
     if exact == ANY_NUMBER or dtype is None:
         return exact
-    if dtype.is_complex:
-        return ANY_NUMBER
-    operand_dtype = next(filter(None, map(_dtype, node.all_input_nodes)), dtype)
-    if not dtype.is_floating_point:
-        return exact if _holds_integers(exact, operand_dtype, dtype) else ANY_NUMBER
-    name = bare(node)
-    if name not in MOVES:
-        return _rounded_interval(exact, dtype, 1 if name in CORRECTLY_ROUNDED_OPS else ERROR_ULPS)
-    if operand_dtype == dtype:
+    name, operand_dtype = plain_name(node), next(filter(None, map(_dtype, node.all_input_nodes)), dtype)
+    if dtype.is_floating_point:
+        if name in CORRECTLY_ROUNDED_OPS:
+            return _rounded_interval(exact, dtype, 1)
+        if name not in MOVES:
+            return _rounded_interval(exact, dtype, ERROR_ULPS)
+        if operand_dtype == dtype:
+            return exact
+        if name in DTYPE_CASTS:
+            return _rounded_interval(exact, dtype, 1)
+    elif not dtype.is_complex and _holds_integers(exact, operand_dtype, dtype):
         return exact
-    return _rounded_interval(exact, dtype, 1) if name in DTYPE_CASTS else ANY_NUMBER  # else a view of other bits
+    return ANY_NUMBER  # also of a view of other bits
 
 
 def _holds_integers(a: Interval, operand_dtype: torch.dtype, dtype: torch.dtype) -> bool:
@@ -246,9 +257,10 @@ def _rounded_end(x: float, side: int, dtype: torch.dtype, ulps: int) -> float:
     is_exact = x in EXACT_NUMBERS or (ulps == 1 and float(torch.tensor(x, dtype=torch.float64).to(dtype)) == x)
     if is_exact and (x == 0 or abs(x) >= info.tiny):
         return x
-    is_outside = x * side > 0  # the end lies away from zero
+    if info.tiny <= abs(x) <= info.max:
+        return x + side * ulps * info.eps * abs(x)
     if abs(x) < info.tiny:  # flushed to 0, or rounded away from it
-        return side * info.tiny if is_outside else 0.0
-    if abs(x) > info.max:  # overflows, or nearly does
-        return side * math.inf if is_outside else -side * info.max
-    return x + side * ulps * info.eps * abs(x)
+        inner, outer = 0.0, side * info.tiny
+    else:  # overflows, or nearly does
+        inner, outer = -side * info.max, side * math.inf
+    return outer if x * side > 0 else inner

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 from torch import Tensor, fx
 
 from revfx.passes.sizes import no_new_guards
-from revfx.rules import Direction, rule_for
+from revfx.rules import Direction, Inverse, rule_for
 
 
 def directions_of(node: fx.Node) -> list[Direction]:
@@ -33,3 +34,13 @@ def container_of(node: fx.Node) -> fx.Node | None:
     if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor):
         return source
     return None
+
+
+def given_nodes(inverse: Inverse) -> list[fx.Node]:
+    """Return the operands that an inverse reads besides the result; others of `given` are numbers."""
+    return [g for g in inverse.given if isinstance(g, fx.Node)]
+
+
+def arc_text(head: fx.Node, tail: Iterable[fx.Node], how: str) -> str:
+    """Return the readable line of an arc."""
+    return f"{head.name} <- {', '.join(node.name for node in tail)}  ({how})"

@@ -10,4 +10,6 @@ MAX_ERROR = 1e-2  # relative; a larger difference from the forward is an error e
 
 def precision(dtype: torch.dtype) -> float:
     """Return the relative distance of neighbouring real or complex numbers; 0 for integers and booleans."""
-    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.finfo(dtype).eps
+    return 0.0

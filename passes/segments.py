@@ -1,8 +1,8 @@
-"""A program cut into segments, plain ones and regions, and the readable text of the result."""
+"""The segments of a program, regions and the parts between them, and their readable text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from revfx.passes.arcs import Lowered
@@ -13,7 +13,7 @@ from revfx.rules import op_name
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Operations start..stop-1, which run as they are, or as a region."""
+    """Operations start..stop-1: a region, or a plain part of the program (None)."""
 
     start: int
     stop: int
@@ -21,61 +21,78 @@ class Segment:
 
 
 def segments(program: Program, regions: Sequence[Region]) -> tuple[Segment, ...]:
-    """Return the whole program as segments in order."""
-    cut, at = list[Segment](), 0
+    """Divide the program into segments, in order."""
+    found: list[Segment] = []
+    at = 0
     for region in regions:
-        cut += [Segment(at, region.start, None), Segment(region.start, region.stop, region)]
+        if at < region.start:
+            found.append(Segment(at, region.start, None))
+        found.append(Segment(region.start, region.stop, region))
         at = region.stop
-    return tuple(s for s in (*cut, Segment(at, len(program.ops), None)) if s.start < s.stop)
+    if at < len(program.ops):
+        found.append(Segment(at, len(program.ops), None))
+    return tuple(found)
 
 
 def text(lowered: Lowered, cut: Sequence[Segment]) -> str:
-    """Return the program as Python-like lines; in a region each has the action of the backward for the value."""
+    """Return the program as Python-like lines; those of a region end with the action of the backward for each value."""
     program = lowered.program
     lines: list[str] = []
     for number, segment in enumerate(cut):
-        region = segment.region
-        if region is not None:
-            kept = ", ".join(program.values[v].name for v in dict.fromkeys((*region.entry, *region.side, *region.exit)))
-            lines.append(
-                f"# region {number}: {len(region.steps)} steps, {sum(s.inverts for s in region.steps)} inverted;"
-                f" keeps {kept} ({region.kept_bytes:,} bytes), frees {region.freed_bytes:,} bytes"
-            )
-        for i in range(segment.start, segment.stop):
-            line = _line(lowered, i)
-            if region is not None:
-                line = f"    {line:<64}  # {_action(program, region, i)}"
-            lines.append(line.rstrip())
-        if region is not None:
-            lines.append("# end of region")
-    returned = ", ".join(program.values[v].name for v in program.outputs)
-    return "\n".join([*lines, f"return {returned}"])
+        region, numbers = segment.region, range(segment.start, segment.stop)
+        if region is None:
+            lines += [_line(lowered, i) for i in numbers]
+            continue
+        kept = _names(program, dict.fromkeys((*region.entry, *region.side, *region.exit)))
+        lines.append(
+            f"# region {number}: {len(region.steps)} steps, {sum(s.inverts for s in region.steps)} inverted;"
+            f" keeps {kept} ({region.kept_bytes:,} bytes), frees {region.freed_bytes:,} bytes"
+        )
+        for i in numbers:
+            lines.append(f"    {_line(lowered, i):<64}  # {_action(program, region, i)}".rstrip())
+        lines.append("# end of region")
+    return "\n".join([*lines, f"return {_names(program, program.outputs)}"])
+
+
+def _names(program: Program, values: Iterable[int]) -> str:
+    return ", ".join(program.values[v].name for v in values)
 
 
 def _line(lowered: Lowered, index: int) -> str:
     op, node = lowered.program.ops[index], lowered.op_nodes[index]
-    outs = ", ".join(lowered.program.values[v].name for v in op.outs) or "_"
-    args = [repr(a) for a in node.args] + [f"{k}={v!r}" for k, v in node.kwargs.items()]
-    if op_name(node.target) == "getitem":
-        return f"{outs} = {args[0]}[{_index(node.args[1])}]"
-    return f"{outs} = {op_name(node.target)}({', '.join(args)})"
+    outs = _names(lowered.program, op.outs) or "_"
+    args = [*map(repr, node.args), *(f"{k}={v!r}" for k, v in node.kwargs.items())]
+    name = op_name(node.target)
+    if name == "getitem":
+        return f"{outs} = {args[0]}[{_format_index(node.args[1])}]"
+    return f"{outs} = {name}({', '.join(args)})"
 
 
-def _index(value: object) -> str:
+def _format_index(value: object) -> str:
     """Return an index as it is written between brackets: `..., :8`."""
     if isinstance(value, tuple):
-        return ", ".join(_index(v) for v in value)
+        return ", ".join(map(_format_index, value))
     if isinstance(value, slice):
-        ends = [value.start, value.stop] if value.step is None else [value.start, value.stop, value.step]
-        return ":".join("" if e is None else repr(e) for e in ends)
+        ends = [value.start, value.stop]
+        if value.step is not None:
+            ends.append(value.step)
+        return ":".join("" if end is None else repr(end) for end in ends)
     return "..." if value is Ellipsis else repr(value)
 
 
 def _action(program: Program, region: Region, index: int) -> str:
+    """Return the action of the backward for each result of an operation: save, invert or recompute."""
     saved = {*region.entry, *region.exit, *region.saved, *region.side}
-    inverted = {a.head for s in region.steps[1:] for a in s.arcs}
-    said: list[str] = []
-    for v, value in ((v, program.values[v]) for v in program.ops[index].outs):
-        action = "save" if v in saved else "invert" if v in inverted else "recompute"
-        said.append(f"{action} {str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
-    return ", ".join(said)
+    inverted = set[int]()
+    for step in region.steps[1:]:
+        inverted.update(arc.head for arc in step.arcs)
+    actions: list[str] = []
+    for v in program.ops[index].outs:
+        action = "recompute"
+        if v in saved:
+            action = "save"
+        elif v in inverted:
+            action = "invert"
+        value = program.values[v]
+        actions.append(f"{action} {str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
+    return ", ".join(actions)

@@ -1,4 +1,4 @@
-"""Sizes that may be symbolic: compared without a guard, which would fix the shape that the program accepts."""
+"""Comparisons of symbolic sizes that add no guard: a guard would restrict the shapes that a compiled graph accepts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def as_number(size: Any) -> int:
-    """Return a size as a plain number: of a symbolic one the value that the program was traced with; no guard."""
+    """Return a size as a plain number, without a guard; for a symbolic one its value in the traced call."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.has_hint() else 0
     return int(size)
 
 
 def fixed(sizes: Iterable[Any]) -> bool:
-    """Return whether all of `sizes` are plain numbers, none of them a symbol."""
+    """Return whether all of `sizes` are plain numbers, not symbols."""
     return all(isinstance(n, int) for n in sizes)
 
 
 def tensors_of(val: Any) -> list[Any]:
-    """Return the tensors of a node's result, which may be one itself."""
-    return [val] if isinstance(val, Tensor) else [t for t in pytree.tree_leaves(val) if isinstance(t, Tensor)]
+    """Return the tensors in a node's result."""
+    if isinstance(val, Tensor):
+        return [val]
+    return [t for t in pytree.tree_leaves(val) if isinstance(t, Tensor)]
 
 
 def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
@@ -43,50 +45,71 @@ def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
 
 @contextlib.contextmanager
 def no_new_guards(node: fx.Node) -> Generator[None]:
-    """Return a context that ends early, without an error, where something depends on a size that is not fixed."""
-    modes = (getattr(t, "fake_mode", None) for t in tensors_of(node.meta["val"]))
-    envs = (getattr(mode, "shape_env", None) for mode in modes)
-    env: Any = next((e for e in envs if e is not None), None)
+    """Return a context that ends early, without an error, if something in it depends on a symbolic size."""
+    env: Any = None
+    for t in tensors_of(node.meta["val"]):
+        env = getattr(getattr(t, "fake_mode", None), "shape_env", None)
+        if env is not None:
+            break
     if env is None:
         yield
         return
-    reads = any(isinstance(n.meta.get("val"), NUMBERS) for n in node.all_input_nodes)  # a node can't be computed with
-    early = (GUARDED, TypeError) if reads else (GUARDED,)
+    early = [GUARDED]
+    if any(isinstance(n.meta.get("val"), NUMBERS) for n in node.all_input_nodes):
+        early.append(TypeError)  # arithmetic with the node of a number
     with contextlib.suppress(*early), muted(symbolic_shapes.__name__), env.error_on_new_guards():
         yield
 
 
 @contextlib.contextmanager
 def muted(name: str) -> Generator[None]:
-    """Return a context in which the logger of this name says nothing."""
-    log, nothing = logging.getLogger(name), logging.Filter("\0")  # one of its own, as contexts may lie in each other
-    log.addFilter(nothing)
+    """Return a context that silences the logger `name`."""
+    log, silence = logging.getLogger(name), logging.Filter("\0")  # a new filter for each context, as they nest
+    log.addFilter(silence)
     try:
         yield
     finally:
-        log.removeFilter(nothing)
+        log.removeFilter(silence)
 
 
-# --- operations that read the shape of a tensor alone, written without the tensor: that would look like a use
-# What is empty has any numbers: zeros are the same in every run.
-FILLED = {"zeros_like": 0, "new_zeros": 0, "empty": 0, "empty_like": 0, "new_empty": 0, "ones_like": 1, "new_ones": 1}
-VALUE_AT = {"full_like": 1, "new_full": 2}  # which argument they are filled with
-DRAWN = {"rand_like": "rand", "randn_like": "randn"}
+# --- operations that read only the shape of a tensor, rewritten without it: it would count as a reader
+# Uninitialized tensors become zeros, which are the same in every run.
+FILL_VALUES = {
+    "zeros_like": 0, "new_zeros": 0, "empty": 0, "empty_like": 0, "new_empty": 0, "ones_like": 1, "new_ones": 1
+}  # fmt: skip
+FILL_ARGUMENTS = {"full_like": 1, "new_full": 2}  # the position of the fill value
+RANDOM_OPS = {"rand_like": "rand", "randn_like": "randn"}
 
 
 def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> tuple[str, Any, dict[str, Any]] | None:
-    """Return the name, arguments and options of an operation that makes a tensor like `made` from its shape alone.
+    """Express an operation that reads only the shape of its operand without the operand.
 
-    `y = randn_like(a)` is `y = randn(shape of y)`: the same numbers where y is contiguous, and the generator torch's.
+    `y = randn_like(a)` becomes `y = randn(y.shape)`. The numbers are the same if y is contiguous and drawn from torch's
+    own generator.
+
+    Args:
+        name: the name of the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        made: its fake result.
+
+    Returns:
+        The name, arguments and keyword arguments of the new operation. None if there is none.
     """
-    if name not in {*FILLED, *VALUE_AT, *DRAWN} or kwargs.get("generator") is not None or kwargs.get("requires_grad"):
+    if name not in {*FILL_VALUES, *FILL_ARGUMENTS, *RANDOM_OPS}:
         return None
-    strided = isinstance(made, Tensor) and made.layout == torch.strided
-    if not strided or not fixed(made.shape) or not made.is_contiguous():
+    if kwargs.get("generator") is not None or kwargs.get("requires_grad"):
         return None
-    options = {"dtype": made.dtype, "device": made.device}
-    if name in DRAWN:
-        return DRAWN[name], (list(made.shape),), options
-    at = VALUE_AT.get(name)
-    value = FILLED[name] if at is None else next(iter(args[at:]), kwargs.get("fill_value"))
-    return ("full", (list(made.shape), value), options) if isinstance(value, (bool, int, float)) else None
+    if not isinstance(made, Tensor) or made.layout != torch.strided:
+        return None
+    if not fixed(made.shape) or not made.is_contiguous():
+        return None
+    shape, options = list(made.shape), {"dtype": made.dtype, "device": made.device}
+    if name in RANDOM_OPS:
+        return RANDOM_OPS[name], (shape,), options
+    if name in FILL_VALUES:
+        return "full", (shape, FILL_VALUES[name]), options
+    value = next(iter(args[FILL_ARGUMENTS[name] :]), kwargs.get("fill_value"))
+    if not isinstance(value, (bool, int, float)):
+        return None
+    return "full", (shape, value), options

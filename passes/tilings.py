@@ -1,67 +1,93 @@
-"""Arcs between a whole and its parts: those that tile it, and those that were written into a copy of it."""
+"""Arcs between a whole and its parts: parts that tile a value, and parts that were written into a copy of it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from revfx.passes._torch import is_real
-from revfx.passes.facts import assumed
+from revfx.passes.facts import index_facts
 from revfx.passes.program import Arc, Found, Value
 from revfx.passes.sizes import fixed
 from revfx.rules import Direction, Patch, Tile, op_name
 
 
-def tilings(
+class PlacedPart(NamedTuple):
+    """A value that is a part of another one: the operation that makes it, its number, and its place in the whole."""
+
+    op: int
+    value: int
+    place: Tile | Patch
+
+
+def tiling_arcs(
     values: Sequence[Value],
     index: Mapping[fx.Node, int],
     directions: Mapping[fx.Node, Sequence[Direction]],
     outs: Sequence[Sequence[int]],
 ) -> Iterator[Found]:
-    """Yield arcs from parts that tile a value, or complete a patched copy, each with an operation that makes one.
+    """Yield arcs from parts that tile a value or complete a patched copy, each with the first operation involved.
 
-    `directions` holds those of every operation, in order.
+    Args:
+        values: the values of the program.
+        index: the number of each node's value.
+        directions: those of every operation, in program order.
+        outs: the results of every operation.
     """
     op_nodes = [*directions]
 
-    def moved(ops: Sequence[int], head: int, tail: tuple[int, ...], solve: Callable[..., Tensor], how: str) -> Found:
+    def moving_arc(ops: Sequence[int], head: int, tail: Sequence[int], solve: Callable[..., Tensor], how: str) -> Found:
         text = f"{values[head].name} <- {', '.join(values[v].name for v in tail)}  ({how})"
-        read = dict.fromkeys(n for i in ops for n in op_nodes[i].all_input_nodes)
-        return min(ops), Arc(head, tail, solve, exact=True, text=text, assumes=assumed(read, index))
+        read: dict[fx.Node, None] = {}
+        for op in ops:
+            read.update(dict.fromkeys(op_nodes[op].all_input_nodes))
+        return min(ops), Arc(head, tuple(tail), solve, exact=True, text=text, assumes=index_facts(read, index))
 
-    tiles: dict[tuple[int, int], list[tuple[int, int, Tile | Patch]]] = {}
-    patches: list[tuple[int, int, Patch]] = []
-    for i, found in enumerate(directions.values()):
-        for t in found:
-            whole = index.get(_copied(t.whole)) if isinstance(t, (Tile, Patch)) else None
-            if isinstance(t, Tile) and whole is not None and t.part < len(outs[i]):
-                tiles.setdefault((whole, t.dim), []).append((i, outs[i][t.part], t))
-            elif isinstance(t, Patch) and whole is not None:
-                patches.append((i, outs[i][0], t))
-    for (whole, dim), parts in tiles.items():
-        yield from (moved(ops, a, (b,), lambda y: y.clone(), "the same part") for ops, a, b in _repeated_parts(parts))
+    # Collect the parts of each value along each dimension, and the copies of a value with a part written into them.
+    parts: dict[tuple[int, int], list[PlacedPart]] = {}
+    patched: list[tuple[int, int, Patch]] = []
+    for op, found in enumerate(directions.values()):
+        for place in found:
+            if not isinstance(place, (Tile, Patch)):
+                continue
+            whole = index.get(_copied(place.whole))
+            if whole is None:
+                continue
+            if isinstance(place, Patch):
+                patched.append((op, outs[op][0], place))
+            elif place.part < len(outs[op]):
+                parts.setdefault((whole, place.dim), []).append(PlacedPart(op, outs[op][place.part], place))
+
+    # Equal parts give each other back. Parts that cover all positions give the whole back.
+    for (whole, dim), tiles in parts.items():
+        for pair, head, other in _repeated_parts(tiles):
+            yield moving_arc(pair, head, (other,), lambda y: y.clone(), "the same part")
         size = values[whole].shape[dim]
-        chosen = _exact_cover([t.index for _, _, t in parts], size) if fixed([size]) else None
-        if chosen is None or values[whole].source:
+        if values[whole].source or not fixed([size]):
             continue
-        use = [parts[k] for k in chosen]
-        solve = _assemble(values[whole].shape, dim, tuple((t.index, t.squeezed) for _, _, t in use))
-        yield moved([i for i, _, _ in use], whole, tuple(v for _, v, _ in use), solve, "put together")
-    for i, patched, p in patches:
-        whole = index[_copied(p.whole)]
-        if isinstance(p.part, fx.Node) and p.part in index:
-            part = index[p.part]
-            tiles.setdefault((patched, p.dim), []).append((i, part, p))
-        for j, part, t in tiles.get((whole, p.dim), []):
-            same = t.index == p.index and t.squeezed == p.squeezed
-            if same and isinstance(t, Tile) and not values[whole].source:
-                yield moved((i, j), whole, (patched, part), _patch(p), "patch")
-            elif set(p.index).isdisjoint(t.index):
-                yield moved((i, j), part, (patched,), _take_part(t), "beside the patch")
-                tiles.setdefault((patched, p.dim), []).append((j, part, t))
+        cover = _exact_cover(tiles, size)
+        if cover:
+            solve = _assemble(values[whole].shape, dim, [tile.place for tile in cover])
+            ops, tail = [tile.op for tile in cover], [tile.value for tile in cover]
+            yield moving_arc(ops, whole, tail, solve, "put together")
+
+    # A patched copy and the part that was overwritten give the whole back. Parts beside the patch are in the copy, too.
+    for op, copy, patch in patched:
+        whole = index[_copied(patch.whole)]
+        copy_parts = parts.setdefault((copy, patch.dim), [])
+        if isinstance(patch.part, fx.Node) and patch.part in index:
+            copy_parts.append(PlacedPart(op, index[patch.part], patch))
+        for tile in parts.get((whole, patch.dim), []):
+            is_same = tile.place.index == patch.index and tile.place.squeezed == patch.squeezed
+            if is_same and isinstance(tile.place, Tile) and not values[whole].source:
+                yield moving_arc((op, tile.op), whole, (copy, tile.value), _write_part(patch), "patch")
+            elif set(patch.index).isdisjoint(tile.place.index):
+                yield moving_arc((op, tile.op), tile.value, (copy,), _take_part(tile.place), "beside the patch")
+                copy_parts.append(tile)
 
 
 def _copied(node: fx.Node) -> fx.Node:
@@ -71,72 +97,100 @@ def _copied(node: fx.Node) -> fx.Node:
     return node
 
 
-def _repeated_parts(parts: Sequence[tuple[int, int, Tile | Patch]]) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """Yield pairs of values that are the same part, taken more than once, and the two operations that take it."""
-    first: dict[tuple[Sequence[int], bool], tuple[int, int]] = {}
-    for i, v, t in parts:
-        j, same = first.setdefault((t.index if isinstance(t.index, range) else tuple(t.index), t.squeezed), (i, v))
-        if same != v:
-            yield (i, j), v, same
-            yield (i, j), same, v
+def _repeated_parts(parts: Sequence[PlacedPart]) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Yield pairs of values that are the same part, in both directions, behind the two operations that take it."""
+    first: dict[tuple[Sequence[int], bool], PlacedPart] = {}
+    for part in parts:
+        positions = part.place.index
+        if not isinstance(positions, range):
+            positions = tuple(positions)
+        same = first.setdefault((positions, part.place.squeezed), part)
+        if same.value != part.value:
+            yield (part.op, same.op), part.value, same.value
+            yield (part.op, same.op), same.value, part.value
 
 
-def _patch(p: Patch) -> Callable[..., Tensor]:
+def _write_part(patch: Patch) -> Callable[..., Tensor]:
+    """Return the function that writes a part into a patched copy."""
+    index_on = _index_on_device(patch.index)
+
     def solve(patched: Tensor, part: Tensor) -> Tensor:
-        part = part.unsqueeze(p.dim) if p.squeezed else part
-        if isinstance(p.index, range):
-            return torch.slice_scatter(patched, part, p.dim, p.index.start, p.index.stop, p.index.step)
-        return patched.index_copy(p.dim, index(patched), part)
+        if patch.squeezed:
+            part = part.unsqueeze(patch.dim)
+        if isinstance(patch.index, range):
+            return _scatter_slice(patched, part, patch.dim, patch.index)
+        return patched.index_copy(patch.dim, index_on(patched), part)
 
-    index = _on_device(p.index)
     return solve
 
 
-def _take_part(t: Tile | Patch) -> Callable[..., Tensor]:
+def _scatter_slice(whole: Tensor, part: Tensor, dim: int, at: range) -> Tensor:
+    return torch.slice_scatter(whole, part, dim, at.start, at.stop, at.step)
+
+
+def _take_part(place: Tile | Patch) -> Callable[..., Tensor]:
     """Return the function that takes a part out of its whole."""
-    index, dim, at = _on_device(t.index), t.dim, t.index
+    index_on, dim, at = _index_on_device(place.index), place.dim, place.index
     if not isinstance(at, range):
-        return lambda y: y.index_select(dim, index(y))
-    taken = at.start if t.squeezed else slice(at.start, at.stop, at.step)
+        return lambda y: y.index_select(dim, index_on(y))
+    taken = at.start if place.squeezed else slice(at.start, at.stop, at.step)
     return lambda y: y[(*[slice(None)] * dim, taken)]
 
 
-def _on_device(positions: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Return the function of a tensor that gives `positions` as an index on its device, made once for each."""
-    on = functools.cache(lambda device: torch.tensor(positions, device=device))
-    return lambda like: on(like.device) if is_real(like) else on.__wrapped__(like.device)
+def _index_on_device(positions: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Return a function that makes `positions` an index on a tensor's device, once for each device."""
+    make = functools.cache(lambda device: torch.tensor(positions, device=device))
+    return lambda like: make(like.device) if is_real(like) else make.__wrapped__(like.device)
 
 
-def _exact_cover(parts: Sequence[Sequence[int]], size: int) -> list[int] | None:
-    """Return indices of parts that together hit each of 0..size-1 once, longest first; None if none do."""
-    chosen, left = list[int](), set(range(size))
-    first = [min(p, default=-1) for p in parts]
-    dense = [len(p) == max(p, default=-1) - first[k] + 1 for k, p in enumerate(parts)]
+def _exact_cover(parts: Sequence[PlacedPart], size: int) -> list[PlacedPart]:
+    """Return parts that together hold each of 0..size-1 once; an empty list if none do.
+
+    Of several that fit, strided parts come first, then longer ones.
+    """
+    by_start: dict[int, list[PlacedPart]] = {}
+    for part in parts:
+        if len(part.place.index) > 0:
+            by_start.setdefault(min(part.place.index), []).append(part)
+
+    def preference(part: PlacedPart) -> tuple[bool, int]:
+        positions = part.place.index
+        return len(positions) <= max(positions) - min(positions), len(positions)
+
+    chosen, left = list[PlacedPart](), set(range(size))
     while left:
-        want = min(left)
-        fits = [k for k, p in enumerate(parts) if first[k] == want and left.issuperset(p)]
+        fits = [part for part in by_start.get(min(left), []) if left.issuperset(part.place.index)]
         if not fits:
-            return None
-        chosen.append(max(fits, key=lambda k: (not dense[k], len(parts[k]))))
-        left.difference_update(parts[chosen[-1]])
-    return chosen or None
+            return []
+        chosen.append(max(fits, key=preference))
+        left.difference_update(chosen[-1].place.index)
+    return chosen
 
 
-def _assemble(shape: tuple[int, ...], dim: int, parts: tuple[tuple[Sequence[int], bool], ...]) -> Callable[..., Tensor]:
-    """Return the function that puts parts together; functional, since it is traced into compiled graphs as well."""
-    positions = [i for index, _ in parts for i in index]
+def _assemble(shape: tuple[int, ...], dim: int, places: Sequence[Tile | Patch]) -> Callable[..., Tensor]:
+    """Return the function that puts parts together.
+
+    It writes nothing in place, since it is traced into compiled graphs as well.
+    """
+    positions, ranges, squeezed = list[int](), list[range](), list[bool]()
+    for place in places:
+        positions += place.index
+        squeezed.append(place.squeezed)
+        if isinstance(place.index, range):
+            ranges.append(place.index)
     in_order = positions == sorted(positions)
-    ranges = [index for index, _ in parts if isinstance(index, range)]
-    back = _on_device(sorted(range(len(positions)), key=positions.__getitem__))
+    order = _index_on_device(sorted(range(len(positions)), key=positions.__getitem__))
 
     def solve(*tensors: Tensor) -> Tensor:
-        whole = [t.unsqueeze(dim) if gone else t for t, (_, gone) in zip(tensors, parts, strict=True)]
-        if in_order or len(ranges) < len(parts):
-            put = torch.cat(whole, dim)
-            return put if in_order else put.index_select(dim, back(put))
-        put = whole[0].new_empty(shape)
-        for tensor, index in zip(whole, ranges, strict=True):
-            put = torch.slice_scatter(put, tensor, dim, index.start, index.stop, index.step)
-        return put
+        parts = [t.unsqueeze(dim) if gone else t for t, gone in zip(tensors, squeezed, strict=True)]
+        if in_order:
+            return torch.cat(parts, dim)
+        if len(ranges) < len(parts):
+            whole = torch.cat(parts, dim)
+            return whole.index_select(dim, order(whole))
+        whole = parts[0].new_empty(shape)
+        for part, at in zip(parts, ranges, strict=True):
+            whole = _scatter_slice(whole, part, dim, at)
+        return whole
 
     return solve

@@ -112,7 +112,10 @@ WRITING_OPS = frozenset(
     _unsafe_masked_index""".split()
 )  # moves that put given numbers beside those of the operand
 ZERO_FILLING_OPS = frozenset("zeros zeros_like new_zeros tril triu".split())
-NUMBER_FILLING_OPS = frozenset("full full_like new_full scalar_tensor masked_fill where scatter index_fill".split())
+NUMBER_FILLING_OPS = frozenset(
+    """full full_like new_full scalar_tensor masked_fill where scatter index_fill constant_pad_nd
+    _unsafe_masked_index""".split()
+)
 
 # An operand of a `cat`: the node, the dimension, its first index along it and its size (see `joined`).
 CatOperand = tuple[fx.Node, int, int, int]
@@ -134,7 +137,7 @@ def trait_of(node: fx.Node) -> Trait:
         exponent = node.args[1]
         if not isinstance(exponent, (int, float)) or exponent <= 0 or not float(exponent).is_integer():
             return Trait(Kind.MAP, Kinks.ZERO, at_zero=False)
-    if name in ("add", "sub", "rsub") and _has_nonzero_number(node.args[:2]):
+    if name in ("add", "sub", "rsub") and any(_numbers(node.args[:2])):
         return Trait(Kind.MAP, at_zero=False)
     if name in ("mul", "div") and node.kwargs.get("rounding_mode"):
         return UNKNOWN_TRAIT  # it jumps at every integer
@@ -145,7 +148,9 @@ def _unlisted_trait(node: fx.Node, name: str) -> Trait:
     """Return the traits of an operation outside of the table: a view, a function's own backward, or an unknown one."""
     forward_name, is_backward, _ = name.partition("_backward")
     if not is_backward:
-        return Trait(Kind.MOVE) if _torch.may_alias(node.target) else UNKNOWN_TRAIT
+        if _torch.may_alias(node.target):
+            return Trait(Kind.MOVE)
+        return UNKNOWN_TRAIT
     # A backward may read the forward's result; that of relu compares it with zero.
     if name == "threshold_backward" and node.args[2] == 0:
         return Trait(Kind.MAP, Kinks.ZERO)
@@ -155,8 +160,8 @@ def _unlisted_trait(node: fx.Node, name: str) -> Trait:
     return Trait(Kind.MAP)
 
 
-def _has_nonzero_number(values: Iterable[Any]) -> bool:
-    return any(isinstance(x, (int, float)) and x for x in values)
+def _numbers(values: Iterable[Any]) -> list[float]:
+    return [x for x in values if isinstance(x, (int, float))]
 
 
 def _is_continuous(node: fx.Node) -> bool:
@@ -191,9 +196,11 @@ def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms
 
 def _overlapped_operands(node: fx.Node, cats: Mapping[fx.Node, Sequence[CatOperand]]) -> list[fx.Node]:
     """Return the operands of a `cat` that a node overlaps, if the node is a part of its result."""
+    taken, part_number = node, 0
     split = container_of(node)
-    taken, part_number = (node, 0) if split is None else (split, node.args[1])
-    source: Any = taken.args[0] if taken.args else None
+    if split is not None:
+        taken, part_number = split, node.args[1]
+    source: Any = next(iter(taken.args), None)
     found: list[fx.Node] = []
     if source not in cats:
         return found
@@ -215,25 +222,27 @@ def _result_atoms(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -
     if kind in (Kind.SUM, Kind.PRODUCT):
         operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     else:  # integers and booleans are indices or conditions
-        operands = [n for n in node.all_input_nodes if _is_continuous(n)]
+        operands = list(filter(_is_continuous, node.all_input_nodes))
     atoms = [found[n] for n in operands]
     most, least = max(atoms, default=Atoms.NONE), min(atoms, default=Atoms.NONE)
 
     if kind in (Kind.NORM, Kind.DRAW):
         return Atoms.NONE
     if kind is Kind.FILL or (kind is Kind.MOVE and name in WRITING_OPS):
-        return max(most, _number_atoms(node, name))
+        return max(most, _filled_atoms(node, name))
     if kind is Kind.MOVE:
         return most
     if kind is Kind.SUM:
         full_size = [found[n] for n in operands if same(n.meta["val"].shape, node.meta["val"].shape)]
         if most == Atoms.NONE or Atoms.NONE in full_size:
             return Atoms.NONE
-        return most if len(full_size) == len(operands) else Atoms.ANY  # a bias moves zeros
+        return most if len(full_size) == len(operands) else Atoms.ANY  # a broadcast operand moves zeros
     if kind is Kind.PRODUCT:
         if 0 in node.args[:2]:
             return Atoms.ZERO
-        return min(most, Atoms.ZERO) if least == Atoms.NONE else most
+        if least == Atoms.NONE:
+            return min(most, Atoms.ZERO)
+        return most
     if kind is Kind.MIX:
         return Atoms.NONE if least == Atoms.NONE else Atoms.ANY
     if kind is Kind.ADDS:
@@ -243,18 +252,18 @@ def _result_atoms(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -
     return max(trait.makes, most)
 
 
-def _number_atoms(node: fx.Node, name: str) -> Atoms:
-    """Return the atoms that a node adds: the numbers among its arguments and those that it fills in by itself."""
+def _filled_atoms(node: fx.Node, name: str) -> Atoms:
+    """Return the atoms that an operation fills in or writes, apart from those of its operands."""
     if name in ZERO_FILLING_OPS:
         return Atoms.ZERO
-    if name in ("constant_pad_nd", "_unsafe_masked_index"):
-        return Atoms.ANY if _has_nonzero_number(node.args[2:]) else Atoms.ZERO
-    if name in NUMBER_FILLING_OPS:
-        numbers = [x for x in node.args if isinstance(x, (int, float))]
-        if not numbers and name in WRITING_OPS:
-            return Atoms.NONE  # it writes a tensor, which is an operand
-        return Atoms.ANY if _has_nonzero_number(numbers) else Atoms.ZERO
-    return Atoms.NONE if name in WRITING_OPS else Atoms.ANY
+    if name not in NUMBER_FILLING_OPS:
+        return Atoms.NONE if name in WRITING_OPS else Atoms.ANY  # it writes a tensor, which is an operand
+    numbers = _numbers(node.args)
+    if any(numbers):
+        return Atoms.ANY
+    if not numbers and name in ("masked_fill", "where", "scatter", "index_fill"):
+        return Atoms.NONE  # it writes a tensor
+    return Atoms.ZERO
 
 
 # --- upwards: kinks
@@ -272,10 +281,9 @@ def barred(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, str]:
     for node in reversed(calls):
         trait = trait_of(node)
         above, reader = seen.get(node, (Kinks.NONE, node))
-        for operand in node.all_input_nodes:
-            if _is_continuous(operand):
-                note(operand, trait.kinks, node)
-                note(operand, _kinks_through(trait, above, atoms, node, operand), reader)
+        for operand in filter(_is_continuous, node.all_input_nodes):
+            note(operand, trait.kinks, node)
+            note(operand, _kinks_through(trait, above, atoms, node, operand), reader)
     # A moved value holds elements of its operand. An inverse could regenerate them there as well.
     for node in calls:
         if trait_of(node).kind is Kind.MOVE:
@@ -305,8 +313,8 @@ def _kinks_through(
     if not trait.at_zero or trait.kind is Kind.ADDS:
         return Kinks.ANYWHERE
     if trait.kind is Kind.SUM:  # another addend may shift them
-        for other in node.all_input_nodes:
-            if other is not operand and _is_continuous(other) and atoms[other] == Atoms.ANY:
+        for other in filter(_is_continuous, node.all_input_nodes):
+            if other is not operand and atoms[other] == Atoms.ANY:
                 return Kinks.ANYWHERE
     return above
 
