@@ -180,9 +180,9 @@ def _exact_interval(node: fx.Node, interval_of: IntervalOf) -> Interval:
             return Interval(0.0, math.inf, True)
         return ANY_NUMBER
     first, *others = node.args or (None,)
-    is_first_part = name == "getitem" and isinstance(first, fx.Node) and others == [0]
-    if is_first_part and op_name(first.target) in ("var_mean", "std_mean"):
-        return Interval(0.0)
+    if name == "getitem" and isinstance(first, fx.Node) and others == [0]:
+        if op_name(first.target) in ("var_mean", "std_mean"):
+            return Interval(0.0)
     if (name == "pow" and others == [2]) or (name == "mul" and others == [first]):
         return _square(interval_of(first))
     if node.args and name in MOVES:

@@ -105,7 +105,9 @@ _ROWS: dict[Trait, str] = {
     Trait(Kind.FILL): """full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full scalar_tensor empty
         empty_like new_empty empty_strided new_empty_strided arange eye iota""",
 }
-TRAITS: Mapping[str, Trait] = {name: trait for trait, names in _ROWS.items() for name in names.split()}
+TRAITS: dict[str, Trait] = {}
+for _trait, _names in _ROWS.items():
+    TRAITS.update(dict.fromkeys(_names.split(), _trait))
 THRESHOLD_OPS = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max".split())
 WRITING_OPS = frozenset(
     """where masked_fill constant_pad_nd scatter index_put _unsafe_index_put index_fill tril triu
@@ -177,7 +179,7 @@ def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms
     for node in graph.nodes:
         if node in found:
             continue
-        if node.op != "call_function":
+        if node.op != "call_function" or not _is_continuous(node):
             found[node] = Atoms.ANY
             continue
         if op_name(node.target) == "cat":
@@ -185,9 +187,7 @@ def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms
             if cat_operands and fixed(size for *_, size in cat_operands):
                 cats[node] = cat_operands
         overlapped = _overlapped_operands(node, cats)
-        if not _is_continuous(node):
-            found[node] = Atoms.ANY
-        elif overlapped:  # a part of a concatenation has the atoms of the operands it overlaps
+        if overlapped:  # a part of a concatenation has the atoms of the operands it overlaps
             found[node] = max(found[operand] for operand in overlapped)
         else:
             found[node] = _result_atoms(node, trait_of(node), found)
