@@ -14,14 +14,14 @@ OPERATORS = {"add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div":
 MAX_FORMULA_CHARS = 80  # a longer formula is not readable
 
 
-def _apply(name: str, a: Any, b: Any) -> Term:
+def _combine(name: str, a: Any, b: Any) -> Term:
     sign, level = OPERATORS[name]
     return Term(f"{_parenthesize(a, level)} {sign} {_parenthesize(b, level + 1)}", level)
 
 
 def _operators(name: str) -> tuple[Callable[[Term, Any], Term], Callable[[Term, Any], Term]]:
     """Return an operator's method for the term on its left and the one for the term on its right."""
-    return (lambda left, right: _apply(name, left, right)), (lambda right, left: _apply(name, left, right))
+    return (lambda left, right: _combine(name, left, right)), (lambda right, left: _combine(name, left, right))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Term:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Term:
         name = getattr(function, "__name__", str(function))
         if name in OPERATORS and len(args) == 2 and not kwargs:
-            return _apply(name, *args)
+            return _combine(name, *args)
         return Term(f"{name}({_arguments(args, kwargs or {})})")
 
 
