@@ -11,14 +11,14 @@ from revfx.passes.program import Arc, Program
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A derivation: run operation `op` again; it gives all its outputs."""
+    """A derivation that recomputes operation `op`, with all its outputs."""
 
     op: int
 
 
 @dataclass(frozen=True, slots=True)
 class Invert:
-    """A derivation: solve `arc`, an inverse of operation `op`; it gives the arc's head."""
+    """A derivation that solves `arc`, an inverse of operation `op`, for the arc's head."""
 
     op: int
     arc: Arc
@@ -33,17 +33,23 @@ def read_by(program: Program, derivation: Derivation) -> tuple[int, ...]:
 
 
 def made_by(program: Program, derivation: Derivation) -> tuple[int, ...]:
-    """Return the values that a derivation gives."""
+    """Return the values that a derivation computes."""
     return program.ops[derivation.op].outs if isinstance(derivation, Forward) else (derivation.arc.head,)
 
 
 class Closure:
     """The values derivable from `known` with the operations added so far.
 
-    A value is known when every tail of one of its arcs is. What can be computed again is: the difference of two large
-    streams has fewer digits of what was added than the function that gave it. Arcs barred for the head's sake are used
-    only when nothing else gives anything new: what they give must be saved rather than regenerated. `trusted`: they are
-    not used at all. `sums`: solve those together that tie several values. `once`: operations that are only inverted.
+    A value becomes known with the whole tail of one of its arcs. Recomputing has priority over inverting: the
+    difference of two large streams has fewer digits of an addend than the function that computed the addend. Barred
+    arcs come last, as their heads must be saved rather than regenerated.
+
+    Args:
+        program: the program.
+        known: the values that are known at first.
+        trusted: use no barred arcs.
+        solve_sums: also solve several sums together for several unknown values.
+        once: operations that can be inverted, but not recomputed.
     """
 
     def __init__(
@@ -51,64 +57,71 @@ class Closure:
         program: Program,
         known: Iterable[int],
         trusted: bool = False,
-        sums: bool = True,
+        solve_sums: bool = True,
         once: Collection[int] = (),
     ) -> None:
-        self._trusted, self._once = trusted, once
-        self._program = program
-        self._known = set(known)
-        self._waiting: dict[int, list[int]] = {}
-        self._missing: list[int] = []
-        self._pending: list[Derivation] = []
+        self._program, self._known = program, set(known)
+        self._trusted, self._solve_sums, self._once = trusted, solve_sums, once
+        # Derivations by number: each waits for the unknown values that it reads.
+        self._derivations: list[Derivation] = []
+        self._missing: list[int] = []  # the number of these values
+        self._waiting: dict[int, list[int]] = {}  # the derivations that wait for a value
         self._ready: tuple[list[int], ...] = ([], [], [], [])  # by `_rank`
-        self.sums = Elimination(program, self)  # which holds none unless `sums`
-        self._adds_sums = sums
-        self.together = False  # whether sums were solved together
+        self.elimination = Elimination(program, self)
+        self.has_solved_sums = False
         self.order: list[Derivation] = []
 
     def __contains__(self, value: int) -> bool:
         v = self._program.values[value]
         return value in self._known or v.source or v.kept
 
-    def add(self, indices: Iterable[int]) -> list[int]:
-        """Return the values that become known, in order, when some operations are added at once.
+    def covers(self, values: Iterable[int]) -> bool:
+        """Return whether all of `values` are known."""
+        return all(v in self for v in values)
 
-        One chain of operations runs after the other: side by side their values would be there at the same time.
+    def add(self, indices: Iterable[int]) -> list[int]:
+        """Add operations, and return the values that become known, in order.
+
+        Chains of derivations run one after the other: side by side, their values would be alive at the same time.
         """
         indices = tuple(indices)
         for index in indices:
-            op = self._program.ops[index]
             if index not in self._once:
                 self._offer(Forward(index))
-            for arc in (a for a in op.arcs if not (self._trusted and a.barred)):
-                self._offer(Invert(index, arc))
+            for arc in self._program.ops[index].arcs:
+                if not (self._trusted and arc.barred):
+                    self._offer(Invert(index, arc))
         new = self._derive(min(indices, default=0))
-        for index in reversed(indices) if self._adds_sums else ():  # near the known values first: sums stay short
-            new += self._derive(index, self.sums.add(index))
+        if self._solve_sums:
+            for index in reversed(indices):  # the operations near the known values first: sums stay short
+                new += self._derive(index, self.elimination.add(index))
         return new
 
     def run(self, indices: Iterable[int]) -> list[int]:
-        """Return the values that become known, in order, when some operations can be run again, but not inverted."""
+        """Add operations that can be recomputed, but not inverted; return the values that become known, in order."""
         for index in indices:
             self._offer(Forward(index))
         return self._derive(0)
 
     def _derive(self, index: int, solved: Iterable[Arc] = ()) -> list[int]:
-        """Return the values that become known by the offered arcs, and by solved sums."""
+        """Derive values from the offered arcs and from `solved` sums until nothing more becomes known."""
         found: list[int] = []
-        arcs = [*solved]
+        arcs = list(solved)
         while True:
             for arc in arcs:
                 self._offer(Invert(index, arc))
-            self.together |= bool(arcs)
-            found += (new := self._drain())
-            arcs = [arc for v in new for arc in self.sums.learn(v)]
+                self.has_solved_sums = True
+            new = self._drain()
+            found += new
+            arcs = []
+            for v in new:
+                arcs += self.elimination.learn(v)
             if not arcs:
                 return found
 
     def _offer(self, derivation: Derivation) -> None:
-        number = len(self._pending)
-        self._pending.append(derivation)
+        number = len(self._derivations)
+        self._derivations.append(derivation)
         missing = [v for v in dict.fromkeys(read_by(self._program, derivation)) if v not in self]
         self._missing.append(len(missing))
         for v in missing:
@@ -117,25 +130,28 @@ class Closure:
             self._ready[_rank(derivation)].append(number)
 
     def _drain(self) -> list[int]:
+        """Run the derivations that are ready, those of the lowest rank first; return the values that become known."""
         new: list[int] = []
         while queue := next(filter(None, self._ready), None):
-            derivation = self._pending[queue.pop()]
+            derivation = self._derivations[queue.pop()]
             fresh = [v for v in made_by(self._program, derivation) if v not in self]
             if not fresh:
                 continue
             self.order.append(derivation)
+            self._known.update(fresh)
+            new += fresh
             for v in fresh:
-                self._known.add(v)
-                new.append(v)
                 for waiting in self._waiting.pop(v, ()):
                     self._missing[waiting] -= 1
                     if self._missing[waiting] == 0:
-                        self._ready[_rank(self._pending[waiting])].append(waiting)
+                        self._ready[_rank(self._derivations[waiting])].append(waiting)
         return new
 
 
 def _rank(derivation: Derivation) -> int:
-    """Return which derivations come first: those that give the bits of the forward, then those that round."""
+    """Return the rank of a derivation: those that give the bits of the forward come before those that round."""
     if isinstance(derivation, Forward):
         return 0
-    return 3 if derivation.arc.barred is not None else 1 if derivation.arc.exact else 2
+    if derivation.arc.barred is not None:
+        return 3
+    return 1 if derivation.arc.exact else 2

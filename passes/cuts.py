@@ -1,9 +1,20 @@
-"""Where to cut: from one cut, the nearest earlier one from which everything between can be derived backwards.
+"""Cuts: the points between operations from which the backward regenerates the program, step by step.
 
-The live set at a point holds the data values made before it and read after it (outputs are read at the end). From the
-cut at `stop` the operations above it are added to an incremental closure one by one; the first point whose live set
-the closure contains is the next cut. Any arc that crosses a point goes through its live set, so the nearest derivable
-cut is the best one, and when nothing of a live set is known no earlier point can be reached either.
+The *live set* at a point holds the data values made before it and read after it (outputs are read at the end). A cut is
+a point with a derivable live set. The operations between two neighbouring cuts are a step.
+
+Objective: the backward holds the values that a region keeps, and regenerates one step at a time. So its peak is the
+bytes of the kept values plus the bytes of the largest step. The search approximates the minimum greedily: from one cut
+it takes the nearest earlier cut that is derivable without keeping further values. This loses nothing further up, as any
+arc that crosses a point goes through its live set. Two heuristics depart from the rule:
+
+- A cut that takes operations above it to be recomputed is used if no other cut lies within `MAX_DETOUR` times its
+  distance.
+- Values that many steps read (side inputs) are kept if that saves more bytes than it takes; `revfx.passes.regions`
+  chooses them and weighs them by `_peak_bytes`.
+
+The operations above a cut are added one by one to an incremental closure, until it contains a live set. The search ends
+where nothing of a live set is known: then no earlier point is derivable either.
 """
 
 from __future__ import annotations
@@ -17,23 +28,27 @@ from revfx.passes.program import Arc, Program
 
 
 PATIENCE = 200  # operations without a newly known value after which a search gives up
-BEYOND = 3  # times as many operations are looked at for a cut that needs nothing from above it
-ABOVE = 64  # operations above a cut that are run again for it
-FURTHER = 64  # operations above a cut that are searched for sums alone
-MOST_FAILED = 16  # searches for sums without success, after which there are no more
+MAX_DETOUR = 3  # times the operations of a step that reruns operations above it: a step without reruns may have these
+MAX_RERUN_OPS = 64  # operations above a cut that are run again for it
+MAX_SUM_OPS = 64  # operations above a cut that are searched for sums alone
+MAX_FAILED_SEARCHES = 16  # searches for sums without success, after which there are no more
 
 Values = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Operations start..stop-1, the live values before (`entry`) and after (`exit`), and how to go from exit to entry.
+    """Operations start..stop-1, and the derivations from the cut below them to the cut above.
 
-    `derive` lists derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs.
-    `saved` values are kept: those that a rounding inverse would spoil, and operands of exact ones. `arcs` are
-    the inverses that reach the entry. Some may run operations above `start`, where a function's result is in the entry
-    beside its operand. `again`: values of `exit` that were selected from others of the step: they are not taken as
-    known, but computed again from the regenerated operand.
+    Attributes:
+        start, stop: the operations.
+        entry, exit: the live values before and after.
+        saved: kept values: heads of barred inverses, and results that are kept in any case.
+        derive: derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs. Some
+            recompute operations above `start`, if a function's result is in the entry beside its operand.
+        arcs: the inverses that reach the entry.
+        again: values of `exit` that were selected from others of the step. They are not taken as known, but recomputed
+            from the regenerated operand.
     """
 
     start: int
@@ -47,44 +62,40 @@ class Step:
 
     @property
     def inverts(self) -> bool:
-        """Return whether the step needs an inverse that rounds; without one, recomputing frees as much."""
+        """Whether the step needs an inverse that rounds; without one, recomputing frees as much."""
         return any(not arc.exact for arc in self.arcs)
 
     @property
-    def above(self) -> frozenset[int]:
-        """The operations before `start` that are run again."""
-        return frozenset(d.op for d in self.derive if isinstance(d, Forward) and d.op < self.start)
+    def first_run(self) -> int:
+        """The first operation that the step recomputes, if that lies above `start`; else `start`."""
+        return min((d.op for d in self.derive if isinstance(d, Forward)), default=self.start)
 
 
 @dataclass(slots=True)
-class SumSearches:
-    """Searches for sums that tie several values, over one search for regions: too many failures end them.
+class SearchCounts:
+    """Counts over one search for regions: the operations looked at, and the failed searches for sums."""
 
-    `steps`: the operations that all searches have looked at so far.
-    """
-
-    failed: int = 0
-    steps: int = 0
-
-    @property
-    def are_worth_it(self) -> bool:
-        """Whether another one is made."""
-        return self.failed < MOST_FAILED
+    operations: int = 0
+    failed_sums: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A cut from which no earlier one is derivable: operations start..stop-1 were tried, `unknown` stayed unknown.
+    """A cut from which no earlier one is derivable.
 
-    `nearest` is the first point at which as few values were unknown as ever: (its operation, those values). Where what
-    is known at every point (a mask, a target) lets the search go on to the model's inputs, the reason lies there.
+    Attributes:
+        start, stop: the operations that were tried.
+        unknown: the live values that stayed unknown.
+        barrier: the cause that no region may contain operation `start`.
+        fewest_unknown: the first point with the smallest number of unknown values: its operation, and these values. A
+            mask or a target, known at every point, may let the search go on to the inputs; the reason lies here.
     """
 
     start: int
     stop: int
     unknown: Values
     barrier: Cause | None = None
-    nearest: tuple[int, Values] | None = None
+    fewest_unknown: tuple[int, Values] | None = None
 
 
 def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, None]:
@@ -96,21 +107,34 @@ def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, 
 
 
 def find_step(
-    program: Program, stop: int, exit: Values, side: frozenset[int], patience: int, searches: SumSearches
+    program: Program, stop: int, exit: Values, side: frozenset[int], patience: int, counts: SearchCounts
 ) -> Step | Stuck:
-    """Return the step that ends at the cut before operation `stop`, or why there is none."""
-    closure = Closure(program, (*exit, *side), sums=searches.are_worth_it)
+    """Find the step that ends at a cut, or the reason why there is none.
+
+    Args:
+        program: the program.
+        stop: the operation after the cut.
+        exit: the live set of the cut.
+        side: side inputs.
+        patience: operations without a newly known value after which the search gives up.
+        counts: updated by the search.
+    """
+    closure = Closure(program, (*exit, *side), solve_sums=counts.failed_sums < MAX_FAILED_SEARCHES)
     live: dict[int, None] = dict.fromkeys(exit)
     unknown: set[int] = set()
-    nearest: tuple[int, Values] | None = None
-    nearer: Step | None = None
-    blocked: Stuck | None = None
-    start, idle, touch = stop, 0, program.first_touch
-    reach = min((touch[v] for v in (*exit, *side)), default=stop)
+    fewest: tuple[int, Values] | None = None
+    rerunning: Step | None = None  # the nearest step that reruns operations above it
+    blocked: Stuck | None = None  # the nearest point at which nothing is known
+    start, idle = stop, 0
+    first_touch = program.first_touch
+    reach = min(map(first_touch.__getitem__, (*exit, *side)), default=stop)  # no arc from a known value lies above
     for start in range(stop - 1, -1, -1):
-        op, searches.steps = program.ops[start], searches.steps + 1
+        op = program.ops[start]
+        counts.operations += 1
         if op.barrier is not None:
-            return nearer or blocked or Stuck(start, stop, tuple(v for v in live if v in unknown), op.barrier)
+            return rerunning or blocked or Stuck(start, stop, _unknown_in_order(live, unknown), op.barrier)
+
+        # Move the point above the operation.
         for v in op.outs:
             live.pop(v, None)
             unknown.discard(v)
@@ -121,128 +145,152 @@ def find_step(
                     unknown.add(v)
         new = closure.add((start,))
         unknown.difference_update(new)
-        if not unknown and not _parts_selected(program, start, live):
-            if (step := _step(program, closure, start, stop, tuple(live), exit, side)) is not None:
+
+        # The live set is derivable: this is the nearest cut.
+        if not unknown and not _splits_selection(program, start, live):
+            step = _make_step(program, closure, start, stop, tuple(live), exit, side)
+            if step is not None:
                 return step
-        if unknown and nearer is None and new and closure.together:
-            nearer = _with_above(program, start, stop, tuple(live), exit, side)
-        if nearer is not None and stop - start > BEYOND * (stop - nearer.start):
-            return nearer
-        idle = 0 if new else idle + 1
-        reach = min((reach, *(touch[v] for v in new)))
-        blind = start <= reach and program.always.isdisjoint(unknown)
-        if unknown and (nearest is None or len(unknown) < len(nearest[1])):
-            nearest = start, tuple(v for v in live if v in unknown)
-        if blind and len(unknown) == len(live):
-            blocked = blocked or Stuck(start, stop, tuple(v for v in live if v in unknown))
-            if not closure.sums.ties():
-                return nearer or blocked
-        if blocked is not None and nearer is None and blocked.start - start > FURTHER:
-            searches.failed += 1
+
+        # It may be derivable from operations above it. Then go on for a while, as a cut without these is better.
+        if unknown and rerunning is None and new and closure.has_solved_sums:
+            rerunning = _make_rerunning_step(program, start, stop, tuple(live), exit, side)
+        if rerunning is not None and stop - start > MAX_DETOUR * (stop - rerunning.start):
+            return rerunning
+
+        # Nothing is known and no arc from a known value is left, so only sums can tie known values to unknown ones.
+        for v in new:
+            reach = min(reach, first_touch[v])
+        if unknown and (fewest is None or len(unknown) < len(fewest[1])):
+            fewest = start, _unknown_in_order(live, unknown)
+        if len(unknown) == len(live) and start <= reach and program.always.isdisjoint(unknown):
+            if blocked is None:
+                blocked = Stuck(start, stop, _unknown_in_order(live, unknown))
+            if not closure.elimination.has_ties():
+                return rerunning or blocked
+        if blocked is not None and rerunning is None and blocked.start - start > MAX_SUM_OPS:
+            counts.failed_sums += 1
             return blocked
+
+        idle = 0 if new else idle + 1
         if idle > patience:
             break
-    return nearer or blocked or Stuck(start, stop, tuple(v for v in live if v in unknown), nearest=nearest)
+    return rerunning or blocked or Stuck(start, stop, _unknown_in_order(live, unknown), fewest_unknown=fewest)
 
 
-def _step(
+def _unknown_in_order(live: Iterable[int], unknown: Collection[int]) -> Values:
+    return tuple(v for v in live if v in unknown)
+
+
+def _make_step(
     program: Program, closure: Closure, start: int, stop: int, entry: Values, exit: Values, side: frozenset[int]
 ) -> Step | None:
-    chosen = {v: program.selected[v] for v in exit if v in program.selected}
-    again = tuple(v for v, s in chosen.items() if start <= s.first)
-    if any(s.first < start <= s.last for s in chosen.values()):
-        return None
+    """Return the step between two cuts, given the closure that contains the entry; None if it cuts a selection."""
+    again: list[int] = []
+    for v in exit:
+        selection = program.selected.get(v)
+        if selection is None:
+            continue
+        if selection.first < start <= selection.last:
+            return None
+        if start <= selection.first:
+            again.append(v)
     known = {*exit, *side}.difference(again)
-    # The search meets readers of a value before its maker, so it solves for it first, although it may be recomputed.
+
+    # The search meets the readers of a value before its maker, so it may solve for a value that can be recomputed.
     if again or any(program.made_at[arc.head] >= start for arc in _inverses(closure.order)):
         closure = Closure(program, known)
         closure.add(range(start, stop))
-        if any(v not in closure for v in entry):
+        if not closure.covers(entry):
             return None
-    saved: list[int] = []
-    for arc in _inverses(needed(program, closure.order, entry)):
-        if arc.barred:
-            saved.append(arc.head)
-    if any(arc.barred for arc in _inverses(closure.order)):
-        # Derive again from the saved values by trusted arcs alone: a value that a barred arc gave first may have
-        # another derivation.
+
+    # The heads of barred inverses are saved. A value that a barred arc gave first may have another derivation from
+    # these, so everything is derived again by trusted arcs alone.
+    saved = _barred_heads(needed(program, closure.order, entry))
+    if _barred_heads(closure.order):
         closure = Closure(program, known.union(saved), trusted=True)
         closure.add(range(start, stop))
     saved += _kept_results(program, start, stop)
     derive = tuple(closure.order)
-    return Step(start, stop, entry, exit, tuple(saved), derive, _inverses(needed(program, derive, entry)), again)
+    arcs = _inverses(needed(program, derive, entry))
+    return Step(start, stop, entry, exit, tuple(saved), derive, arcs, tuple(again))
 
 
-def _with_above(
+def _make_rerunning_step(
     program: Program, start: int, stop: int, entry: Values, exit: Values, side: frozenset[int]
 ) -> Step | None:
-    """Return a step with an entry that takes operations above it; None if that fails as well."""
-    if any(v in program.selected for v in exit):
+    """Return a step with an entry that is derived from operations above it as well; None if that fails."""
+    if not program.selected.keys().isdisjoint(exit):
         return None
     closure = Closure(program, {*exit, *side}, trusted=True)
     closure.add(range(start, stop))
-    while any([closure.run(_made_of(program, v, closure)) for v in entry if v not in closure]):
-        pass  # until nothing more becomes known
-    order = tuple(closure.order)
-    if any(v not in closure for v in entry):
+    has_progress = True
+    while has_progress:
+        has_progress = False
+        for v in entry:
+            if v not in closure and closure.run(_find_makers(program, v, closure)):
+                has_progress = True
+    if not closure.covers(entry):
         return None
+    order = tuple(closure.order)
     arcs = _inverses(needed(program, order, entry))
     return Step(start, stop, entry, exit, _kept_results(program, start, stop), order, arcs)
 
 
 def _inverses(order: Iterable[Derivation]) -> tuple[Arc, ...]:
-    """The inverse arcs among some derivations, in order."""
     return tuple(d.arc for d in order if isinstance(d, Invert))
 
 
+def _barred_heads(order: Iterable[Derivation]) -> list[int]:
+    return [arc.head for arc in _inverses(order) if arc.barred]
+
+
 def _kept_results(program: Program, start: int, stop: int) -> Values:
-    """The kept results of operations start..stop-1."""
-    found: list[int] = []
-    for op in program.ops[start:stop]:
-        for v in op.outs:
-            if program.values[v].kept:
-                found.append(v)
-    return tuple(found)
+    return tuple(v for v in program.results(start, stop) if program.values[v].kept)
 
 
-def _made_of(program: Program, value: int, known: Closure) -> list[int]:
-    """Return the operations that give a value from known ones; none if there are too many, or barriers."""
-    found, wanted = set[int](), [value]
-    while wanted:
-        v = wanted.pop()
-        at = program.made_at[v]
-        if v in known or at in found:
+def _find_makers(program: Program, value: int, known: Closure) -> list[int]:
+    """Return the operations that compute a value from known ones; none if there are too many, or barriers."""
+    found: set[int] = set()
+    todo = [value]
+    while todo:
+        v = todo.pop()
+        made = program.made_at[v]
+        if v in known or made in found:
             continue
-        if at < 0 or program.ops[at].barrier is not None or len(found) == ABOVE:
+        if made < 0 or program.ops[made].barrier is not None or len(found) == MAX_RERUN_OPS:
             return []
-        found.add(at)
-        wanted += program.ops[at].ins
+        found.add(made)
+        todo += program.ops[made].ins
     return sorted(found)
 
 
-def _parts_selected(program: Program, start: int, live: Collection[int]) -> bool:
+def _splits_selection(program: Program, start: int, live: Collection[int]) -> bool:
     """Return whether a cut before `start` would hold both a selected value and its source.
 
     Operations below the cut may compare them, so they must be regenerated together.
     """
-    chosen = [v for v in live if v in program.selected and program.made_at[v] < start]
-    return any(not program.selected[v].roots.isdisjoint(live) for v in chosen)
+    for v in live:
+        selection = program.selected.get(v)
+        if selection is not None and program.made_at[v] < start and not selection.roots.isdisjoint(live):
+            return True
+    return False
 
 
 def needed(program: Program, order: Sequence[Derivation], wanted: Iterable[int]) -> list[Derivation]:
-    """Return those of `order` that deriving `wanted` takes, in order; a barred inverse counts as a saved value."""
+    """Return the derivations that `wanted` depends on, in order; a barred inverse counts as a saved value."""
     made: dict[int, int] = {}
     for i, d in enumerate(order):
         for v in made_by(program, d):
             made.setdefault(v, i)
-    keep: set[int] = set()
-    stack = [v for v in wanted if v in made]
-    while stack:
-        i = made[stack.pop()]
-        if i in keep:
+    found: set[int] = set()
+    todo = list(wanted)
+    while todo:
+        i = made.get(todo.pop())
+        if i is None or i in found:
             continue
-        keep.add(i)
+        found.add(i)
         d = order[i]
-        tail = () if isinstance(d, Invert) and d.arc.barred else read_by(program, d)
-        stack.extend(v for v in tail if v in made and made[v] not in keep)
-    return [order[i] for i in sorted(keep)]
+        if not (isinstance(d, Invert) and d.arc.barred):
+            todo += read_by(program, d)
+    return [order[i] for i in sorted(found)]

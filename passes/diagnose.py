@@ -1,4 +1,4 @@
-"""Why a search got stuck: the values that nothing derives, traced to the operations that lose them."""
+"""The reasons for a stuck search: the values that nothing derives, traced to the operations that lose them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ import networkx as nx
 
 from revfx.errors import Cause, Reason, Refusal
 from revfx.passes.cuts import Stuck
-from revfx.passes.program import Program
+from revfx.passes.program import Op, Program
 
 
 def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
     """Return the root causes of a stuck cut, each with the operation and the user's file and line.
 
-    Values that are unknown and the unknown values that each of their arcs would need form a graph. Its condensation
-    has sinks: a value that no arc gives (its readers have no inverse for it), or a cycle (a value that is needed to
-    compute what it should be solved from).
+    Unknown values form a graph with edges to the unknown values that their arcs read. A root cause is a sink of its
+    condensation. It is either a value that no arc computes, or a cycle: solving for the value takes the value.
     """
     if stuck.barrier is not None:
         op = program.ops[stuck.start]
         return [stuck.barrier.to_refusal(op.name, op.where)]
-    if stuck.nearest is not None:
-        stuck = replace(stuck, start=stuck.nearest[0], unknown=stuck.nearest[1])
-    graph = _dependencies(program, stuck)
-    condensed = nx.condensation(graph)
+    if stuck.fewest_unknown is not None:
+        stuck = replace(stuck, start=stuck.fewest_unknown[0], unknown=stuck.fewest_unknown[1])
+    condensed = nx.condensation(_dependencies(program, stuck))
     found: list[Refusal] = []
-    for component in (c for c in condensed.nodes if condensed.out_degree(c) == 0):
-        members: set[int] = condensed.nodes[component]["members"]
-        found += _loop(program, stuck, members) if len(members) > 1 else [_lost(program, stuck, *members)]
+    for component, members in condensed.nodes(data="members"):
+        if condensed.out_degree(component) > 0:
+            continue
+        if len(members) > 1:
+            found += _explain_cycle(program, stuck, members)
+        else:
+            found.append(_explain_lost(program, stuck, *members))
     return found
 
 
 def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
-    """Return edges from each unknown value to those that its inverse arcs in the tried operations need."""
+    """Return the graph of unknown values, with edges to those that their inverses in the tried operations read."""
     window = range(stuck.start, stuck.stop)
     graph: nx.DiGraph[int] = nx.DiGraph()
     todo = list(stuck.unknown)
@@ -41,10 +43,15 @@ def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
     while todo:
         value = todo.pop()
         made = program.made_at[value]
-        needs = [program.ops[made].ins] if made in window else []
+        read: list[int] = []
+        if made in window:
+            read += program.data(program.ops[made].ins)
         if value in stuck.unknown:
-            needs += [a.tail for i in window for a in program.ops[i].arcs if a.head == value]
-        for other in (v for tail in needs for v in program.data(tail)):
+            for i in window:
+                for arc in program.ops[i].arcs:
+                    if arc.head == value:
+                        read += program.data(arc.tail)
+        for other in read:
             if other in stuck.unknown or program.made_at[other] in window:
                 if other not in graph:
                     todo.append(other)
@@ -52,42 +59,63 @@ def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
     return graph
 
 
-def _lost(program: Program, stuck: Stuck, value: int) -> Refusal:
+def _readers(program: Program, stuck: Stuck, value: int) -> list[Op]:
+    """Return the tried operations that read a value."""
+    return [program.ops[i] for i in program.users[value] if stuck.start <= i < stuck.stop]
+
+
+def _explain_lost(program: Program, stuck: Stuck, value: int) -> Refusal:
+    """Return the refusal for a value that no tried operation has an inverse for."""
     name, made = program.values[value].name, program.made_at[value]
-    for op in (program.ops[i] for i in program.users[value] if stuck.start <= i < stuck.stop):
+    for op in _readers(program, stuck, value):
         cause = dict(op.refused).get(value, Cause(Reason.NON_INVERTIBLE, f"`{op.name}` has no inverse"))
         return Refusal(cause.kind, (op.name,), op.where, f"`{name}` can't be computed back: {cause.text}")
-    by, where = (program.ops[made].name, program.ops[made].where) if made >= 0 else (name, "")
-    return Refusal(Reason.VALUE_LOST, (by,), where, f"`{name}` is read nowhere that could give it back")
+    maker, where = (program.ops[made].name, program.ops[made].where) if made >= 0 else (name, "")
+    return Refusal(Reason.VALUE_LOST, (maker,), where, f"`{name}` is read nowhere that could give it back")
 
 
-def _loop(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
-    """Return a value that would have to be solved from something computed from itself: `y = x + f(x)`.
+def _explain_cycle(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
+    """Return the refusal for a value that would be solved from something computed from itself: `y = x + f(x)`.
 
-    Unless all of them pass through one that nothing gives back: then they form a loop only because of that.
+    If the whole cycle passes through a value without an inverse, then that value is the cause.
     """
-    if (waist := _waist(program, stuck, members)) is not None:
-        return [_lost(program, stuck, waist)]
-    wanted, window = members.intersection(stuck.unknown), reversed(range(stuck.start, stuck.stop))
-    for i, head in ((at, a.head) for at in window for a in program.ops[at].arcs if a.head in wanted):
-        op, name = program.ops[i], program.values[head].name
-        readers = [program.ops[u] for u in program.users[head] if u != i and stuck.start <= u < stuck.stop]
-        via = f", and `{readers[0].name}` of it" if readers else ""
-        text = f"`{name}` is added to something computed from itself{via}: solving for it would need it"
-        return [Refusal(Reason.NO_COUPLING, (op.name, *(r.name for r in readers[:1])), op.where, text)]
+    waist = _find_waist(program, stuck, members)
+    if waist is not None:
+        return [_explain_lost(program, stuck, waist)]
+    for i in reversed(range(stuck.start, stuck.stop)):
+        op = program.ops[i]
+        for arc in op.arcs:
+            if arc.head in members and arc.head in stuck.unknown:
+                return [_explain_addition(program, stuck, op, arc.head)]
     return []
 
 
-def _waist(program: Program, stuck: Stuck, members: set[int]) -> int | None:
-    """Return the last of `members` that no inverse gives and that is read when none made before it is read any more.
+def _explain_addition(program: Program, stuck: Stuck, op: Op, head: int) -> Refusal:
+    """Return the refusal for a value that operation `op` adds to something computed from the value."""
+    name, names, via = program.values[head].name, [op.name], ""
+    for reader in _readers(program, stuck, head):
+        if reader is not op:
+            names.append(reader.name)
+            via = f", and `{reader.name}` of it"
+            break
+    text = f"`{name}` is added to something computed from itself{via}: solving for it would need it"
+    return Refusal(Reason.NO_COUPLING, tuple(names), op.where, text)
 
-    What is read below the tried operations is known.
+
+def _find_waist(program: Program, stuck: Stuck, members: set[int]) -> int | None:
+    """Return the last of `members` without an inverse at which all members made before are no longer read.
+
+    Values that are read below the tried operations are known, so they do not count.
     """
-    inner = [v for v in members if program.last_use[v] < stuck.stop]
-    heads = {a.head for i in range(stuck.start, stuck.stop) for a in program.ops[i].arcs}
-    found, until = None, -1
-    for value in sorted(inner, key=lambda v: program.made_at[v]):
-        if program.made_at[value] >= until and value not in heads:
-            found = value
-        until = max(until, program.last_use[value])
-    return found
+    heads: set[int] = set()
+    for op in program.ops[stuck.start : stuck.stop]:
+        for arc in op.arcs:
+            heads.add(arc.head)
+    waist, last_use = None, -1
+    for value in sorted(members, key=program.made_at.__getitem__):
+        if program.last_use[value] >= stuck.stop:
+            continue
+        if program.made_at[value] >= last_use and value not in heads:
+            waist = value
+        last_use = max(last_use, program.last_use[value])
+    return waist

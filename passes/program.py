@@ -1,13 +1,14 @@
-"""The data that every pass works on: values, operations and arcs, numbered in program order.
+"""The data of every pass: values, operations and arcs, numbered in program order.
 
 A program is one straight line of operations. A *value* is the result of an operation, an input of the program or
-a source (parameter, buffer, constant). An *arc* is one way to obtain a value (its head) from others (its tail):
-every operation is a forward arc from its inputs to its outputs, and some operations give inverse arcs as well.
+a source (parameter, buffer, constant). An *arc* is one way to obtain a value (its head) from others (its tail).
+Every operation is a forward arc from its inputs to its outputs. Some operations have inverse arcs as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,13 +19,16 @@ from revfx.errors import Cause
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value: its name, shape, dtype, size in bytes, and memory.
+    """A value of a program.
 
-    `source` values are alive in any case, and free to read in the backward. `storage` numbers the memory that
-    the value lives in, so views of one tensor share it. `written` says that an operation outside any region writes to
-    that memory later. `given` marks values in the memory of the program's own inputs or of a source. `nbytes` is
-    the size of the whole memory that a value keeps alive. `kept` values are not derived but held for the backward,
-    where they are made.
+    Attributes:
+        name, shape, dtype: those of its tensor.
+        nbytes: the size of the allocation that the value keeps alive.
+        storage: the number of that allocation; views of one tensor share it.
+        source: the value is alive in any case, and the backward can read it at no cost.
+        given: the value lies in the allocation of a program input or of a source.
+        written: an operation outside of any region writes to the allocation later.
+        kept: the value is not derived but held for the backward, from where it is made.
     """
 
     name: str
@@ -42,14 +46,21 @@ class Value:
 class Arc:
     """One inverse: `head = solve(*tail)`.
 
-    The first value of the tail is the result that the inverse starts from. `exact` inverses return the very bits;
-    the others round. `barred` says why a compiled graph, which has no codes, keeps the head instead. The solved operand
-    was multiplied by `factor` (a number, or the index of a value measured while the forward runs, with
-    `reciprocal` where it was divided by it), so rounding errors grow by 1/|factor|.
-    `least`: the smallest magnitude that a measured factor can take (0: only the run can tell). `assumes`: values, and
-    facts about their elements (see `revfx.passes.facts`). `coded`: without a code the inverse is not worth having.
-    `declared`: the user's or a library's declaration that gives this inverse, which may be wrong. `runs`: operations
-    whose own modules solving runs again.
+    Attributes:
+        head: the value that the inverse computes.
+        tail: the values that it reads; the first one is the result that it starts from.
+        solve: the function.
+        exact: the head has the same bits as in the forward; other inverses round.
+        barred: the reason why a compiled graph, which has no codes, keeps the head instead.
+        factor: the number that the solved operand was multiplied by, so rounding errors grow by 1/|factor|. If
+            `measured`, the index of a value that is measured while the forward runs.
+        reciprocal: the operand was divided by the measured factor.
+        text: the inverse in words.
+        least: the smallest magnitude that a measured factor can take; 0: only the run can tell.
+        assumes: values, and facts about their elements (see `revfx.passes.facts`).
+        coded: the inverse is useful only with a code.
+        declared: the declaration, by the user or a library, that gives this inverse; it may be wrong.
+        runs: the operations that solving runs in their own modules.
     """
 
     head: int
@@ -69,12 +80,14 @@ class Arc:
 
     @property
     def amplification(self) -> float:
-        """How much this inverse multiplies rounding errors by, as far as that is known without running: >= 0."""
-        return 1.0 if self.factor is None or self.measured else 1.0 / abs(self.factor)
+        """The growth of rounding errors by this inverse, as far as it is known without a run: >= 0."""
+        if self.factor is None or self.measured:
+            return 1.0
+        return 1.0 / abs(self.factor)
 
     @property
     def scaled_by(self) -> tuple[int, bool]:
-        """Of a measured factor the value that is measured, and whether the operand was divided by it."""
+        """The value that a measured factor is, and whether the operand was divided by it."""
         return int(self.factor or 0), self.reciprocal
 
 
@@ -83,12 +96,18 @@ Found = tuple[int, Arc]  # an arc with the first operation that it involves
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation: the values it reads and makes, its inverse arcs, and why each operand lacks one.
+    """One operation.
 
-    `barrier` says why no region may contain it (None: it may). `opaque` operations are re-run under the full
-    protocol (random state, buffers, saved tensors); the others are plain arithmetic or layout. Of those, one that
-    `moves` gives elements of its operands, up to their sign, and nothing else. Its result is the sum of `terms`, values
-    each times a number, where it is one.
+    Attributes:
+        name, where: its name, and the user's file and line.
+        ins, outs: the values that it reads and makes.
+        arcs: its inverses.
+        refused: operands without an inverse, each with the cause.
+        barrier: the cause that no region may contain it; None: a region may.
+        opaque: recomputing it takes the full protocol (random state, buffers, saved tensors). Other operations are
+            plain arithmetic or layout.
+        moves: its result consists of elements of its operands, up to their sign.
+        terms: values and their factors, if the result is the sum of these products.
     """
 
     name: str
@@ -103,22 +122,31 @@ class Op:
     terms: tuple[tuple[int, float], ...] = ()
 
 
-# What gives elements of its operand, or a number among them: whoever looks for it there, by `==` or `>=`, as the
-# gradient of `amax` does, must have both of the same bits.
+# Operations that return elements of their operand, or a number among them. The gradient of `amax`, for example, looks
+# for the result in the operand by `==` or `>=`, so it must read the same bits of both.
 SELECTS = frozenset(
     "amax amin max min aminmax median nanmedian mode kthvalue quantile nanquantile topk sort msort cummax cummin norm"
     " linalg_vector_norm vector_norm".split()
 )
-ROOTS = 8  # operations of one operand that are looked through upwards
+MAX_ROOT_DEPTH = 8  # operations of one operand between a selected value and a root
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The sources of a selected value (`roots`, through operations of one operand), by which `first` to `last`."""
+    """The origin of a selected value.
+
+    Attributes:
+        roots: the values that it was selected from, and those that these follow from by operations of one operand.
+        first, last: the first and the last operation that selected.
+    """
 
     roots: frozenset[int]
     first: int
     last: int
+
+    def merge(self, other: Selection) -> Selection:
+        """Return the origin of a value that consists of elements of two selected ones."""
+        return Selection(self.roots | other.roots, min(self.first, other.first), max(self.last, other.last))
 
 
 @dataclass(frozen=True)
@@ -142,16 +170,16 @@ class Program:
     def last_use(self) -> list[int]:
         """The index of the last operation that reads each value; len(ops) for outputs, -1 if nothing does."""
         last = [-1] * len(self.values)
-        for i, op in enumerate(self.ops):
-            for v in op.ins:
-                last[v] = i
+        for v, users in enumerate(self.users):
+            if users:
+                last[v] = users[-1]
         for v in self.outputs:
             last[v] = len(self.ops)
         return last
 
     @cached_property
     def users(self) -> list[list[int]]:
-        """For each value, the operations that read it, in order."""
+        """The operations that read each value, in order."""
         users: list[list[int]] = [[] for _ in self.values]
         for i, op in enumerate(self.ops):
             for v in dict.fromkeys(op.ins):
@@ -160,7 +188,7 @@ class Program:
 
     @cached_property
     def first_touch(self) -> list[int]:
-        """For each value, the first operation that reads it or has an arc starting from it; len(ops) if none does."""
+        """The first operation that reads each value or has an arc starting from it; len(ops) if none does."""
         first = [len(self.ops)] * len(self.values)
         for i, op in reversed(list(enumerate(self.ops))):
             for v in op.ins:
@@ -172,7 +200,7 @@ class Program:
 
     @cached_property
     def constant(self) -> list[bool]:
-        """Whether each value follows from sources alone, so that running its operation again gives it back."""
+        """Whether each value follows from sources alone, so that its operation can be recomputed at any time."""
         constant = [value.source for value in self.values]
         for op in self.ops:
             if op.barrier is None and all(constant[v] for v in op.ins):
@@ -182,7 +210,7 @@ class Program:
 
     @cached_property
     def always(self) -> set[int]:
-        """Values that are there in any case: constants, and values that may be kept without an inverse."""
+        """Values that are known in any case: constants, and values that may be kept without an inverse."""
         found = {v for v, is_constant in enumerate(self.constant) if is_constant}
         for op in self.ops:
             for arc in op.arcs:
@@ -192,29 +220,54 @@ class Program:
 
     @cached_property
     def selected(self) -> dict[int, Selection]:
-        """For each value that operations of `SELECTS` made, or that was moved from such, how it was selected."""
+        """The origin of each value that an operation of `SELECTS` made, or that was moved from these values."""
         found: dict[int, Selection] = {}
         for i, op in enumerate(self.ops):
             ins = self.data(op.ins)
             if op.name.strip("_") in SELECTS:
-                roots, at = {*ins}, ins
-                for _ in range(ROOTS):
-                    above = [self.data(self.ops[self.made_at[v]].ins) for v in at if self.made_at[v] >= 0]
-                    at = [one[0] for one in above if len(one) == 1]
-                    roots.update(at)
-                found.update(dict.fromkeys(op.outs, Selection(frozenset(roots), i, i)))
-            elif ins and (op.moves or len(ins) == 1) and all(v in found for v in ins):
-                parts = [found[v] for v in ins]
-                roots = frozenset[int]().union(*(p.roots for p in parts))
-                whole = Selection(roots, min(p.first for p in parts), max(p.last for p in parts))
-                found.update(dict.fromkeys(op.outs, whole))
+                selection = Selection(self._roots(ins), i, i)
+            elif ins and (op.moves or len(ins) == 1) and found.keys() >= {*ins}:
+                selection = functools.reduce(Selection.merge, map(found.__getitem__, ins))
+            else:
+                continue
+            found.update(dict.fromkeys(op.outs, selection))
         return found
+
+    def _roots(self, values: Iterable[int]) -> frozenset[int]:
+        """Return `values`, and the values that they are computed from by operations of one operand."""
+        roots = set(values)
+        for v in values:
+            for _ in range(MAX_ROOT_DEPTH):
+                made = self.made_at[v]
+                operands = self.data(self.ops[made].ins) if made >= 0 else []
+                if len(operands) != 1:
+                    break
+                v = operands[0]
+                roots.add(v)
+        return frozenset(roots)
+
+    def operands(self, start: int, stop: int) -> Iterator[int]:
+        """Yield the values that operations start..stop-1 read."""
+        for op in self.ops[start:stop]:
+            yield from op.ins
+
+    def results(self, start: int, stop: int) -> Iterator[int]:
+        """Yield the values that operations start..stop-1 make."""
+        for op in self.ops[start:stop]:
+            yield from op.outs
 
     def data(self, values: Sequence[int]) -> list[int]:
         """Return those of `values` that are neither sources nor kept, in order, each once."""
         return [v for v in dict.fromkeys(values) if not (self.values[v].source or self.values[v].kept)]
 
-    def nbytes(self, values: Sequence[int]) -> int:
+    def storages(self, values: Iterable[int]) -> set[int]:
+        """Return the numbers of the allocations that `values` live in."""
+        return {self.values[v].storage for v in values}
+
+    def nbytes(self, values: Iterable[int]) -> int:
         """Return the bytes that holding `values` takes; views count once, sources and program inputs not at all."""
-        held = {x.storage: x.nbytes for x in (self.values[v] for v in values) if not (x.source or x.given)}
+        held: dict[int, int] = {}
+        for value in map(self.values.__getitem__, values):
+            if not (value.source or value.given):
+                held[value.storage] = value.nbytes
         return sum(held.values())

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from revfx.errors import Cause, Reason
 from revfx.passes.closure import Forward, Invert
-from revfx.passes.cuts import PATIENCE, Step, Stuck, SumSearches, find_step, live_before, needed
+from revfx.passes.cuts import PATIENCE, SearchCounts, Step, Stuck, find_step, live_before, needed
 from revfx.passes.program import Program
 
 
-RETRIES = 8  # starts of a search within operations that an earlier one passed over
-RERUNS = 32  # starts one operation further up, in the head and the loss of a model whose input is its target
+MAX_RETRIES = 8  # starts of a search within operations that an earlier search passed over
+MAX_RERUNS = 32  # starts one operation further up, in the head and the loss of a model whose input is its target
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A run of steps in program order. Kept: the last cut, the first one, `saved` values and `side` inputs.
+    """A run of steps in program order. It keeps its first and last cut, `saved` values and `side` inputs.
 
-    `kept_bytes` is their size; `freed_bytes` is a lower bound of the bytes that the backward regenerates.
+    `kept_bytes` is the size of these; `freed_bytes` is a lower bound of the bytes that the backward regenerates.
     """
 
     steps: tuple[Step, ...]
@@ -69,7 +69,7 @@ class RegionSummary:
 
 
 def summary(program: Program, region: Region, kept_cuts: int, freed_bytes: int) -> RegionSummary:
-    """Summarize a region of which so many cuts are kept and so many bytes are freed."""
+    """Summarize a region, given the number of its kept cuts and the bytes that it frees."""
     where = program.ops[region.start].where, program.ops[region.stop - 1].where
     inverted = sum(step.inverts for step in region.steps)
     return RegionSummary(where, len(region.steps), inverted, kept_cuts, region.kept_bytes, freed_bytes)
@@ -77,235 +77,308 @@ def summary(program: Program, region: Region, kept_cuts: int, freed_bytes: int) 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The steps found upwards from one cut (last one first), the side inputs they took, and where it ended."""
+    """The steps found upwards from one cut (last one first), their side inputs, and the place where they end."""
 
     steps: tuple[Step, ...]
     side: frozenset[int]
     stuck: Stuck
 
+    @property
+    def inverting(self) -> list[Step]:
+        """The steps that invert."""
+        return [step for step in self.steps if step.inverts]
+
 
 def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
-    """Return the regions of a program in order, and the stuck points between them (nearest the end first).
+    """Find the regions of a program.
 
-    Where there are no regions at all, these hold also what would have had to be kept. A region must free more bytes
-    than it keeps. The search ends after `patience` operations that it looked at, if it has found no region by then.
+    A region must free more bytes than it keeps. The search ends after `patience` operations if it has found no region.
+
+    Returns:
+        The regions in order, and the stuck points between them (nearest the end first). If there are no regions, the
+        latter also name values that would have to be kept.
     """
     regions: list[Region] = []
     stuck: list[Stuck] = []
     kept: list[Stuck] = []
-    stop, retries, reruns = len(program.ops), RETRIES, RERUNS
+    stop, retries, reruns = len(program.ops), MAX_RETRIES, MAX_RERUNS
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
-    searches = SumSearches()
-    while stop > 0 and (regions or patience is None or searches.steps < patience):
-        walk = _walk(program, stop, tuple(live), searches)
-        region = _region(program, walk)
+    counts = SearchCounts()
+    while stop > 0 and (regions or patience is None or counts.operations < patience):
+        walk = _walk(program, stop, tuple(live), counts)
+        region = _make_region(program, walk)
         if walk.stuck.stop > 0:
             stuck.append(walk.stuck)
-        kept += _kept_instead(program, walk) if region is None else ()
         if region is not None:
             regions.append(region)
             stop, live = region.start, dict.fromkeys(region.entry)
-        elif walk.steps and not (reruns and _ends_at_input(program, walk.steps[-1])):
-            # It may be one step of all, as something made above it is read again below it: try again from there.
-            top = walk.steps[-1]
-            again = max((u for v in top.entry for u in program.users[v] if top.start < u < stop), default=-1)
-            if again < 0 or retries == 0:
-                stop, live, retries = top.start, dict.fromkeys(top.entry), RETRIES
-            else:
+            continue
+
+        # Without a region, choose the cut from which the search starts again.
+        kept += _find_kept_heads(program, walk)
+        top = walk.steps[-1] if walk.steps else None
+        if top is None:
+            start = stop - 1
+        elif reruns > 0 and _ends_at_input(program, top):
+            # Everything runs again from an input that is read below it, as a target is.
+            start = stop - 1
+            reruns -= 1
+        else:
+            # The step may be that large only because a value made above it is read below: start from there.
+            reader = _last_reader(program, top, stop)
+            if reader >= 0 and retries > 0:
+                start = reader
                 retries -= 1
-                while stop > again:
-                    stop -= 1
-                    live = live_before(program, live, stop)
-        else:  # nothing was found, or it ends by running all again from an input that is read below it, as a target is
-            reruns -= bool(walk.steps)
+            else:
+                start = top.start
+                retries = MAX_RETRIES
+        while stop > start:
             stop -= 1
             live = live_before(program, live, stop)
-    last = {program.ops[s.start].where: s for s in sorted(kept, key=lambda s: s.start)}  # one for each line of code
-    once = sorted(last.values(), key=lambda s: -s.start)
-    return tuple(reversed(regions)), tuple(stuck if regions else (*stuck, *once))
+
+    if not regions:
+        by_line = {program.ops[s.start].where: s for s in sorted(kept, key=lambda s: s.start)}
+        stuck += sorted(by_line.values(), key=lambda s: -s.start)
+    return tuple(reversed(regions)), tuple(stuck)
+
+
+def _last_reader(program: Program, step: Step, stop: int) -> int:
+    """Return the last operation below the first one of a step and before `stop` that reads the step's entry, or -1."""
+    last = -1
+    for v in step.entry:
+        for user in program.users[v]:
+            if step.start < user < stop:
+                last = max(last, user)
+    return last
 
 
 def _ends_at_input(program: Program, top: Step) -> bool:
-    """Return whether a step goes up to the program's inputs, from which all can be run again."""
+    """Return whether a step goes up to the program's inputs, from which everything can be recomputed."""
     return top.start == 0 and (not top.inverts or all(program.values[v].given for v in top.entry))
 
 
-def _kept_instead(program: Program, walk: Walk) -> Iterator[Stuck]:
+def _find_kept_heads(program: Program, walk: Walk) -> Iterator[Stuck]:
     """Yield the places where the steps of a walk keep values because their inverses round."""
     for step in walk.steps:
         for i in range(step.start, step.stop):
-            for arc in (a for a in program.ops[i].arcs if a.barred is not None and a.tail and a.head in step.saved):
-                text = f"`{program.values[arc.head].name}` has to be kept: {arc.barred}"
-                yield Stuck(i, i + 1, (arc.head,), Cause(Reason.ROUNDING, text))
+            for arc in program.ops[i].arcs:
+                if arc.barred is not None and arc.tail and arc.head in step.saved:
+                    text = f"`{program.values[arc.head].name}` has to be kept: {arc.barred}"
+                    yield Stuck(i, i + 1, (arc.head,), Cause(Reason.ROUNDING, text))
 
 
-def extend(
-    program: Program, stop: int, live: tuple[int, ...], side: frozenset[int], searches: SumSearches
-) -> tuple[list[Step], Stuck]:
-    """Return all steps upwards from one cut with given side inputs, and the reason why there is no further one."""
+def _walk(program: Program, stop: int, live: tuple[int, ...], counts: SearchCounts) -> Walk:
+    """Find the steps upwards from one cut, with the side inputs that pay."""
+    walk = _extend_with_shared(program, stop, live, frozenset(), counts)
+    while (longer := _continue_walk(program, walk, live, counts)) is not None:
+        walk = longer
+    return walk
+
+
+def _continue_walk(program: Program, walk: Walk, live: tuple[int, ...], counts: SearchCounts) -> Walk | None:
+    """Return a walk that further side inputs continue above the stuck cut; None if no side inputs pay."""
+    stuck = walk.stuck
+    if stuck.stop == 0 or stuck.barrier is not None:
+        return None
+    top = walk.steps[-1].entry if walk.steps else live
+    for candidates in _side_candidates(program, stuck, walk.side):
+        more = _extend_with_shared(program, stuck.stop, top, walk.side | candidates, counts)
+        if _pays(program, more.steps, more.side - walk.side):
+            return Walk((*walk.steps, *more.steps), more.side, more.stuck)
+    return None
+
+
+def _extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[int], counts: SearchCounts) -> Walk:
+    """Find all steps upwards from one cut with given side inputs."""
     steps: list[Step] = []
+    patience = PATIENCE
     while stop > 0:
-        patience = max(PATIENCE, 5 * (steps[-1].stop - steps[-1].start)) if steps else PATIENCE
-        found = find_step(program, stop, live, side, patience, searches)
+        found = find_step(program, stop, live, side, patience, counts)
         if isinstance(found, Stuck):
-            return steps, found
+            return Walk(tuple(steps), side, found)
         steps.append(found)
         stop, live = found.start, found.entry
-    return steps, Stuck(0, 0, ())
+        patience = max(PATIENCE, 5 * (found.stop - found.start))
+    return Walk(tuple(steps), side, Stuck(0, 0, ()))
 
 
-def _walk(program: Program, stop: int, live: tuple[int, ...], searches: SumSearches) -> Walk:
-    found = _climb_across(program, stop, live, frozenset(), searches)
-    steps = [*found.steps]
-    while found.stuck.stop > 0 and found.stuck.barrier is None:
-        top = steps[-1].entry if steps else live
-        for candidates in _side_candidates(program, found.stuck, found.side):
-            more = _climb_across(program, found.stuck.stop, top, found.side | candidates, searches)
-            if _pays(program, more.steps, more.side - found.side):
-                steps, found = [*steps, *more.steps], more
-                break
-        else:
-            break
-    return Walk(tuple(steps), found.side, found.stuck)
-
-
-def _climb_across(
-    program: Program, stop: int, live: tuple[int, ...], side: frozenset[int], searches: SumSearches
+def _extend_with_shared(
+    program: Program, stop: int, live: tuple[int, ...], side: frozenset[int], counts: SearchCounts
 ) -> Walk:
-    """Return all steps upwards from one cut with given side inputs, and with those that are `_shared` within the
-    largest step where it takes less memory to keep them.
+    """Find all steps upwards from one cut; keep shared values as further side inputs where this lowers the peak."""
+    walk = _extend(program, stop, live, side, counts)
+    while (smaller := _keep_shared(program, walk, counts)) is not None:
+        walk = smaller
+    return walk
 
-    Only the maker of such a value tells: a step that reads it goes up to there, past every coupling between.
+
+def _keep_shared(program: Program, walk: Walk, counts: SearchCounts) -> Walk | None:
+    """Return a walk that keeps values shared within the largest step; None if its peak is not lower."""
+    if not walk.inverting:
+        return None
+    largest = max(walk.inverting, key=lambda s: _made_bytes(program, s.start, s.stop))
+    shared = frozenset(_shared_values(program, largest, walk.side))
+    if not shared:
+        return None
+    # A step that reads a shared value goes up to its maker, past every coupling between. So the values that matter are
+    # those that cross a cut once all of them are kept.
+    crossing: set[int] = set()
+    for step in _extend(program, largest.stop, largest.exit, walk.side | shared, counts).steps:
+        crossing.update(step.entry)
+    kept = shared & crossing
+    if not kept:
+        return None
+    more = _extend(program, largest.stop, largest.exit, walk.side | kept, counts)
+    if not _pays(program, more.steps, kept):
+        return None
+    below = [step for step in walk.steps if step.start >= largest.stop]
+    smaller = Walk((*below, *more.steps), walk.side | kept, more.stuck)
+    if _peak_bytes(program, smaller, largest.start) >= _peak_bytes(program, walk, largest.start):
+        return None
+    return smaller
+
+
+def _shared_values(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]:
+    """Yield candidates for side inputs: values computed in `step`, and read on both sides of an inverted operation.
+
+    They follow from sources (a slice of a table, a mask), side inputs or other live values (a condition made of the
+    model's input, if that is returned).
     """
-    steps, stuck = extend(program, stop, live, side, searches)
-    while inverting := [s for s in steps if s.inverts]:
-        largest = max(inverting, key=lambda s: _made_bytes(program, s.start, s.stop))
-        shared = frozenset(_shared(program, largest, side))
-        if not shared:
-            break
-        with_all, _ = extend(program, largest.stop, largest.exit, side | shared, searches)
-        across = shared.intersection(v for s in with_all for v in s.entry)
-        if not across:
-            break
-        more, then = extend(program, largest.stop, largest.exit, side | across, searches)
-        instead = [*(s for s in steps if s.start >= largest.stop), *more]
-        takes = _region_bytes(program, steps, side, largest.start)
-        if not _pays(program, more, across) or _region_bytes(program, instead, side | across, largest.start) >= takes:
-            break
-        steps, stuck, side = instead, then, side | across
-    return Walk(tuple(steps), side, stuck)
-
-
-def _shared(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]:
-    """Yield candidates for side inputs.
-
-    A step computes them from sources (a slice of a table, a mask), side inputs or other live values (a condition made
-    of the model's input, if that is returned). They are read before and after an inverse.
-    """
-    inverted = sorted(d.op for d in step.derive if isinstance(d, Invert) and not d.arc.exact)
-    alive = side.union(v for v in step.entry if v in step.exit)
-    for v in _recomputable(program, [step], alive.union(step.saved)) - alive if inverted else ():
+    inverted: list[int] = []
+    for d in step.derive:
+        if isinstance(d, Invert) and not d.arc.exact:
+            inverted.append(d.op)
+    if not inverted:
+        return
+    inverted.sort()
+    alive = side.union({*step.entry}.intersection(step.exit))
+    for v in _recomputable(program, [step], alive.union(step.saved)) - alive:
         users = program.users[v]
         if users and bisect_right(inverted, users[0]) < bisect_left(inverted, users[-1]):
             yield v
 
 
-def _region_bytes(program: Program, steps: Sequence[Step], side: frozenset[int], start: int) -> int:
-    """Return the bytes of kept values, of the largest step, and of the values above the steps from `start` on."""
-    kept = [*side, *(v for s in steps for v in s.saved)]
-    storage = {program.values[v].storage for v in kept}
-    inverting = [s for s in steps if s.inverts]
-    above = _made_bytes(program, start, min(s.start for s in inverting), storage)
-    return program.nbytes(kept) + above + max(_made_bytes(program, s.start, s.stop, storage) for s in inverting)
+def _peak_bytes(program: Program, walk: Walk, start: int) -> int:
+    """Return the objective: the bytes of kept values, of the largest step, and of values above it from `start` on."""
+    kept = set(walk.side)
+    for step in walk.steps:
+        kept.update(step.saved)
+    storages = program.storages(kept)
+    above = _made_bytes(program, start, walk.inverting[-1].start, storages)
+    return program.nbytes(kept) + above + max(_made_bytes(program, s.start, s.stop, storages) for s in walk.inverting)
 
 
 def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:
     """Return sets worth trying as side inputs: values read repeatedly above the stuck cut, then the long-lived ones."""
-    readers = {v: [u for u in program.users[v] if u < stuck.stop] for v in stuck.unknown if v not in side}
-    several = sorted((v for v, u in readers.items() if len(u) >= 2), key=lambda v: -len(readers[v]))
+    readers: dict[int, list[int]] = {}
+    for v in stuck.unknown:
+        above = [u for u in program.users[v] if u < stuck.stop]
+        if v not in side and len(above) >= 2:
+            readers[v] = above
+    repeated = sorted(readers, key=lambda v: -len(readers[v]))
+    candidates = [frozenset((v,)) for v in repeated[:3]]
     window = stuck.stop - stuck.start
-    lasting = frozenset(v for v in several if readers[v][-1] - readers[v][0] > 2 * window)
-    singles = [frozenset((v,)) for v in several[:3]]
-    return singles + ([lasting] if len(lasting) > 1 else [])
+    lasting = frozenset(v for v in repeated if readers[v][-1] - readers[v][0] > 2 * window)
+    if len(lasting) > 1:
+        candidates.append(lasting)
+    return candidates
 
 
 def _pays(program: Program, steps: Sequence[Step], side: frozenset[int]) -> bool:
-    """Return whether keeping `side` buys more bytes than it takes, by inverses in at least two steps that read it.
+    """Return whether keeping `side` saves more bytes than it takes, by inverses in at least two steps that read it.
 
-    Results of running forwards from `side` alone do not count: that is checkpointing, which needs no inverse.
+    Values recomputed from `side` alone do not count: that is checkpointing, which needs no inverse.
     """
-    given = _recomputable(program, steps, side)
+    recomputable = _recomputable(program, steps, side)
     readers = 0
     freed: dict[int, int] = {}
-    for s in steps:
-        inverts = any(not a.exact and a.head not in given for a in s.arcs)
-        readers += inverts and not side.isdisjoint(_read(program, s.start, s.stop))
-        for v in s.entry:
-            if v not in given:
+    for step in steps:
+        inverted = {arc.head for arc in step.arcs if not arc.exact}
+        if inverted - recomputable and not side.isdisjoint(program.operands(step.start, step.stop)):
+            readers += 1
+        for v in step.entry:
+            if v not in recomputable:
                 freed[program.values[v].storage] = program.values[v].nbytes
-    return readers >= 2 and sum(freed.values()) > program.nbytes(tuple(side))
+    return readers >= 2 and sum(freed.values()) > program.nbytes(side)
 
 
 def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int]) -> set[int]:
-    """Return `side`, and the results of operations of `steps` (last one first) from it and from sources."""
+    """Return `side`, and the values that operations of `steps` (last one first) compute from it and from sources."""
     known = set(side)
-    for i in range(steps[-1].start, steps[0].stop) if steps else ():
-        op = program.ops[i]
-        if all(v in known or program.values[v].source for v in op.ins):
-            known.update(op.outs)
+    if steps:
+        for op in program.ops[steps[-1].start : steps[0].stop]:
+            if all(v in known or program.values[v].source for v in op.ins):
+                known.update(op.outs)
     return known
 
 
-def _region(program: Program, walk: Walk) -> Region | None:
-    """Return a walk's region, trimmed of steps that invert nothing at both ends; None where it would not pay."""
-    steps = list(reversed(walk.steps))
-    while out := [k for k, s in enumerate(steps) if k and any(i < steps[0].start for i in s.above)]:
-        del steps[: out[-1]]  # recomputed operations must lie in the region; its first step runs forwards
-    trusted = [i for i, s in enumerate(steps) if s.inverts]
-    if not trusted:
+def _make_region(program: Program, walk: Walk) -> Region | None:
+    """Return the region of a walk, without the steps at its ends that only cost; None if it does not pay."""
+    steps = _drop_rerunning(walk.steps[::-1])
+    inverting = [i for i, step in enumerate(steps) if step.inverts]
+    if not inverting:
         return None
-    calls = [sum(program.ops[i].opaque for i in range(s.start, s.stop)) for s in steps]
-    spanned = sum(calls[trusted[0] : trusted[-1] + 1])  # operations within the span of inverses run again above them
-    above = [i for i in range(trusted[0] + 1) if sum(calls[i : trusted[0]]) <= spanned]
-    low = min(above, key=lambda i: (program.nbytes(steps[i].entry), -i))
-    high = min(range(trusted[-1], len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))
+    first, last = inverting[0], inverting[-1]
+
+    # Trim the steps around the inverses to the smallest cuts. Operations run again above the first inverse, but no more
+    # of them than between the inverses.
+    opaque_ops: list[int] = []
+    for step in steps:
+        opaque_ops.append(sum(op.opaque for op in program.ops[step.start : step.stop]))
+    spanned = sum(opaque_ops[first : last + 1])
+    starts = [i for i in range(first + 1) if sum(opaque_ops[i:first]) <= spanned]
+    low = min(starts, key=lambda i: (program.nbytes(steps[i].entry), -i))
+    high = min(range(last, len(steps)), key=lambda i: (program.nbytes(steps[i].exit), -i))
     steps = steps[low : high + 1]
-    saved = tuple(dict.fromkeys(v for s in steps for v in s.saved))
-    side = tuple(sorted(walk.side.intersection(_read(program, steps[0].start, steps[-1].stop))))
+
+    # Count the bytes. One step is alive at a time. Steps outside of the inverses only recompute, as a checkpoint does:
+    # they count where they keep data, and directly above the first inverse, which regenerates their exit.
+    saved: dict[int, None] = {}
+    for step in steps:
+        saved.update(dict.fromkeys(step.saved))
+    side = tuple(sorted(walk.side.intersection(program.operands(steps[0].start, steps[-1].stop))))
     kept = (*steps[0].entry, *steps[-1].exit, *saved, *side)
-    kept_storage = {program.values[v].storage for v in kept}
-    freed = [_made_bytes(program, s.start, s.stop, kept_storage) for s in steps]
-    kept_bytes, freed_bytes = program.nbytes(kept), sum(freed)
-    # Of what runs again though nothing is inverted, and nothing but indices kept, as in a checkpoint, the step below
-    # alone counts, whose exit is regenerated.
-    keeps = {i for i, s in enumerate(steps, low) if not all(program.values[v].kept for v in s.saved)}
-    by_inverses = [f for i, f in enumerate(freed, low) if trusted[0] - 1 <= i <= trusted[-1] or i in keeps]
-    alone = all(_is_carrier(program, s) for s in steps if s.inverts)
-    if alone or sum(by_inverses) - max(by_inverses) <= kept_bytes:
-        return None  # one step is alive at a time: that much plain checkpointing saves too
-    return Region(tuple(steps), saved, side, kept_bytes, freed_bytes)
+    kept_bytes, kept_storages = program.nbytes(kept), program.storages(kept)
+    freed_bytes = 0
+    by_inverses: list[int] = []
+    for i, step in enumerate(steps, low):
+        freed = _made_bytes(program, step.start, step.stop, kept_storages)
+        freed_bytes += freed
+        if first - 1 <= i <= last or not all(program.values[v].kept for v in step.saved):
+            by_inverses.append(freed)
+    if sum(by_inverses) - max(by_inverses) <= kept_bytes:
+        return None
+    if all(_is_cheap_only(program, step) for step in steps if step.inverts):
+        return None
+    return Region(steps, tuple(saved), side, kept_bytes, freed_bytes)
 
 
-def _is_carrier(program: Program, step: Step) -> bool:
-    """Return whether codes must make up for all that a step inverts, as for matrices and `tanh`, or it inverts without
-    computing anything, as parts of an activation that is spelled out: what carries a region on from coupling to
-    coupling, but is not worth one of its own.
+def _drop_rerunning(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Drop steps at the start until no step reruns operations above the first one, which runs forwards."""
+    i = len(steps) - 1
+    while i > 0:
+        if steps[i].first_run < steps[0].start:
+            steps = steps[i:]
+            i = len(steps)
+        i -= 1
+    return steps
+
+
+def _is_cheap_only(program: Program, step: Step) -> bool:
+    """Return whether a step continues a region from coupling to coupling, but is not worth a region of its own.
+
+    Either it inverts without computing anything, as in parts of a spelled-out activation. Or codes must correct
+    everything that it inverts, as for matrices and `tanh`.
     """
     computes = any(isinstance(d, Forward) for d in needed(program, step.derive, step.entry))
-    return not computes or all(a.coded for a in step.arcs if not a.exact)
-
-
-def _read(program: Program, start: int, stop: int) -> Iterator[int]:
-    """Return the values that operations start..stop-1 read."""
-    return (v for op in program.ops[start:stop] for v in op.ins)
+    return not computes or all(arc.coded for arc in step.arcs if not arc.exact)
 
 
 def _made_bytes(program: Program, start: int, stop: int, kept: Container[int] = ()) -> int:
-    """Return bytes that operations start..stop-1 make, besides the storage that is kept."""
+    """Return the bytes that operations start..stop-1 make, besides the allocations that are kept."""
     made: dict[int, int] = {}
-    for op in program.ops[start:stop]:
-        for v in op.outs:
-            value = program.values[v]
-            if value.storage not in kept:
-                made[value.storage] = value.nbytes
+    for v in program.results(start, stop):
+        value = program.values[v]
+        if value.storage not in kept:
+            made[value.storage] = value.nbytes
     return sum(made.values())
