@@ -1,13 +1,13 @@
-"""Checks in a run: flags that a joint graph computes, and one check at the end of its backward.
+"""Checks in a run: flags that a joint graph computes, and one check of them at the end of its backward.
 
-That a factor stayed away from zero, that rounding did not grow too much, that what was relied on still holds, that
-values came back as they were.
+The flags say that a factor stayed away from zero, that a fact still holds, that codes had room, and that regenerated
+values match the forward's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from revfx.passes import _torch
 from revfx.passes.facts import Fact, check
-from revfx.passes.joint.forward import BACKWARD, FORWARD
+from revfx.passes.joint.forward import BACKWARD, FORWARD, first_operation
 from revfx.passes.joint.record import Recorder
 from revfx.passes.program import Program
 from revfx.passes.rounding import MAX_ERROR, precision
@@ -28,8 +28,8 @@ DRIFTED = (
     " or plain inductor for this model"
 )
 OTHER = (
-    "revfx: a value regenerated in the backward is another than in the forward (below {where}): it depends on state"
-    " that has changed since, or its kernels are not reproducible. Its gradients would be wrong. Make it depend on its"
+    "revfx: a value regenerated in the backward does not match the forward's (below {where}): it depends on state that"
+    " has changed since, or its kernels are not reproducible. Its gradients would be wrong. Make it depend on its"
     " inputs alone, or compile this model with plain inductor"
 )
 JITTER = (
@@ -38,15 +38,24 @@ JITTER = (
     " `torch.use_deterministic_algorithms(True)`, or compile this model with plain inductor"
 )
 
-SAMPLE = 64  # elements of each value
+SAMPLE_ELEMENTS = 64  # of each value
 
-# The regenerated nodes of a cut's values, their sources, and the place of the cut.
+# The regenerated nodes of a cut's values, the values that inverses computed them from, and the place of the cut.
 Cut = tuple[Mapping[int, fx.Node], Mapping[int, int], str]
 
 
 @dataclass(eq=False)
 class Checks:
-    """The checks of one joint graph; `kept`: nodes that must be saved, `attached`: flags to compute after a node."""
+    """The checks of one joint graph.
+
+    Attributes:
+        joint, program, recorder: the graph, its program, and the recorder for it.
+        original: returns the forward's node for a value.
+        lossless: regenerated values have the bits of the forward.
+        kept: nodes that must be saved.
+        attached: flags to compute right after a node.
+        stretches: the regenerated cuts between two kept ones, the last cut first.
+    """
 
     joint: fx.Graph
     program: Program
@@ -56,89 +65,108 @@ class Checks:
 
     def __post_init__(self) -> None:
         self.output = self.joint.output_node()
-        self._first = next(n for n in self.joint.nodes if n.op != "placeholder")
+        self._first = first_operation(self.joint)
         self.kept: set[fx.Node] = set()
         self.attached: dict[fx.Node, list[fx.Node]] = {}
         self.stretches: list[list[Cut]] = []
-        self._flags: dict[fx.Node, tuple[str, _torch.Said]] = {}
-        self._made: set[tuple[object, ...]] = set()  # of a node, and its check
+        self._flags: dict[fx.Node, tuple[str, _torch.Said]] = {}  # with the half that computes them
+        self._checked_facts: set[tuple[fx.Node, Fact]] = set()
 
-    def hold(self, op: int, value: int, fact: Fact) -> None:
-        """Check in every run that a fact still holds of a value."""
-        own = self.original(value)
-        if (own, fact) not in self._made:
-            self._made.add((own, fact))
-            test, message = check(fact, own.name, self.program.ops[op].where)
-            self.check_forward(test, [own], message)
+    def check_fact(self, op: int, value: int, fact: Fact) -> None:
+        """Check in every run that a fact about a value, on which operation `op` relies, still holds."""
+        node = self.original(value)
+        if (node, fact) not in self._checked_facts:
+            self._checked_facts.add((node, fact))
+            test, message = check(fact, node.name, self.program.ops[op].where)
+            self.check_forward(test, [node], message)
 
     def compare(self, alive: Collection[fx.Node]) -> None:
-        """Compare the `alive` values of the lowest cuts, where rounding has grown most, with the forward's."""
+        """Compare `alive` values of each stretch's lowest cut, where rounding has grown most, with the forward's."""
         for stretch in self.stretches:
             for cut, origins, where in reversed(stretch):
-                read = {v: n for v, n in cut.items() if n in alive and precision(n.meta["val"].dtype) > 0}
+                read: dict[int, fx.Node] = {}
+                for v, node in cut.items():
+                    if node in alive and precision(node.meta["val"].dtype) > 0:
+                        read[v] = node
                 if read:
                     self._compare(read, origins, where)
                     break
 
     def _compare(self, cut: Mapping[int, fx.Node], origins: Mapping[int, int], where: str) -> None:
-        off, bits = (OTHER if self.lossless else DRIFTED).format(where=where), JITTER.format(where=where)
+        drifted = (OTHER if self.lossless else DRIFTED).format(where=where)
+        rounded = JITTER.format(where=where)
         for v, now in cut.items():
             if self.lossless:
-                before = self.record(_checksum, [self.original(v)])
-                self._check_backward(lambda a, b: _checksum(a) == b, now, [before], bits, serious=False)
-            samples = [self.record(_sample, [self.original(i)]) for i in (v, origins.get(v, v))]
-            self._check_backward(lambda a, b, c: ~_drifted(_sample(a), b, c), now, samples, off)
+                checksum = self.record(_checksum, [self.original(v)])
+                self._check_backward(lambda a, b: _checksum(a) == b, now, [checksum], rounded, serious=False)
+            before = self.record(_sample, [self.original(v)])
+            origin = self.record(_sample, [self.original(origins.get(v, v))])
+            self._check_backward(lambda a, b, c: ~_has_drifted(_sample(a), b, c), now, [before, origin], drifted)
 
-    def record(self, by: Callable[..., Tensor], tail: Sequence[fx.Node], last: fx.Node | None = None) -> fx.Node:
-        """Return the node of `by(*tail)` in the forward, right behind the `last` of the tail, and behind all inputs."""
-        last = max(tail) if last is None else last
+    def record(
+        self, function: Callable[..., Tensor], operands: Sequence[fx.Node], last: fx.Node | None = None
+    ) -> fx.Node:
+        """Record a function of nodes in the forward, right after the `last` of them and after all placeholders."""
+        if last is None:
+            last = max(operands)
         with self.joint.inserting_before(self._first if last.op == "placeholder" else last.next):
-            return self.recorder.record(by, tail, FORWARD, last)
+            return self.recorder.record(function, operands, FORWARD, last)
 
     def check_forward(
-        self, test: Callable[..., Tensor], tail: Sequence[fx.Node], message: str, serious: bool = True
+        self, test: Callable[..., Tensor], operands: Sequence[fx.Node], message: str, serious: bool = True
     ) -> None:
-        """Let the backward raise so, or warn, if a test of the forward's nodes, see `record`, gives false."""
-        self._flags[self.record(test, tail)] = FORWARD, _torch.Said(message, serious)
+        """Let the backward raise or, if not `serious`, warn if a test of nodes of the forward fails."""
+        self._flags[self.record(test, operands)] = FORWARD, _torch.Said(message, serious)
 
     def _check_backward(
         self, test: Callable[..., Tensor], now: fx.Node, then: Sequence[fx.Node], message: str, serious: bool = True
     ) -> None:
-        """Let the backward raise so, or warn, if a test of what is regenerated `now`, and kept `then`, gives false."""
+        """Let the backward raise or warn if a test of a regenerated node `now` and saved nodes `then` fails."""
         self.kept.update(then)
         with self.joint.inserting_before(self.output):
             ok = self.recorder.record(test, [now, *then], BACKWARD, now)
         self._flags[ok] = BACKWARD, _torch.Said(message, serious)
         self.attached.setdefault(now, []).append(ok)
 
-    def raise_at_the_end(self) -> Iterator[fx.Node]:
-        """Yield the checks, one for each device, that end the backward: no gradient is handed out before them.
+    def add_final_checks(self) -> list[fx.Node]:
+        """Add one check of the flags for each device at the end of the backward, before any gradient is returned.
 
-        Those of the forward are made there too, so that nothing in it waits for a device.
+        Flags of the forward are checked there too, so that nothing in the forward waits for a device.
         """
-        flags = {n: (n.meta["val"].device, *self._flags[n]) for n in self.joint.nodes if n in self._flags}
-        for device in dict.fromkeys(device for device, *_ in flags.values()):
-            parts, texts = list[fx.Node](), list[_torch.Said]()
-            for half in (FORWARD, BACKWARD):
-                found = {n: said for n, (where, made, said) in flags.items() if (where, made) == (device, half)}
-                if found:
-                    with self.joint.inserting_before(self.output):
-                        parts.append(self.recorder.record(lambda *t: torch.stack(t), [*found], half, next(iter(found))))
-                    texts += found.values()
-                    self.kept.update(parts if half == FORWARD else ())
+        by_device: dict[torch.device, dict[str, dict[fx.Node, _torch.Said]]] = {}
+        for node in self.joint.nodes:
+            if node in self._flags:
+                half, said = self._flags[node]
+                halves = by_device.setdefault(node.meta["val"].device, {FORWARD: {}, BACKWARD: {}})
+                halves[half][node] = said
+        return list(map(self._add_final_check, by_device.values()))
+
+    def _add_final_check(self, halves: Mapping[str, Mapping[fx.Node, _torch.Said]]) -> fx.Node:
+        parts: list[fx.Node] = []
+        said: list[_torch.Said] = []
+        for half, flags in halves.items():
+            if not flags:
+                continue
             with self.joint.inserting_before(self.output):
-                # a copy of what the forward saved, as the check is said to write it
-                ok = self.recorder.record(lambda *t: torch.cat(t).clone(), parts, BACKWARD, parts[0])
-                arguments = ok, [s.message for s in texts], [s.serious for s in texts]
-                end = self.joint.call_function(torch.ops.revfx.check.default, arguments)
-            end.meta.update(partitioner_tag=BACKWARD, val=None)
-            yield end
+                part = self.recorder.record(lambda *t: torch.stack(t), [*flags], half, next(iter(flags)))
+            parts.append(part)
+            if half == FORWARD:
+                self.kept.add(part)
+            said += flags.values()
+        with self.joint.inserting_before(self.output):
+            # The operator is declared to write its argument, so it gets a copy of what the forward saved.
+            ok = self.recorder.record(lambda *t: torch.cat(t).clone(), parts, BACKWARD, parts[0])
+            messages, serious = map(list, zip(*said, strict=True))
+            end = self.joint.call_function(torch.ops.revfx.check.default, (ok, messages, serious))
+        end.meta.update(partitioner_tag=BACKWARD, val=None)
+        return end
 
 
 def _checksum(t: Tensor) -> Tensor:
-    """An int64 that differs, but for chance, where any bit or the order does; zeros of either sign agree."""
+    """Return an int64 that differs, up to collisions, if any bit or the order differs; zeros of either sign agree."""
     t = t.detach() + 0.0
-    t = torch.view_as_real(t) if t.is_complex() else t
+    if t.is_complex():
+        t = torch.view_as_real(t)
     bits = t.reshape(-1).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]).to(torch.int64)
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
 
@@ -146,16 +174,16 @@ def _checksum(t: Tensor) -> Tensor:
 def _sample(t: Tensor) -> Tensor:
     """Return a copy of some elements of `t`, evenly spread over all its dimensions."""
     n = as_number(t.numel())
-    stride = max(1, n // SAMPLE)
-    while math.gcd(stride, n) > 1:  # else it might see one column only
+    stride = max(1, n // SAMPLE_ELEMENTS)
+    while math.gcd(stride, n) > 1:  # else the sample might lie in one column
         stride += 1
     return t.detach().reshape(-1)[::stride].clone()
 
 
-def _drifted(now: Tensor, before: Tensor, image: Tensor) -> Tensor:
-    """Return whether |now - before| > 1 % of the larger of |before| and |image|, its source.
+def _has_drifted(now: Tensor, before: Tensor, origin: Tensor) -> Tensor:
+    """Return whether |now - before| > 1 % of the larger of |before| and |origin|, unless `before` is not finite.
 
-    A difference of two large numbers that is zero comes back as their rounding. Not where `before` was not finite.
+    The scale includes the origin, as a difference of two large numbers that is zero comes back as their rounding error.
     """
     error, scale = (now - before).norm(), before.norm()
-    return ~(error <= MAX_ERROR * torch.maximum(scale, image.norm())) & torch.isfinite(scale)
+    return ~(error <= MAX_ERROR * torch.maximum(scale, origin.norm())) & torch.isfinite(scale)

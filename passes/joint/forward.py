@@ -1,16 +1,15 @@
 """The forward half of a joint graph, as a graph of its own that can be lowered to a program.
 
-AOTAutograd traces forward and backward into one graph of aten operations: placeholders `primals_i` and `tangents_i`,
-outputs first those of the forward, then the gradients; the functional updates of mutated inputs are `copy_` nodes at
-its end.
+AOTAutograd traces forward and backward into one graph of aten operations, with placeholders `primals_i` and
+`tangents_i`. Its outputs are those of the forward, then the gradients. `copy_` nodes at its end update mutated inputs.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,22 +20,25 @@ from torch.utils import _pytree as pytree
 from revfx.errors import Cause, Reason
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.facts import Facts, ancestors, annotate, constants
+from revfx.passes.facts import Fact, Facts, ancestors, annotate, constants
 from revfx.passes.sizes import NUMBERS, as_number, fixed, of_its_shape, tensors_of
 from revfx.passes.traits import barred, trained
 
 
-NAMESPACES = ("aten", "prims", "inductor")  # operators that do nothing but compute their result
+NAMESPACES = ("aten", "prims", "inductor")  # operators without other effects than their result
 FORWARD, BACKWARD = "must_be_in_forward", "must_be_in_backward"
-SEEDS = "inductor_seeds"  # inductor's random numbers are functions of such a tensor and of nothing else
+SEEDS = "inductor_seeds"  # the operator with a result that determines inductor's random numbers
 
 
 @dataclass(frozen=True)
 class ForwardGraph:
-    """The part of the joint graph that forward outputs need: `nodes`, their program, and the map between them.
+    """The part of the joint graph that forward outputs need.
 
-    `origin` maps the nodes of the lowered graph to those of the joint graph. `mutated` holds the placeholders that are
-    written after the forward.
+    Attributes:
+        lowered: its graph and program.
+        nodes: its nodes in the joint graph.
+        origin: the nodes of the joint graph, by those of the lowered graph.
+        mutated: the placeholders that are written after the forward.
     """
 
     lowered: Lowered
@@ -56,32 +58,37 @@ class ForwardGraph:
 def forward_half(
     joint: fx.Graph, num_outputs: int, static: Collection[int], facts: Facts, coded: bool = False
 ) -> ForwardGraph:
-    """Return the forward half of `joint`; `static` numbers the primals that outlive the step: parameters and buffers.
+    """Return the forward half of a joint graph.
 
-    `facts`: about the values of the compiled function's inputs. `coded`: codes correct the
-    inverses, so that these may give back anything.
+    Args:
+        joint: the joint graph; operations that read the shape of a tensor alone are replaced in it.
+        num_outputs: the number of the forward's outputs.
+        static: the numbers of the primals that outlive the step: parameters and buffers.
+        facts: facts about the values of the compiled function's inputs.
+        coded: codes correct the inverses, so no inverse is barred.
     """
-    _read_no_shapes(joint)
-    outputs = [n for n in pytree.tree_leaves(output_args(joint)[:num_outputs]) if isinstance(n, fx.Node)]
-    held = [n for n in joint.nodes if n.meta.get("kept")]
-    updates = [n for n in joint.nodes if n.target is torch.ops.aten.copy_.default]
-    late = after_tangents(joint.nodes)
-    written = [n.args[1] for n in updates if n.args[1] not in late]
-    nodes = ancestors([*outputs, *held, *written])
-    # what only updates an input, such as running statistics, is no part of the program
-    used = ancestors([*outputs, *held, *read_later(joint, nodes)], stateless_inputs)
-    primals = [n for n in joint.nodes if n.op == "placeholder" and str(n.target).startswith("primals")]
+    _replace_shape_readers(joint)
+
+    # The nodes that the forward computes. Those that only update an input, such as running statistics, are no part of
+    # the program.
+    outputs = output_nodes(joint, num_outputs)
+    nodes = ancestors([*outputs, *written_values(joint)])
+    used = ancestors([*outputs, *read_later(joint, nodes)], stateless_inputs)
+
+    # Facts about parameters and buffers; the values of the model's own inputs differ from step to step.
+    primals = [n for n in joint.find_nodes(op="placeholder") if str(n.target).startswith("primals")]
     lasting = [p for i, p in enumerate(primals) if i in static]
-    mutated = frozenset(written_inputs(joint))
-    # nothing of the values of a model's own inputs, which differ from step to step
-    inputs = {p: _torch.plain_input(p) for p in lasting}
-    known = annotate(joint, {p: [f for i, f in facts if i == at] for p, at in inputs.items()}, joint.owning_module)
+    facts_of_input: dict[fx.Node, list[Fact]] = {}
+    for p in lasting:
+        index = _torch.plain_input(p)
+        facts_of_input[p] = [fact for i, fact in facts if i == index]
+    known = annotate(joint, facts_of_input, joint.owning_module)
     constant = constants(joint, known)
-    for node in known:
-        node.meta["facts"] = known[node]
-    given = {p for p in primals if p not in mutated and _is_no_data(p.meta["val"])}
-    # also by a backward of the user's own
-    apart = {} if coded else barred(joint, trained(joint, output_args(joint), lasting))
+    for node, facts_of_node in known.items():
+        node.meta["facts"] = facts_of_node
+
+    # A copy of these nodes, with the metadata that the lowering reads.
+    mutated = frozenset(written_inputs(joint))
     half = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
     for node in joint.nodes:
@@ -90,59 +97,75 @@ def forward_half(
             _annotate(node, new)
             if node in constant:
                 new.meta["constant"] = constant[node]
-            if node in given:
-                new.meta["kept"] = True
-    for new in (n for n in half.nodes if "directions" in n.meta):  # which tell of nodes further down, too
-        new.meta["directions"] = tuple(
-            replace(d, solves=copy[d.solves], given=fx.map_arg(d.given, copy.__getitem__))
-            for d in new.meta["directions"]
-        )
+    for primal in primals:
+        if primal in copy and primal not in mutated and _is_no_data(primal.meta["val"]):
+            copy[primal].meta["kept"] = True
     half.output([copy[n] for n in outputs])
+
+    # Without codes, inverses that round are barred from nodes that the backward reads exactly, the user's own as well.
+    reasons: dict[fx.Node, str] | None = None
+    if not coded:
+        reasons = {}
+        for node, reason in barred(joint, trained(joint, output_args(joint), lasting)).items():
+            if node in copy:
+                reasons[copy[node]] = reason
     sources = {copy[n] for n in find_sources(joint, lasting, mutated, nodes) if n in copy}
-    theirs = {copy[n]: why for n, why in apart.items() if n in copy}
-    lowered = lower(half, sources=sources, barred=None if coded else theirs)
-    return ForwardGraph(lowered, frozenset(nodes), {new: old for old, new in copy.items()}, mutated)
+    lowered = lower(half, sources=sources, barred=reasons)
+    return ForwardGraph(lowered, frozenset(nodes), dict(zip(copy.values(), copy, strict=True)), mutated)
 
 
-def _read_no_shapes(joint: fx.Graph) -> None:
-    """Replace operations that read the shape of a tensor alone by ones that do not read it."""
+def _replace_shape_readers(joint: fx.Graph) -> None:
+    """Replace operations that read the shape of a tensor alone by ones that do not read the tensor."""
     for node in joint.nodes:
         name = _torch.packet_name(node.target) if node.op == "call_function" else ""
-        spelled = of_its_shape(name, node.args, node.kwargs, node.meta.get("val"))
-        if spelled is not None and node.all_input_nodes:
-            node.target, node.args = getattr(torch.ops.aten, spelled[0]).default, spelled[1]
-            node.kwargs = {**spelled[2], "pin_memory": False}
+        replacement = of_its_shape(name, node.args, node.kwargs, node.meta.get("val"))
+        if replacement is not None and node.all_input_nodes:
+            name, args, options = replacement
+            node.target, node.args = getattr(torch.ops.aten, name).default, args
+            node.kwargs = {**options, "pin_memory": False}
 
 
-MIN_CONSTANT_BYTES = 1024  # bytes of a constant that are not worth computing again
+MIN_CONSTANT_BYTES = 1024  # a smaller constant is kept rather than recomputed
 
 
 def find_sources(
     joint: fx.Graph, lasting: Iterable[fx.Node], mutated: Collection[Any], ahead: Collection[fx.Node]
 ) -> set[fx.Node]:
-    """Return what the backward can read at little cost: parameters and buffers, what follows from them alone and is not
-    larger than they are (views, casts, masks turned round), what is filled with a number, inductor's seeds, and masks
-    that are drawn once for several readers.
+    """Return the nodes that the backward can read at little cost.
+
+    These are parameters and buffers; values that follow from them alone and are not larger than they are (views, casts,
+    inverted masks); tensors filled with a number; inductor's seeds; and random masks with several readers.
+
+    Args:
+        joint: the graph.
+        lasting: its parameters and buffers.
+        mutated: inputs that the step writes.
+        ahead: nodes of the forward.
     """
     found = set(lasting)
-    held = {n for n in joint.nodes if n.op == "get_attr" and is_strided(n.meta.get("val"))}
+    held = {n for n in joint.find_nodes(op="get_attr") if is_strided(n.meta.get("val"))}
     copies = {n for n in joint.nodes if n.meta.get("copy_of") in found}
-    clean = {n for n in found | held if n not in mutated} | copies
+    clean = (found | held).difference(mutated) | copies
     for node in joint.nodes:
-        val = node.meta.get("val")
-        if node.op != "call_function" or not all(n in clean for n in node.all_input_nodes):
-            continue
-        if _torch.packet_name(node.target) == SEEDS:
-            clean.add(node)
-        elif draws_numbers(node):
-            parts = [node] if is_strided(val) else list(node.users)
-            clean.update(p for p in parts if sum(u in ahead for u in p.users) > 1)
-        elif is_strided(val) and _barrier(node) is None:
-            theirs = sum(_nbytes(n.meta["val"]) for n in node.all_input_nodes)
-            filled = not node.all_input_nodes and "empty" not in _torch.packet_name(node.target)
-            if filled or _nbytes(val) <= max(MIN_CONSTANT_BYTES, theirs):
-                clean.add(node)
+        if node.op == "call_function" and all(n in clean for n in node.all_input_nodes):
+            clean.update(_cheap_results(node, ahead))
     return found | clean
+
+
+def _cheap_results(node: fx.Node, ahead: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """Yield the results of an operation on sources that are sources as well."""
+    val = node.meta.get("val")
+    if _torch.packet_name(node.target) == SEEDS:
+        yield node
+    elif draws_numbers(node):
+        for part in [node] if is_strided(val) else node.users:
+            if sum(user in ahead for user in part.users) > 1:
+                yield part
+    elif is_strided(val) and _barrier(node) is None:
+        operand_bytes = sum(_nbytes(n.meta["val"]) for n in node.all_input_nodes)
+        is_filled = not node.all_input_nodes and "empty" not in _torch.packet_name(node.target)
+        if is_filled or _nbytes(val) <= max(MIN_CONSTANT_BYTES, operand_bytes):
+            yield node
 
 
 def _is_no_data(val: Any) -> bool:
@@ -154,17 +177,33 @@ def _nbytes(val: Any) -> int:
     return as_number(val.numel()) * val.element_size() if isinstance(val, torch.Tensor) else 0
 
 
+def find_updates(joint: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that write to inputs of the graph."""
+    return joint.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+
+
+def written_values(joint: fx.Graph) -> list[Any]:
+    """Return the nodes that the forward computes for the updates of inputs."""
+    late = after_tangents(joint.nodes)
+    return [n.args[1] for n in find_updates(joint) if n.args[1] not in late]
+
+
 def written_inputs(joint: fx.Graph) -> list[fx.Node]:
-    """Return the inputs that the step writes: itself, or from what the forward graph returns, when it has returned."""
-    of = (getattr(d, "mutated_input", None) for d in joint.output_node().meta.get("desc", ()))
-    theirs = [t for t in of if t is not None]
-    updated = {n.args[0] for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
-    inputs = joint.find_nodes(op="placeholder")
-    return [p for p in inputs if p in updated or (theirs and p.meta.get("desc") in theirs)]
+    """Return the inputs that the step writes: in the graph, or with results of the forward after it has returned."""
+    updated = {n.args[0] for n in find_updates(joint)}
+    written_after: list[Any] = []
+    for desc in joint.output_node().meta.get("desc", ()):
+        if getattr(desc, "mutated_input", None) is not None:
+            written_after.append(desc.mutated_input)
+    inputs: list[fx.Node] = []
+    for p in joint.find_nodes(op="placeholder"):
+        if p in updated or (written_after and p.meta.get("desc") in written_after):
+            inputs.append(p)
+    return inputs
 
 
 def is_strided(val: Any) -> bool:
-    """Return whether a node's result is one tensor that has memory of its own or another's."""
+    """Return whether a node's result is one tensor in an allocation."""
     return isinstance(val, torch.Tensor) and val.layout == torch.strided
 
 
@@ -174,27 +213,37 @@ def output_args(graph: fx.Graph) -> Sequence[Any]:
     return returned if isinstance(returned, (list, tuple)) else [returned]
 
 
+def output_nodes(graph: fx.Graph, count: int) -> list[fx.Node]:
+    """Return the nodes among the first `count` results of a graph."""
+    return [n for n in pytree.tree_leaves(output_args(graph)[:count]) if isinstance(n, fx.Node)]
+
+
+def first_operation(graph: fx.Graph) -> fx.Node:
+    """Return the first node of a graph after its placeholders."""
+    return next(n for n in graph.nodes if n.op != "placeholder")
+
+
 def draws_numbers(node: fx.Node) -> bool:
-    """Return whether running a node again would give other random numbers."""
+    """Return whether a node draws random numbers."""
     return _torch.is_overload(node.target) and _torch.draws(node.target, node.args, node.kwargs)
 
 
 def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that depend on a gradient coming in."""
+    """Return the nodes that depend on an incoming gradient."""
     found: set[fx.Node] = set()
     for node in nodes:
-        tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
-        if tangent or not found.isdisjoint(node.all_input_nodes):
+        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
+        if is_tangent or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 
 
 def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Return those of the nodes `ahead` that the backward reads, each with the nodes of the backward that read it."""
+    """Return the nodes of the backward that read nodes of the forward (`ahead`), by the nodes that they read."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in joint.nodes:
-        update = _torch.is_overload(node.target) and _torch.writes(node.target)
-        if node in ahead or node.op == "output" or node.meta.get("partitioner_tag") == FORWARD or update:
+        writes = _torch.is_overload(node.target) and _torch.writes(node.target)
+        if node in ahead or node.op == "output" or node.meta.get("partitioner_tag") == FORWARD or writes:
             continue
         for n in node.all_input_nodes:
             if n in ahead:
@@ -203,25 +252,26 @@ def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, lis
 
 
 def stateless_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return the operands that a node's saved results depend on: not statistics that are only updated."""
+    """Return the operands that a node's saved results depend on: no statistics that are only updated."""
     if node.target is torch.ops.aten._native_batch_norm_legit_functional.default and node.args[5]:
         return [n for n in node.args[:3] if isinstance(n, fx.Node)]
     return node.all_input_nodes
 
 
 def _annotate(node: fx.Node, new: fx.Node) -> None:
-    """Note the metadata that `lower` reads: the user's line, the memory of the value, and bars."""
+    """Set the metadata that `lower` reads: the user's line, the allocation of the value, and barriers."""
     val: Any = node.meta.get("val")
     new.meta["where"] = _where(node.meta.get("stack_trace"))
     if is_strided(val):
         new.meta["storage"] = _torch.storage_key(val)
         new.meta["storage_nbytes"] = as_number(val.untyped_storage().nbytes())
-    if node.op == "call_function" and (barrier := _barrier(node)) is not None:
+    barrier = _barrier(node) if node.op == "call_function" else None
+    if barrier is not None:
         new.meta["barrier"] = barrier
 
 
 def _barrier(node: fx.Node) -> Cause | None:
-    """Return the reason why an operation can't be run again, or None."""
+    """Return the reason why an operation can't be recomputed, or None."""
     target: Any = node.target
     val = node.meta.get("val")
     if isinstance(val, NUMBERS) or getattr(target, "__module__", None) == "_operator":
@@ -252,5 +302,7 @@ def _barrier(node: fx.Node) -> Cause | None:
 def _where(trace: str | None) -> str:
     """Return the user's file and line out of a stack trace: `model.py:41`."""
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
-    theirs = [p for p in places if "/torch/" not in p[0] and "/revfx/" not in p[0]] or places
-    return f"{theirs[-1][0]}:{theirs[-1][1]}" if theirs else ""
+    for file, line in reversed(places):
+        if "/torch/" not in file and "/revfx/" not in file:
+            return f"{file}:{line}"
+    return ":".join(places[-1]) if places else ""

@@ -1,4 +1,4 @@
-"""Cuts of a compiled region to keep, as rounding would grow too much on the way back from one kept cut to the next."""
+"""Cuts of a compiled region to keep, because rounding would grow too much from one kept cut to the next."""
 
 from __future__ import annotations
 
@@ -9,56 +9,65 @@ from revfx.passes.program import Program
 from revfx.passes.rounding import precision
 
 
-MARGIN = 8.0  # times that a gradient may be off more than the stream that it was computed from
+ERROR_MARGIN = 8.0  # times the relative error of a stream that a gradient computed from it may have
 
 
-def amplification(step: Step, before: Mapping[int, float], most: Mapping[tuple[int, bool], float]) -> dict[int, float]:
-    """Growth of a rounding error of 1 at the last kept cut in each value of the step's exit, given it in the entry.
+def propagate_errors(
+    step: Step, before: Mapping[int, float], measured: Mapping[tuple[int, bool], float]
+) -> dict[int, float]:
+    """Return the growth of rounding errors from the last kept cut to each value of a step's exit.
 
-    Along each stream an inverse multiplies the error by 1/|factor|, by `most` of those that are data. One that
-    amplifies also adds a rounding of its own: over n steps of amplification a that sums to (a^n - 1)/(a - 1), ten
-    times a^n for a momentum of 0.9.
+    An inverse multiplies the error along its stream by 1/|factor|. One that amplifies also adds a rounding error of
+    its own. Over n steps of amplification a these sum to (a^n - 1)/(a - 1), ten times a^n for a momentum of 0.9.
+
+    Args:
+        step: the step.
+        before: the growth in each value of its entry, for an error of 1.
+        measured: upper bounds of 1/|factor| for measured factors.
     """
     growth = dict(before)
     for arc in reversed(step.arcs):
-        by = most[arc.scaled_by] if arc.measured else arc.amplification
-        grown = max(by * growth.get(arc.head, 1.0) + (by > 1.0), 1.0)
+        gain = measured[arc.scaled_by] if arc.measured else arc.amplification
+        head = gain * growth.get(arc.head, 1.0)
+        if gain > 1.0:
+            head += 1.0
         for v in arc.tail if arc.exact else arc.tail[:1]:
-            growth[v] = max(growth.get(v, 1.0), grown)
+            growth[v] = max(growth.get(v, 1.0), head)
     return {v: growth.get(v, 1.0) for v in step.exit}
 
 
 def choose_kept_cuts(program: Program, steps: Sequence[Step]) -> frozenset[int]:
-    """Numbers of the cuts inside a region to keep; cut j lies before step j.
+    """Return the numbers of the cuts inside a region to keep; cut j lies before step j.
 
-    Factors that are data count with the smallest magnitude that they can have. The entry of a step whose factor may
-    reach zero is kept. Between two kept cuts errors stay below the square root of the dtype's eps.
+    Measured factors count with the smallest magnitude that they can have. The entry of a step with a factor that may
+    come near zero is kept. Between two kept cuts, errors stay below the square root of the dtype's eps.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
     for j, step in enumerate(steps):
         eps = max((precision(program.values[v].dtype) for v in step.exit), default=0.0)
-        most = eps**0.5 if eps else 1.0
-        if any(a.measured and a.least < most for a in step.arcs):
+        limit = eps**0.5 if eps else 1.0
+        measured = [arc for arc in step.arcs if arc.measured]
+        if any(arc.least < limit for arc in measured):
             kept.add(j)
             growth = {}
             continue
-        growth = amplification(step, growth, {a.scaled_by: 1 / a.least for a in step.arcs if a.measured})
+        growth = propagate_errors(step, growth, {arc.scaled_by: 1 / arc.least for arc in measured})
         largest = max(growth.values(), default=1.0)
-        if MARGIN * largest * eps > most and largest > 1.0 and j + 1 < len(steps):
+        if ERROR_MARGIN * largest * eps > limit and largest > 1.0 and j + 1 < len(steps):
             kept.add(j + 1)
             growth = {}
-    return frozenset(kept - {0})  # which is kept anyway
+    return frozenset(kept - {0})  # the region keeps cut 0 anyway
 
 
-def inverted_from(step: Step) -> dict[int, int]:
-    """For each inverted value of the step's entry, the value of its exit that the inverse starts from."""
-    above = {a.head: a.tail[0] for a in step.arcs}
+def find_origins(step: Step) -> dict[int, int]:
+    """Return, for each inverted value of the entry, the value of the exit that its stream of inverses starts from."""
+    above = {arc.head: arc.tail[0] for arc in step.arcs}
     found: dict[int, int] = {}
     for v in step.entry:
-        at = v
-        while at in above and at not in step.exit:
-            at = above[at]
-        if at != v:
-            found[v] = at
+        origin = v
+        while origin in above and origin not in step.exit:
+            origin = above[origin]
+        if origin != v:
+            found[v] = origin
     return found

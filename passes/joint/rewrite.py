@@ -1,7 +1,7 @@
-"""The rewrite of a joint graph: reversible regions of its forward are regenerated where the backward reads them.
+"""The rewrite of a joint graph: the backward regenerates reversible regions of the forward.
 
-The rest is torch's: its min-cut partitioner splits the rewritten graph. Regenerated nodes must be in the backward;
-they are put right before their first use, so that one layer's are freed before the next one's are made.
+The rest is torch's: its min-cut partitioner splits the rewritten graph. Regenerated nodes must be in the backward. They
+are placed right before their first use, so that one layer's are freed before the next one's are computed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from revfx.passes.joint.forward import (
     FORWARD,
     ForwardGraph,
     after_tangents,
+    find_updates,
+    first_operation,
     forward_half,
-    output_args,
+    output_nodes,
     read_later,
     stateless_inputs,
     written_inputs,
+    written_values,
 )
 from revfx.passes.joint.kept_cuts import choose_kept_cuts
-from revfx.passes.joint.record import Recorder, Unrecordable, pulled
+from revfx.passes.joint.record import Recorder, Unrecordable, order_lazily
 from revfx.passes.joint.regenerate import Regenerator, RewriteOptions
 from revfx.passes.program import Program
 from revfx.passes.regions import Region, RegionSummary, find_regions, summary
@@ -39,9 +42,9 @@ from revfx.passes.regions import Region, RegionSummary, find_regions, summary
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome for one graph: its regions, and the parts that are left to torch, with reasons.
+    """The outcome for one graph: its regions, and the reasons for the parts that are left to torch.
 
-    `details` holds the program, and of each region its steps and the cuts that are kept.
+    `details` holds, for each region, the program, the region with its steps, and the cuts that are kept.
     """
 
     regions: tuple[RegionSummary, ...]
@@ -56,85 +59,111 @@ class Report:
 def rewrite(
     joint: fx.Graph, num_outputs: int, static: Collection[int], options: RewriteOptions, facts: Facts | None
 ) -> Report:
-    """Rewrite `joint` in place; return the outcome.
+    """Rewrite a joint graph in place.
 
-    Without a region it stays as it is, but for what would be wrong: reads of inputs that the step updates. `facts` is
-    what was seen of the values of its inputs, if anybody looked; what relies on them checks them again in every run.
+    Without a region only one thing changes: the backward reads copies of inputs that the step updates.
+
+    Args:
+        joint: the graph.
+        num_outputs: the number of the forward's outputs.
+        static: the numbers of the primals that outlive the step: parameters and buffers.
+        options: those of the inner compiler.
+        facts: facts about the values of the inputs, if they are known. Every run checks those that are relied on.
     """
     recorder, facts = Recorder(joint, options.decompositions), facts or ()
     _pin_updates(joint, num_outputs, recorder)
     forward = forward_half(joint, num_outputs, static, facts, coded=options.coder is not None)
     program = forward.lowered.program
     regions, stuck = find_regions(program)
-    refusals = tuple(dict.fromkeys(r for s in stuck for r in diagnose(program, s)))
+    refusals: dict[Refusal, None] = {}
+    for place in stuck:
+        refusals.update(dict.fromkeys(diagnose(program, place)))
+    unrecordable: list[Refusal] = []
+
+    # Regenerate the regions in the order of the backward.
     readers = read_later(joint, forward.nodes)
     regenerator = Regenerator(joint, forward, recorder, options)
     found: list[RegionSummary] = []
     details: list[tuple[Program, Region, frozenset[int]]] = []
     for region in reversed(regions):
+        cuts = frozenset[int]()
         if options.coder is None:
             cuts = choose_kept_cuts(program, region.steps)
         else:
-            region, cuts = replace(region, steps=composed_all(program, region.steps)), frozenset[int]()
+            region = replace(region, steps=composed_all(program, region.steps))
         wanted, ops = _wanted(forward, region, readers)
-        freed = _freed(forward, region, wanted)
+        freed = _freed_bytes(program, region, wanted)
         if sum(freed) - max(freed, default=0) <= region.kept_bytes:
             continue
         try:
-            regenerator.region(region, wanted, ops, cuts)
+            regenerator.regenerate(region, wanted, ops, cuts)
         except Unrecordable as error:
             first = program.ops[region.start]
-            refusals += (Refusal(Reason.DATA_DEPENDENT, (first.name,), first.where, str(error)),)
+            unrecordable.append(Refusal(Reason.DATA_DEPENDENT, (first.name,), first.where, str(error)))
             continue
-        _uncheckpoint(forward, region)
+        _remove_checkpoint_marks(forward, region)
         found.append(summary(program, region, len(cuts) + 2, sum(freed)))
         details.append((program, region, cuts))
+
+    # Let the backward read them, and mark the borders of steps for a compiler that fuses.
     if found:
         _rewire(joint, forward, regenerator, readers)
         if options.stored is not None:
-            steps = [step for _, region, _ in details for step in region.steps]
-            for step_of in (_steps_forward(forward, steps), _steps_backward(joint, forward, regenerator)):
-                store_borders(step_of, regenerator.checks.kept, options.stored)
-    return Report(tuple(reversed(found)), refusals, tuple(reversed(details)))
+            kept = regenerator.checks.kept
+            steps: list[Step] = []
+            for _, region, _ in details:
+                steps += region.steps
+            halves = _steps_forward(forward, steps), _steps_backward(joint, forward, regenerator)
+            for step_of in halves:
+                store_borders(step_of, kept, options.stored)
+    return Report(tuple(reversed(found)), (*refusals, *unrecordable), tuple(reversed(details)))
 
 
 def _pin_updates(joint: fx.Graph, num_outputs: int, recorder: Recorder) -> None:
-    """Let the backward read what it needs of an input that the step writes from a copy made at the start.
+    """Let the backward read an input that the step writes from a copy made at the start of the forward.
 
     The backward runs after the write; torch would let it compute from the input's new content.
     """
-    outputs = [n for n in output_args(joint)[:num_outputs] if isinstance(n, fx.Node)]
-    updates = {n for n in joint.nodes if n.target is torch.ops.aten.copy_.default}
     written = written_inputs(joint)
     if not written:
         return
-    late = after_tangents(joint.nodes)
-    ahead = ancestors([*outputs, *(n.args[1] for n in updates if n.args[1] not in late)])
+    updates = find_updates(joint)
+    ahead = ancestors([*output_nodes(joint, num_outputs), *written_values(joint)])
     needed = ancestors(read_later(joint, ahead), stateless_inputs)
-    first = next(n for n in joint.nodes if n.op != "placeholder")
+    first = first_operation(joint)
     for p in written:
-        if p in needed:
-            with joint.inserting_before(first):
-                copy = recorder.record(lambda t: t.clone(), [p], FORWARD, p)
-            copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            copy.meta["copy_of"] = p
-            for user in [u for u in p.users if u is not copy and u not in updates and u.op != "output"]:
+        if p not in needed:
+            continue
+        with joint.inserting_before(first):
+            copy = recorder.record(lambda t: t.clone(), [p], FORWARD, p)
+        copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        copy.meta["copy_of"] = p
+        for user in list(p.users):
+            if user is not copy and user not in updates and user.op != "output":
                 user.replace_input_with(p, copy)
 
 
 def _wanted(forward: ForwardGraph, region: Region, readers: Collection[fx.Node]) -> tuple[set[int], set[int]]:
-    """Return a region's values that the backward reads, and the operations with tuples that it takes apart itself."""
+    """Return the values of a region that the backward reads, and the operations with tuples that it unpacks itself."""
     program = forward.lowered.program
-    again = {v for step in region.steps for v in step.again}
-    kept = {*region.exit, *region.entry, *region.saved, *region.side} - again
-    outs = {i: program.ops[i].outs for i in range(region.start, region.stop)}
-    wanted = {v for of_one in outs.values() for v in of_one if forward.value_node(v) in readers}
-    tuples = {i for i in outs if forward.op_node(i) not in map(forward.value_node, outs[i])}
-    return wanted - kept, {i for i in tuples if forward.op_node(i) in readers}
+    wanted: set[int] = set()
+    unpacked: set[int] = set()
+    for i in range(region.start, region.stop):
+        outs, op_node = program.ops[i].outs, forward.op_node(i)
+        value_nodes = list(map(forward.value_node, outs))
+        for v, node in zip(outs, value_nodes, strict=True):
+            if node in readers:
+                wanted.add(v)
+        if op_node in readers and op_node not in value_nodes:
+            unpacked.add(i)
+    kept = {*region.exit, *region.entry, *region.saved, *region.side}
+    for step in region.steps:
+        kept.difference_update(step.again)
+    return wanted - kept, unpacked
 
 
-def _uncheckpoint(forward: ForwardGraph, region: Region) -> None:
-    """Take back torch's marks for a user's checkpoint: the region recomputes."""
+def _remove_checkpoint_marks(forward: ForwardGraph, region: Region) -> None:
+    """Remove torch's marks for a user's checkpoint from a region, which recomputes anyway."""
     program = forward.lowered.program
     for i in range(region.start, region.stop):
         for node in (forward.op_node(i), *map(forward.value_node, program.ops[i].outs)):
@@ -142,63 +171,70 @@ def _uncheckpoint(forward: ForwardGraph, region: Region) -> None:
                 node.meta.pop(mark, None)
 
 
-def _freed(forward: ForwardGraph, region: Region, wanted: Collection[int]) -> list[int]:
-    """Return, per step, the bytes that the backward reads and that need not be kept."""
-    program = forward.lowered.program
+def _freed_bytes(program: Program, region: Region, wanted: set[int]) -> list[int]:
+    """Return, for each step, the bytes that the backward reads and that are not kept."""
     found: list[int] = []
     for step in region.steps:
-        read: dict[int, None] = {}
-        for op in program.ops[step.start : step.stop]:
-            for v in op.outs:
-                if v in wanted and not program.constant[v]:
-                    read[v] = None
-        found.append(program.nbytes(tuple(read)))
+        freed = wanted.intersection(program.results(step.start, step.stop))
+        found.append(program.nbytes(v for v in freed if not program.constant[v]))
     return found
 
 
 def _rewire(
     joint: fx.Graph, forward: ForwardGraph, new: Regenerator, readers: Mapping[fx.Node, Sequence[fx.Node]]
 ) -> None:
-    """Let the backward read regenerated values, and put nodes where they are first needed."""
+    """Let the backward read regenerated values, and place nodes where they are first read."""
     for v in list(new.values):
         for reader in readers.get(forward.value_node(v), ()):
-            reader.replace_input_with(forward.value_node(v), new.laid_out(v))
-    for op, node in new.tuples.items():
+            reader.replace_input_with(forward.value_node(v), new.backward_node(v))
+    for op, node in new.reruns.items():
         for reader in readers.get(forward.op_node(op), ()):
             reader.replace_input_with(forward.op_node(op), node)
-    for node, result in new.stands.items():
+    for node, result in new.replacements.items():
         node.replace_all_uses_with(result)
         if node in new.checks.kept:
             new.checks.kept.remove(node)
             new.checks.kept.add(result)
         joint.erase_node(node)
+
+    # Only now is it known which regenerated values the backward reads: those are compared with the forward's.
     alive = ancestors(new.output.all_input_nodes)
     new.checks.compare(alive)
-    new.whole_steps(alive)
-    checks = list(new.checks.raise_at_the_end())
+    new.attach_entries(alive)
+    checks = new.checks.add_final_checks()
     for node in new.checks.kept:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             if node not in forward.nodes:
-                _claim(joint, node)
+                _tie_to_forward(joint, node)
+    _place_late(joint, forward, new, checks)
+
+
+def _place_late(joint: fx.Graph, forward: ForwardGraph, new: Regenerator, checks: Collection[fx.Node]) -> None:
+    """Move the new nodes of the backward to their first use, and erase those that nothing reads."""
     nodes = list(joint.nodes)
-    known = forward.nodes | after_tangents(nodes)
-    tags = {n: n.meta.get("partitioner_tag") for n in nodes if n not in known}
-    late = {n for n, tag in tags.items() if tag == BACKWARD or (tag != FORWARD and not n.is_impure())}
-    order = list(pulled([n for n in nodes if n not in late or n in checks], new.checks.attached))
+    traced = forward.nodes | after_tangents(nodes)
+    early: list[fx.Node] = []
+    for node in nodes:
+        tag = node.meta.get("partitioner_tag")
+        is_late = node not in traced and (tag == BACKWARD or (tag != FORWARD and not node.is_impure()))
+        if node in checks or not is_late:
+            early.append(node)
+    order = list(order_lazily(early, new.checks.attached))
     for node in order[:-1]:
         new.output.prepend(node)
     placed = set(order)
-    for node in [n for n in reversed(joint.nodes) if n not in placed]:  # of nodes that nothing reads
-        joint.erase_node(node)
+    for node in reversed(nodes):
+        if node not in placed:
+            joint.erase_node(node)
 
 
 def _steps_forward(forward: ForwardGraph, steps: Sequence[Step]) -> dict[fx.Node, int]:
-    """Return in which step each operation of a region runs, and gives its values; numbered in program order."""
+    """Return the step of each operation in a region, and of its values; numbered in program order."""
     found: dict[fx.Node, int] = {}
     for number, step in enumerate(sorted(steps, key=lambda s: s.start)):
         for i in range(step.start, step.stop):
-            values = (forward.value_node(v) for v in forward.lowered.program.ops[i].outs)
+            values = map(forward.value_node, forward.lowered.program.ops[i].outs)
             found.update(dict.fromkeys((forward.op_node(i), *values), number))
     return found
 
@@ -209,16 +245,16 @@ def _steps_backward(joint: fx.Graph, forward: ForwardGraph, new: Regenerator) ->
     number = 0
     for node in joint.nodes:
         number = max(number, new.step_of.get(node, 0))
-        theirs = node in forward.nodes or node.meta.get("partitioner_tag") == FORWARD
-        if node.op == "call_function" and not theirs:
+        is_forward = node in forward.nodes or node.meta.get("partitioner_tag") == FORWARD
+        if node.op == "call_function" and not is_forward:
             found[node] = number
     return found
 
 
-def _claim(joint: fx.Graph, node: fx.Node) -> None:
-    """Make torch count `node` to the forward, though no output needs it: by an assertion that checks nothing.
+def _tie_to_forward(joint: fx.Graph, node: fx.Node) -> None:
+    """Make torch count `node` to the forward, though no output needs it, by an assertion that checks nothing.
 
-    Of a node that it doesn't count to the forward the partitioner ignores that it must be saved.
+    The partitioner saves a node that must be saved only if it counts it to the forward.
     """
     with joint.inserting_before(node.next):
         assertion = joint.call_function(torch.ops.aten._assert_tensor_metadata.default, (node,))

@@ -128,7 +128,7 @@ def off_by(much: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("much", "message"), [(1e-6, "differs from the forward's by rounding"), (0.5, "is another than in the forward")]
+    ("much", "message"), [(1e-6, "differs from the forward's by rounding"), (0.5, "does not match the forward's")]
 )
 def test_what_is_off_is_said(much: float, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     off_by(much, monkeypatch)

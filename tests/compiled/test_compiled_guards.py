@@ -173,7 +173,7 @@ def test_a_check_that_fails_under_inductor_is_a_python_exception(kind: type[Guar
 
 
 ROUNDING: Mapping[str, Any] = MappingProxyType({"inner": "aot_eager", "exact": False})
-LOSSLESS = {**GUARDS, Drift: "is another than in the forward"}
+LOSSLESS = {**GUARDS, Drift: "does not match the forward's"}
 
 
 @pytest.mark.parametrize(("kind", "dynamic"), [*((kind, False) for kind in GUARDS), (Drift, True)])
