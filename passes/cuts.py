@@ -5,8 +5,9 @@ a point with a derivable live set. The operations between two neighbouring cuts 
 
 Objective: the backward holds the values that a region keeps, and regenerates one step at a time. So its peak is the
 bytes of the kept values plus the bytes of the largest step. The search approximates the minimum greedily: from one cut
-it takes the nearest earlier cut that is derivable without keeping further values. This loses nothing further up, as any
-arc that crosses a point goes through its live set. Two heuristics depart from the rule:
+it takes the nearest earlier cut that is derivable. This loses nothing further up, as any arc that crosses a point goes
+through its live set. Barred arcs, with heads that must be kept, are used only where nothing else derives a value. Two
+heuristics depart from the rule:
 
 - A cut that takes operations above it to be recomputed is used if no other cut lies within `MAX_DETOUR` times its
   distance.
@@ -14,7 +15,7 @@ arc that crosses a point goes through its live set. Two heuristics depart from t
   chooses them and weighs them by `_peak_bytes`.
 
 The operations above a cut are added one by one to an incremental closure, until it contains a live set. The search ends
-where nothing of a live set is known: then no earlier point is derivable either.
+where nothing of a live set is known: no earlier point is derivable then, unless sums tie known values to unknown ones.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from revfx.passes.program import Arc, Program
 
 
 PATIENCE = 200  # operations without a newly known value after which a search gives up
-MAX_DETOUR = 3  # times the operations of a step that reruns operations above it: a step without reruns may have these
-MAX_RERUN_OPS = 64  # operations above a cut that are run again for it
+MAX_DETOUR = 3  # size of a step without reruns, relative to one that reruns operations above it
+MAX_RERUN_OPS = 64  # operations above a cut that are recomputed for it
 MAX_SUM_OPS = 64  # operations above a cut that are searched for sums alone
 MAX_FAILED_SEARCHES = 16  # searches for sums without success, after which there are no more
 
@@ -205,7 +206,7 @@ def _make_step(
             return None
 
     # The heads of barred inverses are saved. A value that a barred arc gave first may have another derivation from
-    # these, so everything is derived again by trusted arcs alone.
+    # these, so a second closure uses trusted arcs alone.
     saved = _barred_heads(needed(program, closure.order, entry))
     if _barred_heads(closure.order):
         closure = Closure(program, known.union(saved), trusted=True)

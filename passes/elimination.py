@@ -37,7 +37,7 @@ class Elimination:
         op = self._program.ops[index]
         if op.terms:
             row = {op.outs[0]: -1.0, **dict(op.terms)}
-            # no division by factors such as the cosine of a right angle
+            # never divide by a factor like the cosine of a right angle
             yield from self._insert(_drop_negligible(row, _largest(row)))
 
     def learn(self, value: int) -> Iterator[Arc]:

@@ -122,8 +122,8 @@ class Op:
     terms: tuple[tuple[int, float], ...] = ()
 
 
-# Operations that return elements of their operand, or a number among them. The gradient of `amax`, for example, looks
-# for the result in the operand by `==` or `>=`, so it must read the same bits of both.
+# Operations that return elements of their operand, or a number among them. Their gradients find the result in the
+# operand by `==` or `>=`, as that of `amax` does. So both must have the same bits.
 SELECTS = frozenset(
     "amax amin max min aminmax median nanmedian mode kthvalue quantile nanquantile topk sort msort cummax cummin norm"
     " linalg_vector_norm vector_norm".split()

@@ -13,7 +13,7 @@ from revfx.passes.program import Program
 
 
 MAX_RETRIES = 8  # starts of a search within operations that an earlier search passed over
-MAX_RERUNS = 32  # starts one operation further up, in the head and the loss of a model whose input is its target
+MAX_RERUNS = 32  # starts one operation further up, in the head and the loss of a model with its input as the target
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +114,13 @@ def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[R
             stop, live = region.start, dict.fromkeys(region.entry)
             continue
 
-        # Without a region, choose the cut from which the search starts again.
+        # Without a region, choose a cut further up for the next search.
         kept += _find_kept_heads(program, walk)
         top = walk.steps[-1] if walk.steps else None
         if top is None:
             start = stop - 1
         elif reruns > 0 and _ends_at_input(program, top):
-            # Everything runs again from an input that is read below it, as a target is.
+            # Everything is recomputed from an input that is also read at the end, such as a target.
             start = stop - 1
             reruns -= 1
         else:
@@ -241,8 +241,8 @@ def _keep_shared(program: Program, walk: Walk, counts: SearchCounts) -> Walk | N
 def _shared_values(program: Program, step: Step, side: frozenset[int]) -> Iterator[int]:
     """Yield candidates for side inputs: values computed in `step`, and read on both sides of an inverted operation.
 
-    They follow from sources (a slice of a table, a mask), side inputs or other live values (a condition made of the
-    model's input, if that is returned).
+    They follow from sources (a slice of a table, a mask), from side inputs or from other live values. An example of the
+    last is a condition computed from the model's input, if that is returned.
     """
     inverted: list[int] = []
     for d in step.derive:
@@ -320,8 +320,8 @@ def _make_region(program: Program, walk: Walk) -> Region | None:
         return None
     first, last = inverting[0], inverting[-1]
 
-    # Trim the steps around the inverses to the smallest cuts. Operations run again above the first inverse, but no more
-    # of them than between the inverses.
+    # Trim the steps around the inverses to the smallest cuts. The steps above the first inverse may recompute no more
+    # operations than the steps between the inverses.
     opaque_ops: list[int] = []
     for step in steps:
         opaque_ops.append(sum(op.opaque for op in program.ops[step.start : step.stop]))
@@ -367,8 +367,8 @@ def _drop_rerunning(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 def _is_cheap_only(program: Program, step: Step) -> bool:
     """Return whether a step continues a region from coupling to coupling, but is not worth a region of its own.
 
-    Either it inverts without computing anything, as in parts of a spelled-out activation. Or codes must correct
-    everything that it inverts, as for matrices and `tanh`.
+    Either it inverts without computing anything, as in the parts of an activation written as several operators. Or
+    codes must correct everything that it inverts, as for matrices and `tanh`.
     """
     computes = any(isinstance(d, Forward) for d in needed(program, step.derive, step.entry))
     return not computes or all(arc.coded for arc in step.arcs if not arc.exact)

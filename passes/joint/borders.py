@@ -1,6 +1,6 @@
 """Values that cross the border between two steps: a fusing compiler must store them rather than defer them.
 
-A fusing compiler computes a cheap value where it is read, from the operands of its maker, and merges readers of the
+A fusing compiler computes a cheap value where it is read, from the operands of its maker. It also merges readers of the
 same values into one kernel. Over a chain of steps this keeps the values of every step alive:
 
 - The gradient of the velocity in a momentum net, `0.9*g + h`, is read four steps on as a sum of five `h`.

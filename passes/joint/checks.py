@@ -1,7 +1,7 @@
 """Checks in a run: flags that a joint graph computes, and one check of them at the end of its backward.
 
-The flags say that a factor stayed away from zero, that a fact still holds, that codes had room, and that regenerated
-values match the forward's.
+A flag says that a fact still holds, that a code had room for all corrections, or that a regenerated value matches the
+forward's.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Checks:
                 self.kept.add(part)
             said += flags.values()
         with self.joint.inserting_before(self.output):
-            # The operator is declared to write its argument, so it gets a copy of what the forward saved.
+            # The operator is declared to write its argument, so it gets a copy of the saved flags.
             ok = self.recorder.record(lambda *t: torch.cat(t).clone(), parts, BACKWARD, parts[0])
             messages, serious = map(list, zip(*said, strict=True))
             end = self.joint.call_function(torch.ops.revfx.check.default, (ok, messages, serious))

@@ -69,7 +69,7 @@ def forward_half(
     """
     _replace_shape_readers(joint)
 
-    # The nodes that the forward computes. Those that only update an input, such as running statistics, are no part of
+    # The nodes that the forward computes. Those that only update an input, like running statistics, are no part of
     # the program.
     outputs = output_nodes(joint, num_outputs)
     nodes = ancestors([*outputs, *written_values(joint)])

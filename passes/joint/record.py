@@ -137,7 +137,7 @@ class _RecordingMode(TorchDispatchMode):
         node_args, node_kwargs = pytree.tree_map(self._argument, (args, kwargs))
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
-            return out  # such as the device of a tensor
+            return out  # for example the device of a tensor
         node = self._add(func, node_args, node_kwargs, out)
         if not isinstance(out, Tensor):
             for i, part in enumerate(out):

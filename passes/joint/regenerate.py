@@ -1,7 +1,7 @@
 """Regeneration: nodes in the backward that recompute or invert a region's values, added to the joint graph.
 
-The forward changes in three ways only. Random operations also return the state that they drew from, codes are computed
-for the inverses that round, and facts that the compiler can't prove are checked.
+The forward changes in three ways only: random operations also return the state that they drew from, inverses that
+round get codes, and facts that the compiler can't prove are checked.
 """
 
 from __future__ import annotations
