@@ -62,7 +62,7 @@ class Step:
     again: Values = ()
 
     @property
-    def inverts(self) -> bool:
+    def is_inverted(self) -> bool:
         """Whether the step needs an inverse that rounds; without one, recomputing frees as much."""
         return any(not arc.exact for arc in self.arcs)
 

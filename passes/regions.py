@@ -71,7 +71,7 @@ class RegionSummary:
 def summary(program: Program, region: Region, kept_cuts: int, freed_bytes: int) -> RegionSummary:
     """Summarize a region, given the number of its kept cuts and the bytes that it frees."""
     where = program.ops[region.start].where, program.ops[region.stop - 1].where
-    inverted = sum(step.inverts for step in region.steps)
+    inverted = sum(step.is_inverted for step in region.steps)
     return RegionSummary(where, len(region.steps), inverted, kept_cuts, region.kept_bytes, freed_bytes)
 
 
@@ -86,7 +86,7 @@ class Walk:
     @property
     def inverting(self) -> list[Step]:
         """The steps that invert."""
-        return [step for step in self.steps if step.inverts]
+        return [step for step in self.steps if step.is_inverted]
 
 
 def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
@@ -154,7 +154,7 @@ def _last_reader(program: Program, step: Step, stop: int) -> int:
 
 def _ends_at_input(program: Program, top: Step) -> bool:
     """Return whether a step goes up to the program's inputs, from which everything can be recomputed."""
-    return top.start == 0 and (not top.inverts or all(program.values[v].given for v in top.entry))
+    return top.start == 0 and (not top.is_inverted or all(program.values[v].given for v in top.entry))
 
 
 def _find_kept_heads(program: Program, walk: Walk) -> Iterator[Stuck]:
@@ -315,7 +315,7 @@ def _recomputable(program: Program, steps: Sequence[Step], side: frozenset[int])
 def _make_region(program: Program, walk: Walk) -> Region | None:
     """Return the region of a walk, without the steps at its ends that only cost; None if it does not pay."""
     steps = _drop_rerunning(walk.steps[::-1])
-    inverting = [i for i, step in enumerate(steps) if step.inverts]
+    inverting = [i for i, step in enumerate(steps) if step.is_inverted]
     if not inverting:
         return None
     first, last = inverting[0], inverting[-1]
@@ -348,7 +348,7 @@ def _make_region(program: Program, walk: Walk) -> Region | None:
             by_inverses.append(freed)
     if sum(by_inverses) - max(by_inverses) <= kept_bytes:
         return None
-    if all(_is_cheap_only(program, step) for step in steps if step.inverts):
+    if all(_is_cheap_only(program, step) for step in steps if step.is_inverted):
         return None
     return Region(steps, tuple(saved), side, kept_bytes, freed_bytes)
 

@@ -45,7 +45,7 @@ def text(lowered: Lowered, cut: Sequence[Segment]) -> str:
             continue
         kept = _names(program, dict.fromkeys((*region.entry, *region.side, *region.exit)))
         lines.append(
-            f"# region {number}: {len(region.steps)} steps, {sum(s.inverts for s in region.steps)} inverted;"
+            f"# region {number}: {len(region.steps)} steps, {sum(s.is_inverted for s in region.steps)} inverted;"
             f" keeps {kept} ({region.kept_bytes:,} bytes), frees {region.freed_bytes:,} bytes"
         )
         for i in numbers:

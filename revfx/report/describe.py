@@ -66,7 +66,7 @@ def describe(
         first=program.ops[region.start].where,
         last=program.ops[region.stop - 1].where,
         kind=_coupling_kind(steps),
-        couplings=sum(1 for s in steps if s.inverts or s.saved),
+        couplings=sum(1 for s in steps if s.is_inverted or s.saved),
         steps=len(steps),
         streams=tuple(_value_type(program.values[v]) for v in region.exit),
         kept=tuple(program.values[v].name for v in kept),

@@ -166,7 +166,7 @@ def test_function_that_draws_from_another_generator(generator: str, fp64: None) 
 
     converted, _ = assert_steps_like_plain(make, [_x()], state=lambda m: m.f[3].drawn)
     (region,) = regions_of(converted)
-    assert sum(s.inverts for s in region.steps) >= 10 and kept_cuts(converted) == 2
+    assert sum(s.is_inverted for s in region.steps) >= 10 and kept_cuts(converted) == 2
 
 
 class Straight(torch.autograd.Function):

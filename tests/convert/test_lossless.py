@@ -303,7 +303,7 @@ def test_streams_through_functions_that_only_a_code_makes_invertible(name: str) 
     """Bytes of codes stay below those of the activations: `most` an element and coupling, of 4."""
     through, most = THROUGH[name]
     converted = assert_plain(Through(through).float(), torch.randn(256, 2 * D))
-    assert sum(step.inverts for region in regions_of(converted) for step in region.steps) >= 6
+    assert sum(step.is_inverted for region in regions_of(converted) for step in region.steps) >= 6
     assert coded(converted) / (2 * 4 * 256 * D) < most
     model, x = Through(through).float(), torch.randn(256, 2 * D, requires_grad=True)
     rounding: Any = revfx.convert(model, exact=False)

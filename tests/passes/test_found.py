@@ -60,4 +60,4 @@ def test_stream_that_is_read_elsewhere_or_returned_is_found(fp64: None) -> None:
     converted = revfx.convert(model)
     assert_same_grads(converted, model, [x])
     (region,) = regions_of(converted)
-    assert sum(s.inverts for s in region.steps) >= 2 * DEPTH - 2
+    assert sum(s.is_inverted for s in region.steps) >= 2 * DEPTH - 2

@@ -72,7 +72,7 @@ def test_both_couplings_of_a_layer_are_found(name: str) -> None:
     model, x = Scaled(MADE[name]), leaf(8, 8)
     converted: Any = revfx.convert(copy.deepcopy(model))
     assert_same_grads(converted, model, [x])
-    assert sum(s.inverts for r in regions_of(converted) for s in r.steps) >= 6
+    assert sum(s.is_inverted for r in regions_of(converted) for s in r.steps) >= 6
 
 
 @pytest.mark.parametrize("name", deep_but(("randn_like", "drop path"), MADE))

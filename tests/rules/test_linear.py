@@ -133,7 +133,7 @@ def test_maps_are_inverted_and_gradients_are_the_plain_ones(name: str) -> None:
     for _ in range(3):
         assert equal(gradients(converted, [x]), gradients(model, [x]))
     (region,) = regions_of(converted)
-    assert sum(s.inverts for s in region.steps) >= 2 * LAYERS - 1, converted.revfx.program
+    assert sum(s.is_inverted for s in region.steps) >= 2 * LAYERS - 1, converted.revfx.program
     coded = conversion_of(converted).coded_bytes
     assert coded < kept_cuts(converted) * x.nbytes + x.nbytes * LAYERS / 2, "codes are smaller than what they stand for"
 
@@ -246,7 +246,7 @@ def test_modules_that_are_one_to_one_are_seen_through_beside_couplings(activatio
     converted: Any = revfx.convert(copy.deepcopy(model))
     assert equal(gradients(converted, [x]), gradients(model, [x]))
     (region,) = regions_of(converted)
-    assert region.start <= 1 and sum(s.inverts for s in region.steps) >= 2 * LAYERS - 1
+    assert region.start <= 1 and sum(s.is_inverted for s in region.steps) >= 2 * LAYERS - 1
 
 
 def test_without_a_coupling_they_are_left_alone() -> None:

@@ -70,7 +70,7 @@ def test_a_converted_model_of_many_couplings(layers: int) -> None:
     model = Plain(*functions(layers))
     call: Any = convert(model, exact=False)
     assert_flat(call, model, layers)
-    assert sum(step.inverts for region in regions_of(call) for step in region.steps) > 2 * layers - 10
+    assert sum(step.is_inverted for region in regions_of(call) for step in region.steps) > 2 * layers - 10
 
 
 @pytest.mark.usefixtures("fresh")
