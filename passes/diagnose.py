@@ -24,9 +24,10 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
         stuck = replace(stuck, start=stuck.fewest_unknown[0], unknown=stuck.fewest_unknown[1])
     condensed = nx.condensation(_dependencies(program, stuck))
     found: list[Refusal] = []
-    for component, members in condensed.nodes(data="members"):
+    for component in condensed.nodes:
         if condensed.out_degree(component) > 0:
             continue
+        members: set[int] = condensed.nodes[component]["members"]
         if len(members) > 1:
             found += _explain_cycle(program, stuck, members)
         else:

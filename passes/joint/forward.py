@@ -177,7 +177,7 @@ def _nbytes(val: Any) -> int:
     return as_number(val.numel()) * val.element_size() if isinstance(val, torch.Tensor) else 0
 
 
-def find_updates(joint: fx.Graph) -> list[fx.Node]:
+def find_updates(joint: fx.Graph) -> list[Any]:
     """Return the nodes that write to inputs of the graph."""
     return joint.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
 
