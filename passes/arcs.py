@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Lowered:
     program: Program
     op_nodes: tuple[fx.Node, ...]
     value_nodes: tuple[fx.Node, ...]
+
+    @cached_property
+    def index(self) -> dict[fx.Node, int]:
+        """The value of each node."""
+        return {node: value for value, node in enumerate(self.value_nodes)}
 
 
 def lower(

@@ -63,7 +63,7 @@ class Elimination:
         for v in row:
             if v != ONE and v not in self._known:
                 unknown.append(v)
-        if len(unknown) == 1 and len(row) > 1:
+        if len(unknown) == 1 and row.keys() - {ONE, unknown[0]}:  # a constant is no function of known values
             yield self._solve(row, unknown[0])
         elif 1 < len(unknown) <= MAX_UNKNOWNS:
             pivot = max(unknown, key=lambda v: abs(row[v]))

@@ -73,7 +73,7 @@ def describe(
         kept_bytes=region.kept_bytes + program.nbytes(tuple(kept_inside)),
         kept_cuts=len({*kept_cuts, 0, len(steps)}),
         freed_bytes=region.freed_bytes,
-        lossless=code_bytes is not None or not any(s.inverts for s in steps),
+        lossless=code_bytes is not None or not any(s.is_inverted for s in steps),
         code_bytes=code_bytes or 0,
         values=tuple(_value_lines(program, region, kept_cuts, {*kept, *kept_inside}, names)),
     )

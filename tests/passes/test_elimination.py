@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import D
 
 import revfx
-from revfx.passes.elimination import Elimination
+from revfx.passes.elimination import ONE, Elimination
 from revfx.passes.program import Arc, Op, Program, Value
 from revfx.testing import assert_same_grads, measure_memory
 
@@ -128,6 +128,14 @@ def test_two_sums_of_two_unknowns(u: dict[int, float], v: dict[int, float], solv
     assert found.keys() == solved
     for head, arc in found.items():
         torch.testing.assert_close(arc.solve(*(value[t] for t in arc.tail)), value[head])
+
+
+def test_a_difference_that_is_a_constant_is_not_solved() -> None:
+    """`v = a + 3; u = v - a` does not depend on anything that is known."""
+    values = tuple(Value(name, (3,), torch.float64, 24, i) for i, name in enumerate("abuv"))
+    ops = [Op("add", (A,), (V,), terms=((A, 1.0), (ONE, 3.0))), Op("sub", (V, A), (U,), terms=((V, 1.0), (A, -1.0)))]
+    sums = Elimination(Program(values, ops, (U,)), set[int]())
+    assert [*sums.add(0), *sums.add(1)] == []
 
 
 class Products(TorchDispatchMode):
