@@ -59,7 +59,7 @@ def _without_term(term: Any, alpha: float) -> Callable[..., Any]:
     """Return the function of `y = term + alpha*b` and the term that computes b."""
     if _is_plain_term(term, alpha):
         return operator.sub
-    return lambda y, value: _divide(y - value, alpha)
+    return lambda y, value: _divide(y - _scale(value, 1), alpha)
 
 
 def _divide(value: Any, alpha: float) -> Any:

@@ -33,7 +33,7 @@ def far_from_zero(*shape: int) -> Tensor:
 PAIR = (t(3, 4), t(3, 4))
 ORDER = torch.tensor([2, 0, 3, 1])
 SAMPLES: dict[str, list[tuple[Any, ...]]] = {
-    "add": [PAIR, (t(3, 4), t(4)), (t(3, 4), 2.5)],
+    "add": [PAIR, (t(3, 4), t(4)), (t(3, 4), 2.5), (t(3, 4) > 0, t(3, 4))],
     "radd": [PAIR],
     "iadd": [PAIR],
     "sub": [PAIR, (t(3, 4), 1)],
