@@ -127,7 +127,12 @@ def breaks_graph(function: _F) -> _F:
 
 def is_compiled(module: torch.nn.Module) -> bool:
     """Return whether calls of a module run compiled code."""
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+    return module._compiled_call_impl is not None or is_optimized(module)
+
+
+def is_optimized(module: torch.nn.Module) -> bool:
+    """Return whether a module is the result of `torch.compile(module)`."""
+    return type(module).__name__ == "OptimizedModule"
 
 
 def is_compiled_node(node: Any) -> bool:

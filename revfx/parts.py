@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from revfx import _fsdp, _torch
 from revfx.ambient import given
-from revfx.errors import RevfxError
 
 
 # The observer of calls of parts: its method `part` runs them.
@@ -77,18 +76,11 @@ class BlockCalls:
 
 
 def parts_of(model: nn.Module) -> list[str]:
-    """Return the names of the outermost compiled modules, and let observers see their calls from now on.
-
-    Raises:
-        RevfxError: the model is compiled as a whole.
-    """
+    """Return the names of the outermost compiled modules inside of a model, and let observers see their calls."""
     found: list[str] = []
     for name, m in model.named_modules():
-        if not _torch.is_compiled(m) or any(name.startswith(f"{outer}.") for outer in found):
+        if not name or not _torch.is_compiled(m) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if not name:
-            text = "it is compiled as a whole, and no part of that can run again:"
-            raise RevfxError(f"{text} compile its blocks instead (`block.compile()`), or see `compile=True`.")
         found.append(name)
         call = vars(m).get(_torch.COMPILED) or partial(_torch.UNCOMPILED_CALL, m)
         if not isinstance(call, Part):

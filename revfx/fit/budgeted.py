@@ -132,7 +132,7 @@ class BudgetedModel:
             BudgetError: no plan for calls of this kind stays within the budget.
         """
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if is_watched() or runs_plain(tensors):
+        if is_watched() or runs_plain(tensors) or _torch.is_optimized(model):
             return forward(*args, **kwargs)
         if sees_the_engine():
             warn_of_hooks()

@@ -51,6 +51,9 @@ def foreseen_survey(model: nn.Module, args: Any, kwargs: Any) -> Survey:
 
 def foreseen_step(model: nn.Module, args: Any, kwargs: Any) -> Learnt:
     """Return a step of a plain model; see `foreseen_survey`."""
+    if _torch.is_compiled(model):
+        text = "it is compiled as a whole, and no part of that can run again:"
+        raise RevfxError(f"{text} compile its blocks instead (`block.compile()`), or see `compile=True`.")
     if not parts_of(model):
         try:
             return _learnt(World(model, args, kwargs, whole=True))

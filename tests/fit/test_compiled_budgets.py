@@ -282,9 +282,24 @@ def test_what_can_not_run_again_is_kept(change: Callable[[Any], None]) -> None:
 
 def test_a_model_that_is_compiled_as_a_whole_says_so() -> None:
     model, (x,), _ = make("mlp")
+    want = state(model, lambda: square(model(x)))
+    wrapped: Any = torch.compile(model, backend="eager")
+    with pytest.warns(RevfxWarning, match="compiled as a whole.*the budget is not kept"):
+        converted = revfx.convert(wrapped, memory=0.5)
+    assert equal(state(model, lambda: square(converted(x))), want)
     model.compile(backend="eager")
     with pytest.warns(RevfxWarning, match="compiled as a whole.*the budget is not kept"):
         revfx.convert(model, memory=0.5)(x)
+
+
+def test_a_budget_is_kept_when_the_converted_model_is_compiled() -> None:
+    model, (x,), _ = make("mlp")
+    want = state(model, lambda: square(model(x)))
+    plain = peak(model, lambda: square(model(x)))
+    fitted = planned(model, x, memory=0.5)
+    fitted.compile(backend="eager")
+    assert equal(state(model, lambda: square(fitted(x))), want)
+    assert peak(model, lambda: square(fitted(x))) <= 0.5 * plain
 
 
 def test_a_model_without_blocks_says_so() -> None:
